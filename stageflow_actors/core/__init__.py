@@ -1,0 +1,1 @@
+"""Decisions without sockets, clocks or files: what travels, and what follows a stage."""

@@ -1,0 +1,135 @@
+"""What travels: the envelope of a stage, and the outcome of an instance.
+
+Both are msgpack arrays, so that a field can be added at the end. Context and stage results stay raw bytes
+until somebody needs them: a worker decodes the context of its own stage and nothing else, the coordinator and
+the history decode neither. This module never looks inside a context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+__all__ = [
+    "EMPTY_TRAIL",
+    "NIL",
+    "CompensationRecord",
+    "CompensationTask",
+    "Envelope",
+    "Failure",
+    "Outcome",
+    "StageRecord",
+    "append_record",
+    "decode_envelope",
+    "decode_outcome",
+    "decode_trail",
+    "encode",
+    "raw",
+]
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+
+NIL = Raw(b"\xc0")
+"""The msgpack nil: a stage that returned nothing, a context that is None."""
+
+
+EMPTY_TRAIL = b"\xdd\x00\x00\x00\x00"
+"""A msgpack array of length nought, its length in four bytes so that appending rewrites it in place."""
+
+
+class StageRecord(Struct, array_like=True, gc=False):
+    """One finished stage in the trail of an instance.
+
+    `status` is a `StageStatus` value, `started_at` seconds since the Unix epoch, `duration` seconds,
+    `data` what the handler returned, as msgpack.
+    """
+
+    stage_id: str
+    status: str
+    attempts: int = 1
+    started_at: float = 0.0
+    duration: float = 0.0
+    error: str | None = None
+    data: Raw = NIL
+
+
+class CompensationRecord(Struct, array_like=True, gc=False):
+    """One compensation that ran: `status` is `completed` or `failed`."""
+
+    stage_id: str
+    status: str
+    error: str | None = None
+    duration: float = 0.0
+
+
+class Failure(Struct, array_like=True, gc=False):
+    """Why a stage attempt failed. `kind`: `exception`, `timeout`, `died`, `expired` or `refused`."""
+
+    kind: str
+    message: str
+    error_type: str = ""
+    retryable: bool | None = None
+
+
+class CompensationTask(Struct, array_like=True):
+    """What is left to compensate, next first; `done` is what ran already, in the order run."""
+
+    plan: list[str]
+    done: list[CompensationRecord]
+    final_status: str
+
+
+class Envelope(Struct, array_like=True):
+    """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`."""
+
+    workflow_id: str
+    version: int
+    stage_id: str
+    context: Raw
+    trail: bytes
+    started_at: float
+    payload: Raw | None = None
+    error: str | None = None
+    failed_stage: str | None = None
+    compensation: CompensationTask | None = None
+
+
+class Outcome(Struct, array_like=True):
+    """How an instance ended; this is what a waiting client is sent and what the history keeps."""
+
+    workflow_id: str
+    version: int
+    status: str
+    context: Raw
+    trail: bytes
+    started_at: float
+    finished_at: float
+    error: str | None = None
+    failed_stage: str | None = None
+    compensations: list[CompensationRecord] = []
+
+
+_trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])
+_envelope_decoder = msgspec.msgpack.Decoder(Envelope)
+_outcome_decoder = msgspec.msgpack.Decoder(Outcome)
+decode_envelope = _envelope_decoder.decode
+decode_outcome = _outcome_decoder.decode
+
+
+def append_record(trail: bytes, record: StageRecord) -> bytes:
+    """The trail with one more record at its end; the records before are copied, not decoded."""
+    count = int.from_bytes(trail[1:5], "big") + 1
+    return b"\xdd" + count.to_bytes(4, "big") + trail[5:] + encode(record)
+
+
+def decode_trail(trail: bytes) -> list[StageRecord]:
+    """The records of a trail in the order they were appended. Raises `msgspec.DecodeError` for damage."""
+    return _trail_decoder.decode(trail)
+
+
+def raw(value: Any) -> Raw:
+    """`value` as msgpack that can be embedded unread."""
+    return Raw(encode(value))
