@@ -1,0 +1,1 @@
+"""Messages and queues; nothing here has heard of a workflow."""

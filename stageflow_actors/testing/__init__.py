@@ -1,0 +1,1 @@
+"""Workflows run in this process, without broker and subprocess, for unit tests and debuggers."""
