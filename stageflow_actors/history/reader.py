@@ -1,0 +1,129 @@
+"""Reads the history while the coordinator, in another process, writes it. Never changes anything.
+
+Each call sees everything committed before it began; no call keeps a read transaction open after it returns, so a
+reader never holds back the writer's checkpoints.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stageflow_actors.history.errors import HistoryDamaged, typed_errors
+from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.history.schema import COLUMNS, connect
+
+__all__ = ["HistoryReader"]
+
+Rows = list[Any]  # inside the class, `list` is the method
+Findings = list[str]
+HistoryRows = list[HistoryRow]
+
+_CHUNK = 500  # names per query: below the 999 variables of old SQLite builds
+
+
+class HistoryReader:
+    """A read-only view of the history. One may be used by several threads."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> HistoryReader:
+        """Opens the history at `path`. Raises `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or
+        `HistoryUnavailable`."""
+        return cls(Path(path))
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._connection, self._identity = connect(path, read_only=True)
+
+    @property
+    def identity(self) -> str:
+        """The name given to this history when it was made."""
+        return self._identity
+
+    def get(self, instance_id: str) -> HistoryRow | None:
+        """The row of `instance_id`, or None if it has not finished (or was pruned)."""
+        rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id = ?", (instance_id,))
+        return HistoryRow._make(rows[0]) if rows else None
+
+    def get_many(self, instance_ids: Iterable[str]) -> dict[str, HistoryRow]:
+        """The rows of those of `instance_ids` that have finished, by id."""
+        wanted = list(instance_ids)
+        found: dict[str, HistoryRow] = {}
+        for start in range(0, len(wanted), _CHUNK):
+            chunk = wanted[start : start + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id IN ({marks})", chunk)
+            found.update((row[0], HistoryRow._make(row)) for row in rows)
+        return found
+
+    def exists(self, instance_id: str) -> bool:
+        """Whether `instance_id` has finished."""
+        return bool(self._query("SELECT 1 FROM instance WHERE instance_id = ?", (instance_id,)))
+
+    def list(self, status: str | None = None, workflow: str | None = None, limit: int = 100) -> HistoryRows:
+        """The instances that finished last, newest first, at most `limit`, of that status and workflow id."""
+        conditions, parameters = _conditions(status, workflow)
+        rows = self._query(
+            f"SELECT {COLUMNS} FROM instance{conditions} ORDER BY seq DESC LIMIT ?", [*parameters, limit]
+        )
+        return [HistoryRow._make(row) for row in rows]
+
+    def count(self, workflow: str | None = None) -> dict[str, int]:
+        """How many instances ended in which status, statuses without any left out."""
+        if workflow is not None:
+            rows = self._query(
+                "SELECT status, count(*) FROM instance WHERE workflow_id = ? GROUP BY status", [workflow]
+            )
+            return dict(rows)
+        # Both parts come from indexes alone; grouping the table itself would read every outcome.
+        rows = self._query(
+            "SELECT status, count(*) FROM instance WHERE status <> 'completed' GROUP BY status "
+            "UNION ALL SELECT NULL, count(*) FROM instance",
+            (),
+        )
+        counts = dict(rows)
+        total = counts.pop(None, 0)
+        completed = total - sum(counts.values())
+        return {"completed": completed, **counts} if completed else counts
+
+    def check(self) -> Findings:
+        """What is wrong with the file, one finding a line; empty when it is sound. Reads all of it."""
+        try:
+            findings = [row[0] for row in self._query("PRAGMA quick_check", ())]
+        except HistoryDamaged as error:
+            return [str(error)]
+        return [] if findings == ["ok"] else findings
+
+    def close(self) -> None:
+        """Closes the file. May be called twice."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> HistoryReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _query(self, statement: str, parameters: Iterable[Any]) -> Rows:
+        with self._lock, typed_errors(self.path):
+            return self._connection.execute(statement, tuple(parameters)).fetchall()
+
+
+def _conditions(status: str | None, workflow: str | None) -> tuple[str, list[Any]]:
+    clauses: list[str] = []
+    parameters: list[Any] = []
+    if status is not None:
+        # The literal lets SQLite use the partial index: a parameter may be 'completed' for all it knows.
+        clauses.append("status = ?" if status == "completed" else "status = ? AND status <> 'completed'")
+        parameters.append(status)
+    if workflow is not None:
+        clauses.append("workflow_id = ?")
+        parameters.append(workflow)
+    return (f" WHERE {' AND '.join(clauses)}" if clauses else ""), parameters

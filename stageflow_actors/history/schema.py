@@ -1,0 +1,128 @@
+"""The history's file: its format, how it comes into being, and how a connection to it is opened.
+
+A history appears under its name complete or not at all: it is made beside it and renamed. So a file that exists
+and has no schema is damage, never a start that was interrupted. This module never writes a row of an instance.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from uuid import uuid4
+
+from stageflow_actors.history.errors import (
+    HistoryDamaged,
+    HistoryMissing,
+    HistoryTooNew,
+    HistoryUnavailable,
+    typed_errors,
+)
+
+__all__ = ["COLUMNS", "connect", "create"]
+
+APPLICATION_ID = 0x53464148  # "SFAH"
+FORMAT = 1
+
+COLUMNS = (
+    "instance_id, epoch, workflow_id, version, status, started_at, finished_at, error, failed_stage, digest, outcome"
+)
+"""In the order of `HistoryRow`."""
+
+_BUSY_TIMEOUT = 10.0
+"""Seconds. A checkpoint or a vacuum by another process is over long before."""
+
+# The partial index holds only what did not complete: an index on every status would cost the happy path half a
+# microsecond a row, and "which ones failed?" is the question that is asked.
+_SCHEMA = f"""
+CREATE TABLE instance (
+    seq INTEGER PRIMARY KEY,
+    instance_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    workflow_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    status TEXT NOT NULL,
+    started_at REAL NOT NULL,
+    finished_at REAL NOT NULL,
+    error TEXT,
+    failed_stage TEXT,
+    digest BLOB,
+    outcome BLOB NOT NULL
+);
+CREATE UNIQUE INDEX instance_by_id ON instance (instance_id);
+CREATE INDEX instance_not_completed ON instance (status, seq) WHERE status <> 'completed';
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {FORMAT};
+"""
+
+
+def create(path: Path) -> None:
+    """Makes an empty history at `path`, durably. Raises `HistoryMissing` where remains of an older one lie."""
+    remains = Path(f"{path}-wal")
+    if remains.exists() and remains.stat().st_size:
+        # SQLite would replay the log of the lost file into the new one.
+        raise HistoryMissing(path, f"its write-ahead log {remains.name} is still there")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        connection = sqlite3.connect(draft, isolation_level=None)
+        try:
+            # 8 KiB pages: a fifth less CPU per row than 4 KiB, as fewer frames are written and summed.
+            connection.execute("PRAGMA page_size = 8192")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(_SCHEMA)
+            connection.execute("INSERT INTO meta VALUES ('identity', ?)", (str(uuid4()),))
+        finally:
+            connection.close()
+        _sync(draft)
+        os.replace(draft, path)
+        _sync(path.parent)
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise HistoryUnavailable(path, str(error)) from error
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{draft}{suffix}").unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, str]:
+    """A connection to the history at `path`, and the history's identity.
+
+    The connection is in autocommit mode and may be handed from thread to thread, one at a time. Raises
+    `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
+    """
+    if not path.is_file():
+        raise HistoryMissing(path)
+    with typed_errors(path):
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
+            uri=True,
+            timeout=_BUSY_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            return connection, _identity(path, connection)
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _identity(path: Path, connection: sqlite3.Connection) -> str:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION_ID:
+        raise HistoryDamaged(path, "it does not carry the mark of a StageFlow history")
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    if found > FORMAT:
+        raise HistoryTooNew(path, found, FORMAT)
+    row = connection.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()
+    if row is None:
+        raise HistoryDamaged(path, "it has no identity")
+    return str(row[0])
