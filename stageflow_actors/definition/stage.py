@@ -1,0 +1,247 @@
+"""One stage of a workflow and its compensation: values, checked when they are made and never changed after.
+
+What a workflow needs to change (an id for a lambda, a compensation that is registered later) gives a new `Stage`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypedDict
+
+from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.handler import Call, default_id, inspect_handler
+from stageflow_actors.definition.retry import RetryPolicy, check_policy
+from stageflow_actors.errors import WorkflowDefinitionError
+
+__all__ = ["Compensation", "Replace", "Stage", "StageOptions", "check_id"]
+
+_ID = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def check_id(value: object, what: str) -> str:
+    """`value` if it can name a workflow or a stage; ids become parts of queue names."""
+    if not isinstance(value, str):
+        raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
+    if not value:
+        raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
+    if not _ID.fullmatch(value):
+        raise WorkflowDefinitionError(
+            f"the id {value!r} of {what} is malformed: use letters (a-z, A-Z), digits, '-', '_' and '.' "
+            "(id=... sets one)"
+        )
+    return value
+
+
+class Replace:
+    """Returned by a handler: `Replace(new)` makes `new` the workflow's context.
+
+    Needed for dict contexts, where a returned dict is a result; a typed context is replaced by returning an
+    instance of its type.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Replace({self.value!r})"
+
+
+class Compensation:
+    """What undoes a completed stage: a function of the context, and how long and how often it is tried.
+
+    `timeout` (seconds, of one attempt; None: no limit), `retry` (None: one attempt), `actors` (worker
+    processes).
+    """
+
+    __slots__ = ("actors", "call", "function", "retry", "timeout")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout: Duration | None = 60,
+        retry: RetryPolicy | None = None,
+        actors: int = 1,
+    ) -> None:
+        what = f"compensation {getattr(function, '__name__', repr(function))!r}"
+        self.function = function
+        self.call: Call = inspect_handler(function, what)
+        self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
+        self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
+        self.actors: int = check_count(actors, f"actors of {what}")
+
+    @classmethod
+    def of_call(cls, call: Call) -> Compensation:
+        """The compensation that an object or class handler brings along as its `compensate`."""
+        made = cls.__new__(cls)
+        made.function, made.call = call.function, call
+        made.timeout, made.retry, made.actors = 60.0, None, 1
+        return made
+
+    def __repr__(self) -> str:
+        return f"Compensation({getattr(self.function, '__name__', self.function)})"
+
+
+class StageOptions(TypedDict, total=False):
+    """The options that `Workflow.stage`, `Workflow.add_stage` and `Stage` share."""
+
+    id: str | None
+    compensation: Callable[..., Any] | Compensation | None
+    retry: RetryPolicy | None
+    timeout: Duration | None
+    actors: int
+    concurrency: int
+    required: bool
+    after: Iterable[str]
+    when: Callable[[Any], Any] | None
+    ttl: Duration | None
+    env: Mapping[str, str] | None
+    max_tasks: int | None
+
+
+class Stage:
+    """A handler and how it is run.
+
+    `id`: by default made of the handler's name; `compensation`: a function or `Compensation` that undoes it;
+    `retry`: policy for failed attempts; `timeout`: seconds of one attempt; `actors`: worker processes;
+    `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
+    `after`: ids of earlier stages that must have completed; `when`: predicate on the context; `ttl`: seconds a
+    message may wait in the queue; `env`: environment of the workers; `max_tasks`: messages before an actor is
+    recycled. Mistakes raise `WorkflowDefinitionError`.
+
+    `id` is "" for a lambda until a workflow gives it its place; `call` says how to call the handler.
+    """
+
+    __slots__ = (
+        "actors",
+        "after",
+        "call",
+        "compensation",
+        "concurrency",
+        "env",
+        "handler",
+        "id",
+        "max_tasks",
+        "required",
+        "retry",
+        "timeout",
+        "ttl",
+        "when",
+    )
+
+    def __init__(
+        self,
+        handler: Any,
+        *,
+        id: str | None = None,  # noqa: A002 - the name users type
+        compensation: Callable[..., Any] | Compensation | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: Duration | None = None,
+        actors: int = 1,
+        concurrency: int = 1,
+        required: bool = True,
+        after: Iterable[str] = (),
+        when: Callable[[Any], Any] | None = None,
+        ttl: Duration | None = None,
+        env: Mapping[str, str] | None = None,
+        max_tasks: int | None = None,
+    ) -> None:
+        if isinstance(handler, Stage):
+            raise WorkflowDefinitionError(f"Stage(...) was given the stage {handler.id!r}: give it the handler itself")
+        name = default_id(handler) if id is None else id
+        self.id: str = name if id is None and not name else check_id(name, f"the stage of {handler!r}")
+        what = f"stage {self.id!r}" if self.id else "stage of a lambda"
+        self.handler = handler
+        self.call: Call = inspect_handler(handler, what)
+        self.compensation: Compensation | None = _compensation(compensation, self.call, what)
+        self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
+        self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
+        self.actors: int = check_count(actors, f"actors of {what}")
+        self.concurrency: int = check_count(concurrency, f"concurrency of {what}")
+        self.required: bool = required if isinstance(required, bool) else _refuse_bool(required, what)
+        self.after: tuple[str, ...] = _after(after, what)
+        if when is not None and not callable(when):
+            raise WorkflowDefinitionError(f"when of {what} must be a function of the context, not {when!r}")
+        self.when: Callable[[Any], Any] | None = when
+        self.ttl: float | None = optional_seconds(ttl, f"the ttl of {what}")
+        self.env: dict[str, str] = _environment(env, what)
+        self.max_tasks: int | None = None if max_tasks is None else check_count(max_tasks, f"max_tasks of {what}")
+
+    @property
+    def services(self) -> frozenset[str]:
+        """The names of the services that the handler takes."""
+        own = self.call
+        return frozenset(own.services) | frozenset(own.constructor_services)
+
+    @property
+    def compensation_services(self) -> frozenset[str]:
+        """The names of the services that the compensation takes."""
+        if self.compensation is None:
+            return frozenset()
+        call = self.compensation.call
+        return frozenset(call.services) | frozenset(call.constructor_services)
+
+    def replace(self, **changes: Any) -> Stage:
+        """A stage like this one with some of `id`, `compensation`, `retry`, `timeout` set anew."""
+        copy = Stage.__new__(Stage)
+        for name in _FIELDS:
+            setattr(copy, name, changes.pop(name, getattr(self, name)))
+        if changes:
+            raise TypeError(f"Stage has no field {next(iter(changes))!r}")
+        return copy
+
+    def __repr__(self) -> str:
+        return f"Stage({self.id!r})"
+
+
+_FIELDS = Stage.__slots__
+
+
+def check_count(value: object, what: str) -> int:
+    """`value` if it is an integer from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise WorkflowDefinitionError(f"{what} must be an integer from 1, not {value!r}")
+    return value
+
+
+def _refuse_bool(value: object, what: str) -> NoReturn:
+    raise WorkflowDefinitionError(f"required of {what} must be True or False, not {value!r}")
+
+
+def _compensation(given: Any, call: Call, what: str) -> Compensation | None:
+    if given is None:
+        return None if call.compensate is None else Compensation.of_call(call.compensate)
+    if isinstance(given, Compensation):
+        return given
+    if isinstance(given, Stage) or not callable(given):
+        raise WorkflowDefinitionError(
+            f"the compensation of {what} must be a function or Compensation(function, ...), not {given!r}"
+        )
+    return Compensation(given)
+
+
+def _after(given: Any, what: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise WorkflowDefinitionError(f"after of {what} takes several stage ids: write after=[{given!r}]")
+    try:
+        ids = tuple(given)
+    except TypeError:
+        raise WorkflowDefinitionError(f"after of {what} takes a list of stage ids, not {given!r}") from None
+    for one in ids:
+        check_id(one, f"a stage in after of {what}")
+    return ids
+
+
+def _environment(given: Any, what: str) -> dict[str, str]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise WorkflowDefinitionError(f"env of {what} must be a dict such as {{'OMP_NUM_THREADS': '1'}}, not {given!r}")
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise WorkflowDefinitionError(f"env of {what} takes strings only: {name!r}: {value!r} is not")
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise WorkflowDefinitionError(f"env of {what} has {name!r}, which no environment can hold")
+    return dict(given)
