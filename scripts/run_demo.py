@@ -1,0 +1,171 @@
+"""The demo: orders run, everything is killed half-way, the same command runs again, and the shop is audited.
+
+Started by `scripts/demo`. It judges only by the shop's own books and by the results file, kills only the processes it
+started and their descendants, and leaves nothing behind, whether it ends well, badly or by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLE = EXAMPLES / "order_processing.py"
+LOOK_EVERY = 0.05  # seconds between two looks at the shop
+GIVE_UP_AFTER = 300.0  # seconds that a run may take; it takes about ten
+
+
+class DemoFailed(Exception):
+    """Something did not go as it has to; the message is for the person at the terminal."""
+
+
+def say(text: str) -> None:
+    print(f"\n── {text}", file=sys.stderr, flush=True)
+
+
+def descendants(root: psutil.Process) -> list[psutil.Process]:
+    """`root` and all below it; nothing if it has ended. By parent: each worker has a session of its own."""
+    try:
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(root: psutil.Process) -> int:
+    """SIGKILLs a program with everything that it started, and returns how many processes that were.
+
+    Stopped first, so that none can start another, or settle its affairs, while the others are found and killed.
+    """
+    victims: dict[int, psutil.Process] = {}
+    while found := [process for process in descendants(root) if process.pid not in victims]:
+        for process in found:
+            victims[process.pid] = process
+            try:
+                process.suspend()
+            except psutil.NoSuchProcess:
+                pass
+    for process in victims.values():
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    _, alive = psutil.wait_procs(list(victims.values()), timeout=10)
+    if alive:
+        raise DemoFailed(f"these outlived a SIGKILL: {', '.join(str(process.pid) for process in alive)}")
+    return len(victims)
+
+
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A running program, of which nothing is left afterwards."""
+    with subprocess.Popen(command, env=environment) as program:
+        try:
+            yield program
+        except KeyboardInterrupt:
+            # The terminal sent the program a Ctrl-C too: it gets a moment to end by itself.
+            try:
+                program.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                pass
+            raise
+        finally:
+            if program.poll() is None:
+                kill_all(psutil.Process(program.pid))
+
+
+def wait(program: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> int | None:
+    """Waits for the program to end (returns its exit code) or for `until` to become true (returns None)."""
+    looks = 0
+    while not until():
+        try:
+            return program.wait(timeout=LOOK_EVERY)
+        except subprocess.TimeoutExpired:
+            looks += 1
+            if looks * LOOK_EVERY > GIVE_UP_AFTER:
+                raise DemoFailed(f"the run took more than {GIVE_UP_AFTER:.0f} s") from None
+    return None
+
+
+def confirmed(shop: Path) -> int:
+    """Orders whose last stage has done its work, by the shop's books."""
+    with closing(sqlite3.connect(shop, timeout=10)) as db:
+        (count,) = db.execute("SELECT count(*) FROM confirmations").fetchone()
+    return int(count)
+
+
+def demo(folder: Path, orders: Path) -> int:
+    """Returns the exit code of the audit."""
+    shop, results = folder / "shop.db", folder / "results.jsonl"
+    environment = dict(os.environ, SHOP_DB=str(shop))
+    environment.pop("STAGEFLOW_DATA", None)
+    stageflow = str(Path(sys.executable).with_name("stageflow"))
+    run = [stageflow, "run", f"{EXAMPLE}:runtime", "--input", str(orders), "--key", "order_id"]
+    run += ["--results", str(results), "--data", str(folder / "data")]
+    total = sum(1 for line in orders.read_text("utf-8").splitlines() if line.strip())
+
+    say(f"A shop, and {total:,} orders for it")
+    subprocess.run([sys.executable, str(EXAMPLE), "init"], env=environment, check=True)
+
+    say(f"stageflow run {EXAMPLE.relative_to(EXAMPLES.parent)}:runtime --input {orders.name} --key order_id …")
+    with started(run, environment) as program:
+        code = wait(program, until=lambda: confirmed(shop) >= total * 2 // 5)
+        if code is not None:
+            raise DemoFailed(f"the run ended by itself (exit code {code}) before it could be killed")
+        through = confirmed(shop)
+        killed = kill_all(psutil.Process(program.pid))
+    say(f"{through:,} orders were through when all {killed} processes got a SIGKILL. The same command again:")
+
+    with started(run, environment) as program:
+        code = wait(program)
+    # 1 says that some orders did not complete, as it has to be: some cards are declined.
+    if code not in (0, 1):
+        raise DemoFailed(f"the second run failed with exit code {code}")
+
+    say("And the audit:")
+    audit = [sys.executable, str(EXAMPLE), "audit", "--input", str(orders), "--results", str(results)]
+    return subprocess.run(audit, env=environment, check=False).returncode
+
+
+def interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--input", type=Path, default=EXAMPLES / "orders.jsonl", help="another file of orders")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with shop, journal and results")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="stageflow-demo-"))
+    try:
+        code = demo(folder, options.input)
+    except DemoFailed as error:
+        print(f"The demo failed: {error}", file=sys.stderr)
+        code = 1
+    except subprocess.CalledProcessError as error:
+        print(f"The demo failed: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        code = 130
+    finally:
+        if options.keep:
+            print(f"Everything is kept in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
