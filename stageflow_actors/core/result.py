@@ -1,0 +1,249 @@
+"""`WorkflowResult`: how an instance ended, read from the bytes that ended it.
+
+A result is made for each finished instance and often only counted, so nothing is decoded before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from msgspec import Raw, Struct
+
+from stageflow_actors.core.codec import ContextCodec, decode_value
+from stageflow_actors.core.envelope import EMPTY_TRAIL, NIL, Outcome, decode_outcome, decode_trail, encode
+from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.errors import WorkflowFailed
+
+__all__ = ["CompensationResult", "StageResult", "WorkflowResult"]
+
+C = TypeVar("C")
+
+_NIL = bytes(NIL)
+
+
+class StageResult(Struct, frozen=True, kw_only=True):
+    """What became of one stage.
+
+    `started_at` is seconds since the Unix epoch, `duration` seconds, `error` a string such as
+    `ValueError: boom failed`, `data` what the handler returned.
+    """
+
+    stage_id: str
+    status: StageStatus
+    attempts: int = 1
+    started_at: float = 0.0
+    duration: float = 0.0
+    error: str | None = None
+    data: Any = None
+
+
+class CompensationResult(Struct, frozen=True, kw_only=True):
+    """What became of one compensation: `status` is `completed` or `failed`, `duration` seconds."""
+
+    stage_id: str
+    status: StageStatus
+    error: str | None = None
+    duration: float = 0.0
+
+
+class WorkflowResult(Generic[C]):
+    """How an instance ended, or that it is parked.
+
+    Attributes are read on first use from `outcome`; one that cannot be read raises then: `msgspec.DecodeError`
+    for damage, `InvalidContext` for a context that no longer fits its type.
+    """
+
+    __slots__ = ("_codec", "_context", "_order", "_outcome", "_read", "_stages", "instance_id")
+
+    instance_id: str
+
+    def __init__(
+        self, instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
+    ) -> None:
+        self.instance_id = instance_id
+        self._outcome = outcome
+        self._codec = codec
+        self._order = order
+        self._read: Outcome | None = None
+
+    @classmethod
+    def from_outcome(
+        cls, instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
+    ) -> WorkflowResult[C]:
+        """The result in `outcome` (an encoded `Outcome`); `order` are the stage ids as defined."""
+        return cls(instance_id, outcome, codec, order)
+
+    @classmethod
+    def parked(
+        cls,
+        instance_id: str,
+        workflow_id: str,
+        codec: ContextCodec[C],
+        *,
+        error: str | None = None,
+        failed_stage: str | None = None,
+        context: bytes | Raw = NIL,
+        trail: bytes = EMPTY_TRAIL,
+        version: int = 1,
+        started_at: float = 0.0,
+        parked_at: float = 0.0,
+        order: Sequence[str] = (),
+    ) -> WorkflowResult[C]:
+        """The result of an instance that waits as a dead letter, as `map` yields it.
+
+        `context` is the encoded context as the failed stage was given it, `trail` the stages before.
+        """
+        outcome = Outcome(
+            workflow_id=workflow_id,
+            version=version,
+            status=WorkflowStatus.parked.value,
+            context=Raw(context),
+            trail=trail,
+            started_at=started_at,
+            finished_at=parked_at or started_at,
+            error=error,
+            failed_stage=failed_stage,
+        )
+        return cls(instance_id, encode(outcome), codec, order)
+
+    @property
+    def workflow_id(self) -> str:
+        """The id of the workflow."""
+        return self._outcome_read().workflow_id
+
+    @property
+    def status(self) -> WorkflowStatus:
+        """How it ended."""
+        return WorkflowStatus(self._outcome_read().status)
+
+    @property
+    def success(self) -> bool:
+        """Whether it completed."""
+        return self._outcome_read().status == "completed"
+
+    @property
+    def error(self) -> str | None:
+        """What failed it, as `ValueError: boom failed`; None if nothing did."""
+        return self._outcome_read().error
+
+    @property
+    def failed_stage(self) -> str | None:
+        """The id of the stage that failed it."""
+        return self._outcome_read().failed_stage
+
+    @property
+    def started_at(self) -> float:
+        """When it was submitted, in seconds since the Unix epoch."""
+        return self._outcome_read().started_at
+
+    @property
+    def finished_at(self) -> float:
+        """When it ended (or was parked), in seconds since the Unix epoch."""
+        return self._outcome_read().finished_at
+
+    @property
+    def duration(self) -> float:
+        """Seconds from submit to end, waiting in queues included."""
+        outcome = self._outcome_read()
+        return max(0.0, outcome.finished_at - outcome.started_at)
+
+    @property
+    def context(self) -> C:
+        """The context as the last stage or compensation left it."""
+        try:
+            return self._context
+        except AttributeError:
+            data = self._outcome_read().context
+            # An instance whose context was never known, as one parked by a reader that has none.
+            self._context: C = decode_value(data) if bytes(data) == _NIL else self._codec.decode(data)
+            return self._context
+
+    @property
+    def stages(self) -> list[StageResult]:
+        """The stages that were reached, in order of definition."""
+        try:
+            return self._stages
+        except AttributeError:
+            self._stages: list[StageResult] = self._stages_read()
+            return self._stages
+
+    @property
+    def compensations(self) -> list[CompensationResult]:
+        """The compensations that ran, in the order they ran."""
+        return [
+            CompensationResult(
+                stage_id=record.stage_id,
+                status=StageStatus(record.status),
+                error=record.error,
+                duration=record.duration,
+            )
+            for record in self._outcome_read().compensations
+        ]
+
+    def raise_for_status(self) -> None:
+        """Raise `WorkflowFailed`, which holds this result, unless the instance completed."""
+        if not self.success:
+            raise WorkflowFailed(self)
+
+    def _outcome_read(self) -> Outcome:
+        read = self._read
+        if read is None:
+            read = self._read = decode_outcome(self._outcome)
+        return read
+
+    def _stages_read(self) -> list[StageResult]:
+        outcome = self._outcome_read()
+        undone = {record.stage_id for record in outcome.compensations if record.status == "completed"}
+        # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
+        records = {record.stage_id: record for record in decode_trail(outcome.trail)}
+        place = {stage_id: index for index, stage_id in enumerate(self._order)}
+        found = sorted(records.values(), key=lambda record: place.get(record.stage_id, len(place)))
+        return [
+            StageResult(
+                stage_id=record.stage_id,
+                status=StageStatus.compensated
+                if record.stage_id in undone and record.status == "completed"
+                else StageStatus(record.status),
+                attempts=record.attempts,
+                started_at=record.started_at,
+                duration=record.duration,
+                error=record.error,
+                data=decode_value(record.data),
+            )
+            for record in found
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WorkflowResult):
+            return NotImplemented
+        if self.instance_id != other.instance_id:
+            return False
+        return bytes(self._outcome) == bytes(other._outcome) or self._facts() == other._facts()
+
+    def __hash__(self) -> int:
+        return hash(self.instance_id)
+
+    def _facts(self) -> tuple[Any, ...]:
+        return (
+            self.workflow_id,
+            self.status,
+            self.context,
+            self.error,
+            self.failed_stage,
+            self.stages,
+            self.compensations,
+            self.started_at,
+            self.finished_at,
+        )
+
+    def __repr__(self) -> str:
+        facts = [f"{self.instance_id!r}", f"{self.workflow_id!r}", str(self.status)]
+        if self.failed_stage:
+            facts.append(f"failed_stage={self.failed_stage!r}")
+        if self.error:
+            facts.append(f"error={self.error!r}")
+        return f"WorkflowResult({', '.join(facts)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WorkflowResult, (self.instance_id, bytes(self._outcome), self._codec, tuple(self._order))

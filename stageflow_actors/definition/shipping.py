@@ -1,0 +1,244 @@
+"""Definitions on their way from parent to child process, by cloudpickle.
+
+cloudpickle sends classes of `__main__` by value, with two gaps that matter for contexts: annotations that are
+strings (`from __future__ import annotations`) lose the module whose names they mean, and a msgspec Struct arrives
+without its fields. `dumps` and `loads` close both. Only a child may load what its parent dumped: never bytes
+that came over a socket or from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import pickle
+import sys
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+import msgspec
+
+from stageflow_actors.errors import WorkflowDefinitionError
+
+__all__ = ["dumps", "export_types", "import_types", "loads", "reachable_types"]
+
+_StructMeta: Any = type(msgspec.Struct)
+
+
+def dumps(value: Any, contexts: tuple[type[Any], ...] = ()) -> bytes:
+    """`value` for `loads` in a child process; `contexts` are the context types in it.
+
+    Raises `WorkflowDefinitionError` for what cannot be pickled, saying what.
+    """
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer).dump((value, [(kind, export_types(kind)) for kind in contexts if kind is not dict]))
+    except WorkflowDefinitionError:
+        raise
+    except Exception as error:
+        raise WorkflowDefinitionError(
+            f"the definition cannot be sent to worker processes: {error}. A handler must not hold locks, "
+            "connections or open files: make those services (Runtime(services=...))"
+        ) from error
+    return buffer.getvalue()
+
+
+def loads(data: bytes) -> Any:
+    """What the parent gave to `dumps`."""
+    value, contexts = pickle.loads(data)
+    for kind, types in contexts:
+        import_types(kind, types)
+    return value
+
+
+def export_types(context_type: type[Any]) -> dict[str, dict[str, Any]]:
+    """The resolved annotations of the classes reachable from `context_type`, by class and field.
+
+    Holds what is written as strings only, so it is mostly empty. Raises `WorkflowDefinitionError` for a name that
+    nothing resolves.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for kind in reachable_types(context_type):
+        for owner in kind.__mro__:
+            own = inspect.get_annotations(owner)
+            if any(isinstance(annotation, str) for annotation in own.values()):
+                hints = _hints(owner)
+                found[_key(owner)] = {name: hints[name] for name in own}
+    return found
+
+
+def import_types(context_type: type[Any], types: dict[str, dict[str, Any]]) -> None:
+    """Give the classes reachable from `context_type` the annotations that `export_types` resolved."""
+    todo: list[Any] = [context_type]
+    seen: set[int] = set()
+    while todo:
+        kind = todo.pop()
+        if id(kind) in seen:
+            continue
+        seen.add(id(kind))
+        for owner in getattr(kind, "__mro__", ()):
+            resolved = types.get(_key(owner))
+            if resolved is not None:
+                owner.__annotations__ = {**inspect.get_annotations(owner), **resolved}
+            todo.extend(_classes_in(inspect.get_annotations(owner).values()))
+
+
+def reachable_types(context_type: type[Any]) -> list[type[Any]]:
+    """The classes with annotated fields (dataclasses, Structs, typed dicts …) that a context can hold, itself first."""
+    found: dict[int, type[Any]] = {}
+    todo: list[Any] = [context_type]
+    while todo:
+        kind = todo.pop()
+        if id(kind) in found:
+            continue
+        if not _has_fields(kind):
+            continue
+        found[id(kind)] = kind
+        todo.extend(_classes_in(_hints(kind).values()))
+    return list(found.values())
+
+
+def _has_fields(kind: type[Any]) -> bool:
+    return (
+        dataclasses.is_dataclass(kind)
+        or issubclass(kind, msgspec.Struct)
+        or typing.is_typeddict(kind)
+        or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+        or hasattr(kind, "__attrs_attrs__")
+    )
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    module = sys.modules.get(kind.__module__)
+    names = {kind.__name__: kind}
+    try:
+        return typing.get_type_hints(kind, {**vars(module), **names} if module else names, names, include_extras=True)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        raise WorkflowDefinitionError(
+            f"the annotations of {kind.__qualname__} cannot be resolved: {error}. "
+            "Define the types that it names at the top level of its module"
+        ) from error
+
+
+def _classes_in(annotations: Any) -> Iterator[type[Any]]:
+    for annotation in annotations:
+        arguments = typing.get_args(annotation)
+        if arguments:
+            yield from _classes_in(arguments)
+        elif isinstance(annotation, type) and annotation.__module__ != "builtins":
+            yield annotation
+
+
+def _key(kind: type[Any]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _StructMeta) and not _importable(obj):
+            return _reduce_struct(obj)
+        return super().reducer_override(obj)
+
+
+def _importable(kind: type[Any]) -> bool:
+    """Whether the child finds the class by its name."""
+    if kind.__module__ == "__main__" or kind.__module__ in cloudpickle.list_registry_pickle_by_value():
+        return False
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
+
+
+_MADE_BY_MSGSPEC = frozenset({"__slots__", "__dict__", "__weakref__", "__module__", "__qualname__", "__annotations__"})
+_CONFIG = (
+    "frozen",
+    "eq",
+    "order",
+    "array_like",
+    "gc",
+    "repr_omit_defaults",
+    "omit_defaults",
+    "forbid_unknown_fields",
+    "weakref",
+    "dict",
+    "cache_hash",
+    "tag",
+    "tag_field",
+)
+
+
+def _reduce_struct(kind: Any) -> tuple[Any, ...]:
+    """Make the class from names and defaults first, then fill in what may refer to the class itself."""
+    own = inspect.get_annotations(kind)
+    infos = {info.name: info for info in msgspec.structs.fields(kind)}
+    parameters = inspect.signature(kind).parameters
+    defaults: dict[str, Any] = {}
+    for name in own:
+        info = infos.get(name)
+        if info is None:
+            continue
+        if info.default is not msgspec.NODEFAULT:
+            defaults[name] = info.default
+        elif info.default_factory is not msgspec.NODEFAULT:
+            defaults[name] = msgspec.field(default_factory=info.default_factory)
+    fields = [name for name in own if name in infos]
+    config = {name: getattr(kind.__struct_config__, name) for name in _CONFIG}
+    config["kw_only"] = bool(fields) and all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
+    renamed = {name: infos[name].encode_name for name in fields if infos[name].encode_name != name}
+    if renamed:
+        config["rename"] = renamed
+    state = {
+        name: value
+        for name, value in kind.__dict__.items()
+        if name not in _MADE_BY_MSGSPEC and name not in fields and name != "__post_init__"
+    }
+    state["__annotations__"] = own
+    post_init = kind.__dict__.get("__post_init__")
+    if post_init is not None:
+        state["_stageflow_post_init"] = post_init
+    arguments = (
+        kind.__name__,
+        kind.__qualname__,
+        kind.__module__,
+        kind.__bases__,
+        fields,
+        defaults,
+        config,
+        post_init is not None,
+    )
+    return _make_struct, arguments, state, None, None, _fill_struct
+
+
+def _make_struct(
+    name: str,
+    qualname: str,
+    module: str,
+    bases: tuple[type[Any], ...],
+    fields: list[str],
+    defaults: dict[str, Any],
+    config: dict[str, Any],
+    has_post_init: bool,
+) -> Any:
+    namespace: dict[str, Any] = {
+        "__module__": module,
+        "__qualname__": qualname,
+        "__annotations__": dict.fromkeys(fields, Any),
+        **defaults,
+    }
+    if has_post_init:
+        # msgspec looks for it when the class is made, when the method itself, which may refer to the class, is
+        # not there yet.
+        namespace["__post_init__"] = _call_post_init
+    return _StructMeta(name, bases, namespace, **config)
+
+
+def _call_post_init(self: Any) -> None:
+    self._stageflow_post_init()
+
+
+def _fill_struct(kind: Any, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(kind, name, value)
