@@ -23,7 +23,7 @@ import msgspec
 
 from shop import Address, GatewayBusy, Shop, load_data
 from shop_audit import audit, print_audit, read_json_lines
-from stageflow_actors import Compensation, Retry, Runtime, StageContext, StageTimeout, WorkerDied, Workflow
+from stageflow_actors import Retry, Runtime, StageContext, StageTimeout, WorkerDied, Workflow
 
 HERE = Path(__file__).resolve().parent
 
@@ -106,12 +106,10 @@ def pay(order: Order, ctx: StageContext, *, shop: Shop) -> int:
     return shop.charge(ctx.idempotency_key, order.order_id, order.card, order.total)
 
 
+@pay.compensation(timeout=30, retry=PATIENT)
 def refund(order: Order, ctx: StageContext, *, shop: Shop) -> None:
     shop.refund(ctx.idempotency_key, ctx.results["pay"])
     order.undone.append("pay")
-
-
-pay.compensation(Compensation(refund, timeout=30, retry=PATIENT))
 
 
 @orders.stage(actors=2)

@@ -14,8 +14,9 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ import psutil
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLE = EXAMPLES / "order_processing.py"
 LOOK_EVERY = 0.05  # seconds between two looks at the shop
+GRACE = 5.0  # seconds that a run gets to end by itself after a Ctrl-C, and a process to be gone after a SIGKILL
 GIVE_UP_AFTER = 300.0  # seconds that a run may take; it takes about ten
 
 
@@ -34,15 +36,34 @@ def say(text: str) -> None:
     print(f"\n── {text}", file=sys.stderr, flush=True)
 
 
-def descendants(root: psutil.Process) -> list[psutil.Process]:
-    """`root` and all below it; nothing if it has ended. By parent: each worker has a session of its own."""
+def descendants(root: int) -> list[psutil.Process]:
+    """The process `root` and all below it; nothing if it has ended. By parent: each worker has a session of its own."""
     try:
-        return [root, *root.children(recursive=True)]
+        program = psutil.Process(root)
+        return [program, *program.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def kill_all(root: psutil.Process) -> int:
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more. A zombie does not: who reaps it, and when, is not ours to say in a container."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def still_alive(processes: list[psutil.Process], grace: float) -> list[psutil.Process]:
+    """Those that have not ended within `grace` seconds."""
+    deadline = time.monotonic() + grace
+    while alive := [process for process in processes if not has_ended(process)]:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.01)
+    return alive
+
+
+def kill_all(root: int) -> int:
     """SIGKILLs a program with everything that it started, and returns how many processes that were.
 
     Stopped first, so that none can start another, or settle its affairs, while the others are found and killed.
@@ -51,37 +72,31 @@ def kill_all(root: psutil.Process) -> int:
     while found := [process for process in descendants(root) if process.pid not in victims]:
         for process in found:
             victims[process.pid] = process
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.suspend()
-            except psutil.NoSuchProcess:
-                pass
     for process in victims.values():
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
-    _, alive = psutil.wait_procs(list(victims.values()), timeout=10)
-    if alive:
+    if alive := still_alive(list(victims.values()), GRACE):
         raise DemoFailed(f"these outlived a SIGKILL: {', '.join(str(process.pid) for process in alive)}")
     return len(victims)
 
 
 @contextmanager
-def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], environment: dict[str, str], grace: float = GRACE) -> Iterator[subprocess.Popen[bytes]]:
     """A running program, of which nothing is left afterwards."""
     with subprocess.Popen(command, env=environment) as program:
         try:
             yield program
         except KeyboardInterrupt:
-            # The terminal sent the program a Ctrl-C too: it gets a moment to end by itself.
-            try:
-                program.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                pass
+            # The terminal has sent the program a Ctrl-C as well: it gets a moment to end by itself. Who belongs to it
+            # is found out before, since orphans cannot be told from strangers.
+            for process in still_alive(descendants(program.pid), grace):
+                kill_all(process.pid)
             raise
         finally:
             if program.poll() is None:
-                kill_all(psutil.Process(program.pid))
+                kill_all(program.pid)
 
 
 def wait(program: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> int | None:
@@ -123,7 +138,7 @@ def demo(folder: Path, orders: Path) -> int:
         if code is not None:
             raise DemoFailed(f"the run ended by itself (exit code {code}) before it could be killed")
         through = confirmed(shop)
-        killed = kill_all(psutil.Process(program.pid))
+        killed = kill_all(program.pid)
     say(f"{through:,} orders were through when all {killed} processes got a SIGKILL. The same command again:")
 
     with started(run, environment) as program:
