@@ -1,0 +1,174 @@
+"""Looking at a journal from outside: verify, scan, repair.
+
+`verify` and `scan` only read, and may run beside the broker that writes; `repair` needs the lock. It copies everything
+it touches aside before it cuts, and says what was given up.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from brokers.errors import JournalError, JournalFailed
+from brokers.journal.files import Files, OsFiles, write_at
+from brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
+from brokers.journal.lock import DirectoryLock, writer_of
+from brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
+from brokers.journal.survey import Damage, Survey, segment_numbers
+
+__all__ = ["Finding", "RepairReport", "repair", "scan", "verify"]
+
+
+class Finding(NamedTuple):
+    """Something wrong at `offset` of `file`. If not `damage`, it is a torn end, which the next start cuts off."""
+
+    file: str
+    offset: int
+    reason: str
+    damage: bool
+
+
+class RepairReport(NamedTuple):
+    """What `repair` did. Nothing was wrong if `file` is empty.
+
+    `file`, `offset` and `reason` say where the first damage was; `batches` and `records` how many whole ones behind it
+    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied or moved aside.
+    """
+
+    file: str
+    offset: int
+    reason: str
+    batches: int
+    records: int
+    copies: list[Path]
+
+
+def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
+    """Everything wrong with the journal in `directory`; an empty list if nothing is.
+
+    Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal.
+    """
+    files = _existing(files, directory)
+    findings = [
+        Finding(item.file, item.offset, item.reason, item.fatal)
+        for item in Survey(files, directory)
+        if isinstance(item, Damage)
+    ]
+    if writer_of(files, directory) is not None:
+        return [finding for finding in findings if finding.damage]  # a batch in the making is not whole yet
+    return findings
+
+
+def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
+    """All whole batches in `directory`, in order, up to a torn end. Batches in the making may or may not be seen.
+
+    Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal.
+    """
+    for item in Survey(_existing(files, directory), directory):
+        if isinstance(item, Batch):
+            yield item
+        elif item.fatal:
+            raise corrupt(item, directory)
+
+
+def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | None = None) -> RepairReport:
+    """Make the journal one that opens: keep everything before the first damage, give up what follows it.
+
+    A damaged segment header is written anew when the batches behind it tell what it said, and nothing is given up for
+    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. Stopped half-way it can be run again.
+
+    Raises JournalLocked while a broker runs, JournalFull without room for the copies (then nothing has been cut),
+    JournalVersion, and JournalError if there is no journal.
+    """
+    files = _existing(files, directory)
+    lock = DirectoryLock(files, directory, os.getpid())
+    try:
+        remove_leftovers(files, directory)
+        return _Repair(files, directory, backup_dir).run()
+    except OSError as error:
+        raise JournalFailed(f"{directory} could not be repaired: {error}; run it again when the disk works") from error
+    finally:
+        lock.release()
+
+
+class _Repair:
+    def __init__(self, files: Files, directory: Path, backup_dir: Path | None) -> None:
+        self._files = files
+        self._directory = directory
+        self._elsewhere = backup_dir is not None
+        self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
+        self._copies: list[Path] = []
+        self._batches = self._records = 0
+
+    def run(self) -> RepairReport:
+        first: Damage | None = None
+        # A header written anew may show more damage behind it; a cut leaves nothing behind. So this ends.
+        while (damage := self._next_damage()) is not None:
+            if first is None:
+                first = damage
+                self._files.mkdir(self._backup)
+            if damage.rebuilt is not None:
+                self._write_header(damage.file, damage.rebuilt)
+            else:
+                self._cut(damage)
+        if first is None:
+            return RepairReport("", 0, "", 0, 0, [])
+        return RepairReport(first.file, first.offset, first.reason, self._batches, self._records, self._copies)
+
+    def _next_damage(self) -> Damage | None:
+        """The first damage. If it is one to be cut at, what is whole behind it is counted as given up."""
+        damage: Damage | None = None
+        for item in Survey(self._files, self._directory):
+            if isinstance(item, Batch):
+                if damage is not None:
+                    self._batches += 1
+                    self._records += len(item.records)
+            elif damage is None:
+                damage = item
+                if damage.rebuilt is not None:
+                    return damage
+        return damage
+
+    def _write_header(self, name: str, header: SegmentHeader) -> None:
+        self._copy(name)
+        sector = encode_segment(header)
+        fd = self._files.open(self._directory / name)
+        try:
+            write_at(self._files, fd, [sector], len(sector), 0)
+            self._files.fsync(fd)
+        finally:
+            self._files.close(fd)
+
+    def _cut(self, damage: Damage) -> None:
+        # From the newest back to the damage: stopped in between, the damage is still there to be found again.
+        for number in reversed(segment_numbers(self._files, self._directory)):
+            if number > damage.segment or (number == damage.segment and damage.offset == 0):
+                self._move(file_name(number))
+        if damage.offset > 0:
+            self._copy(damage.file)
+            clear_end(self._files, self._directory / damage.file, damage, until=sys.maxsize)
+
+    def _move(self, name: str) -> None:
+        if self._elsewhere:  # perhaps another file system
+            self._copy(name)
+            self._files.unlink(self._directory / name)
+        else:
+            target = unused(self._files, self._backup, name, "")
+            self._files.rename(self._directory / name, target)
+            self._files.fsync_dir(self._backup)
+            self._copies.append(target)
+        self._files.fsync_dir(self._directory)
+
+    def _copy(self, name: str) -> None:
+        target = unused(self._files, self._backup, name, "")
+        self._copies.append(copy_aside(self._files, self._directory / name, 0, None, target))
+
+
+def _existing(files: Files | None, directory: Path) -> Files:
+    files = files if files is not None else OsFiles()
+    try:
+        files.listdir(directory)
+    except OSError as error:
+        raise JournalError(f"there is no journal in {directory}: {error}") from error
+    return files

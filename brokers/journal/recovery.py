@@ -1,0 +1,157 @@
+"""From what is on disk to a journal that can be written again.
+
+The law: what was acknowledged is replayed, or the start is refused. Only a torn end, which nobody was told of, is cut
+off; it is copied aside before, and said. Nothing acknowledged is ever changed here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from brokers.errors import JournalCorrupt, JournalFull
+from brokers.journal.files import Files, is_full, read_at, write_at
+from brokers.journal.format import Batch, encode_end, file_name
+from brokers.journal.supply import TEMPORARY, Supply
+from brokers.journal.survey import Damage, Found, Survey, segment_numbers
+
+__all__ = ["clear_end", "copy_aside", "corrupt", "recover", "remove_leftovers", "unused"]
+
+_CHUNK = 4 << 20
+
+
+def recover(
+    files: Files, directory: Path, supply: Supply, replay: Callable[[Batch], None], warn: Callable[[str], None]
+) -> list[Found]:
+    """Replay every whole batch in order and mend a torn end. The last segment returned is the one to go on with.
+
+    Raises JournalCorrupt (then nothing on disk has changed), JournalVersion, JournalFull when a torn end cannot be
+    copied aside.
+    """
+    files.fsync_dir(directory)  # a rename that a killed process did not live to sync
+    if numbers := segment_numbers(files, directory):
+        _settle(files, directory / file_name(numbers[-1]))
+    survey = Survey(files, directory)
+    torn: Damage | None = None
+    for item in survey:
+        if isinstance(item, Batch):
+            replay(item)
+        elif item.fatal:
+            raise corrupt(item, directory)
+        else:
+            torn = item
+    if torn is not None:
+        _cut(files, directory, supply, torn, warn)
+    return survey.segments
+
+
+def corrupt(damage: Damage, directory: Path) -> JournalCorrupt:
+    """The refusal, as advice."""
+    return JournalCorrupt(
+        f"{directory / damage.file} is damaged at offset {damage.offset}: {damage.reason}. Acknowledged batches lie "
+        "here, so nothing has been changed. `stageflow journal verify` lists all damage; restore a backup, or let "
+        "`stageflow journal repair` copy the files aside and give up what follows the damage",
+        file=damage.file,
+        offset=damage.offset,
+        reason=damage.reason,
+    )
+
+
+def remove_leftovers(files: Files, directory: Path) -> None:
+    """Remove what was in the making when its process ended. Only under the lock."""
+    for name in files.listdir(directory):
+        if name.endswith(TEMPORARY):
+            files.unlink(directory / name)
+
+
+def _settle(files: Files, path: Path) -> None:
+    """What the last process wrote and did not sync must be on disk before anyone acts on it; what a failed sync left
+    in memory must not be taken for it. Only the last segment can hold either: a new one is begun after a sync."""
+    fd = files.open(path)
+    try:
+        files.fdatasync(fd)
+        files.forget_cache(fd)
+    finally:
+        files.close(fd)
+
+
+def _cut(files: Files, directory: Path, supply: Supply, torn: Damage, warn: Callable[[str], None]) -> None:
+    path = directory / torn.file
+    copy: Path | None = None
+    if torn.torn > torn.offset:
+        target = unused(files, directory, f"{torn.segment:016d}.{torn.offset}", ".broken")
+        try:
+            copy = copy_aside(files, path, torn.offset, torn.torn, target)
+        except JournalFull:
+            if not supply.surrender():
+                raise
+            copy = copy_aside(files, path, torn.offset, torn.torn, target)
+    kept = f"it was copied to {copy}" if copy else "there was nothing in it to copy"
+    if torn.offset == 0:
+        files.unlink(path)
+        files.fsync_dir(directory)
+        warn(f"the making of {path} was cut short by a crash ({torn.reason}); {kept}, and the file removed")
+        return
+    clear_end(files, path, torn, torn.torn)
+    warn(
+        f"the last batch of {path} is incomplete from offset {torn.offset} on ({torn.reason}), as after a crash; "
+        f"{kept}, and cut off"
+    )
+
+
+def clear_end(files: Files, path: Path, damage: Damage, until: int) -> None:
+    """Put the end mark where the damage begins, zeros from there to `until`, and sync."""
+    fd = files.open(path)
+    try:
+        size = files.size(fd)
+        mark = encode_end(damage.number - 1, damage.salt)[: size - damage.offset]
+        write_at(files, fd, [mark], len(mark), damage.offset)
+        at, until = damage.offset + len(mark), min(until, size)
+        while at < until:
+            zeros = bytes(min(_CHUNK, until - at))
+            write_at(files, fd, [zeros], len(zeros), at)
+            at += len(zeros)
+        files.fsync(fd)
+    finally:
+        files.close(fd)
+
+
+def copy_aside(files: Files, source: Path, start: int, end: int | None, target: Path) -> Path:
+    """Copy the bytes from `start` to `end` (None: all the rest) into a new file, whole and synced before it has its name.
+
+    Raises JournalFull, and leaves nothing behind.
+    """
+    temporary = target.with_name(target.name + TEMPORARY)
+    reading = files.open(source, write=False)
+    try:
+        end = files.size(reading) if end is None else end
+        writing = files.open(temporary, create=True)
+        try:
+            at = start
+            while at < end and (chunk := read_at(files, reading, min(_CHUNK, end - at), at)):
+                write_at(files, writing, [chunk], len(chunk), at - start)
+                at += len(chunk)
+            files.fsync(writing)
+        finally:
+            files.close(writing)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        if temporary.name in files.listdir(target.parent):
+            files.unlink(temporary)
+        raise JournalFull(
+            f"no room to copy {source} to {target}: free some space", needed=(end or files.size(reading)) - start
+        ) from error
+    finally:
+        files.close(reading)
+    files.rename(temporary, target)
+    files.fsync_dir(target.parent)
+    return target
+
+
+def unused(files: Files, directory: Path, stem: str, suffix: str) -> Path:
+    """A name that no earlier copy has: what it holds may be the only evidence."""
+    taken = set(files.listdir(directory))
+    name, count = stem + suffix, 1
+    while name in taken:
+        count += 1
+        name = f"{stem}.{count}{suffix}"
+    return directory / name
