@@ -1,0 +1,303 @@
+"""The data directory: where the journal, the history and the lock of one cluster lie, and who owns it.
+
+The lock is an `flock` whose descriptor is handed on to every process of the cluster, so that it is free only when
+the last of them has ended: nobody starts on a journal that a straggler of the old cluster may still write.
+This module never reads a journal or a history.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from stageflow_actors.errors import JournalLocked, StageFlowError
+from stageflow_actors.runtime.processes import start_ticks
+
+__all__ = [
+    "ClusterRecord",
+    "DataDir",
+    "DataDirUnusable",
+    "file_system_of",
+    "remove_runtime_dir",
+    "runtime_dir",
+]
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    "9p afs beegfs ceph cifs coda davfs fuse.ceph fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.juicefs fuse.rclone "
+    "fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs pvfs2 smb3 smbfs".split()
+)
+"""Types, as in /proc/mounts, on which locks, shared memory or syncs of several processes cannot be relied upon."""
+
+_SOCKET_PATH_MAX = 107
+_LONGEST_SOCKET_NAME = 24
+
+
+class DataDirUnusable(StageFlowError):
+    """The data directory, or the private directory of the sockets, cannot be used; `path` is which."""
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class ClusterRecord(Struct, kw_only=True, frozen=True):
+    """Who serves a data directory (cluster.json).
+
+    `program` and `node` are process ids, `program_ticks` the program's start in clock ticks since boot (with the
+    pid it names one process), `address` the broker's, `started` seconds since the Unix epoch.
+    """
+
+    program: int
+    program_ticks: int | None = None
+    node: int | None = None
+    address: str | None = None
+    started: float = 0.0
+
+    def program_lives(self) -> bool:
+        """Whether that very program still runs."""
+        ticks = start_ticks(self.program)
+        return ticks is not None and self.program_ticks in (None, ticks)
+
+
+class DataDir:
+    """A data directory that exists, is private if it is new, and lies on a local disk."""
+
+    def __init__(self, path: Path | str, *, create: bool = True) -> None:
+        """Makes the directory (mode 0700) if there is none. Raises `DataDirUnusable`, also for a network disk."""
+        self.path = Path(path).absolute()
+        try:
+            if create:
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            usable = self.path.is_dir() and os.access(self.path, os.R_OK | os.W_OK | os.X_OK)
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
+        if not self.path.is_dir():
+            raise self._unusable("there is no such directory; is --data right?")
+        if not usable:
+            raise self._unusable("it may not be read and written by this user")
+        _refuse_network(self.path)
+        self._lock_fd: int | None = None
+
+    @property
+    def journal(self) -> Path:
+        """The directory of the broker's journal."""
+        return self.path / "journal"
+
+    @property
+    def history(self) -> Path:
+        """The file of finished instances."""
+        return self.path / "history.db"
+
+    @property
+    def lock(self) -> Path:
+        """The lock file. It is never removed: two clusters could each hold a lock on a file of that name."""
+        return self.path / "lock"
+
+    @property
+    def cluster(self) -> Path:
+        """The file that says who serves this directory."""
+        return self.path / "cluster.json"
+
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor that holds the lock, to be passed on (`pass_fds`). Raises `RuntimeError` without one."""
+        if self._lock_fd is None:
+            raise RuntimeError(f"{self.path} has not been acquired")
+        return self._lock_fd
+
+    def acquire(self, program_pid: int, wait: float = 5.0) -> int:
+        """Takes the directory for `program_pid`, and returns the lock's descriptor.
+
+        If the program that has it is dead, waits up to `wait` seconds for the rest of its cluster to end. Raises
+        `JournalLocked` if it lives, or if something of it is left after that.
+        """
+        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            deadline = time.monotonic() + wait
+            while not _try_lock(fd):
+                # Read each time: a new owner writes its name only after it has the lock.
+                owner = self.read_cluster()
+                if owner is not None and owner.program_lives():
+                    raise JournalLocked(
+                        f"{self.path} is in use by the program with pid {owner.program}; use "
+                        f"Runtime.connect({str(self.path)!r}) to work with it from here, or another data_dir",
+                        data_dir=str(self.path),
+                        pid=owner.program,
+                    )
+                if time.monotonic() >= deadline:
+                    raise self._still_held(owner, wait)
+                time.sleep(0.02)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock_fd = fd
+        self.write_cluster(
+            ClusterRecord(program=program_pid, program_ticks=start_ticks(program_pid), started=time.time())
+        )
+        return fd
+
+    def adopt(self, lock_fd: int) -> None:
+        """Takes over a lock that was inherited from the process that acquired it."""
+        self._lock_fd = lock_fd
+
+    def release(self) -> None:
+        """Closes this process's descriptor; the lock is free when all who inherited it have ended or released."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def read_cluster(self) -> ClusterRecord | None:
+        """Who serves the directory, or None if nobody is on record. The record may be of a cluster that has ended."""
+        try:
+            return msgspec.json.decode(self.cluster.read_bytes(), type=ClusterRecord)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def write_cluster(self, record: ClusterRecord) -> None:
+        """Replaces the record at once: a reader sees the old one or the new one."""
+        draft = self.cluster.with_suffix(f".{os.getpid()}.new")
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(self.cluster)
+
+    def remove_cluster(self) -> None:
+        """Takes the record away at the end of a graceful stop."""
+        self.cluster.unlink(missing_ok=True)
+
+    def holders(self) -> list[int]:
+        """The processes that have the lock file open, as far as this user may see."""
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                for fd in os.scandir(f"/proc/{name}/fd"):
+                    if os.path.samefile(fd.path, self.lock):
+                        found.append(int(name))
+                        break
+            except OSError:
+                continue  # ended meanwhile, or another user's
+        return sorted(set(found) - {os.getpid()})
+
+    def _still_held(self, owner: ClusterRecord | None, wait: float) -> JournalLocked:
+        pids = self.holders()
+        who = f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another process"
+        before = f"the program {owner.program} that used it has ended, but " if owner is not None else ""
+        return JournalLocked(
+            f"{self.path} is in use: {before}{who} still held it after {wait:g} s; end what is left, and start again "
+            "(Runtime.connect is for a cluster whose program lives)",
+            data_dir=str(self.path),
+            pid=pids[0] if pids else None,
+        )
+
+    def _unusable(self, reason: str) -> DataDirUnusable:
+        return DataDirUnusable(f"the data directory {self.path} cannot be used: {reason}", path=self.path)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
+    """(type, mount point) of the file system that holds `path`, from the text of /proc/mounts."""
+    best = ("", "")
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        mount = _unescape(fields[1])
+        # A later mount on the same point covers the earlier one.
+        if len(mount) >= len(best[1]) and path.is_relative_to(mount):
+            best = (fields[2], mount)
+    return best
+
+
+def _unescape(field: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field
+
+
+def _refuse_network(path: Path, mounts: str | None = None) -> None:
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text(errors="surrogateescape")
+        except OSError:
+            return  # no /proc: nothing is known, and nothing can be said
+    kind, mount = file_system_of(path.resolve(), mounts)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise DataDirUnusable(
+            f"the data directory {path} lies on a network file system ({kind}, mounted at {mount}), where locks and "
+            "syncs are not reliable; choose a data_dir on a local disk and copy results from there",
+            path=path,
+        )
+
+
+def runtime_dir(data_dir: Path) -> Path:
+    """The private directory (mode 0700) of the sockets that belong to `data_dir`; made if there is none.
+
+    It lies below `$XDG_RUNTIME_DIR` or the directory for temporary files, because a socket's path may have 107
+    bytes at most. Always the same for the same data directory. Raises `DataDirUnusable` if what lies there is not
+    this user's alone.
+    """
+    # The user's number is part of the name: in a shared /tmp two users may each have a /data of their container.
+    digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
+    name = f"stageflow-{os.geteuid()}-{digest}"
+    path = _runtime_base(len(name)) / name
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise DataDirUnusable(f"cannot make the sockets' directory {path}: {error.strerror}", path=path) from error
+    _check_private(path)
+    return path
+
+
+def _runtime_base(name_length: int) -> Path:
+    candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    room = _SOCKET_PATH_MAX - _LONGEST_SOCKET_NAME - name_length - 2
+    for candidate in candidates:
+        if candidate and len(os.fsencode(candidate)) <= room and os.access(candidate, os.W_OK | os.X_OK):
+            return Path(candidate)
+    raise DataDirUnusable(
+        f"there is no writable directory for sockets among {', '.join(filter(None, candidates))} with a path of at "
+        f"most {room} bytes; set XDG_RUNTIME_DIR to one",
+        path=Path(candidates[-1]),
+    )
+
+
+def _check_private(path: Path) -> None:
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        reason = "it is not a directory"
+    elif found.st_uid != os.geteuid():
+        reason = f"it belongs to the user with id {found.st_uid}"
+    elif stat.S_IMODE(found.st_mode) & 0o077:
+        reason = f"others have access to it (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    raise DataDirUnusable(
+        f"the sockets' directory {path} is not private: {reason}; remove it, or set XDG_RUNTIME_DIR to a private "
+        "directory",
+        path=path,
+    )
+
+
+def remove_runtime_dir(path: Path) -> None:
+    """Removes a directory that `runtime_dir` made, with the sockets in it; once everything has stopped."""
+    if path.name.startswith("stageflow-"):
+        shutil.rmtree(path, ignore_errors=True)

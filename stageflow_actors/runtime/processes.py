@@ -1,0 +1,188 @@
+"""Deaths of processes: to cause them, to wait for them, to be told of them. Linux only.
+
+A process is held by a pidfd, never by its number alone: numbers are used again. This module knows nothing of
+workers' work, and never ends a process that it was not handed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+from collections.abc import Iterable
+
+__all__ = [
+    "describe_exit",
+    "has_exited",
+    "kill_group",
+    "kill_groups",
+    "name_process",
+    "parent_death_fd",
+    "session_members",
+    "set_pdeathsig",
+    "start_ticks",
+    "wait_dead",
+]
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+_SIGNAL_WORDS = {
+    signal.SIGSEGV: "segmentation fault",
+    signal.SIGBUS: "bus error",
+    signal.SIGABRT: "abort",
+    signal.SIGFPE: "arithmetic error",
+    signal.SIGILL: "illegal instruction",
+    signal.SIGKILL: "out of memory, or killed by hand",
+    signal.SIGTERM: "asked to end",
+    signal.SIGXCPU: "CPU time limit",
+}
+
+
+def describe_exit(status: int) -> str:
+    """How a process ended, in words. `status` as in `subprocess`: an exit code, or minus the signal's number."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        which = signal.Signals(-status)
+    except ValueError:
+        return f"killed by signal {-status}"  # a real-time signal
+    words = _SIGNAL_WORDS.get(which)
+    return f"killed by {which.name} ({words})" if words else f"killed by {which.name}"
+
+
+def has_exited(pidfd: int) -> bool:
+    """Whether the process has ended, be it reaped or not."""
+    return wait_dead(pidfd, 0)
+
+
+def wait_dead(pidfd: int, timeout: float | None) -> bool:
+    """Waits until the process has ended, at most `timeout` seconds (None: for ever); whether it has."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(None if timeout is None else max(0.0, timeout) * 1000))
+
+
+def kill_group(pid: int, pidfd: int) -> None:
+    """SIGKILLs the process, its process group, and everything else in the session that it leads.
+
+    Returns at once; `wait_dead` tells when the process itself is gone. Nothing happens to strangers that were given
+    the same number after the process had ended and been reaped.
+    """
+    kill_groups([(pid, pidfd)])
+
+
+def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
+    """`kill_group` for several `(pid, pidfd)`, looking through the process table once."""
+    sessions: set[int] = set()
+    for pid, pidfd in processes:
+        if not _is_unreaped(pidfd):
+            # The leader is gone for good. Its number is taken only while members of its session remain, unless a
+            # stranger carries it by now.
+            if not os.path.exists(f"/proc/{pid}"):
+                sessions.add(pid)
+            continue
+        try:
+            if os.getsid(pid) == pid:
+                sessions.add(pid)
+                os.killpg(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it has just gone, or its group consists of what we may not touch
+        _send(pidfd, signal.SIGKILL)
+    # What a handler started in a process group of its own; again while there are new ones, because they may fork.
+    killed: set[int] = set()
+    while new := [pid for pid in session_members(sessions) if pid not in killed] if sessions else []:
+        for pid in new:
+            _kill_member(pid, sessions)
+        killed.update(new)
+
+
+def _is_unreaped(pidfd: int) -> bool:
+    try:
+        signal.pidfd_send_signal(pidfd, 0)  # nought is no signal, only a question
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _send(pidfd: int, which: signal.Signals) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, which)
+    except ProcessLookupError:
+        pass
+
+
+def _kill_member(pid: int, sessions: set[int]) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if os.getsid(pid) in sessions:  # asked once more, now that the pidfd holds the process
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    finally:
+        os.close(pidfd)
+
+
+def session_members(sessions: set[int]) -> list[int]:
+    """The living processes of these sessions."""
+    found = []
+    for name in os.listdir("/proc"):
+        fields = _stat(name) if name.isdecimal() else []
+        # Zombies are dead already.
+        if fields and int(fields[3]) in sessions and fields[0] not in (b"Z", b"X"):
+            found.append(int(name))
+    return found
+
+
+def start_ticks(pid: int) -> int | None:
+    """When `pid` started, in clock ticks since boot; None if there is none. With the pid it names one process."""
+    fields = _stat(str(pid))
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def _stat(pid: str) -> list[bytes]:
+    """The fields of /proc/pid/stat from the state on; empty when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return content[content.rindex(b")") + 2 :].split()  # the name before may hold anything
+
+
+def parent_death_fd(expected: int | None = None) -> int:
+    """A pidfd that turns readable when this process's parent ends.
+
+    `expected` is the parent's pid where it is known. Raises `ProcessLookupError` if that parent has ended already:
+    whoever is the parent now is somebody else.
+    """
+    parent = os.getppid() if expected is None else expected
+    pidfd = os.pidfd_open(parent)
+    if os.getppid() != parent:
+        os.close(pidfd)
+        raise ProcessLookupError(f"the parent process {parent} has ended")
+    return pidfd
+
+
+def set_pdeathsig(which: int = signal.SIGKILL) -> None:
+    """Has the kernel send `which` to this process when the *thread* that made it ends.
+
+    The parent may be dead before this is called: compare `os.getppid()` afterwards. A child does not inherit it.
+    """
+    _prctl(_PR_SET_PDEATHSIG, int(which))
+
+
+def name_process(name: str) -> None:
+    """Sets the name that `ps -o comm` and `top` show; the kernel keeps 15 bytes."""
+    _prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]))
+
+
+def _prctl(option: int, argument: object) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

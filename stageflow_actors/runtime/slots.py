@@ -1,0 +1,164 @@
+"""Shared memory in which each worker says what it is running, since when and for how long it may.
+
+One anonymous file holds an array of 64-byte slots; the node makes it, the zygote and the workers inherit it. A
+worker writes its own slot, twice per message, so no lock, no system call and no allocation belongs here. The node
+reads slots to enforce timeouts, to show who is busy, and to know which message a dead worker was running.
+
+::
+
+    cell   0           1         2           3        4            5-7
+           message_id  since_ns  timeout_ns  started  cancelled    unused
+
+`since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
+`begin` therefore looks idle, which is the truth: its handler has not started.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from msgspec import Struct
+
+__all__ = ["SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
+
+SLOT_BYTES = 64
+"""A cache line, so that two workers never write to the same one."""
+
+_CELLS = SLOT_BYTES // 8
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED = range(5)
+
+
+class SlotState(Struct, frozen=True):
+    """What a worker was doing at one moment.
+
+    `message_id` is that of the message in work, or of the last one when idle. `since_ns` is `CLOCK_MONOTONIC` at
+    the handler's start, nought when idle; `timeout_ns` what the handler may take, nought for no limit. `started`
+    and `finished` count handlers since the slot was cleared.
+    """
+
+    message_id: int
+    since_ns: int
+    timeout_ns: int
+    started: int
+    finished: int
+    cancelled: bool
+
+    @property
+    def busy(self) -> bool:
+        """Whether a handler was running."""
+        return self.since_ns != 0
+
+    def overdue(self, now_ns: int) -> bool:
+        """Whether the handler had run past its timeout at `now_ns` (`CLOCK_MONOTONIC`)."""
+        return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns
+
+
+class Slot:
+    """One worker's slot. `begin` and `end` belong to the worker; `cancel` and `clear` to the node."""
+
+    __slots__ = ("_cells", "_started", "_timeout")
+
+    def __init__(self, cells: memoryview) -> None:
+        self._cells = cells
+        self._started: int = cells[_STARTED]
+        self._timeout: int = cells[_TIMEOUT]
+
+    def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
+        """The handler for `message_id` starts now, and may run for `timeout_ns` (nought: no limit).
+
+        `now_ns` is `time.monotonic_ns()`, which the caller needs anyway for the stage's duration.
+        """
+        cells = self._cells
+        cells[1] = 0  # literals: looking up a constant per cell would cost as much as writing it
+        cells[0] = message_id
+        if timeout_ns != self._timeout:
+            cells[2] = self._timeout = timeout_ns
+        cells[3] = self._started = self._started + 1
+        cells[1] = now_ns
+
+    def end(self) -> None:
+        """The handler has returned."""
+        self._cells[1] = 0
+
+    def is_cancelled(self) -> bool:
+        """Whether the node has asked for an end of the message in work."""
+        cells = self._cells
+        return cells[1] != 0 and cells[4] == cells[0]
+
+    def cancel(self, message_id: int) -> None:
+        """Asks the worker to end `message_id`; without effect on any other message, however late this comes."""
+        self._cells[_CANCELLED] = message_id
+
+    def clear(self) -> None:
+        """Empties the slot for its next worker, after the death of its last."""
+        self._cells[_SINCE] = 0
+        for cell in range(_CELLS):
+            self._cells[cell] = 0
+        self._started = self._timeout = 0
+
+    def read(self) -> SlotState:
+        """What the worker is doing. Consistent: cells that changed during the reading are read again."""
+        cells = self._cells
+        while True:
+            since = cells[_SINCE]
+            message_id, timeout, started, cancelled = (
+                cells[_MESSAGE],
+                cells[_TIMEOUT],
+                cells[_STARTED],
+                cells[_CANCELLED],
+            )
+            if cells[_SINCE] == since:
+                break
+        busy = since != 0
+        return SlotState(
+            message_id=message_id,
+            since_ns=since,
+            timeout_ns=timeout,
+            started=started,
+            finished=started - busy,
+            cancelled=busy and cancelled == message_id,
+        )
+
+
+class SlotTable:
+    """All slots of a node. `fd` may be inherited; `close` unmaps, and later use of a slot raises `ValueError`."""
+
+    def __init__(self, fd: int, count: int) -> None:
+        self.fd = fd
+        self._memory = mmap.mmap(fd, count * SLOT_BYTES)
+        self._bytes = memoryview(self._memory)
+        self._cells = self._bytes.cast("Q")
+        self._slots = [Slot(self._cells[index * _CELLS : (index + 1) * _CELLS]) for index in range(count)]
+
+    @classmethod
+    def create(cls, count: int) -> SlotTable:
+        """A new table of `count` empty slots."""
+        fd = os.memfd_create("stageflow-slots")
+        try:
+            os.ftruncate(fd, count * SLOT_BYTES)
+            return cls(fd, count)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, count: int) -> SlotTable:
+        """The table of `count` slots behind the inherited `fd`, which becomes this table's own."""
+        return cls(fd, count)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> Slot:
+        return self._slots[index]
+
+    def close(self) -> None:
+        """Unmaps the memory and closes `fd`; other processes keep theirs."""
+        for slot in self._slots:
+            slot._cells.release()
+        self._slots.clear()
+        self._cells.release()
+        self._bytes.release()
+        self._memory.close()
+        os.close(self.fd)

@@ -1,0 +1,286 @@
+"""The zygote: a warm process with one thread, which does nothing but fork workers and tell how they end.
+
+It has imported what every worker needs, so that a worker is there within milliseconds; it never loads user code,
+never starts a thread, and never reads what a worker is sent: the payload travels as an anonymous file that only
+the worker opens.
+
+It ends when its socket closes, that is when the node has ended however, and takes all workers and what they
+started with it. That is why it has no `PR_SET_PDEATHSIG` of its own: a zygote killed in the same instant could
+not kill its workers' children any more.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+from typing import NoReturn
+
+import msgspec
+from msgspec import Struct
+
+from stageflow_actors.runtime.processes import (
+    kill_group,
+    kill_groups,
+    name_process,
+    parent_death_fd,
+    set_pdeathsig,
+)
+from stageflow_actors.runtime.slots import SlotTable
+
+__all__ = [
+    "EXITED",
+    "EXIT_UNHANDLED",
+    "FAILED",
+    "SPAWNED",
+    "WorkerInput",
+    "ZygoteConfig",
+    "main",
+    "read_config",
+]
+
+EXIT_UNHANDLED = 70
+"""Exit code of a worker whose entry function raised (`EX_SOFTWARE` of sysexits.h)."""
+
+SPAWNED, EXITED, FAILED = range(3)
+"""Kinds of report: `[kind, worker_id, pid, status or reason]`."""
+
+_DATAGRAM = 65_536
+
+
+class ZygoteConfig(Struct):
+    """What a zygote is started with. Descriptors are numbers in the zygote.
+
+    `entry` is `module:function`, called in each worker with (payload, slot or None); what it returns is the exit
+    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start.
+    """
+
+    socket_fd: int
+    node_pid: int
+    entry: str
+    sys_path: list[str]
+    cwd: str | None
+    preload: list[str]
+    slots_fd: int = -1
+    slot_count: int = 0
+    keep_fds: list[int] = []
+
+
+class WorkerInput(Struct, array_like=True):
+    """The content of the anonymous file that a spawn request carries."""
+
+    env: dict[str, str]
+    payload: bytes
+
+
+class _Worker(Struct):
+    worker_id: str
+    pid: int
+    pidfd: int
+
+
+def read_config(fd: int) -> ZygoteConfig:
+    """The configuration from the anonymous file `fd`, which is closed."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return msgspec.msgpack.decode(file.read(), type=ZygoteConfig)
+
+
+def main(config_fd: int) -> NoReturn:
+    """Runs the zygote in this process until the node ends."""
+    config = read_config(config_fd)
+    del sys.argv[1:]  # a worker's code that looks at them shall find none
+    try:
+        node = parent_death_fd(config.node_pid)
+    except ProcessLookupError:
+        os._exit(0)
+    # Whoever wants the cluster to end tells the program; the zygote follows the node.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    for fd in (config.socket_fd, config.slots_fd, *config.keep_fds):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    name_process("stageflow-zyg")
+    gc.disable()
+    _preload(config.preload)
+    gc.collect()
+    gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page it shares with the zygote
+    Zygote(config, node).serve()
+
+
+def _preload(modules: list[str]) -> None:
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
+        # A lock held by another thread at the time of a fork stays locked in the child for ever.
+        raise RuntimeError(f"the zygote must have one thread, and importing {modules} has started others")
+
+
+class Zygote:
+    """The loop: requests in, forks, reports out. Nothing in it blocks but the poll."""
+
+    def __init__(self, config: ZygoteConfig, node_pidfd: int) -> None:
+        self._config = config
+        self._pid = os.getpid()
+        self._socket = socket.socket(fileno=config.socket_fd)
+        self._socket.setblocking(False)
+        self._node = node_pidfd
+        self._slots = SlotTable.attach(config.slots_fd, config.slot_count) if config.slots_fd >= 0 else None
+        self._workers: dict[int, _Worker] = {}
+        self._reports: deque[tuple[bytes, int]] = deque()
+        self._poller = select.poll()
+        self._poller.register(self._node, select.POLLIN)
+        self._poller.register(config.socket_fd, select.POLLIN)
+
+    def serve(self) -> NoReturn:
+        """Serves the node until it is gone."""
+        connection = self._socket.fileno()
+        while True:
+            for fd, event in self._poller.poll():
+                if fd == self._node:
+                    self._end()
+                elif fd != connection:
+                    self._bury(fd)
+                else:
+                    if event & select.POLLIN:
+                        self._serve_request()
+                    elif event & ~select.POLLOUT:
+                        self._end()
+                    if event & select.POLLOUT:
+                        self._flush()
+
+    def _end(self) -> NoReturn:
+        kill_groups((worker.pid, worker.pidfd) for worker in self._workers.values())
+        os._exit(0)
+
+    def _serve_request(self) -> None:
+        try:
+            message, fds, _, _ = socket.recv_fds(self._socket, _DATAGRAM, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end()
+        if not message:
+            self._end()
+        worker_id, slot = msgspec.msgpack.decode(message, type=tuple[str, int])
+        self._spawn(worker_id, slot, fds[0])
+
+    def _spawn(self, worker_id: str, slot: int, input_fd: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or the limit of processes
+            os.close(input_fd)
+            self._report(FAILED, worker_id, 0, f"cannot fork: {error.strerror}")
+            return
+        if pid == 0:
+            self._become_worker(slot, input_fd)
+        os.close(input_fd)
+        # Nobody but this thread reaps, so the number still means the child, dead or alive.
+        pidfd = os.pidfd_open(pid)
+        self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
+        self._poller.register(pidfd, select.POLLIN)
+        self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
+
+    def _bury(self, pidfd: int) -> None:
+        """A worker has ended: its children follow, while its number is still its own; then it is reaped."""
+        worker = self._workers.pop(pidfd)
+        self._poller.unregister(pidfd)
+        kill_group(worker.pid, pidfd)
+        _, status = os.waitpid(worker.pid, 0)
+        os.close(pidfd)
+        self._report(EXITED, worker.worker_id, worker.pid, os.waitstatus_to_exitcode(status))
+
+    def _report(self, kind: int, worker_id: str, pid: int, detail: int | str, pidfd: int = -1) -> None:
+        self._reports.append((msgspec.msgpack.encode((kind, worker_id, pid, detail)), pidfd))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Sends what the node has room for. A blocking send could meet the node blocked in its own."""
+        while self._reports:
+            message, pidfd = self._reports[0]
+            try:
+                if pidfd >= 0:
+                    socket.send_fds(self._socket, [message], [pidfd])
+                else:
+                    self._socket.send(message)
+            except BlockingIOError:
+                self._poller.modify(self._socket.fileno(), select.POLLIN | select.POLLOUT)
+                return
+            except OSError:
+                self._end()
+            self._reports.popleft()
+            if pidfd >= 0:
+                os.close(pidfd)
+        self._poller.modify(self._socket.fileno(), select.POLLIN)
+
+    def _become_worker(self, slot: int, input_fd: int) -> NoReturn:
+        """The child's side of the fork. It must never return into the zygote's loop."""
+        code = EXIT_UNHANDLED
+        try:
+            os.setsid()
+            set_pdeathsig(signal.SIGKILL)
+            if os.getppid() != self._pid:
+                os._exit(0)
+            self._let_go()
+            code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
+        except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except (OSError, ValueError, AttributeError):
+                    pass  # closed by a handler, or a reader that has gone
+            os._exit(code & 0xFF)
+
+    def _let_go(self) -> None:
+        """Gives up what is the zygote's: descriptors and signal handlers."""
+        self._socket.close()
+        os.close(self._node)
+        for pidfd in self._workers:
+            os.close(pidfd)
+        for _, pidfd in self._reports:
+            if pidfd >= 0:
+                os.close(pidfd)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        # A handler and not SIG_IGN: what is ignored stays ignored in programs that the worker starts.
+        signal.signal(signal.SIGINT, _ignore_signal)
+        gc.enable()
+
+
+def _ignore_signal(_number: int, _frame: object) -> None:
+    """Ctrl-C is for the program; a worker ends when it is told to."""
+
+
+def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
+    with open(input_fd, "rb") as file:
+        file.seek(0)
+        given = msgspec.msgpack.decode(file.read(), type=WorkerInput)
+    os.environ.update(given.env)
+    if config.cwd is not None:
+        os.chdir(config.cwd)
+    sys.path[:] = config.sys_path
+    name_process("stageflow-work")
+    module, _, function = config.entry.partition(":")
+    payload = given.payload
+    del given
+    try:
+        result = getattr(importlib.import_module(module), function)(payload, slot)
+    except SystemExit as exit_request:
+        if isinstance(exit_request.code, str):
+            sys.stderr.write(f"{exit_request.code}\n")
+            return 1
+        result = exit_request.code
+    return int(result or 0)
