@@ -115,7 +115,7 @@ def clear_end(files: Files, path: Path, damage: Damage, until: int) -> None:
 
 
 def copy_aside(files: Files, source: Path, start: int, end: int | None, target: Path) -> Path:
-    """Copy the bytes from `start` to `end` (None: all the rest) into a new file, whole and synced before it has its name.
+    """Copy the bytes from `start` to `end` (None: to the last) into a new file, synced before it gets its name.
 
     Raises JournalFull, and leaves nothing behind.
     """

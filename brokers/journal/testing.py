@@ -1,0 +1,272 @@
+"""A disk in memory that fails, tears and forgets: `Files` for tests and simulators. Never for data that matters.
+
+It is stricter than any real disk. What was written lasts only after the file was synced; a name that was made, moved or
+removed lasts only after its directory was synced; until then a crash of the machine may keep any part of it, sector by
+sector and name by name. After a failed sync the data is still to be read, and yet will never reach the disk.
+"""
+
+import errno
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brokers.journal.format import SECTOR, Buffer
+
+__all__ = ["Call", "Crash", "MemoryFiles"]
+
+Call = tuple[str, str]  # operation, name of the file or directory
+Write = tuple[int, bytes]  # where, what
+
+
+class Crash(BaseException):
+    """The process, or its machine, ends in the middle of a call. Not an Exception: nothing may handle it."""
+
+
+@dataclass(eq=False, slots=True)
+class _Inode:
+    seen: bytearray = field(default_factory=bytearray)  # what a read returns
+    durable: bytearray = field(default_factory=bytearray)  # what a crash of the machine leaves for certain
+    dirty: list[Write | int] = field(default_factory=list)  # on the way there: writes, and sizes
+
+
+@dataclass(eq=False, slots=True)
+class _Change:
+    """One step of a directory: `gone` is a name that ends, `path` one that begins to mean `inode`."""
+
+    gone: Path | None
+    path: Path | None
+    inode: _Inode | None
+
+    def apply(self, names: dict[Path, _Inode]) -> None:
+        if self.gone is not None:
+            names.pop(self.gone, None)
+        if self.path is not None and self.inode is not None:
+            names[self.path] = self.inode
+
+    @property
+    def directory(self) -> Path:
+        path = self.path or self.gone
+        assert path is not None
+        return path.parent
+
+
+class MemoryFiles:
+    """`on_call` is asked before each call that changes or syncs something, with its name and the file's.
+
+    It may raise (OSError, Crash), or return the number of bytes that a write is to stop after; None lets it pass.
+    `room` is the size of the disk in bytes, None for no limit. `calls` lists what was called.
+    """
+
+    def __init__(self, *, seed: int = 0, room: int | None = None) -> None:
+        self.on_call: Callable[[str, str], int | None] = lambda name, path: None
+        self.room = room
+        self.calls: list[Call] = []
+        self.living: set[int] = set()
+        self._random = random.Random(seed)
+        self._names: dict[Path, _Inode] = {}
+        self._durable_names: dict[Path, _Inode] = {}
+        self._changes: list[_Change] = []
+        self._directories: set[Path] = set()
+        self._open: dict[int, tuple[_Inode, Path, bool]] = {}
+        self._locks: dict[_Inode, int] = {}
+        self._next_fd = 3
+
+    # -- what happens to the disk
+
+    def kill(self) -> None:
+        """The process is gone: its descriptors and locks with it, but nothing that it wrote."""
+        self._open.clear()
+        self._locks.clear()
+        self.on_call = lambda name, path: None
+
+    def crash(self, chance: random.Random | None = None) -> None:
+        """The machine is gone. Without `chance` it leaves only what was synced; with it, any part of the rest too."""
+        self.kill()
+        for inode in {*self._names.values(), *self._durable_names.values()}:
+            if chance is not None:
+                for step in inode.dirty:
+                    if isinstance(step, int):
+                        if chance.random() < 0.5:
+                            _resize(inode.durable, step)
+                    else:
+                        _tear(inode.durable, step, chance)
+            inode.dirty.clear()
+            inode.seen[:] = inode.durable
+        if chance is not None:
+            for change in self._changes:
+                if chance.random() < 0.5:
+                    change.apply(self._durable_names)
+        self._changes.clear()
+        self._names = dict(self._durable_names)
+
+    def content(self, path: Path) -> bytes:
+        """What a read of the file returns."""
+        return bytes(self._names[path].seen)
+
+    def damage(self, path: Path, content: bytes) -> None:
+        """Put other bytes in the place of a file, on the disk too."""
+        inode = self._names[path]
+        inode.seen[:] = inode.durable[:] = content
+        inode.dirty.clear()
+
+    def remove(self, path: Path) -> None:
+        """Someone deletes a file, for good."""
+        del self._names[path], self._durable_names[path]
+
+    def used(self) -> int:
+        """Bytes of all files."""
+        return sum(len(inode.seen) for inode in self._names.values())
+
+    # -- Files
+
+    def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
+        inode = self._names.get(path)
+        if inode is None:
+            if not create:
+                raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+            self._note("create", path)
+            inode = self._names[path] = _Inode()
+            self._changes.append(_Change(None, path, inode))
+        fd, self._next_fd = self._next_fd, self._next_fd + 1
+        self._open[fd] = inode, path, write
+        return fd
+
+    def close(self, fd: int) -> None:
+        inode = self._open.pop(fd)[0]
+        if self._locks.get(inode) == fd:
+            del self._locks[inode]
+
+    def size(self, fd: int) -> int:
+        return len(self._open[fd][0].seen)
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        return bytes(self._open[fd][0].seen[offset : offset + size])
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        inode, path, write = self._open[fd]
+        assert write, f"{path} is open for reading"
+        limit = self._note("pwritev", path)
+        data = b"".join(buffers)[:limit]
+        self._need(max(0, offset + len(data) - len(inode.seen)))
+        _put(inode.seen, offset, data)
+        inode.dirty.append((offset, data))
+        return len(data)
+
+    def fdatasync(self, fd: int) -> None:
+        self._sync("fdatasync", fd)
+
+    def fsync(self, fd: int) -> None:
+        self._sync("fsync", fd)
+
+    def fallocate(self, fd: int, size: int) -> None:
+        inode, path, _ = self._open[fd]
+        self._note("fallocate", path)
+        if size > len(inode.seen):
+            self._need(size - len(inode.seen))
+            _resize(inode.seen, size)
+            inode.dirty.append(size)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        inode, path, _ = self._open[fd]
+        self._note("ftruncate", path)
+        _resize(inode.seen, size)
+        inode.dirty.append(size)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._note("rename", target)
+        inode = self._names.pop(source)
+        self._names[target] = inode
+        if source.parent == target.parent:
+            self._changes.append(_Change(source, target, inode))
+        else:
+            self._changes += [_Change(None, target, inode), _Change(source, None, None)]
+
+    def unlink(self, path: Path) -> None:
+        self._note("unlink", path)
+        del self._names[path]
+        self._changes.append(_Change(path, None, None))
+
+    def fsync_dir(self, path: Path) -> None:
+        self._note("fsync_dir", path)
+        for change in self._changes:
+            if change.directory == path:
+                change.apply(self._durable_names)
+        self._changes = [change for change in self._changes if change.directory != path]
+
+    def listdir(self, path: Path) -> list[str]:
+        if path not in self._directories:
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(path))
+        below = {each.name for each in self._directories if each.parent == path and each != path}
+        return sorted(below | {each.name for each in self._names if each.parent == path})
+
+    def mkdir(self, path: Path) -> None:
+        self._directories.update((path, *path.parents))
+
+    def lock(self, fd: int) -> bool:
+        return self._locks.setdefault(self._open[fd][0], fd) == fd
+
+    def alive(self, pid: int) -> bool:
+        return pid in self.living
+
+    def forget_cache(self, fd: int) -> None:
+        inode = self._open[fd][0]
+        inode.seen[:] = inode.durable
+        for step in inode.dirty:
+            _apply(inode.seen, step)
+
+    def random(self) -> int:
+        return self._random.getrandbits(64)
+
+    # -- inside
+
+    def _note(self, name: str, path: Path) -> int | None:
+        self.calls.append((name, path.name))
+        return self.on_call(name, path.name)
+
+    def _need(self, more: int) -> None:
+        if self.room is not None and more and self.used() + more > self.room:
+            raise OSError(errno.ENOSPC, "no space left on this device")
+
+    def _sync(self, name: str, fd: int) -> None:
+        inode, path, _ = self._open[fd]
+        try:
+            self._note(name, path)
+        except OSError:
+            inode.dirty.clear()  # as Linux does: the pages are clean from now on, and the data nowhere
+            raise
+        for step in inode.dirty:
+            _apply(inode.durable, step)
+        inode.dirty.clear()
+
+
+def _resize(data: bytearray, size: int) -> None:
+    del data[size:]
+    data.extend(bytes(size - len(data)))
+
+
+def _put(data: bytearray, offset: int, piece: bytes) -> None:
+    if offset + len(piece) > len(data):
+        _resize(data, offset + len(piece))
+    data[offset : offset + len(piece)] = piece
+
+
+def _apply(data: bytearray, step: Write | int) -> None:
+    if isinstance(step, int):
+        _resize(data, step)
+    else:
+        _put(data, *step)
+
+
+def _tear(data: bytearray, write: Write, chance: random.Random) -> None:
+    """Of a write that was not synced, each sector is there, or not, or full of something else."""
+    offset, piece = write
+    at = 0
+    while at < len(piece):
+        sector = piece[at : at + SECTOR - (offset + at) % SECTOR]
+        fate = chance.random()
+        if fate < 0.45:
+            _put(data, offset + at, sector)
+        elif fate > 0.9:
+            _put(data, offset + at, chance.randbytes(len(sector)))
+        at += len(sector)

@@ -1,0 +1,332 @@
+"""What goes in comes out again, and where it went."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.errors import JournalError, JournalFull, JournalLocked
+from brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
+from brokers.journal.journal import BatchPlace, Journal
+from brokers.journal.supply import Supply
+
+
+def test_every_committed_batch_is_replayed_in_order(bench: Any) -> None:
+    journal = bench.open()
+    said = bench.fill(journal, 200)
+    journal.close()
+    assert len(journal_files(bench)) > 3
+    again = bench.open()
+    assert bench.replayed == said
+    assert bench.warnings == []
+    assert again.last_batch == 200
+
+
+def journal_files(bench: Any) -> list[str]:
+    return [name for name in bench.disk.listdir(bench.directory) if name.endswith(".journal")]
+
+
+def test_a_new_journal_replays_nothing_and_makes_its_directory(real: Any) -> None:
+    real.directory = real.directory / "below" / "that"
+    with real.open() as journal:
+        assert journal.last_batch == 0
+    assert real.replayed == []
+
+
+def test_batches_go_on_counting_after_each_start(bench: Any) -> None:
+    said = []
+    for start in range(5):
+        journal = bench.open()
+        assert bench.replayed == said
+        said += bench.fill(journal, 30, first=1 + 30 * start)
+        journal.close()
+
+
+def test_extreme_values_survive(bench: Any) -> None:
+    records = [
+        Record(0, 0, 0, b"", b""),
+        Record(255, 2**64 - 1, 2**64 - 1, bytes(range(256)), memoryview(b"\0" * 700)),
+        Record(7, 1, 2, memoryview(b"abc")[1:], memoryview(bytearray(b"writable"))),
+    ]
+    with bench.open() as journal:
+        journal.commit(records, -1.5)
+    bench.open()
+    assert bench.replayed == [(1, -1.5, bench.kept(records))]
+
+
+def test_bodies_that_hold_journal_bytes_confuse_nobody(bench: Any) -> None:
+    with bench.open() as journal:
+        bench.fill(journal, 3)
+        salt = struct.unpack_from("<Q", bench.content(1), 24)[0]
+        forged = [
+            b"".join((encode_header(n, salt + d, 0.0, [], 0, 0).ljust(SECTOR, b"\0")) for n in range(1, 9))
+            for d in (0, 1)
+        ]
+        journal.commit([Record(1, 1, 1, b"", bench.content(1)[: 6 * SECTOR])], 4.0)
+        journal.commit([Record(1, 1, 1, b"", body) for body in (*forged, encode_end(5, salt) * 3)], 5.0)
+        before = bench.content(1)
+    bench.open().close()
+    assert len(bench.replayed) == 5
+    # The same bytes in a torn batch are still only its body.
+    end = bytes(before).rindex(encode_end(5, salt)[:40])
+    bench.disk.damage(bench.path(1), before[: end - SECTOR])
+    bench.open()
+    assert [number for number, _, _ in bench.replayed] == [1, 2, 3, 4]
+
+
+def test_a_commit_costs_one_write_and_one_sync(bench: Any) -> None:
+    journal = bench.open()
+    bench.disk.calls.clear()
+    journal.commit(bench.records(1, count=3), 0.0)
+    assert [name for name, _ in bench.disk.calls] == ["pwritev", "fdatasync"]
+
+
+def test_durability_write_does_not_sync_commits_but_does_before_it_goes_on_in_another_segment(bench: Any) -> None:
+    journal = bench.open(durability="write")
+    bench.disk.calls.clear()
+    journal.commit(bench.records(1), 0.0)
+    assert [name for name, _ in bench.disk.calls] == ["pwritev"]
+    journal.seal()
+    bench.fill(journal, 3, first=2)
+    bench.disk.crash()
+    bench.open()
+    assert [number for number, _, _ in bench.replayed] == [1]
+
+
+def test_commit_does_not_change_the_length_of_the_file(bench: Any) -> None:
+    journal = bench.open()
+    for number in range(1, 12):
+        journal.commit(bench.records(number), 0.0)
+        assert len(bench.content(journal.segments()[-1].number)) == bench.segment_bytes
+
+
+@pytest.mark.parametrize("size", [10, 5000, 300_000])
+def test_a_body_is_read_back_from_where_commit_and_replay_say(real: Any, size: int) -> None:
+    with real.open(segment_bytes=1 << 20) as journal:
+        places: list[tuple[BatchPlace, list[Record]]] = []
+        for number in range(1, 9):
+            records = real.records(number, count=5, size=size)
+            places.append((journal.commit(records, 0.0), records))
+        assert len(journal.segments()) > 1 or size < 300_000
+        for place, records in places:
+            for offset, record in zip(place.blob_offsets, records, strict=True):
+                assert journal.read(place.segment, offset, len(record.blob)) == record.blob
+    with real.open() as journal:
+        assert [(batch.segment, batch.blob_offsets) for batch in real.batches] == [place for place, _ in places]
+
+
+def test_reading_opens_few_files_however_many_segments_there_are(real: Any) -> None:
+    with real.open(segment_bytes=4 * SECTOR) as journal:
+        places = [journal.commit(real.records(number, count=1), 0.0) for number in range(1, 310)]
+        assert len(journal.segments()) > 100
+        for _ in range(2):
+            for number, place in enumerate(places, start=1):
+                blob = real.records(number, count=1)[0].blob
+                assert journal.read(place.segment, place.blob_offsets[0], len(blob)) == blob
+        open_files = [link for link in Path("/proc/self/fd").iterdir() if str(real.directory) in str(link.resolve())]
+        assert len(open_files) < 80
+
+
+def test_a_batch_larger_than_a_segment_gets_a_segment_of_its_own_size(bench: Any) -> None:
+    journal = bench.open()
+    said = bench.fill(journal, 1)
+    large = [Record(1, 2, 3, b"h", bytes(range(256)) * 400)]
+    place = journal.commit(large, 2.0)
+    said += [(2, 2.0, bench.kept(large)), *bench.fill(journal, 2, first=3)]
+    assert journal.read(place.segment, place.blob_offsets[0], 102_400) == large[0].blob
+    assert [info.size for info in journal.segments()] == [
+        16 << 10,
+        len(large[0].blob) // SECTOR * SECTOR + 2 * SECTOR,
+        16 << 10,
+    ]
+    journal.close()
+    bench.open()
+    assert bench.replayed == said
+
+
+@pytest.mark.parametrize("spare", range(0, 3 * SECTOR, 61))
+def test_a_segment_may_be_filled_to_its_last_byte(bench: Any, spare: int) -> None:
+    """Whatever is left at its end: room for an end mark, a sector, nothing."""
+    journal = bench.open()
+    first = [Record(1, 1, 1, b"", b"x" * (bench.segment_bytes - SECTOR - 40 - 25 - spare))]
+    journal.commit(first, 1.0)
+    bench.disk.crash()
+    journal = bench.open()
+    assert bench.replayed == [(1, 1.0, bench.kept(first))]
+    assert bench.warnings == []
+    said = bench.replayed + bench.fill(journal, 2, first=2)
+    bench.disk.crash()
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_segments_say_what_is_in_them(bench: Any) -> None:
+    journal = bench.open()
+    bench.fill(journal, 2)
+    journal.seal()
+    bench.fill(journal, 1, first=3)
+    assert [tuple(info) for info in journal.segments()] == [
+        (1, 1, 3 * SECTOR, 16 << 10, True),
+        (2, 3, 2 * SECTOR, 16 << 10, False),
+    ]
+    before = journal.segments()
+    journal.close()
+    assert bench.open().segments() == before
+
+
+def test_only_the_oldest_sealed_segment_can_be_dropped(bench: Any) -> None:
+    journal = bench.open()
+    for number in range(1, 5):
+        bench.fill(journal, 1, first=number)
+        journal.seal()
+    for oldest in (1, 2, 3, 4):
+        assert journal.segments()[0].number == oldest
+        journal.drop_oldest()
+        assert bench.path(oldest).name not in bench.disk.listdir(bench.directory)
+    with pytest.raises(JournalError, match="the only segment"):
+        journal.drop_oldest()
+    with pytest.raises(JournalError, match="not part of the journal any more"):
+        journal.read(1, SECTOR, 1)
+    said = bench.fill(journal, 2, first=5)
+    journal.close()
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_a_dropped_segment_is_used_again_and_its_old_batches_are_not(bench: Any) -> None:
+    journal = bench.open()
+    bench.fill(journal, 25)
+    while len(journal.segments()) > 1:
+        journal.drop_oldest()
+    recycled = journal._supply  # the spare is now an old segment, full of whole batches
+    assert recycled.spare_bytes == bench.segment_bytes
+    stale = bytes(bench.disk.content(bench.directory / "spare"))
+    journal.seal()
+    segment = journal.segments()[-1].number
+    assert bench.content(segment)[2 * SECTOR :] == stale[2 * SECTOR :]
+    said = bench.fill(journal, 1, first=26)
+    for cut in (False, True):
+        bench.disk.crash()
+        journal = bench.open()
+        assert bench.replayed[-1:] == said
+        assert bench.warnings == []
+        if not cut:
+            said = bench.fill(journal, 1, first=27)
+
+
+def test_a_journal_in_steady_state_takes_no_more_room(bench: Any) -> None:
+    journal = bench.open()
+    most = 0
+    for number in range(1, 500):
+        bench.fill(journal, 1, first=number)
+        while len(journal.segments()) > 2:
+            journal.drop_oldest()
+        most = max(most, bench.disk.used())
+    assert most <= 5 * bench.segment_bytes
+
+
+def test_small_journals_have_small_segments() -> None:
+    sizes = Supply.size_of
+    supply = Supply.__new__(Supply)
+    supply._segment_bytes = 64 << 20
+    assert [sizes(supply, number) >> 20 for number in (1, 2, 3, 4, 5, 6, 1000)] == [4, 8, 16, 32, 64, 64, 64]
+
+
+def test_a_spare_is_ready_before_it_is_needed(bench: Any) -> None:
+    journal = bench.open()
+    assert journal.room == (True, False, bench.segment_bytes - SECTOR, bench.segment_bytes)
+    bench.disk.calls.clear()
+    assert journal.prepare()
+    assert bench.disk.calls == []
+    journal.seal()
+    assert journal.room.ready
+
+
+def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_bench: Any) -> None:
+    bench = make_bench(room=40 << 10)
+    journal = bench.open()
+    assert not journal.room_low
+    said = []
+    number = 1
+    with pytest.raises(JournalFull, match="free some space") as caught:
+        while True:
+            said += bench.fill(journal, 1, first=number)
+            number += 1
+    assert caught.value.needed == bench.segment_bytes
+    assert journal.room_low
+    assert not journal.room.ready
+    assert not journal.prepare()
+    assert not [name for name in bench.disk.listdir(bench.directory) if name.endswith(".tmp")]
+    # Room again: nothing was lost, nothing has to be started anew.
+    journal.drop_oldest()
+    assert not journal.room_low
+    said = [each for each in said if each[0] >= journal.segments()[0].first]
+    said += bench.fill(journal, 1, first=number)
+    bench.disk.crash()
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_a_full_disk_that_is_freed_by_someone_else_clears_by_itself(make_bench: Any) -> None:
+    bench = make_bench(room=20 << 10)
+    journal = bench.open()
+    assert journal.room_low
+    bench.disk.room = None
+    assert journal.prepare()
+    assert not journal.room_low
+    assert journal.room.ready
+
+
+def test_a_disk_without_room_for_the_first_segment_is_said_so(make_bench: Any) -> None:
+    bench = make_bench(room=4 << 10)
+    with pytest.raises(JournalFull, match="free some space"):
+        bench.open()
+    bench.disk.room = None
+    bench.open()
+
+
+def test_records_at_fault_leave_the_journal_alive(bench: Any) -> None:
+    journal = bench.open()
+    with pytest.raises(struct.error):
+        journal.commit([Record(256, 0, 0, b"", b"")], 0.0)
+    with pytest.raises(ValueError, match="without records"):
+        journal.commit([], 0.0)
+    assert len(bench.fill(journal, 1)) == journal.last_batch == 1
+
+
+def test_an_error_of_the_replay_goes_up_and_leaves_the_journal_closed(bench: Any) -> None:
+    with bench.open() as journal:
+        bench.fill(journal, 2)
+
+    def fail(batch: Batch) -> None:
+        raise LookupError(batch.number)
+
+    with pytest.raises(LookupError, match="1"):
+        Journal.open(bench.directory, replay=fail, files=bench.disk)
+    bench.open()
+    assert len(bench.replayed) == 2
+
+
+def test_a_second_journal_in_the_same_directory_is_refused_by_name(bench: Any) -> None:
+    journal = bench.open()
+    with pytest.raises(JournalLocked, match="stop it, or choose another directory") as caught:
+        bench.open()
+    assert caught.value.pid is not None
+    assert caught.value.path == str(bench.directory / "lock")
+    journal.close()
+    journal.close()
+    bench.open()
+
+
+def test_a_closed_journal_says_so(bench: Any) -> None:
+    journal = bench.open()
+    journal.close()
+    for call in (journal.seal, journal.drop_oldest, journal.prepare, lambda: bench.fill(journal, 1)):
+        with pytest.raises(JournalError, match="closed"):
+            call()
+
+
+def test_a_segment_too_small_for_anything_is_refused(bench: Any) -> None:
+    with pytest.raises(ValueError, match="give at least 2048"):
+        bench.open(segment_bytes=1000)
