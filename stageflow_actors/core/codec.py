@@ -262,27 +262,24 @@ def _comparison(context_type: type[Any]) -> Callable[[Any, Any], bool]:
     for nested in reachable_types(context_type):
         if nested is not context_type and not _has_plain_equality(nested):
             return _never
-    if issubclass(context_type, msgspec.Struct) or not hasattr(context_type, "__dict__") or _has_slots(context_type):
-        names = context_type.__struct_fields__ if issubclass(context_type, msgspec.Struct) else _names(context_type)
-        if not names:
-            return lambda copy, context: type(context) is context_type
-        fields = operator.attrgetter(*names)
-        return lambda copy, context: type(context) is context_type and fields(copy) == fields(context)
+    if issubclass(context_type, msgspec.Struct):
+        return _comparison_of_fields(context_type, context_type.__struct_fields__)
+    if any("__slots__" in owner.__dict__ for owner in context_type.__mro__[:-1]):
+        return _comparison_of_fields(context_type, tuple(f.name for f in dataclasses.fields(context_type)))
     # Comparing what the objects hold instead of the objects leaves no say to an `__eq__` or `compare=False`, and
     # sees attributes that are no fields.
     return lambda copy, context: type(context) is context_type and copy.__dict__ == context.__dict__
 
 
+def _comparison_of_fields(context_type: type[Any], names: tuple[str, ...]) -> Callable[[Any, Any], bool]:
+    if not names:
+        return lambda copy, context: type(context) is context_type
+    fields = operator.attrgetter(*names)
+    return lambda copy, context: type(context) is context_type and fields(copy) == fields(context)
+
+
 def _never(copy: Any, context: Any) -> bool:
     return False
-
-
-def _names(context_type: type[Any]) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(context_type))
-
-
-def _has_slots(context_type: type[Any]) -> bool:
-    return "__slots__" in context_type.__dict__
 
 
 def _has_plain_equality(kind: type[Any]) -> bool:

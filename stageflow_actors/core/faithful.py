@@ -124,22 +124,24 @@ def _opaque(value: Any, path: str) -> Fault | None:
 
 
 def _difference(value: Any, copy: Any, path: str) -> Fault | None:
-    kind = type(value)
-    if kind is type(copy):
-        if kind is float:
-            return None if value == copy or (value != value and copy != copy) else _changed(value, copy, path)
-        if kind is list or kind is tuple:
+    kind, kind_of_copy = type(value), type(copy)
+    # A subclass of dict or list arrives as the plain form; whether that equals it is for its contents to say.
+    if kind_of_copy is dict and isinstance(value, dict):
+        return _difference_in_dict(value, copy, path)
+    if kind_of_copy is list and isinstance(value, list):
+        return _difference_in_sequence(value, copy, path)
+    if kind is kind_of_copy:
+        if kind is float or kind is Decimal:
+            same = value == copy or (value != value and copy != copy)
+            return None if same else _changed(value, copy, path)
+        if kind is tuple:
             return _difference_in_sequence(value, copy, path)
-        if kind is dict:
-            return _difference_in_dict(value, copy, path)
         if kind is set or kind is frozenset:
             # NaN is never equal, not even to itself, and a set has no order to pair them by.
             same = {v for v in value if v == v} == {v for v in copy if v == v} and len(value) == len(copy)
             return None if same else _changed(value, copy, path)
         if field_items(value) is not None:
             return _difference_in_fields(value, copy, path)
-    elif isinstance(value, dict) and type(copy) is dict and value == copy:
-        return None
     if _equal(value, copy):
         return None
     return _changed(value, copy, path)

@@ -5,6 +5,7 @@
 - `handler`: what a handler looks like and how it is called
 - `stage`: `Stage`, `Compensation`, `Replace`
 - `workflow`: `Workflow`
+- `shipping`: definitions on their way to child processes
 
 Nothing here knows of brokers, processes, clocks or files.
 """

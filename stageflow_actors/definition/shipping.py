@@ -1,9 +1,9 @@
 """Definitions on their way from parent to child process, by cloudpickle.
 
-cloudpickle sends classes of `__main__` by value, with two gaps that matter for contexts: annotations that are
-strings (`from __future__ import annotations`) lose the module whose names they mean, and a msgspec Struct arrives
-without its fields. `dumps` and `loads` close both. Only a child may load what its parent dumped: never bytes
-that came over a socket or from a file.
+cloudpickle sends classes of `__main__` by value, with three gaps that matter for contexts: annotations that are
+strings (`from __future__ import annotations`) lose the module whose names they mean, a msgspec Struct arrives
+without its fields, and a dataclass that has a codec already is refused. `dumps` and `loads` close them. Only a
+child may load what its parent dumped: never bytes that came over a socket or from a file.
 """
 
 from __future__ import annotations
@@ -137,14 +137,20 @@ def _key(kind: type[Any]) -> str:
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _StructMeta) and not _importable(obj):
-            return _reduce_struct(obj)
+        if isinstance(obj, type) and not _importable(obj):
+            if "__msgspec_cache__" in obj.__dict__:
+                # What msgspec noted about a dataclass when its first codec was made cannot be pickled. Codecs that
+                # exist keep their own reference, and the next one notes it again.
+                delattr(obj, "__msgspec_cache__")
+            if isinstance(obj, _StructMeta):
+                return _reduce_struct(obj)
         return super().reducer_override(obj)
 
 
 def _importable(kind: type[Any]) -> bool:
     """Whether the child finds the class by its name."""
-    if kind.__module__ == "__main__" or kind.__module__ in cloudpickle.list_registry_pickle_by_value():
+    by_value = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
+    if any(kind.__module__ == name or kind.__module__.startswith(f"{name}.") for name in by_value):
         return False
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
@@ -175,16 +181,11 @@ def _reduce_struct(kind: Any) -> tuple[Any, ...]:
     own = inspect.get_annotations(kind)
     infos = {info.name: info for info in msgspec.structs.fields(kind)}
     parameters = inspect.signature(kind).parameters
-    defaults: dict[str, Any] = {}
-    for name in own:
-        info = infos.get(name)
-        if info is None:
-            continue
-        if info.default is not msgspec.NODEFAULT:
-            defaults[name] = info.default
-        elif info.default_factory is not msgspec.NODEFAULT:
-            defaults[name] = msgspec.field(default_factory=info.default_factory)
     fields = [name for name in own if name in infos]
+    defaults = {name: infos[name].default for name in fields if infos[name].default is not msgspec.NODEFAULT}
+    factories = {
+        name: infos[name].default_factory for name in fields if infos[name].default_factory is not msgspec.NODEFAULT
+    }
     config = {name: getattr(kind.__struct_config__, name) for name in _CONFIG}
     config["kw_only"] = bool(fields) and all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
     renamed = {name: infos[name].encode_name for name in fields if infos[name].encode_name != name}
@@ -197,8 +198,6 @@ def _reduce_struct(kind: Any) -> tuple[Any, ...]:
     }
     state["__annotations__"] = own
     post_init = kind.__dict__.get("__post_init__")
-    if post_init is not None:
-        state["_stageflow_post_init"] = post_init
     arguments = (
         kind.__name__,
         kind.__qualname__,
@@ -206,10 +205,11 @@ def _reduce_struct(kind: Any) -> tuple[Any, ...]:
         kind.__bases__,
         fields,
         defaults,
+        list(factories),
         config,
         post_init is not None,
     )
-    return _make_struct, arguments, state, None, None, _fill_struct
+    return _make_struct, arguments, (state, factories, post_init), None, None, _fill_struct
 
 
 def _make_struct(
@@ -219,26 +219,44 @@ def _make_struct(
     bases: tuple[type[Any], ...],
     fields: list[str],
     defaults: dict[str, Any],
+    factories: list[str],
     config: dict[str, Any],
     has_post_init: bool,
 ) -> Any:
+    later = {name: _Later() for name in factories}
     namespace: dict[str, Any] = {
         "__module__": module,
         "__qualname__": qualname,
         "__annotations__": dict.fromkeys(fields, Any),
         **defaults,
+        **{name: msgspec.field(default_factory=function) for name, function in later.items()},
     }
     if has_post_init:
-        # msgspec looks for it when the class is made, when the method itself, which may refer to the class, is
-        # not there yet.
-        namespace["__post_init__"] = _call_post_init
-    return _StructMeta(name, bases, namespace, **config)
+        late_post_init = later["__post_init__"] = _Later()
+        namespace["__post_init__"] = lambda self: late_post_init(self)
+    kind = _StructMeta(name, bases, namespace, **config)
+    kind._stageflow_later = later
+    return kind
 
 
-def _call_post_init(self: Any) -> None:
-    self._stageflow_post_init()
-
-
-def _fill_struct(kind: Any, state: dict[str, Any]) -> None:
+def _fill_struct(kind: Any, rest: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
+    state, factories, post_init = rest
+    later = kind._stageflow_later
+    del kind._stageflow_later
+    for name, factory in factories.items():
+        later[name].function = factory
+    if post_init is not None:
+        later["__post_init__"].function = post_init
     for name, value in state.items():
         setattr(kind, name, value)
+
+
+class _Later:
+    """Stands for a function that msgspec wants when a class is made, and that may itself refer to the class."""
+
+    __slots__ = ("function",)
+
+    function: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)

@@ -1,0 +1,195 @@
+"""A workflow's result, read from the bytes that ended it."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import pytest
+from msgspec import DecodeError, Raw
+
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    CompensationRecord,
+    Outcome,
+    StageRecord,
+    append_record,
+    encode,
+    raw,
+)
+from stageflow_actors.core.result import CompensationResult, StageResult, WorkflowResult
+from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.errors import WorkflowFailed
+
+
+@dataclass
+class Order:
+    order_id: str
+    paid: bool = False
+
+
+CODEC = ContextCodec(Order)
+
+
+def trail(*records: StageRecord) -> bytes:
+    made = EMPTY_TRAIL
+    for record in records:
+        made = append_record(made, record)
+    return made
+
+
+def outcome(**changes: object) -> bytes:
+    facts: dict[str, object] = {
+        "workflow_id": "orders",
+        "version": 1,
+        "status": "completed",
+        "context": Raw(CODEC.encode(Order("A", True))),
+        "trail": trail(StageRecord("reserve", "completed", 2, 10.5, 0.25, None, raw({"shelf": 3}))),
+        "started_at": 10.0,
+        "finished_at": 12.5,
+        **changes,
+    }
+    return encode(Outcome(**facts))  # type: ignore[arg-type]
+
+
+FAILED = {
+    "status": "compensation_failed",
+    "error": "ValueError: boom failed",
+    "failed_stage": "ship",
+    "trail": trail(
+        StageRecord("pay", "completed"),
+        StageRecord("reserve", "completed"),
+        StageRecord("mail", "failed", error="OSError: no"),
+        StageRecord("ship", "failed", error="ValueError: boom failed"),
+    ),
+    "compensations": [
+        CompensationRecord("reserve", "completed", None, 0.5),
+        CompensationRecord("pay", "failed", "KeyError: 1", 0.1),
+    ],
+}
+
+
+def test_a_completed_instance_is_read_as_a_success() -> None:
+    result = WorkflowResult.from_outcome("i-1", outcome(), CODEC, ["reserve"])
+    assert result.instance_id == "i-1"
+    assert result.workflow_id == "orders"
+    assert result.status is WorkflowStatus.completed
+    assert result.success
+    assert result.context == Order("A", True)
+    assert result.error is None
+    assert result.failed_stage is None
+    assert (result.started_at, result.finished_at, result.duration) == (10.0, 12.5, 2.5)
+    assert result.stages == [
+        StageResult(
+            stage_id="reserve",
+            status=StageStatus.completed,
+            attempts=2,
+            started_at=10.5,
+            duration=0.25,
+            data={"shelf": 3},
+        )
+    ]
+    assert result.compensations == []
+    result.raise_for_status()
+
+
+def test_a_failed_instance_tells_what_was_compensated_and_what_was_not() -> None:
+    result = WorkflowResult.from_outcome("i-1", outcome(**FAILED), CODEC, ["reserve", "mail", "pay", "ship"])
+    assert [(s.stage_id, s.status) for s in result.stages] == [
+        ("reserve", StageStatus.compensated),
+        ("mail", StageStatus.failed),
+        ("pay", StageStatus.completed),
+        ("ship", StageStatus.failed),
+    ]
+    assert result.compensations == [
+        CompensationResult(stage_id="reserve", status=StageStatus.completed, duration=0.5),
+        CompensationResult(stage_id="pay", status=StageStatus.failed, error="KeyError: 1", duration=0.1),
+    ]
+    assert not result.success
+    with pytest.raises(WorkflowFailed, match=r"'i-1' of 'orders' ended compensation_failed at stage 'ship': Val") as c:
+        result.raise_for_status()
+    assert c.value.result is result
+    assert c.value.failed_stage == "ship"
+
+
+def test_a_stage_that_failed_before_it_completed_counts_once() -> None:
+    twice = trail(StageRecord("a", "failed", error="x"), StageRecord("a", "completed", attempts=2))
+    result = WorkflowResult.from_outcome("i", outcome(trail=twice), CODEC, ["a"])
+    assert [(s.stage_id, s.status, s.error) for s in result.stages] == [("a", StageStatus.completed, None)]
+
+
+def test_stages_that_the_definition_no_longer_names_come_last() -> None:
+    both = trail(StageRecord("old", "completed"), StageRecord("a", "completed"))
+    result = WorkflowResult.from_outcome("i", outcome(trail=both), CODEC, ["a"])
+    assert [s.stage_id for s in result.stages] == ["a", "old"]
+
+
+def test_nothing_is_decoded_before_it_is_asked_for() -> None:
+    result = WorkflowResult.from_outcome("i", b"not an outcome", CODEC)
+    assert result.instance_id == "i"
+    with pytest.raises(DecodeError, match="Expected `array`"):
+        _ = result.status
+
+
+def test_what_was_read_once_is_kept() -> None:
+    result = WorkflowResult.from_outcome("i", outcome(), CODEC)
+    assert result.context is result.context
+    assert result.stages is result.stages
+
+
+def test_results_are_equal_when_they_say_the_same() -> None:
+    one = WorkflowResult.from_outcome("i", outcome(), CODEC)
+    assert one == WorkflowResult.from_outcome("i", Raw(outcome()), CODEC)
+    assert one != WorkflowResult.from_outcome("j", outcome(), CODEC)
+    assert one != WorkflowResult.from_outcome("i", outcome(status="failed"), CODEC)
+    assert one != "i"
+    assert len({one, WorkflowResult.from_outcome("i", outcome(), CODEC)}) == 1
+
+
+def test_a_result_and_its_error_survive_pickling() -> None:
+    result = WorkflowResult.from_outcome("i", outcome(**FAILED), CODEC, ["reserve"])
+    assert pickle.loads(pickle.dumps(result)) == result
+    error = pickle.loads(pickle.dumps(WorkflowFailed(result)))
+    assert error.result == result
+    assert str(error) == str(WorkflowFailed(result))
+
+
+def test_its_repr_says_how_it_went() -> None:
+    assert repr(WorkflowResult.from_outcome("i", outcome(), CODEC)) == "WorkflowResult('i', 'orders', completed)"
+    assert "failed_stage='ship'" in repr(WorkflowResult.from_outcome("i", outcome(**FAILED), CODEC))
+
+
+def test_a_parked_instance_is_a_result_too() -> None:
+    result = WorkflowResult.parked(
+        "i",
+        "orders",
+        CODEC,
+        error="ValueError: no",
+        failed_stage="pay",
+        context=CODEC.encode(Order("A")),
+        trail=trail(StageRecord("reserve", "completed")),
+    )
+    assert result.status is WorkflowStatus.parked
+    assert not result.success
+    assert not result.status.terminal
+    assert result.context == Order("A")
+    assert result.stages[0].stage_id == "reserve"
+    with pytest.raises(WorkflowFailed, match="parked at stage 'pay': ValueError: no"):
+        result.raise_for_status()
+
+
+def test_a_parked_instance_without_a_known_context_has_none() -> None:
+    assert WorkflowResult.parked("i", "orders", CODEC).context is None
+
+
+def test_exactly_the_ended_statuses_are_terminal() -> None:
+    assert {s.value for s in WorkflowStatus if s.terminal} == {
+        "completed",
+        "failed",
+        "compensated",
+        "compensation_failed",
+        "cancelled",
+    }
+    assert {s.value for s in StageStatus if not s.terminal} == {"pending", "running"}
+    assert f"{WorkflowStatus.compensation_failed}" == "compensation_failed"
