@@ -212,7 +212,7 @@ def _encode_or_explain(
     def refuse_for(fault: Fault) -> NoReturn:
         field = fault.path.removeprefix(root).removeprefix(".") or None
         message = f"{prefix}{fault.path} {fault.problem}; {fault.advice}"
-        raise InvalidContext(message, stage=stage, field=field)
+        raise InvalidContext(message, stage=stage, field=field) from None
 
     try:
         data = _encode(value)
