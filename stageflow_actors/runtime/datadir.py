@@ -178,10 +178,9 @@ class DataDir:
         found = []
         for name in filter(str.isdecimal, os.listdir("/proc")):
             try:
-                for fd in os.scandir(f"/proc/{name}/fd"):
-                    if os.path.samefile(fd.path, self.lock):
+                with os.scandir(f"/proc/{name}/fd") as open_files:
+                    if any(os.path.samefile(each.path, self.lock) for each in open_files):
                         found.append(int(name))
-                        break
             except OSError:
                 continue  # ended meanwhile, or another user's
         return sorted(set(found) - {os.getpid()})

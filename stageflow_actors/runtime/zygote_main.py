@@ -120,8 +120,8 @@ def _preload(modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, but something that it needs is not
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         # A lock held by another thread at the time of a fork stays locked in the child for ever.
         raise RuntimeError(f"the zygote must have one thread, and importing {modules} has started others")

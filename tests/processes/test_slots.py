@@ -1,0 +1,123 @@
+"""The slot says what a worker runs, and never a message with another one's start."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from stageflow_actors.runtime.slots import SLOT_BYTES, SlotTable
+
+
+def test_a_slot_tells_what_is_running_and_since_when() -> None:
+    table = SlotTable.create(4)
+    slot = table[3]
+    assert not slot.read().busy
+    slot.begin(77, 5_000, 1_000)
+    state = slot.read()
+    assert (state.message_id, state.since_ns, state.timeout_ns) == (77, 1_000, 5_000)
+    assert (state.started, state.finished, state.busy) == (1, 0, True)
+    assert not state.overdue(6_000)
+    assert state.overdue(6_001)
+    slot.end()
+    state = slot.read()
+    assert (state.busy, state.started, state.finished) == (False, 1, 1)
+    assert not state.overdue(10**18)
+    assert table[2].read().started == 0
+    table.close()
+
+
+def test_without_a_timeout_nothing_is_ever_overdue() -> None:
+    table = SlotTable.create(1)
+    table[0].begin(1, 10, 1)
+    table[0].end()
+    table[0].begin(2, 0, 1)
+    assert not table[0].read().overdue(10**18)
+    table.close()
+
+
+def test_both_ends_see_the_same_memory() -> None:
+    table = SlotTable.create(2)
+    other = SlotTable.attach(os.dup(table.fd), 2)
+    table[1].begin(5, 0, 9)
+    assert other[1].read().message_id == 5
+    assert os.fstat(table.fd).st_size == 2 * SLOT_BYTES
+    other[1].cancel(5)
+    assert table[1].is_cancelled()
+    assert table[1].read().cancelled
+    other.close()
+    table.close()
+
+
+def test_a_late_cancel_does_not_reach_the_next_message() -> None:
+    table = SlotTable.create(1)
+    slot = table[0]
+    slot.begin(5, 0, 1)
+    slot.end()
+    slot.cancel(5)
+    assert not slot.is_cancelled()
+    slot.begin(6, 0, 2)
+    assert not slot.is_cancelled()
+    assert not slot.read().cancelled
+    slot.end()
+    slot.begin(5, 0, 3)
+    assert slot.is_cancelled()
+    table.close()
+
+
+def test_a_cleared_slot_is_as_new() -> None:
+    table = SlotTable.create(1)
+    fresh = table[0].read()
+    table[0].begin(5, 3, 1)
+    table[0].cancel(5)
+    table[0].clear()
+    assert table[0].read() == fresh
+    table[0].begin(6, 3, 1)
+    assert table[0].read().timeout_ns == 3
+    table.close()
+
+
+def test_a_worker_that_dies_within_begin_looks_idle() -> None:
+    table = SlotTable.create(1)
+    table[0].begin(5, 0, 1)
+    with pytest.raises(TypeError):
+        table[0].begin(6, 0, "not a number")  # type: ignore[arg-type]  # stops it after all cells but the last
+    state = table[0].read()
+    assert not state.busy
+    table.close()
+
+
+def test_a_reader_never_sees_a_message_with_the_start_of_another() -> None:
+    table = SlotTable.create(1)
+    reading = SlotTable.attach(os.dup(table.fd), 1)
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            table[0].begin(number, number, number)
+            table[0].end()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = [reading[0].read() for _ in range(50_000)]
+    finally:
+        stop.set()
+        writer.join()
+    busy = [state for state in seen if state.busy]
+    assert busy
+    assert all(state.message_id == state.since_ns == state.timeout_ns == state.started for state in busy)
+    reading.close()
+    table.close()
+
+
+def test_a_closed_table_is_closed() -> None:
+    table = SlotTable.create(1)
+    slot = table[0]
+    table.close()
+    with pytest.raises(ValueError, match="released"):
+        slot.begin(1, 0, 1)
+    assert len(table) == 0
