@@ -91,6 +91,12 @@ def test_rows_survive_a_writer_that_is_killed(path: Path) -> None:
         assert reader.count() == {"completed": 2}
 
 
+def test_each_transaction_is_synced(path: Path) -> None:
+    with HistoryWriter.open(path, create=True) as writer:
+        assert writer._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert writer._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_later_epoch_replaces_the_row_and_an_earlier_one_does_not(path: Path) -> None:
     with HistoryWriter.open(path, create=True) as writer, HistoryReader.open(path) as reader:
         writer.write([row("a", epoch=1, status="failed"), row("b")])
