@@ -7,6 +7,7 @@ it touches aside before it cuts, and says what was given up.
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class RepairReport(NamedTuple):
     """What `repair` did. Nothing was wrong if `file` is empty.
 
     `file`, `offset` and `reason` say where the first damage was; `batches` and `records` how many whole ones behind it
-    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied or moved aside.
+    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied aside.
     """
 
     file: str
@@ -52,7 +53,7 @@ def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
     files = _existing(files, directory)
     findings = [
         Finding(item.file, item.offset, item.reason, item.fatal)
-        for item in Survey(files, directory)
+        for item in Survey(files, directory).read()
         if isinstance(item, Damage)
     ]
     if writer_of(files, directory) is not None:
@@ -65,11 +66,12 @@ def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
 
     Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal.
     """
-    for item in Survey(_existing(files, directory), directory):
-        if isinstance(item, Batch):
-            yield item
-        elif item.fatal:
-            raise corrupt(item, directory)
+    with closing(Survey(_existing(files, directory), directory).read()) as items:
+        for item in items:
+            if isinstance(item, Batch):
+                yield item
+            elif item.fatal:
+                raise corrupt(item, directory)
 
 
 def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | None = None) -> RepairReport:
@@ -96,7 +98,6 @@ class _Repair:
     def __init__(self, files: Files, directory: Path, backup_dir: Path | None) -> None:
         self._files = files
         self._directory = directory
-        self._elsewhere = backup_dir is not None
         self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
         self._copies: list[Path] = []
         self._batches = self._records = 0
@@ -119,15 +120,16 @@ class _Repair:
     def _next_damage(self) -> Damage | None:
         """The first damage. If it is one to be cut at, what is whole behind it is counted as given up."""
         damage: Damage | None = None
-        for item in Survey(self._files, self._directory):
-            if isinstance(item, Batch):
-                if damage is not None:
-                    self._batches += 1
-                    self._records += len(item.records)
-            elif damage is None:
-                damage = item
-                if damage.rebuilt is not None:
-                    return damage
+        with closing(Survey(self._files, self._directory).read()) as items:
+            for item in items:
+                if isinstance(item, Batch):
+                    if damage is not None:
+                        self._batches += 1
+                        self._records += len(item.records)
+                elif damage is None:
+                    damage = item
+                    if damage.rebuilt is not None:
+                        return damage
         return damage
 
     def _write_header(self, name: str, header: SegmentHeader) -> None:
@@ -144,21 +146,12 @@ class _Repair:
         # From the newest back to the damage: stopped in between, the damage is still there to be found again.
         for number in reversed(segment_numbers(self._files, self._directory)):
             if number > damage.segment or (number == damage.segment and damage.offset == 0):
-                self._move(file_name(number))
+                self._copy(file_name(number))
+                self._files.unlink(self._directory / file_name(number))
+                self._files.fsync_dir(self._directory)
         if damage.offset > 0:
             self._copy(damage.file)
             clear_end(self._files, self._directory / damage.file, damage, until=sys.maxsize)
-
-    def _move(self, name: str) -> None:
-        if self._elsewhere:  # perhaps another file system
-            self._copy(name)
-            self._files.unlink(self._directory / name)
-        else:
-            target = unused(self._files, self._backup, name, "")
-            self._files.rename(self._directory / name, target)
-            self._files.fsync_dir(self._backup)
-            self._copies.append(target)
-        self._files.fsync_dir(self._directory)
 
     def _copy(self, name: str) -> None:
         target = unused(self._files, self._backup, name, "")

@@ -12,6 +12,7 @@ from brokers.journal.files import Files, read_at, write_at
 __all__ = ["DirectoryLock", "writer_of"]
 
 _NAME = "lock"
+_WIDTH = 20
 
 
 class DirectoryLock:
@@ -30,9 +31,7 @@ class DirectoryLock:
                     path=path,
                     pid=holder,
                 )
-            files.ftruncate(self._fd, 0)
-            name = b"%d\n" % pid
-            write_at(files, self._fd, [name], len(name), 0)
+            self._write(b"%d" % pid)
         except BaseException:
             files.close(self._fd)
             raise
@@ -40,11 +39,16 @@ class DirectoryLock:
     def release(self) -> None:
         """Let go. What is left in the file of a process that was killed is harmless."""
         try:
-            self._files.ftruncate(self._fd, 0)
-        except OSError:
-            pass  # the number is for the reader only; a broken disk must not keep us from letting go
+            self._write(b"")
         finally:
             self._files.close(self._fd)
+
+    def _write(self, name: bytes) -> None:
+        line = name.ljust(_WIDTH) + b"\n"  # always as long, so that on a full disk there is room for it
+        try:
+            write_at(self._files, self._fd, [line], len(line), 0)
+        except OSError:
+            pass  # the number is for the reader; the lock, which is what counts, is held without it
 
 
 def writer_of(files: Files, directory: Path) -> int | None:

@@ -5,6 +5,7 @@ off; it is copied aside before, and said. Nothing acknowledged is ever changed h
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from brokers.errors import JournalCorrupt, JournalFull
@@ -31,13 +32,14 @@ def recover(
         _settle(files, directory / file_name(numbers[-1]))
     survey = Survey(files, directory)
     torn: Damage | None = None
-    for item in survey:
-        if isinstance(item, Batch):
-            replay(item)
-        elif item.fatal:
-            raise corrupt(item, directory)
-        else:
-            torn = item
+    with closing(survey.read()) as items:
+        for item in items:
+            if isinstance(item, Batch):
+                replay(item)
+            elif item.fatal:
+                raise corrupt(item, directory)
+            else:
+                torn = item
     if torn is not None:
         _cut(files, directory, supply, torn, warn)
     return survey.segments

@@ -55,7 +55,7 @@ def segment_numbers(files: Files, directory: Path) -> list[int]:
 
 
 class Survey:
-    """Iterate once: whole batches and damage, as they come. `segments` then holds what was read to its end.
+    """`read` it once; `segments` then holds what was read to its end.
 
     Raises JournalVersion on a segment of a newer format.
     """
@@ -66,7 +66,8 @@ class Survey:
         self._directory = directory
         self._numbers: list[int] = []
 
-    def __iter__(self) -> Iterator[Batch | Damage]:
+    def read(self) -> Generator[Batch | Damage, None, None]:
+        """Whole batches and damage, as they come. Close it if you stop before its end: it holds an open file."""
         self._numbers = segment_numbers(self._files, self._directory)
         previous: Found | None = None
         stopped: End | Broken = End(marked=True)
@@ -112,11 +113,10 @@ class Survey:
                 later: Later | None = None
                 if self._first_of(reader.number + 1) != number:
                     later = reader.later(offset, number, salt)
-                # Only what is read after this was seen can tell whether the batch was in the making, or is damaged.
-                if not self._still_there(reader.number):
+                again = self._look_again(reader, offset, number, salt)
+                if again is None:
                     return None
-                reader.refresh()
-                found = reader.batch(offset, number, salt)
+                found = again
                 if not isinstance(found, Batch):
                     if later is not None:
                         reason = found.reason if isinstance(found, Broken) else "a batch has been lost"
@@ -131,6 +131,22 @@ class Survey:
             yield found
             offset = _behind(found, offset)
             number += 1
+
+    def _look_again(self, reader: SegmentReader, offset: int, number: int, salt: int) -> Batch | End | Broken | None:
+        """What stands there now, after anything newer was seen; None if the segment is there no more.
+
+        A batch that was in the making then is whole now, if anything was written behind it. And a segment that is still
+        there after it was read has not been given back, to be overwritten, before.
+        """
+        self._numbers = segment_numbers(self._files, self._directory)
+        while reader.number in self._numbers:
+            before = self._numbers
+            reader.refresh()
+            found = reader.batch(offset, number, salt)
+            self._numbers = segment_numbers(self._files, self._directory)
+            if isinstance(found, Batch) or self._numbers == before:
+                return found
+        return None
 
     def _end(self, reader: SegmentReader, found: End | Broken, damage: Damage) -> Iterator[Damage]:
         """Damage with nothing whole behind it in this segment."""

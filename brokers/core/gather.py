@@ -1,0 +1,67 @@
+"""A gather: the broker waits for a number of arrivals and publishes once they are there.
+
+Joins, maps, signals and replies are all this. A slot counts once, for as long as the group lives, so that a
+duplicate changes nothing; arrivals may come before the gather is opened, and those beyond `need` stay for the
+next opening, first in, first out.
+"""
+
+from __future__ import annotations
+
+from brokers.core.message import Place
+
+__all__ = ["Gather"]
+
+
+class Gather:
+    """State of one key of one group. `need` is None until somebody opens it."""
+
+    __slots__ = ("arrivals", "base", "due", "due_wall", "epoch", "key", "label", "need", "place", "queue", "seen")
+
+    def __init__(self, key: str, place: Place) -> None:
+        self.key = key
+        self.place = place
+        self.need: int | None = None
+        self.queue = ""
+        self.label = ""
+        self.epoch = 0
+        self.base = b""
+        self.due = 0.0
+        self.due_wall = 0.0
+        self.arrivals: dict[str, bytes] = {}
+        self.seen: set[str] = set()
+
+    def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes) -> None:
+        """Begin to wait for `need` arrivals; those already here count."""
+        self.need = need
+        self.queue = queue
+        self.label = label
+        self.epoch = epoch
+        self.base = base
+
+    def arrive(self, slot: str, body: bytes) -> bool:
+        """Store one arrival; False when this slot has been here before."""
+        if slot in self.seen:
+            return False
+        self.seen.add(slot)
+        self.arrivals[slot] = body
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is open and all it needs has arrived."""
+        return self.need is not None and len(self.arrivals) >= self.need
+
+    def take(self) -> tuple[bytes, list[tuple[str, int]]]:
+        """Close it: the body (base, then arrivals in order of arrival) and its parts as (slot, size); base is ("", size)."""
+        need = len(self.arrivals) if self.need is None else min(self.need, len(self.arrivals))
+        slots = list(self.arrivals)[:need]
+        parts = [("", len(self.base))]
+        bodies = [self.base]
+        for slot in slots:
+            body = self.arrivals.pop(slot)
+            parts.append((slot, len(body)))
+            bodies.append(body)
+        self.need = None
+        self.base = b""
+        self.due = self.due_wall = 0.0
+        return b"".join(bodies), parts

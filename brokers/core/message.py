@@ -1,0 +1,185 @@
+"""Messages, groups and where they lie in the journal: the values of the broker core.
+
+Hot values have slots and no behaviour. A message that has never failed, waited or been checkpointed carries no
+`Extra`: a million queued messages pay for what happened to them and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from brokers.core.gather import Gather
+    from brokers.core.queue import Queue
+    from brokers.core.sessions import Consumer, Session
+
+__all__ = ["DELAYED", "LEASED", "PARKED", "READY", "Extra", "Group", "Message", "Place"]
+
+READY, LEASED, DELAYED, PARKED = "ready", "leased", "delayed", "dead"
+
+
+class Place:
+    """Where the blob of one record lies in the journal, once it has been written; shared by all its messages."""
+
+    __slots__ = ("offset", "segment", "wall")
+
+    def __init__(self, wall: float, segment: int = -1, offset: int = -1) -> None:
+        self.wall = wall
+        self.segment = segment
+        self.offset = offset
+
+
+class Extra:
+    """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch."""
+
+    __slots__ = (
+        "attempts",
+        "deaths",
+        "delay",
+        "due",
+        "due_wall",
+        "evidence",
+        "expires",
+        "expires_wall",
+        "failure",
+        "fresh",
+        "parked",
+        "parked_wall",
+        "parts",
+        "reason",
+        "steps",
+    )
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.deaths = 0
+        self.failure: bytes | None = None
+        self.fresh = False
+        self.steps: dict[str, bytes] | None = None
+        self.parts: list[tuple[str, int]] | None = None
+        self.due = 0.0
+        self.due_wall = 0.0
+        self.delay = 0.0
+        self.expires = 0.0
+        self.expires_wall = 0.0
+        self.parked = False
+        self.parked_wall = 0.0
+        self.evidence = False
+        self.reason: bytes | None = None
+
+
+class Message:
+    """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None."""
+
+    __slots__ = (
+        "at",
+        "body",
+        "epoch",
+        "extra",
+        "group",
+        "holder",
+        "id",
+        "label",
+        "lease",
+        "place",
+        "priority",
+        "queue",
+        "size",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        queue: Queue,
+        group: Group | None,
+        epoch: int,
+        label: str,
+        priority: int,
+        body: bytes,
+        place: Place,
+        at: int,
+    ) -> None:
+        self.id = id
+        self.queue = queue
+        self.group = group
+        self.epoch = epoch
+        self.label = label
+        self.priority = priority
+        self.body: bytes | None = body
+        self.size = len(body)
+        self.place = place
+        self.at = at
+        self.lease = 0
+        self.holder: Consumer | None = None
+        self.extra: Extra | None = None
+
+    def details(self) -> Extra:
+        """The extra of this message, made on first use."""
+        if self.extra is None:
+            self.extra = Extra()
+        return self.extra
+
+    def state(self) -> str:
+        """One of READY, LEASED, DELAYED, PARKED."""
+        if self.holder is not None:
+            return LEASED
+        extra = self.extra
+        if extra is not None:
+            if extra.parked:
+                return PARKED
+            if extra.due:
+                return DELAYED
+        return READY
+
+
+class Group:
+    """Messages that belong together (an instance, to those who know of such): one epoch, one end.
+
+    Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
+    `ended` is the label of its terminal message once that has been published.
+    """
+
+    __slots__ = ("digest", "divert", "ended", "epoch", "gathers", "id", "more", "one", "place", "started", "watchers")
+
+    def __init__(self, id: str, epoch: int, place: Place) -> None:
+        self.id = id
+        self.epoch = epoch
+        self.place = place
+        self.digest: bytes | None = None
+        self.started = False
+        self.ended = ""
+        self.one: Message | None = None
+        self.more: dict[int, Message] | None = None
+        self.gathers: dict[str, Gather] | None = None
+        self.watchers: list[Session] | None = None
+        self.divert: tuple[str, str] | None = None
+
+    def link(self, message: Message) -> None:
+        """`message` belongs to this group from now on."""
+        if self.one is None:
+            self.one = message
+        elif self.more is None:
+            self.more = {message.id: message}
+        else:
+            self.more[message.id] = message
+
+    def unlink(self, message: Message) -> None:
+        """`message` belongs to this group no longer."""
+        if self.one is message:
+            self.one = None
+            if self.more:
+                _, self.one = self.more.popitem()
+        elif self.more is not None:
+            self.more.pop(message.id, None)
+
+    def relink(self, old_id: int, message: Message) -> None:
+        """`message` keeps its place under a new id."""
+        if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
+            self.more[message.id] = message
+
+    def messages(self) -> list[Message]:
+        """All messages of the group, in no particular order."""
+        found = [] if self.one is None else [self.one]
+        if self.more:
+            found.extend(self.more.values())
+        return found

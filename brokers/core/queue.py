@@ -1,0 +1,109 @@
+"""One queue: what is ready in which order, who consumes it, and whether it is open.
+
+Within one priority a queue is first in, first out. Nothing here knows of time, journal or sockets.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from brokers.core.message import Message
+    from brokers.core.sessions import Consumer
+
+__all__ = ["Queue", "QueueOptions"]
+
+
+class QueueOptions(Struct, array_like=True, frozen=True):
+    """How a queue treats its messages.
+
+    `max_deaths`: a message that has killed this many consumers becomes a dead letter (0: never). `evidence`: such a
+    dead letter is kept to be looked at and cannot be requeued, because whoever is told of it at `notify_queue`
+    takes over. `max_length`: most messages it takes from outside (0: any number).
+    """
+
+    name: str
+    max_deaths: int = 0
+    evidence: bool = False
+    notify_queue: str = ""
+    notify_label: str = ""
+    max_length: int = 0
+
+
+class Queue:
+    """The state of one queue."""
+
+    __slots__ = (
+        "_high",
+        "awaiting",
+        "consumers",
+        "dead",
+        "delayed",
+        "delivered",
+        "name",
+        "options",
+        "paused",
+        "ready",
+        "settled",
+        "skip",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.options = QueueOptions(name)
+        self.ready: deque[Message] = deque()
+        self._high: list[tuple[int, deque[Message]]] = []
+        self.consumers: list[Consumer] = []
+        self.delayed = 0
+        self.dead: dict[int, Message] = {}
+        self.awaiting: set[int] = set()
+        self.paused = False
+        self.delivered = 0
+        self.settled = 0
+        self.skip = 0
+
+    def push(self, message: Message) -> None:
+        """Behind all of the same priority."""
+        if message.priority == 0:
+            self.ready.append(message)
+        else:
+            self._lane(message.priority).append(message)
+
+    def push_front(self, message: Message) -> None:
+        """Before all of the same priority."""
+        if message.priority == 0:
+            self.ready.appendleft(message)
+        else:
+            self._lane(message.priority).appendleft(message)
+
+    def _lane(self, priority: int) -> deque[Message]:
+        for known, lane in self._high:
+            if known == priority:
+                return lane
+        lane: deque[Message] = deque()
+        self._high.append((priority, lane))
+        self._high.sort(key=lambda pair: -pair[0])
+        return lane
+
+    def next_lane(self) -> deque[Message]:
+        """The lane that the next message comes from; it is empty when none is ready."""
+        if self._high:
+            for priority, lane in self._high:
+                if lane and (priority > 0 or not self.ready):
+                    return lane
+        return self.ready
+
+    def waiting(self) -> list[Message]:
+        """What is in the lanes, in the order of delivery."""
+        found = [m for priority, lane in self._high if priority > 0 for m in lane]
+        found.extend(self.ready)
+        found.extend(m for priority, lane in self._high if priority < 0 for m in lane)
+        return found
+
+    @property
+    def ready_count(self) -> int:
+        """How many messages are ready to be delivered."""
+        return len(self.ready) + sum(len(lane) for _, lane in self._high) - self.skip

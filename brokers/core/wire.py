@@ -1,0 +1,359 @@
+"""The grammar of frames: what peers and broker say to each other, as typed msgpack arrays.
+
+A message on the wire is three parts: one byte that names the operation, a header, and a blob that holds the bodies
+one behind the other. Headers are decoded into the structs below, which checks every type; sizes are checked
+against the blob here. Bodies are never looked into. Every frame of a peer carries the broker epoch that
+the peer believes in and a frame number that rises by one, so that a frame sent again after a reconnect is recognised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from brokers.errors import ProtocolError
+
+__all__ = [
+    "AGAIN",
+    "CHECK",
+    "CHECKPOINT",
+    "DEAD",
+    "DONE",
+    "HELLO",
+    "LEAVE",
+    "PUBLISH",
+    "QUERY",
+    "RELEASE",
+    "SETTLE",
+    "START",
+    "TERMINAL",
+    "WATCH",
+    "Ack",
+    "Arrival",
+    "Checkpoint",
+    "DeliveryItem",
+    "GatherOpen",
+    "Hello",
+    "Move",
+    "Out",
+    "PublishFrame",
+    "PublishItem",
+    "Query",
+    "Release",
+    "SettleFrame",
+    "SettleItem",
+    "Target",
+    "encode",
+]
+
+PROTOCOL = 1
+
+HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY = b"H", b"P", b"S", b"C", b"R", b"Q"
+
+TERMINAL = 1
+"""Target flag: the body is how the group ends, so it is pushed to whoever watches the group."""
+PUSH_ONLY = 2
+"""Target flag: the body goes to watchers of the group and to no queue."""
+
+START = 1
+"""Publish flag: the group must not be live yet."""
+WATCH = 2
+"""Publish flag: the sender wants to be told how the group ends."""
+CHECK = 4
+"""Publish flag: the id was chosen by a user, so the history may know it; refuse if something left since `seen`."""
+
+LEAVE = 1
+"""Ack flag: the group has ended; forget its id and purge what it left behind."""
+
+DONE, AGAIN, DEAD = 0, 1, 2
+"""Outcomes of a settlement."""
+
+encode = msgspec.msgpack.Encoder().encode
+
+
+class Target(Struct, array_like=True, gc=False):
+    """Where bodies go: named once per frame, referred to by position."""
+
+    queue: str
+    label: str = ""
+    flags: int = 0
+
+
+class PublishItem(Struct, array_like=True, gc=False):
+    """One new message. `delay` and `ttl` in seconds, 0 for none; an empty group inherits that of the message settled."""
+
+    target: int
+    size: int
+    group: str = ""
+    epoch: int = 0
+    flags: int = 0
+    priority: int = 0
+    delay: float = 0.0
+    ttl: float = 0.0
+    digest: bytes | None = None
+    seen: int = 0
+
+
+class GatherOpen(Struct, array_like=True, gc=False):
+    """Wait for `need` arrivals under `key`, then publish `size` bytes of base body and the arrivals to `target`."""
+
+    key: str
+    need: int
+    target: int
+    size: int
+    group: str = ""
+    epoch: int = 0
+    deadline: float = 0.0
+
+
+class Arrival(Struct, array_like=True, gc=False):
+    """One arrival at the gather `key`; a slot counts once."""
+
+    key: str
+    slot: str
+    size: int
+    group: str = ""
+    epoch: int = 0
+
+
+class PublishFrame(Struct, array_like=True):
+    """New messages from outside. `atomic`: all of them or none."""
+
+    broker_epoch: int
+    frame: int
+    targets: list[Target]
+    items: list[PublishItem]
+    atomic: bool = False
+    opens: list[GatherOpen] = []
+    arrivals: list[Arrival] = []
+
+
+Move = tuple[int, int, int, int, str]
+"""(id, lease, target, size, group): done, and one message of the same group, epoch and priority 0 follows."""
+Ack = tuple[int, int, int, str]
+"""(id, lease, flags, group): done, and nothing follows."""
+
+
+class SettleItem(Struct, array_like=True):
+    """A settlement of any other shape. `delay` seconds before an AGAIN; `failure` opaque bytes kept with the message."""
+
+    leases: list[tuple[int, int]]
+    outcome: int
+    publishes: list[PublishItem] = []
+    delay: float = 0.0
+    failure: bytes | None = None
+    opens: list[GatherOpen] = []
+    arrivals: list[Arrival] = []
+    leave: str = ""
+
+
+class SettleFrame(Struct, array_like=True):
+    """Settlements, the common shapes apart. `prefetch`: how many messages the sender wants to hold (-1: as before)."""
+
+    broker_epoch: int
+    frame: int
+    targets: list[Target]
+    moves: list[Move]
+    acks: list[Ack] = []
+    others: list[SettleItem] = []
+    queue: str = ""
+    prefetch: int = -1
+
+
+class Checkpoint(Struct, array_like=True, gc=False):
+    """A step of a message in work has completed; its value is the blob."""
+
+    broker_epoch: int
+    frame: int
+    id: int
+    lease: int
+    name: str
+
+
+class Release(Struct, array_like=True):
+    """Messages that were delivered and not begun: back to the head of their queue, uncharged."""
+
+    broker_epoch: int
+    frame: int
+    leases: list[tuple[int, int]]
+    queue: str = ""
+    prefetch: int = -1
+
+
+class Query(Struct, array_like=True):
+    """Everything that is not hot, by name; `args` is a msgpack array."""
+
+    broker_epoch: int
+    frame: int
+    name: str
+    args: Raw
+
+
+class Hello(Struct, array_like=True):
+    """The first frame of a connection, and again after a broker restart: who I am and what I hold."""
+
+    protocol: int
+    role: str
+    name: str
+    pid: int
+    next_frame: int
+    consume: list[tuple[str, int]] = []
+    holding: list[tuple[int, int]] = []
+    watching: list[str] = []
+
+
+class DeliveryItem(Struct, array_like=True, gc=False):
+    """One message as delivered. `extra` (None on the first attempt) is attempts, deaths, failure and so on."""
+
+    id: int
+    lease: int
+    size: int
+    group: str
+    epoch: int
+    extra: DeliveryExtra | None = None
+
+
+class DeliveryExtra(Struct, array_like=True):
+    """What has happened to a message before this delivery. `fresh`: no worker has judged the failure yet."""
+
+    attempts: int = 0
+    deaths: int = 0
+    failure: bytes | None = None
+    fresh: bool = False
+    steps: dict[str, bytes] | None = None
+    parts: list[tuple[str, int]] | None = None
+    label: str = ""
+    priority: int = 0
+
+
+class Out(Struct, array_like=True):
+    """Everything the broker tells one peer after one commit.
+
+    `acked`: every frame up to this number is durable. `results`: (frame, value) for frames that have an answer.
+    `deliveries`: (queue, items). `pushes`: (group, label, size). `notices`: (word, detail).
+    """
+
+    broker_epoch: int
+    acked: int
+    results: list[tuple[int, Raw]]
+    deliveries: list[tuple[str, list[DeliveryItem]]]
+    pushes: list[tuple[str, str, int]]
+    notices: list[tuple[str, Any]]
+
+
+_publish = msgspec.msgpack.Decoder(PublishFrame).decode
+_settle = msgspec.msgpack.Decoder(SettleFrame).decode
+_checkpoint = msgspec.msgpack.Decoder(Checkpoint).decode
+_release = msgspec.msgpack.Decoder(Release).decode
+_query = msgspec.msgpack.Decoder(Query).decode
+_hello = msgspec.msgpack.Decoder(Hello).decode
+_out = msgspec.msgpack.Decoder(Out).decode
+
+
+def decode_out(header: bytes) -> Out:
+    """The broker's side of the talk, read by a peer."""
+    return _out(header)
+
+
+def decode_hello(header: bytes) -> Hello:
+    """Raises `ProtocolError` for anything that is not a hello of this protocol."""
+    try:
+        hello = _hello(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"hello: {error}") from None
+    if hello.protocol != PROTOCOL:
+        raise ProtocolError(
+            f"the peer speaks protocol {hello.protocol}, this broker {PROTOCOL}; run the same version on both sides"
+        )
+    return hello
+
+
+def decode_publish(header: bytes, blob: bytes) -> PublishFrame:
+    """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
+    try:
+        frame = _publish(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"publish: {error}") from None
+    _check_targets(frame.targets)
+    count = len(frame.targets)
+    total = 0
+    for item in frame.items:
+        if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
+            raise ProtocolError("publish: an item with an impossible size, target, delay or ttl")
+        total += item.size
+    total += _check_gathers(frame.opens, frame.arrivals, count)
+    if total != len(blob):
+        raise ProtocolError(f"publish: the bodies are {len(blob)} bytes, the header says {total}")
+    return frame
+
+
+def decode_settle(header: bytes, blob: bytes) -> SettleFrame:
+    """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
+    try:
+        frame = _settle(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"settle: {error}") from None
+    _check_targets(frame.targets)
+    count = len(frame.targets)
+    total = 0
+    for move in frame.moves:
+        size = move[3]
+        if size < 0 or not 0 <= move[2] < count:
+            raise ProtocolError("settle: a move with an impossible size or target")
+        total += size
+    for other in frame.others:
+        if other.outcome not in (DONE, AGAIN, DEAD) or not other.delay >= 0 or not other.leases:
+            raise ProtocolError("settle: an item with an impossible outcome, delay or no lease")
+        for item in other.publishes:
+            if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
+                raise ProtocolError("settle: a publish with an impossible size, target, delay or ttl")
+            total += item.size
+        total += _check_gathers(other.opens, other.arrivals, count)
+    if total != len(blob):
+        raise ProtocolError(f"settle: the bodies are {len(blob)} bytes, the header says {total}")
+    return frame
+
+
+def _check_targets(targets: list[Target]) -> None:
+    for target in targets:
+        if not target.queue and not target.flags & PUSH_ONLY:
+            raise ProtocolError("a target without a queue")
+
+
+def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: int) -> int:
+    total = 0
+    for gather in opens:
+        if gather.size < 0 or gather.need < 0 or not 0 <= gather.target < targets or not gather.deadline >= 0:
+            raise ProtocolError("a gather with an impossible size, need, target or deadline")
+        total += gather.size
+    for arrival in arrivals:
+        if arrival.size < 0:
+            raise ProtocolError("an arrival with an impossible size")
+        total += arrival.size
+    return total
+
+
+def decode_checkpoint(header: bytes) -> Checkpoint:
+    """Raises `ProtocolError` for a wrong shape."""
+    try:
+        return _checkpoint(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"checkpoint: {error}") from None
+
+
+def decode_release(header: bytes) -> Release:
+    """Raises `ProtocolError` for a wrong shape."""
+    try:
+        return _release(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"release: {error}") from None
+
+
+def decode_query(header: bytes) -> Query:
+    """Raises `ProtocolError` for a wrong shape."""
+    try:
+        return _query(header)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"query: {error}") from None

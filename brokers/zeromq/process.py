@@ -1,0 +1,94 @@
+"""The broker process: journal, engine, socket; says when it is ready, ends when told or when its parent is gone.
+
+`python -m brokers.zeromq.process '{"address": …, "journal": …}'`. What it has to say about its start goes to the file
+descriptor `ready_fd` as one line of JSON. It runs no user code, unpickles nothing and starts no thread but ZeroMQ's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from brokers.core.machine import Limits
+from brokers.engine import Engine
+from brokers.errors import BrokerError, JournalCorrupt, JournalFailed
+from brokers.zeromq.server import Server
+
+__all__ = ["ProcessOptions", "main"]
+
+PR_SET_PDEATHSIG = 1
+
+
+class ProcessOptions(msgspec.Struct):
+    """What a broker process is told at its start."""
+
+    address: str
+    journal: str | None
+    durability: Literal["fsync", "write", "memory"] = "fsync"
+    supervised: bool = True
+    max_message_bytes: int = 16 << 20
+    segment_bytes: int = 64 << 20
+    ready_fd: int = -1
+    parent: int = 0
+
+
+def main(argument: str) -> int:
+    """Run until SIGTERM; 0 when all went well, 70 when the journal failed."""
+    options = msgspec.json.decode(argument.encode(), type=ProcessOptions)
+    stopping = False
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if options.parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != options.parent:
+            return 1
+    try:
+        engine = Engine(
+            journal_dir=None if options.durability == "memory" or options.journal is None else Path(options.journal),
+            durability="fsync" if options.durability == "memory" else options.durability,
+            limits=Limits(max_message_bytes=options.max_message_bytes),
+            supervised=options.supervised,
+            segment_bytes=options.segment_bytes,
+            warn=lambda text: print(f"stageflow: {text}", file=sys.stderr, flush=True),
+        )
+        server = Server(engine, options.address)
+    except (BrokerError, OSError) as error:
+        report: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
+        if isinstance(error, JournalCorrupt):
+            report |= {"file": error.file, "offset": error.offset, "reason": error.reason}
+        _say(options.ready_fd, report)
+        return 1
+    _say(options.ready_fd, {"ready": True, "epoch": engine.machine.store.epoch})
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        server.run(lambda: stopping)
+    except JournalFailed as error:
+        print(f"stageflow: the broker ends because its journal failed: {error}", file=sys.stderr, flush=True)
+        os._exit(70)
+    server.close()
+    engine.close()
+    return 0
+
+
+def _say(fd: int, report: dict[str, object]) -> None:
+    if fd >= 0:
+        os.write(fd, msgspec.json.encode(report) + b"\n")
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
