@@ -75,6 +75,7 @@ class Survey:
         while (number := next((n for n in self._numbers if n > at), None)) is not None:
             if at >= 0 and number != at + 1 and self._still_there(at):
                 yield Damage(at + 1, 0, previous.following if previous else 0, "the file is missing", fatal=True)
+                previous = None
             try:
                 reader = SegmentReader(self._files, self._directory, number)
             except FileNotFoundError:
@@ -108,29 +109,29 @@ class Survey:
         """The batches of one segment. None at the end if the segment was given back meanwhile."""
         offset, number, salt = SECTOR, header.first, header.salt
         while True:
+            later: Later | None = None
             found = reader.batch(offset, number, salt)
             if not isinstance(found, Batch):
-                later: Later | None = None
                 if self._first_of(reader.number + 1) != number:
                     later = reader.later(offset, number, salt)
                 again = self._look_again(reader, offset, number, salt)
                 if again is None:
                     return None
                 found = again
-                if not isinstance(found, Batch):
-                    if later is not None:
-                        reason = found.reason if isinstance(found, Broken) else "a batch has been lost"
-                        yield Damage(reader.number, offset, number, reason, fatal=True, salt=salt)
-                        offset, number = later.offset, later.number
-                        continue
-                    yield from self._end(
-                        reader, found, Damage(reader.number, offset, number, "", fatal=True, salt=salt)
-                    )
-                    marked = isinstance(found, End) and found.marked
-                    return Found(header, offset, number, marked, reader.size), found
-            yield found
-            offset = _behind(found, offset)
-            number += 1
+            if isinstance(found, Batch):
+                yield found
+                offset, number = _behind(found, offset), number + 1
+                continue
+            reason = found.reason if isinstance(found, Broken) else "a batch has been lost"
+            damage = Damage(reader.number, offset, number, reason, fatal=True, salt=salt)
+            if later is not None:
+                yield damage
+                offset, number = later.offset, later.number
+                continue
+            if isinstance(found, Broken):
+                yield from self._end(reader, found, damage)
+            marked = isinstance(found, End) and found.marked
+            return Found(header, offset, number, marked, reader.size), found
 
     def _look_again(self, reader: SegmentReader, offset: int, number: int, salt: int) -> Batch | End | Broken | None:
         """What stands there now, after anything newer was seen; None if the segment is there no more.
@@ -148,16 +149,14 @@ class Survey:
                 return found
         return None
 
-    def _end(self, reader: SegmentReader, found: End | Broken, damage: Damage) -> Iterator[Damage]:
+    def _end(self, reader: SegmentReader, found: Broken, damage: Damage) -> Iterator[Damage]:
         """Damage with nothing whole behind it in this segment."""
-        if isinstance(found, End):
-            return
         if reader.number == self._numbers[-1]:
             torn = found.torn if found.torn is not None else reader.used(damage.offset)
-            yield damage._replace(reason=found.reason, fatal=False, torn=torn)
+            yield damage._replace(fatal=False, torn=torn)
         elif self._first_of(reader.number + 1) is None:
             # A sealed segment ends cleanly. If the next one can be read, it says how many batches are missing here.
-            yield damage._replace(reason=found.reason)
+            yield damage
 
     def _gap(self, previous: Found, stopped: End | Broken, header: SegmentHeader) -> Damage:
         last = header.first - 1

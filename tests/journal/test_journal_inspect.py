@@ -1,0 +1,297 @@
+"""Looking from outside: what verify, scan and repair say, also beside a broker that writes."""
+
+import os
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
+from brokers.journal.format import SECTOR, file_name, read_header, span
+from brokers.journal.inspect import Finding, repair, scan, verify
+from brokers.journal.testing import Crash, MemoryFiles
+
+
+def filled(bench: Any, batches: int = 6, per_segment: int = 2) -> list[Any]:
+    journal = bench.open()
+    said = []
+    for number in range(1, batches + 1):
+        said += bench.fill(journal, 1, first=number)
+        if number % per_segment == 0 and number < batches:
+            journal.seal()
+    journal.close()
+    return said
+
+
+def flip(bench: Any, segment: int, at: int) -> None:
+    content = bytearray(bench.content(segment))
+    content[at] ^= 1
+    bench.disk.damage(bench.path(segment), content)
+
+
+def second(bench: Any, segment: int) -> int:
+    return SECTOR + span(read_header(bench.content(segment), SECTOR).length)
+
+
+def contents(bench: Any) -> dict[str, bytes]:
+    names = bench.disk.listdir(bench.directory)
+    return {name: bench.disk.content(bench.directory / name) for name in names if name != "repair"}
+
+
+def look(bench: Any) -> list[Finding]:
+    before = contents(bench)
+    findings = verify(bench.directory, files=bench.disk)
+    assert contents(bench) == before
+    return findings
+
+
+def test_a_whole_journal_has_no_findings_and_scans_in_full(bench: Any) -> None:
+    filled(bench)
+    assert look(bench) == []
+    assert [batch.number for batch in scan(bench.directory, files=bench.disk)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_verify_finds_all_damage_not_only_the_first(bench: Any) -> None:
+    filled(bench, 9, 3)
+    flip(bench, 1, SECTOR + 50)
+    flip(bench, 2, second(bench, 2) + 60)
+    flip(bench, 3, 3)
+    places = [(file_name(1), SECTOR, True), (file_name(2), second(bench, 2), True), (file_name(3), 0, True)]
+    assert [(found.file, found.offset, found.damage) for found in look(bench)] == places
+    with pytest.raises(JournalCorrupt) as caught:
+        list(scan(bench.directory, files=bench.disk))
+    assert (caught.value.file, caught.value.offset) == places[0][:2]
+
+
+def test_a_torn_end_is_no_damage_and_not_even_a_finding_while_a_broker_runs(bench: Any) -> None:
+    filled(bench, 2)
+    flip(bench, 1, second(bench, 1) + 45)
+    assert [found.damage for found in look(bench)] == [False]
+    assert [batch.number for batch in scan(bench.directory, files=bench.disk)] == [1]
+    fd = bench.disk.open(bench.directory / "lock")
+    bench.disk.pwritev(fd, [b"%d" % os.getpid()], 0)
+    assert len(look(bench)) == 1
+    bench.disk.living.add(os.getpid())
+    assert look(bench) == []
+
+
+def test_there_must_be_a_journal_to_look_at(bench: Any, real: Any) -> None:
+    for call in (verify, lambda directory, files: list(scan(directory, files=files)), repair):
+        with pytest.raises(JournalError, match="there is no journal"):
+            call(bench.directory, files=bench.disk)
+        with pytest.raises(JournalError, match="there is no journal"):
+            call(real.directory, files=None)
+
+
+def test_looking_at_a_newer_format_says_so(bench: Any) -> None:
+    filled(bench)
+    content = bench.content(2)
+    bench.disk.damage(bench.path(2), content[:8] + struct.pack("<I", 9) + content[12:])
+    for call in (look, lambda bench: repair(bench.directory, files=bench.disk)):
+        with pytest.raises(JournalVersion):
+            call(bench)
+
+
+class Watched(MemoryFiles):
+    """Something else happens between two reads."""
+
+    def __init__(self, *, meanwhile: Callable[[], None]) -> None:
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        data = super().pread(fd, size, offset)
+        self.meanwhile()
+        return data
+
+    def listdir(self, path: Path) -> list[str]:
+        names = super().listdir(path)
+        self.meanwhile()
+        return names
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_scan_and_verify_beside_a_busy_writer_see_no_damage(make_bench: Any, seed: int) -> None:
+    chance = random.Random(seed)
+    busy = False
+    left = 80
+
+    def meanwhile() -> None:
+        nonlocal busy, left
+        if busy or left == 0 or chance.random() < 0.4:
+            return
+        busy = True
+        left -= 1
+        for _ in range(chance.randint(1, 6)):
+            bench.fill(journal, 1, first=journal.last_batch + 1, size=chance.choice([50, 400, 3000]))
+            if len(journal.segments()) > 3 and chance.random() < 0.6:
+                journal.drop_oldest()
+        busy = False
+
+    bench = make_bench()
+    bench.disk = Watched(meanwhile=lambda: None)
+    bench.disk.living.add(os.getpid())
+    journal = bench.open(segment_bytes=8 << 10)
+    bench.fill(journal, 20)
+    before = journal.last_batch
+    bench.disk.meanwhile = meanwhile
+    assert verify(bench.directory, files=bench.disk) == []
+    numbers = [batch.number for batch in scan(bench.directory, files=bench.disk)]
+    oldest = journal.segments()[0].first
+    assert numbers == sorted(set(numbers))
+    assert set(range(oldest, before + 1)) <= set(numbers)
+
+
+def test_a_batch_in_the_making_is_not_taken_for_damage(bench: Any) -> None:
+    journal = bench.open()
+    bench.disk.living.add(os.getpid())
+    bench.fill(journal, 2)
+    looked = 0
+
+    def on_call(name: str, path: str) -> int | None:
+        nonlocal looked
+        looked += 1
+        assert verify(bench.directory, files=bench.disk) == []
+        assert [batch.number for batch in scan(bench.directory, files=bench.disk)] in ([1, 2], [1, 2, 3])
+        return 700 if name == "pwritev" else None
+
+    bench.disk.on_call = on_call
+    bench.fill(journal, 1, first=3, size=4000)
+    assert looked > 3
+
+
+def test_repair_has_nothing_to_do_on_a_whole_journal(bench: Any) -> None:
+    said = filled(bench)
+    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [])
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_repair_copies_aside_keeps_what_is_before_the_damage_and_counts_what_it_gives_up(bench: Any) -> None:
+    said = filled(bench, 9, 3)
+    flip(bench, 2, second(bench, 2) + 60)
+    before = {number: bench.content(number) for number in (1, 2, 3)}
+    report = repair(bench.directory, files=bench.disk)
+    assert report[:2] == (file_name(2), second(bench, 2))
+    assert "checksum" in report.reason
+    assert (report.batches, report.records) == (4, 8)
+    assert {path.name: bench.disk.content(path) for path in report.copies} == {
+        file_name(2): before[2],
+        file_name(3): before[3],
+    }
+    assert look(bench) == []
+    with bench.open() as journal:
+        assert bench.replayed == said[:4]
+        assert bench.warnings == []
+        said = said[:4] + bench.fill(journal, 20, first=5)
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_repair_writes_a_damaged_header_anew_and_gives_up_nothing_for_it(bench: Any) -> None:
+    said = filled(bench, 9, 3)
+    for number in (1, 2, 3):
+        flip(bench, number, 30)
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.file, report.offset, report.batches, report.records) == (file_name(1), 0, 0, 0)
+    assert [path.name for path in report.copies] == [file_name(1), file_name(2), file_name(3)]
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_repair_mends_several_kinds_of_damage_in_one_go(bench: Any) -> None:
+    said = filled(bench, 9, 3)
+    flip(bench, 1, 30)
+    flip(bench, 2, SECTOR + 44)
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.file, report.offset, report.batches) == (file_name(1), 0, 5)
+    bench.open()
+    assert bench.replayed == said[:3]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_repair_puts_segments_behind_a_missing_one_aside(bench: Any, lost: int) -> None:
+    said = filled(bench)
+    bench.disk.remove(bench.path(lost))
+    report = repair(bench.directory, files=bench.disk)
+    bench.open()
+    if lost == 2:
+        assert (report.file, report.batches) == (file_name(2), 2)
+        assert bench.replayed == said[:2]
+    else:
+        assert report.file == ""  # nothing says that it was ever there
+        assert bench.replayed == [each for each in said if (each[0] + 1) // 2 != lost]
+
+
+def test_repair_of_a_torn_end_cuts_it_and_gives_up_nothing_whole(bench: Any) -> None:
+    said = filled(bench, 2)
+    flip(bench, 1, second(bench, 1) + 41)
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.offset, report.batches) == (second(bench, 1), 0)
+    bench.open()
+    assert bench.replayed == said[:1]
+    assert bench.warnings == []
+
+
+def test_repair_copies_to_a_directory_of_your_choice(real: Any, tmp_path: Path) -> None:
+    journal = real.open()
+    real.fill(journal, 2)
+    journal.seal()
+    real.fill(journal, 1, first=3)
+    journal.close()
+    data = bytearray(real.path(1).read_bytes())
+    data[SECTOR + 50] ^= 1
+    real.path(1).write_bytes(data)
+    later = real.path(2).read_bytes()
+    report = repair(real.directory, backup_dir=tmp_path / "kept" / "here")
+    assert sorted(report.copies) == [tmp_path / "kept" / "here" / file_name(number) for number in (1, 2)]
+    assert (tmp_path / "kept" / "here" / file_name(1)).read_bytes() == data
+    assert (tmp_path / "kept" / "here" / file_name(2)).read_bytes() == later
+    assert (report.batches, report.records) == (2, 4)
+    assert not real.path(2).exists()
+    real.open().close()
+    assert real.replayed == []
+
+
+def test_repair_is_refused_while_a_broker_holds_the_lock(bench: Any) -> None:
+    bench.open()
+    with pytest.raises(JournalLocked):
+        repair(bench.directory, files=bench.disk)
+
+
+@pytest.mark.parametrize("elsewhere", [None, Path("/elsewhere")])
+def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_bench: Any, elsewhere: Path | None) -> None:
+    step = 0
+    while True:
+        bench = make_bench(seed=step)
+        said = filled(bench, 9, 3)
+        flip(bench, 1, 30)
+        flip(bench, 2, second(bench, 2) + 60)
+        originals = {file_name(number): bench.content(number) for number in (1, 2, 3)}
+        left = step
+
+        def on_call(name: str, path: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+
+        bench.disk.on_call = on_call
+        stopped = False
+        try:
+            repair(bench.directory, backup_dir=elsewhere, files=bench.disk)
+        except Crash:
+            stopped = True
+        bench.disk.crash(random.Random(step))
+        repair(bench.directory, backup_dir=elsewhere, files=bench.disk)
+        bench.open().close()
+        assert bench.replayed == said[:4]
+        everything = [bytes(inode.durable) for inode in bench.disk._durable_names.values()]
+        assert all(original in everything for original in originals.values())
+        if not stopped:
+            break
+        step += 1
+    assert step > 15
