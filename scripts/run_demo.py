@@ -149,7 +149,9 @@ def demo(folder: Path, orders: Path) -> int:
 
     say("And the audit:")
     audit = [sys.executable, str(EXAMPLE), "audit", "--input", str(orders), "--results", str(results)]
-    return subprocess.run(audit, env=environment, check=False).returncode
+    code = subprocess.run(audit, env=environment, check=False).returncode
+    say("The shop balances." if code == 0 else "The shop does NOT balance.")
+    return code
 
 
 def interrupt(_signal: int, _frame: object) -> None:
