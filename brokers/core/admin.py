@@ -48,6 +48,7 @@ class Admin:
             "dead": (tuple[int, int, bool, bool, bytes], self._dead),
             "roster": (tuple[list[tuple[int, list[str]]]], self._roster),
             "hold": (tuple[bool], self._hold),
+            "recall": (tuple[int], self._recall),
             "fact": (tuple[str, str | None], self._fact),
             "bye": (tuple[()], self._bye),
             "ping": (tuple[()], self._ping),
@@ -189,6 +190,7 @@ class Admin:
             "dead": len(queue.dead),
             "oldest": oldest,
             "consumers": len(queue.consumers),
+            "busy": sum(1 for consumer in queue.consumers if consumer.held),
             "delivered": queue.delivered,
             "settled": queue.settled,
             "state": "paused" if queue.paused else "closed" if closed else "open",
@@ -345,7 +347,7 @@ class Admin:
         def funeral() -> None:
             dead = machine.store.sessions.get(peer)
             if dead is not None:
-                machine.bury(dead, guilty=guilty, on_guilty=blame if charge or attempt else None)
+                machine.bury(dead, guilty=guilty, on_guilty=blame if charge or attempt or failure else None)
             machine.heard_of(peer)
 
         machine.after_the_last_word(funeral)
@@ -395,6 +397,13 @@ class Admin:
                 machine.notice(other, "recall", None)
         if not held:
             machine.touch_all()
+
+    def _recall(self, session: Session, peer: int) -> None:
+        """Ask a consumer to return what it has not begun: the message it is at takes long."""
+        self._supervisor(session)
+        other = self.machine.store.sessions.get(peer)
+        if other is not None and any(len(consumer.held) > 1 for consumer in other.consumers.values()):
+            self.machine.notice(other, "recall", None)
 
     # odds and ends
 
