@@ -36,6 +36,7 @@ class Admin:
             "cancel": (tuple[str], self._cancel),
             "watch": (tuple[list[str]], self._watch),
             "lookup": (tuple[list[str]], self._lookup),
+            "inspect": (tuple[list[str]], self._inspect),
             "groups": (tuple[str, int], self._groups),
             "declare": (tuple[list[QueueOptions]], self._declare),
             "stats": (tuple[str], self._stats),
@@ -111,6 +112,13 @@ class Admin:
         found = {id: self._describe_group(group) for id in ids if (group := store.groups.get(id)) is not None}
         return {"epoch": store.epoch, "left_seq": store.left_seq, "groups": found}
 
+    def _inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        """As `lookup`, with the body of every message: to be looked at by people, a few at a time."""
+        store = self.machine.store
+        return {
+            id: self._describe_group(group, bodies=True) for id in ids if (group := store.groups.get(id)) is not None
+        }
+
     def _groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
         found = []
         for group in reversed(self.machine.store.groups.values()):
@@ -121,8 +129,8 @@ class Admin:
                 found.append(self._describe_group(group))
         return found
 
-    def _describe_group(self, group: Group) -> dict[str, Any]:
-        messages = [self._describe(message) for message in group.messages()]
+    def _describe_group(self, group: Group, *, bodies: bool = False) -> dict[str, Any]:
+        messages = [self._describe(message, body=bodies) for message in group.messages()]
         if group.ended:
             for described, message in zip(messages, group.messages(), strict=True):
                 if message.label == group.ended:

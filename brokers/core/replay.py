@@ -262,7 +262,8 @@ class Replay:
         self._frame(peer, frame)
         for id in ids:
             message = self.store.messages.get(id)
-            self._settled(message, "")
+            if peer:  # nobody in particular: somebody purged it, which is no settlement
+                self._settled(message, "")
             if message is not None:
                 self.store.remove(message)
 
