@@ -1,0 +1,119 @@
+"""What the journal on disk testifies to: how often each transition was accepted. An audit that asks no broker.
+
+The records are read as they lie in the files and replayed through the broker's own fold, so that a settlement counts
+under the name of the message it acknowledged. Only what is still in the journal can be counted: a segment is given back
+once nothing in it is alive. It reads, beside a running broker too, and never writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from msgspec import Struct
+
+from brokers.core import records
+from brokers.core.message import Message, Place
+from brokers.core.replay import Replay
+from brokers.core.store import Store
+from brokers.engine import Engine
+from brokers.journal.format import Batch, file_name
+from brokers.journal.inspect import scan
+
+__all__ = ["Accounts", "SegmentUse", "Settled", "offline", "settlements"]
+
+Settled = tuple[str, int, str]
+"""(group, epoch, label) of a message that was acknowledged."""
+
+
+class SegmentUse(Struct):
+    """What one segment holds; `bytes` are those of its records, headers and padding left out."""
+
+    file: str
+    batches: int = 0
+    records: int = 0
+    bytes: int = 0
+
+
+class Accounts(Struct):
+    """The count. `settled` says how often a settlement of each message was accepted: once, if all is well.
+
+    `unnamed` settlements acknowledged messages whose own record is gone with its segment. `kinds` are records by kind,
+    `live` the messages, `groups` the instances that have not ended by these records.
+    """
+
+    segments: list[SegmentUse]
+    settled: Counter[Settled]
+    kinds: Counter[str]
+    unnamed: int = 0
+    live: int = 0
+    groups: int = 0
+
+    @property
+    def batches(self) -> int:
+        """All batches."""
+        return sum(segment.batches for segment in self.segments)
+
+    @property
+    def records(self) -> int:
+        """All records."""
+        return sum(segment.records for segment in self.segments)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all records."""
+        return sum(segment.bytes for segment in self.segments)
+
+
+def settlements(journal: Path) -> Accounts:
+    """Count what is in the journal in this directory.
+
+    Raises `JournalCorrupt` at damage, `JournalVersion`, and `JournalError` if there is no journal.
+    """
+    accounts = Accounts([], Counter(), Counter())
+    settled = accounts.settled
+
+    def on_settled(message: Message | None, group_id: str, label: str) -> None:
+        if message is None:
+            accounts.unnamed += 1
+        else:
+            settled["" if message.group is None else message.group.id, message.epoch, label] += 1
+
+    store = Store()
+    replay = Replay(store, on_settled=on_settled)
+    use = SegmentUse("")
+    for batch in scan(journal):
+        name = file_name(batch.segment)
+        if name != use.file:
+            use = SegmentUse(name)
+            accounts.segments.append(use)
+        use.batches += 1
+        use.records += len(batch.records)
+        for record in batch.records:
+            use.bytes += len(record.header) + len(record.blob)
+            accounts.kinds[records.NAMES.get(record.kind, f"kind {record.kind}")] += 1
+        replay_batch(replay, batch)
+    accounts.live = len(store.messages)
+    accounts.groups = sum(1 for group in store.groups.values() if group.messages() or group.gathers)
+    return accounts
+
+
+def offline(journal: Path) -> Engine:
+    """A broker's engine that knows what the journal says and writes nothing: to look at a cluster at rest.
+
+    What is changed in it is forgotten with it. Raises as `settlements` does.
+    """
+    engine = Engine(journal_dir=None)
+    store = engine.machine.store
+    replay = Replay(store)
+    for batch in scan(journal):
+        replay_batch(replay, batch)
+    replay.finish(store.now, store.wall)
+    return engine
+
+
+def replay_batch(replay: Replay, batch: Batch) -> None:
+    """Give each record of a batch to a replay."""
+    for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
+        place = Place(batch.wall, batch.segment, offset)
+        replay.apply(record.kind, record.first_id, record.peer, bytes(record.header), bytes(record.blob), place)

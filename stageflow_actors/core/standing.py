@@ -1,0 +1,222 @@
+"""Where an instance stands, read from what the broker says of its group of messages, or from how it ended.
+
+The broker knows messages and labels only; what they mean for an instance is told here, once for the runtime and the
+command line. Pure: groups are the broker's plain descriptions, and nothing here asks a broker anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from stageflow_actors.core.codec import decode_value
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    NIL,
+    CompensationRecord,
+    Envelope,
+    Outcome,
+    decode_envelope,
+    decode_outcome,
+    decode_trail,
+)
+from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED
+from stageflow_actors.core.result import CompensationResult, StageResult
+from stageflow_actors.core.status import StageStatus, WorkflowStatus
+
+__all__ = ["Standing", "ended", "failure_text", "standing_of", "status_of", "trail_stages"]
+
+Described = Mapping[str, Any]
+"""A group, or a message of one, as the broker's `lookup`, `groups` and `inspect` describe it."""
+
+_FIRST = re.compile(r"\.stage0(\.|$)")
+"""Queues of a first stage, whatever their prefix."""
+
+
+class Standing(Struct, frozen=True, kw_only=True):
+    """All that is known of one instance. `started_at`, `finished_at`: seconds since the Unix epoch, 0 where unknown.
+
+    `stage` is the stage it is at, or that failed it; `queue` where its message is, empty once it has ended; `waiting`
+    the gathers it waits for. `context` is msgpack, as the last transition left it.
+    """
+
+    instance_id: str
+    epoch: int
+    status: WorkflowStatus
+    workflow_id: str = ""
+    version: int = 0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    stage: str | None = None
+    error: str | None = None
+    failed_stage: str | None = None
+    queue: str = ""
+    context: Raw = NIL
+    stages: list[StageResult] = []
+    compensations: list[CompensationResult] = []
+    waiting: list[str] = []
+
+
+def status_of(group: Described) -> WorkflowStatus:
+    """The status of the live instance whose group this is, as `lookup` or `groups` describes it."""
+    messages: Sequence[Described] = group["messages"]
+    if group["ended"]:
+        for message in messages:
+            body = message.get("body")
+            if message["label"] == group["ended"] and body is not None:
+                return WorkflowStatus(decode_outcome(body).status)
+        return WorkflowStatus.running  # it has ended, and how is on its way into the history
+    if any(message["state"] == "dead" and not message["evidence"] for message in messages):
+        return WorkflowStatus.parked
+    if any(message["label"].startswith(COMPENSATE) or message["label"] in (FAILED, DEAD) for message in messages):
+        return WorkflowStatus.compensating
+    if not messages:
+        return WorkflowStatus.waiting if group["gathers"] else WorkflowStatus.running
+    if all(_untouched(message) for message in messages):
+        if all(_FIRST.search(message["queue"]) for message in messages):
+            return WorkflowStatus.pending
+        if all(message["state"] == "delayed" for message in messages):
+            return WorkflowStatus.waiting
+    return WorkflowStatus.running
+
+
+def standing_of(group: Described) -> Standing:
+    """All about the live instance whose group this is, as `inspect` describes it: with the bodies."""
+    status = status_of(group)
+    messages: Sequence[Described] = group["messages"]
+    for message in messages:
+        if group["ended"] and message["label"] == group["ended"]:
+            return ended(group["id"], group["epoch"], message["body"])
+    waiting = [f"{gather['key']} ({gather['arrived']} of {gather['need'] or '?'})" for gather in group["gathers"]]
+    chosen = _telling(messages)
+    if chosen is None:
+        return Standing(instance_id=group["id"], epoch=group["epoch"], status=status, waiting=waiting)
+    envelope = _envelope(chosen["body"])
+    failure = failure_text(chosen["reason"] or chosen["failure"])
+    if envelope is None:
+        return Standing(
+            instance_id=group["id"],
+            epoch=group["epoch"],
+            status=status,
+            queue=chosen["queue"],
+            stage=chosen["label"],
+            error=failure,
+            waiting=waiting,
+        )
+    done = envelope.compensation.done if envelope.compensation is not None else []
+    stages = trail_stages(envelope.trail, done)
+    if status in (WorkflowStatus.pending, WorkflowStatus.running, WorkflowStatus.parked):
+        ahead = [_stage_ahead(message, envelope) for message in messages]
+        reached = {stage.stage_id for stage in ahead}
+        # A stage that is being tried once more, after a requeue, stands in the trail as failed.
+        stages = [stage for stage in stages if stage.stage_id not in reached] + ahead
+    return Standing(
+        instance_id=group["id"],
+        epoch=group["epoch"],
+        status=status,
+        workflow_id=envelope.workflow_id,
+        version=envelope.version,
+        started_at=envelope.started_at,
+        stage=envelope.stage_id,
+        error=failure or envelope.error,
+        failed_stage=envelope.stage_id if status == WorkflowStatus.parked else envelope.failed_stage,
+        queue=chosen["queue"],
+        context=envelope.context,
+        stages=stages,
+        compensations=_compensations(done),
+        waiting=waiting,
+    )
+
+
+def ended(instance_id: str, epoch: int, outcome: bytes | Raw) -> Standing:
+    """All about an instance that has ended, from its encoded `Outcome`."""
+    read: Outcome = decode_outcome(outcome)
+    return Standing(
+        instance_id=instance_id,
+        epoch=epoch,
+        status=WorkflowStatus(read.status),
+        workflow_id=read.workflow_id,
+        version=read.version,
+        started_at=read.started_at,
+        finished_at=read.finished_at,
+        stage=read.failed_stage,
+        error=read.error,
+        failed_stage=read.failed_stage,
+        context=read.context,
+        stages=trail_stages(read.trail, read.compensations),
+        compensations=_compensations(read.compensations),
+    )
+
+
+def trail_stages(trail: bytes, compensations: Iterable[CompensationRecord] = ()) -> list[StageResult]:
+    """The stages in a trail, in the order they were first reached, those that were undone as `compensated`."""
+    undone = {record.stage_id for record in compensations if record.status == StageStatus.completed}
+    # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
+    records = {record.stage_id: record for record in decode_trail(trail or EMPTY_TRAIL)}
+    return [
+        StageResult(
+            stage_id=record.stage_id,
+            status=StageStatus.compensated
+            if record.stage_id in undone and record.status == StageStatus.completed
+            else StageStatus(record.status),
+            attempts=record.attempts,
+            started_at=record.started_at,
+            duration=record.duration,
+            error=record.error,
+            data=decode_value(record.data),
+        )
+        for record in records.values()
+    ]
+
+
+def failure_text(failure: bytes | None) -> str | None:
+    """What a failure that is attached to a message says, in one line."""
+    try:
+        read = read_failure(failure)
+    except msgspec.MsgspecError:
+        return "(an unreadable reason)"
+    return None if read is None else " ".join(read.message.split()) or read.kind
+
+
+def _untouched(message: Described) -> bool:
+    return message["state"] in ("ready", "delayed") and not message["attempts"] and not message["deaths"]
+
+
+def _telling(messages: Sequence[Described]) -> Described | None:
+    """The message that says most about its instance: a parked one before one in work, before one that waits."""
+    rank = {"dead": 0, "leased": 1, "delayed": 2, "ready": 3}
+    with_body = [message for message in messages if message.get("body") is not None]
+    return min(with_body, key=lambda message: (rank[message["state"]], message["id"]), default=None)
+
+
+def _envelope(body: bytes) -> Envelope | None:
+    try:
+        return decode_envelope(body)
+    except msgspec.MsgspecError:
+        return None  # a message of a kind that this release does not know
+
+
+def _stage_ahead(message: Described, envelope: Envelope) -> StageResult:
+    failure = failure_text(message["reason"] or message["failure"])
+    if message["state"] == "dead":
+        status = StageStatus.failed
+    elif _untouched(message):
+        status = StageStatus.pending
+    else:
+        status = StageStatus.running
+    attempts = message["attempts"] + (message["state"] == "leased")
+    return StageResult(stage_id=message["label"] or envelope.stage_id, status=status, attempts=attempts, error=failure)
+
+
+def _compensations(records: Iterable[CompensationRecord]) -> list[CompensationResult]:
+    return [
+        CompensationResult(
+            stage_id=record.stage_id, status=StageStatus(record.status), error=record.error, duration=record.duration
+        )
+        for record in records
+    ]
