@@ -100,6 +100,9 @@ class Journal:
     ) -> Self:
         """Take the lock, recover, and hand every whole batch to `replay`, in order. A missing directory is made.
 
+        With durability "write" a commit survives the end of any process, but not of the machine, which may keep later
+        batches and lose earlier ones: the next start then refuses, as for any damage, and `repair` is the way on.
+
         `warn` gets a sentence when the torn end of the last batch was cut off. An error of `replay` goes up, with the
         journal closed.
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
+from brokers.journal.files import write_at
 from brokers.journal.format import Batch, Record
 from brokers.journal.journal import Journal
 from brokers.journal.testing import Crash, MemoryFiles
@@ -213,6 +214,31 @@ def test_what_a_killed_process_wrote_is_synced_before_it_is_replayed() -> None:
             Journal.open(DIRECTORY, replay=replay, files=disk, segment_bytes=SEGMENT)
         disk.crash()
     assert seen == [1, 1]
+
+
+def test_a_write_that_is_cut_short_and_interrupted_again_and_again_is_finished() -> None:
+    disk = MemoryFiles()
+    pieces: list[bytes | memoryview] = [bytes([each % 251]) * (each % 40) for each in range(3000)]
+    chance = random.Random(3)
+
+    def on_call(name: str, path: str) -> int | None:
+        if name == "pwritev" and chance.random() < 0.3:
+            raise InterruptedError(errno.EINTR, "injected")
+        return chance.randint(1, 2000)
+
+    fd = disk.open(DIRECTORY / "file", create=True)
+    disk.on_call = on_call
+    whole = b"".join(pieces)
+    write_at(disk, fd, pieces, len(whole), 100)
+    assert disk.content(DIRECTORY / "file") == bytes(100) + whole
+
+
+def test_a_disk_that_takes_nothing_is_not_asked_for_ever() -> None:
+    disk = MemoryFiles()
+    journal = Story(disk).open()
+    disk.on_call = lambda name, path: 0
+    with pytest.raises(JournalFailed):
+        journal.commit([Record(1, 1, 0, b"", b"")], 0.0)
 
 
 def test_an_interruption_between_write_and_sync_is_the_end_too() -> None:

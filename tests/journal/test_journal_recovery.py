@@ -33,6 +33,8 @@ def test_the_last_batch_cut_at_each_byte_leaves_the_state_before_or_after_it(ben
             assert bench.replayed == (said if cut >= whole else said[:2])
             torn = cut not in (starts[2], *range(whole, starts[3] + 1), starts[3] + SECTOR)
             assert bool(bench.warnings) is torn or cut > starts[3]
+        with bench.open() as journal:
+            assert bench.warnings == []
             after = bench.replayed + bench.fill(journal, 1, first=journal.last_batch + 1)
         with bench.open():
             assert bench.replayed == after
@@ -50,6 +52,7 @@ def test_a_torn_end_is_copied_aside_before_it_is_cut(bench: Any) -> None:
             assert copy in warning
             assert f"offset {starts[2]}" in warning
             assert bench.disk.content(bench.directory / copy) == torn[starts[2] :]
+            assert not any(bench.content(1)[starts[2] + SECTOR :])
             assert journal.last_batch == 2
         bench.disk.damage(bench.path(1), torn)
 
@@ -161,6 +164,32 @@ def test_a_recycled_segment_cut_anywhere_never_brings_back_old_batches(bench: An
         assert recovered == said[: len(recovered)]
         assert len(recovered) < 2 or sector == place
         assert len(bench.warnings) == 1
+
+
+def test_batches_of_another_journal_in_the_spare_are_never_taken_for_ours(make_bench: Any) -> None:
+    """A backup was restored beside a younger spare: numbers, sizes and places agree, only the salt tells."""
+    other = make_bench(seed=1)
+    filled = other.open()
+    other.fill(filled, 1)
+    filled.seal()
+    other.fill(filled, 4, first=2)
+    bench = make_bench(seed=2)
+    journal = bench.open()
+    bench.disk.damage(bench.directory / "spare", other.content(2))
+    said = bench.fill(journal, 1)
+    journal.seal()
+    said += bench.fill(journal, 1, first=2)
+    end = journal.segments()[-1].used
+    journal.close()
+    with bench.open():
+        assert bench.replayed == said
+        assert bench.warnings == []
+    # The sector of the end mark did not make it to the disk: a whole batch of the other journal follows ours.
+    ours, theirs = bench.content(2), other.content(2)
+    bench.disk.damage(bench.path(2), ours[:end] + theirs[end : end + SECTOR] + ours[end + SECTOR :])
+    with bench.open():
+        assert bench.replayed == said
+        assert "an earlier life" in bench.warnings[0]
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 17 << 10])
