@@ -51,6 +51,9 @@ class Replay:
         """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for."""
         store = self.store
         store.now, store.wall = now, wall
+        for queue in store.queues.values():
+            # What was removed on the way here counted itself out of lanes in which it had never been.
+            queue.skip = queue.delayed = 0
         for message in sorted(store.messages.values(), key=lambda m: m.id):
             extra = message.extra
             if extra is not None and extra.parked:
