@@ -83,7 +83,10 @@ class CompensationTask(Struct, array_like=True):
 
 
 class Envelope(Struct, array_like=True):
-    """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`."""
+    """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`.
+
+    `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
+    """
 
     workflow_id: str
     version: int
@@ -95,6 +98,7 @@ class Envelope(Struct, array_like=True):
     error: str | None = None
     failed_stage: str | None = None
     compensation: CompensationTask | None = None
+    digest: bytes | None = None
 
 
 class Outcome(Struct, array_like=True):
@@ -110,6 +114,7 @@ class Outcome(Struct, array_like=True):
     error: str | None = None
     failed_stage: str | None = None
     compensations: list[CompensationRecord] = []
+    digest: bytes | None = None
 
 
 _trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])

@@ -1,0 +1,70 @@
+"""Failures as values: from an exception to what travels with a message, and back to what a policy is asked about.
+
+An exception never crosses a process boundary itself: its type may not exist on the other side, and unpickling is not
+done. What a policy sees of a death or a timeout is made anew here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from stageflow_actors.core.envelope import Failure, encode
+from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
+
+__all__ = ["EXPIRED", "describe_error", "exception_of", "failure_of", "read_failure"]
+
+EXPIRED = b"expired"
+"""What the broker attaches to a message that waited longer than its ttl."""
+
+LONGEST = 2_000
+"""Characters of an exception's text that are kept: an error is read by people, and travels with every hop."""
+
+_decode = msgspec.msgpack.Decoder(Failure).decode
+
+
+def describe_error(error: BaseException) -> str:
+    """`ValueError: boom failed`, the way a traceback ends."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - a __str__ of the user's may do anything
+        text = "(its text cannot be made)"
+    if len(text) > LONGEST:
+        text = text[:LONGEST] + " …"
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that an exception of a handler is."""
+    retryable = error.retryable if isinstance(error, StageError) else None
+    return Failure("exception", describe_error(error), type(error).__name__, retryable)
+
+
+def read_failure(data: bytes | None) -> Failure | None:
+    """The failure attached to a message, if there is one."""
+    if data is None:
+        return None
+    if data == EXPIRED:
+        return Failure("expired", "StageError: the message waited in its queue for longer than its ttl", "StageError")
+    return _decode(data)
+
+
+def write_failure(failure: Failure) -> bytes:
+    """The failure as it is attached to a message."""
+    return encode(failure)
+
+
+def exception_of(failure: Failure) -> Exception:
+    """What a retry policy, or a later attempt's `ctx.previous_failure`, is given for a failure."""
+    message = failure.message
+    prefix = f"{failure.error_type}: "
+    text = message.removeprefix(prefix)
+    if failure.kind == "timeout":
+        return StageTimeout(text)
+    if failure.kind == "died":
+        return WorkerDied(text)
+    if failure.kind == "expired":
+        return StageError(text, retryable=False)
+    if failure.error_type == "StageError":
+        return StageError(text, retryable=bool(failure.retryable))
+    return StageFlowError(message)

@@ -1,0 +1,137 @@
+"""One compensation at work: runs the next of the plan, and passes the rest on, or the end.
+
+A compensation that fails for good, hangs or kills its worker does not stop the others; the outcome names it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msgspec import Raw
+
+from brokers.api import AGAIN, DEAD, DONE, DeliveryItem, PublishItem, SettleItem, Target
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.envelope import CompensationRecord, Envelope, Failure, decode_envelope
+from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.routing import after_compensation
+from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.stage import Replace
+from stageflow_actors.runtime.context import StageContext, StepStore
+from stageflow_actors.runtime.programs import CompensationProgram
+from stageflow_actors.runtime.stage_work import TERMINAL, Settled, Stopwatch, _runner, judge
+
+__all__ = ["CompensationWork"]
+
+
+class CompensationWork:
+    """Runs the compensations of one workflow version."""
+
+    def __init__(
+        self,
+        program: CompensationProgram,
+        plan: WorkflowPlan,
+        naming: Naming,
+        services: Mapping[str, Any],
+        slot: Stopwatch,
+        store: Callable[[DeliveryItem], StepStore],
+        *,
+        max_message_bytes: int = 16 << 20,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.plan = plan
+        self.naming = naming
+        self.codec: ContextCodec[Any] = ContextCodec(program.context)
+        self._context_type = program.context
+        self._compensations = program.compensations
+        self._calls = {
+            stage_id: _runner(c.call.bind(services), c.call.is_async) for stage_id, c in program.compensations.items()
+        }
+        self._slot = slot
+        self._store = store
+        self._wall = wall
+        self.targets: list[Target] = []
+
+    def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
+        """Run one compensation."""
+        envelope = decode_envelope(body)
+        task = envelope.compensation
+        stage_id = "" if task is None or not task.plan else task.plan[0]
+        compensation = self._compensations.get(stage_id)
+        if task is None or compensation is None or envelope.version != self.plan.version:
+            text = (
+                f"WorkflowDefinitionError: workflow {envelope.workflow_id!r} version {envelope.version} has no "
+                f"compensation for {stage_id!r} here: register that version, then requeue"
+            )
+            refused = write_failure(Failure("refused", text, "WorkflowDefinitionError"))
+            return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, refused), [], [])
+        self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
+        try:
+            return self._run(item, envelope, stage_id)
+        finally:
+            self._slot.end()
+
+    def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
+        compensation = self._compensations[stage_id]
+        extra = item.extra
+        attempt = 1 if extra is None else extra.attempts + 1
+        if extra is not None and extra.fresh:
+            failure = read_failure(extra.failure) or Failure("died", "WorkerDied: the worker process died")
+            return self._failed(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
+        clock = time.perf_counter()
+        try:
+            context = self.codec.decode(envelope.context)
+            ctx = StageContext(
+                envelope=envelope,
+                instance_id=item.group,
+                epoch=item.epoch,
+                stage_id=stage_id,
+                attempt=attempt,
+                timeout=compensation.timeout,
+                failure=None if extra is None else extra.failure,
+                steps=None if extra is None else extra.steps,
+                store=self._store(item),
+                error=envelope.error,
+            )
+            value = self._calls[stage_id](context, ctx)
+            if type(value) is Replace:
+                context = value.value
+            elif self._context_type is not dict and isinstance(value, self._context_type):
+                context = value
+            encoded = self.codec.encode(context, stage=f"compensation of {stage_id}")
+        except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
+            failure = failure_of(error)
+            asked = error if isinstance(error, Exception) else exception_of(failure)
+            return self._failed(item, envelope, stage_id, attempt, failure, asked, time.perf_counter() - clock)
+        envelope.context = Raw(encoded)
+        record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
+        return self._on(item, envelope, record)
+
+    def _failed(
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        stage_id: str,
+        attempt: int,
+        failure: Failure,
+        error: Exception,
+        duration: float,
+    ) -> Settled:
+        text = failure.message
+        try:
+            delay = judge(self._compensations[stage_id].retry, attempt, failure, error)
+        except Exception as broken:  # noqa: BLE001 - a policy is user code
+            delay = None
+            text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
+        if delay is not None:
+            again = SettleItem([(item.id, item.lease)], AGAIN, [], max(0.0, float(delay)), write_failure(failure))
+            return Settled(again, [], [])
+        return self._on(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
+
+    def _on(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settled:
+        step = after_compensation(self.plan, envelope, record, self.naming, self._wall())
+        target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
+        done = SettleItem([(item.id, item.lease)], DONE)
+        return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])

@@ -1,0 +1,144 @@
+"""`StageContext`: what a handler is told about where it runs, and its means to make parts of itself run once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from stageflow_actors.core.codec import decode_value, encode_value
+from stageflow_actors.core.envelope import Envelope, decode_trail
+from stageflow_actors.core.failures import exception_of, read_failure
+
+__all__ = ["StageContext", "StepStore"]
+
+STEP_DONE = b"\xc0"
+
+
+class StepStore(Protocol):
+    """Where completed steps go. `keep` returns once the value is durable."""
+
+    def keep(self, name: str, value: bytes) -> None:
+        """Keep the result of a step."""
+
+
+class StageContext:
+    """One attempt of one stage of one instance.
+
+    `attempt` counts from 1; `deadline` is when the attempt times out, in seconds on the monotonic clock (None: never);
+    `idempotency_key` is the same for each attempt; `payload` is the reply that the previous stage's request brought.
+    In a compensation, `error` is what failed the workflow and `results[stage_id]` what is being undone.
+    """
+
+    __slots__ = (
+        "_envelope",
+        "_failure",
+        "_results",
+        "_steps",
+        "_store",
+        "attempt",
+        "deadline",
+        "epoch",
+        "error",
+        "instance_id",
+        "stage_id",
+        "workflow_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        envelope: Envelope,
+        instance_id: str,
+        epoch: int,
+        stage_id: str,
+        attempt: int,
+        timeout: float | None,
+        failure: bytes | None,
+        steps: dict[str, bytes] | None,
+        store: StepStore,
+        error: str | None = None,
+    ) -> None:
+        self.workflow_id = envelope.workflow_id
+        self.instance_id = instance_id
+        self.stage_id = stage_id
+        self.attempt = attempt
+        self.epoch = epoch
+        self.deadline: float | None = None if timeout is None else time.monotonic() + timeout
+        self.error = error
+        self._envelope = envelope
+        self._failure = failure
+        self._steps = dict(steps) if steps else {}
+        self._store = store
+        self._results: dict[str, Any] | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key for side effects: the same for each attempt of this stage of this run of the instance."""
+        suffix = "" if self.epoch <= 1 else f":{self.epoch}"
+        return f"{self.workflow_id}:{self.instance_id}:{self.stage_id}{suffix}"
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """What earlier stages returned, by stage id."""
+        if self._results is None:
+            records = decode_trail(self._envelope.trail)
+            self._results = {r.stage_id: decode_value(r.data) for r in records if r.status == "completed"}
+        return self._results
+
+    @property
+    def payload(self) -> Any:
+        """The reply that the previous stage's request brought, or None."""
+        raw = self._envelope.payload
+        return None if raw is None else decode_value(raw)
+
+    @property
+    def previous_failure(self) -> Exception | None:
+        """Why the attempt before this one failed; None on the first."""
+        failure = read_failure(self._failure)
+        return None if failure is None else exception_of(failure)
+
+    @property
+    def logger(self) -> logging.Logger:
+        """A logger named after workflow and stage."""
+        return logging.getLogger(f"stageflow.{self.workflow_id}.{self.stage_id}")
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this instance has been cancelled meanwhile."""
+        return False
+
+    def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function(*args)` once per instance and stage: its result is durable when this returns.
+
+        A later attempt is given the stored result and does not run it. The result is read back from what was
+        stored, so that the first attempt sees what every later one would.
+        """
+        if name in self._steps:
+            return decode_value(self._steps[name])
+        return self._keep(name, function(*args))
+
+    def is_step_completed(self, name: str) -> bool:
+        """Whether the step has completed, in this attempt or an earlier one."""
+        return name in self._steps
+
+    def get_step_result(self, name: str) -> Any:
+        """The stored result of a step; None for one that has not completed or was only checkpointed."""
+        return decode_value(self._steps[name]) if name in self._steps else None
+
+    def store_step_result(self, name: str, value: Any) -> None:
+        """Mark a step as completed with a result; durable when this returns."""
+        self._keep(name, value)
+
+    def checkpoint_step(self, name: str) -> None:
+        """Mark a step as completed; durable when this returns."""
+        self._keep(name, None)
+
+    def _keep(self, name: str, value: Any) -> Any:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a step needs a name that is a string, not {name!r}")
+        data = encode_value(value, what=f"the result of step {name!r} of stage {self.stage_id!r}")
+        self._store.keep(name, data)
+        self._steps[name] = data
+        return decode_value(data)
