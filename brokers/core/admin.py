@@ -396,12 +396,12 @@ class Admin:
         machine.touch_all()
 
     def _hold(self, session: Session, held: bool) -> None:
-        """Deliver nothing more (or again): the supervisor is about to stop."""
+        """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
         self._supervisor(session)
         machine = self.machine
         machine.held_back = held
         for other in machine.store.sessions.values():
-            if other.consumers and held:
+            if other.consumers and held and other is not session:
                 machine.notice(other, "recall", None)
         if not held:
             machine.touch_all()

@@ -142,7 +142,7 @@ class Machine:
     def dispatch(self) -> list[tuple[int, bytes, bytes]]:
         """What may leave now, as (peer, header, blob)."""
         if self._touched:
-            if self.rostered and not self.held_back:
+            if self.rostered:
                 for queue in self._touched:
                     self._pump(queue)
             self._touched.clear()
@@ -857,6 +857,8 @@ class Machine:
         if queue.paused or queue.awaiting or not queue.consumers:
             return
         free = [c for c in queue.consumers if c.session.connected and len(c.held) < c.prefetch]
+        if self.held_back:
+            free = [c for c in free if c.session.role == "supervisor"]
         while free and (lane := queue.next_lane()):
             share = -(-len(lane) // len(free))
             consumer = free.pop(0)
