@@ -146,12 +146,16 @@ class PeerClient(ABC):
     def _hello(self) -> tuple[bytes, bytes, bytes]:
         """The frame that opens the talk. What is held is read source first, so that nothing on its way is missed."""
         holding = list(self._listener.holding())
+        # What is still being published is not live yet, and not gone either: its own frame asks to be told.
+        watching = self._listener.watching()
         with self._lock:
             self._welcomed = False
             self._outgoing.clear()
             first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1
+            starting: set[str] = set()
             for pending in self._unconfirmed:
                 holding.extend(_leases_in(pending))
+                starting.update(_groups_in(pending))
             consume = list(self._consuming.items())
         header = wire.encode(
             (
@@ -162,7 +166,7 @@ class PeerClient(ABC):
                 first,
                 consume,
                 holding,
-                self._listener.watching(),
+                [group for group in watching if group not in starting],
             )
         )
         return wire.HELLO, header, b""
@@ -276,6 +280,12 @@ def _resolve(pending: _Pending, answer: Any, epoch: int) -> None:
             future.set_result(PublishAnswer(seen, [tuple(item) for item in answer["items"]]))
         return
     future.set_result(answer)
+
+
+def _groups_in(pending: _Pending) -> list[str]:
+    if pending.op != wire.PUBLISH:
+        return []
+    return [item.group if isinstance(item, PublishItem) else item[2] for item in pending.fields[1]]
 
 
 def _leases_in(pending: _Pending) -> list[tuple[int, int]]:
