@@ -8,9 +8,6 @@ consumes, so nothing is delivered. This module never makes a data directory, and
 from __future__ import annotations
 
 import os
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -19,24 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from brokers.accounts import offline
 from brokers.api import Broker, Listener
+from brokers.core.machine import Limits
 from brokers.memory import MemoryBroker
-from brokers.zeromq.client import ZmqClient
-from brokers.zeromq.process import ProcessOptions
-from stageflow_actors.errors import BrokerUnavailable, StageFlowError
+from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
+from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, runtime_dir
+from stageflow_actors.runtime.transport import connect
 
 __all__ = ["Attached", "attach", "existing"]
 
 PATIENCE = 10.0
 """Seconds that a broker gets to answer; it answers within milliseconds unless it is stopped or starting."""
-
-READY_WITHIN = 60.0
-"""Seconds that a broker of our own gets to read the journal: a million messages take five."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,10 @@ def attach(path: Path | str, *, write: bool = False) -> Iterator[Attached]:
     Raises `DataDirUnusable` if there is nothing to attach to, `JournalLocked` if something else has the directory,
     `BrokerUnavailable` if its broker is silent, and what reading a damaged journal or history raises.
     """
-    data_dir = existing(path)
+    data_dir = DataDir(path, create=False)
     address = _live_address(data_dir)
+    if address is None:
+        existing(path)
     history = HistoryReader.open(data_dir.history) if data_dir.history.exists() else None
     try:
         if address is not None:
@@ -113,7 +108,7 @@ def _live_address(data_dir: DataDir) -> str | None:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Broker]:
-    client = ZmqClient(address, Listener(), role="client", name="cli")
+    client = connect(address, Listener(), role="client", name="cli")
     try:
         yield client
     finally:
@@ -133,65 +128,23 @@ def _in_memory(data_dir: DataDir) -> Iterator[Broker]:
 def _own_process(data_dir: DataDir) -> Iterator[Broker]:
     lock = data_dir.acquire(os.getpid())
     try:
-        sockets = runtime_dir(data_dir.path)
-        socket = sockets / f"cli-{os.getpid()}"
-        address = f"ipc://{socket}"
-        process = _start(data_dir, address, lock)
+        socket = runtime_dir(data_dir.path) / f"cli-{os.getpid()}"
+        # The lock goes along: nobody else may open the journal while that process lives.
+        process = BrokerProcess(
+            address=f"ipc://{socket}",
+            journal=str(data_dir.journal),
+            durability="fsync",
+            max_message_bytes=Limits().max_message_bytes,
+            keep_fds=(lock,),
+            supervised=False,
+        )
         try:
-            with _connected(address) as broker:
+            process.start()
+            with _connected(process.address) as broker:
                 yield broker
         finally:
-            _stop(process)
+            process.stop()
             socket.unlink(missing_ok=True)
     finally:
         data_dir.remove_cluster()
         data_dir.release()
-
-
-def _start(data_dir: DataDir, address: str, lock: int) -> subprocess.Popen[bytes]:
-    reading, ready = os.pipe()
-    try:
-        options = ProcessOptions(
-            address=address, journal=str(data_dir.journal), supervised=False, ready_fd=ready, parent=os.getpid()
-        )
-        command = [sys.executable, "-m", "brokers.zeromq.process", msgspec.json.encode(options).decode()]
-        # The lock goes along: nobody else may open the journal while that process lives.
-        process = subprocess.Popen(command, pass_fds=(ready, lock), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(ready)
-    try:
-        report = _first_line(reading)
-    finally:
-        os.close(reading)
-    if not report.get("ready"):
-        _stop(process)
-        raise StageFlowError(report.get("message") or "the broker ended before it was ready")
-    return process
-
-
-def _first_line(fd: int) -> dict[str, Any]:
-    line = b""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    deadline = time.monotonic() + READY_WITHIN
-    while not line.endswith(b"\n"):
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return {"message": f"the broker was not ready within {READY_WITHIN:g} s"}
-        chunk = os.read(fd, 65536)
-        if not chunk:
-            return {}
-        line += chunk
-    report: dict[str, Any] = msgspec.json.decode(line)
-    return report
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

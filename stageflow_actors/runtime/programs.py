@@ -86,7 +86,9 @@ def pool_specs(
     specs = []
     for stage, planned in zip(workflow.stages, plan.stages, strict=True):
         wanted = {name: services[name] for name in stage.services}
-        program = StageProgram(workflow.id, workflow.version, workflow.context, stage.replace(compensation=None), wanted)
+        program = StageProgram(
+            workflow.id, workflow.version, workflow.context, stage.replace(compensation=None), wanted
+        )
         actors = planned.actors if max_concurrency is None else min(planned.actors, max_concurrency)
         specs.append(
             PoolSpec(

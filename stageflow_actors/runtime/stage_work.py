@@ -16,7 +16,6 @@ from msgspec import Raw
 from brokers.api import AGAIN, DEAD, DONE, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import (
-    EMPTY_TRAIL,
     NIL,
     Envelope,
     Failure,
@@ -151,7 +150,7 @@ class StageWork:
         clock = time.perf_counter()
         try:
             context = self.codec.decode(envelope.context)
-            ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx or extra is not None else None
+            ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
             if self.stage.when is not None and not self.stage.when(context):
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
@@ -207,7 +206,13 @@ class StageWork:
     # the other paths
 
     def _failed(
-        self, item: DeliveryItem, envelope: Envelope, attempt: int, started: float, duration: float, error: BaseException
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        attempt: int,
+        started: float,
+        duration: float,
+        error: BaseException,
     ) -> Settled:
         failure = failure_of(error)
         asked = error if isinstance(error, Exception) else exception_of(failure)
@@ -244,9 +249,7 @@ class StageWork:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
-        return self._settle(
-            item, [give_up_stage(self.plan, self.planned, envelope, record, self.naming, self._wall())]
-        )
+        return self._settle(item, [give_up_stage(self.plan, self.planned, envelope, record, self.naming, self._wall())])
 
     def _park(self, item: DeliveryItem, failure: Failure) -> Settled:
         return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
@@ -282,7 +285,9 @@ class StageWork:
         publishes = [
             (
                 Target(step.queue, step.label, TERMINAL if step.terminal else 0),
-                PublishItem(0, len(step.body), "", 0, 0, 0 if step.terminal or step.label == FAILED else priority, 0.0, step.ttl),
+                PublishItem(
+                    0, len(step.body), "", 0, 0, 0 if step.terminal or step.label == FAILED else priority, 0.0, step.ttl
+                ),
             )
             for step in steps
         ]
@@ -313,6 +318,3 @@ def _runner(call: Callable[[Any, Any], Any], is_async: bool) -> Callable[[Any, A
         return await awaitable
 
     return lambda context, ctx: loop.run_until_complete(finished(call(context, ctx)))
-
-
-_ = EMPTY_TRAIL

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -163,9 +162,7 @@ class _Steps:
 class _WorkActor(pykka.ThreadingActor):
     """An actor whose loop runs in the thread that calls `serve`: the process's main thread."""
 
-    def __init__(
-        self, work: Callable[[DeliveryItem, bytes], Any], mailbox: _Mailbox, given: WorkerPayload
-    ) -> None:
+    def __init__(self, work: Callable[[DeliveryItem, bytes], Any], mailbox: _Mailbox, given: WorkerPayload) -> None:
         super().__init__()
         self._work = work
         self._mailbox = mailbox
@@ -308,6 +305,3 @@ class StageActor(_WorkActor):
 
 class CompensationActor(_WorkActor):
     """Runs the messages of one compensation queue."""
-
-
-_ = threading

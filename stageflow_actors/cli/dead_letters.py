@@ -1,0 +1,222 @@
+"""`stageflow dlq`: messages that were given up, why, and back into work with them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.options import confirmed, data_option, output_option
+from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
+
+if TYPE_CHECKING:
+    from stageflow_actors.runtime.attach import Attached
+
+__all__ = ["dlq"]
+
+DLQ = "dlq."
+PAGE = 1_000
+
+COLUMNS = (
+    Column("id", plain, right=True),
+    Column("instance"),
+    Column("workflow"),
+    Column("stage"),
+    Column("parked", ago, right=True),
+    Column("attempts", count, right=True),
+    Column("deaths", count, right=True),
+    Column("evidence", lambda value: "yes" if value else ""),
+    Column("reason", clip(100)),
+)
+
+
+@click.group()
+def dlq() -> None:
+    """Dead letters: messages that were given up, with their reasons.
+
+    \b
+    stageflow dlq list
+    stageflow dlq show ORDER-17
+    stageflow dlq requeue ORDER-17
+    stageflow dlq requeue --queue stageflow.orders.stage1
+
+    A dead letter is named by its number or by its instance. One that is `evidence` is kept to be looked at: its
+    instance went on without it (was compensated, or the stage was optional), so it cannot be requeued.
+    """
+
+
+def _queue_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--queue", "queue", default="", metavar="NAME", help="Only those of this queue.")(command)
+
+
+@dlq.command("list")
+@_queue_option
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Most dead letters shown.")
+@data_option
+@output_option
+def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
+    """Dead letters with reason, age and origin.
+
+    \b
+    stageflow dlq list
+    stageflow dlq list --queue stageflow.orders.stage1 --output json
+    """
+    from stageflow_actors.cli.messages import message_row
+    from stageflow_actors.runtime.attach import attach
+
+    with attach(data) as attached:
+        total = sum(dead for _, dead in _queues(attached, queue))
+        rows = [message_row(letter) for letter in islice(_letters(attached, queue), limit)]
+    emit(rows, COLUMNS, output, empty="no dead letters")
+    if len(rows) < total and output == "table":
+        click.echo(f"{total - len(rows):,} more; see --limit", err=True)
+
+
+@dlq.command()
+@click.argument("letter", metavar="ID")
+@_queue_option
+@data_option
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def show(letter: str, queue: str, data: Path, output: str) -> None:
+    """One dead letter in full: ID is its number, or its instance.
+
+    \b
+    stageflow dlq show 4711
+    stageflow dlq show ORDER-17 --output json
+    """
+    from stageflow_actors.cli.messages import envelope_of, message_row
+    from stageflow_actors.core.standing import trail_stages
+    from stageflow_actors.runtime.attach import attach
+
+    with attach(data) as attached:
+        found = _find(attached, (letter,), queue)[0]
+    row = message_row(found)
+    envelope = envelope_of(found)
+    row["stages"] = [] if envelope is None else [_plain_stage(stage) for stage in trail_stages(envelope.trail)]
+    if output == "json":
+        print_json(row)
+        return
+    print_facts(
+        {
+            "dead letter": str(row["id"]),
+            "queue": f"{DLQ}{row['queue']}",
+            "instance": row["instance"],
+            "workflow": row["workflow"],
+            "stage": f"compensation of {row['stage']}" if row["compensation"] else row["stage"],
+            "reason": row["reason"] or "",
+            "kind": row["kind"] or "",
+            "parked": f"{when(row['parked'])} ({ago(row['parked'])} ago)" if row["parked"] else "",
+            "attempts": str(row["attempts"]),
+            "deaths": str(row["deaths"]),
+            "stages so far": ", ".join(f"{s['stage_id']} {s['status']}" for s in row["stages"]),
+            "requeue": "refused: its instance went on without it" if row["evidence"] else "possible",
+        }
+    )
+    click.echo("context")
+    print_json(row["context"])
+
+
+@dlq.command()
+@click.argument("letters", nargs=-1, metavar="[ID]...")
+@_queue_option
+@click.option("--all", "everything", is_flag=True, help="All dead letters.")
+@data_option
+def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) -> int:
+    """Give dead letters back to their queue, with their attempts and deaths forgotten: their instances go on there.
+
+    \b
+    stageflow dlq requeue ORDER-17 ORDER-18
+    stageflow dlq requeue --queue stageflow.orders.stage1
+    stageflow dlq requeue --all
+    """
+    from stageflow_actors.runtime.attach import attach
+
+    _chosen(letters, queue, everything)
+    done = refused = 0
+    with attach(data, write=True) as attached:
+        for name, ids in _by_queue(attached, letters, queue):
+            answer = attached.ask("requeue", f"{DLQ}{name}", ids, timeout=60.0)
+            done += answer["requeued"]
+            refused += len(answer["refused"])
+        later = "" if attached.live else "; they go on when a runtime starts on this directory"
+    click.echo(f"{done:,} requeued{later}", err=True)
+    if refused:
+        click.echo(f"{refused:,} are evidence of instances that went on without them, and stay", err=True)
+    return 0 if done or not refused else 1
+
+
+@dlq.command()
+@click.argument("letters", nargs=-1, metavar="[ID]...")
+@_queue_option
+@click.option("--all", "everything", is_flag=True, help="All dead letters.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@data_option
+def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, data: Path) -> None:
+    """Throw dead letters away. An instance that was parked with one is gone then, without a result.
+
+    \b
+    stageflow dlq purge 4711 --yes
+    stageflow dlq purge --queue stageflow.orders.stage1 --yes
+    """
+    from stageflow_actors.runtime.attach import attach
+
+    _chosen(letters, queue, everything)
+    confirmed("throw away " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)
+    done = gone = 0
+    with attach(data, write=True) as attached:
+        for name, ids in _by_queue(attached, letters, queue):
+            answer = attached.ask("purge", f"{DLQ}{name}", ids, timeout=60.0)
+            done += answer["purged"]
+            gone += len(answer["instances"])
+    click.echo(f"{done:,} dead letters thrown away, {gone:,} instances with them", err=True)
+
+
+def _chosen(letters: tuple[str, ...], queue: str, everything: bool) -> None:
+    if not letters and not queue and not everything:
+        raise click.UsageError("say which: numbers or instances, --queue NAME, or --all")
+    if everything and (letters or queue):
+        raise click.UsageError("--all goes with neither numbers, instances nor --queue")
+
+
+def _queues(attached: Attached, queue: str) -> list[tuple[str, int]]:
+    """Queues with dead letters and how many, or just the one that was asked for."""
+    name = queue.removeprefix(DLQ)
+    queues = attached.ask("stats", name)["queues"]
+    if name and not any(each["name"] == name for each in queues):
+        raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` shows them all")
+    return [(each["name"], each["dead"]) for each in queues if each["dead"] and name in ("", each["name"])]
+
+
+def _letters(attached: Attached, queue: str) -> Iterator[dict[str, Any]]:
+    for name, dead in _queues(attached, queue):
+        for offset in range(0, dead, PAGE):
+            yield from attached.ask("peek", f"{DLQ}{name}", offset, PAGE)
+
+
+def _find(attached: Attached, letters: tuple[str, ...], queue: str) -> list[dict[str, Any]]:
+    wanted = set(letters)
+    found = [each for each in _letters(attached, queue) if each["group"] in wanted or str(each["id"]) in wanted]
+    missing = wanted - {each["group"] for each in found} - {str(each["id"]) for each in found}
+    if missing:
+        raise click.ClickException(
+            f"no dead letter has the number or the instance {min(missing)!r}; `stageflow dlq list` shows them all"
+        )
+    return found
+
+
+def _by_queue(attached: Attached, letters: tuple[str, ...], queue: str) -> list[tuple[str, list[int]]]:
+    """Queues with the numbers of the dead letters meant; no numbers for all of them."""
+    if not letters:
+        return [(name, []) for name, _ in _queues(attached, queue)]
+    by_queue: defaultdict[str, list[int]] = defaultdict(list)
+    for letter in _find(attached, letters, queue):
+        by_queue[letter["queue"]].append(letter["id"])
+    return list(by_queue.items())
+
+
+def _plain_stage(stage: Any) -> dict[str, Any]:
+    return {"stage_id": stage.stage_id, "status": stage.status.value, "attempts": stage.attempts, "error": stage.error}

@@ -1,0 +1,78 @@
+"""`stageflow history`: making the store of finished instances smaller."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from stageflow_actors.cli.options import confirmed, data_option
+from stageflow_actors.cli.output import size, when
+
+__all__ = ["history"]
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+class _Age(click.ParamType):
+    name = "age"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        try:
+            seconds = float(text[:-1]) * UNITS[text[-1:]]
+        except (KeyError, ValueError):
+            seconds = -1.0
+        if not 0 <= seconds < 1e11:
+            self.fail(f"{text!r} is no age; write 90d, 12h, 30m, 45s or 2w", param, ctx)
+        return seconds
+
+
+@click.group()
+def history() -> None:
+    """The store of finished instances.
+
+    \b
+    stageflow history prune --older-than 90d
+    stageflow history vacuum
+    """
+
+
+@history.command()
+@click.option("--older-than", required=True, type=_Age(), metavar="AGE", help="Such as 90d, 12h, 2w.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@data_option
+def prune(older_than: float, yes: bool, data: Path) -> None:
+    """Forget instances that finished longer ago than AGE, and their results. Their ids can be used again then.
+
+    \b
+    stageflow history prune --older-than 90d --yes
+    """
+    from stageflow_actors.history import HistoryWriter
+    from stageflow_actors.runtime.attach import existing
+
+    path = existing(data).history
+    before = time.time() - older_than
+    confirmed(f"forget all instances that finished before {when(before)}", yes)
+    with HistoryWriter.open(path, create=False) as writer:
+        pruned = writer.prune(before)
+    click.echo(f"{pruned:,} instances forgotten; `stageflow history vacuum` gives their space back", err=True)
+
+
+@history.command()
+@data_option
+def vacuum(data: Path) -> None:
+    """Write the store anew without unused space; needs free space of its size meanwhile.
+
+    \b
+    stageflow history vacuum
+    """
+    from stageflow_actors.history import HistoryWriter
+    from stageflow_actors.runtime.attach import existing
+
+    path = existing(data).history
+    with HistoryWriter.open(path, create=False) as writer:
+        before = path.stat().st_size
+        writer.vacuum()
+    click.echo(f"{size(before)} before, {size(path.stat().st_size)} now", err=True)

@@ -1,0 +1,233 @@
+"""`stageflow instances`: the instances of a cluster, those that live and those that have finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.options import data_option, output_option
+from stageflow_actors.cli.output import Column, ago, clip, count, emit, print_facts, print_json, span, table, when
+from stageflow_actors.errors import InstanceNotFound
+
+if TYPE_CHECKING:
+    from stageflow_actors.core.standing import Standing
+    from stageflow_actors.runtime.attach import Attached
+
+__all__ = ["instances"]
+
+STATUSES = (
+    "pending",
+    "running",
+    "waiting",
+    "compensating",
+    "parked",
+    "completed",
+    "failed",
+    "compensated",
+    "compensation_failed",
+    "cancelled",
+)
+LIVE = STATUSES[:5]
+
+SEARCHED = 10_000
+"""Most live instances that are looked at when only some are wanted: the broker does nothing else meanwhile."""
+
+PAGE = 100
+
+COLUMNS = (
+    Column("instance_id"),
+    Column("workflow"),
+    Column("status"),
+    Column("stage"),
+    Column("started", when),
+    Column("duration", span, right=True),
+    Column("error", clip(80)),
+)
+
+STAGES = (
+    Column("stage"),
+    Column("status"),
+    Column("attempts", count, right=True),
+    Column("started", when),
+    Column("duration", span, right=True),
+    Column("result", clip(50)),
+    Column("error", clip(80)),
+)
+
+COMPENSATIONS = (
+    Column("compensation"),
+    Column("status"),
+    Column("duration", span, right=True),
+    Column("error", clip(80)),
+)
+
+
+@click.group()
+def instances() -> None:
+    """Instances of workflows, live and finished.
+
+    \b
+    stageflow instances list --status compensated --limit 20
+    stageflow instances show ORDER-17
+    """
+
+
+@instances.command("list")
+@click.option("--status", type=click.Choice(STATUSES), default=None, help="Only those.")
+@click.option("--workflow", default=None, metavar="ID", help="Only those of this workflow.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Most instances shown.")
+@data_option
+@output_option
+def list_instances(status: str | None, workflow: str | None, limit: int, data: Path, output: str) -> None:
+    """Instances, newest first: those that live, then those that have finished.
+
+    \b
+    stageflow instances list
+    stageflow instances list --status parked
+    stageflow instances list --workflow orders --limit 1000 --output csv
+    """
+    from stageflow_actors.runtime.attach import attach
+
+    with attach(data) as attached:
+        found: dict[str, dict[str, Any]] = {}
+        for standing in _live(attached, status, workflow, limit):
+            found[standing.instance_id] = _row(standing)
+        if attached.history is not None and len(found) < limit and status not in LIVE:
+            for row in attached.history.list(status, workflow, limit):
+                found.setdefault(
+                    row.instance_id,
+                    {
+                        "instance_id": row.instance_id,
+                        "workflow": row.workflow_id,
+                        "status": row.status,
+                        "stage": row.failed_stage,
+                        "started": row.started_at,
+                        "finished": row.finished_at,
+                        "duration": row.finished_at - row.started_at,
+                        "error": row.error,
+                    },
+                )
+    emit(list(islice(found.values(), limit)), COLUMNS, output, empty="no such instances" if status else "no instances")
+
+
+@instances.command()
+@click.argument("instance_id", metavar="ID")
+@data_option
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def show(instance_id: str, data: Path, output: str) -> None:
+    """One instance: where it stands, what its stages did, its context.
+
+    \b
+    stageflow instances show ORDER-17
+    stageflow instances show ORDER-17 --output json
+    """
+    from stageflow_actors.core.codec import json_view
+    from stageflow_actors.runtime.attach import attach
+
+    with attach(data) as attached:
+        standing = _standing(attached, instance_id)
+    facts = _row(standing) | {
+        "version": standing.version,
+        "epoch": standing.epoch,
+        "failed_stage": standing.failed_stage,
+        "queue": standing.queue or None,
+        "waiting": standing.waiting,
+        "stages": [
+            {
+                "stage": stage.stage_id,
+                "status": stage.status.value,
+                "attempts": stage.attempts,
+                "started": stage.started_at or None,
+                "duration": stage.duration if stage.started_at else None,
+                "error": stage.error,
+                "result": stage.data,
+            }
+            for stage in standing.stages
+        ],
+        "compensations": [
+            {"compensation": each.stage_id, "status": each.status.value, "duration": each.duration, "error": each.error}
+            for each in standing.compensations
+        ],
+        "context": json_view(standing.context),
+    }
+    if output == "json":
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from stageflow_actors.cli.output import console
+
+    print_facts(
+        {
+            "instance": facts["instance_id"],
+            "workflow": f"{facts['workflow']} (version {facts['version']})" if facts["workflow"] else "",
+            "status": facts["status"],
+            "failed stage": facts["failed_stage"] or "",
+            "error": facts["error"] or "",
+            "queue": facts["queue"] or "",
+            "waits for": ", ".join(facts["waiting"]),
+            "started": f"{when(facts['started'])} ({ago(facts['started'])} ago)" if facts["started"] else "",
+            "finished": when(facts["finished"]),
+            "duration": span(facts["duration"]),
+            "run": str(facts["epoch"]) if facts["epoch"] else "",
+        }
+    )
+    for rows, columns in ((facts["stages"], STAGES), (facts["compensations"], COMPENSATIONS)):
+        if rows:
+            click.echo()
+            console().print(table(rows, columns))
+    click.echo("\ncontext")
+    print_json(facts["context"])
+
+
+def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
+    """Live instances, newest first, looked at a page at a time."""
+    from stageflow_actors.core.standing import standing_of, status_of
+
+    some = status is not None or workflow is not None
+    groups = attached.ask("groups", "", max(limit, SEARCHED) if some else limit, timeout=30.0)
+    wanted = iter([group["id"] for group in groups if status is None or status_of(group) == status])
+    shown = 0
+    while shown < limit and (page := list(islice(wanted, PAGE))):
+        described = attached.ask("inspect", page)
+        for instance_id in page:
+            if instance_id not in described:
+                continue  # it has left meanwhile, into the history
+            standing = standing_of(described[instance_id])
+            if workflow in (None, standing.workflow_id) and shown < limit:
+                shown += 1
+                yield standing
+
+
+def _standing(attached: Attached, instance_id: str) -> Standing:
+    from stageflow_actors.core.standing import ended, standing_of
+
+    group = attached.ask("inspect", [instance_id]).get(instance_id)
+    if group is not None:
+        return standing_of(group)
+    # Asked after the broker: an instance is in the history before the broker forgets it.
+    row = None if attached.history is None else attached.history.get(instance_id)
+    if row is None:
+        raise InstanceNotFound(instance_id)
+    return ended(instance_id, row.epoch, row.outcome)
+
+
+def _row(standing: Standing) -> dict[str, Any]:
+    """The row of an instance; a duration of what has finished."""
+    finished = standing.finished_at or None
+    return {
+        "instance_id": standing.instance_id,
+        "workflow": standing.workflow_id,
+        "status": standing.status.value,
+        "stage": standing.stage,
+        "started": standing.started_at or None,
+        "finished": finished,
+        "duration": finished - standing.started_at if finished else None,
+        "error": standing.error,
+    }

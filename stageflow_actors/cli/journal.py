@@ -1,0 +1,181 @@
+"""`stageflow journal`: is it sound, what is in it, make it open again. It reads the files, cluster or not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.options import confirmed, data_option, output_option
+from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
+
+if TYPE_CHECKING:
+    from brokers.accounts import Settled
+
+__all__ = ["journal"]
+
+FINDINGS = (Column("file"), Column("offset", count, right=True), Column("kind"), Column("reason"))
+
+SEGMENTS = (
+    Column("file"),
+    Column("batches", count, right=True),
+    Column("records", count, right=True),
+    Column("bytes", size, right=True),
+)
+
+
+@click.group()
+def journal() -> None:
+    """The journal of a cluster, running or not.
+
+    \b
+    stageflow journal verify
+    stageflow journal stats --output json
+    """
+
+
+@journal.command()
+@data_option
+@output_option
+def verify(data: Path, output: str) -> int:
+    """Read all of the journal. Exit code 1 if anything in it is damaged, with file and offset of each place.
+
+    A torn end is no damage: a crash leaves it, nothing in it was acknowledged, and the next start cuts it off.
+
+    \b
+    stageflow journal verify --data /var/lib/orders
+    """
+    from brokers.journal.inspect import verify as findings_of
+    from stageflow_actors.runtime.attach import existing
+
+    directory = existing(data).journal
+    findings = findings_of(directory)
+    rows = [
+        {
+            "file": found.file,
+            "offset": found.offset,
+            "kind": "damage" if found.damage else "torn end",
+            "reason": found.reason,
+        }
+        for found in findings
+    ]
+    damaged = [found for found in findings if found.damage]
+    if output != "table":
+        emit(rows, FINDINGS, output)
+    else:
+        for found in findings:
+            word = "damaged" if found.damage else "torn end (the next start cuts it off)"
+            click.echo(f"{found.file} at offset {found.offset}: {word}: {found.reason}", err=found.damage)
+        if not damaged:
+            segments = sorted(directory.glob("*.journal"))
+            click.echo(f"ok: {count(len(segments))} segment{'s' if len(segments) != 1 else ''} in {directory}")
+    if damaged:
+        click.echo(
+            f"{len(damaged)} damaged place{'s' if len(damaged) != 1 else ''}: restore the directory from a backup, or "
+            "give up what lies behind the first with `stageflow journal repair`",
+            err=True,
+        )
+    return 1 if damaged else 0
+
+
+@journal.command()
+@data_option
+@output_option
+def stats(data: Path, output: str) -> None:
+    """What is in the journal, and how often each transition of each instance was accepted (once, if all is well).
+
+    Counted from the records on disk, without asking the broker. Segments that were given back are not in it any more.
+
+    \b
+    stageflow journal stats
+    stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
+    """
+    from brokers.accounts import settlements
+    from stageflow_actors.runtime.attach import existing
+
+    accounts = settlements(existing(data).journal)
+    segments = [
+        {"file": use.file, "batches": use.batches, "records": use.records, "bytes": use.bytes}
+        for use in accounts.segments
+    ]
+    stages = _rows(accounts.settled.items(), compensations=False)
+    compensations = _rows(accounts.settled.items(), compensations=True)
+    if output == "csv":
+        emit(segments, SEGMENTS, output)
+        return
+    if output == "json":
+        print_json(
+            {
+                "segments": segments,
+                "batches": accounts.batches,
+                "records": accounts.records,
+                "bytes": accounts.bytes,
+                "kinds": dict(accounts.kinds),
+                "live_messages": accounts.live,
+                "live_instances": accounts.groups,
+                "unnamed": accounts.unnamed,
+                "settlements": stages,
+                "compensations": compensations,
+            }
+        )
+        return
+    emit(segments, SEGMENTS, output, empty="the journal is empty")
+    twice = [row for row in (*stages, *compensations) if row["count"] > 1]
+    click.echo()
+    print_facts(
+        {
+            "records": ", ".join(f"{count(number)} {kind}" for kind, number in accounts.kinds.most_common()),
+            "live": f"{count(accounts.live)} messages of {count(accounts.groups)} instances",
+            "transitions": f"{count(sum(row['count'] for row in stages))} of stages, "
+            f"{count(sum(row['count'] for row in compensations))} of compensations, "
+            f"of {count(len({row['instance'] for row in (*stages, *compensations)}))} instances",
+            "unnamed": f"{count(accounts.unnamed)} settlements of messages given back with their segment"
+            if accounts.unnamed
+            else "",
+            "accepted twice": f"{count(len(twice))}, such as {twice[0]}" if twice else "none",
+        }
+    )
+
+
+@journal.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@data_option
+def repair(yes: bool, data: Path) -> None:
+    """Make a damaged journal one that opens: what comes before the damage is kept, what follows it is given up.
+
+    Everything touched is copied aside first. Nothing may run on the directory meanwhile.
+
+    \b
+    stageflow journal repair --data /var/lib/orders
+    """
+    from brokers.journal.inspect import repair as mend
+    from brokers.journal.inspect import verify as findings_of
+    from stageflow_actors.runtime.attach import existing
+
+    directory = existing(data).journal
+    if not findings_of(directory):
+        click.echo("nothing is wrong; nothing was changed")
+        return
+    confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
+    report = mend(directory)
+    click.echo(
+        f"{report.file} at offset {report.offset}: {report.reason}: given up {report.batches:,} whole batches with "
+        f"{report.records:,} records behind it; copies in {report.copies[0].parent if report.copies else directory}"
+    )
+
+
+def _rows(settled: Iterable[tuple[Settled, int]], *, compensations: bool) -> list[dict[str, Any]]:
+    from stageflow_actors.core.plan import COMPENSATE
+
+    found: Counter[tuple[str, int, str]] = Counter()
+    for (instance, epoch, label), times in settled:
+        if not label or label.startswith(":") or label.startswith(COMPENSATE) != compensations:
+            continue
+        found[instance, epoch, label.removeprefix(COMPENSATE)] += times
+    return [
+        {"instance": instance, "epoch": epoch, "stage": stage, "count": times}
+        for (instance, epoch, stage), times in found.items()
+    ]

@@ -1,0 +1,123 @@
+"""MODULE:NAME to the workflow or runtime it names. Whatever is wrong with it is one sentence, never a traceback.
+
+A path is imported under the name of its file with its folder on `sys.path`, not run as a script: that is how worker
+processes find the same module again by its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+
+__all__ = ["load"]
+
+
+def load(target: str, *kinds: type[Any]) -> Any:
+    """The object that `target` names, which must be of one of `kinds`. Raises `click.UsageError`."""
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    module_name, _, name = target.rpartition(":")
+    if not module_name and not name.endswith(".py"):
+        raise click.UsageError(f"{target!r} does not say which module: write MODULE:NAME, as in orders.py:orders")
+    if not module_name or (module_name and name.endswith(".py")):
+        module_name, name = target, ""
+    module = _module(module_name)
+    if not name:
+        raise click.UsageError(f"say which {wanted}: {_choices(module_name, module, kinds)}")
+    found: Any = module
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise click.UsageError(
+                f"there is no {name!r} in {module_name}: {_choices(module_name, module, kinds)}"
+            ) from None
+    if not isinstance(found, kinds):
+        raise click.UsageError(
+            f"{target} is {_a(type(found).__name__)}, not a {wanted}: {_choices(module_name, module, kinds)}"
+        )
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    cwd = os.getcwd()
+    if cwd not in sys.path:
+        sys.path.insert(0, cwd)
+    if name.endswith(".py") or os.sep in name:
+        return _from_path(Path(name))
+    try:
+        return _import(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            hint = f"; did you mean {name}.py?" if Path(f"{name}.py").exists() else ""
+            raise click.UsageError(f"there is no module {name!r}, neither here ({cwd}) nor installed{hint}") from None
+        raise _unimportable(name, error) from None
+
+
+def _from_path(path: Path) -> ModuleType:
+    path = path.absolute()
+    if not path.is_file():
+        raise click.UsageError(f"there is no file {path}")
+    name = path.stem
+    if path.suffix != ".py" or not name.isidentifier():
+        raise click.UsageError(
+            f"{path.name} cannot be imported by worker processes: a module is a .py file whose name consists of "
+            "letters, digits and underscores; rename it"
+        )
+    folder = str(path.parent)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    try:
+        module = _import(name)
+    except ModuleNotFoundError as error:
+        raise _unimportable(path.name, error) from None
+    origin = getattr(module, "__file__", None)
+    if origin is None or not os.path.samefile(origin, path):
+        raise click.UsageError(
+            f"{path.name} cannot be imported: the name {name!r} belongs to {origin or 'a module of Python itself'}; "
+            "rename the file"
+        )
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise
+    except SystemExit:
+        raise click.UsageError(
+            f"{name} ended the program while it was imported: put what it runs under `if __name__ == '__main__':`"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - a module may raise whatever it likes
+        raise _unimportable(name, error) from None
+
+
+def _unimportable(name: str, error: Exception) -> click.UsageError:
+    where = ""
+    if not isinstance(error, SyntaxError):  # which says by itself where it is
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        frames = [f for f in frames if f.filename != __file__]
+        if frames:
+            where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return click.UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}{where}")
+
+
+def _choices(module_name: str, module: ModuleType, kinds: tuple[type[Any], ...]) -> str:
+    found = [
+        f"{module_name}:{name} ({type(value).__name__})"
+        for name, value in vars(module).items()
+        if isinstance(value, kinds)
+    ]
+    return f"it has {', '.join(found)}" if found else f"it has no {' or '.join(kind.__name__ for kind in kinds)} at all"
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[:1] in 'aeiouAEIOU' else 'a'} {word}"

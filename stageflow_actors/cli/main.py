@@ -1,0 +1,89 @@
+"""The entry point of `stageflow`: finds the command, and turns what goes wrong into one line and an exit code.
+
+0 well, 1 it failed, 2 wrong usage, 130 Ctrl-C. Modules of commands import at their top nothing but click, so that
+`--help` answers at once. No command decides anything about a workflow.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import msgspec
+
+from brokers.errors import BrokerError, JournalCorrupt
+from stageflow_actors.cli.dead_letters import dlq
+from stageflow_actors.cli.figures import stats
+from stageflow_actors.cli.housekeeping import history
+from stageflow_actors.cli.instances import instances
+from stageflow_actors.cli.journal import journal
+from stageflow_actors.cli.queues import queue
+from stageflow_actors.cli.run import run
+from stageflow_actors.errors import StageFlowError
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="stageflow-actors", prog_name="stageflow")
+def cli() -> None:
+    """Durable sagas on one machine: run them, look at them, mend them.
+
+    \b
+    stageflow run orders.py:orders --input orders.jsonl --key order_id
+    stageflow instances list --status failed
+    stageflow dlq list
+
+    All but `run` look at the cluster whose data directory is given by --data or STAGEFLOW_DATA, running or not.
+    Exit codes: 0 well, 1 it failed, 2 wrong usage.
+    """
+
+
+for command in (run, instances, queue, dlq, journal, history, stats):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `stageflow` with these arguments (those of the process if None) and returns its exit code."""
+    try:
+        code = cli.main(args=arguments, prog_name="stageflow", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else "stageflow"
+        _say(f"{path}: {_first_small(error.format_message())} (see `{path} --help`)")
+        return 2
+    except click.ClickException as error:
+        _say(f"stageflow: {error.format_message()}")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("stageflow: interrupted")
+        return 130
+    except JournalCorrupt as error:
+        _say(f"stageflow: {error}; `stageflow journal verify` finds all damage, `stageflow journal repair` cuts it off")
+        return 1
+    except (StageFlowError, BrokerError) as error:
+        _say(f"stageflow: {error}")
+        return 1
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. Python would complain once more when it flushes at its end.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except OSError as error:
+        _say(f"stageflow: {error.filename}: {error.strerror}" if error.filename else f"stageflow: {error}")
+        return 1
+    except msgspec.MsgspecError as error:
+        _say(f"stageflow: something stored cannot be read; was it written by a newer release? ({error})")
+        return 1
+
+
+def _say(text: str) -> None:
+    click.echo(" ".join(text.split()), err=True)
+
+
+def _first_small(text: str) -> str:
+    text = text.rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text

@@ -1,0 +1,165 @@
+"""What commands print: rows as a table for people, as JSON for programs, as CSV for spreadsheets.
+
+Only this goes to stdout; whatever is said about it goes to stderr. JSON and CSV hold values as they are (seconds,
+bytes, seconds since the Unix epoch), tables what is easier to read.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import click
+
+__all__ = [
+    "Column",
+    "ago",
+    "clip",
+    "console",
+    "count",
+    "emit",
+    "plain",
+    "print_facts",
+    "print_json",
+    "size",
+    "span",
+    "table",
+    "when",
+]
+
+STYLES = {
+    "completed": "green",
+    "compensated": "yellow",
+    "compensating": "yellow",
+    "failed": "red",
+    "compensation_failed": "bold red",
+    "parked": "magenta",
+    "cancelled": "yellow",
+    "paused": "yellow",
+    "closed": "red",
+}
+"""How a word is coloured on a terminal, wherever it stands alone in its cell."""
+
+
+def plain(value: Any) -> str:
+    """A value as it is, nothing for None."""
+    return "" if value is None else str(value)
+
+
+def count(value: Any) -> str:
+    """12,345."""
+    return "" if value is None else f"{value:,}"
+
+
+def size(value: Any) -> str:
+    """Bytes, as 12.3 MB."""
+    number = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def span(value: Any) -> str:
+    """Seconds, as 350 ms, 12.3 s, 5 min 02 s, 3 h 20 min or 4 d 2 h."""
+    if value is None:
+        return ""
+    seconds = float(value)
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02} s"
+    if seconds < 86400:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02} min"
+    return f"{int(seconds // 86400)} d {int(seconds % 86400 // 3600)} h"
+
+
+def when(value: Any) -> str:
+    """Seconds since the Unix epoch as local time; nothing for 0."""
+    return f"{datetime.fromtimestamp(value).astimezone():%Y-%m-%d %H:%M:%S}" if value else ""
+
+
+def ago(value: Any) -> str:
+    """Seconds since the Unix epoch as an age; nothing for 0."""
+    return span(max(0.0, time.time() - value)) if value else ""
+
+
+def clip(longest: int) -> Callable[[Any], str]:
+    """One line of at most `longest` characters."""
+
+    def show(value: Any) -> str:
+        text = " ".join(plain(value).split())
+        return text if len(text) <= longest else text[: longest - 1] + "…"
+
+    return show
+
+
+class Column(NamedTuple):
+    """A column: the key in the rows, how a table shows its values, and whether they are numbers."""
+
+    name: str
+    show: Callable[[Any], str] = plain
+    right: bool = False
+
+
+def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: str, *, empty: str = "nothing") -> None:
+    """Print `rows`; `empty` is what a table says instead of them when there are none."""
+    if output == "json":
+        print_json(rows)
+    elif output == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow([column.name for column in columns])
+        writer.writerows([[row[column.name] for column in columns] for row in rows])
+    elif rows:
+        console().print(table(rows, columns))
+    else:
+        click.echo(empty, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Indented JSON of plain values."""
+    import orjson
+
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode())
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and values, one a line; those without a value are left out."""
+    width = max((len(name) for name in facts), default=0) + 2
+    for name, value in facts.items():
+        if value:
+            click.echo(f"{name:<{width}}{value}")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Any:
+    """The rows as rich's table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(
+            column.name.replace("_", " "),
+            justify="right" if column.right else "left",
+            no_wrap=column.right or column.show is not plain,
+            overflow="fold",
+        )
+    for row in rows:
+        cells = [column.show(row[column.name]) for column in columns]
+        made.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+    return made
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    # Not a terminal: whoever reads it has no edge at which to wrap, and grep wants whole lines.
+    return Console() if sys.stdout.isatty() else Console(width=400)

@@ -1,0 +1,100 @@
+"""The results of `stageflow run`: how each instance ended, counted for the summary and written for `--results`.
+
+The file appears under its name complete or not at all: it grows beside it and is renamed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from stageflow_actors.core.result import WorkflowResult
+
+__all__ = ["ResultsFile", "Tally"]
+
+
+class Tally:
+    """What became of the lines. `since` (seconds since the Unix epoch): what had ended before was skipped."""
+
+    def __init__(self, since: float) -> None:
+        self._since = since
+        self.statuses: Counter[str] = Counter()
+        self.skipped = 0
+        self.refused = 0
+
+    @property
+    def results(self) -> int:
+        """Instances of which it is known how they ended."""
+        return sum(self.statuses.values())
+
+    @property
+    def done(self) -> int:
+        """Instances that ended in this run."""
+        return self.results - self.skipped
+
+    @property
+    def seen(self) -> int:
+        """Lines that are dealt with."""
+        return self.results + self.refused
+
+    @property
+    def well(self) -> bool:
+        """Whether every line became an instance that completed."""
+        return not self.refused and set(self.statuses) <= {"completed"}
+
+    def add(self, result: WorkflowResult[Any]) -> None:
+        """One more instance has ended, or had."""
+        self.statuses[result.status.value] += 1
+        if result.status.terminal and result.finished_at < self._since:
+            self.skipped += 1
+
+
+class ResultsFile:
+    """Writes one JSON object per instance. `-` is stdout. `finish` gives the file its name, `discard` removes it."""
+
+    def __init__(self, path: str) -> None:
+        self._file: IO[bytes]
+        self._path: Path | None = None
+        if path == "-":
+            self._file = click.get_binary_stream("stdout")
+            return
+        self._path = Path(path)
+        if self._path.is_dir():
+            raise click.UsageError(f"--results {path} is a directory; name a file in it")
+        # One name for all runs: what a killed one leaves behind is written over by the next.
+        self._part = self._path.with_name(f"{self._path.name}.part")
+        try:
+            self._file = open(self._part, "wb")  # noqa: SIM115 - open for the whole run
+        except OSError as error:
+            raise click.UsageError(f"--results {path} cannot be written: {error.strerror}") from None
+
+    def write(self, result: WorkflowResult[Any], context: Any) -> None:
+        """One more line; `context` in plain values."""
+        import orjson
+
+        line = {
+            "instance_id": result.instance_id,
+            "status": result.status.value,
+            "error": result.error,
+            "context": context,
+        }
+        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
+
+    def finish(self) -> None:
+        """All has been written that will be."""
+        self._file.flush()
+        if self._path is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._part, self._path)
+
+    def discard(self) -> None:
+        """The run has failed: leave an earlier file as it is."""
+        if self._path is not None:
+            self._file.close()
+            self._part.unlink(missing_ok=True)

@@ -1,0 +1,293 @@
+"""`stageflow run`: one instance per line of a file, to its end, as often interrupted as need be.
+
+What is done is known by the instances' ids, so the same command again goes on where the last one was stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.options import DEFAULT_DATA
+from stageflow_actors.cli.output import span
+
+if TYPE_CHECKING:
+    from stageflow_actors.cli.lines import InputLine, Lines
+    from stageflow_actors.cli.results import ResultsFile, Tally
+    from stageflow_actors.definition.workflow import Workflow
+    from stageflow_actors.runtime.runtime import Runtime
+
+__all__ = ["run"]
+
+TOLD = 20
+"""Refused lines that are told of one by one; the rest is counted."""
+
+LINES_OF_AN_ID = 4
+"""Line numbers kept for one id: a file that names an id more often is told of the first."""
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:NAME")
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="JSON objects, one a line; CSV if it ends in .csv; - for stdin.",
+)
+@click.option("--key", default=None, metavar="FIELD", help="The field that holds the instance's id.")
+@click.option(
+    "--results", "target_file", default=None, metavar="FILE", help="Write how each instance ended (- stdout)."
+)
+@click.option("--workflow", "workflow_id", default=None, metavar="ID", help="Which one, of a Runtime with several.")
+@click.option("--fresh", is_flag=True, help="Set an existing data directory aside first: run everything anew.")
+@click.option("--retry-failed", is_flag=True, help="Run anew what ended otherwise than completed.")
+@click.option(
+    "--data",
+    envvar="STAGEFLOW_DATA",
+    default=None,
+    show_envvar=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
+)
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", help="How the summary is printed.")
+def run(
+    target: str,
+    source: str,
+    key: str | None,
+    target_file: str | None,
+    workflow_id: str | None,
+    fresh: bool,
+    retry_failed: bool,
+    data: Path | None,
+    output: str,
+) -> int:
+    """Run a workflow over a file: one instance per line.
+
+    MODULE is an importable module or a path to a .py file; NAME in it is a Workflow, or a Runtime, whose services
+    and Config are used then. Run the same command again after a crash, a kill or Ctrl-C: it skips what is done and
+    goes on with the rest. Without --key a line is known by file name and line number.
+
+    \b
+    stageflow run orders.py:orders --input orders.jsonl --key order_id
+    stageflow run shop.flows:runtime --input orders.csv --results results.jsonl --data /var/lib/orders
+    zcat orders.jsonl.gz | stageflow run orders.py:orders --input - --key order_id
+    stageflow run orders.py:orders --input orders.jsonl --key order_id --retry-failed
+
+    Exit code 1 if an instance did not complete or a line was refused, 130 after Ctrl-C.
+    """
+    from stageflow_actors.cli.loading import load
+    from stageflow_actors.cli.results import ResultsFile
+    from stageflow_actors.definition.workflow import Workflow
+    from stageflow_actors.runtime.runtime import Runtime
+
+    found = load(target, Workflow, Runtime)
+    runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
+    if data is not None:
+        runtime.data_dir = data
+    workflow = found if isinstance(found, Workflow) else _workflow_of(runtime, target, workflow_id)
+    file = ResultsFile(target_file) if target_file is not None else None
+    try:
+        if fresh:
+            _set_aside(Path(runtime.data_dir))
+        # Whoever asks politely gets the same as with Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        return _Run(runtime, workflow, source, key, file, retry_failed, output).go()
+    except BaseException:
+        if file is not None:
+            file.discard()
+        raise
+
+
+class _Run:
+    """One run: lines in, results out, told of on stderr."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        workflow: Workflow[Any],
+        source: str,
+        key: str | None,
+        file: ResultsFile | None,
+        retry_failed: bool,
+        output: str,
+    ) -> None:
+        from stageflow_actors.cli.lines import Lines, count_lines
+        from stageflow_actors.cli.progress import Progress
+        from stageflow_actors.cli.results import Tally
+        from stageflow_actors.core.codec import ContextCodec
+
+        self._runtime = runtime
+        self._workflow = workflow
+        self._file = file
+        self._retry_failed = retry_failed
+        self._output = output
+        self._codec: ContextCodec[Any] = ContextCodec(workflow.context)
+        self._lines: Lines = Lines(source, key=key, refuse=self._refuse, convert=self._from_strings())
+        self._total = count_lines(source)
+        self._progress = Progress(workflow.id, self._total)
+        self._tally: Tally = Tally(time.time())
+        self._numbers: dict[str, deque[int]] = {}
+        self._began = time.monotonic()
+
+    def go(self) -> int:
+        """Returns the exit code."""
+        interrupted = False
+        try:
+            with self._runtime, self._progress:
+                try:
+                    self._all()
+                except KeyboardInterrupt:
+                    self._progress.stop()
+                    self._say("interrupted: ending the stages in work; run the same command again to go on from here")
+                    raise
+        except KeyboardInterrupt:
+            interrupted = True
+        if self._file is not None:
+            self._file.finish()
+        self._sum_up(interrupted)
+        return 130 if interrupted else 0 if self._tally.well else 1
+
+    def _all(self) -> None:
+        from stageflow_actors.errors import InstanceConflict, InvalidContext, PayloadTooLarge
+
+        results = self._runtime.map_unordered(
+            self._workflow, self._contexts(), key=lambda line: line.key, retry_failed=self._retry_failed
+        )
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except (InvalidContext, InstanceConflict, PayloadTooLarge) as error:
+                self._refuse(self._number_of(getattr(error, "instance_id", None)), str(error))
+                continue
+            self._number_of(result.instance_id)
+            self._tally.add(result)
+            if self._file is not None:
+                self._file.write(result, self._codec.to_json(self._codec.encode_unchecked(result.context)))
+            self._tell()
+
+    def _contexts(self) -> Iterator[InputLine]:
+        for line in self._lines:
+            numbers = self._numbers.setdefault(line.key, deque())
+            if len(numbers) < LINES_OF_AN_ID:
+                numbers.append(line.number)
+            yield line
+
+    def _number_of(self, instance_id: str | None) -> int | None:
+        """The line that became this instance, which is dealt with now."""
+        numbers = self._numbers.get(instance_id or "")
+        if not numbers:
+            return None
+        number = numbers.popleft()
+        if not numbers:
+            del self._numbers[instance_id or ""]
+        return number
+
+    def _refuse(self, number: int | None, reason: str) -> None:
+        self._tally.refused += 1
+        if self._tally.refused <= TOLD:
+            where = f"{self._lines.name} line {number}" if number is not None else self._lines.name
+            self._say(f"{where}: {' '.join(reason.split())}")
+        elif self._tally.refused == TOLD + 1:
+            self._say("more lines were refused; they are counted only")
+
+    def _tell(self) -> None:
+        tally = self._tally
+        bad = tally.results - tally.statuses["completed"]
+        note = f"{bad:,} not completed" if bad else ""
+        self._progress.update(tally.seen, note)
+
+    def _from_strings(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """CSV knows nothing but strings: read them as what the fields of a typed context need."""
+        if self._workflow.context is dict:
+            return None
+
+        def convert(row: dict[str, Any]) -> dict[str, Any]:
+            import msgspec
+
+            typed = self._codec.decode(self._codec.prepare(row, strict=False))
+            plain: dict[str, Any] = msgspec.to_builtins(typed)
+            return plain
+
+        return convert
+
+    def _sum_up(self, interrupted: bool) -> None:
+        tally = self._tally
+        seconds = time.monotonic() - self._began
+        rate = tally.done / seconds if seconds else 0.0
+        if self._output == "json":
+            from stageflow_actors.cli.output import print_json
+
+            print_json(
+                {
+                    "done": tally.done,
+                    "skipped": tally.skipped,
+                    "statuses": dict(tally.statuses),
+                    "refused": tally.refused,
+                    "seconds": seconds,
+                    "rate": rate,
+                    "interrupted": interrupted,
+                }
+            )
+            return
+        statuses = ", ".join(f"{number:,} {status}" for status, number in tally.statuses.most_common())
+        parts = [f"{tally.done:,} done"]
+        if tally.skipped:
+            parts.append(f"{tally.skipped:,} skipped (done before)")
+        if tally.refused:
+            parts.append(f"{tally.refused:,} refused")
+        self._say(
+            f"{self._workflow.id}: {', '.join(parts)} in {span(seconds)} ({rate:,.0f}/s)"
+            + (f": {statuses}" if statuses else "")
+        )
+
+    def _say(self, text: str) -> None:
+        self._progress.say(text)
+
+
+def _workflow_of(runtime: Runtime, target: str, workflow_id: str | None) -> Workflow[Any]:
+    workflows = {workflow.id: workflow for workflow in runtime.workflows}
+    if workflow_id is None and len(workflows) == 1:
+        return next(iter(workflows.values()))
+    names = ", ".join(workflows) or "none"
+    if workflow_id is None:
+        raise click.UsageError(f"{target} has several workflows: say which with --workflow ({names})")
+    if workflow_id not in workflows:
+        raise click.UsageError(f"{target} has no workflow {workflow_id!r}; it has {names}")
+    return workflows[workflow_id]
+
+
+def _set_aside(path: Path) -> None:
+    """Renames the data directory. Raises `JournalLocked` while a cluster has it."""
+    import os
+
+    from stageflow_actors.runtime.datadir import DataDir
+
+    if not path.exists():
+        return
+    data_dir = DataDir(path, create=False)
+    data_dir.acquire(os.getpid())
+    try:
+        data_dir.remove_cluster()
+        stamp = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        aside = data_dir.path.with_name(f"{data_dir.path.name}.old-{stamp}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = data_dir.path.with_name(f"{data_dir.path.name}.old-{stamp}-{number}")
+        data_dir.path.rename(aside)
+    finally:
+        data_dir.release()
+    click.echo(f"{path} is now {aside}", err=True)

@@ -1,0 +1,513 @@
+"""`Client`: starting instances and hearing how they end, from any process of the host.
+
+Every start is numbered and confirmed by the broker before the call returns. Ends arrive pushed, on the connection's
+thread, and are handed to whoever waits; what has left the broker is looked up in the history.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msgspec import Raw
+
+from brokers import api as port
+from brokers.api import CHECK, START, WATCH, Broker, Listener, PublishItem, Target
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
+from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.standing import status_of
+from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.errors import (
+    BrokerUnavailable,
+    InstanceConflict,
+    InstanceNotFound,
+    InvalidContext,
+    PayloadTooLarge,
+    QueueFull,
+    StageFlowError,
+)
+from stageflow_actors.history.reader import HistoryReader
+from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.mapping import Mapping, Prepared, as_completed
+from stageflow_actors.runtime.queues import QueueInfo, queue_infos
+from stageflow_actors.runtime.transport import connect
+
+__all__ = ["Client", "Known", "new_instance_id"]
+
+C = TypeVar("C")
+
+ANSWER_SECONDS = 60.0
+"""How long a call waits for the broker, restarts of it included."""
+
+MOST_AT_ONCE = 10_000
+"""Most contexts of one `submit_many`."""
+
+LOOKS = 50
+"""How often a start looks into the history again before it gives up: each time something of that id left meanwhile."""
+
+
+def new_instance_id() -> str:
+    """32 hex digits: 8 of the time in seconds, so that the history's index grows at its end, and 24 random ones."""
+    return f"{int(time.time()) & 0xFFFFFFFF:08x}{os.urandom(12).hex()}"
+
+
+class Known:
+    """A workflow as a client uses it."""
+
+    __slots__ = ("codec", "order", "plan", "target", "workflow")
+
+    def __init__(self, workflow: Workflow[Any], plan: WorkflowPlan) -> None:
+        self.workflow = workflow
+        self.plan = plan
+        self.codec: ContextCodec[Any] = ContextCodec(workflow.context)
+        self.order = [stage.id for stage in plan.stages]
+        first = plan.stages[0]
+        self.target = Target(first.queue, first.id)
+
+
+class _Ends(Listener):
+    """What the connection tells a client."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        self._client._ended(pushes)
+
+    def on_notice(self, word: str, detail: Any) -> None:
+        if word == "gone":
+            self._client._gone(detail)
+        elif word == "parked":
+            self._client._parked(detail)
+
+    def watching(self) -> list[str]:
+        return self._client._watched()
+
+
+class Client:
+    """The calls that every process of the host may make while a runtime serves the data directory."""
+
+    def __init__(self) -> None:
+        self._broker: Broker | None = None
+        self._history: HistoryReader | None = None
+        self._history_path: Path | None = None
+        self._known: dict[tuple[str, int], Known] = {}
+        self._naming = Naming()
+        self._max_message_bytes = 16 << 20
+        self._ttl = 0.0
+        self._seen = 0
+        self._sinks: dict[str, Any] = {}
+        self._quiet = threading.Condition()
+        self._dead: StageFlowError | None = None
+
+    # starting instances
+
+    def submit(
+        self, workflow: Workflow[C] | str, context: C, *, instance_id: str | None = None, priority: int = 0
+    ) -> Instance[C]:
+        """Start one instance; durable when this returns.
+
+        The same `instance_id` with the same input gives the existing instance. Raises `InvalidContext`,
+        `PayloadTooLarge`, `QueueFull`, `InstanceConflict` (that id, another input); nothing is enqueued then.
+        """
+        known = self._workflow(workflow)
+        return self._start(known, [self._prepare(known, context, instance_id)], priority)[0]
+
+    def submit_many(
+        self, workflow: Workflow[C] | str, contexts: Iterable[C], *, instance_ids: Sequence[str] | None = None
+    ) -> list[Instance[C]]:
+        """Start up to 10,000 instances, all or none; `map` is for more. Raises as `submit` does."""
+        known = self._workflow(workflow)
+        given = list(contexts)
+        if len(given) > MOST_AT_ONCE:
+            raise ValueError(f"submit_many takes up to {MOST_AT_ONCE} contexts, not {len(given)}; use map for more")
+        if instance_ids is not None and len(instance_ids) != len(given):
+            raise ValueError(f"{len(given)} contexts were given {len(instance_ids)} instance_ids: one each, please")
+        ids = instance_ids if instance_ids is not None else [None] * len(given)
+        prepared = []
+        for number, (context, id) in enumerate(zip(given, ids, strict=True)):
+            try:
+                prepared.append(self._prepare(known, context, id))
+            except InvalidContext as error:
+                raise InvalidContext(f"context {number}: {error}", stage=error.stage, field=error.field) from None
+        return self._start(known, prepared, 0) if prepared else []
+
+    def execute(
+        self,
+        workflow: Workflow[C] | str,
+        context: C,
+        *,
+        timeout: float | None = None,
+        instance_id: str | None = None,
+        priority: int = 0,
+    ) -> WorkflowResult[C]:
+        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout` seconds; the instance goes on."""
+        return self.submit(workflow, context, instance_id=instance_id, priority=priority).result(timeout)
+
+    def map(
+        self,
+        workflow: Workflow[C] | str,
+        contexts: Iterable[C],
+        *,
+        key: Callable[[C], Any] | str | None = None,
+        progress: bool = False,
+        retry_failed: bool = False,
+    ) -> Iterator[WorkflowResult[C]]:
+        """Run a workflow over any number of contexts; results in the order of the input.
+
+        A bounded number is in flight. `key` (a function of the context, or a field's name) names each instance: what has
+        finished before is not run again, its stored result is yielded. `retry_failed` runs anew what ended otherwise
+        than completed. A refused context raises where its result would have been yielded; the iterator can go on.
+        """
+        return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=True)
+
+    def map_unordered(
+        self,
+        workflow: Workflow[C] | str,
+        contexts: Iterable[C],
+        *,
+        key: Callable[[C], Any] | str | None = None,
+        progress: bool = False,
+        retry_failed: bool = False,
+    ) -> Iterator[WorkflowResult[C]]:
+        """As `map`, in order of completion."""
+        return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=False)
+
+    def as_completed(self, instances: Iterable[Instance[C]], timeout: float | None = None) -> Iterator[Instance[C]]:
+        """The instances as they end (or are parked). Raises `TimeoutError` after `timeout` seconds."""
+        return as_completed(instances, timeout)
+
+    # looking
+
+    def instance(self, instance_id: str) -> Instance[Any]:
+        """The instance of that id, live or finished. Raises `InstanceNotFound`."""
+        group = self._lookup([instance_id]).get(instance_id)
+        if group is not None:
+            return Instance(self, instance_id, self._known_of_group(group))
+        row = self._row(instance_id)
+        if row is None:
+            raise InstanceNotFound(instance_id)
+        instance: Instance[Any] = Instance(self, instance_id, self._known_version(row.workflow_id, row.version))
+        instance._take(row.outcome)
+        return instance
+
+    def instances(
+        self,
+        status: WorkflowStatus | str | None = None,
+        workflow: Workflow[Any] | str | None = None,
+        limit: int = 100,
+    ) -> list[Instance[Any]]:
+        """Instances, live ones first, newest first; at most `limit`."""
+        wanted = None if status is None else WorkflowStatus(status)
+        workflow_id = workflow.id if isinstance(workflow, Workflow) else workflow
+        found: list[Instance[Any]] = []
+        ids: set[str] = set()
+        if wanted is None or not wanted.terminal:
+            for group in self._query("groups", "", 1_000_000):
+                if len(found) >= limit:
+                    break
+                if wanted is not None and status_of(group) != wanted:
+                    continue
+                known = self._known_of_group(group)
+                if workflow_id is not None and (known is None or known.plan.id != workflow_id):
+                    continue
+                found.append(Instance(self, group["id"], known))
+                ids.add(group["id"])
+        if wanted is None or wanted.terminal:
+            reader = self._reader()
+            rows = [] if reader is None else reader.list(wanted, workflow_id, max(0, limit - len(found)))
+            for row in rows:
+                if row.instance_id not in ids:
+                    instance: Instance[Any] = Instance(
+                        self, row.instance_id, self._known_version(row.workflow_id, row.version)
+                    )
+                    instance._take(row.outcome)
+                    found.append(instance)
+        return found
+
+    def queues(self, prefix: str = "") -> list[QueueInfo]:
+        """Figures of each queue whose name begins with `prefix`."""
+        return queue_infos(self._query("stats", prefix))
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the broker and the history."""
+        figures = dict(self._query("stats", ""))
+        reader = self._reader()
+        figures["finished"] = {} if reader is None else reader.count()
+        return figures
+
+    def pause(self, queue: str) -> None:
+        """Deliver nothing from a queue until it is resumed; survives restarts."""
+        self._query("pause", queue)
+
+    def resume(self, queue: str) -> None:
+        """Deliver from a paused queue again."""
+        self._query("resume", queue)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until everything this client submitted has ended or is parked. Raises `TimeoutError`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._quiet:
+            while self._sinks:
+                self._check_alive()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"{len(self._sinks)} instances had not ended after {timeout:g} s")
+                self._quiet.wait(0.5 if left is None else min(left, 0.5))
+
+    # the connection
+
+    def _attach(self, address: str, name: str) -> None:
+        self._broker = connect(address, _Ends(self), role="client", name=name)
+
+    def _detach(self) -> None:
+        if self._broker is not None:
+            self._broker.close(timeout=1.0)
+            self._broker = None
+        if self._history is not None:
+            self._history.close()
+            self._history = None
+
+    def _port(self) -> Broker:
+        if self._broker is None:
+            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
+        return self._broker
+
+    def _query(self, name: str, *args: Any) -> Any:
+        return self._await(self._port().query(name, *args))
+
+    def _await(self, future: Future[Any], timeout: float = ANSWER_SECONDS) -> Any:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return future.result(0.5)
+            except TimeoutError:
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
+            except port.QueueFull as error:
+                raise QueueFull(str(error)) from None
+            except port.PayloadTooLarge as error:
+                raise PayloadTooLarge(str(error)) from None
+            except port.BrokerUnavailable as error:
+                raise BrokerUnavailable(str(error)) from None
+            except port.Refused as error:
+                raise (QueueFull if "disk" in str(error) else StageFlowError)(str(error)) from None
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+
+    def _fail(self, error: StageFlowError) -> None:
+        """The cluster cannot be kept: whoever waits is told."""
+        self._dead = error
+        with self._quiet:
+            sinks = list(self._sinks.values())
+            self._quiet.notify_all()
+        for sink in sinks:
+            sink._broken(error)
+
+    # ends
+
+    def _watch(self, instance_id: str, sink: Any) -> None:
+        """Have `sink` told how an instance ends, whoever started it."""
+        self._sinks[instance_id] = sink
+        self._query("watch", [instance_id])
+
+    def _ended(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        sinks = self._sinks
+        told = set()
+        for group, _, body in pushes:
+            sink = sinks.get(group)
+            if sink is not None:
+                sink._end(group, body)  # first told, then forgotten: whoever finds it forgotten finds it told
+                sinks.pop(group, None)
+                told.add(sink)
+        for sink in told:
+            sink._wake()
+        if not sinks:
+            with self._quiet:
+                self._quiet.notify_all()
+
+    def _gone(self, instance_id: str) -> None:
+        sink = self._sinks.pop(instance_id, None)
+        if sink is not None:
+            sink._left(instance_id)
+            sink._wake()
+        with self._quiet:
+            self._quiet.notify_all()
+
+    def _parked(self, instance_id: str) -> None:
+        sink = self._sinks.pop(instance_id, None)
+        if sink is not None:
+            sink._park(instance_id)
+            sink._wake()
+        with self._quiet:
+            self._quiet.notify_all()
+
+    def _watched(self) -> list[str]:
+        return list(self._sinks)
+
+    # preparing and publishing
+
+    def _workflow(self, workflow: Workflow[Any] | str) -> Known:
+        if isinstance(workflow, Workflow):
+            known = self._known.get((workflow.id, workflow.version))
+            if known is None:
+                known = self._adopt(workflow)
+            return known
+        versions = [known for (id, _), known in self._known.items() if id == workflow]
+        if not versions:
+            names = ", ".join(sorted({repr(id) for id, _ in self._known})) or "none"
+            raise StageFlowError(
+                f"no workflow {workflow!r} is registered here (there is {names}): use register(workflow)"
+            )
+        return max(versions, key=lambda known: known.plan.version)
+
+    def _adopt(self, workflow: Workflow[Any]) -> Known:
+        """A workflow that this client has not seen: a plain client knows it from now on, a runtime must register it."""
+        known = Known(workflow, compile_plan(workflow, self._naming, default_ttl=self._ttl))
+        self._known[(workflow.id, workflow.version)] = known
+        return known
+
+    def _prepare(self, known: Known, context: Any, instance_id: Any) -> Prepared:
+        data = known.codec.prepare(context)
+        if instance_id is None:
+            return Prepared(new_instance_id(), data, None)
+        if not isinstance(instance_id, str) or not instance_id or len(instance_id) > 256:
+            raise InvalidContext(f"an instance id is a string of 1 to 256 characters, not {instance_id!r}")
+        return Prepared(instance_id, data, known.codec.digest(data))
+
+    def _body(self, known: Known, prepared: Prepared, now: float) -> bytes:
+        plan = known.plan
+        body = encode(
+            Envelope(
+                plan.id,
+                plan.version,
+                known.target.label,
+                Raw(prepared.data),
+                EMPTY_TRAIL,
+                now,
+                None,
+                None,
+                None,
+                None,
+                prepared.digest,
+            )
+        )
+        if len(body) > self._max_message_bytes:
+            raise PayloadTooLarge(
+                f"the context is {len(body)} bytes as a message, over max_message_bytes={self._max_message_bytes}; "
+                "keep large data in files and pass their names",
+                size=len(body),
+                limit=self._max_message_bytes,
+            )
+        return body
+
+    def _item(self, prepared: Prepared, size: int, priority: int, ttl: float) -> PublishItem | tuple[Any, ...]:
+        if prepared.digest is None:
+            return (0, size, prepared.id, prepared.epoch, START | WATCH, priority, 0.0, ttl)
+        flags = START | WATCH | CHECK
+        return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, ttl, prepared.digest, self._seen)
+
+    def _publish(
+        self, known: Known, batch: list[Prepared], *, priority: int = 0, atomic: bool = False
+    ) -> Future[port.PublishAnswer]:
+        now = time.time()
+        bodies = [self._body(known, prepared, now) for prepared in batch]
+        ttl = known.plan.stages[0].ttl
+        items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
+        return self._port().publish([known.target], items, bodies, atomic=atomic)
+
+    def _start(self, known: Known, batch: list[Prepared], priority: int) -> list[Instance[Any]]:
+        """Publish all or none of `batch`; what exists already with the same input is given back as it is."""
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -1000 <= priority <= 1000:
+            raise ValueError(f"priority is a whole number from -1000 to 1000, not {priority!r}")
+        instances: list[Instance[Any]] = [Instance(self, p.id, known) for p in batch]
+        by_id = {instance.id: instance for instance in instances}
+        open_batch = batch
+        for _ in range(LOOKS):
+            finished = self._finished([p for p in open_batch if p.digest is not None])
+            for prepared in open_batch:
+                row = finished.get(prepared.id)
+                if row is not None:
+                    if row.digest != prepared.digest:
+                        raise InstanceConflict(prepared.id)
+                    by_id[prepared.id]._take(row.outcome)
+            open_batch = [p for p in open_batch if p.id not in finished]
+            if not open_batch:
+                return instances
+            for prepared in open_batch:
+                self._sinks[prepared.id] = by_id[prepared.id]
+            try:
+                answer = self._await(self._publish(known, open_batch, priority=priority, atomic=True))
+            except BaseException:
+                for prepared in open_batch:
+                    self._sinks.pop(prepared.id, None)
+                raise
+            if not answer.refused:
+                return instances
+            self._seen = max(self._seen, answer.seen)
+            again = {group for _, why, group in answer.refused if why == "look-again"}
+            clash = next((group for _, why, group in answer.refused if why == "conflict"), None)
+            if clash is not None or again:
+                for prepared in open_batch:
+                    self._sinks.pop(prepared.id, None)
+            if clash is not None:
+                raise InstanceConflict(clash)
+            if not again:
+                return instances
+        raise BrokerUnavailable("instances of these ids end faster than they can be looked up; try again")
+
+    def _finished(self, batch: list[Prepared]) -> dict[str, HistoryRow]:
+        reader = self._reader() if batch else None
+        return {} if reader is None else reader.get_many([prepared.id for prepared in batch])
+
+    # rows and groups
+
+    def _reader(self) -> HistoryReader | None:
+        if self._history is None and self._history_path is not None and self._history_path.exists():
+            self._history = HistoryReader.open(self._history_path)
+        return self._history
+
+    def _row(self, instance_id: str) -> HistoryRow | None:
+        reader = self._reader()
+        return None if reader is None else reader.get(instance_id)
+
+    def _lookup(self, ids: list[str]) -> dict[str, Any]:
+        answer = self._query("lookup", ids)
+        self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
+        groups: dict[str, Any] = answer["groups"]
+        return groups
+
+    def _known_version(self, workflow_id: str, version: int) -> Known | None:
+        return self._known.get((workflow_id, version))
+
+    def _known_of_group(self, group: dict[str, Any]) -> Known | None:
+        queues = {message["queue"] for message in group["messages"]}
+        for known in self._known.values():
+            if queues & {stage.queue for stage in known.plan.stages} or known.plan.compensation.queue in queues:
+                return known
+        for message in group["messages"]:
+            body = message.get("body")
+            if body is not None:
+                workflow_id, version = port_ids(body)
+                return self._known.get((workflow_id, version))
+        return None
+
+
+def port_ids(body: bytes) -> tuple[str, int]:
+    """Workflow id and version of an envelope or an outcome: both begin with them."""
+    import msgspec
+
+    first = msgspec.msgpack.decode(body, type=list[Any])
+    return str(first[0]), int(first[1])

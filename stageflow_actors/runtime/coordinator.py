@@ -1,0 +1,171 @@
+"""`Coordinator`: drives what does not go well, ends instances, and writes the history. It runs no user code.
+
+Nothing depends on its memory: each event it handles is a message that stays leased until what follows from it is
+durable. It writes finished instances in bulk a few milliseconds behind, and only then lets the broker forget their ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import pykka
+
+from brokers.api import DEAD, DONE, LEAVE, Ack, Broker, DeliveryItem, PublishItem, SettleItem, Target
+from stageflow_actors.core.coordination import UnknownPlan, decide
+from stageflow_actors.core.envelope import Failure, decode_outcome
+from stageflow_actors.core.failures import read_failure, write_failure
+from stageflow_actors.core.plan import FAILED, Naming, WorkflowPlan
+from stageflow_actors.history.errors import HistoryUnavailable
+from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.history.writer import HistoryWriter
+
+__all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
+
+logger = logging.getLogger("stageflow.coordinator")
+
+BULK = 2_000
+"""Rows in one transaction."""
+
+BEHIND = 0.02
+"""Seconds that a finished instance may wait for others before it is written."""
+
+FULL_RETRY = 1.0
+"""Seconds before another try when the history's disk is full."""
+
+TERMINAL = 1
+
+
+class Delivered:
+    """A batch from the broker."""
+
+    __slots__ = ("bodies", "items", "queue")
+
+    def __init__(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        self.queue = queue
+        self.items = items
+        self.bodies = bodies
+
+
+class Flush:
+    """Time has passed: write what has waited long enough."""
+
+
+class Plan:
+    """A workflow has been registered."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, plan: WorkflowPlan) -> None:
+        self.plan = plan
+
+
+class Coordinator(pykka.ThreadingActor):
+    """Consumes the queues of finished and of failed instances."""
+
+    use_daemon_thread = True
+
+    def __init__(
+        self, broker: Broker, history: HistoryWriter, naming: Naming, plans: list[WorkflowPlan], retention: float | None
+    ) -> None:
+        super().__init__()
+        self._broker = broker
+        self._history = history
+        self._naming = naming
+        self._plans = {(plan.id, plan.version): plan for plan in plans}
+        self._retention = retention
+        self._pending: list[tuple[DeliveryItem, bytes]] = []
+        self._since = 0.0
+        self._not_before = 0.0
+        self._pruned = time.monotonic()
+
+    def on_failure(self, *args: Any) -> None:
+        """Nothing goes on without a coordinator: end the node, which is started again and resumes from the broker."""
+        sys.stderr.flush()
+        os._exit(71)
+
+    def on_receive(self, message: Any) -> None:
+        """One batch, or the passing of time."""
+        if isinstance(message, Delivered):
+            if message.queue == self._naming.finished:
+                if not self._pending:
+                    self._since = time.monotonic()
+                self._pending.extend(zip(message.items, message.bodies, strict=True))
+                if len(self._pending) >= BULK:
+                    self._write()
+            else:
+                self._coordinate(message)
+        elif isinstance(message, Flush):
+            now = time.monotonic()
+            if self._pending and now >= self._since + BEHIND:
+                self._write()
+            if self._retention is not None and now - self._pruned > 60:
+                self._pruned = now
+                self._history.prune(time.time() - self._retention)
+        elif isinstance(message, Plan):
+            self._plans[(message.plan.id, message.plan.version)] = message.plan
+
+    # the history
+
+    def _write(self) -> None:
+        if time.monotonic() < self._not_before:
+            return
+        batch = self._pending[:BULK]
+        rows = [_row(item, body) for item, body in batch]
+        try:
+            self._history.write(rows)
+        except HistoryUnavailable as error:
+            # The instances stay live in the broker, so nothing is lost and nothing can be started twice.
+            logger.warning("the history waits: %s", error)
+            self._not_before = time.monotonic() + FULL_RETRY
+            return
+        del self._pending[:BULK]
+        self._since = time.monotonic()
+        acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
+        self._broker.settle([], [], acks, [], [])
+
+    # failures
+
+    def _coordinate(self, batch: Delivered) -> None:
+        targets: list[Target] = []
+        places: dict[tuple[str, str], int] = {}
+        settled: list[SettleItem] = []
+        bodies: list[bytes] = []
+        for item, body in zip(batch.items, batch.bodies, strict=True):
+            extra = item.extra
+            failure = None if extra is None else read_failure(extra.failure)
+            label = FAILED if extra is None else extra.label
+            attempts = 1 if extra is None else extra.attempts + 1
+            try:
+                step = decide(label, body, failure, attempts, self._plans, self._naming, time.time())
+            except UnknownPlan as unknown:
+                reason = Failure("refused", f"WorkflowDefinitionError: {unknown}; register it, then requeue")
+                settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
+                continue
+            place = places.setdefault((step.queue, step.label), len(targets))
+            if place == len(targets):
+                targets.append(Target(step.queue, step.label, TERMINAL if step.terminal else 0))
+            publish = PublishItem(place, len(step.body), "", 0, 0, 0, 0.0, step.ttl)
+            settled.append(SettleItem([(item.id, item.lease)], DONE, [publish]))
+            bodies.append(step.body)
+        self._broker.settle(targets, [], [], settled, bodies)
+
+
+def _row(item: DeliveryItem, body: bytes) -> HistoryRow:
+    outcome = decode_outcome(body)
+    return HistoryRow(
+        item.group,
+        item.epoch,
+        outcome.workflow_id,
+        outcome.version,
+        outcome.status,
+        outcome.started_at,
+        outcome.finished_at,
+        outcome.error,
+        outcome.failed_stage,
+        outcome.digest,
+        body,
+    )

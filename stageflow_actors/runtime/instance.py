@@ -1,0 +1,222 @@
+"""`Instance`: a handle on one run of a workflow, in whichever process.
+
+A handle holds the outcome once it is known, and nothing else: what is not known is asked of the broker and the history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.envelope import decode_envelope, decode_outcome
+from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.standing import status_of
+from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+
+if TYPE_CHECKING:
+    from stageflow_actors.runtime.client import Client, Known
+
+__all__ = ["Instance"]
+
+C = TypeVar("C")
+
+HISTORY_SECONDS = 10.0
+"""How long an instance that has left the broker may take to show in the history, where it was written before."""
+
+
+class Instance(Generic[C]):
+    """One instance. `id` names it; equal ids are the same instance."""
+
+    __slots__ = ("_callbacks", "_client", "_error", "_event", "_gone", "_known", "_outcome", "_parked", "id")
+
+    def __init__(self, client: Client, id: str, known: Known | None) -> None:
+        self.id = id
+        self._client = client
+        self._known = known
+        self._outcome: bytes | None = None
+        self._parked = False
+        self._gone = False
+        self._error: StageFlowError | None = None
+        self._event = threading.Event()
+        self._callbacks: list[Callable[[], None]] | None = None
+
+    def status(self) -> WorkflowStatus:
+        """Where it stands now. Raises `InstanceNotFound`."""
+        if self._outcome is not None:
+            return WorkflowStatus(decode_outcome(self._outcome).status)
+        group = self._client._lookup([self.id]).get(self.id)
+        if group is not None:
+            return status_of(group)
+        self._from_history()
+        assert self._outcome is not None
+        return WorkflowStatus(decode_outcome(self._outcome).status)
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._outcome is not None or self.status().terminal
+
+    def result(self, timeout: float | None = None) -> WorkflowResult[C]:
+        """Wait for the end. Raises `TimeoutError` after `timeout` seconds (the instance goes on), `InstanceParked`."""
+        if self._outcome is None:
+            self._wait(timeout)
+        assert self._outcome is not None
+        return self._result(self._outcome)
+
+    def __await__(self) -> Generator[Any, None, WorkflowResult[C]]:
+        """`await instance` gives its result."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> WorkflowResult[C]:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        self._when_told(lambda: loop.call_soon_threadsafe(ended.set))
+        if self._outcome is None and not self._parked:
+            await asyncio.to_thread(self._ensure_watched)
+            if self._outcome is None and not self._parked and not self._gone and self._error is None:
+                await ended.wait()
+        return await asyncio.to_thread(self.result)
+
+    def __repr__(self) -> str:
+        return f"Instance({self.id!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == other.id if isinstance(other, Instance) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    # waiting
+
+    def _wait(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._parked:
+            self._look_whether_still_parked()
+        self._ensure_watched()
+        while self._outcome is None:
+            if self._error is not None:
+                raise self._error
+            if self._parked:
+                raise self._why_parked()
+            if self._gone:
+                self._from_history()
+                return
+            left = 1.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"instance {self.id!r} had not ended after {timeout:g} s; it goes on")
+            self._client._check_alive()
+            self._event.wait(min(left, 1.0))
+
+    def _ensure_watched(self) -> None:
+        if not self._told() and self._client._sinks.get(self.id) is not self:
+            other = self._client._sinks.get(self.id)
+            if other is not None:
+                other._when_told(lambda: self._copy_from(other)) if isinstance(other, Instance) else None
+                if isinstance(other, Instance):
+                    return
+            self._client._watch(self.id, self)
+
+    def _told(self) -> bool:
+        return self._outcome is not None or self._parked or self._gone or self._error is not None
+
+    def _copy_from(self, other: Instance[Any]) -> None:
+        self._outcome, self._parked, self._error = other._outcome, other._parked, other._error
+        self._gone = other._gone
+        self._wake()
+
+    def _when_told(self, callback: Callable[[], None]) -> None:
+        """Call back from the connection's thread once there is news; at once if there is some already."""
+        if self._callbacks is None:
+            self._callbacks = []
+        self._callbacks.append(callback)
+        if self._told():
+            callback()
+
+    def _look_whether_still_parked(self) -> None:
+        if self.status() != WorkflowStatus.parked:
+            self._parked = False
+            self._event.clear()
+
+    def _why_parked(self) -> InstanceParked:
+        group = self._client._lookup([self.id]).get(self.id)
+        for message in (group or {}).get("messages", ()):
+            if message["state"] == "dead":
+                failure = read_failure(message["reason"])
+                return InstanceParked(self.id, f"dlq.{message['queue']}", None if failure is None else failure.message)
+        return InstanceParked(self.id)
+
+    def _parked_result(self) -> WorkflowResult[C]:
+        """What `map` yields of a parked instance."""
+        group = self._client._lookup([self.id]).get(self.id) or {}
+        for message in group.get("messages", ()):
+            if message["state"] != "dead":
+                continue
+            failure = read_failure(message["reason"])
+            dead = self._client._query("peek", f"dlq.{message['queue']}", 0, 10_000)
+            body = next((m["body"] for m in dead if m["id"] == message["id"]), None)
+            if body is None:
+                continue
+            envelope = decode_envelope(body)
+            return WorkflowResult.parked(
+                self.id,
+                envelope.workflow_id,
+                self._codec(),
+                error=None if failure is None else failure.message,
+                failed_stage=envelope.stage_id,
+                context=envelope.context,
+                trail=envelope.trail,
+                version=envelope.version,
+                started_at=envelope.started_at,
+                parked_at=message["parked"],
+                order=self._order(),
+            )
+        raise self._why_parked()
+
+    def _codec(self) -> ContextCodec[Any]:
+        return ContextCodec(dict) if self._known is None else self._known.codec
+
+    def _order(self) -> list[str]:
+        return [] if self._known is None else self._known.order
+
+    def _result(self, outcome: bytes) -> WorkflowResult[C]:
+        return WorkflowResult(self.id, outcome, self._codec(), self._order())
+
+    def _from_history(self) -> None:
+        deadline = time.monotonic() + HISTORY_SECONDS
+        while True:
+            row = self._client._row(self.id)
+            if row is not None:
+                self._take(row.outcome)
+                return
+            if self._client._lookup([self.id]).get(self.id) is not None or time.monotonic() > deadline:
+                raise InstanceNotFound(self.id)
+            time.sleep(0.02)
+
+    # what a client tells (a sink)
+
+    def _take(self, outcome: bytes) -> None:
+        self._outcome = outcome
+        self._event.set()
+
+    def _end(self, instance_id: str, outcome: bytes) -> None:
+        self._outcome = outcome
+
+    def _park(self, instance_id: str) -> None:
+        self._parked = True
+
+    def _left(self, instance_id: str) -> None:
+        self._gone = True  # the history is read by whoever asks, not on the connection's thread
+
+    def _broken(self, error: StageFlowError) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._event.set()
+        for callback in self._callbacks or ():
+            callback()

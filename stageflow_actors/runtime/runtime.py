@@ -1,0 +1,218 @@
+"""`Runtime`: the composition root. Puts data directory, node and client together; starting is a list, stopping its
+reverse.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
+from stageflow_actors.runtime.client import Client, Known
+from stageflow_actors.runtime.config import Config
+from stageflow_actors.runtime.control import NodeConfig, Register
+from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.launch import NodeHandle
+from stageflow_actors.runtime.programs import PoolSpec, pool_specs
+
+__all__ = ["Runtime"]
+
+
+class Runtime(Client):
+    """Runs workflows on this host: a broker process, a node process and a pool of worker processes per stage.
+
+    `data_dir` holds journal and history: the same directory resumes whatever was unfinished. `services` are factories
+    by name, each called once in every worker process that needs it. Use it in a `with` block, or call `start` and
+    `stop`. Leaving the block normally waits for what this program submitted and is not parked; leaving it by an
+    exception or Ctrl-C waits only for the stages in work (a second Ctrl-C kills them).
+    """
+
+    def __init__(
+        self,
+        *workflows: Workflow[Any],
+        data_dir: str | Path = "stageflow-data",
+        services: Mapping[str, Callable[[], Any]] | None = None,
+        config: Config | None = None,
+    ) -> None:
+        super().__init__()
+        self.data_dir = Path(data_dir)
+        self.config = config or Config()
+        self.services = dict(services or {})
+        self.workflows: list[Workflow[Any]] = []
+        for name, factory in self.services.items():
+            if not callable(factory):
+                raise WorkflowDefinitionError(
+                    f"service {name!r} must be a factory, called once in each worker that needs it, not {factory!r}"
+                )
+        for workflow in workflows:
+            self._note(workflow)
+        self._naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)
+        self._max_message_bytes = self.config.max_message_bytes
+        self._ttl = self.config.ttl_seconds
+        self._node: NodeHandle | None = None
+        self._data: DataDir | None = None
+        self._gate = threading.Lock()
+
+    # starting and stopping
+
+    def start(self) -> Self:
+        """Start the cluster and resume what was unfinished; returns when it takes instances.
+
+        Raises `WorkflowDefinitionError` before any process starts; `JournalLocked` when a live program has the
+        directory, `JournalCorrupt`, `StageFlowError`.
+        """
+        with self._gate:
+            if self._node is not None:
+                raise StageFlowError("this runtime is running already")
+            if not self.workflows:
+                raise WorkflowDefinitionError("this runtime has no workflows: give it some, as in Runtime(orders)")
+            plans, pools = self._compile(self.workflows)
+            data = DataDir(self.data_dir)
+            lock_fd = data.acquire(os.getpid())
+            try:
+                config = NodeConfig(
+                    str(data.path),
+                    lock_fd,
+                    os.getpid(),
+                    self._naming,
+                    plans,
+                    pools,
+                    self.config.durability,
+                    self.config.max_stage_retries,
+                    self.config.max_message_bytes,
+                    self.config.retention_seconds,
+                    self.config.log_level.upper(),
+                    os.getcwd(),
+                    _import_path(),
+                )
+                node = NodeHandle(data, config, _say, self._fail)
+                node.start()
+                self._data, self._node = data, node
+                self._history_path = data.history
+                self._dead = None
+                self._attach(node.address, f"program {os.getpid()}")
+            except BaseException:
+                if self._node is not None:
+                    self._node.kill()
+                self._node = None
+                data.release()
+                raise
+        for workflow_id, count in node.resuming.items():
+            _say(f"resuming {count} instance{'s' if count != 1 else ''} of {workflow_id}")
+        return self
+
+    def stop(self, drain: bool = False, grace: float | None = None) -> None:
+        """Stop the cluster. What is unfinished resumes at the next start.
+
+        `drain`: first wait for what this program submitted. `grace`: seconds that stages in work get before they are
+        killed (None: until they are done). Stopping again does nothing. Ctrl-C while it waits kills what is in work.
+        """
+        if self._node is None:
+            return
+        if drain:
+            self.drain()
+        with self._gate:
+            node, data = self._node, self._data
+            if node is None or data is None:
+                return
+            self._node = None
+            try:
+                node.stop(grace)
+            finally:
+                self._detach()
+                self._sinks.clear()
+                remove_runtime_dir(runtime_dir(data.path))
+                data.release()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._node is None:
+            return
+        if kind is not None:
+            self.stop()
+            return
+        try:
+            self.drain()
+        except BaseException:
+            self.stop()
+            raise
+        self.stop()
+
+    # workflows
+
+    def register(self, workflow: Workflow[Any]) -> None:
+        """Add a workflow, also while running. Raises `WorkflowDefinitionError`."""
+        self._note(workflow)
+        if self._node is not None:
+            plans, pools = self._compile([workflow])
+            self._node.register(Register(plans, pools))
+
+    def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
+        """Run a stage with another number of worker processes from now on."""
+        if isinstance(actors, bool) or not isinstance(actors, int) or actors < 0:
+            raise ValueError(f"actors is a whole number from 0, not {actors!r}")
+        plan = self._workflow(workflow).plan
+        planned = plan.stage(stage)
+        if planned is None:
+            names = ", ".join(s.id for s in plan.stages)
+            raise StageFlowError(f"workflow {plan.id!r} has no stage {stage!r}: its stages are {names}")
+        if self._node is None:
+            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
+        self._node.scale(planned.queue, actors)
+
+    def _adopt(self, workflow: Workflow[Any]) -> Known:
+        raise StageFlowError(
+            f"workflow {workflow.id!r} is not registered with this runtime: give it to Runtime(...) or call register()"
+        )
+
+    def _note(self, workflow: Workflow[Any]) -> None:
+        if not isinstance(workflow, Workflow):
+            raise WorkflowDefinitionError(f"a Runtime takes workflows, not {workflow!r}")
+        for known in self.workflows:
+            if known is not workflow and (known.id, known.version) == (workflow.id, workflow.version):
+                raise WorkflowDefinitionError(
+                    f"two workflows have the id {workflow.id!r} and version {workflow.version}: give one another id"
+                )
+        if workflow not in self.workflows:
+            self.workflows.append(workflow)
+
+    def _compile(self, workflows: list[Workflow[Any]]) -> tuple[list[WorkflowPlan], list[PoolSpec]]:
+        plans: list[WorkflowPlan] = []
+        pools: list[PoolSpec] = []
+        for workflow in workflows:
+            workflow.validate(self.services)
+            plan = compile_plan(workflow, self._naming, default_ttl=self._ttl)
+            plans.append(plan)
+            pools.extend(
+                pool_specs(
+                    workflow,
+                    plan,
+                    self.services,
+                    max_queue_length=self.config.max_queue_length or 0,
+                    max_concurrency=self.config.max_stage_concurrency,
+                )
+            )
+            self._known[(workflow.id, workflow.version)] = Known(workflow, plan)
+        return plans, pools
+
+
+def _import_path() -> list[str]:
+    """The program's import path for its children: '' means the working directory, which is theirs too."""
+    return [entry or os.getcwd() for entry in sys.path]
+
+
+def _say(text: str) -> None:
+    """A sentence for the user. stdout is the program's own."""
+    sys.stderr.write(f"stageflow: {text}\n")
+    sys.stderr.flush()
