@@ -15,7 +15,7 @@ __all__ = ["history"]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-class _Age(click.ParamType):
+class _Age(click.ParamType[float, object]):
     name = "age"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:

@@ -50,7 +50,6 @@ class Lines:
         self._refuse = refuse
         self._convert = convert
         self.name = "stdin" if path == "-" else Path(path).name
-        self.read = 0
 
     @property
     def is_csv(self) -> bool:
@@ -81,7 +80,8 @@ class Lines:
             yield from self._line(context, number)
 
     def _csv(self, file: BinaryIO) -> Iterator[InputLine]:
-        rows = csv.DictReader((line.decode("utf-8-sig") for line in file), strict=True)
+        # A map goes on behind a line that is no UTF-8, as a generator would not.
+        rows = csv.DictReader(map(_text, file), strict=True)
         while True:
             try:
                 row = next(rows, None)
@@ -113,11 +113,9 @@ class Lines:
                 self._pass_over(number, f"{what} {self._key!r}, which --key says is the instance's id")
                 return
             key = str(value)
-        self.read += 1
         yield InputLine(context, number, key)
 
     def _pass_over(self, number: int, reason: str) -> None:
-        self.read += 1
         self._refuse(number, reason)
 
 
@@ -145,6 +143,10 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         raise click.UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         yield file
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8-sig")
 
 
 def _json_reason(error: ValueError) -> str:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         # Whoever read the output has seen enough. Python would complain once more when it flushes at its end.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
     except OSError as error:
         _say(f"stageflow: {error.filename}: {error.strerror}" if error.filename else f"stageflow: {error}")

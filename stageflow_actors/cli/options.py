@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,6 @@ def confirmed(what: str, yes: bool) -> None:
     """Asks whether `what` is to be done; without a terminal `--yes` has to say so."""
     if yes:
         return
-    if not click.get_text_stream("stdin").isatty():
+    if not sys.stdin.isatty():
         raise click.UsageError(f"{what}: say --yes to do it without being asked")
     click.confirm(f"{what}?", abort=True, err=True)

@@ -6,6 +6,7 @@ The file appears under its name complete or not at all: it grows beside it and i
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class ResultsFile:
         self._file: IO[bytes]
         self._path: Path | None = None
         if path == "-":
-            self._file = click.get_binary_stream("stdout")
+            self._file = sys.stdout.buffer
             return
         self._path = Path(path)
         if self._path.is_dir():

@@ -6,7 +6,6 @@ What is done is known by the instances' ids, so the same command again goes on w
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,9 +28,6 @@ __all__ = ["run"]
 
 TOLD = 20
 """Refused lines that are told of one by one; the rest is counted."""
-
-LINES_OF_AN_ID = 4
-"""Line numbers kept for one id: a file that names an id more often is told of the first."""
 
 
 @click.command()
@@ -100,8 +96,7 @@ def run(
     try:
         if fresh:
             _set_aside(Path(runtime.data_dir))
-        # Whoever asks politely gets the same as with Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked politely, it ends as with Ctrl-C
         return _Run(runtime, workflow, source, key, file, retry_failed, output).go()
     except BaseException:
         if file is not None:
@@ -148,18 +143,18 @@ class _Run:
                 try:
                     self._all()
                 except KeyboardInterrupt:
-                    self._progress.stop()
-                    self._say("interrupted: ending the stages in work; run the same command again to go on from here")
+                    interrupted = self._interrupted()
                     raise
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted = interrupted or self._interrupted()
         if self._file is not None:
             self._file.finish()
         self._sum_up(interrupted)
         return 130 if interrupted else 0 if self._tally.well else 1
 
     def _all(self) -> None:
-        from stageflow_actors.errors import InstanceConflict, InvalidContext, PayloadTooLarge
+        from stageflow_actors.core.codec import json_view
+        from stageflow_actors.errors import BrokerUnavailable
 
         results = self._runtime.map_unordered(
             self._workflow, self._contexts(), key=lambda line: line.key, retry_failed=self._retry_failed
@@ -169,20 +164,23 @@ class _Run:
                 result = next(results)
             except StopIteration:
                 return
-            except (InvalidContext, InstanceConflict, PayloadTooLarge) as error:
-                self._refuse(self._number_of(getattr(error, "instance_id", None)), str(error))
+            except BrokerUnavailable:
+                raise
+            except Exception as error:
+                instance_id: str | None = getattr(error, "instance_id", None)
+                if instance_id is None:
+                    raise
+                self._refuse(self._number_of(instance_id), str(error))
                 continue
             self._number_of(result.instance_id)
             self._tally.add(result)
             if self._file is not None:
-                self._file.write(result, self._codec.to_json(self._codec.encode_unchecked(result.context)))
+                self._file.write(result, json_view(result._outcome_read().context))
             self._tell()
 
     def _contexts(self) -> Iterator[InputLine]:
         for line in self._lines:
-            numbers = self._numbers.setdefault(line.key, deque())
-            if len(numbers) < LINES_OF_AN_ID:
-                numbers.append(line.number)
+            self._numbers.setdefault(line.key, deque()).append(line.number)
             yield line
 
     def _number_of(self, instance_id: str | None) -> int | None:
@@ -202,6 +200,11 @@ class _Run:
             self._say(f"{where}: {' '.join(reason.split())}")
         elif self._tally.refused == TOLD + 1:
             self._say("more lines were refused; they are counted only")
+
+    def _interrupted(self) -> bool:
+        self._progress.stop()
+        self._say("interrupted: ending the stages in work; run the same command again to go on from here")
+        return True
 
     def _tell(self) -> None:
         tally = self._tally
