@@ -245,6 +245,11 @@ class Client:
         figures["finished"] = {} if reader is None else reader.count()
         return figures
 
+    def finished_count(self) -> int:
+        """How many instances the history holds."""
+        reader = self._reader()
+        return 0 if reader is None else sum(reader.count().values())
+
     def pause(self, queue: str) -> None:
         """Deliver nothing from a queue until it is resumed; survives restarts."""
         self._query("pause", queue)

@@ -149,6 +149,13 @@ class Runtime(Client):
             raise
         self.stop()
 
+    @property
+    def node_pid(self) -> int:
+        """The process id of the node, below which all processes of the cluster are. Raises when not running."""
+        if self._node is None:
+            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
+        return self._node.pid
+
     # workflows
 
     def register(self, workflow: Workflow[Any]) -> None:
