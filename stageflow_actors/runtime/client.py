@@ -7,6 +7,7 @@ thread, and are handed to whoever waits; what has left the broker is looked up i
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,7 +58,12 @@ LOOKS = 50
 
 def new_instance_id() -> str:
     """32 hex digits: 8 of the time in seconds, so that the history's index grows at its end, and 24 random ones."""
-    return f"{int(time.time()) & 0xFFFFFFFF:08x}{os.urandom(12).hex()}"
+    return f"{int(time.time()) & 0xFFFFFFFF:08x}{_chance.getrandbits(96):024x}"
+
+
+_chance = random.Random(os.urandom(32))
+"""Seeded by the system, and again in each forked child: two processes must not make the same ids."""
+os.register_at_fork(after_in_child=lambda: _chance.seed(os.urandom(32)))
 
 
 class Known:
