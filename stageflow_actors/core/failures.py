@@ -28,6 +28,8 @@ def describe_error(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - a __str__ of the user's may do anything
         text = "(its text cannot be made)"
+    # Undecodable file names come as lone surrogates, which no encoder takes.
+    text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) > LONGEST:
         text = text[:LONGEST] + " …"
     name = type(error).__name__

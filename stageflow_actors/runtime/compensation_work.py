@@ -5,6 +5,7 @@ A compensation that fails for good, hangs or kills its worker does not stop the 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.runtime.context import StageContext, StepStore
 from stageflow_actors.runtime.programs import CompensationProgram
-from stageflow_actors.runtime.stage_work import TERMINAL, Settled, Stopwatch, _runner, judge
+from stageflow_actors.runtime.stage_work import TERMINAL, Settled, Stopwatch, ignore, judge, ready_to_call
 
 __all__ = ["CompensationWork"]
 
@@ -40,18 +41,19 @@ class CompensationWork:
         *,
         max_message_bytes: int = 16 << 20,
         wall: Callable[[], float] = time.time,
+        loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+        raised: Callable[[BaseException], None] = ignore,
     ) -> None:
         self.plan = plan
         self.naming = naming
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self._context_type = program.context
         self._compensations = program.compensations
-        self._calls = {
-            stage_id: _runner(c.call.bind(services), c.call.is_async) for stage_id, c in program.compensations.items()
-        }
+        self._calls = {stage_id: ready_to_call(c.call, services, loop) for stage_id, c in program.compensations.items()}
         self._slot = slot
         self._store = store
         self._wall = wall
+        self._raised = raised
         self.targets: list[Target] = []
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
@@ -102,6 +104,7 @@ class CompensationWork:
                 context = value
             encoded = self.codec.encode(context, stage=f"compensation of {stage_id}")
         except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
+            self._raised(error)
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             return self._failed(item, envelope, stage_id, attempt, failure, asked, time.perf_counter() - clock)
@@ -126,7 +129,7 @@ class CompensationWork:
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:
-            again = SettleItem([(item.id, item.lease)], AGAIN, [], max(0.0, float(delay)), write_failure(failure))
+            again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
             return Settled(again, [], [])
         return self._on(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 

@@ -29,13 +29,14 @@ from stageflow_actors.core.failures import exception_of, failure_of, read_failur
 from stageflow_actors.core.plan import FAILED, FINISHED, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.routing import Step, after_stage, give_up_stage, unmet
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.handler import Call
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.context import StageContext, StepStore
 from stageflow_actors.runtime.programs import StageProgram
 
-__all__ = ["Settled", "StageWork", "Stopwatch", "judge"]
+__all__ = ["Settled", "StageWork", "Stopwatch", "judge", "ready_to_call"]
 
 TERMINAL = 1
 
@@ -68,7 +69,8 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
     everything else is final.
     """
     if policy is not None:
-        return policy.next_delay(attempt, error or exception_of(failure))
+        delay = policy.next_delay(attempt, error or exception_of(failure))
+        return None if delay is None else max(0.0, float(delay))
     if failure.kind == "died":
         return 0.0
     if failure.retryable and attempt < UNASKED_ATTEMPTS:
@@ -83,8 +85,16 @@ Result = tuple[int, bytes] | Settled
 """(target, body) of the happy path, or a settlement of another shape."""
 
 
+def ignore(error: BaseException) -> None:
+    """Nobody else wants to know."""
+
+
 class StageWork:
-    """Runs one stage. `targets[0]` is where the happy path leads."""
+    """Runs one stage. `targets[0]` is where the happy path leads.
+
+    `loop` gives the event loop for an async handler. `raised` is told what user code raised before it becomes the
+    stage's failure, and may raise it on.
+    """
 
     def __init__(
         self,
@@ -97,6 +107,8 @@ class StageWork:
         *,
         max_message_bytes: int = 16 << 20,
         wall: Callable[[], float] = time.time,
+        loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+        raised: Callable[[BaseException], None] = ignore,
     ) -> None:
         stage = program.stage
         planned = plan.stage(stage.id)
@@ -108,11 +120,12 @@ class StageWork:
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self._context_type = program.context
         self._is_dict = program.context is dict
-        self._call = _runner(stage.call.bind(services), stage.call.is_async)
+        self._call = ready_to_call(stage.call, services, loop)
         self._wants_ctx = stage.call.wants_ctx
         self._slot = slot
         self._store = store
         self._wall = wall
+        self._raised = raised
         self._limit = max_message_bytes
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
         following = plan.stages[planned.index + 1] if planned.index + 1 < len(plan.stages) else None
@@ -164,6 +177,7 @@ class StageWork:
                     data = Raw(encode_value(value, what=f"the result of stage {stage_id!r}"))
             encoded = self.codec.encode(context, stage=stage_id)
         except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
+            self._raised(error)
             return self._failed(item, envelope, attempt, started, time.perf_counter() - clock, error)
         record = StageRecord(stage_id, "completed", attempt, started, time.perf_counter() - clock, None, data)
         before, trail = envelope.context, envelope.trail
@@ -240,7 +254,7 @@ class StageWork:
         return self._give_up(item, envelope, failure, attempt, now, 0.0)
 
     def _again(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
-        again = SettleItem([(item.id, item.lease)], AGAIN, [], max(0.0, float(delay)), write_failure(failure))
+        again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
         return Settled(again, [], [])
 
     def _give_up(
@@ -308,13 +322,16 @@ class StageWork:
         )
 
 
-def _runner(call: Callable[[Any, Any], Any], is_async: bool) -> Callable[[Any, Any], Any]:
-    """An async handler as a plain call on one event loop that this worker keeps."""
-    if not is_async:
-        return call
-    loop = asyncio.new_event_loop()
+def ready_to_call(
+    call: Call, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
+) -> Callable[[Any, Any], Any]:
+    """A handler as a plain function of (context, ctx); an async one runs on one event loop that its worker keeps."""
+    bound = call.bind(services)
+    if not call.is_async:
+        return bound
+    run = loop().run_until_complete
 
     async def finished(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
 
-    return lambda context, ctx: loop.run_until_complete(finished(call(context, ctx)))
+    return lambda context, ctx: run(finished(bound(context, ctx)))
