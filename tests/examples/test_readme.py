@@ -1,0 +1,36 @@
+"""What the README shows runs, and prints what the README says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+# A block of Python, and the text block that says what it prints, where one follows at once.
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("code", "output"), BLOCKS, ids=[f"block {number}" for number in range(1, len(BLOCKS) + 1)])
+def test_a_block_of_the_readme_runs_and_prints_what_it_says(code: str, output: str, tmp_path: Path) -> None:
+    script = tmp_path / "readme.py"
+    script.write_text(code, "utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", script.name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == output
+
+
+def test_the_first_block_is_one_that_prints() -> None:
+    assert BLOCKS[0][1]
