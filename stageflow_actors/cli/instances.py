@@ -175,7 +175,7 @@ def _print(facts: dict[str, Any]) -> None:
             "started": f"{when(facts['started'])} ({ago(facts['started'])} ago)" if facts["started"] else "",
             "finished": when(facts["finished"]),
             "duration": span(facts["duration"]),
-            "run": str(facts["epoch"]) if facts["epoch"] else "",
+            "run": str(facts["epoch"]) if facts["epoch"] > 1 else "",
         }
     )
     for rows, columns in ((facts["stages"], STAGES), (facts["compensations"], COMPENSATIONS)):

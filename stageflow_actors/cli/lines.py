@@ -70,7 +70,7 @@ class Lines:
             if not text.strip():
                 continue
             try:
-                context = orjson.loads(text)
+                context = orjson.loads(text.strip())
             except orjson.JSONDecodeError as error:
                 self._pass_over(number, f"not valid JSON: {_json_reason(error)}")
                 continue

@@ -66,10 +66,12 @@ def size(value: Any) -> str:
 
 
 def span(value: Any) -> str:
-    """Seconds, as 350 ms, 12.3 s, 5 min 02 s, 3 h 20 min or 4 d 2 h."""
+    """Seconds, as 20 µs, 350 ms, 12.3 s, 5 min 02 s, 3 h 20 min or 4 d 2 h."""
     if value is None:
         return ""
     seconds = float(value)
+    if 0 < seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:

@@ -22,7 +22,7 @@ COLUMNS = (
     Column("leased", count, right=True),
     Column("delayed", count, right=True),
     Column("dead", count, right=True),
-    Column("oldest", span, right=True),
+    Column("oldest", lambda value: span(value or None), right=True),
     Column("actors", count, right=True),
     Column("busy", count, right=True),
     Column("state"),

@@ -1,0 +1,103 @@
+"""`stageflow dlq`: reasons, and back into work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stageflow_actors.core.envelope import Failure
+
+Said = tuple[int, str, str]
+PAY = "stageflow.orders.stage1"
+
+
+@pytest.fixture
+def parked(filled: Any) -> Path:
+    """Two instances parked at `pay`, one waiting behind them."""
+    for name in ("i1", "i2", "i3"):
+        filled.start(name, {"name": name}, stage="pay", queue=PAY)
+    filled.settle_next(PAY, parked=Failure("exception", "ValueError: card declined", "ValueError"))
+    filled.settle_next(PAY, parked=Failure("exception", "KeyError: 'card'", "KeyError"))
+    return Path(filled.close())
+
+
+def listed(stageflow: Callable[..., Said], data: Path) -> list[dict[str, Any]]:
+    code, out, _ = stageflow("dlq", "list", "--data", data, "--output", "json")
+    assert code == 0
+    found: list[dict[str, Any]] = json.loads(out)
+    return found
+
+
+def test_list_tells_instance_stage_and_reason(stageflow: Callable[..., Said], parked: Path) -> None:
+    found = [(row["instance"], row["workflow"], row["stage"], row["reason"]) for row in listed(stageflow, parked)]
+    assert found == [
+        ("i1", "orders", "pay", "ValueError: card declined"),
+        ("i2", "orders", "pay", "KeyError: 'card'"),
+    ]
+    assert "card declined" in stageflow("dlq", "list", "--data", parked)[1]
+
+
+def test_a_parked_instance_says_so(stageflow: Callable[..., Said], parked: Path) -> None:
+    _, out, _ = stageflow("instances", "list", "--data", parked, "--status", "parked", "--output", "json")
+    assert {(row["instance_id"], row["error"]) for row in json.loads(out)} == {
+        ("i1", "ValueError: card declined"),
+        ("i2", "KeyError: 'card'"),
+    }
+
+
+def test_show_tells_everything_by_number_or_by_instance(stageflow: Callable[..., Said], parked: Path) -> None:
+    code, out, _ = stageflow("dlq", "show", "i1", "--data", parked, "--output", "json")
+    row = json.loads(out)
+    assert (code, row["context"], row["stages"][0]["stage_id"]) == (0, {"name": "i1"}, "reserve")
+    code, out, _ = stageflow("dlq", "show", row["id"], "--data", parked)
+    assert code == 0
+    assert "ValueError: card declined" in out
+    assert f"dlq.{PAY}" in out
+
+
+def test_requeue_gives_back_the_one_that_is_named(stageflow: Callable[..., Said], parked: Path) -> None:
+    code, _, err = stageflow("dlq", "requeue", "i2", "--data", parked)
+    assert (code, err) == (0, "1 requeued; they go on when a runtime starts on this directory\n")
+    assert [row["instance"] for row in listed(stageflow, parked)] == ["i1"]
+    _, out, _ = stageflow("queue", "peek", PAY, "--data", parked, "--output", "json")
+    assert [(row["instance"], row["attempts"]) for row in json.loads(out)] == [("i2", 0), ("i3", 0)]
+
+
+@pytest.mark.parametrize("which", [("--all",), ("--queue", PAY), ("--queue", f"dlq.{PAY}")])
+def test_requeue_of_all_or_of_a_queue(stageflow: Callable[..., Said], parked: Path, which: tuple[str, ...]) -> None:
+    assert stageflow("dlq", "requeue", *which, "--data", parked)[2].startswith("2 requeued")
+    assert listed(stageflow, parked) == []
+
+
+def test_purge_throws_away_only_what_is_named(stageflow: Callable[..., Said], parked: Path) -> None:
+    code, _, err = stageflow("dlq", "purge", "i1", "--yes", "--data", parked)
+    assert (code, err) == (0, "1 dead letters thrown away, 1 instances with them\n")
+    assert [row["instance"] for row in listed(stageflow, parked)] == ["i2"]
+    assert stageflow("instances", "show", "i1", "--data", parked)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("requeue",), 2, "--all"),
+        (("requeue", "--all", "i1"), 2, "--all"),
+        (("requeue", "nope"), 1, "'nope'"),
+        (("show", "nope"), 1, "'nope'"),
+        (("list", "--queue", "nope"), 1, "'nope'"),
+        (("purge", "--all"), 2, "--yes"),
+    ],
+)
+def test_mistakes_are_one_line(
+    stageflow: Callable[..., Said], parked: Path, arguments: tuple[str, ...], code: int, word: str
+) -> None:
+    said = stageflow("dlq", *arguments, "--data", parked)
+    assert (said[0], said[1], said[2].count("\n")) == (code, "", 1)
+    assert word in said[2]
+    assert len(listed(stageflow, parked)) == 2
+
+
+def test_nothing_is_no_error(stageflow: Callable[..., Said], filled: Any) -> None:
+    filled.start("i1", {})
+    assert stageflow("dlq", "list", "--data", filled.close()) == (0, "", "no dead letters\n")
