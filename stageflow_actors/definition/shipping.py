@@ -2,8 +2,9 @@
 
 cloudpickle sends classes of `__main__` by value, with three gaps that matter for contexts: annotations that are
 strings (`from __future__ import annotations`) lose the module whose names they mean, a msgspec Struct arrives
-without its fields, and a dataclass that has a codec already is refused. `dumps` and `loads` close them. Only a
-child may load what its parent dumped: never bytes that came over a socket or from a file.
+without its fields, and a dataclass that has a codec already is refused. `dumps` and `loads` close them, and send by
+value too what lies in a module that a child would not find by its name. Only a child may load what its parent dumped:
+never bytes that came over a socket or from a file.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import os
 import pickle
 import sys
 import typing
 from collections.abc import Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -33,8 +36,9 @@ def dumps(value: Any, contexts: tuple[type[Any], ...] = ()) -> bytes:
     Raises `WorkflowDefinitionError` for what cannot be pickled, saying what.
     """
     buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
     try:
-        _Pickler(buffer).dump((value, [(kind, export_types(kind)) for kind in contexts if kind is not dict]))
+        pickler.dump((value, [(kind, export_types(kind)) for kind in contexts if kind is not dict]))
     except WorkflowDefinitionError:
         raise
     except Exception as error:
@@ -42,6 +46,8 @@ def dumps(value: Any, contexts: tuple[type[Any], ...] = ()) -> bytes:
             f"the definition cannot be sent to worker processes: {error}. A handler must not hold locks, "
             "connections or open files: make those services (Runtime(services=...))"
         ) from error
+    finally:
+        pickler.release()
     return buffer.getvalue()
 
 
@@ -136,7 +142,21 @@ def _key(kind: type[Any]) -> str:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer)
+        self._findable: dict[str, bool] = {"__main__": True}
+        self._by_value: list[ModuleType] = []
+
+    def release(self) -> None:
+        """Forget which modules went by value: another program part may have other plans for them."""
+        for module in self._by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, FunctionType) or (isinstance(obj, type) and obj.__flags__ & _HEAP_TYPE):
+            self._look_at(obj.__module__)
+        elif isinstance(obj, ModuleType):
+            self._look_at(obj.__name__)
         if isinstance(obj, type) and not _importable(obj):
             if "__msgspec_cache__" in obj.__dict__:
                 # What msgspec noted about a dataclass when its first codec was made cannot be pickled. Codecs that
@@ -145,6 +165,41 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if isinstance(obj, _StructMeta):
                 return _reduce_struct(obj)
         return super().reducer_override(obj)
+
+    def _look_at(self, name: Any) -> None:
+        """Have what lies in that module go by value if a child would not find it."""
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        if module is None or name in self._findable:
+            return
+        self._findable[name] = _findable(name, module)
+        if not self._findable[name] and name not in cloudpickle.list_registry_pickle_by_value():
+            cloudpickle.register_pickle_by_value(module)
+            self._by_value.append(module)
+
+
+_HEAP_TYPE = 1 << 9
+"""`Py_TPFLAGS_HEAPTYPE`: classes written in Python have it."""
+
+
+def _findable(name: str, module: ModuleType) -> bool:
+    """Whether `import name` gives that very module in a process that has this one's import path."""
+    path: Any = None
+    spec = None
+    parts = name.split(".")
+    try:
+        for count in range(1, len(parts) + 1):
+            part = ".".join(parts[:count])
+            found = (finder.find_spec(part, path) for finder in sys.meta_path)
+            spec = next((each for each in found if each is not None), None)
+            if spec is None:
+                return False
+            path = spec.submodule_search_locations
+        file = getattr(module, "__file__", None)
+        if file is None or spec is None or spec.origin is None or not spec.has_location:
+            return True
+        return bool(os.path.realpath(file) == os.path.realpath(spec.origin))
+    except Exception:  # noqa: BLE001 - finders are foreign code; what they stumble over goes by name, as ever
+        return True
 
 
 def _importable(kind: type[Any]) -> bool:

@@ -135,7 +135,7 @@ class Stage:
         self,
         handler: Any,
         *,
-        id: str | None = None,  # noqa: A002 - the name users type
+        id: str | None = None,
         compensation: Callable[..., Any] | Compensation | None = None,
         retry: RetryPolicy | None = None,
         timeout: Duration | None = None,

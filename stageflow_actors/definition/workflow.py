@@ -74,7 +74,7 @@ class Workflow(Generic[C]):
 
     def __init__(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         *,
         name: str | None = None,
         context: type[Any] = dict,

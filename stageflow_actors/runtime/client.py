@@ -156,7 +156,7 @@ class Client:
         instance_id: str | None = None,
         priority: int = 0,
     ) -> WorkflowResult[C]:
-        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout` seconds; the instance goes on."""
+        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout`; the instance goes on."""
         return self.submit(workflow, context, instance_id=instance_id, priority=priority).result(timeout)
 
     def map(
@@ -170,9 +170,10 @@ class Client:
     ) -> Iterator[WorkflowResult[C]]:
         """Run a workflow over any number of contexts; results in the order of the input.
 
-        A bounded number is in flight. `key` (a function of the context, or a field's name) names each instance: what has
-        finished before is not run again, its stored result is yielded. `retry_failed` runs anew what ended otherwise
-        than completed. A refused context raises where its result would have been yielded; the iterator can go on.
+        A bounded number is in flight. `key` (a function of the context, or a field's name) names each instance: what
+        has finished before is not run again, its stored result is yielded. `retry_failed` runs anew what ended
+        otherwise than completed. A refused context raises where its result would have been yielded; the iterator can
+        go on.
         """
         return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=True)
 

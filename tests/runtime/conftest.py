@@ -1,0 +1,71 @@
+"""Real clusters for tests of what users type: one per test module, because starting one takes half a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stageflow_actors import Runtime, Workflow
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+import effect_log  # noqa: E402 - found by the line above
+
+PATIENCE = 20.0
+"""Seconds after which something that should happen at once is given up on."""
+
+
+def wait_until(condition: Callable[[], Any], what: str = "the condition", patience: float = PATIENCE) -> Any:
+    """The first true value of `condition`; fails when it takes too long."""
+    deadline = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what} did not come true within {patience:g} s; it is {value!r}"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., Any]:
+    """`eventually(condition, what)` waits until the condition holds and gives its value."""
+    return wait_until
+
+
+@pytest.fixture(scope="module", autouse=True)
+def effects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The effect log of this module; set before any worker starts."""
+    path = tmp_path_factory.mktemp("effects") / "log"
+    before = os.environ.get(effect_log.VARIABLE)
+    os.environ[effect_log.VARIABLE] = str(path)
+    yield path
+    if before is None:
+        del os.environ[effect_log.VARIABLE]
+    else:
+        os.environ[effect_log.VARIABLE] = before
+
+
+Serve = Callable[..., Runtime]
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """Starts runtimes on fresh data directories, and stops them after the module's last test."""
+    with ExitStack() as stack:
+
+        def start(*workflows: Workflow[Any], **options: Any) -> Runtime:
+            options.setdefault("data_dir", tmp_path_factory.mktemp("data"))
+            runtime = Runtime(*workflows, **options)
+            stack.callback(runtime.stop, grace=0.0)
+            return runtime.start()
+
+        yield start
