@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,40 @@ STAGEFLOW = [sys.executable, "-c", "import sys; from stageflow_actors.cli.main i
 
 
 class Worker(Listener):
-    """Takes one message, and keeps it until told what became of it."""
+    """Takes one message of a queue, and keeps it until told what became of it."""
 
-    def __init__(self) -> None:
-        self.arrived = threading.Event()
-        self.items: list[DeliveryItem] = []
+    def __init__(self, hub: MemoryBroker, queue: str) -> None:
+        self._arrived = threading.Event()
+        self._queue = queue
+        self.leases: list[tuple[int, int]] = []
+        self.groups: list[str] = []
+        self.stale: list[int] = []
+        self._connection = hub.connect(self, role="worker", name="worker")
+        self._connection.consume(queue, 1)
+        assert self._arrived.wait(5), f"nothing came out of {queue}"
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
-        self.items.extend(items)
-        self.arrived.set()
+        self.leases += [(item.id, item.lease) for item in items]
+        self.groups += [item.group for item in items]
+        self._arrived.set()
+
+    def on_stale(self, ids: list[int]) -> None:
+        self.stale += ids
 
     def holding(self) -> list[tuple[int, int]]:
-        return [(item.id, item.lease) for item in self.items]
+        return self.leases
+
+    def settle(self, item: SettleItem, targets: tuple[Target, ...] = (), bodies: tuple[bytes, ...] = ()) -> None:
+        """Anything, and take nothing more."""
+        self._connection.settle(targets, [], [], [item], bodies, queue=self._queue, prefetch=0)
+        self._connection.query("ping").result(5)
+
+    def settle_all(self, also: Sequence[tuple[int, int]] = ()) -> None:
+        """Done, and nothing follows; `also` leases that others had."""
+        acks = [(*lease, 0, group) for lease, group in zip(self.leases, self.groups, strict=True)]
+        acks += [(*lease, 0, "") for lease in also]
+        self._connection.settle([], [], acks, [], [], queue=self._queue, prefetch=0)
+        self._connection.query("ping").result(5)
 
 
 class Filled:
@@ -58,31 +80,30 @@ class Filled:
             trail = append_record(
                 trail, StageRecord("reserve", "completed", 1, 1_700_000_000.5, 0.25, None, raw("r-1"))
             )
-        body = encode(self.envelope(stage, context, trail=trail))
+        self.publish(instance, queue, stage, self.envelope(stage, context, trail=trail))
+
+    def publish(self, instance: str, queue: str, label: str, envelope: Envelope) -> None:
+        """A new instance, wherever it stands."""
+        body = encode(envelope)
         item = PublishItem(0, len(body), instance, 1, START)
-        answer = self._client.publish([Target(queue, stage)], [item], [body]).result(5)
+        answer = self._client.publish([Target(queue, label)], [item], [body]).result(5)
         assert answer.refused == []
+
+    def take(self, queue: str) -> Worker:
+        """A worker that has the next message of a queue."""
+        return Worker(self._hub, queue)
 
     def settle_next(
         self, queue: str, *, to: Target | None = None, body: bytes = b"", parked: Failure | None = None
     ) -> None:
         """Take the next message of a queue and settle it: done (and `body` to `to`), or parked with a failure."""
-        worker = Worker()
-        taking = self._hub.connect(worker, role="worker", name="worker")
-        taking.consume(queue, 1)
-        assert worker.arrived.wait(5)
-        item = worker.items.pop()
-        lease = (item.id, item.lease)
-        last: Any = {"queue": queue, "prefetch": 0}
+        worker = self.take(queue)
         if parked is not None:
-            taking.settle([], [], [], [SettleItem([lease], DEAD, failure=encode(parked))], [], **last)
+            worker.settle(SettleItem(worker.leases, DEAD, failure=encode(parked)))
         elif to is not None:
-            taking.settle(
-                [to], [], [], [SettleItem([lease], DONE, publishes=[PublishItem(0, len(body))])], [body], **last
-            )
+            worker.settle(SettleItem(worker.leases, DONE, publishes=[PublishItem(0, len(body))]), (to,), (body,))
         else:
-            taking.settle([], [], [(*lease, 0, item.group)], [], [], **last)
-        taking.query("ping").result(5)
+            worker.settle_all()
 
     def ask(self, name: str, *args: Any) -> Any:
         return self._client.query(name, *args).result(5)

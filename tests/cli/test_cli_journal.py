@@ -1,0 +1,95 @@
+"""`stageflow journal`: sound or not, and what is in it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.api import Target
+
+Said = tuple[int, str, str]
+SECTOR = 512
+
+
+@pytest.fixture
+def data(filled: Any) -> Path:
+    """Two instances, one of them a stage further."""
+    filled.start("i1", {"n": 1})
+    filled.start("i2", {"n": 2})
+    filled.settle_next("stageflow.orders.stage0", to=Target("stageflow.compensation.orders", "compensate:reserve"))
+    filled.settle_next("stageflow.compensation.orders")
+    return Path(filled.close())
+
+
+def segment_of(data: Path) -> Path:
+    return next((data / "journal").glob("*.journal"))
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_sound_journal_is_ok(stageflow: Callable[..., Said], data: Path) -> None:
+    assert stageflow("journal", "verify", "--data", data) == (0, f"ok: 1 segment in {data}/journal\n", "")
+    assert stageflow("journal", "verify", "--data", data, "--output", "json") == (0, "[]\n", "")
+
+
+def test_damage_is_named_by_file_and_offset(stageflow: Callable[..., Said], data: Path) -> None:
+    flip(segment_of(data), 2 * SECTOR + 50)
+    code, out, err = stageflow("journal", "verify", "--data", data)
+    assert (code, out) == (1, "")
+    assert f"{segment_of(data).name} at offset {2 * SECTOR}: damaged" in err
+    code, out, _ = stageflow("journal", "verify", "--data", data, "--output", "json")
+    assert code == 1
+    assert [(found["offset"], found["kind"]) for found in json.loads(out)] == [(2 * SECTOR, "damage")]
+
+
+def test_every_command_refuses_a_damaged_journal_in_one_line(stageflow: Callable[..., Said], data: Path) -> None:
+    flip(segment_of(data), 2 * SECTOR + 50)
+    for command in (["queue", "list"], ["dlq", "requeue", "--all"], ["journal", "stats"], ["instances", "show", "i1"]):
+        code, out, err = stageflow(*command, "--data", data)
+        assert (code, out, err.count("\n")) == (1, "", 1), command
+        assert segment_of(data).name in err
+        assert str(2 * SECTOR) in err
+
+
+def test_a_torn_end_is_no_damage(stageflow: Callable[..., Said], data: Path) -> None:
+    path = segment_of(data)
+    content = path.read_bytes()
+    last = content.rindex(b"\xd3\xf7\xb1\xff")
+    flip(path, last + 45)
+    code, out, err = stageflow("journal", "verify", "--data", data)
+    assert (code, err) == (0, "")
+    assert f"offset {last}: torn end" in out
+    assert "ok" in out
+
+
+def test_stats_count_accepted_settlements(stageflow: Callable[..., Said], data: Path) -> None:
+    code, out, _ = stageflow("journal", "stats", "--data", data, "--output", "json")
+    stats = json.loads(out)
+    assert code == 0
+    assert stats["settlements"] == [{"instance": "i1", "epoch": 1, "stage": "reserve", "count": 1}]
+    assert stats["compensations"] == [{"instance": "i1", "epoch": 1, "stage": "reserve", "count": 1}]
+    assert stats["live_instances"] == 1
+    assert stats["segments"][0]["file"] == segment_of(data).name
+    assert stats["batches"] == sum(segment["batches"] for segment in stats["segments"])
+    code, out, _ = stageflow("journal", "stats", "--data", data)
+    assert code == 0
+    assert "accepted twice  none" in out
+
+
+def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Callable[..., Said], data: Path) -> None:
+    assert stageflow("journal", "repair", "--data", data)[1] == "nothing is wrong; nothing was changed\n"
+    flip(segment_of(data), 2 * SECTOR + 50)
+    before = segment_of(data).read_bytes()
+    code, _, err = stageflow("journal", "repair", "--data", data)
+    assert (code, err.count("\n"), segment_of(data).read_bytes()) == (2, 1, before)
+    code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
+    assert code == 0
+    assert f"offset {2 * SECTOR}" in out
+    assert stageflow("journal", "verify", "--data", data)[0] == 0
+    assert any(path.read_bytes() == before for path in (data / "journal").rglob("*") if path.is_file())
