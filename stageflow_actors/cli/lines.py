@@ -80,17 +80,23 @@ class Lines:
             yield from self._line(context, number)
 
     def _csv(self, file: BinaryIO) -> Iterator[InputLine]:
+        number = 0
+
+        def text(line: bytes) -> str:
+            nonlocal number
+            number += 1
+            return line.decode("utf-8-sig")
+
         # A map goes on behind a line that is no UTF-8, as a generator would not.
-        rows = csv.DictReader(map(_text, file), strict=True)
+        rows = csv.DictReader(map(text, file), strict=True)
         while True:
             try:
                 row = next(rows, None)
             except (csv.Error, UnicodeDecodeError) as error:
-                self._pass_over(rows.line_num, f"not valid CSV: {error}")
+                self._pass_over(number, f"not valid CSV: {error}")
                 continue
             if row is None:
                 return
-            number = rows.line_num
             if None in row:
                 self._pass_over(number, f"has more fields than the {len(rows.fieldnames or ())} of the header")
             elif None in row.values():
@@ -143,10 +149,6 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         raise click.UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         yield file
-
-
-def _text(line: bytes) -> str:
-    return line.decode("utf-8-sig")
 
 
 def _json_reason(error: ValueError) -> str:
