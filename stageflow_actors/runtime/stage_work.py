@@ -65,21 +65,14 @@ class Settled:
 def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None) -> float | None:
     """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
 
-    Without a policy a death is tried again at once, and so is a `StageError` that asks for it (up to three attempts);
-    everything else is final.
+    Without a policy a death is tried again at once, and everything else is final: also a `StageError` that may be
+    retried, because nobody has said how often.
     """
     if policy is not None:
         delay = policy.next_delay(attempt, error or exception_of(failure))
         return None if delay is None else max(0.0, float(delay))
-    if failure.kind == "died":
-        return 0.0
-    if failure.retryable and attempt < UNASKED_ATTEMPTS:
-        return 0.0
-    return None
+    return 0.0 if failure.kind == "died" else None
 
-
-UNASKED_ATTEMPTS = 3
-"""Attempts of a stage without a policy whose handler raises `StageError(retryable=True)`."""
 
 Result = tuple[int, bytes] | Settled
 """(target, body) of the happy path, or a settlement of another shape."""

@@ -34,7 +34,7 @@ class Everything:
     name: str
     when: datetime = datetime(2024, 2, 29, 12, 30, 15, 250, tzinfo=UTC)
     price: Decimal = Decimal("19.990")
-    id: UUID = UUID("12345678-1234-5678-1234-567812345678")
+    id: UUID = UUID(int=0x12345678)  # noqa: RUF009 - a UUID never changes
     colour: Colour = Colour.BLUE
     pair: tuple[int, str] = (1, "a")
     tags: set[str] = field(default_factory=lambda: {"x", "y"})
