@@ -122,7 +122,8 @@ def confirmed(shop: Path) -> int:
 def demo(folder: Path, orders: Path) -> int:
     """Returns the exit code of the audit."""
     shop, results = folder / "shop.db", folder / "results.jsonl"
-    environment = dict(os.environ, SHOP_DB=str(shop))
+    # The sockets of a run that was killed stay behind, and go with the folder.
+    environment = dict(os.environ, SHOP_DB=str(shop), XDG_RUNTIME_DIR=str(folder))
     environment.pop("STAGEFLOW_DATA", None)
     stageflow = str(Path(sys.executable).with_name("stageflow"))
     run = [stageflow, "run", f"{EXAMPLE}:runtime", "--input", str(orders), "--key", "order_id"]
