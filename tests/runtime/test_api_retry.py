@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_attempts_end_at_max_attempts_with_the_last_error(runtime: Runtime, name
 def test_delays_are_waited_between_attempts(runtime: Runtime) -> None:
     _, tries = run(runtime, "exponential", *["transient"] * 9)
     times = [float(at) for _, at, _ in tries]
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     assert all(gap >= due for gap, due in zip(gaps, [0.01, 0.02, 0.02], strict=True)), gaps
     assert sum(gaps) < 2
 
@@ -216,7 +217,7 @@ def test_a_policy_of_the_users_own_is_asked_about_each_failure(runtime: Runtime)
         ("2", "WorkerDied"),
         ("3", "StageTimeout"),
     ]
-    assert [text.startswith("StageTimeout") or text.startswith("WorkerDied") for _, _, text in asked] == [False] * 3
+    assert [text.startswith(("StageTimeout", "WorkerDied")) for _, _, text in asked] == [False] * 3
 
 
 def test_a_policy_that_raises_fails_the_stage_with_both_errors(runtime: Runtime) -> None:
