@@ -1,4 +1,4 @@
-"""What becomes of an instance whose stage fails: compensations, optional stages, `after`, and statuses that are true."""
+"""What becomes of an instance whose stage fails: compensations, optional stages, `after`, and truthful ends."""
 
 from __future__ import annotations
 
