@@ -85,6 +85,7 @@ class CompensationTask(Struct, array_like=True):
 class Envelope(Struct, array_like=True):
     """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`.
 
+    `payload` is nil where no request was answered; `Raw | None` would take nil and nothing else when it is decoded.
     `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
     """
 
@@ -94,7 +95,7 @@ class Envelope(Struct, array_like=True):
     context: Raw
     trail: bytes
     started_at: float
-    payload: Raw | None = None
+    payload: Raw = NIL
     error: str | None = None
     failed_stage: str | None = None
     compensation: CompensationTask | None = None

@@ -409,11 +409,7 @@ class Client:
                 Raw(prepared.data),
                 EMPTY_TRAIL,
                 now,
-                None,
-                None,
-                None,
-                None,
-                prepared.digest,
+                digest=prepared.digest,
             )
         )
         if len(body) > self._max_message_bytes:

@@ -90,8 +90,7 @@ class StageContext:
     @property
     def payload(self) -> Any:
         """The reply that the previous stage's request brought, or None."""
-        raw = self._envelope.payload
-        return None if raw is None else decode_value(raw)
+        return decode_value(self._envelope.payload)
 
     @property
     def previous_failure(self) -> Exception | None:

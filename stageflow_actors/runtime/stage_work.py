@@ -195,7 +195,7 @@ class StageWork:
             )
         else:
             envelope.stage_id = following.id
-            envelope.payload = None
+            envelope.payload = NIL
             done = encode(envelope)
         if len(done) > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
