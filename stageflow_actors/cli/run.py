@@ -252,7 +252,8 @@ class _Run:
         if tally.refused:
             parts.append(f"{tally.refused:,} refused")
         self._say(
-            f"{self._workflow.id}: {', '.join(parts)} in {span(seconds)} ({rate:,.0f}/s)"
+            f"{self._workflow.id}: {', '.join(parts)} in {span(seconds)}"
+            + (f" ({rate:,.0f}/s)" if tally.done else "")
             + (f": {statuses}" if statuses else "")
         )
 

@@ -1,0 +1,124 @@
+"""What a group of messages means for its instance."""
+
+from typing import Any
+
+import pytest
+
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    CompensationRecord,
+    CompensationTask,
+    Envelope,
+    Failure,
+    Outcome,
+    StageRecord,
+    append_record,
+    encode,
+    raw,
+)
+from stageflow_actors.core.standing import failure_text, standing_of, status_of, trail_stages
+
+FIRST, SECOND, UNDO = "stageflow.orders.stage0", "stageflow.orders.stage1", "stageflow.compensation.orders"
+TRAIL = append_record(EMPTY_TRAIL, StageRecord("reserve", "completed", 2, 10.0, 0.5, None, raw({"kept": 1})))
+DECLINED = encode(Failure("exception", "ValueError: card declined", "ValueError"))
+
+
+def message(queue: str, label: str, state: str = "ready", **facts: Any) -> dict[str, Any]:
+    described = {"id": 1, "queue": queue, "label": label, "state": state, "attempts": 0, "deaths": 0}
+    return {**described, "failure": None, "reason": None, "evidence": False, **facts}
+
+
+def group(*messages: dict[str, Any], ended: str = "", gathers: Any = ()) -> dict[str, Any]:
+    return {"id": "i1", "epoch": 1, "ended": ended, "messages": list(messages), "gathers": list(gathers)}
+
+
+def envelope(**fields: Any) -> bytes:
+    return encode(Envelope("orders", 3, "pay", raw({"n": 1}), TRAIL, 9.0, **fields))
+
+
+OUTCOME = encode(Outcome("orders", 3, "compensated", raw({}), TRAIL, 9.0, 12.0, "ValueError: no", "pay"))
+
+
+@pytest.mark.parametrize(
+    ("described", "status"),
+    [
+        (group(message(FIRST, "reserve")), "pending"),
+        (group(message("other-prefix.x.stage0", "reserve", "delayed")), "pending"),
+        (group(message(FIRST, "reserve", "leased")), "running"),
+        (group(message(FIRST, "reserve", "delayed", attempts=1)), "running"),
+        (group(message(FIRST, "reserve", deaths=1)), "running"),
+        (group(message(SECOND, "pay")), "running"),
+        (group(message("stageflow.orders.stage01", "pay")), "running"),
+        (group(message(SECOND, "cool-off", "delayed")), "waiting"),
+        (group(gathers=[{"key": "k", "need": 2, "arrived": 1}]), "waiting"),
+        (group(message(SECOND, "pay"), gathers=[{"key": "k", "need": 2, "arrived": 1}]), "running"),
+        (group(message(SECOND, "pay", "dead")), "parked"),
+        (group(message(SECOND, "a"), message(SECOND, "b", "dead")), "parked"),
+        (group(message(SECOND, "pay", "dead", evidence=True), message(UNDO, "compensate:reserve")), "compensating"),
+        (group(message("stageflow.coordinator", ":failed")), "compensating"),
+        (group(message("stageflow.coordinator", ":dead", "leased")), "compensating"),
+        (group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"), "compensated"),
+        (group(ended=":finished"), "running"),
+        (group(), "running"),
+    ],
+)
+def test_the_status_follows_from_the_messages(described: dict[str, Any], status: str) -> None:
+    assert status_of(described) == status
+
+
+def test_a_stage_that_is_retried_shows_its_attempt_and_what_failed_it() -> None:
+    standing = standing_of(group(message(SECOND, "pay", "leased", attempts=1, failure=DECLINED, body=envelope())))
+    assert (standing.workflow_id, standing.version, standing.started_at) == ("orders", 3, 9.0)
+    assert (standing.status, standing.stage, standing.queue) == ("running", "pay", SECOND)
+    assert [(s.stage_id, s.status, s.attempts, s.error, s.data) for s in standing.stages] == [
+        ("reserve", "completed", 2, None, {"kept": 1}),
+        ("pay", "running", 2, "ValueError: card declined", None),
+    ]
+
+
+def test_a_parked_one_names_the_stage_and_the_reason() -> None:
+    standing = standing_of(group(message(SECOND, "pay", "dead", attempts=3, reason=DECLINED, body=envelope())))
+    assert (standing.failed_stage, standing.error) == ("pay", "ValueError: card declined")
+    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "failed")]
+
+
+def test_one_that_is_being_undone_shows_what_has_been() -> None:
+    task = CompensationTask(["other"], [CompensationRecord("reserve", "completed", None, 0.5)], "compensated")
+    body = envelope(error="ValueError: no", failed_stage="pay", compensation=task)
+    standing = standing_of(group(message(UNDO, "compensate:other", body=body)))
+    assert (standing.status, standing.error, standing.failed_stage) == ("compensating", "ValueError: no", "pay")
+    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "compensated")]
+    assert [(c.stage_id, c.status, c.duration) for c in standing.compensations] == [("reserve", "completed", 0.5)]
+
+
+def test_one_that_waits_says_for_what() -> None:
+    standing = standing_of(group(gathers=[{"key": "checks", "need": 3, "arrived": 1}]))
+    assert (standing.status, standing.waiting) == ("waiting", ["checks (1 of 3)"])
+
+
+def test_one_that_has_ended_is_told_from_its_outcome() -> None:
+    standing = standing_of(group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"))
+    assert (standing.status, standing.finished_at, standing.error) == ("compensated", 12.0, "ValueError: no")
+
+
+def test_of_a_stage_that_was_reached_twice_the_last_time_counts() -> None:
+    trail = append_record(TRAIL, StageRecord("pay", "failed", 1))
+    trail = append_record(trail, StageRecord("pay", "completed", 2))
+    found = trail_stages(trail, [CompensationRecord("pay", "failed"), CompensationRecord("reserve", "completed")])
+    assert [(s.stage_id, s.status, s.attempts) for s in found] == [
+        ("reserve", "compensated", 2),
+        ("pay", "completed", 2),
+    ]
+
+
+def test_reasons_are_one_line_and_never_break_anything() -> None:
+    assert failure_text(None) is None
+    assert failure_text(b"expired") == "StageError: the message waited in its queue for longer than its ttl"
+    assert failure_text(encode(Failure("exception", "ValueError: two\nlines"))) == "ValueError: two lines"
+    assert failure_text(encode(Failure("died", ""))) == "died"
+    assert failure_text(b"\xff not msgpack") == "(an unreadable reason)"
+
+
+def test_a_message_of_an_unknown_kind_is_shown_as_far_as_it_is_known() -> None:
+    standing = standing_of(group(message(SECOND, "odd", body=b"\xff")))
+    assert (standing.stage, standing.queue, standing.workflow_id, standing.stages) == ("odd", SECOND, "", [])
