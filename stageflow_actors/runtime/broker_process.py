@@ -1,19 +1,26 @@
-"""The broker process as its parent sees it: started, ready or refused, watched by a pidfd, asked to end."""
+"""The broker process as its parent sees it: started, ready or refused, kept alive, asked to end."""
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 import msgspec
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
-from stageflow_actors.runtime.processes import wait_dead
+from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.processes import describe_exit, wait_dead
 
 __all__ = ["BrokerProcess"]
+
+logger = logging.getLogger("stageflow.broker")
 
 _BOOTSTRAP = """\
 import sys
@@ -25,9 +32,16 @@ sys.exit(main(sys.argv[1]))
 START_SECONDS = 120.0
 """How long a broker may take to read its journal before its start has failed."""
 
+TRIES = 5
+"""Starts at once of a broker that ends without a word: somebody has killed it, and it may do better next time."""
+
+
+class _Silent(BrokerUnavailable):
+    """It ended while it was starting, and said nothing."""
+
 
 class BrokerProcess:
-    """One broker process on one journal."""
+    """One broker on one journal, whichever process it is by now."""
 
     def __init__(
         self,
@@ -50,7 +64,9 @@ class BrokerProcess:
         }
         self._keep_fds = keep_fds
         self._process: subprocess.Popen[bytes] | None = None
-        self.pidfd = -1
+        self._pidfd = -1
+        self._lock = threading.Lock()
+        self._ending = False
 
     @property
     def pid(self) -> int:
@@ -59,11 +75,61 @@ class BrokerProcess:
         return self._process.pid
 
     def start(self) -> None:
-        """Start it and wait until it is ready. Raises `JournalCorrupt`, `JournalLocked`, `BrokerUnavailable`."""
+        """Start it and wait until it is ready. Raises `JournalCorrupt`, `JournalLocked`, `BrokerUnavailable`.
+
+        The broker dies with the *thread* that starts it (`PR_SET_PDEATHSIG`): call it from one that stays.
+        """
+        for attempt in range(1, TRIES + 1):
+            try:
+                self._start_once()
+                return
+            except _Silent:
+                if attempt == TRIES:
+                    raise
+
+    def keep(self, failed: Callable[[StageFlowError], None]) -> None:
+        """Start it again whenever it has ended unasked; the journal holds everything. For a thread of its own.
+
+        Returns when it was asked to end. `failed` is told why it cannot be kept.
+        """
+        intensity = Intensity("broker process")
+        while True:
+            wait_dead(self._pidfd, None)
+            with self._lock:
+                if self._ending:
+                    return
+                assert self._process is not None
+                logger.warning(
+                    "the broker process has ended (%s); it is started again", describe_exit(self._process.wait())
+                )
+                try:
+                    intensity.one_more()
+                    self.start()
+                    continue
+                except StageFlowError as error:
+                    told = error
+            failed(told)
+            return
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Ask it to end, and wait; killed after `timeout` seconds."""
+        self._ending = True
+        with self._lock:
+            process = self._process
+            if process is None or process.poll() is not None:
+                return
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start_once(self) -> None:
         ready, said = os.pipe()
         try:
             options = msgspec.json.encode({**self._options, "ready_fd": said}).decode()
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, options, *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -72,54 +138,41 @@ class BrokerProcess:
             )
             os.close(said)
             said = -1
-            if self.pidfd >= 0:
-                os.close(self.pidfd)
-            self.pidfd = os.pidfd_open(self._process.pid)
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._pidfd = os.pidfd_open(process.pid)
+            self._process = process
             report = _read_line(ready, START_SECONDS)
+        except OSError as error:
+            raise BrokerUnavailable(f"the broker process could not be started: {error}") from error
         finally:
             os.close(ready)
             if said >= 0:
                 os.close(said)
-        if report.get("ready"):
+        if report is not None and report.get("ready"):
             return
-        self._process.wait()
+        if wait_dead(self._pidfd, 1.0):
+            status = process.wait()
+        else:
+            process.kill()
+            status = process.wait()
+        if report is None:
+            raise _Silent(f"the broker process ended while it was starting ({describe_exit(status)})")
         raise _error(report)
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """Ask it to end, and wait; killed after `timeout` seconds."""
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.kill()
 
-    def kill(self) -> None:
-        """End it at once."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def reap(self) -> int | None:
-        """The exit status if it has ended."""
-        if self._process is None or not wait_dead(self.pidfd, 0):
-            return None
-        return self._process.wait()
-
-
-def _read_line(fd: int, timeout: float) -> dict[str, object]:
+def _read_line(fd: int, timeout: float) -> dict[str, object] | None:
+    """What the process says about its start; None if it ends without having said anything."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
+    deadline = time.monotonic() + timeout
     data = b""
     while not data.endswith(b"\n"):
-        if not poller.poll(int(timeout * 1000)):
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return {"error": "BrokerUnavailable", "message": f"the broker was not ready within {timeout:g} s"}
         chunk = os.read(fd, 65536)
         if not chunk:
-            return {"error": "BrokerUnavailable", "message": "the broker process ended while it was starting"}
+            return None
         data += chunk
     report = msgspec.json.decode(data)
     assert isinstance(report, dict)

@@ -17,7 +17,7 @@ import pykka
 from brokers.api import DEAD, DONE, LEAVE, Ack, Broker, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.coordination import UnknownPlan, decide
 from stageflow_actors.core.envelope import Failure, decode_outcome
-from stageflow_actors.core.failures import read_failure, write_failure
+from stageflow_actors.core.failures import describe_error, read_failure, write_failure
 from stageflow_actors.core.plan import FAILED, Naming, WorkflowPlan
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
@@ -104,7 +104,10 @@ class Coordinator(pykka.ThreadingActor):
                 self._write()
             if self._retention is not None and now - self._pruned > 60:
                 self._pruned = now
-                self._history.prune(time.time() - self._retention)
+                try:
+                    self._history.prune(time.time() - self._retention)
+                except HistoryUnavailable as error:
+                    logger.warning("the history cannot be pruned now: %s", error)
         elif isinstance(message, Plan):
             self._plans[(message.plan.id, message.plan.version)] = message.plan
 
@@ -143,6 +146,11 @@ class Coordinator(pykka.ThreadingActor):
                 step = decide(label, body, failure, attempts, self._plans, self._naming, time.time())
             except UnknownPlan as unknown:
                 reason = Failure("refused", f"WorkflowDefinitionError: {unknown}; register it, then requeue")
+                settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
+                continue
+            except Exception as error:  # what one event is wrong in must not stop all others
+                logger.exception("event %s of instance %s cannot be handled; it is parked", label, item.group)
+                reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
                 settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
                 continue
             place = places.setdefault((step.queue, step.label), len(targets))

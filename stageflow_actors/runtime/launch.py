@@ -20,7 +20,8 @@ from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.datadir import DataDir
-from stageflow_actors.runtime.processes import wait_dead
+from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.processes import describe_exit, wait_dead
 
 __all__ = ["NodeHandle"]
 
@@ -34,8 +35,11 @@ main(int(sys.argv[1]))
 READY_SECONDS = 180.0
 """How long a node may take: a large journal is read in that time."""
 REMAINS_SECONDS = 5.0
-RESTARTS = 20
-PERIOD = 60.0
+"""How long what is left of a dead node's cluster may take to follow it."""
+
+
+class _Silent(BrokerUnavailable):
+    """The node ended while it was starting, and said nothing."""
 
 
 class NodeHandle:
@@ -52,10 +56,10 @@ class NodeHandle:
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
-        self._stopping = False
+        self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._registered = threading.Semaphore(0)
-        self._restarts: list[float] = []
+        self._intensity = Intensity("node process")
         self.address = ""
         self.resuming: dict[str, int] = {}
 
@@ -67,7 +71,7 @@ class NodeHandle:
 
     def start(self) -> None:
         """Start the node and wait until it is ready. Raises what kept it from starting."""
-        self._launch()
+        self._launch_surely()
         threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
@@ -86,38 +90,47 @@ class NodeHandle:
 
     def stop(self, grace: float | None) -> None:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it."""
-        with self._lock:
-            self._stopping = True
         try:
+            with self._lock:
+                self._stopping.set()
             self._send(Stop(grace))
             while not wait_dead(self._pidfd, 0.2):
                 pass
+            if self._reap() != 0:
+                self._await_remains()
         except BaseException:
             self.kill()
             raise
-        finally:
-            self._reap()
 
     def kill(self) -> None:
         """End the cluster at once; its journal has all that counts."""
-        with self._lock:
-            self._stopping = True
-        try:
-            self._send(Stop(None, kill=True))
-        except StageFlowError:
-            pass
+        self._stopping.set()
+        self._send(Stop(None, kill=True))
         if self._process is not None and not wait_dead(self._pidfd, 3.0):
             self._process.kill()
         self._reap()
+        self._await_remains()
 
     def _send(self, message: Register | Scale | Stop) -> None:
         channel = self._channel
         if channel is None:
-            raise BrokerUnavailable("the runtime has not been started: call start() or use `with`")
+            return  # between two nodes: the next is told by its configuration, or is not started any more
         try:
             channel.send(message)
         except OSError:
             pass  # the node is gone; the watch starts another, which is told by its configuration
+
+    def _launch_surely(self) -> None:
+        """Start a node until one is ready or has said why it cannot be."""
+        while True:
+            try:
+                with self._lock:
+                    if not self._stopping.is_set():
+                        self._launch()
+                return
+            except _Silent:
+                self._intensity.one_more()
+                self._await_remains()
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
@@ -133,6 +146,8 @@ class NodeHandle:
             raise BrokerUnavailable(f"the node process could not be started: {error}") from error
         finally:
             theirs.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
         self._pidfd = os.pidfd_open(self._process.pid)
         channel = Channel(ours)
         try:
@@ -144,8 +159,10 @@ class NodeHandle:
             channel.close()
             raise
         if report is None or report.word != "ready":
-            self._process.wait()
+            status = self._process.wait()
             channel.close()
+            if report is None and status < 0:
+                raise _Silent(f"the node process ended while it was starting ({describe_exit(status)})")
             raise _error(report)
         self._channel = channel
         self.address = report.text
@@ -162,50 +179,53 @@ class NodeHandle:
         return Report("failed", f"the node was not ready within {READY_SECONDS:g} s", "BrokerUnavailable")
 
     def _watch(self) -> None:
-        """Hear what the node says; start another when it ends unasked."""
+        """Hear what the node says; start another when it ends unasked, unless it has said why it cannot go on."""
+        verdict: Report | None = None
         while True:
             channel = self._channel
             report = None if channel is None else channel.receive()
             if isinstance(report, Report):
                 if report.word == "registered":
                     self._registered.release()
-                elif report.word == "notice" or report.word == "failed":
+                elif report.word == "notice":
                     self._notice(report.text)
+                elif report.word == "failed":
+                    verdict = report
                 continue
-            with self._lock:
-                if self._stopping:
-                    return
+            if self._stopping.is_set():
+                return
             wait_dead(self._pidfd, None)
-            self._reap()
+            status = self._reap()
+            if self._stopping.is_set():
+                return
             try:
-                self._relaunch()
+                if verdict is not None:
+                    raise _error(verdict)
+                self._notice(f"the node process has ended ({describe_exit(status)}); it is started again")
+                self._intensity.one_more()
+                self._await_remains()
+                self._launch_surely()
+                self._registered.release()  # whoever was registering: the new node has it in its configuration
             except StageFlowError as error:
                 self._failed(error)
                 return
 
-    def _relaunch(self) -> None:
-        now = time.monotonic()
-        self._restarts = [at for at in self._restarts if now - at < PERIOD] + [now]
-        if len(self._restarts) > RESTARTS:
-            raise BrokerUnavailable(f"the node process ended {len(self._restarts)} times within {PERIOD:g} s")
-        deadline = now + REMAINS_SECONDS
-        while self._data.holders():
+    def _await_remains(self) -> None:
+        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end."""
+        deadline = time.monotonic() + REMAINS_SECONDS
+        while left := self._data.holders():
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
-                    f"the node process ended, and processes {self._data.holders()} of its cluster outlived it"
+                    f"the node process ended, and the processes {', '.join(map(str, left))} of its cluster outlived it"
                 )
             time.sleep(0.01)
-        with self._lock:
-            if self._stopping:
-                return
-            self._launch()
 
-    def _reap(self) -> None:
-        if self._process is not None:
-            self._process.wait()
+    def _reap(self) -> int:
+        status = 0 if self._process is None else self._process.wait()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+        return status
 
 
 def _error(report: Report | None) -> StageFlowError:

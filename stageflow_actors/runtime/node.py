@@ -1,8 +1,8 @@
 """The node process: supervisor, pools and coordinator of one cluster, apart from the user's program.
 
 A program that holds the GIL for seconds must not delay deaths, timeouts and deliveries, so none of that lives in it.
-The main thread waits on descriptors and passes on what it sees; the actors decide. When the program dies, however it
-dies, everything here dies with it.
+The main thread hears the zygote and passes on what it sees, one thread watches the program, one keeps the broker; the
+actors decide. When the program dies, however it dies, everything here dies with it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Repo
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
 from stageflow_actors.runtime.pool import PoolServices, Retire, ScaleTo, Tick
-from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks
+from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.supervisor import AddPools, BrokerEnded, Supervisor
+from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
-from stageflow_actors.runtime.zygote import Zygote
+from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
 
 __all__ = ["main"]
 
@@ -42,20 +42,21 @@ STOP_POLL = 0.01
 
 
 class _NodeListener(Listener):
-    """Hands deliveries to the coordinator, and says the roster when a broker comes back."""
+    """Hands deliveries to the coordinator, and tells a broker that comes back who lives and whether to hold back."""
 
     def __init__(self) -> None:
         self.broker: Broker | None = None
         self.coordinator: Any = None
         self.services: PoolServices | None = None
-        self.connected = threading.Event()
+        self.holding_back = False
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         self.coordinator.tell(Delivered(queue, items, bodies))
 
     def on_connected(self, broker_epoch: int) -> None:
-        self.connected.set()
         if self.broker is not None and self.services is not None:
+            if self.holding_back:
+                self.broker.query("hold", True)  # before the roster, which opens the queues
             self.broker.query("roster", [(peer, [queue]) for peer, queue in list(self.services.live.items())])
 
 
@@ -78,9 +79,7 @@ def main(control_fd: int) -> NoReturn:
     try:
         node.start()
     except StageFlowError as error:
-        fields = {name: getattr(error, name, None) for name in ("file", "offset")}
-        _tell(channel, Report("failed", str(error), type(error).__name__, fields))
-        node.abandon(1)
+        node.fail(error)
     except OSError as error:
         _tell(channel, Report("failed", f"the cluster could not start: {error}", "StageFlowError"))
         node.abandon(1)
@@ -114,14 +113,17 @@ class Node:
             keep_fds=(config.lock_fd,),
         )
         self._zygote: Zygote | None = None
-        self._zygotes: list[Zygote] = []
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
+        self._lost: Zygote | None = None
+        self._next_tick = 0.0
 
     def start(self) -> None:
         """Broker, connection, history, zygote, pools: each needs the one before. Raises `StageFlowError`."""
         config = self._config
+        threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
         self._broker_process.start()
+        threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = self._open_history()
         self._slots = SlotTable.create(SLOTS)
@@ -145,12 +147,10 @@ class Node:
         self._listener.broker = self._broker
         self._broker.consume(config.naming.finished, 4_000)
         self._broker.consume(config.naming.coordinator, 500)
-        self._supervisor = Supervisor.start(
-            self._broker_process, self._make_zygote, services, config.naming, config.max_deaths, self._fail
-        )
+        self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
         self._supervisor.tell(AddPools(config.pools))
-        resuming = self._unfinished()
-        self._broker.query("roster", []).result(30)
+        queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
+        self._ask("roster", [])
         self._data.write_cluster(
             ClusterRecord(
                 program=config.program,
@@ -160,53 +160,40 @@ class Node:
                 started=time.time(),
             )
         )
-        _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
+        _tell(self._channel, Report("ready", self._address, "", {"resuming": self._unfinished(queues)}))
+        for name, queue in queues.items():
+            if queue["state"] == "paused" and queue["ready"]:
+                text = f"queue {name} is paused and holds {queue['ready']} messages: `stageflow queue resume {name}`"
+                _tell(self._channel, Report("notice", text))
 
     def run(self) -> NoReturn:
-        """Wait on everything that can happen, until it is time to stop."""
-        poller = select.poll()
-        commands = threading.Thread(target=self._listen, name="control", daemon=True)
-        commands.start()
-        flush, tick = Flush(), Tick()
-        watched = {self._program}
-        poller.register(self._program, select.POLLIN)
-        next_tick = time.monotonic()
+        """Hear the zygote and let time pass for the actors, until it is time to stop."""
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
         while self._stopping is None:
-            zygote = self._current_zygote()
-            wanted = {self._program, self._broker_process.pidfd, zygote.fileno()}
-            for fd in watched - wanted:
-                poller.unregister(fd)
-            for fd in wanted - watched:
-                poller.register(fd, select.POLLIN)
-            watched = wanted
-            for fd, _ in poller.poll(int(TICK * 1000)):
-                if fd == self._program:
-                    self.abandon(0)
-                elif fd == zygote.fileno():
-                    for event in zygote.events():
-                        self._supervisor.tell(event)
-                elif fd == self._broker_process.pidfd:
-                    self._supervisor.tell(BrokerEnded())
-                    self._wait_for_broker(fd)
-            now = time.monotonic()
-            if now >= next_tick:
-                next_tick = now + TICK
-                self._supervisor.tell(tick)
-                self._coordinator.tell(flush)
+            self._round(TICK)
         self._stop(self._stopping)
 
     def abandon(self, status: int) -> NoReturn:
-        """End everything at once: the program is gone, or the node cannot go on. The journal has all that counts."""
-        self._broker_process.kill()
-        for zygote in self._zygotes:
-            zygote.close(timeout=1.0)
+        """End everything at once: the program is gone, or the node cannot go on. The journal has all that counts.
+
+        Nothing is told to anybody, who might not listen: broker, zygote and workers each watch for this node's end.
+        """
         os._exit(status)
+
+    def fail(self, error: StageFlowError) -> NoReturn:
+        """Tell the program why there cannot be a cluster, and end."""
+        fields = {name: getattr(error, name, None) for name in ("file", "offset")}
+        _tell(self._channel, Report("failed", str(error), type(error).__name__, fields))
+        self.abandon(1)
 
     # parts
 
-    def _unfinished(self) -> dict[str, int]:
-        """Messages of each workflow that wait, counted before anything is delivered."""
-        queues = {q["name"]: q for q in self._broker.query("stats", "").result(60)["queues"]}
+    def _ask(self, name: str, *args: Any) -> Any:
+        """An answer of the broker, however often it is started again meanwhile: its keeper knows when to give up."""
+        return self._broker.query(name, *args).result()
+
+    def _unfinished(self, queues: dict[str, Any]) -> dict[str, int]:
+        """Messages of each workflow that waited before anything was delivered."""
         found: dict[str, int] = {}
         for plan in self._config.plans:
             names = [stage.queue for stage in plan.stages] + [plan.compensation.queue]
@@ -216,10 +203,10 @@ class Node:
         return found
 
     def _open_history(self) -> HistoryWriter:
-        known = self._broker.query("fact", HISTORY_FACT, None).result(30)
+        known = self._ask("fact", HISTORY_FACT, None)
         history = HistoryWriter.open(self._data.history, create=known is None)
         if known is None:
-            self._broker.query("fact", HISTORY_FACT, history.identity).result(30)
+            self._ask("fact", HISTORY_FACT, history.identity)
         elif history.identity != known:
             raise HistoryMissing(self._data.history)
         return history
@@ -238,18 +225,12 @@ class Node:
             cwd=config.cwd,
         )
         zygote.start()
-        self._zygotes.append(zygote)
         self._zygote = zygote
         return zygote
 
-    def _wait_for_broker(self, dead: int) -> None:
-        deadline = time.monotonic() + 120
-        while self._broker_process.pidfd == dead and time.monotonic() < deadline and self._stopping is None:
-            time.sleep(0.002)
-
-    def _fail(self, text: str) -> None:
-        _tell(self._channel, Report("failed", text, "BrokerUnavailable"))
-        self.abandon(1)
+    def _watch_program(self) -> None:
+        wait_dead(self._program, None)
+        self.abandon(0)
 
     def _listen(self) -> None:
         while True:
@@ -268,61 +249,67 @@ class Node:
                 self._supervisor.tell(AddPools(message.pools))
                 _tell(self._channel, Report("registered"))
             elif isinstance(message, Scale):
-                self._supervisor.tell((message.queue, ScaleTo(message.actors)))
+                self._supervisor.tell(ScaleTo(message.queue, message.actors))
+
+    def _round(self, seconds: float) -> None:
+        """Pass on what the zygote has to say within `seconds`; let time pass when as much of it has."""
+        zygote = self._current_zygote()
+        if zygote is self._lost:
+            time.sleep(0.002)  # its successor is on its way
+        else:
+            poller = select.poll()
+            poller.register(zygote.fileno(), select.POLLIN)
+            left = self._next_tick - time.monotonic()
+            poller.poll(max(0.0, min(seconds, left)) * 1000)
+            for event in zygote.events():
+                self._supervisor.tell(event)
+                if isinstance(event, ZygoteGone):
+                    self._lost = zygote
+                    zygote.close()
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + TICK
+            self._supervisor.tell(Tick())
+            self._coordinator.tell(Flush())
 
     # the end
 
     def _stop(self, stop: Stop) -> NoReturn:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
-        self._broker.query("hold", True).result(30)
-        deadline = None if stop.grace is None else time.monotonic() + stop.grace
-        self._settle_work(deadline)
+        self._listener.holding_back = True
+        self._ask("hold", True)
+        self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
         self._supervisor.tell(Retire(True))
-        self._drain_zygote()
+        self._await_workers()
         self._write_history()
-        for zygote in self._zygotes:
-            zygote.close()
+        self._current_zygote().close()
         self._broker.close(timeout=2.0)
         self._broker_process.stop()
+        self._coordinator.stop()
         self._history.close()
         self._data.remove_cluster()
         _tell(self._channel, Report("stopped"))
         os._exit(0)
 
     def _settle_work(self, deadline: float | None) -> None:
-        """Until no worker holds a message, pumping events so that deaths and timeouts still count."""
+        """Until no worker holds a message, with deaths and timeouts still counting."""
         own = {self._config.naming.finished, self._config.naming.coordinator}
         while deadline is None or time.monotonic() < deadline:
-            stats = self._broker.query("stats", "").result(60)
-            if not any(queue["leased"] for queue in stats["queues"] if queue["name"] not in own):
+            queues = [queue for queue in self._ask("stats", "")["queues"] if queue["name"] not in own]
+            # Of a queue that a new broker has not opened yet nobody knows what is in work.
+            if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                 return
-            self._pump(STOP_POLL)
+            self._round(STOP_POLL)
 
-    def _drain_zygote(self) -> None:
+    def _await_workers(self) -> None:
         deadline = time.monotonic() + 5
         while self._services.live and time.monotonic() < deadline:
-            self._pump(STOP_POLL)
+            self._round(STOP_POLL)
 
     def _write_history(self) -> None:
+        """Until every ended instance is in the history, or its disk has been full for too long: they wait then."""
         own = {self._config.naming.finished}
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            stats = self._broker.query("stats", "").result(60)
-            if not any(q["leased"] or q["ready"] for q in stats["queues"] if q["name"] in own):
+            if not any(q["leased"] or q["ready"] for q in self._ask("stats", "")["queues"] if q["name"] in own):
                 return
-            self._pump(STOP_POLL)
-
-    def _pump(self, timeout: float) -> None:
-        zygote = self._current_zygote()
-        poller = select.poll()
-        poller.register(zygote.fileno(), select.POLLIN)
-        poller.register(self._program, select.POLLIN)
-        for fd, _ in poller.poll(int(timeout * 1000)):
-            if fd == self._program:
-                self.abandon(0)
-            for event in zygote.events():
-                self._supervisor.tell(event)
-        if self._broker_process.reap() is not None:
-            self._broker_process.start()
-        self._supervisor.tell(Tick())
-        self._coordinator.tell(Flush())
+            self._round(STOP_POLL)

@@ -1,7 +1,8 @@
 """`Pool`: the workers of one queue — started, watched, replaced, scaled.
 
 What a death means is decided here from facts: the exit status, what the worker's slot says it was running, and
-whether this pool killed it. Only the message that was running is charged. No user code runs here.
+whether this pool killed it. Only the message that was running is charged, and the broker charges it only if the dead
+worker still held it. No user code runs here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.worker import EXIT_UNLOADABLE
+from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
 __all__ = ["Pool", "PoolServices", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
@@ -36,15 +37,16 @@ logger = logging.getLogger("stageflow.pool")
 LONG = 50_000_000
 """Nanoseconds after which a message in work is long: what its worker holds beyond it is recalled."""
 
-DEATHS_IN_A_ROW = 30
-"""Worker deaths without a message handled in between before the pool is paused; each death of a message that kills
-its worker counts, and such a message is a dead letter long before."""
+DEATHS_IN_A_ROW = 16
+"""Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
+each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
 
 FAILED_STARTS = 10
-"""Workers that end before they handle anything, in a row, before the pool is paused."""
+"""Workers that end before they begin anything, in a row, before the pool is paused."""
 
-BACK_OFF = 0.1
-LONGEST_BACK_OFF = 5.0
+BACK_OFF = 0.05
+LONGEST_BACK_OFF = 1.0
+"""Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
 
 
 class Tick:
@@ -52,8 +54,9 @@ class Tick:
 
 
 class ScaleTo(Struct, frozen=True):
-    """So many actors from now on."""
+    """So many actors for a queue from now on."""
 
+    queue: str
     actors: int
 
 
@@ -63,21 +66,31 @@ class Retire(Struct, frozen=True):
     kill: bool
 
 
-class ZygoteLost:
-    """The zygote is gone, and with it every worker; there is another one by now."""
+class ZygoteLost(Struct, frozen=True):
+    """This zygote is gone, and with it every worker that it forked; there is another one by now."""
+
+    zygote: Zygote
+
+
+class _Resumed:
+    """The queue of a pool that had paused it is open again."""
 
 
 class _Worker:
-    __slots__ = ("id", "killed", "peer", "pid", "pidfd", "recalled", "slot")
+    """`killed`: the message for which this pool has killed it (0: for none), and why."""
 
-    def __init__(self, id: str, peer: int, slot: int) -> None:
+    __slots__ = ("id", "killed", "long", "peer", "pid", "pidfd", "recall_at", "slot", "zygote")
+
+    def __init__(self, id: str, peer: int, slot: int, zygote: Zygote) -> None:
         self.id = id
         self.peer = peer
         self.slot = slot
+        self.zygote = zygote
         self.pid = 0
         self.pidfd = -1
         self.killed: tuple[int, Failure] | None = None
-        self.recalled = 0
+        self.long = 0
+        self.recall_at = 0
 
 
 class PoolServices:
@@ -160,7 +173,9 @@ class Pool(pykka.ThreadingActor):
         elif isinstance(message, Retire):
             self._retire(message.kill)
         elif isinstance(message, ZygoteLost):
-            self._zygote_lost()
+            self._zygote_lost(message.zygote)
+        elif isinstance(message, _Resumed):
+            self._resumed()
 
     # births
 
@@ -170,14 +185,22 @@ class Pool(pykka.ThreadingActor):
         while len(self._workers) < self._wanted:
             slot = self._services.take_slot()
             if slot is None:
-                logger.error("pool %s: more workers wanted than there are slots (%d)", self._spec.queue, self._serial)
+                logger.error(
+                    "pool %s: no room for more than %d of %d workers: all %d slots of the node are taken",
+                    self._spec.queue,
+                    len(self._workers),
+                    self._wanted,
+                    len(self._services.slots),
+                )
+                self._back_off(8)
                 return
             self._start(slot)
 
     def _start(self, slot: int) -> None:
         services, spec = self._services, self._spec
         self._serial += 1
-        worker = _Worker(f"{spec.queue}#{self._serial}", new_peer(), slot)
+        zygote = services.zygote()
+        worker = _Worker(f"{spec.queue}#{self._serial}", new_peer(), slot, zygote)
         self._workers[worker.id] = worker
         services.live[worker.peer] = spec.queue
         services.slots[slot].clear()
@@ -194,11 +217,18 @@ class Pool(pykka.ThreadingActor):
             spec.max_tasks,
             services.log_level,
         )
-        services.zygote().spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
+        try:
+            zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
+        except OSError as error:
+            # Of a zygote that has just gone we are told; of anything else (no room for a file) this is all we hear.
+            logger.error("pool %s: a worker could not be asked for: %s", spec.queue, error)
+            self._spawn_failed(SpawnFailed(worker.id, str(error)))
 
     def _spawned(self, event: Spawned) -> None:
         worker = self._workers.get(event.worker_id)
         if worker is None:
+            # Nobody would ever be told of its death.
+            kill_group(event.pid, event.pidfd)
             os.close(event.pidfd)
             return
         worker.pid, worker.pidfd = event.pid, event.pidfd
@@ -209,8 +239,9 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is not None:
             logger.error("pool %s: %s", self._spec.queue, event.reason)
-            self._bury(worker, 0, None)
-            self._back_off(self._failed_starts + 1)
+            self._bury(worker)
+            self._failed_starts += 1
+            self._ended_idle(0)
 
     # deaths
 
@@ -219,22 +250,25 @@ class Pool(pykka.ThreadingActor):
         if worker is None:
             return
         state = self._services.slots[worker.slot].read()
-        if state.finished:
-            self._deaths = self._failed_starts = 0
-        running = state.message_id if state.busy else 0
+        if state.settled:
+            self._deaths = 0
+        if state.started:
+            self._failed_starts = 0
         if worker.killed is not None:
             message_id, failure = worker.killed
-            self._bury(worker, message_id if message_id == running else 0, failure, charge=False)
-        elif self._retiring or (event.status == 0 and not running):
-            self._bury(worker, 0, None)
-        elif running:
-            self._deaths += 1
+            # Not if it had gone on to another one before the signal came.
+            self._bury(worker, message_id if message_id == state.message_id else 0, failure)
+        elif self._retiring or (event.status == EXIT_RECYCLED and state.settled and not state.busy):
+            self._bury(worker)
+        elif state.started:
+            # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
             reason = f"WorkerDied: the worker died while running {self._what()}: {describe_exit(event.status)}"
-            self._bury(worker, running, Failure("died", reason, "WorkerDied"), charge=True)
+            self._bury(worker, state.message_id, Failure("died", reason, "WorkerDied"), charge=True)
+            self._deaths += 1
             self._died()
         else:
+            self._bury(worker)
             self._failed_starts += 1
-            self._bury(worker, 0, None)
             self._ended_idle(event.status)
         self._fill()
 
@@ -242,13 +276,13 @@ class Pool(pykka.ThreadingActor):
         spec = self._spec
         return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"
 
-    def _bury(self, worker: _Worker, guilty: int, failure: Failure | None, *, charge: bool = False) -> None:
-        """Tell the broker, which gives back what the worker held; `guilty` alone carries the failure."""
+    def _bury(self, worker: _Worker, guilty: int = 0, failure: Failure | None = None, *, charge: bool = False) -> None:
+        """Tell the broker, which gives back what the worker held; `guilty`, if among it, alone carries the failure."""
         services = self._services
         if guilty == 0:
             failure = None
         data = b"" if failure is None else write_failure(failure)
-        services.broker.query("dead", worker.peer, guilty, charge, False, data)
+        services.broker.query("dead", worker.peer, guilty, charge and guilty != 0, False, data)
         services.live.pop(worker.peer, None)
         services.give_slot(worker.slot)
         if worker.pidfd >= 0:
@@ -294,14 +328,21 @@ class Pool(pykka.ThreadingActor):
                 continue
             if state.overdue(now):
                 self._time_out(worker, state.message_id, state.timeout_ns / 1e9)
-            elif now - state.since_ns > LONG and worker.recalled != state.message_id:
-                worker.recalled = state.message_id
-                services.broker.query("recall", worker.peer)
+            elif now - state.since_ns > LONG:
+                self._recall(worker, state.message_id, now, now - state.since_ns)
         if self._paused_at and time.monotonic() - self._paused_at > 1.0:
             self._look_whether_resumed()
         if len(self._workers) > self._wanted:
             self._trim()
         self._fill()
+
+    def _recall(self, worker: _Worker, message_id: int, now: int, age: int) -> None:
+        """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
+        if worker.long != message_id:
+            worker.long, worker.recall_at = message_id, now
+        if now >= worker.recall_at:
+            worker.recall_at = now + age
+            self._services.broker.query("recall", worker.peer)
 
     def _time_out(self, worker: _Worker, message_id: int, seconds: float) -> None:
         reason = f"StageTimeout: {self._what()} ran longer than its timeout of {seconds:g} s"
@@ -310,18 +351,21 @@ class Pool(pykka.ThreadingActor):
 
     def _look_whether_resumed(self) -> None:
         self._paused_at = time.monotonic()
-        answer = self._services.broker.query("stats", self._spec.queue)
-        ref = self.actor_ref
+        name, ref = self._spec.queue, self.actor_ref
 
         def heard(future: Any) -> None:
             if future.exception() is None:
                 for queue in future.result()["queues"]:
-                    if queue["name"] == self._spec.queue and queue["state"] != "paused":
-                        self._paused_at = 0.0
-                        self._deaths = self._failed_starts = 0
-                        ref.tell(Tick())
+                    if queue["name"] == name and queue["state"] != "paused":
+                        ref.tell(_Resumed())
 
-        answer.add_done_callback(heard)
+        self._services.broker.query("stats", name).add_done_callback(heard)
+
+    def _resumed(self) -> None:
+        if self._paused_at:
+            self._paused_at = self._not_before = 0.0
+            self._deaths = self._failed_starts = 0
+            self._fill()
 
     # wishes
 
@@ -331,7 +375,7 @@ class Pool(pykka.ThreadingActor):
         self._fill()
 
     def _trim(self) -> None:
-        """End idle workers beyond what is wanted; busy ones are let finish, and are looked at again at the next tick."""
+        """End idle workers beyond what is wanted; busy ones are let finish, and looked at again at the next tick."""
         staying = [worker for worker in self._workers.values() if worker.killed is None]
         for worker in reversed(staying):
             if len(staying) <= self._wanted:
@@ -348,11 +392,12 @@ class Pool(pykka.ThreadingActor):
                 if worker.pidfd >= 0:
                     kill_group(worker.pid, worker.pidfd)
 
-    def _zygote_lost(self) -> None:
-        """No report will come of these workers: end what is left of each, with what it was running uncharged."""
-        for worker in list(self._workers.values()):
+    def _zygote_lost(self, zygote: Zygote) -> None:
+        """No report will come of its workers: end what is left of each; nobody is charged for a zygote's death."""
+        for worker in [worker for worker in self._workers.values() if worker.zygote is zygote]:
             if worker.pidfd >= 0:
                 kill_group(worker.pid, worker.pidfd)
-                wait_dead(worker.pidfd, 5.0)
-            self._bury(worker, 0, None)
+                if not wait_dead(worker.pidfd, 5.0):
+                    logger.error("pool %s: worker %d cannot be killed", self._spec.queue, worker.pid)
+            self._bury(worker)
         self._fill()

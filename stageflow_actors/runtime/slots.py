@@ -6,8 +6,8 @@ reads slots to enforce timeouts, to show who is busy, and to know which message 
 
 ::
 
-    cell   0           1         2           3        4            5-7
-           message_id  since_ns  timeout_ns  started  cancelled    unused
+    cell   0           1         2           3        4          5        6-7
+           message_id  since_ns  timeout_ns  started  cancelled  settled  unused
 
 `since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
 `begin` therefore looks idle, which is the truth: its handler has not started.
@@ -26,7 +26,7 @@ SLOT_BYTES = 64
 """A cache line, so that two workers never write to the same one."""
 
 _CELLS = SLOT_BYTES // 8
-_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED = range(5)
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED = range(6)
 
 
 class SlotState(Struct, frozen=True):
@@ -34,7 +34,7 @@ class SlotState(Struct, frozen=True):
 
     `message_id` is that of the message in work, or of the last one when idle. `since_ns` is `CLOCK_MONOTONIC` at
     the handler's start, nought when idle; `timeout_ns` what the handler may take, nought for no limit. `started`
-    and `finished` count handlers since the slot was cleared.
+    and `finished` count handlers since the slot was cleared, `settled` the messages handed on since then.
     """
 
     message_id: int
@@ -43,6 +43,7 @@ class SlotState(Struct, frozen=True):
     started: int
     finished: int
     cancelled: bool
+    settled: int = 0
 
     @property
     def busy(self) -> bool:
@@ -55,7 +56,7 @@ class SlotState(Struct, frozen=True):
 
 
 class Slot:
-    """One worker's slot. `begin` and `end` belong to the worker; `cancel` and `clear` to the node."""
+    """One worker's slot. `begin`, `end` and `settle` belong to the worker; `cancel` and `clear` to the node."""
 
     __slots__ = ("_cells", "_started", "_timeout")
 
@@ -80,6 +81,10 @@ class Slot:
     def end(self) -> None:
         """The handler has returned."""
         self._cells[1] = 0
+
+    def settle(self, count: int) -> None:
+        """So many messages went on as they should: the worker is not one of those that die at everything."""
+        self._cells[_SETTLED] += count
 
     def is_cancelled(self) -> bool:
         """Whether the node has asked for an end of the message in work."""
@@ -118,6 +123,7 @@ class Slot:
             started=started,
             finished=started - busy,
             cancelled=busy and cancelled == message_id,
+            settled=cells[_SETTLED],
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 import pykka
 
-from brokers.api import Broker, DeliveryItem, Listener, Refused, SettleItem, Target
+from brokers.api import DONE, Broker, DeliveryItem, Listener, Refused, SettleItem, Target
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.shipping import loads
 from stageflow_actors.errors import StageFlowError
@@ -42,6 +43,8 @@ DEEPEST = 256
 """Most messages held at once, by stages that take microseconds."""
 HELD_SECONDS = 0.02
 """How much work a worker may hold: stages that take longer hold exactly one message."""
+LAST_WORDS_SECONDS = 60.0
+"""How long a worker that has done its share waits for its settlements to be durable: a broker restarts in that time."""
 
 WORK = "work"
 
@@ -51,7 +54,7 @@ def main(payload: bytes, slot: Slot | None) -> int:
     given = msgspec.msgpack.decode(payload, type=WorkerPayload)
     logging.basicConfig(level=given.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     assert slot is not None
-    mailbox = _Mailbox()
+    mailbox = _Mailbox(given.queue)
     try:
         work = _load(given, slot, mailbox)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
@@ -59,12 +62,12 @@ def main(payload: bytes, slot: Slot | None) -> int:
         sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
     kind = StageActor if given.kind == "stage" else CompensationActor
-    actor = kind(work, mailbox, given)
-    mailbox.actor = actor.actor_ref
+    actor = kind(work, mailbox, given, slot)
+    mailbox.actor = actor
     mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
     mailbox.broker.consume(given.queue, 1)
     actor.serve()
-    mailbox.broker.close(timeout=2.0)
+    mailbox.broker.close(timeout=LAST_WORDS_SECONDS)
     return EXIT_RECYCLED
 
 
@@ -84,56 +87,54 @@ def _load(given: WorkerPayload, slot: Slot, mailbox: _Mailbox) -> Callable[[Deli
 
 
 class _Mailbox(Listener):
-    """Between the connection's thread and the actor's: what has arrived and is not begun."""
+    """Between the connection's thread and the actor's: what has arrived and is not begun.
 
-    def __init__(self) -> None:
+    `lock` guards the way of a message from here through the actor's hands into the connection: whoever has it sees
+    each message that this worker holds in one place at least.
+    """
+
+    def __init__(self, queue: str) -> None:
         self.inbox: deque[tuple[DeliveryItem, bytes]] = deque()
-        self.actor: pykka.ActorRef[Any] | None = None
+        self.lock = threading.Lock()
+        self.actor: _WorkActor | None = None
         self.broker: Broker | None = None
-        self.queue = ""
         self.signalled = False
-        self.lost: set[int] = set()
-        self.held_by_actor: Callable[[], list[tuple[int, int]]] = list
-        self.recalled = False
+        self.lost: set[tuple[int, int]] = set()
+        self._queue = queue
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         """Lay them ready; one word to the actor is enough for the batch."""
-        self.queue = queue
         self.inbox.extend(zip(items, bodies, strict=True))
-        if not self.signalled:
+        if not self.signalled and self.actor is not None:
             self.signalled = True
-            if self.actor is not None:
-                self.actor.tell(WORK)
+            self.actor.actor_ref.tell(WORK)
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """Return what has not begun, when asked to."""
-        if word == "recall" and self.broker is not None:
-            self.recalled = True
-            leases = []
-            while True:
-                try:
-                    item, _ = self.inbox.pop()
-                except IndexError:
-                    break
-                leases.append((item.id, item.lease))
-            if self.queue:
-                leases.reverse()
-                self.broker.release(leases, self.queue, 1)
+        """Hand on what is done and return what has not begun, when asked to: the message in work takes long."""
+        if word == "recall" and self.broker is not None and self.actor is not None:
+            with self.lock:
+                self.actor.hand_on()
+                leases = [(item.id, item.lease) for item, _ in self.inbox]
+                self.inbox.clear()
+            self.broker.release(leases, self._queue, 1)
         elif word == "malformed":
             logging.getLogger("stageflow.worker").error("the broker refused a frame: %s", detail)
 
     def on_lost(self, ids: list[int]) -> None:
-        """What is not ours any more is not begun."""
-        self.lost.update(ids)
+        """What is not ours any more is not begun. The same message may well come again, under another lease."""
+        gone = set(ids)
+        with self.lock:
+            self.lost = {(item.id, item.lease) for item, _ in self.inbox if item.id in gone}
 
     def on_stale(self, ids: list[int]) -> None:
         """A settlement was refused: somebody else has these messages now."""
         logging.getLogger("stageflow.worker").warning("settlements of %s were refused: no longer held", ids)
 
     def holding(self) -> list[tuple[int, int]]:
-        """Everything delivered and unsettled: what waits here first, then what the actor has."""
-        waiting = [(item.id, item.lease) for item, _ in list(self.inbox)]
-        return waiting + self.held_by_actor()
+        """Everything delivered and not yet settled."""
+        with self.lock:
+            held = [(item.id, item.lease) for item, _ in self.inbox]
+            return held + self.actor.held() if self.actor is not None else held
 
     def steps_of(self, item: DeliveryItem) -> _Steps:
         """Where the steps of one delivery are kept."""
@@ -162,10 +163,13 @@ class _Steps:
 class _WorkActor(pykka.ThreadingActor):
     """An actor whose loop runs in the thread that calls `serve`: the process's main thread."""
 
-    def __init__(self, work: Callable[[DeliveryItem, bytes], Any], mailbox: _Mailbox, given: WorkerPayload) -> None:
+    def __init__(
+        self, work: Callable[[DeliveryItem, bytes], Any], mailbox: _Mailbox, given: WorkerPayload, slot: Slot
+    ) -> None:
         super().__init__()
         self._work = work
         self._mailbox = mailbox
+        self._slot = slot
         self._queue = given.queue
         self._targets: list[Target] = list(work.targets)  # type: ignore[attr-defined]
         self._plain_targets = len(self._targets)
@@ -177,7 +181,6 @@ class _WorkActor(pykka.ThreadingActor):
         self._prefetch = 1
         self._left = given.max_tasks
         self._limited = given.max_tasks > 0
-        mailbox.held_by_actor = self._held
 
     def _start_actor_loop(self) -> None:
         """Started by `serve`, in the caller's thread."""
@@ -197,55 +200,65 @@ class _WorkActor(pykka.ThreadingActor):
         sys.stderr.flush()
         os._exit(70)
 
-    def _held(self) -> list[tuple[int, int]]:
+    def held(self) -> list[tuple[int, int]]:
+        """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
         held = [] if self._current is None else [self._current]
-        held += [(move[0], move[1]) for move in list(self._moves)]
-        for other in list(self._others):
+        held += [(move[0], move[1]) for move in self._moves]
+        for other in self._others:
             held += other.leases
         return held
+
+    def hand_on(self) -> None:
+        """Settle what is done while another message is in work, and hold no more than that one. The lock is taken."""
+        self._prefetch = 1
+        self._flush()
 
     def _drain(self) -> None:
         mailbox = self._mailbox
         inbox = mailbox.inbox
+        lock = mailbox.lock
         work = self._work
         moves, bodies = self._moves, self._bodies
         mailbox.signalled = False
         clock = time.perf_counter
         began = flushed = clock()
         count = 0
-        while True:
-            try:
+        lock.acquire()  # and let go of only for the work itself: once per message, not once per step
+        try:
+            while inbox:
                 item, body = inbox.popleft()
-            except IndexError:
-                break
-            if mailbox.lost and item.id in mailbox.lost:
-                mailbox.lost.discard(item.id)
-                continue
-            self._current = (item.id, item.lease)
-            result = work(item, body)
-            count += 1
-            if type(result) is tuple:
-                if self._others:
+                if mailbox.lost and (item.id, item.lease) in mailbox.lost:
+                    continue
+                self._current = (item.id, item.lease)
+                lock.release()
+                try:
+                    result = work(item, body)
+                finally:
+                    lock.acquire()
+                count += 1
+                if type(result) is tuple:
+                    if self._others:
+                        self._flush()
+                    target, done = result
+                    moves.append((item.id, item.lease, target, len(done), item.group))
+                    bodies.append(done)
+                else:
+                    if moves:
+                        self._flush()
+                    self._add(result)
+                self._current = None
+                if self._limited:
+                    self._left -= 1
+                    if self._left <= 0:
+                        self._retire()
+                        return
+                if not inbox or len(moves) >= FLUSH_COUNT or clock() - flushed > FLUSH_SECONDS:
+                    if not inbox:
+                        self._adapt(clock() - began, count)
                     self._flush()
-                target, done = result
-                moves.append((item.id, item.lease, target, len(done), item.group))
-                bodies.append(done)
-            else:
-                if moves:
-                    self._flush()
-                self._add(result)
-            if self._limited:
-                self._left -= 1
-                if self._left <= 0:
-                    self._retire()
-                    return
-            if not inbox or len(moves) >= FLUSH_COUNT or clock() - flushed > FLUSH_SECONDS:
-                if not inbox:
-                    self._adapt(clock() - began, count)
-                self._flush()
-                flushed = clock()
-        self._current = None
-        self._flush()
+                    flushed = clock()
+        finally:
+            lock.release()
 
     def _add(self, settled: Settled) -> None:
         item = settled.outcome
@@ -267,9 +280,6 @@ class _WorkActor(pykka.ThreadingActor):
         each = seconds / count if count else 1.0
         fitting = int(HELD_SECONDS / each) if each > 0 else DEEPEST
         self._prefetch = max(1, min(fitting, self._prefetch * 4, DEEPEST))
-        if self._mailbox.recalled:
-            self._mailbox.recalled = False
-            self._prefetch = 1
 
     def _flush(self) -> None:
         moves, others = self._moves, self._others
@@ -280,7 +290,7 @@ class _WorkActor(pykka.ThreadingActor):
         bodies = self._bodies + self._other_bodies
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
-        self._current = None
+        self._slot.settle(len(moves) + sum(other.outcome == DONE for other in others))
         moves.clear()
         self._bodies.clear()
         others.clear()
