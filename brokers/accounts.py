@@ -13,11 +13,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from brokers.core import records
-from brokers.core.message import Message, Place
+from brokers.core.message import Message
 from brokers.core.replay import Replay
 from brokers.core.store import Store
-from brokers.engine import Engine
-from brokers.journal.format import Batch, file_name
+from brokers.engine import Engine, replay_batch
+from brokers.journal.format import file_name
 from brokers.journal.inspect import scan
 
 __all__ = ["Accounts", "SegmentUse", "Settled", "offline", "settlements"]
@@ -79,7 +79,7 @@ def settlements(journal: Path) -> Accounts:
         else:
             settled["" if message.group is None else message.group.id, message.epoch, label] += 1
 
-    store = Store()
+    store = Store(paging=True)  # bodies are not looked at, so none is kept
     replay = Replay(store, on_settled=on_settled)
     use = SegmentUse("")
     for batch in scan(journal):
@@ -110,10 +110,3 @@ def offline(journal: Path) -> Engine:
         replay_batch(replay, batch)
     replay.finish(store.now, store.wall)
     return engine
-
-
-def replay_batch(replay: Replay, batch: Batch) -> None:
-    """Give each record of a batch to a replay."""
-    for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
-        place = Place(batch.wall, batch.segment, offset)
-        replay.apply(record.kind, record.first_id, record.peer, bytes(record.header), bytes(record.blob), place)

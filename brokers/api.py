@@ -80,8 +80,9 @@ __all__ = [
 class PublishAnswer:
     """What a publish was answered. `refused` is (index, why, group) for items not taken; all others are durable.
 
-    Why is `exists` (the same input under this id is live), `conflict` (another input is), or `look-again` (the id may have
-    left the broker since `seen`: consult the history, then send again with this `seen`).
+    Why is `exists` (the same input under this id is live), `conflict` (another input is), `look-again` (the id may have
+    left the broker since `seen`: consult the history, then send again with this `seen`), or `gone` (an arrival for a
+    group that is not live; arrivals are numbered behind the items).
     """
 
     __slots__ = ("refused", "seen")
@@ -101,7 +102,8 @@ class Listener:
         """How watched groups ended, as (group, label, body)."""
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """`gone` and `parked` (a watched group), `recall` (return what has not begun), `malformed`."""
+        """`gone` and `parked` (a watched group), `recall` (return what has not begun), `malformed` (a frame
+        made no sense and changed nothing), `refused` (the broker will not talk to this peer)."""
 
     def on_lost(self, ids: list[int]) -> None:
         """After a broker restart: these messages are not held any more; drop them."""
@@ -111,6 +113,9 @@ class Listener:
 
     def on_stale(self, ids: list[int]) -> None:
         """Settlements that were refused, because another holds these messages now."""
+
+    def on_closed(self, reason: str) -> None:
+        """The connection has ended and will not come back: it was closed, or its thread failed."""
 
     def holding(self) -> list[tuple[int, int]]:
         """(id, lease) of every message delivered and not yet settled."""

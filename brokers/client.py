@@ -1,7 +1,8 @@
 """A peer's side of the talk, without a transport: numbering, sending again, futures, the hello.
 
-A frame stays here until the broker has said that it is durable. After a broker restart everything unconfirmed is sent
-again in order under its old number; the broker takes each once. Nothing is sent before the welcome.
+A frame stays here until the broker has said that it is durable. After a hello everything unconfirmed is sent again in
+order under its old number; the broker takes each once. Nothing is sent, and nothing heard, between a hello and its
+welcome.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import msgspec
 from brokers.api import Listener, PublishAnswer
 from brokers.core import wire
 from brokers.core.wire import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
-from brokers.errors import BrokerError, BrokerUnavailable, PayloadTooLarge, QueueFull, Refused
+from brokers.errors import BrokerError, BrokerUnavailable, PayloadTooLarge, ProtocolError, QueueFull, Refused
 
 __all__ = ["PeerClient", "new_peer"]
 
-_ERRORS: dict[str, type[BrokerError]] = {"QueueFull": QueueFull, "PayloadTooLarge": PayloadTooLarge, "Refused": Refused}
+_ERRORS: dict[str, type[BrokerError]] = {
+    kind.__name__: kind for kind in (QueueFull, PayloadTooLarge, ProtocolError, Refused)
+}
 
 
 def new_peer() -> int:
@@ -45,7 +48,11 @@ class _Pending:
 
 
 class PeerClient(ABC):
-    """The transport-free half of a connection. A subclass moves frames: it calls `said`, and is called by `_wake`."""
+    """The transport-free half of a connection.
+
+    A subclass moves frames: `_transmit` is called with the lock held, so that frames leave in the order of their
+    numbers; what comes in goes to `said`, always from the same thread; `end` is the end.
+    """
 
     def __init__(self, listener: Listener, *, peer: int = 0, role: str = "client", name: str = "") -> None:
         self.peer = peer or new_peer()
@@ -55,17 +62,21 @@ class PeerClient(ABC):
         self._listener = listener
         self._lock = threading.Lock()
         self._frame = 0
+        self._talk = 0
         self._unconfirmed: deque[_Pending] = deque()
-        self._outgoing: deque[tuple[bytes, bytes, bytes]] = deque()
         self._consuming: dict[str, int] = {}
         self._welcomed = False
-        self._closed = False
+        self._ended = ""
 
     # what a subclass provides
 
     @abstractmethod
-    def _wake(self) -> None:
-        """There is something in `_outgoing`: have the owning thread send it."""
+    def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
+        """Send a frame, or lay it ready for the thread that does. It must neither block nor call back."""
+
+    @abstractmethod
+    def say_hello(self) -> None:
+        """Send `_hello()` before anything that follows, and nothing of what was laid ready before."""
 
     @abstractmethod
     def close(self, timeout: float = 5.0) -> None:
@@ -85,8 +96,7 @@ class PeerClient(ABC):
     ) -> Future[PublishAnswer]:
         """See `brokers.api.Broker.publish`."""
         future: Future[PublishAnswer] = Future()
-        fields = (targets, items, atomic, opens, arrivals)
-        self._send(wire.PUBLISH, fields, b"".join(bodies), future)
+        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), b"".join(bodies), future)
         return future
 
     def settle(
@@ -113,7 +123,7 @@ class PeerClient(ABC):
 
     def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
         """See `brokers.api.Broker.release`."""
-        if queue in self._consuming:
+        if prefetch >= 0 and queue in self._consuming:
             self._consuming[queue] = prefetch
         self._send(wire.RELEASE, (leases, queue, prefetch), b"", None)
 
@@ -131,45 +141,40 @@ class PeerClient(ABC):
     # sending
 
     def _send(self, op: bytes, fields: tuple[Any, ...], blob: bytes, future: Future[Any] | None) -> None:
+        if len(blob) > wire.MAX_FRAME:
+            raise PayloadTooLarge(
+                f"{len(blob)} bytes of bodies in one call, {wire.MAX_FRAME} are the most; send fewer at once",
+                size=len(blob),
+                limit=wire.MAX_FRAME,
+            )
+        if future is not None:
+            future.set_running_or_notify_cancel()  # what is on its way cannot be cancelled
         with self._lock:
-            if self._closed:
-                raise BrokerUnavailable("this connection has been closed; open another one")
-            self._frame += 1
-            pending = _Pending(self._frame, op, fields, blob, future)
-            self._unconfirmed.append(pending)
-            if not self._welcomed:
-                return
-            header = wire.encode((self.broker_epoch, pending.frame, *fields))
-            self._outgoing.append((op, header, blob))
-        self._wake()
+            if self._ended:
+                raise BrokerUnavailable(f"{self._ended}; open another connection")
+            frame = self._frame + 1
+            # Encoded first: what cannot be encoded must not take a number.
+            header = wire.encode((self.broker_epoch, frame, *fields))
+            self._frame = frame
+            self._unconfirmed.append(_Pending(frame, op, fields, blob, future))
+            if self._welcomed:
+                self._transmit(op, header, blob)
 
     def _hello(self) -> tuple[bytes, bytes, bytes]:
         """The frame that opens the talk. What is held is read source first, so that nothing on its way is missed."""
         holding = list(self._listener.holding())
-        # What is still being published is not live yet, and not gone either: its own frame asks to be told.
-        watching = self._listener.watching()
+        watching = set(self._listener.watching())
         with self._lock:
             self._welcomed = False
-            self._outgoing.clear()
+            self._talk += 1
             first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1
-            starting: set[str] = set()
             for pending in self._unconfirmed:
                 holding.extend(_leases_in(pending))
-                starting.update(_groups_in(pending))
+                # What is still being published is not live yet, and not gone either: its own frame asks to be told.
+                watching.difference_update(_groups_in(pending))
             consume = list(self._consuming.items())
-        header = wire.encode(
-            (
-                wire.PROTOCOL,
-                self.role,
-                self.name,
-                os.getpid(),
-                first,
-                consume,
-                holding,
-                [group for group in watching if group not in starting],
-            )
-        )
-        return wire.HELLO, header, b""
+        hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, list(watching), self._talk)
+        return wire.HELLO, wire.encode(hello), b""
 
     # hearing
 
@@ -198,71 +203,76 @@ class PeerClient(ABC):
             self._listener.on_pushes(pushes)
 
     def _heard_welcome(self, out: wire.Out) -> bool:
-        lost: list[int] | None = None
         for word, detail in out.notices:
-            if word == "welcome":
-                lost = detail
-        if lost is None:
-            if any(word == "hello" for word, _ in out.notices):
-                self._say_hello()
-            return False
-        self.broker_epoch = out.broker_epoch
+            if word == "welcome" and detail[0] == self._talk:
+                self._welcome(out.broker_epoch, detail[1])
+                for other, more in out.notices:
+                    if other != "welcome":
+                        self._listener.on_notice(other, more)
+                # The answers to what was sent before come again, when it is sent again.
+                out.acked = -1
+                return True
+            if word == "hello":
+                self.say_hello()
+                return False
+            if word == "refused":
+                self._listener.on_notice("refused", detail)
+                self.end(f"the broker refuses this connection: {detail}")
+                return False
+        return False
+
+    def _welcome(self, epoch: int, lost: list[int]) -> None:
         if lost:
             self._listener.on_lost(lost)
         with self._lock:
+            self.broker_epoch = epoch
             self._welcomed = True
             for pending in self._unconfirmed:
-                frame = wire.encode((self.broker_epoch, pending.frame, *pending.fields))
-                self._outgoing.append((pending.op, frame, pending.blob))
-        self._wake()
-        self._listener.on_connected(out.broker_epoch)
-        for word, detail in out.notices:
-            if word != "welcome":
-                self._listener.on_notice(word, detail)
-        # Frames that the broker took before are sent again all the same: that is how their answers come.
-        out.acked = -1
-        return True
+                header = wire.encode((epoch, pending.frame, *pending.fields))
+                self._transmit(pending.op, header, pending.blob)
+        self._listener.on_connected(epoch)
 
     def _heard_notices(self, out: wire.Out) -> bool:
         for word, detail in out.notices:
             if word in ("hello", "resend"):
-                self._say_hello()
+                self.say_hello()
                 return False
             if word != "welcome":
                 self._listener.on_notice(word, detail)
         return True
 
-    @abstractmethod
-    def _say_hello(self) -> None:
-        """Send `_hello()` before anything else."""
-
     def _confirm(self, out: wire.Out) -> None:
-        unconfirmed = self._unconfirmed
-        results = dict(out.results) if out.results else None
-        while unconfirmed and unconfirmed[0].frame <= out.acked:
-            with self._lock:
-                pending = unconfirmed.popleft()
-            raw = None if results is None else results.get(pending.frame)
-            if pending.future is None:
-                if raw is not None:
-                    answer = msgspec.msgpack.decode(raw)
-                    if isinstance(answer, dict) and answer.get("stale"):
-                        self._listener.on_stale(answer["stale"])
-            elif not pending.future.cancelled():
-                _resolve(pending, None if raw is None else msgspec.msgpack.decode(raw), self.broker_epoch)
-
-    def _fail_all(self, reason: str) -> None:
-        """Nothing more will be confirmed."""
         with self._lock:
-            self._closed = True
+            unconfirmed = self._unconfirmed
+            if not unconfirmed or unconfirmed[0].frame > out.acked:
+                return
+            confirmed = []
+            while unconfirmed and unconfirmed[0].frame <= out.acked:
+                confirmed.append(unconfirmed.popleft())
+        results = dict(out.results) if out.results else {}
+        for pending in confirmed:
+            raw = results.get(pending.frame)
+            answer = None if raw is None else msgspec.msgpack.decode(raw)
+            if pending.future is not None:
+                _resolve(pending, answer)
+            elif isinstance(answer, dict) and answer.get("stale"):
+                self._listener.on_stale(answer["stale"])
+
+    def end(self, reason: str) -> None:
+        """Nothing more will be said or heard: whoever waits is told why."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = reason
             left = list(self._unconfirmed)
             self._unconfirmed.clear()
         for pending in left:
-            if pending.future is not None and not pending.future.done():
+            if pending.future is not None:
                 pending.future.set_exception(BrokerUnavailable(reason))
+        self._listener.on_closed(reason)
 
 
-def _resolve(pending: _Pending, answer: Any, epoch: int) -> None:
+def _resolve(pending: _Pending, answer: Any) -> None:
     future = pending.future
     assert future is not None
     if isinstance(answer, dict):
@@ -272,20 +282,13 @@ def _resolve(pending: _Pending, answer: Any, epoch: int) -> None:
         if "error" in answer and "message" in answer:
             future.set_exception(_ERRORS.get(answer["error"], BrokerError)(answer["message"]))
             return
-    if pending.op == wire.PUBLISH:
-        if answer is None:
-            future.set_result(PublishAnswer())
-        else:
-            seen = (answer["epoch"] << 40) + answer["left_seq"]
-            future.set_result(PublishAnswer(seen, [tuple(item) for item in answer["items"]]))
-        return
-    future.set_result(answer)
-
-
-def _groups_in(pending: _Pending) -> list[str]:
     if pending.op != wire.PUBLISH:
-        return []
-    return [item.group if isinstance(item, PublishItem) else item[2] for item in pending.fields[1]]
+        future.set_result(answer)
+    elif answer is None:
+        future.set_result(PublishAnswer())
+    else:
+        seen = (answer["epoch"] << 40) + answer["left_seq"]
+        future.set_result(PublishAnswer(seen, [tuple(item) for item in answer["items"]]))
 
 
 def _leases_in(pending: _Pending) -> list[tuple[int, int]]:
@@ -296,5 +299,12 @@ def _leases_in(pending: _Pending) -> list[tuple[int, int]]:
             found.extend(other.leases)
         return found
     if pending.op == wire.RELEASE:
-        return list(pending.fields[0])
+        return [(lease[0], lease[1]) for lease in pending.fields[0]]
     return []
+
+
+def _groups_in(pending: _Pending) -> list[str]:
+    if pending.op != wire.PUBLISH:
+        return []
+    items = pending.fields[1]
+    return [item.group if isinstance(item, PublishItem) else "".join(item[2:3]) for item in items]

@@ -6,6 +6,7 @@ process does, save surviving the process.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from typing import Any
@@ -14,33 +15,40 @@ from brokers.api import Listener
 from brokers.client import PeerClient
 from brokers.core.machine import Limits
 from brokers.engine import Engine, Frame
+from brokers.errors import BrokerUnavailable
 
 __all__ = ["MemoryBroker"]
 
+logger = logging.getLogger(__name__)
+
 
 class MemoryBroker:
-    """The hub. `connect` gives connections; `close` ends them all."""
+    """The hub. `connect` gives connections; `close` ends them all. Its one thread calls all listeners."""
 
     def __init__(self, *, limits: Limits | None = None, supervised: bool = False, engine: Engine | None = None) -> None:
         self._engine = engine or Engine(journal_dir=None, limits=limits, supervised=supervised)
         self._inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._clients: dict[int, _MemoryClient] = {}
+        self._ended = ""
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="memory-broker", daemon=True)
         self._thread.start()
 
     def connect(self, listener: Listener, *, role: str = "client", name: str = "", peer: int = 0) -> PeerClient:
-        """A new connection, which says hello by itself."""
+        """A new connection, which says hello by itself. Raises `BrokerUnavailable` when the broker has ended."""
         client = _MemoryClient(self, listener, peer=peer, role=role, name=name)
-        self._clients[client.peer] = client
-        client._say_hello()
+        with self._lock:
+            if self._ended:
+                raise BrokerUnavailable(self._ended)
+            self._clients[client.peer] = client
+        client.say_hello()
         return client
 
     def close(self) -> None:
         """End the broker and every connection."""
         self._inbox.put(None)
-        self._thread.join(5)
-        for client in list(self._clients.values()):
-            client._fail_all("the broker was closed")
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
 
     def put(self, frame: Frame) -> None:
         """One frame from a client."""
@@ -50,24 +58,51 @@ class MemoryBroker:
         """Forget a connection."""
         self._clients.pop(peer, None)
 
+    def inside(self) -> bool:
+        """Whether this is the broker's own thread, which must never wait for itself."""
+        return threading.current_thread() is self._thread
+
     def _run(self) -> None:
+        why = "the broker was closed"
+        try:
+            self._serve()
+            self._engine.close()
+        except Exception as error:
+            why = f"the broker has failed: {error!r}"
+            logger.exception("the broker in this process has failed")
+        with self._lock:
+            self._ended = why
+            clients = list(self._clients.values())
+        for client in clients:
+            client.end(why)
+
+    def _serve(self) -> None:
+        engine = self._engine
         while True:
             frames: list[Frame] = []
             try:
-                first = self._inbox.get(timeout=max(0.0005, self._engine.patience(0.5)))
-                while first is not None:
-                    frames.append(first)
-                    first = self._inbox.get_nowait()
-                break
+                frame = self._inbox.get(timeout=max(0.0005, engine.patience(0.5)))
+                while frame is not None:
+                    frames.append(frame)
+                    frame = self._inbox.get_nowait()
+                return
             except queue.Empty:
                 pass
-            for peer, header, blob in self._engine.round(frames):
+            for peer, header, blob in engine.round(frames):
                 client = self._clients.get(peer)
                 if client is None:
-                    self._engine.machine.disconnect(peer)
+                    engine.machine.disconnect(peer)
                 else:
-                    client.said(header, blob)
-        self._engine.close()
+                    self._say(client, header, blob)
+
+    def _say(self, client: _MemoryClient, header: bytes, blob: bytes) -> None:
+        try:
+            client.said(header, blob)
+        except Exception:
+            logger.exception("a listener has failed, so its connection %s ends", client.name or client.peer)
+            self.drop(client.peer)
+            self._engine.machine.disconnect(client.peer)
+            client.end("its listener has failed")
 
 
 class _MemoryClient(PeerClient):
@@ -75,24 +110,22 @@ class _MemoryClient(PeerClient):
         super().__init__(listener, **names)
         self._hub = hub
 
-    def _wake(self) -> None:
-        while self._outgoing:
-            try:
-                op, header, blob = self._outgoing.popleft()
-            except IndexError:
-                return
-            self._hub.put((self.peer, op, header, blob))
-
-    def _say_hello(self) -> None:
-        op, header, blob = self._hello()
+    def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
         self._hub.put((self.peer, op, header, blob))
 
+    def say_hello(self) -> None:
+        self._hub.put((self.peer, *self._hello()))
+
     def close(self, timeout: float = 5.0) -> None:
-        """Take leave at once: there is nothing on the way that a wait would save."""
-        if not self._closed:
+        """Take leave. What was sent before is taken before, so there is nothing else to wait for."""
+        try:
             bye = self.query("bye")
+        except BrokerUnavailable:
+            return
+        if not self._hub.inside():
             try:
                 bye.result(timeout)
-            finally:
-                self._hub.drop(self.peer)
-                self._fail_all("the connection was closed")
+            except (BrokerUnavailable, TimeoutError):
+                pass
+        self._hub.drop(self.peer)
+        self.end("the connection was closed")

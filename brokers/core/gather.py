@@ -13,9 +13,23 @@ __all__ = ["Gather"]
 
 
 class Gather:
-    """State of one key of one group. `need` is None until somebody opens it."""
+    """State of one key of one group. `need` is None until somebody opens it. `wait` is the deadline in seconds from the
+    opening, at `due` on the monotonic clock; 0 for none."""
 
-    __slots__ = ("arrivals", "base", "due", "due_wall", "epoch", "key", "label", "need", "place", "queue", "seen")
+    __slots__ = (
+        "arrivals",
+        "base",
+        "due",
+        "due_wall",
+        "epoch",
+        "key",
+        "label",
+        "need",
+        "place",
+        "queue",
+        "seen",
+        "wait",
+    )
 
     def __init__(self, key: str, place: Place) -> None:
         self.key = key
@@ -27,16 +41,18 @@ class Gather:
         self.base = b""
         self.due = 0.0
         self.due_wall = 0.0
+        self.wait = 0.0
         self.arrivals: dict[str, bytes] = {}
         self.seen: set[str] = set()
 
     def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes) -> None:
-        """Begin to wait for `need` arrivals; those already here count."""
+        """Begin to wait for `need` arrivals, with no end to the wait; those already here count."""
         self.need = need
         self.queue = queue
         self.label = label
         self.epoch = epoch
         self.base = base
+        self.due = self.due_wall = self.wait = 0.0
 
     def arrive(self, slot: str, body: bytes) -> bool:
         """Store one arrival; False when this slot has been here before."""
@@ -51,8 +67,13 @@ class Gather:
         """Whether it is open and all it needs has arrived."""
         return self.need is not None and len(self.arrivals) >= self.need
 
+    @property
+    def weight(self) -> int:
+        """Bytes of the bodies that are kept here."""
+        return len(self.base) + sum(map(len, self.arrivals.values()))
+
     def take(self) -> tuple[bytes, list[tuple[str, int]]]:
-        """Close it: the body (base, then arrivals in order of arrival) and its parts as (slot, size); base is ("", size)."""
+        """Close it: the body (base, then what arrived) and its parts as (slot, size); the base is ("", size)."""
         need = len(self.arrivals) if self.need is None else min(self.need, len(self.arrivals))
         slots = list(self.arrivals)[:need]
         parts = [("", len(self.base))]
@@ -63,5 +84,5 @@ class Gather:
             bodies.append(body)
         self.need = None
         self.base = b""
-        self.due = self.due_wall = 0.0
+        self.due = self.due_wall = self.wait = 0.0
         return b"".join(bodies), parts

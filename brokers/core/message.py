@@ -69,7 +69,10 @@ class Extra:
 
 
 class Message:
-    """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None."""
+    """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None.
+
+    `body` is None while it lies on disk only, `at` bytes behind the beginning of the blob at `place`.
+    """
 
     __slots__ = (
         "at",
@@ -95,7 +98,8 @@ class Message:
         epoch: int,
         label: str,
         priority: int,
-        body: bytes,
+        body: bytes | None,
+        size: int,
         place: Place,
         at: int,
     ) -> None:
@@ -105,8 +109,8 @@ class Message:
         self.epoch = epoch
         self.label = label
         self.priority = priority
-        self.body: bytes | None = body
-        self.size = len(body)
+        self.body = body
+        self.size = size
         self.place = place
         self.at = at
         self.lease = 0
@@ -118,6 +122,12 @@ class Message:
         if self.extra is None:
             self.extra = Extra()
         return self.extra
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the epoch of its group has gone on, and somebody waits for what belongs to the one before."""
+        group = self.group
+        return group is not None and self.epoch < group.epoch and group.divert is not None
 
     def state(self) -> str:
         """One of READY, LEASED, DELAYED, PARKED."""
@@ -176,6 +186,13 @@ class Group:
         """`message` keeps its place under a new id."""
         if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
             self.more[message.id] = message
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left that could ever go on: no message, and no gather that is open or has arrivals."""
+        if self.one is not None or self.more:
+            return False
+        return not self.gathers or not any(g.need is not None or g.arrivals for g in self.gathers.values())
 
     def messages(self) -> list[Message]:
         """All messages of the group, in no particular order."""

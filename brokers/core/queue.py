@@ -6,6 +6,7 @@ Within one priority a queue is first in, first out. Nothing here knows of time, 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -22,7 +23,7 @@ class QueueOptions(Struct, array_like=True, frozen=True):
 
     `max_deaths`: a message that has killed this many consumers becomes a dead letter (0: never). `evidence`: such a
     dead letter is kept to be looked at and cannot be requeued, because whoever is told of it at `notify_queue`
-    takes over. `max_length`: most messages it takes from outside (0: any number).
+    takes over. `max_length`: how many messages may wait in it before new starts are refused (0: any number).
     """
 
     name: str
@@ -34,7 +35,11 @@ class QueueOptions(Struct, array_like=True, frozen=True):
 
 
 class Queue:
-    """The state of one queue."""
+    """The state of one queue.
+
+    A lane may hold messages that have been taken away from it meanwhile: their holder is not None, and `skip` is
+    how many of them there are. `awaiting` are peers that may hold messages of this queue and have not announced yet.
+    """
 
     __slots__ = (
         "_high",
@@ -83,10 +88,10 @@ class Queue:
         for known, lane in self._high:
             if known == priority:
                 return lane
-        lane: deque[Message] = deque()
-        self._high.append((priority, lane))
+        new: deque[Message] = deque()
+        self._high.append((priority, new))
         self._high.sort(key=lambda pair: -pair[0])
-        return lane
+        return new
 
     def next_lane(self) -> deque[Message]:
         """The lane that the next message comes from; it is empty when none is ready."""
@@ -96,14 +101,37 @@ class Queue:
                     return lane
         return self.ready
 
-    def waiting(self) -> list[Message]:
-        """What is in the lanes, in the order of delivery."""
-        found = [m for priority, lane in self._high if priority > 0 for m in lane]
-        found.extend(self.ready)
-        found.extend(m for priority, lane in self._high if priority < 0 for m in lane)
-        return found
+    def waiting(self) -> Iterator[Message]:
+        """What is ready, in the order of delivery."""
+        lanes = [lane for priority, lane in self._high if priority > 0]
+        lanes.append(self.ready)
+        lanes.extend(lane for priority, lane in self._high if priority < 0)
+        for queued in lanes:
+            for message in queued:
+                if message.holder is None:
+                    yield message
+
+    def page_out(self, keep: int) -> None:
+        """Bodies behind the first `keep` messages leave memory; what is not on disk yet stays."""
+        excess = len(self.ready) - keep
+        for message in reversed(self.ready):
+            if excess <= 0 or message.body is None:
+                return
+            excess -= 1
+            if message.holder is None and message.place.segment >= 0:
+                message.body = None
+
+    def empty(self) -> None:
+        """Nothing is ready, delayed or dead here: what is will be put in again."""
+        self.ready.clear()
+        self._high.clear()
+        self.dead.clear()
+        self.delayed = self.skip = 0
 
     @property
     def ready_count(self) -> int:
         """How many messages are ready to be delivered."""
-        return len(self.ready) + sum(len(lane) for _, lane in self._high) - self.skip
+        count = len(self.ready) - self.skip
+        if self._high:
+            count += sum(len(lane) for _, lane in self._high)
+        return count

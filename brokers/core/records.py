@@ -2,7 +2,9 @@
 
 Frames that publish, settle or checkpoint are kept as they arrived. Whatever the broker concluded by itself (a death
 counted, a message moved aside, a gather completed) is kept as the state that resulted, never as a conclusion
-to be drawn again: records of the past may be gone with their segment when a later one is replayed.
+to be drawn again: records of the past may be gone with their segment when a later one is replayed. For the same reason
+a frame names the group and epoch of all that it publishes; only a move takes its epoch from the message before, and
+where that is not the first one, a MARK beside the frame says so.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from brokers.core.gather import Gather
 from brokers.core.message import Extra, Group, Message
 from brokers.core.queue import QueueOptions
 
@@ -33,6 +36,8 @@ __all__ = [
     "MessageState",
     "QueueState",
     "Record",
+    "gather_state",
+    "group_state",
     "message_state",
 ]
 
@@ -96,7 +101,7 @@ class GroupState(Struct, array_like=True):
 
 
 class GatherState(Struct, array_like=True):
-    """All of a gather; `need` is None while nobody has opened it."""
+    """All of a gather; `need` is None while nobody has opened it. `wait` bounds what is left of it after a restart."""
 
     group: str
     key: str
@@ -108,6 +113,7 @@ class GatherState(Struct, array_like=True):
     due_wall: float
     arrivals: list[tuple[str, bytes]]
     seen: list[str]
+    wait: float = 0.0
 
 
 class QueueState(Struct, array_like=True):
@@ -159,3 +165,20 @@ def message_state(message: Message) -> MessageState:
 def group_state(group: Group) -> GroupState:
     """The state of a group as a record states it."""
     return GroupState(group.id, group.epoch, group.digest, group.started, group.ended, group.divert)
+
+
+def gather_state(group: Group, gather: Gather) -> GatherState:
+    """The state of a gather as a record states it."""
+    return GatherState(
+        group.id,
+        gather.key,
+        gather.need,
+        gather.queue,
+        gather.label,
+        gather.epoch,
+        gather.base,
+        gather.due_wall,
+        list(gather.arrivals.items()),
+        sorted(gather.seen),
+        gather.wait,
+    )

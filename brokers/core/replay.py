@@ -9,22 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from brokers.core import records, wire
-from brokers.core.message import Extra, Message, Place
+from brokers.core.message import Extra, Group, Message, Place
 from brokers.core.queue import Queue
 from brokers.core.records import MessageState
-from brokers.core.sessions import Session
 from brokers.core.store import Store
+from brokers.core.wire import Buffer
 
 __all__ = ["Replay"]
+
+OnSettled = Callable[[Message | None, str, str], None]
+"""(message, group, label) of each settlement that was accepted; the message is None if its own record is gone."""
 
 
 class Replay:
     """Feeds records into a store. `finish` makes it ready for a new broker epoch."""
 
-    def __init__(self, store: Store, *, on_settled: Callable[[Message | None, str, str], None] | None = None) -> None:
+    def __init__(self, store: Store, *, on_settled: OnSettled | None = None) -> None:
         self.store = store
+        store.replaying = True
         self._on_settled = on_settled
-        self._kinds: dict[int, Callable[[int, bytes, bytes, Place], None]] = {
+        self._kinds: dict[int, Callable[[int, Buffer, Buffer, Place], None]] = {
             records.KEPT_PUBLISH: self._publish,
             records.KEPT_SETTLE: self._settle,
             records.KEPT_CHECKPOINT: self._checkpoint,
@@ -40,144 +44,131 @@ class Replay:
             records.STARTED: self._started,
         }
 
-    def apply(self, kind: int, first_id: int, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def apply(self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         """One record, in the order of the journal."""
         store = self.store
-        store.next_id = max(store.next_id, first_id)
+        if store.next_id < first_id:
+            store.next_id = first_id
         store.wall = place.wall
         self._kinds[kind](peer, header, blob, place)
 
     def finish(self, now: float, wall: float) -> None:
-        """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for."""
+        """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for.
+
+        A queue is in the order in which its messages were made. That differs from the order of before only for those
+        that had been put back at its end.
+        """
         store = self.store
+        store.replaying = False
         store.now, store.wall = now, wall
         for queue in store.queues.values():
-            # What was removed on the way here counted itself out of lanes in which it had never been.
-            queue.skip = queue.delayed = 0
-        for message in sorted(store.messages.values(), key=lambda m: m.id):
+            queue.empty()
+        for message in sorted(store.messages.values(), key=lambda message: message.id):
             extra = message.extra
-            if extra is not None and extra.parked:
-                since = extra.parked_wall
-                store.park(message, reason=extra.reason, evidence=extra.evidence)
-                extra.parked_wall = since
+            if extra is None:
+                message.queue.push(message)
                 continue
-            if extra is not None:
-                if extra.due_wall:
-                    extra.due = now + min(max(extra.due_wall - wall, 0.0), extra.delay)
-                if extra.expires_wall:
-                    extra.expires = now + max(extra.expires_wall - wall, 0.0)
+            if extra.parked:
+                message.queue.dead[message.id] = message
+                continue
+            if extra.due_wall > wall:
+                extra.due = now + min(extra.due_wall - wall, extra.delay)
+            else:
+                extra.due = extra.due_wall = 0.0
+            if extra.expires_wall:
+                most = extra.expires_wall - message.place.wall
+                extra.expires = now + min(max(extra.expires_wall - wall, 0.0), most)
             store.enqueue(message)
-        for group, gather in store.all_gathers():
+        for (_, key), group in store.gathers.items():
+            gather = store.gather(group, key, group.place)
             if gather.due_wall:
-                gather.due = now + max(gather.due_wall - wall, 0.0)
-                store.timer(gather.due, 0, group.id, gather.key)
-        for id in [g.id for g in store.groups.values() if not g.messages() and not g.gathers]:
-            del store.groups[id]
+                gather.due = now + min(max(gather.due_wall - wall, 0.0), gather.wait)
+                store.timer(gather.due, 0, group.id, key)
+        for id in [group.id for group in store.groups.values() if group.idle]:
+            store.leave(id)
+        store.left.clear()
+        store.left_seq = store.left_floor = 0
         store.epoch += 1
         store.next_lease = (store.epoch << 40) + 1
-        store.left.clear()
-
-    def _frame(self, peer: int, frame: int) -> None:
-        if peer:
-            session = self.store.sessions.get(peer)
-            if session is None:
-                session = self.store.sessions[peer] = Session(peer)
-            session.last_frame = max(session.last_frame, frame)
 
     # frames
 
-    def _publish(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _publish(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         frame = wire.decode_publish(header, blob)
-        self._frame(peer, frame.frame)
+        self.store.remember_peer(peer, frame.frame)
         at = 0
         for item in frame.items:
-            self._item(item, frame.targets, blob, at, place, None)
+            self._item(item, frame.targets, blob, at, place)
             at += item.size
-        self._gathering(frame.opens, frame.arrivals, frame.targets, blob, at, place, None)
+        if frame.opens or frame.arrivals:
+            self._gathering(frame.opens, frame.arrivals, frame.targets, blob, at, place)
 
-    def _item(
-        self,
-        item: wire.PublishItem,
-        targets: list[wire.Target],
-        blob: bytes,
-        at: int,
-        place: Place,
-        parent: Message | None,
-    ) -> None:
+    def _item(self, item: wire.PublishItem, targets: list[wire.Target], blob: Buffer, at: int, place: Place) -> None:
         store = self.store
         target = targets[item.target]
-        if item.group or parent is None:
-            group = store.group(item.group, item.epoch, place)
-            epoch = item.epoch
-        else:
-            group, epoch = parent.group, parent.epoch
-        if item.flags & wire.START and group is not None:
-            group.started, group.digest, group.place = True, item.digest, place
-            group.epoch = max(group.epoch, item.epoch)
-        if target.flags & wire.PUSH_ONLY:
-            return
-        if target.flags & wire.TERMINAL and group is not None:
+        pushed = target.flags & wire.PUSH_ONLY
+        queue = None if pushed else store.queue(target.queue)
+        body = None if store.paging else bytes(blob[at : at + item.size])
+        group, _ = store.admit(item, queue, target.label, body, place, at)
+        if target.flags & wire.TERMINAL and not pushed and group is not None:
             group.ended = target.label
-        body = bytes(blob[at : at + item.size])
-        queue = store.queue(target.queue)
-        message = store.put(queue, group, epoch, target.label, item.priority, body, place, at)
-        if item.delay or item.ttl:
-            store.delay(message.details(), item.delay)
-            if item.ttl:
-                message.details().expires_wall = place.wall + item.delay + item.ttl
 
-    def _settle(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _settle(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         frame = wire.decode_settle(header, blob)
-        self._frame(peer, frame.frame)
         store = self.store
+        store.remember_peer(peer, frame.frame)
         messages = store.messages
         at = 0
-        resolved: list[tuple[Queue, str, int]] = [(store.queue(t.queue), t.label, t.flags) for t in frame.targets]
+        resolved: list[tuple[Queue | None, str, int]] = [
+            (None if t.flags & wire.PUSH_ONLY else store.queue(t.queue), t.label, t.flags) for t in frame.targets
+        ]
+        paging = store.paging
+        on_settled = self._on_settled
         for id, _, target, size, group_id in frame.moves:
             message = messages.get(id)
-            self._settled(message, group_id)
+            if on_settled is not None:
+                self._settled(message, group_id)
             queue, label, flags = resolved[target]
-            epoch = 0
+            assert queue is not None
+            epoch = wire.FIRST_EPOCH if group_id else 0
             if message is not None:
                 epoch = message.epoch
-                store.remove(message)
+                store.forget(message)
             group = store.group(group_id, epoch, place)
-            if flags & wire.TERMINAL and group is not None:
+            if flags and group is not None:
                 group.ended = label
-            store.put(queue, group, epoch, label, 0, bytes(blob[at : at + size]), place, at)
+            body = None if paging else bytes(blob[at : at + size])
+            store.put(queue, group, epoch, label, 0, body, size, place, at)
             at += size
         for id, _, flags, group_id in frame.acks:
             message = messages.get(id)
             self._settled(message, group_id)
             if message is not None:
-                store.remove(message)
-            if flags & wire.LEAVE:
+                store.forget(message)
+            if flags & wire.LEAVE and group_id:
                 store.leave(group_id)
         for other in frame.others:
             at = self._other(other, frame.targets, blob, at, place)
 
-    def _other(self, item: wire.SettleItem, targets: list[wire.Target], blob: bytes, at: int, place: Place) -> int:
+    def _other(self, item: wire.SettleItem, targets: list[wire.Target], blob: Buffer, at: int, place: Place) -> int:
         store = self.store
-        parent: Message | None = None
         for id, _ in item.leases:
             message = store.messages.get(id)
-            parent = parent or message
             if item.outcome == wire.DONE:
                 self._settled(message, "")
                 if message is not None:
-                    store.remove(message)
+                    store.forget(message)
             elif message is not None:
-                extra = message.details()
-                extra.attempts += 1
-                extra.failure, extra.fresh = item.failure, False
-                extra.parked = item.outcome == wire.DEAD
-                extra.parked_wall = place.wall
-                extra.reason = item.failure
-                store.delay(extra, item.delay)
+                store.fail(message, item.failure)
+                if item.outcome == wire.AGAIN:
+                    store.delay(message.details(), item.delay)
+                else:
+                    store.park(message, reason=item.failure, evidence=False)
         for publish in item.publishes:
-            self._item(publish, targets, blob, at, place, parent)
+            self._item(publish, targets, blob, at, place)
             at += publish.size
-        at = self._gathering(item.opens, item.arrivals, targets, blob, at, place, parent)
+        if item.opens or item.arrivals:
+            at = self._gathering(item.opens, item.arrivals, targets, blob, at, place)
         if item.leave:
             store.leave(item.leave)
         return at
@@ -186,9 +177,9 @@ class Replay:
         if self._on_settled is not None:
             self._on_settled(message, group_id, "" if message is None else message.label)
 
-    def _checkpoint(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _checkpoint(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         frame = wire.decode_checkpoint(header)
-        self._frame(peer, frame.frame)
+        self.store.remember_peer(peer, frame.frame)
         message = self.store.messages.get(frame.id)
         if message is not None:
             extra = message.details()
@@ -199,55 +190,61 @@ class Replay:
         opens: list[wire.GatherOpen],
         arrivals: list[wire.Arrival],
         targets: list[wire.Target],
-        blob: bytes,
+        blob: Buffer,
         at: int,
         place: Place,
-        parent: Message | None,
     ) -> int:
         store = self.store
         for opening in opens:
-            group = store.group(opening.group, opening.epoch, place) if opening.group else parent and parent.group
+            group = store.group(opening.group, opening.epoch, place)
             base = bytes(blob[at : at + opening.size])
             at += opening.size
-            if group is None:
-                continue
-            target = targets[opening.target]
-            gather = store.gather(group, opening.key, place)
-            epoch = opening.epoch if opening.group or parent is None else parent.epoch
-            gather.open(need=opening.need, queue=target.queue, label=target.label, epoch=epoch, base=base)
-            gather.due_wall = place.wall + opening.deadline if opening.deadline else 0.0
-        for arrival in arrivals:
-            group = store.group(arrival.group, arrival.epoch, place) if arrival.group else parent and parent.group
             if group is not None:
-                store.gather(group, arrival.key, place).arrive(arrival.slot, bytes(blob[at : at + arrival.size]))
+                target = targets[opening.target]
+                store.open(group, opening, target.queue, target.label, base, place)
+        for arrival in arrivals:
+            group = store.group(arrival.group, arrival.epoch, place)
+            if group is not None:
+                store.arrive(group, arrival.key, arrival.slot, bytes(blob[at : at + arrival.size]), place)
             at += arrival.size
         return at
 
     # facts
 
-    def _copy(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _copy(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_message(header)
         store = self.store
         known = store.messages.get(state.id)
         if known is not None:
-            store.remove(known)
-        group = store.group(state.group, state.epoch, place)
-        kept = store.next_id
-        store.next_id = state.id
+            store.forget(known)
         place.wall = state.wall
-        message = store.put(
-            store.queue(state.queue), group, state.epoch, state.label, state.priority, bytes(blob), place, 0
-        )
+        # Evidence belongs to its group in name only: the group may have left, and one of the same name have begun.
+        group = None if state.evidence else store.group(state.group, state.epoch, place)
+        kept, store.next_id = store.next_id, state.id
+        queue = store.queue(state.queue)
+        body = None if store.paging else bytes(blob)
+        message = store.put(queue, group, state.epoch, state.label, state.priority, body, len(blob), place, 0)
+        if state.evidence and state.group:
+            message.group = Group(state.group, state.epoch, place)
         store.next_id = max(kept, state.id + 1)
         self._restore(message, state)
 
-    def _mark(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _mark(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_message(header)
         message = self.store.messages.get(state.id)
-        if message is not None:
-            self._restore(message, state)
+        if message is None:
+            return
+        self._restore(message, state)
+        message.queue = self.store.queue(state.queue)
+        message.label, message.epoch = state.label, state.epoch
+        if state.evidence and message.group is not None:
+            message.group.unlink(message)
 
     def _restore(self, message: Message, state: MessageState) -> None:
+        plain = MessageState(state.id, state.queue, state.group, state.epoch, state.label, state.priority, state.wall)
+        if state == plain:
+            message.extra = None
+            return
         extra = Extra()
         extra.attempts, extra.deaths = state.attempts, state.deaths
         extra.failure, extra.fresh = state.failure, state.fresh
@@ -257,53 +254,58 @@ class Replay:
         extra.parked, extra.parked_wall = state.parked, state.parked_wall
         extra.evidence, extra.reason = state.evidence, state.reason
         message.extra = extra
-        message.queue = self.store.queue(state.queue)
-        message.label, message.epoch = state.label, state.epoch
 
-    def _forget(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _forget(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         frame, ids = records.decode_forgotten(header)
-        self._frame(peer, frame)
+        if peer:
+            self.store.remember_peer(peer, frame)
         for id in ids:
             message = self.store.messages.get(id)
             if peer:  # nobody in particular: somebody purged it, which is no settlement
                 self._settled(message, "")
             if message is not None:
-                self.store.remove(message)
+                self.store.forget(message)
 
-    def _group(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _group(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_group(header)
-        group = self.store.group(state.id, state.epoch, place)
+        store = self.store
+        group = store.group(state.id, state.epoch, place)
         if group is not None:
             group.epoch, group.digest, group.started = state.epoch, state.digest, state.started
-            group.ended, group.divert, group.place = state.ended, state.divert, place
+            group.ended, group.divert = state.ended, state.divert
+            store.relocate_group(group, place)
 
-    def _left(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _left(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         for id in records.decode_names(header):
             self.store.leave(id)
 
-    def _gather(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _gather(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_gather(header)
-        group = self.store.group(state.group, state.epoch, place)
+        store = self.store
+        group = store.group(state.group, state.epoch, place)
         if group is None:
             return
-        gather = self.store.gather(group, state.key, place)
-        gather.place = place
+        gather = store.gather(group, state.key, place)
+        store.live_bytes -= gather.weight
         gather.need, gather.queue, gather.label = state.need, state.queue, state.label
-        gather.epoch, gather.base, gather.due_wall = state.epoch, state.base, state.due_wall
+        gather.epoch, gather.base = state.epoch, state.base
+        gather.due_wall, gather.wait = state.due_wall, state.wait
         gather.arrivals, gather.seen = dict(state.arrivals), set(state.seen)
+        store.live_bytes += gather.weight
+        store.relocate_gather(group, gather, place)
 
-    def _queue(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _queue(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_queue(header)
         queue = self.store.queue(state.options.name)
         queue.options, queue.paused = state.options, state.paused
 
-    def _fact(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _fact(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         name, value = records.decode_fact(header)
         self.store.facts[name] = value
 
-    def _sessions(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         for known, frame in records.decode_sessions(header):
-            self._frame(known, frame)
+            self.store.remember_peer(known, frame)
 
-    def _started(self, peer: int, header: bytes, blob: bytes, place: Place) -> None:
+    def _started(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         self.store.epoch = max(self.store.epoch, records.decode_epoch(header))

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Consumer", "Session"]
 
+ANSWERS_KEPT = 256
+"""How many answers that cannot be found out again are kept for a peer that asks twice."""
+
 
 class Consumer:
     """One session on one queue: it may hold `prefetch` messages at once; `held` keeps them in order of delivery."""
@@ -24,16 +27,25 @@ class Consumer:
 
 
 class Session:
-    """One peer. `last_frame` is the highest frame taken from it; what it is to be told waits here for the commit."""
+    """One peer. What it is to be told waits here for the commit.
+
+    `heard` is the last frame that came in since its last hello, `last_frame` the highest one that was ever taken: those
+    up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
+    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten.
+    """
 
     __slots__ = (
+        "answers",
         "bodies",
         "connected",
         "consumers",
+        "deferred",
         "deliveries",
+        "heard",
         "last_frame",
         "name",
         "notices",
+        "parting",
         "peer",
         "pid",
         "push_bodies",
@@ -48,7 +60,11 @@ class Session:
         self.name = ""
         self.pid = 0
         self.connected = False
+        self.parting = False
+        self.heard = 0
         self.last_frame = 0
+        self.deferred: list[int] = []
+        self.answers: dict[int, Any] = {}
         self.consumers: dict[str, Consumer] = {}
         self.results: list[tuple[int, Any]] = []
         self.deliveries: list[tuple[str, list[tuple[Any, ...]]]] = []
@@ -57,7 +73,24 @@ class Session:
         self.push_bodies: list[bytes] = []
         self.notices: list[tuple[str, Any]] = []
 
+    @property
+    def holds(self) -> bool:
+        """Whether it has messages in work."""
+        return any(consumer.held for consumer in self.consumers.values())
+
+    def remember(self, frame: int, answer: Any) -> None:
+        """Keep an answer that asking again would not give."""
+        self.answers[frame] = answer
+        if len(self.answers) > ANSWERS_KEPT:
+            del self.answers[next(iter(self.answers))]
+
     def forget_talk(self) -> None:
-        """Drop what was to be said: the peer has gone."""
-        for waiting in (self.results, self.deliveries, self.bodies, self.pushes, self.push_bodies, self.notices):
-            waiting.clear()  # type: ignore[attr-defined]
+        """Nothing of what was to be said remains."""
+        if self.results:
+            self.results = []
+        if self.deliveries:
+            self.deliveries, self.bodies = [], []
+        if self.pushes:
+            self.pushes, self.push_bodies = [], []
+        if self.notices:
+            self.notices = []

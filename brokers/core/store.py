@@ -1,21 +1,24 @@
 """The state of a broker: messages, groups, queues, gathers, facts; and the primitive changes that keep it whole.
 
 No primitive decides anything. Time is handed in (`now` monotonic, `wall` since the Unix epoch, both in seconds),
-and ids are counted, so that the same calls make the same state.
+and ids are counted, so that the same calls make the same state: the live broker and the replay of its journal use
+these and no others.
+
+`messages`, `groups` and `gathers` are in the order of their places: whatever lies in the oldest segment is in front.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Iterator
 
+from brokers.core import wire
 from brokers.core.gather import Gather
 from brokers.core.message import Extra, Group, Message, Place
 from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
 
-__all__ = ["GONE", "Store"]
+__all__ = ["DEEP", "GONE", "Store"]
 
 GONE = Consumer(Session(0), Queue(""), 0)
 """Holder of a message object that has been replaced or removed while it still lies in a lane."""
@@ -23,12 +26,18 @@ GONE = Consumer(Session(0), Queue(""), 0)
 LEFT_KEPT = 50_000
 """How many ids that left are remembered, so that a submit can be told to look into the history again."""
 
+FRAMES_KEPT = 10_000
+"""How many absent peers are remembered by their last frame, so that nothing they send again is taken twice."""
+
 DEEP = 10_000
-"""A queue longer than this keeps the bodies of new messages on disk only."""
+"""How many messages of a queue have their bodies in memory; those of the others are read when their turn comes."""
 
 
 class Store:
-    """Everything the broker knows. Public attributes: this is the inside of one machine."""
+    """Everything the broker knows. Public attributes: this is the inside of one machine.
+
+    `replaying`: the journal is being read, and nothing is in a lane yet. `paging`: bodies can be read back from it.
+    """
 
     def __init__(self, *, paging: bool = False) -> None:
         self.now = 0.0
@@ -37,18 +46,22 @@ class Store:
         self.next_id = 1
         self.next_lease = 1
         self.paging = paging
+        self.replaying = False
         self.messages: dict[int, Message] = {}
         self.groups: dict[str, Group] = {}
+        self.gathers: dict[tuple[str, str], Group] = {}
         self.queues: dict[str, Queue] = {}
+        self.touched: set[Queue] = set()
         self.sessions: dict[int, Session] = {}
+        self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
         self.live_bytes = 0
-        self.left: OrderedDict[str, int] = OrderedDict()
+        self.left: dict[str, int] = {}
         self.left_seq = 0
         self.left_floor = 0
         self._timers: list[tuple[float, int, str, str]] = []
 
-    # queues and groups
+    # queues, groups, peers
 
     def queue(self, name: str) -> Queue:
         """The queue of that name, made on first use."""
@@ -66,6 +79,13 @@ class Store:
             group = self.groups[id] = Group(id, epoch, place)
         return group
 
+    def remember_peer(self, peer: int, frame: int) -> None:
+        """An absent peer may come back and send frames again up to this one."""
+        known = self.last_frames.pop(peer, 0)
+        self.last_frames[peer] = frame if frame > known else known
+        if len(self.last_frames) > FRAMES_KEPT:
+            del self.last_frames[next(iter(self.last_frames))]
+
     # messages
 
     def put(
@@ -75,18 +95,39 @@ class Store:
         epoch: int,
         label: str,
         priority: int,
-        body: bytes,
+        body: bytes | None,
+        size: int,
         place: Place,
         at: int,
     ) -> Message:
         """A new message under the next id, in no lane yet."""
-        message = Message(self.next_id, queue, group, epoch, label, priority, body, place, at)
+        message = Message(self.next_id, queue, group, epoch, label, priority, body, size, place, at)
         self.next_id += 1
         self.messages[message.id] = message
         if group is not None:
             group.link(message)
-        self.live_bytes += message.size
+        self.live_bytes += size
         return message
+
+    def admit(
+        self, item: wire.PublishItem, queue: Queue | None, label: str, body: bytes | None, place: Place, at: int
+    ) -> tuple[Group | None, Message | None]:
+        """What a published item makes of its group, and its message, in no lane yet (None without a queue)."""
+        if queue is None:
+            return self.groups.get(item.group), None
+        group = self.group(item.group, item.epoch, place)
+        if item.flags & wire.START and group is not None:
+            group.started = True
+            group.digest = item.digest
+            group.epoch = max(group.epoch, item.epoch)
+        message = self.put(queue, group, item.epoch, label, item.priority, body, item.size, place, at)
+        if item.delay or item.ttl:
+            extra = message.details()
+            self.delay(extra, item.delay)
+            if item.ttl:
+                extra.expires = self.now + item.delay + item.ttl
+                extra.expires_wall = self.wall + item.delay + item.ttl
+        return group, message
 
     def enqueue(self, message: Message, *, front: bool = False) -> None:
         """Into the lane of its queue, or among the delayed if it has a time to wait for."""
@@ -99,16 +140,19 @@ class Store:
             queue.push_front(message)
         else:
             queue.push(message)
-            if self.paging and len(queue.ready) > DEEP and message.body is not None:
-                message.body = None
 
-    def remove(self, message: Message) -> None:
-        """It is no more. Whoever holds it finds its lease refused."""
-        self.messages.pop(message.id, None)
+    def forget(self, message: Message) -> None:
+        """It is no more, and is in no lane."""
+        del self.messages[message.id]
         self.live_bytes -= message.size
         if message.group is not None:
             message.group.unlink(message)
-        self.detach(message)
+
+    def remove(self, message: Message) -> None:
+        """It is no more, wherever it was. Whoever holds it finds its lease refused."""
+        self.forget(message)
+        if not self.replaying:
+            self.detach(message)
 
     def detach(self, message: Message) -> None:
         """Take it out of lane, lease, delay or death, leaving the object itself unusable in the lane."""
@@ -116,9 +160,10 @@ class Store:
         queue = message.queue
         if holder is not None:
             if holder is not GONE:
-                holder.held.pop(message.id, None)
+                del holder.held[message.id]
+                self.touched.add(holder.queue)
         elif message.extra is not None and message.extra.parked:
-            queue.dead.pop(message.id, None)
+            del queue.dead[message.id]
         elif message.extra is not None and message.extra.due:
             queue.delayed -= 1
         else:
@@ -135,17 +180,30 @@ class Store:
             message.epoch,
             message.label,
             message.priority,
-            b"",
+            message.body,
+            message.size,
             message.place,
             message.at,
         )
-        fresh.body, fresh.size, fresh.extra = message.body, message.size, message.extra
+        fresh.extra = message.extra
         self.messages[fresh.id] = fresh
         group = message.group
         if group is not None:
             group.unlink(message)
             group.link(fresh)
         return fresh
+
+    def relocate(self, message: Message, place: Place) -> None:
+        """Its record lies at `place` from now on, with the body at the beginning of the blob."""
+        message.place, message.at = place, 0
+        self.messages[message.id] = self.messages.pop(message.id)
+
+    def fail(self, message: Message, failure: bytes | None) -> None:
+        """An attempt has been made in vain. It does not expire any more: it has begun."""
+        extra = message.details()
+        extra.attempts += 1
+        extra.failure, extra.fresh = failure, False
+        extra.expires = extra.expires_wall = 0.0
 
     def park(self, message: Message, *, reason: bytes | None, evidence: bool) -> None:
         """A dead letter of its queue. It must have been detached, or be held by a consumer that lets go of it now."""
@@ -155,30 +213,36 @@ class Store:
         extra.evidence = evidence
         extra.reason = reason
         extra.due = extra.due_wall = extra.delay = 0.0
-        message.holder = None
+        message.holder, message.lease = None, 0
         message.queue.dead[message.id] = message
         if evidence and message.group is not None:
             message.group.unlink(message)
-
-    def leave(self, id: str) -> None:
-        """The group has ended: forget it, and all it left behind save evidence."""
-        group = self.groups.pop(id, None)
-        self.left_seq += 1
-        self.left[id] = self.left_seq
-        self.left.move_to_end(id)
-        if len(self.left) > LEFT_KEPT:
-            _, self.left_floor = self.left.popitem(last=False)
-        if group is None or (group.one is None and group.more is None):
-            return
-        for message in group.messages():
-            if not (message.extra is not None and message.extra.evidence):
-                self.remove(message)
 
     def delay(self, extra: Extra, seconds: float) -> None:
         """Not before `seconds` from now."""
         extra.delay = seconds
         extra.due = self.now + seconds if seconds > 0 else 0.0
         extra.due_wall = self.wall + seconds if seconds > 0 else 0.0
+
+    def leave(self, id: str) -> None:
+        """The group has ended: forget it, and all it left behind save evidence."""
+        group = self.groups.pop(id, None)
+        self.left_seq += 1
+        left = self.left
+        left.pop(id, None)
+        left[id] = self.left_seq
+        if len(left) > LEFT_KEPT:
+            self.left_floor = left.pop(next(iter(left)))
+        if group is None:
+            return
+        if group.gathers is not None:
+            for key, gather in group.gathers.items():
+                del self.gathers[id, key]
+                self.live_bytes -= gather.weight
+            group.gathers = None
+        if group.one is not None or group.more:
+            for message in group.messages():
+                self.remove(message)
 
     # gathers
 
@@ -189,14 +253,33 @@ class Store:
         gather = group.gathers.get(key)
         if gather is None:
             gather = group.gathers[key] = Gather(key, place)
+            self.gathers[group.id, key] = group
         return gather
 
-    def all_gathers(self) -> Iterator[tuple[Group, Gather]]:
-        """Each gather with its group."""
-        for group in self.groups.values():
-            if group.gathers:
-                for gather in group.gathers.values():
-                    yield group, gather
+    def open(self, group: Group, opening: wire.GatherOpen, queue: str, label: str, base: bytes, place: Place) -> None:
+        """A gather begins to wait."""
+        gather = self.gather(group, opening.key, place)
+        self.live_bytes += len(base) - len(gather.base)
+        gather.open(need=opening.need, queue=queue, label=label, epoch=opening.epoch, base=base)
+        if opening.deadline:
+            gather.wait = opening.deadline
+            gather.due = self.now + opening.deadline
+            gather.due_wall = self.wall + opening.deadline
+
+    def arrive(self, group: Group, key: str, slot: str, body: bytes, place: Place) -> None:
+        """Something arrives at a gather, for the first time or once more."""
+        if self.gather(group, key, place).arrive(slot, body):
+            self.live_bytes += len(body)
+
+    def relocate_gather(self, group: Group, gather: Gather, place: Place) -> None:
+        """Its record lies at `place` from now on."""
+        gather.place = place
+        self.gathers[group.id, gather.key] = self.gathers.pop((group.id, gather.key))
+
+    def relocate_group(self, group: Group, place: Place) -> None:
+        """Its record lies at `place` from now on."""
+        group.place = place
+        self.groups[group.id] = self.groups.pop(group.id)
 
     # timers
 

@@ -21,9 +21,13 @@ __all__ = [
     "CHECKPOINT",
     "DEAD",
     "DONE",
+    "FIRST_EPOCH",
     "HELLO",
     "LEAVE",
+    "MAX_FRAME",
+    "PROTOCOL",
     "PUBLISH",
+    "PUSH_ONLY",
     "QUERY",
     "RELEASE",
     "SETTLE",
@@ -32,7 +36,9 @@ __all__ = [
     "WATCH",
     "Ack",
     "Arrival",
+    "Buffer",
     "Checkpoint",
+    "DeliveryExtra",
     "DeliveryItem",
     "GatherOpen",
     "Hello",
@@ -46,9 +52,19 @@ __all__ = [
     "SettleItem",
     "Target",
     "encode",
+    "numbered",
 ]
 
 PROTOCOL = 1
+
+FIRST_EPOCH = 1
+"""The epoch in which a group begins, unless its publisher says otherwise: the one that costs least to keep."""
+
+MAX_FRAME = 256 << 20
+"""Most bytes of one part of a frame. A peer that sends more is cut off by the transport, so its client refuses to."""
+
+MAX_NUMBER = 1 << 62
+"""Frame numbers lie below this."""
 
 HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY = b"H", b"P", b"S", b"C", b"R", b"Q"
 
@@ -70,6 +86,9 @@ LEAVE = 1
 DONE, AGAIN, DEAD = 0, 1, 2
 """Outcomes of a settlement."""
 
+Buffer = bytes | memoryview
+"""Bytes as they came: from a socket, or out of a batch of the journal."""
+
 encode = msgspec.msgpack.Encoder().encode
 
 
@@ -82,7 +101,10 @@ class Target(Struct, array_like=True, gc=False):
 
 
 class PublishItem(Struct, array_like=True, gc=False):
-    """One new message. `delay` and `ttl` in seconds, 0 for none; an empty group inherits that of the message settled."""
+    """One new message. `delay` and `ttl` in seconds, 0 for none.
+
+    In a settlement an empty group stands for that of the message settled, and its epoch.
+    """
 
     target: int
     size: int
@@ -131,13 +153,16 @@ class PublishFrame(Struct, array_like=True):
 
 
 Move = tuple[int, int, int, int, str]
-"""(id, lease, target, size, group): done, and one message of the same group, epoch and priority 0 follows."""
+"""(id, lease, target, size, group): done, and one message of the same group and epoch follows, with priority 0."""
 Ack = tuple[int, int, int, str]
 """(id, lease, flags, group): done, and nothing follows."""
 
 
 class SettleItem(Struct, array_like=True):
-    """A settlement of any other shape. `delay` seconds before an AGAIN; `failure` opaque bytes kept with the message."""
+    """A settlement of any other shape: all of its leases count, or none.
+
+    `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message.
+    """
 
     leases: list[tuple[int, int]]
     outcome: int
@@ -192,7 +217,12 @@ class Query(Struct, array_like=True):
 
 
 class Hello(Struct, array_like=True):
-    """The first frame of a connection, and again after a broker restart: who I am and what I hold."""
+    """The first frame of a connection, and again after a broker restart: who I am and what I hold.
+
+    `next_frame` is the first frame that will follow: the oldest one unconfirmed. `talk` comes back in the welcome.
+    Whatever the broker says between a hello and its welcome is lost on the peer, and the broker knows it: a message
+    that it has delivered and that is not in `holding` never arrived.
+    """
 
     protocol: int
     role: str
@@ -202,6 +232,7 @@ class Hello(Struct, array_like=True):
     consume: list[tuple[str, int]] = []
     holding: list[tuple[int, int]] = []
     watching: list[str] = []
+    talk: int = 0
 
 
 class DeliveryItem(Struct, array_like=True, gc=False):
@@ -250,6 +281,11 @@ _release = msgspec.msgpack.Decoder(Release).decode
 _query = msgspec.msgpack.Decoder(Query).decode
 _hello = msgspec.msgpack.Decoder(Hello).decode
 _out = msgspec.msgpack.Decoder(Out).decode
+_items = msgspec.msgpack.Decoder(list[Raw]).decode
+_number = msgspec.msgpack.Decoder(int).decode
+
+_MALFORMED = (msgspec.MsgspecError, RecursionError, ValueError)
+"""What a decoder may raise on bytes from anywhere."""
 
 
 def decode_out(header: bytes) -> Out:
@@ -257,24 +293,43 @@ def decode_out(header: bytes) -> Out:
     return _out(header)
 
 
+def numbered(header: bytes) -> tuple[int, int] | None:
+    """(broker epoch, frame) of a header that is wrong in other ways, so that its frame can be answered; or None."""
+    try:
+        epoch, frame = (_number(raw) for raw in _items(header)[:2])
+    except _MALFORMED:
+        return None
+    return epoch, frame
+
+
 def decode_hello(header: bytes) -> Hello:
     """Raises `ProtocolError` for anything that is not a hello of this protocol."""
     try:
         hello = _hello(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"hello: {error}") from None
     if hello.protocol != PROTOCOL:
         raise ProtocolError(
             f"the peer speaks protocol {hello.protocol}, this broker {PROTOCOL}; run the same version on both sides"
         )
+    if not 0 < hello.next_frame < MAX_NUMBER:
+        raise ProtocolError(f"hello: {hello.next_frame} is no number of a frame")
+    for queue, prefetch in hello.consume:
+        check_consume(queue, prefetch)
     return hello
 
 
-def decode_publish(header: bytes, blob: bytes) -> PublishFrame:
+def check_consume(queue: str, prefetch: int) -> None:
+    """Raises `ProtocolError` unless these are a queue and a credit."""
+    if not queue or prefetch < 0:
+        raise ProtocolError("consume: needs a queue and a prefetch of 0 or more")
+
+
+def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
     """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
     try:
         frame = _publish(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"publish: {error}") from None
     _check_targets(frame.targets)
     count = len(frame.targets)
@@ -283,34 +338,40 @@ def decode_publish(header: bytes, blob: bytes) -> PublishFrame:
         if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
             raise ProtocolError("publish: an item with an impossible size, target, delay or ttl")
         total += item.size
-    total += _check_gathers(frame.opens, frame.arrivals, count)
+    if frame.opens or frame.arrivals:
+        total += _check_gathers(frame.opens, frame.arrivals, frame.targets)
+        if not all(each.group for each in frame.opens) or not all(each.group for each in frame.arrivals):
+            raise ProtocolError("publish: a gather belongs to a group, and here one is not named")
     if total != len(blob):
         raise ProtocolError(f"publish: the bodies are {len(blob)} bytes, the header says {total}")
     return frame
 
 
-def decode_settle(header: bytes, blob: bytes) -> SettleFrame:
+def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
     """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
     try:
         frame = _settle(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"settle: {error}") from None
-    _check_targets(frame.targets)
-    count = len(frame.targets)
+    targets = frame.targets
+    _check_targets(targets)
+    count = len(targets)
     total = 0
     for move in frame.moves:
         size = move[3]
-        if size < 0 or not 0 <= move[2] < count:
+        if size < 0 or not 0 <= move[2] < count or targets[move[2]].flags & PUSH_ONLY:
             raise ProtocolError("settle: a move with an impossible size or target")
         total += size
     for other in frame.others:
-        if other.outcome not in (DONE, AGAIN, DEAD) or not other.delay >= 0 or not other.leases:
-            raise ProtocolError("settle: an item with an impossible outcome, delay or no lease")
+        if other.outcome not in (DONE, AGAIN, DEAD) or not other.delay >= 0:
+            raise ProtocolError("settle: an item with an impossible outcome or delay")
+        if not other.leases or len({id for id, _ in other.leases}) != len(other.leases):
+            raise ProtocolError("settle: an item without a lease, or with one twice")
         for item in other.publishes:
             if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
                 raise ProtocolError("settle: a publish with an impossible size, target, delay or ttl")
             total += item.size
-        total += _check_gathers(other.opens, other.arrivals, count)
+        total += _check_gathers(other.opens, other.arrivals, targets)
     if total != len(blob):
         raise ProtocolError(f"settle: the bodies are {len(blob)} bytes, the header says {total}")
     return frame
@@ -322,11 +383,13 @@ def _check_targets(targets: list[Target]) -> None:
             raise ProtocolError("a target without a queue")
 
 
-def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: int) -> int:
+def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: list[Target]) -> int:
     total = 0
     for gather in opens:
-        if gather.size < 0 or gather.need < 0 or not 0 <= gather.target < targets or not gather.deadline >= 0:
-            raise ProtocolError("a gather with an impossible size, need, target or deadline")
+        if gather.size < 0 or gather.need < 0 or not gather.deadline >= 0:
+            raise ProtocolError("a gather with an impossible size, need or deadline")
+        if not 0 <= gather.target < len(targets) or targets[gather.target].flags & PUSH_ONLY:
+            raise ProtocolError("a gather with an impossible target")
         total += gather.size
     for arrival in arrivals:
         if arrival.size < 0:
@@ -335,11 +398,11 @@ def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: in
     return total
 
 
-def decode_checkpoint(header: bytes) -> Checkpoint:
+def decode_checkpoint(header: Buffer) -> Checkpoint:
     """Raises `ProtocolError` for a wrong shape."""
     try:
         return _checkpoint(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"checkpoint: {error}") from None
 
 
@@ -347,7 +410,7 @@ def decode_release(header: bytes) -> Release:
     """Raises `ProtocolError` for a wrong shape."""
     try:
         return _release(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"release: {error}") from None
 
 
@@ -355,5 +418,5 @@ def decode_query(header: bytes) -> Query:
     """Raises `ProtocolError` for a wrong shape."""
     try:
         return _query(header)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"query: {error}") from None

@@ -1,7 +1,7 @@
 """A connection over a DEALER socket that one thread owns.
 
-Other threads lay frames ready and wake it through an eventfd. The socket's own monitor tells of each (re)connect, so that
-a restarted broker hears a hello at once rather than after a time-out.
+Other threads lay frames ready and wake it through an eventfd. The socket's own monitor tells of each (re)connect, so
+that a restarted broker hears a hello at once rather than after a time-out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from brokers.api import Listener
 from brokers.client import PeerClient
-from brokers.core import wire
+from brokers.errors import BrokerUnavailable
 
 __all__ = ["ZmqClient"]
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 SILENCE = 1.0
 """Seconds after which an unanswered hello is said again."""
+
+LEAVE_TAKING = 0.05
+"""Seconds between looks at whether all is confirmed, while closing."""
 
 
 class ZmqClient(PeerClient):
@@ -34,30 +38,37 @@ class ZmqClient(PeerClient):
     ) -> None:
         super().__init__(listener, peer=peer, role=role, name=name)
         self._address = address
+        self._outgoing: deque[tuple[bytes, bytes, bytes]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._sleeping = False
         self._stopping = threading.Event()
         self._deadline = 0.0
+        self._hello_due = float("inf")
         self._thread = threading.Thread(target=self._run, name=f"broker-io-{name or self.peer}", daemon=True)
         self._thread.start()
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait up to `timeout` seconds for what is unconfirmed, then end the connection."""
-        if self._stopping.is_set():
-            return
         self._deadline = time.monotonic() + timeout
-        self._stopping.set()
-        os.eventfd_write(self._wakeup, 1)
+        with self._lock:
+            # The eventfd is open for as long as the connection has not ended.
+            if not self._ended and not self._stopping.is_set():
+                self._stopping.set()
+                os.eventfd_write(self._wakeup, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout + 1)
 
-    def _wake(self) -> None:
+    def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
+        self._outgoing.append((op, header, blob))
         if self._sleeping:
             os.eventfd_write(self._wakeup, 1)
 
-    def _say_hello(self) -> None:
+    def say_hello(self) -> None:
         self._hello_due = time.monotonic() + SILENCE
-        self._dealer.send_multipart(self._hello())
+        hello = self._hello()
+        # Not welcomed any more: nothing is laid ready now, and what was is sent again.
+        self._outgoing.clear()
+        self._dealer.send_multipart(hello)
 
     def _run(self) -> None:
         context = zmq.Context()
@@ -73,20 +84,17 @@ class ZmqClient(PeerClient):
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
-        self._hello_due = float("inf")
         dealer.connect(self._address)
+        why = "the connection to the broker was closed"
         try:
             while not self._finished():
                 self._round(poller, dealer, monitor)
-            if self._welcomed:
-                with self._lock:
-                    self._frame += 1
-                    bye = wire.encode((self.broker_epoch, self._frame, "bye", ()))
-                dealer.send_multipart((wire.QUERY, bye, b""))
-        except Exception:
+            self._take_leave(dealer)
+        except Exception as error:
+            why = f"the connection to the broker has failed: {error!r}"
             logger.exception("the connection to the broker at %s has failed", self._address)
         finally:
-            self._fail_all("the connection to the broker was closed")
+            self.end(why)
             dealer.disable_monitor()
             monitor.close(0)
             dealer.close()
@@ -94,16 +102,25 @@ class ZmqClient(PeerClient):
             os.close(self._wakeup)
 
     def _finished(self) -> bool:
+        if self._ended:
+            return True
         if not self._stopping.is_set():
             return False
         return not self._unconfirmed or time.monotonic() >= self._deadline
 
+    def _take_leave(self, dealer: zmq.Socket[bytes]) -> None:
+        if self._welcomed and not self._ended:
+            try:
+                self.query("bye")
+            except BrokerUnavailable:
+                return
+            self._send_all(dealer)
+
     def _round(self, poller: zmq.Poller, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         self._sleeping = True
-        if self._outgoing:
-            ready = {}
-        else:
-            ready = dict(poller.poll(100 if self._stopping.is_set() else 500))
+        # Between these lines another thread may lay a frame ready: it finds us asleep then, and wakes us.
+        patience = 0.0 if self._outgoing else LEAVE_TAKING if self._stopping.is_set() else SILENCE / 2
+        ready = dict(poller.poll(int(patience * 1000)))
         self._sleeping = False
         if self._wakeup in ready:
             try:
@@ -112,9 +129,9 @@ class ZmqClient(PeerClient):
                 pass
         if monitor in ready:
             recv_monitor_message(monitor)
-            self._say_hello()
+            self.say_hello()
         elif not self._welcomed and time.monotonic() >= self._hello_due:
-            self._say_hello()
+            self.say_hello()
         while True:
             try:
                 parts = dealer.recv_multipart(zmq.NOBLOCK)
@@ -122,10 +139,10 @@ class ZmqClient(PeerClient):
                 break
             if len(parts) == 2:
                 self.said(parts[0], parts[1])
+        self._send_all(dealer)
+
+    def _send_all(self, dealer: zmq.Socket[bytes]) -> None:
         outgoing = self._outgoing
         while outgoing:
-            try:
-                frame = outgoing.popleft()
-            except IndexError:
-                break
+            frame = outgoing.popleft()
             dealer.send_multipart(frame, copy=len(frame[2]) < 65536)

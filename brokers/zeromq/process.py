@@ -1,7 +1,8 @@
 """The broker process: journal, engine, socket; says when it is ready, ends when told or when its parent is gone.
 
 `python -m brokers.zeromq.process '{"address": …, "journal": …}'`. What it has to say about its start goes to the file
-descriptor `ready_fd` as one line of JSON. It runs no user code, unpickles nothing and starts no thread but ZeroMQ's own.
+descriptor `ready_fd` as one line of JSON. It runs no user code, unpickles nothing and starts no thread but those of
+ZeroMQ.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import msgspec
 
 from brokers.core.machine import Limits
 from brokers.engine import Engine
-from brokers.errors import BrokerError, JournalCorrupt, JournalFailed
+from brokers.errors import BrokerError, JournalCorrupt, JournalError
 from brokers.zeromq.server import Server
 
 __all__ = ["ProcessOptions", "main"]
 
 PR_SET_PDEATHSIG = 1
+
+EXIT_JOURNAL = 70
+"""How the process ends when its journal has failed: start it again, and it recovers from what is on disk."""
 
 
 class ProcessOptions(msgspec.Struct):
@@ -39,17 +43,27 @@ class ProcessOptions(msgspec.Struct):
     parent: int = 0
 
 
+class _Stop:
+    """SIGTERM, remembered; `wakeup` becomes readable with it."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._heard)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def __call__(self) -> bool:
+        return self.wanted
+
+    def _heard(self, signum: int, frame: object) -> None:
+        self.wanted = True
+
+
 def main(argument: str) -> int:
-    """Run until SIGTERM; 0 when all went well, 70 when the journal failed."""
+    """Run until SIGTERM; 0 when all went well, 1 when it could not start, 70 when the journal failed."""
     options = msgspec.json.decode(argument.encode(), type=ProcessOptions)
-    stopping = False
-
-    def stop(signum: int, frame: object) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = _Stop()
     if options.parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != options.parent:
@@ -61,9 +75,10 @@ def main(argument: str) -> int:
             limits=Limits(max_message_bytes=options.max_message_bytes),
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
-            warn=lambda text: print(f"stageflow: {text}", file=sys.stderr, flush=True),
+            warn=_warn,
+            giving_up=stop,
         )
-        server = Server(engine, options.address)
+        server = Server(engine, options.address, wakeup=stop.wakeup)
     except (BrokerError, OSError) as error:
         report: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, JournalCorrupt):
@@ -75,13 +90,18 @@ def main(argument: str) -> int:
     gc.freeze()
     gc.disable()
     try:
-        server.run(lambda: stopping)
-    except JournalFailed as error:
-        print(f"stageflow: the broker ends because its journal failed: {error}", file=sys.stderr, flush=True)
-        os._exit(70)
+        server.run(stop)
+    except JournalError as error:
+        # Nothing that was not committed may leave, and sockets that are closed in good order still send.
+        _warn(f"the broker ends because its journal failed: {error}")
+        os._exit(EXIT_JOURNAL)
     server.close()
     engine.close()
     return 0
+
+
+def _warn(text: str) -> None:
+    print(f"stageflow: {text}", file=sys.stderr, flush=True)  # noqa: T201 - a process speaks to whoever started it
 
 
 def _say(fd: int, report: dict[str, object]) -> None:

@@ -1,51 +1,65 @@
 """The broker on a ROUTER socket: one thread, one loop, no decision of its own.
 
-Drain what has arrived, give it to the engine, send what the engine lets go. A peer that cannot be reached is told to the
-machine; a frame of the wrong shape is counted and dropped. Must never send anything that the engine did not return.
+Drain what has arrived, give it to the engine, send what the engine lets go. The machine is told of a peer that cannot
+be reached; a frame of the wrong shape is counted and dropped. Must never send anything that the engine did not return.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import zmq
 
+from brokers.core.wire import MAX_FRAME
 from brokers.engine import Engine, Frame, Outgoing
 
-__all__ = ["MAX_FRAME", "Server"]
+__all__ = ["Server"]
 
-DRAINED = 512
+DRAINED_FRAMES = 512
 """Most frames taken in one round: one commit for all of them, yet a round stays well under a second."""
 
-MAX_FRAME = 256 << 20
-"""Largest part of a message that the socket takes, in bytes."""
+DRAINED_BYTES = 64 << 20
+"""A round takes no more frames once it has this many bytes."""
 
 IDLE = 0.5
 """Seconds that a round may wait when nothing is due."""
 
+PROBE = 5.0
+"""Seconds between words to everybody: a socket tells of a peer that has gone only when something is sent to it."""
+
 
 class Server:
-    """Serves `engine` at `address` until `stopping()` says so."""
+    """Serves `engine` at `address` until `stopping()` says so, which is asked again when `wakeup` can be read."""
 
-    def __init__(self, engine: Engine, address: str) -> None:
+    def __init__(self, engine: Engine, address: str, *, wakeup: int = -1) -> None:
         self._engine = engine
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.SNDHWM, 0)
         self._router.setsockopt(zmq.RCVHWM, 0)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self._router.bind(address)
-        self.misshapen = 0
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        if wakeup >= 0:
+            self._poller.register(wakeup, zmq.POLLIN)
+        self._probe_due = 0.0
+        self._more = False
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """The loop. Raises `JournalFailed` when the journal has failed: end the process then."""
-        router = self._router
         engine = self._engine
         while not stopping():
-            router.poll(int(engine.patience(IDLE) * 1000 + 0.999))
-            self._send(engine.round(self._drain()))
+            self._poller.poll(0 if self._more else int(engine.patience(IDLE) * 1000 + 0.999))
+            frames = self._drain()
+            self._send(engine.round(frames, more=self._more))
+            if (now := time.monotonic()) >= self._probe_due:
+                self._probe_due = now + PROBE
+                engine.machine.probe()
 
     def close(self) -> None:
         """Let go of the socket."""
@@ -55,15 +69,21 @@ class Server:
     def _drain(self) -> list[Frame]:
         frames: list[Frame] = []
         receive = self._router.recv_multipart
-        for _ in range(DRAINED):
+        room = DRAINED_BYTES
+        self._more = True
+        for _ in range(DRAINED_FRAMES):
             try:
                 parts = receive(zmq.NOBLOCK)
             except zmq.Again:
+                self._more = False
                 break
-            if len(parts) != 4 or len(parts[0]) != 8 or len(parts[1]) != 1:
-                self.misshapen += 1
+            if len(parts) != 4 or len(parts[0]) != 8 or len(parts[1]) != 1 or not any(parts[0]):
+                self._engine.machine.malformed += 1
                 continue
             frames.append((int.from_bytes(parts[0], "big"), parts[1], parts[2], parts[3]))
+            room -= len(parts[2]) + len(parts[3])
+            if room < 0:
+                break
         return frames
 
     def _send(self, outgoing: list[Outgoing]) -> None:

@@ -1,0 +1,253 @@
+"""Who holds what: credit, delivery, return, adoption after a restart, and what becomes of the messages of the dead.
+
+A lease names the epoch of the broker and a sequence number; only the current one counts. Delivery happens after the
+commit, and is not recorded: after a crash whoever holds a message says so, and everything else is ready again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from brokers.core.ledger import Ledger
+from brokers.core.message import READY, Extra, Message
+from brokers.core.queue import Queue
+from brokers.core.sessions import Consumer, Session
+from brokers.core.store import DEEP, Store
+from brokers.core.talk import Talk
+from brokers.core.wire import DeliveryExtra
+
+__all__ = ["Leases"]
+
+DELIVERED_BYTES = 4 << 20
+"""A delivery to one consumer ends with the body that reaches this many bytes, whatever its credit."""
+
+EXPIRED = b"expired"
+"""The failure of a message that waited longer than its time to live, or of a gather that passed its deadline."""
+
+
+class Leases:
+    """Deliveries of one machine. `rostered`: it is known who may hold messages. `held_back`: none but the supervisor
+    is given any."""
+
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk, *, rostered: bool) -> None:
+        self.store = store
+        self._ledger = ledger
+        self._talk = talk
+        self.rostered = rostered
+        self.held_back = False
+        self.overtaken: list[Message] = []
+
+    def held(self, session: Session, id: int, lease: int) -> Message | None:
+        """The message, if this session holds it under this lease."""
+        message = self.store.messages.get(id)
+        if message is None or message.lease != lease:
+            return None
+        holder = message.holder
+        if holder is None or holder.session is not session:
+            return None
+        return message
+
+    def let_go(self, message: Message) -> None:
+        """Its holder has settled it and has room for another."""
+        holder = message.holder
+        if holder is not None:
+            del holder.held[message.id]
+            self.store.touched.add(holder.queue)
+        message.holder, message.lease = None, 0
+
+    def give_back(self, message: Message) -> None:
+        """It was not begun, or nobody knows: to the head of its queue, uncharged. It must be in no lane."""
+        self.let_go(message)
+        if message.overtaken:
+            self.divert(message)
+        else:
+            message.queue.push_front(message)
+            self.store.touched.add(message.queue)
+
+    def again(self, message: Message, seconds: float = 0.0) -> None:
+        """Deliver once more, after a delay or at once at the head. It must be in no lane, and nobody's."""
+        store = self.store
+        store.delay(message.details(), seconds)
+        if message.overtaken:
+            self.divert(message)
+        else:
+            store.enqueue(message, front=not seconds)
+            store.touched.add(message.queue)
+
+    def divert(self, message: Message) -> None:
+        """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
+        group = message.group
+        assert group is not None
+        assert group.divert is not None
+        name, label = group.divert
+        message.queue = self.store.queue(name)
+        message.label = label
+        extra = message.extra
+        if extra is not None:
+            extra.due = extra.due_wall = extra.delay = 0.0
+            extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
+            extra.expires = extra.expires_wall = 0.0
+        self._ledger.copy(message)
+        self.store.enqueue(message)
+        self.store.touched.add(message.queue)
+
+    # consumers
+
+    def consume(self, session: Session, name: str, prefetch: int) -> None:
+        """`session` takes messages of a queue, `prefetch` at once."""
+        consumer = session.consumers.get(name)
+        if consumer is None:
+            queue = self.store.queue(name)
+            consumer = session.consumers[name] = Consumer(session, queue, prefetch)
+            queue.consumers.append(consumer)
+        consumer.prefetch = prefetch
+        self.store.touched.add(consumer.queue)
+
+    def announce(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
+        """What a peer says that it holds: what it was given and does not name never reached it. The ids that it must
+        drop are returned."""
+        named = set(holding)
+        for consumer in session.consumers.values():
+            for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
+                self.give_back(message)
+        return [id for id, lease in holding if not self._adopt(session, id, lease)]
+
+    def _adopt(self, session: Session, id: int, lease: int) -> bool:
+        """Give a worker that outlived a broker the lease it had; False when the message is not its own any more."""
+        message = self.store.messages.get(id)
+        if message is None:
+            return False
+        holder = message.holder
+        if holder is not None and holder.session is session and message.lease == lease:
+            return True
+        consumer = session.consumers.get(message.queue.name)
+        if consumer is None or not 0 < lease < self.store.epoch << 40:
+            return False
+        if holder is not None:
+            # Two claim it from before the restart: the later lease made the earlier one void.
+            if message.lease >= lease:
+                return False
+            self.let_go(message)
+        elif message.state() != READY:
+            return False
+        else:
+            message = self.store.replace(message)
+        message.holder, message.lease = consumer, lease
+        consumer.held[id] = message
+        return True
+
+    def bury(self, session: Session, *, guilty: int = 0, blame: Callable[[Message], None] | None = None) -> None:
+        """The session is over: what it held goes back to the head of its queue, in order, uncharged.
+
+        `blame` is given the message it was running, in place of putting it back.
+        """
+        for consumer in session.consumers.values():
+            consumer.queue.consumers.remove(consumer)
+            culprit = consumer.held.get(guilty) if blame is not None else None
+            for message in reversed(list(consumer.held.values())):
+                if message is not culprit:
+                    self.give_back(message)
+            if culprit is not None and blame is not None:
+                self.let_go(culprit)
+                blame(culprit)
+        session.consumers.clear()
+        session.connected = False
+        self.store.sessions.pop(session.peer, None)
+
+    def heard_of(self, peer: int) -> None:
+        """The peer has announced what it holds, or is dead: no queue waits for it any longer."""
+        for queue in self.store.queues.values():
+            if peer in queue.awaiting:
+                queue.awaiting.discard(peer)
+                self.store.touched.add(queue)
+
+    def divert_overtaken(self) -> None:
+        """Messages that were in work when their epoch was raised, and that nobody claims after a restart, go to
+        whoever raised it, as soon as all who might have claimed them have spoken."""
+        waiting = []
+        for message in self.overtaken:
+            if self.store.messages.get(message.id) is not message or message.state() != READY:
+                continue
+            if message.queue.awaiting or not self.rostered:
+                waiting.append(message)
+            elif message.overtaken:
+                self.divert(self.store.replace(message))
+        self.overtaken = waiting
+
+    # deliveries
+
+    def deliver(self) -> None:
+        """Give what is ready in the queues that were touched to those who have room for it."""
+        touched = self.store.touched
+        if not touched:
+            return
+        paging = self.store.paging
+        for queue in touched:
+            if self.rostered and queue.consumers and not queue.paused and not queue.awaiting:
+                self._pump(queue)
+            if paging and len(queue.ready) > DEEP:
+                queue.page_out(DEEP)
+        touched.clear()
+
+    def _pump(self, queue: Queue) -> None:
+        free = [c for c in queue.consumers if len(c.held) < c.prefetch and c.session.connected]
+        if self.held_back:
+            free = [c for c in free if c.session.role == "supervisor"]
+        while free and queue.next_lane():
+            share = -(-max(1, queue.ready_count) // len(free))
+            consumer = free.pop(0)
+            self._deliver(queue, consumer, min(share, consumer.prefetch - len(consumer.held)))
+        if len(queue.consumers) > 1:
+            queue.consumers.append(queue.consumers.pop(0))
+
+    def _deliver(self, queue: Queue, consumer: Consumer, count: int) -> None:
+        session = consumer.session
+        held = consumer.held
+        now = self.store.now
+        lease = self.store.next_lease
+        items: list[tuple[Any, ...]] = []
+        bodies = session.bodies
+        room = DELIVERED_BYTES
+        while count > 0 and room > 0 and (lane := queue.next_lane()):
+            message = lane.popleft()
+            if message.holder is not None:
+                queue.skip -= 1
+                continue
+            message.lease = lease
+            message.holder = consumer
+            held[message.id] = message
+            body = message.body
+            if body is None:
+                body = message.body = self._ledger.body(message)
+            bodies.append(body)
+            room -= message.size
+            group = message.group
+            extra = message.extra
+            items.append(
+                (
+                    message.id,
+                    lease,
+                    message.size,
+                    "" if group is None else group.id,
+                    message.epoch,
+                    None if extra is None and not message.priority else _as_delivered(message, now),
+                )
+            )
+            lease += 1
+            count -= 1
+        self.store.next_lease = lease
+        if items:
+            queue.delivered += len(items)
+            session.deliveries.append((queue.name, items))
+            self._talk.dirty.add(session)
+
+
+def _as_delivered(message: Message, now: float) -> DeliveryExtra:
+    extra = message.extra or Extra()
+    failure, fresh = extra.failure, extra.fresh
+    if extra.expires and extra.expires <= now and not fresh:
+        failure, fresh = EXPIRED, True
+    return DeliveryExtra(
+        extra.attempts, extra.deaths, failure, fresh, extra.steps, extra.parts, message.label, message.priority
+    )

@@ -1,0 +1,131 @@
+"""Looking: what a peer may see of queues, messages and groups. Plain data, and nothing changes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from brokers.core.leases import Leases
+from brokers.core.ledger import Ledger
+from brokers.core.message import Group, Message
+from brokers.core.queue import Queue
+from brokers.core.sessions import Session
+from brokers.core.store import Store
+from brokers.errors import ProtocolError, Refused
+
+__all__ = ["DLQ", "Looking", "named"]
+
+DLQ = "dlq."
+"""Prefix under which the dead letters of a queue are named."""
+
+SHOWN_BYTES = 16 << 20
+"""A list of messages leaves out the bodies beyond this many bytes."""
+
+
+def named(store: Store, name: str) -> tuple[Queue, bool]:
+    """The queue of that name, and whether its dead letters are meant. Raises `Refused` if there is none."""
+    if name in store.queues:
+        return store.queues[name], False
+    if name.startswith(DLQ) and name[len(DLQ) :] in store.queues:
+        return store.queues[name[len(DLQ) :]], True
+    raise Refused(f"no queue is named {name!r}")
+
+
+class Looking:
+    """The view into one machine."""
+
+    def __init__(self, store: Store, ledger: Ledger, leases: Leases) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._leases = leases
+
+    def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
+        store = self._store
+        found = {id: self._group(group) for id in ids if (group := store.groups.get(id)) is not None}
+        return {"epoch": store.epoch, "left_seq": store.left_seq, "groups": found}
+
+    def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        """The groups with the body of every message: to be looked at by people, a few at a time."""
+        groups = self._store.groups
+        return {id: self._group(group, bodies=True) for id in ids if (group := groups.get(id)) is not None}
+
+    def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` groups with a message in a queue whose name begins so; mostly the latest first."""
+        found: list[dict[str, Any]] = []
+        for group in reversed(self._store.groups.values()):
+            if len(found) >= limit:
+                break
+            if not queue_prefix or any(m.queue.name.startswith(queue_prefix) for m in group.messages()):
+                found.append(self._group(group))
+        return found
+
+    def _group(self, group: Group, *, bodies: bool = False) -> dict[str, Any]:
+        ended = group.ended
+        return {
+            "id": group.id,
+            "epoch": group.epoch,
+            "digest": group.digest,
+            "ended": ended,
+            "messages": [self._message(m, body=bodies or (ended and m.label == ended)) for m in group.messages()],
+            "gathers": [
+                {"key": g.key, "need": g.need, "arrived": len(g.arrivals)} for g in (group.gathers or {}).values()
+            ],
+        }
+
+    def _message(self, message: Message, *, body: object) -> dict[str, Any]:
+        extra = message.extra
+        described: dict[str, Any] = {
+            "id": message.id,
+            "queue": message.queue.name,
+            "group": "" if message.group is None else message.group.id,
+            "epoch": message.epoch,
+            "label": message.label,
+            "state": message.state(),
+            "size": message.size,
+            "enqueued": message.place.wall,
+            "attempts": 0 if extra is None else extra.attempts,
+            "deaths": 0 if extra is None else extra.deaths,
+            "failure": None if extra is None else extra.failure,
+            "due": 0.0 if extra is None else extra.due_wall,
+            "reason": None if extra is None else extra.reason,
+            "parked": 0.0 if extra is None else extra.parked_wall,
+            "evidence": False if extra is None else extra.evidence,
+            "holder": "" if message.holder is None else message.holder.session.name,
+        }
+        if body:
+            described["body"] = self._ledger.body(message)
+        return described
+
+    def queues(self, prefix: str) -> list[dict[str, Any]]:
+        """The queues whose names begin so, by name, with what is in them."""
+        return [self._queue(q) for name, q in sorted(self._store.queues.items()) if name.startswith(prefix)]
+
+    def _queue(self, queue: Queue) -> dict[str, Any]:
+        first = next(queue.waiting(), None)
+        closed = not self._leases.rostered or bool(queue.awaiting)
+        return {
+            "name": queue.name,
+            "ready": queue.ready_count,
+            "leased": sum(len(consumer.held) for consumer in queue.consumers),
+            "delayed": queue.delayed,
+            "dead": len(queue.dead),
+            "oldest": 0.0 if first is None else max(0.0, self._store.wall - first.place.wall),
+            "consumers": len(queue.consumers),
+            "busy": sum(1 for consumer in queue.consumers if consumer.held),
+            "delivered": queue.delivered,
+            "settled": queue.settled,
+            "state": "paused" if queue.paused else "closed" if closed else "open",
+        }
+
+    def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Messages of a queue that are ready, in their order, or its dead letters; bodies up to 16 MiB in all."""
+        queue, dead = named(self._store, name)
+        if offset < 0 or not 0 <= limit <= 10_000:
+            raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
+        found: list[dict[str, Any]] = []
+        room = SHOWN_BYTES
+        for message in islice(queue.dead.values() if dead else queue.waiting(), offset, offset + limit):
+            room -= message.size
+            found.append(self._message(message, body=room >= 0 or not found))
+        return found

@@ -1,0 +1,165 @@
+"""Supervision: what only the supervisor may say. Who has died, who is alive, and whether anything is to be delivered.
+
+Death is news from whoever saw the process exit. What that process sent before may still be on its way here, so its
+consequences wait a moment, and the supervisor is answered when they are recorded.
+"""
+
+from __future__ import annotations
+
+from brokers.core.leases import Leases
+from brokers.core.ledger import Ledger
+from brokers.core.message import READY, Message
+from brokers.core.sessions import Session
+from brokers.core.store import Store
+from brokers.core.talk import Talk
+from brokers.errors import Refused
+
+__all__ = ["Supervision"]
+
+LAST_WORDS = 0.005
+"""Seconds between the news of a death and its consequences; a settlement that arrives in between counts first."""
+
+
+class _Death:
+    """What the supervisor said of one process, until it has its consequences."""
+
+    __slots__ = ("attempt", "charge", "due", "failure", "frame", "guilty", "peer", "session")
+
+    def __init__(
+        self, session: Session, peer: int, guilty: int, charge: bool, attempt: bool, failure: bytes, due: float
+    ) -> None:
+        self.session = session
+        self.frame = session.heard
+        self.peer = peer
+        self.guilty = guilty
+        self.charge = charge
+        self.attempt = attempt
+        self.failure = failure
+        self.due = due
+
+
+class Supervision:
+    """The supervisor's part of one machine."""
+
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk, leases: Leases) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._talk = talk
+        self._leases = leases
+        self._deaths: list[_Death] = []
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next."""
+        return self._deaths[0].due if self._deaths else None
+
+    def _check(self, session: Session) -> None:
+        if session.role != "supervisor":
+            raise Refused("only the supervisor may say this")
+
+    def dead(self, session: Session, peer: int, guilty: int, charge: bool, attempt: bool, failure: bytes) -> None:
+        """The process of `peer` has ended. `guilty` is the message it was running, 0 for none or for nobody's fault.
+
+        `charge` counts a death, `attempt` an attempt; `failure` is delivered with the message.
+        """
+        self._check(session)
+        due = self._store.now + LAST_WORDS
+        self._deaths.append(_Death(session, peer, guilty, charge, attempt, failure, due))
+        session.deferred.append(session.heard)
+
+    def tick(self) -> None:
+        """Let deaths have their consequences whose last words have been heard."""
+        while self._deaths and self._deaths[0].due <= self._store.now:
+            death = self._deaths.pop(0)
+            self._happen(death)
+            if death.frame in death.session.deferred:
+                death.session.deferred.remove(death.frame)
+                self._talk.dirty.add(death.session)
+
+    def _happen(self, death: _Death) -> None:
+        store, leases = self._store, self._leases
+        innocent = not (death.charge or death.attempt or death.failure)
+        unclaimed = self._unclaimed(death)
+        session = store.sessions.get(death.peer)
+        if session is not None:
+            leases.bury(
+                session, guilty=death.guilty, blame=None if innocent else lambda message: self._blame(message, death)
+            )
+        if unclaimed is not None and not innocent:
+            self._blame(store.replace(unclaimed), death)
+        store.last_frames.pop(death.peer, None)
+        leases.heard_of(death.peer)
+
+    def _unclaimed(self, death: _Death) -> Message | None:
+        """The guilty message, if the broker was started anew since its worker got it, and nobody has had it since."""
+        message = self._store.messages.get(death.guilty)
+        if message is None or message.state() != READY:
+            return None
+        waits = not self._leases.rostered or death.peer in message.queue.awaiting
+        return message if waits else None
+
+    def _blame(self, message: Message, death: _Death) -> None:
+        extra = message.details()
+        extra.deaths += death.charge
+        extra.attempts += death.attempt
+        extra.failure, extra.fresh = death.failure, True
+        extra.expires = extra.expires_wall = 0.0
+        most = message.queue.options.max_deaths
+        if death.charge and most and extra.deaths >= most and not message.overtaken:
+            self._bury_message(message, death.failure)
+        else:
+            self._leases.again(message)
+            self._ledger.mark(message)
+
+    def _bury_message(self, message: Message, reason: bytes) -> None:
+        """It has killed as many as it may: a dead letter, and whoever is to be told gets a copy."""
+        store = self._store
+        options = message.queue.options
+        group = message.group
+        store.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
+        self._ledger.mark(message)
+        if not options.notify_queue:
+            if group is not None:
+                self._talk.notify(group, "parked")
+            return
+        queue = store.queue(options.notify_queue)
+        body = self._ledger.body(message)
+        told = store.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.place, 0)
+        known, extra = message.details(), told.details()
+        extra.failure, extra.fresh = reason, True
+        extra.attempts, extra.deaths, extra.steps = known.attempts, known.deaths, known.steps
+        self._ledger.copy(told)
+        store.enqueue(told)
+        store.touched.add(queue)
+
+    def roster(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
+        """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
+        self._check(session)
+        store, leases = self._store, self._leases
+        if leases.rostered:
+            return
+        for peer, queues in peers:
+            known = store.sessions.get(peer)
+            if known is None or not known.connected:
+                for name in queues:
+                    store.queue(name).awaiting.add(peer)
+        leases.rostered = True
+        store.touched.update(store.queues.values())
+
+    def hold(self, session: Session, held: bool) -> None:
+        """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
+        self._check(session)
+        self._leases.held_back = held
+        if not held:
+            self._store.touched.update(self._store.queues.values())
+            return
+        for other in self._store.sessions.values():
+            if other.consumers and other is not session:
+                self._talk.notice(other, "recall", None)
+
+    def recall(self, session: Session, peer: int) -> None:
+        """Ask a consumer to return what it has not begun: the message it is at takes long."""
+        self._check(session)
+        other = self._store.sessions.get(peer)
+        if other is not None and any(len(consumer.held) > 1 for consumer in other.consumers.values()):
+            self._talk.notice(other, "recall", None)

@@ -1,0 +1,85 @@
+"""What peers are to be told: it waits here, session by session, until the records that it speaks of are on disk.
+
+Nothing here decides what is said, and nothing leaves but by `spoken`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from brokers.core import wire
+from brokers.core.message import Group
+from brokers.core.sessions import Session
+from brokers.core.store import Store
+
+__all__ = ["Outgoing", "Talk"]
+
+Outgoing = tuple[int, bytes, bytes]
+"""(peer, header, blob) to be sent."""
+
+
+class Talk:
+    """The broker's side of all conversations."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.dirty: set[Session] = set()
+        self._strangers: dict[int, tuple[str, Any]] = {}
+
+    def result(self, session: Session, frame: int, value: Any) -> None:
+        """Answer a frame."""
+        session.results.append((frame, value))
+        self.dirty.add(session)
+
+    def notice(self, session: Session, word: str, detail: Any) -> None:
+        """Say something that was not asked."""
+        session.notices.append((word, detail))
+        self.dirty.add(session)
+
+    def notice_stranger(self, peer: int, word: str, detail: Any) -> None:
+        """Say one thing to a peer that is not known, or not any more."""
+        self._strangers[peer] = (word, detail)
+
+    def notify(self, group: Group, word: str) -> None:
+        """Tell whoever watches the group."""
+        for session in group.watchers or ():
+            self.notice(session, word, group.id)
+
+    def push(self, group: Group, label: str, body: bytes) -> None:
+        """Send a body to whoever watches the group."""
+        for session in group.watchers or ():
+            self.push_to(session, group, label, body)
+
+    def push_to(self, session: Session, group: Group, label: str, body: bytes) -> None:
+        """Send a body to one session."""
+        session.pushes.append((group.id, label, len(body)))
+        session.push_bodies.append(body)
+        self.dirty.add(session)
+
+    def spoken(self) -> list[Outgoing]:
+        """All that may leave now."""
+        epoch = self._store.epoch
+        out = []
+        for session in self.dirty:
+            if not session.connected and not session.parting:
+                session.forget_talk()
+                continue
+            acked, results, later = session.heard, session.results, None
+            if session.deferred:
+                acked = min(acked, session.deferred[0] - 1)
+                later = [result for result in results if result[0] > acked]
+                results = [result for result in results if result[0] <= acked]
+            header = wire.encode(
+                (epoch, acked, results, session.deliveries, session.pushes, session.notices),
+            )
+            blob = b"".join(session.bodies + session.push_bodies)
+            session.forget_talk()
+            if later:
+                session.results = later
+            session.parting = False
+            out.append((session.peer, header, blob))
+        self.dirty.clear()
+        for peer, notice in self._strangers.items():
+            out.append((peer, wire.encode((epoch, -1, (), (), (), (notice,))), b""))
+        self._strangers.clear()
+        return out

@@ -1,0 +1,310 @@
+"""Whatever is done to a broker, a replay of its journal makes the same state, whichever old segments are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from brokerworld import Peer, World, assert_same, check_whole, picture
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from brokers.core import leases, wire
+from brokers.core.queue import QueueOptions
+from brokers.core.wire import AGAIN, CHECK, DEAD, DONE, LEAVE, PUSH_ONLY, START, TERMINAL, WATCH, SettleItem
+
+SUPERVISOR = 99
+PUBLISHERS = (1, 2)
+WORKERS = (0, 1, 2)  # who takes the place of a dead one is another peer
+CONSUMED = ({"q0": 3, "q1": 1}, {"q0": 2, "q2": 2}, {"fin": 2, "coord": 2, "q1": 2})
+
+queues = st.sampled_from(["q0", "q1", "q2"])
+groups = st.sampled_from(["g0", "g1", "g2", "g3"])
+some_group = st.sampled_from(["", "g0", "g1", "g2", "g3"])
+epochs = st.sampled_from([1, 1, 1, 2, 3, 0])
+bodies = st.binary(max_size=12)
+TARGETS = [
+    ("q0", "a", 0),
+    ("q1", "b", 0),
+    ("q2", "c", 0),
+    ("fin", ":end", TERMINAL),
+    ("", ":news", PUSH_ONLY),
+    ("coord", "failed", 0),
+]
+PLAIN = st.sampled_from([0, 1, 2, 3, 5])
+ANY = st.integers(0, 5)
+keys = st.sampled_from(["k0", "k1"])
+slots = st.sampled_from(["s0", "s1", "s2", "s3"])
+
+
+@st.composite
+def items(draw: st.DrawFn, group: st.SearchStrategy[str] = some_group) -> tuple[tuple[Any, ...], bytes]:
+    body = draw(bodies)
+    flags = draw(st.sampled_from([0, 0, START, START | WATCH, START | CHECK]))
+    name = draw(group)
+    if not name:
+        flags = 0
+    return (
+        draw(ANY),
+        len(body),
+        name,
+        draw(epochs),
+        flags,
+        draw(st.sampled_from([0, 0, 0, 1, -1])),
+        draw(st.sampled_from([0.0, 0.0, 5.0])),
+        draw(st.sampled_from([0.0, 0.0, 7.0])),
+        draw(st.sampled_from([b"d0", b"d1"])) if flags else None,
+        0,
+    ), body
+
+
+@st.composite
+def openings(draw: st.DrawFn, group: st.SearchStrategy[str] = groups) -> tuple[tuple[Any, ...], bytes]:
+    body = draw(bodies)
+    return (
+        draw(keys),
+        draw(st.integers(0, 2)),
+        draw(PLAIN),
+        len(body),
+        draw(group),
+        draw(epochs),
+        draw(st.sampled_from([0.0, 6.0])),
+    ), body
+
+
+@st.composite
+def arrivals(draw: st.DrawFn, group: st.SearchStrategy[str] = groups) -> tuple[tuple[Any, ...], bytes]:
+    body = draw(bodies)
+    return (draw(keys), draw(slots), len(body), draw(group), draw(epochs)), body
+
+
+class BrokerAndItsReplay(RuleBasedStateMachine):
+    """Random commands; after each, the state is compared with that of a replay of what is on disk."""
+
+    world: World
+
+    @initialize(supervised=st.booleans())
+    def begin(self, supervised: bool) -> None:
+        self.world = World(supervised=supervised)
+        self.workers: list[Peer] = []
+        self.hired = 9
+        self.world.peer(SUPERVISOR, role="supervisor")
+        for number in PUBLISHERS:
+            self.world.peer(number)
+        for place in WORKERS:
+            self.workers.append(self._hire(place))
+        supervisor = self.world.peers[SUPERVISOR]
+        supervisor.query("roster", [])
+        supervisor.query(
+            "declare", [QueueOptions("q0", 2, True, "coord", "dead"), QueueOptions("q1", 1), QueueOptions("q2", 0)]
+        )
+
+    def _hire(self, place: int) -> Peer:
+        self.hired += 1
+        return self.world.peer(self.hired, consume=CONSUMED[place], role="worker")
+
+    def _worker(self, place: int) -> Peer:
+        return self._welcomed(self.workers[place].number)
+
+    def _welcomed(self, number: int) -> Peer:
+        peer = self.world.peers[number]
+        if not peer.welcomed:
+            peer.hello()
+        return peer
+
+    # what publishers do
+
+    @rule(
+        peer=st.sampled_from(PUBLISHERS),
+        new=st.lists(items(), max_size=4),
+        opens=st.lists(openings(), max_size=1),
+        arrived=st.lists(arrivals(), max_size=2),
+        atomic=st.booleans(),
+    )
+    def publish(self, peer: int, new: list[Any], opens: list[Any], arrived: list[Any], atomic: bool) -> None:
+        parts = [*new, *opens, *arrived]
+        self._welcomed(peer).publish(
+            TARGETS,
+            [item for item, _ in new],
+            [body for _, body in parts],
+            atomic=atomic,
+            opens=[opening for opening, _ in opens],
+            arrivals=[arrival for arrival, _ in arrived],
+        )
+
+    @rule(peer=st.sampled_from(PUBLISHERS), group=groups, queue=queues, body=bodies, flags=st.sampled_from([0, WATCH]))
+    def start(self, peer: int, group: str, queue: str, body: bytes, flags: int) -> None:
+        self._welcomed(peer).publish(
+            [(queue, "a")], [(0, len(body), group, 1, START | flags, 0, 0.0, 0.0, b"d")], [body]
+        )
+
+    # what workers do
+
+    @rule(place=st.sampled_from(WORKERS), data=st.data())
+    def settle(self, place: int, data: st.DataObject) -> None:
+        worker = self._worker(place)
+        held = list(worker.held.values())
+        moves: list[Any] = []
+        acks: list[Any] = []
+        others: list[Any] = []
+        move_bodies: list[bytes] = []
+        other_bodies: list[bytes] = []
+        for item in held:
+            what = data.draw(st.sampled_from(["keep", "move", "move", "ack", "leave", "other"]), label=f"to {item.id}")
+            lease = item.lease - data.draw(st.sampled_from([0, 0, 0, 0, 1]), label="stale by")
+            if what == "move":
+                body = data.draw(bodies)
+                moves.append((item.id, lease, data.draw(PLAIN), len(body), item.group))
+                move_bodies.append(body)
+            elif what == "ack":
+                acks.append((item.id, lease, 0, item.group))
+            elif what == "leave":
+                acks.append((item.id, lease, LEAVE, item.group))
+            elif what == "other":
+                new = data.draw(st.lists(items(), max_size=2))
+                opens = data.draw(st.lists(openings(some_group), max_size=1))
+                arrived = data.draw(st.lists(arrivals(some_group), max_size=2))
+                others.append(
+                    SettleItem(
+                        [(item.id, lease)],
+                        data.draw(st.sampled_from([DONE, DONE, AGAIN, DEAD])),
+                        [wire.PublishItem(*each) for each, _ in new],
+                        data.draw(st.sampled_from([0.0, 4.0])),
+                        data.draw(st.sampled_from([None, b"boom"])),
+                        [wire.GatherOpen(*each) for each, _ in opens],
+                        [wire.Arrival(*each) for each, _ in arrived],
+                        data.draw(st.sampled_from(["", "", "", item.group])),
+                    )
+                )
+                other_bodies.extend(body for _, body in (*new, *opens, *arrived))
+        if others and len(others) > 1 and data.draw(st.booleans(), label="join two"):
+            second = others.pop(1)
+            if not (second.publishes or second.opens or second.arrivals):
+                others[0].leases.extend(second.leases)
+            else:
+                others.insert(1, second)
+        if moves or acks or others:
+            worker.settle(TARGETS, moves, acks, others, move_bodies + other_bodies)
+
+    @rule(place=st.sampled_from(WORKERS), name=st.sampled_from(["x", "y"]), value=bodies)
+    def checkpoint(self, place: int, name: str, value: bytes) -> None:
+        worker = self._worker(place)
+        if worker.held:
+            item = next(iter(worker.held.values()))
+            worker.send(wire.CHECKPOINT, (item.id, item.lease, name), value)
+
+    @rule(place=st.sampled_from(WORKERS), count=st.integers(1, 3))
+    def release(self, place: int, count: int) -> None:
+        worker = self._worker(place)
+        worker.release([(item.id, item.lease) for item in list(worker.held.values())[-count:]])
+
+    @rule(place=st.sampled_from(WORKERS), forget=st.integers(0, 2))
+    def say_hello_again(self, place: int, forget: int) -> None:
+        """As after a broken connection: some of what was delivered never arrived."""
+        worker = self.workers[place]
+        for id in list(worker.held)[:forget]:
+            del worker.held[id]
+        worker.hello()
+
+    @rule(
+        place=st.sampled_from(WORKERS),
+        guilty=st.booleans(),
+        charge=st.booleans(),
+        attempt=st.booleans(),
+        failure=st.sampled_from([b"", b"crash"]),
+    )
+    def die(self, place: int, guilty: bool, charge: bool, attempt: bool, failure: bytes) -> None:
+        worker = self.workers[place]
+        culprit = next(iter(worker.held), 0) if guilty else 0
+        self._welcomed(SUPERVISOR).query("dead", worker.number, culprit, charge, attempt, failure)
+        self.world.pass_time(0.01)
+        del self.world.peers[worker.number]
+        self.workers[place] = self._hire(place)
+
+    @rule(place=st.sampled_from(WORKERS), polite=st.booleans())
+    def go_and_come_back(self, place: int, polite: bool) -> None:
+        worker = self._worker(place)
+        if polite:
+            worker.query("bye")
+        else:
+            self.world.machine.disconnect(worker.number)
+            self.world.round()
+        worker.hello()
+
+    # what operators do
+
+    @rule(group=groups, epoch=st.integers(1, 4))
+    def raise_epoch(self, group: str, epoch: int) -> None:
+        self._welcomed(1).query("raise-epoch", group, epoch, "coord", "cancel")
+
+    @rule(queue=queues, some=st.booleans())
+    def requeue(self, queue: str, some: bool) -> None:
+        dead = list(self.world.machine.store.queue(queue).dead)
+        self._welcomed(1).query("requeue", f"dlq.{queue}", dead[:1] if some else [])
+
+    @rule(queue=queues, dead=st.booleans(), some=st.booleans())
+    def purge(self, queue: str, dead: bool, some: bool) -> None:
+        known = self.world.machine.store.queue(queue)
+        ids = list(known.dead) if dead else [message.id for message in known.waiting()]
+        self._welcomed(1).query("purge", f"dlq.{queue}" if dead else queue, ids[:1] if some else [])
+
+    @rule(queue=queues, paused=st.booleans())
+    def pause_or_resume(self, queue: str, paused: bool) -> None:
+        self._welcomed(1).query("pause" if paused else "resume", queue)
+
+    @rule(value=st.sampled_from(["x", "y"]))
+    def keep_fact(self, value: str) -> None:
+        self._welcomed(1).query("fact", "name", value)
+
+    # what happens by itself
+
+    @rule(seconds=st.sampled_from([0.5, 4.5, 8.0]), drift=st.sampled_from([0.0, 0.0, 1.5, -1.0]))
+    def pass_time(self, seconds: float, drift: float) -> None:
+        self.world.pass_time(seconds, drift=drift)
+
+    @rule()
+    def next_segment(self) -> None:
+        self.world.disk.seal()
+
+    @precondition(lambda self: len(self.world.disk.segments) > 1)
+    @rule(budget=st.sampled_from([0, 150, 10_000]))
+    def reclaim(self, budget: int) -> None:
+        self.world.reclaim(budget)
+
+    @rule()
+    def crash_and_restart(self) -> None:
+        self.world.restart()
+        check_whole(self.world.machine)
+        roster = [(worker.number, list(worker.consuming)) for worker in self.workers]
+        self._welcomed(SUPERVISOR).query("roster", roster)
+        for peer in self.world.peers.values():
+            if not peer.welcomed:
+                peer.hello()
+
+    @invariant()
+    def a_replay_makes_the_same_state(self) -> None:
+        world = self.world
+        check_whole(world.machine)
+        recovered = world.recover()
+        check_whole(recovered)
+        agree = world.clocks_agree
+        assert_same(picture(recovered, clocks_agree=agree), picture(world.machine, clocks_agree=agree))
+        frames = {session.peer: session.last_frame for session in world.machine.store.sessions.values()}
+        for peer, frame in recovered.store.last_frames.items():
+            assert frame <= frames.get(peer, frame)
+
+
+TestBrokerAndItsReplay = pytest.mark.usefixtures("shallow")(BrokerAndItsReplay.TestCase)
+TestBrokerAndItsReplay.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow() -> Any:
+    """Bodies leave memory from the third message of a queue on."""
+    before = leases.DEEP
+    leases.DEEP = 2
+    yield
+    leases.DEEP = before
