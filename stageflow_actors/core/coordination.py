@@ -1,18 +1,31 @@
 """The coordinator's decisions: what becomes of an instance whose stage failed or whose message was dead-lettered.
 
-Pure: an event in, one step out. The coordinator itself only carries these out, in batches.
+Pure: an event in, what follows out. The coordinator itself only carries these out, in batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stageflow_actors.core.envelope import CompensationRecord, Envelope, Failure, StageRecord, decode_envelope
-from stageflow_actors.core.plan import DEAD, FAILED, Naming, WorkflowPlan
-from stageflow_actors.core.routing import Step, after_compensation, begin_compensation, give_up_stage
+from msgspec import Raw
+
+from stageflow_actors.core.envelope import (
+    NIL,
+    CompensationRecord,
+    Envelope,
+    Failure,
+    Reply,
+    StageRecord,
+    append_record,
+    decode_command,
+    decode_envelope,
+    encode,
+)
+from stageflow_actors.core.plan import BEGIN, DEAD, FAILED, RESUME, SIGNAL, UNANSWERED, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.routing import Arrive, Moves, after_compensation, begin_compensation, enter, give_up, leave
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
-__all__ = ["Plans", "UnknownPlan", "decide"]
+__all__ = ["Plans", "UnknownPlan", "decide", "decide_gathered"]
 
 Plans = Mapping[tuple[str, int], WorkflowPlan]
 """Plans by workflow id and version."""
@@ -24,33 +37,80 @@ class UnknownPlan(Exception):
 
 def decide(
     label: str, body: bytes, failure: Failure | None, attempts: int, plans: Plans, naming: Naming, now: float
-) -> Step:
-    """What follows an event. Raises `UnknownPlan` when the version it belongs to is not registered."""
+) -> Moves:
+    """What follows an event. Raises `UnknownPlan` when the version it belongs to is not registered.
+
+    A first delivery comes without its label (""): it is a failure if the envelope says so, else a beginning.
+    """
+    if label == UNANSWERED:
+        error = "WorkerDied: the worker process died" if failure is None else failure.message
+        return Moves(arrivals=[Arrive(decode_command(body).key, "reply", encode(Reply(NIL, error)))])
     envelope = decode_envelope(body)
     plan = plans.get((envelope.workflow_id, envelope.version))
     if plan is None:
         raise UnknownPlan(f"version {envelope.version} of workflow {envelope.workflow_id!r} is not registered")
+    if not label:
+        label = BEGIN if envelope.failed_stage is None else FAILED
     if label == FAILED:
-        return begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)
+        return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     if label == DEAD:
         return _dead(plan, envelope, failure, attempts, naming, now)
+    if label == BEGIN:
+        return enter(plan, envelope.stage_id, envelope, naming, now)
+    if label == RESUME:
+        return _resume(plan, envelope, None, naming, now)
     raise ValueError(f"the coordinator knows no event {label!r}")
 
 
-def _dead(
-    plan: WorkflowPlan, envelope: Envelope, failure: Failure | None, attempts: int, naming: Naming, now: float
-) -> Step:
-    error = "WorkerDied: the worker process died" if failure is None else failure.message
-    if envelope.compensation is not None:
-        record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
-        return after_compensation(plan, envelope, record, naming, now)
+def decide_gathered(
+    base: bytes,
+    arrivals: list[tuple[str, bytes]],
+    plans: Plans,
+    naming: Naming,
+    now: float,
+) -> Moves:
+    """What follows a signal that needs no code of the user's, or its absence."""
+    envelope = decode_envelope(base)
+    plan = plans.get((envelope.workflow_id, envelope.version))
+    if plan is None:
+        raise UnknownPlan(f"version {envelope.version} of workflow {envelope.workflow_id!r} is not registered")
+    return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
+
+
+def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Moves:
+    stage = _known(plan, envelope)
+    if stage.kind == SIGNAL and payload is None:
+        text = f"StageTimeout: no signal {stage.signal!r} came within {stage.seconds:g} s"
+        lost = StageRecord(stage.id, StageStatus.failed.value, 1, now, stage.seconds, text)
+        return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
+    record = StageRecord(stage.id, StageStatus.completed.value, 1, now, 0.0, None, Raw(payload) if payload else NIL)
+    envelope.trail = append_record(envelope.trail, record)
+    return leave(plan, stage, envelope, naming, now)
+
+
+def _known(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
     stage = plan.stage(envelope.stage_id)
     if stage is None:
         raise UnknownPlan(
             f"version {envelope.version} of workflow {envelope.workflow_id!r} has no stage {envelope.stage_id!r}"
         )
+    return stage
+
+
+def _dead(
+    plan: WorkflowPlan, envelope: Envelope, failure: Failure | None, attempts: int, naming: Naming, now: float
+) -> Moves:
+    error = "WorkerDied: the worker process died" if failure is None else failure.message
+    if envelope.compensation is not None:
+        record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
+        return Moves([after_compensation(plan, envelope, record, naming, now)])
+    stage = _known(plan, envelope)
     lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), now, 0.0, error)
-    step = give_up_stage(plan, stage, envelope, lost, naming, now)
-    if step.label != FAILED:
-        return step
-    return begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)
+    return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
+
+
+def _compensating(plan: WorkflowPlan, moves: Moves, envelope: Envelope, naming: Naming, now: float) -> Moves:
+    """A failure that would be told to the coordinator is dealt with at once: it is the coordinator that asks."""
+    if [step.label for step in moves.steps] != [FAILED]:
+        return moves
+    return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])

@@ -15,15 +15,21 @@ from msgspec import Raw, Struct
 __all__ = [
     "EMPTY_TRAIL",
     "NIL",
+    "Command",
     "CompensationRecord",
     "CompensationTask",
     "Envelope",
     "Failure",
+    "ItemEnd",
     "Outcome",
+    "Reply",
     "StageRecord",
     "append_record",
+    "decode_command",
     "decode_envelope",
+    "decode_item_end",
     "decode_outcome",
+    "decode_reply",
     "decode_trail",
     "encode",
     "raw",
@@ -44,7 +50,8 @@ class StageRecord(Struct, array_like=True, gc=False):
     """One finished stage in the trail of an instance.
 
     `status` is a `StageStatus` value, `started_at` seconds since the Unix epoch, `duration` seconds,
-    `data` what the handler returned, as msgpack.
+    `data` what the handler returned, as msgpack; `undo` what its compensation needs beyond that: the items of a map stage
+    with their results.
     """
 
     stage_id: str
@@ -54,6 +61,7 @@ class StageRecord(Struct, array_like=True, gc=False):
     duration: float = 0.0
     error: str | None = None
     data: Raw = NIL
+    undo: Raw = NIL
 
 
 class CompensationRecord(Struct, array_like=True, gc=False):
@@ -82,10 +90,35 @@ class CompensationTask(Struct, array_like=True):
     final_status: str
 
 
+class ItemEnd(Struct, array_like=True, gc=False):
+    """How one item of a map stage ended: its result, or why there is none; the item where it may have to be undone."""
+
+    result: Raw = NIL
+    error: str | None = None
+    item: Raw = NIL
+
+
+class Command(Struct, array_like=True):
+    """A request on its way to an endpoint. The reply arrives at the gather `key`."""
+
+    key: str
+    command: Raw
+    workflow_id: str
+    stage_id: str
+
+
+class Reply(Struct, array_like=True):
+    """What an endpoint answered: a value, or why there is none."""
+
+    value: Raw = NIL
+    error: str | None = None
+
+
 class Envelope(Struct, array_like=True):
     """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`.
 
     `payload` is nil where no request was answered; `Raw | None` would take nil and nothing else when it is decoded.
+    `attempts` counts those made under earlier messages: a request that failed is tried again under a new one.
     `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
     """
 
@@ -100,6 +133,7 @@ class Envelope(Struct, array_like=True):
     failed_stage: str | None = None
     compensation: CompensationTask | None = None
     digest: bytes | None = None
+    attempts: int = 0
 
 
 class Outcome(Struct, array_like=True):
@@ -122,6 +156,9 @@ _trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])
 _envelope_decoder = msgspec.msgpack.Decoder(Envelope)
 _outcome_decoder = msgspec.msgpack.Decoder(Outcome)
 decode_envelope = _envelope_decoder.decode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_item_end = msgspec.msgpack.Decoder(ItemEnd).decode
 decode_outcome = _outcome_decoder.decode
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from msgspec import Struct
 
+from stageflow_actors.definition.stage import Stage
+from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow
 
-__all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "compile_plan"]
+__all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "compile_plan", "item_id"]
 
 COMPENSATE = "compensate:"
 """Label prefix of compensation messages; no stage id holds a colon."""
@@ -20,8 +22,21 @@ FAILED = ":failed"
 """Label of the event that a required stage has failed."""
 DEAD = ":dead"
 """Label of the event that a message has been dead-lettered for its deaths."""
+UNANSWERED = ":unanswered"
+"""Label of the event that a request has been dead-lettered for its deaths: whoever asked is told."""
 FINISHED = ":finished"
 """Label of the event that an instance has ended."""
+BEGIN = ":begin"
+"""Label of the event that an instance begins at a place which is more than one message to one queue."""
+RESUME = ":resume"
+"""Label of the event that a wait is over which needs no code of the user's."""
+
+STAGE, PARALLEL, BRANCH, MAP, ITEM, DELAY, SIGNAL = "stage", "parallel", "branch", "map", "item", "delay", "signal"
+ENDPOINT = "endpoint"
+"""Kinds of a `StagePlan`."""
+
+
+COORDINATOR = "stageflow.coordinator"
 
 
 class Naming(Struct, frozen=True):
@@ -29,6 +44,14 @@ class Naming(Struct, frozen=True):
 
     stage_prefix: str = "stageflow."
     compensation_prefix: str = "stageflow.compensation."
+
+    def branch(self, workflow_id: str, index: int, stage_id: str) -> str:
+        """The queue of one stage of a parallel, branch or map stage."""
+        return f"{self.stage(workflow_id, index)}.{stage_id}"
+
+    def endpoint(self, name: str) -> str:
+        """The queue of an endpoint; no workflow is called like it, for its stages end in a number."""
+        return f"{self.stage_prefix}endpoint.{name}"
 
     @property
     def finished(self) -> str:
@@ -38,7 +61,7 @@ class Naming(Struct, frozen=True):
     @property
     def coordinator(self) -> str:
         """The queue of failed stages and dead letters."""
-        return "stageflow.coordinator"
+        return COORDINATOR
 
     def stage(self, workflow_id: str, index: int) -> str:
         """The queue of a stage."""
@@ -50,7 +73,12 @@ class Naming(Struct, frozen=True):
 
 
 class StagePlan(Struct):
-    """One stage as routing sees it. `timeout` seconds; `ttl` seconds in the queue, 0 for any time."""
+    """One place of a workflow where something happens, as routing sees it. Seconds throughout.
+
+    `following` is the place behind it ("" at the end); `joins` the parallel or map stage whose gather it reports to
+    instead. `branches` are the stages of a parallel one, `arms` the first stage of each arm of a branch by key. `ttl`:
+    how long a message may wait in the queue, 0 for any time; `seconds`: of a delay, or until a signal is given up.
+    """
 
     id: str
     index: int
@@ -63,6 +91,19 @@ class StagePlan(Struct):
     timeout: float | None = None
     ttl: float = 0.0
     max_tasks: int | None = None
+    kind: str = STAGE
+    following: str = ""
+    joins: str = ""
+    branches: list[str] = []
+    arms: dict[str, str] = {}
+    seconds: float = 0.0
+    signal: str = ""
+    concurrency: int = 1
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether workers embody its queue; what only waits is the coordinator's."""
+        return self.queue != COORDINATOR
 
 
 class CompensationPlan(Struct):
@@ -86,38 +127,97 @@ class WorkflowPlan(Struct):
         """The stage of that id."""
         return next((stage for stage in self.stages if stage.id == stage_id), None)
 
-    def following(self, stage_id: str) -> StagePlan | None:
-        """The stage behind that one; None behind the last."""
-        stage = self.stage(stage_id)
-        if stage is None or stage.index + 1 >= len(self.stages):
-            return None
-        return self.stages[stage.index + 1]
+    def following(self, stage: StagePlan) -> StagePlan | None:
+        """The place behind that one; None behind the last."""
+        return self.stage(stage.following) if stage.following else None
+
+    @property
+    def order(self) -> list[str]:
+        """The ids in order of definition, for results."""
+        return [stage.id for stage in self.stages if stage.kind != ITEM]
+
+
+ITEM_SUFFIX = "[item]"
+
+
+def item_id(map_id: str) -> str:
+    """The id of the place where one item of a map stage is handled; no stage of a user's can have it."""
+    return map_id + ITEM_SUFFIX
 
 
 def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float = 0.0) -> WorkflowPlan:
     """The plan of a validated workflow."""
-    stages = [
-        StagePlan(
-            stage.id,
-            index,
-            naming.stage(workflow.id, index),
-            stage.required,
-            stage.compensation is not None,
-            tuple(stage.after),
-            stage.actors,
-            dict(stage.env),
-            stage.timeout,
-            stage.ttl or default_ttl,
-            stage.max_tasks,
-        )
-        for index, stage in enumerate(workflow.stages)
-    ]
+    steps = workflow.steps
+    stages = {stage.id: stage for stage in workflow.stages}
+    places: list[StagePlan] = []
+    for index, step in enumerate(steps):
+        following = steps[index + 1].id if index + 1 < len(steps) else ""
+        queue = naming.stage(workflow.id, index)
+
+        def handled(stage: Stage, queue: str, at: int = index, **place: Any) -> StagePlan:
+            return StagePlan(
+                stage.id,
+                at,
+                queue,
+                stage.required,
+                stage.compensation is not None,
+                tuple(stage.after),
+                stage.actors,
+                dict(stage.env),
+                stage.timeout,
+                stage.ttl or default_ttl,
+                stage.max_tasks,
+                concurrency=stage.concurrency,
+                **place,
+            )
+
+        if isinstance(step, Stage):
+            places.append(handled(step, queue, following=following))
+        elif isinstance(step, Parallel):
+            ids = [stage.id for stage in step.branches]
+            places.append(StagePlan(step.id, index, queue, kind=PARALLEL, following=following, branches=ids))
+            for name in ids:
+                own = naming.branch(workflow.id, index, name)
+                places.append(handled(stages[name], own, joins=step.id))
+        elif isinstance(step, Branch):
+            arms = {key: arm[0].id if arm else following for key, arm in step.arms.items()}
+            places.append(StagePlan(step.id, index, queue, kind=BRANCH, following=following, arms=arms))
+            for arm in step.arms.values():
+                for place, stage in enumerate(arm):
+                    behind = arm[place + 1].id if place + 1 < len(arm) else following
+                    own = naming.branch(workflow.id, index, stage.id)
+                    places.append(handled(stages[stage.id], own, following=behind))
+        elif isinstance(step, MapStage):
+            item = stages[step.id]
+            whole = handled(item, queue, kind=MAP, following=following)
+            whole.actors, whole.timeout, whole.max_tasks, whole.env = 1, None, None, {}
+            one = handled(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
+            one.id, one.after, one.compensated = item_id(step.id), (), False
+            places += [whole, one]
+        elif isinstance(step, Delay):
+            places.append(
+                StagePlan(step.id, index, naming.coordinator, kind=DELAY, following=following, seconds=step.seconds)
+            )
+        else:
+            assert isinstance(step, Signal)
+            own = naming.coordinator if step.on_signal is None and step.on_timeout is None else queue
+            places.append(
+                StagePlan(
+                    step.id,
+                    index,
+                    own,
+                    kind=SIGNAL,
+                    following=following,
+                    seconds=step.timeout or 0.0,
+                    signal=step.name,
+                )
+            )
     actors = max((s.compensation.actors for s in workflow.stages if s.compensation is not None), default=1)
     return WorkflowPlan(
         workflow.id,
         workflow.version,
         workflow.fingerprint(),
         workflow.on_failure,
-        stages,
+        places,
         CompensationPlan(naming.compensation(workflow.id), actors),
     )

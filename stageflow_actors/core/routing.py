@@ -8,51 +8,146 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import msgspec
 from msgspec import Struct
 
 from stageflow_actors.core.envelope import (
+    NIL,
     CompensationRecord,
     CompensationTask,
     Envelope,
+    ItemEnd,
     Outcome,
     StageRecord,
     append_record,
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import COMPENSATE, FAILED, FINISHED, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.plan import (
+    COMPENSATE,
+    DELAY,
+    FAILED,
+    FINISHED,
+    ITEM,
+    ITEM_SUFFIX,
+    PARALLEL,
+    RESUME,
+    SIGNAL,
+    Naming,
+    StagePlan,
+    WorkflowPlan,
+)
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
+    "Arrive",
+    "Moves",
+    "Open",
     "Step",
     "after_compensation",
-    "after_stage",
     "begin_compensation",
     "completed_stages",
+    "enter",
     "fail_stage",
     "finish",
-    "give_up_stage",
+    "give_up",
+    "item_slot",
+    "leave",
+    "signal_key",
     "unmet",
 ]
 
 
 class Step(Struct, frozen=True):
-    """One message to be published: `terminal` when it ends the instance."""
+    """One message to be published: `terminal` when it ends the instance. `ttl` and `delay` in seconds."""
 
     queue: str
     label: str
     body: bytes
     terminal: bool = False
     ttl: float = 0.0
+    delay: float = 0.0
 
 
-def after_stage(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Step:
+class Open(Struct, frozen=True):
+    """A gather to be opened: after `need` arrivals, or `deadline` seconds (0: never), `base` goes to the queue."""
+
+    key: str
+    need: int
+    queue: str
+    label: str
+    base: bytes
+    deadline: float = 0.0
+
+
+class Arrive(Struct, frozen=True):
+    """An arrival at a gather."""
+
+    key: str
+    slot: str
+    body: bytes
+
+
+class Moves(Struct):
+    """What follows from one message, all of it in one settlement."""
+
+    steps: list[Step] = []
+    opens: list[Open] = []
+    arrivals: list[Arrive] = []
+
+    def largest(self) -> int:
+        """The size of the largest body, in bytes."""
+        bodies = [step.body for step in self.steps] + [one.base for one in self.opens]
+        return max(map(len, bodies + [one.body for one in self.arrivals]), default=0)
+
+
+def signal_key(name: str) -> str:
+    """The gather at which signals of that name arrive; no stage id holds a colon."""
+    return f"signal:{name}"
+
+
+def enter(plan: WorkflowPlan, stage_id: str, envelope: Envelope, naming: Naming, now: float) -> Moves:
+    """What begins a place of the workflow; the end, for the empty id."""
+    stage = plan.stage(stage_id) if stage_id else None
+    if stage is None:
+        return Moves([finish(envelope, WorkflowStatus.completed, naming, now)])
+    envelope.stage_id = stage.id
+    if stage.kind == PARALLEL:
+        return _fork(plan, stage, envelope)
+    if stage.kind == DELAY and not stage.seconds:
+        done = StageRecord(stage.id, StageStatus.completed.value, 1, now)
+        envelope.trail = append_record(envelope.trail, done)
+        return leave(plan, stage, envelope, naming, now)
+    if stage.kind == DELAY:
+        return Moves([Step(stage.queue, RESUME, encode(envelope), delay=stage.seconds)])
+    if stage.kind == SIGNAL:
+        label = stage.id if stage.queue != naming.coordinator else RESUME
+        waiting = Open(signal_key(stage.signal), 1, stage.queue, label, encode(envelope), stage.seconds)
+        return Moves(opens=[waiting])
+    return Moves([Step(stage.queue, stage.id, encode(envelope), ttl=stage.ttl)])
+
+
+def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope) -> Moves:
+    join = Open(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
+    steps = []
+    for name in stage.branches:
+        branch = plan.stage(name)
+        assert branch is not None, f"branch {name} of {stage.id} is not in its plan"
+        envelope.stage_id = name
+        steps.append(Step(branch.queue, name, encode(envelope), ttl=branch.ttl))
+    return Moves(steps, [join])
+
+
+def item_slot(envelope: Envelope) -> str:
+    """Where the end of an item arrives: its number, which the payload of its envelope is."""
+    return str(msgspec.msgpack.decode(envelope.payload, type=int))
+
+
+def leave(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Moves:
     """The stage is over and the instance goes on: `envelope` holds the context and trail as they are now."""
-    following = plan.stages[stage.index + 1] if stage.index + 1 < len(plan.stages) else None
-    if following is None:
-        return finish(envelope, WorkflowStatus.completed, naming, now)
-    envelope.stage_id = following.id
-    return Step(following.queue, following.id, encode(envelope), ttl=following.ttl)
+    if stage.joins:
+        return Moves(arrivals=[Arrive(stage.joins, stage.id, encode(envelope))])
+    return enter(plan, stage.following, envelope, naming, now)
 
 
 def finish(
@@ -87,14 +182,16 @@ def fail_stage(envelope: Envelope, stage_id: str, record: StageRecord, naming: N
     return Step(naming.coordinator, FAILED, encode(envelope))
 
 
-def give_up_stage(
+def give_up(
     plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, record: StageRecord, naming: Naming, now: float
-) -> Step:
-    """A stage has failed for good: on without it if it is optional, to the coordinator if not."""
-    if stage.required:
-        return fail_stage(envelope, stage.id, record, naming)
+) -> Moves:
+    """A stage has failed for good: to its join if it has one, on without it if it is optional, else to the coordinator."""
+    if stage.kind == ITEM:
+        return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))])
+    if stage.required and not stage.joins:
+        return Moves([fail_stage(envelope, stage.id, record, naming)])
     envelope.trail = append_record(envelope.trail, record)
-    return after_stage(plan, stage, envelope, naming, now)
+    return leave(plan, stage, envelope, naming, now)
 
 
 def completed_stages(trail: bytes) -> list[str]:
@@ -119,8 +216,9 @@ def begin_compensation(
 
     Optional stages that failed never completed, so they are not in the plan; optional ones that completed are.
     """
-    undone = [s.id for s in plan.stages if s.compensated]
-    todo = [stage_id for stage_id in reversed(completed_stages(envelope.trail)) if stage_id in undone]
+    undone = {s.id for s in plan.stages if s.compensated}
+    done = (stage_id.removesuffix(ITEM_SUFFIX) for stage_id in reversed(completed_stages(envelope.trail)))
+    todo = [stage_id for stage_id in dict.fromkeys(done) if stage_id in undone]
     if not todo:
         status = WorkflowStatus.failed if final_status == WorkflowStatus.compensated else final_status
         return finish(envelope, status, naming, now)

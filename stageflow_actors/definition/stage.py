@@ -184,7 +184,7 @@ class Stage:
         return frozenset(call.services) | frozenset(call.constructor_services)
 
     def replace(self, **changes: Any) -> Stage:
-        """A stage like this one with some of `id`, `compensation`, `retry`, `timeout` set anew."""
+        """A stage like this one with some of `id`, `compensation`, `retry`, `timeout`, `when` set anew."""
         copy = Stage.__new__(Stage)
         for name in _FIELDS:
             setattr(copy, name, changes.pop(name, getattr(self, name)))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import msgspec
 
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count, check_id
+from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["CompensationDecorator", "OnFailure", "StageFunction", "Workflow"]
+__all__ = ["CompensationDecorator", "OnFailure", "StageFunction", "Workflow", "stages_of"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,11 +100,21 @@ class Workflow(Generic[C]):
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.stage_timeout: float | None = optional_seconds(stage_timeout, f"the stage_timeout of {what}")
         self._stages: dict[str, Stage] = {}
+        self._steps: list[Step] = []
+        self._ids: set[str] = set()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages in order, with the defaults of the workflow filled in."""
+        """Every stage with a handler in order of definition, the workflow's defaults filled in.
+
+        Those of parallel stages and branches are among them, and what a map stage does with one item.
+        """
         return tuple(self._stages.values())
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What `stage` and the `add_*` methods appended, in order; each has an `id`."""
+        return tuple(self._stages[step.id] if isinstance(step, Stage) else step for step in self._steps)
 
     @overload
     def stage(self, handler: Callable[P, R], /) -> StageFunction[P, R]: ...
@@ -125,21 +137,128 @@ class Workflow(Generic[C]):
         self._add(handler, options)
         return self
 
+    def add_parallel(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        branches: Iterable[Any],
+        *,
+        merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    ) -> Workflow[C]:
+        """Append stages that run at the same time; see `Parallel`. Returns the workflow."""
+        step = Parallel(id, branches, merge=merge)
+        self._claim(step.id)
+        for stage in step.branches:
+            self._keep(stage)
+        self._steps.append(step)
+        return self
+
+    def add_conditional(self, handler: Any, /, when: Callable[[Any], Any], **options: Any) -> Workflow[C]:
+        """Append a stage that is skipped unless `when(context)` is true; options as in `Stage`. Returns the workflow."""
+        if isinstance(handler, Stage):
+            self._add(handler.replace(when=when), options)
+        else:
+            self._add(handler, {**options, "when": when})
+        return self
+
+    def add_branch(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        selector: Callable[[Any], Any],
+        arms: Mapping[str, Iterable[Any]],
+        *,
+        default: str | None = None,
+    ) -> Workflow[C]:
+        """Append a choice between arms of stages; see `Branch`. Returns the workflow."""
+        step = Branch(id, selector, arms, default=default)
+        self._claim(step.id)
+        for stages in step.arms.values():
+            for stage in stages:
+                self._keep(stage)
+        self._steps.append(step)
+        return self
+
+    def add_map(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        handler: Any,
+        *,
+        over: Callable[[Any], Iterable[Any]],
+        into: str | None = None,
+        max_failures: int = 0,
+        **options: Any,
+    ) -> Workflow[C]:
+        """Append a stage that handles each item of `over(context)`; see `MapStage`. Options as in `Stage`.
+
+        Its compensation takes an item, with the item's result in `ctx.results[id]`. Returns the workflow.
+        """
+        step = MapStage(id, handler, over=over, into=into, max_failures=max_failures, **options)
+        self._keep(step.item)
+        self._steps.append(step)
+        return self
+
+    def add_remote_stage(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        *,
+        endpoint: str,
+        command: Callable[[Any], Any],
+        on_reply: Callable[[Any, Any], Any] | None = None,
+        timeout: Duration | None = None,
+        **options: Any,
+    ) -> Workflow[C]:
+        """Append a stage that sends `command(context)` to an endpoint and takes its reply in.
+
+        `on_reply(context, reply)` does so; without it the reply is the stage's result. No reply within `timeout` seconds,
+        or one that is an error, is a failure that the stage's `retry` sees. Other options as in `Stage`.
+        """
+        wait = optional_seconds(timeout, f"the timeout of remote stage {id!r}")
+        call = RemoteCall(endpoint, command, on_reply, wait, f"remote stage {id!r}")
+        self._add(call, {"id": id, **options})
+        return self
+
+    def add_delay(self, id: str, duration: Duration) -> Workflow[C]:  # noqa: A002 - the name users type
+        """Append a wait of `duration` seconds. Returns the workflow."""
+        step = Delay(id, duration)
+        self._claim(step.id)
+        self._steps.append(step)
+        return self
+
+    def add_signal(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        *,
+        name: str | None = None,
+        timeout: Duration | None = None,
+        on_signal: Callable[[Any, Any], Any] | None = None,
+        on_timeout: Callable[[Any], Any] | None = None,
+    ) -> Workflow[C]:
+        """Append a wait for a signal; see `Signal`. Returns the workflow."""
+        step = Signal(id, name=name, timeout=timeout, on_signal=on_signal, on_timeout=on_timeout)
+        self._claim(step.id)
+        self._steps.append(step)
+        return self
+
     def validate(self, services: Collection[str] = ()) -> None:
         """Raise `WorkflowDefinitionError` for what makes the workflow as a whole impossible to run.
 
         `services` are the names that the runtime provides.
         """
-        if not self._stages:
+        if not self._steps:
             raise WorkflowDefinitionError(
                 f"workflow {self.id!r} has no stages: add one with @workflow.stage or add_stage(handler)"
             )
         before: set[str] = set()
-        for stage in self._stages.values():
-            for wanted in stage.after:
-                self._check_after(stage, wanted, before)
-            self._check_services(stage, services)
-            before.add(stage.id)
+        for step in self.steps:
+            own = [self._stages[stage.id] for stage in stages_of(step)]
+            parallel = isinstance(step, Parallel)
+            for stage in own:
+                for wanted in stage.after:
+                    self._check_after(stage, wanted, before)
+                self._check_services(stage, services)
+                if not parallel:
+                    before.add(stage.id)
+            before.update(stage.id for stage in own)
+            before.add(step.id)
 
     def fingerprint(self) -> str:
         """A hash (32 hex digits) of what instances in flight depend on; the same in every process.
@@ -155,6 +274,7 @@ class Workflow(Generic[C]):
                 [s.id, s.required, sorted(s.after), s.compensation is not None, s.when is not None]
                 for s in self._stages.values()
             ],
+            *([[type(s).__name__, s.id, _shape(s)] for s in self._steps if not isinstance(s, Stage)]),
         ]
         return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
 
@@ -182,17 +302,27 @@ class Workflow(Generic[C]):
     def _add(self, handler: Any, options: Any) -> Stage:
         stage = self._as_stage(handler, options)
         if not stage.id:
-            stage = stage.replace(id=f"stage-{len(self._stages) + 1}")
-        if stage.id in self._stages:
-            raise WorkflowDefinitionError(
-                f"workflow {self.id!r} has a stage {stage.id!r} already: give this one another id with id=..."
-            )
+            stage = stage.replace(id=f"stage-{len(self._steps) + 1}")
+        stage = self._keep(stage)
+        self._steps.append(stage)
+        return stage
+
+    def _keep(self, stage: Stage) -> Stage:
+        """A stage of this workflow, with the workflow's defaults filled in."""
+        self._claim(stage.id)
         if stage.retry is None and self.retry is not None:
             stage = stage.replace(retry=self.retry)
         if stage.timeout is None and self.stage_timeout is not None:
             stage = stage.replace(timeout=self.stage_timeout)
         self._stages[stage.id] = stage
         return stage
+
+    def _claim(self, id: str) -> None:  # noqa: A002 - the name users type
+        if id in self._ids:
+            raise WorkflowDefinitionError(
+                f"workflow {self.id!r} has a stage {id!r} already: give this one another id with id=..."
+            )
+        self._ids.add(id)
 
     def _as_stage(self, handler: Any, options: dict[str, Any]) -> Stage:
         if isinstance(handler, Stage):
@@ -262,8 +392,8 @@ class CompensationDecorator:
     ) -> Callable[[F], F]: ...
 
     def __call__(self, function: Any = None, /, **options: Any) -> Any:
-        def register(undo: F) -> F:
-            made = Compensation(undo, **options)
+        def register(undo: Any) -> Any:
+            made = undo if isinstance(undo, Compensation) else Compensation(undo, **options)
             for workflow, stage_id in self.places:
                 workflow.set_compensation(stage_id, made)
             return undo
@@ -274,6 +404,32 @@ class CompensationDecorator:
         # A function of `__main__` travels with its attributes. The definition is finished by then, and dragging
         # every workflow along with each of its functions would make that journey long.
         return CompensationDecorator, ()
+
+
+def stages_of(step: Step) -> tuple[Stage, ...]:
+    """The stages with handlers that a step consists of, in order of definition."""
+    if isinstance(step, Stage):
+        return (step,)
+    if isinstance(step, Parallel):
+        return step.branches
+    if isinstance(step, Branch):
+        return tuple(stage for arm in step.arms.values() for stage in arm)
+    if isinstance(step, MapStage):
+        return (step.item,)
+    return ()
+
+
+def _shape(step: Step) -> list[Any]:
+    """What of a step's shape instances in flight depend on."""
+    if isinstance(step, Parallel):
+        return [stage.id for stage in step.branches]
+    if isinstance(step, Branch):
+        return [[key, [stage.id for stage in arm]] for key, arm in step.arms.items()] + [step.default]
+    if isinstance(step, MapStage):
+        return [step.into]
+    if isinstance(step, Signal):
+        return [step.name]
+    return []
 
 
 def _context_type(context: Any, what: str) -> type[Any]:

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 from msgspec import Raw
 
 from brokers import api as port
-from brokers.api import CHECK, START, WATCH, Broker, Listener, PublishItem, Target
-from stageflow_actors.core.codec import ContextCodec
+from brokers.api import CHECK, START, WATCH, Arrival, Broker, Listener, PublishItem, Target
+from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
-from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, MAP, STAGE, Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.standing import status_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.workflow import Workflow
@@ -69,15 +70,17 @@ os.register_at_fork(after_in_child=lambda: _chance.seed(os.urandom(32)))
 class Known:
     """A workflow as a client uses it."""
 
-    __slots__ = ("codec", "order", "plan", "target", "workflow")
+    __slots__ = ("codec", "first", "order", "plan", "target", "workflow")
 
     def __init__(self, workflow: Workflow[Any], plan: WorkflowPlan) -> None:
         self.workflow = workflow
         self.plan = plan
         self.codec: ContextCodec[Any] = ContextCodec(workflow.context)
-        self.order = [stage.id for stage in plan.stages]
+        self.order = plan.order
         first = plan.stages[0]
-        self.target = Target(first.queue, first.id)
+        plain = first.kind in (STAGE, BRANCH, MAP)
+        self.first = first.id
+        self.target = Target(first.queue, first.id) if plain else Target(COORDINATOR, BEGIN)
 
 
 class _Ends(Listener):
@@ -405,7 +408,7 @@ class Client:
             Envelope(
                 plan.id,
                 plan.version,
-                known.target.label,
+                known.first,
                 Raw(prepared.data),
                 EMPTY_TRAIL,
                 now,
@@ -475,6 +478,13 @@ class Client:
             if not again:
                 return instances
         raise BrokerUnavailable("instances of these ids end faster than they can be looked up; try again")
+
+    def _signal(self, instance_id: str, name: str, payload: Any) -> None:
+        data = encode_value(payload, what=f"the payload of signal {name!r}")
+        if instance_id not in self._lookup([instance_id]):
+            raise InstanceNotFound(instance_id)
+        arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
+        self._await(self._port().publish([], [], [data], arrivals=[arrival]))
 
     def _finished(self, batch: list[Prepared]) -> dict[str, HistoryRow]:
         reader = self._reader() if batch else None

@@ -13,16 +13,16 @@ from typing import Any
 from msgspec import Raw
 
 from brokers.api import AGAIN, DEAD, DONE, DeliveryItem, PublishItem, SettleItem, Target
-from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.envelope import CompensationRecord, Envelope, Failure, decode_envelope
+from stageflow_actors.core.codec import ContextCodec, decode_value
+from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
-from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.plan import Naming, WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.runtime.context import StageContext, StepStore
 from stageflow_actors.runtime.programs import CompensationProgram
-from stageflow_actors.runtime.stage_work import TERMINAL, Settled, Stopwatch, ignore, judge, ready_to_call
+from stageflow_actors.runtime.work import TERMINAL, Settled, Stopwatch, ignore, judge, ready_to_call
 
 __all__ = ["CompensationWork"]
 
@@ -76,7 +76,6 @@ class CompensationWork:
             self._slot.end()
 
     def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
-        compensation = self._compensations[stage_id]
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.fresh:
@@ -85,19 +84,12 @@ class CompensationWork:
         clock = time.perf_counter()
         try:
             context = self.codec.decode(envelope.context)
-            ctx = StageContext(
-                envelope=envelope,
-                instance_id=item.group,
-                epoch=item.epoch,
-                stage_id=stage_id,
-                attempt=attempt,
-                timeout=compensation.timeout,
-                failure=None if extra is None else extra.failure,
-                steps=None if extra is None else extra.steps,
-                store=self._store(item),
-                error=envelope.error,
-            )
-            value = self._calls[stage_id](context, ctx)
+            undo = undo_of(envelope, stage_id)
+            value: Any = None
+            if undo is None:
+                value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
+            else:
+                self._undo_items(item, envelope, stage_id, attempt, undo)
             if type(value) is Replace:
                 context = value.value
             elif self._context_type is not dict and isinstance(value, self._context_type):
@@ -111,6 +103,34 @@ class CompensationWork:
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
         return self._on(item, envelope, record)
+
+    def _undo_items(
+        self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int, undo: list[tuple[Any, Any]]
+    ) -> None:
+        """The items of a map stage, last one first, each once: what a crash interrupts goes on behind the last done."""
+        ctx = self._context_of(item, envelope, stage_id, attempt)
+        for number in reversed(range(len(undo))):
+            value, result = undo[number]
+            name = f"item {number}"
+            if not ctx.is_step_completed(name):
+                ctx.item, ctx.results = str(number), {**ctx.results, stage_id: result}
+                self._calls[stage_id](value, ctx)
+                ctx.checkpoint_step(name)
+
+    def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
+        extra = item.extra
+        return StageContext(
+            envelope=envelope,
+            instance_id=item.group,
+            epoch=item.epoch,
+            stage_id=stage_id,
+            attempt=attempt,
+            timeout=self._compensations[stage_id].timeout,
+            failure=None if extra is None else extra.failure,
+            steps=None if extra is None else extra.steps,
+            store=self._store(item),
+            error=envelope.error,
+        )
 
     def _failed(
         self,
@@ -138,3 +158,11 @@ class CompensationWork:
         target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
         done = SettleItem([(item.id, item.lease)], DONE)
         return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
+
+
+def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[Any, Any]] | None:
+    """(item, result) of each item that a map stage handled well; None for a stage of any other kind."""
+    for record in reversed(decode_trail(envelope.trail)):
+        if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
+            return [(item, result) for item, result in decode_value(record.undo)]
+    return None

@@ -11,9 +11,25 @@ from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 
-__all__ = ["StageContext", "StepStore"]
+__all__ = ["Request", "StageContext", "StepStore"]
 
-STEP_DONE = b"\xc0"
+REQUEST_SECONDS = 60.0
+"""How long the reply to a request may take where nothing else is said."""
+
+
+class Request:
+    """A stage's wish to ask an endpoint; see `StageContext.request`."""
+
+    __slots__ = ("command", "endpoint", "timeout")
+
+    def __init__(self, endpoint: str, command: Any, timeout: float) -> None:
+        if not isinstance(endpoint, str) or not endpoint:
+            raise ValueError(f"a request needs the name of an endpoint, not {endpoint!r}")
+        if not timeout > 0:
+            raise ValueError(f"the timeout of a request must be more than 0 seconds, not {timeout!r}")
+        self.endpoint = endpoint
+        self.command = command
+        self.timeout = timeout
 
 
 class StepStore(Protocol):
@@ -27,7 +43,8 @@ class StageContext:
     """One attempt of one stage of one instance.
 
     `attempt` counts from 1; `deadline` is when the attempt times out, in seconds on the monotonic clock (None: never);
-    `idempotency_key` is the same for each attempt; `payload` is the reply that the previous stage's request brought.
+    `idempotency_key` is the same for each attempt; `item` is the number of the item in a map stage, as a string;
+    `payload` is the reply that the previous stage's request brought.
     In a compensation, `error` is what failed the workflow and `results[stage_id]` what is being undone.
     """
 
@@ -42,6 +59,7 @@ class StageContext:
         "epoch",
         "error",
         "instance_id",
+        "item",
         "stage_id",
         "workflow_id",
     )
@@ -59,6 +77,7 @@ class StageContext:
         steps: dict[str, bytes] | None,
         store: StepStore,
         error: str | None = None,
+        item: str | None = None,
     ) -> None:
         self.workflow_id = envelope.workflow_id
         self.instance_id = instance_id
@@ -71,12 +90,17 @@ class StageContext:
         self._failure = failure
         self._steps = dict(steps) if steps else {}
         self._store = store
+        self.item = item
         self._results: dict[str, Any] | None = None
 
     @property
     def idempotency_key(self) -> str:
-        """A key for side effects: the same for each attempt of this stage of this run of the instance."""
-        suffix = "" if self.epoch <= 1 else f":{self.epoch}"
+        """A key for side effects: the same for each attempt of this stage of this run of the instance.
+
+        For an item of a map stage, the same for each attempt of this item.
+        """
+        item = "" if self.item is None else f"[{self.item}]"
+        suffix = item if self.epoch <= 1 else f"{item}:{self.epoch}"
         return f"{self.workflow_id}:{self.instance_id}:{self.stage_id}{suffix}"
 
     @property
@@ -87,10 +111,22 @@ class StageContext:
             self._results = {r.stage_id: decode_value(r.data) for r in records if r.status == "completed"}
         return self._results
 
+    @results.setter
+    def results(self, results: Mapping[str, Any]) -> None:
+        self._results = dict(results)
+
     @property
     def payload(self) -> Any:
         """The reply that the previous stage's request brought, or None."""
         return decode_value(self._envelope.payload)
+
+    def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
+        """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
+
+        `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one that
+        is an error, fails the attempt.
+        """
+        return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout))
 
     @property
     def previous_failure(self) -> Exception | None:

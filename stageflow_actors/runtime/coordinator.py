@@ -14,14 +14,16 @@ from typing import Any
 
 import pykka
 
-from brokers.api import DEAD, DONE, LEAVE, Ack, Broker, DeliveryItem, PublishItem, SettleItem, Target
-from stageflow_actors.core.coordination import UnknownPlan, decide
+from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
+from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_outcome
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
-from stageflow_actors.core.plan import FAILED, Naming, WorkflowPlan
+from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.routing import Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_actors.runtime.work import numbered, settle_moves, split_parts
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
@@ -35,8 +37,6 @@ BEHIND = 0.02
 
 FULL_RETRY = 1.0
 """Seconds before another try when the history's disk is full."""
-
-TERMINAL = 1
 
 
 class Delivered:
@@ -134,32 +134,33 @@ class Coordinator(pykka.ThreadingActor):
 
     def _coordinate(self, batch: Delivered) -> None:
         targets: list[Target] = []
-        places: dict[tuple[str, str], int] = {}
         settled: list[SettleItem] = []
         bodies: list[bytes] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
-            extra = item.extra
-            failure = None if extra is None else read_failure(extra.failure)
-            label = FAILED if extra is None else extra.label
-            attempts = 1 if extra is None else extra.attempts + 1
             try:
-                step = decide(label, body, failure, attempts, self._plans, self._naming, time.time())
+                one = settle_moves(item, self._decide(item, body))
             except UnknownPlan as unknown:
                 reason = Failure("refused", f"WorkflowDefinitionError: {unknown}; register it, then requeue")
                 settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
                 continue
             except Exception as error:  # what one event is wrong in must not stop all others
-                logger.exception("event %s of instance %s cannot be handled; it is parked", label, item.group)
+                logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
                 reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
                 settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
                 continue
-            place = places.setdefault((step.queue, step.label), len(targets))
-            if place == len(targets):
-                targets.append(Target(step.queue, step.label, TERMINAL if step.terminal else 0))
-            publish = PublishItem(place, len(step.body), "", 0, 0, 0, 0.0, step.ttl)
-            settled.append(SettleItem([(item.id, item.lease)], DONE, [publish]))
-            bodies.append(step.body)
+            settled.append(numbered(one, targets))
+            bodies.extend(one.bodies)
         self._broker.settle(targets, [], [], settled, bodies)
+
+    def _decide(self, item: DeliveryItem, body: bytes) -> Moves:
+        extra = item.extra
+        if extra is None:
+            return decide("", body, None, 1, self._plans, self._naming, time.time())
+        if extra.parts is not None:
+            base, arrivals = split_parts(item, body)
+            return decide_gathered(base, arrivals, self._plans, self._naming, time.time())
+        failure = read_failure(extra.failure)
+        return decide(extra.label, body, failure, extra.attempts + 1, self._plans, self._naming, time.time())
 
 
 def _row(item: DeliveryItem, body: bytes) -> HistoryRow:

@@ -68,6 +68,13 @@ class Instance(Generic[C]):
         assert self._outcome is not None
         return self._result(self._outcome)
 
+    def signal(self, name: str, payload: Any = None) -> None:
+        """Send a signal; durable when this returns. One that comes before it is awaited is kept, several in order.
+
+        Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel.
+        """
+        self._client._signal(self.id, name, payload)
+
     def __await__(self) -> Generator[Any, None, WorkflowResult[C]]:
         """`await instance` gives its result."""
         return self._awaited().__await__()

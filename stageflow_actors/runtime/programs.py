@@ -6,28 +6,44 @@ between: the node and the zygote pass it on unread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec import Struct
 
-from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, CompensationPlan, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.definition.shipping import dumps
 from stageflow_actors.definition.stage import Compensation, Stage
+from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
 from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["CompensationProgram", "PoolSpec", "StageProgram", "WorkerPayload", "pool_specs"]
+__all__ = [
+    "CompensationProgram",
+    "PoolSpec",
+    "StageProgram",
+    "WorkerPayload",
+    "endpoint_spec",
+    "pool_specs",
+    "stage_programs",
+]
 
 
 @dataclass
 class StageProgram:
-    """The code of one stage of one version: pickled whole."""
+    """The code of one place of one version: pickled whole.
+
+    `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a parallel,
+    branch, map or signal stage needs beyond that, by name.
+    """
 
     workflow_id: str
     version: int
     context: type[Any]
-    stage: Stage
+    place: str
+    stage: Stage | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
     factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
@@ -84,17 +100,16 @@ def pool_specs(
 ) -> list[PoolSpec]:
     """The pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be sent to a process."""
     specs = []
-    for stage, planned in zip(workflow.stages, plan.stages, strict=True):
-        wanted = {name: services[name] for name in stage.services}
-        program = StageProgram(
-            workflow.id, workflow.version, workflow.context, stage.replace(compensation=None), wanted
-        )
+    for program, planned in stage_programs(workflow, plan):
+        if program.stage is not None:
+            program.factories = {name: services[name] for name in program.stage.services}
+            program.stage = program.stage.replace(compensation=None)
         actors = planned.actors if max_concurrency is None else min(planned.actors, max_concurrency)
         specs.append(
             PoolSpec(
                 planned.queue,
                 workflow.id,
-                stage.id,
+                planned.id,
                 "stage",
                 actors,
                 planned.env,
@@ -124,3 +139,71 @@ def pool_specs(
             )
         )
     return specs
+
+
+def endpoint_spec(stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]) -> PoolSpec:
+    """The pool that serves an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
+    place = StagePlan(
+        stage.id,
+        0,
+        naming.endpoint(stage.id),
+        actors=stage.actors,
+        env=dict(stage.env),
+        timeout=stage.timeout,
+        max_tasks=stage.max_tasks,
+        kind=ENDPOINT,
+        concurrency=stage.concurrency,
+    )
+    plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
+    missing = sorted(stage.services - set(services))
+    if missing:
+        raise WorkflowDefinitionError(
+            f"endpoint {stage.id!r} needs the service {missing[0]!r}, which nobody provides: "
+            f"add services={{{missing[0]!r}: factory}} to the Runtime, or give the parameter a default"
+        )
+    program = StageProgram("endpoint", 1, dict, stage.id, stage, {}, {name: services[name] for name in stage.services})
+    return PoolSpec(
+        place.queue,
+        "endpoint",
+        stage.id,
+        "endpoint",
+        stage.actors,
+        place.env,
+        dumps(program),
+        plan,
+        stage.max_tasks or 0,
+    )
+
+
+def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageProgram, StagePlan]]:
+    """The program of each place that workers embody, without the services' factories."""
+    current = {stage.id: stage for stage in workflow.stages}
+    steps = {step.id: step for step in workflow.steps}
+    for planned in plan.stages:
+        if not planned.has_pool:
+            continue
+        step = steps.get(planned.joins if planned.kind == ITEM else planned.id)
+        stage: Stage | None = None
+        if planned.kind == ITEM:
+            stage = current[planned.joins]
+        elif planned.kind == STAGE:
+            stage = current[planned.id]
+        yield StageProgram(workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step)), planned
+
+
+def _parts(step: Step | None) -> dict[str, Any]:
+    """The user's functions in a step, and no more: what they close over travels with them."""
+    if isinstance(step, Parallel):
+        return {"merge": step.merge}
+    if isinstance(step, Branch):
+        return {"selector": step.selector, "default": step.default}
+    if isinstance(step, MapStage):
+        return {
+            "over": step.over,
+            "into": step.into,
+            "max_failures": step.max_failures,
+            "undo": step.item.compensation is not None,
+        }
+    if isinstance(step, Signal):
+        return {"on_signal": step.on_signal, "on_timeout": step.on_timeout_call}
+    return {}

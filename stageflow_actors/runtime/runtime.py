@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client, Known
@@ -20,7 +21,7 @@ from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.control import NodeConfig, Register
 from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.launch import NodeHandle
-from stageflow_actors.runtime.programs import PoolSpec, pool_specs
+from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, pool_specs
 
 __all__ = ["Runtime"]
 
@@ -56,6 +57,7 @@ class Runtime(Client):
         self._naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)
         self._max_message_bytes = self.config.max_message_bytes
         self._ttl = self.config.ttl_seconds
+        self._endpoints: list[Stage] = []
         self._node: NodeHandle | None = None
         self._data: DataDir | None = None
         self._gate = threading.Lock()
@@ -74,6 +76,7 @@ class Runtime(Client):
             if not self.workflows:
                 raise WorkflowDefinitionError("this runtime has no workflows: give it some, as in Runtime(orders)")
             plans, pools = self._compile(self.workflows)
+            pools += [endpoint_spec(stage, self._naming, self.services) for stage in self._endpoints]
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:
@@ -164,6 +167,19 @@ class Runtime(Client):
         if self._node is not None:
             plans, pools = self._compile([workflow])
             self._node.register(Register(plans, pools))
+
+    def endpoint(self, name: str, handler: Any, **options: Any) -> None:
+        """Serve requests to `name` by a pool of its own: `handler(command[, ctx])` returns the reply.
+
+        Options as in `Stage` (actors, timeout, retry, env …). Raises `WorkflowDefinitionError`.
+        """
+        stage = Stage(handler, id=name, **options)
+        if any(known.id == name for known in self._endpoints):
+            raise WorkflowDefinitionError(f"endpoint {name!r} is served already")
+        spec = endpoint_spec(stage, self._naming, self.services)
+        self._endpoints.append(stage)
+        if self._node is not None:
+            self._node.register(Register([], [spec]))
 
     def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
         """Run a stage with another number of worker processes from now on."""

@@ -16,7 +16,7 @@ from typing import Any
 import pykka
 
 from brokers.api import QueueOptions
-from stageflow_actors.core.plan import DEAD, Naming
+from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
 from stageflow_actors.runtime.pool import Pool, PoolServices, Retire, ScaleTo, Tick, ZygoteLost
@@ -111,7 +111,8 @@ def queue_options(specs: Sequence[PoolSpec], naming: Naming, max_deaths: int) ->
     options = []
     for spec in specs:
         if spec.evidence:
-            options.append(QueueOptions(spec.queue, max_deaths, True, naming.coordinator, DEAD, spec.max_length))
+            label = UNANSWERED if spec.kind == "endpoint" else DEAD
+            options.append(QueueOptions(spec.queue, max_deaths, True, naming.coordinator, label, spec.max_length))
         else:
             options.append(QueueOptions(spec.queue, max_deaths, False, "", "", spec.max_length))
     return options

@@ -27,8 +27,9 @@ from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
-from stageflow_actors.runtime.stage_work import Settled, StageWork
 from stageflow_actors.runtime.transport import connect
+from stageflow_actors.runtime.work import Settled, numbered
+from stageflow_actors.runtime.works import WORKS
 
 __all__ = ["EXIT_RECYCLED", "EXIT_UNLOADABLE", "CompensationActor", "StageActor", "main"]
 
@@ -61,7 +62,7 @@ def main(payload: bytes, slot: Slot | None) -> int:
         traceback.print_exc()
         sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
-    kind = StageActor if given.kind == "stage" else CompensationActor
+    kind = CompensationActor if given.kind == "compensation" else StageActor
     actor = kind(work, mailbox, given, slot)
     mailbox.actor = actor
     mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
@@ -71,10 +72,14 @@ def main(payload: bytes, slot: Slot | None) -> int:
     return EXIT_RECYCLED
 
 
-def _load(given: WorkerPayload, slot: Slot, mailbox: _Mailbox) -> Callable[[DeliveryItem, bytes], Any]:
+def _load(given: WorkerPayload, slot: Slot, mailbox: _Mailbox) -> Any:
     program = loads(given.code)
     services = {name: factory() for name, factory in program.factories.items()}
-    kind = StageWork if given.kind == "stage" else CompensationWork
+    kind: Any = CompensationWork
+    if given.kind != "compensation":
+        place = given.plan.stage(program.place)
+        assert place is not None, f"{program.place} is not in its own plan"
+        kind = WORKS[place.kind]
     return kind(
         program,
         given.plan,
@@ -261,19 +266,8 @@ class _WorkActor(pykka.ThreadingActor):
             lock.release()
 
     def _add(self, settled: Settled) -> None:
-        item = settled.outcome
-        for target, publish in settled.publishes:
-            publish.target = self._target(target)
-            item.publishes = [*item.publishes, publish]
-        self._others.append(item)
+        self._others.append(numbered(settled, self._targets))
         self._other_bodies.extend(settled.bodies)
-
-    def _target(self, target: Target) -> int:
-        for index, known in enumerate(self._targets):
-            if known == target:
-                return index
-        self._targets.append(target)
-        return len(self._targets) - 1
 
     def _adapt(self, seconds: float, count: int) -> None:
         """Hold as much work as fits into `HELD_SECONDS`, and never more than four times what was held before."""

@@ -16,19 +16,23 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem
-from stageflow_actors.core.coordination import decide
+from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
+from stageflow_actors.core.codec import encode_value
+from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import decode_envelope
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.routing import signal_key
+from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.mapping import Prepared
-from stageflow_actors.runtime.programs import CompensationProgram, StageProgram
-from stageflow_actors.runtime.stage_work import Settled, StageWork
+from stageflow_actors.runtime.programs import CompensationProgram, stage_programs
+from stageflow_actors.runtime.work import Settled, Work, settle_moves, split_parts
+from stageflow_actors.runtime.works import WORKS
 
 __all__ = ["run"]
 
@@ -36,7 +40,7 @@ C = TypeVar("C")
 
 logger = logging.getLogger("stageflow.testing")
 
-Work = StageWork | CompensationWork
+AnyWork = Work | CompensationWork
 
 
 def run(
@@ -64,17 +68,14 @@ def run(
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
     factories = _checked(services or {})
     workflow.validate(factories)
-    if signals:
-        raise WorkflowDefinitionError(
-            f"workflow {workflow.id!r} was given the signal {next(iter(signals))!r} and waits for none of that name"
-        )
+    _check_signals(workflow, signals or {})
     _check_thread(workflow)
     door = _Door()
     known, prepared, body = door.admit(workflow, context)
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(door, known, prepared.id, made, loop)
+        instance: _Instance[C] = _Instance(door, known, prepared.id, made, loop, dict(signals or {}))
         return instance.finish(_Message(known.target.queue, known.target.label, body))
 
 
@@ -86,6 +87,16 @@ def _checked(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable
                 f"write services={{{name!r}: lambda: …}}"
             )
     return services
+
+
+def _check_signals(workflow: Workflow[Any], signals: Mapping[str, Any]) -> None:
+    awaited = [step.name for step in workflow.steps if isinstance(step, Signal)]
+    for name in signals:
+        if name not in awaited:
+            raise WorkflowDefinitionError(
+                f"workflow {workflow.id!r} was given the signal {name!r} and waits for none of that name"
+                + (f": it waits for {', '.join(map(repr, awaited))}" if awaited else "")
+            )
 
 
 def _check_thread(workflow: Workflow[Any]) -> None:
@@ -122,12 +133,13 @@ class _Door(Client):
 class _Message:
     """One message in the deque, and what the broker would remember of it."""
 
-    __slots__ = ("attempts", "body", "failure", "label", "queue", "steps")
+    __slots__ = ("attempts", "body", "failure", "label", "parts", "queue", "steps")
 
-    def __init__(self, queue: str, label: str, body: bytes) -> None:
+    def __init__(self, queue: str, label: str, body: bytes, parts: list[tuple[str, int]] | None = None) -> None:
         self.queue = queue
         self.label = label
         self.body = body
+        self.parts = parts
         self.attempts = 0
         self.failure: bytes | None = None
         self.steps: dict[str, bytes] = {}
@@ -138,9 +150,33 @@ class _Message:
 
     def extra(self) -> DeliveryExtra | None:
         """What comes along with a delivery that is not the first."""
-        if not self.attempts:
+        if not self.attempts and self.parts is None and not self.label.startswith(":"):
             return None
-        return DeliveryExtra(self.attempts, 0, self.failure, False, dict(self.steps) or None, None, self.label, 0)
+        return DeliveryExtra(self.attempts, 0, self.failure, False, dict(self.steps) or None, self.parts, self.label, 0)
+
+
+class _Gather:
+    """What the broker keeps of one key."""
+
+    def __init__(self) -> None:
+        self.target: Target | None = None
+        self.need = 0
+        self.base = b""
+        self.arrivals: dict[str, bytes] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is open, and all it needs is there."""
+        return self.target is not None and len(self.arrivals) >= self.need
+
+    def take(self) -> _Message:
+        """The message of the gather, complete or given up."""
+        assert self.target is not None
+        slots = list(self.arrivals)[: self.need]
+        bodies = [self.base, *(self.arrivals.pop(slot) for slot in slots)]
+        parts = [(slot, len(body)) for slot, body in zip(["", *slots], bodies, strict=True)]
+        target, self.target = self.target, None
+        return _Message(target.queue, target.label, b"".join(bodies), parts)
 
 
 class _NoSlot:
@@ -157,7 +193,13 @@ class _Instance(Generic[C]):
     """One instance, its workers and its messages."""
 
     def __init__(
-        self, door: _Door, known: Known, instance_id: str, services: Mapping[str, Any], loop: asyncio.Runner
+        self,
+        door: _Door,
+        known: Known,
+        instance_id: str,
+        services: Mapping[str, Any],
+        loop: asyncio.Runner,
+        signals: dict[str, Any],
     ) -> None:
         workflow, plan, naming = known.workflow, known.plan, door.naming
         self._id = instance_id
@@ -165,11 +207,14 @@ class _Instance(Generic[C]):
         self._naming = naming
         self._plans = {(plan.id, plan.version): plan}
         self._current = _Message("", "", b"")
+        self._gathers: dict[str, _Gather] = {}
+        for name, payload in signals.items():
+            data = encode_value(payload, what=f"the payload of signal {name!r}")
+            self._gathers.setdefault(signal_key(name), _Gather()).arrivals["test"] = data
         context = workflow.context
-        self._works: dict[str, Work] = {}
-        for stage, planned in zip(workflow.stages, plan.stages, strict=True):
-            program = StageProgram(workflow.id, workflow.version, context, stage)
-            self._works[planned.queue] = StageWork(
+        self._works: dict[str, AnyWork] = {}
+        for program, planned in stage_programs(workflow, plan):
+            self._works[planned.queue] = WORKS[planned.kind](
                 program, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
             )
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
@@ -183,17 +228,18 @@ class _Instance(Generic[C]):
         """Deliver messages until one of them is the end."""
         waiting = deque([first])
         while True:
+            if not waiting:
+                waiting.append(self._give_up_waiting())
             message = waiting.popleft()
             if message.queue == self._naming.finished:
                 return WorkflowResult(self._id, message.body, self._known.codec, self._known.order)
             if message.queue == self._naming.coordinator:
-                waiting.append(self._coordinate(message))
-                continue
-            work = self._works[message.queue]
-            result = self._deliver(work, message)
+                result: tuple[int, bytes] | Settled = self._coordinate(message)
+            else:
+                result = self._deliver(self._works[message.queue], message)
             if not isinstance(result, Settled):
                 place, body = result
-                target = work.targets[place]
+                target = self._works[message.queue].targets[place]
                 waiting.append(_Message(target.queue, target.label, body))
                 continue
             outcome = result.outcome
@@ -203,16 +249,42 @@ class _Instance(Generic[C]):
                 message.attempts += 1
                 message.failure = outcome.failure
                 waiting.appendleft(message)
-            for (target, _), body in zip(result.publishes, result.bodies, strict=True):
-                waiting.append(_Message(target.queue, target.label, body))
+            waiting.extend(self._what_follows(result))
 
-    def _deliver(self, work: Work, message: _Message) -> tuple[int, bytes] | Settled:
+    def _what_follows(self, settled: Settled) -> list[_Message]:
+        """The messages a settlement publishes, and those of the gathers that it completes."""
+        bodies = iter(settled.bodies)
+        follow = [_Message(target.queue, target.label, next(bodies)) for target, _ in settled.publishes]
+        touched = []
+        for target, opening in settled.opens:
+            gather = self._gathers.setdefault(opening.key, _Gather())
+            gather.target, gather.need, gather.base = target, opening.need, next(bodies)
+            touched.append(gather)
+        for arrival in settled.outcome.arrivals:
+            gather = self._gathers.setdefault(arrival.key, _Gather())
+            gather.arrivals[arrival.slot] = next(bodies)
+            touched.append(gather)
+        return follow + [gather.take() for gather in touched if gather.complete]
+
+    def _give_up_waiting(self) -> _Message:
+        """Nothing is under way: whoever waits for a signal that was not given is told that the time is up."""
+        for gather in self._gathers.values():
+            if gather.target is not None:
+                return gather.take()
+        raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
+
+    def _deliver(self, work: AnyWork, message: _Message) -> tuple[int, bytes] | Settled:
         self._current = message
         return work(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
 
-    def _coordinate(self, message: _Message) -> _Message:
-        step = decide(message.label, message.body, None, 1, self._plans, self._naming, time.time())
-        return _Message(step.queue, step.label, step.body)
+    def _coordinate(self, message: _Message) -> Settled:
+        item = DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra())
+        if message.parts is not None:
+            base, arrivals = split_parts(item, message.body)
+            moves = decide_gathered(base, arrivals, self._plans, self._naming, time.time())
+        else:
+            moves = decide(message.label, message.body, None, 1, self._plans, self._naming, time.time())
+        return settle_moves(item, moves)
 
     def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
         envelope = decode_envelope(message.body)

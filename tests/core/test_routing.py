@@ -27,13 +27,14 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED, FINISHED, Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.routing import (
+    Moves,
     Step,
     after_compensation,
-    after_stage,
     begin_compensation,
     completed_stages,
     fail_stage,
-    give_up_stage,
+    give_up,
+    leave,
     unmet,
 )
 from stageflow_actors.core.status import WorkflowStatus
@@ -72,6 +73,12 @@ def planned(step: Step) -> list[str]:
     return task.plan
 
 
+def only(moves: Moves) -> Step:
+    assert (moves.opens, moves.arrivals) == ([], [])
+    [step] = moves.steps
+    return step
+
+
 def outcome_of(step: Step) -> Outcome:
     assert (step.queue, step.label, step.terminal) == (NAMING.finished, FINISHED, True)
     return decode_outcome(step.body)
@@ -82,14 +89,14 @@ def outcome_of(step: Step) -> Outcome:
 
 def test_behind_a_stage_comes_the_next_one_in_its_queue() -> None:
     plan = make_plan("a", "b")
-    step = after_stage(plan, plan.stages[0], make_envelope("a"), NAMING, 9.0)
+    step = only(leave(plan, plan.stages[0], make_envelope("a"), NAMING, 9.0))
     assert (step.queue, step.label, step.terminal) == ("stageflow.flow.stage1", "b", False)
     assert decode_envelope(step.body).stage_id == "b"
 
 
 def test_behind_the_last_stage_comes_the_end() -> None:
     plan = make_plan("a", "b")
-    outcome = outcome_of(after_stage(plan, plan.stages[1], make_envelope("b", *completed("a", "b")), NAMING, 9.0))
+    outcome = outcome_of(only(leave(plan, plan.stages[1], make_envelope("b", *completed("a", "b")), NAMING, 9.0)))
     assert (outcome.status, outcome.started_at, outcome.finished_at) == ("completed", 5.0, 9.0)
     assert completed_stages(outcome.trail) == ["a", "b"]
 
@@ -97,12 +104,12 @@ def test_behind_the_last_stage_comes_the_end() -> None:
 def test_a_required_stage_that_fails_goes_to_the_coordinator_and_an_optional_one_goes_on() -> None:
     plan = make_plan("a", "b?", "c")
     lost = StageRecord("a", "failed", error="ValueError: no")
-    step = give_up_stage(plan, plan.stages[0], make_envelope("a"), lost, NAMING, 9.0)
+    step = only(give_up(plan, plan.stages[0], make_envelope("a"), lost, NAMING, 9.0))
     assert (step.queue, step.label, step.terminal) == (NAMING.coordinator, FAILED, False)
     failed = decode_envelope(step.body)
     assert (failed.failed_stage, failed.error) == ("a", "ValueError: no")
     skipped = StageRecord("b", "failed", error="ValueError: no")
-    step = give_up_stage(plan, plan.stages[1], make_envelope("b"), skipped, NAMING, 9.0)
+    step = only(give_up(plan, plan.stages[1], make_envelope("b"), skipped, NAMING, 9.0))
     assert step.label == "c"
     gone_on = decode_envelope(step.body)
     assert (gone_on.failed_stage, gone_on.error) == (None, None)
@@ -202,7 +209,7 @@ def test_the_end_names_each_compensation_and_never_hides_one_that_failed(well: l
 def test_a_failed_event_begins_the_compensation() -> None:
     plan = make_plan("a", "b")
     failed = fail_stage(make_envelope("b", *completed("a")), "b", StageRecord("b", "failed", error="E: x"), NAMING)
-    step = decide(failed.label, failed.body, None, 1, {("flow", 1): plan}, NAMING, 9.0)
+    step = only(decide(failed.label, failed.body, None, 1, {("flow", 1): plan}, NAMING, 9.0))
     assert planned(step) == ["a"]
 
 
@@ -210,7 +217,7 @@ def test_a_dead_letter_of_a_required_stage_is_its_failure_with_the_attempts_it_h
     plan = make_plan("a", "b")
     envelope = make_envelope("b", *completed("a"))
     died = Failure("died", "WorkerDied: SIGSEGV", "WorkerDied")
-    step = decide(DEAD, encode(envelope), died, 4, {("flow", 1): plan}, NAMING, 9.0)
+    step = only(decide(DEAD, encode(envelope), died, 4, {("flow", 1): plan}, NAMING, 9.0))
     assert planned(step) == ["a"]
     undoing = decode_envelope(step.body)
     assert (undoing.error, undoing.failed_stage) == ("WorkerDied: SIGSEGV", "b")
@@ -220,7 +227,7 @@ def test_a_dead_letter_of_a_required_stage_is_its_failure_with_the_attempts_it_h
 
 def test_a_dead_letter_of_an_optional_stage_goes_on_without_it() -> None:
     plan = make_plan("a", "b?", "c")
-    step = decide(DEAD, encode(make_envelope("b", *completed("a"))), None, 3, {("flow", 1): plan}, NAMING, 9.0)
+    step = only(decide(DEAD, encode(make_envelope("b", *completed("a"))), None, 3, {("flow", 1): plan}, NAMING, 9.0))
     assert (step.queue, step.label) == ("stageflow.flow.stage2", "c")
     assert completed_stages(decode_envelope(step.body).trail) == ["a"]
 
@@ -229,7 +236,7 @@ def test_a_dead_letter_of_a_compensation_counts_as_failed_and_the_others_go_on()
     plan = make_plan("a", "b", "c")
     envelope = make_envelope("b", *completed("a", "b"), ("c", "failed"))
     envelope.compensation = CompensationTask(["b", "a"], [], "compensated")
-    step = decide(DEAD, encode(envelope), None, 1, {("flow", 1): plan}, NAMING, 9.0)
+    step = only(decide(DEAD, encode(envelope), None, 1, {("flow", 1): plan}, NAMING, 9.0))
     assert planned(step) == ["a"]
     step = after_compensation(plan, decode_envelope(step.body), CompensationRecord("a", "completed"), NAMING, 9.0)
     outcome = outcome_of(step)

@@ -1,0 +1,183 @@
+"""Steps of a workflow that are more than one handler: parallel, branch, map, delay, signal.
+
+Values, checked when they are made, like `Stage`; a workflow gives them their place. Nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from stageflow_actors.definition.duration import Duration, optional_seconds, seconds
+from stageflow_actors.definition.handler import Call, inspect_handler
+from stageflow_actors.definition.stage import Stage, check_id
+from stageflow_actors.errors import WorkflowDefinitionError
+
+__all__ = ["Branch", "Delay", "MapStage", "Parallel", "Signal", "Step"]
+
+
+class Parallel:
+    """Stages that run at the same time, each in a pool of its own; joined when all are over.
+
+    `merge(base, branches)` makes the context from the one before and those of the branches, by stage id; without it
+    changes are merged by field, and two branches that change one field differently are an error.
+    """
+
+    __slots__ = ("branches", "id", "merge")
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        branches: Iterable[Any],
+        *,
+        merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    ) -> None:
+        self.id: str = check_id(id, "the parallel stage")
+        self.branches: tuple[Stage, ...] = _stages(branches, f"parallel stage {id!r}")
+        if not self.branches:
+            raise WorkflowDefinitionError(f"parallel stage {id!r} has no branches: give it a list of stages")
+        if merge is not None and not callable(merge):
+            raise WorkflowDefinitionError(f"merge of {id!r} must be a function of (base, branches), not {merge!r}")
+        self.merge = merge
+
+    def __repr__(self) -> str:
+        return f"Parallel({self.id!r})"
+
+
+class Branch:
+    """A choice: `selector(context)` gives a key, and the stages of that arm are run, one after the other.
+
+    A key that is no arm takes `default` (the key of an arm), or fails the instance when there is none.
+    """
+
+    __slots__ = ("arms", "default", "id", "selector")
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        selector: Callable[[Any], Any],
+        arms: Mapping[str, Iterable[Any]],
+        *,
+        default: str | None = None,
+    ) -> None:
+        self.id: str = check_id(id, "the branch")
+        what = f"branch {id!r}"
+        if not callable(selector):
+            raise WorkflowDefinitionError(f"the selector of {what} must be a function of the context, not {selector!r}")
+        if not isinstance(arms, Mapping) or not arms:
+            raise WorkflowDefinitionError(f"{what} takes a dict of arms, as {{'key': [stage, ...]}}, not {arms!r}")
+        for key in arms:
+            if not isinstance(key, str):
+                raise WorkflowDefinitionError(f"the arms of {what} have strings as keys, not {key!r}")
+        self.selector = selector
+        self.arms: dict[str, tuple[Stage, ...]] = {
+            key: _stages(stages, f"arm {key!r} of {what}") for key, stages in arms.items()
+        }
+        if default is not None and default not in self.arms:
+            raise WorkflowDefinitionError(
+                f"default of {what} is {default!r}, which is none of its arms: {', '.join(self.arms)}"
+            )
+        self.default = default
+
+    def __repr__(self) -> str:
+        return f"Branch({self.id!r})"
+
+
+class MapStage:
+    """`handler(item[, ctx])` for each item of `over(context)`, results in order into the field `into`.
+
+    `item` is the stage that handles one item. `max_failures` items may fail (their result is None) before the stage
+    does.
+    """
+
+    __slots__ = ("id", "into", "item", "max_failures", "over")
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        handler: Any,
+        *,
+        over: Callable[[Any], Iterable[Any]],
+        into: str | None = None,
+        max_failures: int = 0,
+        **options: Any,
+    ) -> None:
+        self.id: str = check_id(id, "the map stage")
+        what = f"map stage {id!r}"
+        if not callable(over):
+            raise WorkflowDefinitionError(f"over of {what} must be a function of the context, not {over!r}")
+        if into is not None and (not isinstance(into, str) or not into):
+            raise WorkflowDefinitionError(f"into of {what} must be the name of a field, not {into!r}")
+        if isinstance(max_failures, bool) or not isinstance(max_failures, int) or max_failures < 0:
+            raise WorkflowDefinitionError(f"max_failures of {what} must be a whole number from 0, not {max_failures!r}")
+        self.item = Stage(handler, id=id, **options)
+        self.over = over
+        self.into = into
+        self.max_failures = max_failures
+
+    def __repr__(self) -> str:
+        return f"MapStage({self.id!r})"
+
+
+class Delay:
+    """The instance waits for `seconds`, at no cost but a timer."""
+
+    __slots__ = ("id", "seconds")
+
+    def __init__(self, id: str, duration: Duration) -> None:  # noqa: A002 - the name users type
+        self.id: str = check_id(id, "the delay")
+        self.seconds: float = seconds(duration, f"the delay {id!r}")
+
+    def __repr__(self) -> str:
+        return f"Delay({self.id!r}, {self.seconds:g})"
+
+
+class Signal:
+    """The instance waits for a signal from outside, at no cost but a timer where there is a `timeout`.
+
+    `on_signal(context, payload)` takes it in; without it the payload is the stage's result. `on_timeout(context)`
+    decides when none came in time; without it the stage fails with `StageTimeout`.
+    """
+
+    __slots__ = ("id", "name", "on_signal", "on_timeout", "on_timeout_call", "timeout")
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name users type
+        *,
+        name: str | None = None,
+        timeout: Duration | None = None,
+        on_signal: Callable[[Any, Any], Any] | None = None,
+        on_timeout: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.id: str = check_id(id, "the signal stage")
+        what = f"signal stage {id!r}"
+        self.name: str = check_id(id if name is None else name, f"the signal of {what}")
+        self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
+        if on_signal is not None and not callable(on_signal):
+            raise WorkflowDefinitionError(
+                f"on_signal of {what} must be a function of (context, payload), not {on_signal!r}"
+            )
+        self.on_signal = on_signal
+        self.on_timeout = on_timeout
+        self.on_timeout_call: Call | None = None
+        if on_timeout is not None:
+            self.on_timeout_call = inspect_handler(on_timeout, f"on_timeout of {what}")
+
+    def __repr__(self) -> str:
+        return f"Signal({self.id!r})"
+
+
+Step = Stage | Parallel | Branch | MapStage | Delay | Signal
+
+
+def _stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise WorkflowDefinitionError(f"{what} takes a list of stages, not {given!r}")
+    stages = tuple(one if isinstance(one, Stage) else Stage(one) for one in given)
+    for stage in stages:
+        if not stage.id:
+            raise WorkflowDefinitionError(
+                f"{what} has a lambda, which has no name: wrap it as Stage(lambda ..., id=...)"
+            )
+    return stages

@@ -1,0 +1,51 @@
+"""A branch: the selector says which arm is run. What it said is recorded as the branch's result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Raw
+
+from brokers.api import DeliveryItem
+from stageflow_actors.core.envelope import NIL, StageRecord, append_record, encode
+from stageflow_actors.core.routing import enter
+from stageflow_actors.core.status import StageStatus
+from stageflow_actors.errors import StageError
+from stageflow_actors.runtime.work import Result, Settled, Work
+
+__all__ = ["ChoiceWork"]
+
+
+class ChoiceWork(Work):
+    """Chooses the arm of one branch."""
+
+    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        self._selector = program.parts["selector"]
+        self._default: str | None = program.parts["default"]
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        opened = self._open(item, body)
+        if isinstance(opened, Settled):
+            return opened
+        started = self._wall()
+        attempt = 1 if item.extra is None else item.extra.attempts + 1
+        try:
+            key = self._selector(self.codec.decode(opened.context))
+            chosen = key if isinstance(key, str) and key in self.planned.arms else self._default
+            if chosen is None:
+                raise StageError(
+                    f"branch {self.planned.id!r} has no arm {key!r} and no default: its arms are "
+                    f"{', '.join(map(repr, self.planned.arms))}"
+                )
+        except BaseException as error:  # noqa: BLE001 - the selector is user code
+            self._raised(error)
+            return self._failed(item, opened, attempt, started, self._wall() - started, error)
+        took = self._wall() - started
+        record = StageRecord(
+            self.planned.id, StageStatus.completed.value, attempt, started, took, None, Raw(encode(chosen))
+        )
+        opened.trail = append_record(opened.trail, record)
+        opened.payload = NIL
+        first = self.planned.arms[chosen]
+        return self._settle(item, enter(self.plan, first, opened, self.naming, self._wall()))

@@ -1,0 +1,69 @@
+"""An endpoint at work: a command in, a reply to whoever asked. It belongs to no workflow and sees no context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Raw
+
+from brokers.api import DeliveryItem
+from stageflow_actors.core.codec import decode_value, encode_value
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    NIL,
+    Command,
+    Envelope,
+    Failure,
+    Reply,
+    decode_command,
+    encode,
+)
+from stageflow_actors.core.failures import failure_of, read_failure
+from stageflow_actors.core.routing import Arrive, Moves
+from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call
+
+__all__ = ["EndpointWork"]
+
+REPLY = "reply"
+"""The one slot of a reply's gather: a second reply to the same request changes nothing."""
+
+
+class EndpointWork(Work):
+    """Serves one endpoint."""
+
+    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        call = program.stage.call
+        self._call = ready_to_call(call, self.services, self._loop)
+        self._wants_ctx = call.wants_ctx
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        asked = decode_command(body)
+        extra = item.extra
+        attempt = 1 if extra is None else extra.attempts + 1
+        if extra is not None and extra.fresh:
+            failure = read_failure(extra.failure) or Failure("died", "WorkerDied: the worker process died")
+            return self._judged(item, asked, attempt, failure, None)
+        try:
+            ctx = self._stage_context(item, self._as_envelope(asked), attempt) if self._wants_ctx else None
+            value = self._call(decode_value(asked.command), ctx)
+            reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
+        except BaseException as error:  # noqa: BLE001 - the handler is user code
+            self._raised(error)
+            known = error if isinstance(error, Exception) else None
+            return self._judged(item, asked, attempt, failure_of(error), known)
+        return self._reply(item, asked, reply)
+
+    def _judged(
+        self, item: DeliveryItem, asked: Command, attempt: int, failure: Failure, error: Exception | None
+    ) -> Settled:
+        delay, failure = self._ask(attempt, failure, error)
+        if delay is not None:
+            return self._again(item, delay, failure)
+        return self._reply(item, asked, Reply(NIL, failure.message))
+
+    def _reply(self, item: DeliveryItem, asked: Command, reply: Reply) -> Settled:
+        return self._settle(item, Moves(arrivals=[Arrive(asked.key, REPLY, encode(reply))]))
+
+    def _as_envelope(self, asked: Command) -> Envelope:
+        return Envelope(asked.workflow_id, 1, asked.stage_id, NIL, EMPTY_TRAIL, 0.0)

@@ -1,0 +1,201 @@
+"""A map stage: split into one message per item, handle each, join the results in order.
+
+No envelope of an item carries its siblings, and the context waits once, in the gather. Many items are published in
+chunks, each with the message that brings the rest: a crash in between resumes at the chunk it hit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from brokers.api import DeliveryItem
+from stageflow_actors.core.codec import decode_value, encode_value
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    NIL,
+    Envelope,
+    Failure,
+    ItemEnd,
+    StageRecord,
+    append_record,
+    decode_item_end,
+    encode,
+)
+from stageflow_actors.core.failures import describe_error
+from stageflow_actors.core.plan import item_id
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step, fail_stage, item_slot, unmet
+from stageflow_actors.core.status import StageStatus
+from stageflow_actors.errors import StageError
+from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
+
+__all__ = ["ItemWork", "MapWork"]
+
+_NOTHING = bytes(NIL)
+
+CHUNK = 2_000
+"""Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
+
+
+class _Rest(Struct, array_like=True):
+    """Items still to be published, and the number of the first."""
+
+    first: int
+    items: list[Raw]
+
+
+_rest = msgspec.msgpack.Decoder(_Rest)
+
+
+class MapWork(Work):
+    """Splits and joins."""
+
+    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        self._over = program.parts["over"]
+        self._into: str | None = program.parts["into"]
+        self._max_failures: int = program.parts["max_failures"]
+        self._undo: bool = program.parts["undo"]
+        place = self.plan.stage(item_id(self.planned.id))
+        assert place is not None, f"map stage {self.planned.id} has no place for its items"
+        self._place = place
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        base, arrivals = split_parts(item, body)
+        opened = self._open(item, base)
+        if isinstance(opened, Settled):
+            return opened
+        if item.extra is not None and item.extra.parts is not None:
+            return self._join(item, opened, arrivals)
+        if bytes(opened.payload) != _NOTHING:
+            return self._settle(item, self._chunk(opened, _rest.decode(opened.payload)))
+        return self._split(item, opened)
+
+    def _split(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+        started = self._wall()
+        attempt = 1 if item.extra is None else item.extra.attempts + 1
+        missing = unmet(self.planned.after, envelope.trail)
+        if missing:
+            return self._unmet(item, envelope, missing)
+        try:
+            given = list(self._over(self.codec.decode(envelope.context)))
+            what = f"item {{}} of {self.planned.id!r}"
+            items = [Raw(encode_value(one, what=what.format(number))) for number, one in enumerate(given)]
+        except BaseException as error:  # noqa: BLE001 - `over` is user code
+            self._raised(error)
+            return self._failed(item, envelope, attempt, started, self._wall() - started, error)
+        if not items:
+            return self._join(item, envelope, [])
+        moves = Moves(opens=[Open(self.planned.id, len(items), self.planned.queue, self.planned.id, encode(envelope))])
+        chunk = self._chunk(envelope, _Rest(0, items))
+        moves.steps = chunk.steps
+        return self._settle(item, moves)
+
+    def _chunk(self, envelope: Envelope, rest: _Rest) -> Moves:
+        """Messages for the next items, and one for the rest of them."""
+        place = self._place
+        count = max(CHUNK, len(rest.items) // 8)
+        now, later = rest.items[:count], rest.items[count:]
+        one = Envelope(
+            envelope.workflow_id,
+            envelope.version,
+            place.id,
+            NIL,
+            EMPTY_TRAIL,
+            envelope.started_at,
+        )
+        steps = []
+        for number, value in enumerate(now, rest.first):
+            one.context = value
+            one.payload = Raw(encode(number))
+            steps.append(Step(place.queue, self.planned.id, encode(one), ttl=place.ttl))
+        if later:
+            carrier = Envelope(
+                envelope.workflow_id, envelope.version, self.planned.id, NIL, EMPTY_TRAIL, envelope.started_at
+            )
+            carrier.payload = Raw(encode(_Rest(rest.first + count, later)))
+            steps.append(Step(self.planned.queue, self.planned.id, encode(carrier)))
+        return Moves(steps)
+
+    def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
+        started = self._wall()
+        ended = sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
+        errors = [(number, one.error) for number, one in ended if one.error is not None]
+        undo = NIL
+        if self._undo:
+            undo = Raw(encode([[one.item, one.result] for _, one in ended if one.error is None]))
+        try:
+            if len(errors) > self._max_failures:
+                number, error = errors[0]
+                raise StageError(
+                    f"{len(errors)} of {len(ended)} items of {self.planned.id!r} failed, more than "
+                    f"max_failures={self._max_failures}; the first was item {number}: {error}"
+                )
+            results = [decode_value(one.result) for _, one in ended]
+            context = self.codec.decode(envelope.context)
+            data = NIL
+            if self._into is None:
+                data = Raw(encode(results))
+            elif self._is_dict:
+                context[self._into] = results
+            else:
+                setattr(context, self._into, results)
+            encoded = self.codec.encode(context, stage=self.planned.id)
+            envelope.context = Raw(encoded)
+            record = StageRecord(
+                self.planned.id, StageStatus.completed.value, 1, started, self._wall() - started, None, data, undo
+            )
+            return self._record_and_leave(item, envelope, record)
+        except BaseException as error:  # noqa: BLE001 - a property of the user's may raise anything
+            self._raised(error)
+            return self._lost(item, envelope, started, error, undo)
+
+    def _lost(self, item: DeliveryItem, envelope: Envelope, started: float, error: BaseException, undo: Raw) -> Settled:
+        """The stage has failed with items done: those are undone like a stage that completed."""
+        if undo is NIL or not self.planned.required or self.plan.on_failure == "park":
+            return self._failed(item, envelope, 1, started, self._wall() - started, error)
+        done = StageRecord(item_id(self.planned.id), StageStatus.completed.value, 1, started, 0.0, None, NIL, undo)
+        envelope.trail = append_record(envelope.trail, done)
+        lost = StageRecord(self.planned.id, StageStatus.failed.value, 1, started, 0.0, describe_error(error))
+        return self._settle(item, Moves([fail_stage(envelope, self.planned.id, lost, self.naming)]))
+
+
+class ItemWork(Work):
+    """Handles one item."""
+
+    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        stage = program.stage
+        self._call = ready_to_call(stage.call, self.services, self._loop)
+        self._wants_ctx = stage.call.wants_ctx
+        whole = self.plan.stage(self.planned.joins)
+        self._keep = whole is not None and whole.compensated
+        self._none_may_fail: bool = program.parts["max_failures"] == 0
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        opened = self._open(item, body)
+        if isinstance(opened, Settled):
+            return opened
+        attempt = 1 if item.extra is None else item.extra.attempts + 1
+        started = self._wall()
+        try:
+            ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
+            value = self._call(decode_value(opened.context), ctx)
+            result = NIL if value is None else Raw(encode_value(value, what=f"a result of {self.planned.joins!r}"))
+        except BaseException as error:  # noqa: BLE001 - the handler is user code
+            self._raised(error)
+            return self._failed(item, opened, attempt, started, self._wall() - started, error)
+        return self._arrive(item, opened, ItemEnd(result, None, opened.context if self._keep else NIL))
+
+    def _give_up(
+        self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
+    ) -> Settled:
+        """The join decides how many items may fail; where none may, and failures are parked, the item is parked."""
+        if self._none_may_fail and self.plan.on_failure == "park":
+            return self._park(item, failure)
+        return self._arrive(item, envelope, ItemEnd(NIL, failure.message))
+
+    def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settled:
+        return self._settle(item, Moves(arrivals=[Arrive(self.planned.joins, item_slot(envelope), encode(end))]))

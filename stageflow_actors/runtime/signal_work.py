@@ -1,0 +1,65 @@
+"""A signal stage whose signal, or its absence, is dealt with by code of the user's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Raw
+
+from brokers.api import DeliveryItem
+from stageflow_actors.core.codec import decode_value, encode_value
+from stageflow_actors.core.envelope import NIL, StageRecord
+from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.stage import Replace
+from stageflow_actors.errors import StageTimeout
+from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
+
+__all__ = ["SignalWork"]
+
+
+class SignalWork(Work):
+    """Takes in a signal, or the news that none came in time."""
+
+    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        self._on_signal = program.parts["on_signal"]
+        late = program.parts["on_timeout"]
+        self._on_timeout = None if late is None else ready_to_call(late, self.services, self._loop)
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        base, arrivals = split_parts(item, body)
+        extra = item.extra
+        if extra is not None and not arrivals:
+            extra.fresh = False  # nothing failed: the time is up, which is what this stage is asked about
+        opened = self._open(item, base)
+        if isinstance(opened, Settled):
+            return opened
+        started = self._wall()
+        attempt = 1 if extra is None else extra.attempts + 1
+        try:
+            context = self.codec.decode(opened.context)
+            data = NIL
+            if arrivals:
+                payload = decode_value(arrivals[0][1])
+                if self._on_signal is None:
+                    value: Any = payload
+                else:
+                    value = self._on_signal(context, payload)
+            elif self._on_timeout is None:
+                raise StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
+            else:
+                value = self._on_timeout(context, None)
+            if type(value) is Replace:
+                context = value.value
+            elif not self._is_dict and isinstance(value, self._context_type):
+                context = value
+            elif value is not None:
+                data = Raw(encode_value(value, what=f"the result of stage {self.planned.id!r}"))
+            opened.context = Raw(self.codec.encode(context, stage=self.planned.id))
+            record = StageRecord(
+                self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data
+            )
+            return self._record_and_leave(item, opened, record)
+        except BaseException as error:  # noqa: BLE001 - what is given here is user code
+            self._raised(error)
+            return self._failed(item, opened, attempt, started, self._wall() - started, error)

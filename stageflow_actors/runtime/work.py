@@ -1,0 +1,357 @@
+"""What all work has in common: the slot, the context, failures and what a policy says of them, settlements.
+
+No socket and no queue here: the actor around it hands in deliveries and sends off settlements, and the in-process test
+runner does the same without either. Whatever user code raises becomes the stage's failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from msgspec import Raw
+
+from brokers.api import AGAIN, DEAD, DONE, Arrival, DeliveryItem, GatherOpen, PublishItem, SettleItem, Target
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.envelope import NIL, Envelope, Failure, StageRecord, append_record, decode_envelope
+from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.routing import Moves, Step, give_up, item_slot, leave
+from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.handler import Call
+from stageflow_actors.definition.retry import RetryPolicy
+from stageflow_actors.errors import PayloadTooLarge, StageError
+from stageflow_actors.runtime.context import StageContext, StepStore
+from stageflow_actors.runtime.programs import StageProgram
+
+__all__ = [
+    "TERMINAL",
+    "Result",
+    "Settled",
+    "Stopwatch",
+    "Work",
+    "ignore",
+    "judge",
+    "numbered",
+    "ready_to_call",
+    "settle_moves",
+    "split_parts",
+]
+
+TERMINAL = 1
+
+
+class Stopwatch(Protocol):
+    """The worker's slot: says which message is being run, and for how long it may be."""
+
+    def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
+        """The handler starts."""
+
+    def end(self) -> None:
+        """The handler is over."""
+
+
+class Settled:
+    """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
+
+    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals.
+    """
+
+    __slots__ = ("bodies", "opens", "outcome", "publishes")
+
+    def __init__(
+        self,
+        outcome: SettleItem,
+        publishes: list[tuple[Target, PublishItem]],
+        bodies: list[bytes],
+        opens: list[tuple[Target, GatherOpen]] | None = None,
+    ) -> None:
+        self.outcome = outcome
+        self.publishes = publishes
+        self.bodies = bodies
+        self.opens = opens or []
+
+
+def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None) -> float | None:
+    """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
+
+    Without a policy a death is tried again at once, and everything else is final: also a `StageError` that may be
+    retried, because nobody has said how often.
+    """
+    if policy is not None:
+        delay = policy.next_delay(attempt, error or exception_of(failure))
+        return None if delay is None else max(0.0, float(delay))
+    return 0.0 if failure.kind == "died" else None
+
+
+Result = tuple[int, bytes] | Settled
+"""(target, body) of the happy path, or a settlement of another shape."""
+
+
+def ignore(error: BaseException) -> None:
+    """Nobody else wants to know."""
+
+
+class Work:
+    """The work of one place of a workflow. Subclasses say in `_run` what is done with a delivery.
+
+    `loop` gives the event loop for an async handler. `raised` is told what user code raised before it becomes the
+    stage's failure, and may raise it on. `targets` are those of the happy path, by number.
+    """
+
+    targets: list[Target]
+
+    def __init__(
+        self,
+        program: StageProgram,
+        plan: WorkflowPlan,
+        naming: Naming,
+        services: Mapping[str, Any],
+        slot: Stopwatch,
+        store: Callable[[DeliveryItem], StepStore],
+        *,
+        max_message_bytes: int = 16 << 20,
+        wall: Callable[[], float] = time.time,
+        loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+        raised: Callable[[BaseException], None] = ignore,
+    ) -> None:
+        planned = plan.stage(program.place)
+        assert planned is not None, f"stage {program.place} is not in its own plan"
+        self.plan = plan
+        self.planned: StagePlan = planned
+        self.naming = naming
+        self.services = services
+        self.codec: ContextCodec[Any] = ContextCodec(program.context)
+        self.targets = []
+        self.retry: RetryPolicy | None = None if program.stage is None else program.stage.retry
+        self._context_type = program.context
+        self._is_dict = program.context is dict
+        self._slot = slot
+        self._store = store
+        self._wall = wall
+        self._loop = loop
+        self._raised = raised
+        self._limit = max_message_bytes
+        self._timeout_ns = int((planned.timeout or 0) * 1e9)
+
+    def __call__(self, item: DeliveryItem, body: bytes) -> Result:
+        """Do the work of one delivery."""
+        self._slot.begin(item.id, self._timeout_ns, time.monotonic_ns())
+        try:
+            return self._run(item, body)
+        finally:
+            self._slot.end()
+
+    def _run(self, item: DeliveryItem, body: bytes) -> Result:
+        raise NotImplementedError
+
+    def _open(self, item: DeliveryItem, body: bytes) -> Envelope | Settled:
+        """The envelope of a delivery that is in its place and to be run; or how it is settled without that."""
+        envelope = decode_envelope(body)
+        if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
+            return self._misplaced(item, envelope, body)
+        extra = item.extra
+        if extra is not None and extra.fresh:
+            return self._judge_fresh(item, envelope, extra.attempts + 1)
+        return envelope
+
+    def _complete(self, item: DeliveryItem, envelope: Envelope, context: Any, attempt: int, started: float) -> Settled:
+        """The place is done with: record it and go on. Raises `InvalidContext` for a context that cannot travel."""
+        envelope.context = Raw(self.codec.encode(context, stage=self.planned.id))
+        record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)
+        return self._record_and_leave(item, envelope, record)
+
+    def _record_and_leave(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
+        envelope.trail = append_record(envelope.trail, record)
+        envelope.payload = NIL
+        moves = leave(self.plan, self.planned, envelope, self.naming, self._wall())
+        largest = moves.largest()
+        if largest > self._limit:
+            raise self._too_large(largest)
+        return self._settle(item, moves)
+
+    def _too_large(self, size: int) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            f"stage {self.planned.id!r}: context and results are {size} bytes, over max_message_bytes={self._limit}; "
+            "keep large data in files and pass their names"
+        )
+
+    # failures
+
+    def _failed(
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        attempt: int,
+        started: float,
+        duration: float,
+        error: BaseException,
+    ) -> Settled:
+        failure = failure_of(error)
+        asked = error if isinstance(error, Exception) else exception_of(failure)
+        delay, failure = self._ask(attempt, failure, asked)
+        if delay is not None:
+            return self._again(item, delay, failure)
+        return self._give_up(item, envelope, failure, attempt, started, duration)
+
+    def _ask(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
+        """What the policy says; one that raises has given up, and says why."""
+        try:
+            return judge(self.retry, attempt, failure, error), failure
+        except Exception as broken:  # noqa: BLE001 - a policy is user code
+            text = f"{failure.message} (and its retry policy failed: {failure_of(broken).message})"
+            return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
+
+    def _judge_fresh(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settled:
+        """The attempt before ended without a word (death, timeout, expiry): the policy is asked about it first."""
+        assert item.extra is not None
+        failure = read_failure(item.extra.failure) or Failure("died", "WorkerDied: the worker process died")
+        delay, failure = self._ask(attempt, failure, None)
+        if delay is not None:
+            return self._again(item, delay, failure)
+        now = self._wall()
+        return self._give_up(item, envelope, failure, attempt, now, 0.0)
+
+    def _again(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
+        again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
+        return Settled(again, [], [])
+
+    def _give_up(
+        self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
+    ) -> Settled:
+        if self.planned.required and self.plan.on_failure == "park":
+            return self._park(item, failure)
+        record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
+        return self._settle(item, give_up(self.plan, self.planned, envelope, record, self.naming, self._wall()))
+
+    def _park(self, item: DeliveryItem, failure: Failure) -> Settled:
+        return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
+
+    def _unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str]) -> Settled:
+        text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"
+        if self.planned.required:
+            failure = failure_of(StageError(text))
+            return self._give_up(item, envelope, failure, 1, self._wall(), 0.0)
+        record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall(), 0.0, text)
+        return self._pass(item, envelope, record)
+
+    def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+        return self._pass(item, envelope, StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall()))
+
+    def _pass(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
+        envelope.trail = append_record(envelope.trail, record)
+        return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
+
+    def _misplaced(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settled:
+        """Routing goes by id and version: forward what another queue runs, park what nobody here knows."""
+        known = self.plan.stage(envelope.stage_id)
+        if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
+            return self._settle(item, Moves([Step(known.queue, known.id, body)]))
+        text = (
+            f"workflow {envelope.workflow_id!r} version {envelope.version} has no stage {envelope.stage_id!r} here "
+            f"(version {self.plan.version} is registered): register that version, then requeue"
+        )
+        return self._park(item, Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError"))
+
+    def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
+        return settle_moves(item, moves)
+
+    def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:
+        extra = item.extra
+        one = self.planned.kind == ITEM
+        return StageContext(
+            envelope=envelope,
+            instance_id=item.group,
+            epoch=item.epoch,
+            stage_id=self.planned.joins if one else self.planned.id,
+            item=item_slot(envelope) if one else None,
+            attempt=attempt,
+            timeout=self.planned.timeout,
+            failure=None if extra is None else extra.failure,
+            steps=None if extra is None else extra.steps,
+            store=self._store(item),
+        )
+
+
+def settle_moves(item: DeliveryItem, moves: Moves) -> Settled:
+    """The settlement that acknowledges a message and does what follows from it."""
+    priority = 0 if item.extra is None else item.extra.priority
+    publishes = [
+        (
+            Target(step.queue, step.label, TERMINAL if step.terminal else 0),
+            PublishItem(
+                0,
+                len(step.body),
+                "",
+                0,
+                0,
+                0 if step.terminal or step.label == FAILED else priority,
+                step.delay,
+                step.ttl,
+            ),
+        )
+        for step in moves.steps
+    ]
+    opens = [
+        (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), "", 0, one.deadline))
+        for one in moves.opens
+    ]
+    arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in moves.arrivals]
+    bodies = [step.body for step in moves.steps]
+    bodies += [one.base for one in moves.opens]
+    bodies += [one.body for one in moves.arrivals]
+    done = SettleItem([(item.id, item.lease)], DONE, arrivals=arrivals)
+    return Settled(done, publishes, bodies, opens)
+
+
+def numbered(settled: Settled, targets: list[Target]) -> SettleItem:
+    """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
+    item = settled.outcome
+    item.publishes = []
+    for target, publish in settled.publishes:
+        publish.target = _number(target, targets)
+        item.publishes.append(publish)
+    item.opens = []
+    for target, opening in settled.opens:
+        opening.target = _number(target, targets)
+        item.opens.append(opening)
+    return item
+
+
+def _number(target: Target, targets: list[Target]) -> int:
+    for number, known in enumerate(targets):
+        if known == target:
+            return number
+    targets.append(target)
+    return len(targets) - 1
+
+
+def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """A gathered message taken apart: its base, and the arrivals as (slot, body) in the order they came."""
+    parts = None if item.extra is None else item.extra.parts
+    if parts is None:
+        return body, []
+    at = parts[0][1]
+    base = body[:at]
+    arrivals = []
+    for slot, size in parts[1:]:
+        arrivals.append((slot, body[at : at + size]))
+        at += size
+    return base, arrivals
+
+
+def ready_to_call(
+    call: Call, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
+) -> Callable[[Any, Any], Any]:
+    """A handler as a plain function of (context, ctx); an async one runs on one event loop that its worker keeps."""
+    bound = call.bind(services)
+    if not call.is_async:
+        return bound
+    run = loop().run_until_complete
+
+    async def finished(awaitable: Awaitable[Any]) -> Any:
+        return await awaitable
+
+    return lambda context, ctx: run(finished(bound(context, ctx)))
