@@ -100,14 +100,17 @@ class ContextCodec(Generic[C]):
                 raise InvalidContext(message) from error
         return self.encode(context)
 
-    def digest(self, data: bytes | Raw) -> bytes:
-        """16 bytes that are the same for equal contexts, whatever the order of keys and of sets in `data`."""
+    def digest(self, data: bytes | Raw, scope: str = "") -> bytes:
+        """16 bytes that are the same for equal contexts, whatever the order of keys and of sets in `data`.
+
+        `scope` tells apart what is equal and not the same, such as the input of another workflow.
+        """
         context = self.decode(data)
         try:
             canonical = _encode_sorted(context)
         except (TypeError, ValueError):
             canonical = _encode(_canonical(context))
-        return hashlib.blake2b(canonical, digest_size=16).digest()
+        return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
 
     def to_json(self, data: bytes | Raw) -> Any:
         """As `json_view`, for people and files."""

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["Duration", "optional_seconds", "seconds"]
+__all__ = ["Duration", "optional_seconds", "patience", "seconds"]
 
 Duration = int | float | timedelta
 
@@ -42,3 +42,11 @@ def seconds(value: Duration, what: str, *, zero: bool = True) -> float:
 def optional_seconds(value: Duration | None, what: str, *, zero: bool = False) -> float | None:
     """As `seconds`, where None stands for no limit."""
     return None if value is None else seconds(value, what, zero=zero)
+
+
+def patience(value: Duration | None, what: str = "timeout") -> float | None:
+    """How long a call may wait, in seconds; None for as long as it takes. Raises `ValueError`."""
+    try:
+        return optional_seconds(value, what, zero=True)
+    except WorkflowDefinitionError as error:
+        raise ValueError(str(error)) from None

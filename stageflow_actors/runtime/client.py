@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,6 +25,7 @@ from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.standing import status_of
 from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import (
     BrokerUnavailable,
@@ -42,6 +42,7 @@ from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.mapping import Mapping, Prepared, as_completed
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
 from stageflow_actors.runtime.transport import connect
+from stageflow_actors.runtime.waiters import Waiter, Waiters
 
 __all__ = ["Client", "Known", "new_instance_id"]
 
@@ -49,6 +50,12 @@ C = TypeVar("C")
 
 ANSWER_SECONDS = 60.0
 """How long a call waits for the broker, restarts of it included."""
+
+STOPPED = (
+    "this runtime has been stopped; what was unfinished resumes when a runtime is started on its data directory again"
+)
+
+CATCH_UP_SECONDS = 1.0
 
 MOST_AT_ONCE = 10_000
 """Most contexts of one `submit_many`."""
@@ -86,20 +93,20 @@ class Known:
 class _Ends(Listener):
     """What the connection tells a client."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, waiters: Waiters) -> None:
+        self._waiters = waiters
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        self._client._ended(pushes)
+        self._waiters.ended(pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:
         if word == "gone":
-            self._client._gone(detail)
+            self._waiters.left(detail)
         elif word == "parked":
-            self._client._parked(detail)
+            self._waiters.parked(detail)
 
     def watching(self) -> list[str]:
-        return self._client._watched()
+        return list(self._waiters.by_id)
 
 
 class Client:
@@ -114,8 +121,7 @@ class Client:
         self._max_message_bytes = 16 << 20
         self._ttl = 0.0
         self._seen = 0
-        self._sinks: dict[str, Any] = {}
-        self._quiet = threading.Condition()
+        self._waiters = Waiters()
         self._dead: StageFlowError | None = None
 
     # starting instances
@@ -139,6 +145,8 @@ class Client:
         given = list(contexts)
         if len(given) > MOST_AT_ONCE:
             raise ValueError(f"submit_many takes up to {MOST_AT_ONCE} contexts, not {len(given)}; use map for more")
+        if isinstance(instance_ids, (str, bytes)):
+            raise ValueError(f"instance_ids is a list of ids, not {instance_ids!r}")
         if instance_ids is not None and len(instance_ids) != len(given):
             raise ValueError(f"{len(given)} contexts were given {len(instance_ids)} instance_ids: one each, please")
         ids = instance_ids if instance_ids is not None else [None] * len(given)
@@ -155,11 +163,12 @@ class Client:
         workflow: Workflow[C] | str,
         context: C,
         *,
-        timeout: float | None = None,
+        timeout: Duration | None = None,
         instance_id: str | None = None,
         priority: int = 0,
     ) -> WorkflowResult[C]:
         """Start one instance and wait for its end. Raises `TimeoutError` after `timeout`; the instance goes on."""
+        timeout = patience(timeout)
         return self.submit(workflow, context, instance_id=instance_id, priority=priority).result(timeout)
 
     def map(
@@ -192,9 +201,9 @@ class Client:
         """As `map`, in order of completion."""
         return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=False)
 
-    def as_completed(self, instances: Iterable[Instance[C]], timeout: float | None = None) -> Iterator[Instance[C]]:
+    def as_completed(self, instances: Iterable[Instance[C]], timeout: Duration | None = None) -> Iterator[Instance[C]]:
         """The instances as they end (or are parked). Raises `TimeoutError` after `timeout` seconds."""
-        return as_completed(instances, timeout)
+        return as_completed(instances, patience(timeout))
 
     # looking
 
@@ -233,6 +242,8 @@ class Client:
                 found.append(Instance(self, group["id"], known))
                 ids.add(group["id"])
         if wanted is None or wanted.terminal:
+            if wanted is not None:
+                self._let_history_catch_up()
             reader = self._reader()
             rows = [] if reader is None else reader.list(wanted, workflow_id, max(0, limit - len(found)))
             for row in rows:
@@ -268,26 +279,28 @@ class Client:
         """Deliver from a paused queue again."""
         self._query("resume", queue)
 
-    def drain(self, timeout: float | None = None) -> None:
+    def drain(self, timeout: Duration | None = None) -> None:
         """Wait until everything this client submitted has ended or is parked. Raises `TimeoutError`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._quiet:
-            while self._sinks:
-                self._check_alive()
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"{len(self._sinks)} instances had not ended after {timeout:g} s")
-                self._quiet.wait(0.5 if left is None else min(left, 0.5))
+        most = patience(timeout)
+        deadline = None if most is None else time.monotonic() + most
+        waiting = self._waiters.by_id
+        while waiting:
+            self._check_alive()
+            left = 0.5 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{len(waiting)} instances had not ended after {most:g} s")
+            self._waiters.wait_quiet(min(left, 0.5))
 
     # the connection
 
     def _attach(self, address: str, name: str) -> None:
-        self._broker = connect(address, _Ends(self), role="client", name=name)
+        self._broker = connect(address, _Ends(self._waiters), role="client", name=name)
 
     def _detach(self) -> None:
         if self._broker is not None:
             self._broker.close(timeout=1.0)
             self._broker = None
+        self._waiters.break_off(BrokerUnavailable(STOPPED), forget=True)
         if self._history is not None:
             self._history.close()
             self._history = None
@@ -298,7 +311,11 @@ class Client:
         return self._broker
 
     def _query(self, name: str, *args: Any) -> Any:
-        return self._await(self._port().query(name, *args))
+        try:
+            future = self._port().query(name, *args)
+        except port.BrokerUnavailable as error:
+            raise BrokerUnavailable(str(error)) from None
+        return self._await(future)
 
     def _await(self, future: Future[Any], timeout: float = ANSWER_SECONDS) -> Any:
         deadline = time.monotonic() + timeout
@@ -325,52 +342,16 @@ class Client:
     def _fail(self, error: StageFlowError) -> None:
         """The cluster cannot be kept: whoever waits is told."""
         self._dead = error
-        with self._quiet:
-            sinks = list(self._sinks.values())
-            self._quiet.notify_all()
-        for sink in sinks:
-            sink._broken(error)
+        self._waiters.break_off(error, forget=False)
 
-    # ends
-
-    def _watch(self, instance_id: str, sink: Any) -> None:
-        """Have `sink` told how an instance ends, whoever started it."""
-        self._sinks[instance_id] = sink
-        self._query("watch", [instance_id])
-
-    def _ended(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        sinks = self._sinks
-        told = set()
-        for group, _, body in pushes:
-            sink = sinks.get(group)
-            if sink is not None:
-                sink._end(group, body)  # first told, then forgotten: whoever finds it forgotten finds it told
-                sinks.pop(group, None)
-                told.add(sink)
-        for sink in told:
-            sink._wake()
-        if not sinks:
-            with self._quiet:
-                self._quiet.notify_all()
-
-    def _gone(self, instance_id: str) -> None:
-        sink = self._sinks.pop(instance_id, None)
-        if sink is not None:
-            sink._left(instance_id)
-            sink._wake()
-        with self._quiet:
-            self._quiet.notify_all()
-
-    def _parked(self, instance_id: str) -> None:
-        sink = self._sinks.pop(instance_id, None)
-        if sink is not None:
-            sink._park(instance_id)
-            sink._wake()
-        with self._quiet:
-            self._quiet.notify_all()
-
-    def _watched(self) -> list[str]:
-        return list(self._sinks)
+    def _watch(self, instance_id: str, waiter: Waiter) -> None:
+        """Have `waiter` told how an instance ends, whoever started it."""
+        self._waiters.add(instance_id, waiter)
+        try:
+            self._query("watch", [instance_id])
+        except BaseException:
+            self._waiters.remove(instance_id, waiter)
+            raise
 
     # preparing and publishing
 
@@ -400,7 +381,7 @@ class Client:
             return Prepared(new_instance_id(), data, None)
         if not isinstance(instance_id, str) or not instance_id or len(instance_id) > 256:
             raise InvalidContext(f"an instance id is a string of 1 to 256 characters, not {instance_id!r}")
-        return Prepared(instance_id, data, known.codec.digest(data))
+        return Prepared(instance_id, data, known.codec.digest(data, known.plan.id))
 
     def _body(self, known: Known, prepared: Prepared, now: float) -> bytes:
         plan = known.plan
@@ -425,7 +406,7 @@ class Client:
         return body
 
     def _item(self, prepared: Prepared, size: int, priority: int, ttl: float) -> PublishItem | tuple[Any, ...]:
-        if prepared.digest is None:
+        if not prepared.check:
             return (0, size, prepared.id, prepared.epoch, START | WATCH, priority, 0.0, ttl)
         flags = START | WATCH | CHECK
         return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, ttl, prepared.digest, self._seen)
@@ -437,46 +418,42 @@ class Client:
         bodies = [self._body(known, prepared, now) for prepared in batch]
         ttl = known.plan.stages[0].ttl
         items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
-        return self._port().publish([known.target], items, bodies, atomic=atomic)
+        try:
+            return self._port().publish([known.target], items, bodies, atomic=atomic)
+        except port.BrokerUnavailable as error:
+            raise BrokerUnavailable(str(error)) from None
 
     def _start(self, known: Known, batch: list[Prepared], priority: int) -> list[Instance[Any]]:
         """Publish all or none of `batch`; what exists already with the same input is given back as it is."""
         if not isinstance(priority, int) or isinstance(priority, bool) or not -1000 <= priority <= 1000:
             raise ValueError(f"priority is a whole number from -1000 to 1000, not {priority!r}")
         instances: list[Instance[Any]] = [Instance(self, p.id, known) for p in batch]
-        by_id = {instance.id: instance for instance in instances}
-        open_batch = batch
+        waiting = list(zip(batch, instances, strict=True))
         for _ in range(LOOKS):
-            finished = self._finished([p for p in open_batch if p.digest is not None])
-            for prepared in open_batch:
-                row = finished.get(prepared.id)
-                if row is not None:
-                    if row.digest != prepared.digest:
-                        raise InstanceConflict(prepared.id)
-                    by_id[prepared.id]._take(row.outcome)
-            open_batch = [p for p in open_batch if p.id not in finished]
-            if not open_batch:
+            self._take_finished(waiting)
+            waiting = [(p, instance) for p, instance in waiting if instance._outcome is None]
+            if not waiting:
                 return instances
-            for prepared in open_batch:
-                self._sinks[prepared.id] = by_id[prepared.id]
+            for prepared, instance in waiting:
+                self._waiters.add(prepared.id, instance)
+            answer = None
             try:
-                answer = self._await(self._publish(known, open_batch, priority=priority, atomic=True))
-            except BaseException:
-                for prepared in open_batch:
-                    self._sinks.pop(prepared.id, None)
-                raise
+                answer = self._await(self._publish(known, [p for p, _ in waiting], priority=priority, atomic=True))
+            finally:
+                if answer is None:
+                    self._unwatch(waiting)
             if not answer.refused:
                 return instances
             self._seen = max(self._seen, answer.seen)
             again = {group for _, why, group in answer.refused if why == "look-again"}
             clash = next((group for _, why, group in answer.refused if why == "conflict"), None)
-            if clash is not None or again:
-                for prepared in open_batch:
-                    self._sinks.pop(prepared.id, None)
+            if clash is None and not again:
+                return instances
+            self._unwatch(waiting)
             if clash is not None:
                 raise InstanceConflict(clash)
-            if not again:
-                return instances
+            for prepared, _ in waiting:
+                prepared.check = prepared.check or prepared.id in again
         raise BrokerUnavailable("instances of these ids end faster than they can be looked up; try again")
 
     def _signal(self, instance_id: str, name: str, payload: Any) -> None:
@@ -486,11 +463,42 @@ class Client:
         arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
         self._await(self._port().publish([], [], [data], arrivals=[arrival]))
 
+    def _take_finished(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
+        """What has ended before is given its outcome. Raises `InstanceConflict` for one that had another input."""
+        finished = self._finished([prepared for prepared, _ in waiting if prepared.check])
+        for prepared, _ in waiting:
+            row = finished.get(prepared.id)
+            if row is not None and row.digest != prepared.digest:
+                raise InstanceConflict(prepared.id)
+        for prepared, instance in waiting:
+            row = finished.get(prepared.id)
+            if row is not None:
+                instance._take(row.outcome)
+
+    def _unwatch(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
+        for prepared, instance in waiting:
+            self._waiters.remove(prepared.id, instance)
+
     def _finished(self, batch: list[Prepared]) -> dict[str, HistoryRow]:
         reader = self._reader() if batch else None
         return {} if reader is None else reader.get_many([prepared.id for prepared in batch])
 
     # rows and groups
+
+    def _let_history_catch_up(self) -> None:
+        """Wait, a second at most, until what has ended by now is written: it follows some milliseconds behind."""
+        deadline = time.monotonic() + CATCH_UP_SECONDS
+        due = None
+        while True:
+            queues = self._query("stats", self._naming.finished)["queues"]
+            if not queues:
+                return
+            queue = queues[0]
+            if due is None:
+                due = queue["settled"] + queue["ready"] + queue["leased"]
+            if not queue["ready"] + queue["leased"] or queue["settled"] >= due or time.monotonic() > deadline:
+                return
+            time.sleep(0.005)
 
     def _reader(self) -> HistoryReader | None:
         if self._history is None and self._history_path is not None and self._history_path.exists():

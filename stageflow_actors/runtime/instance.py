@@ -17,6 +17,7 @@ from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.standing import status_of
 from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Instance(Generic[C]):
 
     __slots__ = ("_callbacks", "_client", "_error", "_event", "_gone", "_known", "_outcome", "_parked", "id")
 
+    _callbacks: list[Callable[[], None]] | None
+
     def __init__(self, client: Client, id: str, known: Known | None) -> None:
         self.id = id
         self._client = client
@@ -44,7 +47,7 @@ class Instance(Generic[C]):
         self._gone = False
         self._error: StageFlowError | None = None
         self._event = threading.Event()
-        self._callbacks: list[Callable[[], None]] | None = None
+        self._callbacks = None
 
     def status(self) -> WorkflowStatus:
         """Where it stands now. Raises `InstanceNotFound`."""
@@ -53,18 +56,16 @@ class Instance(Generic[C]):
         group = self._client._lookup([self.id]).get(self.id)
         if group is not None:
             return status_of(group)
-        self._from_history()
-        assert self._outcome is not None
-        return WorkflowStatus(decode_outcome(self._outcome).status)
+        return WorkflowStatus(decode_outcome(self._from_history()).status)
 
     def done(self) -> bool:
         """Whether it has ended."""
         return self._outcome is not None or self.status().terminal
 
-    def result(self, timeout: float | None = None) -> WorkflowResult[C]:
+    def result(self, timeout: Duration | None = None) -> WorkflowResult[C]:
         """Wait for the end. Raises `TimeoutError` after `timeout` seconds (the instance goes on), `InstanceParked`."""
         if self._outcome is None:
-            self._wait(timeout)
+            self._wait(patience(timeout))
         assert self._outcome is not None
         return self._result(self._outcome)
 
@@ -81,13 +82,26 @@ class Instance(Generic[C]):
 
     async def _awaited(self) -> WorkflowResult[C]:
         loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        self._when_told(lambda: loop.call_soon_threadsafe(ended.set))
-        if self._outcome is None and not self._parked:
-            await asyncio.to_thread(self._ensure_watched)
-            if self._outcome is None and not self._parked and not self._gone and self._error is None:
-                await ended.wait()
-        return await asyncio.to_thread(self.result)
+        told = asyncio.Event()
+
+        def tell() -> None:
+            try:
+                loop.call_soon_threadsafe(told.set)
+            except RuntimeError:
+                pass  # the loop has been closed meanwhile: nobody waits there any more
+
+        if self._parked or self._error is not None:
+            await asyncio.to_thread(self._forget_old_news)
+        if not self._told():
+            self._when_told(tell)
+            try:
+                await asyncio.to_thread(self._ensure_watched)
+                if not self._told():
+                    await told.wait()
+            finally:
+                if self._callbacks is not None and tell in self._callbacks:
+                    self._callbacks.remove(tell)
+        return self._result(self._outcome) if self._outcome is not None else await asyncio.to_thread(self.result)
 
     def __repr__(self) -> str:
         return f"Instance({self.id!r})"
@@ -102,9 +116,8 @@ class Instance(Generic[C]):
 
     def _wait(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self._parked:
-            self._look_whether_still_parked()
-        self._ensure_watched()
+        self._forget_old_news()
+        watched = self._ensure_watched()
         while self._outcome is None:
             if self._error is not None:
                 raise self._error
@@ -115,26 +128,21 @@ class Instance(Generic[C]):
                 return
             left = 1.0 if deadline is None else deadline - time.monotonic()
             if left <= 0:
+                if watched:
+                    self._client._waiters.remove(self.id, self)  # it was not started here: leaving need not wait for it
                 raise TimeoutError(f"instance {self.id!r} had not ended after {timeout:g} s; it goes on")
             self._client._check_alive()
             self._event.wait(min(left, 1.0))
 
-    def _ensure_watched(self) -> None:
-        if not self._told() and self._client._sinks.get(self.id) is not self:
-            other = self._client._sinks.get(self.id)
-            if other is not None:
-                other._when_told(lambda: self._copy_from(other)) if isinstance(other, Instance) else None
-                if isinstance(other, Instance):
-                    return
-            self._client._watch(self.id, self)
+    def _ensure_watched(self) -> bool:
+        """Whether this had to be asked for: nobody had started or watched this instance by this handle."""
+        if self._told() or self._client._waiters.has(self.id, self):
+            return False
+        self._client._watch(self.id, self)
+        return True
 
     def _told(self) -> bool:
         return self._outcome is not None or self._parked or self._gone or self._error is not None
-
-    def _copy_from(self, other: Instance[Any]) -> None:
-        self._outcome, self._parked, self._error = other._outcome, other._parked, other._error
-        self._gone = other._gone
-        self._wake()
 
     def _when_told(self, callback: Callable[[], None]) -> None:
         """Call back from the connection's thread once there is news; at once if there is some already."""
@@ -144,8 +152,12 @@ class Instance(Generic[C]):
         if self._told():
             callback()
 
-    def _look_whether_still_parked(self) -> None:
-        if self.status() != WorkflowStatus.parked:
+    def _forget_old_news(self) -> None:
+        """What was parked may have been requeued since, and a client that was stopped may have been started again."""
+        if self._error is not None and self._client._dead is None and self._client._broker is not None:
+            self._error = None
+            self._event.clear()
+        if self._parked and self.status() != WorkflowStatus.parked:
             self._parked = False
             self._event.clear()
 
@@ -193,18 +205,18 @@ class Instance(Generic[C]):
     def _result(self, outcome: bytes) -> WorkflowResult[C]:
         return WorkflowResult(self.id, outcome, self._codec(), self._order())
 
-    def _from_history(self) -> None:
+    def _from_history(self) -> bytes:
         deadline = time.monotonic() + HISTORY_SECONDS
         while True:
             row = self._client._row(self.id)
             if row is not None:
                 self._take(row.outcome)
-                return
+                return row.outcome
             if self._client._lookup([self.id]).get(self.id) is not None or time.monotonic() > deadline:
                 raise InstanceNotFound(self.id)
             time.sleep(0.02)
 
-    # what a client tells (a sink)
+    # what a client tells (see `Waiter`)
 
     def _take(self, outcome: bytes) -> None:
         self._outcome = outcome
@@ -225,5 +237,5 @@ class Instance(Generic[C]):
 
     def _wake(self) -> None:
         self._event.set()
-        for callback in self._callbacks or ():
+        for callback in list(self._callbacks or ()):
             callback()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,7 +32,10 @@ WAITING = 16_000
 """Most results that wait for one before them, in `map`, together with what is in flight."""
 BATCH = 100
 PULL_SECONDS = 0.005
-"""A slow input is not waited for while there are results to give."""
+"""An input that gives less than a batch in that time is slow: what it has given is started."""
+SLOW_SHARE = 0.2
+SLOW_MOST = 0.05
+"""After a slow pull, results are waited for before the next: for that share of the time it took, at most so long."""
 FULL_RETRY = 0.05
 
 _PARKED, _LEFT = object(), object()
@@ -41,13 +44,16 @@ _PARKED, _LEFT = object(), object()
 class Prepared:
     """A context that was accepted: the id, the encoded context, its digest where the id was chosen by a user."""
 
-    __slots__ = ("data", "digest", "epoch", "id")
+    __slots__ = ("check", "data", "digest", "epoch", "id")
 
     def __init__(self, id: str, data: bytes, digest: bytes | None, epoch: int = 1) -> None:
         self.id = id
         self.data = data
         self.digest = digest
         self.epoch = epoch
+        self.check = digest is not None
+        """Whether an instance of that id may have finished: always so where a user chose the id, and where the broker
+        says so of a start that was sent again."""
 
 
 class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
@@ -64,6 +70,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         *,
         ordered: bool,
     ) -> None:
+        self._index: dict[str, int] = {}
         self._client = client
         self._known = known
         self._source = iter(contexts)
@@ -73,13 +80,18 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         self._pulled = 0
         self._next = 0
         self._dry = False
-        self._index: dict[str, int] = {}
+        self._pause = 0.0
         self._twins: dict[str, list[int]] = {}
+        self._twin_count = 0
+        self._retried: dict[str, int] = {}
         self._digests: dict[str, bytes | None] = {}
         self._arrived: deque[tuple[Any, Any]] = deque()
         self._event = threading.Event()
         self._ready: dict[int, WorkflowResult[C] | BaseException] = {}
-        self._again: list[tuple[float, list[Prepared]]] = []
+        self._full: deque[list[Prepared]] = deque()
+        self._full_until = 0.0
+        self._probing = False
+        self._error: StageFlowError | None = None
         self._bar = _bar(contexts) if progress else None
 
     def __iter__(self) -> Mapping[C]:
@@ -95,10 +107,16 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 if isinstance(found, BaseException):
                     raise found
                 return found
-            if self._again:
-                self._publish_again()
-            if not self._dry and self._room():
-                self._pull()
+            if self._error is not None:
+                raise self._error
+            if self._full:
+                self._probe()
+            if not self._dry and not self._full and self._room():
+                if self._pause and self._index:
+                    pause, self._pause = self._pause, 0.0
+                    self._event.wait(pause)
+                else:
+                    self._pull()
             elif self._dry and not self._index and not self._ready and not self._arrived:
                 self.close()
                 raise StopIteration
@@ -113,10 +131,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             self._bar = None
 
     def __del__(self) -> None:
-        sinks = self._client._sinks
-        for instance_id in list(self._index):
-            if sinks.get(instance_id) is self:
-                sinks[instance_id] = _Forgotten()
+        for instance_id in self._index:
+            self._client._waiters.abandon(instance_id, self)
 
     # giving
 
@@ -135,7 +151,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
     def _take_arrived(self) -> None:
         arrived = self._arrived
         self._event.clear()
-        client, known, ready, index = self._client, self._known, self._ready, self._index
+        client, known, index = self._client, self._known, self._index
         codec, order = known.codec, known.order
         while arrived:
             instance_id, what = arrived.popleft()
@@ -152,10 +168,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             else:
                 self._answered(instance_id, what)
                 continue
-            ready[at] = found
-            for twin in self._twins.pop(instance_id, ()):
-                ready[twin] = found
-            self._digests.pop(instance_id, None)
+            self._put(instance_id, at, found)
         client._check_alive()
 
     def _look(self, instance_id: str, what: object) -> WorkflowResult[C] | BaseException:
@@ -168,40 +181,64 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         except StageFlowError as error:
             return error
 
+    def _put(self, instance_id: str, at: int, found: WorkflowResult[C] | BaseException) -> None:
+        """Lay ready what is to be given for an instance, at each place where the input names it."""
+        self._ready[at] = found
+        if self._key is not None:
+            twins = self._twins.pop(instance_id, ())
+            self._twin_count -= len(twins)
+            for twin in twins:
+                self._ready[twin] = found
+            self._digests.pop(instance_id, None)
+
     def _refuse(self, instance_id: str, error: BaseException) -> None:
         at = self._index.pop(instance_id, None)
-        self._client._sinks.pop(instance_id, None)
+        self._client._waiters.remove(instance_id, self)
         if at is not None:
             error.instance_id = instance_id  # type: ignore[attr-defined]
-            self._ready[at] = error
+            self._put(instance_id, at, error)
 
     # taking
 
     def _room(self) -> bool:
-        in_flight = len(self._index)
+        in_flight = len(self._index) + self._twin_count
         return in_flight < IN_FLIGHT and (not self._ordered or in_flight + len(self._ready) < WAITING)
 
     def _pull(self) -> None:
         batch: list[Prepared] = []
         began = time.perf_counter()
-        for context in self._source:
-            at = self._pulled
+        took = 0.0
+        try:
+            for context in self._source:
+                at = self._pulled
+                self._pulled += 1
+                prepared = self._prepare(context, at)
+                if prepared is not None:
+                    batch.append(prepared)
+                if len(batch) >= BATCH:
+                    break
+                took = time.perf_counter() - began
+                if took > PULL_SECONDS:
+                    self._pause = min(took * SLOW_SHARE, SLOW_MOST)
+                    break
+            else:
+                self._dry = True
+        except Exception as error:  # noqa: BLE001 - the input is the user's code, and this is the place for its error
+            self._ready[self._pulled] = error
             self._pulled += 1
-            prepared = self._prepare(context, at)
-            if prepared is not None:
-                batch.append(prepared)
-            if len(batch) >= BATCH or time.perf_counter() - began > PULL_SECONDS:
-                break
-        else:
             self._dry = True
-        if batch:
-            self._begin(batch)
+        finally:
+            # Also when the input was interrupted: what it has given is counted on.
+            if batch:
+                self._begin(batch)
 
     def _prepare(self, context: C, at: int) -> Prepared | None:
         key: Any = None
         try:
             if self._key is not None:
                 key = self._key(context)
+                if key is None:
+                    raise InvalidContext("the key that names the instance is None")
                 key = key if isinstance(key, str) else str(key)
             prepared = self._client._prepare(self._known, context, key)
             self._client._body(self._known, prepared, 0.0) if len(prepared.data) > 1 << 19 else None
@@ -212,6 +249,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         if prepared.id in self._index:
             if self._digests.get(prepared.id) == prepared.digest:
                 self._twins.setdefault(prepared.id, []).append(at)
+                self._twin_count += 1
             else:
                 conflict = InstanceConflict(prepared.id)
                 conflict.instance_id = prepared.id
@@ -222,21 +260,33 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             self._digests[prepared.id] = prepared.digest
         return prepared
 
-    def _begin(self, batch: list[Prepared]) -> None:
-        """Skip what has finished before, publish the rest."""
-        if self._key is not None:
-            batch = self._without_finished(batch)
-            if not batch:
-                return
-        sinks = self._client._sinks
-        for prepared in batch:
-            sinks[prepared.id] = self
-        future = self._client._publish(self._known, batch)
+    def _begin(self, batch: list[Prepared]) -> bool:
+        """Skip what has finished before, publish the rest, and say whether there was any.
+
+        What cannot be published is refused for that reason.
+        """
+        waiters = self._client._waiters
+        try:
+            if batch[0].check or self._key is not None:
+                batch = self._without_finished(batch)
+                if not batch:
+                    return False
+                for prepared in batch:
+                    waiters.add(prepared.id, self)
+            else:
+                by_id = waiters.by_id  # nobody else can know these ids
+                for prepared in batch:
+                    by_id[prepared.id] = self
+            future = self._client._publish(self._known, batch)
+        except StageFlowError as error:
+            for prepared in batch:
+                self._refuse(prepared.id, error)
+            return False
         future.add_done_callback(lambda done: self._heard(batch, done))
+        return True
 
     def _without_finished(self, batch: list[Prepared]) -> list[Prepared]:
-        client = self._client
-        rows = client._finished(batch)
+        rows = self._client._finished(batch)
         if not rows:
             return batch
         left = []
@@ -246,8 +296,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 left.append(prepared)
             elif row.digest != prepared.digest:
                 self._refuse(prepared.id, InstanceConflict(prepared.id))
-            elif self._retry_failed and row.status != "completed":
-                prepared.epoch = row.epoch + 1
+            elif self._retry_failed and row.status != "completed" and row.epoch != self._retried.get(prepared.id):
+                prepared.epoch = self._retried[prepared.id] = row.epoch + 1
                 left.append(prepared)
             else:
                 self._arrived.append((prepared.id, row.outcome))
@@ -255,14 +305,22 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
 
     def _heard(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
         """On the connection's thread: only what needs attention is passed on."""
-        if done.exception() is not None or done.result().refused:
+        if self._probing or done.exception() is not None or done.result().refused:
             self._arrived.append((batch, done))
             self._event.set()
 
     def _answered(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
         error = done.exception()
+        probed, self._probing = self._probing, False
         if isinstance(error, PortQueueFull):
-            self._again.append((time.monotonic() + FULL_RETRY, batch))
+            # A batch is taken whole or not at all, and may be larger than the queue.
+            half = (len(batch) + 1) // 2
+            parts = [part for part in (batch[:half], batch[half:]) if part]
+            if probed:
+                self._full.extendleft(reversed(parts))
+            else:
+                self._full.extend(parts)
+            self._full_until = time.monotonic() + FULL_RETRY
             return
         if error is not None:
             try:
@@ -280,24 +338,25 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             if why == "conflict":
                 self._refuse(instance_id, InstanceConflict(instance_id))
             elif why == "look-again":
+                by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])
         if look_again:
             self._begin(look_again)
 
-    def _publish_again(self) -> None:
-        now = time.monotonic()
-        due = [batch for at, batch in self._again if at <= now]
-        self._again = [(at, batch) for at, batch in self._again if at > now]
-        for batch in due:
-            self._begin(batch)
+    def _probe(self) -> None:
+        """The first queue was full: try the next part of what waits, and go on at once when it is taken."""
+        if not self._probing and time.monotonic() >= self._full_until:
+            self._probing = True
+            if not self._begin(self._full.popleft()):
+                self._probing = False
 
     def _wait(self) -> None:
         if not self._arrived:
-            self._event.wait(FULL_RETRY if self._again else 0.5)
+            self._event.wait(FULL_RETRY if self._full else 0.5)
         if self._bar is not None:
             self._bar.refresh()
 
-    # what a client tells (a sink)
+    # what a client tells (see `Waiter`)
 
     def _end(self, instance_id: str, outcome: bytes) -> None:
         self._arrived.append((instance_id, outcome))
@@ -309,20 +368,11 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         self._arrived.append((instance_id, _LEFT))
 
     def _broken(self, error: StageFlowError) -> None:
+        self._error = error
         self._event.set()
 
     def _wake(self) -> None:
         self._event.set()
-
-
-class _Forgotten:
-    """Stands for an iterator that was dropped: its instances are still waited for when the runtime is left."""
-
-    def _end(self, instance_id: str, outcome: bytes) -> None: ...
-    def _park(self, instance_id: str) -> None: ...
-    def _left(self, instance_id: str) -> None: ...
-    def _broken(self, error: StageFlowError) -> None: ...
-    def _wake(self) -> None: ...
 
 
 class _Bar:
@@ -353,8 +403,7 @@ class _Bar:
 
 
 def _bar(contexts: Iterable[Any]) -> _Bar:
-    total = len(contexts) if hasattr(contexts, "__len__") else None
-    return _Bar(total)
+    return _Bar(len(contexts) if isinstance(contexts, Sized) else None)
 
 
 def _key_function(key: Callable[[Any], Any] | str | None) -> Callable[[Any], Any] | None:
@@ -384,6 +433,7 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
             told.append(one)
             event.set()
 
+        instance._forget_old_news()
         instance._when_told(tell)
         instance._ensure_watched()
     given: set[str] = set()
@@ -392,6 +442,8 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
         event.clear()
         while told:
             instance = told.popleft()
+            if instance._error is not None:
+                raise instance._error
             if instance.id not in given:
                 given.add(instance.id)
                 yield instance

@@ -130,7 +130,6 @@ class Runtime(Client):
                 node.stop(grace)
             finally:
                 self._detach()
-                self._sinks.clear()
                 remove_runtime_dir(runtime_dir(data.path))
                 data.release()
 
