@@ -137,7 +137,7 @@ class Admin:
         if queue.paused != paused:
             queue.paused = paused
             self._ledger.keep_queue(queue)
-            self._store.touched.add(queue)
+            self._store.touched[queue] = None
 
     def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
         queue, _ = named(self._store, name)
@@ -165,7 +165,7 @@ class Admin:
         extra.expires = extra.expires_wall = 0.0
         self._ledger.mark(message)
         self._store.enqueue(message)
-        self._store.touched.add(queue)
+        self._store.touched[queue] = None
 
     def _dead_letters(self, queue: Queue, ids: list[int]) -> list[Message]:
         if not ids:

@@ -115,4 +115,4 @@ class Gathering:
             return
         self._ledger.copy(message)
         store.enqueue(message)
-        store.touched.add(queue)
+        store.touched[queue] = None

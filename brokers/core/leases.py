@@ -53,7 +53,7 @@ class Leases:
         holder = message.holder
         if holder is not None:
             del holder.held[message.id]
-            self.store.touched.add(holder.queue)
+            self.store.touched[holder.queue] = None
         message.holder, message.lease = None, 0
 
     def give_back(self, message: Message) -> None:
@@ -63,7 +63,7 @@ class Leases:
             self.divert(message)
         else:
             message.queue.push_front(message)
-            self.store.touched.add(message.queue)
+            self.store.touched[message.queue] = None
 
     def again(self, message: Message, seconds: float = 0.0) -> None:
         """Deliver once more, after a delay or at once at the head. It must be in no lane, and nobody's."""
@@ -73,7 +73,7 @@ class Leases:
             self.divert(message)
         else:
             store.enqueue(message, front=not seconds)
-            store.touched.add(message.queue)
+            store.touched[message.queue] = None
 
     def divert(self, message: Message) -> None:
         """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
@@ -90,7 +90,7 @@ class Leases:
             extra.expires = extra.expires_wall = 0.0
         self._ledger.copy(message)
         self.store.enqueue(message)
-        self.store.touched.add(message.queue)
+        self.store.touched[message.queue] = None
 
     # consumers
 
@@ -102,7 +102,7 @@ class Leases:
             consumer = session.consumers[name] = Consumer(session, queue, prefetch)
             queue.consumers.append(consumer)
         consumer.prefetch = prefetch
-        self.store.touched.add(consumer.queue)
+        self.store.touched[consumer.queue] = None
 
     def announce(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
         """What a peer says that it holds: what it was given and does not name never reached it. The ids that it must
@@ -160,7 +160,7 @@ class Leases:
         for queue in self.store.queues.values():
             if peer in queue.awaiting:
                 queue.awaiting.discard(peer)
-                self.store.touched.add(queue)
+                self.store.touched[queue] = None
 
     def divert_overtaken(self) -> None:
         """Messages that were in work when their epoch was raised, and that nobody claims after a restart, go to
@@ -240,7 +240,7 @@ class Leases:
         if items:
             queue.delivered += len(items)
             session.deliveries.append((queue.name, items))
-            self._talk.dirty.add(session)
+            self._talk.dirty[session] = None
 
 
 def _as_delivered(message: Message, now: float) -> DeliveryExtra:

@@ -167,7 +167,9 @@ class Machine:
 
     def probe(self) -> None:
         """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
-        self.talk.dirty.update(session for session in self.store.sessions.values() if session.connected)
+        for session in self.store.sessions.values():
+            if session.connected:
+                self.talk.dirty[session] = None
 
     def _message_due(self, due: float, id: int) -> None:
         message = self.store.messages.get(id)
@@ -176,7 +178,7 @@ class Machine:
         message.extra.due = message.extra.due_wall = 0.0
         message.queue.delayed -= 1
         message.queue.push(message)
-        self.store.touched.add(message.queue)
+        self.store.touched[message.queue] = None
 
     # sessions
 
@@ -228,7 +230,7 @@ class Machine:
 
     def _take(self, session: Session, broker_epoch: int, frame: int) -> int:
         """Whether this frame is NEW, or was SEEN before its sender said hello again, or is NOT_NOW to be taken."""
-        self.talk.dirty.add(session)
+        self.talk.dirty[session] = None
         if broker_epoch != self.store.epoch:
             self.talk.notice(session, "hello", None)
             return NOT_NOW

@@ -166,7 +166,11 @@ class Publishing:
 
     def _late_arrivals(self, frame: PublishFrame, dropped: set[int]) -> list[tuple[int, str, str]]:
         groups = self.store.groups
-        made = {item.group for index, item in enumerate(frame.items) if index not in dropped}
+        made = {
+            item.group
+            for index, item in enumerate(frame.items)
+            if index not in dropped and not frame.targets[item.target].flags & wire.PUSH_ONLY
+        }
         made.update(opening.group for opening in frame.opens)
         first = len(frame.items)
         return [
@@ -185,7 +189,7 @@ class Publishing:
         for target in targets:
             found = None if target.flags & wire.PUSH_ONLY else queue(target.queue)
             if found is not None:
-                touched.add(found)
+                touched[found] = None
             resolved.append((found, target.label, target.flags))
         return resolved
 

@@ -160,7 +160,7 @@ class Settling:
             del holder.held[id]
             old = holder.queue
             old.settled += 1
-            touched.add(old)
+            touched[old] = None
             queue, label, flags = targets[target]
             assert queue is not None
             body = blob[at : at + size]

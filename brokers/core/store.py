@@ -51,7 +51,7 @@ class Store:
         self.groups: dict[str, Group] = {}
         self.gathers: dict[tuple[str, str], Group] = {}
         self.queues: dict[str, Queue] = {}
-        self.touched: set[Queue] = set()
+        self.touched: dict[Queue, None] = {}  # in order: the same calls make the same state
         self.sessions: dict[int, Session] = {}
         self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
@@ -161,7 +161,7 @@ class Store:
         if holder is not None:
             if holder is not GONE:
                 del holder.held[message.id]
-                self.touched.add(holder.queue)
+                self.touched[holder.queue] = None
         elif message.extra is not None and message.extra.parked:
             del queue.dead[message.id]
         elif message.extra is not None and message.extra.due:

@@ -74,7 +74,7 @@ class Supervision:
             self._happen(death)
             if death.frame in death.session.deferred:
                 death.session.deferred.remove(death.frame)
-                self._talk.dirty.add(death.session)
+                self._talk.dirty[death.session] = None
 
     def _happen(self, death: _Death) -> None:
         store, leases = self._store, self._leases
@@ -130,7 +130,7 @@ class Supervision:
         extra.attempts, extra.deaths, extra.steps = known.attempts, known.deaths, known.steps
         self._ledger.copy(told)
         store.enqueue(told)
-        store.touched.add(queue)
+        store.touched[queue] = None
 
     def roster(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
         """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
@@ -144,14 +144,14 @@ class Supervision:
                 for name in queues:
                     store.queue(name).awaiting.add(peer)
         leases.rostered = True
-        store.touched.update(store.queues.values())
+        store.touched.update(dict.fromkeys(store.queues.values()))
 
     def hold(self, session: Session, held: bool) -> None:
         """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
         self._check(session)
         self._leases.held_back = held
         if not held:
-            self._store.touched.update(self._store.queues.values())
+            self._store.touched.update(dict.fromkeys(self._store.queues.values()))
             return
         for other in self._store.sessions.values():
             if other.consumers and other is not session:

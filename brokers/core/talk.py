@@ -23,18 +23,18 @@ class Talk:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.dirty: set[Session] = set()
+        self.dirty: dict[Session, None] = {}
         self._strangers: dict[int, tuple[str, Any]] = {}
 
     def result(self, session: Session, frame: int, value: Any) -> None:
         """Answer a frame."""
         session.results.append((frame, value))
-        self.dirty.add(session)
+        self.dirty[session] = None
 
     def notice(self, session: Session, word: str, detail: Any) -> None:
         """Say something that was not asked."""
         session.notices.append((word, detail))
-        self.dirty.add(session)
+        self.dirty[session] = None
 
     def notice_stranger(self, peer: int, word: str, detail: Any) -> None:
         """Say one thing to a peer that is not known, or not any more."""
@@ -54,7 +54,7 @@ class Talk:
         """Send a body to one session."""
         session.pushes.append((group.id, label, len(body)))
         session.push_bodies.append(body)
-        self.dirty.add(session)
+        self.dirty[session] = None
 
     def spoken(self) -> list[Outgoing]:
         """All that may leave now."""

@@ -101,7 +101,7 @@ def main(argument: str) -> int:
 
 
 def _warn(text: str) -> None:
-    print(f"stageflow: {text}", file=sys.stderr, flush=True)  # noqa: T201 - a process speaks to whoever started it
+    print(f"stageflow: {text}", file=sys.stderr, flush=True)
 
 
 def _say(fd: int, report: dict[str, object]) -> None:
