@@ -37,6 +37,8 @@ SLOW_SHARE = 0.2
 SLOW_MOST = 0.05
 """After a slow pull, results are waited for before the next: for that share of the time it took, at most so long."""
 FULL_RETRY = 0.05
+ENVELOPE_BYTES = 4096
+"""What an envelope adds to its context, and more."""
 
 _PARKED, _LEFT = object(), object()
 
@@ -74,6 +76,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         self._client = client
         self._known = known
         self._source = iter(contexts)
+        self._large = client._max_message_bytes - ENVELOPE_BYTES
         self._key = _key_function(key)
         self._retry_failed = retry_failed
         self._ordered = ordered
@@ -84,6 +87,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         self._twins: dict[str, list[int]] = {}
         self._twin_count = 0
         self._retried: dict[str, int] = {}
+        self._looked_back = not retry_failed
         self._digests: dict[str, bytes | None] = {}
         self._arrived: deque[tuple[Any, Any]] = deque()
         self._event = threading.Event()
@@ -169,6 +173,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 self._answered(instance_id, what)
                 continue
             self._put(instance_id, at, found)
+            self._full_until = 0.0  # something has ended, so there may be room
         client._check_alive()
 
     def _look(self, instance_id: str, what: object) -> WorkflowResult[C] | BaseException:
@@ -241,7 +246,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                     raise InvalidContext("the key that names the instance is None")
                 key = key if isinstance(key, str) else str(key)
             prepared = self._client._prepare(self._known, context, key)
-            self._client._body(self._known, prepared, 0.0) if len(prepared.data) > 1 << 19 else None
+            if len(prepared.data) > self._large:
+                self._client._body(self._known, prepared, 0.0)  # which says so if it is too large
         except Exception as error:  # noqa: BLE001 - a key function may raise anything; it is that context's error
             error.instance_id = key  # type: ignore[attr-defined]
             self._ready[at] = error
@@ -267,6 +273,10 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         """
         waiters = self._client._waiters
         try:
+            if not self._looked_back:
+                # What has just failed may not be in the history yet, and would be joined instead of run anew.
+                self._looked_back = True
+                self._client._let_history_catch_up()
             if batch[0].check or self._key is not None:
                 batch = self._without_finished(batch)
                 if not batch:
