@@ -45,7 +45,7 @@ FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
 
 BACK_OFF = 0.05
-LONGEST_BACK_OFF = 1.0
+LONGEST_BACK_OFF = 0.5
 """Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
 
 
