@@ -356,6 +356,7 @@ class Client:
     # preparing and publishing
 
     def _workflow(self, workflow: Workflow[Any] | str) -> Known:
+        self._port()
         if isinstance(workflow, Workflow):
             known = self._known.get((workflow.id, workflow.version))
             if known is None:
