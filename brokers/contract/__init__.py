@@ -1,0 +1,12 @@
+"""What every broker has to do, as tests; see `brokers.testing`, which puts them together.
+
+============  ==========================================================
+`harness`     a hub to connect to, a peer that remembers what it hears
+`delivery`    publishing, order, credit, priority, return
+`settlement`  leases, transitions, retries, dead letters, checkpoints
+`grouping`    idempotent starts, ends, watches, epochs
+`gathering`   joins, signals, deadlines
+`oversight`   deaths, hold and recall
+`operation`   pause, purge, peek, stats, facts, limits
+============  ==========================================================
+"""

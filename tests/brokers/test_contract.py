@@ -1,0 +1,42 @@
+"""The contract of the port, kept by the broker in this process and by the broker process alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from brokerprocess import BrokerProcess
+
+from brokers.core.machine import Limits
+from brokers.memory import MemoryBroker
+from brokers.testing import LARGEST, BrokerContract, Hub
+
+KINDS = ["memory", "process"]
+
+
+def running(kind: str, directory: Path, *, supervised: bool) -> Iterator[Hub]:
+    if kind == "memory":
+        hub = MemoryBroker(limits=Limits(max_message_bytes=LARGEST), supervised=supervised)
+        yield hub
+        hub.close()
+    else:
+        broker = BrokerProcess(directory, supervised=supervised, max_message_bytes=LARGEST)
+        yield broker
+        broker.close()
+
+
+@pytest.fixture(params=KINDS)
+def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
+    """A broker without a supervisor."""
+    yield from running(request.param, tmp_path, supervised=False)
+
+
+@pytest.fixture(params=KINDS)
+def supervised_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
+    """A broker that waits for its supervisor."""
+    yield from running(request.param, tmp_path, supervised=True)
+
+
+class TestBrokers(BrokerContract):
+    """Both of them."""
