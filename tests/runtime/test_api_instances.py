@@ -357,6 +357,28 @@ def test_queues_tell_what_waits_and_what_is_in_work(runtime: Runtime, gate: Path
     eventually(lambda: counts(runtime) == 0, "empty queues")
 
 
+def test_what_is_done_is_told_while_its_neighbour_in_the_same_worker_takes_long(
+    runtime: Runtime, gate: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    assert all(r.success for r in runtime.map(gated, [{"gate": str(there)}] * 500)), "now the worker holds many at once"
+    quick, slow, behind = runtime.submit_many(gated, [{"gate": str(g)} for g in (there, gate, there)])
+    assert quick.result(timeout=10).success
+    assert not slow.done()
+    gate.touch()
+    assert slow.result(timeout=20).success
+    assert behind.result(timeout=20).success
+
+
+def test_prefixes_name_the_queues(serve: Any) -> None:
+    runtime = serve(
+        orders, config=Config(stage_queue_prefix="shop.", compensation_queue_prefix="undo.shop.", durability="memory")
+    )
+    assert runtime.execute(orders, Order("prefixed"), timeout=20).success
+    assert [q.name for q in runtime.queues("shop.")] == ["shop.orders.stage0"]
+
+
 def test_a_paused_queue_delivers_nothing_until_it_is_resumed(runtime: Runtime) -> None:
     name = "stageflow.priorities.stage0"
     runtime.pause(name)
