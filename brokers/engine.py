@@ -15,6 +15,7 @@ from brokers.core.message import Place
 from brokers.core.replay import Replay
 from brokers.core.talk import Outgoing
 from brokers.errors import JournalFull
+from brokers.journal.files import Files
 from brokers.journal.format import Batch, Record
 from brokers.journal.journal import Journal
 from brokers.reclaim import Reclaim
@@ -50,6 +51,7 @@ class Engine:
         supervised: bool = False,
         segment_bytes: int = 64 << 20,
         warn: Callable[[str], None] = lambda text: None,
+        files: Files | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         giving_up: Callable[[], bool] = lambda: False,
@@ -70,6 +72,7 @@ class Engine:
                 durability=durability,
                 segment_bytes=segment_bytes,
                 warn=warn,
+                files=files,
             )
             self._reclaim = Reclaim(self.machine, self.journal, segment_bytes)
         now, wall_now = monotonic(), wall()

@@ -1,0 +1,128 @@
+"""Nothing leaves the broker before the record that caused it is on disk, and nothing at all once a sync has failed."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from brokers.core import wire
+from brokers.core.wire import START, TERMINAL, WATCH
+from brokers.engine import Engine, Outgoing
+from brokers.errors import JournalFailed, JournalFull
+from brokers.journal.testing import MemoryFiles
+
+DIRECTORY = Path("/journal")
+
+
+class Talk:
+    """One peer of an engine that is driven round by round."""
+
+    def __init__(self, engine: Engine, peer: int = 7) -> None:
+        self.engine = engine
+        self.peer = peer
+        self.frame = 0
+        self.hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [("q", 10), ("end", 10)], [], [], 1))
+        engine.round([(peer, wire.HELLO, self.hello, b"")])
+
+    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> list[Outgoing]:
+        self.frame += 1
+        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        return self.engine.round([(self.peer, op, header, blob)])
+
+    def publish(self) -> list[Outgoing]:
+        return self.say(wire.PUBLISH, [("q", "a")], [(0, 4, f"g{self.frame}", 1, START | WATCH)], blob=b"body")
+
+
+def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
+    files = MemoryFiles()
+    engine = Engine(journal_dir=DIRECTORY, files=files)
+    dispatch = engine.machine.dispatch
+    order: list[str] = []
+    files.on_call = lambda name, path: order.append(name)
+    engine.machine.dispatch = lambda: order.append("dispatch") or dispatch()  # type: ignore[method-assign, func-returns-value]
+    talk = Talk(engine)
+    order.clear()
+    ((_, header, _),) = talk.publish()
+    assert order == ["pwritev", "fdatasync", "dispatch"]
+    out = wire.decode_out(header)
+    assert out.acked == 1
+    assert [queue for queue, _ in out.deliveries] == ["q"]
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
+def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None:
+    files = MemoryFiles()
+    engine = Engine(journal_dir=DIRECTORY, files=files)
+    talk = Talk(engine)
+
+    def fail(name: str, path: str) -> None:
+        if call in name:
+            raise OSError(errno.EIO, "input/output error")
+
+    files.on_call = fail
+    with pytest.raises(JournalFailed):
+        talk.publish()
+    files.on_call = lambda name, path: None
+    # The disk may say that all is well now: what it holds is unknown all the same.
+    with pytest.raises(JournalFailed):
+        talk.publish()
+    # What the process is ended for is recovered from the disk, where the first publish may or may not be.
+    files.kill()
+    recovered = Engine(journal_dir=DIRECTORY, files=files)
+    assert len(recovered.machine.store.messages) in (0, 1)
+
+
+def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
+    files = MemoryFiles()
+    looks = 0
+
+    def giving_up() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            files.room = None
+        return False
+
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=giving_up)
+    talk = Talk(engine)
+    files.room = files.used()
+    answers: list[Outgoing] = []
+    while not looks:
+        answers = talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 4000)], blob=bytes(4000))
+    assert looks == 2
+    assert wire.decode_out(answers[0][1]).acked == talk.frame
+    assert len(engine.machine.store.messages) == talk.frame
+
+
+def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
+    files = MemoryFiles()
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10)
+    talk = Talk(engine)
+    ((_, header, _),) = talk.publish()
+    (item,) = wire.decode_out(header).deliveries[0][1]
+    files.room = files.used()
+    while not engine.machine.refusing:
+        talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 2000)], blob=bytes(2000))
+    refused = wire.decode_out(talk.publish()[0][1])
+    assert "nearly full" in msgspec.msgpack.decode(refused.results[0][1])["message"]
+    move = (item.id, item.lease, 0, 6, item.group)
+    settled = talk.say(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
+    assert [queue for queue, _ in wire.decode_out(settled[0][1]).deliveries] == ["end"]
+    files.room = None
+    talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
+    assert not engine.machine.refusing
+    assert not wire.decode_out(talk.publish()[0][1]).results
+
+
+def test_who_waits_for_room_can_be_told_to_end() -> None:
+    files = MemoryFiles()
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
+    talk = Talk(engine)
+    files.room = files.used()
+    with pytest.raises(JournalFull):
+        while True:
+            talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 4000)], blob=bytes(4000))
