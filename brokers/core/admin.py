@@ -13,7 +13,7 @@ import msgspec
 
 from brokers.core import records
 from brokers.core.looking import DLQ, Looking, named
-from brokers.core.message import LEASED, Message
+from brokers.core.message import DELAYED, LEASED, PARKED, Message
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Session
 from brokers.core.wire import check_consume
@@ -36,7 +36,6 @@ class Admin:
         supervision = machine.supervision
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[str, int], self._consume),
-            "cancel": (tuple[str], self._cancel),
             "watch": (tuple[list[str]], machine.watching.watch),
             "lookup": (tuple[list[str]], looking.lookup),
             "inspect": (tuple[list[str]], looking.inspect),
@@ -49,7 +48,9 @@ class Admin:
             "requeue": (tuple[str, list[int]], self._requeue),
             "purge": (tuple[str, list[int]], self._purge),
             "raise-epoch": (tuple[str, int, str, str], self._raise_epoch),
-            "dead": (tuple[int, int, bool, bool, bytes], supervision.dead),
+            "cancel": (tuple[str, str, list[str]], self._cancel),
+            "replace": (tuple[str, int, bytes, bool], self._replace),
+            "dead": (tuple[int, int | list[int], bool, bool, bytes], supervision.dead),
             "roster": (tuple[list[tuple[int, list[str]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
             "recall": (tuple[int], supervision.recall),
@@ -75,11 +76,6 @@ class Admin:
     def _consume(self, session: Session, queue: str, prefetch: int) -> None:
         check_consume(queue, prefetch)
         self._machine.leases.consume(session, queue, prefetch)
-
-    def _cancel(self, session: Session, queue: str) -> None:
-        consumer = session.consumers.get(queue)
-        if consumer is not None:
-            consumer.prefetch = 0
 
     def _bye(self, session: Session) -> None:
         """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
@@ -215,3 +211,47 @@ class Admin:
             self._machine.gathering.overtake(group)
         leased = [message.id for message in group.messages() if message.state() == LEASED]
         return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
+
+    def _cancel(self, session: Session, id: str, reason: str, prefixes: list[str]) -> dict[str, Any]:
+        """Raise the epoch of a group; its older messages are delivered where they are, to be passed through unworked.
+
+        Nothing of it waits any longer: what is delayed or parked is ready, and the open gathers whose key begins with
+        one of `prefixes` publish what they have. Once more changes nothing; a group that has ended keeps its end.
+        """
+        group = self._store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        if group.cancelled is None and not group.ended:
+            group.cancelled = reason
+            group.epoch += 1
+            self._ledger.keep_group(group)
+            for message in group.messages():
+                if message.state() in (DELAYED, PARKED):
+                    again = self._store.replace(message)
+                    extra = again.details()
+                    extra.due = extra.due_wall = extra.delay = 0.0
+                    extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
+                    self._ledger.mark(again)
+                    self._store.enqueue(again)
+                    self._store.touched[again.queue] = None
+            self._machine.gathering.release(group, prefixes)
+            self._machine.supervision.cancel(group)
+        return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
+
+    def _replace(self, session: Session, name: str, id: int, body: bytes, raised: bool) -> dict[str, Any]:
+        """Give a dead letter another body, and its group the next epoch if `raised`; it stays a dead letter."""
+        queue, _ = named(self._store, name)
+        message = queue.dead.get(id)
+        if message is None:
+            raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
+        if message.extra is not None and message.extra.evidence:
+            raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
+        group = message.group
+        if raised and group is not None:
+            group.epoch = message.epoch = group.epoch + 1
+            self._ledger.keep_group(group)
+            message.details().steps = None
+        self._store.live_bytes += len(body) - message.size
+        message.body, message.size = body, len(body)
+        self._ledger.copy(message)
+        return {"epoch": message.epoch}

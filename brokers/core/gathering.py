@@ -88,6 +88,13 @@ class Gathering:
         for key in list(group.gathers or ()):
             self._settle(group, key)
 
+    def release(self, group: Group, prefixes: list[str]) -> None:
+        """Publish what waits in the open gathers whose key begins so, with what has arrived."""
+        for key in list(group.gathers or ()):
+            gather = group.gathers[key] if group.gathers is not None else None
+            if gather is not None and gather.need is not None and key.startswith(tuple(prefixes)):
+                self._publish(group, key, failure=EXPIRED)
+
     def _settle(self, group: Group, key: str) -> None:
         if self.store.groups.get(group.id) is not group or group.gathers is None:
             return

@@ -6,7 +6,7 @@ commit, and is not recorded: after a crash whoever holds a message says so, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from brokers.core.ledger import Ledger
@@ -137,20 +137,23 @@ class Leases:
         consumer.held[id] = message
         return True
 
-    def bury(self, session: Session, *, guilty: int = 0, blame: Callable[[Message], None] | None = None) -> None:
+    def bury(
+        self, session: Session, *, guilty: Sequence[int] = (), blame: Callable[[Message], None] | None = None
+    ) -> None:
         """The session is over: what it held goes back to the head of its queue, in order, uncharged.
 
-        `blame` is given the message it was running, in place of putting it back.
+        `blame` is given the messages it was running, in place of putting them back.
         """
         for consumer in session.consumers.values():
             consumer.queue.consumers.remove(consumer)
-            culprit = consumer.held.get(guilty) if blame is not None else None
+            culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in guilty]
             for message in reversed(list(consumer.held.values())):
-                if message is not culprit:
+                if message not in culprits:
                     self.give_back(message)
-            if culprit is not None and blame is not None:
-                self.let_go(culprit)
-                blame(culprit)
+            if blame is not None:
+                for culprit in reversed(culprits):  # each to the head of the queue: the first one last
+                    self.let_go(culprit)
+                    blame(culprit)
         session.consumers.clear()
         session.connected = False
         self.store.sessions.pop(session.peer, None)
@@ -231,7 +234,9 @@ class Leases:
                     message.size,
                     "" if group is None else group.id,
                     message.epoch,
-                    None if extra is None and not message.priority else _as_delivered(message, now),
+                    None
+                    if extra is None and not message.priority and (group is None or group.cancelled is None)
+                    else _as_delivered(message, now),
                 )
             )
             lease += 1
@@ -248,6 +253,17 @@ def _as_delivered(message: Message, now: float) -> DeliveryExtra:
     failure, fresh = extra.failure, extra.fresh
     if extra.expires and extra.expires <= now and not fresh:
         failure, fresh = EXPIRED, True
+    group = message.group
+    cancelled = None if group is None or message.epoch >= group.epoch else group.cancelled
     return DeliveryExtra(
-        extra.attempts, extra.deaths, failure, fresh, extra.steps, extra.parts, message.label, message.priority
+        extra.attempts,
+        extra.deaths,
+        failure,
+        fresh,
+        extra.steps,
+        extra.parts,
+        message.label,
+        message.priority,
+        cancelled,
+        0 if group is None else group.epoch,
     )

@@ -146,10 +146,24 @@ class Group:
     """Messages that belong together (an instance, to those who know of such): one epoch, one end.
 
     Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
-    `ended` is the label of its terminal message once that has been published.
+    `ended` is the label of its terminal message once that has been published. `cancelled` says why its older messages
+    are to be passed through unworked, None where they are not.
     """
 
-    __slots__ = ("digest", "divert", "ended", "epoch", "gathers", "id", "more", "one", "place", "started", "watchers")
+    __slots__ = (
+        "cancelled",
+        "digest",
+        "divert",
+        "ended",
+        "epoch",
+        "gathers",
+        "id",
+        "more",
+        "one",
+        "place",
+        "started",
+        "watchers",
+    )
 
     def __init__(self, id: str, epoch: int, place: Place) -> None:
         self.id = id
@@ -163,6 +177,7 @@ class Group:
         self.gathers: dict[str, Gather] | None = None
         self.watchers: list[Session] | None = None
         self.divert: tuple[str, str] | None = None
+        self.cancelled: str | None = None
 
     def link(self, message: Message) -> None:
         """`message` belongs to this group from now on."""

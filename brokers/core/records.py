@@ -98,6 +98,7 @@ class GroupState(Struct, array_like=True):
     started: bool
     ended: str
     divert: tuple[str, str] | None
+    cancelled: str | None = None
 
 
 class GatherState(Struct, array_like=True):
@@ -164,7 +165,7 @@ def message_state(message: Message) -> MessageState:
 
 def group_state(group: Group) -> GroupState:
     """The state of a group as a record states it."""
-    return GroupState(group.id, group.epoch, group.digest, group.started, group.ended, group.divert)
+    return GroupState(group.id, group.epoch, group.digest, group.started, group.ended, group.divert, group.cancelled)
 
 
 def gather_state(group: Group, gather: Gather) -> GatherState:

@@ -272,7 +272,7 @@ class Replay:
         group = store.group(state.id, state.epoch, place)
         if group is not None:
             group.epoch, group.digest, group.started = state.epoch, state.digest, state.started
-            group.ended, group.divert = state.ended, state.divert
+            group.ended, group.divert, group.cancelled = state.ended, state.divert, state.cancelled
             store.relocate_group(group, place)
 
     def _left(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:

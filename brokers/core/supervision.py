@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
-from brokers.core.message import READY, Message
+from brokers.core.message import READY, Group, Message
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
@@ -26,7 +26,14 @@ class _Death:
     __slots__ = ("attempt", "charge", "due", "failure", "frame", "guilty", "peer", "session")
 
     def __init__(
-        self, session: Session, peer: int, guilty: int, charge: bool, attempt: bool, failure: bytes, due: float
+        self,
+        session: Session,
+        peer: int,
+        guilty: tuple[int, ...],
+        charge: bool,
+        attempt: bool,
+        failure: bytes,
+        due: float,
     ) -> None:
         self.session = session
         self.frame = session.heard
@@ -57,14 +64,18 @@ class Supervision:
         if session.role != "supervisor":
             raise Refused("only the supervisor may say this")
 
-    def dead(self, session: Session, peer: int, guilty: int, charge: bool, attempt: bool, failure: bytes) -> None:
-        """The process of `peer` has ended. `guilty` is the message it was running, 0 for none or for nobody's fault.
+    def dead(
+        self, session: Session, peer: int, guilty: int | list[int], charge: bool, attempt: bool, failure: bytes
+    ) -> None:
+        """The process of `peer` has ended. `guilty` is the message it was running, or all that it was running at
+        once; 0 for none or for nobody's fault.
 
-        `charge` counts a death, `attempt` an attempt; `failure` is delivered with the message.
+        `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
         """
         self._check(session)
         due = self._store.now + LAST_WORDS
-        self._deaths.append(_Death(session, peer, guilty, charge, attempt, failure, due))
+        culprits = tuple(guilty) if isinstance(guilty, list) else (guilty,)
+        self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
         session.deferred.append(session.heard)
 
     def tick(self) -> None:
@@ -85,18 +96,22 @@ class Supervision:
             leases.bury(
                 session, guilty=death.guilty, blame=None if innocent else lambda message: self._blame(message, death)
             )
-        if unclaimed is not None and not innocent:
-            self._blame(store.replace(unclaimed), death)
+        if not innocent:
+            for message in reversed(unclaimed):
+                self._blame(store.replace(message), death)
         store.last_frames.pop(death.peer, None)
         leases.heard_of(death.peer)
 
-    def _unclaimed(self, death: _Death) -> Message | None:
-        """The guilty message, if the broker was started anew since its worker got it, and nobody has had it since."""
-        message = self._store.messages.get(death.guilty)
-        if message is None or message.state() != READY:
-            return None
-        waits = not self._leases.rostered or death.peer in message.queue.awaiting
-        return message if waits else None
+    def _unclaimed(self, death: _Death) -> list[Message]:
+        """Guilty messages, if the broker was started anew since their worker got them, and nobody has had them since."""
+        found = []
+        for id in death.guilty:
+            message = self._store.messages.get(id)
+            if message is None or message.state() != READY:
+                continue
+            if not self._leases.rostered or death.peer in message.queue.awaiting:
+                found.append(message)
+        return found
 
     def _blame(self, message: Message, death: _Death) -> None:
         extra = message.details()
@@ -156,6 +171,17 @@ class Supervision:
         for other in self._store.sessions.values():
             if other.consumers and other is not session:
                 self._talk.notice(other, "recall", None)
+
+    def cancel(self, group: Group) -> None:
+        """Tell the supervisor which of its workers are at messages of a group that has been cancelled."""
+        running = []
+        for message in group.messages():
+            if message.holder is not None and message.epoch < group.epoch:
+                running.append((message.holder.session.peer, message.id))
+        if running:
+            for session in self._store.sessions.values():
+                if session.role == "supervisor":
+                    self._talk.notice(session, "cancel", running)
 
     def recall(self, session: Session, peer: int) -> None:
         """Ask a consumer to return what it has not begun: the message it is at takes long."""

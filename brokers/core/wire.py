@@ -247,7 +247,8 @@ class DeliveryItem(Struct, array_like=True, gc=False):
 
 
 class DeliveryExtra(Struct, array_like=True):
-    """What has happened to a message before this delivery. `fresh`: no worker has judged the failure yet."""
+    """What has happened to a message before this delivery. `fresh`: no worker has judged the failure yet.
+    `cancelled`: why the message is to be passed through unworked; what follows belongs to `epoch_now`."""
 
     attempts: int = 0
     deaths: int = 0
@@ -257,6 +258,8 @@ class DeliveryExtra(Struct, array_like=True):
     parts: list[tuple[str, int]] | None = None
     label: str = ""
     priority: int = 0
+    cancelled: str | None = None
+    epoch_now: int = 0
 
 
 class Out(Struct, array_like=True):

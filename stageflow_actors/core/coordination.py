@@ -21,8 +21,29 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, DEAD, FAILED, RESUME, SIGNAL, UNANSWERED, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.routing import Arrive, Moves, after_compensation, begin_compensation, enter, give_up, leave
+from stageflow_actors.core.plan import (
+    BEGIN,
+    CANCELLED,
+    DEAD,
+    FAILED,
+    RESUME,
+    SIGNAL,
+    TIMEOUT,
+    UNANSWERED,
+    Naming,
+    StagePlan,
+    WorkflowPlan,
+)
+from stageflow_actors.core.routing import (
+    Arrive,
+    Moves,
+    Open,
+    after_compensation,
+    begin_compensation,
+    enter,
+    give_up,
+    leave,
+)
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = ["Plans", "UnknownPlan", "decide", "decide_gathered"]
@@ -36,9 +57,16 @@ class UnknownPlan(Exception):
 
 
 def decide(
-    label: str, body: bytes, failure: Failure | None, attempts: int, plans: Plans, naming: Naming, now: float
+    label: str,
+    body: bytes,
+    failure: Failure | None,
+    attempts: int,
+    plans: Plans,
+    naming: Naming,
+    now: float,
+    cancelled: str | None = None,
 ) -> Moves:
-    """What follows an event. Raises `UnknownPlan` when the version it belongs to is not registered.
+    """What follows an event. `cancelled` says why the instance has been. Raises `UnknownPlan` when the version it belongs to is not registered.
 
     A first delivery comes without its label (""): it is a failure if the envelope says so, else a beginning.
     """
@@ -51,12 +79,18 @@ def decide(
         raise UnknownPlan(f"version {envelope.version} of workflow {envelope.workflow_id!r} is not registered")
     if not label:
         label = BEGIN if envelope.failed_stage is None else FAILED
+    if cancelled is not None and label in (BEGIN, RESUME, CANCELLED):
+        return _cancel(plan, envelope, cancelled, naming, now)
     if label == FAILED:
         return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     if label == DEAD:
         return _dead(plan, envelope, failure, attempts, naming, now)
     if label == BEGIN:
-        return enter(plan, envelope.stage_id, envelope, naming, now)
+        moves = enter(plan, envelope.stage_id, envelope, naming, now)
+        if plan.timeout:
+            limit = Open(TIMEOUT, 1, naming.coordinator, TIMEOUT, encode(plan.timeout), plan.timeout)
+            moves.opens = [*moves.opens, limit]
+        return moves
     if label == RESUME:
         return _resume(plan, envelope, None, naming, now)
     raise ValueError(f"the coordinator knows no event {label!r}")
@@ -68,13 +102,22 @@ def decide_gathered(
     plans: Plans,
     naming: Naming,
     now: float,
+    cancelled: str | None = None,
 ) -> Moves:
     """What follows a signal that needs no code of the user's, or its absence."""
     envelope = decode_envelope(base)
     plan = plans.get((envelope.workflow_id, envelope.version))
     if plan is None:
         raise UnknownPlan(f"version {envelope.version} of workflow {envelope.workflow_id!r} is not registered")
+    if cancelled is not None:
+        return _cancel(plan, envelope, cancelled, naming, now)
     return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
+
+
+def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
+    """Undo what completed; the end says `cancelled`, unless undoing fails."""
+    envelope.error = reason
+    return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.cancelled)])
 
 
 def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Moves:

@@ -28,6 +28,10 @@ FINISHED = ":finished"
 """Label of the event that an instance has ended."""
 BEGIN = ":begin"
 """Label of the event that an instance begins at a place which is more than one message to one queue."""
+CANCELLED = ":cancelled"
+"""Label of the event that a cancelled instance has come to where nothing of it is in work any more."""
+TIMEOUT = ":timeout"
+"""Label of the event, and key of the gather, that an instance has run for as long as its workflow may."""
 RESUME = ":resume"
 """Label of the event that a wait is over which needs no code of the user's."""
 
@@ -122,6 +126,7 @@ class WorkflowPlan(Struct):
     on_failure: str
     stages: list[StagePlan]
     compensation: CompensationPlan
+    timeout: float = 0.0
 
     def stage(self, stage_id: str) -> StagePlan | None:
         """The stage of that id."""
@@ -220,4 +225,5 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         workflow.on_failure,
         places,
         CompensationPlan(naming.compensation(workflow.id), actors),
+        workflow.timeout or 0.0,
     )

@@ -12,6 +12,7 @@ from msgspec import Raw, Struct
 
 from stageflow_actors.core.codec import ContextCodec, decode_value
 from stageflow_actors.core.envelope import EMPTY_TRAIL, NIL, Outcome, decode_outcome, decode_trail, encode
+from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import WorkflowFailed
 
@@ -197,6 +198,11 @@ class WorkflowResult(Generic[C]):
         undone = {record.stage_id for record in outcome.compensations if record.status == "completed"}
         # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
         records = {record.stage_id: record for record in decode_trail(outcome.trail)}
+        for name in [name for name in records if name.endswith(ITEM_SUFFIX)]:
+            # Items that were done of a map stage that was not: they speak for it, unless it has spoken itself.
+            part = records.pop(name)
+            part.stage_id = name.removesuffix(ITEM_SUFFIX)
+            records.setdefault(part.stage_id, part)
         place = {stage_id: index for index, stage_id in enumerate(self._order)}
         found = sorted(records.values(), key=lambda record: place.get(record.stage_id, len(place)))
         return [

@@ -24,6 +24,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.plan import (
+    CANCELLED,
     COMPENSATE,
     DELAY,
     FAILED,
@@ -40,6 +41,7 @@ from stageflow_actors.core.plan import (
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
+    "CANCELLABLE",
     "Arrive",
     "Moves",
     "Open",
@@ -53,6 +55,7 @@ __all__ = [
     "give_up",
     "item_slot",
     "leave",
+    "pass_through",
     "signal_key",
     "unmet",
 ]
@@ -101,6 +104,10 @@ class Moves(Struct):
         return max(map(len, bodies + [one.body for one in self.arrivals]), default=0)
 
 
+CANCELLABLE = ("signal:", "reply:", ":timeout")
+"""How the keys of gathers begin that a cancelled instance does not wait for; it does wait for its branches and items."""
+
+
 def signal_key(name: str) -> str:
     """The gather at which signals of that name arrive; no stage id holds a colon."""
     return f"signal:{name}"
@@ -136,6 +143,18 @@ def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope) -> Moves:
         envelope.stage_id = name
         steps.append(Step(branch.queue, name, encode(envelope), ttl=branch.ttl))
     return Moves(steps, [join])
+
+
+def pass_through(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
+    """The instance was cancelled before this place was worked: to its join, or to the coordinator."""
+    if stage.kind == ITEM:
+        return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
+    envelope.payload = NIL
+    if stage.joins:
+        skipped = StageRecord(stage.id, StageStatus.skipped.value, 0, now, 0.0, reason)
+        envelope.trail = append_record(envelope.trail, skipped)
+        return Moves(arrivals=[Arrive(stage.joins, stage.id, encode(envelope))])
+    return Moves([Step(naming.coordinator, CANCELLED, encode(envelope))])
 
 
 def item_slot(envelope: Envelope) -> str:

@@ -12,18 +12,19 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import pykka
 
 from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_outcome
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
-from stageflow_actors.core.plan import Naming, WorkflowPlan
-from stageflow_actors.core.routing import Moves
+from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
+from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
-from stageflow_actors.runtime.work import numbered, settle_moves, split_parts
+from stageflow_actors.runtime.work import Settled, numbered, settle_moves, split_parts
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
@@ -138,7 +139,7 @@ class Coordinator(pykka.ThreadingActor):
         bodies: list[bytes] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                one = settle_moves(item, self._decide(item, body))
+                one = self._handle(item, body)
             except UnknownPlan as unknown:
                 reason = Failure("refused", f"WorkflowDefinitionError: {unknown}; register it, then requeue")
                 settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
@@ -152,15 +153,30 @@ class Coordinator(pykka.ThreadingActor):
             bodies.extend(one.bodies)
         self._broker.settle(targets, [], [], settled, bodies)
 
-    def _decide(self, item: DeliveryItem, body: bytes) -> Moves:
+    def _handle(self, item: DeliveryItem, body: bytes) -> Settled:
         extra = item.extra
+        if extra is not None and extra.label == TIMEOUT:
+            self._cancel_late(item, body)
+            return settle_moves(item, Moves())
+        epoch = 0 if extra is None or extra.cancelled is None else extra.epoch_now
+        return settle_moves(item, self._decide(item, body), epoch)
+
+    def _decide(self, item: DeliveryItem, body: bytes) -> Moves:
+        extra, plans, naming, now = item.extra, self._plans, self._naming, time.time()
         if extra is None:
-            return decide("", body, None, 1, self._plans, self._naming, time.time())
+            return decide("", body, None, 1, plans, naming, now)
         if extra.parts is not None:
             base, arrivals = split_parts(item, body)
-            return decide_gathered(base, arrivals, self._plans, self._naming, time.time())
+            return decide_gathered(base, arrivals, plans, naming, now, extra.cancelled)
         failure = read_failure(extra.failure)
-        return decide(extra.label, body, failure, extra.attempts + 1, self._plans, self._naming, time.time())
+        return decide(extra.label, body, failure, extra.attempts + 1, plans, naming, now, extra.cancelled)
+
+    def _cancel_late(self, item: DeliveryItem, body: bytes) -> None:
+        """The instance has run for as long as its workflow may: it is cancelled, and says why."""
+        base, _ = split_parts(item, body)
+        seconds = msgspec.msgpack.decode(base, type=float)
+        reason = f"StageTimeout: the workflow ran longer than its timeout of {seconds:g} s"
+        self._broker.query("cancel", item.group, reason, list(CANCELLABLE))
 
 
 def _row(item: DeliveryItem, body: bytes) -> HistoryRow:

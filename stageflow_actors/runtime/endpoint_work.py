@@ -41,6 +41,8 @@ class EndpointWork(Work):
         asked = decode_command(body)
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
+        if extra is not None and extra.cancelled is not None:
+            return self._reply(item, asked, Reply(NIL, extra.cancelled))
         if extra is not None and extra.fresh:
             failure = read_failure(extra.failure) or Failure("died", "WorkerDied: the worker process died")
             return self._judged(item, asked, attempt, failure, None)

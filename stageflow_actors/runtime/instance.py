@@ -19,6 +19,7 @@ from stageflow_actors.core.standing import status_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+from stageflow_actors.runtime.rerun import cancel, restart, retry
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client import Client, Known
@@ -75,6 +76,29 @@ class Instance(Generic[C]):
         Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel.
         """
         self._client._signal(self.id, name, payload)
+
+    def cancel(self, reason: str = "") -> WorkflowStatus:
+        """Cancel it: what has not started does not start, what has completed is compensated.
+
+        A stage in work may end by itself (`ctx.cancelled`), and is killed a second later. Returns what became of the
+        instance: `cancelled`, or how it ended if it was faster; where it stands if undoing takes longer than half a
+        minute. Raises `InstanceNotFound`.
+        """
+        return cancel(self._client, self, reason)
+
+    def retry(self, context: C | None = None) -> Instance[C]:
+        """Run it again from the failed stage, with another `context` if one is given.
+
+        For an instance that is parked, or that failed with nothing compensated; raises `StageFlowError` for any other.
+        """
+        return retry(self._client, self, context)
+
+    def restart(self, context: C | None = None) -> Instance[C]:
+        """Run it anew from the first stage, under the same id: with `context`, or with that which the last run left.
+
+        For an instance that has ended or is parked; raises `StageFlowError` for one that is still running.
+        """
+        return restart(self._client, self, context)
 
     def __await__(self) -> Generator[Any, None, WorkflowResult[C]]:
         """`await instance` gives its result."""

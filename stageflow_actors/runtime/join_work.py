@@ -33,7 +33,9 @@ class JoinWork(Work):
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
-        opened = self._open(item, base)
+        extra = item.extra
+        cancelled = extra is not None and extra.cancelled is not None
+        opened = decode_envelope(base) if cancelled else self._open(item, base)
         if isinstance(opened, Settled):
             return opened
         started = self._wall()
@@ -48,7 +50,11 @@ class JoinWork(Work):
                     ended[slot] = branch
                 elif record.status == StageStatus.failed and lost is None and self._required(slot):
                     lost = record
-        attempt = 1 if item.extra is None else item.extra.attempts + 1
+        attempt = 1 if extra is None else extra.attempts + 1
+        if cancelled:
+            merged, _ = merge_fields(opened.context, {name: one.context for name, one in ended.items()})
+            opened.context = Raw(encode(merged))
+            return self._pass_through(item, opened)
         if lost is not None:
             return self._lose(item, opened, ended, lost)
         try:

@@ -21,6 +21,7 @@ from stageflow_actors.core.envelope import (
     ItemEnd,
     StageRecord,
     append_record,
+    decode_envelope,
     decode_item_end,
     encode,
 )
@@ -64,10 +65,13 @@ class MapWork(Work):
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
+        extra = item.extra
+        if extra is not None and extra.cancelled is not None:
+            return self._give_back(item, decode_envelope(base), arrivals)
         opened = self._open(item, base)
         if isinstance(opened, Settled):
             return opened
-        if item.extra is not None and item.extra.parts is not None:
+        if extra is not None and extra.parts is not None:
             return self._join(item, opened, arrivals)
         if bytes(opened.payload) != _NOTHING:
             return self._settle(item, self._chunk(opened, _rest.decode(opened.payload)))
@@ -92,6 +96,22 @@ class MapWork(Work):
         chunk = self._chunk(envelope, _Rest(0, items))
         moves.steps = chunk.steps
         return self._settle(item, moves)
+
+    def _give_back(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
+        """The instance has been cancelled: items not published yet count as ended, those done can be undone."""
+        assert item.extra is not None
+        if item.extra.parts is None and bytes(envelope.payload) != _NOTHING:
+            rest = _rest.decode(envelope.payload)
+            end = encode(ItemEnd(NIL, item.extra.cancelled))
+            numbers = range(rest.first, rest.first + len(rest.items))
+            return self._settle(item, Moves(arrivals=[Arrive(self.planned.id, str(n), end) for n in numbers]))
+        done = [one for _, body in arrivals if (one := decode_item_end(body)).error is None]
+        if self._undo and done:
+            undo = Raw(encode([[one.item, one.result] for one in done]))
+            place = item_id(self.planned.id)
+            record = StageRecord(place, StageStatus.completed.value, 1, self._wall(), 0.0, None, NIL, undo)
+            envelope.trail = append_record(envelope.trail, record)
+        return self._pass_through(item, envelope)
 
     def _chunk(self, envelope: Envelope, rest: _Rest) -> Moves:
         """Messages for the next items, and one for the rest of them."""

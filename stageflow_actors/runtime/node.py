@@ -25,7 +25,7 @@ from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
-from stageflow_actors.runtime.pool import PoolServices, Retire, ScaleTo, Tick
+from stageflow_actors.runtime.pool import Cancelled, PoolServices, Retire, ScaleTo, Tick
 from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
@@ -47,11 +47,17 @@ class _NodeListener(Listener):
     def __init__(self) -> None:
         self.broker: Broker | None = None
         self.coordinator: Any = None
+        self.supervisor: Any = None
         self.services: PoolServices | None = None
         self.holding_back = False
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         self.coordinator.tell(Delivered(queue, items, bodies))
+
+    def on_notice(self, word: str, detail: Any) -> None:
+        if word == "cancel" and self.supervisor is not None:
+            for peer, message_id in detail:
+                self.supervisor.tell(Cancelled(peer, message_id))
 
     def on_connected(self, broker_epoch: int) -> None:
         if self.broker is not None and self.services is not None:
@@ -148,6 +154,7 @@ class Node:
         self._broker.consume(config.naming.finished, 4_000)
         self._broker.consume(config.naming.coordinator, 500)
         self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
+        self._listener.supervisor = self._supervisor
         self._supervisor.tell(AddPools(config.pools))
         queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
         self._ask("roster", [])

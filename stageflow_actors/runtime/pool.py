@@ -1,8 +1,8 @@
 """`Pool`: the workers of one queue — started, watched, replaced, scaled.
 
-What a death means is decided here from facts: the exit status, what the worker's slot says it was running, and
-whether this pool killed it. Only the message that was running is charged, and the broker charges it only if the dead
-worker still held it. No user code runs here.
+What a death means is decided here from facts: the exit status, what the worker's lanes say it was running, and
+whether this pool killed it. Only what was running is charged, and the broker charges it only if the dead worker still
+held it. No user code runs here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,11 +26,11 @@ from stageflow_actors.core.failures import write_failure
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
-from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.slots import Slot, SlotState, SlotTable
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
-__all__ = ["Pool", "PoolServices", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "Pool", "PoolServices", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
 logger = logging.getLogger("stageflow.pool")
 
@@ -40,6 +40,15 @@ LONG = 50_000_000
 DEATHS_IN_A_ROW = 16
 """Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
 each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
+
+LANES_A_TICK = 64
+"""Lanes of one worker that are looked at in each tick, about."""
+
+REMEMBERED = 60_000_000_000
+"""Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
+
+CANCEL_GRACE = 1_000_000_000
+"""Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
 FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
@@ -66,6 +75,13 @@ class Retire(Struct, frozen=True):
     kill: bool
 
 
+class Cancelled(Struct, frozen=True):
+    """The instance of this message has been cancelled while the worker `peer` runs it."""
+
+    peer: int
+    message_id: int
+
+
 class ZygoteLost(Struct, frozen=True):
     """This zygote is gone, and with it every worker that it forked; there is another one by now."""
 
@@ -77,18 +93,21 @@ class _Resumed:
 
 
 class _Worker:
-    """`killed`: the message for which this pool has killed it (0: for none), and why."""
+    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which this
+    pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer."""
 
-    __slots__ = ("id", "killed", "long", "peer", "pid", "pidfd", "recall_at", "slot", "zygote")
+    __slots__ = ("cancelled", "id", "killed", "lanes", "long", "peer", "pid", "pidfd", "recall_at", "slot", "zygote")
 
-    def __init__(self, id: str, peer: int, slot: int, zygote: Zygote) -> None:
+    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: Zygote) -> None:
         self.id = id
         self.peer = peer
         self.slot = slot
+        self.lanes = lanes
         self.zygote = zygote
         self.pid = 0
         self.pidfd = -1
-        self.killed: tuple[int, Failure] | None = None
+        self.killed: tuple[Sequence[int], Failure] | None = None
+        self.cancelled: dict[int, int] = {}
         self.long = 0
         self.recall_at = 0
 
@@ -117,18 +136,26 @@ class PoolServices:
         self.log_level = log_level
         self.notify = notify
         self.live: dict[int, str] = {}
-        self._free = list(range(len(slots)))
+        self._free: dict[int, list[int]] = {}
+        self._untouched = 0
         self._lock = threading.Lock()
 
-    def take_slot(self) -> int | None:
-        """A slot for a new worker; None when all are taken."""
+    def take_slots(self, count: int) -> int | None:
+        """The first of `count` slots in a row for a new worker; None when all are taken."""
         with self._lock:
-            return self._free.pop() if self._free else None
+            free = self._free.get(count)
+            if free:
+                return free.pop()
+            first = self._untouched
+            if first + count > len(self.slots):
+                return None
+            self._untouched = first + count
+            return first
 
-    def give_slot(self, slot: int) -> None:
-        """The worker of this slot is dead."""
+    def give_slots(self, first: int, count: int) -> None:
+        """The worker of these slots is dead. They are kept together: pools of as many lanes will want them again."""
         with self._lock:
-            self._free.append(slot)
+            self._free.setdefault(count, []).append(first)
 
 
 class Pool(pykka.ThreadingActor):
@@ -148,6 +175,7 @@ class Pool(pykka.ThreadingActor):
         self._not_before = 0.0
         self._retiring = False
         self._paused_at = 0.0
+        self._ticks = 0
 
     def on_start(self) -> None:
         """The first workers."""
@@ -172,6 +200,8 @@ class Pool(pykka.ThreadingActor):
             self._scale(message.actors)
         elif isinstance(message, Retire):
             self._retire(message.kill)
+        elif isinstance(message, Cancelled):
+            self._cancel(message)
         elif isinstance(message, ZygoteLost):
             self._zygote_lost(message.zygote)
         elif isinstance(message, _Resumed):
@@ -183,7 +213,7 @@ class Pool(pykka.ThreadingActor):
         if self._retiring or self._paused_at or time.monotonic() < self._not_before:
             return
         while len(self._workers) < self._wanted:
-            slot = self._services.take_slot()
+            slot = self._services.take_slots(self._spec.concurrency)
             if slot is None:
                 logger.error(
                     "pool %s: no room for more than %d of %d workers: all %d slots of the node are taken",
@@ -200,10 +230,12 @@ class Pool(pykka.ThreadingActor):
         services, spec = self._services, self._spec
         self._serial += 1
         zygote = services.zygote()
-        worker = _Worker(f"{spec.queue}#{self._serial}", new_peer(), slot, zygote)
+        lanes = services.slots.lanes(slot, spec.concurrency)
+        worker = _Worker(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
         self._workers[worker.id] = worker
         services.live[worker.peer] = spec.queue
-        services.slots[slot].clear()
+        for lane in lanes:
+            lane.clear()
         payload = WorkerPayload(
             services.address,
             worker.peer,
@@ -216,6 +248,7 @@ class Pool(pykka.ThreadingActor):
             services.max_message_bytes,
             spec.max_tasks,
             services.log_level,
+            spec.concurrency,
         )
         try:
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
@@ -249,21 +282,26 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is None:
             return
-        state = self._services.slots[worker.slot].read()
-        if state.settled:
+        states = [lane.read() for lane in worker.lanes]
+        settled = states[0].settled
+        started = any(state.started for state in states)
+        if settled:
             self._deaths = 0
-        if state.started:
+        if started:
             self._failed_starts = 0
         if worker.killed is not None:
-            message_id, failure = worker.killed
-            # Not if it had gone on to another one before the signal came.
-            self._bury(worker, message_id if message_id == state.message_id else 0, failure)
-        elif self._retiring or (event.status == EXIT_RECYCLED and state.settled and not state.busy):
+            guilty, failure = worker.killed
+            # Not what it had been done with before the signal came.
+            current = {state.message_id for state in states}
+            self._bury(worker, [id for id in guilty if id in current], failure)
+        elif self._retiring or (event.status == EXIT_RECYCLED and settled and not any(s.busy for s in states)):
             self._bury(worker)
-        elif state.started:
+        elif started:
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
+            suspects = [s for s in states if s.busy] or [s for s in states if s.started]
             reason = f"WorkerDied: the worker died while running {self._what()}: {describe_exit(event.status)}"
-            self._bury(worker, state.message_id, Failure("died", reason, "WorkerDied"), charge=True)
+            died = Failure("died", reason, "WorkerDied")
+            self._bury(worker, [state.message_id for state in suspects], died, charge=True)
             self._deaths += 1
             self._died()
         else:
@@ -276,15 +314,15 @@ class Pool(pykka.ThreadingActor):
         spec = self._spec
         return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"
 
-    def _bury(self, worker: _Worker, guilty: int = 0, failure: Failure | None = None, *, charge: bool = False) -> None:
-        """Tell the broker, which gives back what the worker held; `guilty`, if among it, alone carries the failure."""
+    def _bury(
+        self, worker: _Worker, guilty: Sequence[int] = (), failure: Failure | None = None, *, charge: bool = False
+    ) -> None:
+        """Tell the broker, which gives back what the worker held; those `guilty` among it alone carry the failure."""
         services = self._services
-        if guilty == 0:
-            failure = None
-        data = b"" if failure is None else write_failure(failure)
-        services.broker.query("dead", worker.peer, guilty, charge and guilty != 0, False, data)
+        data = b"" if failure is None or not guilty else write_failure(failure)
+        services.broker.query("dead", worker.peer, list(guilty), charge and bool(guilty), False, data)
         services.live.pop(worker.peer, None)
-        services.give_slot(worker.slot)
+        services.give_slots(worker.slot, len(worker.lanes))
         if worker.pidfd >= 0:
             os.close(worker.pidfd)
         del self._workers[worker.id]
@@ -319,22 +357,37 @@ class Pool(pykka.ThreadingActor):
 
     def _tick(self) -> None:
         now = time.monotonic_ns()
-        services = self._services
-        for worker in self._workers.values():
-            if worker.pidfd < 0 or worker.killed is not None:
-                continue
-            state = services.slots[worker.slot].read()
-            if not state.busy:
-                continue
-            if state.overdue(now):
-                self._time_out(worker, state.message_id, state.timeout_ns / 1e9)
-            elif now - state.since_ns > LONG:
-                self._recall(worker, state.message_id, now, now - state.since_ns)
+        self._ticks += 1
+        # Hundreds of lanes are looked at less often: their workers end most handlers that are over their time themselves.
+        if self._ticks % (1 + self._spec.concurrency // LANES_A_TICK) == 0:
+            for worker in self._workers.values():
+                if worker.pidfd >= 0 and worker.killed is None:
+                    states = [lane.read() for lane in worker.lanes if lane.busy]
+                    running = [state for state in states if state.busy]
+                    if running:
+                        self._look_at(worker, running, now)
         if self._paused_at and time.monotonic() - self._paused_at > 1.0:
             self._look_whether_resumed()
         if len(self._workers) > self._wanted:
             self._trim()
         self._fill()
+
+    def _look_at(self, worker: _Worker, running: list[SlotState], now: int) -> None:
+        """End a worker with a message past its time; recall what waits behind one that takes long."""
+        if worker.cancelled:
+            self._remind(worker, now)
+            late = [state for state in running if now > worker.cancelled.get(state.message_id, now)]
+            if late:
+                failure = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
+                self._kill(worker, late, failure)
+                return
+        late = [state for state in running if state.overdue(now)]
+        if late:
+            self._time_out(worker, late)
+            return
+        oldest = min(running, key=lambda state: state.since_ns)
+        if now - oldest.since_ns > LONG:
+            self._recall(worker, oldest.message_id, now, now - oldest.since_ns)
 
     def _recall(self, worker: _Worker, message_id: int, now: int, age: int) -> None:
         """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
@@ -344,9 +397,32 @@ class Pool(pykka.ThreadingActor):
             worker.recall_at = now + age
             self._services.broker.query("recall", worker.peer)
 
-    def _time_out(self, worker: _Worker, message_id: int, seconds: float) -> None:
-        reason = f"StageTimeout: {self._what()} ran longer than its timeout of {seconds:g} s"
-        worker.killed = (message_id, Failure("timeout", reason, "StageTimeout"))
+    def _cancel(self, event: Cancelled) -> None:
+        """Let the handler know, and end it if it has not ended after a grace. Compensations are never cancelled."""
+        for worker in self._workers.values():
+            if worker.peer == event.peer and self._spec.kind != "compensation":
+                now = time.monotonic_ns()
+                worker.cancelled[event.message_id] = now + CANCEL_GRACE
+                self._remind(worker, now)
+
+    def _remind(self, worker: _Worker, now: int) -> None:
+        """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
+        for message_id, until in list(worker.cancelled.items()):
+            if now - until > REMEMBERED:
+                del worker.cancelled[message_id]
+        for lane in worker.lanes:
+            state = lane.read()
+            if state.message_id in worker.cancelled and not state.cancelled:
+                lane.cancel(state.message_id)
+
+    def _time_out(self, worker: _Worker, late: list[SlotState]) -> None:
+        reason = f"StageTimeout: {self._what()} ran longer than its timeout of {late[0].timeout_ns / 1e9:g} s"
+        if late[0].grace_ns:
+            reason += " and did not end when it was cancelled"
+        self._kill(worker, late, Failure("timeout", reason, "StageTimeout"))
+
+    def _kill(self, worker: _Worker, guilty: list[SlotState], failure: Failure) -> None:
+        worker.killed = ([state.message_id for state in guilty], failure)
         kill_group(worker.pid, worker.pidfd)
 
     def _look_whether_resumed(self) -> None:
@@ -380,8 +456,8 @@ class Pool(pykka.ThreadingActor):
         for worker in reversed(staying):
             if len(staying) <= self._wanted:
                 return
-            if worker.pidfd >= 0 and not self._services.slots[worker.slot].read().busy:
-                worker.killed = (0, Failure("stopped", "the pool was scaled down"))
+            if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):
+                worker.killed = ((), Failure("stopped", "the pool was scaled down"))
                 kill_group(worker.pid, worker.pidfd)
                 staying.remove(worker)
 

@@ -29,7 +29,7 @@ class SignalWork(Work):
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
         extra = item.extra
-        if extra is not None and not arrivals:
+        if extra is not None and not arrivals and extra.cancelled is None:
             extra.fresh = False  # nothing failed: the time is up, which is what this stage is asked about
         opened = self._open(item, base)
         if isinstance(opened, Settled):

@@ -80,6 +80,8 @@ class StageWork(Work):
             envelope.attempts, envelope.error, attempt = 0, None, 1
         if extra is not None:
             attempt += extra.attempts
+            if extra.cancelled is not None:
+                return self._pass_through(item, envelope)
             if extra.fresh:
                 return self._judge_fresh(item, envelope, attempt)
         if self.planned.after:
@@ -202,6 +204,9 @@ class StageWork(Work):
         if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
             return self._misplaced(item, envelope, body)
         asked = _asked(envelope.payload)
+        if item.extra is not None and item.extra.cancelled is not None:
+            envelope.context = asked.before
+            return self._pass_through(item, envelope)
         if not arrivals:
             late = f"StageTimeout: endpoint {asked.endpoint!r} did not answer within {asked.timeout:g} s"
             return self._unanswered(item, envelope, asked, Failure("timeout", late, "StageTimeout"))

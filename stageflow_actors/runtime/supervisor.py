@@ -19,7 +19,7 @@ from brokers.api import QueueOptions
 from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
-from stageflow_actors.runtime.pool import Pool, PoolServices, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.pool import Cancelled, Pool, PoolServices, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote, ZygoteGone
@@ -81,6 +81,10 @@ class Supervisor(pykka.ThreadingActor):
         elif isinstance(message, ScaleTo):
             if message.queue in self._pools:
                 self._pools[message.queue].tell(message)
+        elif isinstance(message, Cancelled):
+            queue = self._services.live.get(message.peer)
+            if queue in self._pools:
+                self._pools[queue].tell(message)
         elif isinstance(message, Retire):
             self._retiring = True
             for pool in self._pools.values():

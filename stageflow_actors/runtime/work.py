@@ -18,7 +18,7 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, Envelope, Failure, StageRecord, append_record, decode_envelope
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.routing import Moves, Step, give_up, item_slot, leave
+from stageflow_actors.core.routing import Moves, Step, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.handler import Call
 from stageflow_actors.definition.retry import RetryPolicy
@@ -153,9 +153,18 @@ class Work:
         if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
             return self._misplaced(item, envelope, body)
         extra = item.extra
-        if extra is not None and extra.fresh:
-            return self._judge_fresh(item, envelope, extra.attempts + 1)
+        if extra is not None:
+            if extra.cancelled is not None:
+                return self._pass_through(item, envelope)
+            if extra.fresh:
+                return self._judge_fresh(item, envelope, extra.attempts + 1)
         return envelope
+
+    def _pass_through(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+        """The instance has been cancelled: nothing is begun here any more."""
+        assert item.extra is not None
+        reason = item.extra.cancelled or ""
+        return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
 
     def _complete(self, item: DeliveryItem, envelope: Envelope, context: Any, attempt: int, started: float) -> Settled:
         """The place is done with: record it and go on. Raises `InvalidContext` for a context that cannot travel."""
@@ -275,8 +284,12 @@ class Work:
         )
 
 
-def settle_moves(item: DeliveryItem, moves: Moves) -> Settled:
-    """The settlement that acknowledges a message and does what follows from it."""
+def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:
+    """The settlement that acknowledges a message and does what follows from it.
+
+    What follows belongs to the epoch of the message, or to `epoch` where that is given.
+    """
+    group = item.group if epoch else ""
     priority = 0 if item.extra is None else item.extra.priority
     publishes = [
         (
@@ -284,8 +297,8 @@ def settle_moves(item: DeliveryItem, moves: Moves) -> Settled:
             PublishItem(
                 0,
                 len(step.body),
-                "",
-                0,
+                group,
+                epoch,
                 0,
                 0 if step.terminal or step.label == FAILED else priority,
                 step.delay,
@@ -295,7 +308,7 @@ def settle_moves(item: DeliveryItem, moves: Moves) -> Settled:
         for step in moves.steps
     ]
     opens = [
-        (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), "", 0, one.deadline))
+        (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), group, epoch, one.deadline))
         for one in moves.opens
     ]
     arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in moves.arrivals]

@@ -1,0 +1,162 @@
+"""Cancelling an instance, and running one again: from the failed stage, or from the first.
+
+What is cancelled keeps flowing through its queues unworked until the coordinator has all of it; nothing is snatched
+away. A new run of the same instance belongs to the next epoch, so that nothing of the run before is taken for its own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Raw
+
+from brokers.api import CHECK, START, WATCH, Target
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    Envelope,
+    append_record,
+    decode_envelope,
+    decode_outcome,
+    decode_trail,
+    encode,
+)
+from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, MAP, STAGE
+from stageflow_actors.core.routing import CANCELLABLE
+from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.errors import InstanceNotFound, StageFlowError
+
+if TYPE_CHECKING:
+    from stageflow_actors.history.rows import HistoryRow
+    from stageflow_actors.runtime.client import Client, Known
+    from stageflow_actors.runtime.instance import Instance
+
+__all__ = ["cancel", "restart", "retry"]
+
+HISTORY_SECONDS = 10.0
+"""How long an instance that has ended may take to be in the history and nowhere else."""
+
+CANCEL_SECONDS = 30.0
+"""How long `cancel` waits for the end before it says where the instance stands."""
+
+
+def cancel(client: Client, instance: Instance[Any], reason: str) -> WorkflowStatus:
+    """See `Instance.cancel`."""
+    text = f"cancelled: {reason}" if reason else "cancelled"
+    status = instance.status()
+    if status.terminal or status == WorkflowStatus.compensating:
+        return status
+    try:
+        client._query("cancel", instance.id, text, list(CANCELLABLE))
+    except StageFlowError:
+        return instance.status()  # it has left the broker meanwhile
+    try:
+        instance._parked = False
+        return instance.result(CANCEL_SECONDS).status
+    except TimeoutError:
+        return instance.status()
+
+
+def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any]:
+    """See `Instance.retry`."""
+    status = instance.status()
+    if status == WorkflowStatus.parked:
+        queue, message_id, envelope = _dead_letter(client, instance)
+        if context is not None:
+            envelope.context = Raw(_known(client, envelope.workflow_id, envelope.version).codec.prepare(context))
+            client._query("replace", queue, message_id, encode(envelope), False)
+        client._query("requeue", queue, [message_id])
+        return _again(client, instance)
+    row = _row(client, instance, status)
+    outcome = decode_outcome(row.outcome)
+    if status != WorkflowStatus.failed or outcome.compensations or outcome.failed_stage is None:
+        raise StageFlowError(
+            f"instance {instance.id!r} is {status}: only one that is parked, or that failed with nothing compensated, can "
+            "be retried from its failed stage; restart() runs it from the first one"
+        )
+    known = _known(client, row.workflow_id, row.version)
+    failed = known.plan.stage(outcome.failed_stage)
+    if failed is None:
+        raise StageFlowError(f"workflow {row.workflow_id!r} has no stage {outcome.failed_stage!r} any more")
+    place = (known.plan.stage(failed.joins) if failed.joins else None) or failed
+    trail = EMPTY_TRAIL
+    for record in decode_trail(outcome.trail):
+        if record.status != StageStatus.failed or record.stage_id not in (failed.id, place.id):
+            trail = append_record(trail, record)
+    plain = place.kind in (STAGE, BRANCH, MAP)
+    target = Target(place.queue, place.id) if plain else Target(COORDINATOR, BEGIN)
+    data = outcome.context if context is None else Raw(known.codec.prepare(context))
+    _start(client, row, target, place.id, data, trail)
+    return _again(client, instance)
+
+
+def restart(client: Client, instance: Instance[Any], context: Any) -> Instance[Any]:
+    """See `Instance.restart`."""
+    status = instance.status()
+    if status == WorkflowStatus.parked:
+        queue, message_id, envelope = _dead_letter(client, instance)
+        known = _known(client, envelope.workflow_id, envelope.version)
+        envelope.stage_id, envelope.trail, envelope.attempts = known.first, EMPTY_TRAIL, 0
+        envelope.error = envelope.failed_stage = None
+        if context is not None:
+            envelope.context = Raw(known.codec.prepare(context))
+        client._query("replace", queue, message_id, encode(envelope), True)
+        client._query("requeue", queue, [message_id])
+        return _again(client, instance)
+    row = _row(client, instance, status)
+    known = _known(client, row.workflow_id, row.version)
+    data = decode_outcome(row.outcome).context if context is None else Raw(known.codec.prepare(context))
+    _start(client, row, known.target, known.first, data, EMPTY_TRAIL)
+    return _again(client, instance)
+
+
+def _row(client: Client, instance: Instance[Any], status: WorkflowStatus) -> HistoryRow:
+    if not status.terminal:
+        raise StageFlowError(f"instance {instance.id!r} is {status}: wait for its end, or cancel() it first")
+    deadline = time.monotonic() + HISTORY_SECONDS
+    while (row := client._row(instance.id)) is None or client._lookup([instance.id]):
+        if time.monotonic() > deadline:
+            raise InstanceNotFound(instance.id)
+        time.sleep(0.01)  # it has ended, and its row is on its way
+    return row
+
+
+def _known(client: Client, workflow_id: str, version: int) -> Known:
+    known = client._known_version(workflow_id, version)
+    if known is None:
+        raise StageFlowError(f"version {version} of workflow {workflow_id!r} is not registered here")
+    return known
+
+
+def _dead_letter(client: Client, instance: Instance[Any]) -> tuple[str, int, Envelope]:
+    group = client._lookup([instance.id]).get(instance.id) or {}
+    for message in group.get("messages", ()):
+        if message["state"] == "dead" and not message["evidence"]:
+            described = client._query("inspect", [instance.id])[instance.id]
+            body = next(one["body"] for one in described["messages"] if one["id"] == message["id"])
+            return f"dlq.{message['queue']}", message["id"], decode_envelope(body)
+    raise StageFlowError(f"instance {instance.id!r} has no dead letter any more; look at its status()")
+
+
+def _start(client: Client, row: HistoryRow, target: Target, stage_id: str, data: Raw, trail: bytes) -> None:
+    """A new run of an instance that has ended, in the next epoch."""
+    now = time.time()
+    body = encode(Envelope(row.workflow_id, row.version, stage_id, data, trail, now, digest=row.digest))
+    flags = START | WATCH | CHECK
+    for _ in range(2):
+        item = (0, len(body), row.instance_id, row.epoch + 1, flags, 0, 0.0, 0.0, row.digest, client._seen)
+        answer = client._await(client._port().publish([target], [item], [body]))
+        if not answer.refused:
+            return
+        client._seen = max(client._seen, answer.seen)
+        if answer.refused[0][1] != "look-again":
+            raise StageFlowError(f"instance {row.instance_id!r} has been started again meanwhile")
+
+
+def _again(client: Client, instance: Instance[Any]) -> Instance[Any]:
+    """The handle of the run that has just begun; the old one tells of it, too."""
+    instance._outcome, instance._error = None, None
+    instance._parked = instance._gone = False
+    instance._event.clear()
+    instance._ensure_watched()
+    return instance
