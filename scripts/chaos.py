@@ -34,6 +34,8 @@ KINDS = ("program", "node", "broker", "zygote", "worker")
 FAILING = 5
 """One instance in so many fails at its last stage."""
 COMMAND = "from stageflow_actors.cli.main import main; main()"
+VOLLEY_SECONDS = 0.6
+"""How soon after a kill another one may hit a cluster that is just recovering."""
 STALL_SECONDS = 20.0
 """Longest time without any effect before the run counts as stuck."""
 
@@ -137,7 +139,10 @@ def victims(program: psutil.Popen) -> dict[str, list[psutil.Process]]:
 def attack(
     chance: random.Random, command: list[str], log: Path, out: Path, instances: int, kills: int, seconds: float
 ) -> Attack:
-    """Run the program until it is done, killing something each time that the work has come a step further."""
+    """Run the program until it is done, killing something each time that the work has come a step further.
+
+    One kill in three is followed by another while the cluster still recovers from it.
+    """
     done = Attack()
     began = time.monotonic()
     expected = 3 * instances + 2 * (instances // FAILING)
@@ -145,6 +150,7 @@ def attack(
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     program = None
+    volley = float("inf")
     moved, seen = began, -1
     try:
         while not out.exists():
@@ -163,12 +169,13 @@ def attack(
             if now - moved > STALL_SECONDS:
                 done.problems.append(f"nothing has happened for {STALL_SECONDS:g} s after {lines} effects")
                 return done
-            if kinds and now - began < seconds and lines >= steps[0] * expected:
+            if kinds and now - began < seconds and (lines >= steps[0] * expected or now >= volley):
                 targets = victims(program)[kinds[0]]
                 if targets:
                     time.sleep(chance.uniform(0.0, 0.03))
                     kill(chance.choice(targets), kinds.pop(0), done)
                     steps.pop(0)
+                    volley = now + chance.uniform(0.0, VOLLEY_SECONDS) if chance.random() < 1 / 3 else float("inf")
             time.sleep(0.005)
         if program is not None:
             program.wait(60)
