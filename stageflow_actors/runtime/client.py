@@ -85,7 +85,7 @@ class Known:
         self.codec: ContextCodec[Any] = ContextCodec(workflow.context)
         self.order = plan.order
         first = plan.stages[0]
-        plain = first.kind in (STAGE, BRANCH, MAP)
+        plain = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout
         self.first = first.id
         self.target = Target(first.queue, first.id) if plain else Target(COORDINATOR, BEGIN)
 

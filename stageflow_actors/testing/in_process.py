@@ -120,7 +120,7 @@ class _Door(Client):
 
     def admit(self, workflow: Workflow[Any], context: Any) -> tuple[Known, Prepared, bytes]:
         """The workflow as clients know it, the accepted context, and the first message."""
-        known = self._workflow(workflow)
+        known = self._adopt(workflow)
         prepared = self._prepare(known, context, None)
         return known, prepared, self._body(known, prepared, time.time())
 
