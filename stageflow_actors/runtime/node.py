@@ -34,7 +34,7 @@ from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
 
 __all__ = ["main"]
 
-SLOTS = 4096
+SLOTS = 65_536
 TICK = 0.02
 """Seconds between looks at the slots: how late a timeout may be noticed."""
 HISTORY_FACT = "history"

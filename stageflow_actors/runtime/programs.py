@@ -6,7 +6,7 @@ between: the node and the zygote pass it on unread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "PoolSpec",
     "StageProgram",
     "WorkerPayload",
+    "bounded",
     "endpoint_spec",
     "pool_specs",
     "stage_programs",
@@ -45,6 +46,7 @@ class StageProgram:
     stage: Stage | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    interceptors: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -56,10 +58,11 @@ class CompensationProgram:
     context: type[Any]
     compensations: dict[str, Compensation]
     factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    interceptors: tuple[Any, ...] = ()
 
 
 class PoolSpec(Struct):
-    """One pool as the node starts it. `code` is opaque there."""
+    """One pool as the node starts it. `code` is opaque there; `concurrency` messages are in work at once per worker."""
 
     queue: str
     workflow_id: str
@@ -72,6 +75,7 @@ class PoolSpec(Struct):
     max_tasks: int = 0
     evidence: bool = True
     max_length: int = 0
+    concurrency: int = 1
 
 
 class WorkerPayload(Struct):
@@ -88,6 +92,7 @@ class WorkerPayload(Struct):
     max_message_bytes: int
     max_tasks: int = 0
     log_level: str = "WARNING"
+    lanes: int = 1
 
 
 def pool_specs(
@@ -97,6 +102,7 @@ def pool_specs(
     *,
     max_queue_length: int = 0,
     max_concurrency: int | None = None,
+    interceptors: Sequence[Any] = (),
 ) -> list[PoolSpec]:
     """The pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be sent to a process."""
     specs = []
@@ -104,7 +110,8 @@ def pool_specs(
         if program.stage is not None:
             program.factories = {name: services[name] for name in program.stage.services}
             program.stage = program.stage.replace(compensation=None)
-        actors = planned.actors if max_concurrency is None else min(planned.actors, max_concurrency)
+            program.interceptors = tuple(interceptors)
+        actors, concurrency = bounded(planned, max_concurrency)
         specs.append(
             PoolSpec(
                 planned.queue,
@@ -118,13 +125,19 @@ def pool_specs(
                 planned.max_tasks or 0,
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
+                concurrency,
             )
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
     if compensations:
         names = {name for s in workflow.stages for name in s.compensation_services}
         undo = CompensationProgram(
-            workflow.id, workflow.version, workflow.context, compensations, {n: services[n] for n in names}
+            workflow.id,
+            workflow.version,
+            workflow.context,
+            compensations,
+            {n: services[n] for n in names},
+            tuple(interceptors),
         )
         specs.append(
             PoolSpec(
@@ -141,7 +154,23 @@ def pool_specs(
     return specs
 
 
-def endpoint_spec(stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]) -> PoolSpec:
+def bounded(place: StagePlan, most: int | None) -> tuple[int, int]:
+    """Actors and concurrency of a place, so that no more than `most` messages are in work there at once."""
+    concurrency = place.concurrency if place.kind in (STAGE, ITEM, ENDPOINT) else 1
+    if most is None or place.actors * concurrency <= most:
+        return place.actors, concurrency
+    actors = min(place.actors, most)
+    return actors, min(concurrency, most // actors)
+
+
+def endpoint_spec(
+    stage: Stage,
+    naming: Naming,
+    services: Mapping[str, Callable[[], Any]],
+    *,
+    max_concurrency: int | None = None,
+    interceptors: Sequence[Any] = (),
+) -> PoolSpec:
     """The pool that serves an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
     place = StagePlan(
         stage.id,
@@ -161,17 +190,20 @@ def endpoint_spec(stage: Stage, naming: Naming, services: Mapping[str, Callable[
             f"endpoint {stage.id!r} needs the service {missing[0]!r}, which nobody provides: "
             f"add services={{{missing[0]!r}: factory}} to the Runtime, or give the parameter a default"
         )
-    program = StageProgram("endpoint", 1, dict, stage.id, stage, {}, {name: services[name] for name in stage.services})
+    factories = {name: services[name] for name in stage.services}
+    program = StageProgram("endpoint", 1, dict, stage.id, stage, {}, factories, tuple(interceptors))
+    actors, concurrency = bounded(place, max_concurrency)
     return PoolSpec(
         place.queue,
         "endpoint",
         stage.id,
         "endpoint",
-        stage.actors,
+        actors,
         place.env,
         dumps(program),
         plan,
         stage.max_tasks or 0,
+        concurrency=concurrency,
     )
 
 

@@ -2,12 +2,13 @@
 
 One anonymous file holds an array of 64-byte slots; the node makes it, the zygote and the workers inherit it. A
 worker writes its own slot, twice per message, so no lock, no system call and no allocation belongs here. The node
-reads slots to enforce timeouts, to show who is busy, and to know which message a dead worker was running.
+reads slots to enforce timeouts, to show who is busy, and to know which message a dead worker was running. A worker
+that runs several messages at once has as many slots in a row, one for each: its lanes.
 
 ::
 
-    cell   0           1         2           3        4          5        6-7
-           message_id  since_ns  timeout_ns  started  cancelled  settled  unused
+    cell   0           1         2           3        4          5        6         7
+           message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  unused
 
 `since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
 `begin` therefore looks idle, which is the truth: its handler has not started.
@@ -26,7 +27,7 @@ SLOT_BYTES = 64
 """A cache line, so that two workers never write to the same one."""
 
 _CELLS = SLOT_BYTES // 8
-_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED = range(6)
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE = range(7)
 
 
 class SlotState(Struct, frozen=True):
@@ -34,7 +35,8 @@ class SlotState(Struct, frozen=True):
 
     `message_id` is that of the message in work, or of the last one when idle. `since_ns` is `CLOCK_MONOTONIC` at
     the handler's start, nought when idle; `timeout_ns` what the handler may take, nought for no limit. `started`
-    and `finished` count handlers since the slot was cleared, `settled` the messages handed on since then.
+    and `finished` count handlers since the slot was cleared, `settled` the messages handed on since then. `grace_ns`
+    is what the worker gets beyond a timeout, because it ends a handler that is over it by itself.
     """
 
     message_id: int
@@ -44,6 +46,7 @@ class SlotState(Struct, frozen=True):
     finished: int
     cancelled: bool
     settled: int = 0
+    grace_ns: int = 0
 
     @property
     def busy(self) -> bool:
@@ -51,17 +54,19 @@ class SlotState(Struct, frozen=True):
         return self.since_ns != 0
 
     def overdue(self, now_ns: int) -> bool:
-        """Whether the handler had run past its timeout at `now_ns` (`CLOCK_MONOTONIC`)."""
-        return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns
+        """Whether the handler had run past its timeout, and the grace, at `now_ns` (`CLOCK_MONOTONIC`)."""
+        return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns + self.grace_ns
 
 
 class Slot:
-    """One worker's slot. `begin`, `end` and `settle` belong to the worker; `cancel` and `clear` to the node."""
+    """One lane of a worker. `begin`, `end`, `settle` and `allow` belong to the worker; `cancel` and `clear` to the node."""
 
-    __slots__ = ("_cells", "_started", "_timeout")
+    __slots__ = ("_cells", "_index", "_started", "_table", "_timeout")
 
-    def __init__(self, cells: memoryview) -> None:
+    def __init__(self, cells: memoryview, table: SlotTable | None = None, index: int = 0) -> None:
         self._cells = cells
+        self._table = table
+        self._index = index
         self._started: int = cells[_STARTED]
         self._timeout: int = cells[_TIMEOUT]
 
@@ -85,6 +90,22 @@ class Slot:
     def settle(self, count: int) -> None:
         """So many messages went on as they should: the worker is not one of those that die at everything."""
         self._cells[_SETTLED] += count
+
+    def allow(self, grace_ns: int) -> None:
+        """The worker ends handlers at their timeouts by itself, and gets so much longer for it."""
+        self._cells[_GRACE] = grace_ns
+
+    def lanes(self, count: int) -> list[Slot]:
+        """This slot and those that follow it, `count` in all."""
+        if count == 1:
+            return [self]
+        assert self._table is not None
+        return self._table.lanes(self._index, count)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a handler is running: `read` tells more, and costs more."""
+        return self._cells[1] != 0
 
     def is_cancelled(self) -> bool:
         """Whether the node has asked for an end of the message in work."""
@@ -113,6 +134,7 @@ class Slot:
                 cells[_STARTED],
                 cells[_CANCELLED],
             )
+            grace = cells[_GRACE]
             if cells[_SINCE] == since:
                 break
         busy = since != 0
@@ -124,6 +146,7 @@ class Slot:
             finished=started - busy,
             cancelled=busy and cancelled == message_id,
             settled=cells[_SETTLED],
+            grace_ns=grace,
         )
 
 
@@ -132,10 +155,11 @@ class SlotTable:
 
     def __init__(self, fd: int, count: int) -> None:
         self.fd = fd
+        self._count = count
         self._memory = mmap.mmap(fd, count * SLOT_BYTES)
         self._bytes = memoryview(self._memory)
         self._cells = self._bytes.cast("Q")
-        self._slots = [Slot(self._cells[index * _CELLS : (index + 1) * _CELLS]) for index in range(count)]
+        self._slots: dict[int, Slot] = {}  # made when they are asked for: a node has room for many more than it uses
 
     @classmethod
     def create(cls, count: int) -> SlotTable:
@@ -154,16 +178,26 @@ class SlotTable:
         return cls(fd, count)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self._count
 
     def __getitem__(self, index: int) -> Slot:
-        return self._slots[index]
+        if not 0 <= index < self._count:
+            raise IndexError(f"there is no slot {index}: this table has {self._count}")
+        slot = self._slots.get(index)
+        if slot is None:
+            slot = self._slots[index] = Slot(self._cells[index * _CELLS : (index + 1) * _CELLS], self, index)
+        return slot
+
+    def lanes(self, index: int, count: int) -> list[Slot]:
+        """`count` slots in a row, from `index`."""
+        return [self[at] for at in range(index, index + count)]
 
     def close(self) -> None:
         """Unmaps the memory and closes `fd`; other processes keep theirs."""
-        for slot in self._slots:
+        for slot in self._slots.values():
             slot._cells.release()
         self._slots.clear()
+        self._count = 0
         self._cells.release()
         self._bytes.release()
         self._memory.close()
