@@ -6,6 +6,8 @@ consequences wait a moment, and the supervisor is answered when they are recorde
 
 from __future__ import annotations
 
+from typing import Any
+
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
 from brokers.core.message import READY, Group, Message
@@ -189,3 +191,12 @@ class Supervision:
         other = self._store.sessions.get(peer)
         if other is not None and any(len(consumer.held) > 1 for consumer in other.consumers.values()):
             self._talk.notice(other, "recall", None)
+
+    def tell(self, session: Session, word: str, detail: Any) -> bool:
+        """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
+        told = False
+        for other in self._store.sessions.values():
+            if other.role == "supervisor" and other.connected:
+                self._talk.notice(other, "told", (word, detail))
+                told = True
+        return told

@@ -26,7 +26,7 @@ from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, runtime_dir
 from stageflow_actors.runtime.transport import connect
 
-__all__ = ["Attached", "attach", "existing"]
+__all__ = ["Attached", "attach", "existing", "live_address"]
 
 PATIENCE = 10.0
 """Seconds that a broker gets to answer; it answers within milliseconds unless it is stopped or starting."""
@@ -71,7 +71,7 @@ def attach(path: Path | str, *, write: bool = False) -> Iterator[Attached]:
     `BrokerUnavailable` if its broker is silent, and what reading a damaged journal or history raises.
     """
     data_dir = DataDir(path, create=False)
-    address = _live_address(data_dir)
+    address = live_address(data_dir)
     if address is None:
         existing(path)
     history = HistoryReader.open(data_dir.history) if data_dir.history.exists() else None
@@ -89,7 +89,7 @@ def attach(path: Path | str, *, write: bool = False) -> Iterator[Attached]:
             history.close()
 
 
-def _live_address(data_dir: DataDir) -> str | None:
+def live_address(data_dir: DataDir) -> str | None:
     """Where the broker of a living program listens; None if the directory is at rest."""
     deadline = time.monotonic() + PATIENCE
     while True:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from msgspec import Raw
 
@@ -20,7 +21,18 @@ from brokers import api as port
 from brokers.api import CHECK, START, WATCH, Arrival, Broker, Listener, PublishItem, Target
 from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
-from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, MAP, STAGE, Naming, WorkflowPlan, compile_plan
+from stageflow_actors.core.plan import (
+    BEGIN,
+    BRANCH,
+    COORDINATOR,
+    ITEM,
+    MAP,
+    STAGE,
+    Naming,
+    WorkflowPlan,
+    compile_plan,
+    item_id,
+)
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.standing import status_of
@@ -77,12 +89,11 @@ os.register_at_fork(after_in_child=lambda: _chance.seed(os.urandom(32)))
 class Known:
     """A workflow as a client uses it."""
 
-    __slots__ = ("codec", "first", "order", "plan", "target", "workflow")
+    __slots__ = ("codec", "first", "order", "plan", "target")
 
-    def __init__(self, workflow: Workflow[Any], plan: WorkflowPlan) -> None:
-        self.workflow = workflow
+    def __init__(self, plan: WorkflowPlan, context: type[Any]) -> None:
         self.plan = plan
-        self.codec: ContextCodec[Any] = ContextCodec(workflow.context)
+        self.codec: ContextCodec[Any] = ContextCodec(context)
         self.order = plan.order
         first = plan.stages[0]
         plain = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout
@@ -91,10 +102,14 @@ class Known:
 
 
 class _Ends(Listener):
-    """What the connection tells a client."""
+    """What the connection tells a client. `connected` is called for each broker that says welcome."""
 
-    def __init__(self, waiters: Waiters) -> None:
+    def __init__(self, waiters: Waiters, connected: Callable[[], None]) -> None:
         self._waiters = waiters
+        self._connected = connected
+
+    def on_connected(self, broker_epoch: int) -> None:
+        self._connected()
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
         self._waiters.ended(pushes)
@@ -279,6 +294,25 @@ class Client:
         """Deliver from a paused queue again."""
         self._query("resume", queue)
 
+    def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
+        """Run a stage with another number of worker processes from now on; of a map stage, what handles its items.
+
+        It holds until the cluster is stopped. Raises `ValueError`, `StageFlowError` for a stage without workers.
+        """
+        if isinstance(actors, bool) or not isinstance(actors, int) or actors < 0:
+            raise ValueError(f"actors is a whole number from 0, not {actors!r}")
+        plan = self._workflow(workflow).plan
+        planned = plan.stage(item_id(stage)) or plan.stage(stage)
+        if planned is None or not planned.has_pool:
+            names = ", ".join(s.id for s in plan.stages if s.has_pool and s.kind != ITEM)
+            what = "has no stage" if planned is None else "has no workers at"
+            raise StageFlowError(f"workflow {plan.id!r} {what} {stage!r}: its stages with workers are {names}")
+        self._scale(planned.queue, actors)
+
+    def _scale(self, queue: str, actors: int) -> None:
+        if not self._query("tell", "scale", [queue, actors]):
+            raise BrokerUnavailable("the node of this cluster is being started again; try again")
+
     def drain(self, timeout: Duration | None = None) -> None:
         """Wait until everything this client submitted has ended or is parked. Raises `TimeoutError`."""
         most = patience(timeout)
@@ -293,14 +327,29 @@ class Client:
 
     # the connection
 
-    def _attach(self, address: str, name: str) -> None:
-        self._broker = connect(address, _Ends(self._waiters), role="client", name=name)
+    def close(self) -> None:
+        """Let go of the cluster, which goes on with all that was submitted. Closing again does nothing."""
+        self._detach("this client has been closed; open another one with Runtime.connect(data_dir)")
 
-    def _detach(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _attach(self, address: str, name: str) -> None:
+        self._broker = connect(address, _Ends(self._waiters, self._connected), role="client", name=name)
+
+    def _connected(self) -> None:
+        """A broker has said welcome; on the connection's thread."""
+
+    def _detach(self, why: str = STOPPED) -> None:
         if self._broker is not None:
             self._broker.close(timeout=1.0)
             self._broker = None
-        self._waiters.break_off(BrokerUnavailable(STOPPED), forget=True)
+        self._waiters.break_off(BrokerUnavailable(why), forget=True)
         if self._history is not None:
             self._history.close()
             self._history = None
@@ -372,7 +421,7 @@ class Client:
 
     def _adopt(self, workflow: Workflow[Any]) -> Known:
         """A workflow that this client has not seen: a plain client knows it from now on, a runtime must register it."""
-        known = Known(workflow, compile_plan(workflow, self._naming, default_ttl=self._ttl))
+        known = Known(compile_plan(workflow, self._naming, default_ttl=self._ttl), workflow.context)
         self._known[(workflow.id, workflow.version)] = known
         return known
 

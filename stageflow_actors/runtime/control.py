@@ -40,10 +40,11 @@ class NodeConfig(Struct, tag="start"):
 
 
 class Register(Struct, tag="register"):
-    """Another workflow on a running node."""
+    """Another workflow on a running node, which answers with `number`."""
 
     plans: list[WorkflowPlan]
     pools: list[PoolSpec]
+    number: int = 0
 
 
 class Scale(Struct, tag="scale"):
@@ -61,7 +62,8 @@ class Stop(Struct, tag="stop"):
 
 
 class Report(Struct, tag="report"):
-    """From the node. `word` is `ready`, `failed`, `registered`, `notice` or `stopped`; `kind` names an error's type."""
+    """From the node. `kind` names an error's type; `word` is `ready`, `failed`, `registered`, `scaled` (by a client in
+    another process), `notice` or `stopped`."""
 
     word: str
     text: str = ""

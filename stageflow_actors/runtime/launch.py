@@ -34,6 +34,7 @@ main(int(sys.argv[1]))
 
 READY_SECONDS = 180.0
 """How long a node may take: a large journal is read in that time."""
+REGISTER_SECONDS = 30.0
 REMAINS_SECONDS = 5.0
 """How long what is left of a dead node's cluster may take to follow it."""
 
@@ -58,7 +59,8 @@ class NodeHandle:
         self._pidfd = -1
         self._stopping = threading.Event()
         self._stopped = threading.Event()
-        self._registered = threading.Semaphore(0)
+        self._registered = threading.Condition()
+        self._asked = self._answered = 0
         self._intensity = Intensity("node process")
         self.address = ""
         self.resuming: dict[str, int] = {}
@@ -78,15 +80,27 @@ class NodeHandle:
         """More workflows, for this node and any later one."""
         self._config.plans.extend(register.plans)
         self._config.pools.extend(register.pools)
+        with self._registered:
+            self._asked += 1
+            number = register.number = self._asked
         self._send(register)
-        self._registered.acquire(timeout=30)
+        with self._registered:
+            self._registered.wait_for(lambda: self._answered >= number, timeout=REGISTER_SECONDS)
+
+    def _all_registered(self, number: int) -> None:
+        with self._registered:
+            self._answered = max(self._answered, number)
+            self._registered.notify_all()
 
     def scale(self, queue: str, actors: int) -> None:
         """Another number of actors, for this node and any later one."""
+        self._note_scale(queue, actors)
+        self._send(Scale(queue, actors))
+
+    def _note_scale(self, queue: str, actors: int) -> None:
         for pool in self._config.pools:
             if pool.queue == queue:
                 pool.actors = actors
-        self._send(Scale(queue, actors))
 
     def stop(self, grace: float | None) -> None:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it."""
@@ -186,9 +200,11 @@ class NodeHandle:
             report = None if channel is None else channel.receive()
             if isinstance(report, Report):
                 if report.word == "registered":
-                    self._registered.release()
+                    self._all_registered(report.fields["number"])
                 elif report.word == "notice":
                     self._notice(report.text)
+                elif report.word == "scaled":
+                    self._note_scale(report.fields["queue"], report.fields["actors"])
                 elif report.word == "failed":
                     verdict = report
                 continue
@@ -205,7 +221,7 @@ class NodeHandle:
                 self._intensity.one_more()
                 self._await_remains()
                 self._launch_surely()
-                self._registered.release()  # whoever was registering: the new node has it in its configuration
+                self._all_registered(self._asked)  # the new node has it in its configuration
             except StageFlowError as error:
                 self._failed(error)
                 return

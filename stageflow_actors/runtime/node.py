@@ -14,8 +14,11 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+import msgspec
 
 from brokers.api import Broker, DeliveryItem, Listener
 from stageflow_actors.errors import StageFlowError
@@ -27,12 +30,15 @@ from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, 
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
 from stageflow_actors.runtime.pool import Cancelled, PoolServices, Retire, ScaleTo, Tick
 from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks, wait_dead
+from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
 
 __all__ = ["main"]
+
+logger = logging.getLogger("stageflow.node")
 
 SLOTS = 65_536
 TICK = 0.02
@@ -49,6 +55,7 @@ class _NodeListener(Listener):
         self.coordinator: Any = None
         self.supervisor: Any = None
         self.services: PoolServices | None = None
+        self.told: Callable[[str, Any], None] = lambda word, detail: None
         self.holding_back = False
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
@@ -58,6 +65,8 @@ class _NodeListener(Listener):
         if word == "cancel" and self.supervisor is not None:
             for peer, message_id in detail:
                 self.supervisor.tell(Cancelled(peer, message_id))
+        elif word == "told":
+            self.told(detail[0], detail[1])
 
     def on_connected(self, broker_epoch: int) -> None:
         if self.broker is not None and self.services is not None:
@@ -156,6 +165,8 @@ class Node:
         self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
         self._listener.supervisor = self._supervisor
         self._supervisor.tell(AddPools(config.pools))
+        self._listener.told = self._told
+        self._publish_plans()
         queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
         self._ask("roster", [])
         self._data.write_cluster(
@@ -198,6 +209,25 @@ class Node:
     def _ask(self, name: str, *args: Any) -> Any:
         """An answer of the broker, however often it is started again meanwhile: its keeper knows when to give up."""
         return self._broker.query(name, *args).result()
+
+    def _publish_plans(self) -> None:
+        """Have clients in other processes know what is served."""
+        config = self._config
+        self._ask("fact", SERVED_FACT, write_served(Served(config.plans, config.naming, config.max_message_bytes)))
+
+    def _told(self, word: str, detail: Any) -> None:
+        """What a client in another process has the broker pass on; on the connection's thread."""
+        try:
+            scale = msgspec.convert(detail, tuple[str, int]) if word == "scale" else None
+        except msgspec.ValidationError:
+            scale = None
+        if scale is None or scale[1] < 0:
+            logger.warning("a client said something that is not understood: %s", word[:40])
+            return
+        queue, actors = scale
+        self._supervisor.tell(ScaleTo(queue, actors))
+        # For the node after this one, should it come to that.
+        _tell(self._channel, Report("scaled", "", "", {"queue": queue, "actors": actors}))
 
     def _unfinished(self, queues: dict[str, Any]) -> dict[str, int]:
         """Messages of each workflow that waited before anything was delivered."""
@@ -254,7 +284,9 @@ class Node:
                 for plan in message.plans:
                     self._coordinator.tell(Plan(plan))
                 self._supervisor.tell(AddPools(message.pools))
-                _tell(self._channel, Report("registered"))
+                self._config.plans.extend(message.plans)
+                self._publish_plans()
+                _tell(self._channel, Report("registered", "", "", {"number": message.number}))
             elif isinstance(message, Scale):
                 self._supervisor.tell(ScaleTo(message.queue, message.actors))
 

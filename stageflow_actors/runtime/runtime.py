@@ -133,6 +133,22 @@ class Runtime(Client):
                 remove_runtime_dir(runtime_dir(data.path))
                 data.release()
 
+    def close(self) -> None:
+        """As `stop()`."""
+        self.stop()
+
+    @classmethod
+    def connect(cls, data_dir: str | Path) -> Client:
+        """A client of the cluster that serves `data_dir`: a runtime in another process, or `stageflow up`.
+
+        It submits, waits, looks and steers like the runtime itself. Workflows are given as objects, or by id: then the
+        context is a dict, which the first worker checks. Close it, or use it in a `with` block; what was submitted
+        goes on. Raises `BrokerUnavailable` when nobody serves the directory.
+        """
+        from stageflow_actors.runtime.connection import Connection
+
+        return Connection(data_dir)
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -180,18 +196,10 @@ class Runtime(Client):
         if self._node is not None:
             self._node.register(Register([], [spec]))
 
-    def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
-        """Run a stage with another number of worker processes from now on."""
-        if isinstance(actors, bool) or not isinstance(actors, int) or actors < 0:
-            raise ValueError(f"actors is a whole number from 0, not {actors!r}")
-        plan = self._workflow(workflow).plan
-        planned = plan.stage(stage)
-        if planned is None:
-            names = ", ".join(s.id for s in plan.stages)
-            raise StageFlowError(f"workflow {plan.id!r} has no stage {stage!r}: its stages are {names}")
+    def _scale(self, queue: str, actors: int) -> None:
         if self._node is None:
             raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
-        self._node.scale(planned.queue, actors)
+        self._node.scale(queue, actors)
 
     def _adopt(self, workflow: Workflow[Any]) -> Known:
         raise StageFlowError(
@@ -225,7 +233,7 @@ class Runtime(Client):
                     max_concurrency=self.config.max_stage_concurrency,
                 )
             )
-            self._known[(workflow.id, workflow.version)] = Known(workflow, plan)
+            self._known[(workflow.id, workflow.version)] = Known(plan, workflow.context)
         return plans, pools
 
 

@@ -75,7 +75,7 @@ def run(
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(door, known, prepared.id, made, loop, dict(signals or {}))
+        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, dict(signals or {}))
         return instance.finish(_Message(known.target.queue, known.target.label, body))
 
 
@@ -195,13 +195,14 @@ class _Instance(Generic[C]):
     def __init__(
         self,
         door: _Door,
+        workflow: Workflow[C],
         known: Known,
         instance_id: str,
         services: Mapping[str, Any],
         loop: asyncio.Runner,
         signals: dict[str, Any],
     ) -> None:
-        workflow, plan, naming = known.workflow, known.plan, door.naming
+        plan, naming = known.plan, door.naming
         self._id = instance_id
         self._known = known
         self._naming = naming
