@@ -69,6 +69,12 @@ STOPPED = (
 
 CATCH_UP_SECONDS = 1.0
 
+DRAIN_SECONDS = 0.25
+"""How often a drain looks whether what is left only waits."""
+
+LOOKED_UP = 500
+"""Instances asked after at once."""
+
 MOST_AT_ONCE = 10_000
 """Most contexts of one `submit_many`."""
 
@@ -314,7 +320,10 @@ class Client:
             raise BrokerUnavailable("the node of this cluster is being started again; try again")
 
     def drain(self, timeout: Duration | None = None) -> None:
-        """Wait until everything this client submitted has ended or is parked. Raises `TimeoutError`."""
+        """Wait until everything this client submitted has ended, is parked, or waits for a signal or a delay.
+
+        Raises `TimeoutError` after `timeout` seconds.
+        """
         most = patience(timeout)
         deadline = None if most is None else time.monotonic() + most
         waiting = self._waiters.by_id
@@ -323,7 +332,19 @@ class Client:
             left = 0.5 if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"{len(waiting)} instances had not ended after {most:g} s")
-            self._waiters.wait_quiet(min(left, 0.5))
+            self._waiters.wait_quiet(min(left, DRAIN_SECONDS))
+            if self._all_waiting():
+                return
+
+    def _all_waiting(self) -> bool:
+        """Whether nothing will happen to what this client submitted until a signal comes or a delay is over."""
+        ids = list(self._waiters.by_id)
+        for first in range(0, len(ids), LOOKED_UP):
+            chunk = ids[first : first + LOOKED_UP]
+            groups = self._lookup(chunk)
+            if any(id not in groups or status_of(groups[id]) != WorkflowStatus.waiting for id in chunk):
+                return False
+        return True
 
     # the connection
 
