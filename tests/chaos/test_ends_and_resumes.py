@@ -168,13 +168,17 @@ def test_a_stop_waits_for_stages_in_work_even_while_the_broker_is_killed(
     cluster: Any, effects: Any, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     runtime = Runtime(waiting, data_dir=tmp_path / "data").start()
-    rows = [{"log": effects.path, "n": n, "seconds": 1.0} for n in range(6)]
+    rows = [{"log": effects.path, "n": n, "seconds": 2.0 if n < 2 else 0.0} for n in range(6)]
     runtime.submit_many(waiting, rows, instance_ids=[f"i{n}" for n in range(6)])
     eventually(lambda: len(effects("ran")) == 2, "two in work")
     alive = cluster()
     stopping = threading.Thread(target=runtime.stop)
     stopping.start()
     alive.brokers[0].kill()
+    # Once more when the first one's successor has heard that nothing more is to be delivered: the next has to be told.
+    second = eventually(lambda: next((p for p in cluster().brokers if p != alive.brokers[0]), None), "another broker")
+    eventually(lambda: {queue.state for queue in runtime.queues()} == {"open"}, "its queues open")
+    second.kill()
     stopping.join(15)
     assert not stopping.is_alive()
     assert alive.end_within(0.5) == []

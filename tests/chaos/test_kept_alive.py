@@ -23,7 +23,7 @@ Row = dict[str, Any]
 steady: Workflow[Row] = Workflow("steady")
 
 
-@steady.stage(actors=2)
+@steady.stage(actors=5)
 def work(context: Row) -> None:
     with open(context["log"], "a") as file:
         file.write(f"begin {context['n']}\n")
@@ -60,9 +60,10 @@ def settlements(data: Path) -> dict[tuple[str, str], int]:
 def test_a_broker_killed_in_the_middle_costs_no_message_and_runs_no_handler_twice(
     runtime: Runtime, data: Path, cluster: Any, effects: Any, eventually: Callable[..., Any]
 ) -> None:
-    rows = [{"log": effects.path, "n": n, "seconds": 0.8 if n < 2 else 0.0} for n in range(20)]
+    rows = [{"log": effects.path, "n": n, "seconds": 1.0 if n < 2 else 0.0} for n in range(20)]
     instances = runtime.submit_many(steady, rows)
-    eventually(lambda: len(effects("begin")) == 2, "two messages in work")
+    # Three workers are idle then: a broker that did not know who holds what would have somebody to give it to.
+    eventually(lambda: len(effects("begin")) == 20 and len(effects("after")) == 18, "only the long ones in work")
     before = cluster(data=data)
     before.brokers[0].kill()
     for instance in instances:
@@ -92,7 +93,7 @@ def test_whatever_is_killed_is_started_again_and_everything_completes(
         assert {stage.attempts for stage in result.stages} == {1}, "none of their doing"
     assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
     assert {int(n) for (n,) in effects("after")} == set(range(12))
-    assert len(effects("begin")) <= 12 + 2 + 2, "at most what was in work, or done and not yet handed on, runs again"
+    assert len(effects("begin")) <= 12 + 5 + 5, "at most what was in work, or done and not yet handed on, runs again"
 
 
 def test_restarts_leave_no_descriptors_behind(
