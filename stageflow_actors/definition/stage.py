@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypedDict
 
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.handler import Call, default_id, inspect_handler
+from stageflow_actors.definition.http import HttpCall, kill_after
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -79,6 +80,32 @@ class Compensation:
         made.function, made.call = call.function, call
         made.timeout, made.retry, made.actors = 60.0, None, 1
         return made
+
+    @classmethod
+    def http(
+        cls,
+        url: str | Callable[[Any], str],
+        *,
+        method: str = "POST",
+        request: Callable[[Any], Any] | None = None,
+        on_response: Callable[[Any, Any], Any] | None = None,
+        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
+        timeout: Duration | None = 60,
+        retry: RetryPolicy | None = None,
+        actors: int = 1,
+    ) -> Compensation:
+        """A request to a server that undoes a stage; its `Idempotency-Key` is not the stage's own. See `Stage.http`."""
+        call = HttpCall(
+            url,
+            what=f"the compensation {method} {url if isinstance(url, str) else ''}".rstrip(),
+            method=method,
+            request=request,
+            on_response=on_response,
+            headers=headers,
+            timeout=timeout,
+            undo=True,
+        )
+        return cls(call.execute, kill_after(call.timeout), retry, actors)
 
     def __repr__(self) -> str:
         return f"Compensation({getattr(self.function, '__name__', self.function)})"
@@ -182,6 +209,41 @@ class Stage:
             return frozenset()
         call = self.compensation.call
         return frozenset(call.services) | frozenset(call.constructor_services)
+
+    @classmethod
+    def http(
+        cls,
+        id: str,
+        *,
+        url: str | Callable[[Any], str],
+        method: str = "POST",
+        request: Callable[[Any], Any] | None = None,
+        on_response: Callable[[Any, Any], Any] | None = None,
+        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
+        timeout: Duration | None = None,
+        **options: Any,
+    ) -> Stage:
+        """A stage that asks a server: what `Workflow.add_http_stage` appends, for branches and parallel stages.
+
+        `url`, in which `{field}` stands for a field of the context, or a function of the context; `request(context)`:
+        the JSON to send; `on_response(context, response)` takes the JSON of the answer in, and without it that is the
+        stage's result; `headers`: a dict, or a function of the context. The `Idempotency-Key` is `ctx.idempotency_key`.
+
+        No answer within `timeout` seconds is a `StageTimeout`, 5xx, 429 and a network that fails are a
+        `StageError(retryable=True)` for the stage's `retry`, any other answer than a success is final. What cannot be
+        interrupted, as `on_response`, is killed at twice `timeout` and a second. Without `timeout` the whole attempt
+        may take what the workflow's `stage_timeout` says, or else 30 seconds. Other options as in `Stage`.
+        """
+        call = HttpCall(
+            url,
+            what=f"HTTP stage {id!r}",
+            method=method,
+            request=request,
+            on_response=on_response,
+            headers=headers,
+            timeout=timeout,
+        )
+        return cls(call, id=id, timeout=kill_after(call.timeout), **options)
 
     def replace(self, **changes: Any) -> Stage:
         """A stage like this one with some of `id`, `compensation`, `retry`, `timeout`, `when` set anew."""

@@ -27,7 +27,7 @@ class Parallel:
 
     def __init__(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         branches: Iterable[Any],
         *,
         merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
@@ -54,7 +54,7 @@ class Branch:
 
     def __init__(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         selector: Callable[[Any], Any],
         arms: Mapping[str, Iterable[Any]],
         *,
@@ -94,7 +94,7 @@ class MapStage:
 
     def __init__(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         handler: Any,
         *,
         over: Callable[[Any], Iterable[Any]],
@@ -124,7 +124,7 @@ class Delay:
 
     __slots__ = ("id", "seconds")
 
-    def __init__(self, id: str, duration: Duration) -> None:  # noqa: A002 - the name users type
+    def __init__(self, id: str, duration: Duration) -> None:
         self.id: str = check_id(id, "the delay")
         self.seconds: float = seconds(duration, f"the delay {id!r}")
 
@@ -143,7 +143,7 @@ class Signal:
 
     def __init__(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         *,
         name: str | None = None,
         timeout: Duration | None = None,

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, 
 import msgspec
 
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.http import SECONDS, HttpCall
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count, check_id
@@ -139,7 +140,7 @@ class Workflow(Generic[C]):
 
     def add_parallel(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         branches: Iterable[Any],
         *,
         merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
@@ -153,7 +154,7 @@ class Workflow(Generic[C]):
         return self
 
     def add_conditional(self, handler: Any, /, when: Callable[[Any], Any], **options: Any) -> Workflow[C]:
-        """Append a stage that is skipped unless `when(context)` is true; options as in `Stage`. Returns the workflow."""
+        """Append a stage that is skipped unless `when(context)` is true. Options as in `Stage`; gives the workflow."""
         if isinstance(handler, Stage):
             self._add(handler.replace(when=when), options)
         else:
@@ -162,7 +163,7 @@ class Workflow(Generic[C]):
 
     def add_branch(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         selector: Callable[[Any], Any],
         arms: Mapping[str, Iterable[Any]],
         *,
@@ -179,7 +180,7 @@ class Workflow(Generic[C]):
 
     def add_map(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         handler: Any,
         *,
         over: Callable[[Any], Iterable[Any]],
@@ -198,7 +199,7 @@ class Workflow(Generic[C]):
 
     def add_remote_stage(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         *,
         endpoint: str,
         command: Callable[[Any], Any],
@@ -208,15 +209,45 @@ class Workflow(Generic[C]):
     ) -> Workflow[C]:
         """Append a stage that sends `command(context)` to an endpoint and takes its reply in.
 
-        `on_reply(context, reply)` does so; without it the reply is the stage's result. No reply within `timeout` seconds,
-        or one that is an error, is a failure that the stage's `retry` sees. Other options as in `Stage`.
+        `on_reply(context, reply)` does so; without it the reply is the stage's result. No reply within `timeout`
+        seconds, or one that is an error, is a failure that the stage's `retry` sees. Other options as in `Stage`.
         """
         wait = optional_seconds(timeout, f"the timeout of remote stage {id!r}")
         call = RemoteCall(endpoint, command, on_reply, wait, f"remote stage {id!r}")
         self._add(call, {"id": id, **options})
         return self
 
-    def add_delay(self, id: str, duration: Duration) -> Workflow[C]:  # noqa: A002 - the name users type
+    def add_http_stage(
+        self,
+        id: str,
+        *,
+        url: str | Callable[[Any], str],
+        method: str = "POST",
+        request: Callable[[Any], Any] | None = None,
+        on_response: Callable[[Any, Any], Any] | None = None,
+        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
+        timeout: Duration | None = None,
+        **options: Any,
+    ) -> Workflow[C]:
+        """Append a stage that asks a server over HTTP; see `Stage.http`. Returns the workflow.
+
+        Needs httpx: `pip install 'stageflow-actors[http]'`.
+        """
+        self._check_options(options)
+        stage = Stage.http(
+            id,
+            url=url,
+            method=method,
+            request=request,
+            on_response=on_response,
+            headers=headers,
+            timeout=timeout,
+            **options,
+        )
+        self._add(stage, {})
+        return self
+
+    def add_delay(self, id: str, duration: Duration) -> Workflow[C]:
         """Append a wait of `duration` seconds. Returns the workflow."""
         step = Delay(id, duration)
         self._claim(step.id)
@@ -225,7 +256,7 @@ class Workflow(Generic[C]):
 
     def add_signal(
         self,
-        id: str,  # noqa: A002 - the name users type
+        id: str,
         *,
         name: str | None = None,
         timeout: Duration | None = None,
@@ -310,14 +341,18 @@ class Workflow(Generic[C]):
     def _keep(self, stage: Stage) -> Stage:
         """A stage of this workflow, with the workflow's defaults filled in."""
         self._claim(stage.id)
+        if isinstance(stage.handler, HttpCall):
+            self._check_url(stage, stage.handler)
         if stage.retry is None and self.retry is not None:
             stage = stage.replace(retry=self.retry)
         if stage.timeout is None and self.stage_timeout is not None:
             stage = stage.replace(timeout=self.stage_timeout)
+        if stage.timeout is None and isinstance(stage.handler, HttpCall):
+            stage = stage.replace(timeout=SECONDS)
         self._stages[stage.id] = stage
         return stage
 
-    def _claim(self, id: str) -> None:  # noqa: A002 - the name users type
+    def _claim(self, id: str) -> None:
         if id in self._ids:
             raise WorkflowDefinitionError(
                 f"workflow {self.id!r} has a stage {id!r} already: give this one another id with id=..."
@@ -332,13 +367,16 @@ class Workflow(Generic[C]):
                     f"({', '.join(options)}): give them to Stage(...)"
                 )
             return handler
+        self._check_options(options)
+        return Stage(handler, **options)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
         unknown = options.keys() - StageOptions.__annotations__.keys()
         if unknown:
             raise WorkflowDefinitionError(
                 f"a stage of workflow {self.id!r} was given the unknown option {min(unknown)!r}: "
                 f"there are {', '.join(sorted(StageOptions.__annotations__))}"
             )
-        return Stage(handler, **options)
 
     def _check_after(self, stage: Stage, wanted: str, before: set[str]) -> None:
         if wanted in before:
@@ -354,6 +392,17 @@ class Workflow(Generic[C]):
         raise WorkflowDefinitionError(
             f"{what} names {wanted!r} in after, which is no stage of it: the stages are {', '.join(self._stages)}"
         )
+
+    def _check_url(self, stage: Stage, call: HttpCall) -> None:
+        if self.context is dict:
+            return
+        known = _fields_of(self.context)[1:]
+        for name in call.fields():
+            if name not in known and not hasattr(self.context, name):
+                raise WorkflowDefinitionError(
+                    f"the url of HTTP stage {stage.id!r} names {{{name}}}, and {self.context.__name__} has no such "
+                    f"field: it has {', '.join(known)}"
+                )
 
     def _check_services(self, stage: Stage, provided: Collection[str]) -> None:
         for needed, what in (

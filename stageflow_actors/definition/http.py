@@ -1,0 +1,387 @@
+"""Stages that ask a server over HTTP: JSON out, JSON in, one exchange per attempt.
+
+`HttpCall` is a handler like any other. It is checked where it is made; httpx (the extra `http`) is imported in the
+worker that first sends something. What a server answers is never trusted: sizes are bounded, and a redirect to another
+origin is not followed, because it would carry the request's headers along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import string
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import orjson
+
+from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
+
+__all__ = ["SECONDS", "HttpCall", "kill_after"]
+
+SECONDS = 30.0
+"""How long an attempt may take where neither the stage nor its workflow says."""
+
+MAX_BYTES = 10 << 20
+"""Largest body of a response that is read."""
+
+MAX_REDIRECTS = 5
+SHOWN = 200
+"""Characters of a response's body that an error shows."""
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_VISIBLE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
+_making = threading.Lock()
+
+
+class HttpCall:
+    """One request to a server and what is made of its answer.
+
+    `url` is a string, in which `{field}` stands for a field of the context (percent-encoded; `{address.city}` goes
+    deeper), or a function of the context. `request(context)` gives the JSON to send. `on_response(context, response)`
+    takes the JSON of the answer in and returns what a handler may return; without it the JSON is the stage's result
+    (None for an empty body). `headers` is a mapping, or a function of the context. With `undo`, the `Idempotency-Key`
+    is that of the stage's compensation.
+
+    Answers of 500 and above, 429, and whatever goes wrong on the network raise `StageError(retryable=True)`, a server
+    that takes longer than `timeout` seconds `StageTimeout`; other answers that are no success raise
+    `StageError(retryable=False)`.
+    """
+
+    __slots__ = ("__weakref__", "_client", "headers", "method", "on_response", "request", "timeout", "undo", "url")
+
+    def __init__(
+        self,
+        url: str | Callable[[Any], str],
+        *,
+        what: str,
+        method: str = "POST",
+        request: Callable[[Any], Any] | None = None,
+        on_response: Callable[[Any, Any], Any] | None = None,
+        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
+        timeout: Duration | None = None,
+        undo: bool = False,
+    ) -> None:
+        if importlib.util.find_spec("httpx") is None:
+            raise WorkflowDefinitionError(
+                f"{what} needs httpx, which is not installed: pip install 'stageflow-actors[http]'"
+            )
+        if not isinstance(method, str) or method.upper() not in _METHODS:
+            raise WorkflowDefinitionError(f"method of {what} must be one of {', '.join(sorted(_METHODS))}: {method!r}")
+        self.method = method.upper()
+        self.url: Callable[[Any], Any] = _Template(url, what) if isinstance(url, str) else _function(url, "url", what)
+        self.request = None if request is None else _function(request, "request", what)
+        if self.request is not None and self.method in _BODILESS:
+            raise WorkflowDefinitionError(
+                f"{what} sends no body with {self.method}: put what it asks for into the url, as in "
+                "'https://example.org/prices/{sku}', or use another method"
+            )
+        self.on_response = None if on_response is None else _function(on_response, "on_response", what)
+        self.headers = _headers(headers, what)
+        self.timeout = optional_seconds(timeout, f"the timeout of {what}")
+        self.undo = undo
+        self._client: Any = None
+
+    def execute(self, context: Any, ctx: Any) -> Any:
+        """One exchange, and what the handler makes of it."""
+        answer = self._exchange(context, ctx)
+        return answer if self.on_response is None else self.on_response(context, answer)
+
+    def fields(self) -> list[str]:
+        """The fields of the context that the url names."""
+        return self.url.fields if isinstance(self.url, _Template) else []
+
+    # one exchange
+
+    def _exchange(self, context: Any, ctx: Any) -> Any:
+        import httpx
+
+        seconds = self._seconds(ctx)
+        ends = time.monotonic() + seconds
+        client = self._open()
+        url = _checked_url(self.url(context))
+        at = f"{self.method} {url.partition('?')[0]}"  # no query: it may hold what is not for a log
+        try:
+            first = request = client.build_request(
+                self.method,
+                url,
+                content=None if self.request is None else _json(self.request(context)),
+                headers=self._headers(context, ctx.idempotency_key),
+                timeout=seconds,
+            )
+            for _ in range(MAX_REDIRECTS + 1):
+                response = client.send(request, stream=True, follow_redirects=False)
+                try:
+                    following = self._redirected(first, response)
+                    if following is None:
+                        body = _body(response, ends)
+                        return _judged(request, response, body)
+                finally:
+                    response.close()
+                request = following
+            raise StageError(f"{at} redirected more than {MAX_REDIRECTS} times")
+        except httpx.TimeoutException:
+            raise StageTimeout(f"{at} did not answer within {seconds:g} s") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise StageError(f"the url cannot be used: {error}") from None
+        except httpx.DecodingError as error:
+            raise StageError(f"{at} sent a body that cannot be decoded: {error}") from None
+        except httpx.TransportError as error:
+            text = str(error) or type(error).__name__
+            raise StageError(f"{at} could not be asked: {text}", retryable=True) from error
+
+    def _seconds(self, ctx: Any) -> float:
+        """How long the exchange may take: less than the attempt, whose end kills the process."""
+        if self.timeout is not None:
+            return self.timeout
+        if ctx.deadline is None:
+            return SECONDS
+        return max(0.001, 0.9 * float(ctx.deadline - time.monotonic()))
+
+    def _headers(self, context: Any, key: str) -> dict[str, str]:
+        if self.undo:
+            key += ":undo"  # a server that knows the key of the stage would answer with what the stage was told
+        made = {
+            "Accept": "application/json",
+            "User-Agent": "stageflow-actors",
+            "Idempotency-Key": quote(key, safe=_VISIBLE),
+        }
+        if self.request is not None:
+            made["Content-Type"] = "application/json"
+        given = self.headers(context) if callable(self.headers) else self.headers
+        own = {name.lower() for name in given}
+        return {name: value for name, value in made.items() if name.lower() not in own} | dict(given)
+
+    def _redirected(self, first: Any, response: Any) -> Any:
+        """The request that a redirect asks for; None if it is none. Raises `StageError` for one not to be followed."""
+        following = response.next_request
+        if following is None:
+            return None
+        at = f"{_place(first)} answered {response.status_code}, a redirect to {following.url.copy_with(query=None)}"
+        if _origin(following.url) != _origin(first.url):
+            raise StageError(f"{at}, which is another server and is not asked: give the url that is meant")
+        if following.method != response.request.method and response.status_code != 303:
+            # A POST that becomes a GET would be reported as done, and has not been.
+            raise StageError(f"{at}, which {response.request.method} does not follow: give the url that is meant")
+        return following
+
+    def _open(self) -> Any:
+        """The client of this process, which keeps connections open; made on first use."""
+        with _making:
+            if self._client is None:
+                import httpx
+
+                self._client = httpx.Client()
+                # What one instance is given must not be sent along with the next.
+                self._client.cookies = _NoCookies()
+                weakref.finalize(self, self._client.close)
+            return self._client
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name not in ("__weakref__", "_client")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._client = None
+
+    def __repr__(self) -> str:
+        return f"HttpCall({self.method} {self.url!r})"
+
+
+def kill_after(timeout: float | None) -> float | None:
+    """The timeout of an attempt whose exchange may take `timeout` seconds: for what can only be ended by force."""
+    return None if timeout is None else 2 * timeout + 1
+
+
+def _NoCookies() -> Any:  # noqa: N802 - stands where a class would
+    from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+
+
+# urls
+
+
+class _Template:
+    """`https://host/orders/{id}`: a url with fields of a context, each percent-encoded."""
+
+    __slots__ = ("_parts", "_text")
+
+    def __init__(self, text: str, what: str) -> None:
+        if not text.startswith(("http://", "https://")):
+            raise WorkflowDefinitionError(
+                f"the url of {what} must begin with http:// or https://, not {text!r}: "
+                "give a function of the context where the server itself depends on it"
+            )
+        self._text = text
+        self._parts = list(_parsed(text, what))
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields of the context that it names."""
+        return [path[0] for _, path in self._parts if path]
+
+    def __call__(self, context: Any) -> str:
+        made = ""
+        for literal, path in self._parts:
+            made += literal
+            if path:
+                value = _look_up(context, path)
+                if value in (".", "..") or (not value and "?" not in made):
+                    raise StageError(f"the url has {'.'.join(path)}={value!r}, which would name another place")
+                made += quote(value, safe="")
+        return made
+
+    def __repr__(self) -> str:
+        return repr(self._text)
+
+
+def _parsed(text: str, what: str) -> Iterator[tuple[str, list[str]]]:
+    """(literal, path of the field behind it); the path is empty behind the last."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise WorkflowDefinitionError(f"the url of {what} cannot be read: {error} in {text!r}") from None
+    for literal, field, form, conversion in parts:
+        if field is None:
+            yield literal, []
+            continue
+        path = field.split(".")
+        if form or conversion or not all(name.isidentifier() for name in path):
+            raise WorkflowDefinitionError(
+                f"the url of {what} takes names of fields in braces, as {{order_id}}, not {{{field}}}: "
+                "give a function of the context for more than that"
+            )
+        yield literal, path
+
+
+def _look_up(context: Any, path: list[str]) -> str:
+    value = context
+    for name in path:
+        try:
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+        except (KeyError, AttributeError):
+            raise StageError(f"the url needs {'.'.join(path)}, which the context does not have") from None
+    if value is None or isinstance(value, (Mapping, list, tuple, set, bytes)):
+        raise StageError(f"the url needs {'.'.join(path)}, which is {value!r:.50}")
+    return str(value)
+
+
+def _checked_url(url: Any) -> str:
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise StageError(f"the url must be a string that begins with http:// or https://, not {url!r:.80}")
+    return url
+
+
+def _origin(url: Any) -> tuple[str, str, int]:
+    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
+
+
+def _place(request: Any) -> str:
+    return f"{request.method} {request.url.copy_with(query=None)}"
+
+
+# bodies
+
+
+def _json(value: Any) -> bytes:
+    try:
+        data = orjson.dumps(value, default=_plain)
+    except TypeError as error:
+        raise StageError(f"the request is not JSON: {error}") from None
+    if b"null" in data and _holds_non_finite(value):
+        raise StageError("the request is not JSON: it holds NaN or infinity, which would be sent as null")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """What orjson does not know: a Struct, a pydantic model."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.to_builtins(value)
+    dump = getattr(value, "model_dump", None)
+    if callable(dump):
+        return dump(mode="json")
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _holds_non_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(map(_holds_non_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_non_finite, value))
+    if isinstance(value, msgspec.Struct):
+        return any(_holds_non_finite(getattr(value, name)) for name in value.__struct_fields__)
+    if dataclasses.is_dataclass(value):
+        return any(_holds_non_finite(getattr(value, each.name)) for each in dataclasses.fields(value))
+    if hasattr(value, "model_dump"):
+        return any(map(_holds_non_finite, vars(value).values()))
+    return False
+
+
+def _body(response: Any, ends: float) -> bytes:
+    """The body, of which neither size nor duration is up to the server."""
+    at = _place(response.request)
+    announced = response.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > MAX_BYTES and response.request.method != "HEAD":
+        raise StageError(f"{at} answered with {int(announced):,} bytes, and at most {MAX_BYTES:,} are read")
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise StageError(f"{at} answered with more than the {MAX_BYTES:,} bytes that are read")
+        if time.monotonic() > ends:
+            raise StageTimeout(f"{at} was still answering when its time was up")
+    return bytes(body)
+
+
+def _judged(request: Any, response: Any, body: bytes) -> Any:
+    """The JSON of a success; anything else is raised."""
+    status = response.status_code
+    if not 200 <= status < 300:
+        text = f"{_place(request)} answered {status} {response.reason_phrase}".rstrip()
+        raise StageError(text + _shown(body), retryable=status >= 500 or status == 429)
+    if not body.strip():
+        return None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        kind = response.headers.get("content-type", "no content type")
+        raise StageError(f"{_place(request)} answered {status} with no JSON ({kind}){_shown(body)}") from None
+
+
+def _shown(body: bytes) -> str:
+    text = " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split())
+    return f": {text[:SHOWN]}{'…' if len(text) > SHOWN else ''}" if text else ""
+
+
+# definitions
+
+
+def _function(given: Any, name: str, what: str) -> Callable[..., Any]:
+    if not callable(given):
+        also = " a string or" if name == "url" else ""
+        raise WorkflowDefinitionError(f"{name} of {what} must be{also} a function of the context, not {given!r}")
+    return given  # type: ignore[no-any-return]
+
+
+def _headers(given: Any, what: str) -> Callable[[Any], Mapping[str, str]] | dict[str, str]:
+    if given is None:
+        return {}
+    if callable(given):
+        return given  # type: ignore[no-any-return]
+    if not isinstance(given, Mapping) or not all(isinstance(part, str) for pair in given.items() for part in pair):
+        raise WorkflowDefinitionError(
+            f"headers of {what} must be a dict of strings, or a function of the context that gives one, not {given!r}"
+        )
+    return dict(given)
