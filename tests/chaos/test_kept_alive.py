@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ steady: Workflow[Row] = Workflow("steady")
 @steady.stage(actors=5)
 def work(context: Row) -> None:
     with open(context["log"], "a") as file:
-        file.write(f"begin {context['n']}\n")
+        file.write(f"begin {context['n']} {os.getpid()}\n")
     time.sleep(context["seconds"])
     with open(context["log"], "a") as file:
         file.write(f"end {context['n']}\n")
@@ -50,6 +51,11 @@ def runtime(data: Path) -> Iterator[Runtime]:
     runtime.stop(grace=0.0)
 
 
+def states(runtime: Runtime) -> dict[str, str]:
+    found = {queue.name: queue.state for queue in runtime.queues("stageflow.steady.")}
+    return {"work": found["stageflow.steady.stage0"], "after": found["stageflow.steady.stage1"]}
+
+
 def settlements(data: Path) -> dict[tuple[str, str], int]:
     code = "from stageflow_actors.cli.main import main; main()"
     command = [sys.executable, "-c", code, "journal", "stats", "--data", str(data), "--output", "json"]
@@ -65,10 +71,18 @@ def test_a_broker_killed_in_the_middle_costs_no_message_and_runs_no_handler_twic
     # Three workers are idle then: a broker that did not know who holds what would have somebody to give it to.
     eventually(lambda: len(effects("begin")) == 20 and len(effects("after")) == 18, "only the long ones in work")
     before = cluster(data=data)
+    busy = [psutil.Process(int(pid)) for n, pid in effects("begin") if int(n) < 2]
+    for worker in busy:
+        worker.suspend()
     before.brokers[0].kill()
+    eventually(
+        lambda: states(runtime) == {"work": "closed", "after": "open"}, "the queue of those who are silent closed"
+    )
+    for worker in busy:
+        worker.resume()
     for instance in instances:
         assert instance.result(timeout=10).success
-    assert sorted(int(n) for (n,) in effects("begin")) == list(range(20)), "workers keep what they hold"
+    assert sorted(int(n) for n, _ in effects("begin")) == list(range(20)), "workers keep what they hold"
     assert sorted(int(n) for (n,) in effects("after")) == list(range(20))
     counted = settlements(data)
     assert {counted[instance.id, stage] for instance in instances for stage in ("work", "after")} == {1}
