@@ -32,6 +32,9 @@ def describe_error(error: BaseException) -> str:
     text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) > LONGEST:
         text = text[:LONGEST] + " …"
+    if not text.isascii():
+        # Names of files may hold bytes that are no text, and have no form in a message.
+        text = text.encode(errors="backslashreplace").decode()
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 

@@ -19,16 +19,19 @@ from stageflow_actors.core.failures import exception_of, failure_of, read_failur
 from stageflow_actors.core.plan import Naming, WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.definition.stage import Replace
+from stageflow_actors.definition.handler import BoundCall
+from stageflow_actors.definition.stage import Compensation, Replace
+from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.context import StageContext, StepStore
+from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, intercepted
 from stageflow_actors.runtime.programs import CompensationProgram
-from stageflow_actors.runtime.work import TERMINAL, Settled, Stopwatch, ignore, judge, ready_to_call
+from stageflow_actors.runtime.work import GRACE_NS, TERMINAL, Settled, Stopwatch, ignore, judge, run_to_end
 
 __all__ = ["CompensationWork"]
 
 
 class CompensationWork:
-    """Runs the compensations of one workflow version."""
+    """Runs the compensations of one workflow version. `limits`: async ones are cancelled at their timeouts."""
 
     def __init__(
         self,
@@ -43,18 +46,35 @@ class CompensationWork:
         wall: Callable[[], float] = time.time,
         loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
         raised: Callable[[BaseException], None] = ignore,
+        limits: bool = False,
     ) -> None:
         self.plan = plan
         self.naming = naming
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self._context_type = program.context
         self._compensations = program.compensations
-        self._calls = {stage_id: ready_to_call(c.call, services, loop) for stage_id, c in program.compensations.items()}
+        self._arounds = arounds_of(program.interceptors, COMPENSATION)
+        self._limits_itself = limits
+        self._calls = {stage_id: self._ready(undo, services, loop) for stage_id, undo in program.compensations.items()}
         self._slot = slot
         self._store = store
+        self._limit = max_message_bytes
         self._wall = wall
         self._raised = raised
         self.targets: list[Target] = []
+
+    def _ready(
+        self, compensation: Compensation, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
+    ) -> BoundCall:
+        """The compensation as a function of (context, ctx) that gives (result, context)."""
+        call = compensation.call
+        bound, is_async = call.bind(services), call.is_async
+        timeout = compensation.timeout if is_async and self._limits_itself else None
+        if self._arounds:
+            bound, is_async = intercepted(
+                bound, self._arounds, kind="compensation", is_async=is_async, context_type=self._context_type
+            )
+        return run_to_end(bound, loop, timeout) if is_async else bound
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
         """Run one compensation."""
@@ -69,6 +89,7 @@ class CompensationWork:
             )
             refused = write_failure(Failure("refused", text, "WorkflowDefinitionError"))
             return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, refused), [], [])
+        self._slot.allow(GRACE_NS if compensation.call.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:
             return self._run(item, envelope, stage_id)
@@ -88,6 +109,8 @@ class CompensationWork:
             value: Any = None
             if undo is None:
                 value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
+                if self._arounds:
+                    value, context = value
             else:
                 self._undo_items(item, envelope, stage_id, attempt, undo)
             if type(value) is Replace:
@@ -95,6 +118,11 @@ class CompensationWork:
             elif self._context_type is not dict and isinstance(value, self._context_type):
                 context = value
             encoded = self.codec.encode(context, stage=f"compensation of {stage_id}")
+            if len(encoded) > self._limit:
+                raise PayloadTooLarge(
+                    f"the compensation of stage {stage_id!r} made the context {len(encoded)} bytes large, over "
+                    f"max_message_bytes={self._limit}"
+                )
         except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
             self._raised(error)
             failure = failure_of(error)
@@ -130,6 +158,8 @@ class CompensationWork:
             steps=None if extra is None else extra.steps,
             store=self._store(item),
             error=envelope.error,
+            limit=self._limit,
+            slot=self._slot,
         )
 
     def _failed(

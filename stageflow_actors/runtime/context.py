@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -10,11 +12,15 @@ from typing import Any, Protocol
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
+from stageflow_actors.errors import PayloadTooLarge
 
-__all__ = ["Request", "StageContext", "StepStore"]
+__all__ = ["Lane", "Request", "StageContext", "StepStore"]
 
 REQUEST_SECONDS = 60.0
 """How long the reply to a request may take where nothing else is said."""
+
+PROGRESS_SECONDS = 0.2
+"""Least time between two reports of one stage."""
 
 
 class Request:
@@ -38,6 +44,16 @@ class StepStore(Protocol):
     def keep(self, name: str, value: bytes) -> None:
         """Keep the result of a step."""
 
+    def report(self, progress: bytes) -> None:
+        """Let whoever looks see how far the stage is."""
+
+
+class Lane(Protocol):
+    """Where it is said that the message in work is to be ended."""
+
+    def is_cancelled(self) -> bool:
+        """Whether it is."""
+
 
 class StageContext:
     """One attempt of one stage of one instance.
@@ -51,9 +67,12 @@ class StageContext:
     __slots__ = (
         "_envelope",
         "_failure",
+        "_limit",
         "_results",
+        "_slot",
         "_steps",
         "_store",
+        "_told",
         "attempt",
         "deadline",
         "epoch",
@@ -78,6 +97,8 @@ class StageContext:
         store: StepStore,
         error: str | None = None,
         item: str | None = None,
+        limit: int = 16 << 20,
+        slot: Lane | None = None,
     ) -> None:
         self.workflow_id = envelope.workflow_id
         self.instance_id = instance_id
@@ -90,6 +111,9 @@ class StageContext:
         self._failure = failure
         self._steps = dict(steps) if steps else {}
         self._store = store
+        self._limit = limit
+        self._slot = slot
+        self._told = 0.0
         self.item = item
         self._results: dict[str, Any] | None = None
 
@@ -141,15 +165,29 @@ class StageContext:
 
     @property
     def cancelled(self) -> bool:
-        """Whether this instance has been cancelled meanwhile."""
-        return False
+        """Whether this instance has been cancelled meanwhile: a stage that ends soon then is not killed."""
+        return self._slot is not None and self._slot.is_cancelled()
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        """Let whoever looks see how far this stage is: `Instance.progress()`, `stageflow instances show`.
+
+        Never durable, and at most five times a second (but always when `done` has come to `total`): call it as often as
+        you like. It shows until the stage ends.
+        """
+        now = time.monotonic()
+        if now - self._told >= PROGRESS_SECONDS or done >= total:
+            self._told = now
+            self._store.report(encode_value([done, total, str(note)], what=f"the progress of {self.stage_id!r}"))
 
     def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(*args)` once per instance and stage: its result is durable when this returns.
 
         A later attempt is given the stored result and does not run it. The result is read back from what was
-        stored, so that the first attempt sees what every later one would.
+        stored, so that the first attempt sees what every later one would. With an `async def` function it is awaited:
+        `await ctx.step("charge", charge, order)`.
         """
+        if inspect.iscoroutinefunction(function):
+            return self._async_step(name, function, *args)
         if name in self._steps:
             return decode_value(self._steps[name])
         return self._keep(name, function(*args))
@@ -170,10 +208,24 @@ class StageContext:
         """Mark a step as completed; durable when this returns."""
         self._keep(name, None)
 
+    async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        if name in self._steps:
+            return decode_value(self._steps[name])
+        value = await function(*args)
+        return await asyncio.to_thread(self._keep, name, value)  # others are served while it becomes durable
+
     def _keep(self, name: str, value: Any) -> Any:
         if not isinstance(name, str) or not name:
             raise ValueError(f"a step needs a name that is a string, not {name!r}")
-        data = encode_value(value, what=f"the result of step {name!r} of stage {self.stage_id!r}")
+        what = f"the result of step {name!r} of stage {self.stage_id!r}"
+        data = encode_value(value, what=what)
+        if len(data) > self._limit:
+            raise PayloadTooLarge(
+                f"{what} is {len(data)} bytes, over max_message_bytes={self._limit}; keep large data in files and pass "
+                "their names",
+                size=len(data),
+                limit=self._limit,
+            )
         self._store.keep(name, data)
         self._steps[name] = data
         return decode_value(data)

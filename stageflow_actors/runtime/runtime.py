@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
@@ -58,6 +59,7 @@ class Runtime(Client):
         self._max_message_bytes = self.config.max_message_bytes
         self._ttl = self.config.ttl_seconds
         self._endpoints: list[Stage] = []
+        self._queues: dict[str, str] = {}
         self._node: NodeHandle | None = None
         self._data: DataDir | None = None
         self._gate = threading.Lock()
@@ -77,6 +79,7 @@ class Runtime(Client):
                 raise WorkflowDefinitionError("this runtime has no workflows: give it some, as in Runtime(orders)")
             plans, pools = self._compile(self.workflows)
             pools += [endpoint_spec(stage, self._naming, self.services) for stage in self._endpoints]
+            self._queues = _owners(pools, {}, self._naming)
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:
@@ -111,12 +114,13 @@ class Runtime(Client):
             _say(f"resuming {count} instance{'s' if count != 1 else ''} of {workflow_id}")
         return self
 
-    def stop(self, drain: bool = False, grace: float | None = None) -> None:
+    def stop(self, drain: bool = False, grace: Duration | None = None) -> None:
         """Stop the cluster. What is unfinished resumes at the next start.
 
         `drain`: first wait for what this program submitted. `grace`: seconds that stages in work get before they are
         killed (None: until they are done). Stopping again does nothing. Ctrl-C while it waits kills what is in work.
         """
+        seconds = patience(grace, "grace")
         if self._node is None:
             return
         if drain:
@@ -127,7 +131,7 @@ class Runtime(Client):
                 return
             self._node = None
             try:
-                node.stop(grace)
+                node.stop(seconds)
             finally:
                 self._detach()
                 remove_runtime_dir(runtime_dir(data.path))
@@ -178,10 +182,20 @@ class Runtime(Client):
 
     def register(self, workflow: Workflow[Any]) -> None:
         """Add a workflow, also while running. Raises `WorkflowDefinitionError`."""
+        new = workflow not in self.workflows
         self._note(workflow)
-        if self._node is not None:
+        if self._node is None:
+            return
+        try:
             plans, pools = self._compile([workflow])
-            self._node.register(Register(plans, pools))
+            queues = _owners(pools, self._queues, self._naming)
+        except WorkflowDefinitionError:
+            if new:  # or the next start would fail for it
+                self.workflows.remove(workflow)
+                self._known.pop((workflow.id, workflow.version), None)
+            raise
+        self._queues = queues
+        self._node.register(Register(plans, pools))
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
         """Serve requests to `name` by a pool of its own: `handler(command[, ctx])` returns the reply.
@@ -192,7 +206,9 @@ class Runtime(Client):
         if any(known.id == name for known in self._endpoints):
             raise WorkflowDefinitionError(f"endpoint {name!r} is served already")
         spec = endpoint_spec(stage, self._naming, self.services)
+        queues = _owners([spec], self._queues, self._naming)
         self._endpoints.append(stage)
+        self._queues = queues
         if self._node is not None:
             self._node.register(Register([], [spec]))
 
@@ -235,6 +251,20 @@ class Runtime(Client):
             )
             self._known[(workflow.id, workflow.version)] = Known(plan, workflow.context)
         return plans, pools
+
+
+def _owners(pools: list[PoolSpec], known: dict[str, str], naming: Naming) -> dict[str, str]:
+    """Whose each queue is. Raises `WorkflowDefinitionError` where two would share one, as ids with dots can."""
+    owners = dict(known) or dict.fromkeys((naming.finished, naming.coordinator), "StageFlow itself")
+    for pool in pools:
+        owner = f"endpoint {pool.stage_id!r}" if pool.kind == "endpoint" else f"workflow {pool.workflow_id!r}"
+        other = owners.setdefault(pool.queue, owner)
+        if other != owner:
+            raise WorkflowDefinitionError(
+                f"{owner} would share the queue {pool.queue!r} with {other}: give one of them another id, "
+                "or the Config other prefixes"
+            )
+    return owners
 
 
 def _import_path() -> list[str]:

@@ -7,6 +7,7 @@ runner does the same without either. Whatever user code raises becomes the stage
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
@@ -20,13 +21,14 @@ from stageflow_actors.core.failures import exception_of, failure_of, read_failur
 from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Step, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.definition.handler import Call
+from stageflow_actors.definition.handler import BoundCall, Call
 from stageflow_actors.definition.retry import RetryPolicy
-from stageflow_actors.errors import PayloadTooLarge, StageError
+from stageflow_actors.errors import PayloadTooLarge, StageError, StageTimeout
 from stageflow_actors.runtime.context import StageContext, StepStore
 from stageflow_actors.runtime.programs import StageProgram
 
 __all__ = [
+    "GRACE_NS",
     "TERMINAL",
     "Result",
     "Settled",
@@ -36,11 +38,15 @@ __all__ = [
     "judge",
     "numbered",
     "ready_to_call",
+    "run_to_end",
     "settle_moves",
     "split_parts",
 ]
 
 TERMINAL = 1
+
+GRACE_NS = 1_000_000_000
+"""What an async handler gets to end by itself once it has been cancelled, before its worker is killed."""
 
 
 class Stopwatch(Protocol):
@@ -51,6 +57,12 @@ class Stopwatch(Protocol):
 
     def end(self) -> None:
         """The handler is over."""
+
+    def allow(self, grace_ns: int) -> None:
+        """Handlers that are over their time are ended by the worker itself, and get so much longer for it."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the message being run is to be ended."""
 
 
 class Settled:
@@ -281,6 +293,8 @@ class Work:
             failure=None if extra is None else extra.failure,
             steps=None if extra is None else extra.steps,
             store=self._store(item),
+            limit=self._limit,
+            slot=self._slot,
         )
 
 
@@ -356,15 +370,39 @@ def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str,
 
 
 def ready_to_call(
-    call: Call, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
+    call: Call,
+    services: Mapping[str, Any],
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    timeout: float | None = None,
 ) -> Callable[[Any, Any], Any]:
-    """A handler as a plain function of (context, ctx); an async one runs on one event loop that its worker keeps."""
+    """A handler as a plain function of (context, ctx); an async one runs to its end on an event loop that its thread
+    keeps, and is cancelled after `timeout` seconds: `StageTimeout`."""
     bound = call.bind(services)
-    if not call.is_async:
-        return bound
-    run = loop().run_until_complete
+    return run_to_end(bound, loop, timeout) if call.is_async else bound
+
+
+def run_to_end(
+    bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None
+) -> BoundCall:
+    """See `ready_to_call`, for a handler that is async."""
+    kept = threading.local()
 
     async def finished(awaitable: Awaitable[Any]) -> Any:
-        return await awaitable
+        if timeout is None:
+            return await awaitable
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await awaitable
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise StageTimeout(f"it ran longer than its timeout of {timeout:g} s and was cancelled") from None
 
-    return lambda context, ctx: run(finished(bound(context, ctx)))
+    def run(context: Any, ctx: Any) -> Any:
+        own = getattr(kept, "loop", None)
+        if own is None:
+            own = kept.loop = loop()
+        return own.run_until_complete(finished(bound(context, ctx)))
+
+    return run

@@ -100,9 +100,40 @@ mixed = (
 )
 
 
+class Rude(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def odd_errors(context: dict[str, Any]) -> None:
+    errors: dict[str, Exception] = {
+        "bytes": OSError(f"no file {os.fsdecode(b'caf' + bytes([0xE9]))}"),
+        "long": ValueError("x" * 1_000_000),
+        "rude": Rude(),
+        "empty": KeyError(),
+    }
+    raise errors[context["kind"]]
+
+
+def grow(context: dict[str, Any]) -> None:
+    context["blob"] = b"x" * (17 << 20)
+
+
+odd = Workflow("odd").add_stage(odd_errors)
+growing = (
+    Workflow("growing")
+    .add_stage(stage("a"), id="a", compensation=undo("a"))
+    .add_stage(stage("b"), id="b", compensation=grow)
+    .add_stage(odd_errors)
+)
+large_step = Workflow("large-step").add_stage(
+    lambda context, ctx: ctx.step("big", bytes, 17 << 20) and None, id="stepper"
+)
+
+
 @pytest.fixture(scope="module")
 def runtime(serve: Any) -> Runtime:
-    return serve(orders, patient, needy, bare, mixed, config=Config(max_stage_retries=3))
+    return serve(orders, patient, needy, bare, mixed, odd, growing, large_step, config=Config(max_stage_retries=3))
 
 
 number = iter(range(1000))
@@ -285,6 +316,32 @@ def test_a_compensation_may_replace_the_context_and_one_that_spoils_it_has_faile
     assert "context.bad" in result.compensations[0].error
     assert "second" in result.compensations[0].error
     assert result.context == {"replaced": ["done", "fail"]}
+
+
+def test_an_error_that_is_no_text_is_told_all_the_same(runtime: Runtime) -> None:
+    results = {kind: runtime.execute(odd, {"kind": kind}, timeout=20) for kind in ("bytes", "long", "rude", "empty")}
+    assert results["bytes"].error == "OSError: no file caf\\udce9"
+    assert results["long"].error.startswith("ValueError: xxxx")
+    assert len(results["long"].error) < 3000
+    assert results["rude"].error == "Rude: (its text cannot be made)"
+    assert results["empty"].error == "KeyError"
+
+
+def test_a_compensation_that_outgrows_the_limit_has_failed_and_the_others_go_on(runtime: Runtime) -> None:
+    result = runtime.execute(growing, {}, timeout=30)
+    assert result.status == "compensation_failed"
+    assert [(c.stage_id, str(c.status)) for c in result.compensations] == [("b", "failed"), ("a", "completed")]
+    assert result.compensations[0].error.startswith("PayloadTooLarge: ")
+    assert "'b'" in result.compensations[0].error
+    assert "max_message_bytes" in result.compensations[0].error
+    assert "blob" not in result.context
+
+
+def test_a_step_that_outgrows_the_limit_fails_the_stage_with_its_name(runtime: Runtime) -> None:
+    result = runtime.execute(large_step, {}, timeout=30)
+    assert result.status == "failed"
+    assert "'big'" in result.error
+    assert "max_message_bytes" in result.error
 
 
 def test_many_sagas_failing_at_once_end_each_in_its_own_way(runtime: Runtime) -> None:

@@ -263,6 +263,37 @@ def test_a_runtime_without_workflows_says_so(data_dir: Path) -> None:
     assert not data_dir.exists()
 
 
+def test_two_that_would_share_a_queue_are_refused(data_dir: Path) -> None:
+    undone = Workflow("stage0").add_stage(gated, compensation=lambda context: None)
+    with pytest.raises(WorkflowDefinitionError, match=r"'stageflow\.compensation\.stage0'"):
+        Runtime(undone, flow("compensation"), data_dir=data_dir).start()
+    greedy = Config(compensation_queue_prefix="stageflow.")
+    finished = Workflow("finished").add_stage(gated, compensation=lambda context: None)
+    with pytest.raises(WorkflowDefinitionError, match=r"'stageflow\.finished'"):
+        Runtime(finished, data_dir=data_dir, config=greedy).start()
+    assert not data_dir.exists()
+
+
+def test_a_workflow_refused_while_running_changes_nothing(data_dir: Path, gate: Path) -> None:
+    gate.touch()
+    runtime = Runtime(flow(), data_dir=data_dir)
+    with runtime:
+        for bad in (Workflow("w").add_stage(lambda context, *, mailer: None), Workflow("empty"), flow()):
+            with pytest.raises(WorkflowDefinitionError):
+                runtime.register(bad)
+        assert runtime.execute("flow", {"gate": str(gate)}, timeout=20).success
+        runtime.register(Workflow("second").add_stage(last))
+        assert runtime.execute("second", {}, timeout=20).success
+    with runtime:
+        assert runtime.execute("second", {}, timeout=20).success
+
+
+@pytest.mark.parametrize("grace", [-1, "soon", float("nan")])
+def test_grace_is_a_duration(data_dir: Path, grace: Any) -> None:
+    with pytest.raises(ValueError, match="grace"):
+        Runtime(flow(), data_dir=data_dir).stop(grace=grace)
+
+
 def test_a_data_directory_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StageFlowError, match="file"):
@@ -335,11 +366,13 @@ def interrupted(tmp_path: Path, data_dir: Path, gate: Path, eventually: Any) -> 
     program = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    eventually(lambda: log.exists() and "began a" in log.read_text(), "the first stage to begin")
-    yield program, log
-    if program.poll() is None:
-        program.kill()
-    program.communicate(timeout=10)
+    try:
+        eventually(lambda: log.exists() and "began a" in log.read_text(), "the first stage to begin")
+        yield program, log
+    finally:
+        if program.poll() is None:
+            program.kill()
+        program.communicate(timeout=10)
 
 
 def test_ctrl_c_waits_for_the_stages_in_work_only(interrupted: Any, gate: Path, data_dir: Path) -> None:

@@ -168,9 +168,10 @@ def test_a_saga_of_decorated_functions_completes_with_results_by_stage(runtime: 
     ]
 
 
-def test_a_service_is_made_once_in_each_worker_that_needs_it(runtime: Runtime) -> None:
+def test_a_service_is_made_once_in_each_worker_that_needs_it(runtime: Runtime, eventually: Any) -> None:
     for result in runtime.map(orders, [Order(str(n)) for n in range(50)]):
         result.raise_for_status()
+    eventually(lambda: len(noted("payments-made")) == 2, "both actors to have made theirs")
     makers = [pid for (pid,) in noted("payments-made")]
     users = {pid for _, pid in noted("charged")}
     assert len(makers) == len(set(makers)) == 2, "two actors need the service, and the stage before does not"
