@@ -20,7 +20,8 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import failure_of, read_failure
 from stageflow_actors.core.routing import Arrive, Moves
-from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call
+from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.work import Result, Settled
 
 __all__ = ["EndpointWork"]
 
@@ -28,14 +29,10 @@ REPLY = "reply"
 """The one slot of a reply's gather: a second reply to the same request changes nothing."""
 
 
-class EndpointWork(Work):
+class EndpointWork(HandlerWork):
     """Serves one endpoint."""
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
-        call = program.stage.call
-        self._call = ready_to_call(call, self.services, self._loop)
-        self._wants_ctx = call.wants_ctx
+    kind = "endpoint"
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         asked = decode_command(body)
@@ -49,12 +46,25 @@ class EndpointWork(Work):
         try:
             ctx = self._stage_context(item, self._as_envelope(asked), attempt) if self._wants_ctx else None
             value = self._call(decode_value(asked.command), ctx)
-            reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
         except BaseException as error:  # noqa: BLE001 - the handler is user code
-            self._raised(error)
-            known = error if isinstance(error, Exception) else None
-            return self._judged(item, asked, attempt, failure_of(error), known)
-        return self._reply(item, asked, reply)
+            return self._broke(item, asked, attempt, 0.0, 0.0, error)
+        return self._then(item, asked, attempt, 0.0, 0.0, None, value)
+
+    def _returned(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
+    ) -> Result:
+        try:
+            reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
+        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+            return self._broke(item, envelope, attempt, started, clock, error)
+        return self._reply(item, envelope, reply)
+
+    def _broke(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
+    ) -> Settled:
+        self._raised(error)
+        known = error if isinstance(error, Exception) else None
+        return self._judged(item, envelope, attempt, failure_of(error), known)
 
     def _judged(
         self, item: DeliveryItem, asked: Command, attempt: int, failure: Failure, error: Exception | None

@@ -6,6 +6,7 @@ chunks, each with the message that brings the rest: a crash in between resumes a
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -30,7 +31,8 @@ from stageflow_actors.core.plan import item_id
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step, fail_stage, item_slot, unmet
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
+from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
 
 __all__ = ["ItemWork", "MapWork"]
 
@@ -182,14 +184,13 @@ class MapWork(Work):
         return self._settle(item, Moves([fail_stage(envelope, self.planned.id, lost, self.naming)]))
 
 
-class ItemWork(Work):
+class ItemWork(HandlerWork):
     """Handles one item."""
+
+    kind = "item"
 
     def __init__(self, program: Any, *args: Any, **options: Any) -> None:
         super().__init__(program, *args, **options)
-        stage = program.stage
-        self._call = ready_to_call(stage.call, self.services, self._loop)
-        self._wants_ctx = stage.call.wants_ctx
         whole = self.plan.stage(self.planned.joins)
         self._keep = whole is not None and whole.compensated
         self._none_may_fail: bool = program.parts["max_failures"] == 0
@@ -200,14 +201,22 @@ class ItemWork(Work):
             return opened
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         started = self._wall()
+        clock = time.perf_counter()
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             value = self._call(decode_value(opened.context), ctx)
-            result = NIL if value is None else Raw(encode_value(value, what=f"a result of {self.planned.joins!r}"))
         except BaseException as error:  # noqa: BLE001 - the handler is user code
-            self._raised(error)
-            return self._failed(item, opened, attempt, started, self._wall() - started, error)
-        return self._arrive(item, opened, ItemEnd(result, None, opened.context if self._keep else NIL))
+            return self._broke(item, opened, attempt, started, clock, error)
+        return self._then(item, opened, attempt, started, clock, None, value)
+
+    def _returned(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
+    ) -> Result:
+        try:
+            result = NIL if value is None else Raw(encode_value(value, what=f"a result of {self.planned.joins!r}"))
+        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+            return self._broke(item, envelope, attempt, started, clock, error)
+        return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL))
 
     def _give_up(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float

@@ -93,8 +93,9 @@ class _Resumed:
 
 
 class _Worker:
-    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which this
-    pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer."""
+    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which
+    this pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer.
+    """
 
     __slots__ = ("cancelled", "id", "killed", "lanes", "long", "peer", "pid", "pidfd", "recall_at", "slot", "zygote")
 
@@ -358,7 +359,7 @@ class Pool(pykka.ThreadingActor):
     def _tick(self) -> None:
         now = time.monotonic_ns()
         self._ticks += 1
-        # Hundreds of lanes are looked at less often: their workers end most handlers that are over their time themselves.
+        # Hundreds of lanes are looked at less often: most are of async stages, which are ended by their own worker.
         if self._ticks % (1 + self._spec.concurrency // LANES_A_TICK) == 0:
             for worker in self._workers.values():
                 if worker.pidfd >= 0 and worker.killed is None:

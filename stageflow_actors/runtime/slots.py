@@ -59,7 +59,7 @@ class SlotState(Struct, frozen=True):
 
 
 class Slot:
-    """One lane of a worker. `begin`, `end`, `settle` and `allow` belong to the worker; `cancel` and `clear` to the node."""
+    """One lane of a worker. `cancel` and `clear` belong to the node, all else that writes to the worker."""
 
     __slots__ = ("_cells", "_index", "_started", "_table", "_timeout")
 

@@ -29,13 +29,14 @@ from stageflow_actors.core.routing import Moves, Open, Step, leave, unmet
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.runtime.context import Request, StepStore
+from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.programs import StageProgram
-from stageflow_actors.runtime.work import TERMINAL, Result, Settled, Stopwatch, Work, ready_to_call, split_parts
+from stageflow_actors.runtime.work import TERMINAL, Result, Settled, Stopwatch, split_parts
 
 __all__ = ["StageWork"]
 
 
-class StageWork(Work):
+class StageWork(HandlerWork):
     """Runs one stage. `targets[0]` is where the happy path leads, where that is a plain one."""
 
     def __init__(
@@ -49,11 +50,9 @@ class StageWork(Work):
         **options: Any,
     ) -> None:
         super().__init__(program, plan, naming, services, slot, store, **options)
-        stage = program.stage
-        assert stage is not None
-        self.stage = stage
-        self._call = ready_to_call(stage.call, services, self._loop)
-        self._wants_ctx = stage.call.wants_ctx
+        # Looked up for each message: one step instead of two.
+        self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
+        self._when = self.stage.when
         following = plan.following(self.planned)
         self._following = following
         if following is None:
@@ -70,8 +69,7 @@ class StageWork(Work):
         if extra is not None and extra.parts is not None:
             return self._replied(item, body)
         envelope = decode_envelope(body)
-        stage_id = self.planned.id
-        if envelope.stage_id != stage_id or envelope.version != self.plan.version:
+        if envelope.stage_id != self._id or envelope.version != self._version:
             return self._misplaced(item, envelope, body)
         attempt = envelope.attempts + 1
         if attempt < 1:
@@ -84,8 +82,8 @@ class StageWork(Work):
                 return self._pass_through(item, envelope)
             if extra.fresh:
                 return self._judge_fresh(item, envelope, attempt)
-        if self.planned.after:
-            missing = unmet(self.planned.after, envelope.trail)
+        if self._prerequisites:
+            missing = unmet(self._prerequisites, envelope.trail)
             if missing:
                 return self._unmet(item, envelope, missing)
         started = self._wall()
@@ -93,9 +91,18 @@ class StageWork(Work):
         try:
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
-            if self.stage.when is not None and not self.stage.when(context):
+            if self._when is not None and not self._when(context):
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
+        except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
+            return self._broke(item, envelope, attempt, started, clock, error)
+        return self._then(item, envelope, attempt, started, clock, context, value)
+
+    def _returned(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
+    ) -> Result:
+        stage_id = self._id
+        try:
             data = NIL
             if value is not None:
                 if type(value) is Replace:
@@ -107,14 +114,13 @@ class StageWork(Work):
                 else:
                     data = Raw(encode_value(value, what=f"the result of stage {stage_id!r}"))
             encoded = self.codec.encode(context, stage=stage_id)
-        except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
-            self._raised(error)
-            return self._failed(item, envelope, attempt, started, time.perf_counter() - clock, error)
+        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+            return self._broke(item, envelope, attempt, started, clock, error)
         record = StageRecord(stage_id, "completed", attempt, started, time.perf_counter() - clock, None, data)
         before, trail = envelope.context, envelope.trail
         envelope.context = Raw(encoded)
         envelope.trail = append_record(trail, record)
-        if not self._plain or (extra is not None and extra.priority):
+        if not self._plain or (item.extra is not None and item.extra.priority):
             return self._step_on(item, envelope, attempt, started, record, before, trail)
         following = self._following
         if following is None:

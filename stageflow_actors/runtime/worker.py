@@ -164,6 +164,12 @@ class _Steps:
         except Refused as error:
             raise StageFlowError(f"step {name!r} cannot be kept: {error}") from None
 
+    def report(self, progress: bytes) -> None:
+        """See `StepStore.report`. Whether it arrives is nobody's concern."""
+        broker = self._mailbox.broker
+        assert broker is not None
+        broker.query("progress", self._item.id, self._item.lease, progress)
+
 
 class _WorkActor(pykka.ThreadingActor):
     """An actor whose loop runs in the thread that calls `serve`: the process's main thread."""

@@ -148,6 +148,9 @@ class _Message:
         """See `StepStore.keep`."""
         self.steps[name] = value
 
+    def report(self, progress: bytes) -> None:
+        """Nobody looks."""
+
     def extra(self) -> DeliveryExtra | None:
         """What comes along with a delivery that is not the first."""
         if not self.attempts and self.parts is None and not self.label.startswith(":"):
@@ -187,6 +190,13 @@ class _NoSlot:
 
     def end(self) -> None:
         """The handler is over."""
+
+    def allow(self, grace_ns: int) -> None:
+        """See `Stopwatch.allow`."""
+
+    def is_cancelled(self) -> bool:
+        """Nobody cancels here."""
+        return False
 
 
 class _Instance(Generic[C]):

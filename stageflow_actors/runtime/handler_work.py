@@ -1,0 +1,119 @@
+"""Work that is one call of a handler of the user's: bound, intercepted, and awaited where it is async.
+
+A subclass does in `_run` what comes before the call and in `_returned` what follows it, so that whoever runs an event
+loop can wait in between for many at once. Handlers that are not async go through without a stop.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from brokers.api import DeliveryItem
+from stageflow_actors.runtime.interception import STAGE, arounds_of, intercepted
+from stageflow_actors.runtime.programs import StageProgram
+from stageflow_actors.runtime.work import Result, Settled, Stopwatch, Work, run_to_end
+
+__all__ = ["HandlerWork", "Paused"]
+
+
+class Paused:
+    """A handler that has been called and has not returned: `awaitable` gives what `returned` takes."""
+
+    __slots__ = ("_state", "_work", "awaitable")
+
+    def __init__(self, work: HandlerWork, awaitable: Awaitable[Any], state: Any) -> None:
+        self.awaitable = awaitable
+        self._work = work
+        self._state: Any = state
+
+    def returned(self, value: Any) -> Result:
+        """It has returned."""
+        work, state = self._work, self._state
+        return work._after(*state, value)
+
+    def broke(self, error: BaseException) -> Result:
+        """It has raised, or was cancelled for this reason."""
+        item, envelope, attempt, started, clock, _ = self._state
+        return self._work._broke(item, envelope, attempt, started, clock, error)
+
+
+class HandlerWork(Work):
+    """The work of a place with a handler. `tasks`: whoever calls `start` awaits async handlers (see `Paused`).
+
+    `awaits` says whether there is anything to be awaited then. What a handler gives is handed to `_then`.
+    """
+
+    kind = "stage"
+
+    def __init__(self, program: StageProgram, *args: Any, tasks: bool = False, **options: Any) -> None:
+        super().__init__(program, *args, **options)
+        stage = program.stage
+        assert stage is not None
+        call = stage.call
+        bound = call.bind(self.services)
+        is_async = call.is_async
+        arounds = arounds_of(program.interceptors, STAGE)
+        if arounds:
+            kind = program.context if self.kind == "stage" else None
+            bound, is_async = intercepted(bound, arounds, kind=self.kind, is_async=is_async, context_type=kind)
+        self.stage = stage
+        self.awaits = tasks and call.is_async
+        self._intercepted = bool(arounds)
+        self._wants_ctx = call.wants_ctx or self._intercepted
+        self._call = run_to_end(bound, self._loop) if is_async and not self.awaits else bound
+        self._bind()
+
+    def _bind(self) -> None:
+        self._after: Callable[..., Result] = self._unwrapped if self._intercepted else self._returned
+        self._then: Callable[..., Result] = self._pause if self.awaits else self._after
+
+    @property
+    def timeout_ns(self) -> int:
+        """What one attempt may take, nanoseconds; nought for any time."""
+        return self._timeout_ns
+
+    def lane(self, slot: Stopwatch) -> Self:
+        """The same work for a thread of its own, which shows in `slot` what it runs."""
+        lane = copy.copy(self)
+        lane._slot = slot
+        lane._bind()
+        return lane
+
+    def start(self, item: DeliveryItem, body: bytes, slot: Stopwatch) -> Result | Paused:
+        """Do the work of one delivery as far as it goes without waiting; whoever calls keeps `slot`."""
+        self._slot = slot
+        return self._run(item, body)
+
+    def _returned(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
+    ) -> Result:
+        """The handler gave `value`, and left `context` behind."""
+        raise NotImplementedError
+
+    def _broke(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
+    ) -> Settled:
+        """The handler, or what is done with its result, has failed."""
+        self._raised(error)
+        return self._failed(item, envelope, attempt, started, time.perf_counter() - clock, error)
+
+    def _unwrapped(
+        self,
+        item: DeliveryItem,
+        envelope: Any,
+        attempt: int,
+        started: float,
+        clock: float,
+        context: Any,
+        given: tuple[Any, Any],
+    ) -> Result:
+        """Interceptors give the context along with the result."""
+        value, context = given
+        return self._returned(item, envelope, attempt, started, clock, context, value)
+
+    def _pause(self, *state: Any) -> Any:
+        """In place of the result: only `start` has it from here, and knows."""
+        return Paused(self, state[-1], state[:-1])
