@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core.faithful import Fault, field_items, find_difference, find_unencodable
+from stageflow_actors.core.models import ModelForm, explain_validation, is_model
 from stageflow_actors.definition.shipping import export_types, import_types, reachable_types
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
@@ -45,28 +46,34 @@ _NIL = b"\xc0"
 
 
 class ContextCodec(Generic[C]):
-    """Encodes and decodes contexts of one type: dict, a dataclass or a msgspec Struct.
+    """Encodes and decodes contexts of one type: dict, a dataclass, a msgspec Struct or a pydantic model.
 
     Raises `WorkflowDefinitionError` when made for a type whose annotations cannot be resolved.
     """
 
-    __slots__ = ("_decode", "_fields", "_same", "_typed", "context_type", "encode_unchecked")
+    __slots__ = ("_decode", "_fields", "_model", "_same", "_typed", "context_type", "encode_unchecked")
 
     encode_unchecked: Callable[[C], bytes]
     """As `encode` without any check."""
 
     def __init__(self, context_type: type[C]) -> None:
         self.context_type = context_type
-        self.encode_unchecked = _encode
-        self._decode: Callable[[bytes | Raw], C] = _decoder(context_type)
         self._typed = context_type is not dict
-        self._fields = _encoded_names(context_type)
-        self._same: Callable[[Any, Any], bool] = _comparison(context_type)
+        self._model = ModelForm(context_type) if is_model(context_type) else None
+        self._decode: Callable[[bytes | Raw], C]
+        self._same: Callable[[Any, Any], bool]
+        if self._model is not None:
+            self.encode_unchecked, self._decode, self._same = self._model.encode, self._model.decode, self._model.same
+            self._fields: frozenset[str] = frozenset()
+        else:
+            self.encode_unchecked, self._decode = _encode, _decoder(context_type)
+            self._same = _comparison(context_type)
+            self._fields = _encoded_names(context_type)
 
     def encode(self, context: C, *, stage: str | None = None) -> bytes:
         """`context` as msgpack. Raises `InvalidContext`, naming `stage` and field, for what would not come back."""
         try:
-            data = _encode(context)
+            data = self.encode_unchecked(context)
             if self._same(self._decode(data), context):
                 return data
         except Exception:  # noqa: BLE001 - whatever it was, the walk below finds it or encodes again
@@ -87,7 +94,8 @@ class ContextCodec(Generic[C]):
         Raises `InvalidContext` for what is refused, with the message of `validate()` if it was that.
         """
         context = self._convert(context, strict)
-        validate = getattr(context, "validate", None) if self._typed else None
+        has_own = self._typed if self._model is None else self._model.validates
+        validate = getattr(context, "validate", None) if has_own else None
         if callable(validate):
             try:
                 validate()
@@ -105,11 +113,15 @@ class ContextCodec(Generic[C]):
 
         `scope` tells apart what is equal and not the same, such as the input of another workflow.
         """
-        context = self.decode(data)
+        context: Any = self.decode(data)
+        encode, encode_sorted = _encode, _encode_sorted
+        if self._model is not None:
+            context = self._model.dump(context)
+            encode, encode_sorted = self._model.encode_dumped, self._model.encode_sorted
         try:
-            canonical = _encode_sorted(context)
+            canonical = encode_sorted(context)
         except (TypeError, ValueError):
-            canonical = _encode(_canonical(context))
+            canonical = encode(_canonical(context, encode))
         return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
 
     def to_json(self, data: bytes | Raw) -> Any:
@@ -137,6 +149,11 @@ class ContextCodec(Generic[C]):
         given = dict(context)
         if not self._typed:
             return given
+        if self._model is not None:
+            try:
+                return self._model.read(given, strict)
+            except Exception as error:  # noqa: BLE001 - a validator may raise whatever it likes
+                self._refuse_decoding(error, None)
         unknown = [key for key in given if key not in self._fields]
         if unknown:
             raise InvalidContext(
@@ -161,10 +178,12 @@ class ContextCodec(Generic[C]):
             stage=stage,
             decode=self._decode,
             refuse=lambda error: self._refuse_decoding(error, stage),
+            model=self._model,
         )
 
     def _refuse_decoding(self, error: Exception, stage: str | None) -> NoReturn:
-        message, field = _reword(str(error) or type(error).__name__, self.context_type.__name__)
+        name = self.context_type.__name__
+        message, field = explain_validation(error, name) or _reword(str(error) or type(error).__name__, name)
         raise InvalidContext(_prefix(stage) + message, stage=stage, field=field) from error
 
 
@@ -211,6 +230,7 @@ def _encode_or_explain(
     stage: str | None,
     decode: Callable[[bytes | Raw], Any],
     refuse: Callable[[Exception], NoReturn],
+    model: ModelForm | None = None,
 ) -> bytes:
     def refuse_for(fault: Fault) -> NoReturn:
         field = fault.path.removeprefix(root).removeprefix(".") or None
@@ -218,9 +238,9 @@ def _encode_or_explain(
         raise InvalidContext(message, stage=stage, field=field) from None
 
     try:
-        data = _encode(value)
+        data = _encode(value) if model is None else model.encode(value)
     except Exception as error:  # noqa: BLE001 - a foreign object may raise whatever it likes
-        fault = find_unencodable(value, root)
+        fault = find_unencodable(value, root) if model is None else model.find_unencodable(value)
         if fault is None:
             refuse(error)
         refuse_for(fault)
@@ -326,16 +346,16 @@ def _prefix(stage: str | None) -> str:
     return "" if stage is None else f"stage {stage!r}: "
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any, encode: Callable[[Any], bytes] = _encode) -> Any:
     """`value` with dicts and sets in an order that depends on their contents only."""
     if isinstance(value, dict):
-        return sorted(([_canonical(k), _canonical(v)] for k, v in value.items()), key=_encode)
+        return sorted(([_canonical(k, encode), _canonical(v, encode)] for k, v in value.items()), key=encode)
     if isinstance(value, (set, frozenset)):
-        return sorted((_canonical(v) for v in value), key=_encode)
+        return sorted((_canonical(v, encode) for v in value), key=encode)
     if isinstance(value, (list, tuple)):
-        return [_canonical(v) for v in value]
+        return [_canonical(v, encode) for v in value]
     fields = field_items(value)
-    return value if fields is None else _canonical(dict(fields))
+    return value if fields is None else _canonical(dict(fields), encode)
 
 
 def _plain(value: Any) -> Any:

@@ -53,13 +53,16 @@ def find_difference(value: Any, copy: Any, path: str) -> Fault | None:
 
 
 def field_items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """(name, value) of the fields of a dataclass or Struct instance; None for anything else."""
+    """(name, value) of the fields of a dataclass, Struct or pydantic instance; None for anything else."""
     if isinstance(value, type):
         return None
     if dataclasses.is_dataclass(value):
         return ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name))
     if isinstance(value, msgspec.Struct):
         return ((name, getattr(value, name)) for name in value.__struct_fields__ if hasattr(value, name))
+    if hasattr(type(value), "__pydantic_fields__"):
+        hidden = getattr(value, "__pydantic_private__", None), getattr(value, "__pydantic_extra__", None)
+        return iter([*vars(value).items(), *(pair for held in hidden if held for pair in held.items())])
     return None
 
 

@@ -43,9 +43,9 @@ class StageFunction(Protocol[P, R_co]):
 class Workflow(Generic[C]):
     """A workflow over contexts of one type.
 
-    `id` and `version` name it (letters, digits, '-', '_', '.'; an integer from 1); `context` is dict, a dataclass
-    or a msgspec Struct; `timeout` (seconds) bounds a whole instance; `on_failure` says whether a failed instance
-    is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own.
+    `id` and `version` name it (letters, digits, '-', '_', '.'; an integer from 1); `context` is dict, a dataclass,
+    a msgspec Struct or a pydantic model; `timeout` (seconds) bounds a whole instance; `on_failure` says whether a
+    failed instance is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own.
     """
 
     @overload
@@ -483,14 +483,25 @@ def _shape(step: Step) -> list[Any]:
 
 def _context_type(context: Any, what: str) -> type[Any]:
     if isinstance(context, type) and (
-        context is dict or dataclasses.is_dataclass(context) or issubclass(context, msgspec.Struct)
+        context is dict
+        or dataclasses.is_dataclass(context)
+        or issubclass(context, msgspec.Struct)
+        or _is_pydantic_model(context)
     ):
         return context
     if isinstance(context, type):
         named = f"the class {context.__name__}"
     else:
         named = f"{context!r} (give the type, not an instance)" if not callable(context) else repr(context)
-    raise WorkflowDefinitionError(f"the context of {what} must be dict, a dataclass or a msgspec Struct, not {named}")
+    raise WorkflowDefinitionError(
+        f"the context of {what} must be dict, a dataclass, a msgspec Struct or a pydantic model, not {named}"
+    )
+
+
+def _is_pydantic_model(kind: type[Any]) -> bool:
+    """Whether it is one with fields: what a `RootModel` holds has no names."""
+    fields = getattr(kind, "__pydantic_fields__", None)
+    return isinstance(fields, dict) and "root" not in fields
 
 
 def _fields_of(context: type[Any]) -> list[str]:
@@ -498,4 +509,6 @@ def _fields_of(context: type[Any]) -> list[str]:
         return ["dict"]
     if dataclasses.is_dataclass(context):
         return [context.__name__, *(f.name for f in dataclasses.fields(context))]
+    if _is_pydantic_model(context):
+        return [context.__name__, *cast(Any, context).__pydantic_fields__]
     return [context.__name__, *cast(type[msgspec.Struct], context).__struct_fields__]

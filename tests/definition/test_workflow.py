@@ -182,7 +182,7 @@ def test_replace_holds_the_new_context() -> None:
         (lambda: Workflow("w", retry=3), "the retry of workflow 'w' must be a Retry"),
         (
             lambda: Workflow("w", context=int),
-            "the context of workflow 'w' must be dict, a dataclass or a msgspec Struct",
+            "the context of workflow 'w' must be dict, a dataclass, a msgspec Struct or a pydantic",
         ),
         (lambda: Workflow("w", context=Order("a")), "give the type, not an instance"),
         (lambda: Workflow("w", name=5), "the name of workflow 'w' must be a string"),
