@@ -123,7 +123,10 @@ class NodeHandle:
         if self._process is not None and not wait_dead(self._pidfd, 3.0):
             self._process.kill()
         self._reap()
-        self._await_remains()
+        try:
+            self._await_remains()
+        except BrokerUnavailable as error:
+            self._notice(str(error))  # whoever kills has a reason of their own to tell
 
     def _send(self, message: Register | Scale | Stop) -> None:
         channel = self._channel
@@ -227,9 +230,14 @@ class NodeHandle:
                 return
 
     def _await_remains(self) -> None:
-        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end."""
+        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end.
+
+        What the program itself has forked (a process pool) holds the lock too, in the program's own session; of the
+        cluster each process leads, or belongs to, another one.
+        """
+        own = os.getsid(0)
         deadline = time.monotonic() + REMAINS_SECONDS
-        while left := self._data.holders():
+        while left := [pid for pid in self._data.holders() if _session(pid) not in (own, None)]:
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"the node process ended, and the processes {', '.join(map(str, left))} of its cluster outlived it"
@@ -242,6 +250,13 @@ class NodeHandle:
             self._channel.close()
             self._channel = None
         return status
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None  # it has just ended
 
 
 def _error(report: Report | None) -> StageFlowError:

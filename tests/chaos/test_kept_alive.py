@@ -236,3 +236,31 @@ def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_says
         assert f"stageflow queue resume stageflow.{queue}.stage0" in told[0]
     assert "the shop's server does not answer" in err
     assert "stageflow.well" not in err
+
+
+FORKED = """
+import multiprocessing, os, signal, sys
+from stageflow_actors import Runtime, Workflow
+
+work = Workflow("work")
+
+@work.stage
+def one(context):
+    pass
+
+with Runtime(work, data_dir=sys.argv[1]) as runtime:
+    assert runtime.execute(work, {}, timeout=10).success
+    pool = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+    pool.start()
+    os.kill(runtime._node.pid, signal.SIGKILL)
+    assert runtime.execute(work, {}, timeout=10).success
+    pool.kill()
+print("done")
+"""
+
+
+def test_a_process_that_the_program_has_forked_does_not_keep_its_node_from_being_started_again(
+    launch: Any, tmp_path: Path
+) -> None:
+    out, err = launch(FORKED, tmp_path / "data").communicate(timeout=30)
+    assert out == "done\n", err
