@@ -42,7 +42,8 @@ def describe_error(error: BaseException) -> str:
 def failure_of(error: BaseException) -> Failure:
     """The failure that an exception of a handler is."""
     retryable = error.retryable if isinstance(error, StageError) else None
-    return Failure("exception", describe_error(error), type(error).__name__, retryable)
+    kind = "timeout" if isinstance(error, StageTimeout) else "exception"
+    return Failure(kind, describe_error(error), type(error).__name__, retryable)
 
 
 def read_failure(data: bytes | None) -> Failure | None:

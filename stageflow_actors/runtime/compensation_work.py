@@ -74,7 +74,7 @@ class CompensationWork:
             bound, is_async = intercepted(
                 bound, self._arounds, kind="compensation", is_async=is_async, context_type=self._context_type
             )
-        return run_to_end(bound, loop, timeout) if is_async else bound
+        return run_to_end(bound, loop, timeout, f"a compensation of {self.plan.id!r}") if is_async else bound
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
         """Run one compensation."""

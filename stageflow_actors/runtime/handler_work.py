@@ -71,6 +71,12 @@ class HandlerWork(Work):
         self._then: Callable[..., Result] = self._pause if self.awaits else self._after
 
     @property
+    def what(self) -> str:
+        """What is run here, for errors."""
+        name = self.planned.joins if self.kind == "item" else self.planned.id
+        return f"{'endpoint' if self.kind == 'endpoint' else 'stage'} {name!r}"
+
+    @property
     def timeout_ns(self) -> int:
         """What one attempt may take, nanoseconds; nought for any time."""
         return self._timeout_ns

@@ -373,18 +373,17 @@ def ready_to_call(
     call: Call,
     services: Mapping[str, Any],
     loop: Callable[[], asyncio.AbstractEventLoop],
-    timeout: float | None = None,
-) -> Callable[[Any, Any], Any]:
-    """A handler as a plain function of (context, ctx); an async one runs to its end on an event loop that its thread
-    keeps, and is cancelled after `timeout` seconds: `StageTimeout`."""
+) -> BoundCall:
+    """A handler as a plain function of (context, ctx); an async one runs to its end on a loop that its thread keeps."""
     bound = call.bind(services)
-    return run_to_end(bound, loop, timeout) if call.is_async else bound
+    return run_to_end(bound, loop) if call.is_async else bound
 
 
 def run_to_end(
-    bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None
+    bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None, what: str = ""
 ) -> BoundCall:
-    """See `ready_to_call`, for a handler that is async."""
+    """See `ready_to_call`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
+    failed by a `StageTimeout`."""
     kept = threading.local()
 
     async def finished(awaitable: Awaitable[Any]) -> Any:
@@ -397,7 +396,7 @@ def run_to_end(
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise StageTimeout(f"it ran longer than its timeout of {timeout:g} s and was cancelled") from None
+            raise StageTimeout(f"{what} ran longer than its timeout of {timeout:g} s") from None
 
     def run(context: Any, ctx: Any) -> Any:
         own = getattr(kept, "loop", None)

@@ -1,0 +1,285 @@
+"""Actors that work on several messages at once: async handlers on one running event loop, or threads for blocking ones.
+
+Each message in work has a lane, which is a slot: the node sees each of them, with its own start and timeout. What is
+done is settled by the actor alone, in batches as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sys
+import threading
+import time
+import traceback
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import pykka
+
+from brokers.api import DeliveryItem
+from stageflow_actors.errors import StageError, StageTimeout
+from stageflow_actors.runtime.actor import DEEPEST, FLUSH_COUNT, HELD_SECONDS, WorkActor
+from stageflow_actors.runtime.handler_work import HandlerWork, Paused
+from stageflow_actors.runtime.mailbox import WORK, Mailbox
+from stageflow_actors.runtime.programs import WorkerPayload
+from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.work import GRACE_NS, Result
+
+__all__ = ["TaskActor", "ThreadActor"]
+
+CANCEL_POLL = 0.05
+"""Seconds between looks whether what is in work has been cancelled."""
+
+
+class _LaneActor(WorkActor):
+    """What both have in common: taking as many messages as there are lanes, and settling what is done."""
+
+    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+        super().__init__(work, mailbox, given, slot)
+        self._handler = work
+        self._lanes = slot.lanes(given.lanes)
+        self.least = self._prefetch = len(self._lanes)
+        self._running: set[tuple[int, int]] = set()
+
+    def held(self) -> list[tuple[int, int]]:
+        """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
+        return [*self._running, *super().held()]
+
+    def _begin_more(self) -> None:
+        """Give each lane that is free a message that waits."""
+        mailbox = self._mailbox
+        mailbox.signalled = False
+        while len(self._running) < self.least and not (self._limited and self._left <= 0):
+            with mailbox.lock:
+                if not mailbox.inbox:
+                    return
+                item, body = mailbox.inbox.popleft()
+                if mailbox.lost and (item.id, item.lease) in mailbox.lost:
+                    continue
+                self._running.add((item.id, item.lease))
+            self._left -= 1
+            self._begin(item, body)
+
+    @abstractmethod
+    def _begin(self, item: DeliveryItem, body: bytes) -> None:
+        """Have a lane work on it; `_ended` is to follow."""
+
+    def _ended(self, item: DeliveryItem, result: Result, seconds: float) -> None:
+        """A message is done with. It is settled at the next flush."""
+        with self._mailbox.lock:
+            self._running.discard((item.id, item.lease))
+            if type(result) is tuple:
+                target, done = result
+                self._moves.append((item.id, item.lease, target, len(done), item.group))
+                self._bodies.append(done)
+            else:
+                assert not isinstance(result, tuple)
+                self._add(result)
+            # As much more as all lanes together do in a moment.
+            fitting = int(HELD_SECONDS / max(seconds, 1e-6)) * self.least
+            self._prefetch = self.least + min(fitting, self._prefetch * 4, DEEPEST)
+
+    def _hand_on_all(self) -> None:
+        """Settle what is done; when that was the last message this worker was made for, end it."""
+        with self._mailbox.lock:
+            if self._limited and self._left <= 0 and not self._running:
+                self._retire()
+            else:
+                self._flush()
+
+
+class _Attempt:
+    """One handler being awaited. `reason` is why it was cancelled by us."""
+
+    __slots__ = ("reason", "task")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.task = task
+        self.reason: Exception | None = None
+
+    def cancel(self, reason: Exception) -> None:
+        """End it for this reason, unless it is being ended already."""
+        if self.reason is None:
+            self.reason = reason
+            self.task.cancel()
+
+
+class _LoopInbox:
+    """A pykka inbox that is an event loop: what is put in is handled there, between the steps of tasks."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.handle: Callable[[Any], None] = lambda envelope: None
+
+    def put(self, envelope: Any) -> None:
+        """From any thread."""
+        self.loop.call_soon_threadsafe(lambda: self.handle(envelope))
+
+    def get(self) -> Any:
+        """Nobody waits for messages here: they are handed over."""
+        raise NotImplementedError
+
+    def empty(self) -> bool:
+        """Nothing is ever kept."""
+        return True
+
+
+class TaskActor(_LaneActor):
+    """Runs the messages of a stage whose handler is async: a task each, on one loop that never stops in between."""
+
+    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+        super().__init__(work, mailbox, given, slot)
+        inbox: Any = self.actor_inbox
+        inbox.handle = self._handle
+        self._loop: asyncio.AbstractEventLoop = inbox.loop
+        self._free = list(reversed(self._lanes))
+        self._attempts: dict[Slot, _Attempt] = {}
+        self._flushing = self._polling = False
+        for lane in self._lanes:
+            lane.allow(GRACE_NS)
+
+    @staticmethod
+    def _create_actor_inbox() -> Any:
+        return _LoopInbox()
+
+    def _actor_loop_running(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        while not self.actor_stopped.is_set():
+            try:
+                self._loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                traceback.print_exc()  # of a task that a handler had started and left behind: nobody's failure
+
+    def _handle(self, envelope: Any) -> None:
+        try:
+            self._handle_receive(envelope.message)
+        except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
+            self._broken()
+        if self.actor_stopped.is_set():
+            self._loop.stop()
+
+    def on_receive(self, message: Any) -> None:
+        """A word that there is work."""
+        if message == WORK:
+            self._begin_more()
+
+    def _broken(self) -> None:
+        traceback.print_exc()
+        self.on_failure()
+
+    def _begin(self, item: DeliveryItem, body: bytes) -> None:
+        lane = self._free.pop()
+        began = time.monotonic_ns()
+        lane.begin(item.id, self._handler.timeout_ns, began)
+        result = self._handler.start(item, body, lane)
+        if isinstance(result, Paused):
+            task = self._loop.create_task(self._attend(item, lane, result, began))
+            self._attempts[lane] = _Attempt(task)
+            if not self._polling:
+                self._polling = True
+                self._loop.call_later(CANCEL_POLL, self._look_for_cancels)
+        else:
+            self._finish(item, lane, result, began)
+
+    async def _attend(self, item: DeliveryItem, lane: Slot, paused: Paused, began: int) -> None:
+        attempt = self._attempts[lane]
+        timer: asyncio.TimerHandle | None = None
+        if self._handler.timeout_ns:
+            seconds = self._handler.timeout_ns / 1e9
+            late = StageTimeout(f"{self._handler.what} ran longer than its timeout of {seconds:g} s")
+            timer = self._loop.call_later(seconds, attempt.cancel, late)
+        error: BaseException | None
+        value: Any = None
+        try:
+            value = await paused.awaitable
+            error = attempt.reason
+        except BaseException as raised:  # noqa: BLE001 - SystemExit of a handler is its failure
+            error = attempt.reason or raised
+        if timer is not None:
+            timer.cancel()
+        try:
+            result = paused.returned(value) if error is None else paused.broke(error)
+            del self._attempts[lane]
+            self._finish(item, lane, result, began)
+            self._begin_more()
+        except BaseException:  # noqa: BLE001 - no handler of the user's: nothing here may fail
+            self._broken()
+
+    def _finish(self, item: DeliveryItem, lane: Slot, result: Result, began: int) -> None:
+        lane.end()
+        self._free.append(lane)
+        self._ended(item, result, (time.monotonic_ns() - began) / 1e9)
+        if not self._flushing:
+            # Behind all that are done by now: they go in one frame.
+            self._flushing = True
+            self._loop.call_soon(self._flush_soon)
+
+    def _flush_soon(self) -> None:
+        self._flushing = False
+        try:
+            self._hand_on_all()
+        except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
+            self._broken()
+
+    def _look_for_cancels(self) -> None:
+        for lane, attempt in self._attempts.items():
+            if lane.is_cancelled():
+                attempt.cancel(StageError("the instance was cancelled"))
+        self._polling = bool(self._attempts)
+        if self._polling:
+            self._loop.call_later(CANCEL_POLL, self._look_for_cancels)
+
+
+class _Done:
+    """A thread has done its message."""
+
+    __slots__ = ("item", "result", "seconds")
+
+    def __init__(self, item: DeliveryItem, result: Result, seconds: float) -> None:
+        self.item = item
+        self.result = result
+        self.seconds = seconds
+
+
+class ThreadActor(_LaneActor):
+    """Runs the messages of a stage whose handler blocks: a thread per lane, started when it is needed first."""
+
+    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+        super().__init__(work, mailbox, given, slot)
+        self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes]] = queue.SimpleQueue()
+        self._threads = 0
+
+    def on_receive(self, message: Any) -> None:
+        """A word that there is work, or what has been done."""
+        if isinstance(message, _Done):
+            self._ended(message.item, message.result, message.seconds)
+            self._begin_more()
+            if self.actor_inbox.empty() or len(self._moves) >= FLUSH_COUNT:
+                self._hand_on_all()
+        elif message == WORK:
+            self._begin_more()
+
+    def _begin(self, item: DeliveryItem, body: bytes) -> None:
+        if self._threads < len(self._running):
+            lane = self._lanes[self._threads]
+            self._threads += 1
+            name = f"{type(self).__name__}-{self._threads}"
+            threading.Thread(target=self._serve_lane, args=(lane,), name=name, daemon=True).start()
+        self._jobs.put((item, body))
+
+    def _serve_lane(self, slot: Slot) -> None:
+        try:
+            work = self._handler.lane(slot)
+            while True:
+                item, body = self._jobs.get()
+                began = time.perf_counter()
+                result = work(item, body)
+                self.actor_ref.tell(_Done(item, result, time.perf_counter() - began))
+        except pykka.ActorDeadError:
+            return  # the worker is at its end
+        except BaseException:  # noqa: BLE001 - handlers are caught further in: a lane that is gone must not go unnoticed
+            traceback.print_exc()
+            sys.stderr.flush()
+            self.on_failure()
