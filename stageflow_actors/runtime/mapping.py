@@ -135,8 +135,23 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             self._bar = None
 
     def __del__(self) -> None:
+        waiters = self._client._waiters
+        unstarted = self._unstarted() if self._index else ()
         for instance_id in self._index:
-            self._client._waiters.abandon(instance_id, self)
+            if instance_id in unstarted:
+                waiters.remove(instance_id, self)
+            else:
+                waiters.abandon(instance_id, self)
+
+    def _unstarted(self) -> set[str]:
+        """What was not taken by the broker, and nobody will send again."""
+        found = {prepared.id for batch in self._full for prepared in batch}
+        for what, answer in self._arrived:
+            if isinstance(what, list):
+                failed = answer.exception() is not None
+                refused = {} if failed else {group: why for _, why, group in answer.result().refused}
+                found.update(p.id for p in what if failed or refused.get(p.id, "exists") != "exists")
+        return found
 
     # giving
 
@@ -350,6 +365,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             elif why == "look-again":
                 by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])
+                self._client._waiters.remove(instance_id, self)  # it may be found in the history, and ended there
         if look_again:
             self._begin(look_again)
 

@@ -218,7 +218,8 @@ def test_a_waiting_thread_is_told_when_the_runtime_stops(data_dir: Path, gate: P
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
-    assert [type(error) for error in errors] == [BrokerUnavailable] * 3, "and drain has nothing to wait for any more"
+    assert all(isinstance(error, BrokerUnavailable) for error in errors), errors
+    assert len(errors) >= 3, "drain may find that there is nothing to wait for any more"
 
 
 def test_a_second_runtime_on_the_same_directory_is_refused_with_advice(

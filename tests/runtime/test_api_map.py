@@ -330,7 +330,7 @@ def test_a_program_that_drops_an_iterator_still_waits_for_what_it_started(runtim
     results = runtime.map_unordered(jobs, [Job("q")] + [Job(f"drop-{n}", gate=str(gate)) for n in range(3)])
     assert next(results).success
     del results
-    with pytest.raises(TimeoutError, match="3 instances"):
+    with pytest.raises(TimeoutError, match=r"^3 instances"):
         runtime.drain(timeout=0.05)
     gate.touch()
     runtime.drain(timeout=20)
