@@ -52,8 +52,7 @@ class JoinWork(Work):
                     lost = record
         attempt = 1 if extra is None else extra.attempts + 1
         if cancelled:
-            merged, _ = merge_fields(opened.context, {name: one.context for name, one in ended.items()})
-            opened.context = Raw(encode(merged))
+            self._keep_changes(opened, ended)
             return self._pass_through(item, opened)
         if lost is not None:
             return self._lose(item, opened, ended, lost)
@@ -63,7 +62,13 @@ class JoinWork(Work):
             return self._record_and_leave(item, opened, record)
         except BaseException as error:  # noqa: BLE001 - merge is user code
             self._raised(error)
+            self._keep_changes(opened, ended)
             return self._failed(item, opened, attempt, started, self._wall() - started, error)
+
+    def _keep_changes(self, base: Envelope, ended: Mapping[str, Envelope]) -> None:
+        """The branches will not be joined: what they changed, where they agree, is kept for their compensations."""
+        merged, _ = merge_fields(base.context, {name: one.context for name, one in ended.items()})
+        base.context = Raw(encode(merged))
 
     def _required(self, branch: str) -> bool:
         stage = self.plan.stage(branch)
@@ -72,9 +77,8 @@ class JoinWork(Work):
     def _lose(
         self, item: DeliveryItem, envelope: Envelope, ended: Mapping[str, Envelope], lost: StageRecord
     ) -> Settled:
-        """A required branch has failed: what the others changed is kept for their compensations."""
-        merged, _ = merge_fields(envelope.context, {name: one.context for name, one in ended.items()})
-        envelope.context = Raw(encode(merged))
+        """A required branch has failed."""
+        self._keep_changes(envelope, ended)
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Moves([Step(self.naming.coordinator, FAILED, encode(envelope))]))
 
