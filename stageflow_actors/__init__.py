@@ -30,6 +30,7 @@ from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.context import StageContext
 from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.interception import StageCall
 from stageflow_actors.runtime.runtime import Runtime
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Retry",
     "Runtime",
     "Stage",
+    "StageCall",
     "StageContext",
     "StageError",
     "StageFlowError",

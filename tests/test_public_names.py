@@ -23,7 +23,7 @@ from brokers import api
 STAGEFLOW = """
     BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
     InstanceParked InvalidContext JournalCorrupt JournalLocked PayloadTooLarge QueueFull Replace Retry Runtime Stage
-    StageContext StageError StageFlowError StageResult StageStatus StageTimeout WorkerDied Workflow
+    StageCall StageContext StageError StageFlowError StageResult StageStatus StageTimeout WorkerDied Workflow
     WorkflowDefinitionError WorkflowFailed WorkflowResult WorkflowStatus
 """.split()
 
@@ -35,7 +35,7 @@ BROKERS_API = """
 
 SIGNATURES = {
     "Workflow.add_stage": "self, handler, **options",
-    "Runtime": "self, *workflows, data_dir, services, config",
+    "Runtime": "self, *workflows, data_dir, services, interceptors, config",
     "Runtime.start": "self",
     "Runtime.stop": "self, drain, grace",
     "Runtime.register": "self, workflow",
@@ -56,7 +56,7 @@ SIGNATURES = {
     "Retry.exponential": "max_attempts, initial, maximum, factor, jitter, retry_on, abort_on, random",
     "Retry.linear": "max_attempts, initial, maximum, retry_on, abort_on",
     "Retry.fixed": "max_attempts, delay, retry_on, abort_on",
-    "testing.run": "workflow, context, services, signals",
+    "testing.run": "workflow, context, services, signals, interceptors",
 }
 """Names of parameters in their order, which keyword arguments of users depend on."""
 

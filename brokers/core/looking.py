@@ -18,6 +18,10 @@ __all__ = ["DLQ", "Looking", "named"]
 DLQ = "dlq."
 """Prefix under which the dead letters of a queue are named."""
 
+PROGRESS_BYTES = 4_096
+PROGRESS_KEPT = 10_000
+"""Reports of progress that are kept before those are dropped which nobody will see again."""
+
 SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
 
@@ -38,6 +42,19 @@ class Looking:
         self._store = store
         self._ledger = ledger
         self._leases = leases
+        self._progress: dict[int, tuple[int, float, bytes]] = {}
+
+    def progress(self, session: Session, id: int, lease: int, body: bytes) -> None:
+        """How far the holder of a message is, for whoever looks: in no journal, and gone with the lease."""
+        if len(body) > PROGRESS_BYTES:
+            raise ProtocolError(f"progress: {len(body)} bytes, {PROGRESS_BYTES} are the most")
+        if self._leases.held(session, id, lease) is None:
+            return
+        known = self._progress
+        known[id] = (lease, self._store.wall, body)
+        if len(known) > PROGRESS_KEPT:
+            messages = self._store.messages
+            self._progress = {id: it for id, it in known.items() if id in messages and messages[id].lease == it[0]}
 
     def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
@@ -93,6 +110,9 @@ class Looking:
             "evidence": False if extra is None else extra.evidence,
             "holder": "" if message.holder is None else message.holder.session.name,
         }
+        progress = self._progress.get(message.id)
+        if progress is not None and message.holder is not None and progress[0] == message.lease:
+            described["progress"] = progress[1:]
         if body:
             described["body"] = self._ledger.body(message)
         return described

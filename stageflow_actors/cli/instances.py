@@ -136,6 +136,7 @@ def show(instance_id: str, data: Path, output: str) -> None:
         "failed_stage": standing.failed_stage,
         "queue": standing.queue or None,
         "waiting": standing.waiting,
+        "progress": _progress(standing),
         "stages": [
             {
                 "stage": stage.stage_id,
@@ -160,6 +161,13 @@ def show(instance_id: str, data: Path, output: str) -> None:
         _print(facts)
 
 
+def _progress(standing: Standing) -> str | None:
+    if standing.progress is None:
+        return None
+    done, total, note = standing.progress
+    return f"{done:g} of {total:g}" + (f": {note}" if note else "")
+
+
 def _print(facts: dict[str, Any]) -> None:
     from stageflow_actors.cli.output import console
 
@@ -172,6 +180,7 @@ def _print(facts: dict[str, Any]) -> None:
             "error": facts["error"] or "",
             "queue": facts["queue"] or "",
             "waits for": ", ".join(facts["waiting"]),
+            "progress": facts["progress"] or "",
             "started": f"{when(facts['started'])} ({ago(facts['started'])} ago)" if facts["started"] else "",
             "finished": when(facts["finished"]),
             "duration": span(facts["duration"]),

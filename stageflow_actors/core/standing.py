@@ -29,7 +29,7 @@ from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED
 from stageflow_actors.core.result import CompensationResult, StageResult
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
-__all__ = ["Standing", "ended", "failure_text", "standing_of", "status_of", "trail_stages"]
+__all__ = ["Standing", "ended", "failure_text", "progress_of", "standing_of", "status_of", "trail_stages"]
 
 Described = Mapping[str, Any]
 """A group, or a message of one, as the broker's `lookup`, `groups` and `inspect` describe it."""
@@ -42,7 +42,7 @@ class Standing(Struct, frozen=True, kw_only=True):
     """All that is known of one instance. `started_at`, `finished_at`: seconds since the Unix epoch, 0 where unknown.
 
     `stage` is the stage it is at, or that failed it; `queue` where its message is, empty once it has ended; `waiting`
-    the gathers it waits for. `context` is msgpack, as the last transition left it.
+    the gathers it waits for. `context` is msgpack, as the last transition left it. `progress` is (done, total, note).
     """
 
     instance_id: str
@@ -60,6 +60,16 @@ class Standing(Struct, frozen=True, kw_only=True):
     stages: list[StageResult] = []
     compensations: list[CompensationResult] = []
     waiting: list[str] = []
+    progress: tuple[float, float, str] | None = None
+
+
+def progress_of(group: Described) -> tuple[float, float, str] | None:
+    """What a stage in work last said of how far it is, as (done, total, note); the latest where several are in work."""
+    said = [message["progress"] for message in group["messages"] if "progress" in message]
+    if not said:
+        return None
+    done, total, note = msgspec.msgpack.decode(max(said)[1])
+    return done, total, note
 
 
 def status_of(group: Described) -> WorkflowStatus:
@@ -130,6 +140,7 @@ def standing_of(group: Described) -> Standing:
         stages=stages,
         compensations=_compensations(done),
         waiting=waiting,
+        progress=progress_of(group),
     )
 
 

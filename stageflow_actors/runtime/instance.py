@@ -15,7 +15,7 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import decode_envelope, decode_outcome
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.result import WorkflowResult
-from stageflow_actors.core.standing import status_of
+from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
@@ -69,6 +69,11 @@ class Instance(Generic[C]):
             self._wait(patience(timeout))
         assert self._outcome is not None
         return self._result(self._outcome)
+
+    def progress(self) -> tuple[float, float, str] | None:
+        """(done, total, note) as the stage in work last told by `ctx.progress`; None when it has told nothing."""
+        group = None if self._outcome is not None else self._client._lookup([self.id]).get(self.id)
+        return None if group is None else progress_of(group)
 
     def signal(self, name: str, payload: Any = None) -> None:
         """Send a signal; durable when this returns. One that comes before it is awaited is kept, several in order.

@@ -62,7 +62,8 @@ class CompensationProgram:
 
 
 class PoolSpec(Struct):
-    """One pool as the node starts it. `code` is opaque there; `concurrency` messages are in work at once per worker."""
+    """One pool as the node starts it. `code` is opaque there; `concurrency` messages are in work at once per worker,
+    `most` in all (0: any number)."""
 
     queue: str
     workflow_id: str
@@ -76,6 +77,7 @@ class PoolSpec(Struct):
     evidence: bool = True
     max_length: int = 0
     concurrency: int = 1
+    most: int = 0
 
 
 class WorkerPayload(Struct):
@@ -126,6 +128,7 @@ def pool_specs(
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
                 concurrency,
+                max_concurrency or 0,
             )
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
@@ -204,6 +207,7 @@ def endpoint_spec(
         plan,
         stage.max_tasks or 0,
         concurrency=concurrency,
+        most=max_concurrency or 0,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.control import NodeConfig, Register
 from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.launch import NodeHandle
 from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, pool_specs
 
@@ -31,9 +32,14 @@ class Runtime(Client):
     """Runs workflows on this host: a broker process, a node process and a pool of worker processes per stage.
 
     `data_dir` holds journal and history: the same directory resumes whatever was unfinished. `services` are factories
-    by name, each called once in every worker process that needs it. Use it in a `with` block, or call `start` and
-    `stop`. Leaving the block normally waits for what this program submitted and is not parked; leaving it by an
-    exception or Ctrl-C waits only for the stages in work (a second Ctrl-C kills them).
+    by name, each called once in every worker process that needs it. `interceptors` are objects with
+    `around_stage(call, next)` or `around_compensation(call, next)` (or both), called in the workers around every
+    handler, the first one outermost: `next(call)` goes on to the handler and gives its result, `call` is a `StageCall`.
+    Where the handler or an interceptor further in is async, or the interceptor itself, `next` gives an awaitable.
+
+    Use it in a `with` block, or call `start` and `stop`. Leaving the block normally waits for what this program
+    submitted and is not parked; leaving it by an exception or Ctrl-C waits only for the stages in work (a second Ctrl-C
+    kills them).
     """
 
     def __init__(
@@ -41,12 +47,14 @@ class Runtime(Client):
         *workflows: Workflow[Any],
         data_dir: str | Path = "stageflow-data",
         services: Mapping[str, Callable[[], Any]] | None = None,
+        interceptors: Sequence[Any] = (),
         config: Config | None = None,
     ) -> None:
         super().__init__()
         self.data_dir = Path(data_dir)
         self.config = config or Config()
         self.services = dict(services or {})
+        self.interceptors = check_interceptors(interceptors)
         self.workflows: list[Workflow[Any]] = []
         for name, factory in self.services.items():
             if not callable(factory):
@@ -78,7 +86,7 @@ class Runtime(Client):
             if not self.workflows:
                 raise WorkflowDefinitionError("this runtime has no workflows: give it some, as in Runtime(orders)")
             plans, pools = self._compile(self.workflows)
-            pools += [endpoint_spec(stage, self._naming, self.services) for stage in self._endpoints]
+            pools += [self._endpoint_spec(stage) for stage in self._endpoints]
             self._queues = _owners(pools, {}, self._naming)
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
@@ -205,7 +213,7 @@ class Runtime(Client):
         stage = Stage(handler, id=name, **options)
         if any(known.id == name for known in self._endpoints):
             raise WorkflowDefinitionError(f"endpoint {name!r} is served already")
-        spec = endpoint_spec(stage, self._naming, self.services)
+        spec = self._endpoint_spec(stage)
         queues = _owners([spec], self._queues, self._naming)
         self._endpoints.append(stage)
         self._queues = queues
@@ -216,6 +224,15 @@ class Runtime(Client):
         if self._node is None:
             raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
         self._node.scale(queue, actors)
+
+    def _endpoint_spec(self, stage: Stage) -> PoolSpec:
+        return endpoint_spec(
+            stage,
+            self._naming,
+            self.services,
+            max_concurrency=self.config.max_stage_concurrency,
+            interceptors=self.interceptors,
+        )
 
     def _adopt(self, workflow: Workflow[Any]) -> Known:
         raise StageFlowError(
@@ -247,6 +264,7 @@ class Runtime(Client):
                     self.services,
                     max_queue_length=self.config.max_queue_length or 0,
                     max_concurrency=self.config.max_stage_concurrency,
+                    interceptors=self.interceptors,
                 )
             )
             self._known[(workflow.id, workflow.version)] = Known(plan, workflow.context)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import bdb
 import contextlib
+import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
@@ -29,6 +30,7 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.compensation_work import CompensationWork
+from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
 from stageflow_actors.runtime.mapping import Prepared
 from stageflow_actors.runtime.programs import CompensationProgram, stage_programs
 from stageflow_actors.runtime.work import Settled, Work, settle_moves, split_parts
@@ -49,13 +51,15 @@ def run(
     *,
     services: Mapping[str, Callable[[], Any]] | None = None,
     signals: Mapping[str, Any] | None = None,
+    interceptors: Sequence[Any] = (),
 ) -> WorkflowResult[C]:
     """Run one instance of `workflow` to its end, here and now, and give its result.
 
     Contexts are serialised at each hop and failures retried, compensated or parked as in production; delays are
     skipped, and a parked instance is a result with status `parked`. Handlers run in the calling thread and are not
     sent anywhere, so breakpoints work and they may close over mocks. Each factory in `services` that is needed is
-    called once, and what it makes is shared by all stages. `signals` are payloads by name.
+    called once, and what it makes is shared by all stages. `signals` are payloads by name, `interceptors` as those of
+    a `Runtime`.
 
     Not there in one process: timeouts (`ctx.deadline` is set and nobody enforces it), `ttl`, `env`, and surviving
     the death of a worker. A KeyboardInterrupt, and quitting a debugger, end the run instead of failing the stage.
@@ -69,13 +73,14 @@ def run(
     factories = _checked(services or {})
     workflow.validate(factories)
     _check_signals(workflow, signals or {})
-    _check_thread(workflow)
+    around = check_interceptors(interceptors)
+    _check_thread(workflow, around)
     door = _Door()
     known, prepared, body = door.admit(workflow, context)
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, dict(signals or {}))
+        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, dict(signals or {}), around)
         return instance.finish(_Message(known.target.queue, known.target.label, body))
 
 
@@ -99,11 +104,14 @@ def _check_signals(workflow: Workflow[Any], signals: Mapping[str, Any]) -> None:
             )
 
 
-def _check_thread(workflow: Workflow[Any]) -> None:
+def _check_thread(workflow: Workflow[Any], interceptors: Sequence[Any]) -> None:
     """An event loop cannot run inside another one of its thread."""
     stages = workflow.stages
     undoing = [stage.compensation.call for stage in stages if stage.compensation is not None]
-    if not any(call.is_async for call in (*(stage.call for stage in stages), *undoing)):
+    arounds = [around for method in (STAGE, COMPENSATION) for around in arounds_of(interceptors, method)]
+    if not any(call.is_async for call in (*(stage.call for stage in stages), *undoing)) and not any(
+        map(inspect.iscoroutinefunction, arounds)
+    ):
         return
     try:
         asyncio.get_running_loop()
@@ -211,6 +219,7 @@ class _Instance(Generic[C]):
         services: Mapping[str, Any],
         loop: asyncio.Runner,
         signals: dict[str, Any],
+        interceptors: Sequence[Any],
     ) -> None:
         plan, naming = known.plan, door.naming
         self._id = instance_id
@@ -225,12 +234,15 @@ class _Instance(Generic[C]):
         context = workflow.context
         self._works: dict[str, AnyWork] = {}
         for program, planned in stage_programs(workflow, plan):
+            program.interceptors = tuple(interceptors)
             self._works[planned.queue] = WORKS[planned.kind](
                 program, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
             )
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
-            undoing = CompensationProgram(workflow.id, workflow.version, context, undo)
+            undoing = CompensationProgram(
+                workflow.id, workflow.version, context, undo, interceptors=tuple(interceptors)
+            )
             self._works[plan.compensation.queue] = CompensationWork(
                 undoing, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
             )
