@@ -33,8 +33,8 @@ WAITING = 16_000
 BATCH = 100
 PULL_SECONDS = 0.005
 """An input that gives less than a batch in that time is slow: what it has given is started."""
-SLOW_SHARE = 0.2
-SLOW_MOST = 0.05
+SLOW_SHARE = 0.5
+SLOW_MOST = 1.0
 """After a slow pull, results are waited for before the next: for that share of the time it took, at most so long."""
 FULL_RETRY = 0.05
 ENVELOPE_BYTES = 4096
