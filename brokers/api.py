@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from brokers.core.queue import QueueOptions
 from brokers.core.wire import (
     AGAIN,
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
     CHECK,
     DEAD,
     DONE,
@@ -45,6 +47,8 @@ from brokers.errors import (
 
 __all__ = [
     "AGAIN",
+    "ATTEMPT_FAILED",
+    "ATTEMPT_WORKED",
     "CHECK",
     "DEAD",
     "DONE",

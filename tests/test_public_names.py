@@ -28,7 +28,8 @@ STAGEFLOW = """
 """.split()
 
 BROKERS_API = """
-    AGAIN CHECK DEAD DONE LEAVE PUSH_ONLY START TERMINAL WATCH Ack Arrival Broker BrokerError BrokerUnavailable
+    AGAIN ATTEMPT_FAILED ATTEMPT_WORKED CHECK DEAD DONE LEAVE PUSH_ONLY START TERMINAL WATCH Ack Arrival Broker
+    BrokerError BrokerUnavailable
     DeliveryExtra DeliveryItem GatherOpen JournalCorrupt JournalLocked Listener Move PayloadTooLarge ProtocolError
     PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem Target
 """.split()

@@ -115,10 +115,13 @@ class Admin:
         for option in options:
             if not option.name or option.name.startswith(DLQ):
                 raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
+            if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
+                raise ProtocolError("declare: a breaker with impossible failures or reset")
         for option in options:
             queue = self._store.queue(option.name)
             if queue.options != option:
-                queue.options = option
+                queue.declare(option)
+                self._store.touched[queue] = None
                 self._ledger.keep_queue(queue)
 
     def _pause(self, session: Session, name: str) -> None:

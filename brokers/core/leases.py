@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from brokers.core.breaker import CLOSED, Breaker
 from brokers.core.ledger import Ledger
 from brokers.core.message import READY, Extra, Message
 from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
-from brokers.core.store import DEEP, Store
+from brokers.core.store import BREAKER_TIMER, DEEP, Store
 from brokers.core.talk import Talk
 from brokers.core.wire import DeliveryExtra
 
@@ -74,6 +75,21 @@ class Leases:
         else:
             store.enqueue(message, front=not seconds)
             store.touched[message.queue] = None
+
+    def failed(self, message: Message) -> None:
+        """An attempt at it has failed, in the queue it is in: too many in a row, and that queue waits."""
+        queue, now = message.queue, self.store.now
+        breaker = queue.breaker
+        if breaker is None or not breaker.failed(message.id, now):
+            return
+        self.store.timer(breaker.until, BREAKER_TIMER, "", queue.name)
+        for consumer in queue.consumers:
+            if len(consumer.held) > 1:
+                self._talk.notice(consumer.session, "recall", None)
+
+    def look_again(self, name: str) -> None:
+        """The time of an open breaker is over."""
+        self.store.touched[self.store.queue(name)] = None
 
     def divert(self, message: Message) -> None:
         """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
@@ -188,15 +204,43 @@ class Leases:
         paging = self.store.paging
         for queue in touched:
             if self.rostered and queue.consumers and not queue.paused and not queue.awaiting:
-                self._pump(queue)
+                if queue.breaker is None:
+                    self._pump(queue)
+                else:
+                    self._pump_guarded(queue, queue.breaker)
             if paging and len(queue.ready) > DEEP:
                 queue.page_out(DEEP)
         touched.clear()
 
-    def _pump(self, queue: Queue) -> None:
+    def _free(self, queue: Queue) -> list[Consumer]:
         free = [c for c in queue.consumers if len(c.held) < c.prefetch and c.session.connected]
         if self.held_back:
             free = [c for c in free if c.session.role == "supervisor"]
+        return free
+
+    def _pump_guarded(self, queue: Queue, breaker: Breaker) -> None:
+        """As `_pump`, as far as the breaker lets it."""
+        if breaker.waits(self.store.now):
+            return
+        free = self._free(queue)
+        if breaker.state == CLOSED:
+            while free and queue.next_lane():
+                share = -(-max(1, queue.ready_count) // len(free))
+                consumer = free.pop(0)
+                room = min(consumer.prefetch, breaker.most) - len(consumer.held)
+                if room > 0:
+                    self._deliver(queue, consumer, min(share, room))
+            return
+        probe = self.store.messages.get(breaker.probe)
+        if free and (probe is None or probe.holder is None or probe.queue is not queue):
+            consumer = min(free, key=lambda each: len(each.held))
+            held = len(consumer.held)
+            self._deliver(queue, consumer, 1)
+            if len(consumer.held) > held:
+                breaker.probe = next(reversed(consumer.held))
+
+    def _pump(self, queue: Queue) -> None:
+        free = self._free(queue)
         while free and queue.next_lane():
             share = -(-max(1, queue.ready_count) // len(free))
             consumer = free.pop(0)

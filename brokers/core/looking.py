@@ -135,6 +135,7 @@ class Looking:
             "busy": sum(1 for consumer in queue.consumers if consumer.held),
             "delivered": queue.delivered,
             "settled": queue.settled,
+            "breaker": "" if queue.breaker is None else queue.breaker.state,
             "state": "paused" if queue.paused else "closed" if closed else "open",
         }
 

@@ -26,7 +26,7 @@ from brokers.core.records import Record
 from brokers.core.replay import Replay
 from brokers.core.sessions import Session
 from brokers.core.settling import Settling
-from brokers.core.store import Store
+from brokers.core.store import BREAKER_TIMER, Store
 from brokers.core.supervision import Supervision
 from brokers.core.talk import Outgoing, Talk
 from brokers.core.watching import Watching
@@ -136,8 +136,10 @@ class Machine:
     def tick(self, *, more: bool = False) -> None:
         """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
         for due, id, group_id, key in self.store.due_timers():
-            if id:
+            if id > 0:
                 self._message_due(due, id)
+            elif id == BREAKER_TIMER:
+                self.leases.look_again(key)
             else:
                 self.gathering.due(due, group_id, key)
         if not more:

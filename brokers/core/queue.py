@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from brokers.core.breaker import Breaker
+
 if TYPE_CHECKING:
     from brokers.core.message import Message
     from brokers.core.sessions import Consumer
@@ -24,6 +26,7 @@ class QueueOptions(Struct, array_like=True, frozen=True):
     `max_deaths`: a message that has killed this many consumers becomes a dead letter (0: never). `evidence`: such a
     dead letter is kept to be looked at and cannot be requeued, because whoever is told of it at `notify_queue`
     takes over. `max_length`: how many messages may wait in it before new starts are refused (0: any number).
+    `breaker_failures` attempts that fail in a row stop deliveries for `breaker_reset` seconds (0: never).
     """
 
     name: str
@@ -32,6 +35,8 @@ class QueueOptions(Struct, array_like=True, frozen=True):
     notify_queue: str = ""
     notify_label: str = ""
     max_length: int = 0
+    breaker_failures: int = 0
+    breaker_reset: float = 0.0
 
 
 class Queue:
@@ -44,6 +49,7 @@ class Queue:
     __slots__ = (
         "_high",
         "awaiting",
+        "breaker",
         "consumers",
         "dead",
         "delayed",
@@ -59,6 +65,7 @@ class Queue:
     def __init__(self, name: str) -> None:
         self.name = name
         self.options = QueueOptions(name)
+        self.breaker: Breaker | None = None
         self.ready: deque[Message] = deque()
         self._high: list[tuple[int, deque[Message]]] = []
         self.consumers: list[Consumer] = []
@@ -69,6 +76,14 @@ class Queue:
         self.delivered = 0
         self.settled = 0
         self.skip = 0
+
+    def declare(self, options: QueueOptions) -> None:
+        """How it treats its messages from now on; a breaker that is declared as before stays as it is."""
+        before = self.options
+        self.options = options
+        if (options.breaker_failures, options.breaker_reset) != (before.breaker_failures, before.breaker_reset):
+            failures = options.breaker_failures
+            self.breaker = Breaker(failures, options.breaker_reset) if failures > 0 else None
 
     def push(self, message: Message) -> None:
         """Behind all of the same priority."""

@@ -297,7 +297,8 @@ class Replay:
     def _queue(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_queue(header)
         queue = self.store.queue(state.options.name)
-        queue.options, queue.paused = state.options, state.paused
+        queue.declare(state.options)
+        queue.paused = state.paused
 
     def _fact(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         name, value = records.decode_fact(header)

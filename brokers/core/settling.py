@@ -7,6 +7,7 @@ that was taken in part is replaced by what came of it, for a replay checks no le
 from __future__ import annotations
 
 from brokers.core import records, wire
+from brokers.core.breaker import Breaker
 from brokers.core.gathering import Gathering, Resolved
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
@@ -42,7 +43,13 @@ class Settling:
         targets = self._publishing.resolve(frame.targets)
         index = len(self._ledger.records)
         place = self._ledger.record(records.KEPT_SETTLE, session.peer, header, blob)
+        guarded = _guarded(session, frame.moves) if frame.moves else None
         refused_moves = self._move(session, frame.moves, targets, blob, place) if frame.moves else []
+        if guarded:
+            stale_ids = {frame.moves[index][0] for index in refused_moves}
+            for breaker, ids in guarded:
+                if ids := ids - stale_ids:
+                    breaker.worked(ids)
         emptied: list[Group] = []
         refused_acks = self._acknowledge(session, frame.acks, emptied) if frame.acks else []
         refused_others: list[int] = []
@@ -218,6 +225,8 @@ class Settling:
                 refused.append(index)
                 continue
             message.queue.settled += 1
+            if message.queue.breaker is not None:
+                message.queue.breaker.worked((id,))
             store.remove(message)
             if group is None:
                 continue
@@ -245,6 +254,11 @@ class Settling:
         for message in messages:
             message.queue.settled += 1
             group = message.group
+            if message.queue.breaker is not None:
+                if item.verdict == wire.ATTEMPT_FAILED:
+                    self._leases.failed(message)
+                elif item.verdict == wire.ATTEMPT_WORKED:
+                    message.queue.breaker.worked((message.id,))
             if item.outcome == wire.DONE:
                 store.remove(message)
                 if group is not None and group.one is None:
@@ -310,6 +324,16 @@ class Settling:
         for group, key in dict.fromkeys(changed):
             if store.groups.get(group.id) is group and group.gathers is not None:
                 ledger.keep_gather(group, group.gathers[key])
+
+
+def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:
+    """The breakers that are told of these moves, and which of them each."""
+    found = []
+    for consumer in session.consumers.values():
+        breaker = consumer.queue.breaker
+        if breaker is not None:
+            found.append((breaker, {move[0] for move in moves if move[0] in consumer.held}))
+    return found
 
 
 def _size(item: SettleItem) -> int:

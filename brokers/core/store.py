@@ -18,7 +18,10 @@ from brokers.core.message import Extra, Group, Message, Place
 from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
 
-__all__ = ["DEEP", "GONE", "Store"]
+__all__ = ["BREAKER_TIMER", "DEEP", "GONE", "Store"]
+
+BREAKER_TIMER = -1
+"""In the place of a message's id: the timer is that of a queue, whose name is the key."""
 
 GONE = Consumer(Session(0), Queue(""), 0)
 """Holder of a message object that has been replaced or removed while it still lies in a lane."""

@@ -116,6 +116,8 @@ class Supervision:
         return found
 
     def _blame(self, message: Message, death: _Death) -> None:
+        if not message.overtaken:
+            self._leases.failed(message)
         extra = message.details()
         extra.deaths += death.charge
         extra.attempts += death.attempt

@@ -17,6 +17,8 @@ from brokers.errors import ProtocolError
 
 __all__ = [
     "AGAIN",
+    "ATTEMPT_FAILED",
+    "ATTEMPT_WORKED",
     "CHECK",
     "CHECKPOINT",
     "DEAD",
@@ -85,6 +87,9 @@ LEAVE = 1
 
 DONE, AGAIN, DEAD = 0, 1, 2
 """Outcomes of a settlement."""
+
+NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
+"""Verdicts of a settlement on the attempt, for the breaker of the queue; a move says that it worked."""
 
 Buffer = bytes | memoryview
 """Bytes as they came: from a socket, or out of a batch of the journal."""
@@ -161,7 +166,7 @@ Ack = tuple[int, int, int, str]
 class SettleItem(Struct, array_like=True):
     """A settlement of any other shape: all of its leases count, or none.
 
-    `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message.
+    `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message; `verdict`: how the attempt went.
     """
 
     leases: list[tuple[int, int]]
@@ -172,6 +177,7 @@ class SettleItem(Struct, array_like=True):
     opens: list[GatherOpen] = []
     arrivals: list[Arrival] = []
     leave: str = ""
+    verdict: int = NEITHER
 
 
 class SettleFrame(Struct, array_like=True):
@@ -368,6 +374,8 @@ def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
     for other in frame.others:
         if other.outcome not in (DONE, AGAIN, DEAD) or not other.delay >= 0:
             raise ProtocolError("settle: an item with an impossible outcome or delay")
+        if not NEITHER <= other.verdict <= ATTEMPT_WORKED:
+            raise ProtocolError("settle: an item with an impossible verdict")
         if not other.leases or len({id for id, _ in other.leases}) != len(other.leases):
             raise ProtocolError("settle: an item without a lease, or with one twice")
         for item in other.publishes:

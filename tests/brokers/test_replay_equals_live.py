@@ -97,7 +97,12 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         supervisor = self.world.peers[SUPERVISOR]
         supervisor.query("roster", [])
         supervisor.query(
-            "declare", [QueueOptions("q0", 2, True, "coord", "dead"), QueueOptions("q1", 1), QueueOptions("q2", 0)]
+            "declare",
+            [
+                QueueOptions("q0", 2, True, "coord", "dead"),
+                QueueOptions("q1", 1, breaker_failures=1, breaker_reset=3.0),
+                QueueOptions("q2", 0),
+            ],
         )
 
     def _hire(self, place: int) -> Peer:

@@ -1,0 +1,60 @@
+"""A circuit breaker: after so many failed attempts in a row a queue delivers nothing for a while, then one message.
+
+`closed`: messages are delivered, and failures in a row are counted. `open`: none is, until `until`. `half-open`: one,
+the probe; how it ends decides. Attempts that began before the breaker opened say nothing any more.
+
+A value without clock or queue, and without a memory beyond the process: after a restart the breaker is closed. A probe
+that ends without a verdict (its worker was stopped, its instance cancelled) makes room for the next; that is found out
+from the message itself, so that nothing needs to be told here and nothing can be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+__all__ = ["CLOSED", "HALF_OPEN", "OPEN", "Breaker"]
+
+CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+
+
+class Breaker:
+    """The breaker of one queue: `failures` in a row open it for `reset` seconds. `probe` is the id of a message."""
+
+    __slots__ = ("count", "failures", "probe", "reset", "state", "until")
+
+    def __init__(self, failures: int, reset: float) -> None:
+        self.failures = failures
+        self.reset = reset
+        self.state = CLOSED
+        self.count = 0
+        self.until = 0.0
+        self.probe = 0
+
+    @property
+    def most(self) -> int:
+        """How many messages a consumer may hold while closed: what it has begun to fail at is not worth more."""
+        return max(1, self.failures - self.count)
+
+    def failed(self, id: int, now: float) -> bool:
+        """An attempt at the message has failed. Whether that has opened the breaker, until `until`."""
+        if self.state == CLOSED:
+            self.count += 1
+            if self.count < self.failures:
+                return False
+        elif self.state == OPEN or id != self.probe:
+            return False
+        self.state, self.probe, self.until = OPEN, 0, now + self.reset
+        return True
+
+    def worked(self, ids: Collection[int]) -> None:
+        """Attempts at these messages have gone well."""
+        if self.state == CLOSED:
+            self.count = 0
+        elif self.state == HALF_OPEN and self.probe in ids:
+            self.state, self.count, self.probe = CLOSED, 0, 0
+
+    def waits(self, now: float) -> bool:
+        """Whether nothing is to be delivered now; an open one whose time has come is half-open from here on."""
+        if self.state == OPEN and now >= self.until:
+            self.state = HALF_OPEN
+        return self.state == OPEN
