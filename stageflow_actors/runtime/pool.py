@@ -10,27 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pykka
 from msgspec import Struct
 
-from brokers.api import Broker
 from brokers.client import new_peer
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import write_failure
-from stageflow_actors.core.plan import Naming
+from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
-from stageflow_actors.runtime.slots import Slot, SlotState, SlotTable
+from stageflow_actors.runtime.slots import Slot, SlotState
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
-__all__ = ["Cancelled", "Pool", "PoolServices", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "Pool", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
 logger = logging.getLogger("stageflow.pool")
 
@@ -113,52 +111,6 @@ class _Worker:
         self.recall_at = 0
 
 
-class PoolServices:
-    """What all pools of a node share. `live` is the roster: peers of workers not known to be dead, by queue."""
-
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        zygote: Callable[[], Zygote],
-        broker: Broker,
-        address: str,
-        naming: Naming,
-        max_message_bytes: int,
-        log_level: str,
-        notify: Callable[[str], None],
-    ) -> None:
-        self.slots = slots
-        self.zygote = zygote
-        self.broker = broker
-        self.address = address
-        self.naming = naming
-        self.max_message_bytes = max_message_bytes
-        self.log_level = log_level
-        self.notify = notify
-        self.live: dict[int, str] = {}
-        self._free: dict[int, list[int]] = {}
-        self._untouched = 0
-        self._lock = threading.Lock()
-
-    def take_slots(self, count: int) -> int | None:
-        """The first of `count` slots in a row for a new worker; None when all are taken."""
-        with self._lock:
-            free = self._free.get(count)
-            if free:
-                return free.pop()
-            first = self._untouched
-            if first + count > len(self.slots):
-                return None
-            self._untouched = first + count
-            return first
-
-    def give_slots(self, first: int, count: int) -> None:
-        """The worker of these slots is dead. They are kept together: pools of as many lanes will want them again."""
-        with self._lock:
-            self._free.setdefault(count, []).append(first)
-
-
 class Pool(pykka.ThreadingActor):
     """The supervised workers of one queue."""
 
@@ -181,6 +133,7 @@ class Pool(pykka.ThreadingActor):
     def on_start(self) -> None:
         """The first workers."""
         self._fill()
+        self._say_whether_restless()
 
     def on_failure(self, *args: Any) -> None:
         """A pool that is broken must not look like one that is idle: end the node, which is started again."""
@@ -207,6 +160,17 @@ class Pool(pykka.ThreadingActor):
             self._zygote_lost(message.zygote)
         elif isinstance(message, _Resumed):
             self._resumed()
+        self._say_whether_restless()
+
+    def _say_whether_restless(self) -> None:
+        unsettled = len(self._workers) != self._wanted and not self._retiring
+        if self._paused_at or unsettled or any(worker.cancelled for worker in self._workers.values()):
+            self._services.restless.add(self._spec.queue)
+        else:
+            self._services.restless.discard(self._spec.queue)
+
+    def _say_lanes(self) -> None:
+        self._services.lanes[self._spec.queue] = [lane for w in self._workers.values() for lane in w.lanes]
 
     # births
 
@@ -237,6 +201,7 @@ class Pool(pykka.ThreadingActor):
         services.live[worker.peer] = spec.queue
         for lane in lanes:
             lane.clear()
+        self._say_lanes()
         payload = WorkerPayload(
             services.address,
             worker.peer,
@@ -250,6 +215,7 @@ class Pool(pykka.ThreadingActor):
             spec.max_tasks,
             services.log_level,
             spec.concurrency,
+            spec.max_deaths,
         )
         try:
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
@@ -327,6 +293,7 @@ class Pool(pykka.ThreadingActor):
         if worker.pidfd >= 0:
             os.close(worker.pidfd)
         del self._workers[worker.id]
+        self._say_lanes()
 
     def _died(self) -> None:
         if self._deaths >= DEATHS_IN_A_ROW:
@@ -447,7 +414,10 @@ class Pool(pykka.ThreadingActor):
     # wishes
 
     def _scale(self, actors: int) -> None:
-        self._wanted = actors
+        most = self._spec.most // self._spec.concurrency if self._spec.most else actors
+        if actors > most:
+            logger.warning("pool %s: %d actors, because max_stage_concurrency allows no more", self._spec.queue, most)
+        self._wanted = min(actors, most)
         self._trim()
         self._fill()
 

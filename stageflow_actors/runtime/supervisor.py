@@ -19,7 +19,8 @@ from brokers.api import QueueOptions
 from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
-from stageflow_actors.runtime.pool import Cancelled, Pool, PoolServices, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.pool import Cancelled, Pool, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote, ZygoteGone
@@ -69,8 +70,9 @@ class Supervisor(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> Any:
         """One event."""
         if isinstance(message, Tick):
-            for pool in self._pools.values():
-                pool.tell(message)
+            for queue, pool in self._pools.items():
+                if self._services.is_restless(queue):  # telling a hundred idle pools fifty times a second adds up
+                    pool.tell(message)
         elif isinstance(message, (Spawned, Exited, SpawnFailed)):
             # The pool of a worker is there as long as the node is.
             self._pools[message.worker_id.rpartition("#")[0]].tell(message)

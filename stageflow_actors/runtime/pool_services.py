@@ -1,0 +1,72 @@
+"""What the pools of one node have in common: slots, zygote, broker, and the roster of who lives.
+
+Shared between threads: pools write their own entries, others read. Must never decide anything about a worker.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from brokers.api import Broker
+from stageflow_actors.core.plan import Naming
+from stageflow_actors.runtime.slots import Slot, SlotTable
+from stageflow_actors.runtime.zygote import Zygote
+
+__all__ = ["PoolServices"]
+
+
+class PoolServices:
+    """What all pools of a node share.
+
+    `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,
+    and `restless` the queues whose pool has something to do when time passes, though none of them may be busy.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: SlotTable,
+        zygote: Callable[[], Zygote],
+        broker: Broker,
+        address: str,
+        naming: Naming,
+        max_message_bytes: int,
+        log_level: str,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.slots = slots
+        self.zygote = zygote
+        self.broker = broker
+        self.address = address
+        self.naming = naming
+        self.max_message_bytes = max_message_bytes
+        self.log_level = log_level
+        self.notify = notify
+        self.live: dict[int, str] = {}
+        self.lanes: dict[str, list[Slot]] = {}
+        self.restless: set[str] = set()
+        self._free: dict[int, list[int]] = {}
+        self._untouched = 0
+        self._lock = threading.Lock()
+
+    def take_slots(self, count: int) -> int | None:
+        """The first of `count` slots in a row for a new worker; None when all are taken."""
+        with self._lock:
+            free = self._free.get(count)
+            if free:
+                return free.pop()
+            first = self._untouched
+            if first + count > len(self.slots):
+                return None
+            self._untouched = first + count
+            return first
+
+    def give_slots(self, first: int, count: int) -> None:
+        """The worker of these slots is dead. They are kept together: pools of as many lanes will want them again."""
+        with self._lock:
+            self._free.setdefault(count, []).append(first)
+
+    def is_restless(self, queue: str) -> bool:
+        """Whether the pool of this queue is to be told that time has passed. Costs next to nothing if not."""
+        return queue in self.restless or any(lane.busy for lane in self.lanes.get(queue, ()))
