@@ -79,7 +79,9 @@ def decide(
         raise UnknownPlan(f"version {envelope.version} of workflow {envelope.workflow_id!r} is not registered")
     if not label:
         label = BEGIN if envelope.failed_stage is None else FAILED
-    if cancelled is not None and label in (BEGIN, RESUME, CANCELLED):
+    if cancelled is not None and label in (BEGIN, RESUME, CANCELLED, FAILED):
+        # A stage that fails once its instance has been cancelled was told to end: that is not why the instance ends.
+        envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
     if label == FAILED:
         return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])

@@ -42,23 +42,32 @@ class _LaneActor(WorkActor):
         self._lanes = slot.lanes(given.lanes)
         self.least = self._prefetch = len(self._lanes)
         self._running: set[tuple[int, int]] = set()
+        self._last_chance = given.max_deaths - 1
+        self._alone = False
 
     def held(self) -> list[tuple[int, int]]:
         """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
         return [*self._running, *super().held()]
 
     def _begin_more(self) -> None:
-        """Give each lane that is free a message that waits."""
+        """Give each lane that is free a message that waits; to one that may not cause another death, all of them."""
         mailbox = self._mailbox
         mailbox.signalled = False
-        while len(self._running) < self.least and not (self._limited and self._left <= 0):
+        self._alone = self._alone and bool(self._running)
+        while len(self._running) < self.least and not self._alone and not (self._limited and self._left <= 0):
             with mailbox.lock:
                 if not mailbox.inbox:
                     return
-                item, body = mailbox.inbox.popleft()
+                item, body = mailbox.inbox[0]
+                # Its neighbours would be charged with the death that it may cause, and it with one of theirs.
+                alone = item.extra is not None and 0 < self._last_chance <= item.extra.deaths
+                if alone and self._running:
+                    return
+                mailbox.inbox.popleft()
                 if mailbox.lost and (item.id, item.lease) in mailbox.lost:
                     continue
                 self._running.add((item.id, item.lease))
+                self._alone = alone
             self._left -= 1
             self._begin(item, body)
 

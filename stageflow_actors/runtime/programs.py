@@ -63,7 +63,7 @@ class CompensationProgram:
 
 class PoolSpec(Struct):
     """One pool as the node starts it. `code` is opaque there; `concurrency` messages are in work at once per worker,
-    `most` in all (0: any number)."""
+    `most` in all (0: any number). `max_deaths` is how many worker deaths a message may cause (0: any number)."""
 
     queue: str
     workflow_id: str
@@ -78,6 +78,7 @@ class PoolSpec(Struct):
     max_length: int = 0
     concurrency: int = 1
     most: int = 0
+    max_deaths: int = 0
 
 
 class WorkerPayload(Struct):
@@ -95,6 +96,7 @@ class WorkerPayload(Struct):
     max_tasks: int = 0
     log_level: str = "WARNING"
     lanes: int = 1
+    max_deaths: int = 0
 
 
 def pool_specs(
@@ -104,6 +106,7 @@ def pool_specs(
     *,
     max_queue_length: int = 0,
     max_concurrency: int | None = None,
+    max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
 ) -> list[PoolSpec]:
     """The pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be sent to a process."""
@@ -129,6 +132,7 @@ def pool_specs(
                 max_queue_length if planned.index == 0 else 0,
                 concurrency,
                 max_concurrency or 0,
+                max_deaths,
             )
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
@@ -172,6 +176,7 @@ def endpoint_spec(
     services: Mapping[str, Callable[[], Any]],
     *,
     max_concurrency: int | None = None,
+    max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
 ) -> PoolSpec:
     """The pool that serves an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
@@ -208,6 +213,7 @@ def endpoint_spec(
         stage.max_tasks or 0,
         concurrency=concurrency,
         most=max_concurrency or 0,
+        max_deaths=max_deaths,
     )
 
 
