@@ -133,6 +133,7 @@ class WorkActor(pykka.ThreadingActor):
                         self._adapt(clock() - began, count)
                     self._flush()
                     flushed = clock()
+            self._flush()  # what is done must not wait when what came last was not ours any more
         finally:
             lock.release()
 

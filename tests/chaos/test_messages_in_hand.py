@@ -1,0 +1,124 @@
+"""What a worker holds, from its arrival to its settlement: nothing is dropped, run twice or kept back on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pykka
+import pytest
+
+from brokers.api import DeliveryItem, Target
+from stageflow_actors.runtime.actor import StageActor
+from stageflow_actors.runtime.mailbox import WORK, Mailbox
+from stageflow_actors.runtime.slots import Slot, SlotTable
+
+
+class Recorder:
+    """A broker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[int, int]] = []
+        self.released: list[tuple[int, int]] = []
+        self.prefetch = -1
+
+    def settle(self, targets: Any, moves: Sequence[Any], acks: Any, others: Any, bodies: Any, **more: Any) -> None:
+        self.settled += [(move[0], move[1]) for move in moves]
+        self.prefetch = more["prefetch"]
+
+    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
+        self.released += leases
+        self.prefetch = prefetch
+
+
+class Work:
+    """A handler that notes what it ran; `during` is called within."""
+
+    targets = (Target("next", "two"),)
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[int, int]] = []
+        self.during: Callable[[int], None] = lambda id: None
+
+    def __call__(self, item: DeliveryItem, body: bytes) -> tuple[int, bytes]:
+        self.ran.append((item.id, item.lease))
+        self.during(item.id)
+        return 0, body
+
+
+class Hand:
+    """A worker's mailbox and actor, with nothing around them."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.mailbox = Mailbox("q")
+        self.work = Work()
+        self.broker = Recorder()
+        given = cast(Any, SimpleNamespace(queue="q", max_tasks=0))
+        self.actor = StageActor(cast(Any, self.work), self.mailbox, given, slot)
+        self.mailbox.broker = cast(Any, self.broker)
+        self.mailbox.actor = cast(Any, SimpleNamespace(actor_ref=SimpleNamespace(tell=lambda word: None)))
+
+    def deliver(self, *leases: tuple[int, int]) -> None:
+        items = [DeliveryItem(id, lease, 1, "g", 1) for id, lease in leases]
+        self.mailbox.on_deliveries("q", items, [b"x"] * len(items))
+        self.mailbox.actor = self.actor
+
+    def run(self) -> None:
+        self.actor.on_receive(WORK)
+
+
+@pytest.fixture
+def hand() -> Iterator[Hand]:
+    table = SlotTable.create(1)
+    yield Hand(table[0])
+    pykka.ActorRegistry.stop_all()
+
+
+def test_what_is_done_is_settled_also_when_the_last_that_came_was_lost(hand: Hand) -> None:
+    hand.deliver((1, 11), (2, 12))
+    hand.mailbox.on_lost([2])
+    hand.run()
+    assert hand.work.ran == [(1, 11)]
+    assert hand.broker.settled == [(1, 11)]
+
+
+def test_a_message_that_was_lost_and_comes_again_under_another_lease_is_run(hand: Hand) -> None:
+    hand.deliver((1, 11), (2, 12))
+    hand.mailbox.on_lost([2, 3])
+    hand.run()
+    hand.deliver((2, 22), (3, 23))
+    hand.run()
+    assert hand.work.ran == [(1, 11), (2, 22), (3, 23)]
+    assert hand.broker.settled == [(1, 11), (2, 22), (3, 23)]
+
+
+def test_a_recall_during_a_long_message_hands_on_what_is_done_and_returns_what_has_not_begun(hand: Hand) -> None:
+    hand.deliver((1, 11), (2, 12), (3, 13), (4, 14))
+
+    def recall(id: int) -> None:
+        if id == 2:
+            hand.mailbox.on_notice("recall", None)
+            assert hand.broker.settled == [(1, 11)]
+            assert hand.broker.released == [(3, 13), (4, 14)]
+            assert hand.broker.prefetch == 1
+            assert hand.mailbox.holding() == [(2, 12)]
+
+    hand.work.during = recall
+    hand.run()
+    assert hand.work.ran == [(1, 11), (2, 12)]
+    assert hand.broker.settled == [(1, 11), (2, 12)]
+
+
+def test_every_message_is_accounted_for_at_any_moment(hand: Hand) -> None:
+    leases = [(id, id + 10) for id in range(1, 9)]
+
+    def look(id: int) -> None:
+        assert sorted([*hand.mailbox.holding(), *hand.broker.settled]) == leases
+
+    hand.work.during = look
+    hand.deliver(*leases)
+    assert hand.mailbox.holding() == leases
+    hand.run()
+    assert hand.mailbox.holding() == []
+    assert hand.broker.settled == leases
