@@ -16,7 +16,7 @@ from brokers.core.looking import DLQ, Looking, named
 from brokers.core.message import DELAYED, LEASED, PARKED, Message
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Session
-from brokers.core.wire import check_consume
+from brokers.core.wire import MAX_NUMBER, check_consume
 from brokers.errors import ProtocolError, Refused
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Admin:
             "lookup": (tuple[list[str]], looking.lookup),
             "inspect": (tuple[list[str]], looking.inspect),
             "groups": (tuple[str, int], looking.groups),
+            "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
             "stats": (tuple[str], self._stats),
             "peek": (tuple[str, int, int], looking.peek),
@@ -203,8 +204,8 @@ class Admin:
         group = self._store.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
-        if not queue:
-            raise ProtocolError("raise-epoch: needs a queue for what is overtaken")
+        if not queue or not 0 <= epoch < MAX_NUMBER:
+            raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
         if epoch > group.epoch and not group.ended:
             group.epoch = epoch
             group.divert = (queue, label)

@@ -105,7 +105,7 @@ class Supervision:
         leases.heard_of(death.peer)
 
     def _unclaimed(self, death: _Death) -> list[Message]:
-        """Guilty messages, if the broker was started anew since their worker got them, and nobody has had them since."""
+        """Guilty messages, if the broker began anew since their worker got them, and nobody has had them since."""
         found = []
         for id in death.guilty:
             message = self._store.messages.get(id)

@@ -66,7 +66,7 @@ MAX_FRAME = 256 << 20
 """Most bytes of one part of a frame. A peer that sends more is cut off by the transport, so its client refuses to."""
 
 MAX_NUMBER = 1 << 62
-"""Frame numbers lie below this."""
+"""Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""
 
 HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY = b"H", b"P", b"S", b"C", b"R", b"Q"
 
@@ -344,8 +344,10 @@ def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
     count = len(frame.targets)
     total = 0
     for item in frame.items:
-        if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
-            raise ProtocolError("publish: an item with an impossible size, target, delay or ttl")
+        if item.size < 0 or not 0 <= item.target < count or not 0 <= item.epoch < MAX_NUMBER:
+            raise ProtocolError("publish: an item with an impossible size, target or epoch")
+        if not item.delay >= 0 or not item.ttl >= 0:
+            raise ProtocolError("publish: an item with an impossible delay or ttl")
         total += item.size
     if frame.opens or frame.arrivals:
         total += _check_gathers(frame.opens, frame.arrivals, frame.targets)
@@ -379,8 +381,10 @@ def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
         if not other.leases or len({id for id, _ in other.leases}) != len(other.leases):
             raise ProtocolError("settle: an item without a lease, or with one twice")
         for item in other.publishes:
-            if item.size < 0 or not 0 <= item.target < count or not item.delay >= 0 or not item.ttl >= 0:
-                raise ProtocolError("settle: a publish with an impossible size, target, delay or ttl")
+            if item.size < 0 or not 0 <= item.target < count or not 0 <= item.epoch < MAX_NUMBER:
+                raise ProtocolError("settle: a publish with an impossible size, target or epoch")
+            if not item.delay >= 0 or not item.ttl >= 0:
+                raise ProtocolError("settle: a publish with an impossible delay or ttl")
             total += item.size
         total += _check_gathers(other.opens, other.arrivals, targets)
     if total != len(blob):
@@ -397,14 +401,16 @@ def _check_targets(targets: list[Target]) -> None:
 def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: list[Target]) -> int:
     total = 0
     for gather in opens:
-        if gather.size < 0 or gather.need < 0 or not gather.deadline >= 0:
+        if gather.size < 0 or not 0 <= gather.need < MAX_NUMBER or not gather.deadline >= 0:
             raise ProtocolError("a gather with an impossible size, need or deadline")
+        if not 0 <= gather.epoch < MAX_NUMBER:
+            raise ProtocolError("a gather with an impossible epoch")
         if not 0 <= gather.target < len(targets) or targets[gather.target].flags & PUSH_ONLY:
             raise ProtocolError("a gather with an impossible target")
         total += gather.size
     for arrival in arrivals:
-        if arrival.size < 0:
-            raise ProtocolError("an arrival with an impossible size")
+        if arrival.size < 0 or not 0 <= arrival.epoch < MAX_NUMBER:
+            raise ProtocolError("an arrival with an impossible size or epoch")
         total += arrival.size
     return total
 

@@ -250,6 +250,7 @@ def picture(machine: Machine, *, clocks_agree: bool) -> dict[str, Any]:
                 group.started,
                 group.ended,
                 group.divert,
+                group.cancelled,
                 sorted(message.id for message in group.messages()),
                 {
                     gather.key: (

@@ -20,8 +20,8 @@ WORKERS = (0, 1, 2)  # who takes the place of a dead one is another peer
 CONSUMED = ({"q0": 3, "q1": 1}, {"q0": 2, "q2": 2}, {"fin": 2, "coord": 2, "q1": 2})
 
 queues = st.sampled_from(["q0", "q1", "q2"])
-groups = st.sampled_from(["g0", "g1", "g2", "g3"])
-some_group = st.sampled_from(["", "g0", "g1", "g2", "g3"])
+groups = st.sampled_from(["g0", "g1", "g2"])
+some_group = st.sampled_from(["", "g0", "g1", "g2"])
 epochs = st.sampled_from([1, 1, 1, 2, 3, 0])
 bodies = st.binary(max_size=12)
 TARGETS = [
@@ -138,11 +138,12 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
             arrivals=[arrival for arrival, _ in arrived],
         )
 
-    @rule(peer=st.sampled_from(PUBLISHERS), group=groups, queue=queues, body=bodies, flags=st.sampled_from([0, WATCH]))
-    def start(self, peer: int, group: str, queue: str, body: bytes, flags: int) -> None:
-        self._welcomed(peer).publish(
-            [(queue, "a")], [(0, len(body), group, 1, START | flags, 0, 0.0, 0.0, b"d")], [body]
-        )
+    @rule(group=groups, queue=queues, epoch=epochs, more=st.integers(0, 2), ttl=st.sampled_from([0.0, 0.0, 7.0]))
+    def start(self, group: str, queue: str, epoch: int, more: int, ttl: float) -> None:
+        """One message that starts a group, and others that belong to it."""
+        others = [(0, 1, group, epoch)] * more
+        start = (0, 1, group, epoch, START | WATCH, 0, 0.0, ttl, b"d")
+        self._welcomed(1).publish([(queue, "a")], [start, *others], [b"x"] * (more + 1))
 
     # what workers do
 
@@ -192,6 +193,23 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         if moves or acks or others:
             worker.settle(TARGETS, moves, acks, others, move_bodies + other_bodies)
 
+    @rule(place=st.sampled_from(WORKERS), to=PLAIN)
+    def move_all_on(self, place: int, to: int) -> None:
+        worker = self._worker(place)
+        held = list(worker.held.values())
+        worker.settle(TARGETS, [(item.id, item.lease, to, 1, item.group) for item in held], bodies=[b"m"] * len(held))
+
+    @rule(place=st.sampled_from(WORKERS), flags=st.sampled_from([0, LEAVE]))
+    def acknowledge_all(self, place: int, flags: int) -> None:
+        worker = self._worker(place)
+        worker.settle(TARGETS, acks=[(item.id, item.lease, flags, item.group) for item in list(worker.held.values())])
+
+    @rule(place=st.sampled_from(WORKERS), outcome=st.sampled_from([AGAIN, DEAD]), delay=st.sampled_from([0.0, 4.0]))
+    def fail_all(self, place: int, outcome: int, delay: float) -> None:
+        worker = self._worker(place)
+        held = list(worker.held.values())
+        worker.settle(TARGETS, others=[SettleItem([(each.id, each.lease)], outcome, [], delay, b"no") for each in held])
+
     @rule(place=st.sampled_from(WORKERS), name=st.sampled_from(["x", "y"]), value=bodies)
     def checkpoint(self, place: int, name: str, value: bytes) -> None:
         worker = self._worker(place)
@@ -214,15 +232,15 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
 
     @rule(
         place=st.sampled_from(WORKERS),
-        guilty=st.booleans(),
+        guilty=st.integers(0, 2),
         charge=st.booleans(),
         attempt=st.booleans(),
         failure=st.sampled_from([b"", b"crash"]),
     )
-    def die(self, place: int, guilty: bool, charge: bool, attempt: bool, failure: bytes) -> None:
+    def die(self, place: int, guilty: int, charge: bool, attempt: bool, failure: bytes) -> None:
         worker = self.workers[place]
-        culprit = next(iter(worker.held), 0) if guilty else 0
-        self._welcomed(SUPERVISOR).query("dead", worker.number, culprit, charge, attempt, failure)
+        culprits = list(worker.held)[:guilty]
+        self._welcomed(SUPERVISOR).query("dead", worker.number, culprits, charge, attempt, failure)
         self.world.pass_time(0.01)
         del self.world.peers[worker.number]
         self.workers[place] = self._hire(place)
@@ -243,8 +261,26 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def raise_epoch(self, group: str, epoch: int) -> None:
         self._welcomed(1).query("raise-epoch", group, epoch, "coord", "cancel")
 
-    @rule(queue=queues, some=st.booleans())
-    def requeue(self, queue: str, some: bool) -> None:
+    @rule(group=groups, prefixes=st.sampled_from([[], ["k"], ["k1"]]))
+    def cancel(self, group: str, prefixes: list[str]) -> None:
+        self._welcomed(1).query("cancel", group, "no longer wanted", prefixes)
+
+    def _dead_queues(self) -> list[str]:
+        return sorted(queue.name for queue in self.world.machine.store.queues.values() if queue.dead)
+
+    @precondition(lambda self: self._dead_queues())
+    @rule(choice=st.integers(0, 5), body=bodies, raised=st.booleans())
+    def replace_dead_letter(self, choice: int, body: bytes, raised: bool) -> None:
+        queues = self._dead_queues()
+        queue = queues[choice % len(queues)]
+        dead = list(self.world.machine.store.queue(queue).dead)
+        self._welcomed(1).query("replace", f"dlq.{queue}", dead[0] if dead else 0, body, raised)
+
+    @precondition(lambda self: self._dead_queues())
+    @rule(choice=st.integers(0, 5), some=st.booleans())
+    def requeue(self, choice: int, some: bool) -> None:
+        queues = self._dead_queues()
+        queue = queues[choice % len(queues)]
         dead = list(self.world.machine.store.queue(queue).dead)
         self._welcomed(1).query("requeue", f"dlq.{queue}", dead[:1] if some else [])
 
@@ -302,7 +338,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
 
 TestBrokerAndItsReplay = pytest.mark.usefixtures("shallow")(BrokerAndItsReplay.TestCase)
 TestBrokerAndItsReplay.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
