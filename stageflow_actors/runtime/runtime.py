@@ -231,6 +231,7 @@ class Runtime(Client):
             self._naming,
             self.services,
             max_concurrency=self.config.max_stage_concurrency,
+            max_deaths=self.config.max_stage_retries,
             interceptors=self.interceptors,
         )
 
@@ -264,6 +265,7 @@ class Runtime(Client):
                     self.services,
                     max_queue_length=self.config.max_queue_length or 0,
                     max_concurrency=self.config.max_stage_concurrency,
+                    max_deaths=self.config.max_stage_retries,
                     interceptors=self.interceptors,
                 )
             )
