@@ -18,7 +18,7 @@ SLICE = 1 << 20
 SEGMENTS_SPARED = 3
 """Segments beyond twice what is alive before any is given back: rewriting less often costs disk, no time."""
 
-PER_MESSAGE, PER_GROUP = 256, 128
+PER_MESSAGE, PER_GROUP = 128, 64
 """About how many bytes of journal one takes, the bodies left out."""
 
 

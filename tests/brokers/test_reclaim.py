@@ -1,0 +1,197 @@
+"""Space comes back: the journal of a steady state does not grow, whatever lives in it, and nothing is lost by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokerworld import assert_same, check_whole, picture
+
+from brokers.core import leases, wire
+from brokers.core.machine import Machine
+from brokers.core.message import Place
+from brokers.core.replay import Replay
+from brokers.core.wire import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
+from brokers.engine import Engine, Outgoing
+from brokers.journal.format import Record
+from brokers.journal.journal import BatchPlace
+from brokers.journal.testing import MemoryFiles
+
+SEGMENT = 32 << 10
+DIRECTORY = Path("/journal")
+
+
+class Plant:
+    """An engine on small segments, one peer, and a copy of all that was committed, by segment."""
+
+    def __init__(self) -> None:
+        self.files = MemoryFiles()
+        self.wall = 1_000_000.0
+        self.epoch_began = 0.0
+        self.frame = 0
+        self.held: dict[int, DeliveryItem] = {}
+        self.committed: list[tuple[int, float, Sequence[Record]]] = []
+        self.dropped: list[int] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.engine = Engine(
+            journal_dir=DIRECTORY,
+            files=self.files,
+            segment_bytes=SEGMENT,
+            monotonic=lambda: self.wall,
+            wall=lambda: self.wall,
+        )
+        journal = self.engine.journal
+        assert journal is not None
+        commit, drop = journal.commit, journal.drop_oldest
+
+        def remember(records: Sequence[Record], wall: float) -> BatchPlace:
+            place = commit(records, wall)
+            self.committed.append((place.segment, wall, list(records)))
+            return place
+
+        def check_and_drop() -> None:
+            oldest = journal.segments()[0].number
+            self.committed = [each for each in self.committed if each[0] > oldest]
+            self.check()
+            self.dropped.append(oldest)
+            drop()
+
+        self.committed.append((journal.segments()[-1].number, self.wall, [Record(13, 1, 0, wire.encode(1), b"")]))
+        journal.commit, journal.drop_oldest = remember, check_and_drop  # type: ignore[method-assign]
+        consume = [("q", 50), ("next", 50), ("fin", 50), ("joined", 5)]
+        hello = wire.encode((wire.PROTOCOL, "client", "", 1, self.frame + 1, consume, [], [], 1))
+        self.hear(self.engine.round([(7, wire.HELLO, hello, b"")]))
+
+    def check(self) -> None:
+        """What is left on disk makes the state that is in memory."""
+        live = self.engine.machine
+        recovered = Machine()
+        replay = Replay(recovered.store)
+        for segment, wall, records in self.committed:
+            for record in records:
+                replay.apply(
+                    record.kind, record.first_id, record.peer, record.header, record.blob, Place(wall, segment, 0)
+                )
+        recovered.begin(self.wall, self.wall)
+        recovered.started(self.wall, self.wall)
+        check_whole(live)
+        assert_same(picture(recovered, clocks_agree=True), picture(live, clocks_agree=True))
+
+    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
+        self.frame += 1
+        self.wall += 0.001
+        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        self.hear(self.engine.round([(7, op, header, blob)]))
+
+    def hear(self, outgoing: list[Outgoing]) -> None:
+        for _, header, _ in outgoing:
+            for _, items in wire.decode_out(header).deliveries:
+                self.held.update((item.id, item) for item in items)
+
+    def start(self, *groups: str, queue: str = "q", delay: float = 0.0, size: int = 200) -> None:
+        items = [(0, size, group, 1, START, 0, delay, 0.0, b"d") for group in groups]
+        self.say(wire.PUBLISH, [(queue, "a")], items, blob=bytes(size) * len(groups))
+
+    def settle(self, targets: Any, moves: Any = (), acks: Any = (), others: Any = (), blob: bytes = b"") -> None:
+        for id in [m[0] for m in moves] + [a[0] for a in acks] + [o.leases[0][0] for o in others]:
+            del self.held[id]
+        self.say(wire.SETTLE, targets, moves, acks, others, blob=blob)
+
+    def work(self, group: str) -> None:
+        """One instance, from its start to its leave."""
+        self.start(group)
+        for target in (("next", "b", 0), ("fin", ":end", TERMINAL)):
+            (item,) = [item for item in self.held.values() if item.group == group]
+            self.settle([target], moves=[(item.id, item.lease, 0, 300, group)], blob=bytes(300))
+        (item,) = [item for item in self.held.values() if item.group == group]
+        self.settle([], acks=[(item.id, item.lease, LEAVE, group)])
+
+    def used(self) -> int:
+        assert self.engine.journal is not None
+        return sum(segment.used for segment in self.engine.journal.segments())
+
+    def make_long_lived(self) -> None:
+        """One of each kind of thing that may be in a broker for long."""
+        self.start("delayed", "dead", "gathering", "held", "stepped", "raised")
+        by_group = {item.group: (item.id, item.lease) for item in self.held.values()}
+        self.say(wire.CHECKPOINT, *by_group["stepped"], "paid", blob=b"42")
+        opening = GatherOpen("k", 2, 0, 50, deadline=1e6)
+        self.settle(
+            [("joined", "j", 0)],
+            others=[
+                SettleItem([by_group["delayed"]], AGAIN, [], 1e6, b"boom"),
+                SettleItem([by_group["dead"]], DEAD, [], 0.0, b"hopeless"),
+                SettleItem([by_group["gathering"]], DONE, opens=[opening]),
+            ],
+            blob=bytes(50),
+        )
+        self.say(wire.PUBLISH, [], [], False, [], [Arrival("k", "s", 20, "gathering", 1)], blob=bytes(20))
+        self.say(wire.QUERY, "raise-epoch", ("raised", 2, "coordinator", "cancel"))
+        self.say(wire.QUERY, "fact", ("history", "made"))
+        self.start("sleeping", queue="unread", delay=1e6)
+
+
+def test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it() -> None:
+    plant = Plant()
+    plant.make_long_lived()
+    sizes = []
+    for number in range(1500):
+        plant.work(f"g{number}")
+        sizes.append(plant.used())
+    assert len(plant.dropped) > 20
+    assert plant.dropped == sorted(plant.dropped)
+    assert max(sizes) < 12 * SEGMENT
+    assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2]) + SEGMENT
+    plant.check()
+    # And all of it is there after a crash.
+    before = picture(plant.engine.machine, clocks_agree=True)
+    plant.files.crash()
+    recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
+    assert_same(picture(recovered.machine, clocks_agree=True), before)
+
+
+def test_a_backlog_that_is_all_alive_is_not_written_over_and_over() -> None:
+    plant = Plant()
+    for number in range(300):
+        plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=20)
+    plant.files.calls.clear()
+    for number in range(300):
+        plant.work(f"w{number}")
+    written = sum(1 for name, _ in plant.files.calls if name == "pwritev")
+    # Four commits an instance, and few that only copy.
+    assert written < 300 * 5
+    assert plant.used() < 40 * SEGMENT
+
+
+def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
+    plant = Plant()
+    for number in range(200):
+        plant.start(*(f"g{number}.{each}" for each in range(10)))
+        plant.wall += 1
+    most = plant.used()
+    while plant.held:
+        batch = list(plant.held.values())
+        plant.settle([], acks=[(item.id, item.lease, LEAVE, item.group) for item in batch])
+    for number in range(200):
+        plant.work(f"w{number}")
+    assert plant.used() < most / 2
+    assert plant.engine.machine.store.messages == {}
+    plant.check()
+
+
+def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "DEEP", 100)
+    plant = Plant()
+    for number in range(50):
+        plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=30)
+    queue = plant.engine.machine.store.queue("unread")
+    for number in range(600):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 5
+    plant.start("last", queue="unread")
+    assert sum(message.body is not None for message in queue.ready) <= 100
+    assert plant.engine.machine.ledger.body(queue.ready[-2]) == bytes(30)
