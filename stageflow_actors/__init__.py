@@ -6,6 +6,7 @@
 
 from stageflow_actors.core.result import CompensationResult, StageResult, WorkflowResult
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.definition.breaker import Breaker
 from stageflow_actors.definition.retry import Retry
 from stageflow_actors.definition.stage import Compensation, Replace, Stage
 from stageflow_actors.definition.workflow import Workflow
@@ -34,6 +35,7 @@ from stageflow_actors.runtime.interception import StageCall
 from stageflow_actors.runtime.runtime import Runtime
 
 __all__ = [
+    "Breaker",
     "BrokerUnavailable",
     "Client",
     "Compensation",

@@ -21,7 +21,7 @@ import stageflow_actors.testing
 from brokers import api
 
 STAGEFLOW = """
-    BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
+    Breaker BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
     InstanceParked InvalidContext JournalCorrupt JournalLocked PayloadTooLarge QueueFull Replace Retry Runtime Stage
     StageCall StageContext StageError StageFlowError StageResult StageStatus StageTimeout WorkerDied Workflow
     WorkflowDefinitionError WorkflowFailed WorkflowResult WorkflowStatus
@@ -53,6 +53,7 @@ SIGNATURES = {
     "Client.queues": "self, prefix",
     "Instance.result": "self, timeout",
     "StageContext.step": "self, name, function, *args",
+    "Breaker": "self, failures, reset",
     "Compensation": "self, function, timeout, retry, actors",
     "Retry.exponential": "max_attempts, initial, maximum, factor, jitter, retry_on, abort_on, random",
     "Retry.linear": "max_attempts, initial, maximum, retry_on, abort_on",

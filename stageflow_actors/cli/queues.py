@@ -26,6 +26,7 @@ COLUMNS = (
     Column("actors", count, right=True),
     Column("busy", count, right=True),
     Column("state"),
+    Column("breaker"),
 )
 RATE = Column("rate", lambda value: f"{value:,.1f}/s", right=True)
 
@@ -64,6 +65,7 @@ def list_queues(prefix: str, data: Path, output: str) -> None:
     ready    may be delivered            leased   with an actor, in work or next
     delayed  waits for its time          dead     dead letters: see `stageflow dlq list`
     oldest   how long the first ready one has waited
+    breaker  open: its stage kept failing, and its messages wait; half-open: one of them is tried
 
     \b
     stageflow queue list

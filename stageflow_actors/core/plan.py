@@ -14,7 +14,7 @@ from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow
 
-__all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "compile_plan", "item_id"]
+__all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "breaker_of", "compile_plan", "item_id"]
 
 COMPENSATE = "compensate:"
 """Label prefix of compensation messages; no stage id holds a colon."""
@@ -82,6 +82,7 @@ class StagePlan(Struct):
     `following` is the place behind it ("" at the end); `joins` the parallel or map stage whose gather it reports to
     instead. `branches` are the stages of a parallel one, `arms` the first stage of each arm of a branch by key. `ttl`:
     how long a message may wait in the queue, 0 for any time; `seconds`: of a delay, or until a signal is given up.
+    `breaker`: after how many failures in a row its queue waits, and for how many seconds; (0, 0) for never.
     """
 
     id: str
@@ -103,6 +104,7 @@ class StagePlan(Struct):
     seconds: float = 0.0
     signal: str = ""
     concurrency: int = 1
+    breaker: tuple[int, float] = (0, 0.0)
 
     @property
     def has_pool(self) -> bool:
@@ -142,6 +144,11 @@ class WorkflowPlan(Struct):
         return [stage.id for stage in self.stages if stage.kind != ITEM]
 
 
+def breaker_of(stage: Stage) -> tuple[int, float]:
+    """The breaker of a stage as its place has it."""
+    return (0, 0.0) if stage.breaker is None else (stage.breaker.failures, stage.breaker.reset)
+
+
 ITEM_SUFFIX = "[item]"
 
 
@@ -173,6 +180,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
                 stage.ttl or default_ttl,
                 stage.max_tasks,
                 concurrency=stage.concurrency,
+                breaker=breaker_of(stage),
                 **place,
             )
 
@@ -195,6 +203,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         elif isinstance(step, MapStage):
             item = stages[step.id]
             whole = handled(item, queue, kind=MAP, following=following)
+            whole.breaker = (0, 0.0)
             whole.actors, whole.timeout, whole.max_tasks, whole.env = 1, None, None, {}
             one = handled(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
             one.id, one.after, one.compensated = item_id(step.id), (), False

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypedDict
 
+from stageflow_actors.definition.breaker import Breaker, check_breaker
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.handler import Call, default_id, inspect_handler
 from stageflow_actors.definition.http import HttpCall, kill_after
@@ -125,6 +126,7 @@ class StageOptions(TypedDict, total=False):
     when: Callable[[Any], Any] | None
     ttl: Duration | None
     env: Mapping[str, str] | None
+    breaker: Breaker | None
     max_tasks: int | None
 
 
@@ -135,7 +137,8 @@ class Stage:
     `retry`: policy for failed attempts; `timeout`: seconds of one attempt; `actors`: worker processes;
     `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
     `after`: ids of earlier stages that must have completed; `when`: predicate on the context; `ttl`: seconds a
-    message may wait in the queue; `env`: environment of the workers; `max_tasks`: messages before an actor is
+    message may wait in the queue; `env`: environment of the workers;
+    `breaker`: when a stage that keeps failing is left alone; `max_tasks`: messages before an actor is
     recycled. Mistakes raise `WorkflowDefinitionError`.
 
     `id` is "" for a lambda until a workflow gives it its place; `call` says how to call the handler.
@@ -144,6 +147,7 @@ class Stage:
     __slots__ = (
         "actors",
         "after",
+        "breaker",
         "call",
         "compensation",
         "concurrency",
@@ -173,6 +177,7 @@ class Stage:
         when: Callable[[Any], Any] | None = None,
         ttl: Duration | None = None,
         env: Mapping[str, str] | None = None,
+        breaker: Breaker | None = None,
         max_tasks: int | None = None,
     ) -> None:
         if isinstance(handler, Stage):
@@ -194,6 +199,7 @@ class Stage:
         self.when: Callable[[Any], Any] | None = when
         self.ttl: float | None = optional_seconds(ttl, f"the ttl of {what}")
         self.env: dict[str, str] = _environment(env, what)
+        self.breaker: Breaker | None = check_breaker(breaker, f"the breaker of {what}")
         self.max_tasks: int | None = None if max_tasks is None else check_count(max_tasks, f"max_tasks of {what}")
 
     @property

@@ -57,14 +57,14 @@ class EndpointWork(HandlerWork):
             reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
             return self._broke(item, envelope, attempt, started, clock, error)
-        return self._reply(item, envelope, reply)
+        return self._reply(item, envelope, reply).worked()
 
     def _broke(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settled:
         self._raised(error)
         known = error if isinstance(error, Exception) else None
-        return self._judged(item, envelope, attempt, failure_of(error), known)
+        return self._judged(item, envelope, attempt, failure_of(error), known).failed()
 
     def _judged(
         self, item: DeliveryItem, asked: Command, attempt: int, failure: Failure, error: Exception | None

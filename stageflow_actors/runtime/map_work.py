@@ -216,7 +216,7 @@ class ItemWork(HandlerWork):
             result = NIL if value is None else Raw(encode_value(value, what=f"a result of {self.planned.joins!r}"))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
             return self._broke(item, envelope, attempt, started, clock, error)
-        return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL))
+        return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL)).worked()
 
     def _give_up(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float

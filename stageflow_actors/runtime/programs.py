@@ -12,7 +12,16 @@ from typing import Any
 
 from msgspec import Struct
 
-from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, CompensationPlan, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.plan import (
+    ENDPOINT,
+    ITEM,
+    STAGE,
+    CompensationPlan,
+    Naming,
+    StagePlan,
+    WorkflowPlan,
+    breaker_of,
+)
 from stageflow_actors.definition.shipping import dumps
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
@@ -189,6 +198,7 @@ def endpoint_spec(
         timeout=stage.timeout,
         max_tasks=stage.max_tasks,
         kind=ENDPOINT,
+        breaker=breaker_of(stage),
         concurrency=stage.concurrency,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))

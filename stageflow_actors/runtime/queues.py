@@ -11,7 +11,9 @@ __all__ = ["QueueInfo", "queue_infos"]
 @dataclass(frozen=True)
 class QueueInfo:
     """One queue. `oldest`: seconds that the first ready message has waited; `actors`: workers that consume it, of
-    which `busy` have a message; `state`: `open`, `paused`, or `closed` while workers announce themselves."""
+    which `busy` have a message; `state`: `open`, `paused`, or `closed` while workers announce themselves; `breaker`:
+    empty for a stage without one, `closed` when all is well, `open` while its messages wait, `half-open` when one of
+    them is tried."""
 
     name: str
     ready: int
@@ -22,6 +24,7 @@ class QueueInfo:
     actors: int
     busy: int
     state: str
+    breaker: str = ""
 
 
 def queue_infos(stats: dict[str, Any]) -> list[QueueInfo]:
@@ -37,6 +40,7 @@ def queue_infos(stats: dict[str, Any]) -> list[QueueInfo]:
             queue["consumers"],
             queue["busy"],
             queue["state"],
+            queue["breaker"],
         )
         for queue in stats["queues"]
     ]

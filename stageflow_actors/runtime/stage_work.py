@@ -167,7 +167,7 @@ class StageWork(HandlerWork):
         if largest > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, self.planned.id
             return self._failed(item, envelope, attempt, started, record.duration, self._too_large(largest))
-        return self._settle(item, moves)
+        return self._settle(item, moves).worked()
 
     # requests
 
@@ -202,7 +202,7 @@ class StageWork(HandlerWork):
         record = StageRecord(self.planned.id, "completed", attempt, started, duration)
         envelope.trail = append_record(envelope.trail, record)
         envelope.payload, envelope.attempts = payload, 0
-        return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
+        return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall())).worked()
 
     def _replied(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
@@ -261,9 +261,9 @@ class StageWork(HandlerWork):
             envelope.attempts = asked.attempt
         if delay is not None:
             again = Step(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
-            return self._settle(item, Moves([again]))
+            return self._settle(item, Moves([again])).failed()
         duration = max(0.0, self._wall() - asked.started)
-        return self._give_up(item, envelope, failure, asked.attempt, asked.started, duration)
+        return self._give_up(item, envelope, failure, asked.attempt, asked.started, duration).failed()
 
 
 class _Asked(Struct, array_like=True):

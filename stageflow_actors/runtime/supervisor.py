@@ -116,9 +116,12 @@ def queue_options(specs: Sequence[PoolSpec], naming: Naming, max_deaths: int) ->
     """How each queue treats deaths: where the coordinator takes over, a dead letter is evidence; else it waits."""
     options = []
     for spec in specs:
+        place = spec.plan.stage(spec.stage_id)
+        failures, reset = (0, 0.0) if place is None else place.breaker
+        told, label = "", ""
         if spec.evidence:
-            label = UNANSWERED if spec.kind == "endpoint" else DEAD
-            options.append(QueueOptions(spec.queue, max_deaths, True, naming.coordinator, label, spec.max_length))
-        else:
-            options.append(QueueOptions(spec.queue, max_deaths, False, "", "", spec.max_length))
+            told, label = naming.coordinator, UNANSWERED if spec.kind == "endpoint" else DEAD
+        options.append(
+            QueueOptions(spec.queue, max_deaths, spec.evidence, told, label, spec.max_length, failures, reset)
+        )
     return options

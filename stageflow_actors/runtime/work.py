@@ -14,7 +14,19 @@ from typing import Any, Protocol
 
 from msgspec import Raw
 
-from brokers.api import AGAIN, DEAD, DONE, Arrival, DeliveryItem, GatherOpen, PublishItem, SettleItem, Target
+from brokers.api import (
+    AGAIN,
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
+    DEAD,
+    DONE,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    PublishItem,
+    SettleItem,
+    Target,
+)
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, Envelope, Failure, StageRecord, append_record, decode_envelope
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
@@ -84,6 +96,16 @@ class Settled:
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
+
+    def worked(self) -> Settled:
+        """With the verdict that the attempt went well."""
+        self.outcome.verdict = ATTEMPT_WORKED
+        return self
+
+    def failed(self) -> Settled:
+        """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
+        self.outcome.verdict = ATTEMPT_FAILED
+        return self
 
 
 def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None) -> float | None:
@@ -191,7 +213,7 @@ class Work:
         largest = moves.largest()
         if largest > self._limit:
             raise self._too_large(largest)
-        return self._settle(item, moves)
+        return self._settle(item, moves).worked()
 
     def _too_large(self, size: int) -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -214,8 +236,8 @@ class Work:
         asked = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask(attempt, failure, asked)
         if delay is not None:
-            return self._again(item, delay, failure)
-        return self._give_up(item, envelope, failure, attempt, started, duration)
+            return self._again(item, delay, failure).failed()
+        return self._give_up(item, envelope, failure, attempt, started, duration).failed()
 
     def _ask(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
         """What the policy says; one that raises has given up, and says why."""

@@ -69,6 +69,7 @@ def test_a_paused_queue_stays_paused_until_it_is_resumed(stageflow: Callable[...
     assert rows(stageflow, "queue", "list", "--data", data)[0]["state"] == "paused"
     assert stageflow("queue", "resume", name, "--data", data)[0] == 0
     assert rows(stageflow, "queue", "list", "--data", data)[0]["state"] == "open"
+    assert rows(stageflow, "queue", "list", "--data", data)[0]["breaker"] == ""
     assert not (data / "cluster.json").exists()
 
 
