@@ -66,7 +66,9 @@ def decide(
     now: float,
     cancelled: str | None = None,
 ) -> Moves:
-    """What follows an event. `cancelled` says why the instance has been. Raises `UnknownPlan` when the version it belongs to is not registered.
+    """What follows an event. `cancelled` says why the instance has been.
+
+    Raises `UnknownPlan` when the version it belongs to is not registered.
 
     A first delivery comes without its label (""): it is a failure if the envelope says so, else a beginning.
     """

@@ -105,7 +105,7 @@ class Moves(Struct):
 
 
 CANCELLABLE = ("signal:", "reply:", ":timeout")
-"""How the keys of gathers begin that a cancelled instance does not wait for; it does wait for its branches and items."""
+"""How the keys of gathers begin that a cancelled instance does not wait for. It does wait for branches and items."""
 
 
 def signal_key(name: str) -> str:
@@ -204,12 +204,13 @@ def fail_stage(envelope: Envelope, stage_id: str, record: StageRecord, naming: N
 def give_up(
     plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, record: StageRecord, naming: Naming, now: float
 ) -> Moves:
-    """A stage has failed for good: to its join if it has one, on without it if it is optional, else to the coordinator."""
+    """A stage has failed for good: to its join if it has one, on if it is optional, else to the coordinator."""
     if stage.kind == ITEM:
         return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))])
     if stage.required and not stage.joins:
         return Moves([fail_stage(envelope, stage.id, record, naming)])
     envelope.trail = append_record(envelope.trail, record)
+    envelope.payload = NIL
     return leave(plan, stage, envelope, naming, now)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Raw
 
 from brokers.api import DeliveryItem
-from stageflow_actors.core.envelope import NIL, StageRecord, append_record, encode
+from stageflow_actors.core.envelope import StageRecord, append_record, encode
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
@@ -46,6 +46,5 @@ class ChoiceWork(Work):
             self.planned.id, StageStatus.completed.value, attempt, started, took, None, Raw(encode(chosen))
         )
         opened.trail = append_record(opened.trail, record)
-        opened.payload = NIL
         first = self.planned.arms[chosen]
         return self._settle(item, enter(self.plan, first, opened, self.naming, self._wall()))

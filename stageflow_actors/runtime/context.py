@@ -147,8 +147,8 @@ class StageContext:
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
         """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
 
-        `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one that
-        is an error, fails the attempt.
+        `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one
+        that is an error, fails the attempt.
         """
         return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout))
 

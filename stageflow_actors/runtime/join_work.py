@@ -1,7 +1,7 @@
 """The join of a parallel stage: all branches are over; their changes become one context, or the reason why not.
 
-It runs in a worker because `merge` is the user's code. What the branches did is in their envelopes, in the order in which
-they ended; the context before them is in the base.
+It runs in a worker because `merge` is the user's code. What the branches did is in their envelopes, in the order in
+which they ended; the context before them is in the base.
 """
 
 from __future__ import annotations

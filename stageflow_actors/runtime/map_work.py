@@ -43,7 +43,7 @@ CHUNK = 2_000
 
 
 class _Rest(Struct, array_like=True):
-    """Items still to be published, and the number of the first."""
+    """Items still to be published, and the number of the first: the payload of an envelope without a context."""
 
     first: int
     items: list[Raw]
@@ -58,6 +58,7 @@ class MapWork(Work):
     def __init__(self, program: Any, *args: Any, **options: Any) -> None:
         super().__init__(program, *args, **options)
         self._over = program.parts["over"]
+        self._when = program.parts["when"]
         self._into: str | None = program.parts["into"]
         self._max_failures: int = program.parts["max_failures"]
         self._undo: bool = program.parts["undo"]
@@ -75,7 +76,7 @@ class MapWork(Work):
             return opened
         if extra is not None and extra.parts is not None:
             return self._join(item, opened, arrivals)
-        if bytes(opened.payload) != _NOTHING:
+        if bytes(opened.context) == _NOTHING:
             return self._settle(item, self._chunk(opened, _rest.decode(opened.payload)))
         return self._split(item, opened)
 
@@ -86,7 +87,10 @@ class MapWork(Work):
         if missing:
             return self._unmet(item, envelope, missing)
         try:
-            given = list(self._over(self.codec.decode(envelope.context)))
+            context = self.codec.decode(envelope.context)
+            if self._when is not None and not self._when(context):
+                return self._skip(item, envelope)
+            given = list(self._over(context))
             what = f"item {{}} of {self.planned.id!r}"
             items = [Raw(encode_value(one, what=what.format(number))) for number, one in enumerate(given)]
         except BaseException as error:  # noqa: BLE001 - `over` is user code
@@ -102,7 +106,7 @@ class MapWork(Work):
     def _give_back(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
         """The instance has been cancelled: items not published yet count as ended, those done can be undone."""
         assert item.extra is not None
-        if item.extra.parts is None and bytes(envelope.payload) != _NOTHING:
+        if item.extra.parts is None and bytes(envelope.context) == _NOTHING:
             rest = _rest.decode(envelope.payload)
             end = encode(ItemEnd(NIL, item.extra.cancelled))
             numbers = range(rest.first, rest.first + len(rest.items))

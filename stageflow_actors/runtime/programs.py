@@ -34,6 +34,7 @@ __all__ = [
     "StageProgram",
     "WorkerPayload",
     "bounded",
+    "endpoint_program",
     "endpoint_spec",
     "pool_specs",
     "stage_programs",
@@ -44,8 +45,8 @@ __all__ = [
 class StageProgram:
     """The code of one place of one version: pickled whole.
 
-    `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a parallel,
-    branch, map or signal stage needs beyond that, by name.
+    `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a
+    parallel, branch, map or signal stage needs beyond that, by name.
     """
 
     workflow_id: str
@@ -189,27 +190,15 @@ def endpoint_spec(
     interceptors: Sequence[Any] = (),
 ) -> PoolSpec:
     """The pool that serves an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
-    place = StagePlan(
-        stage.id,
-        0,
-        naming.endpoint(stage.id),
-        actors=stage.actors,
-        env=dict(stage.env),
-        timeout=stage.timeout,
-        max_tasks=stage.max_tasks,
-        kind=ENDPOINT,
-        breaker=breaker_of(stage),
-        concurrency=stage.concurrency,
-    )
-    plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
     missing = sorted(stage.services - set(services))
     if missing:
         raise WorkflowDefinitionError(
             f"endpoint {stage.id!r} needs the service {missing[0]!r}, which nobody provides: "
             f"add services={{{missing[0]!r}: factory}} to the Runtime, or give the parameter a default"
         )
-    factories = {name: services[name] for name in stage.services}
-    program = StageProgram("endpoint", 1, dict, stage.id, stage, {}, factories, tuple(interceptors))
+    program, plan = endpoint_program(stage, naming, services)
+    program.interceptors = tuple(interceptors)
+    (place,) = plan.stages
     actors, concurrency = bounded(place, max_concurrency)
     return PoolSpec(
         place.queue,
@@ -225,6 +214,27 @@ def endpoint_spec(
         most=max_concurrency or 0,
         max_deaths=max_deaths,
     )
+
+
+def endpoint_program(
+    stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
+) -> tuple[StageProgram, WorkflowPlan]:
+    """The program of an endpoint, without interceptors, and the plan of which it is the only place."""
+    place = StagePlan(
+        stage.id,
+        0,
+        naming.endpoint(stage.id),
+        actors=stage.actors,
+        env=dict(stage.env),
+        timeout=stage.timeout,
+        max_tasks=stage.max_tasks,
+        kind=ENDPOINT,
+        breaker=breaker_of(stage),
+        concurrency=stage.concurrency,
+    )
+    plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
+    factories = {name: services[name] for name in stage.services if name in services}
+    return StageProgram("endpoint", 1, dict, stage.id, stage, {}, factories), plan
 
 
 def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageProgram, StagePlan]]:
@@ -252,6 +262,7 @@ def _parts(step: Step | None) -> dict[str, Any]:
     if isinstance(step, MapStage):
         return {
             "over": step.over,
+            "when": step.item.when,
             "into": step.into,
             "max_failures": step.max_failures,
             "undo": step.item.compensation is not None,

@@ -14,7 +14,7 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
@@ -22,9 +22,10 @@ from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import decode_envelope
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import Naming
+from stageflow_actors.core.plan import SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
+from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
@@ -32,7 +33,7 @@ from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
 from stageflow_actors.runtime.mapping import Prepared
-from stageflow_actors.runtime.programs import CompensationProgram, stage_programs
+from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs
 from stageflow_actors.runtime.work import Settled, Work, settle_moves, split_parts
 from stageflow_actors.runtime.works import WORKS
 
@@ -50,7 +51,8 @@ def run(
     context: C | Mapping[str, Any],
     *,
     services: Mapping[str, Callable[[], Any]] | None = None,
-    signals: Mapping[str, Any] | None = None,
+    signals: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
+    endpoints: Mapping[str, Any] | None = None,
     interceptors: Sequence[Any] = (),
 ) -> WorkflowResult[C]:
     """Run one instance of `workflow` to its end, here and now, and give its result.
@@ -58,29 +60,34 @@ def run(
     Contexts are serialised at each hop and failures retried, compensated or parked as in production; delays are
     skipped, and a parked instance is a result with status `parked`. Handlers run in the calling thread and are not
     sent anywhere, so breakpoints work and they may close over mocks. Each factory in `services` that is needed is
-    called once, and what it makes is shared by all stages. `signals` are payloads by name, `interceptors` as those of
-    a `Runtime`.
+    called once, and what it makes is shared by all stages. `signals` are payloads by name, or (name, payload) for
+    several of one name: who waits for one that is not given is told that the time is up. `endpoints` are handlers, or
+    `Stage`s, by name; a request to any other is not answered in time. `interceptors` as those of a `Runtime`.
 
     Not there in one process: timeouts (`ctx.deadline` is set and nobody enforces it), `ttl`, `env`, and surviving
     the death of a worker. A KeyboardInterrupt, and quitting a debugger, end the run instead of failing the stage.
     What handlers raise is logged with its traceback by the logger `stageflow.testing` at level INFO.
 
     Raises what starting a runtime and submitting raise: `WorkflowDefinitionError`, `InvalidContext`,
-    `PayloadTooLarge`; and whatever a factory or the constructor of a class handler raises.
+    `PayloadTooLarge`; `StageFlowError` where a signal without a timeout never comes; and whatever a factory or the
+    constructor of a class handler raises.
     """
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
     factories = _checked(services or {})
     workflow.validate(factories)
-    _check_signals(workflow, signals or {})
+    given = list(signals.items() if isinstance(signals, Mapping) else signals or ())
+    _check_signals(workflow, [name for name, _ in given])
     around = check_interceptors(interceptors)
-    _check_thread(workflow, around)
+    served = [stage if isinstance(stage, Stage) else Stage(stage, id=name) for name, stage in (endpoints or {}).items()]
+    _check_thread(workflow, served, around)
     door = _Door()
     known, prepared, body = door.admit(workflow, context)
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
+    needed = needed.union(*(stage.services for stage in served))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, dict(signals or {}), around)
+        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, given, served, around)
         return instance.finish(_Message(known.target.queue, known.target.label, body))
 
 
@@ -94,7 +101,7 @@ def _checked(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable
     return services
 
 
-def _check_signals(workflow: Workflow[Any], signals: Mapping[str, Any]) -> None:
+def _check_signals(workflow: Workflow[Any], signals: Iterable[str]) -> None:
     awaited = [step.name for step in workflow.steps if isinstance(step, Signal)]
     for name in signals:
         if name not in awaited:
@@ -104,9 +111,9 @@ def _check_signals(workflow: Workflow[Any], signals: Mapping[str, Any]) -> None:
             )
 
 
-def _check_thread(workflow: Workflow[Any], interceptors: Sequence[Any]) -> None:
+def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], interceptors: Sequence[Any]) -> None:
     """An event loop cannot run inside another one of its thread."""
-    stages = workflow.stages
+    stages = [*workflow.stages, *endpoints]
     undoing = [stage.compensation.call for stage in stages if stage.compensation is not None]
     arounds = [around for method in (STAGE, COMPENSATION) for around in arounds_of(interceptors, method)]
     if not any(call.is_async for call in (*(stage.call for stage in stages), *undoing)) and not any(
@@ -218,7 +225,8 @@ class _Instance(Generic[C]):
         instance_id: str,
         services: Mapping[str, Any],
         loop: asyncio.Runner,
-        signals: dict[str, Any],
+        signals: list[tuple[str, Any]],
+        endpoints: Sequence[Stage],
         interceptors: Sequence[Any],
     ) -> None:
         plan, naming = known.plan, door.naming
@@ -228,15 +236,21 @@ class _Instance(Generic[C]):
         self._plans = {(plan.id, plan.version): plan}
         self._current = _Message("", "", b"")
         self._gathers: dict[str, _Gather] = {}
-        for name, payload in signals.items():
+        for number, (name, payload) in enumerate(signals):
             data = encode_value(payload, what=f"the payload of signal {name!r}")
-            self._gathers.setdefault(signal_key(name), _Gather()).arrivals["test"] = data
+            self._gathers.setdefault(signal_key(name), _Gather()).arrivals[str(number)] = data
         context = workflow.context
         self._works: dict[str, AnyWork] = {}
         for program, planned in stage_programs(workflow, plan):
             program.interceptors = tuple(interceptors)
             self._works[planned.queue] = WORKS[planned.kind](
                 program, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
+            )
+        for stage in endpoints:
+            served, place = endpoint_program(stage, naming, {})
+            served.interceptors = tuple(interceptors)
+            self._works[naming.endpoint(stage.id)] = WORKS[place.stages[0].kind](
+                served, place, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
             )
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
@@ -258,8 +272,10 @@ class _Instance(Generic[C]):
                 return WorkflowResult(self._id, message.body, self._known.codec, self._known.order)
             if message.queue == self._naming.coordinator:
                 result: tuple[int, bytes] | Settled = self._coordinate(message)
-            else:
+            elif message.queue in self._works:
                 result = self._deliver(self._works[message.queue], message)
+            else:
+                continue  # a request to an endpoint that nobody serves
             if not isinstance(result, Settled):
                 place, body = result
                 target = self._works[message.queue].targets[place]
@@ -290,10 +306,17 @@ class _Instance(Generic[C]):
         return follow + [gather.take() for gather in touched if gather.complete]
 
     def _give_up_waiting(self) -> _Message:
-        """Nothing is under way: whoever waits for a signal that was not given is told that the time is up."""
-        for gather in self._gathers.values():
-            if gather.target is not None:
-                return gather.take()
+        """Nothing is under way: whoever waits for what will not come is told that the time is up."""
+        for key, gather in self._gathers.items():
+            if gather.target is None or key == TIMEOUT:
+                continue
+            stage = self._known.plan.stage(decode_envelope(gather.base).stage_id)
+            if stage is not None and stage.kind == SIGNAL and not stage.seconds:
+                raise StageFlowError(
+                    f"stage {stage.id!r} of workflow {self._known.plan.id!r} waits for the signal {stage.signal!r} "
+                    f"without a timeout: give it, as in signals={{{stage.signal!r}: payload}}"
+                )
+            return gather.take()
         raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
 
     def _deliver(self, work: AnyWork, message: _Message) -> tuple[int, bytes] | Settled:
@@ -310,7 +333,8 @@ class _Instance(Generic[C]):
         return settle_moves(item, moves)
 
     def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
-        envelope = decode_envelope(message.body)
+        body = message.body if message.parts is None else message.body[: message.parts[0][1]]
+        envelope = decode_envelope(body)
         failure = read_failure(outcome.failure)
         return WorkflowResult.parked(
             self._id,
