@@ -84,9 +84,9 @@ class Supervisor(pykka.ThreadingActor):
             if message.queue in self._pools:
                 self._pools[message.queue].tell(message)
         elif isinstance(message, Cancelled):
-            queue = self._services.live.get(message.peer)
-            if queue in self._pools:
-                self._pools[queue].tell(message)
+            consumed = self._services.live.get(message.peer)
+            if consumed in self._pools:
+                self._pools[consumed].tell(message)
         elif isinstance(message, Retire):
             self._retiring = True
             for pool in self._pools.values():
