@@ -87,7 +87,7 @@ class _LaneActor(WorkActor):
                 assert not isinstance(result, tuple)
                 self._add(result)
             # As much more as all lanes together do in a moment.
-            fitting = int(HELD_SECONDS / max(seconds, 1e-6)) * self.least
+            fitting = int(self.least * HELD_SECONDS / max(seconds, 1e-6))
             self._prefetch = self.least + min(fitting, self._prefetch * 4, DEEPEST)
 
     def _hand_on_all(self) -> None:
