@@ -45,7 +45,6 @@ from stageflow_actors.errors import (
     InstanceNotFound,
     InvalidContext,
     PayloadTooLarge,
-    QueueFull,
     StageFlowError,
 )
 from stageflow_actors.history.reader import HistoryReader
@@ -53,6 +52,7 @@ from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.mapping import Mapping, Prepared, as_completed
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
+from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.waiters import Waiter, Waiters
 
@@ -383,8 +383,8 @@ class Client:
     def _query(self, name: str, *args: Any) -> Any:
         try:
             future = self._port().query(name, *args)
-        except port.BrokerUnavailable as error:
-            raise BrokerUnavailable(str(error)) from None
+        except port.BrokerError as error:
+            raise in_our_words(error) from None
         return self._await(future)
 
     def _await(self, future: Future[Any], timeout: float = ANSWER_SECONDS) -> Any:
@@ -396,14 +396,8 @@ class Client:
                 self._check_alive()
                 if time.monotonic() > deadline:
                     raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
-            except port.QueueFull as error:
-                raise QueueFull(str(error)) from None
-            except port.PayloadTooLarge as error:
-                raise PayloadTooLarge(str(error)) from None
-            except port.BrokerUnavailable as error:
-                raise BrokerUnavailable(str(error)) from None
-            except port.Refused as error:
-                raise (QueueFull if "disk" in str(error) else StageFlowError)(str(error)) from None
+            except port.BrokerError as error:
+                raise in_our_words(error) from None
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -491,8 +485,8 @@ class Client:
         items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
         try:
             return self._port().publish([known.target], items, bodies, atomic=atomic)
-        except port.BrokerUnavailable as error:
-            raise BrokerUnavailable(str(error)) from None
+        except port.BrokerError as error:
+            raise in_our_words(error) from None
 
     def _start(self, known: Known, batch: list[Prepared], priority: int) -> list[Instance[Any]]:
         """Publish all or none of `batch`; what exists already with the same input is given back as it is."""

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from brokers import api as port
 from brokers.api import PublishAnswer
-from brokers.api import QueueFull as PortQueueFull
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.refusals import in_our_words
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client import Client, Known
+    from stageflow_actors.runtime.waiters import Waiters
 
 __all__ = ["Mapping", "Prepared", "as_completed"]
 
@@ -73,6 +75,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         ordered: bool,
     ) -> None:
         self._index: dict[str, int] = {}
+        self._inbox = _Inbox()
+        self._full: deque[list[Prepared]] = deque()
         self._client = client
         self._known = known
         self._source = iter(contexts)
@@ -89,13 +93,10 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         self._retried: dict[str, int] = {}
         self._looked_back = not retry_failed
         self._digests: dict[str, bytes | None] = {}
-        self._arrived: deque[tuple[Any, Any]] = deque()
-        self._event = threading.Event()
+        self._arrived = self._inbox.arrived
+        self._event = self._inbox.event
         self._ready: dict[int, WorkflowResult[C] | BaseException] = {}
-        self._full: deque[list[Prepared]] = deque()
         self._full_until = 0.0
-        self._probing = False
-        self._error: StageFlowError | None = None
         self._bar = _bar(contexts) if progress else None
 
     def __iter__(self) -> Mapping[C]:
@@ -111,8 +112,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 if isinstance(found, BaseException):
                     raise found
                 return found
-            if self._error is not None:
-                raise self._error
+            if self._inbox.error is not None:
+                raise self._inbox.error
             if self._full:
                 self._probe()
             if not self._dry and not self._full and self._room():
@@ -135,23 +136,15 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             self._bar = None
 
     def __del__(self) -> None:
-        waiters = self._client._waiters
-        unstarted = self._unstarted() if self._index else ()
+        inbox, waiters = self._inbox, self._client._waiters
+        inbox.dropped = waiters
         for instance_id in self._index:
-            if instance_id in unstarted:
-                waiters.remove(instance_id, self)
-            else:
-                waiters.abandon(instance_id, self)
-
-    def _unstarted(self) -> set[str]:
-        """What was not taken by the broker, and nobody will send again."""
-        found = {prepared.id for batch in self._full for prepared in batch}
-        for what, answer in self._arrived:
+            waiters.abandon(instance_id, inbox)
+        for batch in self._full:
+            inbox.let_go(batch, None)
+        for what, answer in inbox.arrived:
             if isinstance(what, list):
-                failed = answer.exception() is not None
-                refused = {} if failed else {group: why for _, why, group in answer.result().refused}
-                found.update(p.id for p in what if failed or refused.get(p.id, "exists") != "exists")
-        return found
+                inbox.let_go(what, answer)
 
     # giving
 
@@ -213,7 +206,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
 
     def _refuse(self, instance_id: str, error: BaseException) -> None:
         at = self._index.pop(instance_id, None)
-        self._client._waiters.remove(instance_id, self)
+        self._client._waiters.remove(instance_id, self._inbox)
         if at is not None:
             error.instance_id = instance_id  # type: ignore[attr-defined]
             self._put(instance_id, at, error)
@@ -297,17 +290,18 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 if not batch:
                     return False
                 for prepared in batch:
-                    waiters.add(prepared.id, self)
+                    waiters.add(prepared.id, self._inbox)
             else:
-                by_id = waiters.by_id  # nobody else can know these ids
+                by_id, inbox = waiters.by_id, self._inbox  # nobody else can know these ids
                 for prepared in batch:
-                    by_id[prepared.id] = self
+                    by_id[prepared.id] = inbox
             future = self._client._publish(self._known, batch)
         except StageFlowError as error:
             for prepared in batch:
                 self._refuse(prepared.id, error)
             return False
-        future.add_done_callback(lambda done: self._heard(batch, done))
+        heard = self._inbox.heard
+        future.add_done_callback(lambda done: heard(batch, done))
         return True
 
     def _without_finished(self, batch: list[Prepared]) -> list[Prepared]:
@@ -328,16 +322,9 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 self._arrived.append((prepared.id, row.outcome))
         return left
 
-    def _heard(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
-        """On the connection's thread: only what needs attention is passed on."""
-        if self._probing or done.exception() is not None or done.result().refused:
-            self._arrived.append((batch, done))
-            self._event.set()
-
-    def _answered(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
-        error = done.exception()
-        probed, self._probing = self._probing, False
-        if isinstance(error, PortQueueFull):
+    def _answered(self, batch: list[Prepared], answer: PublishAnswer | BaseException) -> None:
+        probed, self._inbox.probing = self._inbox.probing, False
+        if isinstance(answer, port.QueueFull):
             # A batch is taken whole or not at all, and may be larger than the queue.
             half = (len(batch) + 1) // 2
             parts = [part for part in (batch[:half], batch[half:]) if part]
@@ -347,15 +334,11 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 self._full.extend(parts)
             self._full_until = time.monotonic() + FULL_RETRY
             return
-        if error is not None:
-            try:
-                self._client._await(done)
-            except Exception as told:  # noqa: BLE001 - the error in our own words
-                error = told
+        if isinstance(answer, BaseException):
+            error = in_our_words(answer)
             for prepared in batch:
                 self._refuse(prepared.id, error)
             return
-        answer = done.result()
         by_id = {prepared.id: prepared for prepared in batch}
         look_again = []
         self._client._seen = max(self._client._seen, answer.seen)
@@ -365,16 +348,18 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             elif why == "look-again":
                 by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])
-                self._client._waiters.remove(instance_id, self)  # it may be found in the history, and ended there
+                self._client._waiters.remove(
+                    instance_id, self._inbox
+                )  # it may be found in the history, and ended there
         if look_again:
             self._begin(look_again)
 
     def _probe(self) -> None:
         """The first queue was full: try the next part of what waits, and go on at once when it is taken."""
-        if not self._probing and time.monotonic() >= self._full_until:
-            self._probing = True
+        if not self._inbox.probing and time.monotonic() >= self._full_until:
+            self._inbox.probing = True
             if not self._begin(self._full.popleft()):
-                self._probing = False
+                self._inbox.probing = False
 
     def _wait(self) -> None:
         if not self._arrived:
@@ -382,23 +367,59 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
         if self._bar is not None:
             self._bar.refresh()
 
-    # what a client tells (see `Waiter`)
+
+class _Inbox:
+    """Where the connection's thread lays down what an iterator is to hear of; it does not keep the iterator alive.
+
+    Once that is `dropped`, nobody sends again what the broker refuses, so nobody waits for it any more either.
+    """
+
+    __slots__ = ("arrived", "dropped", "error", "event", "probing")
+
+    def __init__(self) -> None:
+        self.arrived: deque[tuple[Any, Any]] = deque()
+        self.event = threading.Event()
+        self.error: StageFlowError | None = None
+        self.probing = False
+        self.dropped: Waiters | None = None
+
+    def heard(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
+        """Starts have been answered: only what needs attention is passed on."""
+        answer = done.exception() or done.result()
+        if self.probing or not isinstance(answer, PublishAnswer) or answer.refused:
+            if self.dropped is not None:
+                self.let_go(batch, answer)
+                return
+            self.arrived.append((batch, answer))
+            self.event.set()
+
+    def let_go(self, batch: list[Prepared], answer: PublishAnswer | BaseException | None) -> None:
+        """Of a batch that was answered so (None: never sent), wait no more for what did not start."""
+        assert self.dropped is not None
+        refused: dict[str, str] = {}
+        if isinstance(answer, PublishAnswer):
+            refused = {instance_id: why for _, why, instance_id in answer.refused if why != "exists"}
+        for prepared in batch:
+            if prepared.id in refused or not isinstance(answer, PublishAnswer):
+                self.dropped.forsake(prepared.id)
+
+    # see `Waiter`
 
     def _end(self, instance_id: str, outcome: bytes) -> None:
-        self._arrived.append((instance_id, outcome))
+        self.arrived.append((instance_id, outcome))
 
     def _park(self, instance_id: str) -> None:
-        self._arrived.append((instance_id, _PARKED))
+        self.arrived.append((instance_id, _PARKED))
 
     def _left(self, instance_id: str) -> None:
-        self._arrived.append((instance_id, _LEFT))
+        self.arrived.append((instance_id, _LEFT))
 
     def _broken(self, error: StageFlowError) -> None:
-        self._error = error
-        self._event.set()
+        self.error = error
+        self.event.set()
 
     def _wake(self) -> None:
-        self._event.set()
+        self.event.set()
 
 
 class _Bar:

@@ -79,6 +79,10 @@ class Waiters:
             if self.remove(instance_id, waiter):
                 self.add(instance_id, _FORGOTTEN)
 
+    def forsake(self, instance_id: str) -> None:
+        """An instance that was abandoned turns out not to have started: nobody waits for it."""
+        self.remove(instance_id, _FORGOTTEN)
+
     def has(self, instance_id: str, waiter: Waiter) -> bool:
         """Whether `waiter` is going to be told."""
         there = self.by_id.get(instance_id)
