@@ -17,12 +17,19 @@ from brokers.contract.grouping import GroupContract
 from brokers.contract.harness import PATIENCE, Hub, Peer, Received
 from brokers.contract.operation import LARGEST, OperationContract
 from brokers.contract.oversight import OversightContract
+from brokers.contract.rerunning import RerunContract
 from brokers.contract.settlement import SettlementContract
 
 __all__ = ["LARGEST", "PATIENCE", "BrokerContract", "Hub", "Peer", "Received"]
 
 
 class BrokerContract(
-    DeliveryContract, SettlementContract, GroupContract, GatherContract, OversightContract, OperationContract
+    DeliveryContract,
+    SettlementContract,
+    GroupContract,
+    GatherContract,
+    RerunContract,
+    OversightContract,
+    OperationContract,
 ):
     """All of it."""

@@ -6,6 +6,7 @@
 `settlement`  leases, transitions, retries, dead letters, checkpoints
 `grouping`    idempotent starts, ends, watches, epochs
 `gathering`   joins, signals, deadlines
+`rerunning`   cancelling, halting, beginning anew
 `oversight`   deaths, hold and recall
 `operation`   pause, purge, peek, stats, facts, limits
 ============  ==========================================================

@@ -99,13 +99,26 @@ class GroupContract:
             peer.broker.consume(queue, 1)
         received = {each.queue: each for each in peer.receive(2)}
         peer.ack(received["q"], flags=LEAVE)
-        # Its place is free for the next message, though it was not settled.
-        assert peer.receive()[0].body == b"another's"
         assert peer.ask("stats", "")["messages"] == 1
         assert peer.ask("lookup", ["g", "h"])["groups"].keys() == {"h"}
+        # Whoever works on the purged message is still at it, and has no room for another before it is done.
+        assert peer.quiet()
         peer.ack(received["held"])
         peer.until(lambda: peer.stale == [received["held"].item.id], "the purged message refused")
+        assert peer.receive()[0].body == b"another's"
         assert peer.start("q", "g") == []
+
+    def test_a_purged_message_that_is_returned_leaves_room_for_another(self, hub: Hub) -> None:
+        peer = Peer(hub)
+        peer.start("q", "g")
+        peer.publish("held", b"left over", group="g")
+        peer.publish("held", b"another's", group="h")
+        for queue in ("q", "held"):
+            peer.broker.consume(queue, 1)
+        received = {each.queue: each for each in peer.receive(2)}
+        peer.ack(received["q"], flags=LEAVE)
+        peer.broker.release([received["held"].lease], "held", 1)
+        assert peer.receive()[0].body == b"another's"
 
     def test_a_settlement_may_end_its_group(self, hub: Hub) -> None:
         peer = Peer(hub)

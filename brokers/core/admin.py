@@ -13,7 +13,7 @@ import msgspec
 
 from brokers.core import records
 from brokers.core.looking import DLQ, Looking, named
-from brokers.core.message import DELAYED, LEASED, PARKED, Message
+from brokers.core.message import DELAYED, LEASED, PARKED, Message, Place
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Session
 from brokers.core.wire import MAX_NUMBER, check_consume
@@ -50,7 +50,8 @@ class Admin:
             "purge": (tuple[str, list[int]], self._purge),
             "raise-epoch": (tuple[str, int, str, str], self._raise_epoch),
             "cancel": (tuple[str, str, list[str]], self._cancel),
-            "replace": (tuple[str, int, bytes, bool], self._replace),
+            "replace": (tuple[str, int, bytes], self._replace),
+            "restart": (tuple[str, str, str, bytes], self._restart),
             "dead": (tuple[int, int | list[int], bool, bool, bytes], supervision.dead),
             "roster": (tuple[list[tuple[int, list[str]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
@@ -228,6 +229,7 @@ class Admin:
             raise Refused(f"{id} is not live")
         if group.cancelled is None and not group.ended:
             group.cancelled = reason
+            group.released = tuple(prefixes)
             group.epoch += 1
             self._ledger.keep_group(group)
             for message in group.messages():
@@ -239,24 +241,56 @@ class Admin:
                     self._ledger.mark(again)
                     self._store.enqueue(again)
                     self._store.touched[again.queue] = None
-            self._machine.gathering.release(group, prefixes)
+            self._machine.gathering.release(group)
             self._machine.supervision.cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
 
-    def _replace(self, session: Session, name: str, id: int, body: bytes, raised: bool) -> dict[str, Any]:
-        """Give a dead letter another body, and its group the next epoch if `raised`; it stays a dead letter."""
+    def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
+        """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
         queue, _ = named(self._store, name)
         message = queue.dead.get(id)
         if message is None:
             raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
-        if message.extra is not None and message.extra.evidence:
+        extra = message.details()
+        if extra.evidence:
             raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
-        group = message.group
-        if raised and group is not None:
-            group.epoch = message.epoch = group.epoch + 1
-            self._ledger.keep_group(group)
-            message.details().steps = None
+        if extra.parts is not None:
+            (_, size), *arrived = extra.parts
+            extra.parts = [("", len(body)), *arrived]
+            body += self._ledger.body(message)[size:]
         self._store.live_bytes += len(body) - message.size
         message.body, message.size = body, len(body)
         self._ledger.copy(message)
         return {"epoch": message.epoch}
+
+    def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
+        """Begin a parked group anew, in the next epoch, with this one message: nothing is left of what it had, but
+        what arrived at gathers that nobody has opened."""
+        store = self._store
+        group = store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        messages = group.messages()
+        if group.ended or not any(message.state() == PARKED for message in messages):
+            raise Refused(f"{id} is not parked")
+        working = [message for message in messages if message.state() == LEASED]
+        if working:
+            raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
+        for message in messages:
+            store.remove(message)
+        self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
+        group.epoch += 1
+        self._ledger.keep_group(group)
+        for gather in (group.gathers or {}).values():
+            store.live_bytes -= gather.weight
+            gather.begin_anew()
+            store.live_bytes += gather.weight
+            self._ledger.keep_gather(group, gather)
+        target = store.queue(queue)
+        first = store.put(target, group, group.epoch, label, 0, body, len(body), Place(store.wall), 0)
+        self._ledger.copy(first)
+        store.enqueue(first)
+        store.touched[target] = None
+        answer = {"epoch": group.epoch}
+        session.remember(session.heard, answer)
+        return answer

@@ -14,7 +14,7 @@ __all__ = ["Gather"]
 
 class Gather:
     """State of one key of one group. `need` is None until somebody opens it. `wait` is the deadline in seconds from the
-    opening, at `due` on the monotonic clock; 0 for none."""
+    opening, at `due` on the monotonic clock; 0 for none. `priority` is that of the message that opened it."""
 
     __slots__ = (
         "arrivals",
@@ -26,6 +26,7 @@ class Gather:
         "label",
         "need",
         "place",
+        "priority",
         "queue",
         "seen",
         "wait",
@@ -42,16 +43,18 @@ class Gather:
         self.due = 0.0
         self.due_wall = 0.0
         self.wait = 0.0
+        self.priority = 0
         self.arrivals: dict[str, bytes] = {}
         self.seen: set[str] = set()
 
-    def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes) -> None:
+    def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes, priority: int) -> None:
         """Begin to wait for `need` arrivals, with no end to the wait; those already here count."""
         self.need = need
         self.queue = queue
         self.label = label
         self.epoch = epoch
         self.base = base
+        self.priority = priority
         self.due = self.due_wall = self.wait = 0.0
 
     def arrive(self, slot: str, body: bytes) -> bool:
@@ -61,6 +64,15 @@ class Gather:
         self.seen.add(slot)
         self.arrivals[slot] = body
         return True
+
+    def begin_anew(self) -> None:
+        """Nobody waits any longer, and what has arrived for who did is void. What came early stays, and any slot that
+        is not among it may come again."""
+        if self.need is not None:
+            self.arrivals.clear()
+        self.need, self.base = None, b""
+        self.due = self.due_wall = self.wait = 0.0
+        self.seen = set(self.arrivals)
 
     @property
     def complete(self) -> bool:

@@ -36,6 +36,7 @@ class Gathering:
         blob: bytes,
         at: int,
         place: Place,
+        priority: int = 0,
     ) -> bool:
         """Openings and arrivals, whose bodies begin at `at`. False when some belong to no group, and were dropped.
 
@@ -52,7 +53,7 @@ class Gathering:
                 continue
             queue, label, _ = targets[opening.target]
             assert queue is not None
-            store.open(group, opening, queue.name, label, base, place)
+            store.open(group, opening, queue.name, label, base, place, priority)
             due = store.gather(group, opening.key, place).due
             if due:
                 store.timer(due, 0, group.id, opening.key)
@@ -88,11 +89,10 @@ class Gathering:
         for key in list(group.gathers or ()):
             self._settle(group, key)
 
-    def release(self, group: Group, prefixes: list[str]) -> None:
-        """Publish what waits in the open gathers whose key begins so, with what has arrived."""
+    def release(self, group: Group) -> None:
+        """The group was cancelled: publish what waits in the open gathers that it does not wait for any more."""
         for key in list(group.gathers or ()):
-            gather = group.gathers[key] if group.gathers is not None else None
-            if gather is not None and gather.need is not None and key.startswith(tuple(prefixes)):
+            if group.gathers is not None and group.gathers[key].need is not None and key.startswith(group.released):
                 self._publish(group, key, failure=EXPIRED)
 
     def _settle(self, group: Group, key: str) -> None:
@@ -101,8 +101,11 @@ class Gathering:
         gather = group.gathers[key]
         while gather.complete:
             self._publish(group, key)
-        if gather.need is not None and gather.epoch < group.epoch and group.divert is not None:
-            self._publish(group, key)
+        if gather.need is not None and gather.epoch < group.epoch:
+            if group.divert is not None:
+                self._publish(group, key)
+            elif group.cancelled is not None and key.startswith(group.released):
+                self._publish(group, key, failure=EXPIRED)
 
     def _publish(self, group: Group, key: str, *, failure: bytes | None = None) -> None:
         store = self.store
@@ -112,7 +115,7 @@ class Gathering:
         before = gather.weight
         body, parts = gather.take()
         store.live_bytes += gather.weight - before
-        message = store.put(queue, group, epoch, label, 0, body, len(body), gather.place, 0)
+        message = store.put(queue, group, epoch, label, gather.priority, body, len(body), gather.place, 0)
         extra = message.details()
         extra.parts = parts
         extra.failure, extra.fresh = failure, failure is not None

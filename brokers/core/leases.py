@@ -6,7 +6,7 @@ commit, and is not recorded: after a crash whoever holds a message says so, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from brokers.core.breaker import CLOSED, Breaker
@@ -56,6 +56,13 @@ class Leases:
             del holder.held[message.id]
             self.store.touched[holder.queue] = None
         message.holder, message.lease = None, 0
+
+    def done_with(self, session: Session, ids: Iterable[int]) -> None:
+        """The peer has settled or returned these, which were not its own any more: there is room for others."""
+        for consumer in session.consumers.values():
+            if consumer.gone and not consumer.gone.isdisjoint(ids):
+                consumer.gone.difference_update(ids)
+                self.store.touched[consumer.queue] = None
 
     def give_back(self, message: Message) -> None:
         """It was not begun, or nobody knows: to the head of its queue, uncharged. It must be in no lane."""
@@ -125,6 +132,7 @@ class Leases:
         drop are returned."""
         named = set(holding)
         for consumer in session.consumers.values():
+            consumer.gone.clear()
             for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
                 self.give_back(message)
         return [id for id, lease in holding if not self._adopt(session, id, lease)]
@@ -213,7 +221,7 @@ class Leases:
         touched.clear()
 
     def _free(self, queue: Queue) -> list[Consumer]:
-        free = [c for c in queue.consumers if len(c.held) < c.prefetch and c.session.connected]
+        free = [c for c in queue.consumers if c.room > 0 and c.session.connected]
         if self.held_back:
             free = [c for c in free if c.session.role == "supervisor"]
         return free
@@ -244,7 +252,7 @@ class Leases:
         while free and queue.next_lane():
             share = -(-max(1, queue.ready_count) // len(free))
             consumer = free.pop(0)
-            self._deliver(queue, consumer, min(share, consumer.prefetch - len(consumer.held)))
+            self._deliver(queue, consumer, min(share, consumer.room))
         if len(queue.consumers) > 1:
             queue.consumers.append(queue.consumers.pop(0))
 

@@ -115,6 +115,7 @@ class Looking:
             described["progress"] = progress[1:]
         if body:
             described["body"] = self._ledger.body(message)
+            described["base"] = message.size if extra is None or extra.parts is None else extra.parts[0][1]
         return described
 
     def queues(self, prefix: str) -> list[dict[str, Any]]:

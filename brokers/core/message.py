@@ -129,6 +129,12 @@ class Message:
         group = self.group
         return group is not None and self.epoch < group.epoch and group.divert is not None
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether its group was cancelled and it is of before: to be passed through, and not to wait for anything."""
+        group = self.group
+        return group is not None and group.cancelled is not None and self.epoch < group.epoch
+
     def state(self) -> str:
         """One of READY, LEASED, DELAYED, PARKED."""
         if self.holder is not None:
@@ -147,7 +153,8 @@ class Group:
 
     Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
     `ended` is the label of its terminal message once that has been published. `cancelled` says why its older messages
-    are to be passed through unworked, None where they are not.
+    are to be passed through unworked, None where they are not; `released` how the keys of gathers begin that it does
+    not wait for any more then.
     """
 
     __slots__ = (
@@ -161,6 +168,7 @@ class Group:
         "more",
         "one",
         "place",
+        "released",
         "started",
         "watchers",
     )
@@ -178,6 +186,7 @@ class Group:
         self.watchers: list[Session] | None = None
         self.divert: tuple[str, str] | None = None
         self.cancelled: str | None = None
+        self.released: tuple[str, ...] = ()
 
     def link(self, message: Message) -> None:
         """`message` belongs to this group from now on."""

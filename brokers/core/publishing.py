@@ -218,6 +218,9 @@ class Publishing:
         if flags & wire.TERMINAL:
             group.ended = label
             self._talk.push(group, label, body)
+        if message.extra is not None and message.extra.due and message.unwanted:
+            self.store.delay(message.extra, 0.0)
+            self._ledger.mark(message)
         self.store.enqueue(message)
         return message
 

@@ -99,6 +99,7 @@ class GroupState(Struct, array_like=True):
     ended: str
     divert: tuple[str, str] | None
     cancelled: str | None = None
+    released: tuple[str, ...] = ()
 
 
 class GatherState(Struct, array_like=True):
@@ -115,6 +116,7 @@ class GatherState(Struct, array_like=True):
     arrivals: list[tuple[str, bytes]]
     seen: list[str]
     wait: float = 0.0
+    priority: int = 0
 
 
 class QueueState(Struct, array_like=True):
@@ -165,7 +167,16 @@ def message_state(message: Message) -> MessageState:
 
 def group_state(group: Group) -> GroupState:
     """The state of a group as a record states it."""
-    return GroupState(group.id, group.epoch, group.digest, group.started, group.ended, group.divert, group.cancelled)
+    return GroupState(
+        group.id,
+        group.epoch,
+        group.digest,
+        group.started,
+        group.ended,
+        group.divert,
+        group.cancelled,
+        group.released,
+    )
 
 
 def gather_state(group: Group, gather: Gather) -> GatherState:
@@ -182,4 +193,5 @@ def gather_state(group: Group, gather: Gather) -> GatherState:
         list(gather.arrivals.items()),
         sorted(gather.seen),
         gather.wait,
+        gather.priority,
     )

@@ -152,8 +152,11 @@ class Replay:
 
     def _other(self, item: wire.SettleItem, targets: list[wire.Target], blob: Buffer, at: int, place: Place) -> int:
         store = self.store
+        priority = None
         for id, _ in item.leases:
             message = store.messages.get(id)
+            if priority is None and message is not None:
+                priority = message.priority
             if item.outcome == wire.DONE:
                 self._settled(message, "")
                 if message is not None:
@@ -168,7 +171,7 @@ class Replay:
             self._item(publish, targets, blob, at, place)
             at += publish.size
         if item.opens or item.arrivals:
-            at = self._gathering(item.opens, item.arrivals, targets, blob, at, place)
+            at = self._gathering(item.opens, item.arrivals, targets, blob, at, place, priority or 0)
         if item.leave:
             store.leave(item.leave)
         return at
@@ -193,6 +196,7 @@ class Replay:
         blob: Buffer,
         at: int,
         place: Place,
+        priority: int = 0,
     ) -> int:
         store = self.store
         for opening in opens:
@@ -201,7 +205,7 @@ class Replay:
             at += opening.size
             if group is not None:
                 target = targets[opening.target]
-                store.open(group, opening, target.queue, target.label, base, place)
+                store.open(group, opening, target.queue, target.label, base, place, priority)
         for arrival in arrivals:
             group = store.group(arrival.group, arrival.epoch, place)
             if group is not None:
@@ -273,6 +277,7 @@ class Replay:
         if group is not None:
             group.epoch, group.digest, group.started = state.epoch, state.digest, state.started
             group.ended, group.divert, group.cancelled = state.ended, state.divert, state.cancelled
+            group.released = state.released
             store.relocate_group(group, place)
 
     def _left(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
@@ -289,7 +294,7 @@ class Replay:
         store.live_bytes -= gather.weight
         gather.need, gather.queue, gather.label = state.need, state.queue, state.label
         gather.epoch, gather.base = state.epoch, state.base
-        gather.due_wall, gather.wait = state.due_wall, state.wait
+        gather.due_wall, gather.wait, gather.priority = state.due_wall, state.wait, state.priority
         gather.arrivals, gather.seen = dict(state.arrivals), set(state.seen)
         store.live_bytes += gather.weight
         store.relocate_gather(group, gather, place)

@@ -15,15 +15,24 @@ ANSWERS_KEPT = 256
 
 
 class Consumer:
-    """One session on one queue: it may hold `prefetch` messages at once; `held` keeps them in order of delivery."""
+    """One session on one queue: it may hold `prefetch` messages at once; `held` keeps them in order of delivery.
 
-    __slots__ = ("held", "prefetch", "queue", "session")
+    `gone` are messages whose group has ended meanwhile: whoever works on one has no room for another all the same.
+    """
+
+    __slots__ = ("gone", "held", "prefetch", "queue", "session")
 
     def __init__(self, session: Session, queue: Queue, prefetch: int) -> None:
         self.session = session
         self.queue = queue
         self.prefetch = prefetch
         self.held: dict[int, Message] = {}
+        self.gone: set[int] = set()
+
+    @property
+    def room(self) -> int:
+        """How many messages it may be given now."""
+        return self.prefetch - len(self.held) - len(self.gone)
 
 
 class Session:

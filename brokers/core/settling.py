@@ -70,6 +70,7 @@ class Settling:
             stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
             stale += [id for i in refused_others for id, _ in frame.others[i].leases]
             if stale:
+                self._leases.done_with(session, stale)
                 answer = {"stale": stale}
                 session.remember(frame.frame, answer)
                 self._talk.result(session, frame.frame, answer)
@@ -89,6 +90,8 @@ class Settling:
             message = self._leases.held(session, id, lease)
             if message is not None:
                 self._leases.give_back(message)
+            else:
+                self._leases.done_with(session, (id,))
 
     def checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
         """Keep the result of a step with the message it belongs to."""
@@ -261,12 +264,19 @@ class Settling:
                     message.queue.breaker.worked((message.id,))
             if item.outcome == wire.DONE:
                 store.remove(message)
-                if group is not None and group.one is None:
+                if group is None:
+                    continue
+                if group.one is None:
                     emptied.append(group)
+                elif group.one.state() == PARKED:
+                    parked.append(group)  # what is left of it, perhaps
                 continue
             self._leases.let_go(message)
             store.fail(message, item.failure)
-            if item.outcome == wire.AGAIN or message.overtaken:
+            if message.unwanted:
+                self._leases.again(message)
+                self._ledger.mark(message)
+            elif item.outcome == wire.AGAIN or message.overtaken:
                 self._leases.again(message, item.delay)
             else:
                 store.park(message, reason=item.failure, evidence=False)
@@ -279,11 +289,13 @@ class Settling:
                 self._publishing.put(publish, targets, blob, at, place, session)
             at += publish.size
         if item.opens or item.arrivals:
-            whole &= self._gathering.take(item.opens, item.arrivals, targets, blob, at, place)
+            whole &= self._gathering.take(
+                item.opens, item.arrivals, targets, blob, at, place, messages[0].priority if messages else 0
+            )
         if item.leave:
             store.leave(item.leave)
         for group in parked:
-            if all(message.state() == PARKED for message in group.messages()):
+            if group.one is not None and all(message.state() == PARKED for message in group.messages()):
                 self._talk.notify(group, "parked")
         return whole
 

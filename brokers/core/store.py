@@ -245,6 +245,9 @@ class Store:
             group.gathers = None
         if group.one is not None or group.more:
             for message in group.messages():
+                holder = message.holder
+                if holder is not None and holder is not GONE:
+                    holder.gone.add(message.id)
                 self.remove(message)
 
     # gathers
@@ -259,11 +262,20 @@ class Store:
             self.gathers[group.id, key] = group
         return gather
 
-    def open(self, group: Group, opening: wire.GatherOpen, queue: str, label: str, base: bytes, place: Place) -> None:
+    def open(
+        self,
+        group: Group,
+        opening: wire.GatherOpen,
+        queue: str,
+        label: str,
+        base: bytes,
+        place: Place,
+        priority: int,
+    ) -> None:
         """A gather begins to wait."""
         gather = self.gather(group, opening.key, place)
         self.live_bytes += len(base) - len(gather.base)
-        gather.open(need=opening.need, queue=queue, label=label, epoch=opening.epoch, base=base)
+        gather.open(need=opening.need, queue=queue, label=label, epoch=opening.epoch, base=base, priority=priority)
         if opening.deadline:
             gather.wait = opening.deadline
             gather.due = self.now + opening.deadline

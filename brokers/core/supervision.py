@@ -191,7 +191,7 @@ class Supervision:
         """Ask a consumer to return what it has not begun: the message it is at takes long."""
         self._check(session)
         other = self._store.sessions.get(peer)
-        if other is not None and any(len(consumer.held) > 1 for consumer in other.consumers.values()):
+        if other is not None and any(len(c.held) + len(c.gone) > 1 for c in other.consumers.values()):
             self._talk.notice(other, "recall", None)
 
     def tell(self, session: Session, word: str, detail: Any) -> bool:

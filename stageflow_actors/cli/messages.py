@@ -40,7 +40,7 @@ def message_row(message: Mapping[str, Any]) -> dict[str, Any]:
         "evidence": message["evidence"],
         "context": None,
     }
-    body: bytes = message["body"]
+    body: bytes = message["body"][: message["base"]]  # and not what has arrived for it
     try:
         read = decode_outcome(body) if label == FINISHED else decode_envelope(body)
         row["workflow"], row["context"] = read.workflow_id, json_view(read.context)
@@ -52,7 +52,7 @@ def message_row(message: Mapping[str, Any]) -> dict[str, Any]:
 def envelope_of(message: Mapping[str, Any]) -> Envelope | None:
     """What a stage's message carries; None for a message of another kind."""
     try:
-        return decode_envelope(message["body"])
+        return decode_envelope(message["body"][: message["base"]])
     except msgspec.MsgspecError:
         return None
 

@@ -106,7 +106,7 @@ def standing_of(group: Described) -> Standing:
     chosen = _telling(messages)
     if chosen is None:
         return Standing(instance_id=group["id"], epoch=group["epoch"], status=status, waiting=waiting)
-    envelope = _envelope(chosen["body"])
+    envelope = _envelope(chosen["body"][: chosen["base"]])
     failure = failure_text(chosen["reason"] or chosen["failure"])
     if envelope is None:
         return Standing(

@@ -12,8 +12,9 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.envelope import decode_envelope, decode_outcome
+from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome
 from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
@@ -206,17 +207,18 @@ class Instance(Generic[C]):
                 continue
             failure = read_failure(message["reason"])
             dead = self._client._query("peek", f"dlq.{message['queue']}", 0, 10_000)
-            body = next((m["body"] for m in dead if m["id"] == message["id"]), None)
+            body = next((m["body"][: m["base"]] for m in dead if m["id"] == message["id"]), None)
             if body is None:
                 continue
             envelope = decode_envelope(body)
+            one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
             return WorkflowResult.parked(
                 self.id,
                 envelope.workflow_id,
                 self._codec(),
                 error=None if failure is None else failure.message,
-                failed_stage=envelope.stage_id,
-                context=envelope.context,
+                failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
+                context=NIL if one else envelope.context,
                 trail=envelope.trail,
                 version=envelope.version,
                 started_at=envelope.started_at,

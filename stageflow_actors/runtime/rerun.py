@@ -21,7 +21,7 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, MAP, STAGE
+from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, ITEM, MAP, STAGE
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, StageFlowError
@@ -61,18 +61,27 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
     """See `Instance.retry`."""
     status = instance.status()
     if status == WorkflowStatus.parked:
-        queue, message_id, envelope = _dead_letter(client, instance)
+        dead = _dead_letters(client, instance)
         if context is not None:
-            envelope.context = Raw(_known(client, envelope.workflow_id, envelope.version).codec.prepare(context))
-            client._query("replace", queue, message_id, encode(envelope), False)
-        client._query("requeue", queue, [message_id])
+            for queue, message_id, envelope in dead:
+                known = _known(client, envelope.workflow_id, envelope.version)
+                place = known.plan.stage(envelope.stage_id)
+                if place is not None and place.kind == ITEM:
+                    raise StageFlowError(
+                        f"an item of map stage {place.joins!r} is parked, and an item has no context of its own: "
+                        "retry() it as it is, or restart(context=...) the instance"
+                    )
+                envelope.context = Raw(known.codec.prepare(context))
+                client._query("replace", queue, message_id, encode(envelope))
+        for queue, message_id, _ in dead:
+            client._query("requeue", queue, [message_id])
         return _again(client, instance)
     row = _row(client, instance, status)
     outcome = decode_outcome(row.outcome)
     if status != WorkflowStatus.failed or outcome.compensations or outcome.failed_stage is None:
         raise StageFlowError(
-            f"instance {instance.id!r} is {status}: only one that is parked, or that failed with nothing compensated, can "
-            "be retried from its failed stage; restart() runs it from the first one"
+            f"instance {instance.id!r} is {status}: only one that is parked, or that failed with nothing compensated, "
+            "can be retried from its failed stage; restart() runs it from the first one"
         )
     known = _known(client, row.workflow_id, row.version)
     failed = known.plan.stage(outcome.failed_stage)
@@ -83,7 +92,7 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
     for record in decode_trail(outcome.trail):
         if record.status != StageStatus.failed or record.stage_id not in (failed.id, place.id):
             trail = append_record(trail, record)
-    plain = place.kind in (STAGE, BRANCH, MAP)
+    plain = place.kind in (STAGE, BRANCH, MAP) and not known.plan.timeout
     target = Target(place.queue, place.id) if plain else Target(COORDINATOR, BEGIN)
     data = outcome.context if context is None else Raw(known.codec.prepare(context))
     _start(client, row, target, place.id, data, trail)
@@ -94,14 +103,19 @@ def restart(client: Client, instance: Instance[Any], context: Any) -> Instance[A
     """See `Instance.restart`."""
     status = instance.status()
     if status == WorkflowStatus.parked:
-        queue, message_id, envelope = _dead_letter(client, instance)
+        _, _, envelope = _dead_letters(client, instance)[0]
         known = _known(client, envelope.workflow_id, envelope.version)
-        envelope.stage_id, envelope.trail, envelope.attempts = known.first, EMPTY_TRAIL, 0
-        envelope.error = envelope.failed_stage = None
-        if context is not None:
-            envelope.context = Raw(known.codec.prepare(context))
-        client._query("replace", queue, message_id, encode(envelope), True)
-        client._query("requeue", queue, [message_id])
+        place = known.plan.stage(envelope.stage_id)
+        if context is None and place is not None and place.kind == ITEM:
+            raise StageFlowError(
+                f"an item of map stage {place.joins!r} is parked, and an item has no context of its own: "
+                "give the context to begin with, as restart(context=...)"
+            )
+        data = envelope.context if context is None else Raw(known.codec.prepare(context))
+        first = Envelope(
+            envelope.workflow_id, envelope.version, known.first, data, EMPTY_TRAIL, time.time(), digest=envelope.digest
+        )
+        client._query("restart", instance.id, known.target.queue, known.target.label, encode(first))
         return _again(client, instance)
     row = _row(client, instance, status)
     known = _known(client, row.workflow_id, row.version)
@@ -128,14 +142,17 @@ def _known(client: Client, workflow_id: str, version: int) -> Known:
     return known
 
 
-def _dead_letter(client: Client, instance: Instance[Any]) -> tuple[str, int, Envelope]:
-    group = client._lookup([instance.id]).get(instance.id) or {}
-    for message in group.get("messages", ()):
-        if message["state"] == "dead" and not message["evidence"]:
-            described = client._query("inspect", [instance.id])[instance.id]
-            body = next(one["body"] for one in described["messages"] if one["id"] == message["id"])
-            return f"dlq.{message['queue']}", message["id"], decode_envelope(body)
-    raise StageFlowError(f"instance {instance.id!r} has no dead letter any more; look at its status()")
+def _dead_letters(client: Client, instance: Instance[Any]) -> list[tuple[str, int, Envelope]]:
+    """(queue, id, envelope) of each: of several branches or items, several may be parked."""
+    group = client._query("inspect", [instance.id]).get(instance.id) or {}
+    found = [
+        (f"dlq.{message['queue']}", message["id"], decode_envelope(message["body"][: message["base"]]))
+        for message in group.get("messages", ())
+        if message["state"] == "dead" and not message["evidence"]
+    ]
+    if not found:
+        raise StageFlowError(f"instance {instance.id!r} has no dead letter any more; look at its status()")
+    return found
 
 
 def _start(client: Client, row: HistoryRow, target: Target, stage_id: str, data: Raw, trail: bytes) -> None:

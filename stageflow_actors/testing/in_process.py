@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
 from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.coordination import decide, decide_gathered
-from stageflow_actors.core.envelope import decode_envelope
+from stageflow_actors.core.envelope import NIL, decode_envelope
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import SIGNAL, TIMEOUT, Naming
+from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.definition.stage import Stage
@@ -335,14 +335,15 @@ class _Instance(Generic[C]):
     def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
         body = message.body if message.parts is None else message.body[: message.parts[0][1]]
         envelope = decode_envelope(body)
+        one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
         failure = read_failure(outcome.failure)
         return WorkflowResult.parked(
             self._id,
             envelope.workflow_id,
             self._known.codec,
             error=None if failure is None else failure.message,
-            failed_stage=envelope.stage_id,
-            context=envelope.context,
+            failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
+            context=NIL if one else envelope.context,
             trail=envelope.trail,
             version=envelope.version,
             started_at=envelope.started_at,

@@ -251,6 +251,7 @@ def picture(machine: Machine, *, clocks_agree: bool) -> dict[str, Any]:
                 group.ended,
                 group.divert,
                 group.cancelled,
+                group.released,
                 sorted(message.id for message in group.messages()),
                 {
                     gather.key: (
@@ -259,6 +260,7 @@ def picture(machine: Machine, *, clocks_agree: bool) -> dict[str, Any]:
                         gather.label if gather.need is not None else "",
                         gather.epoch if gather.need is not None else 0,
                         gather.base,
+                        gather.priority if gather.need is not None else 0,
                         gather.due_wall,
                         gather.wait,
                         list(gather.arrivals.items()),

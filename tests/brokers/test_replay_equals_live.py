@@ -269,12 +269,16 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         return sorted(queue.name for queue in self.world.machine.store.queues.values() if queue.dead)
 
     @precondition(lambda self: self._dead_queues())
-    @rule(choice=st.integers(0, 5), body=bodies, raised=st.booleans())
-    def replace_dead_letter(self, choice: int, body: bytes, raised: bool) -> None:
+    @rule(choice=st.integers(0, 5), body=bodies)
+    def replace_dead_letter(self, choice: int, body: bytes) -> None:
         queues = self._dead_queues()
         queue = queues[choice % len(queues)]
         dead = list(self.world.machine.store.queue(queue).dead)
-        self._welcomed(1).query("replace", f"dlq.{queue}", dead[0] if dead else 0, body, raised)
+        self._welcomed(1).query("replace", f"dlq.{queue}", dead[0] if dead else 0, body)
+
+    @rule(group=groups, queue=queues, body=bodies)
+    def restart(self, group: str, queue: str, body: bytes) -> None:
+        self._welcomed(1).query("restart", group, queue, "again", body)
 
     @precondition(lambda self: self._dead_queues())
     @rule(choice=st.integers(0, 5), some=st.booleans())
