@@ -122,7 +122,7 @@ class Admin:
         for option in options:
             queue = self._store.queue(option.name)
             if queue.options != option:
-                queue.declare(option)
+                self._store.declare(option)
                 self._store.touched[queue] = None
                 self._ledger.keep_queue(queue)
 

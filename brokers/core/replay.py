@@ -301,9 +301,7 @@ class Replay:
 
     def _queue(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         state = records.decode_queue(header)
-        queue = self.store.queue(state.options.name)
-        queue.declare(state.options)
-        queue.paused = state.paused
+        self.store.declare(state.options).paused = state.paused
 
     def _fact(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         name, value = records.decode_fact(header)

@@ -43,7 +43,7 @@ class Settling:
         targets = self._publishing.resolve(frame.targets)
         index = len(self._ledger.records)
         place = self._ledger.record(records.KEPT_SETTLE, session.peer, header, blob)
-        guarded = _guarded(session, frame.moves) if frame.moves else None
+        guarded = _guarded(session, frame.moves) if self.store.guarded else None
         refused_moves = self._move(session, frame.moves, targets, blob, place) if frame.moves else []
         if guarded:
             stale_ids = {frame.moves[index][0] for index in refused_moves}

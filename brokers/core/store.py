@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from brokers.core import wire
 from brokers.core.gather import Gather
 from brokers.core.message import Extra, Group, Message, Place
-from brokers.core.queue import Queue
+from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Consumer, Session
 
 __all__ = ["BREAKER_TIMER", "DEEP", "GONE", "Store"]
@@ -40,6 +40,7 @@ class Store:
     """Everything the broker knows. Public attributes: this is the inside of one machine.
 
     `replaying`: the journal is being read, and nothing is in a lane yet. `paging`: bodies can be read back from it.
+    `guarded`: there is a queue with a breaker.
     """
 
     def __init__(self, *, paging: bool = False) -> None:
@@ -54,6 +55,7 @@ class Store:
         self.groups: dict[str, Group] = {}
         self.gathers: dict[tuple[str, str], Group] = {}
         self.queues: dict[str, Queue] = {}
+        self.guarded = False
         self.touched: dict[Queue, None] = {}  # in order: the same calls make the same state
         self.sessions: dict[int, Session] = {}
         self.last_frames: dict[int, int] = {}
@@ -71,6 +73,13 @@ class Store:
         queue = self.queues.get(name)
         if queue is None:
             queue = self.queues[name] = Queue(name)
+        return queue
+
+    def declare(self, options: QueueOptions) -> Queue:
+        """How the queue of that name treats its messages from now on."""
+        queue = self.queue(options.name)
+        queue.declare(options)
+        self.guarded = any(known.breaker is not None for known in self.queues.values())
         return queue
 
     def group(self, id: str, epoch: int, place: Place) -> Group | None:
