@@ -7,6 +7,7 @@ held it. No user code runs here.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -175,9 +176,10 @@ class Pool(pykka.ThreadingActor):
     # births
 
     def _fill(self) -> None:
-        if self._retiring or self._paused_at or time.monotonic() < self._not_before:
-            return
         while len(self._workers) < self._wanted:
+            # Asked anew for each: one that cannot be started makes the next wait.
+            if self._retiring or self._paused_at or time.monotonic() < self._not_before:
+                return
             slot = self._services.take_slots(self._spec.concurrency)
             if slot is None:
                 logger.error(
@@ -220,9 +222,9 @@ class Pool(pykka.ThreadingActor):
         try:
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
         except OSError as error:
-            # Of a zygote that has just gone we are told; of anything else (no room for a file) this is all we hear.
-            logger.error("pool %s: a worker could not be asked for: %s", spec.queue, error)
-            self._spawn_failed(SpawnFailed(worker.id, str(error)))
+            if error.errno == errno.EBADF:
+                return  # the zygote has gone and is closed: `ZygoteLost` is on its way, and buries this one too
+            self._spawn_failed(SpawnFailed(worker.id, f"a worker could not be asked for: {error}"))
 
     def _spawned(self, event: Spawned) -> None:
         worker = self._workers.get(event.worker_id)
@@ -241,6 +243,7 @@ class Pool(pykka.ThreadingActor):
             logger.error("pool %s: %s", self._spec.queue, event.reason)
             self._bury(worker)
             self._failed_starts += 1
+            self._back_off(self._failed_starts)  # no room for processes: at once is too soon
             self._ended_idle(0)
 
     # deaths

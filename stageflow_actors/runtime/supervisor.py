@@ -70,8 +70,8 @@ class Supervisor(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> Any:
         """One event."""
         if isinstance(message, Tick):
-            for queue, pool in self._pools.items():
-                if self._services.is_restless(queue):  # telling a hundred idle pools fifty times a second adds up
+            for name, pool in self._pools.items():
+                if self._services.is_restless(name):  # telling a hundred idle pools fifty times a second adds up
                     pool.tell(message)
         elif isinstance(message, (Spawned, Exited, SpawnFailed)):
             # The pool of a worker is there as long as the node is.
