@@ -32,6 +32,7 @@ __all__ = [
     "decode_reply",
     "decode_trail",
     "encode",
+    "head_of",
     "raw",
 ]
 
@@ -171,6 +172,43 @@ def append_record(trail: bytes, record: StageRecord) -> bytes:
 def decode_trail(trail: bytes) -> list[StageRecord]:
     """The records of a trail in the order they were appended. Raises `msgspec.DecodeError` for damage."""
     return _trail_decoder.decode(trail)
+
+
+def head_of(body: bytes) -> tuple[str, int, str] | None:
+    """Workflow id, version and the third field of an envelope (its stage) or an outcome (its status), whatever follows.
+
+    A gathered body goes on behind its envelope, which no decoder takes. None for a body of another kind.
+    """
+    try:
+        if not 0x96 <= body[0] <= 0x9F:  # an array of six to fifteen fields: anything shorter is something else
+            return None
+        workflow_id, at = _text(body, 1)
+        version, at = _number(body, at)
+        return workflow_id, version, _text(body, at)[0]
+    except (IndexError, ValueError):
+        return None
+
+
+def _text(body: bytes, at: int) -> tuple[str, int]:
+    kind = body[at]
+    if 0xA0 <= kind <= 0xBF:
+        start, size = at + 1, kind & 0x1F
+    elif kind in (0xD9, 0xDA):
+        start = at + 1 + (1 << (kind - 0xD9))
+        size = int.from_bytes(body[at + 1 : start], "big")
+    else:
+        raise ValueError("not a string")
+    return body[start : start + size].decode(), start + size
+
+
+def _number(body: bytes, at: int) -> tuple[int, int]:
+    kind = body[at]
+    if kind <= 0x7F:
+        return kind, at + 1
+    if not 0xCC <= kind <= 0xCF:
+        raise ValueError("not a number")
+    end = at + 1 + (1 << (kind - 0xCC))
+    return int.from_bytes(body[at + 1 : end], "big"), end
 
 
 def raw(value: Any) -> Raw:

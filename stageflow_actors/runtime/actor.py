@@ -118,6 +118,11 @@ class WorkActor(pykka.ThreadingActor):
                     target, done = result
                     moves.append((item.id, item.lease, target, len(done), item.group))
                     bodies.append(done)
+                elif result.unknown and self._slot.stale:
+                    self._give_back(item)
+                    self._current = None
+                    self._retire()
+                    return
                 else:
                     if moves:
                         self._flush()
@@ -164,8 +169,15 @@ class WorkActor(pykka.ThreadingActor):
         if len(self._targets) > 64:
             del self._targets[self._plain_targets :]
 
+    def _give_back(self, item: DeliveryItem) -> None:
+        """This worker's successor knows what to do with it: more is not taken here."""
+        broker = self._mailbox.broker
+        assert broker is not None
+        broker.release([(item.id, item.lease)], self._queue, 0)
+        self._limited, self._left = True, 0
+
     def _retire(self) -> None:
-        """This worker has handled all the messages it was made for; what it has not begun goes back."""
+        """This worker has handled all the messages it was made for, or knows; what it has not begun goes back."""
         self._flush()
         broker = self._mailbox.broker
         assert broker is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import AGAIN, DEAD, DONE, DeliveryItem, PublishItem, SettleItem, Target
+from brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.codec import ContextCodec, decode_value
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
@@ -25,13 +25,24 @@ from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.context import StageContext, StepStore
 from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, intercepted
 from stageflow_actors.runtime.programs import CompensationProgram
-from stageflow_actors.runtime.work import GRACE_NS, TERMINAL, Settled, Stopwatch, ignore, judge, run_to_end
+from stageflow_actors.runtime.work import (
+    GRACE_NS,
+    TERMINAL,
+    Settled,
+    Stopwatch,
+    ignore,
+    judge,
+    park_unknown,
+    run_to_end,
+)
 
 __all__ = ["CompensationWork"]
 
 
 class CompensationWork:
     """Runs the compensations of one workflow version. `limits`: async ones are cancelled at their timeouts."""
+
+    first_target = 0
 
     def __init__(
         self,
@@ -83,12 +94,7 @@ class CompensationWork:
         stage_id = "" if task is None or not task.plan else task.plan[0]
         compensation = self._compensations.get(stage_id)
         if task is None or compensation is None or envelope.version != self.plan.version:
-            text = (
-                f"WorkflowDefinitionError: workflow {envelope.workflow_id!r} version {envelope.version} has no "
-                f"compensation for {stage_id!r} here: register that version, then requeue"
-            )
-            refused = write_failure(Failure("refused", text, "WorkflowDefinitionError"))
-            return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, refused), [], [])
+            return park_unknown(item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}")
         self._slot.allow(GRACE_NS if compensation.call.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:

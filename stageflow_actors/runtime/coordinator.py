@@ -17,14 +17,15 @@ import pykka
 
 from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
-from stageflow_actors.core.envelope import Failure, decode_outcome
+from stageflow_actors.core.envelope import Failure, decode_outcome, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
 from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
-from stageflow_actors.runtime.work import Settled, numbered, settle_moves, split_parts
+from stageflow_actors.runtime.unserved import send_on
+from stageflow_actors.runtime.work import Settled, numbered, park_unknown, settle_moves, split_parts
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
@@ -98,7 +99,8 @@ class Coordinator(pykka.ThreadingActor):
                 if len(self._pending) >= BULK:
                     self._write()
             else:
-                self._coordinate(message)
+                # Of a queue that nobody serves: what belongs to a version that is not registered.
+                self._coordinate(message, lost=message.queue != self._naming.coordinator)
         elif isinstance(message, Flush):
             now = time.monotonic()
             if self._pending and now >= self._since + BEHIND:
@@ -133,17 +135,16 @@ class Coordinator(pykka.ThreadingActor):
 
     # failures
 
-    def _coordinate(self, batch: Delivered) -> None:
+    def _coordinate(self, batch: Delivered, *, lost: bool = False) -> None:
         targets: list[Target] = []
         settled: list[SettleItem] = []
         bodies: list[bytes] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                one = self._handle(item, body)
-            except UnknownPlan as unknown:
-                reason = Failure("refused", f"WorkflowDefinitionError: {unknown}; register it, then requeue")
-                settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
-                continue
+                one = send_on(item, body, self._plans) if lost else self._handle(item, body)
+            except UnknownPlan:
+                workflow_id, version, stage_id = head_of(body) or ("?", 0, "?")
+                one = park_unknown(item, workflow_id, version, f"stage {stage_id!r}")
             except Exception as error:  # what one event is wrong in must not stop all others
                 logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
                 reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")

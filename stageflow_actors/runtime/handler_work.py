@@ -81,6 +81,15 @@ class HandlerWork(Work):
         """What one attempt may take, nanoseconds; nought for any time."""
         return self._timeout_ns
 
+    @property
+    def threads(self) -> bool:
+        """Whether several threads may run it at once."""
+        return not self.stage.call.is_async
+
+    def of(self, body: bytes) -> HandlerWork:
+        """The work of a message: where there is one version only, this."""
+        return self
+
     def lane(self, slot: Stopwatch) -> Self:
         """The same work for a thread of its own, which shows in `slot` what it runs."""
         lane = copy.copy(self)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome
+from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult
@@ -210,6 +210,7 @@ class Instance(Generic[C]):
             body = next((m["body"][: m["base"]] for m in dead if m["id"] == message["id"]), None)
             if body is None:
                 continue
+            self._settle_version(body)
             envelope = decode_envelope(body)
             one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
             return WorkflowResult.parked(
@@ -227,6 +228,12 @@ class Instance(Generic[C]):
             )
         raise self._why_parked()
 
+    def _settle_version(self, body: bytes) -> None:
+        """Of several versions the one that this instance is of: its bytes say so, its queue does not."""
+        head = head_of(body)
+        if head is not None:
+            self._known = self._client._known_version(head[0], head[1]) or self._known
+
     def _codec(self) -> ContextCodec[Any]:
         return ContextCodec(dict) if self._known is None else self._known.codec
 
@@ -234,6 +241,7 @@ class Instance(Generic[C]):
         return [] if self._known is None else self._known.order
 
     def _result(self, outcome: bytes) -> WorkflowResult[C]:
+        self._settle_version(outcome)
         return WorkflowResult(self.id, outcome, self._codec(), self._order())
 
     def _from_history(self) -> bytes:

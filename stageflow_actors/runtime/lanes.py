@@ -25,6 +25,7 @@ from stageflow_actors.runtime.handler_work import HandlerWork, Paused
 from stageflow_actors.runtime.mailbox import WORK, Mailbox
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.versions import Versions
 from stageflow_actors.runtime.work import GRACE_NS, Result
 
 __all__ = ["TaskActor", "ThreadActor"]
@@ -36,7 +37,7 @@ CANCEL_POLL = 0.05
 class _LaneActor(WorkActor):
     """What both have in common: taking as many messages as there are lanes, and settling what is done."""
 
-    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
         super().__init__(work, mailbox, given, slot)
         self._handler = work
         self._lanes = slot.lanes(given.lanes)
@@ -85,7 +86,10 @@ class _LaneActor(WorkActor):
                 self._bodies.append(done)
             else:
                 assert not isinstance(result, tuple)
-                self._add(result)
+                if result.unknown and self._slot.stale:
+                    self._give_back(item)
+                else:
+                    self._add(result)
             # As much more as all lanes together do in a moment.
             fitting = int(self.least * HELD_SECONDS / max(seconds, 1e-6))
             self._prefetch = self.least + min(fitting, self._prefetch * 4, DEEPEST)
@@ -138,7 +142,7 @@ class _LoopInbox:
 class TaskActor(_LaneActor):
     """Runs the messages of a stage whose handler is async: a task each, on one loop that never stops in between."""
 
-    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
         super().__init__(work, mailbox, given, slot)
         inbox: Any = self.actor_inbox
         inbox.handle = self._handle
@@ -181,10 +185,11 @@ class TaskActor(_LaneActor):
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         lane = self._free.pop()
         began = time.monotonic_ns()
-        lane.begin(item.id, self._handler.timeout_ns, began)
-        result = self._handler.start(item, body, lane)
+        handler = self._handler.of(body)
+        lane.begin(item.id, handler.timeout_ns, began)
+        result = handler.start(item, body, lane)
         if isinstance(result, Paused):
-            task = self._loop.create_task(self._attend(item, lane, result, began))
+            task = self._loop.create_task(self._attend(handler, item, lane, result, began))
             self._attempts[lane] = _Attempt(task)
             if not self._polling:
                 self._polling = True
@@ -192,12 +197,12 @@ class TaskActor(_LaneActor):
         else:
             self._finish(item, lane, result, began)
 
-    async def _attend(self, item: DeliveryItem, lane: Slot, paused: Paused, began: int) -> None:
+    async def _attend(self, handler: HandlerWork, item: DeliveryItem, lane: Slot, paused: Paused, began: int) -> None:
         attempt = self._attempts[lane]
         timer: asyncio.TimerHandle | None = None
-        if self._handler.timeout_ns:
-            seconds = self._handler.timeout_ns / 1e9
-            late = StageTimeout(f"{self._handler.what} ran longer than its timeout of {seconds:g} s")
+        if handler.timeout_ns:
+            seconds = handler.timeout_ns / 1e9
+            late = StageTimeout(f"{handler.what} ran longer than its timeout of {seconds:g} s")
             timer = self._loop.call_later(seconds, attempt.cancel, late)
         error: BaseException | None
         value: Any = None
@@ -255,7 +260,7 @@ class _Done:
 class ThreadActor(_LaneActor):
     """Runs the messages of a stage whose handler blocks: a thread per lane, started when it is needed first."""
 
-    def __init__(self, work: HandlerWork, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
         super().__init__(work, mailbox, given, slot)
         self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes]] = queue.SimpleQueue()
         self._threads = 0

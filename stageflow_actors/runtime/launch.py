@@ -79,7 +79,8 @@ class NodeHandle:
     def register(self, register: Register) -> None:
         """More workflows, for this node and any later one."""
         self._config.plans.extend(register.plans)
-        self._config.pools.extend(register.pools)
+        again = {pool.queue: pool for pool in register.pools}
+        self._config.pools = [pool for pool in self._config.pools if pool.queue not in again] + register.pools
         with self._registered:
             self._asked += 1
             number = register.number = self._asked

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from brokers.api import Broker, DeliveryItem, Listener
+from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryMissing
 from stageflow_actors.history.writer import HistoryWriter
@@ -35,6 +36,7 @@ from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
+from stageflow_actors.runtime.unserved import Unserved
 from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
 
 __all__ = ["main"]
@@ -44,6 +46,8 @@ logger = logging.getLogger("stageflow.node")
 SLOTS = 65_536
 TICK = 0.02
 """Seconds between looks at the slots: how late a timeout may be noticed."""
+LOOK_SECONDS = 2.0
+"""Seconds between looks at queues that nobody serves."""
 HISTORY_FACT = "history"
 STOP_POLL = 0.01
 
@@ -132,7 +136,7 @@ class Node:
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
         self._lost: Zygote | None = None
-        self._next_tick = 0.0
+        self._next_tick = self._next_look = 0.0
 
     def start(self) -> None:
         """Broker, connection, history, zygote, pools: each needs the one before. Raises `StageFlowError`."""
@@ -167,7 +171,11 @@ class Node:
         self._listener.supervisor = self._supervisor
         self._supervisor.tell(AddPools(config.pools))
         self._listener.told = self._told
+        self._unserved = Unserved(self._broker, self._ask, config.naming)
+        self._unserved.serve(pool.queue for pool in config.pools)
+        notices = self._compare(config.plans)
         self._publish_plans()
+        self._unserved.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
         self._ask("roster", [])
         self._data.write_cluster(
@@ -180,6 +188,8 @@ class Node:
             )
         )
         _tell(self._channel, Report("ready", self._address, "", {"resuming": self._unfinished(queues)}))
+        for text in notices:
+            _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
             if queue["state"] == "paused" and queue["ready"]:
                 text = f"queue {name} is paused and holds {queue['ready']} messages: `stageflow queue resume {name}`"
@@ -236,8 +246,8 @@ class Node:
         for plan in self._config.plans:
             names = [stage.queue for stage in plan.stages] + [plan.compensation.queue]
             count = sum(queues[name]["ready"] + queues[name]["delayed"] for name in names if name in queues)
-            if count:
-                found[plan.id] = count
+            if count:  # versions share queues
+                found[plan.id] = max(count, found.get(plan.id, 0))
         return found
 
     def _open_history(self) -> HistoryWriter:
@@ -282,14 +292,38 @@ class Node:
                     continue
                 self._stopping = message
             elif isinstance(message, Register):
-                for plan in message.plans:
-                    self._coordinator.tell(Plan(plan))
-                self._supervisor.tell(AddPools(message.pools))
-                self._config.plans.extend(message.plans)
-                self._publish_plans()
+                self._register(message)
                 _tell(self._channel, Report("registered", "", "", {"number": message.number}))
             elif isinstance(message, Scale):
                 self._supervisor.tell(ScaleTo(message.queue, message.actors))
+
+    def _register(self, message: Register) -> None:
+        """More to serve. What was parked for want of it goes on, once nobody is left who would park it again."""
+        self._supervisor.ask(AddPools(message.pools))
+        self._unserved.serve(pool.queue for pool in message.pools)
+        for plan in message.plans:
+            self._coordinator.ask(Plan(plan))
+        for text in self._compare(message.plans):
+            _tell(self._channel, Report("notice", text))
+        self._config.plans.extend(message.plans)
+        self._publish_plans()
+        self._unserved.resume({(plan.id, plan.version): plan for plan in self._config.plans})
+
+    def _compare(self, plans: list[WorkflowPlan]) -> list[str]:
+        """Warnings of definitions that have changed since they last ran here, under an unchanged version."""
+        changed = []
+        for plan in plans:
+            fact = f"definition:{plan.id}:{plan.version}"
+            known = self._ask("fact", fact, None)
+            if known != plan.fingerprint:
+                self._ask("fact", fact, plan.fingerprint)
+            if known not in (None, plan.fingerprint):
+                changed.append(
+                    f"workflow {plan.id!r} version {plan.version} has changed since it last ran here (its stages, "
+                    f"compensations or context): instances in flight go on by the new definition as far as it fits; "
+                    f"give it version={plan.version + 1} and keep the old one registered until they have ended"
+                )
+        return changed
 
     def _round(self, seconds: float) -> None:
         """Pass on what the zygote has to say within `seconds`; let time pass when as much of it has."""
@@ -310,6 +344,9 @@ class Node:
             self._next_tick = time.monotonic() + TICK
             self._supervisor.tell(Tick())
             self._coordinator.tell(Flush())
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            self._unserved.look()
 
     # the end
 

@@ -29,7 +29,7 @@ from stageflow_actors.runtime.slots import Slot, SlotState
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
-__all__ = ["Cancelled", "Pool", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
 logger = logging.getLogger("stageflow.pool")
 
@@ -68,6 +68,12 @@ class ScaleTo(Struct, frozen=True):
     actors: int
 
 
+class Respec(Struct, frozen=True):
+    """The pool of a queue runs something else from now on: another version has been registered."""
+
+    spec: PoolSpec
+
+
 class Retire(Struct, frozen=True):
     """Start nothing more. `kill`: end the workers now."""
 
@@ -94,9 +100,23 @@ class _Resumed:
 class _Worker:
     """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which
     this pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer.
+    `stale`: it was made before another version was registered, and ends when it is done with what it runs.
     """
 
-    __slots__ = ("cancelled", "id", "killed", "lanes", "long", "peer", "pid", "pidfd", "recall_at", "slot", "zygote")
+    __slots__ = (
+        "cancelled",
+        "id",
+        "killed",
+        "lanes",
+        "long",
+        "peer",
+        "pid",
+        "pidfd",
+        "recall_at",
+        "slot",
+        "stale",
+        "zygote",
+    )
 
     def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: Zygote) -> None:
         self.id = id
@@ -110,6 +130,7 @@ class _Worker:
         self.cancelled: dict[int, int] = {}
         self.long = 0
         self.recall_at = 0
+        self.stale = False
 
 
 class Pool(pykka.ThreadingActor):
@@ -153,6 +174,8 @@ class Pool(pykka.ThreadingActor):
             self._spawn_failed(message)
         elif isinstance(message, ScaleTo):
             self._scale(message.actors)
+        elif isinstance(message, Respec):
+            self._respec(message.spec)
         elif isinstance(message, Retire):
             self._retire(message.kill)
         elif isinstance(message, Cancelled):
@@ -165,7 +188,7 @@ class Pool(pykka.ThreadingActor):
 
     def _say_whether_restless(self) -> None:
         unsettled = len(self._workers) != self._wanted and not self._retiring
-        if self._paused_at or unsettled or any(worker.cancelled for worker in self._workers.values()):
+        if self._paused_at or unsettled or any(w.cancelled or w.stale for w in self._workers.values()):
             self._services.restless.add(self._spec.queue)
         else:
             self._services.restless.discard(self._spec.queue)
@@ -210,8 +233,7 @@ class Pool(pykka.ThreadingActor):
             worker.id,
             spec.kind,
             spec.queue,
-            spec.code,
-            spec.plan,
+            spec.programs,
             services.naming,
             services.max_message_bytes,
             spec.max_tasks,
@@ -264,7 +286,9 @@ class Pool(pykka.ThreadingActor):
             # Not what it had been done with before the signal came.
             current = {state.message_id for state in states}
             self._bury(worker, [id for id in guilty if id in current], failure)
-        elif self._retiring or (event.status == EXIT_RECYCLED and settled and not any(s.busy for s in states)):
+        elif self._retiring or (
+            event.status == EXIT_RECYCLED and (settled or worker.stale) and not any(s.busy for s in states)
+        ):
             self._bury(worker)
         elif started:
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
@@ -339,6 +363,7 @@ class Pool(pykka.ThreadingActor):
                         self._look_at(worker, running, now)
         if self._paused_at and time.monotonic() - self._paused_at > 1.0:
             self._look_whether_resumed()
+        self._end_stale()
         if len(self._workers) > self._wanted:
             self._trim()
         self._fill()
@@ -434,6 +459,25 @@ class Pool(pykka.ThreadingActor):
                 worker.killed = ((), Failure("stopped", "the pool was scaled down"))
                 kill_group(worker.pid, worker.pidfd)
                 staying.remove(worker)
+
+    def _respec(self, spec: PoolSpec) -> None:
+        """Workers are replaced: idle ones now, others once they are idle or meet a message they do not know."""
+        if self._wanted == self._spec.actors:
+            self._wanted = spec.actors
+        self._spec = spec
+        for worker in self._workers.values():
+            worker.stale = True
+            worker.lanes[0].mark_stale()
+        self._end_stale()
+        self._fill()
+
+    def _end_stale(self) -> None:
+        for worker in self._workers.values():
+            if not worker.stale or worker.killed is not None or any(lane.busy for lane in worker.lanes):
+                continue
+            worker.killed = ((), Failure("stopped", "another version was registered"))
+            if worker.pidfd >= 0:
+                kill_group(worker.pid, worker.pidfd)
 
     def _retire(self, kill: bool) -> None:
         self._retiring = True

@@ -6,11 +6,11 @@ between: the node and the zygote pass it on unread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from stageflow_actors.core.plan import (
     ENDPOINT,
@@ -31,11 +31,13 @@ from stageflow_actors.errors import WorkflowDefinitionError
 __all__ = [
     "CompensationProgram",
     "PoolSpec",
+    "Program",
     "StageProgram",
     "WorkerPayload",
     "bounded",
     "endpoint_program",
     "endpoint_spec",
+    "merged",
     "pool_specs",
     "stage_programs",
 ]
@@ -71,9 +73,18 @@ class CompensationProgram:
     interceptors: tuple[Any, ...] = ()
 
 
+class Program(Struct):
+    """What one version of a workflow has run at a queue: the code, opaque to the node, and the plan it routes by."""
+
+    version: int
+    code: bytes
+    plan: WorkflowPlan
+
+
 class PoolSpec(Struct):
-    """One pool as the node starts it. `code` is opaque there; `concurrency` messages are in work at once per worker,
-    `most` in all (0: any number). `max_deaths` is how many worker deaths a message may cause (0: any number)."""
+    """One pool as the node starts it. `programs` are those of each registered version that has a place at the queue, the
+    latest last. `concurrency` messages are in work at once per worker, `most` in all (0: any number); `max_deaths` is
+    how many worker deaths a message may cause (0: any number)."""
 
     queue: str
     workflow_id: str
@@ -81,8 +92,7 @@ class PoolSpec(Struct):
     kind: str
     actors: int
     env: dict[str, str]
-    code: bytes
-    plan: WorkflowPlan
+    programs: list[Program]
     max_tasks: int = 0
     evidence: bool = True
     max_length: int = 0
@@ -99,8 +109,7 @@ class WorkerPayload(Struct):
     worker_id: str
     kind: str
     queue: str
-    code: bytes
-    plan: WorkflowPlan
+    programs: list[Program]
     naming: Naming
     max_message_bytes: int
     max_tasks: int = 0
@@ -135,8 +144,7 @@ def pool_specs(
                 "stage",
                 actors,
                 planned.env,
-                dumps(program, (workflow.context,)),
-                plan,
+                [Program(workflow.version, dumps(program, (workflow.context,)), plan)],
                 planned.max_tasks or 0,
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
@@ -164,11 +172,30 @@ def pool_specs(
                 "compensation",
                 plan.compensation.actors,
                 {},
-                dumps(undo, (workflow.context,)),
-                plan,
+                [Program(workflow.version, dumps(undo, (workflow.context,)), plan)],
             )
         )
     return specs
+
+
+def merged(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
+    """One pool for each queue: versions of a workflow share theirs, on the terms of the latest and with the most actors.
+
+    The places that versions have at a queue need not be the same, nor of one kind.
+    """
+    by_queue: dict[str, list[PoolSpec]] = {}
+    for spec in specs:
+        by_queue.setdefault(spec.queue, []).append(spec)
+    pools = []
+    for same in by_queue.values():
+        same.sort(key=lambda spec: spec.programs[-1].version)
+        programs = [program for spec in same for program in spec.programs]
+        latest = same[-1]
+        actors = max(spec.actors for spec in same)
+        if latest.most:
+            actors = min(actors, latest.most // latest.concurrency)
+        pools.append(structs.replace(latest, programs=programs, actors=actors))
+    return pools
 
 
 def bounded(place: StagePlan, most: int | None) -> tuple[int, int]:
@@ -207,8 +234,7 @@ def endpoint_spec(
         "endpoint",
         actors,
         place.env,
-        dumps(program),
-        plan,
+        [Program(1, dumps(program), plan)],
         stage.max_tasks or 0,
         concurrency=concurrency,
         most=max_concurrency or 0,

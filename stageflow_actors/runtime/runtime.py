@@ -23,7 +23,7 @@ from stageflow_actors.runtime.control import NodeConfig, Register
 from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.launch import NodeHandle
-from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, pool_specs
+from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, merged, pool_specs
 
 __all__ = ["Runtime"]
 
@@ -97,7 +97,7 @@ class Runtime(Client):
                     os.getpid(),
                     self._naming,
                     plans,
-                    pools,
+                    merged(pools),
                     self.config.durability,
                     self.config.max_stage_retries,
                     self.config.max_message_bytes,
@@ -195,7 +195,8 @@ class Runtime(Client):
         if self._node is None:
             return
         try:
-            plans, pools = self._compile([workflow])
+            # With the other versions of it, which share its queues.
+            plans, pools = self._compile([known for known in self.workflows if known.id == workflow.id])
             queues = _owners(pools, self._queues, self._naming)
         except WorkflowDefinitionError:
             if new:  # or the next start would fail for it
@@ -203,7 +204,8 @@ class Runtime(Client):
                 self._known.pop((workflow.id, workflow.version), None)
             raise
         self._queues = queues
-        self._node.register(Register(plans, pools))
+        own = [plan for plan in plans if plan.version == workflow.version]
+        self._node.register(Register(own, merged(pools)))
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
         """Serve requests to `name` by a pool of its own: `handler(command[, ctx])` returns the reply.

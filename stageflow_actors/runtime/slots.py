@@ -8,7 +8,7 @@ that runs several messages at once has as many slots in a row, one for each: its
 ::
 
     cell   0           1         2           3        4          5        6         7
-           message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  unused
+           message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  stale
 
 `since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
 `begin` therefore looks idle, which is the truth: its handler has not started.
@@ -27,7 +27,7 @@ SLOT_BYTES = 64
 """A cache line, so that two workers never write to the same one."""
 
 _CELLS = SLOT_BYTES // 8
-_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE = range(7)
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
 
 
 class SlotState(Struct, frozen=True):
@@ -59,7 +59,7 @@ class SlotState(Struct, frozen=True):
 
 
 class Slot:
-    """One lane of a worker. `cancel` and `clear` belong to the node, all else that writes to the worker."""
+    """One lane of a worker. `cancel`, `mark_stale` and `clear` belong to the node, all else that writes to the worker."""
 
     __slots__ = ("_cells", "_index", "_started", "_table", "_timeout")
 
@@ -106,6 +106,15 @@ class Slot:
     def busy(self) -> bool:
         """Whether a handler is running: `read` tells more, and costs more."""
         return self._cells[1] != 0
+
+    def mark_stale(self) -> None:
+        """The worker was made before another version was registered: what it does not know, others do."""
+        self._cells[_STALE] = 1
+
+    @property
+    def stale(self) -> bool:
+        """Whether `mark_stale` was said of this worker."""
+        return self._cells[_STALE] != 0
 
     def is_cancelled(self) -> bool:
         """Whether the node has asked for an end of the message in work."""

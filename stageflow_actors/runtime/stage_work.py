@@ -147,7 +147,7 @@ class StageWork(HandlerWork):
         if len(done) > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
             return self._failed(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
-        return 0, done
+        return self.first_target, done
 
     def _step_on(
         self,

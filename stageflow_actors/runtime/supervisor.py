@@ -19,7 +19,7 @@ from brokers.api import QueueOptions
 from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
-from stageflow_actors.runtime.pool import Cancelled, Pool, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
@@ -97,6 +97,9 @@ class Supervisor(pykka.ThreadingActor):
         for spec in specs:
             if spec.queue not in self._pools:
                 self._pools[spec.queue] = Pool.start(spec, self._services)
+            else:
+                # Waited for: once this returns no worker parks what only its successor knows.
+                self._pools[spec.queue].ask(Respec(spec))
 
     def _zygote_gone(self, event: ZygoteGone) -> None:
         lost = self._services.zygote()
@@ -116,7 +119,7 @@ def queue_options(specs: Sequence[PoolSpec], naming: Naming, max_deaths: int) ->
     """How each queue treats deaths: where the coordinator takes over, a dead letter is evidence; else it waits."""
     options = []
     for spec in specs:
-        place = spec.plan.stage(spec.stage_id)
+        place = spec.programs[-1].plan.stage(spec.stage_id)
         failures, reset = (0, 0.0) if place is None else place.breaker
         told, label = "", ""
         if spec.evidence:

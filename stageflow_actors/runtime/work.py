@@ -49,6 +49,7 @@ __all__ = [
     "ignore",
     "judge",
     "numbered",
+    "park_unknown",
     "ready_to_call",
     "run_to_end",
     "settle_moves",
@@ -80,10 +81,11 @@ class Stopwatch(Protocol):
 class Settled:
     """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
 
-    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals.
+    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
+    it parks a message of a version that is not known here.
     """
 
-    __slots__ = ("bodies", "opens", "outcome", "publishes")
+    __slots__ = ("bodies", "opens", "outcome", "publishes", "unknown")
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class Settled:
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
+        self.unknown = False
 
     def worked(self) -> Settled:
         """With the verdict that the attempt went well."""
@@ -136,6 +139,8 @@ class Work:
     """
 
     targets: list[Target]
+    first_target = 0
+    """The number of `targets[0]` among those of all works of a worker."""
 
     def __init__(
         self,
@@ -292,11 +297,7 @@ class Work:
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
             return self._settle(item, Moves([Step(known.queue, known.id, body)]))
-        text = (
-            f"workflow {envelope.workflow_id!r} version {envelope.version} has no stage {envelope.stage_id!r} here "
-            f"(version {self.plan.version} is registered): register that version, then requeue"
-        )
-        return self._park(item, Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError"))
+        return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
     def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
         return settle_moves(item, moves)
@@ -318,6 +319,18 @@ class Work:
             limit=self._limit,
             slot=self._slot,
         )
+
+
+def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settled:
+    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it when it is again."""
+    text = (
+        f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
+        "when a runtime with that version is started, or registers it"
+    )
+    reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
+    parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    parked.unknown = True
+    return parked
 
 
 def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:

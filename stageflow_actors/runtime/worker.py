@@ -25,6 +25,7 @@ from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.transport import connect
+from stageflow_actors.runtime.versions import Versions
 from stageflow_actors.runtime.work import Work
 from stageflow_actors.runtime.works import WORKS
 
@@ -59,28 +60,33 @@ def main(payload: bytes, slot: Slot | None) -> int:
     return EXIT_RECYCLED
 
 
-def _actor_for(work: Work | CompensationWork, lanes: int) -> Any:
+def _actor_for(work: Work | CompensationWork | Versions, lanes: int) -> Any:
     """The kind of actor that does such work: async handlers are awaited together, blocking ones have threads."""
-    if isinstance(work, CompensationWork):
-        return CompensationActor
-    if isinstance(work, HandlerWork):
+    if isinstance(work, (HandlerWork, Versions)):
         if work.awaits:
             return TaskActor
-        if lanes > 1:
+        if lanes > 1 and work.threads:
             return ThreadActor
-    return StageActor
+    return CompensationActor if isinstance(work, CompensationWork) else StageActor
 
 
-def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox) -> Work | CompensationWork:
-    program = loads(given.code)
-    services = {name: factory() for name, factory in program.factories.items()}
-    common = (program, given.plan, given.naming, services, slot, mailbox.steps_of)
+def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox) -> Work | CompensationWork | Versions:
+    """The work of this worker's queue, for each version that is registered."""
+    programs = [(one.plan, loads(one.code)) for one in given.programs]
+    factories = {name: factory for _, program in programs for name, factory in program.factories.items()}
+    services = {name: factory() for name, factory in factories.items()}
+    common = (given.naming, services, slot, mailbox.steps_of)
     limit = given.max_message_bytes
     if given.kind == "compensation":
-        return CompensationWork(*common, max_message_bytes=limit, limits=True)
-    place = given.plan.stage(program.place)
-    assert place is not None, f"{program.place} is not in its own plan"
-    kind: Any = WORKS[place.kind]
-    options: dict[str, Any] = {"tasks": True} if issubclass(kind, HandlerWork) else {}
-    made: Work = kind(*common, max_message_bytes=limit, **options)
-    return made
+        undoing = [CompensationWork(own, plan, *common, max_message_bytes=limit, limits=True) for plan, own in programs]
+        return undoing[0] if len(undoing) == 1 else Versions(undoing)
+    # Only where it is async in every version can it be awaited: else each runs it to its end.
+    tasks = all(program.stage is not None and program.stage.call.is_async for _, program in programs)
+    works: list[Work] = []
+    for plan, program in programs:
+        place = plan.stage(program.place)
+        assert place is not None, f"{program.place} is not in its own plan"
+        kind: Any = WORKS[place.kind]
+        options: dict[str, Any] = {"tasks": tasks} if issubclass(kind, HandlerWork) else {}
+        works.append(kind(program, plan, *common, max_message_bytes=limit, **options))
+    return works[0] if len(works) == 1 else Versions(works)

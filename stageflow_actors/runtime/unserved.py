@@ -1,0 +1,115 @@
+"""What belongs to versions that are not registered: found, parked with a reason, and resumed when they are again.
+
+A message at the queue of a pool is parked by its worker. What lies where no pool serves any more (a workflow that has
+grown shorter, or is not there at all) is taken by the coordinator, whom this module sends there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from brokers.api import Broker, DeliveryItem
+from stageflow_actors.core.coordination import Plans
+from stageflow_actors.core.envelope import head_of
+from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.plan import COMPENSATE, Naming
+from stageflow_actors.core.routing import Moves, Step
+from stageflow_actors.runtime.work import Settled, park_unknown, settle_moves
+
+__all__ = ["Unserved", "send_on"]
+
+PAGE = 1_000
+TAKEN_AT_ONCE = 200
+UNKNOWN = "WorkflowDefinitionError"
+
+_STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
+
+
+class Unserved:
+    """Keeps watch for one node. `ask` puts a query to its broker and waits for the answer."""
+
+    def __init__(self, broker: Broker, ask: Callable[..., Any], naming: Naming) -> None:
+        self._broker = broker
+        self._ask = ask
+        self._naming = naming
+        self._served: set[str] = {naming.finished, naming.coordinator}
+        self._taken: set[str] = set()
+
+    def serve(self, queues: Iterable[str]) -> None:
+        """These have pools from now on. Nothing of them is on its way to the coordinator when this returns."""
+        new = set(queues) - self._served
+        self._served |= new
+        for queue in new & self._taken:
+            self._taken.discard(queue)
+            self._broker.release([], queue, 0)
+        # The answer to the first question may come in one frame with deliveries; that to the second comes behind them.
+        self._ask("ping")
+        self._ask("ping")
+
+    def look(self) -> None:
+        """Have the coordinator take what lies in queues that nobody serves. Returns at once."""
+        self._broker.query("stats", "").add_done_callback(self._seen)
+
+    def _seen(self, future: Any) -> None:
+        if future.exception() is not None:
+            return
+        for queue in future.result()["queues"]:
+            name = queue["name"]
+            if (queue["ready"] or queue["delayed"]) and self._is_abandoned(name) and name not in self._taken:
+                self._taken.add(name)
+                self._broker.consume(name, TAKEN_AT_ONCE)
+
+    def _is_abandoned(self, name: str) -> bool:
+        if name in self._served or name.startswith(self._naming.endpoint("")):
+            return False  # a command to an endpoint waits for it, as long as whoever asked does
+        return bool(_STAGE_QUEUE.search(name)) or name.startswith(self._naming.compensation_prefix)
+
+    def resume(self, plans: Plans) -> int:
+        """Requeue what was parked for want of a version that is registered now; how many messages that were."""
+        count = 0
+        for queue in self._ask("stats", "")["queues"]:
+            if queue["dead"]:
+                name = f"dlq.{queue['name']}"
+                found = self._resumable(name, plans)
+                if found:
+                    count += self._ask("requeue", name, found)["requeued"]
+        return count
+
+    def _resumable(self, name: str, plans: Plans) -> list[int]:
+        found: list[int] = []
+        offset = 0
+        while True:
+            page = self._ask("peek", name, offset, PAGE)
+            for letter in page:
+                if "body" not in letter:
+                    break  # as many as there was room for; the next page begins here
+                offset += 1
+                failure = read_failure(letter["reason"])
+                if failure is None or (failure.kind, failure.error_type) != ("refused", UNKNOWN) or letter["evidence"]:
+                    continue
+                head = head_of(letter["body"])
+                plan = None if head is None else plans.get((head[0], head[1]))
+                if head is not None and plan is not None and plan.stage(head[2]) is not None:
+                    found.append(letter["id"])
+            if not page:
+                return found
+
+
+def send_on(item: DeliveryItem, body: bytes, plans: Plans) -> Settled:
+    """What becomes of a message where nobody serves: to where its stage is now, or parked until its version is back."""
+    head = head_of(body)
+    if head is None:
+        return park_unknown(item, "?", 0, "queue of this name")
+    workflow_id, version, stage_id = head
+    plan = plans.get((workflow_id, version))
+    planned = None if plan is None else plan.stage(stage_id)
+    label = "" if item.extra is None else item.extra.label
+    if plan is None or planned is None or (item.extra is not None and item.extra.parts is not None):
+        compensation = label.startswith(COMPENSATE)
+        place = f"compensation of stage {stage_id!r}" if compensation else f"stage {stage_id!r}"
+        return park_unknown(item, workflow_id, version, place)
+    if label.startswith(COMPENSATE):
+        return settle_moves(item, Moves([Step(plan.compensation.queue, label, body)]))
+    return settle_moves(item, Moves([Step(planned.queue, stage_id, body)]))
