@@ -58,7 +58,7 @@ SIGNATURES = {
     "Retry.exponential": "max_attempts, initial, maximum, factor, jitter, retry_on, abort_on, random",
     "Retry.linear": "max_attempts, initial, maximum, retry_on, abort_on",
     "Retry.fixed": "max_attempts, delay, retry_on, abort_on",
-    "testing.run": "workflow, context, services, signals, interceptors",
+    "testing.run": "workflow, context, services, signals, endpoints, interceptors",
 }
 """Names of parameters in their order, which keyword arguments of users depend on."""
 
