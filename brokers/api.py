@@ -106,7 +106,9 @@ class Listener:
         """How watched groups ended, as (group, label, body)."""
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """`gone` and `parked` (a watched group), `recall` (return what has not begun), `malformed` (a frame
+        """`gone` and `parked` (a watched group), `settled` (to those who have subscribed: what follows from
+        settlements, as (group, epoch, label or key, body)), `told` (to the supervisor: a word passed on), `cancel` (to
+        the supervisor), `recall` (return what has not begun), `malformed` (a frame
         made no sense and changed nothing), `refused` (the broker will not talk to this peer)."""
 
     def on_lost(self, ids: list[int]) -> None:

@@ -37,6 +37,7 @@ class Admin:
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[str, int], self._consume),
             "watch": (tuple[list[str]], machine.watching.watch),
+            "subscribe": (tuple[bool], machine.watching.subscribe),
             "lookup": (tuple[list[str]], looking.lookup),
             "inspect": (tuple[list[str]], looking.inspect),
             "groups": (tuple[str, int], looking.groups),

@@ -42,6 +42,7 @@ class Settling:
             header = wire.encode(frame)
         targets = self._publishing.resolve(frame.targets)
         index = len(self._ledger.records)
+        first_id = self.store.next_id
         place = self._ledger.record(records.KEPT_SETTLE, session.peer, header, blob)
         guarded = _guarded(session, frame.moves) if self.store.guarded else None
         refused_moves = self._move(session, frame.moves, targets, blob, place) if frame.moves else []
@@ -76,6 +77,26 @@ class Settling:
                 self._talk.result(session, frame.frame, answer)
         if emptied:
             self.close(emptied)
+        if self._talk.subscribers:
+            self._tell(first_id, frame, set(refused_others), blob)
+
+    def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
+        """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
+        told: list[tuple[str, int, str, bytes]] = []
+        for id in range(first_id, self.store.next_id):
+            message = self.store.messages.get(id)
+            if message is not None and message.group is not None:
+                told.append((message.group.id, message.epoch, message.label, self._ledger.body(message)))
+        at = sum(move[3] for move in frame.moves)
+        for position, other in enumerate(frame.others):
+            at += sum(publish.size for publish in other.publishes)
+            gathered: list[wire.GatherOpen | wire.Arrival] = [*other.opens, *other.arrivals]
+            for each in gathered:
+                if position not in refused_others:
+                    told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
+                at += each.size
+        if told:
+            self._talk.settled(told)
 
     def seen(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any

@@ -24,6 +24,7 @@ class Talk:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.dirty: dict[Session, None] = {}
+        self.subscribers: dict[Session, None] = {}
         self._strangers: dict[int, tuple[str, Any]] = {}
 
     def result(self, session: Session, frame: int, value: Any) -> None:
@@ -44,6 +45,14 @@ class Talk:
         """Tell whoever watches the group."""
         for session in group.watchers or ():
             self.notice(session, word, group.id)
+
+    def settled(self, told: list[tuple[str, int, str, bytes]]) -> None:
+        """Tell all who have subscribed what follows from the settlements of a frame, as (group, epoch, label, body)."""
+        for session in list(self.subscribers):
+            if session.connected:
+                self.notice(session, "settled", told)
+            else:
+                del self.subscribers[session]
 
     def push(self, group: Group, label: str, body: bytes) -> None:
         """Send a body to whoever watches the group."""

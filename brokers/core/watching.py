@@ -1,4 +1,4 @@
-"""Watching: peers that want to be told how a group ends, or that it came to a halt."""
+"""Watching: peers that want to be told how a group ends, that it came to a halt, or all that happens to all groups."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class Watching:
         self._store = store
         self._ledger = ledger
         self._talk = talk
+
+    def subscribe(self, session: Session, wanted: bool) -> None:
+        """Tell `session` of each settlement from now on what follows from it, or no more. It ends with the session."""
+        if wanted:
+            self._talk.subscribers[session] = None
+        else:
+            self._talk.subscribers.pop(session, None)
 
     def watch(self, session: Session, ids: list[str]) -> list[str]:
         """Tell `session` how these groups end; those that are not live are returned and announced as gone."""

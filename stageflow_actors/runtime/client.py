@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -49,6 +50,7 @@ from stageflow_actors.errors import (
 )
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime.feed import Callback, Feed
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.mapping import Mapping, Prepared, as_completed
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
@@ -138,12 +140,16 @@ class Client:
         self._history: HistoryReader | None = None
         self._history_path: Path | None = None
         self._known: dict[tuple[str, int], Known] = {}
+        self._address = ""
         self._naming = Naming()
         self._max_message_bytes = 16 << 20
         self._ttl = 0.0
         self._seen = 0
         self._waiters = Waiters()
         self._dead: StageFlowError | None = None
+        self._callbacks: list[Callback] = []
+        self._feed: Feed | None = None
+        self._feed_lock = threading.Lock()
 
     # starting instances
 
@@ -319,6 +325,46 @@ class Client:
         if not self._query("tell", "scale", [queue, actors]):
             raise BrokerUnavailable("the node of this cluster is being started again; try again")
 
+    def on_event(self, callback: Callback) -> Callable[[], None]:
+        """Have `callback` told of each stage that completes and each instance that ends, whoever submitted it.
+
+        It is given the events of `stageflow_actors.events`, on a thread of its own: at most once each, those of one
+        instance in order. What it raises is logged; what it is too slow for is dropped, and the number logged. Returns
+        a function that ends it. Before `start`, it begins with that.
+        """
+        if not callable(callback):
+            raise TypeError(f"on_event takes a function of an event, not {callback!r}")
+        self._callbacks.append(callback)
+        if self._broker is not None:
+            self._follow(self._address)
+
+        def end() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+            if not self._callbacks:
+                self._unfollow()
+
+        return end
+
+    def _follow(self, address: str) -> None:
+        """Listen for events, if anybody wants them and it is not done already; returns when the broker tells them."""
+        with self._feed_lock:
+            if not self._callbacks or self._feed is not None:
+                return
+            self._feed = Feed(address, f"events {os.getpid()}", self._callbacks, self._form_of)
+            subscribed = self._feed.subscribed
+        self._await(subscribed)
+
+    def _unfollow(self) -> None:
+        with self._feed_lock:
+            feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close()
+
+    def _form_of(self, workflow_id: str, version: int) -> tuple[ContextCodec[Any], list[str]] | None:
+        known = self._known_version(workflow_id, version)
+        return None if known is None else (known.codec, known.order)
+
     def drain(self, timeout: Duration | None = None) -> None:
         """Wait until everything this client submitted has ended, is parked, or waits for a signal or a delay.
 
@@ -361,12 +407,14 @@ class Client:
         self.close()
 
     def _attach(self, address: str, name: str) -> None:
+        self._address = address
         self._broker = connect(address, _Ends(self._waiters, self._connected), role="client", name=name)
 
     def _connected(self) -> None:
         """A broker has said welcome; on the connection's thread."""
 
     def _detach(self, why: str = STOPPED) -> None:
+        self._unfollow()
         if self._broker is not None:
             self._broker.close(timeout=1.0)
             self._broker = None

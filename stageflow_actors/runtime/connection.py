@@ -19,6 +19,7 @@ from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import live_address
 from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.feed import Feed
 from stageflow_actors.runtime.served import SERVED_FACT, Served, read_served
 
 __all__ = ["Connection"]
@@ -49,10 +50,10 @@ class Connection(Client):
         self._gate = threading.Lock()
         self._looked_at = 0.0
         self._alone_since: float | None = None
-        self._address = live_address(self._data) or ""
-        if not self._address:
+        address = live_address(self._data)
+        if address is None:
             raise self._nobody()
-        self._attach(self._address, f"client {os.getpid()}")
+        self._attach(address, f"client {os.getpid()}")
         try:
             self._learn()
         except BaseException:
@@ -97,8 +98,10 @@ class Connection(Client):
             self._alone_since = None
             if record.address is not None and record.address != self._address and self._broker is not None:
                 self._broker.close(timeout=0.0)
-                self._address = record.address
-                self._attach(self._address, f"client {os.getpid()}")
+                self._attach(record.address, f"client {os.getpid()}")
+                if self._feed is not None:
+                    self._feed.close()
+                    self._feed = Feed(record.address, f"events {os.getpid()}", self._callbacks, self._form_of)
 
     def _connected(self) -> None:
         self._renewed = True  # another broker, perhaps of another program with other workflows

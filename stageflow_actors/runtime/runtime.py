@@ -112,6 +112,7 @@ class Runtime(Client):
                 self._history_path = data.history
                 self._dead = None
                 self._attach(node.address, f"program {os.getpid()}")
+                self._follow(node.address)
             except BaseException:
                 if self._node is not None:
                     self._node.kill()
