@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from brokers.api import AGAIN, DEAD, DONE, Arrival, GatherOpen, PublishItem, Refused, SettleItem, Target
@@ -21,7 +23,7 @@ def waits(key: str, need: int = 1) -> GatherOpen:
 class RerunContract:
     """Expects a fixture `hub`, a broker without a supervisor."""
 
-    def _in_work(self, hub: Hub, **more: int) -> tuple[Peer, Received]:
+    def _in_work(self, hub: Hub, **more: Any) -> tuple[Peer, Received]:
         peer = Peer(hub)
         peer.start("q", "g", watch=True, **more)
         peer.broker.consume("q", 1)

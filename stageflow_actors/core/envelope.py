@@ -119,7 +119,8 @@ class Envelope(Struct, array_like=True):
     """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`.
 
     `payload` is nil where no request was answered; `Raw | None` would take nil and nothing else when it is decoded.
-    `attempts` counts those made under earlier messages: a request that failed is tried again under a new one.
+    `attempts` counts those made under earlier messages: a request that failed is tried again under a new one, which has
+    the `failure` and the `steps` of the one before. -1: it is to be parked.
     `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
     """
 
@@ -135,6 +136,8 @@ class Envelope(Struct, array_like=True):
     compensation: CompensationTask | None = None
     digest: bytes | None = None
     attempts: int = 0
+    failure: bytes | None = None
+    steps: dict[str, bytes] | None = None
 
 
 class Outcome(Struct, array_like=True):

@@ -87,7 +87,8 @@ class MapStage:
     """`handler(item[, ctx])` for each item of `over(context)`, results in order into the field `into`.
 
     `item` is the stage that handles one item. `max_failures` items may fail (their result is None) before the stage
-    does.
+    does. Items are plain values, or of the type that the handler's first parameter is annotated with; results are
+    plain, or of the type that the field `into` of the context is a list of.
     """
 
     __slots__ = ("id", "into", "item", "max_failures", "over")

@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import Raw
 
 from brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
-from stageflow_actors.core.codec import ContextCodec, decode_value
+from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import Naming, WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
@@ -37,6 +39,10 @@ from stageflow_actors.runtime.work import (
 )
 
 __all__ = ["CompensationWork"]
+
+UNDONE = ":undone"
+"""The step that says which item of a map stage was undone last; no step of a user's can be taken for it, for those that
+are kept while an item is undone begin with its number."""
 
 
 class CompensationWork:
@@ -64,6 +70,7 @@ class CompensationWork:
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self._context_type = program.context
         self._compensations = program.compensations
+        self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
         self._arounds = arounds_of(program.interceptors, COMPENSATION)
         self._limits_itself = limits
         self._calls = {stage_id: self._ready(undo, services, loop) for stage_id, undo in program.compensations.items()}
@@ -139,17 +146,19 @@ class CompensationWork:
         return self._on(item, envelope, record)
 
     def _undo_items(
-        self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int, undo: list[tuple[Any, Any]]
+        self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int, undo: list[tuple[Raw, Any]]
     ) -> None:
         """The items of a map stage, last one first, each once: what a crash interrupts goes on behind the last done."""
         ctx = self._context_of(item, envelope, stage_id, attempt)
-        for number in reversed(range(len(undo))):
-            value, result = undo[number]
-            name = f"item {number}"
-            if not ctx.is_step_completed(name):
-                ctx.item, ctx.results = str(number), {**ctx.results, stage_id: result}
-                self._calls[stage_id](value, ctx)
-                ctx.checkpoint_step(name)
+        codec = self._items[stage_id]
+        first_done = ctx.get_step_result(UNDONE)
+        for number in reversed(range(len(undo) if first_done is None else first_done)):
+            data, result = undo[number]
+            ctx.enter_item(number)
+            ctx.results = {**ctx.results, stage_id: result}
+            self._calls[stage_id](codec.decode(data), ctx)
+            ctx.enter_item(None)
+            ctx.store_step_result(UNDONE, number)
 
     def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
         extra = item.extra
@@ -196,9 +205,12 @@ class CompensationWork:
         return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
-def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[Any, Any]] | None:
-    """(item, result) of each item that a map stage handled well; None for a stage of any other kind."""
+def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[Raw, Any]] | None:
+    """(item as encoded, result) of each item that a map stage handled well; None for a stage of any other kind."""
     for record in reversed(decode_trail(envelope.trail)):
         if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
-            return [(item, result) for item, result in decode_value(record.undo)]
+            return _decode_undo(record.undo)
     return None
+
+
+_decode_undo = msgspec.msgpack.Decoder(list[tuple[Raw, Any]]).decode

@@ -26,9 +26,9 @@ PROGRESS_SECONDS = 0.2
 class Request:
     """A stage's wish to ask an endpoint; see `StageContext.request`."""
 
-    __slots__ = ("command", "endpoint", "timeout")
+    __slots__ = ("command", "endpoint", "steps", "timeout")
 
-    def __init__(self, endpoint: str, command: Any, timeout: float) -> None:
+    def __init__(self, endpoint: str, command: Any, timeout: float, steps: Mapping[str, bytes]) -> None:
         if not isinstance(endpoint, str) or not endpoint:
             raise ValueError(f"a request needs the name of an endpoint, not {endpoint!r}")
         if not timeout > 0:
@@ -36,6 +36,7 @@ class Request:
         self.endpoint = endpoint
         self.command = command
         self.timeout = timeout
+        self.steps = steps
 
 
 class StepStore(Protocol):
@@ -69,6 +70,7 @@ class StageContext:
         "_failure",
         "_limit",
         "_results",
+        "_scope",
         "_slot",
         "_steps",
         "_store",
@@ -110,12 +112,18 @@ class StageContext:
         self._envelope = envelope
         self._failure = failure
         self._steps = dict(steps) if steps else {}
+        self._scope = ""
         self._store = store
         self._limit = limit
         self._slot = slot
         self._told = 0.0
         self.item = item
         self._results: dict[str, Any] | None = None
+
+    def enter_item(self, number: int | None) -> None:
+        """From now on this is about one item of a map stage, which has steps of its own; None: about all again."""
+        self.item = None if number is None else str(number)
+        self._scope = "" if number is None else f"{number}:"
 
     @property
     def idempotency_key(self) -> str:
@@ -150,7 +158,7 @@ class StageContext:
         `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one
         that is an error, fails the attempt.
         """
-        return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout))
+        return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout), self._steps)
 
     @property
     def previous_failure(self) -> Exception | None:
@@ -188,17 +196,18 @@ class StageContext:
         """
         if inspect.iscoroutinefunction(function):
             return self._async_step(name, function, *args)
-        if name in self._steps:
-            return decode_value(self._steps[name])
+        if self.is_step_completed(name):
+            return self.get_step_result(name)
         return self._keep(name, function(*args))
 
     def is_step_completed(self, name: str) -> bool:
         """Whether the step has completed, in this attempt or an earlier one."""
-        return name in self._steps
+        return f"{self._scope}{name}" in self._steps
 
     def get_step_result(self, name: str) -> Any:
         """The stored result of a step; None for one that has not completed or was only checkpointed."""
-        return decode_value(self._steps[name]) if name in self._steps else None
+        data = self._steps.get(f"{self._scope}{name}")
+        return None if data is None else decode_value(data)
 
     def store_step_result(self, name: str, value: Any) -> None:
         """Mark a step as completed with a result; durable when this returns."""
@@ -209,8 +218,8 @@ class StageContext:
         self._keep(name, None)
 
     async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        if name in self._steps:
-            return decode_value(self._steps[name])
+        if self.is_step_completed(name):
+            return self.get_step_result(name)
         value = await function(*args)
         return await asyncio.to_thread(self._keep, name, value)  # others are served while it becomes durable
 
@@ -226,6 +235,7 @@ class StageContext:
                 size=len(data),
                 limit=self._limit,
             )
-        self._store.keep(name, data)
-        self._steps[name] = data
+        scoped = f"{self._scope}{name}"
+        self._store.keep(scoped, data)
+        self._steps[scoped] = data
         return decode_value(data)

@@ -13,7 +13,6 @@ import msgspec
 from msgspec import Raw, Struct
 
 from brokers.api import DeliveryItem
-from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     NIL,
@@ -30,6 +29,7 @@ from stageflow_actors.core.failures import describe_error
 from stageflow_actors.core.plan import item_id
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step, fail_stage, item_slot, unmet
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
@@ -60,6 +60,8 @@ class MapWork(Work):
         self._over = program.parts["over"]
         self._when = program.parts["when"]
         self._into: str | None = program.parts["into"]
+        self._items = ValueCodec(program.parts["item_type"])
+        self._results = ValueCodec(program.parts["result_type"])
         self._max_failures: int = program.parts["max_failures"]
         self._undo: bool = program.parts["undo"]
         place = self.plan.stage(item_id(self.planned.id))
@@ -92,7 +94,7 @@ class MapWork(Work):
                 return self._skip(item, envelope)
             given = list(self._over(context))
             what = f"item {{}} of {self.planned.id!r}"
-            items = [Raw(encode_value(one, what=what.format(number))) for number, one in enumerate(given)]
+            items = [Raw(self._items.encode(one, what=what.format(number))) for number, one in enumerate(given)]
         except BaseException as error:  # noqa: BLE001 - `over` is user code
             self._raised(error)
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
@@ -159,7 +161,7 @@ class MapWork(Work):
                     f"{len(errors)} of {len(ended)} items of {self.planned.id!r} failed, more than "
                     f"max_failures={self._max_failures}; the first was item {number}: {error}"
                 )
-            results = [decode_value(one.result) for _, one in ended]
+            results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
             context = self.codec.decode(envelope.context)
             data = NIL
             if self._into is None:
@@ -198,6 +200,8 @@ class ItemWork(HandlerWork):
         whole = self.plan.stage(self.planned.joins)
         self._keep = whole is not None and whole.compensated
         self._none_may_fail: bool = program.parts["max_failures"] == 0
+        self._items = ValueCodec(program.parts["item_type"])
+        self._results = ValueCodec(program.parts["result_type"])
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         opened = self._open(item, body)
@@ -208,7 +212,7 @@ class ItemWork(HandlerWork):
         clock = time.perf_counter()
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
-            value = self._call(decode_value(opened.context), ctx)
+            value = self._call(self._items.decode(opened.context), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._broke(item, opened, attempt, started, clock, error)
         return self._then(item, opened, attempt, started, clock, None, value)
@@ -217,7 +221,8 @@ class ItemWork(HandlerWork):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         try:
-            result = NIL if value is None else Raw(encode_value(value, what=f"a result of {self.planned.joins!r}"))
+            what = f"a result of {self.planned.joins!r}"
+            result = NIL if value is None else Raw(self._results.encode(value, what=what))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
             return self._broke(item, envelope, attempt, started, clock, error)
         return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL)).worked()

@@ -22,6 +22,7 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
     breaker_of,
 )
+from stageflow_actors.definition.annotated import classes_in, element_type, first_parameter_type
 from stageflow_actors.definition.shipping import dumps
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
@@ -40,6 +41,7 @@ __all__ = [
     "merged",
     "pool_specs",
     "stage_programs",
+    "undone_items",
 ]
 
 
@@ -63,7 +65,7 @@ class StageProgram:
 
 @dataclass
 class CompensationProgram:
-    """The code of all compensations of one version: pickled whole."""
+    """The code of all compensations of one version: pickled whole. `items` are the types of what map stages undo."""
 
     workflow_id: str
     version: int
@@ -71,6 +73,7 @@ class CompensationProgram:
     compensations: dict[str, Compensation]
     factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
+    items: dict[str, Any] = field(default_factory=dict)
 
 
 class Program(Struct):
@@ -144,7 +147,7 @@ def pool_specs(
                 "stage",
                 actors,
                 planned.env,
-                [Program(workflow.version, dumps(program, (workflow.context,)), plan)],
+                [Program(workflow.version, dumps(program, (workflow.context, *_types_of(program))), plan)],
                 planned.max_tasks or 0,
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
@@ -155,6 +158,7 @@ def pool_specs(
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
     if compensations:
+        items = undone_items(workflow)
         names = {name for s in workflow.stages for name in s.compensation_services}
         undo = CompensationProgram(
             workflow.id,
@@ -163,7 +167,9 @@ def pool_specs(
             compensations,
             {n: services[n] for n in names},
             tuple(interceptors),
+            items,
         )
+        kinds = [kind for hint in items.values() for kind in classes_in(hint)]
         specs.append(
             PoolSpec(
                 plan.compensation.queue,
@@ -172,7 +178,7 @@ def pool_specs(
                 "compensation",
                 plan.compensation.actors,
                 {},
-                [Program(workflow.version, dumps(undo, (workflow.context,)), plan)],
+                [Program(workflow.version, dumps(undo, (workflow.context, *kinds)), plan)],
             )
         )
     return specs
@@ -276,10 +282,32 @@ def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tupl
             stage = current[planned.joins]
         elif planned.kind == STAGE:
             stage = current[planned.id]
-        yield StageProgram(workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step)), planned
+        yield (
+            StageProgram(
+                workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step, workflow.context)
+            ),
+            planned,
+        )
 
 
-def _parts(step: Step | None) -> dict[str, Any]:
+def undone_items(workflow: Workflow[Any]) -> dict[str, Any]:
+    """The type of an item as the compensation of each map stage takes it, by stage id."""
+    return {
+        step.id: first_parameter_type(stage.compensation.call.function)
+        for step in workflow.steps
+        if isinstance(step, MapStage)
+        for stage in workflow.stages
+        if stage.id == step.id and stage.compensation is not None
+    }
+
+
+def _types_of(program: StageProgram) -> list[type[Any]]:
+    """The types beside the context that values travel as."""
+    hints = [program.parts.get("item_type"), program.parts.get("result_type")]
+    return [kind for hint in hints for kind in classes_in(hint)]
+
+
+def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
     """The user's functions in a step, and no more: what they close over travels with them."""
     if isinstance(step, Parallel):
         return {"merge": step.merge}
@@ -292,6 +320,8 @@ def _parts(step: Step | None) -> dict[str, Any]:
             "into": step.into,
             "max_failures": step.max_failures,
             "undo": step.item.compensation is not None,
+            "item_type": first_parameter_type(step.item.call.function),
+            "result_type": Any if step.into is None else element_type(context, step.into),
         }
     if isinstance(step, Signal):
         return {"on_signal": step.on_signal, "on_timeout": step.on_timeout_call}

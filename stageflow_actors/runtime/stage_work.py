@@ -23,7 +23,7 @@ from stageflow_actors.core.envelope import (
     decode_reply,
     encode,
 )
-from stageflow_actors.core.failures import failure_of
+from stageflow_actors.core.failures import failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, Naming, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Open, Step, leave, unmet
 from stageflow_actors.definition.remote import RemoteCall
@@ -34,6 +34,9 @@ from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.work import TERMINAL, Result, Settled, Stopwatch, split_parts
 
 __all__ = ["StageWork"]
+
+PARK = ":park"
+"""The step that marks a message which was published to be parked, and has been."""
 
 
 class StageWork(HandlerWork):
@@ -73,9 +76,10 @@ class StageWork(HandlerWork):
             return self._misplaced(item, envelope, body)
         attempt = envelope.attempts + 1
         if attempt < 1:
-            if extra is None:
-                return self._park(item, Failure("exception", envelope.error or "", ""))
-            envelope.attempts, envelope.error, attempt = 0, None, 1
+            if extra is None or extra.steps is None or PARK not in extra.steps:
+                self._store(item).keep(PARK, b"")  # what is delivered again with this has been requeued
+                return self._park(item, read_failure(envelope.failure) or Failure("exception", ""))
+            envelope.attempts, envelope.failure, attempt = 0, None, 1
         if extra is not None:
             attempt += extra.attempts
             if extra.cancelled is not None:
@@ -142,7 +146,8 @@ class StageWork(HandlerWork):
         else:
             envelope.stage_id = following.id
             envelope.payload = NIL
-            envelope.attempts = 0
+            if envelope.steps is not None or envelope.attempts:
+                _forget_attempts(envelope)
             done = encode(envelope)
         if len(done) > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
@@ -160,7 +165,7 @@ class StageWork(HandlerWork):
         trail: bytes,
     ) -> Settled:
         """The happy path where it is not one plain message."""
-        envelope.attempts = 0
+        _forget_attempts(envelope)
         envelope.payload = NIL
         moves = leave(self.plan, self.planned, envelope, self.naming, self._wall())
         largest = moves.largest()
@@ -184,14 +189,16 @@ class StageWork(HandlerWork):
         """The handler wants to ask: what it did to the context waits, with the context as delivered, in a gather."""
         stage_id = self.planned.id
         command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
-        before = envelope.context
+        before, payload = envelope.context, envelope.payload
         envelope.context = Raw(self.codec.encode(context, stage=stage_id))
         if request.endpoint == "next":
             return self._hand_on(item, envelope, attempt, started, time.perf_counter() - clock, command)
         key = f"reply:{stage_id}:{item.id}"
-        envelope.payload = Raw(encode(_Asked(attempt, started, request.endpoint, request.timeout, before)))
-        asked = encode(Command(key, command, envelope.workflow_id, stage_id))
-        step = Step(self.naming.endpoint(request.endpoint), request.endpoint, asked)
+        steps = dict(request.steps) or None
+        asked = _Asked(attempt, started, request.endpoint, request.timeout, before, payload, steps)
+        envelope.payload = Raw(encode(asked))
+        sent = encode(Command(key, command, envelope.workflow_id, stage_id))
+        step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent)
         wait = Open(key, 1, self.planned.queue, stage_id, encode(envelope), request.timeout)
         return self._settle(item, Moves([step], [wait]))
 
@@ -201,7 +208,8 @@ class StageWork(HandlerWork):
         """On to the next stage, which is given `payload`."""
         record = StageRecord(self.planned.id, "completed", attempt, started, duration)
         envelope.trail = append_record(envelope.trail, record)
-        envelope.payload, envelope.attempts = payload, 0
+        envelope.payload = payload
+        _forget_attempts(envelope)
         return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall())).worked()
 
     def _replied(self, item: DeliveryItem, body: bytes) -> Result:
@@ -243,7 +251,7 @@ class StageWork(HandlerWork):
                     data = Raw(encode_value(given, what=f"the result of stage {self.planned.id!r}"))
                 envelope.context = Raw(self.codec.encode(context, stage=self.planned.id))
             record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
-            envelope.attempts = 0
+            _forget_attempts(envelope)
             return self._record_and_leave(item, envelope, record)
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._raised(error)
@@ -251,29 +259,37 @@ class StageWork(HandlerWork):
 
     def _unanswered(self, item: DeliveryItem, envelope: Envelope, asked: _Asked, failure: Failure) -> Settled:
         """The request has failed: another attempt under a new message, with the context as the stage was given it."""
-        envelope.context, envelope.payload = asked.before, NIL
+        envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         delay, failure = self._ask(asked.attempt, failure, None)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # The message in hand holds a reply that nobody wants: a new one is parked in its place.
-            envelope.attempts, envelope.error = -1, failure.message
-            delay = 0.0
+            envelope.attempts, delay = -1, 0.0
         elif delay is not None:
             envelope.attempts = asked.attempt
         if delay is not None:
+            envelope.failure = write_failure(failure)
             again = Step(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
             return self._settle(item, Moves([again])).failed()
         duration = max(0.0, self._wall() - asked.started)
+        _forget_attempts(envelope)
         return self._give_up(item, envelope, failure, asked.attempt, asked.started, duration).failed()
 
 
 class _Asked(Struct, array_like=True):
-    """What waits for a reply beside the envelope: the attempt, and the context as the stage was given it."""
+    """What waits for a reply beside the envelope: the attempt, and what the stage was given and has kept."""
 
     attempt: int
     started: float
     endpoint: str
     timeout: float
     before: Raw
+    payload: Raw = NIL
+    steps: dict[str, bytes] | None = None
+
+
+def _forget_attempts(envelope: Envelope) -> None:
+    """The stage is over: what was kept for another attempt at it is of no use to the next one."""
+    envelope.attempts, envelope.failure, envelope.steps = 0, None, None
 
 
 _asked = msgspec.msgpack.Decoder(_Asked).decode

@@ -313,8 +313,8 @@ class Work:
             item=item_slot(envelope) if one else None,
             attempt=attempt,
             timeout=self.planned.timeout,
-            failure=None if extra is None else extra.failure,
-            steps=None if extra is None else extra.steps,
+            failure=envelope.failure if extra is None or not extra.attempts else extra.failure,
+            steps=_steps_of(envelope, item),
             store=self._store(item),
             limit=self._limit,
             slot=self._slot,
@@ -331,6 +331,14 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
     parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
     parked.unknown = True
     return parked
+
+
+def _steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
+    """The steps that were completed under this message, and under those before it."""
+    own = None if item.extra is None else item.extra.steps
+    if envelope.steps is None:
+        return own
+    return envelope.steps if own is None else {**envelope.steps, **own}
 
 
 def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:

@@ -33,7 +33,7 @@ from stageflow_actors.runtime.client import Client, Known
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
 from stageflow_actors.runtime.mapping import Prepared
-from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs
+from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs, undone_items
 from stageflow_actors.runtime.work import Settled, Work, settle_moves, split_parts
 from stageflow_actors.runtime.works import WORKS
 
@@ -255,7 +255,12 @@ class _Instance(Generic[C]):
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
             undoing = CompensationProgram(
-                workflow.id, workflow.version, context, undo, interceptors=tuple(interceptors)
+                workflow.id,
+                workflow.version,
+                context,
+                undo,
+                interceptors=tuple(interceptors),
+                items=undone_items(workflow),
             )
             self._works[plan.compensation.queue] = CompensationWork(
                 undoing, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told

@@ -192,7 +192,7 @@ def test_what_goes_between_stages_is_read_as_it_was_written_and_written_as_it_wa
 
 FIELDS: dict[type[msgspec.Struct], str] = {
     Envelope: "workflow_id version stage_id context trail started_at payload error failed_stage compensation digest "
-    "attempts",
+    "attempts failure steps",
     Outcome: "workflow_id version status context trail started_at finished_at error failed_stage compensations digest",
     StageRecord: "stage_id status attempts started_at duration error data undo",
     CompensationRecord: "stage_id status error duration",
