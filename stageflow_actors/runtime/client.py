@@ -473,6 +473,12 @@ class Client:
             known = self._known.get((workflow.id, workflow.version))
             if known is None:
                 known = self._adopt(workflow)
+            elif known.codec.context_type is not workflow.context:
+                raise StageFlowError(
+                    f"workflow {workflow.id!r} was registered here with another class as its context than this "
+                    f"{workflow.context.__name__}: was the code that defines it run again? Start a Runtime with the "
+                    "new workflow, or give it another version and register() it"
+                )
             return known
         versions = [known for (id, _), known in self._known.items() if id == workflow]
         if not versions:

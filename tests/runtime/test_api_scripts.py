@@ -238,6 +238,27 @@ def test_functions_redefined_between_runs_of_a_notebook_take_effect(run: Any) ->
     assert run("-c", textwrap.dedent(script)) == "1\n2\n"
 
 
+def test_a_cell_that_is_run_again_while_the_runtime_runs_is_told_of(run: Any) -> None:
+    script = """
+    from dataclasses import dataclass
+    from stageflow_actors import Runtime, Workflow
+    def cell():
+        @dataclass
+        class Order:
+            name: str
+        return Order, Workflow("flow", context=Order).add_stage(lambda order: order.name, id="only")
+    Order, flow = cell()
+    with Runtime(flow, data_dir="data") as runtime:
+        Order, flow = cell()
+        try:
+            runtime.execute(flow, Order("a"), timeout=20)
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    out = run("-c", textwrap.dedent(script))
+    assert out.startswith("StageFlowError workflow 'flow' was registered here with another class as its context")
+
+
 def test_a_program_that_reads_its_stdin_shares_it_with_nobody(run: Any) -> None:
     script = """
     import sys
