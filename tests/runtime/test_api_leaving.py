@@ -19,7 +19,6 @@ from effect_log import note, noted
 from stageflow_actors import (
     BrokerUnavailable,
     Config,
-    Instance,
     JournalLocked,
     Runtime,
     StageContext,
@@ -325,14 +324,6 @@ def test_a_deep_data_directory_and_a_relative_one_work(tmp_path: Path, gate: Pat
         monkeypatch.chdir("/")
         assert runtime.execute("flow", {"gate": str(gate)}, timeout=20).success
     assert (tmp_path / "relative" / "history.db").exists()
-
-
-def test_an_instance_outlives_the_handle_and_the_program_part_that_made_it(data_dir: Path, gate: Path) -> None:
-    with Runtime(flow(), data_dir=data_dir) as runtime:
-        runtime.submit("flow", {"gate": str(gate)}, instance_id="orphan")
-        handle: Instance[Any] = runtime.instance("orphan")
-        gate.touch()
-        assert handle.result(timeout=20).success
 
 
 INTERRUPTED = """

@@ -346,5 +346,5 @@ def test_progress_goes_to_stderr_and_never_to_stdout(runtime: Runtime, capfd: py
 
 def test_a_queue_shorter_than_a_batch_takes_all_in_time(serve: Any) -> None:
     runtime = serve(quicks, config=Config(max_queue_length=7))
-    results = list(runtime.map(quicks, [{"n": n} for n in range(500)]))
-    assert [r.context["n"] for r in results] == list(range(500))
+    results = list(runtime.map(quicks, [{"n": n} for n in range(250)]))
+    assert [r.context["n"] for r in results] == list(range(250))
