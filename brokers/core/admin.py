@@ -13,7 +13,7 @@ import msgspec
 
 from brokers.core import records
 from brokers.core.looking import DLQ, Looking, named
-from brokers.core.message import DELAYED, LEASED, PARKED, Message, Place
+from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Session
 from brokers.core.wire import MAX_NUMBER, check_consume
@@ -234,7 +234,11 @@ class Admin:
             group.epoch += 1
             self._ledger.keep_group(group)
             for message in group.messages():
-                if message.state() in (DELAYED, PARKED):
+                state = message.state()
+                if state == READY and message.queue.breaker is not None:
+                    self._store.enqueue(self._store.replace(message))
+                    self._store.touched[message.queue] = None
+                elif state in (DELAYED, PARKED):
                     again = self._store.replace(message)
                     extra = again.details()
                     extra.due = extra.due_wall = extra.delay = 0.0

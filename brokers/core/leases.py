@@ -228,14 +228,18 @@ class Leases:
 
     def _pump_guarded(self, queue: Queue, breaker: Breaker) -> None:
         """As `_pump`, as far as the breaker lets it."""
+        free = self._free(queue)
+        while free and queue.next_unwanted():
+            self._deliver(queue, free[0], 1)
+            if free[0].room <= 0:
+                free.pop(0)
         if breaker.waits(self.store.now):
             return
-        free = self._free(queue)
         if breaker.state == CLOSED:
             while free and queue.next_lane():
                 share = -(-max(1, queue.ready_count) // len(free))
                 consumer = free.pop(0)
-                room = min(consumer.prefetch, breaker.most) - len(consumer.held)
+                room = min(consumer.room, breaker.most - len(consumer.held))
                 if room > 0:
                     self._deliver(queue, consumer, min(share, room))
             return

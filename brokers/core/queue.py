@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Queue", "QueueOptions"]
 
 
+FIRST = 1 << 62
+"""The priority of the lane that no breaker holds up: what is not to be worked on, only to be passed through."""
+
+
 class QueueOptions(Struct, array_like=True, frozen=True):
     """How a queue treats its messages.
 
@@ -87,14 +91,18 @@ class Queue:
 
     def push(self, message: Message) -> None:
         """Behind all of the same priority."""
-        if message.priority == 0:
+        if self.breaker is not None and message.unwanted:
+            self._lane(FIRST).append(message)
+        elif message.priority == 0:
             self.ready.append(message)
         else:
             self._lane(message.priority).append(message)
 
     def push_front(self, message: Message) -> None:
         """Before all of the same priority."""
-        if message.priority == 0:
+        if self.breaker is not None and message.unwanted:
+            self._lane(FIRST).append(message)
+        elif message.priority == 0:
             self.ready.appendleft(message)
         else:
             self._lane(message.priority).appendleft(message)
@@ -107,6 +115,16 @@ class Queue:
         self._high.append((priority, new))
         self._high.sort(key=lambda pair: -pair[0])
         return new
+
+    def next_unwanted(self) -> bool:
+        """Whether the next message is one that no breaker holds up."""
+        if not self._high or self._high[0][0] != FIRST:
+            return False
+        lane = self._high[0][1]
+        while lane and lane[0].holder is not None:
+            lane.popleft()
+            self.skip -= 1
+        return bool(lane)
 
     def next_lane(self) -> deque[Message]:
         """The lane that the next message comes from; it is empty when none is ready."""

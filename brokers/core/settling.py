@@ -222,6 +222,9 @@ class Settling:
                         continue
                     if message.epoch != FIRST_EPOCH:
                         odd.append(message)
+                    if queue.breaker is not None and message.unwanted:
+                        queue.push(message)
+                        continue
                 if flags:
                     group.ended = label
                     if group.watchers is not None:

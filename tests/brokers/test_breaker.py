@@ -36,9 +36,10 @@ class Cluster:
     def declare(self, failures: int, reset: float) -> None:
         self.supervisor.query("declare", [QueueOptions("q", 3, breaker_failures=failures, breaker_reset=reset)])
 
-    def publish(self, count: int, **item: Any) -> None:
+    def publish(self, count: int, priority: int = 0) -> None:
         names = [f"g{self.world.machine.store.next_id + place}" for place in range(count)]
-        self.publisher.publish([("q", "a")], [(0, 1, name, 1) for name in names], [b"x"] * count)
+        items = [(0, 1, name, 1, 0, priority) for name in names]
+        self.publisher.publish([("q", "a")], items, [b"x"] * count)
 
     @property
     def worker(self) -> Peer:
@@ -293,6 +294,50 @@ def test_however_a_probe_ends_the_breaker_is_not_stuck(end: Any) -> None:
     assert (queue["ready"], queue["leased"], queue["delayed"]) == (0, 0, 0)
 
 
+def cancelled(cluster: Cluster, group: str) -> bool:
+    """Cancel it; whether its message is delivered at once, to be passed through, which is done."""
+    cluster.publisher.query("cancel", group, "no more", [])
+    found = [item for item in cluster.worker.held.values() if item.group == group]
+    for item in found:
+        assert item.extra is not None
+        assert item.extra.cancelled == "no more"
+        cluster.say(item, NEITHER, DONE)
+    return bool(found)
+
+
+def test_what_is_cancelled_does_not_wait_for_the_breaker() -> None:
+    cluster = Cluster()
+    cluster.open()
+    cluster.publish(1, priority=5)
+    ready, *_ = [message for message in cluster.world.machine.store.queue("q").waiting() if message.priority == 0]
+    assert ready.group is not None
+    assert cancelled(cluster, ready.group.id)
+    assert cluster.state() == OPEN
+    assert not cluster.worker.held
+
+
+def test_what_is_cancelled_does_not_wait_for_the_probe() -> None:
+    cluster = Cluster()
+    probe = cluster.half_open()
+    waiting = next(cluster.world.machine.store.queue("q").waiting())
+    assert waiting.group is not None
+    assert cancelled(cluster, waiting.group.id)
+    assert list(cluster.worker.held) == [probe.id]
+    cluster.say(probe, ATTEMPT_WORKED, DONE)
+    assert cluster.state() == CLOSED
+
+
+def test_what_comes_on_after_its_group_was_cancelled_does_not_wait_either() -> None:
+    cluster = Cluster()
+    cluster.open()
+    before = cluster.world.peer(60, consume={"earlier": 1}, role="worker")
+    cluster.publisher.publish([("earlier", "e")], [(0, 1, "late", 1)], [b"e"])
+    [item] = before.held.values()
+    cluster.publisher.query("cancel", "late", "no more", [])
+    before.settle([("q", "a")], moves=[(item.id, item.lease, 0, 1, "late")], bodies=[b"x"])
+    assert [held.group for held in cluster.worker.held.values()] == ["late"]
+
+
 def test_declared_as_before_it_stays_as_it_is_and_otherwise_begins_anew() -> None:
     cluster = Cluster()
     cluster.open()
@@ -377,6 +422,12 @@ class RandomTimes(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.cluster.world.pass_time(seconds)
 
+    @rule(which=st.integers(0, 3))
+    def cancel(self, which: int) -> None:
+        live = list(self.cluster.world.machine.store.groups)
+        if live:
+            self.cluster.publisher.query("cancel", live[which % len(live)], "no more", [])
+
     @rule()
     def requeue(self) -> None:
         self.cluster.publisher.query("requeue", "dlq.q", [])
@@ -384,6 +435,10 @@ class RandomTimes(RuleBasedStateMachine):
     @invariant()
     def open_delivers_nothing_and_half_open_one_at_a_time(self) -> None:
         breaker, world = self.cluster.breaker, self.cluster.world
+        # What is cancelled goes through whatever the breaker says.
+        assert not world.machine.store.queue("q").next_unwanted() or all(
+            len(worker.held) >= self.cluster.prefetch for worker in self.cluster.workers
+        )
         before = self._delivered()
         world.machine.store.touched[world.machine.store.queue("q")] = None
         world.round()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+# The examples of the language build on one another's first lines: `test_readme_language.py` runs them.
+LANGUAGE = README.partition("## The whole language\n")[2].partition("\n## ")[0]
 # A block of Python, and the text block that says what it prints, where one follows at once.
 BLOCKS = re.findall(
-    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", README.replace(LANGUAGE, ""), re.DOTALL | re.MULTILINE
 )
 
 
