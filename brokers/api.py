@@ -147,8 +147,13 @@ class Broker(Protocol):
         atomic: bool = False,
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
+        taken: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
-        """New messages; resolves when they are durable. Fails with `QueueFull`, `PayloadTooLarge`, `Refused`."""
+        """New messages; resolves when they are durable. Fails with `QueueFull`, `PayloadTooLarge`, `Refused`.
+
+        `taken` is called in the same instant in which the frame is: who begins there to watch the groups that the
+        frame starts is never told that they are gone, whenever the connection is made anew. It must not block.
+        """
 
     def settle(
         self,

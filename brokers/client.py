@@ -11,7 +11,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -93,10 +93,11 @@ class PeerClient(ABC):
         atomic: bool = False,
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
+        taken: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
         """See `brokers.api.Broker.publish`."""
         future: Future[PublishAnswer] = Future()
-        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), b"".join(bodies), future)
+        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), b"".join(bodies), future, taken)
         return future
 
     def settle(
@@ -140,7 +141,14 @@ class PeerClient(ABC):
 
     # sending
 
-    def _send(self, op: bytes, fields: tuple[Any, ...], blob: bytes, future: Future[Any] | None) -> None:
+    def _send(
+        self,
+        op: bytes,
+        fields: tuple[Any, ...],
+        blob: bytes,
+        future: Future[Any] | None,
+        taken: Callable[[], None] | None = None,
+    ) -> None:
         if len(blob) > wire.MAX_FRAME:
             raise PayloadTooLarge(
                 f"{len(blob)} bytes of bodies in one call, {wire.MAX_FRAME} are the most; send fewer at once",
@@ -156,6 +164,8 @@ class PeerClient(ABC):
             # Encoded first: what cannot be encoded must not take a number.
             header = wire.encode((self.broker_epoch, frame, *fields))
             self._frame = frame
+            if taken is not None:
+                taken()
             self._unconfirmed.append(_Pending(frame, op, fields, blob, future))
             if self._welcomed:
                 self._transmit(op, header, blob)
@@ -163,8 +173,9 @@ class PeerClient(ABC):
     def _hello(self) -> tuple[bytes, bytes, bytes]:
         """The frame that opens the talk. What is held is read source first, so that nothing on its way is missed."""
         holding = list(self._listener.holding())
-        watching = set(self._listener.watching())
         with self._lock:
+            # Read with the frames: whoever begins to watch what it publishes does so under this lock.
+            watching = set(self._listener.watching())
             self._welcomed = False
             self._talk += 1
             first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1

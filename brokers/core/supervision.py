@@ -162,6 +162,12 @@ class Supervision:
             if known is None or not known.connected:
                 for name in queues:
                     store.queue(name).awaiting.add(peer)
+        for death in self._deaths:
+            # It has been told of already, and not had its consequences: nobody is given what it was at before.
+            for id in death.guilty:
+                message = store.messages.get(id)
+                if message is not None and message.state() == READY:
+                    message.queue.awaiting.add(death.peer)
         leases.rostered = True
         store.touched.update(dict.fromkeys(store.queues.values()))
 

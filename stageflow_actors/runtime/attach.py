@@ -23,7 +23,7 @@ from brokers.memory import MemoryBroker
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.broker_process import BrokerProcess
-from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, runtime_dir
+from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
 
 __all__ = ["Attached", "attach", "existing", "live_address"]
@@ -144,7 +144,7 @@ def _own_process(data_dir: DataDir) -> Iterator[Broker]:
                 yield broker
         finally:
             process.stop()
-            socket.unlink(missing_ok=True)
+            remove_runtime_dir(socket.parent)  # nobody else is in there: the directory is locked
     finally:
         data_dir.remove_cluster()
         data_dir.release()

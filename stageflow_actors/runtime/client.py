@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -70,6 +71,9 @@ STOPPED = (
 )
 
 CATCH_UP_SECONDS = 1.0
+
+MOST_SEARCHED = 10_000
+"""How many live instances are looked through for those of one status or workflow; the latest first."""
 
 DRAIN_SECONDS = 0.25
 """How often a drain looks whether what is left only waits."""
@@ -258,7 +262,8 @@ class Client:
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
-            for group in self._query("groups", "", 1_000_000):
+            most = limit if wanted is None and workflow_id is None else MOST_SEARCHED
+            for group in self._query("groups", "", most):
                 if len(found) >= limit:
                     break
                 if wanted is not None and status_of(group) != wanted:
@@ -498,7 +503,7 @@ class Client:
         data = known.codec.prepare(context)
         if instance_id is None:
             return Prepared(new_instance_id(), data, None)
-        if not isinstance(instance_id, str) or not instance_id or len(instance_id) > 256:
+        if not isinstance(instance_id, str) or not instance_id or len(instance_id) > 256 or not _encodes(instance_id):
             raise InvalidContext(f"an instance id is a string of 1 to 256 characters, not {instance_id!r}")
         return Prepared(instance_id, data, known.codec.digest(data, known.plan.id))
 
@@ -528,17 +533,23 @@ class Client:
         if not prepared.check:
             return (0, size, prepared.id, prepared.epoch, START | WATCH, priority, 0.0, ttl)
         flags = START | WATCH | CHECK
-        return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, ttl, prepared.digest, self._seen)
+        return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, ttl, prepared.digest, prepared.seen)
 
     def _publish(
-        self, known: Known, batch: list[Prepared], *, priority: int = 0, atomic: bool = False
+        self,
+        known: Known,
+        batch: list[Prepared],
+        *,
+        priority: int = 0,
+        atomic: bool = False,
+        taken: Callable[[], None] | None = None,
     ) -> Future[port.PublishAnswer]:
         now = time.time()
         bodies = [self._body(known, prepared, now) for prepared in batch]
         ttl = known.plan.stages[0].ttl
         items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
         try:
-            return self._port().publish([known.target], items, bodies, atomic=atomic)
+            return self._port().publish([known.target], items, bodies, atomic=atomic, taken=taken)
         except port.BrokerError as error:
             raise in_our_words(error) from None
 
@@ -553,11 +564,12 @@ class Client:
             waiting = [(p, instance) for p, instance in waiting if instance._outcome is None]
             if not waiting:
                 return instances
-            for prepared, instance in waiting:
-                self._waiters.add(prepared.id, instance)
             answer = None
             try:
-                answer = self._await(self._publish(known, [p for p, _ in waiting], priority=priority, atomic=True))
+                batch = [p for p, _ in waiting]
+                answer = self._await(
+                    self._publish(known, batch, priority=priority, atomic=True, taken=partial(self._rewatch, waiting))
+                )
             finally:
                 if answer is None:
                     self._unwatch(waiting)
@@ -580,10 +592,15 @@ class Client:
         if instance_id not in self._lookup([instance_id]):
             raise InstanceNotFound(instance_id)
         arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
-        self._await(self._port().publish([], [], [data], arrivals=[arrival]))
+        answer = self._await(self._port().publish([], [], [data], arrivals=[arrival]))
+        if answer.refused:
+            raise InstanceNotFound(instance_id)
 
     def _take_finished(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
         """What has ended before is given its outcome. Raises `InstanceConflict` for one that had another input."""
+        seen = self._seen
+        for prepared, _ in waiting:
+            prepared.seen = seen  # before the history is read: what leaves from now on is found out about
         finished = self._finished([prepared for prepared, _ in waiting if prepared.check])
         for prepared, _ in waiting:
             row = finished.get(prepared.id)
@@ -593,6 +610,10 @@ class Client:
             row = finished.get(prepared.id)
             if row is not None:
                 instance._take(row.outcome)
+
+    def _rewatch(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
+        for prepared, instance in waiting:
+            self._waiters.add(prepared.id, instance)
 
     def _unwatch(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
         for prepared, instance in waiting:
@@ -656,3 +677,12 @@ def port_ids(body: bytes) -> tuple[str, int]:
 
     first = msgspec.msgpack.decode(body, type=list[Any])
     return str(first[0]), int(first[1])
+
+
+def _encodes(text: str) -> bool:
+    """Whether the text is Unicode that can travel: no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

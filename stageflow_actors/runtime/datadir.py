@@ -15,6 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -141,6 +142,7 @@ class DataDir:
             os.close(fd)
             raise
         self._lock_fd = fd
+        _HELD.add(self)
         self.write_cluster(
             ClusterRecord(program=program_pid, program_ticks=start_ticks(program_pid), started=time.time())
         )
@@ -198,6 +200,19 @@ class DataDir:
 
     def _unusable(self, reason: str) -> DataDirUnusable:
         return DataDirUnusable(f"the data directory {self.path} cannot be used: {reason}", path=self.path)
+
+
+_HELD: weakref.WeakSet[DataDir] = weakref.WeakSet()
+"""Directories that this process has acquired itself."""
+
+
+def _let_go_in_child() -> None:
+    """What a program forks for itself is no part of its cluster, and may outlive both."""
+    for data_dir in list(_HELD):
+        data_dir.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _try_lock(fd: int) -> bool:

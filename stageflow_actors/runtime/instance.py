@@ -201,15 +201,12 @@ class Instance(Generic[C]):
 
     def _parked_result(self) -> WorkflowResult[C]:
         """What `map` yields of a parked instance."""
-        group = self._client._lookup([self.id]).get(self.id) or {}
+        group = self._client._query("inspect", [self.id]).get(self.id) or {}
         for message in group.get("messages", ()):
-            if message["state"] != "dead":
+            if message["state"] != "dead" or "body" not in message:
                 continue
             failure = read_failure(message["reason"])
-            dead = self._client._query("peek", f"dlq.{message['queue']}", 0, 10_000)
-            body = next((m["body"][: m["base"]] for m in dead if m["id"] == message["id"]), None)
-            if body is None:
-                continue
+            body = message["body"][: message["base"]]
             self._settle_version(body)
             envelope = decode_envelope(body)
             one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from stageflow_actors import errors
+from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
@@ -116,6 +117,7 @@ class NodeHandle:
         except BaseException:
             self.kill()
             raise
+        self._let_go()
 
     def kill(self) -> None:
         """End the cluster at once; its journal has all that counts."""
@@ -128,6 +130,14 @@ class NodeHandle:
             self._await_remains()
         except BrokerUnavailable as error:
             self._notice(str(error))  # whoever kills has a reason of their own to tell
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The node has ended, and no other follows."""
+        with self._lock:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
 
     def _send(self, message: Register | Scale | Stop) -> None:
         channel = self._channel
@@ -228,6 +238,9 @@ class NodeHandle:
                 self._all_registered(self._asked)  # the new node has it in its configuration
             except StageFlowError as error:
                 self._failed(error)
+                return
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear that nobody keeps the node any more
+                self._failed(BrokerUnavailable(f"the node process could not be kept: {describe_error(error)}"))
                 return
 
     def _await_remains(self) -> None:

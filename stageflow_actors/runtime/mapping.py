@@ -6,6 +6,7 @@ context is refused for is raised where its result would have been, and the itera
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -33,6 +34,8 @@ IN_FLIGHT = 8_000
 WAITING = 16_000
 """Most results that wait for one before them, in `map`, together with what is in flight."""
 BATCH = 100
+BATCH_BYTES = 8 << 20
+"""A batch ends with the context that brings it to this many bytes."""
 PULL_SECONDS = 0.005
 """An input that gives less than a batch in that time is slow: what it has given is started."""
 SLOW_SHARE = 0.5
@@ -48,13 +51,15 @@ _PARKED, _LEFT = object(), object()
 class Prepared:
     """A context that was accepted: the id, the encoded context, its digest where the id was chosen by a user."""
 
-    __slots__ = ("check", "data", "digest", "epoch", "id")
+    __slots__ = ("check", "data", "digest", "epoch", "id", "seen")
 
     def __init__(self, id: str, data: bytes, digest: bytes | None, epoch: int = 1) -> None:
         self.id = id
         self.data = data
         self.digest = digest
         self.epoch = epoch
+        self.seen = 0
+        """How much had left the broker when the history was last looked into for this id."""
         self.check = digest is not None
         """Whether an instance of that id may have finished: always so where a user chose the id, and where the broker
         says so of a start that was sent again."""
@@ -219,6 +224,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
 
     def _pull(self) -> None:
         batch: list[Prepared] = []
+        size = 0
         began = time.perf_counter()
         took = 0.0
         try:
@@ -228,7 +234,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 prepared = self._prepare(context, at)
                 if prepared is not None:
                     batch.append(prepared)
-                if len(batch) >= BATCH:
+                    size += len(prepared.data)
+                if len(batch) >= BATCH or size >= BATCH_BYTES:
                     break
                 took = time.perf_counter() - began
                 if took > PULL_SECONDS:
@@ -289,22 +296,25 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 batch = self._without_finished(batch)
                 if not batch:
                     return False
+            inbox = self._inbox
+
+            def watch() -> None:
                 for prepared in batch:
-                    waiters.add(prepared.id, self._inbox)
-            else:
-                by_id, inbox = waiters.by_id, self._inbox  # nobody else can know these ids
-                for prepared in batch:
-                    by_id[prepared.id] = inbox
-            future = self._client._publish(self._known, batch)
-        except StageFlowError as error:
+                    waiters.add(prepared.id, inbox)
+
+            future = self._client._publish(self._known, batch, taken=watch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, none of the batch has been started
             for prepared in batch:
-                self._refuse(prepared.id, error)
+                self._refuse(prepared.id, copy.copy(error))
             return False
         heard = self._inbox.heard
         future.add_done_callback(lambda done: heard(batch, done))
         return True
 
     def _without_finished(self, batch: list[Prepared]) -> list[Prepared]:
+        seen = self._client._seen
+        for prepared in batch:
+            prepared.seen = seen
         rows = self._client._finished(batch)
         if not rows:
             return batch
@@ -335,9 +345,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             self._full_until = time.monotonic() + FULL_RETRY
             return
         if isinstance(answer, BaseException):
-            error = in_our_words(answer)
             for prepared in batch:
-                self._refuse(prepared.id, error)
+                self._refuse(prepared.id, in_our_words(answer))
             return
         by_id = {prepared.id: prepared for prepared in batch}
         look_again = []

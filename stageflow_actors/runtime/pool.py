@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -45,6 +46,9 @@ LANES_A_TICK = 64
 
 REMEMBERED = 60_000_000_000
 """Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
+
+PAUSED_FACT = "paused-by-pool:"
+"""Prefix of the broker's fact that a queue was paused by its pool and not by a person."""
 
 CANCEL_GRACE = 1_000_000_000
 """Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
@@ -153,7 +157,8 @@ class Pool(pykka.ThreadingActor):
         self._ticks = 0
 
     def on_start(self) -> None:
-        """The first workers."""
+        """The first workers. A pause of a pool's own ends with the node it was made in: what ailed may be mended."""
+        self._lift_pause()
         self._fill()
         self._say_whether_restless()
 
@@ -343,10 +348,21 @@ class Pool(pykka.ThreadingActor):
         queue = self._spec.queue
         self._paused_at = time.monotonic()
         self._services.broker.query("pause", queue)
+        self._services.broker.query("fact", PAUSED_FACT + queue, "yes")
         self._services.notify(
             f"pool {queue} is paused: {why}; see the errors above, then resume it with "
             f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
         )
+
+    def _lift_pause(self) -> None:
+        broker, queue = self._services.broker, self._spec.queue
+
+        def heard(known: Future[Any]) -> None:
+            if known.exception() is None and known.result() == "yes":
+                broker.query("resume", queue)
+                broker.query("fact", PAUSED_FACT + queue, "no")
+
+        broker.query("fact", PAUSED_FACT + queue, None).add_done_callback(heard)
 
     # time
 
@@ -436,6 +452,7 @@ class Pool(pykka.ThreadingActor):
     def _resumed(self) -> None:
         if self._paused_at:
             self._paused_at = self._not_before = 0.0
+            self._services.broker.query("fact", PAUSED_FACT + self._spec.queue, "no")
             self._deaths = self._failed_starts = 0
             self._fill()
 

@@ -85,9 +85,9 @@ class Program(Struct):
 
 
 class PoolSpec(Struct):
-    """One pool as the node starts it. `programs` are those of each registered version that has a place at the queue, the
-    latest last. `concurrency` messages are in work at once per worker, `most` in all (0: any number); `max_deaths` is
-    how many worker deaths a message may cause (0: any number)."""
+    """One pool as the node starts it. `programs` are those of each registered version that has a place at the queue,
+    the latest last. `concurrency` messages are in work at once per worker, `most` in all (0: any number); `max_deaths`
+    is how many worker deaths a message may cause (0: any number)."""
 
     queue: str
     workflow_id: str
@@ -185,7 +185,7 @@ def pool_specs(
 
 
 def merged(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
-    """One pool for each queue: versions of a workflow share theirs, on the terms of the latest and with the most actors.
+    """One pool for each queue: versions of a workflow share theirs, on the latest's terms and with the most actors.
 
     The places that versions have at a queue need not be the same, nor of one kind.
     """

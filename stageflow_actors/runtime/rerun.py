@@ -36,6 +36,9 @@ __all__ = ["cancel", "restart", "retry"]
 HISTORY_SECONDS = 10.0
 """How long an instance that has ended may take to be in the history and nowhere else."""
 
+LOOKS = 50
+"""How often a new run looks into the history again because something has left the broker meanwhile."""
+
 CANCEL_SECONDS = 30.0
 """How long `cancel` waits for the end before it says where the instance stands."""
 
@@ -160,14 +163,19 @@ def _start(client: Client, row: HistoryRow, target: Target, stage_id: str, data:
     now = time.time()
     body = encode(Envelope(row.workflow_id, row.version, stage_id, data, trail, now, digest=row.digest))
     flags = START | WATCH | CHECK
-    for _ in range(2):
-        item = (0, len(body), row.instance_id, row.epoch + 1, flags, 0, 0.0, 0.0, row.digest, client._seen)
+    for _ in range(LOOKS):
+        seen = client._seen  # before the history is read: what leaves from now on is found out about
+        latest = client._row(row.instance_id)
+        if latest is None or latest.epoch != row.epoch:
+            raise StageFlowError(f"instance {row.instance_id!r} has been started again meanwhile")
+        item = (0, len(body), row.instance_id, row.epoch + 1, flags, 0, 0.0, 0.0, row.digest, seen)
         answer = client._await(client._port().publish([target], [item], [body]))
         if not answer.refused:
             return
         client._seen = max(client._seen, answer.seen)
         if answer.refused[0][1] != "look-again":
             raise StageFlowError(f"instance {row.instance_id!r} has been started again meanwhile")
+    raise StageFlowError(f"instance {row.instance_id!r} ends faster than it can be looked up; try again")
 
 
 def _again(client: Client, instance: Instance[Any]) -> Instance[Any]:

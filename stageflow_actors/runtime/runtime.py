@@ -297,5 +297,8 @@ def _import_path() -> list[str]:
 
 def _say(text: str) -> None:
     """A sentence for the user. stdout is the program's own."""
-    sys.stderr.write(f"stageflow: {text}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"stageflow: {text}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # closed, or a reader that has gone: nobody is there to be told

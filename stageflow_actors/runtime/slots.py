@@ -59,7 +59,7 @@ class SlotState(Struct, frozen=True):
 
 
 class Slot:
-    """One lane of a worker. `cancel`, `mark_stale` and `clear` belong to the node, all else that writes to the worker."""
+    """One lane of a worker. `cancel`, `mark_stale` and `clear` are the node's, all else that writes is the worker's."""
 
     __slots__ = ("_cells", "_index", "_started", "_table", "_timeout")
 

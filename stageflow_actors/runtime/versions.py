@@ -19,7 +19,7 @@ __all__ = ["Versions"]
 class Versions:
     """Several works as one, in order of their versions, no two of the same one.
 
-    `awaits`: each is the call of an async handler, so that they can be awaited together; `threads`: each is the call of a
+    `awaits`: each is the call of an async handler, so that they can be awaited together; `threads`: each is that of a
     blocking one, so that several can run at once. Otherwise it is one after the other.
     """
 

@@ -322,7 +322,7 @@ class Work:
 
 
 def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settled:
-    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it when it is again."""
+    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
     text = (
         f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
         "when a runtime with that version is started, or registers it"

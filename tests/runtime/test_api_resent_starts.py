@@ -23,7 +23,11 @@ class ForgetfulBroker:
         self.history = history
         self.ended = ended
 
-    def publish(self, targets: Any, items: Any, bodies: Any, *, atomic: bool = False) -> Future[PublishAnswer]:
+    def publish(
+        self, targets: Any, items: Any, bodies: Any, *, atomic: bool = False, taken: Any = None
+    ) -> Future[PublishAnswer]:
+        if taken is not None:
+            taken()
         refused = []
         for index, (item, body) in enumerate(zip(items, bodies, strict=True)):
             id, flags = item[2], item[4]
