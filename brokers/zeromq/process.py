@@ -64,6 +64,7 @@ def main(argument: str) -> int:
     """Run until SIGTERM; 0 when all went well, 1 when it could not start, 70 when the journal failed."""
     options = msgspec.json.decode(argument.encode(), type=ProcessOptions)
     stop = _Stop()
+    gc.disable()  # nothing here makes cycles, and looking through a million messages for some takes seconds
     if options.parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != options.parent:
@@ -86,9 +87,6 @@ def main(argument: str) -> int:
         _say(options.ready_fd, report)
         return 1
     _say(options.ready_fd, {"ready": True, "epoch": engine.machine.store.epoch})
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     try:
         server.run(stop)
     except JournalError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from brokerworld import Peer, World, assert_same, check_whole, picture
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -342,7 +342,13 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
 
 TestBrokerAndItsReplay = pytest.mark.usefixtures("shallow")(BrokerAndItsReplay.TestCase)
 TestBrokerAndItsReplay.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    # Explaining a failure takes longer than finding it, and longer than the test may take.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
 )
 
 
