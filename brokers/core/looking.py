@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+from brokers.core.gather import Gather
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
 from brokers.core.message import Group, Message
@@ -21,6 +22,9 @@ DLQ = "dlq."
 PROGRESS_BYTES = 4_096
 PROGRESS_KEPT = 10_000
 """Reports of progress that are kept before those are dropped which nobody will see again."""
+
+PARTS_SHOWN = 100
+"""Most arrivals of a gather that are shown."""
 
 SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
@@ -85,9 +89,7 @@ class Looking:
             "digest": group.digest,
             "ended": ended,
             "messages": [self._message(m, body=bodies or (ended and m.label == ended)) for m in group.messages()],
-            "gathers": [
-                {"key": g.key, "need": g.need, "arrived": len(g.arrivals)} for g in (group.gathers or {}).values()
-            ],
+            "gathers": [_gather(gather, bodies=bodies) for gather in (group.gathers or {}).values()],
         }
 
     def _message(self, message: Message, *, body: object) -> dict[str, Any]:
@@ -151,3 +153,13 @@ class Looking:
             room -= message.size
             found.append(self._message(message, body=room >= 0 or not found))
         return found
+
+
+def _gather(gather: Gather, *, bodies: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {"key": gather.key, "need": gather.need, "arrived": len(gather.arrivals)}
+    if bodies:
+        # What was gathered of many items is of no interest one by one.
+        described["base"] = gather.base
+        described["parts"] = list(gather.arrivals.values()) if len(gather.arrivals) <= PARTS_SHOWN else []
+        described["opened"] = gather.place.wall
+    return described

@@ -66,12 +66,13 @@ class StageRecord(Struct, array_like=True, gc=False):
 
 
 class CompensationRecord(Struct, array_like=True, gc=False):
-    """One compensation that ran: `status` is `completed` or `failed`."""
+    """One compensation that ran: `status` is `completed` or `failed`, `finished_at` seconds since the Unix epoch."""
 
     stage_id: str
     status: str
     error: str | None = None
     duration: float = 0.0
+    finished_at: float = 0.0
 
 
 class Failure(Struct, array_like=True, gc=False):

@@ -252,6 +252,7 @@ def after_compensation(
     """One compensation is over, well or not: the next one, or the end that says truthfully how it went."""
     task = envelope.compensation
     assert task is not None, "a compensation message without its task"
+    record.finished_at = now
     task.done.append(record)
     task.plan = task.plan[1:]
     if task.plan:

@@ -18,6 +18,7 @@ from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.core.timeline import Moment, moments_of_group, moments_of_outcome
 from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.runtime.rerun import cancel, restart, retry
@@ -82,6 +83,17 @@ class Instance(Generic[C]):
         Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel.
         """
         self._client._signal(self.id, name, payload)
+
+    def history(self) -> list[Moment]:
+        """What has happened to it so far, in order of time, and where it stands if it has not ended.
+
+        Each `Moment` has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
+        """
+        if self._outcome is None:
+            group = self._client._query("inspect", [self.id]).get(self.id)
+            if group is not None:
+                return moments_of_group(group)
+        return moments_of_outcome(self._outcome or self._from_history())
 
     def cancel(self, reason: str = "") -> WorkflowStatus:
         """Cancel it: what has not started does not start, what has completed is compensated.

@@ -1,0 +1,133 @@
+"""What happened to an instance, line by line, with times: read from how it ended, or from what the broker holds of it.
+
+Pure, as `standing` is: groups are the broker's plain descriptions. What no message carries any more is not invented: a
+run that was restarted is told from its restart on, and of failed attempts the last one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from stageflow_actors.core.codec import decode_value
+from stageflow_actors.core.envelope import (
+    CompensationRecord,
+    Envelope,
+    StageRecord,
+    decode_envelope,
+    decode_outcome,
+    decode_trail,
+    head_of,
+)
+from stageflow_actors.core.plan import COMPENSATE, ITEM_SUFFIX
+from stageflow_actors.core.standing import failure_text
+
+__all__ = ["Moment", "moments_of_group", "moments_of_outcome"]
+
+_STATES = {"ready": "queued", "leased": "running", "delayed": "delayed", "dead": "parked"}
+
+
+class Moment(Struct, frozen=True, kw_only=True):
+    """One line of an instance's timeline.
+
+    `at` is seconds since the Unix epoch (of a stage that is over: when it was), `what` is `submitted`; of a stage
+    `completed`, `failed` or `skipped`; `compensated` or `compensation failed`; at present `queued`, `running`,
+    `delayed` (a retry or a delay), `waiting` (for a signal, a reply, branches or items) or `parked`; and at the end
+    `ended: ` with the status. `duration` is seconds, `data` what the stage returned, `attempt` counts from 1.
+    """
+
+    at: float
+    what: str
+    stage_id: str = ""
+    attempt: int = 0
+    duration: float = 0.0
+    error: str | None = None
+    data: Any = None
+
+
+def moments_of_outcome(outcome: bytes) -> list[Moment]:
+    """The timeline of an instance that has ended, from its encoded `Outcome`."""
+    read = decode_outcome(outcome)
+    moments = [Moment(at=read.started_at, what="submitted")]
+    moments += [_of_stage(record) for record in decode_trail(read.trail) if _is_shown(record)]
+    moments += [_of_compensation(record, read.finished_at) for record in read.compensations]
+    moments = sorted(moments, key=lambda moment: moment.at)
+    end = Moment(at=read.finished_at, what=f"ended: {read.status}", stage_id=read.failed_stage or "", error=read.error)
+    return [*moments, end]
+
+
+def moments_of_group(group: Mapping[str, Any]) -> list[Moment]:
+    """The timeline so far of a live instance whose group this is, as the broker's `inspect` describes it."""
+    for message in group["messages"]:
+        if group["ended"] and message["label"] == group["ended"]:
+            return moments_of_outcome(message["body"])
+    bodies = [message["body"][: message["base"]] for message in group["messages"]]
+    for gather in group["gathers"]:
+        if gather["need"] is not None:
+            bodies += [gather["base"], *gather["parts"]]
+    envelopes = [envelope for body in bodies if (envelope := _envelope(body)) is not None]
+    records: dict[tuple[str, float], StageRecord] = {}
+    undone: dict[str, CompensationRecord] = {}
+    for envelope in envelopes:
+        records.update(((r.stage_id, r.started_at), r) for r in decode_trail(envelope.trail) if _is_shown(r))
+        if envelope.compensation is not None:
+            undone.update((record.stage_id, record) for record in envelope.compensation.done)
+    began = min((envelope.started_at for envelope in envelopes), default=0.0)
+    moments = [Moment(at=began, what="submitted")] if began else []
+    moments += [_of_stage(record) for record in records.values()]
+    moments += [_of_compensation(record, began) for record in undone.values()]
+    return sorted([*moments, *_present(group)], key=lambda moment: moment.at)
+
+
+def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
+    for message in group["messages"]:
+        label: str = message["label"]
+        state = _STATES[message["state"]]
+        yield Moment(
+            at=message["parked"] or message["enqueued"],
+            what=f"{state} to be undone" if label.startswith(COMPENSATE) and state != "parked" else state,
+            stage_id=label.removeprefix(COMPENSATE),
+            attempt=message["attempts"] + (state != "parked"),
+            error=failure_text(message["reason"] or message["failure"]),
+        )
+    for gather in group["gathers"]:
+        if gather["need"] is not None:
+            yield Moment(at=gather["opened"], what="waiting", stage_id=gather["key"])
+
+
+def _is_shown(record: StageRecord) -> bool:
+    return not record.stage_id.endswith(ITEM_SUFFIX)  # of a map stage, for its compensation only
+
+
+def _of_stage(record: StageRecord) -> Moment:
+    return Moment(
+        at=record.started_at + record.duration,
+        what=record.status,
+        stage_id=record.stage_id,
+        attempt=record.attempts,
+        duration=record.duration,
+        error=record.error,
+        data=decode_value(record.data),
+    )
+
+
+def _of_compensation(record: CompensationRecord, otherwise: float) -> Moment:
+    return Moment(
+        at=record.finished_at or otherwise,  # of an older release: not known
+        what="compensated" if record.status == "completed" else "compensation failed",
+        stage_id=record.stage_id,
+        duration=record.duration,
+        error=record.error,
+    )
+
+
+def _envelope(body: bytes) -> Envelope | None:
+    if head_of(body) is None:
+        return None
+    try:
+        return decode_envelope(body)
+    except msgspec.MsgspecError:
+        return None
