@@ -25,6 +25,7 @@ DECLINED = encode(Failure("exception", "ValueError: card declined", "ValueError"
 
 def message(queue: str, label: str, state: str = "ready", **facts: Any) -> dict[str, Any]:
     described = {"id": 1, "queue": queue, "label": label, "state": state, "attempts": 0, "deaths": 0}
+    described["base"] = len(facts.get("body") or b"")
     return {**described, "failure": None, "reason": None, "evidence": False, **facts}
 
 
