@@ -2,8 +2,8 @@
 """What three no-op stages cost through the Runtime: throughput, latency, and CPU by piece.
 
 Throughput counts from the first submit until every result has been delivered and every row of the history is
-committed. With `--against SCRIPT` a yardstick that prints one JSON line with `workflows_per_s` and `latency_p50_ms` (and
-takes `-n`) is run in turn with it, and the ratios are printed: absolute figures of a shared machine mean nothing.
+committed. With `--against SCRIPT` a yardstick that prints one JSON line with `workflows_per_s` and `latency_p50_ms`
+(and takes `-n`) is run in turn with it, and the ratios are printed: absolute figures of a shared machine mean nothing.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def run_once(count: int, singles: int, durability: Any) -> dict[str, Any]:
             results = time.perf_counter() - began
             _await_history(runtime, 2_000 + count)
             total = time.perf_counter() - began
-            cpu = {
-                name: (sum(map(_cpu, found)) - before[name]) / count * 1e6 for name, found in pieces.items()
-            }
+            cpu = {name: (sum(map(_cpu, found)) - before[name]) / count * 1e6 for name, found in pieces.items()}
             latencies = []
             for context in _contexts(singles):
                 began = time.perf_counter()

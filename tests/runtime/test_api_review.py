@@ -1,4 +1,4 @@
-"""What a reader of the whole found: starts that race with a connection being made, and histories that are read early."""
+"""What a reader of the whole found: starts that race with a hello, histories read too early, leftovers."""
 
 from __future__ import annotations
 
