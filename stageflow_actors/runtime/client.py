@@ -620,8 +620,14 @@ class Client:
             self._waiters.remove(prepared.id, instance)
 
     def _finished(self, batch: list[Prepared]) -> dict[str, HistoryRow]:
+        """The rows of those that have ended and are not under way again."""
         reader = self._reader() if batch else None
-        return {} if reader is None else reader.get_many([prepared.id for prepared in batch])
+        rows = {} if reader is None else reader.get_many([prepared.id for prepared in batch])
+        if reader is None or not rows:
+            return rows
+        # One that was restarted has the row of its last run until the one of this run is written.
+        ended = list(rows.keys() - self._lookup(list(rows)).keys())
+        return reader.get_many(ended) if ended else {}
 
     # rows and groups
 
