@@ -214,7 +214,10 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
             )
         else:
             assert isinstance(step, Signal)
-            own = naming.coordinator if step.on_signal is None and step.on_timeout is None else queue
+            # Only a worker can park a message; what asks for no code of the user's waits for none of them otherwise.
+            parks = step.timeout is not None and workflow.on_failure == "park"
+            bare = step.on_signal is None and step.on_timeout is None and not parks
+            own = naming.coordinator if bare else queue
             places.append(
                 StagePlan(
                     step.id,

@@ -37,6 +37,7 @@ from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
 __all__ = ["ItemWork", "MapWork"]
 
 _NOTHING = bytes(NIL)
+_NONE_DONE = (_NOTHING, encode([]))
 
 CHUNK = 2_000
 """Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
@@ -182,7 +183,7 @@ class MapWork(Work):
 
     def _lost(self, item: DeliveryItem, envelope: Envelope, started: float, error: BaseException, undo: Raw) -> Settled:
         """The stage has failed with items done: those are undone like a stage that completed."""
-        if undo is NIL or not self.planned.required or self.plan.on_failure == "park":
+        if bytes(undo) in _NONE_DONE or not self.planned.required or self.plan.on_failure == "park":
             return self._failed(item, envelope, 1, started, self._wall() - started, error)
         done = StageRecord(item_id(self.planned.id), StageStatus.completed.value, 1, started, 0.0, None, NIL, undo)
         envelope.trail = append_record(envelope.trail, done)

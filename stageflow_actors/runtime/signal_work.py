@@ -9,6 +9,7 @@ from msgspec import Raw
 from brokers.api import DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import NIL, StageRecord
+from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageTimeout
@@ -34,6 +35,9 @@ class SignalWork(Work):
         opened = self._open(item, base)
         if isinstance(opened, Settled):
             return opened
+        if extra is not None and not arrivals and extra.failure is None:
+            # Neither a signal nor the news that none came: it was parked, and waits anew.
+            return self._settle(item, enter(self.plan, self.planned.id, opened, self.naming, self._wall()))
         started = self._wall()
         attempt = 1 if extra is None else extra.attempts + 1
         try:

@@ -21,7 +21,7 @@ from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Ta
 from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import NIL, decode_envelope
-from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
@@ -321,7 +321,9 @@ class _Instance(Generic[C]):
                     f"stage {stage.id!r} of workflow {self._known.plan.id!r} waits for the signal {stage.signal!r} "
                     f"without a timeout: give it, as in signals={{{stage.signal!r}: payload}}"
                 )
-            return gather.take()
+            late = gather.take()
+            late.failure = EXPIRED
+            return late
         raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
 
     def _deliver(self, work: AnyWork, message: _Message) -> tuple[int, bytes] | Settled:

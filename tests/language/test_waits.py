@@ -14,6 +14,7 @@ from language_world import does, done, undoes, undone
 from stageflow_actors import (
     Config,
     InstanceNotFound,
+    InstanceParked,
     InvalidContext,
     Replace,
     Runtime,
@@ -262,6 +263,25 @@ leaves = Workflow("leaves", context=Leave).add_signal("boss", on_signal=grant)
 
 def test_on_signal_may_replace_a_typed_context(execute: Any) -> None:
     assert execute(leaves, Leave(3), signals={"boss": True}).context == Leave(3, True)
+
+
+parking = Workflow("parking", on_failure="park").add_signal("s", timeout=0.3).add_stage(does("after"), id="after")
+
+
+def test_a_signal_that_did_not_come_may_be_parked_and_is_waited_for_again(runtime: Runtime, eventually: Any) -> None:
+    instance = runtime.submit(parking, {})
+    for _ in range(2):
+        with pytest.raises(InstanceParked, match=r"no signal 's' came within 0.3 s"):
+            instance.result(timeout=20)
+        instance.retry()
+        eventually(lambda: instance.status() == "waiting", "it waits again")
+    instance.signal("s", "at last")
+    assert data(instance.result(timeout=20), "s") == "at last"
+
+
+def test_a_signal_that_did_not_come_is_a_parked_result_in_this_process() -> None:
+    result = run(parking, {})
+    assert (result.status, result.failed_stage) == ("parked", "s")
 
 
 # over a restart
