@@ -13,7 +13,7 @@ from stageflow_actors.definition.handler import Call, inspect_handler
 from stageflow_actors.definition.stage import Stage, check_id
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["Branch", "Delay", "MapStage", "Parallel", "Signal", "Step"]
+__all__ = ["Branch", "Delay", "MapStage", "Parallel", "Signal", "Step", "shape_of", "stages_of"]
 
 
 class Parallel:
@@ -170,6 +170,32 @@ class Signal:
 
 
 Step = Stage | Parallel | Branch | MapStage | Delay | Signal
+
+
+def stages_of(step: Step) -> tuple[Stage, ...]:
+    """The stages with handlers that a step consists of, in order of definition."""
+    if isinstance(step, Stage):
+        return (step,)
+    if isinstance(step, Parallel):
+        return step.branches
+    if isinstance(step, Branch):
+        return tuple(stage for arm in step.arms.values() for stage in arm)
+    if isinstance(step, MapStage):
+        return (step.item,)
+    return ()
+
+
+def shape_of(step: Step) -> list[Any]:
+    """What of a step's shape instances in flight depend on."""
+    if isinstance(step, Parallel):
+        return [stage.id for stage in step.branches]
+    if isinstance(step, Branch):
+        return [[key, [stage.id for stage in arm]] for key, arm in step.arms.items()] + [step.default]
+    if isinstance(step, MapStage):
+        return [step.into]
+    if isinstance(step, Signal):
+        return [step.name]
+    return []
 
 
 def _stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:

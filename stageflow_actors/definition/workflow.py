@@ -6,38 +6,29 @@ only the whole can show by `validate`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import msgspec
 
+from stageflow_actors.definition.context_type import check_context_type, fields_of
+from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.http import SECONDS, HttpCall
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count, check_id
-from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step
+from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step, shape_of, stages_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["CompensationDecorator", "OnFailure", "StageFunction", "Workflow", "stages_of"]
+__all__ = ["OnFailure", "Workflow"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C")
 
 OnFailure = Literal["compensate", "park"]
-
-
-class StageFunction(Protocol[P, R_co]):
-    """What `Workflow.stage` gives back: the function itself, with a decorator for its compensation."""
-
-    compensation: CompensationDecorator
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class Workflow(Generic[C]):
@@ -94,7 +85,7 @@ class Workflow(Generic[C]):
         if on_failure not in ("compensate", "park"):
             raise WorkflowDefinitionError(f"on_failure of {what} must be 'compensate' or 'park', not {on_failure!r}")
         self.name: str = name or id
-        self.context: type[Any] = _context_type(context, what)
+        self.context: type[Any] = check_context_type(context, what)
         self.version: int = check_count(version, f"the version of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.on_failure: OnFailure = on_failure
@@ -300,12 +291,12 @@ class Workflow(Generic[C]):
         parts = [
             self.id,
             self.on_failure,
-            _fields_of(self.context),
+            fields_of(self.context),
             [
                 [s.id, s.required, sorted(s.after), s.compensation is not None, s.when is not None]
                 for s in self._stages.values()
             ],
-            *([[type(s).__name__, s.id, _shape(s)] for s in self._steps if not isinstance(s, Stage)]),
+            *([[type(s).__name__, s.id, shape_of(s)] for s in self._steps if not isinstance(s, Stage)]),
         ]
         return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
 
@@ -396,7 +387,7 @@ class Workflow(Generic[C]):
     def _check_url(self, stage: Stage, call: HttpCall) -> None:
         if self.context is dict:
             return
-        known = _fields_of(self.context)[1:]
+        known = fields_of(self.context)[1:]
         for name in call.fields():
             if name not in known and not hasattr(self.context, name):
                 raise WorkflowDefinitionError(
@@ -419,96 +410,3 @@ class Workflow(Generic[C]):
 
     def __repr__(self) -> str:
         return f"Workflow({self.id!r}, stages=[{', '.join(self._stages)}])"
-
-
-class CompensationDecorator:
-    """`@handler.compensation` or `@handler.compensation(timeout=60, retry=None, actors=1)`.
-
-    `places` are the (workflow, stage id) that the handler is a stage of.
-    """
-
-    __slots__ = ("places",)
-
-    def __init__(self, places: tuple[tuple[Workflow[Any], str], ...] = ()) -> None:
-        self.places = places
-
-    @overload
-    def __call__(self, function: F, /) -> F: ...
-
-    @overload
-    def __call__(
-        self, /, *, timeout: Duration | None = 60, retry: RetryPolicy | None = None, actors: int = 1
-    ) -> Callable[[F], F]: ...
-
-    def __call__(self, function: Any = None, /, **options: Any) -> Any:
-        def register(undo: Any) -> Any:
-            made = undo if isinstance(undo, Compensation) else Compensation(undo, **options)
-            for workflow, stage_id in self.places:
-                workflow.set_compensation(stage_id, made)
-            return undo
-
-        return register if function is None else register(function)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A function of `__main__` travels with its attributes. The definition is finished by then, and dragging
-        # every workflow along with each of its functions would make that journey long.
-        return CompensationDecorator, ()
-
-
-def stages_of(step: Step) -> tuple[Stage, ...]:
-    """The stages with handlers that a step consists of, in order of definition."""
-    if isinstance(step, Stage):
-        return (step,)
-    if isinstance(step, Parallel):
-        return step.branches
-    if isinstance(step, Branch):
-        return tuple(stage for arm in step.arms.values() for stage in arm)
-    if isinstance(step, MapStage):
-        return (step.item,)
-    return ()
-
-
-def _shape(step: Step) -> list[Any]:
-    """What of a step's shape instances in flight depend on."""
-    if isinstance(step, Parallel):
-        return [stage.id for stage in step.branches]
-    if isinstance(step, Branch):
-        return [[key, [stage.id for stage in arm]] for key, arm in step.arms.items()] + [step.default]
-    if isinstance(step, MapStage):
-        return [step.into]
-    if isinstance(step, Signal):
-        return [step.name]
-    return []
-
-
-def _context_type(context: Any, what: str) -> type[Any]:
-    if isinstance(context, type) and (
-        context is dict
-        or dataclasses.is_dataclass(context)
-        or issubclass(context, msgspec.Struct)
-        or _is_pydantic_model(context)
-    ):
-        return context
-    if isinstance(context, type):
-        named = f"the class {context.__name__}"
-    else:
-        named = f"{context!r} (give the type, not an instance)" if not callable(context) else repr(context)
-    raise WorkflowDefinitionError(
-        f"the context of {what} must be dict, a dataclass, a msgspec Struct or a pydantic model, not {named}"
-    )
-
-
-def _is_pydantic_model(kind: type[Any]) -> bool:
-    """Whether it is one with fields: what a `RootModel` holds has no names."""
-    fields = getattr(kind, "__pydantic_fields__", None)
-    return isinstance(fields, dict) and "root" not in fields
-
-
-def _fields_of(context: type[Any]) -> list[str]:
-    if context is dict:
-        return ["dict"]
-    if dataclasses.is_dataclass(context):
-        return [context.__name__, *(f.name for f in dataclasses.fields(context))]
-    if _is_pydantic_model(context):
-        return [context.__name__, *cast(Any, context).__pydantic_fields__]
-    return [context.__name__, *cast(type[msgspec.Struct], context).__struct_fields__]

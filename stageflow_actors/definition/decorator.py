@@ -1,0 +1,61 @@
+"""What `Workflow.stage` gives back, and its `compensation`: decorators that register and leave the function alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+
+from stageflow_actors.definition.duration import Duration
+from stageflow_actors.definition.retry import RetryPolicy
+from stageflow_actors.definition.stage import Compensation
+
+if TYPE_CHECKING:
+    from stageflow_actors.definition.workflow import Workflow
+
+__all__ = ["CompensationDecorator", "StageFunction"]
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class StageFunction(Protocol[P, R_co]):
+    """What `Workflow.stage` gives back: the function itself, with a decorator for its compensation."""
+
+    compensation: CompensationDecorator
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class CompensationDecorator:
+    """`@handler.compensation` or `@handler.compensation(timeout=60, retry=None, actors=1)`.
+
+    `places` are the (workflow, stage id) that the handler is a stage of.
+    """
+
+    __slots__ = ("places",)
+
+    def __init__(self, places: tuple[tuple[Workflow[Any], str], ...] = ()) -> None:
+        self.places = places
+
+    @overload
+    def __call__(self, function: F, /) -> F: ...
+
+    @overload
+    def __call__(
+        self, /, *, timeout: Duration | None = 60, retry: RetryPolicy | None = None, actors: int = 1
+    ) -> Callable[[F], F]: ...
+
+    def __call__(self, function: Any = None, /, **options: Any) -> Any:
+        def register(undo: Any) -> Any:
+            made = undo if isinstance(undo, Compensation) else Compensation(undo, **options)
+            for workflow, stage_id in self.places:
+                workflow.set_compensation(stage_id, made)
+            return undo
+
+        return register if function is None else register(function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A function of `__main__` travels with its attributes. The definition is finished by then, and dragging
+        # every workflow along with each of its functions would make that journey long.
+        return CompensationDecorator, ()
