@@ -62,6 +62,16 @@ def test_what_is_changed_at_rest_is_on_disk(filled: Any) -> None:
     lock.release()
 
 
+def test_a_change_at_rest_leaves_no_directory_of_sockets_behind(filled: Any) -> None:
+    filled.start("i1", {})
+    path = filled.close()
+    with attach(path, write=True) as attached:
+        sockets = runtime_dir(path)
+        assert list(sockets.iterdir()) != []
+        attached.ask("pause", "stageflow.orders.stage0")
+    assert not sockets.exists()
+
+
 def test_a_cluster_that_was_killed_is_at_rest(filled: Any) -> None:
     filled.start("i1", {})
     data_dir = DataDir(filled.close())
