@@ -1,14 +1,20 @@
 """The input of `stageflow run`, line by line: JSON objects or CSV rows, each with its number and the instance's id.
 
-A line that cannot be read is told of and passed over. The file is never in memory as a whole.
+A line that cannot be read is told of and passed over; a file that cannot be, for its encoding or its header, is refused
+as a whole. The file is never in memory as a whole, and nothing but a regular file is read before the run begins.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +26,18 @@ Convert = Callable[[dict[str, Any]], dict[str, Any]]
 """From a row of strings to a context with what its fields need. May raise what is wrong with it."""
 
 BOM = b"\xef\xbb\xbf"
+OTHER_BOMS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""How files of other encodings begin; the longer ones first, as one begins like another."""
+
+LEAST, MOST = -(2**63), 2**64 - 1
+"""What a context can hold of whole numbers."""
+
+_MAYBE_WIDE = re.compile(rb"\d{19}")
 
 
 class InputLine(dict[str, Any]):
@@ -56,6 +74,17 @@ class Lines:
         """Whether the input is CSV, by the ending of its name."""
         return self._path.lower().endswith(".csv")
 
+    def check(self) -> None:
+        """Raises `click.UsageError` for a file that cannot be read at all, before anything is started for it."""
+        if self._path == "-":
+            if sys.stdin is None:
+                raise click.UsageError("--input - is standard input, which is closed")
+        elif _is_regular(self._path):
+            with _opened(self._path) as file:
+                lines = self._begun(file)
+                if self.is_csv:
+                    self._header(csv.reader((line.decode() for line in lines), strict=True))
+
     def __iter__(self) -> Iterator[InputLine]:
         with _opened(self._path) as file:
             parse = self._csv if self.is_csv else self._json
@@ -64,9 +93,7 @@ class Lines:
     def _json(self, file: BinaryIO) -> Iterator[InputLine]:
         import orjson
 
-        for number, text in enumerate(file, 1):
-            if number == 1:
-                text = text.removeprefix(BOM)
+        for number, text in enumerate(self._begun(file), 1):
             if not text.strip():
                 continue
             try:
@@ -77,6 +104,11 @@ class Lines:
             if not isinstance(context, dict):
                 self._pass_over(number, f"must be a JSON object, not {_json_kind(context)}")
                 continue
+            # Of whole numbers that are too wide the parser makes floats, and of two ids one.
+            wide = _wide_integer(text) if _MAYBE_WIDE.search(text) else None
+            if wide is not None:
+                self._pass_over(number, wide)
+                continue
             yield from self._line(context, number)
 
     def _csv(self, file: BinaryIO) -> Iterator[InputLine]:
@@ -85,10 +117,11 @@ class Lines:
         def text(line: bytes) -> str:
             nonlocal number
             number += 1
-            return line.decode("utf-8-sig")
+            return line.decode()
 
         # A map goes on behind a line that is no UTF-8, as a generator would not.
-        rows = csv.DictReader(map(text, file), strict=True)
+        lines = map(text, self._begun(file))
+        rows = csv.DictReader(lines, self._header(csv.reader(lines, strict=True)), strict=True)
         while True:
             try:
                 row = next(rows, None)
@@ -109,6 +142,25 @@ class Lines:
                     continue
                 yield from self._line(context, number)
 
+    def _begun(self, file: BinaryIO) -> Iterator[bytes]:
+        """The lines of a file of UTF-8, without its mark. Raises `click.UsageError` for another encoding's."""
+        first = file.readline()
+        for bom, name in OTHER_BOMS.items():
+            if first.startswith(bom):
+                raise click.UsageError(f"{self.name} is {name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
+        return chain([first.removeprefix(BOM)] if first else [], file)
+
+    def _header(self, rows: Iterator[list[str]]) -> list[str]:
+        """The names of the columns. Without them no row can be read."""
+        try:
+            names = next(rows, [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise click.UsageError(f"the header of {self._path} is not valid CSV: {error}") from None
+        twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+        if twice is not None:
+            raise click.UsageError(f"the header of {self._path} names the column {twice!r} more than once")
+        return names
+
     def _line(self, context: dict[str, Any], number: int) -> Iterator[InputLine]:
         if self._key is None:
             key = f"{self.name}:{number}"
@@ -118,6 +170,10 @@ class Lines:
                 what = "has no" if value is None else "has an empty" if value == "" else "has no plain"
                 self._pass_over(number, f"{what} {self._key!r}, which --key says is the instance's id")
                 return
+            if isinstance(value, float):
+                # 1e23 is what became of many ids, and of 1.10 remains 1.1.
+                self._pass_over(number, f"has {value} as {self._key!r}: an id is a string or a whole number, no float")
+                return
             key = str(value)
         yield InputLine(context, number, key)
 
@@ -126,8 +182,8 @@ class Lines:
 
 
 def count_lines(path: str) -> int | None:
-    """Lines in a file, empty ones included, without the header of CSV; None for stdin."""
-    if path == "-":
+    """Lines in a file, empty ones included, without the header of CSV; None for what can be read only once."""
+    if path == "-" or not _is_regular(path):
         return None
     with open(path, "rb") as file:
         total, last = 0, b"\n"
@@ -138,10 +194,18 @@ def count_lines(path: str) -> int | None:
     return max(0, total - 1) if path.lower().endswith(".csv") else total
 
 
+def _is_regular(path: str) -> bool:
+    """Whether it can be read twice, as a pipe cannot. What cannot be looked at is told of when it is opened."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     if path == "-":
-        yield sys.stdin.buffer
+        yield sys.stdin.buffer  # `check` has seen that it is open
         return
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; the error is about this file alone
@@ -161,3 +225,34 @@ def _json_kind(value: Any) -> str:
         return "null"
     names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names[type(value)]
+
+
+class _Wide(str):
+    """The digits of a whole number that no context can hold."""
+
+    __slots__ = ()
+
+
+def _integer(digits: str) -> int | _Wide:
+    if len(digits) > 20:
+        return _Wide(digits)
+    number = int(digits)
+    return number if LEAST <= number <= MOST else _Wide(digits)
+
+
+def _wide_integer(text: bytes) -> str | None:
+    """What is wrong with a JSON object that holds a whole number outside of what contexts can hold."""
+    try:
+        found: list[tuple[str, Any]] = [("", json.loads(text, parse_int=_integer))]
+    except RecursionError:
+        return "is nested too deeply"
+    while found:
+        path, value = found.pop()
+        if isinstance(value, dict):
+            found.extend((f"{path}.{name}" if path else name, each) for name, each in value.items())
+        elif isinstance(value, list):
+            found.extend((f"{path}[{at}]", each) for at, each in enumerate(value))
+        elif isinstance(value, _Wide):
+            shown = value if len(value) <= 40 else f"{value[:40]}…"
+            return f"{path} is {shown}, which does not fit in 64 bits: give it as a string"
+    return None

@@ -1,0 +1,55 @@
+"""The cells of a CSV file as values: CSV knows nothing but strings, and a typed context says what they are."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.models import is_model
+
+__all__ = ["row_reader"]
+
+
+def row_reader(codec: ContextCodec[Any]) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+    """From a row of strings to a context with what its fields need; None where the context is a dict, which needs none.
+
+    An empty cell is None where the field allows that. What it gives may raise what is wrong with a row.
+    """
+    if codec.context_type is dict:
+        return None
+    optional = _optional_fields(codec.context_type)
+    model = is_model(codec.context_type)
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        given = {name: None if cell == "" and name in optional else cell for name, cell in row.items()}
+        typed = codec.decode(codec.prepare(given, strict=False))
+        plain: dict[str, Any] = (
+            typed.model_dump(round_trip=True, by_alias=True) if model else msgspec.to_builtins(typed)
+        )
+        return plain
+
+    return read
+
+
+def _optional_fields(context_type: type[Any]) -> frozenset[str]:
+    """The fields that may be None, by the names that a row may use for them."""
+    if is_model(context_type):
+        fields: dict[str, Any] = context_type.model_fields
+        return frozenset(
+            key
+            for name, field in fields.items()
+            if type(None) in typing.get_args(field.annotation)
+            for key in (name, field.alias, field.validation_alias)
+            if isinstance(key, str)
+        )
+    # Not typing.get_type_hints: the codec may have found names that are local to a function.
+    known: Any = msgspec.inspect.type_info(context_type)
+    return frozenset(
+        field.encode_name
+        for field in known.fields
+        if isinstance(field.type, msgspec.inspect.UnionType) and field.type.includes_none
+    )
