@@ -1,11 +1,12 @@
 """The results of `stageflow run`: how each instance ended, counted for the summary and written for `--results`.
 
-The file appears under its name complete or not at all: it grows beside it and is renamed at the end.
+The file appears under its name complete or not at all: it grows beside it, as NAME.part, and is renamed at the end.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections import Counter
 from pathlib import Path
@@ -56,12 +57,20 @@ class Tally:
 
 
 class ResultsFile:
-    """Writes one JSON object per instance. `-` is stdout. `finish` gives the file its name, `discard` removes it."""
+    """Writes one JSON object per instance. `-` is stdout. At the end call one: `finish` gives the file its name, `keep`
+    leaves what there is as NAME.part, `discard` removes it.
 
-    def __init__(self, path: str) -> None:
+    Raises `click.UsageError` for a file that cannot be written, or that would take the place of the input `source`.
+    """
+
+    def __init__(self, path: str, source: str) -> None:
         self._file: IO[bytes]
         self._path: Path | None = None
+        self._empty = True
+        self._kept = False
         if path == "-":
+            if sys.stdout is None:
+                raise click.UsageError("--results - is standard output, which is closed")
             self._file = sys.stdout.buffer
             return
         self._path = Path(path)
@@ -69,6 +78,9 @@ class ResultsFile:
             raise click.UsageError(f"--results {path} is a directory; name a file in it")
         # One name for all runs: what a killed one leaves behind is written over by the next.
         self._part = self._path.with_name(f"{self._path.name}.part")
+        for each in (self._path, self._part):
+            if _is_input(each, source):
+                raise click.UsageError(f"--results {path} would write over the input {each}: name another file")
         try:
             self._file = open(self._part, "wb")  # noqa: SIM115 - open for the whole run
         except OSError as error:
@@ -84,6 +96,7 @@ class ResultsFile:
             "error": result.error,
             "context": context,
         }
+        self._empty = False
         self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
 
     def finish(self) -> None:
@@ -94,8 +107,30 @@ class ResultsFile:
             self._file.close()
             os.replace(self._part, self._path)
 
+    def keep(self) -> str | None:
+        """The run has ended before its time: leave an earlier file as it is, and say where the results so far are."""
+        if self._empty:
+            self.discard()
+            return None
+        self._file.flush()
+        if self._path is None:
+            return None
+        self._file.close()
+        self._kept = True
+        kept = f"the results so far are in {self._part}"
+        return f"{kept}; {self._path} is as it was" if self._path.exists() else kept
+
     def discard(self) -> None:
-        """The run has failed: leave an earlier file as it is."""
-        if self._path is not None:
+        """The run has come to nothing: leave an earlier file as it is. Does nothing after `keep`."""
+        if self._path is not None and not self._kept:
             self._file.close()
             self._part.unlink(missing_ok=True)
+
+
+def _is_input(path: Path, source: str) -> bool:
+    try:
+        read = os.fstat(0) if source == "-" else os.stat(source)
+        # A terminal, a pipe or /dev/null has nothing that could be lost.
+        return stat.S_ISREG(read.st_mode) and os.path.samestat(read, path.stat())
+    except OSError:
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,8 @@ def run(
 
     MODULE is an importable module or a path to a .py file; NAME in it is a Workflow, or a Runtime, whose services
     and Config are used then. Run the same command again after a crash, a kill or Ctrl-C: it skips what is done and
-    goes on with the rest. Without --key a line is known by file name and line number.
+    goes on with the rest. Without --key a line is known by file name and line number. The file of --results is written
+    when all is done; what an interrupted run has is in FILE.part.
 
     \b
     stageflow run orders.py:orders --input orders.jsonl --key order_id
@@ -92,12 +93,13 @@ def run(
     if data is not None:
         runtime.data_dir = data
     workflow = found if isinstance(found, Workflow) else _workflow_of(runtime, target, workflow_id)
-    file = ResultsFile(target_file) if target_file is not None else None
+    file = ResultsFile(target_file, source) if target_file is not None else None
     try:
+        prepared = _Run(runtime, workflow, source, key, file, retry_failed, output)
         if fresh:
             _set_aside(Path(runtime.data_dir))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked politely, it ends as with Ctrl-C
-        return _Run(runtime, workflow, source, key, file, retry_failed, output).go()
+        return prepared.go()
     except BaseException:
         if file is not None:
             file.discard()
@@ -117,6 +119,7 @@ class _Run:
         retry_failed: bool,
         output: str,
     ) -> None:
+        from stageflow_actors.cli.cells import row_reader
         from stageflow_actors.cli.lines import Lines, count_lines
         from stageflow_actors.cli.progress import Progress
         from stageflow_actors.cli.results import Tally
@@ -127,8 +130,10 @@ class _Run:
         self._file = file
         self._retry_failed = retry_failed
         self._output = output
-        self._codec: ContextCodec[Any] = ContextCodec(workflow.context)
-        self._lines: Lines = Lines(source, key=key, refuse=self._refuse, convert=self._from_strings())
+        self._lines: Lines = Lines(
+            source, key=key, refuse=self._refuse, convert=row_reader(ContextCodec(workflow.context))
+        )
+        self._lines.check()
         self._total = count_lines(source)
         self._progress = Progress(workflow.id, self._total)
         self._tally: Tally = Tally(time.time())
@@ -136,10 +141,13 @@ class _Run:
         self._began = time.monotonic()
 
     def go(self) -> int:
-        """Returns the exit code."""
+        """Returns the exit code. Raises `StageFlowError` for what ends the run as a whole."""
+        from stageflow_actors.cli.watch import Watch
+        from stageflow_actors.errors import StageFlowError
+
         interrupted = False
         try:
-            with self._runtime, self._progress:
+            with self._runtime, self._progress, Watch(self._runtime, lambda: self._tally.seen):
                 try:
                     self._all()
                 except KeyboardInterrupt:
@@ -147,8 +155,15 @@ class _Run:
                     raise
         except KeyboardInterrupt:
             interrupted = interrupted or self._interrupted()
-        if self._file is not None:
+        except StageFlowError:
+            self._keep()
+            raise
+        if interrupted:
+            self._keep()
+        elif self._file is not None:
             self._file.finish()
+        if not self._tally.seen and not interrupted:
+            self._say(f"no lines in {self._lines.name}")
         self._sum_up(interrupted)
         return 130 if interrupted else 0 if self._tally.well else 1
 
@@ -206,25 +221,16 @@ class _Run:
         self._say("interrupted: ending the stages in work; run the same command again to go on from here")
         return True
 
+    def _keep(self) -> None:
+        kept = None if self._file is None else self._file.keep()
+        if kept is not None:
+            self._say(kept)
+
     def _tell(self) -> None:
         tally = self._tally
         bad = tally.results - tally.statuses["completed"]
         note = f"{bad:,} not completed" if bad else ""
         self._progress.update(tally.seen, note)
-
-    def _from_strings(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """CSV knows nothing but strings: read them as what the fields of a typed context need."""
-        if self._workflow.context is dict:
-            return None
-
-        def convert(row: dict[str, Any]) -> dict[str, Any]:
-            import msgspec
-
-            typed = self._codec.decode(self._codec.prepare(row, strict=False))
-            plain: dict[str, Any] = msgspec.to_builtins(typed)
-            return plain
-
-        return convert
 
     def _sum_up(self, interrupted: bool) -> None:
         tally = self._tally

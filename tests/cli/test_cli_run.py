@@ -20,7 +20,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 FLOWS = """
 import os, time
 from dataclasses import dataclass
-from stageflow_actors import Runtime, Workflow
+from stageflow_actors import Runtime, StageFlowError, Workflow
 
 
 @dataclass
@@ -75,11 +75,37 @@ def ask(context: dict, *, bank: Bank) -> None:
     context["from"] = bank.name
 
 
+class Unbuilt:
+    def __init__(self):
+        raise OSError("the ledger is away")
+
+
+blocked = Workflow("blocked")
+
+
+@blocked.stage
+def easy(context: dict) -> None:
+    pass
+
+
+@blocked.stage
+def hard(context: dict, *, ledger: Unbuilt) -> None:
+    pass
+
+
+class Odd(Runtime):
+    def map_unordered(self, *arguments, **options):
+        yield from super().map_unordered(*arguments, **options)
+        raise StageFlowError("something odd became of one instance")
+
+
 other = Workflow("other")
 other.add_stage(lambda context: None, id="nothing")
 
 runtime = Runtime(served, services={"bank": Bank}, data_dir="own-data")
 both = Runtime(orders, other)
+needy = Runtime(blocked, services={"ledger": Unbuilt})
+odd = Odd(orders)
 number = 5
 """
 
@@ -166,8 +192,8 @@ def test_what_failed_is_run_anew_when_asked(command: Command, tmp_path: Path) ->
     (tmp_path / "rich").touch()
     assert command(*RUN).returncode == 1
     again = command(*RUN, "--retry-failed", "--results", "out.jsonl")
-    assert (again.returncode, again.stderr.count("\n")) == (0, 1)
-    assert "1 done, 2 skipped" in again.stderr
+    assert again.returncode == 0
+    assert "1 done, 2 skipped" in again.stderr.splitlines()[-1]
     assert {line["status"] for line in results(tmp_path / "out.jsonl").values()} == {"completed"}
 
 
@@ -221,17 +247,85 @@ def test_one_workflow_of_several_has_to_be_named(command: Command, tmp_path: Pat
         (("flows.py:orders", "--input", "nowhere.jsonl"), "nowhere.jsonl"),
         (("flows.py:orders", "--input", "orders.jsonl", "--results", "no/such/out.jsonl"), "no/such/out.jsonl"),
         (("flows.py:orders",), "--input"),
+        (("flows.py:orders", "--input", "wide.jsonl"), "wide.jsonl is UTF-16: convert it to UTF-8"),
+        (("flows.py:orders", "--input", "twice.csv"), "names the column 'n' more than once"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--results", "./orders.jsonl"), "write over the input"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--results", "link.jsonl"), "write over the input"),
+        (("flows.py:orders", "--input", "old.jsonl.part", "--results", "old.jsonl"), "write over the input"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_starts_nothing(
     command: Command, tmp_path: Path, arguments: tuple[str, ...], word: str
 ) -> None:
     write(tmp_path / "orders.jsonl", 2)
+    write(tmp_path / "old.jsonl.part", 2)
+    (tmp_path / "link.jsonl").symlink_to("orders.jsonl")
+    (tmp_path / "wide.jsonl").write_text("{}\n{}\n", encoding="utf-16")
+    (tmp_path / "twice.csv").write_text("n,n\n1,2\n")
     done = command("run", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert word in done.stderr
     assert not (tmp_path / "stageflow-data").exists()
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["old.jsonl.part"]
+    for path in (tmp_path / "orders.jsonl", tmp_path / "old.jsonl.part"):
+        assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("redirection", "what"), [("--input - <&-", "input"), ("--input /dev/null --results - >&-", "output")]
+)
+def test_a_standard_stream_that_is_closed_is_one_line(tmp_path: Path, redirection: str, what: str) -> None:
+    program = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" run flows.py:orders {redirection}', sys.executable, program],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"standard {what}, which is closed" in done.stderr
+    assert not (tmp_path / "stageflow-data").exists()
+
+
+def test_input_from_a_pipe_by_name_is_all_read(command: Command, tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"order_id": f"o{n}", "amount": n}) + "\n" for n in range(1, 6))
+    done = command(*RUN[:3], "/dev/stdin", *RUN[4:], input=rows)
+    assert done.returncode == 0
+    assert "orders: 5 done" in done.stderr
+    assert sorted(effects(tmp_path)) == [f"reserve o{n}" for n in range(1, 6)]
+
+
+def test_an_input_without_lines_is_said_to_be_one(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "orders.jsonl").write_text("\n")
+    done = command(*RUN)
+    assert done.returncode == 0
+    assert "no lines in orders.jsonl" in done.stderr.splitlines()
+
+
+def test_a_run_whose_queue_nobody_can_serve_ends_and_says_how_to_go_on(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"n": 1}\n{"n": 2}\n')
+    done = command("run", "flows.py:needy", "--input", "some.jsonl", "--data", "data")
+    assert (done.returncode, "Traceback" in done.stderr.splitlines()[-1]) == (1, False)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("stageflow: queue stageflow.blocked.stage1 is paused, has no actors and holds 2 messages")
+    assert "`stageflow queue resume stageflow.blocked.stage1 --data data`" in said
+
+
+def test_an_error_of_no_known_line_ends_the_run_in_one_line_and_keeps_the_results(
+    command: Command, tmp_path: Path
+) -> None:
+    write(tmp_path / "orders.jsonl", 3)
+    (tmp_path / "out.jsonl").write_text("of an earlier run\n")
+    done = command("run", "flows.py:odd", *RUN[2:], "--results", "out.jsonl")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr.splitlines()[-2:] == [
+        "the results so far are in out.jsonl.part; out.jsonl is as it was",
+        "stageflow: something odd became of one instance",
+    ]
+    assert (tmp_path / "out.jsonl").read_text() == "of an earlier run\n"
+    assert len(results(tmp_path / "out.jsonl.part")) == 3
 
 
 def test_a_directory_in_use_is_refused_and_left_as_it_is(command: Command, tmp_path: Path) -> None:
@@ -270,6 +364,7 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(command: Command, tmp_path: Path, which: signal.Signals) -> None:
     write(tmp_path / "orders.jsonl", 400)
+    (tmp_path / "out.jsonl").write_text("of an earlier run\n")
     (tmp_path / "slow").touch()
     with start(tmp_path, *RUN, "--results", "out.jsonl") as program:
         until(lambda: len(effects(tmp_path)) >= 40, program)
@@ -278,12 +373,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(command: Command, tmp_pat
     assert program.returncode == 130
     assert "run the same command again to go on" in said
     assert "Traceback" not in said
-    before = results(tmp_path / "out.jsonl")
-    assert 0 < len(before) < 400
+    assert "the results so far are in out.jsonl.part; out.jsonl is as it was" in said
+    assert (tmp_path / "out.jsonl").read_text() == "of an earlier run\n"
+    assert 0 < len(results(tmp_path / "out.jsonl.part")) < 400
     (tmp_path / "slow").unlink()
     done = command(*RUN, "--results", "out.jsonl")
     assert done.returncode == 0
     assert len(results(tmp_path / "out.jsonl")) == 400
+    assert not (tmp_path / "out.jsonl.part").exists()
     # It ended the stages in work, so none had to be run twice.
     assert sorted(effects(tmp_path)) == sorted(f"reserve o{n}" for n in range(1, 401))
 
