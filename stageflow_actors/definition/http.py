@@ -104,9 +104,9 @@ class HttpCall:
     def _exchange(self, context: Any, ctx: Any) -> Any:
         import httpx
 
+        client = self._open()
         seconds = self._seconds(ctx)
         ends = time.monotonic() + seconds
-        client = self._open()
         url = _checked_url(self.url(context))
         at = f"{self.method} {url.partition('?')[0]}"  # no query: it may hold what is not for a log
         try:
@@ -192,6 +192,8 @@ class HttpCall:
         for name, value in state.items():
             setattr(self, name, value)
         self._client = None
+        # This is a worker that has just been born: what takes long the first time is not to be taken from an attempt.
+        self._open()
 
     def __repr__(self) -> str:
         return f"HttpCall({self.method} {self.url!r})"

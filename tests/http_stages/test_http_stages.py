@@ -386,7 +386,7 @@ def test_a_worker_that_waits_longer_than_it_may_is_not_killed_for_it(server: Ser
 
 def test_the_exchange_ends_before_the_attempt_is_killed(server: Server, tmp_path: Path) -> None:
     url = server.on("/", keep_silent, reply(200, "ok"))
-    workflow = Workflow("orders", context=Order, stage_timeout=1).add_http_stage("charge", url=url)
+    workflow = Workflow("orders", context=Order, stage_timeout=3).add_http_stage("charge", url=url)
     with Runtime(workflow, data_dir=tmp_path / "data") as runtime:
         result = runtime.execute(workflow, Order(), timeout=20)
-    assert failed(result).startswith(f"StageTimeout: POST {url} did not answer within 0.")
+    assert failed(result).startswith(f"StageTimeout: POST {url} did not answer within 2.")
