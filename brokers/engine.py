@@ -91,14 +91,20 @@ class Engine:
             machine.receive(peer, operation, header, blob)
         machine.tick(more=more)
         written = self._commit()
-        if written and self._reclaim is not None:
-            self._reclaim.step(written)
+        if self._reclaim is None:
+            machine.compacting = False
+        else:
+            if machine.compacting:
+                self._reclaim.compact()
+            if written or machine.compacting:
+                self._reclaim.step(written)
+            machine.compacting = self._reclaim.compacting
         return machine.dispatch()
 
     def patience(self, most: float) -> float:
         """Seconds until the next round must be, if nothing arrives; at most `most`."""
         machine = self.machine
-        if machine.ledger.records or machine.store.touched:
+        if machine.ledger.records or machine.store.touched or machine.compacting:
             return 0.0
         due = machine.next_deadline()
         return most if due is None else min(most, max(0.0, due - self._monotonic()))

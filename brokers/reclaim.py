@@ -31,13 +31,28 @@ class Reclaim:
         self._segment_bytes = segment_bytes
         self._oldest = 0
         self._restated = False
+        self._all_before = 0
+
+    @property
+    def compacting(self) -> bool:
+        """Whether every segment is being given back that was sealed when this was asked for."""
+        return self._all_before > 0
+
+    def compact(self) -> None:
+        """Give back all segments but the open one, whether it is worthwhile or not."""
+        if not self._all_before:
+            self._all_before = self._journal.segments()[-1].number
 
     def step(self, written: int) -> None:
         """To be called after each commit, of about `written` bytes. What is recorded here goes with the next one."""
         journal = self._journal
         if not self._oldest:
             segments = journal.segments()
-            if len(segments) <= SEGMENTS_SPARED or not self._worthwhile(sum(each.used for each in segments)):
+            if self._all_before:
+                if segments[0].number >= self._all_before:
+                    self._all_before = 0
+                    return
+            elif len(segments) <= SEGMENTS_SPARED or not self._worthwhile(sum(each.used for each in segments)):
                 return
             self._oldest = segments[0].number
             self._restated = False

@@ -60,6 +60,7 @@ class Admin:
             "tell": (tuple[str, Any], supervision.tell),
             "fact": (tuple[str, str | None], self._fact),
             "bye": (tuple[()], self._bye),
+            "compact": (tuple[bool], self._compact),
             "ping": (tuple[()], self._ping),
         }
 
@@ -108,6 +109,12 @@ class Admin:
             facts[name] = value
             self._ledger.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
+
+    def _compact(self, session: Session, begin: bool) -> bool:
+        """Have the space of all that is not alive given back, whether worthwhile or not; whether it still goes on."""
+        if begin:
+            self._machine.compacting = True
+        return self._machine.compacting
 
     def _ping(self, session: Session) -> dict[str, Any]:
         return {"epoch": self._store.epoch, "open": self._machine.leases.rostered}

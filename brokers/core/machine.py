@@ -58,6 +58,7 @@ class Machine:
         self.limits = limits or Limits()
         self.supervised = supervised
         self.malformed = 0
+        self.compacting = False
         store = self.store = Store(paging=paging)
         self.ledger = Ledger(store, read_body)
         self.talk = Talk(store)

@@ -13,13 +13,18 @@ import click
 import msgspec
 
 from brokers.errors import BrokerError, JournalCorrupt
+from stageflow_actors.cli import steering  # noqa: F401 - adds to `instances`
+from stageflow_actors.cli.cluster import health, scale
 from stageflow_actors.cli.dead_letters import dlq
 from stageflow_actors.cli.figures import stats
+from stageflow_actors.cli.graph import graph
 from stageflow_actors.cli.housekeeping import history
 from stageflow_actors.cli.instances import instances
 from stageflow_actors.cli.journal import journal
 from stageflow_actors.cli.queues import queue
 from stageflow_actors.cli.run import run
+from stageflow_actors.cli.start import start
+from stageflow_actors.cli.up import up
 from stageflow_actors.errors import StageFlowError
 
 __all__ = ["cli", "main"]
@@ -35,12 +40,13 @@ def cli() -> None:
     stageflow instances list --status failed
     stageflow dlq list
 
-    All but `run` look at the cluster whose data directory is given by --data or STAGEFLOW_DATA, running or not.
+    `run` and `up` start a cluster; `start`, `scale` and `health` need one that runs; the others look at the data
+    directory that is given by --data or STAGEFLOW_DATA, running or not.
     Exit codes: 0 well, 1 it failed, 2 wrong usage.
     """
 
 
-for command in (run, instances, queue, dlq, journal, history, stats):
+for command in (run, up, start, instances, queue, dlq, journal, history, scale, stats, health, graph):
     cli.add_command(command)
 
 

@@ -7,7 +7,7 @@ reader never holds back the writer's checkpoints.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,22 @@ class HistoryReader:
             f"SELECT {COLUMNS} FROM instance{conditions} ORDER BY seq DESC LIMIT ?", [*parameters, limit]
         )
         return [HistoryRow._make(row) for row in rows]
+
+    def walk(self, status: str | None = None, workflow: str | None = None) -> Iterator[HistoryRow]:
+        """All instances that have finished, in the order in which they did, of that status and workflow id."""
+        conditions, parameters = _conditions(status, workflow)
+        conditions = f"{conditions} AND" if conditions else " WHERE"
+        last = -1
+        while True:
+            rows = self._query(
+                f"SELECT seq, {COLUMNS} FROM instance{conditions} seq > ? ORDER BY seq LIMIT ?",
+                [*parameters, last, _CHUNK],
+            )
+            for row in rows:
+                yield HistoryRow._make(row[1:])
+            if len(rows) < _CHUNK:
+                return
+            last = rows[-1][0]
 
     def count(self, workflow: str | None = None) -> dict[str, int]:
         """How many instances ended in which status, statuses without any left out."""

@@ -1,0 +1,136 @@
+"""`stageflow instances signal` and `export`: a word to one instance, and all of them to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.instances import LIVE, STATUSES, _live, instances
+from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.start import json_of
+from stageflow_actors.errors import InstanceNotFound
+
+if TYPE_CHECKING:
+    from stageflow_actors.core.standing import Standing
+
+__all__ = ["export", "signal"]
+
+FIELDS = ("instance_id", "workflow", "version", "status", "started", "finished", "duration", "failed_stage", "error")
+
+
+@instances.command()
+@click.argument("instance_id", metavar="ID")
+@click.argument("name")
+@click.option("--json", "text", default="null", metavar="PAYLOAD", help="What goes with it, as JSON; - reads stdin.")
+@data_option
+def signal(instance_id: str, name: str, text: str, data: Path) -> None:
+    """Send the signal NAME to a live instance. One that is not awaited yet is kept; several keep their order.
+
+    \b
+    stageflow instances signal ORDER-17 approval --json '{"by": "me"}'
+    """
+    from brokers.api import Arrival
+    from stageflow_actors.core.codec import encode_value
+    from stageflow_actors.core.routing import signal_key
+    from stageflow_actors.runtime.attach import attach
+
+    payload = encode_value(json_of(text, "--json"), what=f"the payload of signal {name!r}")
+    with attach(data, write=True) as attached:
+        arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(payload), instance_id)
+        answer = attached.broker.publish([], [], [payload], arrivals=[arrival]).result(10.0)
+        if answer.refused:
+            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
+
+
+@instances.command()
+@click.argument("target", metavar="FILE", default="-", type=click.Path(dir_okay=False, allow_dash=True))
+@click.option("--status", type=click.Choice(STATUSES), default=None, help="Only those.")
+@click.option("--workflow", default=None, metavar="ID", help="Only those of this workflow.")
+@click.option("--format", "kind", type=click.Choice(["jsonl", "csv"]), default=None, help="[default: by FILE's ending]")
+@data_option
+def export(target: str, status: str | None, workflow: str | None, kind: str | None, data: Path) -> None:
+    """Write all instances, live and finished, to FILE (- for stdout): one JSON object a line, or CSV without contexts.
+
+    \b
+    stageflow instances export all.jsonl
+    stageflow instances export --workflow orders --status failed failed.csv
+    """
+    from stageflow_actors.runtime.attach import attach
+
+    csv = kind == "csv" or (kind is None and target.endswith(".csv"))
+    with attach(data) as attached, click.open_file(target, "w", encoding="utf-8", atomic=target != "-") as file:
+        number = _write(_all(attached, status, workflow), file, csv=csv)
+    click.echo(f"{number:,} instances", err=True)
+
+
+def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[Standing]:
+    from stageflow_actors.core.standing import ended
+
+    seen: set[str] = set()
+    if status is None or status in LIVE:
+        for standing in _live(attached, status, workflow, 1_000_000):
+            seen.add(standing.instance_id)
+            yield standing
+    if attached.history is not None and status not in LIVE:
+        for row in attached.history.walk(status, workflow):
+            if row.instance_id not in seen:
+                yield ended(row.instance_id, row.epoch, row.outcome)
+
+
+def _write(standings: Iterator[Standing], file: IO[str], *, csv: bool) -> int:
+    import csv as writing
+
+    import orjson
+
+    number = 0
+    writer = writing.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore") if csv else None
+    if writer is not None:
+        writer.writeheader()
+    for standing in standings:
+        number += 1
+        row = _row(standing, whole=not csv)
+        if writer is not None:
+            writer.writerow(row)
+        else:
+            file.write(orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS, default=str).decode() + "\n")
+    return number
+
+
+def _row(standing: Standing, *, whole: bool) -> Mapping[str, Any]:
+    from stageflow_actors.core.codec import json_view
+
+    finished = standing.finished_at or None
+    row: dict[str, Any] = {
+        "instance_id": standing.instance_id,
+        "workflow": standing.workflow_id,
+        "version": standing.version,
+        "status": standing.status.value,
+        "started": standing.started_at or None,
+        "finished": finished,
+        "duration": finished - standing.started_at if finished else None,
+        "failed_stage": standing.failed_stage,
+        "error": standing.error,
+    }
+    if whole:
+        row["stages"] = [
+            {
+                "stage": stage.stage_id,
+                "status": stage.status.value,
+                "attempts": stage.attempts,
+                "started": stage.started_at or None,
+                "duration": stage.duration if stage.started_at else None,
+                "error": stage.error,
+                "result": stage.data,
+            }
+            for stage in standing.stages
+        ]
+        row["compensations"] = [
+            {"stage": each.stage_id, "status": each.status.value, "error": each.error}
+            for each in standing.compensations
+        ]
+        row["context"] = json_view(standing.context)
+    return row

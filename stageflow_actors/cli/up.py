@@ -1,0 +1,68 @@
+"""`stageflow up`: a cluster in the foreground, until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stageflow_actors.cli.options import DEFAULT_DATA
+
+__all__ = ["up"]
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:RUNTIME")
+@click.option(
+    "--data",
+    envvar="STAGEFLOW_DATA",
+    default=None,
+    show_envvar=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
+)
+def up(target: str, data: Path | None) -> int:
+    """Serve workflows until SIGTERM or Ctrl-C, and resume what was unfinished.
+
+    MODULE is an importable module or a path to a .py file; RUNTIME in it is a Runtime, or a Workflow to be served with
+    the defaults. When it is ready it says so on stderr. Stopping waits for the stages in work; a second Ctrl-C kills
+    them. Either way everything unfinished resumes at the next start.
+
+    \b
+    stageflow up shop.flows:runtime
+    stageflow up orders.py:orders --data /var/lib/orders
+    """
+    from stageflow_actors.cli.loading import load
+    from stageflow_actors.definition.workflow import Workflow
+    from stageflow_actors.runtime.runtime import Runtime
+
+    found = load(target, Runtime, Workflow)
+    runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
+    if data is not None:
+        runtime.data_dir = data
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runtime.start()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
+        names = ", ".join(_name(workflow) for workflow in runtime.workflows)
+        click.echo(f"stageflow: serving {names} from {runtime.data_dir}", err=True)
+        while not told.wait(0.5):
+            runtime._check_alive()
+    except BaseException:
+        runtime.stop(grace=0)
+        raise
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    click.echo("stageflow: stopping when the stages in work are done; once more to kill them", err=True)
+    runtime.stop()
+    return 0
+
+
+def _name(workflow: Any) -> str:
+    return workflow.id if workflow.version == 1 else f"{workflow.id} (version {workflow.version})"

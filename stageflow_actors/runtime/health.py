@@ -1,0 +1,103 @@
+"""Whether a cluster is well: what can be seen from outside of its program, node, broker, coordinator and pools.
+
+A fault that might be over in a moment (a worker on its way, a queue that is being opened) is looked at again before it
+counts. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brokers.errors import BrokerError
+from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.errors import BrokerUnavailable, StageFlowError
+from stageflow_actors.runtime.attach import Attached, attach
+from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.processes import start_ticks
+from stageflow_actors.runtime.served import SERVED_FACT, read_served
+
+__all__ = ["Fault", "examine"]
+
+PATIENCE = 3.0
+"""Seconds that a fault must last."""
+AGAIN = 0.1
+
+
+class Fault(NamedTuple):
+    """What is wrong with which part."""
+
+    part: str
+    text: str
+
+
+def examine(path: Path | str) -> list[Fault]:
+    """The faults of the cluster that serves a data directory, none if all is well."""
+    deadline = time.monotonic() + PATIENCE
+    progress: dict[str, int] = {}
+    while True:
+        faults = _look(path, progress)
+        if not faults or time.monotonic() > deadline:
+            return faults
+        time.sleep(AGAIN)
+
+
+def _look(path: Path | str, progress: dict[str, int]) -> list[Fault]:
+    try:
+        data = DataDir(path, create=False)
+        record = data.read_cluster()
+        if record is None or not record.program_lives():
+            return [Fault("program", f"nobody serves {data.path}")]
+        if record.node is None or start_ticks(record.node) is None:
+            return [Fault("node", "it is not running; its program starts it again, or says why it cannot")]
+        with attach(path) as attached:
+            return _of_cluster(attached, progress)
+    except (StageFlowError, BrokerError) as error:
+        part = "broker" if isinstance(error, (BrokerUnavailable, BrokerError)) else "data directory"
+        return [Fault(part, str(error))]
+
+
+def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
+    stats = attached.ask("stats", "")
+    faults = [Fault("broker", f"it refuses new instances: {stats['refusing']}")] if stats["refusing"] else []
+    queues = {queue["name"]: queue for queue in stats["queues"]}
+    served = read_served(attached.ask("fact", SERVED_FACT, None))
+    naming = Naming() if served is None else served.naming
+    for name in (naming.finished, naming.coordinator):
+        faults += _of_coordinator(name, queues.get(name), progress)
+    for plan in () if served is None else served.plans:
+        for name in _pools(plan):
+            faults += _of_pool(name, queues.get(name))
+    return list(dict.fromkeys(faults))
+
+
+def _of_coordinator(name: str, queue: dict[str, Any] | None, progress: dict[str, int]) -> list[Fault]:
+    if queue is None or not queue["consumers"]:
+        return [Fault("coordinator", f"it does not take what arrives in {name}")]
+    waiting = queue["ready"] + queue["leased"]
+    before = progress.setdefault(name, queue["settled"])
+    if waiting and queue["settled"] == before:
+        return [Fault("coordinator", f"{waiting} messages wait in {name}, and none gets done")]
+    return []
+
+
+def _of_pool(name: str, queue: dict[str, Any] | None) -> list[Fault]:
+    part = f"pool {name}"
+    if queue is None:
+        return [Fault(part, "its queue does not exist")]
+    faults = []
+    if queue["state"] == "paused":
+        faults.append(Fault(part, f"it is paused: `stageflow queue resume {name}`"))
+    elif queue["state"] == "closed":
+        faults.append(Fault(part, "it waits for workers to announce themselves after a restart of the broker"))
+    if not queue["consumers"]:
+        faults.append(Fault(part, "no worker takes its messages"))
+    return faults
+
+
+def _pools(plan: WorkflowPlan) -> list[str]:
+    names = [stage.queue for stage in plan.stages if stage.has_pool]
+    if any(stage.compensated for stage in plan.stages):
+        names.append(plan.compensation.queue)
+    return list(dict.fromkeys(names))
