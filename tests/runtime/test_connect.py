@@ -135,6 +135,15 @@ def test_signals_reach_an_instance_from_outside(runtime: Runtime, client: Client
     assert instance.result(timeout=20).stages[0].data == {"by": "me"}
 
 
+def test_instances_are_cancelled_and_run_again_from_outside(runtime: Runtime, client: Client) -> None:
+    instance = runtime.submit(waits, {}, instance_id="cancelled")
+    assert client.instance("cancelled").cancel("by me") == "cancelled"
+    assert str(instance.result(timeout=20).status) == "cancelled"
+    again = client.instance("cancelled").restart()
+    again.signal("go")
+    assert again.result(timeout=20).success
+
+
 def test_stages_are_scaled_from_outside(runtime: Runtime, client: Client, eventually: Any) -> None:
     def actors() -> int:
         return client.queues("shop.counts.stage0")[0].actors

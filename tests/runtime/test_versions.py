@@ -79,36 +79,43 @@ def test_two_versions_run_side_by_side_in_the_same_queues(serve: Any) -> None:
         assert [s.stage_id for s in client.instance("two").result(timeout=20).stages] == ["a", "both", "x", "y"]
 
 
-@pytest.mark.parametrize(("queue", "stage"), [("flow.stage1", "b"), ("flow.stage2", "c")])
 def test_an_instance_whose_version_is_gone_is_parked_and_resumes_when_it_is_back(
-    serve: Any, tmp_path: Path, eventually: Any, queue: str, stage: str
+    serve: Any, tmp_path: Path, eventually: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = f"stageflow.{queue}"
+    shared, beyond = "stageflow.flow.stage1", "stageflow.flow.stage2"
     first = serve(old(), data_dir=tmp_path)
-    held_at(first, name, "lost", eventually)
+    held_at(first, beyond, "at-c", eventually)
+    held_at(first, shared, "at-b", eventually)
     first.stop()
     second = serve(new(), data_dir=tmp_path)
-    second.resume(name)
-    eventually(lambda: second.instances(status="parked"), "a parked instance")
-    letter, reason = dead_letter(second, "lost")
-    assert letter == f"dlq.{name}"
-    assert f"version 1 of workflow 'flow' is not registered with a stage {stage!r}" in reason
+    second.resume(shared)
+    second.resume(beyond)
+    eventually(lambda: len(second.instances(status="parked")) == 2, "both to be parked")
+    for instance_id, queue, stage in (("at-b", shared, "b"), ("at-c", beyond, "c")):
+        letter, reason = dead_letter(second, instance_id)
+        assert letter == f"dlq.{queue}"
+        assert f"version 1 of workflow 'flow' is not registered with a stage {stage!r}" in reason
     assert second.execute("flow", {}, timeout=20).success, "the others are not disturbed"
     second.stop()
     third = serve(new(), old(), data_dir=tmp_path)
-    result = third.instance("lost").result(timeout=20)
-    assert result.context == {"did": ["old-a", "old-b", "old-c"]}
+    for instance_id in ("at-b", "at-c"):
+        assert third.instance(instance_id).result(timeout=20).context == {"did": ["old-a", "old-b", "old-c"]}
+    assert "has changed" not in capfd.readouterr().err, "what came back is what it was"
 
 
-def test_a_version_that_is_registered_while_running_is_served_at_once_and_resumes_what_waited(
+def test_what_is_registered_while_running_is_served_at_once_and_resumes_what_waited(
     serve: Any, tmp_path: Path, eventually: Any
 ) -> None:
     first = serve(old(), data_dir=tmp_path)
     held_at(first, "stageflow.flow.stage1", "lost", eventually)
     first.stop()
-    runtime = serve(new(), data_dir=tmp_path)
+    runtime = serve(Workflow("other").add_stage(mark("other"), id="only"), data_dir=tmp_path)
     runtime.resume("stageflow.flow.stage1")
-    eventually(lambda: runtime.instances(status="parked"), "a parked instance")
+    eventually(lambda: runtime.instances(status="parked"), "a parked instance of a workflow that is not there at all")
+    assert "version 1 of workflow 'flow'" in dead_letter(runtime, "lost")[1]
+    runtime.register(new())
+    assert runtime.execute("flow", {}, timeout=20).context["did"] == ["new-a"]
+    assert str(runtime.instance("lost").status()) == "parked"
     again = old()
     runtime.register(again)
     assert runtime.instance("lost").result(timeout=20).context["did"] == ["old-a", "old-b", "old-c"]
@@ -117,17 +124,69 @@ def test_a_version_that_is_registered_while_running_is_served_at_once_and_resume
     assert runtime.execute("flow", {}, timeout=20).context["did"] == ["new-a"]
 
 
-def test_a_workflow_that_is_not_registered_at_all_is_parked_too(serve: Any, tmp_path: Path, eventually: Any) -> None:
-    other = Workflow("other").add_stage(mark("other"), id="only")
-    first = serve(old(), data_dir=tmp_path)
-    held_at(first, "stageflow.flow.stage1", "lost", eventually)
-    first.stop()
-    second = serve(other, data_dir=tmp_path)
-    second.resume("stageflow.flow.stage1")
-    eventually(lambda: second.instances(status="parked"), "a parked instance")
-    assert "version 1 of workflow 'flow'" in dead_letter(second, "lost")[1]
-    second.register(old())
-    assert second.instance("lost").result(timeout=20).success
+async def slow_old(context: dict[str, Any]) -> None:
+    context["by"] = "old"
+
+
+async def slow_new(context: dict[str, Any]) -> None:
+    context["by"] = "new"
+
+
+def blocking(context: dict[str, Any]) -> None:
+    context["by"] = "blocking"
+
+
+@pytest.mark.parametrize(
+    ("handlers", "by"),
+    [
+        ((slow_old, slow_new), ["old", "new"]),
+        ((blocking, blocking), ["blocking", "blocking"]),
+        ((blocking, slow_new), ["blocking", "new"]),
+    ],
+)
+def test_versions_may_be_async_blocking_or_one_of_each(mixed: Runtime, handlers: Any, by: list[str]) -> None:
+    name = f"mixed-{handlers[0].__name__}-{handlers[1].__name__}".replace("_", "-")
+    versions = [
+        Workflow(name, version=number).add_stage(handler, id="s", concurrency=8)
+        for number, handler in enumerate(handlers, 1)
+    ]
+    for version in versions:
+        mixed.register(version)
+    runs = [mixed.submit(version, {"n": n}) for n in range(40) for version in versions]
+    assert [run.result(timeout=20).context["by"] for run in runs] == by * 40
+
+
+def hold(context: dict[str, Any]) -> None:
+    import time
+
+    note("held", context["switch"])
+    while not Path(context["switch"]).exists():
+        time.sleep(0.005)
+    context["by"] = "old"
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_worker_that_is_busy_while_a_version_comes_parks_nothing_of_it(
+    mixed: Runtime, tmp_path: Path, eventually: Any, concurrency: int
+) -> None:
+    name = f"busy-{concurrency}"
+    first = Workflow(name).add_stage(hold, id="s", concurrency=concurrency)
+    second = Workflow(name, version=2).add_stage(blocking, id="s", concurrency=concurrency)
+    mixed.register(first)
+    switch = tmp_path / "on"
+    busy = mixed.submit(first, {"switch": str(switch)})
+    eventually(lambda: noted("held", switch), "the stage to be in work")
+    mixed.register(second)
+    later = mixed.submit_many(second, [{"n": n} for n in range(5)])
+    switch.touch()
+    assert busy.result(timeout=20).context["by"] == "old"
+    assert [one.result(timeout=20).context["by"] for one in later] == ["blocking"] * 5
+    assert len(noted("held", switch)) == 1
+
+
+@pytest.fixture(scope="module")
+def mixed(serve: Any) -> Runtime:
+    return serve(Workflow("other").add_stage(mark("other"), id="only"))
 
 
 def test_compensations_and_waits_of_a_version_that_is_gone_are_parked_and_resume(
@@ -160,8 +219,6 @@ def test_compensations_and_waits_of_a_version_that_is_gone_are_parked_and_resume
 def test_a_changed_definition_under_the_same_version_is_warned_of(
     serve: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    serve(old(), data_dir=tmp_path).stop()
-    assert "has changed" not in capfd.readouterr().err
     serve(old(), data_dir=tmp_path).stop()
     assert "has changed" not in capfd.readouterr().err
     serve(old().add_stage(mark("d"), id="d"), data_dir=tmp_path).stop()
