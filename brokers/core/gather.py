@@ -1,8 +1,8 @@
 """A gather: the broker waits for a number of arrivals and publishes once they are there.
 
-Joins, maps, signals and replies are all this. A slot counts once, for as long as the group lives, so that a
-duplicate changes nothing; arrivals may come before the gather is opened, and those beyond `need` stay for the
-next opening, first in, first out.
+Joins, maps, signals and replies are all this. A slot counts once from one opening to the next, so that a duplicate
+changes nothing, and who comes by again waits for all anew; arrivals may come before the gather is opened, and those
+beyond `need` stay for the next opening, first in, first out.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Gather:
 
     def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes, priority: int) -> None:
         """Begin to wait for `need` arrivals, with no end to the wait; those already here count."""
+        self.seen = set(self.arrivals)
         self.need = need
         self.queue = queue
         self.label = label

@@ -119,6 +119,7 @@ def enter(plan: WorkflowPlan, stage_id: str, envelope: Envelope, naming: Naming,
     if stage is None:
         return Moves([finish(envelope, WorkflowStatus.completed, naming, now)])
     envelope.stage_id = stage.id
+    envelope.attempts, envelope.failure, envelope.steps = 0, None, None
     if stage.kind == PARALLEL:
         return _fork(plan, stage, envelope)
     if stage.kind == DELAY and not stage.seconds:

@@ -35,7 +35,7 @@ class JoinWork(Work):
         base, arrivals = split_parts(item, body)
         extra = item.extra
         cancelled = extra is not None and extra.cancelled is not None
-        opened = decode_envelope(base) if cancelled else self._open(item, base)
+        opened = decode_envelope(base) if cancelled else self._open(item, base, body)
         if isinstance(opened, Settled):
             return opened
         started = self._wall()

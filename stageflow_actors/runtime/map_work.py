@@ -74,7 +74,7 @@ class MapWork(Work):
         extra = item.extra
         if extra is not None and extra.cancelled is not None:
             return self._give_back(item, decode_envelope(base), arrivals)
-        opened = self._open(item, base)
+        opened = self._open(item, base, body)
         if isinstance(opened, Settled):
             return opened
         if extra is not None and extra.parts is not None:

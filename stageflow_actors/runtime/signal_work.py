@@ -32,7 +32,7 @@ class SignalWork(Work):
         extra = item.extra
         if extra is not None and not arrivals and extra.cancelled is None:
             extra.fresh = False  # nothing failed: the time is up, which is what this stage is asked about
-        opened = self._open(item, base)
+        opened = self._open(item, base, body)
         if isinstance(opened, Settled):
             return opened
         if extra is not None and not arrivals and extra.failure is None:

@@ -165,7 +165,6 @@ class StageWork(HandlerWork):
         trail: bytes,
     ) -> Settled:
         """The happy path where it is not one plain message."""
-        _forget_attempts(envelope)
         envelope.payload = NIL
         moves = leave(self.plan, self.planned, envelope, self.naming, self._wall())
         largest = moves.largest()
@@ -209,7 +208,6 @@ class StageWork(HandlerWork):
         record = StageRecord(self.planned.id, "completed", attempt, started, duration)
         envelope.trail = append_record(envelope.trail, record)
         envelope.payload = payload
-        _forget_attempts(envelope)
         return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall())).worked()
 
     def _replied(self, item: DeliveryItem, body: bytes) -> Result:
@@ -251,7 +249,6 @@ class StageWork(HandlerWork):
                     data = Raw(encode_value(given, what=f"the result of stage {self.planned.id!r}"))
                 envelope.context = Raw(self.codec.encode(context, stage=self.planned.id))
             record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
-            _forget_attempts(envelope)
             return self._record_and_leave(item, envelope, record)
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._raised(error)

@@ -16,7 +16,7 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, Naming
 from stageflow_actors.core.routing import Moves, Step
-from stageflow_actors.runtime.work import Settled, park_unknown, settle_moves
+from stageflow_actors.runtime.work import Settled, forward, park_unknown, settle_moves
 
 __all__ = ["Unserved", "send_on"]
 
@@ -106,10 +106,10 @@ def send_on(item: DeliveryItem, body: bytes, plans: Plans) -> Settled:
     plan = plans.get((workflow_id, version))
     planned = None if plan is None else plan.stage(stage_id)
     label = "" if item.extra is None else item.extra.label
-    if plan is None or planned is None or (item.extra is not None and item.extra.parts is not None):
+    if plan is None or planned is None:
         compensation = label.startswith(COMPENSATE)
         place = f"compensation of stage {stage_id!r}" if compensation else f"stage {stage_id!r}"
         return park_unknown(item, workflow_id, version, place)
     if label.startswith(COMPENSATE):
         return settle_moves(item, Moves([Step(plan.compensation.queue, label, body)]))
-    return settle_moves(item, Moves([Step(planned.queue, stage_id, body)]))
+    return forward(item, body, planned)

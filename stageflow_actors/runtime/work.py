@@ -28,10 +28,18 @@ from brokers.api import (
     Target,
 )
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.envelope import NIL, Envelope, Failure, StageRecord, append_record, decode_envelope
+from stageflow_actors.core.envelope import (
+    NIL,
+    Envelope,
+    Failure,
+    StageRecord,
+    append_record,
+    decode_envelope,
+    encode,
+)
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.routing import Moves, Step, give_up, item_slot, leave, pass_through
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.handler import BoundCall, Call
 from stageflow_actors.definition.retry import RetryPolicy
@@ -46,6 +54,7 @@ __all__ = [
     "Settled",
     "Stopwatch",
     "Work",
+    "forward",
     "ignore",
     "judge",
     "numbered",
@@ -186,11 +195,14 @@ class Work:
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         raise NotImplementedError
 
-    def _open(self, item: DeliveryItem, body: bytes) -> Envelope | Settled:
-        """The envelope of a delivery that is in its place and to be run; or how it is settled without that."""
+    def _open(self, item: DeliveryItem, body: bytes, whole: bytes | None = None) -> Envelope | Settled:
+        """The envelope of a delivery that is in its place and to be run; or how it is settled without that.
+
+        Of one that was gathered `body` is the base, and `whole` all of it.
+        """
         envelope = decode_envelope(body)
         if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
-            return self._misplaced(item, envelope, body)
+            return self._misplaced(item, envelope, body if whole is None else whole)
         extra = item.extra
         if extra is not None:
             if extra.cancelled is not None:
@@ -296,7 +308,7 @@ class Work:
         """Routing goes by id and version: forward what another queue runs, park what nobody here knows."""
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
-            return self._settle(item, Moves([Step(known.queue, known.id, body)]))
+            return forward(item, body, known)
         return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
     def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
@@ -331,6 +343,24 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
     parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
     parked.unknown = True
     return parked
+
+
+def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
+    """Send a message on to where its place is now: with the steps and attempts it has had, and all that it gathered."""
+    extra = item.extra
+    if extra is not None and extra.parts is not None:
+        base, arrivals = split_parts(item, body)
+        key = f"moved:{item.id}"
+        again = Open(key, len(arrivals), place.queue, place.id, base)
+        return settle_moves(item, Moves([], [again], [Arrive(key, slot, arrived) for slot, arrived in arrivals]))
+    if extra is not None:
+        envelope = decode_envelope(body)
+        envelope.steps = _steps_of(envelope, item)
+        if envelope.attempts >= 0:
+            envelope.attempts += extra.attempts
+            envelope.failure = extra.failure or envelope.failure
+        body = encode(envelope)
+    return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
 
 
 def _steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
