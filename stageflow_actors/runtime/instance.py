@@ -87,7 +87,7 @@ class Instance(Generic[C]):
     def history(self) -> list[Moment]:
         """What has happened to it so far, in order of time, and where it stands if it has not ended.
 
-        Each `Moment` has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
+        Each moment has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
         """
         if self._outcome is None:
             group = self._client._query("inspect", [self.id]).get(self.id)
