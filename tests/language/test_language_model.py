@@ -523,11 +523,11 @@ def test_any_workflow_ends_in_this_process_as_its_description_says() -> None:
             raise AssertionError(f"seed {seed}: {plan}") from error
 
 
-SEEDS = range(97, 121)
+SEEDS = range(34, 54)
 
 
 def plans() -> list[Plan]:
-    return [Maker(Random(seed)).plan(longest=4) for seed in SEEDS]
+    return [Maker(Random(seed)).plan(longest=3) for seed in SEEDS]
 
 
 def test_the_random_workflows_say_everything_and_come_to_every_kind_of_end() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from language_world import does, done, note, noted, trouble, undoes, undone, wait_for_file
 
+from brokers.api import Arrival
 from stageflow_actors import (
     InstanceParked,
     Replace,
@@ -40,7 +41,7 @@ trips = (
         "bookings",
         [
             branch("flight", retry=Retry.fixed(3, 0), after=["before"]),
-            branch("hotel", timeout=0.5),
+            branch("hotel", timeout=2),
             branch("car", required=False, when=lambda context: "car" not in context.get("without", ())),
         ],
     )
@@ -76,7 +77,7 @@ def test_each_branch_keeps_its_own_options(execute: Any) -> None:
 def test_a_timeout_is_that_of_the_branch(runtime: Runtime) -> None:
     result = runtime.execute(trips, {"fail": {"hotel": "hang"}}, timeout=30)
     assert (result.status, result.failed_stage) == ("compensated", "hotel")
-    assert result.error == "StageTimeout: stage 'hotel' ran longer than its timeout of 0.5 s"
+    assert result.error == "StageTimeout: stage 'hotel' ran longer than its timeout of 2 s"
 
 
 def test_a_branch_whose_condition_does_not_hold_is_skipped(execute: Any) -> None:
@@ -169,6 +170,24 @@ def meet(name: str, other: str) -> Any:
 meeting = Workflow("meeting").add_parallel(
     "both", [Stage(meet("a", "b"), id="a", timeout=20), Stage(meet("b", "a"), id="b", timeout=20)]
 )
+
+
+def test_a_duplicate_arrival_counts_once(runtime: Runtime, gate: Path, eventually: Any) -> None:
+    instance = runtime.submit(trips, {"fail": {"hotel": str(gate)}, "set": {"flight": {"seat": "1A"}}})
+    eventually(lambda: at_join(runtime, instance.id) == 2, "two of the branches have arrived")
+    for slot in ("flight", "car"):
+        again = Arrival("bookings", slot, 9, instance.id, 1)
+        runtime._port().publish([], [], [b"something"], arrivals=[again]).result(20)
+    assert at_join(runtime, instance.id) == 2
+    gate.touch()
+    result = instance.result(timeout=20)
+    assert (result.status, result.context["seat"]) == ("completed", "1A")
+
+
+def at_join(runtime: Runtime, instance_id: str) -> int:
+    group = runtime._lookup([instance_id])[instance_id]
+    return sum(gather["arrived"] for gather in group["gathers"] if gather["key"] == "bookings")
+
 
 # merging
 
