@@ -65,6 +65,9 @@ class Settling:
                 else:
                     refused_others.append(position)
                 at += _size(other)
+        if len(self._ledger.records) > index + 1 and _leaves(frame):
+            # What was concluded on the way here may be of a group that left after all.
+            whole = False
         changed = self._gathering.complete()
         if refused_moves or refused_acks or refused_others or not whole:
             self._restate(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
@@ -332,7 +335,7 @@ class Settling:
         refused_others: set[int],
         changed: list[tuple[Group, str]],
     ) -> None:
-        """Replace the record of a frame that was taken in part by what came of it: a replay must not take the rest."""
+        """Replace the record of a frame by what came of it, where a replay of it would come to something else."""
         store, ledger = self.store, self._ledger
         _, first_id, peer, _, _ = ledger.records[index]
         acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
@@ -360,6 +363,11 @@ class Settling:
         for group, key in dict.fromkeys(changed):
             if store.groups.get(group.id) is group and group.gathers is not None:
                 ledger.keep_gather(group, group.gathers[key])
+
+
+def _leaves(frame: SettleFrame) -> bool:
+    """Whether a group ends with this frame."""
+    return any(ack[2] & wire.LEAVE for ack in frame.acks) or any(other.leave for other in frame.others)
 
 
 def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:

@@ -157,6 +157,20 @@ def test_messages_in_hand_when_their_epoch_was_raised_are_diverted_if_nobody_cla
     same_after_replay(world)
 
 
+def test_what_was_diverted_does_not_outlive_a_group_that_leaves_with_the_same_settlement() -> None:
+    world = World()
+    peer = world.peer(1, consume={"q": 2})
+    start(peer, "g")
+    peer.publish([("q", "a")], [(0, 1, "g", 1)], [b"x"])
+    moved, left = peer.held.values()
+    peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
+    peer.settle(TARGETS, [(moved.id, moved.lease, 2, 1, "g")], [(left.id, left.lease, LEAVE, "g")], bodies=[b"m"])
+    assert world.machine.store.messages == {}
+    same_after_replay(world)
+    start(peer, "g")
+    same_after_replay(world)
+
+
 # frames taken in part
 
 
