@@ -71,10 +71,10 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[St
     from stageflow_actors.core.standing import ended
 
     seen: set[str] = set()
-    if status is None or status in LIVE:
-        for standing in _live(attached, status, workflow, 1_000_000):
-            seen.add(standing.instance_id)
-            yield standing
+    # Also when only finished ones are wanted: some have ended, and are on their way into the history.
+    for standing in _live(attached, status, workflow, 1_000_000):
+        seen.add(standing.instance_id)
+        yield standing
     if attached.history is not None and status not in LIVE:
         for row in attached.history.walk(status, workflow):
             if row.instance_id not in seen:

@@ -26,7 +26,7 @@ def test_every_command_teaches_by_example(
     assert (code, err) == (0, "")
     body = out.partition("\n")[2]
     assert f"stageflow {' '.join(path)}" in body
-    assert "--data DIR" in out or hasattr(command, "commands")
+    assert "--data DIR" in out or hasattr(command, "commands") or path == ("graph",), "which looks at code only"
 
 
 def test_data_comes_from_the_environment_unless_it_is_given(
