@@ -12,7 +12,7 @@ from brokers.core import records, wire
 from brokers.core.gathering import Gathering, Resolved
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
-from brokers.core.message import Message, Place
+from brokers.core.message import Group, Message, Place
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
@@ -42,6 +42,7 @@ class Publishing:
     ) -> None:
         self.store = store
         self.refusing = ""
+        self.ended_by_old: list[Group] = []
         self._ledger = ledger
         self._talk = talk
         self._leases = leases
@@ -73,6 +74,16 @@ class Publishing:
         if frame.opens or frame.arrivals:
             self._gathering.take(frame.opens, frame.arrivals, targets, blob, at, place)
             self._gathering.complete()
+        if self.ended_by_old:
+            self.correct_ends()
+
+    def correct_ends(self) -> None:
+        """A replay takes for ended whatever has an end published, for it does not know of epochs: behind a frame in
+        which an end came too late, how the group stands is recorded."""
+        groups, self.ended_by_old = self.ended_by_old, []
+        for group in dict.fromkeys(groups):
+            if self.store.groups.get(group.id) is group:
+                self._ledger.keep_group(group)
 
     def answer_again(self, session: Session, frame: PublishFrame) -> None:
         """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""
@@ -212,8 +223,7 @@ class Publishing:
         if message.overtaken:
             self._leases.divert(message)
             if flags & wire.TERMINAL:
-                # A replay takes the group for ended: it does not know of epochs.
-                self._ledger.keep_group(group)
+                self.ended_by_old.append(group)
             return message
         if flags & wire.TERMINAL:
             group.ended = label

@@ -78,6 +78,8 @@ class Settling:
                 answer = {"stale": stale}
                 session.remember(frame.frame, answer)
                 self._talk.result(session, frame.frame, answer)
+        if self._publishing.ended_by_old:
+            self._publishing.correct_ends()
         if emptied:
             self.close(emptied)
         if self._talk.subscribers:
@@ -240,8 +242,7 @@ class Settling:
         for message, flags in diverted:
             self._leases.divert(message)
             if flags and message.group is not None:
-                # A replay takes the group for ended: it does not know of epochs.
-                self._ledger.keep_group(message.group)
+                self._publishing.ended_by_old.append(message.group)
         return stale
 
     def _acknowledge(self, session: Session, acks: list[Ack], emptied: list[Group]) -> list[int]:

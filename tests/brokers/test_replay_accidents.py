@@ -112,6 +112,18 @@ def test_an_end_published_in_an_old_epoch_ends_nothing() -> None:
     same_after_replay(world)
 
 
+def test_of_two_ends_in_one_call_the_one_of_the_present_epoch_counts() -> None:
+    for epochs in ((1, 2), (2, 1)):
+        world = World()
+        peer = world.peer(1)
+        start(peer, "g")
+        peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
+        peer.publish(TARGETS, [(2, 1, "g", epoch) for epoch in epochs], [b"%d" % epoch for epoch in epochs])
+        assert peer.pushes == [("g", ":end", b"2")]
+        assert world.machine.store.groups["g"].ended == ":end"
+        same_after_replay(world)
+
+
 def test_evidence_of_a_group_that_left_is_not_part_of_its_namesake() -> None:
     world = World(supervised=True)
     supervisor = world.peer(9, role="supervisor", consume={"coordinator": 1})
