@@ -45,7 +45,7 @@ class HistoryMissing(HistoryError):
         super().__init__(
             path,
             f"the history of finished instances is missing: {path}{f' ({detail})' if detail else ''}. "
-            "Restore it from the backup taken with the journal, then run `stageflow doctor`; "
+            "Restore it from the backup taken with the journal; "
             "starting without it would run finished instances a second time",
         )
 
@@ -57,7 +57,7 @@ class HistoryDamaged(HistoryError):
         super().__init__(
             path,
             f"the history {path} is damaged or is not a history: {reason}. "
-            "Restore it from the backup taken with the journal; `stageflow doctor` says what is wrong",
+            "Restore it, and the journal with it, from the last backup",
         )
 
 

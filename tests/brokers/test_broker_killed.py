@@ -147,7 +147,7 @@ def test_a_queue_opens_when_each_of_its_workers_has_spoken_or_is_dead(supervised
     dying.broker.consume("q", 1)
     (held,) = dying.receive()
     supervised.kill()
-    supervised.clients[1]._ended = "stopped"  # it never speaks again, as a process that was killed meanwhile
+    dying.broker.close(timeout=1.0)  # it never speaks again, as a process that was killed meanwhile
     supervised.start()
     back(supervisor)
     heir = Peer(supervised, role="worker")

@@ -209,7 +209,7 @@ def test_vacuum_gives_space_back_and_keeps_rows(path: Path) -> None:
 
 def test_a_missing_history_that_must_exist_is_an_error_with_advice(path: Path) -> None:
     for opening in (lambda: HistoryWriter.open(path, create=False), lambda: HistoryReader.open(path)):
-        with pytest.raises(HistoryMissing, match=r"backup.*stageflow doctor") as caught:
+        with pytest.raises(HistoryMissing, match=r"backup taken with the journal") as caught:
             opening()
         assert caught.value.path == path
         assert str(path) in str(caught.value)
