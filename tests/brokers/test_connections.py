@@ -1,0 +1,171 @@
+"""Connections that break: nobody waits for ever, and nobody who has gone is remembered for ever."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from brokerprocess import BrokerProcess
+
+from brokers.api import BrokerUnavailable, DeliveryItem
+from brokers.core import wire
+from brokers.core.store import FRAMES_KEPT
+from brokers.engine import Engine, Frame, Outgoing
+from brokers.memory import MemoryBroker
+from brokers.testing import PATIENCE, Peer
+from brokers.zeromq import server as zeromq_server
+from brokers.zeromq.client import ZmqClient
+
+
+class Failing(Peer):
+    """Its listener fails at the first delivery."""
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        raise ValueError("a bug of the listener")
+
+
+class BrokenEngine(Engine):
+    """Fails in the middle of its work."""
+
+    broken = False
+
+    def round(self, frames: Any, *, more: bool = False) -> list[Outgoing]:
+        taken: list[Frame] = list(frames)
+        if self.broken and taken:
+            raise RuntimeError("a bug of the broker")
+        return super().round(taken, more=more)
+
+
+def test_a_broker_in_this_process_that_fails_fails_those_who_wait(caplog: pytest.LogCaptureFixture) -> None:
+    engine = BrokenEngine(journal_dir=None)
+    hub = MemoryBroker(engine=engine)
+    peer, other = Peer(hub), Peer(hub)
+    peer.ask("ping")
+    other.ask("ping")
+    engine.broken = True
+    with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
+        peer.ask("ping")
+    other.until(lambda: other.closed, "the end of every connection")
+    with pytest.raises(BrokerUnavailable, match="open another"):
+        other.ask("ping")
+    with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
+        Peer(hub)
+    assert "has failed" in caplog.text
+
+
+def test_a_listener_that_fails_ends_its_own_connection_only(caplog: pytest.LogCaptureFixture) -> None:
+    hub = MemoryBroker()
+    failing, other = Failing(hub), Peer(hub)
+    other.publish("q", b"1")
+    failing.broker.consume("q", 1)
+    failing.until(lambda: failing.closed, "the end of the connection")
+    other.broker.consume("q", 1)
+    assert other.receive()[0].body == b"1"
+    assert "a bug of the listener" in caplog.text
+    hub.close()
+
+
+def test_a_broker_that_is_closed_says_so_to_everybody() -> None:
+    hub = MemoryBroker()
+    peer = Peer(hub)
+    peer.ask("ping")
+    hub.close()
+    peer.until(lambda: peer.closed == ["the broker was closed"], "the end")
+    peer.broker.close()
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    """A broker without a supervisor."""
+    running = BrokerProcess(tmp_path)
+    yield running
+    running.close()
+
+
+def test_a_listener_that_fails_ends_its_connection_to_a_process_too(
+    broker: BrokerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        failing = Failing(broker)
+        failing.publish("q", b"1")
+        failing.broker.consume("q", 1)
+        failing.until(lambda: failing.closed, "the end of the connection")
+    assert "a bug of the listener" in caplog.text
+
+
+def test_a_connection_without_a_broker_can_be_closed(tmp_path: Path) -> None:
+    peer = Peer(Address(f"ipc://{tmp_path}/nobody"))
+    waiting = peer.broker.query("ping")
+    peer.broker.close(timeout=0.05)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        waiting.result(PATIENCE)
+
+
+@pytest.fixture
+def probing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Engine]]:
+    """A server in a thread, which looks all the time whether its peers are there."""
+    monkeypatch.setattr(zeromq_server, "PROBE", 0.0)
+    monkeypatch.setattr(zeromq_server, "IDLE", 0.01)
+    engine = Engine(journal_dir=None)
+    server = zeromq_server.Server(engine, f"ipc://{tmp_path}/broker")
+    stopping = threading.Event()
+    thread = threading.Thread(target=server.run, args=(stopping.is_set,))
+    thread.start()
+    yield f"ipc://{tmp_path}/broker", engine
+    stopping.set()
+    thread.join(PATIENCE)
+    server.close()
+
+
+class Address:
+    """A hub for `Peer` that is only an address."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def connect(self, listener: Any, *, role: str = "client", name: str = "") -> ZmqClient:
+        return ZmqClient(self.address, listener, role=role, name=name)
+
+
+def test_who_goes_without_a_word_is_forgotten_and_its_messages_return(probing: tuple[str, Engine]) -> None:
+    address, engine = probing
+    peer = Peer(Address(address))
+    peer.publish("q", b"1")
+    context = zmq.Context()
+    gone = context.socket(zmq.DEALER)
+    gone.setsockopt(zmq.ROUTING_ID, b"\x01gone...")
+    gone.connect(address)
+    hello = wire.encode((wire.PROTOCOL, "client", "gone", 1, 1, [("q", 1)], [], [], 1))
+    gone.send_multipart([wire.HELLO, hello, b""])
+    while not wire.decode_out(gone.recv_multipart()[0]).deliveries:
+        pass
+    gone.close(0)
+    context.term()
+    peer.broker.consume("q", 1)
+    assert peer.receive()[0].body == b"1"
+    assert peer.ask("stats", "")["sessions"] == 1
+    # It may come back with frames that were taken, so its last number is kept, for so many and no more.
+    assert len(engine.machine.store.last_frames) == 1
+    for number in range(FRAMES_KEPT + 10):
+        engine.machine.store.remember_peer(number + 1, 1)
+    assert len(engine.machine.store.last_frames) == FRAMES_KEPT
+    peer.broker.close()
+
+
+def test_a_peer_that_says_goodbye_is_remembered_by_nothing(probing: tuple[str, Engine]) -> None:
+    address, engine = probing
+    staying = Peer(Address(address))
+    for _ in range(3):
+        leaving = Peer(Address(address))
+        leaving.publish("q", b"1")
+        leaving.broker.close()
+    while staying.ask("stats", "")["sessions"] != 1:
+        pass
+    assert list(engine.machine.store.sessions) == [staying.broker.peer]
+    assert engine.machine.store.last_frames == {}
+    staying.broker.close()
