@@ -10,6 +10,7 @@ these and no others.
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from brokers.core import wire
@@ -61,7 +62,8 @@ class Store:
         self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
         self.live_bytes = 0
-        self.left: dict[str, int] = {}
+        # An OrderedDict, for it is emptied at its front: a dict steps over all that was taken there before.
+        self.left: OrderedDict[str, int] = OrderedDict()
         self.left_seq = 0
         self.left_floor = 0
         self._timers: list[tuple[float, int, str, str]] = []
@@ -244,7 +246,7 @@ class Store:
         left.pop(id, None)
         left[id] = self.left_seq
         if len(left) > LEFT_KEPT:
-            self.left_floor = left.pop(next(iter(left)))
+            _, self.left_floor = left.popitem(last=False)
         if group is None:
             return
         if group.gathers is not None:
