@@ -124,10 +124,6 @@ class ContextCodec(Generic[C]):
             canonical = encode(_canonical(context, encode))
         return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
 
-    def to_json(self, data: bytes | Raw) -> Any:
-        """As `json_view`, for people and files."""
-        return json_view(data)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return ContextCodec, (self.context_type,)
 

@@ -296,13 +296,8 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 batch = self._without_finished(batch)
                 if not batch:
                     return False
-            inbox = self._inbox
-
-            def watch() -> None:
-                for prepared in batch:
-                    waiters.add(prepared.id, inbox)
-
-            future = self._client._publish(self._known, batch, taken=watch)
+            inbox, ids = self._inbox, [prepared.id for prepared in batch]
+            future = self._client._publish(self._known, batch, taken=lambda: waiters.add_all(ids, inbox))
         except Exception as error:  # noqa: BLE001 - whatever it is, none of the batch has been started
             for prepared in batch:
                 self._refuse(prepared.id, copy.copy(error))

@@ -7,7 +7,7 @@ never block or raise: it would end the connection.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from stageflow_actors.errors import StageFlowError
@@ -35,7 +35,7 @@ class Waiter(Protocol):
 
 
 class Waiters:
-    """Waiters by instance id. An id that nobody else can know yet may be put straight into `by_id`; else use `add`."""
+    """Waiters by instance id."""
 
     __slots__ = ("_lock", "_quiet", "by_id")
 
@@ -47,15 +47,21 @@ class Waiters:
 
     def add(self, instance_id: str, waiter: Waiter) -> None:
         """Have `waiter` told too."""
+        self.add_all((instance_id,), waiter)
+
+    def add_all(self, instance_ids: Iterable[str], waiter: Waiter) -> None:
+        """Have `waiter` told too, of each of these."""
+        by_id = self.by_id
         with self._lock:
-            there = self.by_id.get(instance_id)
-            if there is None or there is waiter:
-                self.by_id[instance_id] = waiter
-            elif isinstance(there, _Several):
-                if not there.has(waiter):
-                    there.waiters.append(waiter)
-            else:
-                self.by_id[instance_id] = _Several([there, waiter])
+            for instance_id in instance_ids:
+                there = by_id.get(instance_id)
+                if there is None or there is waiter:
+                    by_id[instance_id] = waiter
+                elif isinstance(there, _Several):
+                    if not there.has(waiter):
+                        there.waiters.append(waiter)
+                else:
+                    by_id[instance_id] = _Several([there, waiter])
 
     def remove(self, instance_id: str, waiter: Waiter) -> bool:
         """Have `waiter` told no more; whether it was going to be."""

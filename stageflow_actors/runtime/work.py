@@ -12,8 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from msgspec import Raw
-
 from brokers.api import (
     AGAIN,
     ATTEMPT_FAILED,
@@ -216,12 +214,6 @@ class Work:
         assert item.extra is not None
         reason = item.extra.cancelled or ""
         return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
-
-    def _complete(self, item: DeliveryItem, envelope: Envelope, context: Any, attempt: int, started: float) -> Settled:
-        """The place is done with: record it and go on. Raises `InvalidContext` for a context that cannot travel."""
-        envelope.context = Raw(self.codec.encode(context, stage=self.planned.id))
-        record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)
-        return self._record_and_leave(item, envelope, record)
 
     def _record_and_leave(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
         envelope.trail = append_record(envelope.trail, record)
