@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,26 +19,6 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 import language_world  # noqa: E402 - found by the line above
-
-PATIENCE = 20.0
-"""Seconds after which something that should happen at once is given up on."""
-
-
-def wait_until(condition: Callable[[], Any], what: str = "the condition", patience: float = PATIENCE) -> Any:
-    """The first true value of `condition`; fails when it takes too long."""
-    deadline = time.monotonic() + patience
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not come true within {patience:g} s; it is {value!r}"
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="session")
-def eventually() -> Callable[..., Any]:
-    """`eventually(condition, what)` waits until the condition holds and gives its value."""
-    return wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
