@@ -308,7 +308,7 @@ def test_the_priority_of_an_instance_outlives_joins_maps_signals_and_retries(
 ) -> None:
     holder = runtime.submit(ordered, {"fail": {"last": str(gate)}})
     eventually(lambda: "last" in done(holder.id), "the last stage is busy")
-    later = [runtime.submit(ordered, {"n": n}, priority=priority) for n, priority in enumerate((0, 0, 5, -5, 9))]
+    later = [runtime.submit(ordered, {"n": n}, priority=priority) for n, priority in enumerate((1, 0, 5, -5, 9))]
     eventually(lambda: runtime.queues("stageflow.ordered.stage4")[0].ready == 5, "all wait for it")
     gate.touch()
     for each in later:
