@@ -108,8 +108,8 @@ class Listener:
     def on_notice(self, word: str, detail: Any) -> None:
         """`gone` and `parked` (a watched group), `settled` (to those who have subscribed: what follows from
         settlements, as (group, epoch, label or key, body)), `told` (to the supervisor: a word passed on), `cancel` (to
-        the supervisor), `recall` (return what has not begun), `malformed` (a frame
-        made no sense and changed nothing), `refused` (the broker will not talk to this peer)."""
+        the supervisor), `recall` (return what has not begun), `retire` (likewise, and end when done with what has),
+        `malformed` (a frame made no sense and changed nothing), `refused` (the broker will not talk to this peer)."""
 
     def on_lost(self, ids: list[int]) -> None:
         """After a broker restart: these messages are not held any more; drop them."""

@@ -7,7 +7,7 @@
 `grouping`    idempotent starts, ends, watches, epochs
 `gathering`   joins, signals, deadlines
 `rerunning`   cancelling, halting, beginning anew
-`oversight`   deaths, hold and recall
+`oversight`   deaths, hold, recall and retire
 `operation`   pause, purge, peek, stats, facts, limits
 ============  ==========================================================
 """

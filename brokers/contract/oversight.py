@@ -52,6 +52,7 @@ class OversightContract:
             ("roster", []),
             ("hold", True),
             ("recall", peer.broker.peer),
+            ("retire", peer.broker.peer),
         ]
         for query in queries:
             with pytest.raises(Refused, match="supervisor"):
@@ -180,6 +181,22 @@ class OversightContract:
         assert worker.quiet()
         supervisor.ask("hold", False)
         assert worker.receive()[0].body == b"1"
+
+    def test_a_consumer_that_is_to_retire_is_told_and_given_nothing_more(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub)
+        worker, heir = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1")
+        worker.broker.consume("q", 3)
+        (one,) = worker.receive()
+        assert supervisor.ask("retire", worker.broker.peer) is True
+        worker.until(lambda: ("retire", None) in worker.notices, "the notice")
+        supervisor.publish("q", b"2")
+        assert worker.quiet(), "it is given nothing more"
+        worker.ack(one)
+        worker.until(lambda: supervisor.ask("stats", "q")["queues"][0]["leased"] == 0, "what it held to be settled")
+        heir.broker.consume("q", 1)
+        assert heir.receive()[0].body == b"2"
+        assert supervisor.ask("retire", 987654321) is False, "nobody of that number is there"
 
     def test_a_consumer_with_more_than_it_works_on_can_be_recalled(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub)

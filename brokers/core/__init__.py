@@ -6,7 +6,7 @@
 `settling`       what ends, and what follows from it
 `gathering`      joins, signals, deadlines
 `leases`         credit, delivery, return, adoption after a restart
-`supervision`    deaths, roster, hold and recall
+`supervision`    deaths, roster, hold, recall and retire
 `admin`          named queries that change something; `looking` those that do not; `watching` who is told
 `ledger`         the records of a round and where they lie; `records` what they are
 `talk`           what peers are to be told, until it may leave; `sessions` what is known of them

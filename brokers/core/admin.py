@@ -57,6 +57,7 @@ class Admin:
             "roster": (tuple[list[tuple[int, list[str]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
             "recall": (tuple[int], supervision.recall),
+            "retire": (tuple[int], supervision.retire),
             "tell": (tuple[str, Any], supervision.tell),
             "fact": (tuple[str, str | None], self._fact),
             "bye": (tuple[()], self._bye),

@@ -200,6 +200,18 @@ class Supervision:
         if other is not None and any(len(c.held) + len(c.gone) > 1 for c in other.consumers.values()):
             self._talk.notice(other, "recall", None)
 
+    def retire(self, session: Session, peer: int) -> bool:
+        """Deliver nothing more to a consumer, and ask it to end once it is done with what it is at; whether it can be
+        asked now. What it does with that is its own affair: nothing is kept, and nothing is taken from it."""
+        self._check(session)
+        other = self._store.sessions.get(peer)
+        if other is None or not other.connected:
+            return False
+        for consumer in other.consumers.values():
+            consumer.prefetch = 0
+        self._talk.notice(other, "retire", None)
+        return True
+
     def tell(self, session: Session, word: str, detail: Any) -> bool:
         """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
         told = False

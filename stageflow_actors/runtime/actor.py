@@ -15,7 +15,7 @@ from typing import Any
 import pykka
 
 from brokers.api import DONE, DeliveryItem, SettleItem, Target
-from stageflow_actors.runtime.mailbox import WORK, Mailbox
+from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.work import Settled, numbered
@@ -67,9 +67,12 @@ class WorkActor(pykka.ThreadingActor):
         self._actor_loop()
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work."""
+        """A word that there is work, or that no more is to be done."""
         if message == WORK:
             self._drain()
+        elif message == RETIRE:
+            with self._mailbox.lock:
+                self._retire()
 
     def on_failure(self, *args: Any) -> None:
         """What the actor itself gets wrong must not leave a worker that looks alive and does nothing."""
@@ -89,6 +92,10 @@ class WorkActor(pykka.ThreadingActor):
         self._prefetch = self.least
         self._flush()
 
+    def take_no_more(self) -> None:
+        """Begin no other message than those in work. The lock is taken."""
+        self._limited, self._left = True, 0
+
     def _drain(self) -> None:
         mailbox = self._mailbox
         inbox = mailbox.inbox
@@ -102,6 +109,9 @@ class WorkActor(pykka.ThreadingActor):
         lock.acquire()  # and let go of only for the work itself: once per message, not once per step
         try:
             while inbox:
+                if self._limited and self._left <= 0:
+                    self._retire()
+                    return
                 item, body = inbox.popleft()
                 if mailbox.lost and (item.id, item.lease) in mailbox.lost:
                     continue
@@ -174,7 +184,7 @@ class WorkActor(pykka.ThreadingActor):
         broker = self._mailbox.broker
         assert broker is not None
         broker.release([(item.id, item.lease)], self._queue, 0)
-        self._limited, self._left = True, 0
+        self.take_no_more()
 
     def _retire(self) -> None:
         """This worker has handled all the messages it was made for, or knows; what it has not begun goes back."""

@@ -22,7 +22,7 @@ from brokers.api import DeliveryItem
 from stageflow_actors.errors import StageError, StageTimeout
 from stageflow_actors.runtime.actor import DEEPEST, FLUSH_COUNT, HELD_SECONDS, WorkActor
 from stageflow_actors.runtime.handler_work import HandlerWork, Paused
-from stageflow_actors.runtime.mailbox import WORK, Mailbox
+from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.versions import Versions
@@ -69,7 +69,7 @@ class _LaneActor(WorkActor):
                     continue
                 self._running.add((item.id, item.lease))
                 self._alone = alone
-            self._left -= 1
+                self._left -= 1
             self._begin(item, body)
 
     @abstractmethod
@@ -174,9 +174,11 @@ class TaskActor(_LaneActor):
             self._loop.stop()
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work."""
+        """A word that there is work, or that no more is to be begun."""
         if message == WORK:
             self._begin_more()
+        elif message == RETIRE:
+            self._hand_on_all()
 
     def _broken(self) -> None:
         traceback.print_exc()
@@ -266,7 +268,7 @@ class ThreadActor(_LaneActor):
         self._threads = 0
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work, or what has been done."""
+        """A word that there is work, or that no more is to be begun, or what has been done."""
         if isinstance(message, _Done):
             self._ended(message.item, message.result, message.seconds)
             self._begin_more()
@@ -274,6 +276,8 @@ class ThreadActor(_LaneActor):
                 self._hand_on_all()
         elif message == WORK:
             self._begin_more()
+        elif message == RETIRE:
+            self._hand_on_all()
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         if self._threads < len(self._running):

@@ -11,16 +11,20 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import pykka
+
 from brokers.api import Broker, DeliveryItem, Listener, Refused
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.actor import WorkActor
 
-__all__ = ["WORK", "Mailbox"]
+__all__ = ["RETIRE", "WORK", "Mailbox"]
 
 WORK = "work"
 """The word to an actor that there is work."""
+RETIRE = "retire"
+"""The word to an actor to end when it is done with what it is at."""
 
 
 class Mailbox(Listener):
@@ -44,16 +48,31 @@ class Mailbox(Listener):
         self.inbox.extend(zip(items, bodies, strict=True))
         if not self.signalled and self.actor is not None:
             self.signalled = True
-            self.actor.actor_ref.tell(WORK)
+            self._tell(self.actor, WORK)
+
+    def _tell(self, actor: WorkActor, word: str) -> None:
+        """A worker that retires has no actor any more while its last settlements are on their way; what comes to it
+        then goes back with its end."""
+        try:
+            actor.actor_ref.tell(word)
+        except pykka.ActorDeadError:
+            pass
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """Hand on what is done and return what has not begun, when asked to: the message in work takes long."""
-        if word == "recall" and self.broker is not None and self.actor is not None:
+        """Hand on what is done and return what has not begun, when asked to: the message in work takes long, or this
+        worker is to end.
+        """
+        if word in ("recall", RETIRE) and self.broker is not None and self.actor is not None:
+            retiring = word == RETIRE
             with self.lock:
                 self.actor.hand_on()
                 leases = [(item.id, item.lease) for item, _ in self.inbox]
                 self.inbox.clear()
-            self.broker.release(leases, self._queue, self.actor.least)
+                if retiring:
+                    self.actor.take_no_more()
+            self.broker.release(leases, self._queue, 0 if retiring else self.actor.least)
+            if retiring:
+                self._tell(self.actor, RETIRE)
         elif word == "malformed":
             logging.getLogger("stageflow.worker").error("the broker refused a frame: %s", detail)
 

@@ -53,6 +53,11 @@ PAUSED_FACT = "paused-by-pool:"
 CANCEL_GRACE = 1_000_000_000
 """Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
+ASK_AGAIN = 50_000_000
+"""Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
+REMIND = 2_000_000_000
+"""Nanoseconds before a worker that has been asked to end, and is still there, is asked once more: words get lost."""
+
 FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
 
@@ -104,10 +109,13 @@ class _Resumed:
 class _Worker:
     """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which
     this pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer.
-    `stale`: it was made before another version was registered, and ends when it is done with what it runs.
+    `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
+    version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
+    broker.
     """
 
     __slots__ = (
+        "ask_at",
         "cancelled",
         "id",
         "killed",
@@ -117,8 +125,8 @@ class _Worker:
         "pid",
         "pidfd",
         "recall_at",
+        "retiring",
         "slot",
-        "stale",
         "zygote",
     )
 
@@ -134,7 +142,8 @@ class _Worker:
         self.cancelled: dict[int, int] = {}
         self.long = 0
         self.recall_at = 0
-        self.stale = False
+        self.retiring = False
+        self.ask_at = 0
 
 
 class Pool(pykka.ThreadingActor):
@@ -193,7 +202,7 @@ class Pool(pykka.ThreadingActor):
 
     def _say_whether_restless(self) -> None:
         unsettled = len(self._workers) != self._wanted and not self._retiring
-        if self._paused_at or unsettled or any(w.cancelled or w.stale for w in self._workers.values()):
+        if self._paused_at or unsettled or any(w.cancelled or w.retiring for w in self._workers.values()):
             self._services.restless.add(self._spec.queue)
         else:
             self._services.restless.discard(self._spec.queue)
@@ -292,7 +301,7 @@ class Pool(pykka.ThreadingActor):
             current = {state.message_id for state in states}
             self._bury(worker, [id for id in guilty if id in current], failure)
         elif self._retiring or (
-            event.status == EXIT_RECYCLED and (settled or worker.stale) and not any(s.busy for s in states)
+            event.status == EXIT_RECYCLED and (settled or worker.retiring) and not any(s.busy for s in states)
         ):
             self._bury(worker)
         elif started:
@@ -379,7 +388,9 @@ class Pool(pykka.ThreadingActor):
                         self._look_at(worker, running, now)
         if self._paused_at and time.monotonic() - self._paused_at > 1.0:
             self._look_whether_resumed()
-        self._end_stale()
+        for worker in self._workers.values():
+            if worker.retiring and now >= worker.ask_at:
+                self._ask_to_retire(worker)
         if len(self._workers) > self._wanted:
             self._trim()
         self._fill()
@@ -467,34 +478,36 @@ class Pool(pykka.ThreadingActor):
         self._fill()
 
     def _trim(self) -> None:
-        """End idle workers beyond what is wanted; busy ones are let finish, and looked at again at the next tick."""
-        staying = [worker for worker in self._workers.values() if worker.killed is None]
+        """End idle workers beyond what is wanted; busy ones are looked at again at the next tick."""
+        staying = [worker for worker in self._workers.values() if worker.killed is None and not worker.retiring]
         for worker in reversed(staying):
             if len(staying) <= self._wanted:
                 return
             if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):
-                worker.killed = ((), Failure("stopped", "the pool was scaled down"))
-                kill_group(worker.pid, worker.pidfd)
+                self._ask_to_retire(worker)
                 staying.remove(worker)
 
     def _respec(self, spec: PoolSpec) -> None:
-        """Workers are replaced: idle ones now, others once they are idle or meet a message they do not know."""
+        """Workers are replaced: each ends when it is done with what it runs, or meets a message it does not know."""
         if self._wanted == self._spec.actors:
             self._wanted = spec.actors
         self._spec = spec
         for worker in self._workers.values():
-            worker.stale = True
             worker.lanes[0].mark_stale()
-        self._end_stale()
+            self._ask_to_retire(worker)
         self._fill()
 
-    def _end_stale(self) -> None:
-        for worker in self._workers.values():
-            if not worker.stale or worker.killed is not None or any(lane.busy for lane in worker.lanes):
-                continue
-            worker.killed = ((), Failure("stopped", "another version was registered"))
-            if worker.pidfd >= 0:
-                kill_group(worker.pid, worker.pidfd)
+    def _ask_to_retire(self, worker: _Worker) -> None:
+        """Through the broker, never by a signal: it may have begun something, or be about to settle what it has done,
+        and would be killed between the doing and the settling, so that all of that were done once more."""
+        worker.retiring = True
+        worker.ask_at = time.monotonic_ns() + REMIND
+
+        def answered(asked: Future[Any]) -> None:
+            if asked.exception() is not None or not asked.result():
+                worker.ask_at = time.monotonic_ns() + ASK_AGAIN
+
+        self._services.broker.query("retire", worker.peer).add_done_callback(answered)
 
     def _retire(self, kill: bool) -> None:
         self._retiring = True

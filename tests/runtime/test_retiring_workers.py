@@ -1,0 +1,62 @@
+"""Workers that end because nobody needs them any more: nothing that they have done is done again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from effect_log import note, noted
+
+from stageflow_actors import Runtime, Workflow
+
+
+def did(context: dict[str, Any]) -> None:
+    note("did", context["flow"], context["n"])
+
+
+async def did_async(context: dict[str, Any]) -> None:
+    note("did", context["flow"], context["n"])
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (did, {}),
+    "threads": (did, {"concurrency": 3}),
+    "tasks": (did_async, {"concurrency": 3}),
+    "recycled": (did, {"max_tasks": 400}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pool_that_grows_and_shrinks_under_load_repeats_nothing(serve: Any, kind: str) -> None:
+    handler, options = KINDS[kind]
+    flow = Workflow(kind).add_stage(handler, id="s", actors=3, **options)
+    runtime: Runtime = serve(flow)
+    ended = 0
+    for n, result in enumerate(runtime.map_unordered(flow, [{"flow": kind, "n": n} for n in range(6000)])):
+        assert result.success, result.error
+        ended += 1
+        if n % 300 == 0:
+            runtime.scale(flow, "s", (1, 3, 2)[n // 300 % 3])
+    assert ended == 6000
+    times = Counter(noted("did", kind))
+    assert len(times) == 6000
+    assert not {n: count for n, count in times.items() if count > 1}
+
+
+@pytest.mark.parametrize("kind", ["plain", "threads", "tasks"])
+def test_versions_that_are_registered_under_load_repeat_nothing(serve: Any, kind: str) -> None:
+    handler, options = KINDS[kind]
+    name = f"versions-{kind}"
+    flow = Workflow(name).add_stage(handler, id="s", **options)
+    runtime: Runtime = serve(flow)
+    version = 1
+    for n, result in enumerate(runtime.map_unordered(flow, [{"flow": name, "n": n} for n in range(2000)])):
+        assert result.success, result.error
+        if n % 400 == 200:
+            version += 1
+            runtime.register(Workflow(name, version=version).add_stage(handler, id="s", **options))
+    assert version == 6
+    times = Counter(noted("did", name))
+    assert len(times) == 2000
+    assert not {n: count for n, count in times.items() if count > 1}
