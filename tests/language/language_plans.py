@@ -1,0 +1,512 @@
+"""Random workflows of every construct, and a plain interpreter of what they mean.
+
+The interpreter is written from the description, with lists and loops, and shares no code with the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+import language_world
+
+from stageflow_actors import Compensation, Retry, Stage, Workflow, WorkflowResult
+
+NEVER = 99
+
+
+class Part(NamedTuple):
+    """A stage. It raises in its first `fails` attempts of `attempts`; `clash` is what it writes for all to see."""
+
+    name: str
+    required: bool
+    after: tuple[str, ...]
+    wanted: bool | None
+    fails: int
+    attempts: int
+    result: Any
+    undone: bool
+    undo_fails: int
+    undo_attempts: int
+    clash: int | None = None
+
+
+class Together(NamedTuple):
+    name: str
+    branches: tuple[Part, ...]
+
+
+class Choice(NamedTuple):
+    name: str
+    chosen: str
+    arms: dict[str, tuple[Part, ...]]
+    default: str | None
+
+
+class Each(NamedTuple):
+    """A map: `items` are (fails, attempts) of each; `stage` is what it is as a stage."""
+
+    stage: Part
+    items: tuple[int, ...]
+    max_failures: int
+    into: bool
+
+
+class Pause(NamedTuple):
+    name: str
+
+
+class Wait(NamedTuple):
+    """A signal stage: `payload` is given early, or the time is up and `late` says what becomes of that."""
+
+    name: str
+    payload: Any
+    given: bool
+    handled: bool
+    late: Literal["fails", "goes on"]
+
+
+Place = Part | Together | Choice | Each | Pause | Wait
+
+
+class Plan(NamedTuple):
+    on_failure: Literal["compensate", "park"]
+    places: tuple[Place, ...]
+
+
+# random plans
+
+
+class Maker:
+    """Draws plans of which about every second one comes to a bad end, somewhere."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.names: list[str] = []
+
+    def one_in(self, count: int) -> bool:
+        return self.random.randint(1, count) == 1
+
+    def name(self, kind: str) -> str:
+        made = f"{kind}{len(self.names)}"
+        self.names.append(made)
+        return made
+
+    def part(self, before: list[str], kind: str = "s", clash: int | None = None) -> Part:
+        random = self.random
+        troubled, undo_troubled = self.one_in(5), self.one_in(5)
+        name = self.name(kind)
+        return Part(
+            name=name,
+            required=not self.one_in(3),
+            after=tuple(one for one in before if self.one_in(14)),
+            wanted=(None, None, None, True, False)[random.randint(0, 4)],
+            fails=(1, 2, NEVER)[random.randint(0, 2)] if troubled else 0,
+            attempts=random.randint(1, 3),
+            result=(None, 7, {"receipt": name}, [name, b"\xff"])[random.randint(0, 3)],
+            undone=not self.one_in(4),
+            undo_fails=(1, NEVER)[random.randint(0, 1)] if undo_troubled else 0,
+            undo_attempts=random.randint(1, 2),
+            clash=clash,
+        )
+
+    def place(self, before: list[str]) -> Place:
+        random = self.random
+        kind = random.randint(0, 9)
+        if kind <= 2:
+            return self.part(before)
+        if kind <= 4:
+            count = random.randint(1, 3)
+            clashes = [random.randint(0, 1) if self.one_in(6) else None for _ in range(count)]
+            return Together(self.name("p"), tuple(self.part(before, "b", clash) for clash in clashes))
+        if kind <= 6:
+            arms: dict[str, tuple[Part, ...]] = {}
+            for key in ("left", "right")[: random.randint(1, 2)]:
+                inside: list[Part] = []
+                for _ in range(random.randint(0, 2)):
+                    inside.append(self.part([*before, *(one.name for one in inside)], "a"))
+                arms[key] = tuple(inside)
+            default = "left" if self.one_in(3) else None
+            return Choice(self.name("c"), ("left", "right", "nowhere")[random.randint(0, 2)], arms, default)
+        if kind == 7:
+            stage = self.part(before, "m")._replace(fails=0, result=None)
+            failing = [
+                (1, 2, NEVER)[random.randint(0, 2)] if self.one_in(4) else 0 for _ in range(random.randint(0, 4))
+            ]
+            return Each(stage, tuple(failing), random.randint(0, 2), random.randint(0, 1) == 1)
+        if kind == 8:
+            return Pause(self.name("d"))
+        given = not self.one_in(3)
+        late: Literal["fails", "goes on"] = "fails" if self.one_in(2) else "goes on"
+        return Wait(self.name("w"), random.randint(0, 9), given, self.one_in(2), late)
+
+    def plan(self, longest: int) -> Plan:
+        places: list[Place] = []
+        before: list[str] = []
+        for _ in range(self.random.randint(1, longest)):
+            place = self.place(before)
+            places.append(place)
+            before += [part.name for part in parts_of(place)]
+            if isinstance(place, (Together, Choice, Pause, Wait)):
+                before.append(place.name)
+        return Plan("park" if self.one_in(6) else "compensate", tuple(places))
+
+
+def parts_of(place: Place) -> list[Part]:
+    if isinstance(place, Part):
+        return [place]
+    if isinstance(place, Together):
+        return list(place.branches)
+    if isinstance(place, Choice):
+        return [part for arm in place.arms.values() for part in arm]
+    return [place.stage] if isinstance(place, Each) else []
+
+
+# what a plan means
+
+
+class Over(Exception):
+    """The instance has come to its end early."""
+
+
+class Meaning:
+    """What is known of an instance while one goes through its plan by hand."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.context: dict[str, Any] = {}
+        self.stages: dict[str, tuple[str, int, str | None, Any]] = {}
+        self.completed: list[list[tuple[str, Part | Each | None]]] = []
+        self.half: Each | None = None
+        self.culprits: dict[str, str] = {}
+        self.status = "completed"
+        self.undone: list[set[tuple[str, str, str | None]]] = []
+        self.put_back: list[tuple[str, str]] = []
+        self.vague = False
+        try:
+            for place in plan.places:
+                self.live_through(place)
+        except Over:
+            pass
+
+    def done(self) -> set[str]:
+        return {name for group in self.completed for name, _ in group}
+
+    def live_through(self, place: Place) -> None:
+        if isinstance(place, Part):
+            self.try_part(place)
+        elif isinstance(place, Together):
+            self.fork(place)
+        elif isinstance(place, Choice):
+            self.choose(place)
+        elif isinstance(place, Each):
+            self.map(place)
+        elif isinstance(place, Pause):
+            self.complete(place.name, None, 1, None)
+        else:
+            self.wait(place)
+
+    def complete(self, name: str, part: Part | Each | None, attempts: int, result: Any) -> None:
+        self.stages[name] = ("completed", attempts, None, result)
+        self.completed.append([(name, part)])
+
+    def attempt(self, part: Part, done: set[str]) -> tuple[str, int, str | None]:
+        """Status, attempts and error of one stage, were it run now."""
+        missing = [name for name in part.after if name not in done]
+        if missing:
+            error = f"stage {part.name!r} needs {', '.join(map(repr, missing))} to have completed"
+            return ("failed", 1, f"StageError: {error}") if part.required else ("skipped", 0, error)
+        if part.wanted is False:
+            return "skipped", 0, None
+        if part.fails < part.attempts:
+            return "completed", part.fails + 1, None
+        return "failed", part.attempts, f"ValueError: {part.name} broke in attempt {part.attempts}"
+
+    def write(self, part: Part, attempts: int) -> None:
+        self.context[part.name] = attempts
+        if part.clash is not None:
+            self.context["clash"] = part.clash
+
+    def try_part(self, part: Part) -> None:
+        status, attempts, error = self.attempt(part, self.done())
+        if status == "completed":
+            self.write(part, attempts)
+            self.complete(part.name, part, attempts, part.result)
+            return
+        if status == "failed" and part.required:
+            self.fail(part.name, attempts, str(error))
+        self.stages[part.name] = (status, attempts, error, None)
+
+    def fork(self, place: Together) -> None:
+        done = self.done()
+        ends = [(part, *self.attempt(part, done)) for part in place.branches]
+        lost = {part.name: str(error) for part, status, _, error in ends if status == "failed" and part.required}
+        if lost and self.plan.on_failure == "park":
+            self.vague = True  # which of the branches have got how far is nobody's promise
+            self.park(lost)
+        well = [(part, attempts) for part, status, attempts, _ in ends if status == "completed"]
+        before = self.context.get("clash")
+        changes = {part.clash for part, _ in well if part.clash is not None and part.clash != before}
+        for part, status, attempts, error in ends:
+            self.stages[part.name] = (status, attempts, error, part.result if status == "completed" else None)
+        for part, attempts in well:
+            self.context[part.name] = attempts
+        if well:
+            self.completed.append([(part.name, part) for part, _ in well])
+        if len(changes) == 1:
+            self.context["clash"] = changes.pop()
+        elif changes:
+            self.context["clash"] = ...  # of two that disagree, and are undone, either may be seen
+        if lost:
+            self.culprits = lost
+            self.undo()
+        if changes:
+            self.fail(place.name, 1, "changed the field 'clash' differently")
+        self.complete(place.name, None, 1, None)
+
+    def choose(self, place: Choice) -> None:
+        key = place.chosen if place.chosen in place.arms else place.default
+        if key is None:
+            arms = ", ".join(map(repr, place.arms))
+            error = f"StageError: branch {place.name!r} has no arm {place.chosen!r} and no default: its arms are {arms}"
+            self.fail(place.name, 1, error)
+        assert key is not None
+        self.complete(place.name, None, 1, key)
+        for part in place.arms[key]:
+            self.try_part(part)
+
+    def map(self, place: Each) -> None:
+        part = place.stage
+        missing = [name for name in part.after if name not in self.done()]
+        if missing or part.wanted is False:
+            self.try_part(part)
+            return
+        lost = [number for number, fails in enumerate(place.items) if fails >= part.attempts]
+        if lost and self.plan.on_failure == "park" and not place.max_failures:
+            self.vague = True
+            self.park({part.name: f"ValueError: item {lost[0]} broke"}, loosely=True)
+        if len(lost) > place.max_failures:
+            error = (
+                f"StageError: {len(lost)} of {len(place.items)} items of {part.name!r} failed, more than "
+                f"max_failures={place.max_failures}; the first was item {lost[0]}: ValueError: item {lost[0]} broke"
+            )
+            if not part.required:
+                self.stages[part.name] = ("failed", 1, error, None)
+                return
+            self.half = place if part.undone and len(lost) < len(place.items) else None
+            self.fail(part.name, 1, error)
+        results = [None if number in lost else number * 10 for number in range(len(place.items))]
+        if place.into:
+            self.context[part.name] = results
+        self.complete(part.name, place, 1, None if place.into else results)
+
+    def wait(self, place: Wait) -> None:
+        if place.given:
+            if place.handled:
+                self.context[place.name] = place.payload
+            self.complete(place.name, None, 1, None if place.handled else place.payload)
+        elif place.late == "goes on":
+            self.complete(place.name, None, 1, "went on")
+        else:
+            self.fail(place.name, 1, f"StageTimeout: no signal {place.name!r} came within 0.02 s")
+
+    # bad ends
+
+    def fail(self, name: str, attempts: int, error: str) -> None:
+        if self.plan.on_failure == "park":
+            self.park({name: error})
+        self.stages[name] = ("failed", attempts, error, None)
+        self.culprits = {name: error}
+        self.undo()
+
+    def park(self, culprits: dict[str, str], *, loosely: bool = False) -> None:
+        self.status, self.culprits = "parked", culprits
+        raise Over
+
+    def undo(self) -> None:
+        groups = [*self.completed]
+        if self.half is not None:
+            groups.append([(self.half.stage.name, self.half)])
+        for group in reversed(groups):
+            todo = [(name, what) for name, what in group if what is not None and self.stage_of(what).undone]
+            told: set[tuple[str, str, str | None]] = set()
+            for name, what in todo:
+                part = self.stage_of(what)
+                well = part.undo_fails < part.undo_attempts
+                if isinstance(what, Each):
+                    well = self.put_items_back(what) or well
+                elif well:
+                    self.context[f"undone {name}"] = self.stages[name][3]
+                if well and self.stages[name][0] == "completed":
+                    self.stages[name] = ("compensated", *self.stages[name][1:])
+                told.add((name, "completed", None) if well else (name, "failed", f"KeyError: 'no {name}'"))
+            if told:
+                self.undone.append(told)
+        self.status = "failed"
+        if self.undone:
+            well = all(status == "completed" for group_ in self.undone for _, status, _ in group_)
+            self.status = "compensated" if well else "compensation_failed"
+        raise Over
+
+    def put_items_back(self, place: Each) -> bool:
+        """The last item first; the attempts are those of all items together. Whether there was none."""
+        part = place.stage
+        left = [number for number, fails in enumerate(place.items) if fails < part.attempts]
+        if part.undo_fails >= part.undo_attempts:
+            if left:
+                self.put_back += [(part.name, str(left[-1]))] * part.undo_attempts
+            return not left
+        first = [(part.name, str(left[-1]))] * part.undo_fails if left else []
+        self.put_back += [*first, *((part.name, str(number)) for number in reversed(left))]
+        return True
+
+    @staticmethod
+    def stage_of(what: Part | Each) -> Part:
+        return what.stage if isinstance(what, Each) else what
+
+
+# the same plan as code
+
+
+def build(plan: Plan, name: str) -> Workflow[dict[str, Any]]:
+    workflow = Workflow(name, on_failure=plan.on_failure)
+    for place in plan.places:
+        if isinstance(place, Part):
+            workflow.add_stage(stage_of(place))
+        elif isinstance(place, Together):
+            workflow.add_parallel(place.name, [stage_of(part) for part in place.branches])
+        elif isinstance(place, Choice):
+            arms = {key: [stage_of(part) for part in arm] for key, arm in place.arms.items()}
+            workflow.add_branch(place.name, selector(place.chosen), arms, default=place.default)
+        elif isinstance(place, Each):
+            workflow.add_map(
+                place.stage.name,
+                item_handler(place.items),
+                over=numbers(len(place.items)),
+                into=place.stage.name if place.into else None,
+                max_failures=place.max_failures,
+                **options_of(place.stage, items=True),
+            )
+        elif isinstance(place, Pause):
+            workflow.add_delay(place.name, 0.001)
+        else:
+            workflow.add_signal(
+                place.name,
+                timeout=3600 if place.given else 0.02,
+                on_signal=taker(place.name) if place.handled else None,
+                on_timeout=(lambda context: "went on") if place.late == "goes on" else None,
+            )
+    return workflow
+
+
+def stage_of(part: Part) -> Stage:
+    return Stage(handler(part), id=part.name, **options_of(part))
+
+
+def options_of(part: Part, *, items: bool = False) -> dict[str, Any]:
+    wanted = part.wanted
+    undo = (undo_item if items else undo_stage)(part)
+    again = Retry.fixed(part.undo_attempts, 0) if part.undo_attempts > 1 else None
+    return {
+        "required": part.required,
+        "after": part.after,
+        "when": None if wanted is None else (lambda context: wanted),
+        "retry": Retry.fixed(part.attempts, 0) if part.attempts > 1 else None,
+        "compensation": Compensation(undo, retry=again) if part.undone else None,
+    }
+
+
+def handler(part: Part) -> Any:
+    def handle(context: dict[str, Any], ctx: Any) -> Any:
+        context[part.name] = ctx.attempt
+        if part.clash is not None:
+            context["clash"] = part.clash
+        if ctx.attempt <= part.fails:
+            context["left behind"] = ctx.attempt
+            raise ValueError(f"{part.name} broke in attempt {ctx.attempt}")
+        return part.result
+
+    return handle
+
+
+def undo_stage(part: Part) -> Any:
+    def compensate(context: dict[str, Any], ctx: Any) -> None:
+        context[f"undone {part.name}"] = ctx.results[part.name]
+        if ctx.attempt <= part.undo_fails:
+            raise KeyError(f"no {part.name}")
+
+    return compensate
+
+
+def item_handler(fails: tuple[int, ...]) -> Any:
+    def handle(item: int, ctx: Any) -> int:
+        if ctx.attempt <= fails[item]:
+            raise ValueError(f"item {item} broke")
+        return item * 10
+
+    return handle
+
+
+def undo_item(part: Part) -> Any:
+    def compensate(item: int, ctx: Any) -> None:
+        language_world.note(ctx.instance_id, "put back", part.name, item)
+        assert ctx.results[part.name] == item * 10
+        if ctx.attempt <= part.undo_fails:
+            raise KeyError(f"no {part.name}")
+
+    return compensate
+
+
+def selector(key: str) -> Any:
+    return lambda context: key
+
+
+def numbers(count: int) -> Any:
+    return lambda context: range(count)
+
+
+def taker(name: str) -> Any:
+    def take(context: dict[str, Any], payload: Any) -> None:
+        context[name] = payload
+
+    return take
+
+
+def signals_of(plan: Plan) -> Iterator[tuple[str, Any]]:
+    return ((place.name, place.payload) for place in plan.places if isinstance(place, Wait) and place.given)
+
+
+# the comparison
+
+
+def compare(plan: Plan, result: WorkflowResult[Any], put_back: list[tuple[str, ...]] | None = None) -> None:
+    """The result is what the plan means; `put_back` are the items undone, in order, where that is to be looked at."""
+    meaning = Meaning(plan)
+    assert str(result.status) == meaning.status, (result.error, meaning.culprits)
+    if meaning.culprits:
+        assert result.failed_stage in meaning.culprits
+        expected = meaning.culprits[str(result.failed_stage)]
+        assert expected in str(result.error) if meaning.vague or "clash" in expected else expected == result.error
+    else:
+        assert (result.failed_stage, result.error) == (None, None)
+    if meaning.vague:
+        return
+    context = dict(result.context)
+    if meaning.context.get("clash") is ...:
+        meaning.context.pop("clash")
+        context.pop("clash", None)
+    assert context == meaning.context
+    found = {s.stage_id: (str(s.status), s.attempts, s.error, s.data) for s in result.stages}
+    for name, facts in found.items():
+        expected_facts = meaning.stages[name]
+        if facts[2] and "differently" in facts[2]:
+            facts = (*facts[:2], expected_facts[2], facts[3])
+        assert facts == expected_facts, name
+    assert found.keys() == meaning.stages.keys()
+    told = [(c.stage_id, str(c.status), c.error) for c in result.compensations]
+    for group in meaning.undone:
+        assert set(told[: len(group)]) == group
+        told = told[len(group) :]
+    assert told == []
+    assert put_back is None or put_back == meaning.put_back
