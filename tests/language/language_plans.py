@@ -285,7 +285,9 @@ class Meaning:
         lost = [number for number, fails in enumerate(place.items) if fails >= part.attempts]
         if lost and self.plan.on_failure == "park" and not place.max_failures:
             self.vague = True
-            self.park({part.name: f"ValueError: item {lost[0]} broke"}, loosely=True)
+            # Of several items that are parked any may be the one that is told of.
+            which = f"{lost[0]} broke" if len(lost) == 1 else ""
+            self.park({part.name: f"ValueError: item {which}"}, loosely=True)
         if len(lost) > place.max_failures:
             error = (
                 f"StageError: {len(lost)} of {len(place.items)} items of {part.name!r} failed, more than "
