@@ -287,7 +287,7 @@ class Meaning:
             self.vague = True
             # Of several items that are parked any may be the one that is told of.
             which = f"{lost[0]} broke" if len(lost) == 1 else ""
-            self.park({part.name: f"ValueError: item {which}"}, loosely=True)
+            self.park({part.name: f"ValueError: item {which}"})
         if len(lost) > place.max_failures:
             error = (
                 f"StageError: {len(lost)} of {len(place.items)} items of {part.name!r} failed, more than "
@@ -322,7 +322,7 @@ class Meaning:
         self.culprits = {name: error}
         self.undo()
 
-    def park(self, culprits: dict[str, str], *, loosely: bool = False) -> None:
+    def park(self, culprits: dict[str, str]) -> None:
         self.status, self.culprits = "parked", culprits
         raise Over
 
