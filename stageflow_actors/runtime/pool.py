@@ -300,9 +300,7 @@ class Pool(pykka.ThreadingActor):
             # Not what it had been done with before the signal came.
             current = {state.message_id for state in states}
             self._bury(worker, [id for id in guilty if id in current], failure)
-        elif self._retiring or (
-            event.status == EXIT_RECYCLED and (settled or worker.retiring) and not any(s.busy for s in states)
-        ):
+        elif self._retiring or (event.status == EXIT_RECYCLED and not any(state.busy for state in states)):
             self._bury(worker)
         elif started:
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.

@@ -31,7 +31,8 @@ from stageflow_actors.runtime.works import WORKS
 
 __all__ = ["EXIT_RECYCLED", "EXIT_UNLOADABLE", "main"]
 
-EXIT_RECYCLED = 0
+EXIT_RECYCLED = 99
+"""Exit code of a worker that has done the work it was made for: none that a handler, or Python, would end with."""
 EXIT_UNLOADABLE = 78
 """Exit code of a worker whose code could not be loaded or whose services could not be made (`EX_CONFIG`)."""
 
