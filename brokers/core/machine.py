@@ -194,6 +194,9 @@ class Machine:
                 raise ProtocolError(f"more than {self.limits.max_peers} peers")
             session = store.sessions[peer] = Session(peer)
             session.last_frame = store.last_frames.pop(peer, 0)
+        elif hello.talk <= session.talk:
+            return  # it came twice, or late: what has been said since would be taken back
+        session.talk = hello.talk
         session.connected = True
         session.parting = False
         session.role, session.name, session.pid = hello.role, hello.name, hello.pid

@@ -40,7 +40,8 @@ class Session:
 
     `heard` is the last frame that came in since its last hello, `last_frame` the highest one that was ever taken: those
     up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
-    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten.
+    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the number
+    of its last hello.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Session:
         "pushes",
         "results",
         "role",
+        "talk",
     )
 
     def __init__(self, peer: int) -> None:
@@ -70,6 +72,7 @@ class Session:
         self.pid = 0
         self.connected = False
         self.parting = False
+        self.talk = -1
         self.heard = 0
         self.last_frame = 0
         self.deferred: list[int] = []

@@ -371,15 +371,16 @@ class Meaning:
 # the same plan as code
 
 
-def build(plan: Plan, name: str) -> Workflow[dict[str, Any]]:
+def build(plan: Plan, name: str, **each: Any) -> Workflow[dict[str, Any]]:
+    """The workflow of a plan; `each` are further options of its stages."""
     workflow = Workflow(name, on_failure=plan.on_failure)
     for place in plan.places:
         if isinstance(place, Part):
-            workflow.add_stage(stage_of(place))
+            workflow.add_stage(stage_of(place, each))
         elif isinstance(place, Together):
-            workflow.add_parallel(place.name, [stage_of(part) for part in place.branches])
+            workflow.add_parallel(place.name, [stage_of(part, each) for part in place.branches])
         elif isinstance(place, Choice):
-            arms = {key: [stage_of(part) for part in arm] for key, arm in place.arms.items()}
+            arms = {key: [stage_of(part, each) for part in arm] for key, arm in place.arms.items()}
             workflow.add_branch(place.name, selector(place.chosen), arms, default=place.default)
         elif isinstance(place, Each):
             workflow.add_map(
@@ -389,6 +390,7 @@ def build(plan: Plan, name: str) -> Workflow[dict[str, Any]]:
                 into=place.stage.name if place.into else None,
                 max_failures=place.max_failures,
                 **options_of(place.stage, items=True),
+                **each,
             )
         elif isinstance(place, Pause):
             workflow.add_delay(place.name, 0.001)
@@ -402,8 +404,8 @@ def build(plan: Plan, name: str) -> Workflow[dict[str, Any]]:
     return workflow
 
 
-def stage_of(part: Part) -> Stage:
-    return Stage(handler(part), id=part.name, **options_of(part))
+def stage_of(part: Part, each: dict[str, Any]) -> Stage:
+    return Stage(handler(part), id=part.name, **options_of(part), **each)
 
 
 def options_of(part: Part, *, items: bool = False) -> dict[str, Any]:
@@ -424,6 +426,9 @@ def handler(part: Part) -> Any:
         context[part.name] = ctx.attempt
         if part.clash is not None:
             context["clash"] = part.clash
+        if part.result == 7:
+            ctx.step("once", language_world.note, ctx.instance_id, "step", part.name)
+            language_world.note(ctx.instance_id, "kept", part.name)
         if ctx.attempt <= part.fails:
             context["left behind"] = ctx.attempt
             raise ValueError(f"{part.name} broke in attempt {ctx.attempt}")

@@ -1,0 +1,364 @@
+"""A whole cluster under one seed: random workflows, random accidents, and the laws that must hold whatever happens.
+
+Tame runs have accidents that must not be seen in any result (crashes of the broker, the node, the program, the machine;
+broken connections; stopped processes; a full history), so each instance must end exactly as a plain interpreter of its
+workflow says. Wild runs also kill single workers, cancel, and scale: there each result must be true to itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import language_world
+from brokerworld import check_whole
+from language_plans import Choice, Each, Maker, Meaning, Part, Plan, Together, build, compare, parts_of, signals_of
+from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_recovered
+from virtual_processes import NAMING, History, Job, VirtualNode, VirtualProgram, pool_module
+from virtual_world import World
+
+from brokers.core.message import PARKED
+from stageflow_actors import WorkflowResult
+from stageflow_actors.core.plan import compile_plan
+from stageflow_actors.runtime.client import Known
+from stageflow_actors.runtime.pool import ScaleTo
+from stageflow_actors.runtime.programs import pool_specs
+
+LONGEST = 300.0
+"""Virtual seconds after which everything has ended, or never will."""
+
+
+class Simulation:
+    """One run. `run` raises `AssertionError` where a law is broken; `history` of what happened is in `world.log`."""
+
+    def __init__(self, seed: int, *, wild: bool = False) -> None:
+        self.seed, self.wild = seed, wild
+        self.world = World(seed)
+        chance = self.world.random
+        self.effects: list[tuple[object, ...]] = []
+        self.crimes: list[str] = []
+        self.history = History()
+        disorder = 0.02 if chance.random() < 0.3 else 0.0
+        self.broker = VirtualBroker(self.world, segment_bytes=chance.choice((8, 64, 1024)) << 10, disorder=disorder)
+        maker = Maker(chance)
+        self.plans = {f"w{number}": maker.plan(longest=5) for number in range(chance.randint(1, 3))}
+        options: dict[str, Any] = {"actors": chance.randint(1, 3), "max_tasks": chance.choice((None, 1, 4))}
+        if wild:
+            options["timeout"] = chance.choice((None, 0.2))
+        workflows = {name: build(plan, name, **options) for name, plan in self.plans.items()}
+        compiled = {name: compile_plan(workflow, NAMING) for name, workflow in workflows.items()}
+        self.compiled = list(compiled.values())
+        self.specs = [spec for name, flow in workflows.items() for spec in pool_specs(flow, compiled[name], {})]
+        known = {name: Known(plan, dict) for name, plan in compiled.items()}
+        self.jobs = []
+        for number in range(chance.randint(1, 8)):
+            name = chance.choice(sorted(self.plans))
+            self.jobs.append(Job(f"i{number}.{name}", known[name], {}, list(signals_of(self.plans[name]))))
+        self._pids = itertools.count(1_000)
+        self.node: VirtualNode | None = None
+        self.program: VirtualProgram | None = None
+        self._accidents = 0
+
+    def plan_of(self, job: Job) -> Plan:
+        """What the job was made from."""
+        return self.plans[job.id.partition(".")[2]]
+
+    # the run
+
+    def run(self) -> None:
+        """From the first start to the last end, then the laws."""
+        note, kill, peer = language_world.note, pool_module.kill_group, pool_module.new_peer
+        replay = engine_module.replay_batch
+        language_world.note = lambda *words: self.effects.append(words)
+        pool_module.kill_group = lambda pid, pidfd: self.node.kill(pid) if self.node else None  # type: ignore[assignment]
+        pool_module.new_peer = lambda: next(self._pids)
+        engine_module.replay_batch = tell_of_recovered(self.broker.accounts)
+        try:
+            with self.world.time():
+                self._begin()
+                self._plan_accidents()
+                self.world.run(self._is_over, LONGEST)
+                self._judge()
+        finally:
+            self._end()
+            language_world.note, pool_module.kill_group, pool_module.new_peer = note, kill, peer
+            engine_module.replay_batch = replay
+
+    def _begin(self) -> None:
+        self.broker.start()
+        self._start_node()
+        self._start_program(within=self.world.random.random() * 0.4)
+
+    def _end(self) -> None:
+        if self.program is not None:
+            self.program.die()
+        if self.node is not None:
+            self.node.die()
+
+    def _start_node(self) -> None:
+        self.node = VirtualNode(self.broker, self.history, self.specs, self.compiled, lambda: next(self._pids))
+        self.world.say("node started")
+
+    def _start_program(self, within: float = 0.2) -> None:
+        peer = next(self._pids)
+        self.program = VirtualProgram(self.broker, self.history, self.jobs, peer, self.crimes, within)
+
+    def _is_over(self) -> bool:
+        if self._accidents or not all(job.over for job in self.jobs):
+            return False
+        engine = self.broker.engine
+        if engine is None:
+            return False
+        store = engine.machine.store
+        at_rest = all(message.state() == PARKED for message in store.messages.values())
+        return at_rest and not any(group.ended for group in store.groups.values())
+
+    # accidents
+
+    def _plan_accidents(self) -> None:
+        chance = self.world.random
+        kinds: list[Callable[[], None]] = [
+            self.broker.kill,
+            self._kill_broker_in_a_call,
+            self._fail_a_sync,
+            self._kill_node,
+            self._kill_program,
+            self._lose_power,
+            self._break_connections,
+            self._freeze,
+            self._fill_history,
+            self._set_the_clock,
+        ]
+        if self.wild:
+            kinds += [self._kill_worker, self._kill_worker, self._kill_worker, self._cancel, self._cancel, self._scale]
+        span = chance.choice((0.2, 0.6, 2.0))
+        for _ in range(chance.choice((0, 1, 2, 4, 8))):
+            kind = chance.choice(kinds)
+            self._accidents += 1
+            self.world.soon(span, lambda kind=kind: self._happen(kind))  # type: ignore[misc]
+
+    def _happen(self, kind: Callable[[], None]) -> None:
+        self._accidents -= 1
+        self.world.say(f"accident: {kind.__name__}")
+        kind()
+
+    def _kill_broker_in_a_call(self) -> None:
+        self.broker.fail_at(self.world.random.randint(1, 40), None)
+
+    def _fail_a_sync(self) -> None:
+        self.broker.fail_at(self.world.random.randint(1, 10), disk_error())
+
+    def _kill_node(self) -> None:
+        """The broker watches the node, and ends with it."""
+        if self.node is not None:
+            self.node.die()
+            self.node = None
+            self.broker.kill("its node is gone")
+            self.world.soon(0.3, self._restart_node)
+
+    def _restart_node(self) -> None:
+        if self.node is None:
+            self._start_node()
+
+    def _kill_program(self) -> None:
+        """The node watches the program, and ends with it; started again, it submits everything once more."""
+        if self.program is not None:
+            self.program.die()
+            self.program = None
+            self._kill_node()
+            self.world.soon(0.3, self._restart_program)
+
+    def _restart_program(self) -> None:
+        if self.program is None:
+            self._start_program()
+
+    def _lose_power(self) -> None:
+        if self.program is not None:
+            self.program.die()
+            self.program = None
+        if self.node is not None:
+            self.node.die()
+            self.node = None
+        self.broker.lose_power(Random(self.world.random.getrandbits(32)))
+        self.world.after(0.1, lambda: self.broker.start() if self.broker.engine is None else None)
+        self.world.after(0.2, self._restart_node)
+        self.world.after(0.3, self._restart_program)
+
+    def _break_connections(self) -> None:
+        for client in list(self.broker.clients.values()):
+            if self.world.random.random() < 0.5:
+                client.break_off()
+
+    def _freeze(self) -> None:
+        """SIGSTOP of whoever it may be, and SIGCONT after a while."""
+        chance = self.world.random
+        if self.node is not None and self.node.workers and chance.random() < 0.7:
+            self.node.workers[chance.choice(sorted(self.node.workers))].freeze(chance.random())
+        elif self.program is not None:
+            self.program.client.link.frozen_until = self.world.now + chance.random()
+
+    def _fill_history(self) -> None:
+        self.history.full = True
+
+        def emptied() -> None:
+            self.history.full = False
+
+        self.world.soon(2.0, emptied)
+
+    def _set_the_clock(self) -> None:
+        self.world.ahead += self.world.random.uniform(-5, 5)
+
+    def _kill_worker(self) -> None:
+        if self.node is not None and self.node.workers:
+            self.node.workers[self.world.random.choice(sorted(self.node.workers))].die(-9)
+
+    def _cancel(self) -> None:
+        under_way = [job for job in self.jobs if job.accepted and not job.over]
+        if self.program is not None and under_way:
+            self.program.cancel(self.world.random.choice(under_way))
+
+    def _scale(self) -> None:
+        if self.node is not None and self.node.pools:
+            queue = self.world.random.choice(sorted(self.node.pools))
+            self.node.pools[queue].on_receive(ScaleTo(queue, self.world.random.randint(1, 3)))
+
+    def standing(self) -> str:
+        """Where everything is, for whoever has to find out why."""
+        lines = [
+            f"{job.id}: accepted {job.accepted}, parked {job.parked}, ended {job.outcome is not None}, "
+            f"written {job.id in self.history.rows}: {self.plan_of(job)}"
+            for job in self.jobs
+        ]
+        if self.broker.engine is not None:
+            store = self.broker.engine.machine.store
+            for message in store.messages.values():
+                group = "" if message.group is None else message.group.id
+                lines.append(f"message {message.id} {message.state()} in {message.queue.name} of {group}")
+            lines += [f"group {group.id}: {sorted(group.gathers or {})}" for group in store.groups.values()]
+            lines += [f"{s.role} {s.name} {s.peer}: {s.connected}" for s in store.sessions.values()]
+        return "\n".join(lines)
+
+    # laws
+
+    def _judge(self) -> None:
+        assert self.crimes == []
+        assert self.history.crimes == []
+        engine = self.broker.engine
+        assert engine is not None
+        check_whole(engine.machine)
+        self._nothing_is_left()
+        for job in self.jobs:
+            self._ended_well(job)
+        self._accepted_once()
+        self._kept_for_good()
+
+    def _nothing_is_left(self) -> None:
+        assert self.broker.engine is not None
+        store = self.broker.engine.machine.store
+        parked = {job.id for job in self.jobs if job.parked}
+        assert set(store.groups) <= parked, f"live groups that nobody waits for: {set(store.groups) - parked}"
+        for message in store.messages.values():
+            evidence = message.extra is not None and message.extra.evidence
+            assert evidence or (message.group is not None and message.group.id in parked)
+
+    def _ended_well(self, job: Job) -> None:
+        plan = self.plan_of(job)
+        if job.outcome is None:
+            assert job.parked
+            assert job.id not in self.history.rows
+            assert self.wild or Meaning(plan).status == "parked", f"{job.id} is parked, and should have ended"
+            assert plan.on_failure == "park"
+            return
+        assert self.history.rows[job.id].outcome == job.outcome, "what was told is what is written"
+        result: WorkflowResult[Any] = WorkflowResult.from_outcome(
+            job.id, job.outcome, job.known.codec, job.known.plan.order
+        )
+        if self.wild:
+            be_true(plan, result, bool(job.cancelled_with))
+        else:
+            compare(plan, result)
+
+    def _accepted_once(self) -> None:
+        once = {
+            (job.id, part.name)
+            for job in self.jobs
+            for place in self.plan_of(job).places
+            if not isinstance(place, Each)
+            for part in parts_of(place)
+        }
+        for (id, epoch, label), count in self.broker.accounts.settled.items():
+            if (id, label) in once or label.startswith("compensate:") or label == ":finished":
+                assert count == 1, f"{label} of {id} in epoch {epoch} was accepted {count} times"
+
+    def _kept_for_good(self) -> None:
+        """A step whose result was durable is never run again."""
+        kept = set()
+        for id, what, *where in self.effects:
+            if what == "kept":
+                kept.add((id, *where))
+            assert what != "step" or (id, *where) not in kept, f"a step of {where} of {id} was run after it was kept"
+
+
+def be_true(plan: Plan, result: WorkflowResult[Any], cancelled: bool) -> None:
+    """Whatever happened to the instance: what its result says fits together."""
+    parts = {part.name: part for place in plan.places for part in parts_of(place)}
+    status = str(result.status)
+    assert status in {"completed", "failed", "compensated", "compensation_failed", "cancelled"}
+    assert status != "cancelled" or cancelled
+    told = [(one.stage_id, str(one.status)) for one in result.compensations]
+    assert len({name for name, _ in told}) == len(told), "each is compensated once"
+    failed = [name for name, end in told if end == "failed"]
+    stages = {stage.stage_id: stage for stage in result.stages}
+    if status == "completed":
+        assert told == []
+        assert result.error is None
+    else:
+        assert result.error is not None
+        due = {
+            name
+            for name, stage in stages.items()
+            if name in parts and parts[name].undone and str(stage.status) in ("completed", "compensated")
+        }
+        halves = {place.stage.name for place in plan.places if isinstance(place, Each)}
+        assert due - {name for name, _ in told} == set(), "what has completed is compensated"
+        assert {name for name, _ in told} - due <= halves, "and nothing else, but the items of a map that were done"
+        assert (status == "compensation_failed") == bool(failed)
+        assert status != "compensated" or told
+        assert status != "failed" or not told
+        order = [name for place in plan.places for name in _in_order(place)]
+        at = [order.index(name) for name, _ in told]
+        groups = [_place_of(plan, order[index]) for index in at]
+        assert groups == sorted(groups, reverse=True), "in reverse of completion"
+    for name, stage in stages.items():
+        if name in parts and str(stage.status) in ("completed", "compensated") and not isinstance(stage.data, list):
+            assert stage.data in (parts[name].result, None)
+
+
+def _in_order(place: Any) -> list[str]:
+    return [part.name for part in parts_of(place)]
+
+
+def _place_of(plan: Plan, name: str) -> tuple[int, int]:
+    for number, place in enumerate(plan.places):
+        for inner, part in enumerate(parts_of(place)):
+            if part.name == name:
+                return number, 0 if isinstance(place, (Together, Part, Each)) else inner
+    raise AssertionError(name)
+
+
+def simulate(seed: int, *, wild: bool) -> Simulation:
+    """Run a seed. What breaks a law is raised with the seed and the last that happened."""
+    simulation = Simulation(seed, wild=wild)
+    try:
+        simulation.run()
+    except BaseException as error:
+        kind = "wild" if wild else "tame"
+        happened = "\n".join(simulation.world.log[-40:])
+        told = f"{type(error).__name__}: {error}\n{simulation.standing()}\n{happened}"
+        raise AssertionError(f"seed {seed} ({kind}): {told}") from error
+    return simulation
+
+
+__all__ = ["Choice", "Simulation", "be_true", "simulate"]

@@ -1,0 +1,67 @@
+"""The whole cluster under a virtual clock: hundreds of seeds of accidents, and by name those that once found a mistake.
+
+`scripts/simulate.py` runs as many more as one has time for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from simulation import Simulation, simulate
+
+TAME, WILD = range(160), range(160)
+PART = 40
+
+
+@pytest.mark.parametrize("first", range(TAME.start, TAME.stop, PART))
+def test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_says(first: int) -> None:
+    for seed in range(first, first + PART):
+        simulate(seed, wild=False)
+
+
+@pytest.mark.parametrize("first", range(WILD.start, WILD.stop, PART))
+def test_whoever_is_killed_cancelled_or_late_each_result_is_true(first: int) -> None:
+    for seed in range(first, first + PART):
+        simulate(seed, wild=True)
+
+
+def test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead() -> None:
+    simulate(43, wild=False)
+
+
+def test_a_greeting_that_comes_twice_takes_nothing_back() -> None:
+    simulate(183, wild=True)
+
+
+def test_a_seed_is_one_run_and_no_other() -> None:
+    first, second, other = (simulate(seed, wild=True) for seed in (7, 7, 8))
+    assert (first.world.log, first.world.happened) == (second.world.log, second.world.happened)
+    assert first.effects == second.effects
+    assert first.world.happened != other.world.happened
+
+
+def test_the_seeds_bring_every_accident_and_every_end() -> None:
+    accidents: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
+    for seed in range(200, 240):
+        ran: Simulation = simulate(seed, wild=True)
+        accidents.update(line.partition("accident: ")[2] for line in ran.world.log if "accident: " in line)
+        ends.update(row.status for row in ran.history.rows.values())
+        ends.update("parked" for job in ran.jobs if job.parked)
+    assert set(accidents) == {
+        "kill",
+        "_kill_broker_in_a_call",
+        "_fail_a_sync",
+        "_kill_node",
+        "_kill_program",
+        "_lose_power",
+        "_break_connections",
+        "_freeze",
+        "_fill_history",
+        "_set_the_clock",
+        "_kill_worker",
+        "_cancel",
+        "_scale",
+    }
+    assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

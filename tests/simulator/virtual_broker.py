@@ -1,0 +1,286 @@
+"""The broker of a simulated cluster: the production engine, machine and journal, on a disk and a network that fail."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from virtual_world import Frame, Link, World
+
+from brokers import engine as engine_module
+from brokers.api import Listener
+from brokers.client import PeerClient
+from brokers.core.message import Message
+from brokers.core.replay import Replay
+from brokers.core.store import Store
+from brokers.engine import Engine, replay_batch
+from brokers.errors import JournalFailed
+from brokers.journal.format import Batch
+from brokers.journal.testing import Crash, MemoryFiles
+
+JOURNAL = Path("/journal")
+ROUND = 0.002
+"""Seconds within which a broker gets round to what has arrived."""
+SILENCE = 0.5
+"""Seconds without a welcome after which a peer says hello again."""
+
+
+class Accounts:
+    """How often each transition was accepted, by what is on disk: an oracle that is fed records, not asked."""
+
+    def __init__(self) -> None:
+        self.settled: Counter[tuple[str, int, str]] = Counter()
+        self._last = 0
+        self._replay = Replay(Store(paging=True), on_settled=self._on_settled)
+
+    def take(self, batch: Batch) -> None:
+        """A batch that is on disk, each once, whoever says so."""
+        if batch.number > self._last:
+            self._last = batch.number
+            replay_batch(self._replay, batch)
+
+    def _on_settled(self, message: Message | None, group_id: str, label: str) -> None:
+        if message is not None:
+            self.settled["" if message.group is None else message.group.id, message.epoch, label] += 1
+
+
+class VirtualBroker:
+    """One broker process after the other. `engine` is None while there is none."""
+
+    def __init__(self, world: World, *, segment_bytes: int, disorder: float = 0.0) -> None:
+        self.world = world
+        self.files = MemoryFiles(seed=world.random.getrandbits(32))
+        self.engine: Engine | None = None
+        self.clients: dict[int, VirtualClient] = {}
+        self.accounts = Accounts()
+        self.starts = 0
+        self.disorder = disorder
+        self._segment_bytes = segment_bytes
+        self._inbox: list[Frame] = []
+        self._life = 0
+        self._due = float("inf")
+
+    def start(self) -> None:
+        """A new process on what the disk has. It may die in the middle of that, as at any time."""
+        world = self.world
+        self.starts += 1
+        self._life += 1
+        try:
+            self.engine = Engine(
+                journal_dir=JOURNAL,
+                supervised=True,
+                segment_bytes=self._segment_bytes,
+                warn=world.say,
+                files=self.files,
+                monotonic=lambda: world.now,
+                wall=lambda: world.wall,
+            )
+        except (Crash, JournalFailed) as error:
+            self._died(f"while it started: {error!r}")
+            return
+        self._keep_account(self.engine)
+        world.say("broker started")
+        for client in list(self.clients.values()):
+            client.reconnect(0.05)
+        self._wake(0.0)
+
+    def take(self, frame: Frame) -> None:
+        """A frame has arrived."""
+        if self.engine is not None:
+            self._inbox.append(frame)
+            self._wake(self.world.random.random() * ROUND)
+
+    def kill(self, why: str = "killed") -> None:
+        """SIGKILL. Another one is started soon."""
+        if self.engine is not None:
+            self._died(why)
+
+    def fail_at(self, count: int, error: BaseException | None) -> None:
+        """The process dies in its `count`-th call from now on that changes the disk, or that call fails."""
+        left = count
+
+        def on_call(name: str, path: str) -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
+            self.files.on_call = lambda name, path: None
+            if error is None:
+                raise Crash
+            if name in ("fdatasync", "fsync", "pwritev"):
+                raise error
+
+        self.files.on_call = on_call
+
+    def lose_power(self, chance: Random) -> None:
+        """The whole machine goes: of what was not synced, any part is left. Nothing is started again by itself."""
+        self._end()
+        self.files.crash(chance)
+
+    def _died(self, why: str) -> None:
+        self.world.say(f"broker died: {why}")
+        self._end()
+        self.files.kill()
+        life = self._life
+        self.world.soon(0.2, lambda: self.start() if self._life == life and self.engine is None else None)
+
+    def _end(self) -> None:
+        self.engine = None
+        self._life += 1
+        self._inbox.clear()
+        self._due = float("inf")
+        for client in self.clients.values():
+            client.link.lose()
+
+    def _wake(self, seconds: float) -> None:
+        due = self.world.now + seconds
+        if due >= self._due:
+            return
+        self._due = due
+        life = self._life
+
+        def rise() -> None:
+            if life == self._life and self._due == due:
+                self._due = float("inf")
+                self._round()
+
+        self.world.after(seconds, rise)
+
+    def _round(self) -> None:
+        engine = self.engine
+        assert engine is not None
+        frames, self._inbox = self._inbox, []
+        try:
+            outgoing = engine.round(frames)
+        except (Crash, JournalFailed) as error:
+            self._died(repr(error))
+            return
+        for peer, header, blob in outgoing:
+            client = self.clients.get(peer)
+            if client is None or (client.link.broken and self.world.random.random() < 0.5):
+                engine.machine.disconnect(peer)
+            else:
+                client.link.hear(header, blob)
+        self._wake(engine.patience(0.5))
+
+    def _keep_account(self, engine: Engine) -> None:
+        journal = engine.journal
+        assert journal is not None
+        commit = journal.commit
+
+        def counted(batch: Any, wall: float) -> Any:
+            number = journal._next
+            place = commit(batch, wall)
+            self.accounts.take(Batch(number, place.segment, wall, batch, place.blob_offsets))
+            return place
+
+        journal.commit = counted  # type: ignore[method-assign]
+
+
+class Waited(Future[Any]):
+    """A future whose result is waited for in virtual time: `wait` hands control back until there is one."""
+
+    def __init__(self, future: Future[Any], wait: Callable[[Future[Any]], None]) -> None:
+        super().__init__()
+        self._of, self._wait = future, wait
+
+    def result(self, timeout: float | None = None) -> Any:
+        """When there is one."""
+        self._wait(self._of)
+        return self._of.result(0)
+
+
+class VirtualClient(PeerClient):
+    """The production peer over a virtual connection. `wait`: how its process waits for an answer, if it can."""
+
+    def __init__(
+        self,
+        broker: VirtualBroker,
+        listener: Listener,
+        *,
+        peer: int,
+        role: str,
+        name: str,
+        wait: Callable[[Future[Any]], None] | None = None,
+    ) -> None:
+        super().__init__(listener, peer=peer, role=role, name=name)
+        self.broker = broker
+        self.link = Link(broker.world, up=broker.take, down=self._heard, disorder=broker.disorder)
+        self.on_heard: Callable[[], None] = lambda: None
+        self._wait = wait
+        self._greeting = 0
+        broker.clients[self.peer] = self
+        self.say_hello()
+
+    def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
+        self.link.send((self.peer, op, header, blob))
+
+    def say_hello(self) -> None:
+        """Again and again, until somebody says welcome."""
+        self._greeting += 1
+        greeting = self._greeting
+        self.link.broken = False
+        self.link.send((self.peer, *self._hello()))
+
+        def again() -> None:
+            if not self.link.closed and not self._welcomed and greeting == self._greeting:
+                self.say_hello()
+
+        self.broker.world.after(SILENCE, again)
+
+    def checkpoint(self, id: int, lease: int, name: str, value: bytes) -> Future[None]:
+        """As in production, waited for in virtual time."""
+        future = super().checkpoint(id, lease, name, value)
+        assert self._wait is not None
+        return Waited(future, self._wait)
+
+    def reconnect(self, most: float) -> None:
+        """The connection is there again, within `most` seconds."""
+        self._greeting += 1
+        greeting = self._greeting
+        self.broker.world.soon(
+            most, lambda: self.say_hello() if not self.link.closed and greeting == self._greeting else None
+        )
+
+    def break_off(self) -> None:
+        """The connection breaks, and is there again after a while."""
+        self.link.lose()
+        self.link.broken = True
+        self.reconnect(0.3)
+
+    @property
+    def unconfirmed(self) -> int:
+        """Frames that the broker has not said to be durable."""
+        return len(self._unconfirmed)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Its process is gone, or has done."""
+        self.link.close()
+        self.broker.clients.pop(self.peer, None)
+
+    def _heard(self, header: bytes, blob: bytes) -> None:
+        self.said(header, blob)
+        self.on_heard()
+
+
+def disk_error() -> OSError:
+    """What a dying disk says."""
+    return OSError(errno.EIO, "input/output error")
+
+
+def tell_of_recovered(accounts: Accounts) -> Callable[[Replay, Batch], None]:
+    """In place of the engine's `replay_batch`: what a crash left behind is on disk as well, and counts."""
+
+    def told(replay: Replay, batch: Batch) -> None:
+        replay_batch(replay, batch)
+        accounts.take(batch)
+
+    return told
+
+
+__all__ = ["Accounts", "VirtualBroker", "VirtualClient", "Waited", "disk_error", "engine_module", "tell_of_recovered"]

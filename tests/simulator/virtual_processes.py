@@ -1,0 +1,452 @@
+"""The processes of a simulated cluster: workers, the node and the user's program, made of production parts.
+
+A worker is the production mailbox, actor and work; its handlers run in a thread of their own that hands control back
+whenever time has to pass, so that it can be killed there. The node is the production coordinator and pools over a
+zygote that is none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pykka import messages
+from virtual_broker import VirtualBroker, VirtualClient
+
+from brokers.api import CHECK, START, WATCH, Arrival, DeliveryItem, Listener, PublishAnswer
+from brokers.errors import BrokerUnavailable
+from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
+from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.routing import CANCELLABLE, signal_key
+from stageflow_actors.history.errors import HistoryUnavailable
+from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime import pool as pool_module
+from stageflow_actors.runtime import worker as worker_module
+from stageflow_actors.runtime.client import Known
+from stageflow_actors.runtime.coordinator import Coordinator, Flush
+from stageflow_actors.runtime.mailbox import Mailbox
+from stageflow_actors.runtime.node import _NodeListener
+from stageflow_actors.runtime.pool import Cancelled, Pool, Tick
+from stageflow_actors.runtime.pool_services import PoolServices
+from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
+from stageflow_actors.runtime.slots import Slot, SlotTable
+from stageflow_actors.runtime.supervisor import queue_options
+from stageflow_actors.runtime.zygote import Exited, Spawned
+
+NAMING = Naming()
+TICK = 0.02
+LIMIT = 1 << 20
+
+
+class Killed(BaseException):
+    """The process of this thread is gone. Nothing may handle it."""
+
+
+class History:
+    """What is durable of ended instances. It may be `full`; a row that says otherwise than before is a crime."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, HistoryRow] = {}
+        self.crimes: list[str] = []
+        self.full = False
+
+    def write(self, rows: list[HistoryRow]) -> None:
+        """As `HistoryWriter.write`."""
+        if self.full:
+            raise HistoryUnavailable(Path("history"), "the disk is full")
+        for row in rows:
+            known = self.rows.get(row.instance_id)
+            if known is not None and known.epoch == row.epoch and known.outcome != row.outcome:
+                self.crimes.append(f"{row.instance_id} has ended twice: {known.status}, then {row.status}")
+            self.rows[row.instance_id] = row
+
+
+class _PausingSlot(Slot):
+    """The slot of a worker whose handlers take virtual time: some before, some after what they do."""
+
+    __slots__ = ("worker",)
+
+    worker: VirtualWorker
+
+    def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
+        """As a slot, and time passes."""
+        super().begin(message_id, timeout_ns, int(self.worker.world.now * 1e9))
+        self.worker.work_a_while()
+
+    def end(self) -> None:
+        """Time passes, then as a slot."""
+        self.worker.work_a_while()
+        super().end()
+
+
+class VirtualWorker:
+    """One worker process."""
+
+    def __init__(self, node: VirtualNode, worker_id: str, pid: int, payload: bytes, slot: int) -> None:
+        given = msgspec.msgpack.decode(payload, type=WorkerPayload)
+        self.world = node.world
+        self.id, self.pid = worker_id, pid
+        self.dead = False
+        self.frozen_until = 0.0
+        self._node = node
+        self._idle = True
+        self._message: Any = None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._broken: BaseException | None = None
+        table = node.services.slots
+        pausing = _PausingSlot(table[slot]._cells, table, slot)
+        pausing.worker = self
+        self.mailbox = Mailbox(given.queue)
+        work = worker_module._load(given, pausing, self.mailbox)
+        self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
+        self.mailbox.actor = self.actor
+        self.client = VirtualClient(
+            node.broker, self.mailbox, peer=given.peer, role="worker", name=worker_id, wait=self._wait_for
+        )
+        self.client.on_heard = self._heard
+        self.mailbox.broker = self.client
+        self.client.consume(given.queue, self.actor.least)
+        self._thread = threading.Thread(target=self._live, name=worker_id, daemon=True)
+        self._thread.start()
+
+    def freeze(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after a while."""
+        self.frozen_until = self.client.link.frozen_until = self.world.now + seconds
+
+    def die(self, status: int) -> None:
+        """Its process ends here and now; the node hears of it."""
+        if self.dead:
+            return
+        self.dead = True
+        self.client.close()
+        self._go.release()
+        self._back.acquire()
+        self._thread.join()
+        self._node.lost(self, status)
+
+    # in the worker's own thread
+
+    def _live(self) -> None:
+        while True:
+            self._go.acquire()
+            if self.dead:
+                break
+            try:
+                if isinstance(self._message, messages._ActorStop):
+                    self.actor.actor_stopped.set()
+                else:
+                    self.actor.on_receive(self._message)
+            except Killed:
+                break
+            except BaseException as error:  # told of in the other thread
+                self._broken = error
+            self._idle = True
+            self._back.release()
+        self._back.release()
+
+    def work_a_while(self) -> None:
+        """Time passes in the middle of a handler: mostly little, sometimes more."""
+        chance = self.world.random
+        self._pass(chance.expovariate(400) if chance.random() < 0.9 else chance.random() * 0.3)
+
+    def _pass(self, seconds: float | None) -> None:
+        if self.dead:
+            raise Killed
+        if seconds is not None:
+            self.world.after(seconds, self._hand_over)
+        self._back.release()
+        self._go.acquire()
+        if self.dead:
+            raise Killed
+
+    def _wait_for(self, future: Future[Any]) -> None:
+        if not future.done():
+            future.add_done_callback(lambda done: self.world.after(0.0, self._hand_over))
+            self._pass(None)
+
+    # in the world's thread
+
+    def _hand_over(self) -> None:
+        if self.dead:
+            return
+        if self.world.now < self.frozen_until:
+            self.world.after(self.frozen_until - self.world.now, self._hand_over)
+            return
+        self._go.release()
+        self._back.acquire()
+        if self._broken is not None:
+            raise self._broken
+        self._heard()
+
+    def _heard(self) -> None:
+        """There may be something to do."""
+        if self.dead or not self._idle:
+            return
+        if self.actor.actor_stopped.is_set():
+            if not self.client.unconfirmed:
+                self.world.after(0.0, lambda: self.die(worker_module.EXIT_RECYCLED))
+        elif not self.actor.actor_inbox.empty():
+            self._idle = False
+            self._message = self.actor.actor_inbox.get().message
+            self.world.soon(0.0005, self._hand_over)
+
+
+class _Zygote:
+    """Starts workers as a zygote does, soon."""
+
+    def __init__(self, node: VirtualNode) -> None:
+        self._node = node
+
+    def spawn(self, worker_id: str, payload: bytes, slot: int, env: dict[str, str]) -> None:
+        """As `Zygote.spawn`."""
+        node = self._node
+        node.world.soon(0.02, lambda: node.born(worker_id, payload, slot))
+
+
+class _Ref:
+    """Stands where an actor's reference is expected."""
+
+    def __init__(self, tell: Callable[[Any], None]) -> None:
+        self.tell = tell
+
+
+class VirtualNode:
+    """The node process with its workers. `die` ends them all, and the broker is ended by whoever calls it."""
+
+    def __init__(
+        self,
+        broker: VirtualBroker,
+        history: History,
+        specs: Sequence[PoolSpec],
+        plans: list[WorkflowPlan],
+        new_pid: Callable[[], int],
+    ) -> None:
+        self.world, self.broker = broker.world, broker
+        self.dead = False
+        self.workers: dict[int, VirtualWorker] = {}
+        self.notices: list[str] = []
+        self._new_pid = new_pid
+        self._listener = _NodeListener()
+        self.client = VirtualClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
+        zygote: Any = _Zygote(self)
+        self.services = PoolServices(
+            slots=SlotTable.create(256),
+            zygote=lambda: zygote,
+            broker=self.client,
+            address="",
+            naming=NAMING,
+            max_message_bytes=LIMIT,
+            log_level="ERROR",
+            notify=self.notices.append,
+        )
+        writer: Any = history
+        self.coordinator = Coordinator(self.client, writer, NAMING, plans, None)
+        self._listener.coordinator = _Ref(lambda message: self._soon(lambda: self.coordinator.on_receive(message)))
+        self._listener.supervisor = _Ref(lambda message: self._soon(lambda: self._cancelled(message)))
+        self._listener.services = self.services
+        self._listener.broker = self.client
+        self.client.consume(NAMING.finished, 4_000)
+        self.client.consume(NAMING.coordinator, 500)
+        self.client.query("declare", queue_options(specs, NAMING, 3))
+        self.pools = {spec.queue: Pool(spec, self.services) for spec in specs}
+        for pool in self.pools.values():
+            pool.on_start()
+        self.client.query("roster", [])
+        self._tick()
+
+    def born(self, worker_id: str, payload: bytes, slot: int) -> None:
+        """The zygote has forked."""
+        if self.dead:
+            return
+        pid = self._new_pid()
+        self.workers[pid] = VirtualWorker(self, worker_id, pid, payload, slot)
+        self._tell(worker_id, Spawned(worker_id, pid, os.open(os.devnull, os.O_RDONLY)))
+
+    def lost(self, worker: VirtualWorker, status: int) -> None:
+        """A worker has ended."""
+        del self.workers[worker.pid]
+        if not self.dead:
+            self.world.soon(0.005, lambda: self._tell(worker.id, Exited(worker.id, worker.pid, status)))
+
+    def kill(self, pid: int) -> None:
+        """What a pool does to a worker."""
+        self.world.soon(0.001, lambda: self.workers[pid].die(-9) if pid in self.workers else None)
+
+    def die(self) -> None:
+        """The node is gone, and all of its workers with it."""
+        self.dead = True
+        self.client.close()
+        for worker in list(self.workers.values()):
+            worker.die(-9)
+        for pool in self.pools.values():
+            for each in pool._workers.values():
+                if each.pidfd >= 0:
+                    os.close(each.pidfd)
+        self.services.slots.close()
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        self.world.soon(0.001, lambda: None if self.dead else action())
+
+    def _tell(self, worker_id: str, message: Any) -> None:
+        if not self.dead:
+            self.pools[worker_id.rpartition("#")[0]].on_receive(message)
+
+    def _cancelled(self, message: Cancelled) -> None:
+        queue = self.services.live.get(message.peer)
+        if queue in self.pools:
+            self.pools[queue].on_receive(message)
+
+    def _tick(self) -> None:
+        if self.dead:
+            return
+        tick = Tick()
+        for queue, pool in self.pools.items():
+            while not pool.actor_inbox.empty():
+                pool.on_receive(pool.actor_inbox.get().message)
+            if self.services.is_restless(queue):
+                pool.on_receive(tick)
+        self.coordinator.on_receive(Flush())
+        self.world.after(TICK, self._tick)
+
+
+class Job:
+    """One instance that the program wants to see through, with what it has been told of it."""
+
+    def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]]) -> None:
+        self.id, self.known, self.signals = id, known, signals
+        self.data = known.codec.prepare(context)
+        self.digest = known.codec.digest(self.data, known.plan.id)
+        self.accepted = self.parked = False
+        self.cancelled_with: list[Any] = []
+        self.outcome: bytes | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be expected of it."""
+        return self.outcome is not None or self.parked
+
+
+class VirtualProgram(Listener):
+    """The user's program: it submits each job under its id, sends the signals, and waits. Started again after a crash
+    it does the same, and must get the same."""
+
+    def __init__(
+        self, broker: VirtualBroker, history: History, jobs: list[Job], peer: int, crimes: list[str], within: float
+    ) -> None:
+        self.world = broker.world
+        self.jobs = {job.id: job for job in jobs}
+        self.dead = False
+        self._history = history
+        self._crimes = crimes
+        self._seen = 0
+        self._live: set[str] = set()
+        self.client = VirtualClient(broker, self, peer=peer, role="client", name="program")
+        for job in jobs:
+            self.world.soon(within, lambda job=job: self._submit(job))  # type: ignore[misc]
+
+    def die(self) -> None:
+        """The program is gone."""
+        self.dead = True
+        self.client.close()
+
+    def cancel(self, job: Job) -> None:
+        """Cancel an instance, wherever it is."""
+
+        def told(future: Future[Any]) -> None:
+            job.cancelled_with.append(future.exception() or future.result())
+
+        if job.accepted and not self.dead:
+            self.client.query("cancel", job.id, "not wanted", list(CANCELLABLE)).add_done_callback(told)
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        raise AssertionError("a program is delivered nothing")
+
+    def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        for id, _, outcome in pushes:
+            self._ended(self.jobs[id], outcome)
+
+    def on_notice(self, word: str, detail: Any) -> None:
+        if word == "gone":
+            self._look_up(self.jobs[detail])
+        elif word == "parked":
+            self.jobs[detail].parked = True
+
+    def watching(self) -> list[str]:
+        return sorted(self._live)
+
+    # what follows `Client._start` step by step
+
+    def _submit(self, job: Job) -> None:
+        if self.dead:
+            return
+        seen = self._seen
+        row = self._history.rows.get(job.id)
+        if row is not None:
+            if row.digest != job.digest:
+                self._crimes.append(f"{job.id} has another digest in the history than it was started with")
+            self._ended(job, row.outcome)
+            return
+        known = job.known
+        body = encode(
+            Envelope(
+                known.plan.id,
+                known.plan.version,
+                known.first,
+                msgspec.Raw(job.data),
+                EMPTY_TRAIL,
+                self.world.wall,
+                digest=job.digest,
+            )
+        )
+        item = (0, len(body), job.id, 1, START | WATCH | CHECK, 0, 0.0, known.plan.stages[0].ttl, job.digest, seen)
+        self._live.add(job.id)
+        answer = self.client.publish([known.target], [item], [body], atomic=True)
+        answer.add_done_callback(lambda future: self._answered(job, future))
+
+    def _answered(self, job: Job, future: Future[PublishAnswer]) -> None:
+        if self.dead or isinstance(future.exception(), BrokerUnavailable):
+            return
+        answer = future.result()
+        why = answer.refused[0][1] if answer.refused else ""
+        if why == "look-again":
+            self._seen = max(self._seen, answer.seen)
+            self._live.discard(job.id)
+            self.world.soon(0.01, lambda: self._submit(job))
+        elif why == "conflict":
+            self._crimes.append(f"{job.id} is said to have another input than it has")
+        else:
+            self._accepted(job)
+
+    def _accepted(self, job: Job) -> None:
+        job.accepted = True
+        for number, (name, payload) in enumerate(job.signals):
+            data = encode(payload)
+            arrival = Arrival(signal_key(name), f"{name}{number}", len(data), job.id)
+            self.world.soon(0.5, lambda data=data, arrival=arrival: self._signal(data, arrival))  # type: ignore[misc]
+
+    def _signal(self, data: bytes, arrival: Arrival) -> None:
+        if not self.dead:
+            self.client.publish([], [], [data], arrivals=[arrival])
+
+    def _look_up(self, job: Job) -> None:
+        if self.dead or job.outcome is not None:
+            return
+        row = self._history.rows.get(job.id)
+        if row is None:
+            self._crimes.append(f"{job.id} has left the broker, and the history has not heard of it")
+        else:
+            self._ended(job, row.outcome)
+
+    def _ended(self, job: Job, outcome: bytes) -> None:
+        self._live.discard(job.id)
+        if job.outcome is not None and job.outcome != outcome:
+            self._crimes.append(f"{job.id} is said to have ended in two ways")
+        job.outcome = outcome
+
+
+__all__ = ["NAMING", "History", "Job", "VirtualNode", "VirtualProgram", "pool_module"]
