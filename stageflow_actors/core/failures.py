@@ -6,12 +6,14 @@ done. What a policy sees of a death or a timeout is made anew here.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from stageflow_actors.core.envelope import Failure, encode
 from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
 
-__all__ = ["EXPIRED", "describe_error", "exception_of", "failure_of", "read_failure"]
+__all__ = ["EXPIRED", "describe_error", "exception_of", "failure_of", "last_lines", "read_failure", "write_failure"]
 
 EXPIRED = b"expired"
 """What the broker attaches to a message that waited longer than its ttl."""
@@ -74,3 +76,24 @@ def exception_of(failure: Failure) -> Exception:
     if failure.error_type == "StageError":
         return StageError(text, retryable=bool(failure.retryable))
     return StageFlowError(message)
+
+
+LAST_LINES = 5
+LONGEST_LINE = 200
+
+FATAL = "Fatal Python error: "
+"""How the interpreter begins its last words; its traceback, most recent call first, follows."""
+
+_HEADINGS = ("Extension modules:", "Current thread 0x", "Stack (most recent call first)")
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def last_lines(written: bytes) -> str:
+    """What a worker wrote to stderr, of which this is the end, as it is told with its death: a few lines, or ""."""
+    text = _CONTROL.sub("", written.decode(errors="backslashreplace").replace("\r", "\n"))
+    fatal = text.rfind(FATAL)
+    lines = [line.rstrip()[:LONGEST_LINE] for line in text[max(fatal, 0) :].splitlines() if line.strip()]
+    if fatal < 0:
+        return "\n".join(lines[-LAST_LINES:])
+    own = [line for line in lines if not line.startswith(_HEADINGS)]
+    return "\n".join(own[:LAST_LINES])

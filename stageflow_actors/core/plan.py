@@ -83,6 +83,7 @@ class StagePlan(Struct):
     instead. `branches` are the stages of a parallel one, `arms` the first stage of each arm of a branch by key. `ttl`:
     how long a message may wait in the queue, 0 for any time; `seconds`: of a delay, or until a signal is given up.
     `breaker`: after how many failures in a row its queue waits, and for how many seconds; (0, 0) for never.
+    `max_memory`: bytes that a worker may use; 0 for any number.
     """
 
     id: str
@@ -105,6 +106,7 @@ class StagePlan(Struct):
     signal: str = ""
     concurrency: int = 1
     breaker: tuple[int, float] = (0, 0.0)
+    max_memory: int = 0
 
     @property
     def has_pool(self) -> bool:
@@ -181,6 +183,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
                 stage.max_tasks,
                 concurrency=stage.concurrency,
                 breaker=breaker_of(stage),
+                max_memory=stage.max_memory or 0,
                 **place,
             )
 
@@ -204,7 +207,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
             item = stages[step.id]
             whole = handled(item, queue, kind=MAP, following=following)
             whole.breaker = (0, 0.0)
-            whole.actors, whole.timeout, whole.max_tasks, whole.env = 1, None, None, {}
+            whole.actors, whole.timeout, whole.max_tasks, whole.env, whole.max_memory = 1, None, None, {}, 0
             one = handled(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
             one.id, one.after, one.compensated = item_id(step.id), (), False
             places += [whole, one]

@@ -127,6 +127,7 @@ class StageOptions(TypedDict, total=False):
     ttl: Duration | None
     env: Mapping[str, str] | None
     breaker: Breaker | None
+    max_memory: int | None
     max_tasks: int | None
 
 
@@ -138,8 +139,9 @@ class Stage:
     `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
     `after`: ids of earlier stages that must have completed; `when`: predicate on the context; `ttl`: seconds a
     message may wait in the queue; `env`: environment of the workers;
-    `breaker`: when a stage that keeps failing is left alone; `max_tasks`: messages before an actor is
-    recycled. Mistakes raise `WorkflowDefinitionError`.
+    `breaker`: when a stage that keeps failing is left alone; `max_memory`: bytes of RSS that a worker, with the
+    processes it has started, may use before it is killed (`WorkerDied`, charged to what it is at; looked at ten times
+    a second); `max_tasks`: messages before an actor is recycled. Mistakes raise `WorkflowDefinitionError`.
 
     `id` is "" for a lambda until a workflow gives it its place; `call` says how to call the handler.
     """
@@ -154,6 +156,7 @@ class Stage:
         "env",
         "handler",
         "id",
+        "max_memory",
         "max_tasks",
         "required",
         "retry",
@@ -178,6 +181,7 @@ class Stage:
         ttl: Duration | None = None,
         env: Mapping[str, str] | None = None,
         breaker: Breaker | None = None,
+        max_memory: int | None = None,
         max_tasks: int | None = None,
     ) -> None:
         if isinstance(handler, Stage):
@@ -200,6 +204,7 @@ class Stage:
         self.ttl: float | None = optional_seconds(ttl, f"the ttl of {what}")
         self.env: dict[str, str] = _environment(env, what)
         self.breaker: Breaker | None = check_breaker(breaker, f"the breaker of {what}")
+        self.max_memory: int | None = _memory(max_memory, what)
         self.max_tasks: int | None = None if max_tasks is None else check_count(max_tasks, f"max_tasks of {what}")
 
     @property
@@ -272,6 +277,22 @@ def check_count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise WorkflowDefinitionError(f"{what} must be an integer from 1, not {value!r}")
     return value
+
+
+LEAST_MEMORY = 1 << 20
+"""A worker that has done nothing yet uses many times as much: whoever asks for less means megabytes."""
+
+
+def _memory(value: object, what: str) -> int | None:
+    if value is None:
+        return None
+    count = check_count(value, f"max_memory of {what}")
+    if count < LEAST_MEMORY:
+        raise WorkflowDefinitionError(
+            f"max_memory of {what} is a number of bytes, and {count} is less than any worker uses: "
+            f"for {count} MB write max_memory={count}_000_000"
+        )
+    return count
 
 
 def _refuse_bool(value: object, what: str) -> NoReturn:

@@ -34,6 +34,7 @@ from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.stderr import StderrRelay
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.unserved import Unserved
@@ -147,6 +148,7 @@ class Node:
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = self._open_history()
         self._slots = SlotTable.create(SLOTS)
+        self._stderr = StderrRelay()
         self._make_zygote()
         services = PoolServices(
             slots=self._slots,
@@ -157,6 +159,7 @@ class Node:
             max_message_bytes=config.max_message_bytes,
             log_level=config.log_level,
             notify=lambda text: _tell(self._channel, Report("notice", text)),
+            stderr=self._stderr,
         )
         self._services = services
         self._coordinator = Coordinator.start(
@@ -359,6 +362,7 @@ class Node:
         self._await_workers()
         self._write_history()
         self._current_zygote().close()
+        self._stderr.close(timeout=2.0)
         self._broker.close(timeout=2.0)
         self._broker_process.stop()
         self._coordinator.stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,15 +19,17 @@ from typing import Any
 
 import msgspec
 import pykka
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from brokers.client import new_peer
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import write_failure
+from stageflow_actors.core.failures import last_lines, write_failure
+from stageflow_actors.runtime.memory import memory_over
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import Slot, SlotState
+from stageflow_actors.runtime.stderr import WorkerStderr
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
@@ -57,6 +60,9 @@ ASK_AGAIN = 50_000_000
 """Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
 REMIND = 2_000_000_000
 """Nanoseconds before a worker that has been asked to end, and is still there, is asked once more: words get lost."""
+
+MEMORY_LOOK = 100_000_000
+"""Nanoseconds between looks at the memory of workers that have a limit."""
 
 FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
@@ -106,9 +112,20 @@ class _Resumed:
     """The queue of a pool that had paused it is open again."""
 
 
+class _Kill:
+    """The messages for which this pool has killed a worker, and why; `charged`: it counts as a death they caused."""
+
+    __slots__ = ("charged", "failure", "guilty")
+
+    def __init__(self, guilty: Sequence[int], failure: Failure, charged: bool) -> None:
+        self.guilty = guilty
+        self.failure = failure
+        self.charged = charged
+
+
 class _Worker:
-    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: the messages for which
-    this pool has killed it, and why. `cancelled`: messages that it may run until a time (monotonic, ns) and no longer.
+    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: why this pool has killed
+    it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
     `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
     version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
     broker.
@@ -127,6 +144,7 @@ class _Worker:
         "recall_at",
         "retiring",
         "slot",
+        "stderr",
         "zygote",
     )
 
@@ -138,7 +156,8 @@ class _Worker:
         self.zygote = zygote
         self.pid = 0
         self.pidfd = -1
-        self.killed: tuple[Sequence[int], Failure] | None = None
+        self.killed: _Kill | None = None
+        self.stderr: WorkerStderr | None = None
         self.cancelled: dict[int, int] = {}
         self.long = 0
         self.recall_at = 0
@@ -164,6 +183,7 @@ class Pool(pykka.ThreadingActor):
         self._retiring = False
         self._paused_at = 0.0
         self._ticks = 0
+        self._memory_look = 0
 
     def on_start(self) -> None:
         """The first workers. A pause of a pool's own ends with the node it was made in: what ailed may be mended."""
@@ -202,7 +222,13 @@ class Pool(pykka.ThreadingActor):
 
     def _say_whether_restless(self) -> None:
         unsettled = len(self._workers) != self._wanted and not self._retiring
-        if self._paused_at or unsettled or any(w.cancelled or w.retiring for w in self._workers.values()):
+        # Who uses too much is also found out when it has just done its work.
+        if (
+            self._spec.max_memory
+            or self._paused_at
+            or unsettled
+            or any(w.cancelled or w.retiring for w in self._workers.values())
+        ):
             self._services.restless.add(self._spec.queue)
         else:
             self._services.restless.discard(self._spec.queue)
@@ -255,12 +281,18 @@ class Pool(pykka.ThreadingActor):
             spec.concurrency,
             spec.max_deaths,
         )
+        theirs = -1
         try:
-            zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env)
+            if services.stderr is not None:
+                worker.stderr, theirs = services.stderr.open()
+            zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, stderr=theirs)
         except OSError as error:
             if error.errno == errno.EBADF:
                 return  # the zygote has gone and is closed: `ZygoteLost` is on its way, and buries this one too
             self._spawn_failed(SpawnFailed(worker.id, f"a worker could not be asked for: {error}"))
+        finally:
+            if theirs >= 0:
+                os.close(theirs)
 
     def _spawned(self, event: Spawned) -> None:
         worker = self._workers.get(event.worker_id)
@@ -296,16 +328,24 @@ class Pool(pykka.ThreadingActor):
         if started:
             self._failed_starts = 0
         if worker.killed is not None:
-            guilty, failure = worker.killed
+            kill = worker.killed
             # Not what it had been done with before the signal came.
-            current = {state.message_id for state in states}
-            self._bury(worker, [id for id in guilty if id in current], failure)
+            current = {state.message_id for state in states if state.started}
+            guilty = [id for id in kill.guilty if id in current]
+            self._bury(worker, guilty, kill.failure, charge=kill.charged)
+            if kill.charged and guilty:
+                self._deaths += 1
+                self._died()
+            elif kill.charged and not started:
+                self._failed_starts += 1
+                self._ended_idle(event.status)
         elif self._retiring or (event.status == EXIT_RECYCLED and not any(state.busy for state in states)):
             self._bury(worker)
         elif started:
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
             suspects = [s for s in states if s.busy] or [s for s in states if s.started]
-            reason = f"WorkerDied: the worker died while running {self._what()}: {describe_exit(event.status)}"
+            how = describe_exit(event.status, out_of_memory=self._out_of_memory(event.status))
+            reason = f"WorkerDied: the worker died while running {self._what()}: {how}"
             died = Failure("died", reason, "WorkerDied")
             self._bury(worker, [state.message_id for state in suspects], died, charge=True)
             self._deaths += 1
@@ -316,6 +356,9 @@ class Pool(pykka.ThreadingActor):
             self._ended_idle(event.status)
         self._fill()
 
+    def _out_of_memory(self, status: int) -> bool | None:
+        return self._services.oom_kills.claim() if status == -signal.SIGKILL else None
+
     def _what(self) -> str:
         spec = self._spec
         return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"
@@ -325,6 +368,10 @@ class Pool(pykka.ThreadingActor):
     ) -> None:
         """Tell the broker, which gives back what the worker held; those `guilty` among it alone carry the failure."""
         services = self._services
+        if worker.stderr is not None:
+            said = last_lines(worker.stderr.finish())
+            if said and failure is not None and failure.kind != "cancelled":
+                failure = structs.replace(failure, message=f"{failure.message}; the last on its stderr:\n{said}")
         data = b"" if failure is None or not guilty else write_failure(failure)
         services.broker.query("dead", worker.peer, list(guilty), charge and bool(guilty), False, data)
         services.live.pop(worker.peer, None)
@@ -343,6 +390,8 @@ class Pool(pykka.ThreadingActor):
     def _ended_idle(self, status: int) -> None:
         if self._failed_starts >= FAILED_STARTS:
             hint = " (its code or its services cannot be loaded)" if status == EXIT_UNLOADABLE else ""
+            if status == -signal.SIGKILL and self._spec.max_memory:
+                hint = f" (they need more than max_memory={self._spec.max_memory} to begin with)"
             self._pause(f"{self._failed_starts} of its workers ended in a row before they did anything{hint}")
         elif self._failed_starts > 1:
             self._back_off(self._failed_starts - 1)
@@ -384,6 +433,9 @@ class Pool(pykka.ThreadingActor):
                     running = [state for state in states if state.busy]
                     if running:
                         self._look_at(worker, running, now)
+        if self._spec.max_memory and now >= self._memory_look:
+            self._memory_look = now + MEMORY_LOOK
+            self._look_at_memory()
         if self._paused_at and time.monotonic() - self._paused_at > 1.0:
             self._look_whether_resumed()
         for worker in self._workers.values():
@@ -409,6 +461,26 @@ class Pool(pykka.ThreadingActor):
         oldest = min(running, key=lambda state: state.since_ns)
         if now - oldest.since_ns > LONG:
             self._recall(worker, oldest.message_id, now, now - oldest.since_ns)
+
+    def _look_at_memory(self) -> None:
+        """End workers that use too much. One that is idle has nobody to blame, and is replaced once that is certain."""
+        limit = self._spec.max_memory
+        for worker in self._workers.values():
+            if worker.pidfd < 0 or worker.killed is not None:
+                continue
+            used = memory_over(worker.pid, limit)
+            if not used:
+                continue
+            states = [lane.read() for lane in worker.lanes]
+            running = [state for state in states if state.busy]
+            if running or not any(state.started for state in states):
+                reason = (
+                    f"WorkerDied: the worker was killed while running {self._what()}: "
+                    f"it used {used / 1e6:.0f} MB of memory, more than max_memory={limit}"
+                )
+                self._kill(worker, running, Failure("died", reason, "WorkerDied"), charged=True)
+            elif not worker.retiring:
+                self._ask_to_retire(worker)
 
     def _recall(self, worker: _Worker, message_id: int, now: int, age: int) -> None:
         """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
@@ -442,8 +514,8 @@ class Pool(pykka.ThreadingActor):
             reason += " and did not end when it was cancelled"
         self._kill(worker, late, Failure("timeout", reason, "StageTimeout"))
 
-    def _kill(self, worker: _Worker, guilty: list[SlotState], failure: Failure) -> None:
-        worker.killed = ([state.message_id for state in guilty], failure)
+    def _kill(self, worker: _Worker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
+        worker.killed = _Kill([state.message_id for state in guilty], failure, charged)
         kill_group(worker.pid, worker.pidfd)
 
     def _look_whether_resumed(self) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 from brokers.api import Broker
 from stageflow_actors.core.plan import Naming
+from stageflow_actors.runtime.memory import OomKills
 from stageflow_actors.runtime.slots import Slot, SlotTable
+from stageflow_actors.runtime.stderr import StderrRelay
 from stageflow_actors.runtime.zygote import Zygote
 
 __all__ = ["PoolServices"]
@@ -21,6 +23,7 @@ class PoolServices:
 
     `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,
     and `restless` the queues whose pool has something to do when time passes, though none of them may be busy.
+    `stderr` reads what workers write there (None: it is the node's own), `oom_kills` what the kernel has killed.
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class PoolServices:
         max_message_bytes: int,
         log_level: str,
         notify: Callable[[str], None],
+        stderr: StderrRelay | None = None,
+        oom_kills: OomKills | None = None,
     ) -> None:
         self.slots = slots
         self.zygote = zygote
@@ -43,6 +48,8 @@ class PoolServices:
         self.max_message_bytes = max_message_bytes
         self.log_level = log_level
         self.notify = notify
+        self.stderr = stderr
+        self.oom_kills = oom_kills or OomKills()
         self.live: dict[int, str] = {}
         self.lanes: dict[str, list[Slot]] = {}
         self.restless: set[str] = set()

@@ -40,8 +40,11 @@ _SIGNAL_WORDS = {
 }
 
 
-def describe_exit(status: int) -> str:
-    """How a process ended, in words. `status` as in `subprocess`: an exit code, or minus the signal's number."""
+def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
+    """How a process ended, in words. `status` as in `subprocess`: an exit code, or minus the signal's number.
+
+    `out_of_memory`: whether the kernel has killed a process for want of memory at about that time; None if unknown.
+    """
     if status >= 0:
         return f"exit code {status}"
     try:
@@ -49,6 +52,8 @@ def describe_exit(status: int) -> str:
     except ValueError:
         return f"killed by signal {-status}"  # a real-time signal
     words = _SIGNAL_WORDS.get(which)
+    if which == signal.SIGKILL and out_of_memory is not None:
+        words = "out of memory: the kernel chose it" if out_of_memory else "by somebody: no memory was wanting"
     return f"killed by {which.name} ({words})" if words else f"killed by {which.name}"
 
 

@@ -87,7 +87,8 @@ class Program(Struct):
 class PoolSpec(Struct):
     """One pool as the node starts it. `programs` are those of each registered version that has a place at the queue,
     the latest last. `concurrency` messages are in work at once per worker, `most` in all (0: any number); `max_deaths`
-    is how many worker deaths a message may cause (0: any number)."""
+    is how many worker deaths a message may cause (0: any number), `max_memory` how many bytes a worker may use (0: any
+    number)."""
 
     queue: str
     workflow_id: str
@@ -102,6 +103,7 @@ class PoolSpec(Struct):
     concurrency: int = 1
     most: int = 0
     max_deaths: int = 0
+    max_memory: int = 0
 
 
 class WorkerPayload(Struct):
@@ -154,6 +156,7 @@ def pool_specs(
                 concurrency,
                 max_concurrency or 0,
                 max_deaths,
+                planned.max_memory,
             )
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
@@ -245,6 +248,7 @@ def endpoint_spec(
         concurrency=concurrency,
         most=max_concurrency or 0,
         max_deaths=max_deaths,
+        max_memory=place.max_memory,
     )
 
 
@@ -263,6 +267,7 @@ def endpoint_program(
         kind=ENDPOINT,
         breaker=breaker_of(stage),
         concurrency=stage.concurrency,
+        max_memory=stage.max_memory or 0,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
     factories = {name: services[name] for name in stage.services if name in services}

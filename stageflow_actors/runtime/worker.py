@@ -8,7 +8,11 @@ done the work it was made for.
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
 import logging
+import os
+import resource
 import sys
 import traceback
 from typing import Any
@@ -36,6 +40,16 @@ EXIT_RECYCLED = 99
 EXIT_UNLOADABLE = 78
 """Exit code of a worker whose code could not be loaded or whose services could not be made (`EX_CONFIG`)."""
 
+EXIT_CUT_OFF = 69
+"""Exit code of a worker whose connection to the broker has ended and cannot come back (`EX_UNAVAILABLE`)."""
+
+EXIT_DAMAGED = 71
+"""Exit code of a worker in whose process nothing can be done well any more (`EX_OSERR`)."""
+
+OUT_OF_THE_WAY = 200
+"""Our own descriptors have numbers from here on where we choose them: handlers close the low ones, for reasons of their
+own, and open others in their place."""
+
 LAST_WORDS_SECONDS = 60.0
 """How long a worker that has done its share waits for its settlements to be durable: a broker restarts in that time."""
 
@@ -44,21 +58,90 @@ def main(payload: bytes, slot: Slot | None) -> int:
     """Entry of the forked process."""
     given = msgspec.msgpack.decode(payload, type=WorkerPayload)
     logging.basicConfig(level=given.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stderr = _own_stderr()
+    # Where it was when it crashed is the last that a worker writes.
+    faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
-    mailbox = Mailbox(given.queue)
+    mailbox = _WorkerMailbox(given.queue)
     try:
-        work = _load(given, slot, mailbox)
+        work = _load(given, slot, mailbox, _Soundness(stderr))
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
         sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
+    mailbox.low = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(work, given.lanes)(work, mailbox, given, slot)
     mailbox.actor = actor
     mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
     mailbox.broker.consume(given.queue, actor.least)
     actor.serve()
+    mailbox.leaving = True
     mailbox.broker.close(timeout=LAST_WORDS_SECONDS)
     return EXIT_RECYCLED
+
+
+class _WorkerMailbox(Mailbox):
+    """A mailbox whose worker begins with its connection, and ends with it.
+
+    `low` are descriptors that are given back once all of the connection's own are open.
+    """
+
+    def __init__(self, queue: str) -> None:
+        super().__init__(queue)
+        self.low: list[int] = []
+        self.leaving = False
+
+    def on_connected(self, broker_epoch: int) -> None:
+        """The connection has all its descriptors."""
+        while self.low:
+            os.close(self.low.pop())
+
+    def on_closed(self, reason: str) -> None:
+        """A worker that nobody can reach must not look alive: what it holds would wait for ever."""
+        if not self.leaving:
+            sys.stderr.write(f"stageflow: this worker ends: {reason}\n")
+            sys.stderr.flush()
+            os._exit(EXIT_CUT_OFF)
+
+
+def _occupy_low_descriptors() -> list[int]:
+    """Have what is opened next get high numbers. A handler that closes 0 to 50 then hits nothing of ours."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4 * OUT_OF_THE_WAY:
+        return []
+    taken = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]
+    while taken[-1] < OUT_OF_THE_WAY:
+        taken.append(os.dup(taken[0]))
+    return taken
+
+
+def _own_stderr() -> int:
+    """A descriptor that still leads to stderr when handlers have closed number 2."""
+    try:
+        return fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY)
+    except OSError:
+        return 2  # fewer descriptors are allowed than that
+
+
+class _Soundness:
+    """Told of each failure of a handler: where a descriptor from 0 to 2 is closed, it may not be of its own making.
+
+    An earlier message has closed it, and everything that writes to it would fail from then on. The worker ends instead,
+    and the message is delivered to a sound one.
+    """
+
+    def __init__(self, stderr: int) -> None:
+        self._stderr = stderr
+
+    def __call__(self, error: BaseException) -> None:
+        for fd in range(3):
+            try:
+                fcntl.fcntl(fd, fcntl.F_GETFD)
+            except OSError:
+                text = f"stageflow: a handler has closed descriptor {fd} of this worker: {describe_error(error)}\n"
+                try:
+                    os.write(self._stderr, text.encode())
+                finally:
+                    os._exit(EXIT_DAMAGED)
 
 
 def _actor_for(work: Work | CompensationWork | Versions, lanes: int) -> Any:
@@ -71,15 +154,15 @@ def _actor_for(work: Work | CompensationWork | Versions, lanes: int) -> Any:
     return CompensationActor if isinstance(work, CompensationWork) else StageActor
 
 
-def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox) -> Work | CompensationWork | Versions:
+def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox, raised: _Soundness) -> Work | CompensationWork | Versions:
     """The work of this worker's queue, for each version that is registered."""
     programs = [(one.plan, loads(one.code)) for one in given.programs]
     factories = {name: factory for _, program in programs for name, factory in program.factories.items()}
     services = {name: factory() for name, factory in factories.items()}
     common = (given.naming, services, slot, mailbox.steps_of)
-    limit = given.max_message_bytes
+    shared: dict[str, Any] = {"max_message_bytes": given.max_message_bytes, "raised": raised}
     if given.kind == "compensation":
-        undoing = [CompensationWork(own, plan, *common, max_message_bytes=limit, limits=True) for plan, own in programs]
+        undoing = [CompensationWork(own, plan, *common, limits=True, **shared) for plan, own in programs]
         return undoing[0] if len(undoing) == 1 else Versions(undoing)
     # Only where it is async in every version can it be awaited: else each runs it to its end.
     tasks = all(program.stage is not None and program.stage.call.is_async for _, program in programs)
@@ -89,5 +172,5 @@ def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox) -> Work | Compensa
         assert place is not None, f"{program.place} is not in its own plan"
         kind: Any = WORKS[place.kind]
         options: dict[str, Any] = {"tasks": tasks} if issubclass(kind, HandlerWork) else {}
-        works.append(kind(program, plan, *common, max_message_bytes=limit, **options))
+        works.append(kind(program, plan, *common, **shared, **options))
     return works[0] if len(works) == 1 else Versions(works)

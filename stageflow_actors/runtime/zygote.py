@@ -148,18 +148,25 @@ class Zygote:
         return self._connection().fileno()
 
     def spawn(
-        self, worker_id: str, payload: bytes, slot: int | None = None, env: Mapping[str, str] | None = None
+        self,
+        worker_id: str,
+        payload: bytes,
+        slot: int | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        stderr: int = -1,
     ) -> None:
         """Asks for a worker. `Spawned`, then some day `Exited`, or `SpawnFailed`, comes through `events`.
 
-        `payload` may be megabytes; `slot` is an index in the slot table; `env` is added to the environment. If the
-        zygote has gone the request is lost, as `ZygoteGone` says.
+        `payload` may be megabytes; `slot` is an index in the slot table; `env` is added to the environment; the
+        worker's stderr is a copy of `stderr`, or the zygote's. If the zygote has gone the request is lost, as
+        `ZygoteGone` says.
         """
         message = msgspec.msgpack.encode((worker_id, -1 if slot is None else slot))
         input_fd = _anonymous_file(msgspec.msgpack.encode(WorkerInput(dict(env or {}), payload)))
         try:
             with self._lock:
-                socket.send_fds(self._connection(), [message], [input_fd])
+                socket.send_fds(self._connection(), [message], [input_fd, *([stderr] if stderr >= 0 else [])])
         except (BrokenPipeError, ConnectionError):
             pass
         finally:

@@ -166,7 +166,7 @@ class Zygote:
 
     def _serve_request(self) -> None:
         try:
-            message, fds, _, _ = socket.recv_fds(self._socket, _DATAGRAM, 1, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(self._socket, _DATAGRAM, 2, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -174,18 +174,18 @@ class Zygote:
         if not message:
             self._end()
         worker_id, slot = msgspec.msgpack.decode(message, type=tuple[str, int])
-        self._spawn(worker_id, slot, fds[0])
+        self._spawn(worker_id, slot, fds)
 
-    def _spawn(self, worker_id: str, slot: int, input_fd: int) -> None:
+    def _spawn(self, worker_id: str, slot: int, fds: list[int]) -> None:
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or the limit of processes
-            os.close(input_fd)
+            _close(fds)
             self._report(FAILED, worker_id, 0, f"cannot fork: {error.strerror}")
             return
         if pid == 0:
-            self._become_worker(slot, input_fd)
-        os.close(input_fd)
+            self._become_worker(slot, *fds)
+        _close(fds)
         # Nobody but this thread reaps, so the number still means the child, dead or alive.
         pidfd = os.pidfd_open(pid)
         self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
@@ -224,7 +224,7 @@ class Zygote:
                 os.close(pidfd)
         self._poller.modify(self._socket.fileno(), select.POLLIN)
 
-    def _become_worker(self, slot: int, input_fd: int) -> NoReturn:
+    def _become_worker(self, slot: int, input_fd: int, stderr: int = -1) -> NoReturn:
         """The child's side of the fork. It must never return into the zygote's loop."""
         code = EXIT_UNHANDLED
         try:
@@ -232,6 +232,9 @@ class Zygote:
             set_pdeathsig(signal.SIGKILL)
             if os.getppid() != self._pid:
                 os._exit(0)
+            if stderr >= 0:
+                os.dup2(stderr, 2)
+                os.close(stderr)
             self._let_go()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
         except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
@@ -258,6 +261,11 @@ class Zygote:
         # A handler and not SIG_IGN: what is ignored stays ignored in programs that the worker starts.
         signal.signal(signal.SIGINT, _ignore_signal)
         gc.enable()
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:

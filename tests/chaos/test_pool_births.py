@@ -24,7 +24,7 @@ class Zygote:
         self.error = error
         self.asked: list[str] = []
 
-    def spawn(self, worker_id: str, payload: bytes, slot: int, env: Any) -> None:
+    def spawn(self, worker_id: str, payload: bytes, slot: int, env: Any, *, stderr: int) -> None:
         self.asked.append(worker_id)
         if self.error:
             raise OSError(self.error, "no")

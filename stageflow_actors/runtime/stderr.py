@@ -1,0 +1,184 @@
+"""What workers write to stderr: passed on to the program's stderr, its end kept for the error of one that dies.
+
+Each worker writes into a pipe of its own. One thread of the node reads them all and writes to the node's stderr, which
+is the program's; it waits for that one if it must, and a worker that fills its pipe meanwhile waits too, as it would
+without a pipe. Nothing else in the node ever waits for either. What a worker wrote is read to the end also when it is
+dead; only what is in a pipe when the node itself is killed is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+import traceback
+
+__all__ = ["StderrRelay", "WorkerStderr"]
+
+CHUNK = 65_536
+"""Bytes read at once: what a pipe holds."""
+KEPT = 32_768
+"""Bytes at the end of what a worker wrote that are kept: room for a traceback of the interpreter's own."""
+REST = 0.005
+"""Seconds in which more may gather, so that a stage that writes line by line does not wake the node at each."""
+MOST_READS = 16
+"""Reads after a worker's end: a process that it has left behind may write for ever."""
+LEFT_BEHIND = 64
+"""Most pipes kept open for what dead workers have left behind. The oldest are closed: who writes there is told so."""
+
+
+class WorkerStderr:
+    """The reading end of one worker's stderr. `finish` is the pool's, everything else the relay's."""
+
+    def __init__(self, fd: int, relay: StderrRelay) -> None:
+        self.fd = fd
+        self.at_end = False
+        self._relay = relay
+        self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
+        self._tail = b""
+
+    def read(self) -> int:
+        """Take in what there is, a chunk at most; how many bytes. Never waits, nor does whoever holds the lock."""
+        with self._lock:
+            if self.at_end:
+                return 0
+            try:
+                data = os.read(self.fd, CHUNK)
+            except BlockingIOError:
+                return 0
+            if not data:
+                self.at_end = True
+                return 0
+            self._waiting.append(data)
+            self._tail = data[-KEPT:] if len(data) >= KEPT else (self._tail + data)[-KEPT:]
+            return len(data)
+
+    def take(self, *, everything: bool) -> bytes:
+        """What is to be passed on now: whole lines, unless `everything`, so that those of two workers do not mix."""
+        with self._lock:
+            data = b"".join(self._waiting)
+            cut = len(data) if everything else data.rfind(b"\n") + 1 or len(data)
+            self._waiting = [data[cut:]] if cut < len(data) else []
+            return data[:cut]
+
+    def shut(self) -> None:
+        """Nothing more is read: the number may soon be another file's."""
+        with self._lock:
+            self.at_end = True
+            os.close(self.fd)
+
+    def finish(self) -> bytes:
+        """The worker has ended: the end of what it wrote. The rest is still passed on."""
+        for _ in range(MOST_READS):
+            if not self.read():
+                break
+        self._relay.left(self)
+        with self._lock:
+            return self._tail
+
+
+class StderrRelay:
+    """Reads what all workers of a node write, and writes it to the descriptor `out`."""
+
+    def __init__(self, out: int = 2) -> None:
+        self._out = out
+        self._poll = select.epoll()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll.register(self._wakeup, select.EPOLLIN)
+        self._lock = threading.Lock()
+        self._open: dict[int, WorkerStderr] = {}
+        self._left: dict[int, WorkerStderr] = {}
+        self._held: set[WorkerStderr] = set()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="stderr-relay", daemon=True)
+        self._thread.start()
+
+    def open(self) -> tuple[WorkerStderr, int]:
+        """For a new worker: our end, and the descriptor that becomes its stderr, which the caller closes.
+
+        Raises `OSError` when there are no descriptors left.
+        """
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(ours, False)
+        stderr = WorkerStderr(ours, self)
+        with self._lock:
+            self._open[ours] = stderr
+        self._poll.register(ours, select.EPOLLIN)
+        return stderr, theirs
+
+    def left(self, stderr: WorkerStderr) -> None:
+        """Its worker has ended; what it left behind may still write."""
+        with self._lock:
+            if stderr.fd in self._open:
+                self._left[stderr.fd] = stderr
+        self._wake()
+
+    def close(self, timeout: float) -> None:
+        """All workers have ended: pass on what is left of what they wrote, for `timeout` seconds at most."""
+        self._deadline = time.monotonic() + timeout
+        self._wake()
+        self._thread.join(timeout)
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wakeup, 1)
+
+    def _run(self) -> None:
+        try:
+            while not self._round():
+                pass
+        except BaseException:  # noqa: BLE001 - with nobody to read, workers would wait for ever
+            traceback.print_exc()
+            os._exit(71)  # the node is started again
+
+    def _round(self) -> bool:
+        """Read what there is, as much of one as of another. Whether it was the last round."""
+        closing = self._deadline != float("inf")
+        ready = [fd for fd, _ in self._poll.poll(0 if self._held or closing else None)]
+        if self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+            ready.remove(self._wakeup)
+        with self._lock:
+            speaking = {self._open[fd] for fd in ready} | self._held | set(self._left.values())
+        passed = 0
+        self._held.clear()
+        for each in speaking:
+            full = each.read() == CHUNK
+            if full:
+                self._held.add(each)  # there is more: what is half a line now is a whole one then
+            data = each.take(everything=not full)
+            passed += len(data)
+            self._write(data)
+        with self._lock:
+            gone = [each for each in speaking if each.at_end]
+            gone += list(self._left.values())[: max(0, len(self._left) - LEFT_BEHIND)]
+        for each in gone:
+            self._forget(each)
+        if closing:
+            return time.monotonic() > self._deadline or not (passed or self._held)
+        if not self._held:
+            time.sleep(REST)
+        return False
+
+    def _forget(self, stderr: WorkerStderr) -> None:
+        with self._lock:
+            if self._open.pop(stderr.fd, None) is None:
+                return
+            self._left.pop(stderr.fd, None)
+        self._poll.unregister(stderr.fd)
+        self._held.discard(stderr)
+        stderr.shut()
+        self._write(stderr.take(everything=True))
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._out, rest) :]
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self._out, select.POLLOUT)
+                room.poll(1000)
+            except OSError:
+                return  # closed, or its disk is full: there is nobody to tell
