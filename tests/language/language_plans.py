@@ -423,6 +423,7 @@ def options_of(part: Part, *, items: bool = False) -> dict[str, Any]:
 
 def handler(part: Part) -> Any:
     def handle(context: dict[str, Any], ctx: Any) -> Any:
+        language_world.note(ctx.instance_id, "did", part.name, ctx.attempt)
         context[part.name] = ctx.attempt
         if part.clash is not None:
             context["clash"] = part.clash
@@ -448,6 +449,7 @@ def undo_stage(part: Part) -> Any:
 
 def item_handler(fails: tuple[int, ...]) -> Any:
     def handle(item: int, ctx: Any) -> int:
+        language_world.note(ctx.instance_id, "did", f"{ctx.stage_id}[{item}]", ctx.attempt)
         if ctx.attempt <= fails[item]:
             raise ValueError(f"item {item} broke")
         return item * 10

@@ -202,8 +202,8 @@ class _Zygote:
     def __init__(self, node: VirtualNode) -> None:
         self._node = node
 
-    def spawn(self, worker_id: str, payload: bytes, slot: int, env: dict[str, str]) -> None:
-        """As `Zygote.spawn`."""
+    def spawn(self, worker_id: str, payload: bytes, slot: int, *how: Any, **more: Any) -> None:
+        """As `Zygote.spawn`; of a process that is none nothing else matters."""
         node = self._node
         node.world.soon(0.02, lambda: node.born(worker_id, payload, slot))
 
