@@ -23,6 +23,7 @@ from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload, pool_specs
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.supervisor import queue_options
+from stageflow_actors.runtime.work import ignore
 
 NAMING = Naming()
 
@@ -84,7 +85,7 @@ class MemoryCluster:
         given = msgspec.msgpack.decode(msgspec.msgpack.encode(payload), type=WorkerPayload)
         slot = self._slots[number]
         mailbox = Mailbox(given.queue)
-        work = worker._load(given, slot, mailbox)
+        work = worker._load(given, slot, mailbox, ignore)
         actor = mailbox.actor = worker._actor_for(work, 1)(work, mailbox, given, slot)
         broker: Broker = self._broker.connect(mailbox, role="worker", name=given.worker_id)
         mailbox.broker = broker

@@ -36,6 +36,7 @@ from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.supervisor import queue_options
+from stageflow_actors.runtime.work import ignore
 from stageflow_actors.runtime.zygote import Exited, Spawned
 
 NAMING = Naming()
@@ -102,7 +103,7 @@ class VirtualWorker:
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
         self.mailbox = Mailbox(given.queue)
-        work = worker_module._load(given, pausing, self.mailbox)
+        work = worker_module._load(given, pausing, self.mailbox, ignore)
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
         self.client = VirtualClient(
