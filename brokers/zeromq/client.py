@@ -122,6 +122,8 @@ class ZmqClient(PeerClient):
         patience = 0.0 if self._outgoing else LEAVE_TAKING if self._stopping.is_set() else SILENCE / 2
         ready = dict(poller.poll(int(patience * 1000)))
         self._sleeping = False
+        if not ready and patience and not self._is_sound():
+            raise OSError("the connection's own descriptors have been closed, and others opened in their place")
         if self._wakeup in ready:
             try:
                 os.eventfd_read(self._wakeup)
@@ -140,6 +142,15 @@ class ZmqClient(PeerClient):
             if len(parts) == 2:
                 self.said(parts[0], parts[1])
         self._send_all(dealer)
+
+    def _is_sound(self) -> bool:
+        """Whether we still have our descriptors: code that closes whatever is open leaves us waiting for ever."""
+        try:
+            return os.readlink(f"/proc/self/fd/{self._wakeup}") == "anon_inode:[eventfd]"
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # no /proc, or none that may be read
 
     def _send_all(self, dealer: zmq.Socket[bytes]) -> None:
         outgoing = self._outgoing

@@ -28,7 +28,7 @@ def describe_error(error: BaseException) -> str:
     """`ValueError: boom failed`, the way a traceback ends."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - a __str__ of the user's may do anything
+    except BaseException:  # noqa: BLE001 - a __str__ of the user's may do anything, and leaving is no exception to that
         text = "(its text cannot be made)"
     # Undecodable file names come as lone surrogates, which no encoder takes.
     text = text.encode("utf-8", "backslashreplace").decode()

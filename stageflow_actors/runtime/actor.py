@@ -6,8 +6,6 @@ one does one message after the other; `lanes` has those that do several at once.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ import pykka
 
 from brokers.api import DONE, DeliveryItem, SettleItem, Target
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
+from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.work import Settled, numbered
@@ -76,8 +75,7 @@ class WorkActor(pykka.ThreadingActor):
 
     def on_failure(self, *args: Any) -> None:
         """What the actor itself gets wrong must not leave a worker that looks alive and does nothing."""
-        sys.stderr.flush()
-        os._exit(70)
+        end_now(70)
 
     def held(self) -> list[tuple[int, int]]:
         """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -23,6 +22,7 @@ from stageflow_actors.errors import StageError, StageTimeout
 from stageflow_actors.runtime.actor import DEEPEST, FLUSH_COUNT, HELD_SECONDS, WorkActor
 from stageflow_actors.runtime.handler_work import HandlerWork, Paused
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
+from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.versions import Versions
@@ -181,8 +181,7 @@ class TaskActor(_LaneActor):
             self._hand_on_all()
 
     def _broken(self) -> None:
-        traceback.print_exc()
-        self.on_failure()
+        end_now(70, traceback.format_exc())
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         lane = self._free.pop()
@@ -298,6 +297,4 @@ class ThreadActor(_LaneActor):
         except pykka.ActorDeadError:
             return  # the worker is at its end
         except BaseException:  # noqa: BLE001 - handlers are caught further in: a lane that is gone must not go unnoticed
-            traceback.print_exc()
-            sys.stderr.flush()
-            self.on_failure()
+            end_now(70, traceback.format_exc())

@@ -5,14 +5,15 @@ Looked at ten times a second at most, and only where a stage has a `max_memory`.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
-__all__ = ["OomKills", "counted_oom_kills", "descendants", "memory_over"]
+from stageflow_actors.runtime.processes import descendants
+
+__all__ = ["OomKills", "counted_oom_kills", "memory_over"]
 
 
 def memory_over(pid: int, limit: int) -> int:
@@ -29,23 +30,6 @@ def memory_over(pid: int, limit: int) -> int:
         return 0
     shared = _pss(pid) + sum(map(_pss, family))
     return shared if shared > limit else 0
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that `pid` has started, and theirs; none where the kernel does not say."""
-    found: list[int] = []
-    parents = [pid]
-    while parents:
-        parent = parents.pop()
-        try:
-            for task in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{task}/children") as file:
-                    children = list(map(int, file.read().split()))
-                found += children
-                parents += children
-        except OSError:
-            continue  # it has just ended
-    return found
 
 
 def _rss(pid: int) -> int:

@@ -184,6 +184,7 @@ class Pool(pykka.ThreadingActor):
         self._paused_at = 0.0
         self._ticks = 0
         self._memory_look = 0
+        self._last_death = ""
 
     def on_start(self) -> None:
         """The first workers. A pause of a pool's own ends with the node it was made in: what ailed may be mended."""
@@ -334,6 +335,7 @@ class Pool(pykka.ThreadingActor):
             guilty = [id for id in kill.guilty if id in current]
             self._bury(worker, guilty, kill.failure, charge=kill.charged)
             if kill.charged and guilty:
+                self._last_death = "more memory than max_memory allows"
                 self._deaths += 1
                 self._died()
             elif kill.charged and not started:
@@ -345,6 +347,7 @@ class Pool(pykka.ThreadingActor):
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
             suspects = [s for s in states if s.busy] or [s for s in states if s.started]
             how = describe_exit(event.status, out_of_memory=self._out_of_memory(event.status))
+            self._last_death = how
             reason = f"WorkerDied: the worker died while running {self._what()}: {how}"
             died = Failure("died", reason, "WorkerDied")
             self._bury(worker, [state.message_id for state in suspects], died, charge=True)
@@ -383,7 +386,8 @@ class Pool(pykka.ThreadingActor):
 
     def _died(self) -> None:
         if self._deaths >= DEATHS_IN_A_ROW:
-            self._pause(f"{self._deaths} of its workers died in a row while running {self._what()}")
+            last = f" (the last: {self._last_death})"
+            self._pause(f"{self._deaths} of its workers died in a row while running {self._what()}{last}")
         elif self._deaths > 1:
             self._back_off(self._deaths - 1)
 

@@ -10,10 +10,14 @@ import ctypes
 import os
 import select
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NoReturn, TextIO
 
 __all__ = [
+    "descendants",
     "describe_exit",
+    "end_now",
     "has_exited",
     "kill_group",
     "kill_groups",
@@ -57,6 +61,17 @@ def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
     return f"killed by {which.name} ({words})" if words else f"killed by {which.name}"
 
 
+def end_now(code: int, words: str = "", stream: TextIO | None = None) -> NoReturn:
+    """End this process, with `words` on stderr: whatever has become of its streams, and whatever threads are left."""
+    try:
+        stream = stream or sys.stderr
+        stream.write(words)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # closed, or taken away, by a handler
+    os._exit(code)
+
+
 def has_exited(pidfd: int) -> bool:
     """Whether the process has ended, be it reaped or not."""
     return wait_dead(pidfd, 0)
@@ -70,8 +85,9 @@ def wait_dead(pidfd: int, timeout: float | None) -> bool:
 
 
 def kill_group(pid: int, pidfd: int) -> None:
-    """SIGKILLs the process, its process group, and everything else in the session that it leads.
+    """SIGKILLs the process, its process group, everything else in the session that it leads, and what it has started.
 
+    A process that has left the session is found only while all between it and the worker live: a daemon outlives.
     Returns at once; `wait_dead` tells when the process itself is gone. Nothing happens to strangers that were given
     the same number after the process had ended and been reaped.
     """
@@ -91,6 +107,7 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
         try:
             if os.getsid(pid) == pid:
                 sessions.add(pid)
+                sessions.update(_sessions_of(descendants(pid)))
                 os.killpg(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # it has just gone, or its group consists of what we may not touch
@@ -101,6 +118,15 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
         for pid in new:
             _kill_member(pid, sessions)
         killed.update(new)
+
+
+def _sessions_of(pids: Iterable[int]) -> Iterator[int]:
+    """The sessions of what a worker has started: its own, or made since."""
+    for pid in pids:
+        try:
+            yield os.getsid(pid)
+        except ProcessLookupError:
+            continue
 
 
 def _is_unreaped(pidfd: int) -> bool:
@@ -140,6 +166,23 @@ def session_members(sessions: set[int]) -> list[int]:
         # Zombies are dead already.
         if fields and int(fields[3]) in sessions and fields[0] not in (b"Z", b"X"):
             found.append(int(name))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` has started, and theirs; none where the kernel does not say."""
+    found: list[int] = []
+    parents = [pid]
+    while parents:
+        parent = parents.pop()
+        try:
+            for task in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    children = list(map(int, file.read().split()))
+                found += children
+                parents += children
+        except OSError:
+            continue  # it has just ended
     return found
 
 

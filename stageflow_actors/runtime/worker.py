@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -26,6 +26,7 @@ from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.lanes import TaskActor, ThreadActor
 from stageflow_actors.runtime.mailbox import Mailbox
+from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.transport import connect
@@ -43,6 +44,9 @@ EXIT_UNLOADABLE = 78
 EXIT_CUT_OFF = 69
 """Exit code of a worker whose connection to the broker has ended and cannot come back (`EX_UNAVAILABLE`)."""
 
+EXIT_UNHANDLED = 70
+"""Exit code of a worker that got something wrong itself (`EX_SOFTWARE`)."""
+
 EXIT_DAMAGED = 71
 """Exit code of a worker in whose process nothing can be done well any more (`EX_OSERR`)."""
 
@@ -57,8 +61,9 @@ LAST_WORDS_SECONDS = 60.0
 def main(payload: bytes, slot: Slot | None) -> int:
     """Entry of the forked process."""
     given = msgspec.msgpack.decode(payload, type=WorkerPayload)
-    logging.basicConfig(level=given.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stderr = _own_stderr()
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=given.log_level, format=form, stream=stderr)
     # Where it was when it crashed is the last that a worker writes.
     faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
@@ -76,6 +81,8 @@ def main(payload: bytes, slot: Slot | None) -> int:
     mailbox.broker.consume(given.queue, actor.least)
     actor.serve()
     mailbox.leaving = True
+    if actor.held():
+        return EXIT_UNHANDLED  # something has made the actor stop in the middle of it
     mailbox.broker.close(timeout=LAST_WORDS_SECONDS)
     return EXIT_RECYCLED
 
@@ -99,9 +106,7 @@ class _WorkerMailbox(Mailbox):
     def on_closed(self, reason: str) -> None:
         """A worker that nobody can reach must not look alive: what it holds would wait for ever."""
         if not self.leaving:
-            sys.stderr.write(f"stageflow: this worker ends: {reason}\n")
-            sys.stderr.flush()
-            os._exit(EXIT_CUT_OFF)
+            end_now(EXIT_CUT_OFF, f"stageflow: this worker ends: {reason}\n")
 
 
 def _occupy_low_descriptors() -> list[int]:
@@ -114,12 +119,13 @@ def _occupy_low_descriptors() -> list[int]:
     return taken
 
 
-def _own_stderr() -> int:
-    """A descriptor that still leads to stderr when handlers have closed number 2."""
+def _own_stderr() -> TextIO:
+    """What still leads to stderr when handlers have closed `sys.stderr` or descriptor 2."""
     try:
-        return fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY)
+        fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY)
     except OSError:
-        return 2  # fewer descriptors are allowed than that
+        return sys.stderr  # fewer descriptors are allowed than that
+    return open(fd, "w", buffering=1, errors="backslashreplace")
 
 
 class _Soundness:
@@ -129,7 +135,7 @@ class _Soundness:
     and the message is delivered to a sound one.
     """
 
-    def __init__(self, stderr: int) -> None:
+    def __init__(self, stderr: TextIO) -> None:
         self._stderr = stderr
 
     def __call__(self, error: BaseException) -> None:
@@ -138,10 +144,7 @@ class _Soundness:
                 fcntl.fcntl(fd, fcntl.F_GETFD)
             except OSError:
                 text = f"stageflow: a handler has closed descriptor {fd} of this worker: {describe_error(error)}\n"
-                try:
-                    os.write(self._stderr, text.encode())
-                finally:
-                    os._exit(EXIT_DAMAGED)
+                end_now(EXIT_DAMAGED, text, self._stderr)
 
 
 def _actor_for(work: Work | CompensationWork | Versions, lanes: int) -> Any:

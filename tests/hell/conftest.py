@@ -1,0 +1,113 @@
+"""What all stages from hell are measured against: other stages that go on working meanwhile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stageflow_actors import Runtime, Workflow
+
+SHARE = 4
+"""A stage from hell may slow the others down to this part of what they do without it: what it burns is theirs."""
+
+MEASURED = 0.5
+"""Seconds over which the rate without disturbance is measured."""
+
+
+class Others:
+    """Somebody who has work done by `workflow`, one instance after the other, all the time."""
+
+    def __init__(self, runtime: Runtime, workflow: Workflow[Any]) -> None:
+        self._runtime = runtime
+        self._workflow = workflow
+        self._stopping = threading.Event()
+        self._failed: list[object] = []
+        self.completed = 0
+        self._thread = threading.Thread(target=self._work, name="others")
+        self._thread.start()
+        self.undisturbed = self._measure()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    @contextmanager
+    def go_on(self) -> Iterator[None]:
+        """What is done within takes no more from them than the machine's time."""
+        began, before = time.monotonic(), self.completed
+        yield
+        seconds, done = time.monotonic() - began, self.completed - before
+        assert not self._failed, f"another stage's instance ended like this: {self._failed[0]}"
+        if done < self._expected(seconds):
+            # Somebody else on this machine may be at work now who was not when we began.
+            self.undisturbed = min(self.undisturbed, self._measure())
+        expected = self._expected(seconds)
+        assert done >= expected, f"{done} instances in {seconds:.2f} s, where {SHARE * expected:.0f} are usual"
+
+    def _expected(self, seconds: float) -> float:
+        return self.undisturbed * seconds / SHARE - 2
+
+    def _measure(self) -> float:
+        self._await_one()
+        began, before = time.monotonic(), self.completed
+        self._stopping.wait(MEASURED)
+        return (self.completed - before) / (time.monotonic() - began)
+
+    def _await_one(self) -> None:
+        before, deadline = self.completed, time.monotonic() + 20
+        while self.completed == before:
+            assert time.monotonic() < deadline, "the other stages do nothing at all"
+            self._stopping.wait(0.005)
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                result = self._runtime.execute(self._workflow, {}, timeout=20)
+            except Exception as error:
+                self._failed.append(error)
+                return
+            if result.success:
+                self.completed += 1
+            else:
+                self._failed.append(result)
+
+
+@pytest.fixture(scope="session")
+def others_of() -> Callable[..., Others]:
+    """`others_of(runtime, workflow)`: see `Others`."""
+    return Others
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Starts a program in a session of its own, its stderr a file; what is left of it is killed after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: object, stderr: Path) -> subprocess.Popen[str]:
+        script = tmp_path / f"program{len(started)}.py"
+        script.write_text(code)
+        with stderr.open("wb") as file:
+            command = [sys.executable, str(script), *map(str, arguments)]
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True, env=dict(os.environ)
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()  # its cluster follows it
+        process.communicate()
