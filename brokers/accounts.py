@@ -20,7 +20,7 @@ from brokers.engine import Engine, replay_batch
 from brokers.journal.format import file_name
 from brokers.journal.inspect import scan
 
-__all__ = ["Accounts", "SegmentUse", "Settled", "offline", "settlements"]
+__all__ = ["Accounts", "Departures", "SegmentUse", "Settled", "departures", "offline", "settlements"]
 
 Settled = tuple[str, int, str]
 """(group, epoch, label) of a message that was acknowledged."""
@@ -96,6 +96,38 @@ def settlements(journal: Path) -> Accounts:
     accounts.live = len(store.messages)
     accounts.groups = sum(1 for group in store.groups.values() if group.messages() or group.gathers)
     return accounts
+
+
+class Departures(Struct):
+    """Who has gone, by the records of a journal. `ended`: the groups whose message under the label asked for was
+    acknowledged, with the epoch and the time (seconds since the Unix epoch) of that message. `idle`: groups that have
+    not ended and of which nothing is left. `latest`: the time of the latest batch, 0 for none. `facts` as they stand.
+    """
+
+    ended: dict[str, tuple[int, float]]
+    idle: list[str]
+    latest: float = 0.0
+    facts: dict[str, str] = {}
+
+
+def departures(journal: Path, label: str) -> Departures:
+    """Who has gone after a message under `label`, as far as the journal still has it. Raises as `settlements` does."""
+    ended: dict[str, tuple[int, float]] = {}
+
+    def on_settled(message: Message | None, group_id: str, _: str) -> None:
+        if message is not None and message.label == label and message.group is not None:
+            before = ended.get(message.group.id)
+            if before is None or before[0] <= message.epoch:
+                ended[message.group.id] = (message.epoch, message.place.wall)
+
+    store = Store(paging=True)
+    replay = Replay(store, on_settled=on_settled)
+    latest = 0.0
+    for batch in scan(journal):
+        latest = batch.wall
+        replay_batch(replay, batch)
+    idle = [group.id for group in store.groups.values() if group.idle]
+    return Departures(ended, idle, latest, store.facts)
 
 
 def offline(journal: Path) -> Engine:

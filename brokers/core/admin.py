@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from brokers.core import records
+from brokers.core.audit import Audit
 from brokers.core.looking import DLQ, Looking, named
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
 from brokers.core.queue import Queue, QueueOptions
@@ -41,6 +42,7 @@ class Admin:
             "lookup": (tuple[list[str]], looking.lookup),
             "inspect": (tuple[list[str]], looking.inspect),
             "groups": (tuple[str, int], looking.groups),
+            "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
             "stats": (tuple[str], self._stats),

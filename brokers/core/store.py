@@ -317,6 +317,10 @@ class Store:
         """When the next timer is due, or None."""
         return self._timers[0][0] if self._timers else None
 
+    def alarms(self) -> set[tuple[float, int, str, str]]:
+        """All timers as (due, id, group, key), stale ones among them."""
+        return set(self._timers)
+
     def due_timers(self) -> Iterator[tuple[float, int, str, str]]:
         """Timers that are due now, taken out."""
         while self._timers and self._timers[0][0] <= self.now:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stageflow_actors.history.errors import HistoryDamaged, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, connect
+from stageflow_actors.history.schema import COLUMNS, PRUNED, connect
 
 __all__ = ["HistoryReader"]
 
@@ -29,15 +29,17 @@ class HistoryReader:
     """A read-only view of the history. One may be used by several threads."""
 
     @classmethod
-    def open(cls, path: Path | str) -> HistoryReader:
-        """Opens the history at `path`. Raises `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or
-        `HistoryUnavailable`."""
-        return cls(Path(path))
+    def open(cls, path: Path | str, *, at_rest: bool = False) -> HistoryReader:
+        """Opens the history at `path`; `at_rest` if nobody writes it.
 
-    def __init__(self, path: Path) -> None:
+        Raises `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
+        """
+        return cls(Path(path), at_rest=at_rest)
+
+    def __init__(self, path: Path, *, at_rest: bool = False) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._connection, self._identity = connect(path, read_only=True)
+        self._connection, self._identity = connect(path, read_only=True, at_rest=at_rest)
 
     @property
     def identity(self) -> str:
@@ -106,10 +108,34 @@ class HistoryReader:
         completed = total - sum(counts.values())
         return {"completed": completed, **counts} if completed else counts
 
-    def check(self) -> Findings:
-        """What is wrong with the file, one finding a line; empty when it is sound. Reads all of it."""
+    def epochs(self, instance_ids: Iterable[str]) -> dict[str, int]:
+        """The epochs of those of `instance_ids` that have finished, by id."""
+        wanted = list(instance_ids)
+        found: dict[str, int] = {}
+        for start in range(0, len(wanted), _CHUNK):
+            chunk = wanted[start : start + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            found.update(self._query(f"SELECT instance_id, epoch FROM instance WHERE instance_id IN ({marks})", chunk))
+        return found
+
+    def pruned_before(self) -> float:
+        """Rows that finished before this time (seconds since the Unix epoch) may have been deleted; 0 if none was."""
+        rows = self._query("SELECT value FROM meta WHERE name = ?", (PRUNED,))
+        return float(rows[0][0]) if rows else 0.0
+
+    def latest(self) -> float:
+        """When the instance that was written last finished, in seconds since the Unix epoch; 0 for none."""
+        rows = self._query("SELECT finished_at FROM instance ORDER BY seq DESC LIMIT 1", ())
+        return float(rows[0][0]) if rows else 0.0
+
+    def check(self, *, thorough: bool = False) -> Findings:
+        """What is wrong with the file, one finding a line; empty when it is sound. Reads all of it.
+
+        `thorough`: whether each index has an entry for each row, and nothing else, too.
+        """
         try:
-            findings = [row[0] for row in self._query("PRAGMA quick_check", ())]
+            statement = "PRAGMA integrity_check" if thorough else "PRAGMA quick_check"
+            findings = [row[0] for row in self._query(statement, ())]
         except HistoryDamaged as error:
             return [str(error)]
         return [] if findings == ["ok"] else findings

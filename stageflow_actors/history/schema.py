@@ -19,7 +19,7 @@ from stageflow_actors.history.errors import (
     typed_errors,
 )
 
-__all__ = ["COLUMNS", "connect", "create"]
+__all__ = ["COLUMNS", "PRUNED", "connect", "create", "has_log", "in_wal_mode"]
 
 APPLICATION_ID = 0x53464148  # "SFAH"
 FORMAT = 1
@@ -28,6 +28,9 @@ COLUMNS = (
     "instance_id, epoch, workflow_id, version, status, started_at, finished_at, error, failed_stage, digest, outcome"
 )
 """In the order of `HistoryRow`."""
+
+PRUNED = "pruned"
+"""In `meta`: rows that finished before this time (seconds since the Unix epoch) may have been deleted."""
 
 _BUSY_TIMEOUT = 10.0
 """Seconds. A checkpoint or a vacuum by another process is over long before."""
@@ -59,10 +62,9 @@ PRAGMA user_version = {FORMAT};
 
 def create(path: Path) -> None:
     """Makes an empty history at `path`, durably. Raises `HistoryMissing` where remains of an older one lie."""
-    remains = Path(f"{path}-wal")
-    if remains.exists() and remains.stat().st_size:
+    if has_log(path):
         # SQLite would replay the log of the lost file into the new one.
-        raise HistoryMissing(path, f"its write-ahead log {remains.name} is still there")
+        raise HistoryMissing(path, f"its write-ahead log {path.name}-wal is still there")
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         connection = sqlite3.connect(draft, isolation_level=None)
@@ -84,6 +86,18 @@ def create(path: Path) -> None:
             Path(f"{draft}{suffix}").unlink(missing_ok=True)
 
 
+def has_log(path: Path) -> bool:
+    """Whether rows of it may be in its write-ahead log only."""
+    log = Path(f"{path}-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
+def in_wal_mode(path: Path) -> bool:
+    """Whether its header says that it is written by way of a write-ahead log."""
+    with path.open("rb") as file:
+        return file.read(20)[18:20] == b"\x02\x02"
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -92,8 +106,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, str]:
+def connect(path: Path, *, read_only: bool, at_rest: bool = False) -> tuple[sqlite3.Connection, str]:
     """A connection to the history at `path`, and the history's identity.
+
+    `at_rest`: nobody writes it. Reading it leaves no file behind then, if its writer has left none.
 
     The connection is in autocommit mode and may be handed from thread to thread, one at a time. Raises
     `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
@@ -101,8 +117,11 @@ def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, str]:
     if not path.is_file():
         raise HistoryMissing(path)
     with typed_errors(path):
+        mode = "ro" if read_only else "rw"
+        if read_only and at_rest and not has_log(path):
+            mode += "&immutable=1"
         connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
+            f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=_BUSY_TIMEOUT,
             isolation_level=None,

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from stageflow_actors.history.errors import HistoryMissing, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, connect, create
+from stageflow_actors.history.schema import COLUMNS, PRUNED, connect, create
 
 __all__ = ["BATCH", "HistoryWriter"]
 
@@ -36,6 +36,11 @@ ON CONFLICT (instance_id) DO UPDATE SET
     error = excluded.error, failed_stage = excluded.failed_stage, digest = excluded.digest,
     outcome = excluded.outcome
 WHERE excluded.epoch >= epoch
+"""
+
+_PRUNED = """
+INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
+WHERE CAST(excluded.value AS REAL) > CAST(value AS REAL)
 """
 
 
@@ -102,6 +107,9 @@ class HistoryWriter:
             old = [(seq,) for seq, finished_at in stretch if finished_at < older_than][:size]
             if not old:
                 break
+            if not deleted:
+                # Said before it is done: a row that is missing without having been pruned was lost.
+                self._transact(_PRUNED, [(PRUNED, repr(older_than))])
             self._transact("DELETE FROM instance WHERE seq = ?", old)
             deleted += len(old)
             after = stretch[-1][0]
@@ -130,7 +138,9 @@ class HistoryWriter:
     ) -> None:
         self.close()
 
-    def _transact(self, statement: str, parameters: list[HistoryRow] | list[tuple[int]]) -> None:
+    def _transact(
+        self, statement: str, parameters: list[HistoryRow] | list[tuple[int]] | list[tuple[str, str]]
+    ) -> None:
         connection = self._connection
         # SQLite would go on for ever with a file that has no name any more, and the rows would be gone at the end.
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from brokers.core import records, wire
+from brokers.core.audit import contradictions
 from brokers.core.machine import Limits, Machine
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
 from brokers.core.queue import Queue, QueueOptions
@@ -378,6 +379,7 @@ def check_whole(machine: Machine) -> None:
             gathers.add((id, key))
             kept += gather.weight
     assert set(store.gathers) == gathers
+    assert list(contradictions(store)) == []
     assert store.live_bytes == kept
     for things in (
         [message.place for message in store.messages.values()],
