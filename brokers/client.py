@@ -223,9 +223,7 @@ class PeerClient(ABC):
                 # The answers to what was sent before come again, when it is sent again.
                 out.acked = -1
                 return True
-            if word == "hello":
-                self.say_hello()
-                return False
+            # `hello` answers what was sent before ours, which is on its way: another one would only be told the same.
             if word == "refused":
                 self._listener.on_notice("refused", detail)
                 self.end(f"the broker refuses this connection: {detail}")
