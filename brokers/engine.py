@@ -14,7 +14,7 @@ from brokers.core.machine import Limits, Machine
 from brokers.core.message import Place
 from brokers.core.replay import Replay
 from brokers.core.talk import Outgoing
-from brokers.errors import JournalFull
+from brokers.errors import JournalFailed, JournalFull
 from brokers.journal.files import Files
 from brokers.journal.format import Batch, Record
 from brokers.journal.journal import Journal
@@ -59,6 +59,7 @@ class Engine:
         self._monotonic = monotonic
         self._wall = wall
         self._giving_up = giving_up
+        self._failed = ""
         self.machine = Machine(
             limits=limits, supervised=supervised, paging=journal_dir is not None, read_body=self._read_body
         )
@@ -83,8 +84,18 @@ class Engine:
     def round(self, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
         """Take frames, do what is due, make it durable, and give what may leave. `more`: further frames wait already.
 
-        Raises `JournalFailed` when what is on disk is unknown: end the process then.
+        Raises `JournalFailed` when what is on disk is unknown: end the process then. Whoever does not is told so again
+        in every round: what the failed one had ready to be said must never leave.
         """
+        if self._failed:
+            raise JournalFailed(f"the broker has failed before and says nothing any more: {self._failed}")
+        try:
+            return self._round(frames, more)
+        except BaseException as error:
+            self._failed = str(error) or repr(error)
+            raise
+
+    def _round(self, frames: Iterable[Frame], more: bool) -> list[Outgoing]:
         machine = self.machine
         machine.begin(self._monotonic(), self._wall())
         for peer, operation, header, blob in frames:

@@ -66,6 +66,12 @@ class Gathering:
                 store.arrive(group, arrival.key, arrival.slot, blob[at : at + arrival.size], place)
                 self.changed.append((group, arrival.key))
             at += arrival.size
+        if priority:
+            # A replay knows it by the message that opened the gather, which may be gone with its segment by then.
+            for opening in opens:
+                group = store.groups.get(opening.group)
+                if group is not None:
+                    self._ledger.keep_gather(group, store.gather(group, opening.key, place))
         return whole
 
     def complete(self) -> list[tuple[Group, str]]:

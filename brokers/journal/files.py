@@ -42,8 +42,6 @@ class Files(Protocol):
     def fallocate(self, fd: int, size: int) -> None:
         """Blocks for the first `size` bytes, and the file at least that long."""
 
-    def ftruncate(self, fd: int, size: int) -> None: ...
-
     def rename(self, source: Path, target: Path) -> None: ...
 
     def unlink(self, path: Path) -> None: ...
@@ -95,9 +93,6 @@ class OsFiles:
 
     def fallocate(self, fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
-
-    def ftruncate(self, fd: int, size: int) -> None:
-        os.ftruncate(fd, size)
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)

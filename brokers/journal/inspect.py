@@ -84,7 +84,10 @@ def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | No
     JournalVersion, and JournalError if there is no journal.
     """
     files = _existing(files, directory)
-    lock = DirectoryLock(files, directory, os.getpid())
+    try:
+        lock = DirectoryLock(files, directory, os.getpid())
+    except OSError as error:
+        raise JournalError(f"cannot use {directory} to repair the journal in it: {error}") from error
     try:
         remove_leftovers(files, directory)
         return _Repair(files, directory, backup_dir).run()

@@ -6,8 +6,9 @@ sector and name by name. After a failed sync the data is still to be read, and y
 """
 
 import errno
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ __all__ = ["Call", "Crash", "MemoryFiles"]
 
 Call = tuple[str, str]  # operation, name of the file or directory
 Write = tuple[int, bytes]  # where, what
+
+LOST, KEPT, FRONT, BACK = range(4)  # what a crash makes of an unsynced step; the last two: half of a write's sectors
 
 
 class Crash(BaseException):
@@ -100,12 +103,67 @@ class MemoryFiles:
         self._changes.clear()
         self._names = dict(self._durable_names)
 
+    def crash_states(self, most: int, chance: random.Random) -> Iterator["MemoryFiles"]:
+        """What a crash of the machine now might leave, as other disks; this one goes on.
+
+        Every combination of unsynced steps lost, kept and (a write of several sectors) half kept, whatever the order
+        they were made in; where there are more than `most`, the two extremes, each step alone lost and each alone kept,
+        and others by `chance`.
+        """
+        inodes = list(dict.fromkeys([*self._durable_names.values(), *self._names.values()]))
+        steps = [step for inode in inodes for step in inode.dirty]
+        fates = [4 if not isinstance(step, int) and len(step[1]) > SECTOR else 2 for step in steps]
+        fates += [2] * len(self._changes)
+        combinations = 1
+        for count in fates:
+            combinations *= count
+        chosen: Iterator[tuple[int, ...]] | set[tuple[int, ...]]
+        if combinations <= most:
+            chosen = itertools.product(*(range(count) for count in fates))
+        else:
+            size = len(fates)
+            chosen = {(LOST,) * size, (KEPT,) * size}
+            for each in range(size):
+                chosen.add(tuple(KEPT if at == each else LOST for at in range(size)))
+                chosen.add(tuple(LOST if at == each else KEPT for at in range(size)))
+            while len(chosen) < most:
+                chosen.add(tuple(chance.randrange(count) for count in fates))
+            chosen = set(sorted(chosen)[:most]) if len(chosen) > most else chosen
+        for combination in chosen:
+            yield self._left_by(inodes, iter(combination))
+
+    def _left_by(self, inodes: list[_Inode], fates: Iterator[int]) -> "MemoryFiles":
+        disk = MemoryFiles(room=self.room)
+        disk._random.setstate(self._random.getstate())
+        disk._directories = set(self._directories)
+        copies = {}
+        for inode in inodes:
+            durable = bytearray(inode.durable)
+            for step in inode.dirty:
+                fate = next(fates)
+                if fate == KEPT:
+                    _apply(durable, step)
+                elif fate in (FRONT, BACK) and not isinstance(step, int):
+                    offset, piece = step
+                    half = len(piece) // SECTOR // 2 * SECTOR or SECTOR
+                    _put(durable, *((offset, piece[:half]) if fate == FRONT else (offset + half, piece[half:])))
+            copies[inode] = _Inode(bytearray(durable), durable)
+        names = dict(self._durable_names)
+        for change in self._changes:
+            if next(fates) == KEPT:
+                change.apply(names)
+        disk._names = {path: copies[inode] for path, inode in names.items() if inode in copies}
+        disk._durable_names = dict(disk._names)
+        return disk
+
     def content(self, path: Path) -> bytes:
         """What a read of the file returns."""
         return bytes(self._names[path].seen)
 
     def damage(self, path: Path, content: bytes) -> None:
-        """Put other bytes in the place of a file, on the disk too."""
+        """Put other bytes in the place of a file, on the disk too; one that is not there is made."""
+        if path not in self._names:
+            self._names[path] = self._durable_names[path] = _Inode()
         inode = self._names[path]
         inode.seen[:] = inode.durable[:] = content
         inode.dirty.clear()
@@ -167,12 +225,6 @@ class MemoryFiles:
             _resize(inode.seen, size)
             inode.dirty.append(size)
 
-    def ftruncate(self, fd: int, size: int) -> None:
-        inode, path, _ = self._open[fd]
-        self._note("ftruncate", path)
-        _resize(inode.seen, size)
-        inode.dirty.append(size)
-
     def rename(self, source: Path, target: Path) -> None:
         self._note("rename", target)
         inode = self._names.pop(source)
@@ -197,8 +249,9 @@ class MemoryFiles:
     def listdir(self, path: Path) -> list[str]:
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(path))
-        below = {each.name for each in self._directories if each.parent == path and each != path}
-        return sorted(below | {each.name for each in self._names if each.parent == path})
+        start = f"{path}/"  # compared as text, for a torture lists a million times
+        below = (str(each)[len(start) :] for each in (*self._directories, *self._names) if str(each).startswith(start))
+        return sorted(name for name in below if "/" not in name)
 
     def mkdir(self, path: Path) -> None:
         self._directories.update((path, *path.parents))

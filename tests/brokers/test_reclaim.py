@@ -92,8 +92,8 @@ class Plant:
             for _, items in wire.decode_out(header).deliveries:
                 self.held.update((item.id, item) for item in items)
 
-    def start(self, *groups: str, queue: str = "q", delay: float = 0.0, size: int = 200) -> None:
-        items = [(0, size, group, 1, START, 0, delay, 0.0, b"d") for group in groups]
+    def start(self, *groups: str, queue: str = "q", delay: float = 0.0, size: int = 200, priority: int = 0) -> None:
+        items = [(0, size, group, 1, START, priority, delay, 0.0, b"d") for group in groups]
         self.say(wire.PUBLISH, [(queue, "a")], items, blob=bytes(size) * len(groups))
 
     def settle(self, targets: Any, moves: Any = (), acks: Any = (), others: Any = (), blob: bytes = b"") -> None:
@@ -152,6 +152,28 @@ def test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it()
     plant.files.crash()
     recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
     assert_same(picture(recovered.machine, clocks_agree=True), before)
+
+
+def test_a_gather_keeps_its_priority_when_the_message_that_opened_it_goes_with_its_segment() -> None:
+    plant = Plant()
+    plant.start("urgent", priority=5)
+    for number in range(60):
+        plant.start(f"filler{number}", queue="unread", size=2000)
+    (item,) = [item for item in plant.held.values() if item.group == "urgent"]
+    journal = plant.engine.journal
+    assert journal is not None
+    assert journal.segments()[-1].number > 1
+    opening = GatherOpen("k", 2, 0, 50, deadline=1e6)
+    others = [SettleItem([(item.id, item.lease)], DONE, opens=[opening])]
+    plant.settle([("joined", "j", 0)], others=others, blob=bytes(50))
+    plant.say(wire.QUERY, "compact", (True,))
+    while not plant.dropped:
+        plant.say(wire.QUERY, "ping", ())
+    plant.check()
+    plant.files.crash()
+    recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
+    (gather,) = (recovered.machine.store.groups["urgent"].gathers or {}).values()
+    assert gather.priority == 5
 
 
 def test_a_backlog_that_is_all_alive_is_not_written_over_and_over() -> None:

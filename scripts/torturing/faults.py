@@ -1,0 +1,84 @@
+"""A disk whose n-th call fails, or all from the n-th on, for every n, in every scene.
+
+The error is the one a disk or a kernel gives; a write may also stop half-way without one. Afterwards the process ends
+(what it wrote is still to come to the disk) or the whole machine does (any part of it is lost).
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections import Counter
+
+from torturing.scenes import SCENES, Disk
+
+__all__ = ["FAULTS", "LASTING", "fail_every_call"]
+
+SHORT = 0
+FAULTS = [(errno.EIO, "EIO"), (errno.ENOSPC, "ENOSPC"), (errno.EINTR, "EINTR"), (SHORT, "short writes")]
+LASTING = ("EIO", "ENOSPC", "short writes")
+"""Those that may last for ever; an interruption is over when it has come."""
+NEVER_FULL = ("fdatasync", "fsync", "fsync_dir", "unlink", "open")
+"""Calls that do not ask the disk for room: they do not say that there is none."""
+
+
+def fail_every_call(
+    name: str, code: int, figures: Counter[str], *, for_ever: bool, share: float, chance: random.Random, seed: int = 0
+) -> None:
+    """Play scene `name` with a fault at call n, for every n (a `share` of them)."""
+    step = 0
+    while True:
+        for machine_too in (False, True):
+            if step and chance.random() >= share:
+                continue
+            scene = SCENES[name]()
+            disk = scene.set(seed)
+            hit = _arm(disk, step, code, for_ever=for_ever)
+            scene.act()
+            if machine_too:
+                disk.crash(random.Random(f"{seed} {step}"))
+            else:
+                disk.kill()
+            scene.judge(disk)
+            figures["faults injected"] += len(hit)
+            figures.update(f"  first at {call}" for call in hit[:1])
+        step += 1
+        if step > _calls(name, seed):
+            return
+
+
+_CALLS: dict[tuple[str, int], int] = {}
+
+
+def _calls(name: str, seed: int) -> int:
+    """How many calls the scene makes when none fails; the way on after a failure is judged, not counted."""
+    if (name, seed) not in _CALLS:
+        scene = SCENES[name]()
+        disk = scene.set(seed)
+        disk.calls.clear()
+        scene.act()
+        _CALLS[name, seed] = len(disk.calls)
+    return _CALLS[name, seed]
+
+
+def _arm(disk: Disk, step: int, code: int, *, for_ever: bool) -> list[str]:
+    hit: list[str] = []
+    left = step
+
+    def on_call(name: str, path: str) -> int | None:
+        nonlocal left
+        left -= 1
+        if left >= 0 or (left < -1 and not for_ever):
+            return None
+        if code == SHORT:
+            if name == "pwritev":
+                hit.append(name)
+                return 300
+            return None
+        if code == errno.ENOSPC and name in NEVER_FULL:
+            return None
+        hit.append(name)
+        raise OSError(code, "injected")
+
+    disk.on_call = on_call
+    return hit

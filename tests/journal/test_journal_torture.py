@@ -1,0 +1,138 @@
+"""A sample of `scripts/torture.py`, seeded: a real broker's journal cut, garbled, flipped, failed and crashed."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from torturing.crashes import crash_at_every_call  # noqa: E402
+from torturing.faults import FAULTS, LASTING, fail_every_call  # noqa: E402
+from torturing.resting import cut_everywhere, flip_bits, lose_sectors  # noqa: E402
+from torturing.scenes import SCENES, RepairScene, Scene  # noqa: E402
+from torturing.specimen import Specimen  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def specimen() -> Specimen:
+    """A journal of a broker that was worked, compacted, and sent bodies that are journals themselves."""
+    grown = Specimen.grow(2, 160)
+    assert len(grown.said) > 100
+    assert grown.records > 200
+    assert len(grown.files) > 20
+    return grown
+
+
+def test_every_beginning_of_a_journal_makes_the_state_that_was_in_memory_then(specimen: Specimen) -> None:
+    assert specimen.check_states() > 100
+
+
+def test_a_journal_cut_at_any_byte_is_recovered_to_its_last_whole_batch_or_refused(specimen: Specimen) -> None:
+    figures: Counter[str] = Counter()
+    cut_everywhere(specimen, figures, share=0.001, edges=0.06, chance=random.Random(1))
+    assert figures["bytes cut"] > 100
+
+
+def test_any_sectors_of_the_last_batch_may_be_lost_garbled_or_stale(specimen: Specimen) -> None:
+    figures: Counter[str] = Counter()
+    lose_sectors(specimen, figures, rounds=6, chance=random.Random(2))
+    assert figures["sectors lost"] > 50
+
+
+def test_a_flipped_bit_is_refused_with_its_place_and_repair_keeps_what_comes_before_it(specimen: Specimen) -> None:
+    figures: Counter[str] = Counter()
+    flip_bits(specimen, figures, share=0.0015, bodies=0.00005, chance=random.Random(3))
+    assert figures["bits flipped"] > 100
+    assert figures["journals repaired"] > 5
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(("code", "name"), FAULTS, ids=[name for _, name in FAULTS])
+def test_a_disk_that_fails_at_any_call_loses_nothing_acknowledged(scene: str, code: int, name: str) -> None:
+    figures: Counter[str] = Counter()
+    for for_ever in (False, True) if name in LASTING else (False,):
+        fail_every_call(scene, code, figures, for_ever=for_ever, share=0.12, chance=random.Random(4), seed=5)
+    assert figures["faults injected"] >= 1
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_crash_may_lose_and_reorder_whatever_was_not_synced(scene: str) -> None:
+    figures: Counter[str] = Counter()
+    crash_at_every_call(scene, figures, most=16, chance=random.Random(6), seed=7)
+    assert figures["crash states"] > figures["crash points"] > 15
+
+
+# the judges can say no
+
+
+def test_a_journal_that_acknowledges_before_the_sync_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torturing.scenes import Disk
+
+    monkeypatch.setattr(Disk, "fdatasync", lambda self, fd: None)
+    with pytest.raises(AssertionError, match="what was acknowledged is not what was recovered"):
+        crash_at_every_call("append and rotation", Counter(), most=16, chance=random.Random(6), seed=7)
+
+
+def test_names_that_were_not_synced_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torturing.scenes import Disk
+
+    monkeypatch.setattr(Disk, "fsync_dir", lambda self, path: None)
+    with pytest.raises(AssertionError, match="what was acknowledged is not what was recovered"):
+        crash_at_every_call("compaction", Counter(), most=16, chance=random.Random(6), seed=7)
+
+
+def test_a_repair_that_cuts_before_it_copies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from brokers.journal import inspect
+
+    monkeypatch.setattr(inspect._Repair, "_copy", lambda self, name: None)
+    scene = RepairScene()
+    disk = scene.set(1)
+    scene.act()
+    disk.kill()
+    with pytest.raises(AssertionError, match="cut before it was copied"):
+        scene.judge(disk)
+
+
+def test_damage_that_is_dropped_without_a_word_is_found_out(
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from brokers.journal.segment import SegmentReader
+
+    monkeypatch.setattr(SegmentReader, "later", lambda self, offset, number, salt: None)
+    with pytest.raises(AssertionError):
+        flip_bits(specimen, Counter(), share=0.0015, bodies=0.00005, chance=random.Random(3))
+
+
+def test_a_broker_that_goes_on_after_a_failure_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from brokers.engine import Engine
+
+    monkeypatch.setattr(Engine, "round", lambda self, frames, more=False: self._round(frames, more))
+    with pytest.raises(AssertionError, match="acknowledged after a failed one"):
+        fail_every_call(
+            "append and rotation", FAULTS[0][0], Counter(), for_ever=False, share=1, chance=random.Random(1)
+        )
+
+
+def test_the_script_prints_what_it_did() -> None:
+    command = [sys.executable, str(SCRIPTS / "torture.py"), "--share", "0.01", "--only", "faults", "crashes"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\d+ +faults injected", run.stdout)
+    assert "the law holds" in run.stdout
+
+
+def test_a_scene_without_faults_ends_well() -> None:
+    for make in SCENES.values():
+        scene: Scene = make()
+        disk = scene.set(3)
+        scene.act()
+        disk.crash()
+        scene.judge(disk)
