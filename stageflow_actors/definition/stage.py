@@ -143,6 +143,10 @@ class Stage:
     processes it has started, may use before it is killed (`WorkerDied`, charged to what it is at; looked at ten times
     a second); `max_tasks`: messages before an actor is recycled. Mistakes raise `WorkflowDefinitionError`.
 
+    What a handler changes of its process (working directory, umask, environment, locale, signal handlers, descriptors,
+    threads left running) no other stage sees. The next message of the same worker does: `max_tasks=1` gives each a
+    process of its own. What a handler has started ends with its worker, except a process that has made itself a daemon.
+
     `id` is "" for a lambda until a workflow gives it its place; `call` says how to call the handler.
     """
 

@@ -22,6 +22,10 @@ KEPT = 32_768
 """Bytes at the end of what a worker wrote that are kept: room for a traceback of the interpreter's own."""
 REST = 0.005
 """Seconds in which more may gather, so that a stage that writes line by line does not wake the node at each."""
+LONGEST_LINE = CHUNK
+"""Bytes of a line that are held back until its end comes."""
+LINE_SECONDS = 0.2
+"""Seconds for which the first half of a line is held back: a worker may have to wait for its turn in between."""
 MOST_READS = 16
 """Reads after a worker's end: a process that it has left behind may write for ever."""
 LEFT_BEHIND = 64
@@ -29,7 +33,10 @@ LEFT_BEHIND = 64
 
 
 class WorkerStderr:
-    """The reading end of one worker's stderr. `finish` is the pool's, everything else the relay's."""
+    """The reading end of one worker's stderr. `finish` is the pool's, everything else the relay's.
+
+    `_since`: when the half line that is held back was begun or last went on; nought without one.
+    """
 
     def __init__(self, fd: int, relay: StderrRelay) -> None:
         self.fd = fd
@@ -38,6 +45,7 @@ class WorkerStderr:
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
         self._tail = b""
+        self._since = 0.0
 
     def read(self) -> int:
         """Take in what there is, a chunk at most; how many bytes. Never waits, nor does whoever holds the lock."""
@@ -55,13 +63,29 @@ class WorkerStderr:
             self._tail = data[-KEPT:] if len(data) >= KEPT else (self._tail + data)[-KEPT:]
             return len(data)
 
-    def take(self, *, everything: bool) -> bytes:
-        """What is to be passed on now: whole lines, unless `everything`, so that those of two workers do not mix."""
+    def take(self) -> bytes:
+        """What is to be passed on now: whole lines, so that those of two workers do not mix.
+
+        Half a line is passed on when its end does not come, or it is very long, or there cannot be an end.
+        """
+        now = time.monotonic()
         with self._lock:
             data = b"".join(self._waiting)
-            cut = len(data) if everything else data.rfind(b"\n") + 1 or len(data)
-            self._waiting = [data[cut:]] if cut < len(data) else []
+            cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+            if cut or not self._since:
+                self._since = now
+            if self.at_end or (not cut and (len(data) > LONGEST_LINE or now - self._since > LINE_SECONDS)):
+                cut = len(data)
+            rest = data[cut:]
+            self._waiting = [rest] if rest else []
+            if not rest:
+                self._since = 0.0
             return data[:cut]
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether something waits to be passed on."""
+        return bool(self._waiting)
 
     def shut(self) -> None:
         """Nothing more is read: the number may soon be another file's."""
@@ -135,31 +159,32 @@ class StderrRelay:
     def _round(self) -> bool:
         """Read what there is, as much of one as of another. Whether it was the last round."""
         closing = self._deadline != float("inf")
-        ready = [fd for fd, _ in self._poll.poll(0 if self._held or closing else None)]
+        ready = [fd for fd, _ in self._poll.poll(0 if closing else LINE_SECONDS / 4 if self._held else None)]
         if self._wakeup in ready:
             os.eventfd_read(self._wakeup)
             ready.remove(self._wakeup)
         with self._lock:
             speaking = {self._open[fd] for fd in ready} | self._held | set(self._left.values())
-        passed = 0
+        heard, full = 0, False
         self._held.clear()
         for each in speaking:
-            full = each.read() == CHUNK
-            if full:
-                self._held.add(each)  # there is more: what is half a line now is a whole one then
-            data = each.take(everything=not full)
-            passed += len(data)
-            self._write(data)
+            count = each.read()
+            heard += count
+            full = full or count > CHUNK // 4
+            self._write(each.take())
+            if each.has_rest:
+                self._held.add(each)
         with self._lock:
             gone = [each for each in speaking if each.at_end]
             gone += list(self._left.values())[: max(0, len(self._left) - LEFT_BEHIND)]
         for each in gone:
             self._forget(each)
-        if closing:
-            return time.monotonic() > self._deadline or not (passed or self._held)
-        if not self._held:
+        if not (closing or full):
             time.sleep(REST)
-        return False
+        over = closing and (not heard or time.monotonic() > self._deadline)
+        for each in list(self._held) if over else []:
+            self._forget(each)
+        return over
 
     def _forget(self, stderr: WorkerStderr) -> None:
         with self._lock:
@@ -169,7 +194,7 @@ class StderrRelay:
         self._poll.unregister(stderr.fd)
         self._held.discard(stderr)
         stderr.shut()
-        self._write(stderr.take(everything=True))
+        self._write(stderr.take())
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)

@@ -447,3 +447,7 @@ def test_a_stage_that_kills_the_process_above_its_worker_is_run_again_and_nobody
     result = run(shoot_the_parent)
     assert result.success
     assert result.stages[0].attempts == 1, "a zygote's death is no death of a worker"
+
+
+def test_all_in_all_the_other_stages_worked_as_they_do_without_those_from_hell(others: Any) -> None:
+    others.all_in_all()

@@ -1,0 +1,185 @@
+"""A stage with a `max_memory` is ended when it uses more, and the message that it is at is charged."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stageflow_actors import Runtime, Stage, Workflow, WorkflowDefinitionError
+from stageflow_actors.runtime.memory import memory_over
+
+Row = dict[str, Any]
+Handler = Callable[[Row], Any]
+
+LIMIT = 200_000_000
+PIECE = 20_000_000
+
+kept: list[bytes] = []
+
+
+def swell(context: Row) -> None:
+    """Much more memory, little by little; gives up at last, for the machine's sake."""
+    for _ in range(50):
+        kept.append(os.urandom(1) * PIECE)
+        time.sleep(0.01)
+    raise ValueError("nobody stops this")
+
+
+def swell_once(context: Row) -> int:
+    if not Path(context["mark"]).exists():
+        Path(context["mark"]).touch()
+        swell(context)
+    return os.getpid()
+
+
+def have_a_child_swell(context: Row) -> None:
+    code = f"x = [b'x' * {PIECE} for _ in range(20)]; import time; time.sleep(60)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def share_with_children(context: Row) -> int:
+    """Four processes that look as if each of them had what they all share."""
+    kept.append(b"x" * 100_000_000)
+    pipe, theirs = os.pipe()
+    children = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            os.close(theirs)
+            os.read(pipe, 1)
+            os._exit(0)
+        children.append(pid)
+    rss = sum(psutil.Process(pid).memory_info().rss for pid in [os.getpid(), *children])
+    time.sleep(0.5)  # several looks
+    os.close(theirs)
+    for pid in children:
+        os.waitpid(pid, 0)
+    return rss
+
+
+def swell_afterwards(context: Row) -> int:
+    """Does its work in no time, and uses much when it has long been done."""
+    threading.Timer(0.3, lambda: kept.append(b"x" * 2 * LIMIT)).start()
+    return os.getpid()
+
+
+def tell_who(context: Row) -> int:
+    return os.getpid()
+
+
+def workflow_of(handler: Handler, **options: Any) -> Workflow[Row]:
+    return Workflow(handler.__name__.replace("_", "-")).add_stage(Stage(handler, id="bomb", **options))
+
+
+HANDLERS = [swell, swell_once, have_a_child_swell, share_with_children, swell_afterwards]
+bombs = {handler: workflow_of(handler, max_memory=LIMIT) for handler in HANDLERS}
+cramped = workflow_of(tell_who, max_memory=5_000_000)
+others_work: Workflow[Row] = Workflow("others").add_stage(tell_who)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    data = tmp_path_factory.mktemp("data")
+    runtime = Runtime(*bombs.values(), others_work, data_dir=data).start()
+    yield runtime
+    runtime.stop(grace=0.0)
+
+
+@pytest.fixture(scope="module")
+def others(runtime: Runtime, others_of: Callable[..., Any]) -> Iterator[Any]:
+    others = others_of(runtime, others_work)
+    yield others
+    others.stop()
+
+
+@pytest.mark.parametrize("handler", [swell, have_a_child_swell], ids=lambda handler: handler.__name__)
+def test_a_worker_that_uses_too_much_with_its_children_is_killed_and_its_message_charged(
+    runtime: Runtime, others: Any, handler: Handler
+) -> None:
+    with others.go_on():
+        result = runtime.execute(bombs[handler], {}, timeout=60)
+    assert result.status == "failed"
+    assert result.stages[0].attempts == 3
+    assert result.error is not None
+    said = re.fullmatch(
+        r"WorkerDied: the worker was killed while running stage 'bomb': "
+        r"it used (\d+) MB of memory, more than max_memory=200000000",
+        result.error,
+    )
+    assert said, result.error
+    assert int(said[1]) > 200
+
+
+def test_a_message_that_used_too_much_once_completes_in_a_new_worker(
+    runtime: Runtime, others: Any, tmp_path: Path
+) -> None:
+    with others.go_on():
+        result = runtime.execute(bombs[swell_once], {"mark": str(tmp_path / "mark")}, timeout=60)
+    assert result.success, result.error
+    assert result.stages[0].attempts == 2
+
+
+def test_what_a_worker_and_its_forks_share_counts_once(runtime: Runtime) -> None:
+    result = runtime.execute(bombs[share_with_children], {}, timeout=60)
+    assert result.success, result.error
+    assert result.stages[0].attempts == 1
+    assert result.stages[0].data > 1.5 * LIMIT, "the sum of their RSS says too much"
+
+
+def test_a_worker_that_uses_too_much_when_idle_is_replaced_and_nobody_charged(
+    runtime: Runtime, eventually: Callable[..., Any]
+) -> None:
+    first = runtime.execute(bombs[swell_afterwards], {}, timeout=60).stages[0].data
+    eventually(lambda: not psutil.pid_exists(first), "the end of the worker")
+    result = runtime.execute(bombs[swell_afterwards], {}, timeout=60)
+    assert result.success
+    assert result.stages[0].attempts == 1
+    assert result.stages[0].data != first
+
+
+def test_a_limit_that_no_worker_can_keep_pauses_the_pool_and_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], eventually: Callable[..., Any]
+) -> None:
+    runtime = Runtime(cramped, data_dir=tmp_path / "data").start()
+    try:
+        runtime.submit(cramped, {})
+        queue = "stageflow.tell-who.stage0"
+        said: list[str] = []
+
+        def is_told() -> bool:
+            said.append(capfd.readouterr().err)
+            return "is paused" in "".join(said)
+
+        eventually(is_told, "a word that the pool is paused")
+        assert "they need more than max_memory=5000000 to begin with" in "".join(said)
+        assert f"stageflow queue resume {queue}" in "".join(said)
+        eventually(lambda: runtime.queues(queue)[0].state == "paused", "the pause")
+    finally:
+        runtime.stop(grace=0.0)
+
+
+def test_memory_over_tells_how_much_there_is_and_nothing_of_processes_that_are_gone() -> None:
+    assert memory_over(os.getpid(), 1 << 40) == 0
+    assert memory_over(os.getpid(), 1 << 20) > 1 << 20
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert memory_over(ended.pid, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(0, "integer from 1"), (1.5e9, "integer from 1"), ("1G", "integer from 1"), (512, "max_memory=512_000_000")],
+)
+def test_a_limit_that_is_no_number_of_bytes_is_refused(given: Any, words: str) -> None:
+    with pytest.raises(WorkflowDefinitionError, match=f"max_memory of stage 'tell-who'.*{words}"):
+        Stage(tell_who, max_memory=given)

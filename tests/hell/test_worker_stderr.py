@@ -1,0 +1,225 @@
+"""What workers write to stderr reaches the program's, whole, and holds up nobody."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stageflow_actors import Runtime, Workflow
+from stageflow_actors.runtime.stderr import CHUNK, LEFT_BEHIND, StderrRelay
+
+Row = dict[str, Any]
+
+LINES = 50_000
+
+
+def write_lines(context: Row) -> None:
+    for n in range(LINES):
+        print(f"line {context['n']} {n:06d}", "." * 80, file=sys.stderr)
+
+
+def write_heaps(context: Row) -> None:
+    heap = b"".join(b"heap %d %06d" % (context["n"], n) + b"." * 80 + b"\n" for n in range(LINES))
+    left = memoryview(heap)
+    while left:
+        left = left[os.write(2, left) :]
+
+
+def nothing(context: Row) -> None:
+    pass
+
+
+lines: Workflow[Row] = Workflow("lines").add_stage(write_lines)
+heaps: Workflow[Row] = Workflow("heaps").add_stage(write_heaps)
+quiet: Workflow[Row] = Workflow("quiet").add_stage(nothing)
+
+
+@contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    kept = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def test_ten_megabytes_on_stderr_arrive_line_by_line_and_take_neither_memory_nor_time_from_others(
+    tmp_path: Path, others_of: Callable[..., Any]
+) -> None:
+    runtime = Runtime(lines, heaps, quiet, data_dir=tmp_path / "data")
+    with stderr_to(tmp_path / "stderr"):
+        runtime.start()
+    others = others_of(runtime, quiet)
+    try:
+        before = psutil.Process(runtime._node.pid).memory_info().rss
+        with others.go_on():
+            instances = runtime.submit_many(lines, [{"n": n} for n in range(2)])
+            instances += runtime.submit_many(heaps, [{"n": n} for n in range(2)])
+            assert all(instance.result(timeout=60).success for instance in instances)
+        after = psutil.Process(runtime._node.pid).memory_info().rss
+    finally:
+        others.stop()
+        runtime.stop(grace=0.0)
+    written = (tmp_path / "stderr").read_text().splitlines()
+    assert len((tmp_path / "stderr").read_bytes()) > 10_000_000
+    assert {len(line) for line in written} == {len("line 0 000000") + 1 + 80, len("heap 0 000000") + 80}
+    for kind in ("line 0", "line 1", "heap 0", "heap 1"):
+        numbers = [int(line[7:13]) for line in written if line.startswith(kind)]
+        assert numbers == list(range(LINES)), f"{kind}: all of them, in their order"
+    assert after - before < 30_000_000, f"the node grew by {after - before} bytes"
+
+
+class Pipe:
+    """A pipe that a relay writes to, and everything read from it."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = os.pipe()
+        os.set_blocking(self.ours, False)
+        self.read = b""
+
+    def has(self, text: bytes) -> bool:
+        try:
+            self.read += os.read(self.ours, 1 << 20)
+        except BlockingIOError:
+            pass
+        return text in self.read
+
+    def close(self) -> None:
+        os.close(self.ours)
+        os.close(self.theirs)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def relay(pipe: Pipe) -> Iterator[StderrRelay]:
+    relay = StderrRelay(pipe.theirs)
+    yield relay
+    relay.close(timeout=5.0)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_a_worker_wrote_last_is_known_when_it_has_ended_and_still_passed_on(
+    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+) -> None:
+    stderr, theirs = relay.open()
+    os.write(theirs, b"one\n")
+    eventually(lambda: pipe.has(b"one\n"), "a line at once")
+    os.write(theirs, b"two\nwithout an end")
+    os.close(theirs)
+    assert stderr.finish() == b"one\ntwo\nwithout an end"
+    eventually(lambda: pipe.has(b"two\nwithout an end"), "the rest")
+
+
+def test_nobody_who_asks_for_the_last_words_waits_for_a_program_that_does_not_read_its_stderr(
+    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+) -> None:
+    loud, theirs = relay.open()
+    os.set_blocking(theirs, False)
+    eventually(lambda: fill(theirs) and unread(pipe.ours) == CHUNK, "a program's pipe that is full")
+    silent, own = relay.open()
+    os.write(own, b"the last words of another\n")
+    os.close(own)
+    os.close(theirs)
+    assert silent.finish() == b"the last words of another\n"
+    assert loud.finish().endswith(b"x" * 1000)
+    eventually(lambda: pipe.has(b"the last words of another\n"), "everything, once somebody reads")
+
+
+def fill(fd: int) -> bool:
+    try:
+        os.write(fd, b"x" * CHUNK)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def unread(fd: int) -> int:
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
+
+
+def test_a_program_without_stderr_holds_up_no_worker(relay: StderrRelay, pipe: Pipe) -> None:
+    os.close(pipe.ours)
+    stderr, theirs = relay.open()
+    for _ in range(50):
+        os.write(theirs, b"x" * CHUNK)  # would wait for ever when nobody reads
+    os.close(theirs)
+    assert stderr.finish().endswith(b"x")
+    pipe.ours = os.open(os.devnull, os.O_RDONLY)
+
+
+def test_what_a_worker_has_left_behind_is_heard_too_and_no_more_descriptors_are_kept_than_for_some(
+    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+) -> None:
+    before = descriptors()
+    left: list[int] = []
+    for _ in range(2 * LEFT_BEHIND):
+        stderr, theirs = relay.open()
+        left.append(theirs)  # as a child has it that has outlived its worker
+        stderr.finish()
+    eventually(lambda: descriptors() <= before + len(left) + LEFT_BEHIND, "the oldest ends closed")
+    with pytest.raises(BrokenPipeError):
+        os.write(left[0], b"nobody hears this\n")
+    os.write(left[-1], b"I am still here\n")
+    eventually(lambda: pipe.has(b"I am still here\n"), "what it wrote")
+    for fd in left:
+        os.close(fd)
+    eventually(lambda: descriptors() == before, "all ends closed")
+
+
+def test_a_child_that_writes_all_the_time_does_not_hold_up_the_burial_of_its_worker() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    relay = StderrRelay(nowhere)
+    stderr, theirs = relay.open()
+    stopping = threading.Event()
+
+    def write() -> None:
+        while not stopping.is_set():
+            fill(theirs)
+
+    os.set_blocking(theirs, False)
+    child = threading.Thread(target=write)
+    child.start()
+    assert stderr.finish() is not None
+    stopping.set()
+    child.join()
+    os.close(theirs)
+    relay.close(timeout=5.0)
+    os.close(nowhere)
+
+
+def test_closing_passes_on_what_was_written_and_does_not_wait_for_what_is_left_behind(pipe: Pipe) -> None:
+    relay = StderrRelay(pipe.theirs)
+    stderr, theirs = relay.open()
+    _, open_still = relay.open()
+    os.write(theirs, b"the very last\n")
+    os.close(theirs)
+    stderr.finish()
+    relay.close(timeout=10.0)
+    assert not relay._thread.is_alive()
+    assert pipe.has(b"the very last\n")
+    os.close(open_still)
