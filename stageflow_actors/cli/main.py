@@ -16,6 +16,7 @@ from brokers.errors import BrokerError, JournalCorrupt
 from stageflow_actors.cli import steering  # noqa: F401 - adds to `instances`
 from stageflow_actors.cli.cluster import health, scale
 from stageflow_actors.cli.dead_letters import dlq
+from stageflow_actors.cli.doctor import doctor
 from stageflow_actors.cli.figures import stats
 from stageflow_actors.cli.graph import graph
 from stageflow_actors.cli.housekeeping import history
@@ -46,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (run, up, start, instances, queue, dlq, journal, history, scale, stats, health, graph):
+for command in (run, up, start, instances, queue, dlq, journal, history, scale, stats, health, doctor, graph):
     cli.add_command(command)
 
 

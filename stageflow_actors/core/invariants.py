@@ -11,7 +11,19 @@ from typing import Any, NamedTuple
 
 from stageflow_actors.core.plan import TIMEOUT, UNANSWERED, Naming, WorkflowPlan
 
-__all__ = ["ERROR", "INFO", "WARNING", "Finding", "Gathered", "Held", "instances", "leases", "queues", "serving"]
+__all__ = [
+    "ERROR",
+    "INFO",
+    "WARNING",
+    "Finding",
+    "Gathered",
+    "Held",
+    "contradictions",
+    "instances",
+    "leases",
+    "queues",
+    "serving",
+]
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
@@ -146,6 +158,10 @@ def leases(audit: Mapping[str, Any], alive: Callable[[int], bool]) -> Iterator[F
     for queue, peers in audit["awaited"].items():
         what = f"it delivers nothing until {peers} workers have announced what they hold, or are known to be dead"
         yield Finding(WARNING, "lease", queue, what, "stageflow health; restart the cluster if it stays so")
+
+
+def contradictions(audit: Mapping[str, Any]) -> Iterator[Finding]:
+    """The broker's own books agree."""
     for fault in audit["faults"]:
         advice = "restart the cluster: the broker reads its state anew from the journal; report it as a bug"
         yield Finding(ERROR, "books", "broker", fault, advice)

@@ -34,7 +34,8 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Attached:
-    """A connection. `live`: a cluster serves the directory. `history` is None while nothing has finished in it."""
+    """A connection. `live`: a cluster serves the directory. `history` is None while nothing has finished in it, or
+    where it was not wanted."""
 
     data_dir: DataDir
     broker: Broker
@@ -64,7 +65,7 @@ def existing(path: Path | str) -> DataDir:
 
 
 @contextmanager
-def attach(path: Path | str, *, write: bool = False) -> Iterator[Attached]:
+def attach(path: Path | str, *, write: bool = False, with_history: bool = True) -> Iterator[Attached]:
     """Connect to the cluster of the data directory `path`; give `write` to change something.
 
     Raises `DataDirUnusable` if there is nothing to attach to, `JournalLocked` if something else has the directory,
@@ -74,7 +75,7 @@ def attach(path: Path | str, *, write: bool = False) -> Iterator[Attached]:
     address = live_address(data_dir)
     if address is None:
         existing(path)
-    history = HistoryReader.open(data_dir.history) if data_dir.history.exists() else None
+    history = HistoryReader.open(data_dir.history) if with_history and data_dir.history.exists() else None
     try:
         if address is not None:
             connection: Any = _connected(address)

@@ -1,0 +1,96 @@
+"""`stageflow doctor`: whether the invariants hold in a data directory and in the cluster that serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stageflow_actors.cli.options import data_option
+
+if TYPE_CHECKING:
+    from stageflow_actors.core.invariants import Finding
+    from stageflow_actors.runtime.datadir import DataDir
+
+__all__ = ["doctor"]
+
+COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+@click.command()
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@data_option
+def doctor(output: str, data: Path) -> int:
+    """Whether the invariants hold, in a running cluster or a directory at rest: exit code 0, or 1 and what is wrong.
+
+    Each live instance has exactly one message, gather or timer that carries it on; no message is held by a worker that
+    does not live; journal and history are sound and agree; lock, sockets, disk and clock are as they should be. For
+    each finding: where, what, and what to do. It changes nothing, and may run at any time. Only errors break an
+    invariant; warnings and what is merely told (paused queues, dead letters, open breakers) do not.
+
+    \b
+    stageflow doctor
+    stageflow doctor --data /var/lib/orders --output json
+    """
+    from stageflow_actors.cli.output import count, print_json
+    from stageflow_actors.core.invariants import ERROR, INFO
+    from stageflow_actors.runtime.checkup import check_up
+    from stageflow_actors.runtime.datadir import DataDir
+
+    directory = DataDir(data, create=False)
+    journal = _of_journal(directory)
+    report = check_up(directory, readable=all(finding.severity == INFO for finding in journal))
+    findings = [*(one for one in journal if one.severity == ERROR), *report.findings]
+    findings += [one for one in journal if one.severity != ERROR]
+    errors = sum(finding.severity == ERROR for finding in findings)
+    if output == "json":
+        print_json(
+            {
+                "sound": not errors,
+                "cluster": "running" if report.live else "at rest",
+                "data": str(directory.path),
+                "checked": report.checked,
+                "findings": [finding._asdict() for finding in findings],
+            }
+        )
+        return 1 if errors else 0
+    for finding in findings:
+        _tell(finding)
+    checked = report.checked
+    looked = f"{count(checked['instances'])} live instances, {count(checked['messages'])} messages"
+    state = "running" if report.live else "at rest"
+    verdict = f"{errors} error{'s' if errors != 1 else ''}" if errors else "the invariants hold"
+    click.echo(f"{verdict}: {looked}, {directory.path}, {state}")
+    return 1 if errors else 0
+
+
+def _tell(finding: Finding) -> None:
+    severity = click.style(f"{finding.severity:<8}", fg=COLOURS[finding.severity], bold=True)
+    click.echo(f"{severity} {finding.check}: {finding.where}: {finding.what}")
+    if finding.advice:
+        click.echo(f"         → {finding.advice}")
+
+
+def _of_journal(data: DataDir) -> list[Finding]:
+    """What verifying says: of damage the first places, and the torn end that a crash has left."""
+    from brokers.errors import JournalError
+    from brokers.journal.inspect import verify
+    from stageflow_actors.core.invariants import ERROR, INFO, Finding
+
+    if not any(data.journal.glob("*.journal")):
+        return []
+    try:
+        found = verify(data.journal)
+    except JournalError as error:
+        return [Finding(ERROR, "journal", str(data.journal), str(error))]
+    findings = []
+    for one in found[:20]:
+        where = f"{data.journal / one.file} at offset {one.offset}"
+        if one.damage:
+            advice = "restore a backup, or give up what lies behind the first damage: stageflow journal repair"
+            findings.append(Finding(ERROR, "journal", where, f"damaged: {one.reason}", advice))
+        else:
+            what = f"a torn end: {one.reason}; a crash has left it, and nothing in it was acknowledged"
+            findings.append(Finding(INFO, "journal", where, what, "nothing: the next start cuts it off"))
+    return findings

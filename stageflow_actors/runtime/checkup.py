@@ -1,0 +1,242 @@
+"""A check-up: whether the invariants hold in the cluster of a data directory, running or at rest.
+
+The broker is asked for one consistent picture; at rest, its journal is read into a broker in this process. The history
+is read after it, so that whatever had ended by then is in it. Nothing on disk is changed: of a history with an
+unfinished log SQLite makes its index (`-shm`) anew, and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+from msgspec import Struct
+
+from brokers.accounts import Departures, departures
+from brokers.errors import BrokerError, JournalCorrupt
+from stageflow_actors.core.invariants import (
+    ERROR,
+    INFO,
+    WARNING,
+    Finding,
+    contradictions,
+    instances,
+    leases,
+    queues,
+    serving,
+)
+from stageflow_actors.core.plan import FINISHED, Naming
+from stageflow_actors.errors import StageFlowError
+from stageflow_actors.history import HistoryError, HistoryReader
+from stageflow_actors.history.schema import in_wal_mode
+from stageflow_actors.runtime.attach import Attached, attach, live_address
+from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.node import HISTORY_FACT
+from stageflow_actors.runtime.premises import premises
+from stageflow_actors.runtime.processes import start_ticks
+from stageflow_actors.runtime.served import SERVED_FACT, read_served
+
+__all__ = ["Checkup", "check_up"]
+
+PATIENCE = 3.0
+"""Seconds that something wrong in a running cluster must last: deaths take a moment to be known."""
+AGAIN = 0.2
+SLACK = 60.0
+"""Seconds by which clocks may be set back, and an instance may take from its end to the broker."""
+NAMED = 3
+SHOWN = 20
+
+BACKUP = "restore history.db, and the journal with it, from the last backup"
+
+
+class Checkup(Struct):
+    """What was looked at, and what was found. `checked`: how many instances live, messages, and so on."""
+
+    live: bool
+    findings: list[Finding]
+    checked: dict[str, int]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the invariants hold."""
+        return all(finding.severity != ERROR for finding in self.findings)
+
+
+def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
+    """Look at everything. `readable`: whether the journal is undamaged, so that it can be read through.
+
+    Raises `StageFlowError` where nothing can be looked at.
+    """
+    report = Checkup(False, list(premises(data)), {})
+    found = report.findings
+    gone: Departures | None = None
+    has_journal = any(data.journal.glob("*.journal"))
+    if has_journal and readable:
+        try:
+            gone = departures(data.journal, FINISHED)
+        except JournalCorrupt as error:
+            found.append(Finding(ERROR, "journal", str(data.journal), str(error)))
+        else:
+            found.extend(_of_departures(data, gone))
+    picture: dict[str, Any] = {}
+    # A program that has just been started, and one that is about to end, answer for themselves.
+    try:
+        report.live = live_address(data) is not None
+        if report.live or gone is not None:
+            with attach(data.path, with_history=False) as attached:
+                report.live = attached.live
+                picture = _look(attached, found)
+                found.extend(_of_history(data, gone, picture, attached, has_journal))
+        else:
+            found.extend(_of_history(data, gone, picture, None, has_journal))
+    except (StageFlowError, BrokerError) as error:
+        found.append(Finding(ERROR, "broker", str(data.path), str(error), "stageflow health"))
+    if not has_journal and not report.live and not data.history.exists():
+        what = "nothing has run in this directory yet"
+        found.append(Finding(INFO, "journal", str(data.path), what, "is --data right?"))
+    report.checked = {
+        "instances": len(picture.get("live", ())),
+        "messages": picture.get("messages", 0),
+        "queues": len(picture.get("queues", ())),
+        "ended_in_journal": 0 if gone is None else len(gone.ended),
+    }
+    order = {ERROR: 0, WARNING: 1, INFO: 2}
+    found.sort(key=lambda finding: order[finding.severity])
+    return report
+
+
+# the broker
+
+
+def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
+    """The broker's picture; what is wrong in it, and stays wrong, is added to `found`."""
+    deadline = time.monotonic() + (PATIENCE if attached.live else 0.0)
+    picture: dict[str, Any] = attached.ask("audit")
+    served = read_served(picture["facts"].get(SERVED_FACT))
+    naming = Naming() if served is None else served.naming
+    # What the broker knows of instances is true at any one moment. Workers come and go, and it takes a moment.
+    found.extend(instances(picture, naming))
+    found.extend(contradictions(picture))
+    lasting = _passing(picture, attached.live)
+    while any(one.severity != INFO for one in lasting.values()) and time.monotonic() < deadline:
+        time.sleep(AGAIN)
+        now = _passing(attached.ask("audit"), attached.live)
+        lasting = {key: now[key] for key in lasting if key in now}
+    found.extend(lasting.values())
+    return picture
+
+
+def _passing(picture: dict[str, Any], live: bool) -> dict[tuple[str, str], Finding]:
+    """What may be over in a moment."""
+    served = read_served(picture["facts"].get(SERVED_FACT))
+    naming = Naming() if served is None else served.naming
+    known = None if served is None else serving(served.plans, naming)
+    found = [*leases(picture, _alive if live else lambda pid: True), *queues(picture, known, naming, live)]
+    # Of the queues that nobody serves there is one finding, whose figures change.
+    return {(one.check, "" if one.check == "unserved" else one.where): one for one in found}
+
+
+def _alive(pid: int) -> bool:
+    return start_ticks(pid) is not None
+
+
+def _of_departures(data: DataDir, gone: Departures) -> Iterator[Finding]:
+    if gone.idle:
+        what = "by the journal it is live, and nothing carries it on: no message, gather or timer"
+        advice = "the next start forgets it; restore the directory from a backup, or start it anew"
+        yield Finding(ERROR, "carrier", _named(gone.idle), what, advice)
+    yield from _of_clock(data.journal, gone.latest)
+
+
+def _of_clock(where: object, latest: float) -> Iterator[Finding]:
+    ahead = latest - time.time()
+    if ahead > SLACK:
+        what = f"its latest entry is {ahead:,.0f} s ahead of this machine's clock, which was set back"
+        yield Finding(WARNING, "clock", str(where), what, "set the clock; until then ages and timeouts are wrong")
+
+
+# the history
+
+
+def _of_history(
+    data: DataDir, gone: Departures | None, picture: dict[str, Any], attached: Attached | None, has_journal: bool
+) -> Iterator[Finding]:
+    facts: dict[str, str] | None = picture.get("facts", None if gone is None else gone.facts)
+    identity = None if facts is None else facts.get(HISTORY_FACT)
+    where = str(data.history)
+    if not data.history.exists():
+        if identity is not None:
+            what = "the journal says that there is a history of finished instances, and it is missing"
+            yield Finding(ERROR, "history", where, what, BACKUP)
+        return
+    live = attached is not None and attached.live
+    try:
+        with closing(HistoryReader.open(data.history, at_rest=not live)) as reader:
+            yield from _of_file(reader)
+            if reader.count():
+                yield from _of_journal(where, facts, has_journal or live)
+            if identity is not None and reader.identity != identity:
+                what = "it is not the history that belongs to this journal, but another one"
+                yield Finding(ERROR, "history", where, what, BACKUP)
+            yield from _of_clock(where, reader.latest())
+            yield from _agreement(reader, gone, picture, attached)
+    except HistoryError as error:
+        yield Finding(ERROR, "history", where, str(error), BACKUP)
+
+
+def _of_journal(where: str, facts: dict[str, str] | None, has_journal: bool) -> Iterator[Finding]:
+    """Where instances have finished there is a journal that knows of the history; None: it cannot be read."""
+    advice = "restore the journal directory from the last backup"
+    if not has_journal:
+        what = "instances have finished here, and the journal is missing: which ones were live is not known any more"
+        yield Finding(ERROR, "journal", where, what, advice)
+    elif facts is not None and HISTORY_FACT not in facts:
+        what = "instances have finished here, and the journal knows of no history: it is not the one they lived in"
+        yield Finding(WARNING, "history", where, what, advice)
+
+
+def _of_file(reader: HistoryReader) -> Iterator[Finding]:
+    where = str(reader.path)
+    for text in reader.check(thorough=True)[:SHOWN]:
+        yield Finding(ERROR, "history", where, text, BACKUP)
+    if not in_wal_mode(reader.path):
+        what = "it is not in WAL mode: something other than stageflow has written it"
+        yield Finding(WARNING, "history", where, what, "nothing: the next start sets it again")
+
+
+def _agreement(
+    reader: HistoryReader, gone: Departures | None, picture: dict[str, Any], attached: Attached | None
+) -> Iterator[Finding]:
+    live: list[str] = picture.get("live", [])
+    others: dict[str, int] = picture.get("epochs", {})
+    finished = reader.epochs(live)
+    both = [id for id in live if id in finished and finished[id] >= others.get(id, 1)]
+    if both and attached is not None and attached.live:
+        # It may have ended since the picture was taken, but whoever is still live now was not finished before.
+        groups = attached.ask("lookup", both)["groups"]
+        both = [id for id in both if id in groups and not groups[id]["ended"] and groups[id]["epoch"] <= finished[id]]
+    if both:
+        what = "it is live, and in the history the same run of it has finished: it would be finished a second time"
+        advice = "stageflow instances show {id}; after a `journal repair` cancel it, else restore a backup of both"
+        yield Finding(ERROR, "agreement", _named(both), what, advice.format(id=both[0]))
+    if gone is None:
+        return
+    rows = reader.epochs(gone.ended)
+    pruned = reader.pruned_before()
+    lost = [
+        id
+        for id, (epoch, when) in gone.ended.items()
+        if rows.get(id, 0) < epoch and (not pruned or when > pruned + SLACK)
+    ]
+    if lost:
+        what = "by the journal it has ended and is in the history, and the history does not have it"
+        advice = f"{BACKUP}; without it the same ids can be started again"
+        yield Finding(ERROR, "agreement", _named(lost), what, advice)
+
+
+def _named(ids: Iterable[str]) -> str:
+    known = list(ids)
+    shown = ", ".join(known[:NAMED])
+    return shown if len(known) <= NAMED else f"{shown} and {len(known) - NAMED} more"

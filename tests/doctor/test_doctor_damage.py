@@ -1,0 +1,415 @@
+"""Whatever is wrong with a data directory at rest is found and explained; nothing is changed by looking."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from brokers.api import START
+from brokers.core import records
+from brokers.journal.format import SECTOR
+from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
+from stageflow_actors.history import HistoryWriter
+from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
+
+Doctor = Callable[[Path], Any]
+FIRST = "stageflow.orders.stage0"
+ENDPOINT = Naming().endpoint("pay")
+ITEMS = "stageflow.orders.stage1.lines"
+JOIN = "stageflow.orders.stage1"
+
+
+def test_an_empty_directory_and_one_in_which_all_has_finished_are_sound(books: Any, doctor: Doctor) -> None:
+    books.finish("A", "B")
+    report = doctor(books.close())
+    assert (report.code, report.findings) == (0, [])
+    assert report.said["cluster"] == "at rest"
+    assert report.said["checked"]["ended_in_journal"] == 2
+
+
+def test_a_directory_in_which_nothing_has_run_is_said_to_be_one(tmp_path: Path, doctor: Doctor) -> None:
+    report = doctor(tmp_path)
+    assert report.code == 0
+    assert "nothing has run" in report.one("info", "journal")["what"]
+
+
+SOUND: dict[str, Callable[[Any], None]] = {
+    "ready": lambda b: b.publish("A"),
+    "at the coordinator": lambda b: b.publish("A", COORDINATOR, ":failed"),
+    "waiting for a signal": lambda b: b.publish("A", "", opens=[("signal:go", 1, COORDINATOR, 0.0)]),
+    "waiting for a signal with a deadline": lambda b: b.publish("A", "", opens=[("signal:go", 1, COORDINATOR, 60.0)]),
+    "an early signal": lambda b: (b.publish("A"), b.publish("A", "", arrivals=[("signal:go", "1")])),
+    "a workflow's timeout": lambda b: b.publish("A", opens=[(TIMEOUT, 1, COORDINATOR, 60.0)]),
+    "a workflow's timeout that is over": lambda b: (b.publish("A"), b.publish("A", COORDINATOR, TIMEOUT, flags=0)),
+    "an open request": lambda b: b.publish("A", ENDPOINT, "pay", opens=[("reply:pay:1", 1, FIRST, 0.0)]),
+    "a request that has been answered late": lambda b: (b.publish("A"), b.publish("A", ENDPOINT, "pay", flags=0)),
+    "a fork": lambda b: (
+        b.publish("A", f"{JOIN}.left", "left", opens=[("both", 2, JOIN, 0.0)]),
+        b.publish("A", f"{JOIN}.right", "right", flags=0),
+    ),
+    "a fork with one branch over": lambda b: b.publish(
+        "A", f"{JOIN}.left", "left", opens=[("both", 2, JOIN, 0.0)], arrivals=[("both", "right")]
+    ),
+    "a branch that asks": lambda b: b.publish(
+        "A",
+        ENDPOINT,
+        "pay",
+        opens=[("both", 2, JOIN, 0.0), ("reply:left:7", 1, f"{JOIN}.left", 9.0)],
+        arrivals=[("both", "right")],
+    ),
+    "a map": lambda b: [
+        b.publish("A", ITEMS, "lines", opens=[("lines", 3, JOIN, 0.0)], arrivals=[("lines", "0")]),
+        b.publish("A", ITEMS, "lines", flags=0),
+    ],
+    "a map not quite split": lambda b: [
+        b.publish("A", ITEMS, "lines", opens=[("lines", 9, JOIN, 0.0)], arrivals=[("lines", "0")]),
+        b.publish("A", JOIN, "lines", flags=0),
+    ],
+    "ended, and not in the history yet": lambda b: b.publish("A", "stageflow.finished", FINISHED, terminal=True),
+    "ended and in the history, and not gone yet": lambda b: (
+        b.publish("A", "stageflow.finished", FINISHED, terminal=True),
+        b.record("A"),
+    ),
+    "run again": lambda b: (b.finish("A"), b.publish("A")),
+}
+
+
+@pytest.mark.parametrize("state", SOUND)
+def test_whatever_an_instance_waits_for_is_one_carrier(books: Any, doctor: Doctor, state: str) -> None:
+    SOUND[state](books)
+    if state == "run again":
+        # The second run belongs to the next epoch, as a restart has it.
+        books.ask("raise-epoch", "A", 2, COORDINATOR, ":x")
+    report = doctor(books.close())
+    assert (report.code, report.alarms()) == (0, [])
+
+
+class Planted(NamedTuple):
+    """What is done to the books while open, which messages are taken away at rest, and what the doctor says."""
+
+    plant: Callable[[Any], Any]
+    forgotten: tuple[int, ...]
+    words: str
+
+
+CARRIERS = {
+    "nothing at all": Planted(lambda b: b.publish("A"), (1,), "nothing carries it on"),
+    "an early signal only": Planted(
+        lambda b: (b.publish("A"), b.publish("A", "", arrivals=[("signal:go", "1")])),
+        (1,),
+        "nothing carries it on: no message, gather or timer; beside it there is signal:go",
+    ),
+    "a timeout only": Planted(
+        lambda b: b.publish("A", opens=[(TIMEOUT, 1, COORDINATOR, 60.0)]), (1,), "nothing carries it on"
+    ),
+    "two messages": Planted(
+        lambda b: (b.publish("A"), b.publish("A", "stageflow.orders.stage1", "pay", flags=0)),
+        (),
+        "2 messages or gathers carry it on, where there must be one (in stageflow.orders.stage0 (ready), "
+        "stageflow.orders.stage1 (ready))",
+    ),
+    "a message and a signal": Planted(
+        lambda b: b.publish("A", opens=[("signal:go", 1, COORDINATOR, 0.0)]), (), "it waits at signal:go"
+    ),
+    "a request that nobody has": Planted(
+        lambda b: b.publish("A", ENDPOINT, "pay", opens=[("reply:pay:1", 1, FIRST, 0.0)]),
+        (1,),
+        "in no queue, and without a deadline",
+    ),
+    "a lost branch": Planted(
+        lambda b: (
+            b.publish("A", f"{JOIN}.left", "left", opens=[("both", 2, JOIN, 0.0)]),
+            b.publish("A", f"{JOIN}.right", "right", flags=0),
+        ),
+        (2,),
+        "waits for 2 more of its 2 pieces, and 1 are in work: it will never go on",
+    ),
+    "an item twice": Planted(
+        lambda b: (
+            [b.publish("A", ITEMS, "lines", flags=START, opens=[("lines", 2, JOIN, 0.0)])]
+            + [b.publish("A", ITEMS, "lines", flags=0) for _ in range(2)]
+        ),
+        (),
+        "waits for 2 more of its 2 pieces, and 3 are in work: some are in work twice",
+    ),
+    "two joins": Planted(
+        lambda b: b.publish("A", opens=[("one", 1, JOIN, 0.0), ("two", 1, JOIN, 0.0)]), (), "two stages of it wait"
+    ),
+    "an end nobody is told of": Planted(
+        lambda b: (
+            b.publish("A", "stageflow.finished", FINISHED, terminal=True),
+            b.publish("A", flags=0),
+        ),
+        (1,),
+        "it has ended, and no messages tell the history",
+    ),
+    "an end told twice": Planted(
+        lambda b: [b.publish("A", "stageflow.finished", FINISHED, flags=flags, terminal=True) for flags in (START, 0)],
+        (),
+        "it has ended, and 2 messages tell the history",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", CARRIERS)
+def test_an_instance_without_exactly_one_carrier_is_found(books: Any, doctor: Doctor, damage: str) -> None:
+    planted = CARRIERS[damage]
+    planted.plant(books)
+    books.publish("sound")
+    path = books.close()
+    if planted.forgotten:
+        books.forget(*planted.forgotten)
+    report = doctor(path)
+    assert report.code == 1
+    found = report.one("error", "carrier")
+    assert found["where"] == "A"
+    assert planted.words in found["what"]
+
+
+def test_many_instances_of_one_kind_are_one_finding(books: Any, doctor: Doctor) -> None:
+    for number in range(30):
+        for queue in (FIRST, "stageflow.orders.stage1"):
+            books.publish(f"A{number}", queue, flags=START if queue == FIRST else 0)
+    assert doctor(books.close()).one("error", "carrier")["where"] == "A0, A1, A2 and 27 more"
+
+
+def test_what_has_ended_and_is_not_in_the_history_was_lost_there(books: Any, doctor: Doctor) -> None:
+    books.finish("A", "B", "C")
+    path = books.close()
+    with sqlite3.connect(path / "history.db") as database:
+        database.execute("DELETE FROM instance WHERE instance_id = 'B'")
+    database.close()
+    found = doctor(path).one("error", "agreement")
+    assert found["where"] == "B"
+    assert "the history does not have it" in found["what"]
+
+
+def test_what_has_been_pruned_is_not_lost(books: Any, doctor: Doctor) -> None:
+    books.finish("A")
+    path = books.close()
+    with HistoryWriter.open(path / "history.db", create=False) as writer:
+        assert writer.prune(time.time() + 1) == 1
+    report = doctor(path)
+    assert (report.code, report.findings) == (0, [])
+
+
+def test_an_instance_that_lives_and_has_finished_is_found(books: Any, doctor: Doctor) -> None:
+    books.publish("A")
+    books.record("A")
+    found = doctor(books.close()).one("error", "agreement")
+    assert found["where"] == "A"
+    assert "finished a second time" in found["what"]
+
+
+def test_a_history_that_is_gone_is_found(books: Any, doctor: Doctor) -> None:
+    books.finish("A")
+    path = books.close()
+    (path / "history.db").unlink()
+    found = doctor(path).one("error", "history")
+    assert found["where"] == str(path / "history.db")
+    assert "missing" in found["what"]
+
+
+def test_the_history_of_another_cluster_is_found(books: Any, doctor: Doctor, tmp_path: Path) -> None:
+    books.finish("A")
+    path = books.close()
+    HistoryWriter.open(tmp_path / "other.db", create=True).close()
+    shutil.copy(tmp_path / "other.db", path / "history.db")
+    report = doctor(path)
+    assert "another one" in report.one("error", "history")["what"]
+    assert report.one("error", "agreement")["where"] == "A"
+
+
+def test_a_damaged_history_is_found(books: Any, doctor: Doctor) -> None:
+    books.finish(*(f"A{n}" for n in range(200)))
+    path = books.close()
+    with (path / "history.db").open("r+b") as file:
+        file.seek(3 * 8192)
+        file.write(bytes(8192))
+    assert {one["check"] for one in doctor(path).errors()} >= {"history"}
+
+
+def test_an_index_that_has_lost_a_row_is_found(books: Any, doctor: Doctor) -> None:
+    books.finish("A", "B")
+    path = books.close()
+    with sqlite3.connect(path / "history.db") as database:
+        # The row stays and its entry goes: the table is edited while SQLite does not know of the index.
+        (sql,) = database.execute("SELECT sql FROM sqlite_master WHERE name = 'instance_by_id'").fetchone()
+        database.execute("PRAGMA writable_schema = ON")
+        database.execute("UPDATE sqlite_master SET sql = ? || ' WHERE epoch > 5' WHERE name = 'instance_by_id'", (sql,))
+    database.close()
+    assert any("instance_by_id" in one["what"] for one in doctor(path).errors())
+
+
+def test_a_history_out_of_wal_mode_is_told(books: Any, doctor: Doctor) -> None:
+    books.finish("A")
+    path = books.close()
+    with sqlite3.connect(path / "history.db") as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    database.close()
+    report = doctor(path)
+    assert report.code == 0
+    assert "WAL" in report.one("warning", "history")["what"]
+
+
+def test_a_journal_that_is_gone_is_found(books: Any, doctor: Doctor) -> None:
+    books.finish("A")
+    path = books.close()
+    shutil.rmtree(path / "journal")
+    assert "the journal is missing" in doctor(path).one("error", "journal")["what"]
+
+
+def test_the_journal_of_another_cluster_is_told(books: Any, doctor: Doctor) -> None:
+    books.finish("A")
+    books.ask("fact", "history", "")
+    path = books.close()
+    books.append((records.FACT, ("history", "someone else's")))
+    assert "another one" in doctor(path).one("error", "history")["what"]
+
+
+def test_damage_in_the_journal_is_found_with_file_and_offset(books: Any, doctor: Doctor) -> None:
+    for number in range(5):
+        books.publish(f"A{number}")
+    path = books.close()
+    segment = path / "journal" / "0000000000000001.journal"
+    with segment.open("r+b") as file:
+        file.seek(3 * SECTOR + 60)
+        file.write(b"\xff\x00\xff")
+    found = doctor(path).one("error", "journal")
+    assert found["where"].startswith(f"{segment} at offset ")
+    assert "journal repair" in found["advice"]
+
+
+def test_after_a_repair_the_directory_is_sound_and_the_copies_are_named(
+    books: Any, doctor: Doctor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from stageflow_actors.cli.main import main
+
+    for number in range(5):
+        books.publish(f"A{number}")
+    path = books.close()
+    with (path / "journal" / "0000000000000001.journal").open("r+b") as file:
+        file.seek(5 * SECTOR + 60)
+        file.write(b"\xff\x00\xff")
+    assert doctor(path).code == 1
+    assert main(["journal", "repair", "--yes", "--data", str(path)]) == 0
+    report = doctor(path)
+    assert (report.code, report.alarms()) == (0, [])
+    assert "journal repair" in report.one("info", "copies")["what"]
+
+
+def test_a_torn_end_is_told_and_breaks_nothing(books: Any, doctor: Doctor, snapshot: Any) -> None:
+    books.publish("A")
+    path = books.close()
+    segment = path / "journal" / "0000000000000001.journal"
+    whole = segment.read_bytes()
+    used = len(whole.rstrip(b"\0"))
+    with segment.open("r+b") as file:
+        file.seek(used - 10)
+        file.write(b"\xaa")
+    before = snapshot(path)
+    report = doctor(path)
+    assert report.code == 0
+    assert "torn end" in report.one("info", "journal")["what"]
+    assert snapshot(path) == before
+
+
+def test_clocks_that_were_set_back_are_told(books: Any, doctor: Doctor) -> None:
+    books.publish("A")
+    path = books.close()
+    books.append((records.STARTED, 7), wall=time.time() + 7200)
+    report = doctor(path)
+    assert report.code == 0
+    assert "ahead of this machine's clock" in report.one("warning", "clock")["what"]
+
+
+def test_files_that_others_may_write_are_told(books: Any, doctor: Doctor) -> None:
+    path = books.close()
+    path.chmod(0o777)
+    report = doctor(path)
+    path.chmod(0o700)
+    assert report.code == 0
+    assert report.one("warning", "access") == {
+        "severity": "warning",
+        "check": "access",
+        "where": str(path),
+        "what": "others may write to it (mode 777): what it holds cannot be trusted",
+        "advice": f"chmod go-w {path}",
+    }
+
+
+def test_a_full_disk_is_told(books: Any, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = books.close()
+    usage = shutil.disk_usage(path)._replace(free=50 << 20)
+    monkeypatch.setattr("stageflow_actors.runtime.premises.shutil.disk_usage", lambda _: usage)
+    report = doctor(path)
+    assert report.code == 0
+    assert "52 MB are free" in report.one("warning", "room")["what"]
+
+
+def test_messages_that_no_workflow_will_take_are_told(books: Any, doctor: Doctor) -> None:
+    books.publish("A", "stageflow.gone.stage0")
+    books.ask("fact", SERVED_FACT, write_served(Served([], Naming(), 1 << 20)))
+    found = doctor(books.close()).one("warning", "unserved")
+    assert found["where"] == "stageflow.gone.stage0 (1)"
+
+
+def test_what_stands_still_on_purpose_is_named_with_its_command(books: Any, doctor: Doctor) -> None:
+    books.publish("A")
+    books.ask("pause", FIRST)
+    report = doctor(books.close())
+    assert report.code == 0
+    assert report.one("info", "paused")["advice"] == f"stageflow queue resume {FIRST}"
+
+
+def test_a_record_of_the_cluster_that_cannot_be_read_is_told(books: Any, doctor: Doctor) -> None:
+    path = books.close()
+    (path / "cluster.json").write_text("{")
+    assert doctor(path).one("warning", "lock")["where"] == str(path / "cluster.json")
+
+
+def test_a_table_says_where_what_and_what_to_do(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    from stageflow_actors.cli.main import main
+
+    books.publish("A")
+    books.record("A")
+    path = books.close()
+    assert main(["doctor", "--data", str(path)]) == 1
+    said = capfd.readouterr()
+    assert said.err == ""
+    first, advice, last = said.out.splitlines()
+    assert first.startswith("error    agreement: A: it is live, and in the history")
+    assert advice.startswith("         → ")
+    assert last == f"1 error: 1 live instances, 1 messages, {path}, at rest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("doctor", "--data", "nowhere"), 1, "there is no such directory"),
+        (("doctor", "--output", "csv"), 2, "csv"),
+        (("doctor", "extra"), 2, "extra"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_one_line(
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
+) -> None:
+    from stageflow_actors.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(list(arguments)) == code
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert words in said.err
+    assert said.err.count("\n") == 1
