@@ -10,6 +10,7 @@
     │   ├── JournalFull         no room for the next segment; nothing was written, free some and go on
     │   └── JournalFailed       a write or a sync failed: this process must end
     ├── BrokerUnavailable       no broker answers
+    ├── SocketNotPrivate        others than this user have access to where the broker listens
     ├── QueueFull               the queue has reached its limit
     ├── PayloadTooLarge         a body, or a batch of them, beyond the limit
     ├── ProtocolError           a frame that is not of this protocol
@@ -35,6 +36,7 @@ __all__ = [
     "ProtocolError",
     "QueueFull",
     "Refused",
+    "SocketNotPrivate",
 ]
 
 
@@ -108,6 +110,14 @@ class JournalFailed(JournalError):
 
 class BrokerUnavailable(BrokerError):
     """No broker answers: it is starting, restarting or gone."""
+
+
+class SocketNotPrivate(BrokerError):
+    """Others may have access to where the broker listens, or it is another user's. `path` is that directory."""
+
+    def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
+        super().__init__(message)
+        self.path = fspath(path)
 
 
 class QueueFull(BrokerError):

@@ -40,8 +40,8 @@ class Session:
 
     `heard` is the last frame that came in since its last hello, `last_frame` the highest one that was ever taken: those
     up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
-    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the number
-    of its last hello.
+    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the
+    number of its last hello.
     """
 
     __slots__ = (

@@ -1,7 +1,8 @@
 """A connection over a DEALER socket that one thread owns.
 
 Other threads lay frames ready and wake it through an eventfd. The socket's own monitor tells of each (re)connect, so
-that a restarted broker hears a hello at once rather than after a time-out.
+that a restarted broker hears a hello at once rather than after a time-out. Nothing is said to a socket that others than
+this user may have put there: neither to the first one nor, after a broker has gone, to any later one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from brokers.api import Listener
 from brokers.client import PeerClient
-from brokers.errors import BrokerUnavailable
+from brokers.errors import BrokerUnavailable, SocketNotPrivate
+from brokers.zeromq.door import check_address, check_listener
 
 __all__ = ["ZmqClient"]
 
@@ -31,12 +33,16 @@ LEAVE_TAKING = 0.05
 
 
 class ZmqClient(PeerClient):
-    """Connects to `address` on construction, in a daemon thread of its own."""
+    """Connects to `address` on construction, in a daemon thread of its own.
+
+    Raises `SocketNotPrivate` if others have access to where the broker listens.
+    """
 
     def __init__(
         self, address: str, listener: Listener, *, peer: int = 0, role: str = "client", name: str = ""
     ) -> None:
         super().__init__(listener, peer=peer, role=role, name=name)
+        check_address(address, missing_ok=True)
         self._address = address
         self._outgoing: deque[tuple[bytes, bytes, bytes]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -68,7 +74,7 @@ class ZmqClient(PeerClient):
         hello = self._hello()
         # Not welcomed any more: nothing is laid ready now, and what was is sent again.
         self._outgoing.clear()
-        self._dealer.send_multipart(hello)
+        self._put(hello)
 
     def _run(self) -> None:
         context = zmq.Context()
@@ -76,10 +82,12 @@ class ZmqClient(PeerClient):
         dealer.setsockopt(zmq.ROUTING_ID, self.peer.to_bytes(8, "big"))
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.setsockopt(zmq.RCVHWM, 0)
+        # What has not left when a connection breaks is sent again after the next hello, not to whoever is there next.
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
         dealer.setsockopt(zmq.LINGER, 200)
         dealer.setsockopt(zmq.RECONNECT_IVL, 10)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_CONNECTED)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -89,7 +97,10 @@ class ZmqClient(PeerClient):
         try:
             while not self._finished():
                 self._round(poller, dealer, monitor)
-            self._take_leave(dealer)
+            self._take_leave()
+        except SocketNotPrivate as error:
+            why = f"the connection to the broker has been given up: {error}"
+            logger.error("%s", why)
         except Exception as error:
             why = f"the connection to the broker has failed: {error!r}"
             logger.exception("the connection to the broker at %s has failed", self._address)
@@ -108,13 +119,13 @@ class ZmqClient(PeerClient):
             return False
         return not self._unconfirmed or time.monotonic() >= self._deadline
 
-    def _take_leave(self, dealer: zmq.Socket[bytes]) -> None:
+    def _take_leave(self) -> None:
         if self._welcomed and not self._ended:
             try:
                 self.query("bye")
             except BrokerUnavailable:
                 return
-            self._send_all(dealer)
+            self._send_all()
 
     def _round(self, poller: zmq.Poller, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         self._sleeping = True
@@ -130,8 +141,8 @@ class ZmqClient(PeerClient):
             except BlockingIOError:
                 pass
         if monitor in ready:
-            recv_monitor_message(monitor)
-            self.say_hello()
+            event = recv_monitor_message(monitor)
+            self._look(event["event"], event["value"])
         elif not self._welcomed and time.monotonic() >= self._hello_due:
             self.say_hello()
         while True:
@@ -141,19 +152,34 @@ class ZmqClient(PeerClient):
                 break
             if len(parts) == 2:
                 self.said(parts[0], parts[1])
-        self._send_all(dealer)
+        self._send_all()
+
+    def _look(self, event: int, descriptor: int) -> None:
+        """See who is there, and then talk to him: before the handshake there is no way to."""
+        if event == zmq.EVENT_CONNECTED:
+            check_address(self._address, missing_ok=True)
+            check_listener(descriptor)
+        else:
+            self.say_hello()
 
     def _is_sound(self) -> bool:
         """Whether we still have our descriptors: code that closes whatever is open leaves us waiting for ever."""
         try:
-            return os.readlink(f"/proc/self/fd/{self._wakeup}") == "anon_inode:[eventfd]"
-        except FileNotFoundError:
+            os.fstat(self._wakeup)
+        except OSError:
             return False
+        try:
+            return os.readlink(f"/proc/self/fd/{self._wakeup}") == "anon_inode:[eventfd]"
         except OSError:
             return True  # no /proc, or none that may be read
 
-    def _send_all(self, dealer: zmq.Socket[bytes]) -> None:
+    def _send_all(self) -> None:
         outgoing = self._outgoing
         while outgoing:
-            frame = outgoing.popleft()
-            dealer.send_multipart(frame, copy=len(frame[2]) < 65536)
+            self._put(outgoing.popleft())
+
+    def _put(self, frame: tuple[bytes, bytes, bytes]) -> None:
+        try:
+            self._dealer.send_multipart(frame, zmq.NOBLOCK, copy=len(frame[2]) < 65536)
+        except zmq.Again:
+            pass  # nobody is there: it is sent again when somebody is

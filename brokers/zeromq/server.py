@@ -13,14 +13,12 @@ import zmq
 
 from brokers.core.wire import MAX_FRAME
 from brokers.engine import Engine, Frame, Outgoing
+from brokers.zeromq.door import check_address
 
 __all__ = ["Server"]
 
 DRAINED_FRAMES = 512
 """Most frames taken in one round: one commit for all of them, yet a round stays well under a second."""
-
-DRAINED_BYTES = 64 << 20
-"""A round takes no more frames once it has this many bytes."""
 
 IDLE = 0.5
 """Seconds that a round may wait when nothing is due."""
@@ -30,9 +28,13 @@ PROBE = 5.0
 
 
 class Server:
-    """Serves `engine` at `address` until `stopping()` says so, which is asked again when `wakeup` can be read."""
+    """Serves `engine` at `address` until `stopping()` says so, which is asked again when `wakeup` can be read.
+
+    Raises `SocketNotPrivate` if others than this user could come to that address.
+    """
 
     def __init__(self, engine: Engine, address: str, *, wakeup: int = -1) -> None:
+        check_address(address)
         self._engine = engine
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -69,7 +71,7 @@ class Server:
     def _drain(self) -> list[Frame]:
         frames: list[Frame] = []
         receive = self._router.recv_multipart
-        room = DRAINED_BYTES
+        room = self._engine.round_bytes
         self._more = True
         for _ in range(DRAINED_FRAMES):
             try:

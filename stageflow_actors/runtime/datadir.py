@@ -34,8 +34,10 @@ __all__ = [
 ]
 
 NETWORK_FILE_SYSTEMS = frozenset(
-    "9p afs beegfs ceph cifs coda davfs fuse.ceph fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.juicefs fuse.rclone "
-    "fuse.s3fs fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs pvfs2 smb3 smbfs".split()
+    "9p acfs afs beegfs ceph cifs coda curlftpfs davfs fhgfs fuse.beegfs fuse.ceph fuse.cephfs fuse.curlftpfs "
+    "fuse.davfs fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.goofys fuse.juicefs fuse.lizardfs fuse.moosefs "
+    "fuse.mfsmount fuse.rclone fuse.s3fs fuse.seaweedfs fuse.smbnetfs fuse.sshfs gfs gfs2 gfarm glusterfs gpfs lustre "
+    "ncp ncpfs nfs nfs4 ocfs2 orangefs panfs pvfs2 quobyte smb2 smb3 smbfs wekafs".split()
 )
 """Types, as in /proc/mounts, on which locks, shared memory or syncs of several processes cannot be relied upon."""
 
@@ -273,6 +275,7 @@ def runtime_dir(data_dir: Path) -> Path:
     path = _runtime_base(len(name)) / name
     try:
         path.mkdir(mode=0o700)
+        path.chmod(0o700)  # whatever the umask has taken away
     except FileExistsError:
         pass
     except OSError as error:
@@ -285,13 +288,22 @@ def _runtime_base(name_length: int) -> Path:
     candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
     room = _SOCKET_PATH_MAX - _LONGEST_SOCKET_NAME - name_length - 2
     for candidate in candidates:
-        if candidate and len(os.fsencode(candidate)) <= room and os.access(candidate, os.W_OK | os.X_OK):
+        fits = candidate and len(os.fsencode(candidate)) <= room
+        if fits and os.access(candidate, os.W_OK | os.X_OK) and _keeps_what_is_in_it(candidate):
             return Path(candidate)
     raise DataDirUnusable(
         f"there is no writable directory for sockets among {', '.join(filter(None, candidates))} with a path of at "
-        f"most {room} bytes; set XDG_RUNTIME_DIR to one",
+        f"most {room} bytes in which nobody else can replace what is there; set XDG_RUNTIME_DIR to one",
         path=Path(candidates[-1]),
     )
+
+
+def _keeps_what_is_in_it(directory: str) -> bool:
+    """Whether nobody but this user can rename or remove what this user makes there, and put another in its place."""
+    found = os.stat(directory)
+    if found.st_uid not in (0, os.geteuid()):
+        return False
+    return not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX)
 
 
 def _check_private(path: Path) -> None:

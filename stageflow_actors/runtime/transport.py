@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from brokers.api import Broker, Listener
+from brokers.errors import SocketNotPrivate
 from brokers.zeromq.client import ZmqClient
+from stageflow_actors.runtime.datadir import DataDirUnusable
 
 __all__ = ["connect"]
 
 
 def connect(address: str, listener: Listener, *, role: str, name: str, peer: int = 0) -> Broker:
-    """A connection to the broker at `address`, which keeps itself up."""
-    return ZmqClient(address, listener, role=role, name=name, peer=peer)
+    """A connection to the broker at `address`, which keeps itself up.
+
+    Raises `DataDirUnusable` if others than this user have access to where the broker listens.
+    """
+    try:
+        return ZmqClient(address, listener, role=role, name=name, peer=peer)
+    except SocketNotPrivate as error:
+        raise DataDirUnusable(str(error), path=Path(error.path)) from None

@@ -123,6 +123,7 @@ def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised:
     supervisor.publish("q", b"1", b"2", b"3", b"4", group="g")
     worker.broker.consume("q", 2)
     one, two = worker.receive(2)
+    other.ask("ping")  # all of them have been welcomed once
     restart(supervised)
     back(supervisor, worker, other)
     other.broker.consume("q", 9)

@@ -20,6 +20,7 @@ EXAMPLES = [
     errors.QueueFull("m", queue="q", limit=6),
     errors.PayloadTooLarge("m", size=8, limit=7),
     errors.ProtocolError("m"),
+    errors.SocketNotPrivate("m", path="p"),
     errors.Refused("m"),
 ]
 
