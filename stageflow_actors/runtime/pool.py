@@ -19,17 +19,18 @@ from typing import Any
 
 import msgspec
 import pykka
-from msgspec import Struct, structs
+from msgspec import structs
 
 from brokers.client import new_peer
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import last_lines, write_failure
 from stageflow_actors.runtime.memory import memory_over
+from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_services import PoolServices
+from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
 from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
-from stageflow_actors.runtime.slots import Slot, SlotState
-from stageflow_actors.runtime.stderr import WorkerStderr
+from stageflow_actors.runtime.slots import SlotState
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
@@ -72,97 +73,8 @@ LONGEST_BACK_OFF = 0.5
 """Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
 
 
-class Tick:
-    """Time has passed."""
-
-
-class ScaleTo(Struct, frozen=True):
-    """So many actors for a queue from now on."""
-
-    queue: str
-    actors: int
-
-
-class Respec(Struct, frozen=True):
-    """The pool of a queue runs something else from now on: another version has been registered."""
-
-    spec: PoolSpec
-
-
-class Retire(Struct, frozen=True):
-    """Start nothing more. `kill`: end the workers now."""
-
-    kill: bool
-
-
-class Cancelled(Struct, frozen=True):
-    """The instance of this message has been cancelled while the worker `peer` runs it."""
-
-    peer: int
-    message_id: int
-
-
-class ZygoteLost(Struct, frozen=True):
-    """This zygote is gone, and with it every worker that it forked; there is another one by now."""
-
-    zygote: Zygote
-
-
 class _Resumed:
     """The queue of a pool that had paused it is open again."""
-
-
-class _Kill:
-    """The messages for which this pool has killed a worker, and why; `charged`: it counts as a death they caused."""
-
-    __slots__ = ("charged", "failure", "guilty")
-
-    def __init__(self, guilty: Sequence[int], failure: Failure, charged: bool) -> None:
-        self.guilty = guilty
-        self.failure = failure
-        self.charged = charged
-
-
-class _Worker:
-    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: why this pool has killed
-    it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
-    `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
-    version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
-    broker.
-    """
-
-    __slots__ = (
-        "ask_at",
-        "cancelled",
-        "id",
-        "killed",
-        "lanes",
-        "long",
-        "peer",
-        "pid",
-        "pidfd",
-        "recall_at",
-        "retiring",
-        "slot",
-        "stderr",
-        "zygote",
-    )
-
-    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: Zygote) -> None:
-        self.id = id
-        self.peer = peer
-        self.slot = slot
-        self.lanes = lanes
-        self.zygote = zygote
-        self.pid = 0
-        self.pidfd = -1
-        self.killed: _Kill | None = None
-        self.stderr: WorkerStderr | None = None
-        self.cancelled: dict[int, int] = {}
-        self.long = 0
-        self.recall_at = 0
-        self.retiring = False
-        self.ask_at = 0
 
 
 class Pool(pykka.ThreadingActor):
@@ -175,7 +87,7 @@ class Pool(pykka.ThreadingActor):
         self._spec = spec
         self._services = services
         self._wanted = spec.actors
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, PooledWorker] = {}
         self._serial = 0
         self._deaths = 0
         self._failed_starts = 0
@@ -262,7 +174,7 @@ class Pool(pykka.ThreadingActor):
         self._serial += 1
         zygote = services.zygote()
         lanes = services.slots.lanes(slot, spec.concurrency)
-        worker = _Worker(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
+        worker = PooledWorker(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
         self._workers[worker.id] = worker
         services.live[worker.peer] = spec.queue
         for lane in lanes:
@@ -367,7 +279,7 @@ class Pool(pykka.ThreadingActor):
         return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"
 
     def _bury(
-        self, worker: _Worker, guilty: Sequence[int] = (), failure: Failure | None = None, *, charge: bool = False
+        self, worker: PooledWorker, guilty: Sequence[int] = (), failure: Failure | None = None, *, charge: bool = False
     ) -> None:
         """Tell the broker, which gives back what the worker held; those `guilty` among it alone carry the failure."""
         services = self._services
@@ -449,7 +361,7 @@ class Pool(pykka.ThreadingActor):
             self._trim()
         self._fill()
 
-    def _look_at(self, worker: _Worker, running: list[SlotState], now: int) -> None:
+    def _look_at(self, worker: PooledWorker, running: list[SlotState], now: int) -> None:
         """End a worker with a message past its time; recall what waits behind one that takes long."""
         if worker.cancelled:
             self._remind(worker, now)
@@ -486,7 +398,7 @@ class Pool(pykka.ThreadingActor):
             elif not worker.retiring:
                 self._ask_to_retire(worker)
 
-    def _recall(self, worker: _Worker, message_id: int, now: int, age: int) -> None:
+    def _recall(self, worker: PooledWorker, message_id: int, now: int, age: int) -> None:
         """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
         if worker.long != message_id:
             worker.long, worker.recall_at = message_id, now
@@ -502,7 +414,7 @@ class Pool(pykka.ThreadingActor):
                 worker.cancelled[event.message_id] = now + CANCEL_GRACE
                 self._remind(worker, now)
 
-    def _remind(self, worker: _Worker, now: int) -> None:
+    def _remind(self, worker: PooledWorker, now: int) -> None:
         """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
         for message_id, until in list(worker.cancelled.items()):
             if now - until > REMEMBERED:
@@ -512,14 +424,14 @@ class Pool(pykka.ThreadingActor):
             if state.message_id in worker.cancelled and not state.cancelled:
                 lane.cancel(state.message_id)
 
-    def _time_out(self, worker: _Worker, late: list[SlotState]) -> None:
+    def _time_out(self, worker: PooledWorker, late: list[SlotState]) -> None:
         reason = f"StageTimeout: {self._what()} ran longer than its timeout of {late[0].timeout_ns / 1e9:g} s"
         if late[0].grace_ns:
             reason += " and did not end when it was cancelled"
         self._kill(worker, late, Failure("timeout", reason, "StageTimeout"))
 
-    def _kill(self, worker: _Worker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
-        worker.killed = _Kill([state.message_id for state in guilty], failure, charged)
+    def _kill(self, worker: PooledWorker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
+        worker.killed = Kill([state.message_id for state in guilty], failure, charged)
         kill_group(worker.pid, worker.pidfd)
 
     def _look_whether_resumed(self) -> None:
@@ -571,7 +483,7 @@ class Pool(pykka.ThreadingActor):
             self._ask_to_retire(worker)
         self._fill()
 
-    def _ask_to_retire(self, worker: _Worker) -> None:
+    def _ask_to_retire(self, worker: PooledWorker) -> None:
         """Through the broker, never by a signal: it may have begun something, or be about to settle what it has done,
         and would be killed between the doing and the settling, so that all of that were done once more."""
         worker.retiring = True

@@ -30,6 +30,7 @@ from stageflow_actors.runtime.processes import (
     kill_group,
     kill_groups,
     name_process,
+    offer_for_oom,
     parent_death_fd,
     set_pdeathsig,
 )
@@ -236,6 +237,7 @@ class Zygote:
                 os.dup2(stderr, 2)
                 os.close(stderr)
             self._let_go()
+            offer_for_oom()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
         except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
             traceback.print_exc()

@@ -73,6 +73,10 @@ def swell_afterwards(context: Row) -> int:
     return os.getpid()
 
 
+def tell_score(context: Row) -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
 def tell_who(context: Row) -> int:
     return os.getpid()
 
@@ -84,13 +88,14 @@ def workflow_of(handler: Handler, **options: Any) -> Workflow[Row]:
 HANDLERS = [swell, swell_once, have_a_child_swell, share_with_children, swell_afterwards]
 bombs = {handler: workflow_of(handler, max_memory=LIMIT) for handler in HANDLERS}
 cramped = workflow_of(tell_who, max_memory=5_000_000)
+scored = workflow_of(tell_score)
 others_work: Workflow[Row] = Workflow("others").add_stage(tell_who)
 
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     data = tmp_path_factory.mktemp("data")
-    runtime = Runtime(*bombs.values(), others_work, data_dir=data).start()
+    runtime = Runtime(*bombs.values(), scored, others_work, data_dir=data).start()
     yield runtime
     runtime.stop(grace=0.0)
 
@@ -166,6 +171,15 @@ def test_a_limit_that_no_worker_can_keep_pauses_the_pool_and_says_so(
         eventually(lambda: runtime.queues(queue)[0].state == "paused", "the pause")
     finally:
         runtime.stop(grace=0.0)
+
+
+def test_when_memory_runs_out_the_kernel_would_rather_end_a_worker_than_the_node_or_the_broker(
+    runtime: Runtime,
+) -> None:
+    node = psutil.Process(runtime._node.pid)
+    kept_up = [Path(f"/proc/{process.pid}/oom_score_adj").read_text() for process in (node, *node.children())]
+    worker = runtime.execute(scored, {}, timeout=20).stages[0].data
+    assert worker > max(map(int, kept_up)) or worker == 1000
 
 
 def test_memory_over_tells_how_much_there_is_and_nothing_of_processes_that_are_gone() -> None:

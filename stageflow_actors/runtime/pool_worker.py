@@ -1,0 +1,65 @@
+"""One worker as its pool knows it. Only its pool changes anything here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stageflow_actors.core.envelope import Failure
+from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.stderr import WorkerStderr
+from stageflow_actors.runtime.zygote import Zygote
+
+__all__ = ["Kill", "PooledWorker"]
+
+
+class Kill:
+    """The messages for which this pool has killed a worker, and why; `charged`: it counts as a death they caused."""
+
+    __slots__ = ("charged", "failure", "guilty")
+
+    def __init__(self, guilty: Sequence[int], failure: Failure, charged: bool) -> None:
+        self.guilty = guilty
+        self.failure = failure
+        self.charged = charged
+
+
+class PooledWorker:
+    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: why this pool has killed
+    it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
+    `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
+    version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
+    broker.
+    """
+
+    __slots__ = (
+        "ask_at",
+        "cancelled",
+        "id",
+        "killed",
+        "lanes",
+        "long",
+        "peer",
+        "pid",
+        "pidfd",
+        "recall_at",
+        "retiring",
+        "slot",
+        "stderr",
+        "zygote",
+    )
+
+    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: Zygote) -> None:
+        self.id = id
+        self.peer = peer
+        self.slot = slot
+        self.lanes = lanes
+        self.zygote = zygote
+        self.pid = 0
+        self.pidfd = -1
+        self.killed: Kill | None = None
+        self.stderr: WorkerStderr | None = None
+        self.cancelled: dict[int, int] = {}
+        self.long = 0
+        self.recall_at = 0
+        self.retiring = False
+        self.ask_at = 0
