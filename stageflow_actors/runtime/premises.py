@@ -44,7 +44,8 @@ def _of_lock(data: DataDir, record: ClusterRecord | None, live: bool) -> Iterato
     where = str(data.lock)
     holders = data.holders() if data.lock.exists() else []
     if record is not None and live:
-        if record.program not in holders and _may_look_into(record.program):
+        own = {record.program, record.node}
+        if not own.intersection(holders) and _may_look_into(record.node or record.program):
             what = (
                 f"the program with pid {record.program} serves this directory and does not hold its lock: the file "
                 "was removed or replaced, and a second cluster could start on the same journal"
