@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from msgspec import Struct
-
 from brokers.core import wire
 from brokers.core.admin import Admin
+from brokers.core.bounds import Bounds, Limits
 from brokers.core.gathering import Gathering
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger, ReadBody
@@ -37,13 +36,6 @@ __all__ = ["Limits", "Machine"]
 NOT_NOW, NEW, SEEN = range(3)
 
 
-class Limits(Struct, frozen=True):
-    """Bounds on what peers may do. `max_message_bytes` bounds one body, `max_peers` sessions at once."""
-
-    max_message_bytes: int = 16 << 20
-    max_peers: int = 4096
-
-
 class Machine:
     """The one decision-maker. `read_body(segment, offset, size)` fetches a body that has left memory."""
 
@@ -60,10 +52,11 @@ class Machine:
         self.malformed = 0
         self.compacting = False
         store = self.store = Store(paging=paging)
+        self.bounds = Bounds(store, self.limits)
         self.ledger = Ledger(store, read_body)
-        self.talk = Talk(store)
+        self.talk = Talk(store, max_unread_bytes=self.limits.max_unread_bytes)
         self.watching = Watching(store, self.ledger, self.talk)
-        self.leases = Leases(store, self.ledger, self.talk, rostered=not supervised)
+        self.leases = Leases(store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch)
         self.gathering = Gathering(store, self.ledger, self.leases)
         self.publishing = Publishing(
             store,
@@ -71,10 +64,10 @@ class Machine:
             self.talk,
             self.leases,
             self.gathering,
-            max_message_bytes=self.limits.max_message_bytes,
+            bounds=self.bounds,
             watch=self.watching.watch,
         )
-        self.settling = Settling(store, self.ledger, self.talk, self.leases, self.publishing, self.gathering)
+        self.settling = Settling(store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds)
         self.supervision = Supervision(store, self.ledger, self.talk, self.leases)
         self.admin = Admin(self)
         self._handlers: dict[bytes, Callable[[Session, bytes, bytes], None]] = {
@@ -83,6 +76,7 @@ class Machine:
             wire.CHECKPOINT: self._checkpoint,
             wire.RELEASE: self._release,
             wire.QUERY: self._query,
+            wire.HEARD: self._heard,
         }
 
     @property
@@ -118,6 +112,8 @@ class Machine:
         """One frame of a peer."""
         session = self.store.sessions.get(peer)
         try:
+            if len(header) > wire.MAX_HEADER:
+                raise ProtocolError(f"a header of {len(header)} bytes, {wire.MAX_HEADER} are the most")
             if op == wire.HELLO:
                 self._hello(peer, header)
             elif session is None or not session.connected:
@@ -164,9 +160,15 @@ class Machine:
         self.ledger.placed(segment, offsets)
 
     def dispatch(self) -> list[Outgoing]:
-        """What may leave now, as (peer, header, blob)."""
+        """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind all the rest."""
         self.leases.deliver()
-        return self.talk.spoken()
+        spoken = self.talk.spoken()
+        if self.talk.deaf:
+            for session in self.talk.deaf:
+                self.disconnect(session.peer)
+                spoken.append(self.talk.parting_word(session))
+            self.talk.deaf.clear()
+        return spoken
 
     def probe(self) -> None:
         """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
@@ -189,9 +191,16 @@ class Machine:
         hello = wire.decode_hello(header)
         store = self.store
         session = store.sessions.get(peer)
+        if hello.consume and session is None:
+            try:
+                self.bounds.queues(name for name, _ in hello.consume)
+            except Refused as error:
+                raise ProtocolError(str(error)) from None
         if session is None:
             if sum(1 for known in store.sessions.values() if known.connected) >= self.limits.max_peers:
-                raise ProtocolError(f"more than {self.limits.max_peers} peers")
+                raise ProtocolError(
+                    f"more than {self.limits.max_peers} peers (max_peers): let others close their connections first"
+                )
             session = store.sessions[peer] = Session(peer)
             session.last_frame = store.last_frames.pop(peer, 0)
         elif hello.talk <= session.talk:
@@ -269,8 +278,11 @@ class Machine:
         taken = self._take(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
             self.publishing.take(session, frame, header, blob)
-        elif taken == SEEN and not self._answered(session, frame.frame):
-            self.publishing.answer_again(session, frame)
+        elif taken == SEEN:
+            if self._answered(session, frame.frame):
+                self.publishing.watch_again(session, frame)
+            else:
+                self.publishing.answer_again(session, frame)
 
     def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_settle(header, blob)
@@ -296,6 +308,9 @@ class Machine:
         if release.queue in session.consumers and release.prefetch >= 0:
             self.leases.consume(session, release.queue, release.prefetch)
         self.settling.release(session, release.leases)
+
+    def _heard(self, session: Session, header: bytes, blob: bytes) -> None:
+        session.confirm(wire.decode_heard(header))
 
     def _query(self, session: Session, header: bytes, blob: bytes) -> None:
         query = wire.decode_query(header)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from brokers.core import records, wire
+from brokers.core.bounds import Bounds
 from brokers.core.gathering import Gathering, Resolved
 from brokers.core.leases import Leases
 from brokers.core.ledger import Ledger
@@ -37,7 +38,7 @@ class Publishing:
         leases: Leases,
         gathering: Gathering,
         *,
-        max_message_bytes: int,
+        bounds: Bounds,
         watch: Watch,
     ) -> None:
         self.store = store
@@ -47,7 +48,7 @@ class Publishing:
         self._talk = talk
         self._leases = leases
         self._gathering = gathering
-        self._max_message_bytes = max_message_bytes
+        self._bounds = bounds
         self._watch = watch
 
     def take(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
@@ -102,6 +103,15 @@ class Publishing:
         if again:
             self._talk.result(session, frame.frame, self._refusals(again) | {"again": True})
 
+    def watch_again(self, session: Session, frame: PublishFrame) -> None:
+        """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
+        refused = {index: why for index, why, _ in session.answers[frame.frame].get("items", ())}
+        if frame.atomic and any(why != EXISTS for why in refused.values()):
+            return
+        for index, item in enumerate(frame.items):
+            if item.flags & wire.START and item.flags & wire.WATCH and refused.get(index, EXISTS) == EXISTS:
+                self._watch(session, [item.group])
+
     def _refuse_size(self, session: Session, frame: PublishFrame) -> bool:
         try:
             self._check_sizes(frame)
@@ -120,7 +130,7 @@ class Publishing:
     # judging
 
     def _check_sizes(self, frame: PublishFrame) -> None:
-        limit = self._max_message_bytes
+        limit = self._bounds.limits.max_message_bytes
         for part in (frame.items, frame.opens, frame.arrivals):
             for item in part:
                 if item.size > limit:
@@ -129,6 +139,9 @@ class Publishing:
     def _judge(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
         """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
         self._check_sizes(frame)
+        self._bounds.queues([target.queue for target in frame.targets if not target.flags & wire.PUSH_ONLY])
+        if frame.arrivals:
+            self._bounds.arrivals(frame.arrivals)
         refused: list[tuple[int, str, str]] = []
         groups = self.store.groups
         incoming: dict[int, int] = {}

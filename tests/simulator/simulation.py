@@ -41,7 +41,7 @@ class Simulation:
         self.effects: list[tuple[object, ...]] = []
         self.crimes: list[str] = []
         self.history = History()
-        disorder = chance.choice((0.0, 0.02, 0.2))
+        disorder = chance.choice((0, 3, 10))
         self.broker = VirtualBroker(self.world, segment_bytes=chance.choice((8, 64, 1024)) << 10, disorder=disorder)
         maker = Maker(chance)
         self.plans = {f"w{number}": maker.plan(longest=5) for number in range(chance.randint(1, 3))}

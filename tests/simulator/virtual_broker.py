@@ -52,7 +52,7 @@ class Accounts:
 class VirtualBroker:
     """One broker process after the other. `engine` is None while there is none."""
 
-    def __init__(self, world: World, *, segment_bytes: int, disorder: float = 0.0) -> None:
+    def __init__(self, world: World, *, segment_bytes: int, disorder: int = 0) -> None:
         self.world = world
         self.files = MemoryFiles(seed=world.random.getrandbits(32))
         self.engine: Engine | None = None

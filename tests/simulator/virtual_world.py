@@ -16,6 +16,10 @@ from typing import Any
 Frame = tuple[int, bytes, bytes, bytes]
 
 
+MOST = 200_000
+"""Things that happen in one run at most: what goes round and round is no progress."""
+
+
 class Stuck(AssertionError):
     """Nothing that was waited for can happen any more."""
 
@@ -53,6 +57,8 @@ class World:
         """Let things happen until the condition holds. Raises `Stuck` when it does not within `most` seconds."""
         limit = self.now + most
         while not until():
+            if self._serial > MOST:
+                raise Stuck(f"{MOST} things have happened, and there is no end")
             if not self._calendar:
                 raise Stuck("nothing more will happen")
             due, _, action = heapq.heappop(self._calendar)
@@ -93,12 +99,12 @@ def _nobody_sleeps(seconds: float) -> None:
 class Link:
     """One connection. Frames arrive in order, after a while, or not at all: when it breaks, what is on its way is lost.
 
-    Towards the broker a frame may now and then come twice, or after the next one: what the numbers in it are for.
+    Towards the broker `disorder` frames come twice, or after the next one: what the numbers in them are for.
     `frozen_until`: the peer at the near end is stopped, and hears nothing before that.
     """
 
     def __init__(
-        self, world: World, *, up: Callable[[Frame], None], down: Callable[[bytes, bytes], None], disorder: float
+        self, world: World, *, up: Callable[[Frame], None], down: Callable[[bytes, bytes], None], disorder: int
     ) -> None:
         self.world = world
         self.broken = False
@@ -118,10 +124,13 @@ class Link:
             return
         self._last_up = max(self.world.now + chance.expovariate(5_000), self._last_up)
         self._carry_up(frame, self._last_up)
-        if self._disorder and chance.random() < self._disorder:
-            self._carry_up(frame, self._last_up + chance.random() * 0.01)
-        if self._disorder and chance.random() < self._disorder:
-            self._last_up = max(self.world.now, self._last_up - chance.random() * 0.002)
+        if self._disorder and chance.random() < 0.1:
+            # Now and then: what is sent again after each disorder must get through some time.
+            self._disorder -= 1
+            if chance.random() < 0.5:
+                self._carry_up(frame, self._last_up + chance.random() * 0.01)
+            else:
+                self._last_up = max(self.world.now, self._last_up - chance.random() * 0.002)
 
     def hear(self, header: bytes, blob: bytes) -> None:
         """From the broker."""
