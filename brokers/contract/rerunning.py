@@ -57,6 +57,49 @@ class RerunContract:
         assert again.item.extra is not None
         assert (again.item.extra.cancelled, again.item.extra.attempts) == (REASON, 1)
 
+    def test_what_knows_of_a_cancel_and_cannot_be_passed_through_is_parked_until_it_is_requeued(self, hub: Hub) -> None:
+        peer, received = self._in_work(hub)
+        self._park(peer, received)
+        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        self._cancel(peer)
+        (released,) = peer.receive()
+        assert released.item.extra is not None
+        assert (released.item.extra.cancelled, released.item.extra.attempts) == (REASON, 1)
+        peer.notices.clear()
+        self._park(peer, released)
+        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        self._cancel(peer)
+        assert peer.quiet()
+        assert [message["state"] for message in peer.ask("lookup", ["g"])["groups"]["g"]["messages"]] == ["dead"]
+        peer.ask("requeue", "q", [released.item.id])
+        (requeued,) = peer.receive()
+        assert requeued.item.extra is not None
+        assert requeued.item.extra.cancelled == REASON
+
+    def test_what_knows_of_a_cancel_and_asks_for_time_gets_it(self, hub: Hub) -> None:
+        peer, received = self._in_work(hub)
+        self._cancel(peer)
+        peer.broker.release([received.lease], "q", 1)
+        (warned,) = peer.receive()
+        peer.drop(warned)
+        peer.broker.settle([], [], [], [SettleItem([warned.lease], AGAIN, [], 3600.0, b"why")], [])
+        assert peer.quiet()
+        assert [message["state"] for message in peer.ask("lookup", ["g"])["groups"]["g"]["messages"]] == ["delayed"]
+
+    def test_a_group_that_was_cancelled_and_begun_anew_can_be_cancelled_again(self, hub: Hub) -> None:
+        peer, received = self._in_work(hub)
+        self._cancel(peer)
+        peer.broker.release([received.lease], "q", 1)
+        self._park(peer, peer.receive()[0])
+        assert peer.ask("restart", "g", "q", "begin", b"anew") == {"epoch": 3}
+        (begun,) = peer.receive()
+        assert begun.item.extra is None or begun.item.extra.cancelled is None
+        assert peer.ask("cancel", "g", "once more", []) == {"epoch": 4, "ended": "", "reason": "once more"}
+        peer.broker.release([begun.lease], "q", 1)
+        (again,) = peer.receive()
+        assert again.item.extra is not None
+        assert again.item.extra.cancelled == "once more"
+
     def test_what_follows_after_a_cancel_waits_for_nothing(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         self._cancel(peer)

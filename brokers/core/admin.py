@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Admin"]
 
 
+TOLD_BYTES = 64 << 10
+"""Most bytes of what is passed on to the supervisor."""
+
+
 class Admin:
     """The queries of one machine."""
 
@@ -37,11 +41,12 @@ class Admin:
         supervision = machine.supervision
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[str, int], self._consume),
-            "watch": (tuple[list[str]], machine.watching.watch),
+            "watch": (tuple[list[str]], self._watch),
             "subscribe": (tuple[bool], machine.watching.subscribe),
-            "lookup": (tuple[list[str]], looking.lookup),
-            "inspect": (tuple[list[str]], looking.inspect),
+            "lookup": (tuple[list[str]], self._lookup),
+            "inspect": (tuple[list[str]], self._inspect),
             "groups": (tuple[str, int], looking.groups),
+            "tally": (tuple[list[str], list[bytes]], looking.tally),
             "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
@@ -73,6 +78,8 @@ class Admin:
         if known is None:
             raise ProtocolError(f"unknown query {name[:40]!r}")
         kind, method = known
+        if name == "tell" and len(args) > TOLD_BYTES:
+            raise Refused(f"tell: {len(args)} bytes, {TOLD_BYTES} are the most")
         try:
             values = msgspec.msgpack.decode(args, type=kind)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
@@ -83,7 +90,22 @@ class Admin:
 
     def _consume(self, session: Session, queue: str, prefetch: int) -> None:
         check_consume(queue, prefetch)
+        self._machine.bounds.queues((queue,))
         self._machine.leases.consume(session, queue, prefetch)
+
+    # groups
+
+    def _watch(self, session: Session, ids: list[str]) -> list[str]:
+        self._machine.bounds.looked_up(ids)
+        return self._machine.watching.watch(session, ids)
+
+    def _lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        self._machine.bounds.looked_up(ids)
+        return self._looking.lookup(session, ids)
+
+    def _inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        self._machine.bounds.looked_up(ids, bodies=True)
+        return self._looking.inspect(session, ids)
 
     def _bye(self, session: Session) -> None:
         """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
@@ -109,6 +131,10 @@ class Admin:
         """Read a fact, or keep one."""
         facts = self._store.facts
         if value is not None and facts.get(name) != value:
+            limits = self._machine.limits
+            if name not in facts and len(facts) >= limits.max_facts:
+                raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
+            self._machine.bounds.body(value.encode())
             facts[name] = value
             self._ledger.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
@@ -130,6 +156,7 @@ class Admin:
                 raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
                 raise ProtocolError("declare: a breaker with impossible failures or reset")
+        self._machine.bounds.queues([option.name for option in options])
         for option in options:
             queue = self._store.queue(option.name)
             if queue.options != option:
@@ -218,6 +245,7 @@ class Admin:
             raise Refused(f"{id} is not live")
         if not queue or not 0 <= epoch < MAX_NUMBER:
             raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
+        self._machine.bounds.queues((queue,))
         if epoch > group.epoch and not group.ended:
             group.epoch = epoch
             group.divert = (queue, label)
@@ -233,7 +261,8 @@ class Admin:
         """Raise the epoch of a group; its older messages are delivered where they are, to be passed through unworked.
 
         Nothing of it waits any longer: what is delayed or parked is ready, and the open gathers whose key begins with
-        one of `prefixes` publish what they have. Once more changes nothing; a group that has ended keeps its end.
+        one of `prefixes` publish what they have. What cannot be passed through is parked again, until it is requeued.
+        Once more changes nothing; a group that has ended keeps its end.
         """
         group = self._store.groups.get(id)
         if group is None:
@@ -241,6 +270,7 @@ class Admin:
         if group.cancelled is None and not group.ended:
             group.cancelled = reason
             group.released = tuple(prefixes)
+            group.warned = self._store.next_lease
             group.epoch += 1
             self._ledger.keep_group(group)
             for message in group.messages():
@@ -269,6 +299,7 @@ class Admin:
         extra = message.details()
         if extra.evidence:
             raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
+        self._machine.bounds.body(body)
         if extra.parts is not None:
             (_, size), *arrived = extra.parts
             extra.parts = [("", len(body)), *arrived]
@@ -291,10 +322,13 @@ class Admin:
         working = [message for message in messages if message.state() == LEASED]
         if working:
             raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
+        self._machine.bounds.queues((queue,))
+        self._machine.bounds.body(body)
         for message in messages:
             store.remove(message)
         self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
         group.epoch += 1
+        group.cancelled, group.released = None, ()
         self._ledger.keep_group(group)
         for gather in (group.gathers or {}).values():
             store.live_bytes -= gather.weight

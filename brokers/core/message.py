@@ -135,6 +135,12 @@ class Message:
         group = self.group
         return group is not None and group.cancelled is not None and self.epoch < group.epoch
 
+    @property
+    def unwarned(self) -> bool:
+        """Whether it is unwanted, and was given to its holder before it was: it has yet to be passed through."""
+        group = self.group
+        return self.unwanted and group is not None and self.lease < group.warned
+
     def state(self) -> str:
         """One of READY, LEASED, DELAYED, PARKED."""
         if self.holder is not None:
@@ -154,7 +160,8 @@ class Group:
     Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
     `ended` is the label of its terminal message once that has been published. `cancelled` says why its older messages
     are to be passed through unworked, None where they are not; `released` how the keys of gathers begin that it does
-    not wait for any more then.
+    not wait for any more then; `warned` the first lease that was given out since: whoever has one of before does not
+    know of it.
     """
 
     __slots__ = (
@@ -170,6 +177,7 @@ class Group:
         "place",
         "released",
         "started",
+        "warned",
         "watchers",
     )
 
@@ -187,6 +195,7 @@ class Group:
         self.divert: tuple[str, str] | None = None
         self.cancelled: str | None = None
         self.released: tuple[str, ...] = ()
+        self.warned = 0
 
     def link(self, message: Message) -> None:
         """`message` belongs to this group from now on."""

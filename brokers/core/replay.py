@@ -90,6 +90,9 @@ class Replay:
         store.left_seq = store.left_floor = 0
         store.epoch += 1
         store.next_lease = (store.epoch << 40) + 1
+        for group in store.groups.values():
+            if group.cancelled is not None:
+                group.warned = store.next_lease
 
     # frames
 

@@ -7,6 +7,7 @@ that was taken in part is replaced by what came of it, for a replay checks no le
 from __future__ import annotations
 
 from brokers.core import records, wire
+from brokers.core.bounds import Bounds
 from brokers.core.breaker import Breaker
 from brokers.core.gathering import Gathering, Resolved
 from brokers.core.leases import Leases
@@ -17,6 +18,7 @@ from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
 from brokers.core.wire import FIRST_EPOCH, Ack, Checkpoint, Move, SettleFrame, SettleItem
+from brokers.errors import Refused
 
 __all__ = ["Settling"]
 
@@ -25,7 +27,14 @@ class Settling:
     """Settlements and checkpoints of one machine."""
 
     def __init__(
-        self, store: Store, ledger: Ledger, talk: Talk, leases: Leases, publishing: Publishing, gathering: Gathering
+        self,
+        store: Store,
+        ledger: Ledger,
+        talk: Talk,
+        leases: Leases,
+        publishing: Publishing,
+        gathering: Gathering,
+        bounds: Bounds,
     ) -> None:
         self.store = store
         self._ledger = ledger
@@ -33,11 +42,18 @@ class Settling:
         self._leases = leases
         self._publishing = publishing
         self._gathering = gathering
+        self._bounds = bounds
 
     def take(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
         """A frame that is new."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
             self._leases.consume(session, frame.queue, frame.prefetch)
+        if self._bounds.crowded and not self._holds_some(session, frame):
+            # Whoever has nothing in hand makes no queues by naming them.
+            stale = [id for id, _ in _leases(frame)]
+            self._leases.done_with(session, stale)
+            self._refuse(session, frame.frame, {"stale": stale})
+            return
         if frame.others and self._name_groups(session, frame.others):
             header = wire.encode(frame)
         targets = self._publishing.resolve(frame.targets)
@@ -75,15 +91,20 @@ class Settling:
             stale += [id for i in refused_others for id, _ in frame.others[i].leases]
             if stale:
                 self._leases.done_with(session, stale)
-                answer = {"stale": stale}
-                session.remember(frame.frame, answer)
-                self._talk.result(session, frame.frame, answer)
+                self._refuse(session, frame.frame, {"stale": stale})
         if self._publishing.ended_by_old:
             self._publishing.correct_ends()
         if emptied:
             self.close(emptied)
         if self._talk.subscribers:
             self._tell(first_id, frame, set(refused_others), blob)
+
+    def _holds_some(self, session: Session, frame: SettleFrame) -> bool:
+        return any(self._leases.held(session, id, lease) is not None for id, lease in _leases(frame))
+
+    def _refuse(self, session: Session, frame: int, answer: dict[str, object]) -> None:
+        session.remember(frame, answer)
+        self._talk.result(session, frame, answer)
 
     def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
         """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
@@ -106,9 +127,7 @@ class Settling:
     def seen(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
         longer, even where the message still is (it was to be delivered again)."""
-        leases = [(move[0], move[1]) for move in frame.moves] + [(ack[0], ack[1]) for ack in frame.acks]
-        leases += [lease for other in frame.others for lease in other.leases]
-        self.release(session, leases)
+        self.release(session, _leases(frame))
 
     def release(self, session: Session, leases: list[tuple[int, int]]) -> None:
         """Messages that were not begun: back to the head of their queue, in order, uncharged."""
@@ -124,8 +143,12 @@ class Settling:
         message = self._leases.held(session, frame.id, frame.lease)
         if message is None:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
-            session.remember(frame.frame, answer)
-            self._talk.result(session, frame.frame, answer)
+            self._refuse(session, frame.frame, answer)
+            return
+        try:
+            self._bounds.step(message, frame.name, blob)
+        except Refused as error:
+            self._refuse(session, frame.frame, {"refused": str(error)})
             return
         extra = message.details()
         # Never changed in place: what was said of the message before refers to it.
@@ -299,9 +322,11 @@ class Settling:
                 elif group.one.state() == PARKED:
                     parked.append(group)  # what is left of it, perhaps
                 continue
+            unwarned = message.unwarned
             self._leases.let_go(message)
             store.fail(message, item.failure)
-            if message.unwanted:
+            if unwarned:
+                # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
                 self._leases.again(message)
                 self._ledger.mark(message)
             elif item.outcome == wire.AGAIN or message.overtaken:
@@ -364,6 +389,12 @@ class Settling:
         for group, key in dict.fromkeys(changed):
             if store.groups.get(group.id) is group and group.gathers is not None:
                 ledger.keep_gather(group, group.gathers[key])
+
+
+def _leases(frame: SettleFrame) -> list[tuple[int, int]]:
+    """All that a frame settles."""
+    leases = [(move[0], move[1]) for move in frame.moves] + [(ack[0], ack[1]) for ack in frame.acks]
+    return leases + [lease for other in frame.others for lease in other.leases]
 
 
 def _leaves(frame: SettleFrame) -> bool:

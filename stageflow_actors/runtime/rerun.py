@@ -24,7 +24,7 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, ITEM, MAP, STAGE
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
-from stageflow_actors.errors import InstanceNotFound, StageFlowError
+from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 
 if TYPE_CHECKING:
     from stageflow_actors.history.rows import HistoryRow
@@ -54,9 +54,12 @@ def cancel(client: Client, instance: Instance[Any], reason: str) -> WorkflowStat
     except StageFlowError:
         return instance.status()  # it has left the broker meanwhile
     try:
-        instance._parked = False
+        if instance._parked:
+            instance._parked = False
+            instance._event.clear()
         return instance.result(CANCEL_SECONDS).status
-    except TimeoutError:
+    except (TimeoutError, InstanceParked):
+        # Parked again: who could pass it through is not there, because its version is not registered.
         return instance.status()
 
 

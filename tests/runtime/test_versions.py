@@ -230,3 +230,45 @@ def test_a_changed_definition_under_the_same_version_is_warned_of(
 def test_two_workflows_of_one_version_are_refused() -> None:
     with pytest.raises(WorkflowDefinitionError, match="two workflows have the id 'flow' and version 1"):
         Runtime(old(), old())
+
+
+def lasting(**options: Any) -> Workflow[dict[str, Any]]:
+    return (
+        Workflow("lasting", **options)
+        .add_stage(mark("a"), id="a", compensation=undo)
+        .add_stage(mark("b"), id="b")
+        .add_signal("s")
+    )
+
+
+def test_what_is_cancelled_while_its_version_is_gone_is_parked_once_and_cancelled_when_it_is_back(
+    serve: Any, tmp_path: Path, eventually: Any
+) -> None:
+    shared = "stageflow.lasting.stage1"
+    first = serve(lasting(), data_dir=tmp_path)
+    first.submit("lasting", {}, instance_id="at-s")
+    eventually(lambda: first.instance("at-s").status() == "waiting", "it waits")
+    first.pause(shared)
+    first.submit("lasting", {}, instance_id="at-b")
+    eventually(lambda: first.queues(shared)[0].ready, f"a message in {shared}")
+    first.stop()
+    second = serve(new(), data_dir=tmp_path)
+    second.resume(shared)
+    eventually(lambda: second.instance("at-b").status() == "parked", "its version is gone")
+    for instance_id in ("at-b", "at-s"):
+        assert second.instance(instance_id).cancel("enough") == "parked"
+        assert second.instance(instance_id).cancel("once more") == "parked"
+    for _ in range(20):
+        assert second.execute("flow", {}, timeout=20).success
+    for instance_id, attempts in (("at-b", 2), ("at-s", 1)):
+        assert second.instance(instance_id).status() == "parked"
+        (letter,) = second._lookup([instance_id])[instance_id]["messages"]
+        assert letter["attempts"] == attempts, "it is delivered for the cancel, and not again"
+        assert "is not registered" in dead_letter(second, instance_id)[1]
+    second.stop()
+    third = serve(new(), lasting(), data_dir=tmp_path)
+    for instance_id in ("at-b", "at-s"):
+        result = third.instance(instance_id).result(timeout=20)
+        assert (result.status, result.error) == ("cancelled", "cancelled: enough")
+        assert ("a",) in noted("undone", instance_id)
+        assert third.instance(instance_id).cancel() == "cancelled"
