@@ -6,7 +6,7 @@ The order here is the promise of the whole product: what a round decided is on d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from brokers.journal.files import Files
 from brokers.journal.format import Batch, Record
 from brokers.journal.journal import Journal
 from brokers.reclaim import Reclaim
+from brokers.room import LARGEST_ROUND, NEARLY_FULL, RoomKeeper
 
 __all__ = ["Engine", "Frame", "Outgoing", "replay_batch"]
 
@@ -65,6 +66,7 @@ class Engine:
         )
         self.journal: Journal | None = None
         self._reclaim: Reclaim | None = None
+        self._room: RoomKeeper | None = None
         if journal_dir is not None:
             replay = Replay(self.machine.store)
             self.journal = Journal.open(
@@ -76,12 +78,13 @@ class Engine:
                 files=files,
             )
             self._reclaim = Reclaim(self.machine, self.journal, segment_bytes)
+            self._room = RoomKeeper(self.machine, self.journal, self._reclaim)
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
         self.machine.started(now, wall_now)
         self._commit()
 
-    def round(self, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
+    def round(self, frames: Sequence[Frame], *, more: bool = False) -> list[Outgoing]:
         """Take frames, do what is due, make it durable, and give what may leave. `more`: further frames wait already.
 
         Raises `JournalFailed` when what is on disk is unknown: end the process then. Whoever does not is told so again
@@ -95,9 +98,11 @@ class Engine:
             self._failed = str(error) or repr(error)
             raise
 
-    def _round(self, frames: Iterable[Frame], more: bool) -> list[Outgoing]:
+    def _round(self, frames: Sequence[Frame], more: bool) -> list[Outgoing]:
         machine = self.machine
         machine.begin(self._monotonic(), self._wall())
+        if self._room is not None:
+            self._room.look(frames)
         for peer, operation, header, blob in frames:
             machine.receive(peer, operation, header, blob)
         machine.tick(more=more)
@@ -107,8 +112,8 @@ class Engine:
         else:
             if machine.compacting:
                 self._reclaim.compact()
-            if written or machine.compacting:
-                self._reclaim.step(written)
+            if written or machine.compacting or machine.refusing:
+                self._reclaim.step(written, pressed=bool(machine.refusing))
             machine.compacting = self._reclaim.compacting
         return machine.dispatch()
 
@@ -117,8 +122,15 @@ class Engine:
         machine = self.machine
         if machine.ledger.records or machine.store.touched or machine.compacting:
             return 0.0
+        if machine.refusing and self._reclaim is not None and self._reclaim.busy:
+            return 0.0
         due = machine.next_deadline()
         return most if due is None else min(most, max(0.0, due - self._monotonic()))
+
+    @property
+    def round_bytes(self) -> int:
+        """How many bytes of frames a round should take at most."""
+        return LARGEST_ROUND if self._room is None else self._room.round_bytes
 
     def close(self) -> None:
         """Let go of the journal."""
@@ -141,17 +153,12 @@ class Engine:
                 # Nothing was written and nothing has left: wait for room, with everything still to be said.
                 if self._giving_up():
                     raise
-                self._refuse_starts()
+                self.machine.refusing = NEARLY_FULL
                 time.sleep(FULL_RETRY)
         self.machine.placed(place.segment, place.blob_offsets)
-        if self.journal.room_low and not self.journal.prepare():
-            self._refuse_starts()
-        elif self.machine.refusing:
-            self.machine.refusing = ""
+        if self.journal.room_low:
+            self.machine.refusing = NEARLY_FULL
         return place.blob_offsets[-1] - place.blob_offsets[0] + len(batch[-1].blob) + 1
-
-    def _refuse_starts(self) -> None:
-        self.machine.refusing = "the disk that holds the journal is nearly full; free some space and submit again"
 
     def _read_body(self, segment: int, offset: int, size: int) -> bytes:
         assert self.journal is not None

@@ -72,6 +72,15 @@ class Ledger:
             raise RuntimeError(f"message {message.id} has neither a body nor a place")
         return self._read_body(place.segment, place.offset + message.at, message.size)
 
+    def head(self, message: Message, size: int) -> bytes:
+        """How the body begins: its first `size` bytes, or all of it."""
+        if message.body is not None:
+            return message.body[:size]
+        place = message.place
+        if self._read_body is None or place.segment < 0:
+            raise RuntimeError(f"message {message.id} has neither a body nor a place")
+        return self._read_body(place.segment, place.offset + message.at, min(size, message.size))
+
     def mark(self, message: Message) -> None:
         """Record the state of a message that the journal knows already."""
         self.record(records.MARK, 0, records.encode(records.message_state(message)))
@@ -133,6 +142,19 @@ class Ledger:
             if budget < 0:
                 return True
         return bool(self.records)
+
+    def weigh(self, segment: int) -> int:
+        """About how many bytes `copy_forward` would record of what lies in `segment` or before it."""
+        store = self.store
+        groups, messages = len(store.groups), len(store.messages)
+        weight = COPIED * len(_lying_in(segment, store.groups.values(), lambda group: group.place, groups))
+        for message in _lying_in(segment, store.messages.values(), lambda message: message.place, messages):
+            steps = None if message.extra is None else message.extra.steps
+            weight += COPIED + message.size + (sum(map(len, steps.values())) if steps else 0)
+        gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
+        for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, len(store.gathers)):
+            weight += COPIED + gather.weight
+        return weight
 
     def restate(self) -> None:
         """Record anew what lies in no particular segment, so that any may go."""

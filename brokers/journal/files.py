@@ -42,6 +42,9 @@ class Files(Protocol):
     def fallocate(self, fd: int, size: int) -> None:
         """Blocks for the first `size` bytes, and the file at least that long."""
 
+    def free(self, path: Path) -> int:
+        """Bytes that this user can still have on the disk that holds the directory, as far as is known."""
+
     def rename(self, source: Path, target: Path) -> None: ...
 
     def unlink(self, path: Path) -> None: ...
@@ -93,6 +96,10 @@ class OsFiles:
 
     def fallocate(self, fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
+
+    def free(self, path: Path) -> int:
+        disk = os.statvfs(path)
+        return disk.f_bavail * disk.f_frsize
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)

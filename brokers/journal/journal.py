@@ -233,10 +233,18 @@ class Journal:
         """The disk has no room for a spare segment: refuse what is new, let what is under way go on."""
         return self._supply.low
 
-    def prepare(self) -> bool:
-        """Try to have a spare segment; false if the disk has no room for one. Cheap when there is one."""
+    @property
+    def free(self) -> int:
+        """Bytes free on the disk that holds the journal, as far as is known."""
+        return self._files.free(self.directory)
+
+    def prepare(self, at_least: int = 0) -> bool:
+        """Try to have a spare segment, of at least so many bytes; false if the disk has no room for that.
+
+        Cheap when there is one.
+        """
         with self._fatal("a spare segment could not be prepared"):
-            return self._supply.prepare(self._segment + 1)
+            return self._supply.prepare(self._segment + 1, at_least)
 
     def seal(self) -> None:
         """End the open segment and begin the next one. Raises JournalFull, with nothing changed."""

@@ -40,26 +40,37 @@ class Supply:
         """How large segment `number` is to be, in bytes."""
         return min(self._segment_bytes, SMALLEST << min(number - 1, 40))
 
-    def prepare(self, number: int) -> bool:
-        """Have a spare that becomes segment `number`; false if there is no room. A smaller one is kept meanwhile.
+    def prepare(self, number: int, at_least: int = 0) -> bool:
+        """Have a spare that becomes segment `number`, of `at_least` so many bytes; false if there is no room for that.
 
-        Any error but a full disk goes up.
+        Where there is no room for a whole one a smaller one is kept or made meanwhile, down to the smallest; and some
+        room is left to those who share the disk, such as the history. Any error but a full disk goes up.
         """
-        size = self.size_of(number)
-        if self.spare_bytes != size:
-            try:
-                temporary, fd = self._allocate(SPARE, size)
-            except JournalFull:
-                self.low = self.spare_bytes == 0
-                return not self.low
-            try:
-                self._files.fsync(fd)
-            finally:
-                self._files.close(fd)
-            self._files.rename(temporary, self._spare)
-            self.spare_bytes = size
-            self._files.fsync_dir(self._directory)
-        self.low = False
+        size = max(self.size_of(number), -(-at_least // SECTOR) * SECTOR)
+        while self.spare_bytes < size:
+            if self._room_for(size) and self._replace_spare(size):
+                break
+            size //= 2
+            if size < max(at_least, SMALLEST, self.spare_bytes + 1):
+                break
+        self.low = self.spare_bytes == 0
+        return self.spare_bytes >= max(at_least, 1)
+
+    def _room_for(self, size: int) -> bool:
+        return self._files.free(self._directory) >= size + min(size, SMALLEST) // 4
+
+    def _replace_spare(self, size: int) -> bool:
+        try:
+            temporary, fd = self._allocate(SPARE, size)
+        except JournalFull:
+            return False
+        try:
+            self._files.fsync(fd)
+        finally:
+            self._files.close(fd)
+        self._files.rename(temporary, self._spare)
+        self.spare_bytes = size
+        self._files.fsync_dir(self._directory)
         return True
 
     def make(self, number: int, first: int, needed: int) -> tuple[int, SegmentHeader]:
@@ -75,7 +86,8 @@ class Supply:
             self.spare_bytes = 0
         else:
             size = max(self.size_of(number), at_least)
-            source, fd = self._allocate(file_name(number), size)
+            # A disk without room for the first one has none for a journal.
+            source, fd, size = self._find_room(file_name(number), size, at_least if number > 1 else size)
         try:
             header = SegmentHeader(number, files.random(), first, size)
             write_at(files, fd, [encode_segment(header), encode_end(first - 1, header.salt)], 2 * SECTOR, 0)
@@ -105,6 +117,18 @@ class Supply:
         self._files.unlink(self._spare)
         self.spare_bytes = 0
         return True
+
+    def _find_room(self, name: str, size: int, at_least: int) -> tuple[Path, int, int]:
+        """A new file of `size` bytes, or as much as there is of that, and how much it is. Raises JournalFull."""
+        wanted: JournalFull | None = None
+        while True:
+            try:
+                return *self._allocate(name, size), size
+            except JournalFull as error:
+                wanted = wanted or error
+                if size <= at_least:
+                    raise wanted from error.__cause__
+                size = max(size // 2 // SECTOR * SECTOR, at_least)
 
     def _allocate(self, name: str, size: int) -> tuple[Path, int]:
         """A new file with blocks for `size` bytes, not yet synced. Raises JournalFull, and leaves nothing behind."""

@@ -225,6 +225,9 @@ class MemoryFiles:
             _resize(inode.seen, size)
             inode.dirty.append(size)
 
+    def free(self, path: Path) -> int:
+        return 1 << 60 if self.room is None else max(0, self.room - self.used())
+
     def rename(self, source: Path, target: Path) -> None:
         self._note("rename", target)
         inode = self._names.pop(source)

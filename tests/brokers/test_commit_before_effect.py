@@ -100,7 +100,8 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
 
 def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     files = MemoryFiles()
-    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10)
+    clock = iter(range(10_000))
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: float(next(clock)))
     talk = Talk(engine)
     ((_, header, _),) = talk.publish()
     (item,) = wire.decode_out(header).deliveries[0][1]

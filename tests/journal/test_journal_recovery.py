@@ -303,7 +303,7 @@ def test_an_open_segment_that_was_cut_short_gets_its_length_back(bench: Any) -> 
 
 
 def test_a_shortened_segment_on_a_full_disk_is_left_for_the_spare(make_bench: Any) -> None:
-    bench = make_bench(room=33 << 10)
+    bench = make_bench(room=40 << 10)
     said, starts, content = committed(bench)
     bench.disk.damage(bench.path(1), content[: starts[3]])
     bench.disk.room = bench.disk.used()

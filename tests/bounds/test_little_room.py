@@ -1,0 +1,224 @@
+"""A disk with little room, in memory: starts are refused in time, what is under way ends, and it clears by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from brokers.core import wire
+from brokers.core.wire import LEAVE, START, TERMINAL, DeliveryItem
+from brokers.engine import Engine
+from brokers.errors import JournalFull
+from brokers.journal.testing import MemoryFiles
+
+DIRECTORY = Path("/journal")
+CONTEXT = 1000
+"""Bytes of one instance's context, which each of its messages carries."""
+
+
+class Tight:
+    """An engine on a disk of `room` bytes, and a peer that starts instances and works them off in three stages."""
+
+    def __init__(self, room: int, *, segment_bytes: int = 64 << 20, files: MemoryFiles | None = None) -> None:
+        self.files = files or MemoryFiles(room=room)
+        self.segment_bytes = segment_bytes
+        self.clock = 0.0
+        self.frame = 0
+        self.waits = 0
+        self.started: set[str] = set()
+        self.ended: set[str] = set()
+        self.held: dict[int, tuple[str, DeliveryItem]] = {}
+        self.answers: dict[int, Any] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        self.engine = Engine(
+            journal_dir=DIRECTORY,
+            files=self.files,
+            segment_bytes=self.segment_bytes,
+            monotonic=lambda: self.clock,
+            wall=lambda: self.clock,
+            giving_up=lambda: True,
+            warn=lambda text: None,
+        )
+        self.held.clear()
+        hello = wire.encode((wire.PROTOCOL, "client", "", 1, self.frame + 1, [("q0", 50), ("q1", 50), ("fin", 50)]))
+        self.round([(7, wire.HELLO, hello, b"")])
+
+    def round(self, frames: list[tuple[int, bytes, bytes, bytes]]) -> None:
+        self.clock += 0.01
+        for _, header, _ in self.engine.round(frames):
+            out = wire.decode_out(header)
+            for queue, items in out.deliveries:
+                self.held.update((item.id, (queue, item)) for item in items)
+            self.answers.update((frame, msgspec.msgpack.decode(raw)) for frame, raw in out.results)
+
+    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> Any:
+        self.frame += 1
+        self.round([(7, op, wire.encode((self.engine.machine.store.epoch, self.frame, *fields)), blob)])
+        return self.answers.pop(self.frame, None)
+
+    def start(self, count: int, *, queue: str = "q0") -> bool:
+        """Start so many with one frame, all or none; whether they were taken."""
+        names = [f"g{self.frame}.{each}" for each in range(count)]
+        items = [(0, CONTEXT, name, 1, START, 0, 0.0, 0.0, b"d") for name in names]
+        answer = self.say(wire.PUBLISH, [(queue, "a")], items, True, blob=bytes(CONTEXT * count))
+        if answer is not None:
+            assert "nearly full" in answer["message"]
+            return False
+        self.started.update(names)
+        return True
+
+    def work(self) -> bool:
+        """Settle all that is held; whether there was anything."""
+        if not self.held:
+            self.round([])
+            return bool(self.held)
+        moves: dict[str, list[Any]] = {"q0": [], "q1": [], "fin": []}
+        for queue, item in self.held.values():
+            moves[queue].append(item)
+        self.held.clear()
+        for queue, target in (("q0", ("q1", "b", 0)), ("q1", ("fin", ":end", TERMINAL))):
+            if items := moves[queue]:
+                done = [(item.id, item.lease, 0, CONTEXT, item.group) for item in items]
+                self.say(wire.SETTLE, [target], done, [], [], blob=bytes(CONTEXT * len(items)))
+        if items := moves["fin"]:
+            self.say(wire.SETTLE, [], [], [(item.id, item.lease, LEAVE, item.group) for item in items], [])
+            self.ended.update(item.group for item in items)
+        return True
+
+    def work_off(self) -> None:
+        while self.work():
+            pass
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(13, 1), (16, 300), (24, 50), (24, 300), (40, 300)])
+def test_starts_are_refused_in_time_and_everything_started_ends_on_what_is_left(room: int, at_once: int) -> None:
+    tight = Tight(room << 20)
+
+    per_round = max(at_once, 50)
+    refused = 0
+    while refused < 5:
+        for _ in range(per_round // at_once):
+            refused += not tight.start(at_once)
+    assert len(tight.started) * CONTEXT > (room << 20) // 16, "there was room for more"
+    tight.work_off()
+    assert tight.ended == tight.started
+    # And with nothing alive there is room again, though nobody has freed any.
+    tight.clock += 1
+    for _ in range(20):
+        tight.clock += 1
+        tight.round([])
+    assert tight.start(at_once)
+    tight.work_off()
+
+
+def test_a_small_disk_does_any_amount_of_work_one_after_the_other() -> None:
+    tight = Tight(13 << 20)
+    while len(tight.ended) < 12_000:
+        if tight.start(200):
+            tight.work_off()
+        else:
+            tight.clock += 1
+            tight.round([])
+    assert tight.ended == tight.started
+
+
+def test_submitting_and_working_at_once_on_a_small_disk_never_stalls() -> None:
+    tight = Tight(16 << 20)
+    for _ in range(400):
+        tight.start(60)
+        tight.clock += 0.2
+        tight.work()
+    assert len(tight.ended) > 5000
+    tight.work_off()
+    assert tight.ended == tight.started
+
+
+def test_what_waits_for_ever_is_kept_while_the_rest_goes_on_in_little_room() -> None:
+    tight = Tight(16 << 20)
+    waiting = 0
+    for _ in range(10):
+        waiting += 100 * tight.start(100, queue="waits")
+    for _ in range(200):
+        tight.start(60)
+        tight.clock += 0.2
+        tight.work()
+    tight.work_off()
+    assert len(tight.ended) > 3000
+    assert len(tight.started) - len(tight.ended) == waiting
+    tight.files.kill()
+    tight.begin()
+    assert tight.engine.machine.store.queue("waits").ready_count == waiting
+
+
+def test_one_frame_larger_than_the_disk_is_refused_and_stops_nobody() -> None:
+    tight = Tight(16 << 20)
+    assert tight.start(10)
+    assert not tight.start(10_000), "ten megabytes, with four in the open segment and eight in the spare"
+    tight.clock += 1
+    tight.work_off()
+    assert tight.ended == tight.started
+    assert tight.start(10)
+
+
+def test_a_frame_larger_than_a_segment_is_taken_where_the_disk_has_room() -> None:
+    tight = Tight(200 << 20)
+    assert tight.start(10_000)
+    tight.work_off()
+    assert tight.ended == tight.started
+
+
+def test_room_that_others_took_and_gave_back_is_found_again() -> None:
+    tight = Tight(200 << 20)
+    assert tight.start(10)
+    tight.files.room = tight.files.used()
+    refused = 0
+    while not refused:
+        refused += not tight.start(300)
+    tight.work_off()
+    assert tight.ended == tight.started
+    tight.files.room = 200 << 20
+    tight.clock += 1
+    assert tight.start(300)
+
+
+def test_a_broker_that_starts_on_a_full_disk_finishes_what_it_finds() -> None:
+    tight = Tight(16 << 20)
+    while tight.start(50):
+        pass
+    tight.files.kill()
+    tight.begin()
+    tight.work_off()
+    assert tight.ended == tight.started
+
+
+def test_a_compaction_that_does_not_fit_gives_up_and_loses_nothing() -> None:
+    tight = Tight(1 << 30)
+    for _ in range(7):
+        tight.start(1000)
+    tight.files.room = tight.files.used() + 1000
+    tight.say(wire.QUERY, "compact", (True,))
+    for _ in range(200):
+        if not tight.engine.machine.compacting:
+            break
+        tight.round([])
+    assert not tight.engine.machine.compacting
+    tight.work_off()
+    assert tight.ended == tight.started
+
+
+def test_without_any_room_at_all_the_broker_waits_with_everything_still_to_be_said() -> None:
+    tight = Tight(16 << 20)
+    tight.start(1, queue="waits")
+    body = bytes(3 << 20)
+    with pytest.raises(JournalFull):  # it was asked to give up, or it would wait
+        for each in range(8):
+            tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
+    tight.files.kill()
+    tight.files.room = 64 << 20
+    tight.begin()
+    assert tight.engine.machine.store.queue("waits").ready_count >= 2
