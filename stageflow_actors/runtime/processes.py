@@ -33,6 +33,9 @@ __all__ = [
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
+MOST_ROUNDS = 100
+"""Looks through the process table for what is to be killed: whoever kills has others to look after."""
+
 OOM_OFFER = 300
 """Thousandths of the machine's memory by which a worker looks larger to the kernel than it is: a broker with a million
 messages is still less worth ending."""
@@ -117,12 +120,28 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
         except (ProcessLookupError, PermissionError):
             pass  # it has just gone, or its group consists of what we may not touch
         _send(pidfd, signal.SIGKILL)
-    # What a handler started in a process group of its own; again while there are new ones, because they may fork.
+    if sessions:
+        _kill_sessions(sessions)
+
+
+def _kill_sessions(sessions: set[int]) -> None:
+    """What a handler started in process groups of its own; again while there are new ones, because they may fork.
+
+    Each group is killed at one stroke, as soon as a member of it is seen: those that fork all the time would otherwise
+    be more with each look. The number of a group is not given to another within that moment.
+    """
     killed: set[int] = set()
-    while new := [pid for pid in session_members(sessions) if pid not in killed] if sessions else []:
-        for pid in new:
-            _kill_member(pid, sessions)
-        killed.update(new)
+    for _ in range(MOST_ROUNDS):
+        seen: set[int] = set()
+        for pid, group in _living(sessions):
+            seen.add(pid)
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass  # it has just gone, or may not be touched
+        if seen <= killed:
+            return
+        killed |= seen
 
 
 def _sessions_of(pids: Iterable[int]) -> Iterator[int]:
@@ -149,29 +168,18 @@ def _send(pidfd: int, which: signal.Signals) -> None:
         pass
 
 
-def _kill_member(pid: int, sessions: set[int]) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if os.getsid(pid) in sessions:  # asked once more, now that the pidfd holds the process
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    finally:
-        os.close(pidfd)
-
-
 def session_members(sessions: set[int]) -> list[int]:
     """The living processes of these sessions."""
-    found = []
+    return [pid for pid, _ in _living(sessions)]
+
+
+def _living(sessions: set[int]) -> Iterator[tuple[int, int]]:
+    """(process, its group) of each that lives in one of these sessions, as it is found."""
     for name in os.listdir("/proc"):
         fields = _stat(name) if name.isdecimal() else []
         # Zombies are dead already.
         if fields and int(fields[3]) in sessions and fields[0] not in (b"Z", b"X"):
-            found.append(int(name))
-    return found
+            yield int(name), int(fields[2])
 
 
 def descendants(pid: int) -> list[int]:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowResult
+from stageflow_actors.runtime.processes import session_members
 
 Row = dict[str, Any]
 Handler = Callable[[Row], Any]
@@ -270,6 +271,26 @@ def leave_children_or_end(context: Row) -> dict[str, int]:
     return leave_children(context)
 
 
+def leave_a_brood(context: Row) -> int:
+    """Children in a process group of their own, which have children, and go on having some."""
+    if times_run(context) == 2:
+        os._exit(0)
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        for _ in range(4):
+            os.fork()
+        for _ in range(10):
+            if os.fork() == 0:
+                signal.pause()
+            time.sleep(0.05)
+        signal.pause()
+    return os.getpid()
+
+
+def stop_itself(context: Row) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def hang_with_children(context: Row) -> None:
     away = subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
     Path(context["mark"]).write_text(str(away))
@@ -311,7 +332,8 @@ def workflow_of(handler: Handler, name: str = "", **options: Any) -> Workflow[Ro
 WORKFLOWS: dict[Handler, Workflow[Row]] = {
     **{handler: workflow_of(handler) for handler in (*DEATHS, *FAILURES)},
     **{handler: workflow_of(only_the_first_time(handler), handler.__name__) for handler in SURVIVED},
-    **{handler: workflow_of(handler) for handler in (leave_children_or_end, daemonise, where_am_i)},
+    **{handler: workflow_of(handler) for handler in (leave_children_or_end, leave_a_brood, daemonise, where_am_i)},
+    stop_itself: workflow_of(stop_itself, timeout=0.5),
     hang_with_children: workflow_of(hang_with_children, timeout=0.5),
     shoot_the_parent: workflow_of(only_the_first_time(shoot_the_parent), "shoot-the-parent"),
 }
@@ -402,6 +424,21 @@ def test_children_that_a_stage_leaves_behind_live_as_long_as_its_worker(
     assert result.stages[0].attempts == 2
     assert "exit code 0" not in str(result.error)
     eventually(lambda: all(is_gone(pid) for pid in left.values()), "the end of what the worker had started")
+
+
+def test_of_children_that_go_on_having_children_none_is_left(
+    run: Callable[..., WorkflowResult[Row]], eventually: Callable[..., Any]
+) -> None:
+    worker = run(leave_a_brood).stages[0].data
+    eventually(lambda: len(session_members({worker})) > 20, "a brood")
+    result = run(leave_a_brood)
+    assert result.stages[0].attempts == 2
+    eventually(lambda: not session_members({worker}), "the end of all that was the worker's")
+
+
+def test_a_stage_that_stops_its_process_is_ended_at_its_timeout(run: Callable[..., WorkflowResult[Row]]) -> None:
+    result = run(stop_itself)
+    assert result.error == "StageTimeout: stage 'hell' ran longer than its timeout of 0.5 s"
 
 
 def test_a_stage_that_hangs_in_c_is_ended_with_children_that_have_sessions_of_their_own(
