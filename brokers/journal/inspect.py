@@ -6,7 +6,7 @@ it touches aside before it cuts, and says what was given up.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -74,11 +74,18 @@ def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
                 raise corrupt(item, directory)
 
 
-def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | None = None) -> RepairReport:
+def repair(
+    directory: Path,
+    *,
+    backup_dir: Path | None = None,
+    files: Files | None = None,
+    given_up: Callable[[Batch], None] = lambda batch: None,
+) -> RepairReport:
     """Make the journal one that opens: keep everything before the first damage, give up what follows it.
 
     A damaged segment header is written anew when the batches behind it tell what it said, and nothing is given up for
     it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. Stopped half-way it can be run again.
+    `given_up` gets each whole batch that is given up, before anything is cut.
 
     Raises JournalLocked while a broker runs, JournalFull without room for the copies (then nothing has been cut),
     JournalVersion, and JournalError if there is no journal.
@@ -90,7 +97,7 @@ def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | No
         raise JournalError(f"cannot use {directory} to repair the journal in it: {error}") from error
     try:
         remove_leftovers(files, directory)
-        return _Repair(files, directory, backup_dir).run()
+        return _Repair(files, directory, backup_dir, given_up).run()
     except OSError as error:
         raise JournalFailed(f"{directory} could not be repaired: {error}; run it again when the disk works") from error
     finally:
@@ -98,10 +105,13 @@ def repair(directory: Path, *, backup_dir: Path | None = None, files: Files | No
 
 
 class _Repair:
-    def __init__(self, files: Files, directory: Path, backup_dir: Path | None) -> None:
+    def __init__(
+        self, files: Files, directory: Path, backup_dir: Path | None, given_up: Callable[[Batch], None]
+    ) -> None:
         self._files = files
         self._directory = directory
         self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
+        self._given_up = given_up
         self._copies: list[Path] = []
         self._batches = self._records = 0
 
@@ -129,6 +139,7 @@ class _Repair:
                     if damage is not None:
                         self._batches += 1
                         self._records += len(item.records)
+                        self._given_up(item)
                 elif damage is None:
                     damage = item
                     if damage.rebuilt is not None:

@@ -26,6 +26,9 @@ SEGMENTS = (
     Column("bytes", size, right=True),
 )
 
+NAMED = 10
+"""Instances named in one line; all of them are in a file."""
+
 
 @click.group()
 def journal() -> None:
@@ -143,7 +146,7 @@ def stats(data: Path, output: str) -> None:
 @journal.command()
 @data_option
 def compact(data: Path) -> None:
-    """Write what is alive anew and give all other segments back, also while the cluster runs.
+    """Write what is alive anew and give all that was there before back, also while the cluster runs.
 
     The broker does so by itself when most of the journal is dead; this does it now, whatever there is to win.
 
@@ -176,11 +179,13 @@ def _used(directory: Path) -> tuple[int, int]:
 def repair(yes: bool, data: Path) -> None:
     """Make a damaged journal one that opens: what comes before the damage is kept, what follows it is given up.
 
-    Everything touched is copied aside first. Nothing may run on the directory meanwhile.
+    Everything touched is copied aside first, and it is said which instances lose something. Nothing may run on the
+    directory meanwhile.
 
     \b
     stageflow journal repair --data /var/lib/orders
     """
+    from brokers.accounts import groups_in
     from brokers.journal.inspect import repair as mend
     from brokers.journal.inspect import verify as findings_of
     from stageflow_actors.runtime.attach import existing
@@ -190,11 +195,28 @@ def repair(yes: bool, data: Path) -> None:
         click.echo("nothing is wrong; nothing was changed")
         return
     confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
-    report = mend(directory)
+    names: dict[str, None] = {}
+    report = mend(directory, given_up=lambda batch: names.update(groups_in(batch)))
+    if not report.copies:
+        click.echo("nothing is wrong any more; nothing was changed")
+        return
+    copies = report.copies[0].parent
+    click.echo(f"{report.file} at offset {report.offset}: {report.reason}; copies of what was touched are in {copies}")
+    if not report.batches:
+        click.echo("nothing whole was given up")
+        return
+    told = ", ".join(list(names)[:NAMED])
+    if len(names) > NAMED:
+        told += f" and {len(names) - NAMED:,} more"
     click.echo(
-        f"{report.file} at offset {report.offset}: {report.reason}: given up {report.batches:,} whole batches with "
-        f"{report.records:,} records behind it; copies in {report.copies[0].parent if report.copies else directory}"
+        f"given up: {report.batches:,} whole batch{'es' if report.batches != 1 else ''} behind it, {report.records:,} "
+        f"record{'s' if report.records != 1 else ''} of {len(names):,} instance{'s' if len(names) != 1 else ''}"
+        + (f": {told}" if told else "")
     )
+    if names:
+        listed = copies / "given-up.txt"
+        listed.write_text("".join(f"{name}\n" for name in names), "utf-8")
+        click.echo(f"all of their ids are in {listed}; what they did before the damage is kept")
 
 
 def _rows(settled: Iterable[tuple[Settled, int]], *, compensations: bool) -> list[dict[str, Any]]:

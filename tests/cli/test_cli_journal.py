@@ -93,3 +93,50 @@ def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Callable
     assert f"offset {2 * SECTOR}" in out
     assert stageflow("journal", "verify", "--data", data)[0] == 0
     assert any(path.read_bytes() == before for path in (data / "journal").rglob("*") if path.is_file())
+
+
+def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(
+    stageflow: Callable[..., Said], data: Path
+) -> None:
+    content = segment_of(data).read_bytes()
+    begin = content.index(b"i1") // SECTOR * SECTOR
+    flip(segment_of(data), begin + 50)
+    damaged = segment_of(data).read_bytes()
+    code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
+    assert code == 0
+    where, given_up, listed = out.splitlines()
+    assert f"{segment_of(data).name} at offset {begin}: the checksum of batch" in where
+    assert given_up.startswith("given up: ")
+    assert given_up.endswith("of 2 instances: i2, i1"), "the start of i1 is in the damage, its settlements behind it"
+    copies = data / "journal" / "repair"
+    assert str(copies / "given-up.txt") in listed
+    assert (copies / "given-up.txt").read_text() == "i2\ni1\n"
+    assert (copies / segment_of(data).name).read_bytes() == damaged
+    code, out, _ = stageflow("instances", "list", "--data", data, "--output", "json")
+    assert (code, json.loads(out)) == (0, [])
+
+
+def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Callable[..., Said], data: Path) -> None:
+    flip(segment_of(data), segment_of(data).read_bytes().rindex(b"\xd3\xf7\xb1\xff") + 45)
+    code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
+    assert code == 0
+    assert out.splitlines()[-1] == "nothing whole was given up"
+    assert stageflow("journal", "verify", "--data", data)[0] == 0
+
+
+def test_compact_gives_the_open_segment_back_too_and_keeps_what_is_alive(
+    stageflow: Callable[..., Said], data: Path
+) -> None:
+    def stats() -> Any:
+        return json.loads(stageflow("journal", "stats", "--data", data, "--output", "json")[1])
+
+    before = stats()
+    assert [segment["file"] for segment in before["segments"]] == ["0000000000000001.journal"]
+    code, out, err = stageflow("journal", "compact", "--data", data)
+    assert (code, out) == (0, "")
+    assert err.startswith(("1 segments, ", "1 segment, "))
+    after = stats()
+    assert [segment["file"] for segment in after["segments"]] == ["0000000000000002.journal"]
+    assert after["settlements"] == [], "what had ended is gone"
+    assert (after["live_messages"], after["live_instances"]) == (before["live_messages"], before["live_instances"])
+    assert stageflow("journal", "verify", "--data", data)[0] == 0
