@@ -148,8 +148,13 @@ class Broker(Protocol):
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
         taken: Callable[[], None] | None = None,
+        waiting: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
         """New messages; resolves when they are durable. Fails with `QueueFull`, `PayloadTooLarge`, `Refused`.
+
+        Waits, before anything is sent, while too much of what was published on this connection is unconfirmed: so a
+        program that publishes faster than its broker keeps is slowed down. `waiting` is called every half second then
+        and may raise to give up. Within a listener or the callback of a future of this connection nobody waits.
 
         `taken` is called in the same instant in which the frame is: who begins there to watch the groups that the
         frame starts is never told that they are gone, whenever the connection is made anew. It must not block.

@@ -3,6 +3,10 @@
 A frame stays here until the broker has said that it is durable. After a hello everything unconfirmed is sent again in
 order under its old number; the broker takes each once. Nothing is sent, and nothing heard, between a hello and its
 welcome.
+
+Memory is bounded while the broker is away or slow: who publishes waits until enough of what was published before is
+confirmed. Nobody else ever waits: what workers settle is bounded by what they were given, and the connection's own
+thread, on which listeners and the callbacks of futures run, is the one that hears confirmations.
 """
 
 from __future__ import annotations
@@ -29,6 +33,22 @@ _ERRORS: dict[str, type[BrokerError]] = {
 }
 
 
+MAX_UNCONFIRMED_BYTES = 64 << 20
+"""How much a connection publishes ahead of what is confirmed, unless it is told otherwise."""
+
+ITEM_BYTES = 256
+"""What an item takes beside its body, about."""
+
+WAITING = 0.5
+"""Seconds between looks of who waits for room at whether it is worth waiting."""
+
+WATCHED_AT_ONCE = 50_000
+"""Groups named in one hello or query; each name may have as many characters as a name can."""
+
+HEADER_MARGIN = 64
+"""Bytes that a header may grow by when it is sent again, to a broker of a larger epoch."""
+
+
 def new_peer() -> int:
     """A name for a connection that nobody else has: 63 random bits, never 0."""
     return int.from_bytes(os.urandom(8), "big") >> 1 | 1
@@ -37,34 +57,57 @@ def new_peer() -> int:
 class _Pending:
     """One frame that is not confirmed yet."""
 
-    __slots__ = ("blob", "fields", "frame", "future", "op")
+    __slots__ = ("blob", "fields", "frame", "future", "op", "weight")
 
-    def __init__(self, frame: int, op: bytes, fields: tuple[Any, ...], blob: bytes, future: Future[Any] | None) -> None:
+    def __init__(
+        self,
+        frame: int,
+        op: bytes,
+        fields: tuple[Any, ...],
+        blob: bytes,
+        future: Future[Any] | None,
+        weight: int,
+    ) -> None:
         self.frame = frame
         self.op = op
         self.fields = fields
         self.blob = blob
         self.future = future
+        self.weight = weight
 
 
 class PeerClient(ABC):
     """The transport-free half of a connection.
 
     A subclass moves frames: `_transmit` is called with the lock held, so that frames leave in the order of their
-    numbers; what comes in goes to `said`, always from the same thread; `end` is the end.
+    numbers; what comes in goes to `said`, always from the same thread; `end` is the end. `max_unconfirmed_bytes`: who
+    publishes waits while there is as much that is published and not confirmed.
     """
 
-    def __init__(self, listener: Listener, *, peer: int = 0, role: str = "client", name: str = "") -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        *,
+        peer: int = 0,
+        role: str = "client",
+        name: str = "",
+        max_unconfirmed_bytes: int = MAX_UNCONFIRMED_BYTES,
+    ) -> None:
         self.peer = peer or new_peer()
         self.role = role
         self.name = name
         self.broker_epoch = 0
         self._listener = listener
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._max_unconfirmed_bytes = max_unconfirmed_bytes
+        self._unconfirmed_bytes = 0
+        self._waiting = 0
         self._frame = 0
         self._talk = 0
         self._unconfirmed: deque[_Pending] = deque()
         self._consuming: dict[str, int] = {}
+        self._to_watch: list[str] = []
         self._welcomed = False
         self._ended = ""
 
@@ -77,6 +120,10 @@ class PeerClient(ABC):
     @abstractmethod
     def say_hello(self) -> None:
         """Send `_hello()` before anything that follows, and nothing of what was laid ready before."""
+
+    def inside(self) -> bool:
+        """Whether this is the thread that calls `said`, which must never wait for what it would hear."""
+        return False
 
     @abstractmethod
     def close(self, timeout: float = 5.0) -> None:
@@ -94,10 +141,15 @@ class PeerClient(ABC):
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
         taken: Callable[[], None] | None = None,
+        waiting: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
         """See `brokers.api.Broker.publish`."""
         future: Future[PublishAnswer] = Future()
-        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), b"".join(bodies), future, taken)
+        blob = b"".join(bodies)
+        weight = len(blob) + ITEM_BYTES * (1 + len(items) + len(opens) + len(arrivals))
+        if self._unconfirmed_bytes >= self._max_unconfirmed_bytes:
+            self._wait_for_room(waiting)
+        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), blob, future, taken, weight)
         return future
 
     def settle(
@@ -141,6 +193,20 @@ class PeerClient(ABC):
 
     # sending
 
+    def _wait_for_room(self, waiting: Callable[[], None] | None) -> None:
+        """One frame more is let in whenever there is any room, be it larger than that: none waits for ever."""
+        while True:
+            with self._lock:
+                if self._ended or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.inside():
+                    return
+                self._waiting += 1
+                try:
+                    self._room.wait(WAITING)
+                finally:
+                    self._waiting -= 1
+            if waiting is not None:
+                waiting()
+
     def _send(
         self,
         op: bytes,
@@ -148,6 +214,7 @@ class PeerClient(ABC):
         blob: bytes,
         future: Future[Any] | None,
         taken: Callable[[], None] | None = None,
+        weight: int = 0,
     ) -> None:
         if len(blob) > wire.MAX_FRAME:
             raise PayloadTooLarge(
@@ -163,10 +230,18 @@ class PeerClient(ABC):
             frame = self._frame + 1
             # Encoded first: what cannot be encoded must not take a number.
             header = wire.encode((self.broker_epoch, frame, *fields))
+            if len(header) > wire.MAX_HEADER - HEADER_MARGIN:
+                raise PayloadTooLarge(
+                    f"{len(header)} bytes of names and numbers in one call, {wire.MAX_HEADER} are the most; send fewer "
+                    "at once",
+                    size=len(header),
+                    limit=wire.MAX_HEADER,
+                )
             self._frame = frame
+            self._unconfirmed_bytes += weight
             if taken is not None:
                 taken()
-            self._unconfirmed.append(_Pending(frame, op, fields, blob, future))
+            self._unconfirmed.append(_Pending(frame, op, fields, blob, future, weight))
             if self._welcomed:
                 self._transmit(op, header, blob)
 
@@ -184,7 +259,11 @@ class PeerClient(ABC):
                 # What is still being published is not live yet, and not gone either: its own frame asks to be told.
                 watching.difference_update(_groups_in(pending))
             consume = list(self._consuming.items())
-        hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, list(watching), self._talk)
+            watched = list(watching)
+            # What there is no room for here is asked for behind all that is sent again.
+            self._to_watch = watched[WATCHED_AT_ONCE:]
+        watched = watched[:WATCHED_AT_ONCE]
+        hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, watched, self._talk)
         return wire.HELLO, wire.encode(hello), b""
 
     # hearing
@@ -219,7 +298,7 @@ class PeerClient(ABC):
                 self._welcome(out.broker_epoch, detail[1])
                 for other, more in out.notices:
                     if other != "welcome":
-                        self._listener.on_notice(other, more)
+                        self._heard_notice(other, more)
                 # The answers to what was sent before come again, when it is sent again.
                 out.acked = -1
                 return True
@@ -239,6 +318,9 @@ class PeerClient(ABC):
             for pending in self._unconfirmed:
                 header = wire.encode((epoch, pending.frame, *pending.fields))
                 self._transmit(pending.op, header, pending.blob)
+        for at in range(0, len(self._to_watch), WATCHED_AT_ONCE):
+            self.query("watch", self._to_watch[at : at + WATCHED_AT_ONCE])
+        self._to_watch = []
         self._listener.on_connected(epoch)
 
     def _heard_notices(self, out: wire.Out) -> bool:
@@ -247,8 +329,16 @@ class PeerClient(ABC):
                 self.say_hello()
                 return False
             if word != "welcome":
-                self._listener.on_notice(word, detail)
+                self._heard_notice(word, detail)
         return True
+
+    def _heard_notice(self, word: str, detail: Any) -> None:
+        if word == "mark":
+            # The broker counts what it has said, and cuts off who does not answer any more.
+            with self._lock:
+                self._transmit(wire.HEARD, wire.encode(detail), b"")
+        else:
+            self._listener.on_notice(word, detail)
 
     def _confirm(self, out: wire.Out) -> None:
         with self._lock:
@@ -258,6 +348,10 @@ class PeerClient(ABC):
             confirmed = []
             while unconfirmed and unconfirmed[0].frame <= out.acked:
                 confirmed.append(unconfirmed.popleft())
+            for pending in confirmed:
+                self._unconfirmed_bytes -= pending.weight
+            if self._waiting:
+                self._room.notify_all()
         results = dict(out.results) if out.results else {}
         for pending in confirmed:
             raw = results.get(pending.frame)
@@ -275,6 +369,7 @@ class PeerClient(ABC):
             self._ended = reason
             left = list(self._unconfirmed)
             self._unconfirmed.clear()
+            self._room.notify_all()
         for pending in left:
             if pending.future is not None:
                 pending.future.set_exception(BrokerUnavailable(reason))

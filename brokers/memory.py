@@ -116,6 +116,10 @@ class _MemoryClient(PeerClient):
     def say_hello(self) -> None:
         self._hub.put((self.peer, *self._hello()))
 
+    def inside(self) -> bool:
+        """Whether this is the broker's own thread."""
+        return self._hub.inside()
+
     def close(self, timeout: float = 5.0) -> None:
         """Take leave. What was sent before is taken before, so there is nothing else to wait for."""
         try:

@@ -31,10 +31,11 @@ class Leases:
     """Deliveries of one machine. `rostered`: it is known who may hold messages. `held_back`: none but the supervisor
     is given any."""
 
-    def __init__(self, store: Store, ledger: Ledger, talk: Talk, *, rostered: bool) -> None:
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk, *, rostered: bool, max_prefetch: int) -> None:
         self.store = store
         self._ledger = ledger
         self._talk = talk
+        self._max_prefetch = max_prefetch
         self.rostered = rostered
         self.held_back = False
         self.overtaken: list[Message] = []
@@ -124,7 +125,7 @@ class Leases:
             queue = self.store.queue(name)
             consumer = session.consumers[name] = Consumer(session, queue, prefetch)
             queue.consumers.append(consumer)
-        consumer.prefetch = prefetch
+        consumer.prefetch = min(prefetch, self._max_prefetch)
         self.store.touched[consumer.queue] = None
 
     def announce(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:

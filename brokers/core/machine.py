@@ -56,7 +56,9 @@ class Machine:
         self.ledger = Ledger(store, read_body)
         self.talk = Talk(store, max_unread_bytes=self.limits.max_unread_bytes)
         self.watching = Watching(store, self.ledger, self.talk)
-        self.leases = Leases(store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch)
+        self.leases = Leases(
+            store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch
+        )
         self.gathering = Gathering(store, self.ledger, self.leases)
         self.publishing = Publishing(
             store,
@@ -67,7 +69,9 @@ class Machine:
             bounds=self.bounds,
             watch=self.watching.watch,
         )
-        self.settling = Settling(store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds)
+        self.settling = Settling(
+            store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds
+        )
         self.supervision = Supervision(store, self.ledger, self.talk, self.leases)
         self.admin = Admin(self)
         self._handlers: dict[bytes, Callable[[Session, bytes, bytes], None]] = {
@@ -160,7 +164,7 @@ class Machine:
         self.ledger.placed(segment, offsets)
 
     def dispatch(self) -> list[Outgoing]:
-        """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind all the rest."""
+        """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
         self.leases.deliver()
         spoken = self.talk.spoken()
         if self.talk.deaf:

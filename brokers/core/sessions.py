@@ -41,7 +41,8 @@ class Session:
     `heard` is the last frame that came in since its last hello, `last_frame` the highest one that was ever taken: those
     up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
     they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the
-    number of its last hello.
+    number of its last hello. `said` counts the bytes that it was told, `marked` those up to the last mark, `read` those
+    up to the last mark that it has answered: the rest may lie unread.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Session:
         "deliveries",
         "heard",
         "last_frame",
+        "marked",
         "name",
         "notices",
         "parting",
@@ -60,8 +62,10 @@ class Session:
         "pid",
         "push_bodies",
         "pushes",
+        "read",
         "results",
         "role",
+        "said",
         "talk",
     )
 
@@ -75,6 +79,7 @@ class Session:
         self.talk = -1
         self.heard = 0
         self.last_frame = 0
+        self.said = self.marked = self.read = 0
         self.deferred: list[int] = []
         self.answers: dict[int, Any] = {}
         self.consumers: dict[str, Consumer] = {}
@@ -95,6 +100,11 @@ class Session:
         self.answers[frame] = answer
         if len(self.answers) > ANSWERS_KEPT:
             del self.answers[next(iter(self.answers))]
+
+    def confirm(self, mark: int) -> None:
+        """It has read all up to this mark."""
+        if self.read < mark <= self.marked:
+            self.read = mark
 
     def forget_talk(self) -> None:
         """Nothing of what was to be said remains."""

@@ -6,6 +6,8 @@ that was taken in part is replaced by what came of it, for a replay checks no le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from brokers.core import records, wire
 from brokers.core.bounds import Bounds
 from brokers.core.breaker import Breaker
@@ -102,7 +104,7 @@ class Settling:
     def _holds_some(self, session: Session, frame: SettleFrame) -> bool:
         return any(self._leases.held(session, id, lease) is not None for id, lease in _leases(frame))
 
-    def _refuse(self, session: Session, frame: int, answer: dict[str, object]) -> None:
+    def _refuse(self, session: Session, frame: int, answer: Mapping[str, object]) -> None:
         session.remember(frame, answer)
         self._talk.result(session, frame, answer)
 

@@ -14,15 +14,21 @@ from brokers.core.store import Store
 
 __all__ = ["Outgoing", "Talk"]
 
+MARK_BYTES = 4 << 20
+"""How much is said to a peer between marks, which it answers as it reads them."""
+
 Outgoing = tuple[int, bytes, bytes]
 """(peer, header, blob) to be sent."""
 
 
 class Talk:
-    """The broker's side of all conversations."""
+    """The broker's side of all conversations. `deaf`: sessions that have left more than `max_unread_bytes` unread."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, max_unread_bytes: int) -> None:
         self._store = store
+        self._max_unread_bytes = max_unread_bytes
+        self._mark_bytes = min(MARK_BYTES, max_unread_bytes // 4)
+        self.deaf: list[Session] = []
         self.dirty: dict[Session, None] = {}
         self.subscribers: dict[Session, None] = {}
         self._strangers: dict[int, tuple[str, Any]] = {}
@@ -65,6 +71,11 @@ class Talk:
         session.push_bodies.append(body)
         self.dirty[session] = None
 
+    def parting_word(self, session: Session) -> Outgoing:
+        """What is said to a session that is cut off: once it has read so far, it says hello anew."""
+        session.read = session.marked = session.said
+        return session.peer, wire.encode((self._store.epoch, -1, (), (), (), (("hello", None),))), b""
+
     def spoken(self) -> list[Outgoing]:
         """All that may leave now."""
         epoch = self._store.epoch
@@ -73,6 +84,14 @@ class Talk:
             if not session.connected and not session.parting:
                 session.forget_talk()
                 continue
+            said = session.said
+            if said - session.marked > self._mark_bytes:
+                if said - session.read > self._max_unread_bytes:
+                    self.deaf.append(session)
+                    session.forget_talk()
+                    continue
+                session.marked = said
+                session.notices.append(("mark", said))
             acked, results, later = session.heard, session.results, None
             if session.deferred:
                 acked = min(acked, session.deferred[0] - 1)
@@ -86,6 +105,7 @@ class Talk:
             if later:
                 session.results = later
             session.parting = False
+            session.said = said + len(header) + len(blob)
             out.append((session.peer, header, blob))
         self.dirty.clear()
         for peer, notice in self._strangers.items():

@@ -4,14 +4,20 @@ A message on the wire is three parts: one byte that names the operation, a heade
 one behind the other. Headers are decoded into the structs below, which checks every type; sizes are checked
 against the blob here. Bodies are never looked into. Every frame of a peer carries the broker epoch that
 the peer believes in and a frame number that rises by one, so that a frame sent again after a reconnect is recognised.
+
+Whom the broker trusts: every peer is a process of the user whose broker it is (the directory of its socket is closed
+to all others, see `brokers.zeromq.door`), and what a peer says that it is, a role or a number, is believed. Roles tell
+who does what, they are no rights: only a `supervisor` may say who is dead or alive, so that no other does by mistake.
+What is defended against is error, not the user himself: no frame, however wrong, makes the broker end, forget or grow
+without bound, and none settles, returns or marks a message but by the lease that its sender itself holds.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from brokers.errors import ProtocolError
 
@@ -24,9 +30,13 @@ __all__ = [
     "DEAD",
     "DONE",
     "FIRST_EPOCH",
+    "HEARD",
     "HELLO",
     "LEAVE",
     "MAX_FRAME",
+    "MAX_HEADER",
+    "MAX_ITEMS",
+    "MAX_NAME",
     "PROTOCOL",
     "PUBLISH",
     "PUSH_ONLY",
@@ -65,10 +75,19 @@ FIRST_EPOCH = 1
 MAX_FRAME = 256 << 20
 """Most bytes of one part of a frame. A peer that sends more is cut off by the transport, so its client refuses to."""
 
+MAX_HEADER = 64 << 20
+"""Most bytes of a header."""
+
+MAX_ITEMS = 1_000_000
+"""Most entries of any list in a header: items, leases, settlements, names."""
+
+MAX_NAME = 1024
+"""Most characters of any name: of a queue, a group, a gather and its slots, a label, a step."""
+
 MAX_NUMBER = 1 << 62
 """Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""
 
-HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY = b"H", b"P", b"S", b"C", b"R", b"Q"
+HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY, HEARD = b"H", b"P", b"S", b"C", b"R", b"Q", b"A"
 
 TERMINAL = 1
 """Target flag: the body is how the group ends, so it is pushed to whoever watches the group."""
@@ -94,14 +113,18 @@ NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
 Buffer = bytes | memoryview
 """Bytes as they came: from a socket, or out of a batch of the journal."""
 
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
+_Many = Meta(max_length=MAX_ITEMS)
+Leases = Annotated[list[tuple[int, int]], _Many]
+
 encode = msgspec.msgpack.Encoder().encode
 
 
 class Target(Struct, array_like=True, gc=False):
     """Where bodies go: named once per frame, referred to by position."""
 
-    queue: str
-    label: str = ""
+    queue: Name
+    label: Name = ""
     flags: int = 0
 
 
@@ -113,7 +136,7 @@ class PublishItem(Struct, array_like=True, gc=False):
 
     target: int
     size: int
-    group: str = ""
+    group: Name = ""
     epoch: int = 0
     flags: int = 0
     priority: int = 0
@@ -126,11 +149,11 @@ class PublishItem(Struct, array_like=True, gc=False):
 class GatherOpen(Struct, array_like=True, gc=False):
     """Wait for `need` arrivals under `key`, then publish `size` bytes of base body and the arrivals to `target`."""
 
-    key: str
+    key: Name
     need: int
     target: int
     size: int
-    group: str = ""
+    group: Name = ""
     epoch: int = 0
     deadline: float = 0.0
 
@@ -138,10 +161,10 @@ class GatherOpen(Struct, array_like=True, gc=False):
 class Arrival(Struct, array_like=True, gc=False):
     """One arrival at the gather `key`; a slot counts once."""
 
-    key: str
-    slot: str
+    key: Name
+    slot: Name
     size: int
-    group: str = ""
+    group: Name = ""
     epoch: int = 0
 
 
@@ -150,16 +173,16 @@ class PublishFrame(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    targets: list[Target]
-    items: list[PublishItem]
+    targets: Annotated[list[Target], _Many]
+    items: Annotated[list[PublishItem], _Many]
     atomic: bool = False
-    opens: list[GatherOpen] = []
-    arrivals: list[Arrival] = []
+    opens: Annotated[list[GatherOpen], _Many] = []
+    arrivals: Annotated[list[Arrival], _Many] = []
 
 
-Move = tuple[int, int, int, int, str]
+Move = tuple[int, int, int, int, Name]
 """(id, lease, target, size, group): done, and one message of the same group and epoch follows, with priority 0."""
-Ack = tuple[int, int, int, str]
+Ack = tuple[int, int, int, Name]
 """(id, lease, flags, group): done, and nothing follows."""
 
 
@@ -169,14 +192,14 @@ class SettleItem(Struct, array_like=True):
     `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message; `verdict`: how the attempt went.
     """
 
-    leases: list[tuple[int, int]]
+    leases: Leases
     outcome: int
-    publishes: list[PublishItem] = []
+    publishes: Annotated[list[PublishItem], _Many] = []
     delay: float = 0.0
     failure: bytes | None = None
-    opens: list[GatherOpen] = []
-    arrivals: list[Arrival] = []
-    leave: str = ""
+    opens: Annotated[list[GatherOpen], _Many] = []
+    arrivals: Annotated[list[Arrival], _Many] = []
+    leave: Name = ""
     verdict: int = NEITHER
 
 
@@ -185,11 +208,11 @@ class SettleFrame(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    targets: list[Target]
-    moves: list[Move]
-    acks: list[Ack] = []
-    others: list[SettleItem] = []
-    queue: str = ""
+    targets: Annotated[list[Target], _Many]
+    moves: Annotated[list[Move], _Many]
+    acks: Annotated[list[Ack], _Many] = []
+    others: Annotated[list[SettleItem], _Many] = []
+    queue: Name = ""
     prefetch: int = -1
 
 
@@ -200,7 +223,7 @@ class Checkpoint(Struct, array_like=True, gc=False):
     frame: int
     id: int
     lease: int
-    name: str
+    name: Name
 
 
 class Release(Struct, array_like=True):
@@ -208,8 +231,8 @@ class Release(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    leases: list[tuple[int, int]]
-    queue: str = ""
+    leases: Leases
+    queue: Name = ""
     prefetch: int = -1
 
 
@@ -218,7 +241,7 @@ class Query(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    name: str
+    name: Name
     args: Raw
 
 
@@ -231,13 +254,13 @@ class Hello(Struct, array_like=True):
     """
 
     protocol: int
-    role: str
-    name: str
+    role: Name
+    name: Name
     pid: int
     next_frame: int
-    consume: list[tuple[str, int]] = []
-    holding: list[tuple[int, int]] = []
-    watching: list[str] = []
+    consume: Annotated[list[tuple[Name, int]], _Many] = []
+    holding: Leases = []
+    watching: Annotated[list[Name], _Many] = []
     talk: int = 0
 
 
@@ -429,6 +452,14 @@ def decode_release(header: bytes) -> Release:
         return _release(header)
     except _MALFORMED as error:
         raise ProtocolError(f"release: {error}") from None
+
+
+def decode_heard(header: bytes) -> int:
+    """What a `mark` said, in answer to it. Raises `ProtocolError` for a wrong shape."""
+    try:
+        return _number(header)
+    except _MALFORMED as error:
+        raise ProtocolError(f"heard: {error}") from None
 
 
 def decode_query(header: bytes) -> Query:

@@ -17,7 +17,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from brokers.api import Listener
-from brokers.client import PeerClient
+from brokers.client import MAX_UNCONFIRMED_BYTES, PeerClient
 from brokers.errors import BrokerUnavailable, SocketNotPrivate
 from brokers.zeromq.door import check_address, check_listener
 
@@ -39,9 +39,16 @@ class ZmqClient(PeerClient):
     """
 
     def __init__(
-        self, address: str, listener: Listener, *, peer: int = 0, role: str = "client", name: str = ""
+        self,
+        address: str,
+        listener: Listener,
+        *,
+        peer: int = 0,
+        role: str = "client",
+        name: str = "",
+        max_unconfirmed_bytes: int = MAX_UNCONFIRMED_BYTES,
     ) -> None:
-        super().__init__(listener, peer=peer, role=role, name=name)
+        super().__init__(listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes)
         check_address(address, missing_ok=True)
         self._address = address
         self._outgoing: deque[tuple[bytes, bytes, bytes]] = deque()
@@ -61,8 +68,12 @@ class ZmqClient(PeerClient):
             if not self._ended and not self._stopping.is_set():
                 self._stopping.set()
                 os.eventfd_write(self._wakeup, 1)
-        if threading.current_thread() is not self._thread:
+        if not self.inside():
             self._thread.join(timeout + 1)
+
+    def inside(self) -> bool:
+        """Whether this is the connection's own thread."""
+        return threading.current_thread() is self._thread
 
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
         self._outgoing.append((op, header, blob))

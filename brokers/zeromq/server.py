@@ -20,6 +20,12 @@ __all__ = ["Server"]
 DRAINED_FRAMES = 512
 """Most frames taken in one round: one commit for all of them, yet a round stays well under a second."""
 
+UNREAD_FRAMES = 100_000
+"""A peer that leaves more frames unread is cut off, however small they are; the machine looks at their bytes."""
+
+UNTAKEN_FRAMES = 1_000
+"""How many frames of one peer wait here; what it sends beyond them waits on its own side."""
+
 IDLE = 0.5
 """Seconds that a round may wait when nothing is due."""
 
@@ -40,8 +46,8 @@ class Server:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._router.setsockopt(zmq.SNDHWM, 0)
-        self._router.setsockopt(zmq.RCVHWM, 0)
+        self._router.setsockopt(zmq.SNDHWM, UNREAD_FRAMES)
+        self._router.setsockopt(zmq.RCVHWM, UNTAKEN_FRAMES)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self._router.bind(address)
@@ -51,6 +57,7 @@ class Server:
             self._poller.register(wakeup, zmq.POLLIN)
         self._probe_due = 0.0
         self._more = False
+        self._cut_off: set[int] = set()
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """The loop. Raises `JournalFailed` when the journal has failed: end the process then."""
@@ -62,6 +69,9 @@ class Server:
             if (now := time.monotonic()) >= self._probe_due:
                 self._probe_due = now + PROBE
                 engine.machine.probe()
+                for peer in self._cut_off:
+                    # It hears that it was cut off as soon as it hears anything again.
+                    engine.machine.talk.notice_stranger(peer, "hello", None)
 
     def close(self) -> None:
         """Let go of the socket."""
@@ -92,7 +102,13 @@ class Server:
         for peer, header, blob in outgoing:
             try:
                 self._router.send_multipart([peer.to_bytes(8, "big"), header, blob], zmq.NOBLOCK, len(blob) < 65536)
+                if self._cut_off:
+                    self._cut_off.discard(peer)
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise
                 self._engine.machine.disconnect(peer)
+                if error.errno == zmq.EAGAIN:
+                    self._cut_off.add(peer)
+                else:
+                    self._cut_off.discard(peer)
