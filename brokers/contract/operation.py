@@ -8,7 +8,9 @@ import pytest
 
 from brokers.api import (
     DEAD,
+    DONE,
     START,
+    Arrival,
     GatherOpen,
     PayloadTooLarge,
     ProtocolError,
@@ -109,6 +111,32 @@ class OperationContract:
         assert peer.ask("inspect", ["g"])["g"]["messages"][0]["body"] == b"body"
         assert [group["id"] for group in peer.ask("groups", "q", 10)] == ["g"]
         assert peer.ask("groups", "other", 10) == []
+
+    def test_a_group_tells_how_the_bodies_begin_that_it_waits_with(self, hub: Hub) -> None:
+        peer = Peer(hub)
+        peer.start("q", "long", b"x" * 2_000)
+        peer.start("q", "early", b"first")
+        peer.publish("q", b"second", group="early")
+        peer.broker.publish([], [], [b"?"], arrivals=[Arrival("k", "slot", 1, "early", 1)]).result(PATIENCE)
+        heads = {group["id"]: group["heads"] for group in peer.ask("groups", "", 9)}
+        assert heads == {"long": [b"x" * 512], "early": [b"first", b"second"]}
+        assert peer.ask("lookup", ["early"])["groups"]["early"]["heads"] == [b"first", b"second"]
+
+    def test_groups_that_will_go_on_are_counted_once_each_by_queue_or_by_how_their_bodies_go_on(self, hub: Hub) -> None:
+        peer = Peer(hub)
+        for group, queue, body in (("a", "q", b"-"), ("b", "q", b"-"), ("c", "both", b"-one"), ("d", "both", b"-two")):
+            peer.start(queue, group, body)
+        peer.start("both", "nobody's", b"-three")
+        peer.publish("other", b"-", b"-", group="a")
+        peer.start("wait", "waits", b"-")
+        peer.start("wait", "parked", b"-")
+        peer.broker.consume("wait", 2)
+        waits, parked = peer.receive(2)
+        opening = SettleItem([waits.lease], DONE, opens=[GatherOpen("k", 1, 0, 4)])
+        peer.broker.settle([Target("both", "go on")], [], [], [opening], [b"-two"])
+        peer.broker.settle([], [], [], [SettleItem([parked.lease], DEAD, failure=b"why")], [])
+        peer.ask("ping")
+        assert peer.ask("tally", ["both"], [b"one", b"two"]) == {"queues": {"q": 2}, "marks": [1, 2]}
 
     def test_facts_are_kept(self, hub: Hub) -> None:
         peer, other = Peer(hub), Peer(hub)

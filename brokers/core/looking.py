@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,12 @@ PROGRESS_KEPT = 10_000
 
 PARTS_SHOWN = 100
 """Most arrivals of a gather that are shown."""
+
+HEAD_BYTES = 512
+"""How much of a body a group is described with, for those who know how their bodies begin."""
+
+HEADS = 4
+"""Most bodies that do so for one group."""
 
 SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
@@ -88,9 +95,49 @@ class Looking:
             "epoch": group.epoch,
             "digest": group.digest,
             "ended": ended,
+            "heads": self._heads(group),
             "messages": [self._message(m, body=bodies or (ended and m.label == ended)) for m in group.messages()],
             "gathers": [_gather(gather, bodies=bodies) for gather in (group.gathers or {}).values()],
         }
+
+    def _heads(self, group: Group) -> list[bytes]:
+        """How the bodies of a group begin: of what its open gathers wait with, then of its messages."""
+        heads = [gather.base[:HEAD_BYTES] for gather in (group.gathers or {}).values() if gather.need is not None]
+        for message in islice(group.messages(), max(0, HEADS - len(heads))):
+            heads.append(self._ledger.head(message, HEAD_BYTES))
+        return heads[:HEADS]
+
+    def tally(self, session: Session, shared: list[str], marks: list[bytes]) -> dict[str, Any]:
+        """How many groups have something left that will go on, each counted once: `queues` by the queue where it is.
+
+        Those at a `shared` queue are counted by the first of `marks` (as many numbers in the same order) that follows
+        the first byte of the body, and those with none of them not at all. Parked messages do not go on by themselves.
+        """
+        queues: dict[str, int] = {}
+        counts = [0] * len(marks)
+        most = 1 + max(map(len, marks), default=0)
+        for group in self._store.groups.values():
+            if group.ended:
+                continue
+            for name, head in self._places(group, most, shared):
+                if name not in shared:
+                    queues[name] = queues.get(name, 0) + 1
+                    break
+                at = next((at for at, mark in enumerate(marks) if head.startswith(mark, 1)), None)
+                if at is not None:
+                    counts[at] += 1
+                    break
+        return {"queues": queues, "marks": counts}
+
+    def _places(self, group: Group, most: int, shared: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Where a group waits, and how the bodies there begin where the queue is a shared one."""
+        for gather in (group.gathers or {}).values():
+            if gather.need is not None:
+                yield gather.queue, gather.base[:most]
+        for message in group.messages():
+            if message.extra is None or not message.extra.parked:
+                name = message.queue.name
+                yield name, self._ledger.head(message, most) if name in shared else b""
 
     def _message(self, message: Message, *, body: object) -> dict[str, Any]:
         extra = message.extra

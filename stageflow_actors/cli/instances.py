@@ -143,7 +143,7 @@ def show(instance_id: str, data: Path, output: str) -> None:
                 "status": stage.status.value,
                 "attempts": stage.attempts,
                 "started": stage.started_at or None,
-                "duration": stage.duration if stage.started_at else None,
+                "duration": stage.duration if stage.started_at and stage.status != "running" else None,
                 "error": stage.error,
                 "result": stage.data,
             }

@@ -202,6 +202,8 @@ def _text(body: bytes, at: int) -> tuple[str, int]:
         size = int.from_bytes(body[at + 1 : start], "big")
     else:
         raise ValueError("not a string")
+    if start + size > len(body):
+        raise ValueError("cut short")
     return body[start : start + size].decode(), start + size
 
 

@@ -23,13 +23,23 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     decode_outcome,
     decode_trail,
+    head_of,
 )
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED
+from stageflow_actors.core.plan import BEGIN, COMPENSATE, DEAD, FAILED, ITEM_SUFFIX, TIMEOUT
 from stageflow_actors.core.result import CompensationResult, StageResult
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
-__all__ = ["Standing", "ended", "failure_text", "progress_of", "standing_of", "status_of", "trail_stages"]
+__all__ = [
+    "Standing",
+    "ended",
+    "failure_text",
+    "progress_of",
+    "standing_of",
+    "status_of",
+    "trail_stages",
+    "version_of",
+]
 
 Described = Mapping[str, Any]
 """A group, or a message of one, as the broker's `lookup`, `groups` and `inspect` describe it."""
@@ -41,8 +51,9 @@ _FIRST = re.compile(r"\.stage0(\.|$)")
 class Standing(Struct, frozen=True, kw_only=True):
     """All that is known of one instance. `started_at`, `finished_at`: seconds since the Unix epoch, 0 where unknown.
 
-    `stage` is the stage it is at, or that failed it; `queue` where its message is, empty once it has ended; `waiting`
-    the gathers it waits for. `context` is msgpack, as the last transition left it. `progress` is (done, total, note).
+    `stage` is the stage it is at, or that failed it; `queue` where its message is, empty where there is none; `waiting`
+    what it waits for: a signal, a reply, branches or items. `context` is msgpack, as the last transition left it.
+    `progress` is (done, total, note).
     """
 
     instance_id: str
@@ -72,6 +83,15 @@ def progress_of(group: Described) -> tuple[float, float, str] | None:
     return done, total, note
 
 
+def version_of(group: Described) -> tuple[str, int] | None:
+    """The workflow, and the version of it, whose instance this group is: its bodies say so, queues are shared."""
+    for body in group["heads"]:
+        head = head_of(body)
+        if head is not None:
+            return head[0], head[1]
+    return None
+
+
 def status_of(group: Described) -> WorkflowStatus:
     """The status of the live instance whose group this is, as `lookup` or `groups` describes it."""
     messages: Sequence[Described] = group["messages"]
@@ -88,7 +108,7 @@ def status_of(group: Described) -> WorkflowStatus:
     if not messages:
         return WorkflowStatus.waiting if group["gathers"] else WorkflowStatus.running
     if all(_untouched(message) for message in messages):
-        if all(_FIRST.search(message["queue"]) for message in messages):
+        if all(message["label"] == BEGIN or _FIRST.search(message["queue"]) for message in messages):
             return WorkflowStatus.pending
         if all(message["state"] == "delayed" for message in messages):
             return WorkflowStatus.waiting
@@ -102,29 +122,31 @@ def standing_of(group: Described) -> Standing:
     for message in messages:
         if group["ended"] and message["label"] == group["ended"]:
             return ended(group["id"], group["epoch"], message["body"])
-    waiting = [f"{gather['key']} ({gather['arrived']} of {gather['need'] or '?'})" for gather in group["gathers"]]
+    gathers = [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
+    waiting = [_wait(gather) for gather in gathers]
     chosen = _telling(messages)
-    if chosen is None:
-        return Standing(instance_id=group["id"], epoch=group["epoch"], status=status, waiting=waiting)
-    envelope = _envelope(chosen["body"][: chosen["base"]])
-    failure = failure_text(chosen["reason"] or chosen["failure"])
+    envelope = None if chosen is None else _envelope(chosen["body"][: chosen["base"]])
+    whole = _gathered(gathers)
+    if whole is not None and (envelope is None or envelope.stage_id.endswith(ITEM_SUFFIX)):
+        envelope = whole  # an item has no context of its own, and neither has what is sent to an endpoint
+    failure = None if chosen is None else failure_text(chosen["reason"] or chosen["failure"])
+    queue = "" if chosen is None else chosen["queue"]
     if envelope is None:
         return Standing(
             instance_id=group["id"],
             epoch=group["epoch"],
             status=status,
-            queue=chosen["queue"],
-            stage=chosen["label"],
+            queue=queue,
+            stage=None if chosen is None else chosen["label"],
             error=failure,
             waiting=waiting,
         )
     done = envelope.compensation.done if envelope.compensation is not None else []
     stages = trail_stages(envelope.trail, done)
-    if status in (WorkflowStatus.pending, WorkflowStatus.running, WorkflowStatus.parked):
-        ahead = [_stage_ahead(message, envelope) for message in messages]
-        reached = {stage.stage_id for stage in ahead}
+    if status != WorkflowStatus.compensating:
+        ahead = _ahead(messages, gathers)
         # A stage that is being tried once more, after a requeue, stands in the trail as failed.
-        stages = [stage for stage in stages if stage.stage_id not in reached] + ahead
+        stages = [stage for stage in stages if stage.stage_id not in ahead] + list(ahead.values())
     return Standing(
         instance_id=group["id"],
         epoch=group["epoch"],
@@ -135,7 +157,7 @@ def standing_of(group: Described) -> Standing:
         stage=envelope.stage_id,
         error=failure or envelope.error,
         failed_stage=envelope.stage_id if status == WorkflowStatus.parked else envelope.failed_stage,
-        queue=chosen["queue"],
+        queue=queue,
         context=envelope.context,
         stages=stages,
         compensations=_compensations(done),
@@ -212,7 +234,51 @@ def _envelope(body: bytes) -> Envelope | None:
         return None  # a message of a kind that this release does not know
 
 
-def _stage_ahead(message: Described, envelope: Envelope) -> StageResult:
+def _wait(gather: Described) -> str:
+    """What an open gather waits for, in words."""
+    key: str = gather["key"]
+    kind, _, name = key.partition(":")
+    if name and kind == "signal":
+        return f"signal {name}"
+    if name and kind == "reply":
+        return f"reply to {name.rpartition(':')[0]}"
+    return f"{key} ({gather['arrived']} of {gather['need']})"
+
+
+def _gathered(gathers: Iterable[Described]) -> Envelope | None:
+    """The envelope that waits in the gather which was opened last."""
+    for gather in sorted(gathers, key=lambda gather: float(gather.get("opened", 0.0)), reverse=True):
+        envelope = _envelope(gather.get("base", b""))
+        if envelope is not None:
+            return envelope
+    return None
+
+
+_RANK = (StageStatus.failed, StageStatus.running, StageStatus.pending)
+
+
+def _ahead(messages: Iterable[Described], gathers: Iterable[Described]) -> dict[str, StageResult]:
+    """The stages that are not over, by id: those that wait for others, and those that have a message."""
+    found: dict[str, StageResult] = {}
+    for gather in gathers:
+        head = head_of(gather.get("base", b""))
+        if head is not None:
+            found[head[2]] = StageResult(
+                stage_id=head[2], status=StageStatus.running, attempts=1, started_at=gather.get("opened", 0.0)
+            )
+    for message in messages:
+        head = head_of(message.get("body") or b"")
+        if head is None:
+            continue
+        one = _stage_ahead(message, head[2].removesuffix(ITEM_SUFFIX))
+        known = found.get(one.stage_id)
+        # Of a map stage with many items in work, what says most.
+        if known is None or _RANK.index(one.status) < _RANK.index(known.status):
+            found[one.stage_id] = one
+    return found
+
+
+def _stage_ahead(message: Described, stage_id: str) -> StageResult:
     failure = failure_text(message["reason"] or message["failure"])
     if message["state"] == "dead":
         status = StageStatus.failed
@@ -221,7 +287,7 @@ def _stage_ahead(message: Described, envelope: Envelope) -> StageResult:
     else:
         status = StageStatus.running
     attempts = message["attempts"] + (message["state"] == "leased")
-    return StageResult(stage_id=message["label"] or envelope.stage_id, status=status, attempts=attempts, error=failure)
+    return StageResult(stage_id=stage_id, status=status, attempts=attempts, error=failure)
 
 
 def _compensations(records: Iterable[CompensationRecord]) -> list[CompensationResult]:

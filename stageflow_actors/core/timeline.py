@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     head_of,
 )
-from stageflow_actors.core.plan import COMPENSATE, ITEM_SUFFIX
+from stageflow_actors.core.plan import COMPENSATE, ITEM_SUFFIX, TIMEOUT
 from stageflow_actors.core.standing import failure_text
 
 __all__ = ["Moment", "moments_of_group", "moments_of_outcome"]
@@ -89,13 +89,19 @@ def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
         yield Moment(
             at=message["parked"] or message["enqueued"],
             what=f"{state} to be undone" if label.startswith(COMPENSATE) and state != "parked" else state,
-            stage_id=label.removeprefix(COMPENSATE),
+            stage_id=_stage_of(message),
             attempt=message["attempts"] + (state != "parked"),
             error=failure_text(message["reason"] or message["failure"]),
         )
     for gather in group["gathers"]:
-        if gather["need"] is not None:
+        if gather["need"] is not None and gather["key"] != TIMEOUT:
             yield Moment(at=gather["opened"], what="waiting", stage_id=gather["key"])
+
+
+def _stage_of(message: Mapping[str, Any]) -> str:
+    label: str = message["label"]
+    head = head_of(message["body"]) if label.startswith(":") else None  # an event, and of what stage its body says
+    return label.removeprefix(COMPENSATE) if head is None else head[2]
 
 
 def _is_shown(record: StageRecord) -> bool:

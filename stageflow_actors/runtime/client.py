@@ -37,7 +37,7 @@ from stageflow_actors.core.plan import (
 )
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
-from stageflow_actors.core.standing import status_of
+from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.definition.workflow import Workflow
@@ -268,10 +268,9 @@ class Client:
                     break
                 if wanted is not None and status_of(group) != wanted:
                     continue
-                known = self._known_of_group(group)
-                if workflow_id is not None and (known is None or known.plan.id != workflow_id):
+                if workflow_id is not None and (version_of(group) or ("", 0))[0] != workflow_id:
                     continue
-                found.append(Instance(self, group["id"], known))
+                found.append(Instance(self, group["id"], self._known_of_group(group)))
                 ids.add(group["id"])
         if wanted is None or wanted.terminal:
             if wanted is not None:
@@ -549,7 +548,9 @@ class Client:
         ttl = known.plan.stages[0].ttl
         items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
         try:
-            return self._port().publish([known.target], items, bodies, atomic=atomic, taken=taken)
+            return self._port().publish(
+                [known.target], items, bodies, atomic=atomic, taken=taken, waiting=self._check_alive
+            )
         except port.BrokerError as error:
             raise in_our_words(error) from None
 
@@ -665,24 +666,8 @@ class Client:
         return self._known.get((workflow_id, version))
 
     def _known_of_group(self, group: dict[str, Any]) -> Known | None:
-        queues = {message["queue"] for message in group["messages"]}
-        for known in self._known.values():
-            if queues & {stage.queue for stage in known.plan.stages} or known.plan.compensation.queue in queues:
-                return known
-        for message in group["messages"]:
-            body = message.get("body")
-            if body is not None:
-                workflow_id, version = port_ids(body)
-                return self._known.get((workflow_id, version))
-        return None
-
-
-def port_ids(body: bytes) -> tuple[str, int]:
-    """Workflow id and version of an envelope or an outcome: both begin with them."""
-    import msgspec
-
-    first = msgspec.msgpack.decode(body, type=list[Any])
-    return str(first[0]), int(first[1])
+        version = version_of(group)
+        return None if version is None else self._known_version(*version)
 
 
 def _encodes(text: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from brokers.api import Broker, DeliveryItem, Listener
+from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryMissing
@@ -180,6 +181,7 @@ class Node:
         self._publish_plans()
         self._unserved.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
+        resuming = self._unfinished()
         self._ask("roster", [])
         self._data.write_cluster(
             ClusterRecord(
@@ -190,7 +192,7 @@ class Node:
                 started=time.time(),
             )
         )
-        _tell(self._channel, Report("ready", self._address, "", {"resuming": self._unfinished(queues)}))
+        _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
         for text in notices:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
@@ -243,15 +245,22 @@ class Node:
         # For the node after this one, should it come to that.
         _tell(self._channel, Report("scaled", "", "", {"queue": queue, "actors": actors}))
 
-    def _unfinished(self, queues: dict[str, Any]) -> dict[str, int]:
-        """Messages of each workflow that waited before anything was delivered."""
-        found: dict[str, int] = {}
-        for plan in self._config.plans:
-            names = [stage.queue for stage in plan.stages] + [plan.compensation.queue]
-            count = sum(queues[name]["ready"] + queues[name]["delayed"] for name in names if name in queues)
-            if count:  # versions share queues
-                found[plan.id] = max(count, found.get(plan.id, 0))
-        return found
+    def _unfinished(self) -> dict[str, int]:
+        """Instances of each workflow that will go on, those that wait for something from outside included."""
+        plans, coordinator = self._config.plans, self._config.naming.coordinator
+        ids = list(dict.fromkeys(plan.id for plan in plans))
+        owners = {stage.queue: plan.id for plan in plans for stage in plan.stages if stage.queue != coordinator}
+        owners.update((plan.compensation.queue, plan.id) for plan in plans)
+        # An envelope goes on with its workflow's id behind its first byte: what waits in the coordinator's queue is
+        # told apart by that.
+        tally = self._ask("tally", [coordinator], [encode(id) for id in ids])
+        found = dict.fromkeys(ids, 0)
+        for queue, count in tally["queues"].items():
+            if queue in owners:  # versions share queues
+                found[owners[queue]] += count
+        for id, count in zip(ids, tally["marks"], strict=True):
+            found[id] += count
+        return {id: count for id, count in found.items() if count}
 
     def _open_history(self) -> HistoryWriter:
         known = self._ask("fact", HISTORY_FACT, None)

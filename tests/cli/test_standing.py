@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from stageflow_actors.core.codec import decode_value
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
+    Command,
     CompensationRecord,
     CompensationTask,
     Envelope,
@@ -16,7 +18,7 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.standing import failure_text, standing_of, status_of, trail_stages
+from stageflow_actors.core.standing import failure_text, standing_of, status_of, trail_stages, version_of
 
 FIRST, SECOND, UNDO = "stageflow.orders.stage0", "stageflow.orders.stage1", "stageflow.compensation.orders"
 TRAIL = append_record(EMPTY_TRAIL, StageRecord("reserve", "completed", 2, 10.0, 0.5, None, raw({"kept": 1})))
@@ -30,7 +32,11 @@ def message(queue: str, label: str, state: str = "ready", **facts: Any) -> dict[
 
 
 def group(*messages: dict[str, Any], ended: str = "", gathers: Any = ()) -> dict[str, Any]:
-    return {"id": "i1", "epoch": 1, "ended": ended, "messages": list(messages), "gathers": list(gathers)}
+    return {"id": "i1", "epoch": 1, "ended": ended, "messages": list(messages), "gathers": list(gathers), "heads": []}
+
+
+def gather(key: str, base: bytes, *, need: int | None = 1, arrived: int = 0, opened: float = 20.0) -> dict[str, Any]:
+    return {"key": key, "need": need, "arrived": arrived, "base": base, "parts": [], "opened": opened}
 
 
 def envelope(**fields: Any) -> bytes:
@@ -56,6 +62,8 @@ OUTCOME = encode(Outcome("orders", 3, "compensated", raw({}), TRAIL, 9.0, 12.0, 
         (group(message(SECOND, "pay", "dead")), "parked"),
         (group(message(SECOND, "a"), message(SECOND, "b", "dead")), "parked"),
         (group(message(SECOND, "pay", "dead", evidence=True), message(UNDO, "compensate:reserve")), "compensating"),
+        (group(message("stageflow.coordinator", ":begin")), "pending"),
+        (group(message("stageflow.coordinator", ":resume", "delayed")), "waiting"),
         (group(message("stageflow.coordinator", ":failed")), "compensating"),
         (group(message("stageflow.coordinator", ":dead", "leased")), "compensating"),
         (group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"), "compensated"),
@@ -95,6 +103,64 @@ def test_one_that_is_being_undone_shows_what_has_been() -> None:
 def test_one_that_waits_says_for_what() -> None:
     standing = standing_of(group(gathers=[{"key": "checks", "need": 3, "arrived": 1}]))
     assert (standing.status, standing.waiting) == ("waiting", ["checks (1 of 3)"])
+
+
+def test_one_that_waits_for_a_signal_is_told_from_what_waits() -> None:
+    joined = gather("checks", b"", need=None)
+    early = gather("signal:other", b"", need=None, arrived=1)
+    late = gather(":timeout", encode(60.0))
+    standing = standing_of(group(gathers=[joined, early, late, gather("signal:approval", envelope())]))
+    assert (standing.workflow_id, standing.version, standing.started_at) == ("orders", 3, 9.0)
+    assert (standing.status, standing.stage, standing.queue) == ("waiting", "pay", "")
+    assert standing.waiting == ["signal approval"]
+    assert decode_value(standing.context) == {"n": 1}
+    assert [(s.stage_id, s.status, s.started_at) for s in standing.stages] == [
+        ("reserve", "completed", 10.0),
+        ("pay", "running", 20.0),
+    ]
+
+
+def test_of_several_that_wait_the_one_that_began_last_tells_most() -> None:
+    branch = encode(Envelope("orders", 3, "stock", raw({"n": 2}), TRAIL, 9.0))
+    waits = [gather("reply:stock:7", branch, opened=21.0), gather("pay", envelope(), need=2, arrived=1)]
+    standing = standing_of(group(gathers=waits))
+    assert (standing.stage, standing.waiting) == ("stock", ["reply to stock", "pay (1 of 2)"])
+    assert [s.stage_id for s in standing.stages] == ["reserve", "stock", "pay"]
+
+
+def test_of_a_map_stage_its_context_is_shown_and_not_its_items() -> None:
+    item = encode(Envelope("orders", 3, "pay[item]", raw(None), EMPTY_TRAIL, 9.0))
+    work = [
+        message(f"{SECOND}.pay", "pay[item]", state, id=id, body=item) for id, state in enumerate(("ready", "leased"))
+    ]
+    standing = standing_of(group(*work, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
+    assert (standing.status, standing.stage, standing.waiting) == ("running", "pay", ["pay (1 of 3)"])
+    assert decode_value(standing.context) == {"n": 1}
+    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "running")]
+    parked = message(f"{SECOND}.pay", "pay[item]", "dead", id=5, body=item, reason=DECLINED)
+    standing = standing_of(group(*work, parked, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
+    assert (standing.status, standing.failed_stage, standing.error) == ("parked", "pay", "ValueError: card declined")
+    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "failed")]
+
+
+def test_one_whose_command_is_at_an_endpoint_is_told_from_what_waits_for_the_reply() -> None:
+    command = message("stageflow.endpoint.bank", "bank", body=encode(Command("reply:pay:3", raw(1), "orders", "pay")))
+    standing = standing_of(group(command, gathers=[gather("reply:pay:3", envelope())]))
+    assert (standing.workflow_id, standing.stage, standing.waiting) == ("orders", "pay", ["reply to pay"])
+    assert [s.stage_id for s in standing.stages] == ["reserve", "pay"]
+
+
+def test_one_in_a_delay_names_the_delay() -> None:
+    body = encode(Envelope("orders", 3, "cool-off", raw({}), TRAIL, 9.0))
+    standing = standing_of(group(message("stageflow.coordinator", ":resume", "delayed", body=body)))
+    assert (standing.status, standing.stage) == ("waiting", "cool-off")
+    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("cool-off", "pending")]
+
+
+def test_the_workflow_of_a_group_is_read_from_its_bodies() -> None:
+    assert version_of(group()) is None
+    assert version_of(group() | {"heads": [encode(60.0), envelope()[:200]]}) == ("orders", 3)
+    assert version_of(group() | {"heads": [envelope()[:4]]}) is None
 
 
 def test_one_that_has_ended_is_told_from_its_outcome() -> None:
