@@ -51,8 +51,8 @@ class StageRecord(Struct, array_like=True, gc=False):
     """One finished stage in the trail of an instance.
 
     `status` is a `StageStatus` value, `started_at` seconds since the Unix epoch, `duration` seconds,
-    `data` what the handler returned, as msgpack; `undo` what its compensation needs beyond that: the items of a map
-    stage with their results.
+    `data` what the handler returned, as msgpack; `undo` what its compensation needs beyond that: of a map stage
+    [number, item, result] of each item that was handled well, in their order.
     """
 
     stage_id: str

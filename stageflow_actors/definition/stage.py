@@ -19,6 +19,7 @@ from stageflow_actors.errors import WorkflowDefinitionError
 __all__ = ["Compensation", "Replace", "Stage", "StageOptions", "check_id"]
 
 _ID = re.compile(r"[A-Za-z0-9._-]+")
+_LONGEST_ID = 200
 
 
 def check_id(value: object, what: str) -> str:
@@ -27,6 +28,10 @@ def check_id(value: object, what: str) -> str:
         raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
     if not value:
         raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
+    if len(value) > _LONGEST_ID:
+        raise WorkflowDefinitionError(
+            f"the id of {what} has {len(value)} characters, {_LONGEST_ID} are the most: {value[:60]!r}…"
+        )
     if not _ID.fullmatch(value):
         raise WorkflowDefinitionError(
             f"the id {value!r} of {what} is malformed: use letters (a-z, A-Z), digits, '-', '_' and '.' "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pykka
 
-from brokers.api import Broker, DeliveryItem, Listener, Refused
+from brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, ProtocolError, Refused
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _Steps:
         assert broker is not None
         try:
             broker.checkpoint(self._item.id, self._item.lease, name, value).result()
-        except Refused as error:
+        except (Refused, PayloadTooLarge, ProtocolError) as error:
             raise StageFlowError(f"step {name!r} cannot be kept: {error}") from None
 
     def report(self, progress: bytes) -> None:

@@ -42,6 +42,9 @@ _NONE_DONE = (_NOTHING, encode([]))
 CHUNK = 2_000
 """Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
 
+LARGEST_CHUNK = 100_000
+"""Most items of a chunk: one settlement has to hold them all."""
+
 
 class _Rest(Struct, array_like=True):
     """Items still to be published, and the number of the first: the payload of an envelope without a context."""
@@ -125,7 +128,7 @@ class MapWork(Work):
     def _chunk(self, envelope: Envelope, rest: _Rest) -> Moves:
         """Messages for the next items, and one for the rest of them."""
         place = self._place
-        count = max(CHUNK, len(rest.items) // 8)
+        count = max(CHUNK, min(len(rest.items) // 8, LARGEST_CHUNK))
         now, later = rest.items[:count], rest.items[count:]
         one = Envelope(
             envelope.workflow_id,

@@ -24,7 +24,7 @@ class ForgetfulBroker:
         self.ended = ended
 
     def publish(
-        self, targets: Any, items: Any, bodies: Any, *, atomic: bool = False, taken: Any = None
+        self, targets: Any, items: Any, bodies: Any, *, atomic: bool = False, taken: Any = None, waiting: Any = None
     ) -> Future[PublishAnswer]:
         if taken is not None:
             taken()
