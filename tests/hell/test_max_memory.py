@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowDefinitionError
+from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.memory import memory_over
+from stageflow_actors.runtime.programs import endpoint_spec, merged, pool_specs
 
 Row = dict[str, Any]
 Handler = Callable[[Row], Any]
@@ -73,6 +75,12 @@ def swell_afterwards(context: Row) -> int:
     return os.getpid()
 
 
+def swell_or_wait(context: Row) -> None:
+    if context["n"] == 2:
+        swell(context)
+    time.sleep(0.2)
+
+
 def tell_score(context: Row) -> int:
     return int(Path("/proc/self/oom_score_adj").read_text())
 
@@ -87,6 +95,7 @@ def workflow_of(handler: Handler, **options: Any) -> Workflow[Row]:
 
 HANDLERS = [swell, swell_once, have_a_child_swell, share_with_children, swell_afterwards]
 bombs = {handler: workflow_of(handler, max_memory=LIMIT) for handler in HANDLERS}
+crowd = workflow_of(swell_or_wait, max_memory=LIMIT, concurrency=3)
 cramped = workflow_of(tell_who, max_memory=5_000_000)
 scored = workflow_of(tell_score)
 others_work: Workflow[Row] = Workflow("others").add_stage(tell_who)
@@ -95,7 +104,7 @@ others_work: Workflow[Row] = Workflow("others").add_stage(tell_who)
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     data = tmp_path_factory.mktemp("data")
-    runtime = Runtime(*bombs.values(), scored, others_work, data_dir=data).start()
+    runtime = Runtime(*bombs.values(), crowd, scored, others_work, data_dir=data).start()
     yield runtime
     runtime.stop(grace=0.0)
 
@@ -132,6 +141,27 @@ def test_a_message_that_used_too_much_once_completes_in_a_new_worker(
         result = runtime.execute(bombs[swell_once], {"mark": str(tmp_path / "mark")}, timeout=60)
     assert result.success, result.error
     assert result.stages[0].attempts == 2
+
+
+def test_of_messages_in_work_at_once_the_one_that_uses_too_much_fails_and_the_others_complete(
+    runtime: Runtime, others: Any
+) -> None:
+    with others.go_on():
+        results = list(runtime.map(crowd, [{"n": n} for n in range(6)]))
+    assert [result.success for result in results] == [True, True, False, True, True, True]
+    assert "more than max_memory" in str(results[2].error)
+
+
+def test_every_kind_of_pool_is_given_the_limit_of_its_stage() -> None:
+    bomb = Stage(tell_who, id="bomb", max_memory=LIMIT)
+    everywhere: Workflow[Row] = Workflow("everywhere").add_parallel("both", [bomb, Stage(swell, id="free")])
+    everywhere.add_branch("way", lambda context: "a", {"a": [Stage(tell_who, id="arm", max_memory=LIMIT)]})
+    everywhere.add_map("each", swell, over=lambda context: [1], max_memory=LIMIT)
+    specs = pool_specs(everywhere, compile_plan(everywhere, Naming()), {})
+    limits = {spec.stage_id: spec.max_memory for spec in merged(specs)}
+    assert {name for name, limit in limits.items() if limit == LIMIT} == {"bomb", "arm", "each[item]"}
+    assert set(limits.values()) == {0, LIMIT}
+    assert endpoint_spec(bomb, Naming(), {}).max_memory == LIMIT
 
 
 def test_what_a_worker_and_its_forks_share_counts_once(runtime: Runtime) -> None:
