@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from brokers.api import QueueOptions, Refused
+from brokers.api import DONE, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
 from brokers.contract.harness import Hub, Peer
 
 __all__ = ["OversightContract"]
@@ -152,6 +152,26 @@ class OversightContract:
         assert len(supervisor.ask("peek", "dlq.q", 0, 9)) == 1
         assert supervisor.ask("purge", "dlq.q", [])["purged"] == 1
         assert supervisor.ask("stats", "")["messages"] == 0
+
+    def test_who_is_told_of_a_dead_letter_that_was_gathered_is_given_its_parts(self, supervised_hub: Hub) -> None:
+        options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
+        supervisor = self._supervise(supervised_hub, options)
+        supervisor.start("before", "g", b"start")
+        worker = Peer(supervised_hub, role="worker")
+        worker.broker.consume("before", 1)
+        (begun,) = worker.receive()
+        joined = SettleItem(
+            [begun.lease], DONE, opens=[GatherOpen("k", 2, 0, 4)], arrivals=[Arrival("k", "a", 1), Arrival("k", "b", 2)]
+        )
+        worker.broker.settle([Target("q", "join")], [], [], [joined], [b"base", b"A", b"BB"])
+        worker.broker.consume("q", 1)
+        (guilty,) = worker.receive()
+        self._die(supervisor, worker, guilty.item.id, failure=b"OOM")
+        supervisor.broker.consume("coordinator", 1)
+        (told,) = supervisor.receive()
+        assert told.item.extra is not None
+        assert (told.body, told.item.extra.label) == (b"baseABB", "dead-letter")
+        assert [tuple(part) for part in told.item.extra.parts or ()] == [("", 4), ("a", 1), ("b", 2)]
 
     def test_a_worker_that_left_without_settling_is_waited_for(self, supervised_hub: Hub) -> None:
         """It may be at it still: only its death is an end."""

@@ -147,6 +147,7 @@ class Supervision:
         known, extra = message.details(), told.details()
         extra.failure, extra.fresh = reason, True
         extra.attempts, extra.deaths, extra.steps = known.attempts, known.deaths, known.steps
+        extra.parts = known.parts
         self._ledger.copy(told)
         store.enqueue(told)
         store.touched[queue] = None

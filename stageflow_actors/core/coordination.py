@@ -21,13 +21,25 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
+from stageflow_actors.core.gathered import (
+    Arrivals,
+    decode_asked,
+    end_rest,
+    ended_items,
+    is_carrier,
+    join_branches,
+    undo_items,
+)
 from stageflow_actors.core.plan import (
     BEGIN,
     CANCELLED,
     DEAD,
     FAILED,
+    MAP,
+    PARALLEL,
     RESUME,
     SIGNAL,
+    STAGE,
     TIMEOUT,
     UNANSWERED,
     Naming,
@@ -65,8 +77,11 @@ def decide(
     naming: Naming,
     now: float,
     cancelled: str | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Moves:
     """What follows an event. `cancelled` says why the instance has been.
+
+    Of a gathered message that was dead-lettered `body` is the base, and `arrivals` are what had come to it.
 
     Raises `UnknownPlan` when the version it belongs to is not registered.
 
@@ -88,7 +103,7 @@ def decide(
     if label == FAILED:
         return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     if label == DEAD:
-        return _dead(plan, envelope, failure, attempts, naming, now)
+        return _dead(plan, envelope, failure, attempts, naming, now, arrivals)
     if label == BEGIN:
         moves = enter(plan, envelope.stage_id, envelope, naming, now)
         if plan.timeout:
@@ -145,14 +160,36 @@ def _known(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
 
 
 def _dead(
-    plan: WorkflowPlan, envelope: Envelope, failure: Failure | None, attempts: int, naming: Naming, now: float
+    plan: WorkflowPlan,
+    envelope: Envelope,
+    failure: Failure | None,
+    attempts: int,
+    naming: Naming,
+    now: float,
+    arrivals: Arrivals | None,
 ) -> Moves:
     error = "WorkerDied: the worker process died" if failure is None else failure.message
     if envelope.compensation is not None:
         record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
         return Moves([after_compensation(plan, envelope, record, naming, now)])
     stage = _known(plan, envelope)
-    lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), now, 0.0, error)
+    started = now
+    if stage.kind == MAP and arrivals is None and is_carrier(envelope):
+        return end_rest(stage, envelope, error)
+    if arrivals is not None and stage.kind == PARALLEL:
+        branch = join_branches(plan, envelope, arrivals).lost
+        if branch is not None:
+            envelope.error, envelope.failed_stage = branch.error, branch.stage_id
+            return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
+    elif arrivals is not None and stage.kind == MAP:
+        undo = undo_items(stage, ended_items(arrivals), now) if stage.required else None
+        if undo is not None:
+            envelope.trail = append_record(envelope.trail, undo)
+    elif arrivals is not None and stage.kind == STAGE:
+        asked = decode_asked(envelope.payload)
+        envelope.context, envelope.payload = asked.before, asked.payload
+        attempts, started = asked.attempt + attempts - 1, asked.started
+    lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
     return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
 
 

@@ -19,6 +19,7 @@ from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Targ
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_outcome, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
+from stageflow_actors.core.plan import DEAD as DEAD_EVENT
 from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
@@ -166,11 +167,13 @@ class Coordinator(pykka.ThreadingActor):
         extra, plans, naming, now = item.extra, self._plans, self._naming, time.time()
         if extra is None:
             return decide("", body, None, 1, plans, naming, now)
+        arrivals: list[tuple[str, bytes]] | None = None
         if extra.parts is not None:
-            base, arrivals = split_parts(item, body)
-            return decide_gathered(base, arrivals, plans, naming, now, extra.cancelled)
-        failure = read_failure(extra.failure)
-        return decide(extra.label, body, failure, extra.attempts + 1, plans, naming, now, extra.cancelled)
+            body, arrivals = split_parts(item, body)
+            if extra.label != DEAD_EVENT:
+                return decide_gathered(body, arrivals, plans, naming, now, extra.cancelled)
+        failure, attempts = read_failure(extra.failure), extra.attempts + 1
+        return decide(extra.label, body, failure, attempts, plans, naming, now, extra.cancelled, arrivals)
 
     def _cancel_late(self, item: DeliveryItem, body: bytes) -> None:
         """The instance has run for as long as its workflow may: it is cancelled, and says why."""
