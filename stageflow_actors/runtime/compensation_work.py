@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -24,9 +24,10 @@ from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.context import StageContext, StepStore
+from stageflow_actors.runtime.context import StageContext, StepStore, refuse_request
 from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, intercepted
 from stageflow_actors.runtime.programs import CompensationProgram
+from stageflow_actors.runtime.undoing import Undoing
 from stageflow_actors.runtime.work import (
     GRACE_NS,
     TERMINAL,
@@ -41,8 +42,15 @@ from stageflow_actors.runtime.work import (
 __all__ = ["CompensationWork"]
 
 UNDONE = ":undone"
-"""The step that says which item of a map stage was undone last; no step of a user's can be taken for it, for those that
-are kept while an item is undone begin with its number."""
+"""The step that says how far the items of a map stage are undone; no step of a user's can be taken for it, for those
+that are kept while an item is undone begin with its number."""
+
+KEPT_SECONDS = 0.05
+"""How much undoing of items may be done again after a crash: what was done before that is durable."""
+
+CAREFUL_SECONDS = 0.25
+"""How much undoing is done with each item said beforehand, once one of them has ended a worker: several times what
+may be done again, for that one is among those."""
 
 
 class CompensationWork:
@@ -112,20 +120,18 @@ class CompensationWork:
     def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
+        if (undo := undo_of(envelope, stage_id)) is not None:
+            return self._undo_items(item, envelope, stage_id, undo)
         if extra is not None and extra.fresh:
-            failure = read_failure(extra.failure) or Failure("died", "WorkerDied: the worker process died")
+            failure = _unsaid(extra.failure)
             return self._failed(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
         clock = time.perf_counter()
         try:
             context = self.codec.decode(envelope.context)
-            undo = undo_of(envelope, stage_id)
-            value: Any = None
-            if undo is None:
-                value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
-                if self._arounds:
-                    value, context = value
-            else:
-                self._undo_items(item, envelope, stage_id, attempt, undo)
+            value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
+            if self._arounds:
+                value, context = value
+            refuse_request(value, f"the compensation of stage {stage_id!r}")
             if type(value) is Replace:
                 context = value.value
             elif self._context_type is not dict and isinstance(value, self._context_type):
@@ -146,19 +152,68 @@ class CompensationWork:
         return self._on(item, envelope, record)
 
     def _undo_items(
-        self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int, undo: list[tuple[Raw, Any]]
-    ) -> None:
-        """The items of a map stage, last one first, each once: what a crash interrupts goes on behind the last done."""
-        ctx = self._context_of(item, envelope, stage_id, attempt)
-        codec = self._items[stage_id]
-        first_done = ctx.get_step_result(UNDONE)
-        for number in reversed(range(len(undo) if first_done is None else first_done)):
-            data, result = undo[number]
+        self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
+    ) -> Settled:
+        """The items of a map stage, last one first, each with a time of its own. One that fails stops no other, and
+        each attempt is about those which are left."""
+        clock = time.perf_counter()
+        made = 0 if item.extra is None else item.extra.attempts
+        ctx = self._context_of(item, envelope, stage_id, made + 1)
+        undoing = Undoing.read(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDONE))
+        ctx.attempt = undoing.begin(made)
+        if item.extra is not None and item.extra.fresh:
+            failure = _unsaid(item.extra.failure)
+            told = write_failure(failure)
+            if not undoing.cut(made, told):
+                return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
+            ctx.store_step_result(UNDONE, undoing.state())
+            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, told), [], [])
+        first: BaseException | None = None
+        for number, failed in self._each_item(item, ctx, stage_id, undo, undoing):
+            first = first or failed
+            undoing.tried(number, None if failed is None else write_failure(failure_of(failed)))
+        duration = time.perf_counter() - clock
+        text = undoing.described(stage_id, len(undo))
+        if text is None or undoing.first is None:
+            return self._on(item, envelope, CompensationRecord(stage_id, StageStatus.completed.value, None, duration))
+        ctx.store_step_result(UNDONE, undoing.state())
+        failure = _unsaid(undoing.first[1])
+        asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
+        return self._failed(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text)
+
+    def _each_item(
+        self, item: DeliveryItem, ctx: StageContext, stage_id: str, undo: list[tuple[int, Raw, Any]], undoing: Undoing
+    ) -> Iterator[tuple[int, BaseException | None]]:
+        """Undo what is left, one by one: its number, and what it raised. What was done is kept every now and then."""
+        codec, call = self._items[stage_id], self._calls[stage_id]
+        timeout = int((self._compensations[stage_id].timeout or 0) * 1e9)
+        results = ctx.results
+        began = kept = time.monotonic()
+        for number, data, result in reversed(undo):
+            if not undoing.is_left(number):
+                continue
+            now = time.monotonic()
+            if undoing.careful and now - began > CAREFUL_SECONDS:
+                undoing.careful, kept = False, 0.0
+            if undoing.careful or now - kept > KEPT_SECONDS:
+                undoing.at = number if undoing.careful else -1
+                self._slot.begin(item.id, 0, time.monotonic_ns())
+                ctx.enter_item(None)
+                ctx.store_step_result(UNDONE, undoing.state())
+                kept = time.monotonic()
             ctx.enter_item(number)
-            ctx.results = {**ctx.results, stage_id: result}
-            self._calls[stage_id](codec.decode(data), ctx)
-            ctx.enter_item(None)
-            ctx.store_step_result(UNDONE, number)
+            ctx.deadline = now + timeout / 1e9 if timeout else None
+            ctx.results = {**results, stage_id: result}
+            failed: BaseException | None = None
+            self._slot.begin(item.id, timeout, time.monotonic_ns())
+            try:
+                value = call(codec.decode(data), ctx)
+                refuse_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
+            except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
+                self._raised(error)
+                failed = error
+            yield number, failed
+        ctx.enter_item(None)
 
     def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
         extra = item.extra
@@ -186,8 +241,10 @@ class CompensationWork:
         failure: Failure,
         error: Exception,
         duration: float,
+        text: str = "",
     ) -> Settled:
-        text = failure.message
+        """The attempt has failed: once more, as the policy says, or for good, which is told as `text`."""
+        text = text or failure.message
         try:
             delay = judge(self._compensations[stage_id].retry, attempt, failure, error)
         except Exception as broken:  # noqa: BLE001 - a policy is user code
@@ -205,12 +262,18 @@ class CompensationWork:
         return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
-def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[Raw, Any]] | None:
-    """(item as encoded, result) of each item that a map stage handled well; None for a stage of any other kind."""
+def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
+    """(number, item as encoded, result) of each item that a map stage handled well, in their order; None for a stage of
+    any other kind."""
     for record in reversed(decode_trail(envelope.trail)):
         if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
             return _decode_undo(record.undo)
     return None
 
 
-_decode_undo = msgspec.msgpack.Decoder(list[tuple[Raw, Any]]).decode
+def _unsaid(failure: bytes | None) -> Failure:
+    """Why an attempt ended without a word of its own."""
+    return read_failure(failure) or Failure("died", "WorkerDied: the worker process died")
+
+
+_decode_undo = msgspec.msgpack.Decoder(list[tuple[int, Raw, Any]]).decode

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
-from stageflow_actors.errors import PayloadTooLarge
+from stageflow_actors.errors import PayloadTooLarge, StageError
 
-__all__ = ["Lane", "Request", "StageContext", "StepStore"]
+__all__ = ["Lane", "Request", "StageContext", "StepStore", "refuse_request"]
 
 REQUEST_SECONDS = 60.0
 """How long the reply to a request may take where nothing else is said."""
@@ -37,6 +37,16 @@ class Request:
         self.command = command
         self.timeout = timeout
         self.steps = steps
+
+
+def refuse_request(value: Any, what: str) -> None:
+    """Only what a stage's handler returns is sent to an endpoint; raises `StageError` for a request from elsewhere."""
+    if type(value) is Request:
+        raise StageError(
+            f"{what} returned ctx.request({value.endpoint!r}, ...), and nobody would be asked: only the handler of a "
+            "stage can ask an endpoint, by returning the request",
+            retryable=False,
+        )
 
 
 class StepStore(Protocol):

@@ -117,9 +117,9 @@ class MapWork(Work):
             end = encode(ItemEnd(NIL, item.extra.cancelled))
             numbers = range(rest.first, rest.first + len(rest.items))
             return self._settle(item, Moves(arrivals=[Arrive(self.planned.id, str(n), end) for n in numbers]))
-        done = [one for _, body in arrivals if (one := decode_item_end(body)).error is None]
+        done = [(number, one) for number, one in _ended(arrivals) if one.error is None]
         if self._undo and done:
-            undo = Raw(encode([[one.item, one.result] for one in done]))
+            undo = Raw(encode([[number, one.item, one.result] for number, one in done]))
             place = item_id(self.planned.id)
             record = StageRecord(place, StageStatus.completed.value, 1, self._wall(), 0.0, None, NIL, undo)
             envelope.trail = append_record(envelope.trail, record)
@@ -153,11 +153,11 @@ class MapWork(Work):
 
     def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
         started = self._wall()
-        ended = sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
+        ended = _ended(arrivals)
         errors = [(number, one.error) for number, one in ended if one.error is not None]
         undo = NIL
         if self._undo:
-            undo = Raw(encode([[one.item, one.result] for _, one in ended if one.error is None]))
+            undo = Raw(encode([[number, one.item, one.result] for number, one in ended if one.error is None]))
         try:
             if len(errors) > self._max_failures:
                 number, error = errors[0]
@@ -192,6 +192,11 @@ class MapWork(Work):
         envelope.trail = append_record(envelope.trail, done)
         lost = StageRecord(self.planned.id, StageStatus.failed.value, 1, started, 0.0, describe_error(error))
         return self._settle(item, Moves([fail_stage(envelope, self.planned.id, lost, self.naming)]))
+
+
+def _ended(arrivals: list[tuple[str, bytes]]) -> list[tuple[int, ItemEnd]]:
+    """How the items ended, by number, in the order of the items."""
+    return sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
 
 
 class ItemWork(HandlerWork):

@@ -335,14 +335,15 @@ class Meaning:
             told: set[tuple[str, str, str | None]] = set()
             for name, what in todo:
                 part = self.stage_of(what)
-                well = part.undo_fails < part.undo_attempts
+                well, error = part.undo_fails < part.undo_attempts, f"KeyError: 'no {name}'"
                 if isinstance(what, Each):
-                    well = self.put_items_back(what) or well
+                    error = self.put_items_back(what, error)
+                    well = well or not error
                 elif well:
                     self.context[f"undone {name}"] = self.stages[name][3]
                 if well and self.stages[name][0] == "completed":
                     self.stages[name] = ("compensated", *self.stages[name][1:])
-                told.add((name, "completed", None) if well else (name, "failed", f"KeyError: 'no {name}'"))
+                told.add((name, "completed", None) if well else (name, "failed", error))
             if told:
                 self.undone.append(told)
         self.status = "failed"
@@ -351,17 +352,17 @@ class Meaning:
             self.status = "compensated" if well else "compensation_failed"
         raise Over
 
-    def put_items_back(self, place: Each) -> bool:
-        """The last item first; the attempts are those of all items together. Whether there was none."""
+    def put_items_back(self, place: Each, error: str) -> str:
+        """All items are tried in each attempt, the last one first, as they fail and succeed together. What is said if
+        they fail for good; nothing where there is none."""
         part = place.stage
         left = [number for number, fails in enumerate(place.items) if fails < part.attempts]
-        if part.undo_fails >= part.undo_attempts:
-            if left:
-                self.put_back += [(part.name, str(left[-1]))] * part.undo_attempts
-            return not left
-        first = [(part.name, str(left[-1]))] * part.undo_fails if left else []
-        self.put_back += [*first, *((part.name, str(number)) for number in reversed(left))]
-        return True
+        tries = min(part.undo_fails + 1, part.undo_attempts)
+        self.put_back += [(part.name, str(number)) for number in reversed(left)] * tries
+        if not left:
+            return ""
+        count = len(left)
+        return f"{count} of {count} items of {part.name!r} could not be undone; the first was item {left[-1]}: {error}"
 
     @staticmethod
     def stage_of(what: Part | Each) -> Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +22,7 @@ from stageflow_actors import (
     WorkflowDefinitionError,
     WorkflowResult,
 )
+from stageflow_actors.testing import in_process, run
 
 
 def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
@@ -151,7 +153,7 @@ def test_an_item_that_has_been_undone_is_not_undone_again_when_another_fails_to_
     given[1]["undo"] = ["raise", "raise"]
     result = execute(picking, {"items": given, "fail": {"after": "raise"}})
     assert result.status == "compensated"
-    assert [words[0] for words in noted(result.instance_id, "put back")] == ["2", "1", "1", "1", "0"]
+    assert [words[0] for words in noted(result.instance_id, "put back")] == ["2", "1", "0", "1", "1"]
 
 
 def test_items_that_cannot_be_undone_are_told(execute: Any) -> None:
@@ -160,9 +162,95 @@ def test_items_that_cannot_be_undone_are_told(execute: Any) -> None:
     result = execute(picking, {"items": given, "fail": {"after": "raise"}})
     assert result.status == "compensation_failed"
     assert [(one.stage_id, str(one.status), one.error) for one in result.compensations] == [
-        ("picks", "failed", "ValueError: boom failed"),
+        (
+            "picks",
+            "failed",
+            "1 of 2 items of 'picks' could not be undone; the first was item 0: ValueError: boom failed",
+        ),
         ("before", "completed", None),
     ]
+
+
+def test_an_item_that_cannot_be_undone_keeps_no_other_from_being_undone(execute: Any) -> None:
+    given = items(n=5)
+    given[1]["undo"] = given[3]["undo"] = ["raise"] * 3
+    result = execute(picking, {"items": given, "fail": {"after": "raise"}})
+    assert result.status == "compensation_failed"
+    assert result.compensations[0].error == (
+        "2 of 5 items of 'picks' could not be undone; the first was item 3: ValueError: boom failed"
+    )
+    tried = [(words[0], words[2]) for words in noted(result.instance_id, "put back")]
+    first = [(number, "1") for number in "43210"]
+    assert tried == [*first, ("3", "2"), ("1", "2"), ("3", "3"), ("1", "3")]
+    assert statuses(result)["picks"] == "completed", "not all of it is undone"
+
+
+def test_an_item_is_undone_under_its_own_number_whichever_others_failed(execute: Any) -> None:
+    result = execute(numbered, {"items": items("raise", "", "raise", "")})
+    assert result.status == "compensated"
+    keys = {words[0]: words[2] for words in noted(result.instance_id, "item")}
+    back = noted(result.instance_id, "took back")
+    assert back == [(number, keys[number], number, f"{number}0") for number in ("3", "1")]
+    assert keys["3"].endswith("[3]")
+
+
+def take_back(item: dict[str, Any], ctx: StageContext) -> None:
+    note(ctx.instance_id, "took back", ctx.item, ctx.idempotency_key, item["n"], ctx.results["picks"])
+
+
+def refuse(context: dict[str, Any]) -> None:
+    raise ValueError("boom failed")
+
+
+numbered = (
+    Workflow("numbered")
+    .add_map("picks", pick, over=lambda order: order["items"], max_failures=2, compensation=take_back)
+    .add_stage(refuse)
+)
+
+
+def test_each_item_has_its_own_time_to_be_undone(runtime: Runtime) -> None:
+    given = items(n=6)
+    given[4]["undo"] = ["hang"]
+    result = runtime.execute(patient, {"items": given}, timeout=60)
+    assert result.status == "compensation_failed"
+    error = result.compensations[0].error or ""
+    assert error.startswith("1 of 6 items of 'picks' could not be undone; the first was item 4: StageTimeout")
+    tried = [words[0] for words in noted(result.instance_id, "put back")]
+    assert tried[-4:] == ["3", "2", "1", "0"], "the others are undone, each within its time, not all of them in one"
+    assert tried.count("4") <= 2
+
+
+def put_back_slowly(item: dict[str, Any], ctx: StageContext) -> None:
+    time.sleep(0.3)  # five of them take longer than one may
+    put_back(item, ctx)
+
+
+patient = (
+    Workflow("patient")
+    .add_map("picks", pick, over=lambda order: order["items"], compensation=Compensation(put_back_slowly, timeout=1))
+    .add_stage(refuse)
+)
+
+
+def test_to_undo_thousands_of_items_costs_no_checkpoint_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    keep = in_process._Message.keep
+
+    def count(message: in_process._Message, name: str, value: bytes) -> None:
+        kept.append(name)
+        keep(message, name, value)
+
+    monkeypatch.setattr(in_process._Message, "keep", count)
+    assert run(thousands, {"n": 3_000}).status == "compensated"
+    assert len(kept) < 300
+
+
+thousands = (
+    Workflow("thousands")
+    .add_map("n", lambda item: None, over=lambda context: range(context["n"]), compensation=lambda item: None)
+    .add_stage(refuse)
+)
 
 
 def test_a_map_of_nothing_has_nothing_to_undo(execute: Any) -> None:
@@ -333,7 +421,7 @@ def test_each_item_that_is_undone_has_steps_of_its_own(execute: Any) -> None:
     result = execute(stepping, {"fail": {"after": "raise"}})
     assert result.status == "compensated"
     assert noted(result.instance_id, "gave back") == [("2",), ("1",), ("0",)]
-    assert noted(result.instance_id, "tried") == [("2", "1"), ("1", "1"), ("1", "2"), ("1", "3"), ("0", "3")]
+    assert noted(result.instance_id, "tried") == [("2", "1"), ("1", "1"), ("0", "1"), ("1", "2"), ("1", "3")]
 
 
 asking = (
@@ -359,7 +447,10 @@ def test_a_compensation_of_items_that_dies_goes_on_behind_the_last_that_was_undo
     given[1]["undo"] = ["die"]
     result = runtime.execute(picking, {"items": given, "fail": {"after": "raise"}}, timeout=30)
     assert result.status == "compensated"
-    assert [words[0] for words in noted(result.instance_id, "put back")] == ["3", "2", "1", "1", "0"]
+    tried = [words[0] for words in noted(result.instance_id, "put back")]
+    assert tried[:3] == ["3", "2", "1"]
+    assert tried[-2:] == ["0", "1"], "what it was that died is known the second time, and the rest goes on"
+    assert (tried.count("0"), tried.count("1")) == (1, 3)
 
 
 parking = Workflow("parking", on_failure="park").add_map(
