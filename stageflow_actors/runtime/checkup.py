@@ -46,6 +46,7 @@ AGAIN = 0.2
 SLACK = 60.0
 """Seconds by which clocks may be set back, and an instance may take from its end to the broker."""
 NAMED = 3
+LOOKED_UP = 10_000
 SHOWN = 20
 
 BACKUP = "restore history.db, and the journal with it, from the last backup"
@@ -215,6 +216,7 @@ def _agreement(
     both = [id for id in live if id in finished and finished[id] >= others.get(id, 1)]
     if both and attached is not None and attached.live:
         # It may have ended since the picture was taken, but whoever is still live now was not finished before.
+        both = both[:LOOKED_UP]
         groups = attached.ask("lookup", both)["groups"]
         both = [id for id in both if id in groups and not groups[id]["ended"] and groups[id]["epoch"] <= finished[id]]
     if both:

@@ -31,6 +31,7 @@ __all__ = [
     "file_system_of",
     "remove_runtime_dir",
     "runtime_dir",
+    "runtime_path",
 ]
 
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -269,10 +270,7 @@ def runtime_dir(data_dir: Path) -> Path:
     bytes at most. Always the same for the same data directory. Raises `DataDirUnusable` if what lies there is not
     this user's alone.
     """
-    # The user's number is part of the name: in a shared /tmp two users may each have a /data of their container.
-    digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
-    name = f"stageflow-{os.geteuid()}-{digest}"
-    path = _runtime_base(len(name)) / name
+    path = runtime_path(data_dir)
     try:
         path.mkdir(mode=0o700)
         path.chmod(0o700)  # whatever the umask has taken away
@@ -282,6 +280,14 @@ def runtime_dir(data_dir: Path) -> Path:
         raise DataDirUnusable(f"cannot make the sockets' directory {path}: {error.strerror}", path=path) from error
     _check_private(path)
     return path
+
+
+def runtime_path(data_dir: Path) -> Path:
+    """Where `runtime_dir` is, whether it is there or not. Raises `DataDirUnusable` if there is no place for it."""
+    # The user's number is part of the name: in a shared /tmp two users may each have a /data of their container.
+    digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
+    name = f"stageflow-{os.geteuid()}-{digest}"
+    return _runtime_base(len(name)) / name
 
 
 def _runtime_base(name_length: int) -> Path:

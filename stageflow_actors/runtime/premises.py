@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
-from stageflow_actors.runtime.datadir import ClusterRecord, DataDir
+from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, DataDirUnusable, runtime_path
 
 __all__ = ["premises"]
 
@@ -34,8 +34,12 @@ def premises(data: DataDir) -> Iterator[Finding]:
         yield from _of_access(path)
     for file in (data.history, data.lock, *data.journal.glob("*.journal")):
         yield from _of_access(file)
-    if record is not None and record.address is not None and record.address.startswith("ipc://"):
-        yield from _of_sockets(Path(record.address.removeprefix("ipc://")).parent, live)
+    try:
+        sockets = _sockets(data, record)
+    except DataDirUnusable as error:
+        yield Finding(ERROR, "sockets", str(error.path), str(error), "set XDG_RUNTIME_DIR to a private directory")
+    else:
+        yield from _of_sockets(sockets, live)
     yield from _of_room(data.path)
     yield from _of_copies(data.journal)
 
@@ -80,6 +84,13 @@ def _of_access(path: Path) -> Iterator[Finding]:
     if found.st_uid != os.geteuid() and os.geteuid() != 0:
         what = f"it belongs to the user with id {found.st_uid}: the cluster of that user serves it, not yours"
         yield Finding(WARNING, "access", str(path), what)
+
+
+def _sockets(data: DataDir, record: ClusterRecord | None) -> Path:
+    """Where the sockets are, or the next cluster will make them. Raises `DataDirUnusable` if there is no place."""
+    if record is not None and record.address is not None:
+        return Path(record.address.removeprefix("ipc://")).parent
+    return runtime_path(data.path)
 
 
 def _of_sockets(path: Path, live: bool) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from brokers.core import records
 from brokers.journal.format import SECTOR
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
 from stageflow_actors.history import HistoryWriter
+from stageflow_actors.runtime.datadir import runtime_path
 from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
 
 Doctor = Callable[[Path], Any]
@@ -342,6 +343,23 @@ def test_files_that_others_may_write_are_told(books: Any, doctor: Doctor) -> Non
         "what": "others may write to it (mode 777): what it holds cannot be trusted",
         "advice": f"chmod go-w {path}",
     }
+
+
+def test_something_in_the_place_of_the_sockets_is_found(
+    books: Any, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = books.close()
+    (tmp_path / "run").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    place = runtime_path(path)
+    place.mkdir(mode=0o700)
+    assert doctor(path).alarms() == []
+    place.chmod(0o750)
+    found = doctor(path).one("error", "sockets")
+    assert (found["where"], found["advice"]) == (str(place), f"chmod 700 {place}")
+    place.rmdir()
+    place.touch()
+    assert "it is not a directory" in doctor(path).one("error", "sockets")["what"]
 
 
 def test_a_full_disk_is_told(books: Any, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
