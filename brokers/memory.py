@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from brokers.api import Listener
-from brokers.client import PeerClient
+from brokers.client import MAX_UNCONFIRMED_BYTES, PeerClient
 from brokers.core.machine import Limits
 from brokers.engine import Engine, Frame
 from brokers.errors import BrokerUnavailable
@@ -34,9 +34,19 @@ class MemoryBroker:
         self._thread = threading.Thread(target=self._run, name="memory-broker", daemon=True)
         self._thread.start()
 
-    def connect(self, listener: Listener, *, role: str = "client", name: str = "", peer: int = 0) -> PeerClient:
+    def connect(
+        self,
+        listener: Listener,
+        *,
+        role: str = "client",
+        name: str = "",
+        peer: int = 0,
+        max_unconfirmed_bytes: int = MAX_UNCONFIRMED_BYTES,
+    ) -> PeerClient:
         """A new connection, which says hello by itself. Raises `BrokerUnavailable` when the broker has ended."""
-        client = _MemoryClient(self, listener, peer=peer, role=role, name=name)
+        client = _MemoryClient(
+            self, listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes
+        )
         with self._lock:
             if self._ended:
                 raise BrokerUnavailable(self._ended)
