@@ -20,6 +20,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import failure_of, read_failure
 from stageflow_actors.core.routing import Arrive, Moves
+from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.work import Result, Settled
 
@@ -54,6 +55,7 @@ class EndpointWork(HandlerWork):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         try:
+            refuse_request(value, f"endpoint {self.planned.id!r}")
             reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
             return self._broke(item, envelope, attempt, started, clock, error)

@@ -31,6 +31,7 @@ from stageflow_actors.core.routing import Arrive, Moves, Open, Step, fail_stage,
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.errors import StageError
+from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
 
@@ -230,6 +231,7 @@ class ItemWork(HandlerWork):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         try:
+            refuse_request(value, f"an item of {self.planned.joins!r}")
             what = f"a result of {self.planned.joins!r}"
             result = NIL if value is None else Raw(self._results.encode(value, what=what))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes

@@ -13,6 +13,7 @@ from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageTimeout
+from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
 
 __all__ = ["SignalWork"]
@@ -53,6 +54,7 @@ class SignalWork(Work):
                 raise StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
             else:
                 value = self._on_timeout(context, None)
+            refuse_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
             if type(value) is Replace:
                 context = value.value
             elif not self._is_dict and isinstance(value, self._context_type):

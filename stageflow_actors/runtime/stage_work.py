@@ -28,7 +28,7 @@ from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, Naming, Wor
 from stageflow_actors.core.routing import Moves, Open, Step, leave, unmet
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
-from stageflow_actors.runtime.context import Request, StepStore
+from stageflow_actors.runtime.context import Request, StepStore, refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.work import TERMINAL, Result, Settled, Stopwatch, split_parts
@@ -240,6 +240,7 @@ class StageWork(HandlerWork):
             if remote.on_reply is not None:
                 context = self.codec.decode(envelope.context)
                 given = remote.on_reply(context, decode_value(value))
+                refuse_request(given, f"on_reply of {self.planned.id!r}")
                 data = NIL
                 if type(given) is Replace:
                     context = given.value
