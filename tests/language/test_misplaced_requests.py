@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from language_world import note, noted
 
-from stageflow_actors import Stage, StageContext, Workflow
+from stageflow_actors import StageContext, Workflow
 from stageflow_actors.runtime.context import Request
 
 
@@ -43,7 +43,6 @@ mapped = Workflow("mapped").add_map("a", ask, over=lambda context: [1])
 signalled = Workflow("signalled").add_signal("a", on_signal=make)
 late = Workflow("late").add_signal("a", timeout=0.01, on_timeout=make)
 replied = Workflow("replied").add_remote_stage("a", endpoint="refund", command=lambda context: 1, on_reply=make)
-merged = Workflow("merged").add_parallel("a", [Stage(lambda context: None, id="x")], merge=make)
 relayed = Workflow("relayed").add_remote_stage("a", endpoint="relay", command=lambda context: 1)
 
 
@@ -63,7 +62,6 @@ def test_a_compensation_that_returns_a_request_has_failed(execute: Any, workflow
         (signalled, "on_signal of 'a'"),
         (late, "on_timeout of 'a'"),
         (replied, "on_reply of 'a'"),
-        (merged, "merge of 'a'"),
         (relayed, "endpoint 'relay'"),
     ],
     ids=lambda value: getattr(value, "id", ""),
