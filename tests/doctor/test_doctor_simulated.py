@@ -1,0 +1,75 @@
+"""The invariants hold after every round of the broker, whatever breaks: the simulator's seeds, and the doctor at each.
+
+It is the other way round, too: in none of the states that a cluster goes through does the doctor see what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.core.sessions import Session
+from brokers.engine import Engine, Frame, Outgoing
+from stageflow_actors.core.invariants import contradictions, instances
+from stageflow_actors.core.plan import Naming
+
+HERE = Path(__file__).resolve().parent
+NONE = b"\x90"
+"""No arguments, in msgpack."""
+
+
+@pytest.fixture
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The simulator."""
+    for folder in ("brokers", "language", "simulator"):
+        monkeypatch.syspath_prepend(str(HERE.parent / folder))
+    from simulation import simulate as run
+
+    return run
+
+
+@pytest.mark.parametrize("wild", [False, True])
+def test_the_invariants_hold_after_every_round(
+    simulate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, wild: bool
+) -> None:
+    rounds = Engine.round
+    shapes = set()
+
+    def round_and_look(self: Engine, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
+        said = rounds(self, frames, more=more)
+        picture = self.machine.admin.call(Session(1), "audit", NONE)
+        assert [*instances(picture, Naming()), *contradictions(picture)] == []
+        shapes.update(str(shape[:3]) for shape in picture["shapes"])
+        return said
+
+    monkeypatch.setattr(Engine, "round", round_and_look)
+    for seed in range(2_000, 2_006):
+        simulate(seed, wild=wild)
+    assert len(shapes) > 50, "instances have been in many states"
+
+
+def test_an_instance_that_loses_its_message_is_noticed(
+    simulate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = Engine.round
+    seen: list[tuple[str, list[str]]] = []
+
+    def lose_and_look(self: Engine, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
+        said = rounds(self, frames, more=more)
+        store = self.machine.store
+        group = next((g for g in store.groups.values() if g.one is not None and not g.more and not g.gathers), None)
+        if group is not None and group.one is not None:
+            store.remove(group.one)
+            found = instances(self.machine.admin.call(Session(1), "audit", NONE), Naming())
+            seen.append((group.id, [one.where for one in found]))
+            pytest.fail("enough")
+        return said
+
+    monkeypatch.setattr(Engine, "round", lose_and_look)
+    with pytest.raises(AssertionError, match="enough"):
+        simulate(2_000, wild=False)
+    [(lost, found)] = seen
+    assert found == [lost]
