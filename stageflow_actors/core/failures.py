@@ -84,6 +84,8 @@ LONGEST_LINE = 200
 FATAL = "Fatal Python error: "
 """How the interpreter begins its last words; its traceback, most recent call first, follows."""
 
+_OURS = re.compile(r'^ *File ".*/(stageflow_actors/(runtime|definition)|brokers/zeromq)/[a-z_]+\.py", line ')
+"""Frames between the worker's loop and a handler, which tell nobody anything."""
 _HEADINGS = ("Extension modules:", "Current thread 0x", "Stack (most recent call first)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -95,5 +97,5 @@ def last_lines(written: bytes) -> str:
     lines = [line.rstrip()[:LONGEST_LINE] for line in text[max(fatal, 0) :].splitlines() if line.strip()]
     if fatal < 0:
         return "\n".join(lines[-LAST_LINES:])
-    own = [line for line in lines if not line.startswith(_HEADINGS)]
+    own = [line for line in lines if not line.startswith(_HEADINGS) and not _OURS.match(line)]
     return "\n".join(own[:LAST_LINES])

@@ -196,7 +196,7 @@ FAILURES: dict[Handler, tuple[str, ...]] = {
 
 
 def hold_the_interpreter(context: Row) -> None:
-    ctypes.PyDLL(None).sleep(2.5)
+    ctypes.PyDLL(None).sleep(3)
 
 
 def close_the_low_descriptors(context: Row) -> None:
