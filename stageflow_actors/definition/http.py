@@ -22,6 +22,7 @@ import msgspec
 import orjson
 
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
 __all__ = ["SECONDS", "HttpCall", "kill_after"]
@@ -77,14 +78,16 @@ class HttpCall:
         if not isinstance(method, str) or method.upper() not in _METHODS:
             raise WorkflowDefinitionError(f"method of {what} must be one of {', '.join(sorted(_METHODS))}: {method!r}")
         self.method = method.upper()
-        self.url: Callable[[Any], Any] = _Template(url, what) if isinstance(url, str) else _function(url, "url", what)
-        self.request = None if request is None else _function(request, "request", what)
+        self.url: Callable[[Any], Any] = _url(url, what)
+        self.request = None if request is None else check_function(request, f"request of {what}")
         if self.request is not None and self.method in _BODILESS:
             raise WorkflowDefinitionError(
                 f"{what} sends no body with {self.method}: put what it asks for into the url, as in "
                 "'https://example.org/prices/{sku}', or use another method"
             )
-        self.on_response = None if on_response is None else _function(on_response, "on_response", what)
+        self.on_response: Callable[[Any, Any], Any] | None = None
+        if on_response is not None:
+            self.on_response = check_function(on_response, f"on_response of {what}", ("context", "response"))
         self.headers = _headers(headers, what)
         self.timeout = optional_seconds(timeout, f"the timeout of {what}")
         self.undo = undo
@@ -370,18 +373,17 @@ def _shown(body: bytes) -> str:
 # definitions
 
 
-def _function(given: Any, name: str, what: str) -> Callable[..., Any]:
-    if not callable(given):
-        also = " a string or" if name == "url" else ""
-        raise WorkflowDefinitionError(f"{name} of {what} must be{also} a function of the context, not {given!r}")
-    return given  # type: ignore[no-any-return]
+def _url(given: Any, what: str) -> Callable[[Any], Any]:
+    if isinstance(given, str):
+        return _Template(given, what)
+    return check_function(given, f"url of {what}", also=" a string or")
 
 
 def _headers(given: Any, what: str) -> Callable[[Any], Mapping[str, str]] | dict[str, str]:
     if given is None:
         return {}
     if callable(given):
-        return given  # type: ignore[no-any-return]
+        return check_function(given, f"headers of {what}")
     if not isinstance(given, Mapping) or not all(isinstance(part, str) for pair in given.items() for part in pair):
         raise WorkflowDefinitionError(
             f"headers of {what} must be a dict of strings, or a function of the context that gives one, not {given!r}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.stage import check_id
-from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = ["RemoteCall"]
 
@@ -28,14 +28,10 @@ class RemoteCall:
         what: str,
     ) -> None:
         self.endpoint = check_id(endpoint, f"the endpoint of {what}")
-        if not callable(command):
-            raise WorkflowDefinitionError(f"command of {what} must be a function of the context, not {command!r}")
-        if on_reply is not None and not callable(on_reply):
-            raise WorkflowDefinitionError(
-                f"on_reply of {what} must be a function of (context, reply), not {on_reply!r}"
-            )
-        self.command = command
-        self.on_reply = on_reply
+        self.command: Callable[[Any], Any] = check_function(command, f"command of {what}")
+        self.on_reply: Callable[[Any, Any], Any] | None = None
+        if on_reply is not None:
+            self.on_reply = check_function(on_reply, f"on_reply of {what}", ("context", "reply"))
         self.timeout = timeout
 
     def execute(self, context: Any, ctx: Any) -> Any:

@@ -11,6 +11,7 @@ from random import random as _random
 from typing import Any, Protocol, runtime_checkable
 
 from stageflow_actors.definition.duration import Duration, seconds
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.errors import StageError, WorkflowDefinitionError
 
 __all__ = ["Condition", "Retry", "RetryPolicy", "check_policy"]
@@ -179,6 +180,7 @@ def check_policy(policy: object, what: str) -> RetryPolicy | None:
             f"or an object with next_delay(attempt, error), not {policy!r}"
         )
     assert isinstance(policy, RetryPolicy)
+    check_function(policy.next_delay, f"next_delay of {what}", ("attempt", "error"))
     return policy
 
 
@@ -204,6 +206,8 @@ def _conditions(given: Any, what: str) -> tuple[Any, ...]:
             raise WorkflowDefinitionError(
                 f"{what} takes exception types and predicates such as `lambda error: …`, not {condition!r}"
             )
+        if not isinstance(condition, type):
+            check_function(condition, f"a predicate in {what}", ("error",))
     return conditions
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypedDict
 
 from stageflow_actors.definition.breaker import Breaker, check_breaker
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.handler import Call, default_id, inspect_handler
 from stageflow_actors.definition.http import HttpCall, kill_after
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
@@ -207,9 +208,7 @@ class Stage:
         self.concurrency: int = check_count(concurrency, f"concurrency of {what}")
         self.required: bool = required if isinstance(required, bool) else _refuse_bool(required, what)
         self.after: tuple[str, ...] = _after(after, what)
-        if when is not None and not callable(when):
-            raise WorkflowDefinitionError(f"when of {what} must be a function of the context, not {when!r}")
-        self.when: Callable[[Any], Any] | None = when
+        self.when: Callable[[Any], Any] | None = None if when is None else check_function(when, f"when of {what}")
         self.ttl: float | None = optional_seconds(ttl, f"the ttl of {what}")
         self.env: dict[str, str] = _environment(env, what)
         self.breaker: Breaker | None = check_breaker(breaker, f"the breaker of {what}")

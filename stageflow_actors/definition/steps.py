@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stageflow_actors.definition.duration import Duration, optional_seconds, seconds
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.handler import Call, inspect_handler
 from stageflow_actors.definition.stage import Stage, check_id
 from stageflow_actors.errors import WorkflowDefinitionError
@@ -36,9 +37,9 @@ class Parallel:
         self.branches: tuple[Stage, ...] = _stages(branches, f"parallel stage {id!r}")
         if not self.branches:
             raise WorkflowDefinitionError(f"parallel stage {id!r} has no branches: give it a list of stages")
-        if merge is not None and not callable(merge):
-            raise WorkflowDefinitionError(f"merge of {id!r} must be a function of (base, branches), not {merge!r}")
-        self.merge = merge
+        self.merge: Callable[[Any, Mapping[str, Any]], Any] | None = None
+        if merge is not None:
+            self.merge = check_function(merge, f"merge of {id!r}", ("base", "branches"))
 
     def __repr__(self) -> str:
         return f"Parallel({self.id!r})"
@@ -62,14 +63,12 @@ class Branch:
     ) -> None:
         self.id: str = check_id(id, "the branch")
         what = f"branch {id!r}"
-        if not callable(selector):
-            raise WorkflowDefinitionError(f"the selector of {what} must be a function of the context, not {selector!r}")
+        self.selector: Callable[[Any], Any] = check_function(selector, f"the selector of {what}")
         if not isinstance(arms, Mapping) or not arms:
             raise WorkflowDefinitionError(f"{what} takes a dict of arms, as {{'key': [stage, ...]}}, not {arms!r}")
         for key in arms:
             if not isinstance(key, str):
                 raise WorkflowDefinitionError(f"the arms of {what} have strings as keys, not {key!r}")
-        self.selector = selector
         self.arms: dict[str, tuple[Stage, ...]] = {
             key: _stages(stages, f"arm {key!r} of {what}") for key, stages in arms.items()
         }
@@ -105,14 +104,12 @@ class MapStage:
     ) -> None:
         self.id: str = check_id(id, "the map stage")
         what = f"map stage {id!r}"
-        if not callable(over):
-            raise WorkflowDefinitionError(f"over of {what} must be a function of the context, not {over!r}")
+        self.over: Callable[[Any], Iterable[Any]] = check_function(over, f"over of {what}", yields=True)
         if into is not None and (not isinstance(into, str) or not into):
             raise WorkflowDefinitionError(f"into of {what} must be the name of a field, not {into!r}")
         if isinstance(max_failures, bool) or not isinstance(max_failures, int) or max_failures < 0:
             raise WorkflowDefinitionError(f"max_failures of {what} must be a whole number from 0, not {max_failures!r}")
         self.item = Stage(handler, id=id, **options)
-        self.over = over
         self.into = into
         self.max_failures = max_failures
 
@@ -155,15 +152,13 @@ class Signal:
         what = f"signal stage {id!r}"
         self.name: str = check_id(id if name is None else name, f"the signal of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
-        if on_signal is not None and not callable(on_signal):
-            raise WorkflowDefinitionError(
-                f"on_signal of {what} must be a function of (context, payload), not {on_signal!r}"
-            )
-        self.on_signal = on_signal
+        self.on_signal: Callable[[Any, Any], Any] | None = None
+        if on_signal is not None:
+            self.on_signal = check_function(on_signal, f"on_signal of {what}", ("context", "payload"))
         self.on_timeout = on_timeout
         self.on_timeout_call: Call | None = None
         if on_timeout is not None:
-            self.on_timeout_call = inspect_handler(on_timeout, f"on_timeout of {what}")
+            self.on_timeout_call = _late(on_timeout, f"on_timeout of {what}")
 
     def __repr__(self) -> str:
         return f"Signal({self.id!r})"
@@ -196,6 +191,19 @@ def shape_of(step: Step) -> list[Any]:
     if isinstance(step, Signal):
         return [step.name]
     return []
+
+
+def _late(given: Any, what: str) -> Call:
+    """How `on_timeout` is called: like a handler, async or not, but with the context alone."""
+    call = inspect_handler(given, what)
+    if call.wants_ctx:
+        raise WorkflowDefinitionError(f"{what} asks for ctx, and is given the context alone: remove the parameter")
+    if call.all_services:
+        raise WorkflowDefinitionError(
+            f"{what} asks for the service {min(call.all_services)!r}, and is given the context alone: note in the "
+            "context that the time was up, and use the service in a stage behind"
+        )
+    return call
 
 
 def _stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:

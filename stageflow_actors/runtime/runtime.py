@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
 from stageflow_actors.definition.duration import Duration, patience
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
@@ -61,6 +62,7 @@ class Runtime(Client):
                 raise WorkflowDefinitionError(
                     f"service {name!r} must be a factory, called once in each worker that needs it, not {factory!r}"
                 )
+            check_function(factory, f"service {name!r}", ())
         for workflow in workflows:
             self._note(workflow)
         self._naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)

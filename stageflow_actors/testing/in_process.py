@@ -25,6 +25,7 @@ from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
@@ -98,6 +99,7 @@ def _checked(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable
                 f"service {name!r} must be a factory, as for a Runtime, not {factory!r}: "
                 f"write services={{{name!r}: lambda: …}}"
             )
+        check_function(factory, f"service {name!r}", ())
     return services
 
 
