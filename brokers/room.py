@@ -23,6 +23,12 @@ LOOK_AGAIN = 0.2
 UNSEEN = 8 << 20
 """Most bytes that come in before the disk is looked at again: others write to it too."""
 
+PLENTY = 8
+"""A disk with so many times what is needed is not nearly full: nothing has to be taken yet."""
+
+STEP = 1 << 20
+"""What is kept for later grows by so many bytes."""
+
 SMALLEST_ROUND, LARGEST_ROUND = 64 << 10, 64 << 20
 
 
@@ -57,7 +63,8 @@ class RoomKeeper:
             return
         self._look_at = now + LOOK_AGAIN
         spared = self._spared(coming)
-        self._unseen = min(spared, UNSEEN)
+        # What comes in takes room, and has to find some once more.
+        self._unseen = min(spared // 4, UNSEEN)
         machine.refusing = NEARLY_FULL if spared < 0 else ""
 
     def _spared(self, coming: int) -> int:
@@ -67,5 +74,19 @@ class RoomKeeper:
             return -1
         if coming > self.round_bytes and not journal.prepare(2 * coming):
             return -1
-        room = journal.room
-        return room.left + room.spare + journal.free - self._reclaim.needed - 2 * coming
+        needed = self._reclaim.needed + 2 * coming
+        spared = self._beside() - needed
+        if spared >= 0 or journal.free >= PLENTY * max(needed, UNSEEN):
+            return spared if spared >= 0 else UNSEEN
+        # Others write to this disk too: what has to be had is taken now.
+        journal.prepare(-(-(needed - journal.room.left) // STEP) * STEP)
+        while (spared := self._beside() - needed) < 0 and 0 < journal.room.spare < journal.free // 2:
+            journal.seal()  # takes the spare, and another one is made of what is free
+        return spared
+
+    def _beside(self) -> int:
+        """Bytes reserved beside what is used already, and beside the largest segment, which may be the one to go."""
+        room = self._journal.room
+        sizes = [segment.size for segment in self._journal.segments()]
+        sizes.append(room.spare)
+        return min(room.left + room.spare, sum(sizes) - max(sizes))

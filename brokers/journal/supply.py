@@ -46,9 +46,10 @@ class Supply:
         Where there is no room for a whole one a smaller one is kept or made meanwhile, down to the smallest; and some
         room is left to those who share the disk, such as the history. Any error but a full disk goes up.
         """
-        size = max(self.size_of(number), -(-at_least // SECTOR) * SECTOR)
+        at_least = -(-at_least // SECTOR) * SECTOR
+        size = max(self.size_of(number), at_least)
         while self.spare_bytes < size:
-            if self._room_for(size) and self._replace_spare(size):
+            if self._room_for(size - self.spare_bytes) and self._reserve(size):
                 break
             size //= 2
             if size < max(at_least, SMALLEST, self.spare_bytes + 1):
@@ -56,10 +57,24 @@ class Supply:
         self.low = self.spare_bytes == 0
         return self.spare_bytes >= max(at_least, 1)
 
-    def _room_for(self, size: int) -> bool:
-        return self._files.free(self._directory) >= size + min(size, SMALLEST) // 4
+    def _room_for(self, more: int) -> bool:
+        return self._files.free(self._directory) >= more + min(more, SMALLEST) // 4
 
-    def _replace_spare(self, size: int) -> bool:
+    def _reserve(self, size: int) -> bool:
+        """A spare of `size` bytes; one that is there grows in its place, for there may be no room for two."""
+        if self.spare_bytes:
+            fd = self._files.open(self._spare)
+            try:
+                self._files.fallocate(fd, size)
+                self._files.fsync(fd)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                return False
+            finally:
+                self._files.close(fd)
+            self.spare_bytes = size
+            return True
         try:
             temporary, fd = self._allocate(SPARE, size)
         except JournalFull:

@@ -72,15 +72,16 @@ class Tight:
         self.started.update(names)
         return True
 
-    def work(self) -> bool:
-        """Settle all that is held; whether there was anything."""
-        if not self.held:
-            self.round([])
-            return bool(self.held)
+    def work(self, *, history: bool = True) -> bool:
+        """Settle all that is held, but what has ended only with a history that can be written; whether any was."""
         moves: dict[str, list[Any]] = {"q0": [], "q1": [], "fin": []}
-        for queue, item in self.held.values():
-            moves[queue].append(item)
-        self.held.clear()
+        for queue, item in list(self.held.values()):
+            if history or queue != "fin":
+                moves[queue].append(item)
+                del self.held[item.id]
+        if not any(moves.values()):
+            self.round([])
+            return history and bool(self.held)
         for queue, target in (("q0", ("q1", "b", 0)), ("q1", ("fin", ":end", TERMINAL))):
             if items := moves[queue]:
                 done = [(item.id, item.lease, 0, CONTEXT, item.group) for item in items]
@@ -184,6 +185,27 @@ def test_room_that_others_took_and_gave_back_is_found_again() -> None:
     tight.files.room = 200 << 20
     tight.clock += 1
     assert tight.start(300)
+
+
+@pytest.mark.parametrize("room", [16, 24, 60])
+def test_work_ends_while_others_hold_all_that_was_free_and_the_history_waits(room: int) -> None:
+    tight = Tight(room << 20)
+    while tight.start(200):
+        pass
+    tight.files.room = tight.files.used()
+    while tight.work(history=False):
+        pass
+    store = tight.engine.machine.store
+    assert store.queue("q0").ready_count == store.queue("q1").ready_count == 0
+    assert len(store.groups) == len(tight.started), "all of them wait for the history"
+    tight.files.room = room << 20
+    tight.clock += 1
+    tight.work_off()
+    assert tight.ended == tight.started
+    tight.clock += 1
+    tight.round([])
+    tight.clock += 1
+    assert tight.start(1)
 
 
 def test_a_broker_that_starts_on_a_full_disk_finishes_what_it_finds() -> None:

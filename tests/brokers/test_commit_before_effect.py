@@ -106,9 +106,10 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     ((_, header, _),) = talk.publish()
     (item,) = wire.decode_out(header).deliveries[0][1]
     files.room = files.used()
-    while not engine.machine.refusing:
-        talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 2000)], blob=bytes(2000))
     refused = wire.decode_out(talk.publish()[0][1])
+    while not refused.results:
+        item_of = (0, 2000, f"more{talk.frame}", 1, START)
+        refused = wire.decode_out(talk.say(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1])
     assert "nearly full" in msgspec.msgpack.decode(refused.results[0][1])["message"]
     move = (item.id, item.lease, 0, 6, item.group)
     settled = talk.say(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
