@@ -1,0 +1,136 @@
+"""SIGKILL, SIGSTOP and SIGTERM at named points: each in a small saga run, which is then run to its end and audited.
+
+The points and what is true at each are in `brokers.points`. The audit is that of `scripts/chaos.py`: effect log,
+settlements counted from the journal, and history must agree.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+import chaos
+from brokers.points import POINTS, VARIABLE
+
+SIGNALS = ("kill", "stop", "term")
+LIMIT_SECONDS = 60.0
+"""Longest time that one start of the program may take."""
+STARTS = 6
+"""Starts after which a run counts as one that does not end."""
+
+
+class Run:
+    """One point with one signal: how it went."""
+
+    def __init__(self, point: str, signal: str, nth: int) -> None:
+        self.point, self.signal, self.nth = point, signal, nth
+        self.reached = False
+        self.starts = 0
+        self.repeated = 0
+        self.seconds = 0.0
+        self.wrong: list[str] = []
+
+
+def try_point(point: str, signal: str, nth: int, instances: int) -> Run:
+    """Run the saga with that accident, start the program again until it is through, and audit."""
+    run = Run(point, signal, nth)
+    place = Path(tempfile.mkdtemp(prefix="stageflow-point-"))
+    log, out, data, mark = place / "effects", place / "report.json", place / "data", place / "mark"
+    command = [sys.executable, chaos.__file__, "program", str(data), str(out), str(instances), "0.002", "1"]
+    env = {**os.environ, "CHAOS_LOG": str(log), VARIABLE: f"{point}:{signal}:{nth}:{mark}"}
+    began = time.monotonic()
+    try:
+        while not out.exists() and run.starts < STARTS:
+            run.starts += 1
+            program = subprocess.Popen(command, start_new_session=True, env=env, stderr=subprocess.PIPE, text=True)
+            try:
+                _, said = program.communicate(timeout=LIMIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                program.communicate()
+                run.wrong.append(f"the program did not end within {LIMIT_SECONDS:g} s")
+                break
+            if program.returncode not in (0, -9, -15) and not mark.exists():
+                run.wrong.append(f"the program ended with {program.returncode} before anything happened: {said[-500:]}")
+                break
+        run.reached = mark.exists()
+        if not out.exists():
+            run.wrong.append(f"no result after {run.starts} starts")
+        else:
+            found, _, run.repeated = chaos.judge(instances, log, out, data)
+            run.wrong += found
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    run.seconds = time.monotonic() - began
+    return run
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-n", "--instances", default=40, show_default=True, help="Instances of each run; one in five fails.")
+@click.option("--point", "points", multiple=True, metavar="NAME", help="Only these points (default: all).")
+@click.option("--signal", "signals", multiple=True, type=click.Choice(SIGNALS), help="Only these (default: all).")
+@click.option("--hours", default=0.0, help="Go round again and again for so long, with other counts each time.")
+@click.option("--seed", default=1, show_default=True, help="Which time each point is reached counts by it.")
+@click.option("--list", "listing", is_flag=True, help="Say which points there are, and end.")
+def main(
+    instances: int, points: tuple[str, ...], signals: tuple[str, ...], hours: float, seed: int, listing: bool
+) -> None:
+    """Kill, stop and end the processes of a saga at each named point, and audit every transition afterwards.
+
+    Exit code 0 when each instance had exactly one terminal state in each run, each transition was accepted exactly
+    once, and each point was reached.
+    """
+    unknown = sorted(set(points) - POINTS.keys())
+    if unknown:
+        raise click.UsageError(f"there is no point {unknown[0]!r}; --list says which there are")
+    if listing:
+        for name, meaning in POINTS.items():
+            click.echo(f"{name:28} {meaning}")
+        return
+    chance = random.Random(seed)
+    until = time.monotonic() + hours * 3600
+    runs: list[Run] = []
+    while True:
+        for point in points or POINTS:
+            for signal in signals or SIGNALS:
+                nth = chance.choice((1, 1, 2, 4)) if runs_often(point) else 1
+                run = try_point(point, signal, nth, instances)
+                runs.append(run)
+                verdict = "; ".join(run.wrong[:3]) if run.wrong else "ok" if run.reached else "not reached"
+                click.echo(
+                    f"{point:28} {signal:4} at {run.nth}: {run.starts} starts, {run.repeated} repeated, "
+                    f"{run.seconds:4.1f} s  {verdict}"
+                )
+        if time.monotonic() >= until:
+            break
+    wrong = sum(bool(run.wrong) for run in runs)
+    missed = sum(not run.reached for run in runs)
+    places = len({run.point for run in runs})
+    click.echo(
+        f"{len(runs)} runs at {places} points: {wrong} with violations, {missed} not reached, "
+        f"{sum(run.repeated for run in runs)} side effects repeated"
+    )
+    sys.exit(1 if wrong or missed else 0)
+
+
+def runs_often(point: str) -> bool:
+    """Whether a point is reached many times by each process that gets there."""
+    return point.partition(".")[0] in ("client", "coordinator", "broker", "journal", "worker") and point not in (
+        "worker.born",
+        "worker.loaded",
+        "worker.consuming",
+        "broker.recovered",
+        "broker.started",
+    )
+
+
+if __name__ == "__main__":
+    main()
