@@ -133,6 +133,9 @@ class Plant:
         self.say(wire.QUERY, "raise-epoch", ("raised", 2, "coordinator", "cancel"))
         self.say(wire.QUERY, "fact", ("history", "made"))
         self.start("sleeping", queue="unread", delay=1e6)
+        self.say(wire.QUERY, "pause", ("unread",))
+        self.start("waiting", queue="unread")
+        self.say(wire.PUBLISH, [], [], False, [], [Arrival("early", "s", 20, "waiting", 1)], blob=bytes(20))
 
 
 def test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it() -> None:

@@ -1,0 +1,34 @@
+"""A broker process whose disk fails when a file says so: `python failing_broker.py OPTIONS FILE`.
+
+The broker is the real one; only its seam to the operating system is another. Each line of FILE is a call, such as
+`fdatasync`, that fails with EIO from then on, in this process, once it has been there.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+
+from brokers.journal import journal
+from brokers.journal.files import OsFiles
+from brokers.zeromq.process import main
+
+
+class FailingFiles(OsFiles):
+    """What FILE names fails."""
+
+    orders: Path
+
+    def fdatasync(self, fd: int) -> None:
+        """Fails if it is to fail."""
+        if self.orders.exists() and "fdatasync" in self.orders.read_text().split():
+            self.orders.write_text("failed")  # the disk works again at once: that must help nobody
+            raise OSError(errno.EIO, "Input/output error")
+        super().fdatasync(fd)
+
+
+if __name__ == "__main__":
+    FailingFiles.orders = Path(sys.argv[2])
+    journal.OsFiles = FailingFiles  # type: ignore[misc]
+    sys.exit(main(sys.argv[1]))

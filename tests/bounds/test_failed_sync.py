@@ -1,0 +1,81 @@
+"""A real broker process whose sync fails: it ends, says why, has acknowledged nothing, and recovers when it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.api import START, Listener, PublishItem, Target
+from brokers.zeromq.client import ZmqClient
+from brokers.zeromq.process import EXIT_JOURNAL
+
+ENTRY = Path(__file__).with_name("failing_broker.py")
+
+
+class FailingBroker:
+    """`failing_broker.py` in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.chmod(0o700)
+        self.orders = directory / "orders"
+        self.address = f"ipc://{directory}/broker"
+        self.journal = directory / "journal"
+        self.start()
+
+    def start(self) -> None:
+        reading, writing = os.pipe()
+        options = {"address": self.address, "journal": str(self.journal), "supervised": False, "ready_fd": writing}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ENTRY), json.dumps(options), str(self.orders)],
+            pass_fds=[writing],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            assert json.loads(pipe.readline())["ready"]
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=20)
+
+
+def start(client: ZmqClient, name: str) -> Any:
+    return client.publish([Target("q", "label")], [PublishItem(0, 4, name, 1, START)], [b"body"])
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="sf-") as path:  # a short one: it holds a socket
+        yield Path(path)
+
+
+def test_a_failed_sync_ends_the_broker_which_acknowledges_nothing_and_recovers(directory: Path) -> None:
+    broker = FailingBroker(directory)
+    client = ZmqClient(broker.address, Listener(), role="client", name="test")
+    for number in range(20):
+        start(client, f"before-{number}").result(20)
+    broker.orders.write_text("fdatasync")
+    doubtful = start(client, "doubtful")
+    _, said = broker.process.communicate(timeout=20)
+    assert broker.process.returncode == EXIT_JOURNAL
+    assert "the broker ends because its journal failed" in said
+    assert "Input/output error" in said
+    assert broker.orders.read_text() == "failed", "the disk worked again, and nobody tried"
+    assert not doubtful.done(), "nothing was acknowledged after the failed sync"
+    # It starts again, recovers from what is on disk, and takes what its client sends once more.
+    broker.start()
+    doubtful.result(20)
+    start(client, "after").result(20)
+    groups = [each["group"] for each in client.query("peek", "q", 0, 100).result(20)]
+    assert sorted(groups) == sorted([*(f"before-{number}" for number in range(20)), "doubtful", "after"])
+    client.close(timeout=1)
+    broker.end()
