@@ -19,7 +19,7 @@ from stageflow_actors import Runtime, Workflow
 SHARE = 4
 """A stage from hell may slow the others down to this part of what they do without it: what it burns is theirs."""
 
-BLIP = 0.3
+BLIP = 0.5
 """Seconds for which anybody may stand still on a machine that has much to do. All in all it must not show."""
 
 MEASURED = 0.5
