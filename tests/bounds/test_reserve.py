@@ -1,0 +1,62 @@
+"""The reserve of segments to come: grown where it is, smaller where there is little, and with room left to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brokers.errors import JournalFull
+from brokers.journal.format import Record
+from brokers.journal.journal import Journal
+from brokers.journal.testing import MemoryFiles
+
+DIRECTORY = Path("/journal")
+MB = 1 << 20
+
+
+def journal(disk: MemoryFiles) -> Journal:
+    return Journal.open(DIRECTORY, replay=lambda batch: None, files=disk, warn=lambda text: None)
+
+
+def test_the_spare_grows_in_its_place_where_there_is_no_room_for_two() -> None:
+    disk = MemoryFiles(room=20 * MB)
+    with journal(disk) as opened:
+        assert opened.room.spare == 8 * MB
+        assert opened.prepare(12 * MB)
+        assert (opened.room.spare, opened.free) == (12 * MB, 4 * MB - 21)
+        assert not opened.prepare(17 * MB), "there is no room for that"
+        assert opened.room.spare == 12 * MB
+        opened.commit([Record(1, 1, 0, b"", bytes(11 * MB))], 0.0)
+        assert opened.segments()[-1].size == 12 * MB
+    with journal(disk) as again:
+        assert again.last_batch == 1
+
+
+def test_where_there_is_no_room_for_a_whole_spare_a_smaller_one_is_kept() -> None:
+    disk = MemoryFiles(room=10 * MB)
+    with journal(disk) as opened:
+        assert (opened.room.spare, opened.room.low) == (4 * MB, False)
+
+
+def test_a_spare_leaves_some_room_to_those_who_share_the_disk() -> None:
+    disk = MemoryFiles(room=8 * MB + 100)
+    with journal(disk) as opened:
+        assert (opened.room.spare, opened.room.low) == (0, True)
+        assert not opened.prepare()
+        # What must be written takes all that there is.
+        for number in range(6):
+            opened.commit([Record(1, number, 0, b"", bytes(MB))], 0.0)
+        assert opened.segments()[-1].number == 2
+
+
+def test_a_journal_takes_as_much_as_there_is_before_it_says_that_it_is_full() -> None:
+    disk = MemoryFiles(room=7 * MB)
+    with journal(disk) as opened:
+        with pytest.raises(JournalFull, match="no room for a segment of"):
+            for number in range(100):
+                opened.commit([Record(1, number, 0, b"", bytes(100_000))], 0.0)
+        assert disk.room is not None
+        assert disk.used() > disk.room - 2 * 100_000 - 3 * 512
+    with journal(disk) as again:
+        assert again.last_batch > 60
