@@ -13,6 +13,7 @@ from msgspec import Struct
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.errors import StageFlowError
 
 __all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "breaker_of", "compile_plan", "item_id"]
 
@@ -139,6 +140,15 @@ class WorkflowPlan(Struct):
     def following(self, stage: StagePlan) -> StagePlan | None:
         """The place behind that one; None behind the last."""
         return self.stage(stage.following) if stage.following else None
+
+    def check_signal(self, name: str) -> None:
+        """Raise `StageFlowError` for a signal that no instance of this workflow ever waits for."""
+        awaited = dict.fromkeys(stage.signal for stage in self.stages if stage.kind == SIGNAL)
+        if name not in awaited:
+            names = f"it waits for {', '.join(map(repr, awaited))}" if awaited else "it waits for no signal at all"
+            raise StageFlowError(
+                f"workflow {self.id!r} version {self.version} never waits for a signal {name!r}: {names}"
+            )
 
     @property
     def order(self) -> list[str]:

@@ -11,12 +11,15 @@ __all__ = ["Duration", "optional_seconds", "patience", "seconds"]
 
 Duration = int | float | timedelta
 
+NO_LIMIT = "leave it out, or give None, for no limit"
 
-def seconds(value: Duration, what: str, *, zero: bool = True) -> float:
+
+def seconds(value: Duration, what: str, *, zero: bool = True, endless: str = "") -> float:
     """`value` in seconds.
 
-    `what` names the value in errors ("the timeout of stage 'pay'"); with `zero=False` nought is refused too.
-    Raises `WorkflowDefinitionError` for anything that is not a finite duration.
+    `what` names the value in errors ("the timeout of stage 'pay'"); with `zero=False` nought is refused too; `endless`
+    says what to write for no end, where there is a way. Raises `WorkflowDefinitionError` for anything that is not a
+    finite duration.
     """
     if isinstance(value, timedelta):
         number = value.total_seconds()
@@ -30,9 +33,7 @@ def seconds(value: Duration, what: str, *, zero: bool = True) -> float:
         except OverflowError:
             number = math.inf
     if not math.isfinite(number):
-        raise WorkflowDefinitionError(
-            f"{what} must be finite, not {number!r}: leave it out, or give None, for no limit"
-        )
+        raise WorkflowDefinitionError(f"{what} must be finite, not {number!r}" + (f": {endless}" if endless else ""))
     if number < 0 or (number == 0 and not zero):
         bound = "nought or more" if zero else "more than nought"
         raise WorkflowDefinitionError(f"{what} must be {bound}, not {value!r}")
@@ -41,7 +42,7 @@ def seconds(value: Duration, what: str, *, zero: bool = True) -> float:
 
 def optional_seconds(value: Duration | None, what: str, *, zero: bool = False) -> float | None:
     """As `seconds`, where None stands for no limit."""
-    return None if value is None else seconds(value, what, zero=zero)
+    return None if value is None else seconds(value, what, zero=zero, endless=NO_LIMIT)
 
 
 def patience(value: Duration | None, what: str = "timeout") -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import string
 import threading
 import time
@@ -25,7 +26,7 @@ from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.function import check_function
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
-__all__ = ["SECONDS", "HttpCall", "kill_after"]
+__all__ = ["SECONDS", "HttpCall", "kill_after", "shown_url"]
 
 SECONDS = 30.0
 """How long an attempt may take where neither the stage nor its workflow says."""
@@ -111,7 +112,7 @@ class HttpCall:
         seconds = self._seconds(ctx)
         ends = time.monotonic() + seconds
         url = _checked_url(self.url(context))
-        at = f"{self.method} {url.partition('?')[0]}"  # no query: it may hold what is not for a log
+        at = f"{self.method} {shown_url(url)}"
         try:
             first = request = client.build_request(
                 self.method,
@@ -134,7 +135,8 @@ class HttpCall:
         except httpx.TimeoutException:
             raise StageTimeout(f"{at} did not answer within {seconds:g} s") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise StageError(f"the url cannot be used: {error}") from None
+            why = "percent-encode its user and password" if "@" in url else str(error)  # which may quote them
+            raise StageError(f"the url cannot be used: {why}") from None
         except httpx.DecodingError as error:
             raise StageError(f"{at} sent a body that cannot be decoded: {error}") from None
         except httpx.TransportError as error:
@@ -168,7 +170,7 @@ class HttpCall:
         following = response.next_request
         if following is None:
             return None
-        at = f"{_place(first)} answered {response.status_code}, a redirect to {following.url.copy_with(query=None)}"
+        at = f"{_place(first)} answered {response.status_code}, a redirect to {shown_url(str(following.url))}"
         if _origin(following.url) != _origin(first.url):
             raise StageError(f"{at}, which is another server and is not asked: give the url that is meant")
         if following.method != response.request.method and response.status_code != 303:
@@ -247,7 +249,7 @@ class _Template:
         return made
 
     def __repr__(self) -> str:
-        return repr(self._text)
+        return repr(shown_url(self._text))
 
 
 def _parsed(text: str, what: str) -> Iterator[tuple[str, list[str]]]:
@@ -283,7 +285,8 @@ def _look_up(context: Any, path: list[str]) -> str:
 
 def _checked_url(url: Any) -> str:
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-        raise StageError(f"the url must be a string that begins with http:// or https://, not {url!r:.80}")
+        shown = shown_url(url) if isinstance(url, str) else url
+        raise StageError(f"the url must be a string that begins with http:// or https://, not {shown!r:.80}")
     return url
 
 
@@ -292,7 +295,15 @@ def _origin(url: Any) -> tuple[str, str, int]:
 
 
 def _place(request: Any) -> str:
-    return f"{request.method} {request.url.copy_with(query=None)}"
+    return f"{request.method} {shown_url(str(request.url))}"
+
+
+def shown_url(url: str) -> str:
+    """A url without user, password, query and fragment: they may hold what is not for a log or a history."""
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
+    place = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 # bodies

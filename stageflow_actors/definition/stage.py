@@ -13,7 +13,7 @@ from stageflow_actors.definition.breaker import Breaker, check_breaker
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.handler import Call, default_id, inspect_handler
-from stageflow_actors.definition.http import HttpCall, kill_after
+from stageflow_actors.definition.http import HttpCall, kill_after, shown_url
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -104,7 +104,7 @@ class Compensation:
         """A request to a server that undoes a stage; its `Idempotency-Key` is not the stage's own. See `Stage.http`."""
         call = HttpCall(
             url,
-            what=f"the compensation {method} {url if isinstance(url, str) else ''}".rstrip(),
+            what=f"the compensation {method} {shown_url(url) if isinstance(url, str) else ''}".rstrip(),
             method=method,
             request=request,
             on_response=on_response,

@@ -124,7 +124,9 @@ class Delay:
 
     def __init__(self, id: str, duration: Duration) -> None:
         self.id: str = check_id(id, "the delay")
-        self.seconds: float = seconds(duration, f"the delay {id!r}")
+        self.seconds: float = seconds(
+            duration, f"the delay {id!r}", endless="a wait that somebody is to end is a signal, add_signal(id)"
+        )
 
     def __repr__(self) -> str:
         return f"Delay({self.id!r}, {self.seconds:g})"

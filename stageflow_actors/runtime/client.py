@@ -589,9 +589,15 @@ class Client:
         raise BrokerUnavailable("instances of these ids end faster than they can be looked up; try again")
 
     def _signal(self, instance_id: str, name: str, payload: Any) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name of a signal is a string that is not empty, not {name!r}")
         data = encode_value(payload, what=f"the payload of signal {name!r}")
-        if instance_id not in self._lookup([instance_id]):
+        group = self._lookup([instance_id]).get(instance_id)
+        if group is None or group["ended"]:
             raise InstanceNotFound(instance_id)
+        known = self._known_of_group(group)
+        if known is not None:
+            known.plan.check_signal(name)
         arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
         answer = self._await(self._port().publish([], [], [data], arrivals=[arrival]))
         if answer.refused:

@@ -80,7 +80,8 @@ class Instance(Generic[C]):
     def signal(self, name: str, payload: Any = None) -> None:
         """Send a signal; durable when this returns. One that comes before it is awaited is kept, several in order.
 
-        Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel.
+        Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel,
+        `StageFlowError` for a name that its workflow never waits for, `ValueError` for what is no name at all.
         """
         self._client._signal(self.id, name, payload)
 

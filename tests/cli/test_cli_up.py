@@ -145,6 +145,11 @@ def test_starting_needs_somebody_who_serves(tmp_path: Path, stageflow: Command) 
 
 def test_a_signal_is_sent(up: Up, stageflow: Command) -> None:
     stageflow("start", "asked", "--id", "S-1", "--data", up.data)
+    code, _, err = stageflow("instances", "signal", "S-1", "aproval", "--data", up.data)
+    assert (code, err) == (
+        1,
+        "stageflow: workflow 'asked' version 1 never waits for a signal 'aproval': it waits for 'approval'\n",
+    )
     code, out, err = stageflow("instances", "signal", "S-1", "approval", "--json", '{"who": "me"}', "--data", up.data)
     assert (code, out, err) == (0, "", "")
     with Runtime.connect(up.data) as client:

@@ -55,6 +55,7 @@ def nothing(context):
 flows = [
     Workflow("holds", timeout=3600).add_stage(nothing, id="first", compensation=nothing).add_stage(hold, id="held"),
     Workflow("waits").add_signal("go"),
+    Workflow("hears").add_signal("go").add_signal("other"),
     Workflow("sleeps").add_delay("long", 3600),
     Workflow("forks").add_parallel("both", [Stage(hold, id="left"), Stage(nothing, id="right")]),
     Workflow("maps").add_map("items", hold_first, over=lambda context: range(context["n"]), into="done"),
@@ -89,7 +90,7 @@ def test_a_cluster_is_sound_in_every_state_at_work_killed_resumed_and_stopped(
             client.submit(name, {}, instance_id=name)
         client.submit("maps", {"n": 5_000}, instance_id="maps")
         client.submit("sleeps", {}, instance_id="cancelled")
-        client.submit("waits", {}, instance_id="early").signal("other")
+        client.submit("hears", {}, instance_id="early").signal("other")
         eventually(lambda: expected.items() <= statuses(client).items(), "all have come to where they stay")
         client.instance("cancelled").cancel()
         report = doctor(data)

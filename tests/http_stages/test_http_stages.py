@@ -219,6 +219,26 @@ def test_the_error_shows_the_beginning_of_what_the_server_said_and_no_query(serv
     assert "secret" not in error
 
 
+@pytest.mark.parametrize("status", [402, 500, 302, None])
+def test_no_error_shows_user_password_or_query_of_a_url(status: int | None, server: Server) -> None:
+    url = server.on(
+        "/charges",
+        keep_silent if status is None else raw(status, b"", location="http://u:secret@else.where/p?secret"),
+    )
+    private = url.replace("http://", "http://ann:secret@")
+    result = run(charge(lambda order: private + "?token=secret#secret", timeout=0.2), Order())
+    assert url in failed(result)
+    assert "secret" not in repr(result)
+    assert "ann" not in repr(result)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://ann:secret@127.0.0.1:1/x?token=secret", "ftp://ann:secret@h/?secret", "http://ann:secret/1@h/"]
+)
+def test_what_cannot_be_asked_is_named_without_user_password_and_query(url: str) -> None:
+    assert "secret" not in failed(run(charge(lambda order: url), Order()))
+
+
 def test_a_server_that_is_not_there_is_tried_again_and_then_named(server: Server) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
