@@ -124,6 +124,25 @@ class ContextCodec(Generic[C]):
             canonical = encode(_canonical(context, encode))
         return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
 
+    def canonical(self, data: bytes | Raw) -> Raw | None:
+        """The context in `data` once more, with sets in an order that depends on their contents only; None where they
+        have none, as those of mixed types."""
+        context: Any = self.decode(data)
+        try:
+            if self._model is not None:
+                return Raw(self._model.encode_sorted(self._model.dump(context)))
+            return Raw(_encode_sorted(context))
+        except (TypeError, ValueError):
+            return None
+
+    def field_name(self, field: Any) -> str:
+        """The name of a field as it is encoded: of a Struct that travels as an array that is its place."""
+        kind: Any = self.context_type
+        if not self._typed or not issubclass(kind, msgspec.Struct) or not kind.__struct_config__.array_like:
+            return str(field)
+        tag = kind.__struct_config__.tag_field
+        return str([*([tag] if tag else []), *kind.__struct_fields__][field])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ContextCodec, (self.context_type,)
 

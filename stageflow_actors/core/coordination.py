@@ -105,7 +105,7 @@ def decide(
     if label == DEAD:
         return _dead(plan, envelope, failure, attempts, naming, now, arrivals)
     if label == BEGIN:
-        moves = enter(plan, envelope.stage_id, envelope, naming, now)
+        moves = enter(plan, envelope.stage_id, envelope, naming, now, envelope.steps)
         if plan.timeout:
             limit = Open(TIMEOUT, 1, naming.coordinator, TIMEOUT, encode(plan.timeout), plan.timeout)
             moves.opens = [*moves.opens, limit]
@@ -141,11 +141,15 @@ def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming,
 
 def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Moves:
     stage = _known(plan, envelope)
+    began = now if envelope.since is None else envelope.since
+    took, envelope.since = max(0.0, now - began), None
+    if stage.kind == SIGNAL:
+        envelope.payload = NIL
     if stage.kind == SIGNAL and payload is None:
         text = f"StageTimeout: no signal {stage.signal!r} came within {stage.seconds:g} s"
-        lost = StageRecord(stage.id, StageStatus.failed.value, 1, now, stage.seconds, text)
+        lost = StageRecord(stage.id, StageStatus.failed.value, 1, began, took, text)
         return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
-    record = StageRecord(stage.id, StageStatus.completed.value, 1, now, 0.0, None, Raw(payload) if payload else NIL)
+    record = StageRecord(stage.id, StageStatus.completed.value, 1, began, took, None, Raw(payload) if payload else NIL)
     envelope.trail = append_record(envelope.trail, record)
     return leave(plan, stage, envelope, naming, now)
 
@@ -187,7 +191,7 @@ def _dead(
             envelope.trail = append_record(envelope.trail, undo)
     elif arrivals is not None and stage.kind == STAGE:
         asked = decode_asked(envelope.payload)
-        envelope.context, envelope.payload = asked.before, asked.payload
+        envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         attempts, started = asked.attempt + attempts - 1, asked.started
     lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
     return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)

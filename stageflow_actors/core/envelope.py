@@ -93,11 +93,13 @@ class CompensationTask(Struct, array_like=True):
 
 
 class ItemEnd(Struct, array_like=True, gc=False):
-    """How one item of a map stage ended: its result, or why there is none; the item where it may have to be undone."""
+    """How one item of a map stage ended: its result, or why there is none; the item where it may have to be undone, or
+    done once more, with the steps of it that were completed."""
 
     result: Raw = NIL
     error: str | None = None
     item: Raw = NIL
+    steps: dict[str, bytes] | None = None
 
 
 class Command(Struct, array_like=True):
@@ -107,6 +109,7 @@ class Command(Struct, array_like=True):
     command: Raw
     workflow_id: str
     stage_id: str
+    run: int = 0
 
 
 class Reply(Struct, array_like=True):
@@ -123,6 +126,8 @@ class Envelope(Struct, array_like=True):
     `attempts` counts those made under earlier messages: a request that failed is tried again under a new one, which has
     the `failure` and the `steps` of the one before. -1: it is to be parked.
     `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
+    `run` is the epoch in which this run of the instance began, where it goes on in another one, after a retry; else 0.
+    `since`, in seconds since the Unix epoch, is when the wait began that a delay or a signal stage is.
     """
 
     workflow_id: str
@@ -139,10 +144,16 @@ class Envelope(Struct, array_like=True):
     attempts: int = 0
     failure: bytes | None = None
     steps: dict[str, bytes] | None = None
+    run: int = 0
+    since: float | None = None
 
 
 class Outcome(Struct, array_like=True):
-    """How an instance ended; this is what a waiting client is sent and what the history keeps."""
+    """How an instance ended; this is what a waiting client is sent and what the history keeps.
+
+    Of one that failed with nothing compensated `payload`, `steps` and `run` are as its failed stage had them, so that
+    it can be retried.
+    """
 
     workflow_id: str
     version: int
@@ -155,6 +166,9 @@ class Outcome(Struct, array_like=True):
     failed_stage: str | None = None
     compensations: list[CompensationRecord] = []
     digest: bytes | None = None
+    payload: Raw = NIL
+    steps: dict[str, bytes] | None = None
+    run: int = 0
 
 
 _trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])
@@ -184,9 +198,13 @@ def head_of(body: bytes) -> tuple[str, int, str] | None:
     A gathered body goes on behind its envelope, which no decoder takes. None for a body of another kind.
     """
     try:
-        if not 0x96 <= body[0] <= 0x9F:  # an array of six to fifteen fields: anything shorter is something else
+        if 0x96 <= body[0] <= 0x9F:  # an array of six to fifteen fields: anything shorter is something else
+            at = 1
+        elif body[0] == 0xDC:  # or of more
+            at = 3
+        else:
             return None
-        workflow_id, at = _text(body, 1)
+        workflow_id, at = _text(body, at)
         version, at = _number(body, at)
         return workflow_id, version, _text(body, at)[0]
     except (IndexError, ValueError):

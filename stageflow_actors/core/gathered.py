@@ -23,6 +23,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.merging import Clash, merge_fields
 from stageflow_actors.core.plan import StagePlan, WorkflowPlan, item_id
+from stageflow_actors.core.retrying import keep_branches
 from stageflow_actors.core.routing import Arrive, Moves
 from stageflow_actors.core.status import StageStatus
 
@@ -108,6 +109,7 @@ def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> Joi
                 joined.ended[slot] = branch
             elif record.status == StageStatus.failed and joined.lost is None and (stage is None or stage.required):
                 joined.lost = record
+    base.steps = keep_branches(base.context, arrivals)
     base.context, joined.clash = merge_fields(base.context, {name: one.context for name, one in joined.ended.items()})
     return joined
 

@@ -6,7 +6,7 @@ here, so that a workflow means the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 from msgspec import Struct
@@ -24,6 +24,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.plan import (
+    BRANCH,
     CANCELLED,
     COMPENSATE,
     DELAY,
@@ -34,10 +35,12 @@ from stageflow_actors.core.plan import (
     PARALLEL,
     RESUME,
     SIGNAL,
+    STAGE,
     Naming,
     StagePlan,
     WorkflowPlan,
 )
+from stageflow_actors.core.retrying import ended_branch, steps_of_branch
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "fail_stage",
     "finish",
     "give_up",
+    "hands_on",
     "item_slot",
     "leave",
     "pass_through",
@@ -113,44 +117,58 @@ def signal_key(name: str) -> str:
     return f"signal:{name}"
 
 
-def enter(plan: WorkflowPlan, stage_id: str, envelope: Envelope, naming: Naming, now: float) -> Moves:
-    """What begins a place of the workflow; the end, for the empty id."""
+def enter(
+    plan: WorkflowPlan,
+    stage_id: str,
+    envelope: Envelope,
+    naming: Naming,
+    now: float,
+    kept: dict[str, bytes] | None = None,
+) -> Moves:
+    """What begins a place of the workflow; the end, for the empty id. `kept`: how far it came before it failed."""
     stage = plan.stage(stage_id) if stage_id else None
     if stage is None:
         return Moves([finish(envelope, WorkflowStatus.completed, naming, now)])
     envelope.stage_id = stage.id
-    envelope.attempts, envelope.failure, envelope.steps = 0, None, None
+    envelope.attempts, envelope.failure, envelope.steps, envelope.since = 0, None, None, None
     if stage.kind == PARALLEL:
-        return _fork(plan, stage, envelope)
+        return _fork(plan, stage, envelope, kept or {})
+    envelope.steps = kept
     if stage.kind == DELAY and not stage.seconds:
         done = StageRecord(stage.id, StageStatus.completed.value, 1, now)
         envelope.trail = append_record(envelope.trail, done)
         return leave(plan, stage, envelope, naming, now)
     if stage.kind == DELAY:
+        envelope.since = now
         return Moves([Step(stage.queue, RESUME, encode(envelope), delay=stage.seconds)])
     if stage.kind == SIGNAL:
+        envelope.since = now
         label = stage.id if stage.queue != naming.coordinator else RESUME
         waiting = Open(signal_key(stage.signal), 1, stage.queue, label, encode(envelope), stage.seconds)
         return Moves(opens=[waiting])
     return Moves([Step(stage.queue, stage.id, encode(envelope), ttl=stage.ttl)])
 
 
-def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope) -> Moves:
+def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, kept: Mapping[str, bytes]) -> Moves:
     join = Open(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
     steps = []
+    arrivals = []
     for name in stage.branches:
+        if (ended := ended_branch(kept, name)) is not None:
+            arrivals.append(Arrive(stage.id, name, ended))
+            continue
         branch = plan.stage(name)
         assert branch is not None, f"branch {name} of {stage.id} is not in its plan"
-        envelope.stage_id = name
+        envelope.stage_id, envelope.steps = name, steps_of_branch(kept, name)
         steps.append(Step(branch.queue, name, encode(envelope), ttl=branch.ttl))
-    return Moves(steps, [join])
+    return Moves(steps, [join], arrivals)
 
 
 def pass_through(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
     """The instance was cancelled before this place was worked: to its join, or to the coordinator."""
     if stage.kind == ITEM:
         return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
-    envelope.payload = NIL
+    envelope.payload, envelope.steps = NIL, None
     if stage.joins:
         skipped = StageRecord(stage.id, StageStatus.skipped.value, 0, now, 0.0, reason)
         envelope.trail = append_record(envelope.trail, skipped)
@@ -161,6 +179,15 @@ def pass_through(stage: StagePlan, envelope: Envelope, reason: str, naming: Nami
 def item_slot(envelope: Envelope) -> str:
     """Where the end of an item arrives: its number, which the payload of its envelope is."""
     return str(msgspec.msgpack.decode(envelope.payload, type=int))
+
+
+def hands_on(plan: WorkflowPlan, stage: StagePlan) -> bool:
+    """Whether a stage comes next that is given what this one hands on: not at the end, of the workflow or of a parallel
+    branch, and not before a map or a signal. A delay has no handler, and passes it on."""
+    place = None if stage.joins else plan.following(stage)
+    while place is not None and place.kind == DELAY:
+        place = plan.following(place)
+    return place is not None and place.kind in (STAGE, BRANCH, PARALLEL)
 
 
 def leave(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Moves:
@@ -191,6 +218,8 @@ def finish(
         compensations or [],
         envelope.digest,
     )
+    if status == WorkflowStatus.failed:
+        outcome.payload, outcome.steps, outcome.run = envelope.payload, envelope.steps, envelope.run
     return Step(naming.finished, FINISHED, encode(outcome), terminal=True)
 
 
@@ -243,6 +272,7 @@ def begin_compensation(
     if not todo:
         status = WorkflowStatus.failed if final_status == WorkflowStatus.compensated else final_status
         return finish(envelope, status, naming, now)
+    envelope.payload, envelope.steps = NIL, None
     envelope.compensation = CompensationTask(todo, [], final_status.value)
     return _compensate_next(plan, envelope)
 

@@ -7,8 +7,7 @@ from typing import Any
 from msgspec import Raw
 
 from brokers.api import DeliveryItem
-from stageflow_actors.core.envelope import StageRecord, append_record, encode
-from stageflow_actors.core.routing import enter
+from stageflow_actors.core.envelope import StageRecord, encode
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.work import Result, Settled, Work
@@ -38,13 +37,13 @@ class ChoiceWork(Work):
                     f"branch {self.planned.id!r} has no arm {key!r} and no default: its arms are "
                     f"{', '.join(map(repr, self.planned.arms))}"
                 )
+            took = self._wall() - started
+            record = StageRecord(
+                self.planned.id, StageStatus.completed.value, attempt, started, took, None, Raw(encode(chosen))
+            )
+            # The first stage of the arm is the next one: what was handed on is for it.
+            first, payload = self.planned.arms[chosen], opened.payload
+            return self._record_and_leave(item, opened, record, payload=payload, to=first)
         except BaseException as error:  # noqa: BLE001 - the selector is user code
             self._raised(error)
             return self._failed(item, opened, attempt, started, self._wall() - started, error)
-        took = self._wall() - started
-        record = StageRecord(
-            self.planned.id, StageStatus.completed.value, attempt, started, took, None, Raw(encode(chosen))
-        )
-        opened.trail = append_record(opened.trail, record)
-        first = self.planned.arms[chosen]
-        return self._settle(item, enter(self.plan, first, opened, self.naming, self._wall()))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from brokers.api import DeliveryExtra, DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
 
-__all__ = ["Lane", "Request", "StageContext", "StepStore", "refuse_request"]
+__all__ = ["Lane", "RememberedSteps", "Request", "StageContext", "StepStore", "refuse_request"]
 
 REQUEST_SECONDS = 60.0
 """How long the reply to a request may take where nothing else is said."""
@@ -59,6 +61,30 @@ class StepStore(Protocol):
         """Let whoever looks see how far the stage is."""
 
 
+_remembering = threading.Lock()
+"""A handler may keep steps in several threads."""
+
+
+class RememberedSteps:
+    """Steps that are kept, and are known from then on to whoever settles the delivery they were made under."""
+
+    __slots__ = ("_item", "_store", "report")
+
+    def __init__(self, store: StepStore, item: DeliveryItem) -> None:
+        self._store = store
+        self._item = item
+        self.report = store.report
+
+    def keep(self, name: str, value: bytes) -> None:
+        """See `StepStore.keep`."""
+        self._store.keep(name, value)
+        with _remembering:
+            extra = self._item.extra
+            if extra is None:
+                extra = self._item.extra = DeliveryExtra()
+            extra.steps = {**(extra.steps or {}), name: value}
+
+
 class Lane(Protocol):
     """Where it is said that the message in work is to be ended."""
 
@@ -71,7 +97,7 @@ class StageContext:
 
     `attempt` counts from 1; `deadline` is when the attempt times out, in seconds on the monotonic clock (None: never);
     `idempotency_key` is the same for each attempt; `item` is the number of the item in a map stage, as a string;
-    `payload` is the reply that the previous stage's request brought.
+    `payload` is what the previous stage handed on: the reply to its request.
     In a compensation, `error` is what failed the workflow and `results[stage_id]` what is being undone.
     """
 
@@ -137,12 +163,14 @@ class StageContext:
 
     @property
     def idempotency_key(self) -> str:
-        """A key for side effects: the same for each attempt of this stage of this run of the instance.
+        """A key for side effects: the same for each attempt of this stage of this run of the instance, also after
+        `Instance.retry`. Only a restart begins a new run.
 
         For an item of a map stage, the same for each attempt of this item.
         """
         item = "" if self.item is None else f"[{self.item}]"
-        suffix = item if self.epoch <= 1 else f"{item}:{self.epoch}"
+        run = self._envelope.run or self.epoch
+        suffix = item if run <= 1 else f"{item}:{run}"
         return f"{self.workflow_id}:{self.instance_id}:{self.stage_id}{suffix}"
 
     @property
@@ -159,14 +187,21 @@ class StageContext:
 
     @property
     def payload(self) -> Any:
-        """The reply that the previous stage's request brought, or None."""
-        return decode_value(self._envelope.payload)
+        """The reply that the previous stage's request brought, or None.
+
+        A delay, a branch and a stage that is skipped are no stages in this: what comes behind them is given it. Each
+        branch of a parallel stage is; items of a map, and what comes behind a signal, are not (see `request`).
+        """
+        return None if self.item is not None else decode_value(self._envelope.payload)
 
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
         """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
 
         `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one
         that is an error, fails the attempt.
+
+        Where no stage comes next that could be given it, the reply (or, of `"next"`, the command) is the result of the
+        stage that asked: in the last stage of a workflow or a branch of a parallel one, and before a map or a signal.
         """
         return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout), self._steps)
 

@@ -17,7 +17,7 @@ import pykka
 
 from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
-from stageflow_actors.core.envelope import Failure, decode_outcome, head_of
+from stageflow_actors.core.envelope import Failure, decode_envelope, decode_outcome, encode, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
 from stageflow_actors.core.plan import DEAD as DEAD_EVENT
 from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
@@ -172,6 +172,11 @@ class Coordinator(pykka.ThreadingActor):
             body, arrivals = split_parts(item, body)
             if extra.label != DEAD_EVENT:
                 return decide_gathered(body, arrivals, plans, naming, now, extra.cancelled)
+        if extra.label == DEAD_EVENT and extra.steps:
+            # What the stage had completed before it killed its workers is not lost to a retry.
+            envelope = decode_envelope(body)
+            envelope.steps = {**(envelope.steps or {}), **extra.steps}
+            body = encode(envelope)
         failure, attempts = read_failure(extra.failure), extra.attempts + 1
         return decide(extra.label, body, failure, attempts, plans, naming, now, extra.cancelled, arrivals)
 

@@ -80,4 +80,4 @@ class EndpointWork(HandlerWork):
         return self._settle(item, Moves(arrivals=[Arrive(asked.key, REPLY, encode(reply))]))
 
     def _as_envelope(self, asked: Command) -> Envelope:
-        return Envelope(asked.workflow_id, 1, asked.stage_id, NIL, EMPTY_TRAIL, 0.0)
+        return Envelope(asked.workflow_id, 1, asked.stage_id, NIL, EMPTY_TRAIL, 0.0, run=asked.run)

@@ -7,10 +7,10 @@ chunks, each with the message that brings the rest: a crash in between resumes a
 from __future__ import annotations
 
 import time
+from itertools import repeat
 from typing import Any
 
-import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import (
@@ -22,39 +22,37 @@ from stageflow_actors.core.envelope import (
     StageRecord,
     append_record,
     decode_envelope,
-    decode_item_end,
     encode,
 )
-from stageflow_actors.core.failures import describe_error
+from stageflow_actors.core.failures import failure_of
+from stageflow_actors.core.gathered import (
+    Arrivals,
+    Rest,
+    decode_rest,
+    end_rest,
+    ended_items,
+    is_carrier,
+    undo_items,
+)
 from stageflow_actors.core.plan import item_id
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step, fail_stage, item_slot, unmet
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, unmet
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
-from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
+from stageflow_actors.runtime.setting import with_field
+from stageflow_actors.runtime.work import PARK, Result, Settled, Work, split_parts, steps_of
 
 __all__ = ["ItemWork", "MapWork"]
 
-_NOTHING = bytes(NIL)
-_NONE_DONE = (_NOTHING, encode([]))
+_NOTHING_DONE = Raw(encode([]))
 
 CHUNK = 2_000
 """Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
 
 LARGEST_CHUNK = 100_000
 """Most items of a chunk: one settlement has to hold them all."""
-
-
-class _Rest(Struct, array_like=True):
-    """Items still to be published, and the number of the first: the payload of an envelope without a context."""
-
-    first: int
-    items: list[Raw]
-
-
-_rest = msgspec.msgpack.Decoder(_Rest)
 
 
 class MapWork(Work):
@@ -68,7 +66,7 @@ class MapWork(Work):
         self._items = ValueCodec(program.parts["item_type"])
         self._results = ValueCodec(program.parts["result_type"])
         self._max_failures: int = program.parts["max_failures"]
-        self._undo: bool = program.parts["undo"]
+        self._parks = self.planned.required and self.plan.on_failure == "park"
         place = self.plan.stage(item_id(self.planned.id))
         assert place is not None, f"map stage {self.planned.id} has no place for its items"
         self._place = place
@@ -77,14 +75,17 @@ class MapWork(Work):
         base, arrivals = split_parts(item, body)
         extra = item.extra
         if extra is not None and extra.cancelled is not None:
-            return self._give_back(item, decode_envelope(base), arrivals)
-        opened = self._open(item, base, body)
+            return self._give_back(item, decode_envelope(base), arrivals, extra.cancelled)
+        if extra is not None and extra.parts is not None:
+            envelope = decode_envelope(base)
+            if not self._is_mine(envelope):
+                return self._misplaced(item, envelope, body)
+            return self._join(item, envelope, arrivals)
+        opened = self._open(item, body)
         if isinstance(opened, Settled):
             return opened
-        if extra is not None and extra.parts is not None:
-            return self._join(item, opened, arrivals)
-        if bytes(opened.context) == _NOTHING:
-            return self._settle(item, self._chunk(opened, _rest.decode(opened.payload)))
+        if is_carrier(opened):
+            return self._settle(item, self._chunk(opened, decode_rest(opened.payload)))
         return self._split(item, opened)
 
     def _split(self, item: DeliveryItem, envelope: Envelope) -> Settled:
@@ -97,107 +98,124 @@ class MapWork(Work):
             context = self.codec.decode(envelope.context)
             if self._when is not None and not self._when(context):
                 return self._skip(item, envelope)
-            given = list(self._over(context))
-            what = f"item {{}} of {self.planned.id!r}"
-            items = [Raw(self._items.encode(one, what=what.format(number))) for number, one in enumerate(given)]
+            items = [self._item(number, one) for number, one in enumerate(self._over(context))]
         except BaseException as error:  # noqa: BLE001 - `over` is user code
             self._raised(error)
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
         if not items:
             return self._join(item, envelope, [])
-        moves = Moves(opens=[Open(self.planned.id, len(items), self.planned.queue, self.planned.id, encode(envelope))])
-        chunk = self._chunk(envelope, _Rest(0, items))
-        moves.steps = chunk.steps
+        moves = Moves(opens=[self._wait(envelope, len(items))])
+        moves.steps = self._chunk(envelope, Rest(0, items)).steps
         return self._settle(item, moves)
 
-    def _give_back(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
+    def _item(self, number: int, value: Any) -> Raw:
+        what = f"item {number} of {self.planned.id!r}"
+        data = self._items.encode(value, what=what)
+        if len(data) > self._limit:
+            raise self._too_large(len(data), f"item {number} is")
+        return Raw(data)
+
+    def _wait(self, envelope: Envelope, need: int) -> Open:
+        return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
+
+    def _give_back(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settled:
         """The instance has been cancelled: items not published yet count as ended, those done can be undone."""
         assert item.extra is not None
-        if item.extra.parts is None and bytes(envelope.context) == _NOTHING:
-            rest = _rest.decode(envelope.payload)
-            end = encode(ItemEnd(NIL, item.extra.cancelled))
-            numbers = range(rest.first, rest.first + len(rest.items))
-            return self._settle(item, Moves(arrivals=[Arrive(self.planned.id, str(n), end) for n in numbers]))
-        done = [(number, one) for number, one in _ended(arrivals) if one.error is None]
-        if self._undo and done:
-            undo = Raw(encode([[number, one.item, one.result] for number, one in done]))
-            place = item_id(self.planned.id)
-            record = StageRecord(place, StageStatus.completed.value, 1, self._wall(), 0.0, None, NIL, undo)
-            envelope.trail = append_record(envelope.trail, record)
+        if item.extra.parts is None and is_carrier(envelope):
+            return self._settle(item, end_rest(self.planned, envelope, reason))
+        self._keep_done(envelope, ended_items(arrivals))
         return self._pass_through(item, envelope)
 
-    def _chunk(self, envelope: Envelope, rest: _Rest) -> Moves:
+    def _keep_done(self, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> None:
+        """The items that are done are undone as if they were a stage that completed."""
+        undo = undo_items(self.planned, ended, self._wall())
+        if undo is not None:
+            envelope.trail = append_record(envelope.trail, undo)
+
+    def _chunk(self, envelope: Envelope, rest: Rest) -> Moves:
         """Messages for the next items, and one for the rest of them."""
         place = self._place
-        count = max(CHUNK, min(len(rest.items) // 8, LARGEST_CHUNK))
-        now, later = rest.items[:count], rest.items[count:]
-        one = Envelope(
-            envelope.workflow_id,
-            envelope.version,
-            place.id,
-            NIL,
-            EMPTY_TRAIL,
-            envelope.started_at,
-        )
+        now, later = rest.split(max(CHUNK, min(len(rest.items) // 8, LARGEST_CHUNK)))
+        head = (envelope.workflow_id, envelope.version)
+        one = Envelope(*head, place.id, NIL, EMPTY_TRAIL, envelope.started_at, run=envelope.run)
         steps = []
-        for number, value in enumerate(now, rest.first):
-            one.context = value
-            one.payload = Raw(encode(number))
+        for number, value, kept in zip(now.all_numbers, now.items, now.steps or repeat(None), strict=False):
+            one.context, one.payload, one.steps = value, Raw(encode(number)), kept
             steps.append(Step(place.queue, self.planned.id, encode(one), ttl=place.ttl))
-        if later:
-            carrier = Envelope(
-                envelope.workflow_id, envelope.version, self.planned.id, NIL, EMPTY_TRAIL, envelope.started_at
-            )
-            carrier.payload = Raw(encode(_Rest(rest.first + count, later)))
+        if later.items:
+            carrier = Envelope(*head, self.planned.id, NIL, EMPTY_TRAIL, envelope.started_at, Raw(encode(later)))
+            carrier.run = envelope.run
             steps.append(Step(self.planned.queue, self.planned.id, encode(carrier)))
         return Moves(steps)
 
-    def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: list[tuple[str, bytes]]) -> Settled:
-        started = self._wall()
-        ended = _ended(arrivals)
-        errors = [(number, one.error) for number, one in ended if one.error is not None]
-        undo = NIL
-        if self._undo:
-            undo = Raw(encode([[number, one.item, one.result] for number, one in ended if one.error is None]))
+    def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals) -> Settled:
+        started, extra = self._wall(), item.extra
+        attempt = 1 if extra is None else extra.attempts + 1
+        ended = ended_items(arrivals)
+        failed = [(number, one.error) for number, one in ended if one.error is not None]
+        if failed and extra is not None and extra.steps is not None and PARK in extra.steps:
+            return self._once_more(item, envelope, ended)
+        before = envelope.trail
+        if self.planned.required and not self._parks:
+            self._keep_done(envelope, ended)
+        undone = envelope.trail
+        if extra is not None and extra.fresh:
+            return self._judge_fresh(item, envelope, attempt)
+        if len(failed) > self._max_failures:
+            number, text = failed[0]
+            why = StageError(
+                f"{len(failed)} of {len(ended)} items of {self.planned.id!r} failed, more than "
+                f"max_failures={self._max_failures}; the first was item {number}: {text}"
+            )
+            if self._parks:
+                self._store(item).keep(PARK, b"")  # what is delivered again with this has been requeued
+            # For good, whatever a policy says: each item has been tried as often as it may be.
+            took = self._wall() - started
+            return self._give_up(item, envelope, failure_of(why), attempt, started, took).failed()
         try:
-            if len(errors) > self._max_failures:
-                number, error = errors[0]
-                raise StageError(
-                    f"{len(errors)} of {len(ended)} items of {self.planned.id!r} failed, more than "
-                    f"max_failures={self._max_failures}; the first was item {number}: {error}"
-                )
             results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
-            context = self.codec.decode(envelope.context)
-            data = NIL
+            context, data = self.codec.decode(envelope.context), NIL
             if self._into is None:
                 data = Raw(encode(results))
-            elif self._is_dict:
-                context[self._into] = results
             else:
-                setattr(context, self._into, results)
+                context = with_field(context, self._into, results)
             encoded = self.codec.encode(context, stage=self.planned.id)
-            envelope.context = Raw(encoded)
+            done = undo_items(self.planned, ended, started)
+            undo = done.undo if done is not None else _NOTHING_DONE if self.planned.compensated else NIL
             record = StageRecord(
-                self.planned.id, StageStatus.completed.value, 1, started, self._wall() - started, None, data, undo
+                self.planned.id,
+                StageStatus.completed.value,
+                attempt,
+                started,
+                self._wall() - started,
+                None,
+                data,
+                undo,
             )
-            return self._record_and_leave(item, envelope, record)
+            envelope.trail = before
+            return self._record_and_leave(item, envelope, record, encoded)
         except BaseException as error:  # noqa: BLE001 - a property of the user's may raise anything
             self._raised(error)
-            return self._lost(item, envelope, started, error, undo)
+            envelope.trail = undone
+            return self._failed(item, envelope, attempt, started, self._wall() - started, error)
 
-    def _lost(self, item: DeliveryItem, envelope: Envelope, started: float, error: BaseException, undo: Raw) -> Settled:
-        """The stage has failed with items done: those are undone like a stage that completed."""
-        if bytes(undo) in _NONE_DONE or not self.planned.required or self.plan.on_failure == "park":
-            return self._failed(item, envelope, 1, started, self._wall() - started, error)
-        done = StageRecord(item_id(self.planned.id), StageStatus.completed.value, 1, started, 0.0, None, NIL, undo)
-        envelope.trail = append_record(envelope.trail, done)
-        lost = StageRecord(self.planned.id, StageStatus.failed.value, 1, started, 0.0, describe_error(error))
-        return self._settle(item, Moves([fail_stage(envelope, self.planned.id, lost, self.naming)]))
+    def _once_more(self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> Settled:
+        """It was parked for the items that failed, and requeued: those are done once more, the others wait for them."""
+        again = [(number, one) for number, one in ended if one.error is not None]
+        moves = Moves(opens=[self._wait(envelope, len(ended))])
+        moves.arrivals = [
+            Arrive(self.planned.id, str(number), encode(one)) for number, one in ended if one.error is None
+        ]
+        rest = Rest(0, [one.item for _, one in again], [n for n, _ in again], [one.steps for _, one in again])
+        moves.steps = self._chunk(envelope, rest).steps
+        return self._settle(item, moves)
 
-
-def _ended(arrivals: list[tuple[str, bytes]]) -> list[tuple[int, ItemEnd]]:
-    """How the items ended, by number, in the order of the items."""
-    return sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
+    def _give_up(
+        self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
+    ) -> Settled:
+        if is_carrier(envelope) and not self._parks:
+            return self._settle(item, end_rest(self.planned, envelope, failure.message))
+        return super()._give_up(item, envelope, failure, attempt, started, duration)
 
 
 class ItemWork(HandlerWork):
@@ -209,6 +227,7 @@ class ItemWork(HandlerWork):
         super().__init__(program, *args, **options)
         whole = self.plan.stage(self.planned.joins)
         self._keep = whole is not None and whole.compensated
+        self._parks = self.plan.on_failure == "park"
         self._none_may_fail: bool = program.parts["max_failures"] == 0
         self._items = ValueCodec(program.parts["item_type"])
         self._results = ValueCodec(program.parts["result_type"])
@@ -234,6 +253,8 @@ class ItemWork(HandlerWork):
             refuse_request(value, f"an item of {self.planned.joins!r}")
             what = f"a result of {self.planned.joins!r}"
             result = NIL if value is None else Raw(self._results.encode(value, what=what))
+            if len(bytes(result)) > self._limit:
+                raise self._too_large(len(bytes(result)), f"the result of item {item_slot(envelope)} is")
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
             return self._broke(item, envelope, attempt, started, clock, error)
         return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL)).worked()
@@ -242,9 +263,12 @@ class ItemWork(HandlerWork):
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settled:
         """The join decides how many items may fail; where none may, and failures are parked, the item is parked."""
-        if self._none_may_fail and self.plan.on_failure == "park":
+        if self._none_may_fail and self._parks:
             return self._park(item, failure)
-        return self._arrive(item, envelope, ItemEnd(NIL, failure.message))
+        end = ItemEnd(NIL, failure.message)
+        if self._parks:  # it may be tried once more
+            end.item, end.steps = envelope.context, steps_of(envelope, item)
+        return self._arrive(item, envelope, end)
 
     def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settled:
         return self._settle(item, Moves(arrivals=[Arrive(self.planned.joins, item_slot(envelope), encode(end))]))

@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 from stageflow_actors.core.plan import (
     ENDPOINT,
     ITEM,
+    MAP,
     STAGE,
     CompensationPlan,
     Naming,
@@ -23,6 +24,7 @@ from stageflow_actors.core.plan import (
     breaker_of,
 )
 from stageflow_actors.definition.annotated import classes_in, element_type, first_parameter_type
+from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.shipping import dumps
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
@@ -50,7 +52,7 @@ class StageProgram:
     """The code of one place of one version: pickled whole.
 
     `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a
-    parallel, branch, map or signal stage needs beyond that, by name.
+    parallel, branch, map or signal stage needs beyond that, by name; `retry` what decides on failures there.
     """
 
     workflow_id: str
@@ -61,6 +63,7 @@ class StageProgram:
     parts: dict[str, Any] = field(default_factory=dict)
     factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
+    retry: RetryPolicy | None = None
 
 
 @dataclass
@@ -287,12 +290,11 @@ def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tupl
             stage = current[planned.joins]
         elif planned.kind == STAGE:
             stage = current[planned.id]
-        yield (
-            StageProgram(
-                workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step, workflow.context)
-            ),
-            planned,
+        program = StageProgram(
+            workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step, workflow.context)
         )
+        program.retry = current[planned.id].retry if planned.kind == MAP else workflow.retry
+        yield program, planned
 
 
 def undone_items(workflow: Workflow[Any]) -> dict[str, Any]:

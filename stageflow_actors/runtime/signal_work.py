@@ -9,6 +9,7 @@ from msgspec import Raw
 from brokers.api import DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import NIL, StageRecord
+from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
@@ -31,7 +32,7 @@ class SignalWork(Work):
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
         extra = item.extra
-        if extra is not None and not arrivals and extra.cancelled is None:
+        if extra is not None and not arrivals and extra.failure == EXPIRED:
             extra.fresh = False  # nothing failed: the time is up, which is what this stage is asked about
         opened = self._open(item, base, body)
         if isinstance(opened, Settled):
@@ -39,8 +40,12 @@ class SignalWork(Work):
         if extra is not None and not arrivals and extra.failure is None:
             # Neither a signal nor the news that none came: it was parked, and waits anew.
             return self._settle(item, enter(self.plan, self.planned.id, opened, self.naming, self._wall()))
-        started = self._wall()
+        started = self._wall() if opened.since is None else opened.since
         attempt = 1 if extra is None else extra.attempts + 1
+        if not arrivals and self._on_timeout is None:
+            # For good, whatever a policy says: trying once more would not bring it.
+            late = StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
+            return self._give_up(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
             context = self.codec.decode(opened.context)
             data = NIL
@@ -50,9 +55,8 @@ class SignalWork(Work):
                     value: Any = payload
                 else:
                     value = self._on_signal(context, payload)
-            elif self._on_timeout is None:
-                raise StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
             else:
+                assert self._on_timeout is not None
                 value = self._on_timeout(context, None)
             refuse_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
             if type(value) is Replace:
@@ -61,11 +65,11 @@ class SignalWork(Work):
                 context = value
             elif value is not None:
                 data = Raw(encode_value(value, what=f"the result of stage {self.planned.id!r}"))
-            opened.context = Raw(self.codec.encode(context, stage=self.planned.id))
+            encoded = self.codec.encode(context, stage=self.planned.id)
             record = StageRecord(
                 self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data
             )
-            return self._record_and_leave(item, opened, record)
+            return self._record_and_leave(item, opened, record, encoded)
         except BaseException as error:  # noqa: BLE001 - what is given here is user code
             self._raised(error)
             return self._failed(item, opened, attempt, started, self._wall() - started, error)

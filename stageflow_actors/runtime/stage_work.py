@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from brokers.api import DeliveryItem, Target
 from stageflow_actors.core.codec import decode_value, encode_value
@@ -24,19 +23,18 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import failure_of, read_failure, write_failure
+from stageflow_actors.core.gathered import Asked, decode_asked
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, Naming, WorkflowPlan
-from stageflow_actors.core.routing import Moves, Open, Step, leave, unmet
+from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
+from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.context import Request, StepStore, refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.programs import StageProgram
-from stageflow_actors.runtime.work import TERMINAL, Result, Settled, Stopwatch, split_parts
+from stageflow_actors.runtime.work import PARK, TERMINAL, Result, Settled, Stopwatch, split_parts
 
 __all__ = ["StageWork"]
-
-PARK = ":park"
-"""The step that marks a message which was published to be parked, and has been."""
 
 
 class StageWork(HandlerWork):
@@ -62,6 +60,7 @@ class StageWork(HandlerWork):
             self.targets = [Target(naming.finished, FINISHED, TERMINAL)]
         else:
             self.targets = [Target(following.queue, following.id)]
+        self._hands_on = hands_on(plan, self.planned)
         # A plain happy path is one message to one queue, and nothing else.
         self._plain = not self.planned.joins and (
             following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
@@ -165,13 +164,11 @@ class StageWork(HandlerWork):
         trail: bytes,
     ) -> Settled:
         """The happy path where it is not one plain message."""
-        envelope.payload = NIL
-        moves = leave(self.plan, self.planned, envelope, self.naming, self._wall())
-        largest = moves.largest()
-        if largest > self._limit:
-            envelope.context, envelope.trail, envelope.stage_id = before, trail, self.planned.id
-            return self._failed(item, envelope, attempt, started, record.duration, self._too_large(largest))
-        return self._settle(item, moves).worked()
+        context, envelope.context, envelope.trail = envelope.context, before, trail
+        try:
+            return self._record_and_leave(item, envelope, record, context)
+        except PayloadTooLarge as error:
+            return self._failed(item, envelope, attempt, started, record.duration, error)
 
     # requests
 
@@ -188,37 +185,55 @@ class StageWork(HandlerWork):
         """The handler wants to ask: what it did to the context waits, with the context as delivered, in a gather."""
         stage_id = self.planned.id
         command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
-        before, payload = envelope.context, envelope.payload
-        envelope.context = Raw(self.codec.encode(context, stage=stage_id))
+        encoded = self.codec.encode(context, stage=stage_id)
         if request.endpoint == "next":
-            return self._hand_on(item, envelope, attempt, started, time.perf_counter() - clock, command)
+            return self._hand_on(item, envelope, attempt, started, time.perf_counter() - clock, command, encoded)
         key = f"reply:{stage_id}:{item.id}"
         steps = dict(request.steps) or None
-        asked = _Asked(attempt, started, request.endpoint, request.timeout, before, payload, steps)
-        envelope.payload = Raw(encode(asked))
-        sent = encode(Command(key, command, envelope.workflow_id, stage_id))
+        before, payload = envelope.context, envelope.payload
+        asked = Asked(attempt, started, request.endpoint, request.timeout, before, payload, steps)
+        sent = encode(Command(key, command, envelope.workflow_id, stage_id, envelope.run))
+        if len(sent) > self._limit:
+            raise self._too_large(len(sent), f"what it asks endpoint {request.endpoint!r} is")
+        envelope.context, envelope.payload = Raw(encoded), Raw(encode(asked))
+        waits = encode(envelope)
+        envelope.context, envelope.payload = before, payload
+        size = len(waits) - len(before)  # which waits beside the new one, and goes no further
+        if size > self._limit:
+            raise self._too_large(size)
         step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent)
-        wait = Open(key, 1, self.planned.queue, stage_id, encode(envelope), request.timeout)
-        return self._settle(item, Moves([step], [wait]))
+        return self._settle(item, Moves([step], [Open(key, 1, self.planned.queue, stage_id, waits, request.timeout)]))
 
     def _hand_on(
-        self, item: DeliveryItem, envelope: Envelope, attempt: int, started: float, duration: float, payload: Raw
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        attempt: int,
+        started: float,
+        duration: float,
+        payload: Raw,
+        context: bytes | None = None,
     ) -> Settled:
-        """On to the next stage, which is given `payload`."""
-        record = StageRecord(self.planned.id, "completed", attempt, started, duration)
-        envelope.trail = append_record(envelope.trail, record)
-        envelope.payload = payload
-        return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall())).worked()
+        """On to the next stage, which is given `payload`; where there is none to take it, it is this one's result."""
+        data, handed = (NIL, payload) if self._hands_on else (payload, NIL)
+        record = StageRecord(self.planned.id, "completed", attempt, started, duration, None, data)
+        return self._record_and_leave(item, envelope, record, context, payload=handed)
 
     def _replied(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
         envelope = decode_envelope(base)
-        if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
+        if not self._is_mine(envelope):
             return self._misplaced(item, envelope, body)
-        asked = _asked(envelope.payload)
-        if item.extra is not None and item.extra.cancelled is not None:
-            envelope.context = asked.before
-            return self._pass_through(item, envelope)
+        asked, extra = decode_asked(envelope.payload), item.extra
+        if extra is not None:
+            asked.attempt += extra.attempts
+            if extra.cancelled is not None or (extra.fresh and arrivals):
+                envelope.context, envelope.payload = asked.before, asked.payload
+            if extra.cancelled is not None:
+                return self._pass_through(item, envelope)
+            if extra.fresh and arrivals:
+                # A worker died of the reply, which is still here: nobody has to be asked again.
+                return self._judge_fresh(item, envelope, asked.attempt)
         if not arrivals:
             late = f"StageTimeout: endpoint {asked.endpoint!r} did not answer within {asked.timeout:g} s"
             return self._unanswered(item, envelope, asked, Failure("timeout", late, "StageTimeout"))
@@ -227,35 +242,36 @@ class StageWork(HandlerWork):
             text = f"StageError: endpoint {asked.endpoint!r} answered with an error: {reply.error}"
             return self._unanswered(item, envelope, asked, Failure("exception", text, "StageError", True))
         duration = max(0.0, self._wall() - asked.started)
-        if not isinstance(self.stage.handler, RemoteCall):
-            return self._hand_on(item, envelope, asked.attempt, asked.started, duration, reply.value)
-        return self._take_in(item, envelope, asked, reply.value, self.stage.handler, duration)
-
-    def _take_in(
-        self, item: DeliveryItem, envelope: Envelope, asked: _Asked, value: Raw, remote: RemoteCall, duration: float
-    ) -> Settled:
-        """A remote stage's reply, by its `on_reply`."""
+        remote = self.stage.handler
         try:
-            data = value
-            if remote.on_reply is not None:
-                context = self.codec.decode(envelope.context)
-                given = remote.on_reply(context, decode_value(value))
-                refuse_request(given, f"on_reply of {self.planned.id!r}")
-                data = NIL
-                if type(given) is Replace:
-                    context = given.value
-                elif not self._is_dict and isinstance(given, self._context_type):
-                    context = given
-                elif given is not None:
-                    data = Raw(encode_value(given, what=f"the result of stage {self.planned.id!r}"))
-                envelope.context = Raw(self.codec.encode(context, stage=self.planned.id))
-            record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
-            return self._record_and_leave(item, envelope, record)
+            if isinstance(remote, RemoteCall):
+                return self._take_in(item, envelope, asked, reply.value, remote, duration)
+            return self._hand_on(item, envelope, asked.attempt, asked.started, duration, reply.value)
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._raised(error)
             return self._unanswered(item, envelope, asked, failure_of(error))
 
-    def _unanswered(self, item: DeliveryItem, envelope: Envelope, asked: _Asked, failure: Failure) -> Settled:
+    def _take_in(
+        self, item: DeliveryItem, envelope: Envelope, asked: Asked, value: Raw, remote: RemoteCall, duration: float
+    ) -> Settled:
+        """A remote stage's reply, by its `on_reply`."""
+        data, encoded = value, None
+        if remote.on_reply is not None:
+            context = self.codec.decode(envelope.context)
+            given = remote.on_reply(context, decode_value(value))
+            refuse_request(given, f"on_reply of {self.planned.id!r}")
+            data = NIL
+            if type(given) is Replace:
+                context = given.value
+            elif not self._is_dict and isinstance(given, self._context_type):
+                context = given
+            elif given is not None:
+                data = Raw(encode_value(given, what=f"the result of stage {self.planned.id!r}"))
+            encoded = self.codec.encode(context, stage=self.planned.id)
+        record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
+        return self._record_and_leave(item, envelope, record, encoded)
+
+    def _unanswered(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settled:
         """The request has failed: another attempt under a new message, with the context as the stage was given it."""
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         delay, failure = self._ask(asked.attempt, failure, None)
@@ -269,25 +285,10 @@ class StageWork(HandlerWork):
             again = Step(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
             return self._settle(item, Moves([again])).failed()
         duration = max(0.0, self._wall() - asked.started)
-        _forget_attempts(envelope)
+        envelope.attempts, envelope.failure = 0, None
         return self._give_up(item, envelope, failure, asked.attempt, asked.started, duration).failed()
-
-
-class _Asked(Struct, array_like=True):
-    """What waits for a reply beside the envelope: the attempt, and what the stage was given and has kept."""
-
-    attempt: int
-    started: float
-    endpoint: str
-    timeout: float
-    before: Raw
-    payload: Raw = NIL
-    steps: dict[str, bytes] | None = None
 
 
 def _forget_attempts(envelope: Envelope) -> None:
     """The stage is over: what was kept for another attempt at it is of no use to the next one."""
     envelope.attempts, envelope.failure, envelope.steps = 0, None, None
-
-
-_asked = msgspec.msgpack.Decoder(_Asked).decode

@@ -12,6 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from msgspec import Raw
+
 from brokers.api import (
     AGAIN,
     ATTEMPT_FAILED,
@@ -37,16 +39,18 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step, give_up, item_slot, leave, pass_through
+from stageflow_actors.core.retrying import bounded
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step, enter, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.handler import BoundCall, Call
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.errors import PayloadTooLarge, StageError, StageTimeout
-from stageflow_actors.runtime.context import StageContext, StepStore
+from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.programs import StageProgram
 
 __all__ = [
     "GRACE_NS",
+    "PARK",
     "TERMINAL",
     "Result",
     "Settled",
@@ -61,9 +65,13 @@ __all__ = [
     "run_to_end",
     "settle_moves",
     "split_parts",
+    "steps_of",
 ]
 
 TERMINAL = 1
+
+PARK = ":park"
+"""The step that marks a message which was published, or is, to be parked: delivered once more, it has been requeued."""
 
 GRACE_NS = 1_000_000_000
 """What an async handler gets to end by itself once it has been cancelled, before its worker is killed."""
@@ -171,7 +179,7 @@ class Work:
         self.services = services
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self.targets = []
-        self.retry: RetryPolicy | None = None if program.stage is None else program.stage.retry
+        self.retry: RetryPolicy | None = program.retry if program.stage is None else program.stage.retry
         self._context_type = program.context
         self._is_dict = program.context is dict
         self._slot = slot
@@ -199,7 +207,7 @@ class Work:
         Of one that was gathered `body` is the base, and `whole` all of it.
         """
         envelope = decode_envelope(body)
-        if envelope.stage_id != self.planned.id or envelope.version != self.plan.version:
+        if not self._is_mine(envelope):
             return self._misplaced(item, envelope, body if whole is None else whole)
         extra = item.extra
         if extra is not None:
@@ -209,25 +217,52 @@ class Work:
                 return self._judge_fresh(item, envelope, extra.attempts + 1)
         return envelope
 
+    def _is_mine(self, envelope: Envelope) -> bool:
+        return envelope.stage_id == self.planned.id and envelope.version == self.plan.version
+
     def _pass_through(self, item: DeliveryItem, envelope: Envelope) -> Settled:
         """The instance has been cancelled: nothing is begun here any more."""
         assert item.extra is not None
         reason = item.extra.cancelled or ""
         return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
 
-    def _record_and_leave(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
+    def _record_and_leave(
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        record: StageRecord,
+        context: bytes | Raw | None = None,
+        *,
+        payload: Raw = NIL,
+        to: str | None = None,
+    ) -> Settled:
+        """The stage is over, with `context` where it made another one: on to the place behind it, or to `to`.
+
+        Raises `PayloadTooLarge`. The envelope is then as it was: a stage that fails by the size of what it made has not
+        completed, and changed nothing.
+        """
+        before = envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps
+        if context is not None:
+            envelope.context = Raw(context)
         envelope.trail = append_record(envelope.trail, record)
-        envelope.payload = NIL
-        moves = leave(self.plan, self.planned, envelope, self.naming, self._wall())
+        envelope.payload = payload
+        now = self._wall()
+        if to is None:
+            moves = leave(self.plan, self.planned, envelope, self.naming, now)
+        else:
+            moves = enter(self.plan, to, envelope, self.naming, now)
         largest = moves.largest()
         if largest > self._limit:
+            envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps = before
             raise self._too_large(largest)
         return self._settle(item, moves).worked()
 
-    def _too_large(self, size: int) -> PayloadTooLarge:
+    def _too_large(self, size: int, what: str = "context and results are") -> PayloadTooLarge:
         return PayloadTooLarge(
-            f"stage {self.planned.id!r}: context and results are {size} bytes, over max_message_bytes={self._limit}; "
-            "keep large data in files and pass their names"
+            f"stage {self.planned.id!r}: {what} {size} bytes, over max_message_bytes={self._limit}; "
+            "keep large data in files and pass their names",
+            size=size,
+            limit=self._limit,
         )
 
     # failures
@@ -275,6 +310,7 @@ class Work:
     ) -> Settled:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
+        envelope.steps = bounded(steps_of(envelope, item), self._limit)
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
         return self._settle(item, give_up(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
@@ -318,8 +354,8 @@ class Work:
             attempt=attempt,
             timeout=self.planned.timeout,
             failure=envelope.failure if extra is None or not extra.attempts else extra.failure,
-            steps=_steps_of(envelope, item),
-            store=self._store(item),
+            steps=steps_of(envelope, item),
+            store=RememberedSteps(self._store(item), item),
             limit=self._limit,
             slot=self._slot,
         )
@@ -347,7 +383,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
         return settle_moves(item, Moves([], [again], [Arrive(key, slot, arrived) for slot, arrived in arrivals]))
     if extra is not None:
         envelope = decode_envelope(body)
-        envelope.steps = _steps_of(envelope, item)
+        envelope.steps = steps_of(envelope, item)
         if envelope.attempts >= 0:
             envelope.attempts += extra.attempts
             envelope.failure = extra.failure or envelope.failure
@@ -355,7 +391,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
     return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
 
 
-def _steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
+def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
     """The steps that were completed under this message, and under those before it."""
     own = None if item.extra is None else item.extra.steps
     if envelope.steps is None:
