@@ -299,8 +299,6 @@ class PeerClient(ABC):
                 for other, more in out.notices:
                     if other != "welcome":
                         self._heard_notice(other, more)
-                # The answers to what was sent before come again, when it is sent again.
-                out.acked = -1
                 return True
             # `hello` answers what was sent before ours, which is on its way: another one would only be told the same.
             if word == "refused":
