@@ -282,7 +282,7 @@ class Simulation:
             job.id, job.outcome, job.known.codec, job.known.plan.order
         )
         if self.wild:
-            be_true(plan, result, bool(job.cancelled_with))
+            be_true(plan, result, job.cancelled)
         else:
             compare(plan, result)
 

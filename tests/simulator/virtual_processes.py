@@ -323,7 +323,7 @@ class Job:
         self.data = known.codec.prepare(context)
         self.digest = known.codec.digest(self.data, known.plan.id)
         self.accepted = self.parked = False
-        self.cancelled_with: list[Any] = []
+        self.cancelled = False
         self.outcome: bytes | None = None
 
     @property
@@ -357,12 +357,9 @@ class VirtualProgram(Listener):
 
     def cancel(self, job: Job) -> None:
         """Cancel an instance, wherever it is."""
-
-        def told(future: Future[Any]) -> None:
-            job.cancelled_with.append(future.exception() or future.result())
-
         if job.accepted and not self.dead:
-            self.client.query("cancel", job.id, "not wanted", list(CANCELLABLE)).add_done_callback(told)
+            job.cancelled = True
+            self.client.query("cancel", job.id, "not wanted", list(CANCELLABLE))
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         raise AssertionError("a program is delivered nothing")
