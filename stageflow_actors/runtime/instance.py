@@ -109,6 +109,15 @@ class Instance(Generic[C]):
         """Run it again from the failed stage, with another `context` if one is given.
 
         For an instance that is parked, or that failed with nothing compensated; raises `StageFlowError` for any other.
+        It is the same run: steps of the failed stage that have completed do not run again, and idempotency keys stay
+        as they are. Of a parallel stage only the branches that failed run again, from the context before it; what the
+        others returned and changed is kept, also in another `context`. A map stage that failed is handled anew, each
+        item under the key it had, its steps included. `max_message_bytes` is the most that is kept of a stage, beyond
+        which a retry is refused.
+
+        While a branch of a parallel stage is parked, another context is given to that branch alone: the fields in which
+        it differs from the one before count as changed by the branch. One that another branch has changed, too, is a
+        contradiction; `restart(context=...)` begins with one context for all.
         """
         return retry(self._client, self, context)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Raw
+from msgspec import DecodeError, Raw
 
 from brokers.api import CHECK, START, WATCH, Target
 from stageflow_actors.core.envelope import (
@@ -21,7 +21,8 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, ITEM, MAP, STAGE
+from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, ITEM, MAP, PARALLEL, STAGE
+from stageflow_actors.core.retrying import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
@@ -69,7 +70,7 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
     if status == WorkflowStatus.parked:
         dead = _dead_letters(client, instance)
         if context is not None:
-            for queue, message_id, envelope in dead:
+            for _, _, envelope in dead:
                 known = _known(client, envelope.workflow_id, envelope.version)
                 place = known.plan.stage(envelope.stage_id)
                 if place is not None and place.kind == ITEM:
@@ -78,6 +79,7 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
                         "retry() it as it is, or restart(context=...) the instance"
                     )
                 envelope.context = Raw(known.codec.prepare(context))
+            for queue, message_id, envelope in dead:  # all of them, once none is refused
                 client._query("replace", queue, message_id, encode(envelope))
         for queue, message_id, _ in dead:
             client._query("requeue", queue, [message_id])
@@ -94,14 +96,29 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
     if failed is None:
         raise StageFlowError(f"workflow {row.workflow_id!r} has no stage {outcome.failed_stage!r} any more")
     place = (known.plan.stage(failed.joins) if failed.joins else None) or failed
+    given = None if context is None else Raw(known.codec.prepare(context))
+    steps = outcome.steps
+    if steps is not None and TOO_LARGE in steps:
+        raise StageFlowError(
+            f"what stage {place.id!r} of instance {instance.id!r} had completed before it failed is larger than "
+            "max_message_bytes, and was not kept: restart() the instance"
+        )
+    again = take_up_branches(steps or {}, given) if place.kind == PARALLEL else None
+    if again is None:
+        data = outcome.context if given is None else given
+        over = {failed.id, place.id}
+    else:
+        data, steps = again
+        over = {place.id, *place.branches}
     trail = EMPTY_TRAIL
     for record in decode_trail(outcome.trail):
-        if record.status != StageStatus.failed or record.stage_id not in (failed.id, place.id):
+        if record.stage_id not in over or (again is None and record.status != StageStatus.failed):
             trail = append_record(trail, record)
     plain = place.kind in (STAGE, BRANCH, MAP) and not known.plan.timeout
     target = Target(place.queue, place.id) if plain else Target(COORDINATOR, BEGIN)
-    data = outcome.context if context is None else Raw(known.codec.prepare(context))
-    _start(client, row, target, place.id, data, trail)
+    envelope = _first(row, place.id, data, trail)
+    envelope.payload, envelope.steps, envelope.run = outcome.payload, steps, outcome.run or row.epoch
+    _start(client, row, target, envelope)
     return _again(client, instance)
 
 
@@ -126,7 +143,7 @@ def restart(client: Client, instance: Instance[Any], context: Any) -> Instance[A
     row = _row(client, instance, status)
     known = _known(client, row.workflow_id, row.version)
     data = decode_outcome(row.outcome).context if context is None else Raw(known.codec.prepare(context))
-    _start(client, row, known.target, known.first, data, EMPTY_TRAIL)
+    _start(client, row, known.target, _first(row, known.first, data, EMPTY_TRAIL))
     return _again(client, instance)
 
 
@@ -151,20 +168,30 @@ def _known(client: Client, workflow_id: str, version: int) -> Known:
 def _dead_letters(client: Client, instance: Instance[Any]) -> list[tuple[str, int, Envelope]]:
     """(queue, id, envelope) of each: of several branches or items, several may be parked."""
     group = client._query("inspect", [instance.id]).get(instance.id) or {}
-    found = [
-        (f"dlq.{message['queue']}", message["id"], decode_envelope(message["body"][: message["base"]]))
-        for message in group.get("messages", ())
-        if message["state"] == "dead" and not message["evidence"]
-    ]
+    found = []
+    for message in group.get("messages", ()):
+        if message["state"] != "dead" or message["evidence"]:
+            continue
+        queue = f"dlq.{message['queue']}"
+        try:
+            found.append((queue, message["id"], decode_envelope(message["body"][: message["base"]])))
+        except (KeyError, DecodeError) as error:
+            raise StageFlowError(
+                f"dead letter {message['id']} in {queue} is not one that this release can read ({error}): "
+                f"`stageflow dlq requeue {queue}` sends it on as it is"
+            ) from error
     if not found:
         raise StageFlowError(f"instance {instance.id!r} has no dead letter any more; look at its status()")
     return found
 
 
-def _start(client: Client, row: HistoryRow, target: Target, stage_id: str, data: Raw, trail: bytes) -> None:
-    """A new run of an instance that has ended, in the next epoch."""
-    now = time.time()
-    body = encode(Envelope(row.workflow_id, row.version, stage_id, data, trail, now, digest=row.digest))
+def _first(row: HistoryRow, stage_id: str, data: Raw, trail: bytes) -> Envelope:
+    return Envelope(row.workflow_id, row.version, stage_id, data, trail, time.time(), digest=row.digest)
+
+
+def _start(client: Client, row: HistoryRow, target: Target, envelope: Envelope) -> None:
+    """Go on with an instance that has ended, in the next epoch."""
+    body = encode(envelope)
     flags = START | WATCH | CHECK
     for _ in range(LOOKS):
         seen = client._seen  # before the history is read: what leaves from now on is found out about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,12 @@ def test_a_parked_instance_is_retried_where_it_was_parked(runtime: Runtime) -> N
     assert done(instance.id) == ["a", "b", "b", "b", "c"]
 
 
-def test_a_failed_branch_is_retried_with_its_whole_parallel_stage(runtime: Runtime) -> None:
-    instance = runtime.submit(parallel, {"fail": {"right": "raise"}})
+def test_a_failed_branch_is_retried_and_those_that_completed_are_kept(runtime: Runtime) -> None:
+    instance = runtime.submit(parallel, {"fail": {"right": "raise"}, "set": {"left": {"l": 1}}})
     assert instance.result(timeout=20).failed_stage == "right"
-    result = instance.retry(context={"set": {"left": {"l": 1}, "right": {"r": 1}}}).result(timeout=20)
+    result = instance.retry(context={"set": {"left": {"l": 2}, "right": {"r": 1}}}).result(timeout=20)
     assert (result.status, result.context["l"], result.context["r"]) == ("completed", 1, 1)
-    assert sorted(done(instance.id)) == ["left", "left", "right", "right", "start"]
+    assert sorted(done(instance.id)) == ["left", "right", "right", "start"]
     assert statuses(result) == {"start": "completed", "both": "completed", "left": "completed", "right": "completed"}
 
 
@@ -138,6 +139,164 @@ parallel = (
     .add_stage(does("start"), id="start")
     .add_parallel("both", [Stage(does("left"), id="left"), Stage(does("right"), id="right")])
 )
+
+
+def test_a_branch_is_retried_on_the_context_before_its_parallel_stage(runtime: Runtime, tmp_path: Path) -> None:
+    instance = runtime.submit(branches, {"switch": str(tmp_path / "switch"), "seen": ["before"]})
+    first = instance.result(timeout=20)
+    assert (first.status, first.failed_stage, first.context["left"]) == ("failed", "right", 1)
+    (tmp_path / "switch").touch()
+    result = instance.retry().result(timeout=20)
+    assert (result.status, result.error) == ("completed", None)
+    assert (result.context["left"], result.context["right"], result.context["third"]) == (1, "saw no left", "once more")
+    assert sorted(words[0] for words in noted(instance.id, "ran")) == ["left", "right", "right", "third", "third"]
+    data = {stage.stage_id: stage.data for stage in result.stages}
+    assert (data["left"], data["right"]) == ("left's result", None)
+    assert len(noted(instance.id, "charged")) == 1, "a step of the branch that failed does not run again"
+    assert len(set(noted(instance.id, "key of right"))) == 1
+
+
+def left_branch(context: dict[str, Any], ctx: StageContext) -> str:
+    note(ctx.instance_id, "ran", "left")
+    context["left"] = 1
+    return "left's result"
+
+
+def right_branch(context: dict[str, Any], ctx: StageContext) -> None:
+    note(ctx.instance_id, "ran", "right")
+    note(ctx.instance_id, "key of right", ctx.idempotency_key)
+    ctx.step("charge", note, ctx.instance_id, "charged")
+    check_switch(context)
+    context["right"] = "saw left" if "left" in context else "saw no left"
+
+
+def third_branch(context: dict[str, Any], ctx: StageContext) -> None:
+    note(ctx.instance_id, "ran", "third")
+    check_switch(context)
+    context["third"] = "once more"
+
+
+branches = Workflow("branches").add_parallel(
+    "three",
+    [
+        Stage(left_branch, id="left"),
+        Stage(right_branch, id="right"),
+        Stage(third_branch, id="third", required=False),
+    ],
+)
+
+
+def test_a_join_that_failed_is_retried_without_its_branches(runtime: Runtime, tmp_path: Path) -> None:
+    instance = runtime.submit(joined, {"switch": str(tmp_path / "switch")})
+    assert instance.result(timeout=20).failed_stage == "both"
+    (tmp_path / "switch").touch()
+    result = instance.retry().result(timeout=20)
+    assert (result.status, result.context["merged"], done(instance.id).count("left")) == ("completed", True, 1)
+    assert sorted(done(instance.id)) == ["left", "right"]
+
+
+def merge_switched(base: dict[str, Any], branches: dict[str, Any]) -> None:
+    check_switch(base)
+    base["merged"] = sorted(branches) == ["left", "right"]
+
+
+joined = Workflow("joined").add_parallel(
+    "both", [Stage(does("left"), id="left"), Stage(does("right"), id="right")], merge=merge_switched
+)
+
+
+@pytest.mark.parametrize("how", ["fails", "dies"])
+def test_steps_that_have_completed_do_not_run_again_in_a_retry_and_the_key_stays(
+    runtime: Runtime, tmp_path: Path, how: str
+) -> None:
+    instance = runtime.submit(stepwise, {"switch": str(tmp_path / "switch"), "how": how})
+    for _ in range(2):
+        assert instance.result(timeout=20).status == "failed"
+        instance.retry()
+    assert instance.result(timeout=20).status == "failed"
+    (tmp_path / "switch").touch()
+    result = instance.retry().result(timeout=20)
+    assert (result.status, result.stages[1].data) == ("completed", {"reply": "asked 7", "charge": 1})
+    assert noted(instance.id, "charged") == [()]
+    assert {words[0] for words in noted(instance.id, "key")} == {f"stepwise:{instance.id}:charge"}
+    instance.restart().result(timeout=20)
+    assert len(noted(instance.id, "charged")) == 2
+    assert len({words[0] for words in noted(instance.id, "key")}) == 2
+
+
+def charge(context: dict[str, Any], ctx: StageContext) -> dict[str, Any]:
+    def pay() -> int:
+        note(ctx.instance_id, "charged")
+        return len(noted(ctx.instance_id, "charged"))
+
+    note(ctx.instance_id, "key", ctx.idempotency_key)
+    paid = ctx.step("charge", pay)
+    if context["how"] == "dies" and not Path(context["switch"]).exists():
+        os._exit(3)
+    check_switch(context)
+    return {"reply": ctx.payload, "charge": paid}
+
+
+ENDPOINTS = {"answer": lambda command: f"asked {command}"}
+stepwise = (
+    Workflow("stepwise")
+    .add_stage(lambda context, ctx: ctx.request("answer", 7), id="ask")
+    .add_stage(charge, id="charge")
+)
+
+
+def test_steps_before_a_request_that_failed_do_not_run_again_in_a_retry(runtime: Runtime, tmp_path: Path) -> None:
+    instance = runtime.submit(prepared, {"switch": str(tmp_path / "switch")})
+    assert instance.result(timeout=20).status == "failed"
+    (tmp_path / "switch").touch()
+    assert instance.retry().result(timeout=20).status == "completed"
+    assert noted(instance.id, "prepared") == [()]
+
+
+def prepare(context: dict[str, Any], ctx: StageContext) -> Any:
+    ctx.step("prepare", note, ctx.instance_id, "prepared")
+    served = Path(context["switch"]).exists()
+    return ctx.request("answer" if served else "nobody", 1, timeout=10 if served else 0.1)
+
+
+prepared = Workflow("prepared").add_stage(prepare)
+
+
+def test_items_have_the_same_keys_in_a_retry(runtime: Runtime, tmp_path: Path) -> None:
+    instance = runtime.submit(keyed, {"switch": str(tmp_path / "switch")})
+    assert instance.result(timeout=20).status == "failed"
+    (tmp_path / "switch").touch()
+    assert instance.retry().result(timeout=20).status == "completed"
+    seen = noted(instance.id, "item key")
+    assert len(seen) == 4
+    assert set(seen) == {(f"keyed:{instance.id}:m[{number}]",) for number in range(2)}
+
+
+def key_of(item: dict[str, Any], ctx: StageContext) -> None:
+    note(ctx.instance_id, "item key", ctx.idempotency_key)
+    check_switch(item)
+
+
+keyed = Workflow("keyed").add_map("m", key_of, over=lambda context: [context, context])
+
+
+def test_another_context_for_a_parked_branch_is_of_that_branch_alone(runtime: Runtime) -> None:
+    instance = runtime.submit(parked_branches, {"fail": {"right": ["raise"]}, "set": {"left": {"x": 1}}})
+    parked(instance)
+    instance.retry(context={"x": 2, "set": {"left": {"x": 1}}})
+    assert "changed the field 'x' differently" in parked(instance)
+    assert instance.restart(context={}).result(timeout=20).status == "completed"
+
+
+def test_a_dead_letter_that_cannot_be_read_is_told_of(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = runtime.submit(parking, {"fail": {"b": "raise"}})
+    parked(instance)
+    group = runtime._query("inspect", [instance.id])[instance.id]
+    runtime._query("replace", f"dlq.{group['messages'][0]['queue']}", group["messages"][0]["id"], b"\x93nothing")
+    for again in (instance.retry, instance.restart):
+        with pytest.raises(StageFlowError, match=r"dead letter \d+ in dlq\.stageflow\.parking\.stage1 is not one that"):
+            again()
+    runtime._query("purge", "dlq.stageflow.parking.stage1", [])
 
 
 def test_every_branch_that_is_parked_is_retried(runtime: Runtime) -> None:
@@ -262,15 +421,15 @@ early = Workflow("early", on_failure="park").add_stage(does("a"), id="a").add_si
 # keys, priorities, ids
 
 
-def test_each_run_has_idempotency_keys_of_its_own_and_each_attempt_of_it_the_same(runtime: Runtime) -> None:
+def test_each_run_has_idempotency_keys_of_its_own_and_each_attempt_and_retry_of_it_the_same(runtime: Runtime) -> None:
     instance = runtime.submit(keys, {"fail": 1})
     assert instance.result(timeout=20).status == "failed"
     instance.retry(context={"fail": 3}).result(timeout=20)
     instance.restart(context={}).result(timeout=20)
     seen = [words[0] for words in noted(instance.id, "key")]
-    first, again, anew = seen[0], seen[2], seen[4]
-    assert seen == [first, first, again, again, anew]
-    assert len({first, again, anew}) == 3
+    first, anew = seen[0], seen[4]
+    assert seen == [first, first, first, first, anew]
+    assert anew != first
     assert first == f"keys:{instance.id}:key"
 
 
