@@ -7,6 +7,7 @@ runner does the same without either. Whatever user code raises becomes the stage
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -130,11 +131,17 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
     """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
 
     Without a policy a death is tried again at once, and everything else is final: also a `StageError` that may be
-    retried, because nobody has said how often.
+    retried, because nobody has said how often. Raises whatever the policy raises, and `ValueError` for a time that
+    nobody can wait.
     """
     if policy is not None:
         delay = policy.next_delay(attempt, error or exception_of(failure))
-        return None if delay is None else max(0.0, float(delay))
+        if delay is None:
+            return None
+        seconds = float(delay)
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"next_delay gave {delay!r}, and only 0 seconds or more can be waited (None: give up)")
+        return seconds
     return 0.0 if failure.kind == "died" else None
 
 

@@ -190,7 +190,7 @@ def test_a_retryable_stage_error_asks_the_policy_and_is_final_without_one() -> N
     assert calls == [1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("delay", ["soon", object(), [1]])
+@pytest.mark.parametrize("delay", ["soon", object(), [1], -1, float("inf"), float("nan")])
 def test_a_policy_that_answers_nonsense_fails_the_stage_and_says_so(delay: Any) -> None:
     class Odd:
         def next_delay(self, attempt: int, error: Exception) -> Any:
