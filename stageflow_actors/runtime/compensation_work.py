@@ -137,7 +137,9 @@ class CompensationWork:
             elif self._context_type is not dict and isinstance(value, self._context_type):
                 context = value
             encoded = self.codec.encode(context, stage=f"compensation of {stage_id}")
-            if len(encoded) > self._limit:
+            given = len(envelope.context)
+            # What branches made too large together was none of its doing: it may still say what it has undone.
+            if len(encoded) > self._limit + (given if given > self._limit else 0):
                 raise PayloadTooLarge(
                     f"the compensation of stage {stage_id!r} made the context {len(encoded)} bytes large, over "
                     f"max_message_bytes={self._limit}"
