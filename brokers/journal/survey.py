@@ -108,15 +108,22 @@ class Survey:
     ) -> Generator[Batch | Damage, None, tuple[Found, End | Broken] | None]:
         """The batches of one segment. None at the end if the segment was given back meanwhile."""
         offset, number, salt = SECTOR, header.first, header.salt
+        growing = False
         while True:
             later: Later | None = None
             found = reader.batch(offset, number, salt)
             if not isinstance(found, Batch):
-                if self._first_of(reader.number + 1) != number:
+                # Behind the end of a segment that grows is only what was written since the rest was looked through.
+                # To look through it each time would never come to an end beside a busy writer.
+                if not growing and self._first_of(reader.number + 1) != number:
                     later = reader.later(offset, number, salt)
                 again = self._look_again(reader, offset, number, salt)
                 if again is None:
                     return None
+                goes_on = isinstance(again, Batch) and later is None and reader.number == self._numbers[-1]
+                if growing and goes_on:
+                    return Found(header, offset, number, False, reader.size), End(marked=False)
+                growing = goes_on
                 found = again
             if isinstance(found, Batch):
                 yield found
