@@ -13,6 +13,7 @@ from brokers.core.message import Group, Message
 from brokers.core.queue import Queue
 from brokers.core.sessions import Session
 from brokers.core.store import Store
+from brokers.core.wire import MAX_NUMBER
 from brokers.errors import ProtocolError, Refused
 
 __all__ = ["DLQ", "Looking", "named"]
@@ -192,7 +193,7 @@ class Looking:
     def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
         """Messages of a queue that are ready, in their order, or its dead letters; bodies up to 16 MiB in all."""
         queue, dead = named(self._store, name)
-        if offset < 0 or not 0 <= limit <= 10_000:
+        if not 0 <= offset < MAX_NUMBER or not 0 <= limit <= 10_000:
             raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
         found: list[dict[str, Any]] = []
         room = SHOWN_BYTES

@@ -31,13 +31,14 @@ EXIT_JOURNAL = 70
 
 
 class ProcessOptions(msgspec.Struct):
-    """What a broker process is told at its start."""
+    """What a broker process is told at its start. `max_message_bytes` counts, whatever `limits` says of it."""
 
     address: str
     journal: str | None
     durability: Literal["fsync", "write", "memory"] = "fsync"
     supervised: bool = True
     max_message_bytes: int = 16 << 20
+    limits: Limits = Limits()
     segment_bytes: int = 64 << 20
     ready_fd: int = -1
     parent: int = 0
@@ -73,7 +74,7 @@ def main(argument: str) -> int:
         engine = Engine(
             journal_dir=None if options.durability == "memory" or options.journal is None else Path(options.journal),
             durability="fsync" if options.durability == "memory" else options.durability,
-            limits=Limits(max_message_bytes=options.max_message_bytes),
+            limits=msgspec.structs.replace(options.limits, max_message_bytes=options.max_message_bytes),
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
             warn=_warn,

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Throw wrong frames at a real broker process, by the million, while honest peers work.
+
+Attackers are processes of their own with raw ZeroMQ sockets. Their frames lie about sizes and numbers, lack their
+end, come twice, name leases that others hold, claim what they are not; some sockets never read what they are told,
+all are closed without a word in the end. Meanwhile honest peers publish, work and settle, and every group of theirs has
+to end exactly once, with a body that only its own workers have touched. The broker must neither end nor grow.
+
+    scripts/fuzz.py                         # 200,000 frames
+    scripts/fuzz.py -n 2000000 --seed 7     # two million, others than last time
+
+Exit status 1 if anything was lost, doubled or stolen, or if the broker ended or grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from fuzzing.attacker import ANSWERS, HELD, attack  # noqa: E402
+from fuzzing.honest import QUEUES, Honest  # noqa: E402
+
+LIMITS = {
+    "max_queues": 300,
+    "max_facts": 100,
+    "max_peers": 64,
+    "max_gathers": 50,
+    "max_early": 50,
+    "max_unread_bytes": 8 << 20,
+}
+"""Small ones, so that they are met."""
+
+LOOK = 0.5
+"""Seconds between looks at the broker's memory and descriptors."""
+GROWTH = 24 << 20
+"""Bytes by which the broker may have grown from its first quarter to its last: its allocator's play."""
+MORE_FDS = 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=200_000, metavar="N", help="frames to send (default: 200000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the frames (default: 1); the rest is the schedule's")
+    parser.add_argument("--attackers", type=int, default=2, metavar="N", help="attacking processes (default: 2)")
+    parser.add_argument("--durability", choices=("fsync", "write"), default="write", help="of the journal")
+    parser.add_argument("--data", type=Path, help="where the journal lies (default: a directory that is removed)")
+    parser.add_argument("--output", choices=("text", "json"), default="text")
+    given = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir=given.data))
+    try:
+        figures, wrongs = run(directory, given.n, given.seed, given.attackers, given.durability)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if given.output == "json":
+        print(json.dumps({**figures, "wrongs": wrongs}))
+    else:
+        for name, value in figures.items():
+            print(f"{name:32} {value}")
+        for wrong in wrongs:
+            print(f"WRONG: {wrong}", file=sys.stderr)
+    return 1 if wrongs else 0
+
+
+def run(directory: Path, count: int, seed: int, attackers: int, durability: str) -> tuple[dict[str, Any], list[str]]:
+    """Send `count` frames; figures, and all that went wrong."""
+    address = f"ipc://{directory}/broker"
+    broker = start_broker(address, directory, durability)
+    spawn = multiprocessing.get_context("spawn")
+    held = spawn.Array("Q", 2 * HELD, lock=False)
+    sent, answers = spawn.Value("q", 0), spawn.Array("q", len(ANSWERS))
+    began = time.monotonic()
+    honest = Honest(address, held, seed)
+    share = [count // attackers + (number < count % attackers) for number in range(attackers)]
+    processes = [
+        spawn.Process(
+            target=attack,
+            args=(address, seed * 1_000 + number, part, held, honest.peers, sent, answers),
+            daemon=True,
+        )
+        for number, part in enumerate(share)
+    ]
+    seen: list[tuple[int, int, int]] = []
+    watched = psutil.Process(broker.pid)
+    for process in processes:
+        process.start()
+    wrongs: list[str] = []
+    stats: dict[str, Any] = {"queues": [], "malformed": 0}
+    try:
+        while any(process.is_alive() for process in processes) and broker.poll() is None:
+            honest.tidy()
+            seen.append((sent.value, watched.memory_info().rss, watched.num_fds()))
+            processes[0].join(LOOK)
+            if sys.stderr.isatty():
+                print(f"\r{sent.value} frames", end="", file=sys.stderr)
+        seconds = time.monotonic() - began
+        wrongs += [f"an attacker has failed with {p.exitcode}" for p in processes if p.exitcode not in (0, None)]
+        honest.stop()
+        honest.tidy()
+        stats = honest.ask("stats", "")
+    except TimeoutError:
+        seconds = time.monotonic() - began
+        wrongs.append("the broker does not answer any more")
+    finally:
+        for process in processes:
+            process.kill()
+    wrongs += honest.judge.wrongs
+    honest.close()
+    left = {queue["name"]: queue for queue in stats["queues"] if queue["name"] in QUEUES}
+    wrongs += [f"{name} holds {q['ready']} messages" for name, q in left.items() if q["ready"] or q["leased"]]
+    broker.terminate()
+    status = broker.wait(30)
+    said = (directory / "said").read_text()
+    if status != 0 or "Traceback" in said:
+        wrongs.append(f"the broker ended with {status}: {said[-2000:]}")
+    quarter = max(1, len(seen) // 4)
+    first, last = seen[:quarter], seen[-quarter:]
+    memory = [max(rss for _, rss, _ in part) for part in (first, last)]
+    fds = [max(count for _, _, count in part) for part in (first, last)]
+    if memory[1] > memory[0] + GROWTH:
+        wrongs.append(f"the broker grew from {memory[0] >> 20} to {memory[1] >> 20} MiB")
+    if fds[1] > fds[0] + MORE_FDS:
+        wrongs.append(f"the broker's descriptors went from {fds[0]} to {fds[1]}")
+    figures = {
+        "frames sent": sent.value,
+        "seconds": round(seconds, 1),
+        "frames a second": round(sent.value / seconds),
+        "malformed, counted by the broker": stats["malformed"],
+        "told to attackers": ", ".join(f"{n} {kind}" for kind, n in zip(ANSWERS, answers[:], strict=True)),
+        "honest groups ended": len(honest.judge.ended),
+        "broker's memory, first quarter": f"{memory[0] >> 20} MiB",
+        "broker's memory, last quarter": f"{memory[1] >> 20} MiB",
+        "broker's descriptors": f"{fds[0]}, then {fds[1]}",
+        "wrongs": len(wrongs),
+    }
+    return figures, wrongs
+
+
+def start_broker(address: str, directory: Path, durability: str) -> subprocess.Popen[bytes]:
+    """A broker process without a supervisor that says when it is ready."""
+    reading, writing = os.pipe()
+    options = {
+        "address": address,
+        "journal": str(directory / "journal"),
+        "durability": durability,
+        "supervised": False,
+        "max_message_bytes": 1 << 20,
+        "limits": LIMITS,
+        "segment_bytes": 4 << 20,
+        "ready_fd": writing,
+        "parent": os.getpid(),
+    }
+    said = (directory / "said").open("wb")
+    broker = subprocess.Popen(
+        [sys.executable, "-m", "brokers.zeromq.process", json.dumps(options)],
+        pass_fds=[writing],
+        stderr=said,
+        cwd=ROOT,
+    )
+    said.close()
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        report = json.loads(pipe.readline() or "{}")
+    if not report.get("ready"):
+        raise SystemExit(f"the broker did not start: {report}")
+    return broker
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""A process that attacks: raw DEALER sockets, some of which read what they are told and some never do."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import msgspec
+import zmq
+
+from brokers.core import wire
+from brokers.errors import ProtocolError
+from fuzzing.frames import Frames
+
+__all__ = ["ANSWERS", "HELD", "attack"]
+
+ANSWERS = ("malformed", "stale", "refused", "error", "items", "resend", "hello")
+"""What attackers are told, and how often: notices, and answers of these kinds."""
+
+HELD = 64
+"""Leases of honest peers that are shared with the attackers."""
+
+SOCKETS = 4
+LIFE = 4_000
+"""Frames after which a socket is closed without a word and another one opened."""
+TALK = 60
+"""Frames between hellos: whoever is out of step may talk again."""
+
+
+class _Attacker:
+    """One socket and what it remembers of its talk."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, frames: Frames, *, reads: bool, number: int) -> None:
+        self.frames = frames
+        self.reads = reads
+        self.answers: Counter[str] = Counter()
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, (1 << 62 | number).to_bytes(8, "big"))
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 100)
+        self.socket.connect(address)
+        self.send(frames.hello())
+
+    def send(self, parts: list[bytes]) -> None:
+        self.socket.send_multipart(parts)
+
+    def listen(self) -> None:
+        """Follow the talk, as far as it is one."""
+        while True:
+            try:
+                header = self.socket.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return
+            out = wire.decode_out(header)
+            for word, _ in out.notices:
+                self.answers[word] += 1
+            for _, raw in out.results:
+                answer = msgspec.msgpack.decode(raw)
+                if isinstance(answer, dict):
+                    self.answers.update(kind for kind in ("stale", "refused", "error", "items") if kind in answer)
+            self.frames.epoch = out.broker_epoch
+            if out.acked > 0:
+                self.frames.frame = max(self.frames.frame, out.acked)
+
+
+def attack(address: str, seed: int, count: int, held: Any, peers: list[int], sent: Any, answers: Any) -> None:
+    """Send `count` frames. `held`: shared ids and leases of honest peers, in turn; `sent` counts along; what came back
+    is counted in `answers`, as in ANSWERS."""
+    chance = random.Random(seed)
+    context: zmq.Context[Any] = zmq.Context()
+
+    def someones() -> tuple[int, int]:
+        place = 2 * chance.randrange(HELD)
+        return held[place], held[place + 1]
+
+    born = 0
+
+    def another() -> _Attacker:
+        nonlocal born
+        born += 1
+        frames = Frames(random.Random(chance.random()), someones, peers)
+        # The epoch of the broker is no secret: a hello is answered with it.
+        return _Attacker(context, address, frames, reads=born % SOCKETS != 0, number=seed % 10_000 * 1_000_000 + born)
+
+    def leave(attacker: _Attacker) -> None:
+        attacker.listen()
+        attacker.socket.close()
+        with answers.get_lock():
+            for place, kind in enumerate(ANSWERS):
+                answers[place] += attacker.answers[kind]
+
+    attackers = [another() for _ in range(SOCKETS)]
+    for number in range(count):
+        place = number % SOCKETS
+        attacker = attackers[place]
+        if number // SOCKETS % LIFE == LIFE - 1:
+            leave(attacker)
+            attacker = attackers[place] = another()
+        elif number // SOCKETS % TALK == TALK - 1:
+            attacker.send(attacker.frames.hello())
+        try:
+            attacker.send(attacker.frames.next())
+        except (OverflowError, ProtocolError):
+            continue
+        if attacker.reads:
+            attacker.listen()
+        if number % 100 == 99:
+            with sent.get_lock():
+                sent.value += 100
+    with sent.get_lock():
+        sent.value += count % 100
+    time.sleep(0.2)  # what is under way arrives before the sockets close
+    for attacker in attackers:
+        leave(attacker)
+    context.term()
