@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, metavar="N", help="how long the load lasts (600)")
     parser.add_argument("--rate", type=float, default=40.0, metavar="N", help="sagas a second; of all else half (40)")
     parser.add_argument("--every", type=float, default=None, metavar="N", help="seconds between samples (1/120 of all)")
+    parser.add_argument("--warm", type=float, default=None, metavar="N", help="seconds left out at first (60, or 1/5)")
     parser.add_argument("--ignore-latency", action="store_true", help="on a machine that is busy with other things")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all samples there, too")
     parser.add_argument("--keep", action="store_true", help="leave the data directory in place")
@@ -53,7 +54,7 @@ def main() -> int:
     every = given.every or min(5.0, max(0.2, given.seconds / 120))
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        return soak(place, given.seconds, given.rate, every, ignore_latency=given.ignore_latency, dump=given.json)
+        return soak(place, given.seconds, given.rate, every, given.warm, given.ignore_latency, given.json)
     finally:
         if given.keep:
             print(f"kept in {place}", file=sys.stderr)
@@ -61,7 +62,9 @@ def main() -> int:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def soak(place: Path, seconds: float, rate: float, every: float, *, ignore_latency: bool, dump: Path | None) -> int:
+def soak(
+    place: Path, seconds: float, rate: float, every: float, warm: float | None, ignore_latency: bool, dump: Path | None
+) -> int:
     """Run the load, take samples, print the table; the exit code."""
     data, out, log = place / "data", place / "report.json", place / "probes"
     words = [sys.executable, __file__, "program", str(data), str(rate), str(out), str(log)]
@@ -79,7 +82,7 @@ def soak(place: Path, seconds: float, rate: float, every: float, *, ignore_laten
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"ended": {}, "mistakes": []}
     wrong += report["mistakes"] + _doctor(data)
     probes = [(float(at), float(took)) for at, took in (line.split() for line in log.read_text().splitlines())]
-    first, last = judge.thirds(began, ended, warm=min(60.0, seconds / 5))
+    first, last = judge.thirds(began, ended, warm=min(60.0, seconds / 5) if warm is None else warm)
     try:
         rows = judge.compare(samples, first, last)
         latencies = judge.latencies(probes, first, last)
