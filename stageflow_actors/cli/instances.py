@@ -73,6 +73,7 @@ def instances() -> None:
     \b
     stageflow instances list --status compensated --limit 20
     stageflow instances show ORDER-17
+    stageflow instances cancel ORDER-17
     """
 
 

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from brokers.errors import BrokerError, JournalCorrupt
-from stageflow_actors.cli import steering  # noqa: F401 - adds to `instances`
+from stageflow_actors.cli import reruns, steering  # noqa: F401 - add to `instances`
 from stageflow_actors.cli.cluster import health, scale
 from stageflow_actors.cli.dead_letters import dlq
 from stageflow_actors.cli.doctor import doctor

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stageflow_actors.cli.options import data_option
 
-__all__ = ["json_of", "start"]
+if TYPE_CHECKING:
+    from stageflow_actors.runtime.instance import Instance
+
+__all__ = ["context_of", "finished", "json_of", "start"]
 
 
 @click.command()
@@ -33,25 +36,29 @@ def start(
     stageflow start orders --json '{"order_id": "A-1", "total": 9.5}' --id A-1
     stageflow start orders --json - --wait < order.json
     """
+    from stageflow_actors.runtime.runtime import Runtime
+
+    context = context_of(text)
+    with Runtime.connect(data) as client:
+        instance = client.submit(workflow, context, instance_id=instance_id, priority=priority)
+        if wait:
+            return finished(instance, timeout)
+    click.echo(instance.id)
+    return 0
+
+
+def finished(instance: Instance[Any], timeout: float | None) -> int:
+    """Wait for the end of an instance and print it as JSON; the exit code says whether it completed."""
     from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.codec import json_view
     from stageflow_actors.errors import BrokerUnavailable, StageFlowError
-    from stageflow_actors.runtime.runtime import Runtime
 
-    context = json_of(text, "--json")
-    if not isinstance(context, dict):
-        raise click.BadParameter("the context must be a JSON object", param_hint="--json")
-    with Runtime.connect(data) as client:
-        instance = client.submit(workflow, context, instance_id=instance_id, priority=priority)
-        if not wait:
-            click.echo(instance.id)
-            return 0
-        try:
-            result = instance.result(timeout)
-        except TimeoutError as error:
-            raise StageFlowError(str(error)) from None
-        except BrokerUnavailable as error:
-            raise BrokerUnavailable(f"{error}; instance {instance.id!r} has been accepted and goes on there") from None
+    try:
+        result = instance.result(timeout)
+    except TimeoutError as error:
+        raise StageFlowError(str(error)) from None
+    except BrokerUnavailable as error:
+        raise BrokerUnavailable(f"{error}; instance {instance.id!r} has been accepted and goes on there") from None
     print_json(
         {
             "instance_id": result.instance_id,
@@ -63,6 +70,14 @@ def start(
         }
     )
     return 0 if result.success else 1
+
+
+def context_of(text: str) -> dict[str, Any]:
+    """The context that `--json` gives. Raises `click.BadParameter` for anything but a JSON object."""
+    context = json_of(text, "--json")
+    if not isinstance(context, dict):
+        raise click.BadParameter("the context must be a JSON object", param_hint="--json")
+    return context
 
 
 def json_of(text: str, hint: str) -> Any:

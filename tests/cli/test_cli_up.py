@@ -41,8 +41,9 @@ def pay(order):
     return {"receipt": 7}
 
 
+parks = Workflow("parks", on_failure="park").add_stage(pay)
 asked = Workflow("asked").add_signal("approval", on_signal=lambda c, payload: c.update(by=payload))
-runtime = Runtime(orders, asked, data_dir="cluster")
+runtime = Runtime(orders, asked, parks, data_dir="cluster")
 """
 
 
@@ -71,6 +72,9 @@ class Up:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate(timeout=30)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -95,7 +99,7 @@ def own_up(tmp_path: Path) -> Iterator[Up]:
 
 
 def test_it_says_in_one_line_that_it_is_ready(up: Up) -> None:
-    assert up.said == "stageflow: serving orders, asked from cluster\n"
+    assert up.said == "stageflow: serving orders, asked, parks from cluster\n"
 
 
 def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Command) -> None:
@@ -134,6 +138,65 @@ def test_what_cannot_be_started_is_one_line(
     got, out, err = stageflow("start", *arguments, "--data", up.data)
     assert (got, out, err.count("\n")) == (code, "", 1)
     assert said in err
+
+
+def test_an_instance_is_cancelled(up: Up, stageflow: Command) -> None:
+    stageflow("start", "asked", "--id", "K-1", "--data", up.data)
+    code, out, err = stageflow("instances", "cancel", "K-1", "--reason", "too late", "--data", up.data)
+    assert (code, out, err) == (0, "cancelled\n", "")
+    shown = json.loads(stageflow("instances", "show", "K-1", "--data", up.data, "--output", "json")[1])
+    assert (shown["status"], shown["error"]) == ("cancelled", "cancelled: too late")
+    stageflow("start", "orders", "--id", "K-2", "--wait", "--data", up.data)
+    assert stageflow("instances", "cancel", "K-2", "--data", up.data) == (1, "completed\n", "")
+    code, out, err = stageflow("instances", "cancel", "K-3", "--data", up.data)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "'K-3'" in err
+
+
+def test_an_instance_is_run_again_from_its_failed_stage_or_from_the_first(up: Up, stageflow: Command) -> None:
+    stageflow("start", "parks", "--id", "P-1", "--json", '{"poor": true}', "--data", up.data)
+    wait_until(lambda: "parked" in stageflow("instances", "show", "P-1", "--data", up.data)[1])
+    again = ("--json", '{"n": 1}', "--wait", "--timeout", 20, "--data", up.data)
+    code, out, err = stageflow("instances", "retry", "P-1", *again)
+    assert (code, err, json.loads(out)["context"]) == (0, "", {"n": 1, "paid": True})
+    code, out, err = stageflow("instances", "retry", "P-1", "--data", up.data)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "is completed: only one that is parked" in err
+    code, out, err = stageflow("instances", "restart", "P-1", "--json", '{"n": 2}', "--data", up.data)
+    assert (code, out, err) == (0, "P-1\n", "")
+    with Runtime.connect(up.data) as client:
+        assert client.instance("P-1").result(timeout=20).context == {"n": 2, "paid": True}
+    assert stageflow("instances", "restart", "P-1", "--json", "[]", "--data", up.data)[0] == 2
+
+
+def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Command) -> None:
+    at, show = ("--data", own_up.data), ("instances", "show")
+    for workflow, name, context in (("asked", "K", "{}"), ("parks", "P", '{"poor": 1}'), ("orders", "R", "{}")):
+        stageflow("start", workflow, "--id", name, "--json", context, *at)
+    for name, status in (("K", "waiting"), ("P", "parked"), ("R", "completed")):
+        wait_until(lambda name=name, status=status: status in stageflow(*show, name, *at)[1])
+    own_up.process.terminate()
+    assert own_up.end()[0] == 0
+    code, out, err = stageflow("instances", "cancel", "K", *at)
+    assert (code, out, err) == (0, "", "K is waiting and nothing runs here: it is cancelled at the next start\n")
+    assert stageflow("instances", "cancel", "R", *at) == (1, "completed\n", "")
+    for word, name, context in (("retry", "P", '{"n": 1}'), ("restart", "R", '{"n": 2}')):
+        code, out, err = stageflow("instances", word, name, "--json", context, *at)
+        assert (code, out, err) == (0, f"{name}\n", f"nothing runs here: {name} goes on at the next start\n")
+    code, out, err = stageflow("instances", "restart", "R", "--wait", *at)
+    assert (code, out) == (1, "")
+    assert "leave out --wait" in err
+    again = Up(own_up.folder)
+    try:
+        with Runtime.connect(again.data) as client:
+            ends = {name: client.instance(name).result(timeout=20) for name in "KPR"}
+        assert [(end.status, end.context.get("n")) for end in ends.values()] == [
+            ("cancelled", None),
+            ("completed", 1),
+            ("completed", 2),
+        ]
+    finally:
+        again.kill()
 
 
 def test_starting_needs_somebody_who_serves(tmp_path: Path, stageflow: Command) -> None:
