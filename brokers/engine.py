@@ -18,6 +18,7 @@ from brokers.errors import JournalFailed, JournalFull
 from brokers.journal.files import Files
 from brokers.journal.format import Batch, Record
 from brokers.journal.journal import Journal
+from brokers.points import reach
 from brokers.reclaim import Reclaim
 from brokers.room import LARGEST_ROUND, NEARLY_FULL, RoomKeeper
 
@@ -79,10 +80,12 @@ class Engine:
             )
             self._reclaim = Reclaim(self.machine, self.journal, segment_bytes)
             self._room = RoomKeeper(self.machine, self.journal, self._reclaim)
+        reach("broker.recovered")
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
         self.machine.started(now, wall_now)
         self._commit()
+        reach("broker.started")
 
     def round(self, frames: Sequence[Frame], *, more: bool = False) -> list[Outgoing]:
         """Take frames, do what is due, make it durable, and give what may leave. `more`: further frames wait already.
@@ -106,7 +109,11 @@ class Engine:
         for peer, operation, header, blob in frames:
             machine.receive(peer, operation, header, blob)
         machine.tick(more=more)
+        if frames:
+            reach("broker.received")
         written = self._commit()
+        if written:
+            reach("broker.committed")
         if self._reclaim is None:
             machine.compacting = False
         else:

@@ -31,6 +31,7 @@ from brokers.journal.format import (
 from brokers.journal.lock import DirectoryLock
 from brokers.journal.recovery import recover, remove_leftovers
 from brokers.journal.supply import Supply
+from brokers.points import reach
 
 __all__ = ["BatchPlace", "Durability", "Journal", "Room", "SegmentInfo"]
 
@@ -193,8 +194,10 @@ class Journal:
             size += SECTOR
         try:
             write_at(self._files, self._fd, [header, *pieces, padding], size, end)
+            reach("journal.written")
             if self._sync:
                 self._files.fdatasync(self._fd)
+            reach("journal.synced")
         except BaseException as error:  # noqa: BLE001 - goes up as it is, or as JournalFailed
             self._die(error, f"batch {number} could not be written to {file_name(self._segment)}")
         self._end, self._next = behind, number + 1

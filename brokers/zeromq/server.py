@@ -13,6 +13,7 @@ import zmq
 
 from brokers.core.wire import MAX_FRAME
 from brokers.engine import Engine, Frame, Outgoing
+from brokers.points import reach
 from brokers.zeromq.door import check_address
 
 __all__ = ["Server"]
@@ -66,6 +67,8 @@ class Server:
             self._poller.poll(0 if self._more else int(engine.patience(IDLE) * 1000 + 0.999))
             frames = self._drain()
             self._send(engine.round(frames, more=self._more))
+            if frames:
+                reach("broker.dispatched")
             if (now := time.monotonic()) >= self._probe_due:
                 self._probe_due = now + PROBE
                 engine.machine.probe()

@@ -13,6 +13,7 @@ from typing import Any
 import pykka
 
 from brokers.api import DONE, DeliveryItem, SettleItem, Target
+from brokers.points import reach
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
@@ -101,6 +102,7 @@ class WorkActor(pykka.ThreadingActor):
         work = self._work
         moves, bodies = self._moves, self._bodies
         mailbox.signalled = False
+        reach("worker.delivered")
         clock = time.perf_counter
         began = flushed = clock()
         count = 0
@@ -166,9 +168,11 @@ class WorkActor(pykka.ThreadingActor):
             return
         broker = self._mailbox.broker
         assert broker is not None
+        reach("worker.worked")
         bodies = self._bodies + self._other_bodies
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
+        reach("worker.settled")
         self._slot.settle(len(moves) + sum(other.outcome == DONE for other in others))
         moves.clear()
         self._bodies.clear()

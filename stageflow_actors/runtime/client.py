@@ -21,6 +21,7 @@ from msgspec import Raw
 
 from brokers import api as port
 from brokers.api import CHECK, START, WATCH, Arrival, Broker, Listener, PublishItem, Target
+from brokers.points import reach
 from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import (
@@ -124,6 +125,7 @@ class _Ends(Listener):
         self._connected()
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        reach("client.told")
         self._waiters.ended(pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:
@@ -547,10 +549,13 @@ class Client:
         bodies = [self._body(known, prepared, now) for prepared in batch]
         ttl = known.plan.stages[0].ttl
         items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
+        reach("client.publishing")
         try:
-            return self._port().publish(
+            published = self._port().publish(
                 [known.target], items, bodies, atomic=atomic, taken=taken, waiting=self._check_alive
             )
+            reach("client.published")
+            return published
         except port.BrokerError as error:
             raise in_our_words(error) from None
 

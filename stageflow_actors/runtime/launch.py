@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from brokers.points import reach
 from stageflow_actors import errors
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
@@ -107,6 +108,7 @@ class NodeHandle:
     def stop(self, grace: float | None) -> None:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it."""
         try:
+            reach("program.leaving")
             with self._lock:
                 self._stopping.set()
             self._send(Stop(grace))
@@ -180,6 +182,7 @@ class NodeHandle:
         channel = Channel(ours)
         try:
             channel.send(self._config)
+            reach("program.node-started")
             report = self._await_report(channel)
         except BaseException:
             self._process.kill()
@@ -192,6 +195,7 @@ class NodeHandle:
             if report is None and status < 0:
                 raise _Silent(f"the node process ended while it was starting ({describe_exit(status)})")
             raise _error(report)
+        reach("program.ready")
         self._channel = channel
         self.address = report.text
         self.resuming = report.fields.get("resuming", {})

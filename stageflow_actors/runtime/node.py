@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from brokers.api import Broker, DeliveryItem, Listener
+from brokers.points import reach
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
@@ -76,6 +77,7 @@ class _NodeListener(Listener):
             self.told(detail[0], detail[1])
 
     def on_connected(self, broker_epoch: int) -> None:
+        reach("node.greeted")
         if self.broker is not None and self.services is not None:
             if self.holding_back:
                 self.broker.query("hold", True)  # before the roster, which opens the queues
@@ -93,6 +95,7 @@ def main(control_fd: int) -> NoReturn:
     if not isinstance(config, NodeConfig):
         os._exit(0)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    reach("node.born")
     try:
         program = parent_death_fd(config.program)
     except ProcessLookupError:
@@ -145,9 +148,11 @@ class Node:
         config = self._config
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
         self._broker_process.start()
+        reach("node.broker-started")
         threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = self._open_history()
+        reach("node.history-opened")
         self._slots = SlotTable.create(SLOTS)
         self._stderr = StderrRelay()
         self._make_zygote()
@@ -174,6 +179,7 @@ class Node:
         self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
         self._listener.supervisor = self._supervisor
         self._supervisor.tell(AddPools(config.pools))
+        reach("node.pools-added")
         self._listener.told = self._told
         self._unserved = Unserved(self._broker, self._ask, config.naming)
         self._unserved.serve(pool.queue for pool in config.pools)
@@ -182,6 +188,7 @@ class Node:
         self._unserved.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
         resuming = self._unfinished()
+        reach("node.before-roster")
         self._ask("roster", [])
         self._data.write_cluster(
             ClusterRecord(
@@ -193,6 +200,7 @@ class Node:
             )
         )
         _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
+        reach("node.ready")
         for text in notices:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
@@ -364,6 +372,7 @@ class Node:
 
     def _stop(self, stop: Stop) -> NoReturn:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
+        reach("node.stopping")
         self._listener.holding_back = True
         self._ask("hold", True)
         self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)

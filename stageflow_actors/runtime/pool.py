@@ -22,6 +22,7 @@ import pykka
 from msgspec import structs
 
 from brokers.client import new_peer
+from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import last_lines, write_failure
 from stageflow_actors.runtime.memory import memory_over
@@ -198,6 +199,7 @@ class Pool(pykka.ThreadingActor):
         try:
             if services.stderr is not None:
                 worker.stderr, theirs = services.stderr.open()
+            reach("pool.spawning")
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, stderr=theirs)
         except OSError as error:
             if error.errno == errno.EBADF:
@@ -215,6 +217,7 @@ class Pool(pykka.ThreadingActor):
             os.close(event.pidfd)
             return
         worker.pid, worker.pidfd = event.pid, event.pidfd
+        reach("pool.spawned")
         if self._retiring or worker.killed is not None:
             kill_group(worker.pid, worker.pidfd)
 
@@ -233,6 +236,7 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is None:
             return
+        reach("pool.exit-seen")
         states = [lane.read() for lane in worker.lanes]
         settled = states[0].settled
         started = any(state.started for state in states)

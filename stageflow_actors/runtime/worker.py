@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import msgspec
 
+from brokers.points import reach
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.shipping import loads
 from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
@@ -60,6 +61,7 @@ LAST_WORDS_SECONDS = 60.0
 
 def main(payload: bytes, slot: Slot | None) -> int:
     """Entry of the forked process."""
+    reach("worker.born")
     given = msgspec.msgpack.decode(payload, type=WorkerPayload)
     stderr = _own_stderr()
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -74,11 +76,13 @@ def main(payload: bytes, slot: Slot | None) -> int:
         traceback.print_exc()
         sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
+    reach("worker.loaded")
     mailbox.low = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(work, given.lanes)(work, mailbox, given, slot)
     mailbox.actor = actor
     mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
     mailbox.broker.consume(given.queue, actor.least)
+    reach("worker.consuming")
     actor.serve()
     mailbox.leaving = True
     if actor.held():

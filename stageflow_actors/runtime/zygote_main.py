@@ -26,6 +26,7 @@ from typing import NoReturn
 import msgspec
 from msgspec import Struct
 
+from brokers.points import reach
 from stageflow_actors.runtime.processes import (
     kill_group,
     kill_groups,
@@ -113,6 +114,7 @@ def main(config_fd: int) -> NoReturn:
     _preload(config.preload)
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page it shares with the zygote
+    reach("zygote.born")
     Zygote(config, node).serve()
 
 
@@ -179,6 +181,7 @@ class Zygote:
 
     def _spawn(self, worker_id: str, slot: int, fds: list[int]) -> None:
         try:
+            reach("zygote.before-fork")
             pid = os.fork()
         except OSError as error:  # no memory, or the limit of processes
             _close(fds)
@@ -191,6 +194,7 @@ class Zygote:
         pidfd = os.pidfd_open(pid)
         self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
         self._poller.register(pidfd, select.POLLIN)
+        reach("zygote.forked")
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
     def _bury(self, pidfd: int) -> None:
