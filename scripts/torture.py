@@ -36,8 +36,8 @@ The parts:
 The law: what was acknowledged survives; damage in it is refused, never dropped; after a failed write or sync nothing
 is acknowledged. The first violation ends the run with the seed that repeats it.
 
-  scripts/torture.py                       all of it, once: about half an hour on one core
-  scripts/torture.py --share 0.02          one in fifty: a minute
+  scripts/torture.py                       all of it, once: some hours on one core
+  scripts/torture.py --share 0.02          one in fifty: a few minutes
   scripts/torture.py --only faults crashes --seeds 100
 """
 
