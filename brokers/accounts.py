@@ -7,15 +7,22 @@ once nothing in it is alive. It reads, beside a running broker too, and never wr
 
 from __future__ import annotations
 
+import gc
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from brokers.core import records, wire
+from brokers.core.machine import Machine
 from brokers.core.message import Message
 from brokers.core.replay import Replay
+from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.engine import Engine, replay_batch
 from brokers.errors import ProtocolError
@@ -104,16 +111,21 @@ class Departures(Struct):
     """Who has gone, by the records of a journal. `ended`: the groups whose message under the label asked for was
     acknowledged, with the epoch and the time (seconds since the Unix epoch) of that message. `idle`: groups that have
     not ended and of which nothing is left. `latest`: the time of the latest batch, 0 for none. `facts` as they stand.
+    `picture`: what a broker that is started on this journal now would answer to the query `audit`.
     """
 
     ended: dict[str, tuple[int, float]]
     idle: list[str]
-    latest: float = 0.0
-    facts: dict[str, str] = {}
+    latest: float
+    facts: dict[str, str]
+    picture: dict[str, Any]
 
 
-def departures(journal: Path, label: str) -> Departures:
-    """Who has gone after a message under `label`, as far as the journal still has it. Raises as `settlements` does."""
+def departures(journal: Path, label: str, *, picture: bool) -> Departures:
+    """Who has gone after a message under `label`, as far as the journal still has it; with the `picture` if wanted.
+
+    Bodies are not kept. Raises as `settlements` does.
+    """
     ended: dict[str, tuple[int, float]] = {}
 
     def on_settled(message: Message | None, group_id: str, _: str) -> None:
@@ -122,14 +134,35 @@ def departures(journal: Path, label: str) -> Departures:
             if before is None or before[0] <= message.epoch:
                 ended[message.group.id] = (message.epoch, message.place.wall)
 
-    store = Store(paging=True)
+    machine = Machine(paging=True)
+    store = machine.store
     replay = Replay(store, on_settled=on_settled)
     latest = 0.0
-    for batch in scan(journal):
-        latest = batch.wall
-        replay_batch(replay, batch)
+    with _without_collecting():
+        for batch in scan(journal):
+            latest = batch.wall
+            replay_batch(replay, batch)
     idle = [group.id for group in store.groups.values() if group.idle]
-    return Departures(ended, idle, latest, store.facts)
+    if picture:
+        replay.finish(0.0, time.time())
+    return Departures(ended, idle, latest, store.facts, _picture(machine) if picture else {})
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """All that is read stays: to look for garbage among it takes longer than reading it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _picture(machine: Machine) -> dict[str, Any]:
+    picture: dict[str, Any] = machine.admin.call(Session(0), "audit", msgspec.Raw(msgspec.msgpack.encode(())))
+    return picture
 
 
 def groups_in(batch: Batch) -> dict[str, None]:

@@ -73,25 +73,25 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
     report = Checkup(False, list(premises(data)), {})
     found = report.findings
     gone: Departures | None = None
-    has_journal = any(data.journal.glob("*.journal"))
-    if has_journal and readable:
-        try:
-            gone = departures(data.journal, FINISHED)
-        except JournalCorrupt as error:
-            found.append(Finding(ERROR, "journal", str(data.journal), str(error)))
-        else:
-            found.extend(_of_departures(data, gone))
     picture: dict[str, Any] = {}
-    # A program that has just been started, and one that is about to end, answer for themselves.
+    has_journal = any(data.journal.glob("*.journal"))
     try:
+        # A program that has just been started is waited for: its broker answers for the journal.
         report.live = live_address(data) is not None
-        if report.live or gone is not None:
+        if has_journal and readable:
+            gone = departures(data.journal, FINISHED, picture=not report.live)
+            found.extend(_of_departures(data, gone))
+        if report.live:
             with attach(data.path, with_history=False) as attached:
-                report.live = attached.live
                 picture = _look(attached, found)
                 found.extend(_of_history(data, gone, picture, attached, has_journal))
         else:
+            if gone is not None:
+                picture = gone.picture
+                found.extend([*_lasting(picture), *_passing(picture, live=False).values()])
             found.extend(_of_history(data, gone, picture, None, has_journal))
+    except JournalCorrupt as error:
+        found.append(Finding(ERROR, "journal", str(data.journal), str(error), "stageflow journal verify"))
     except (StageFlowError, BrokerError) as error:
         found.append(Finding(ERROR, "broker", str(data.path), str(error), "stageflow health"))
     if not has_journal and not report.live and not data.history.exists():
@@ -113,24 +113,26 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
 
 def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
     """The broker's picture; what is wrong in it, and stays wrong, is added to `found`."""
-    deadline = time.monotonic() + (PATIENCE if attached.live else 0.0)
+    deadline = time.monotonic() + PATIENCE
     picture: dict[str, Any] = attached.ask("audit")
-    served = read_served(picture["facts"].get(SERVED_FACT))
-    naming = Naming() if served is None else served.naming
-    # What the broker knows of instances is true at any one moment. Workers come and go, and it takes a moment.
-    found.extend(instances(picture, naming))
-    found.extend(contradictions(picture))
-    lasting = _passing(picture, attached.live)
-    while any(one.severity != INFO for one in lasting.values()) and time.monotonic() < deadline:
+    found.extend(_lasting(picture))
+    passing = _passing(picture, live=True)
+    while any(one.severity != INFO for one in passing.values()) and time.monotonic() < deadline:
         time.sleep(AGAIN)
-        now = _passing(attached.ask("audit"), attached.live)
-        lasting = {key: now[key] for key in lasting if key in now}
-    found.extend(lasting.values())
+        now = _passing(attached.ask("audit"), live=True)
+        passing = {key: now[key] for key in passing if key in now}
+    found.extend(passing.values())
     return picture
 
 
-def _passing(picture: dict[str, Any], live: bool) -> dict[tuple[str, str], Finding]:
-    """What may be over in a moment."""
+def _lasting(picture: dict[str, Any]) -> list[Finding]:
+    """What the broker knows of instances is true at any one moment."""
+    served = read_served(picture["facts"].get(SERVED_FACT))
+    return [*instances(picture, Naming() if served is None else served.naming), *contradictions(picture)]
+
+
+def _passing(picture: dict[str, Any], *, live: bool) -> dict[tuple[str, str], Finding]:
+    """What may be over in a moment: workers come and go, and it takes a moment to be known."""
     served = read_served(picture["facts"].get(SERVED_FACT))
     naming = Naming() if served is None else served.naming
     known = None if served is None else serving(served.plans, naming)

@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def test_a_moment_under_mixed_load_leaves_nothing_behind_and_nothing_wrong() -> None:
-    command = [sys.executable, str(SCRIPTS / "soak.py"), "--seconds", "6", "--rate", "12", "--ignore-latency"]
+    command = [sys.executable, str(SCRIPTS / "soak.py"), "--seconds", "5", "--rate", "12", "--ignore-latency"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     ended = re.search(r"instances: (\d+) cancelled, (\d+) compensated, ([\d,]+) completed", run.stdout)
