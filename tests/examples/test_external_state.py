@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,27 +18,6 @@ redis = pytest.importorskip("redis", reason="the package redis is not installed"
 from external_state import Order, SaveState, main, orders, read_state  # noqa: E402 - needs redis
 
 SECONDS = 20
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of this test's own."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    directory = tmp_path_factory.mktemp("redis")
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(directory)]
-    with subprocess.Popen([program, *options], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert any("eady to accept connections" in line for line in server.stdout), "the server did not start"
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            server.terminate()
-            server.communicate(timeout=SECONDS)
 
 
 @pytest.fixture

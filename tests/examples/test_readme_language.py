@@ -57,7 +57,8 @@ class Example:
 
 
 @pytest.fixture
-def example(name: str, tmp_path: Path) -> Example:
+def example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Example:
+    monkeypatch.chdir(tmp_path)  # where a runtime keeps its data that is not told where
     return Example(name, tmp_path)
 
 
@@ -104,6 +105,8 @@ IN_PROCESS: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object
     "park": ({"parts": 0}, lambda result: result.status.value, "parked"),
     "workflow timeout": ({}, lambda result: result.status.value, "completed"),
     "version": ({}, lambda result: result.status.value, "completed"),
+    "progress": ({"pages": 3}, lambda result: result.status.value, "completed"),
+    "max_memory": ({"seconds": 2}, lambda result: result.context["frames"], 48),
 }
 
 SERVED: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] = {
@@ -115,9 +118,21 @@ SERVED: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] =
     "request and reply": ({"sku": "TEA"}, lambda result: result.context["pieces"], 7),
     "remote stage": ({"sku": "TEA"}, lambda result: result.context["pieces"], 7),
     "interceptor": ({}, lambda result: result.stages[0].data, "work: done"),
+    "max_stage_concurrency": ({"text": "abc"}, lambda result: result.stages[0].data, 3),
 }
 
-OTHERS = ("services", "signal", "HTTP stage", "breaker", "priority", "cancel")
+PRINTING = {
+    "priority": "completed",
+    "cancel": "cancelled",
+    "run again": "completed",
+    "restart": "{'runs': 2}",
+    "history": "['submitted', 'completed pack', 'completed approval', 'ended: completed']",
+    "pause and resume": "completed",
+    "drain": "[True, True]",
+    "prefixes": "['shop.flow.stage0', 'undo.flow']",
+}
+
+OTHERS = ("services", "signal", "HTTP stage", "breaker", "cancelled", "events", "external persistence", *PRINTING)
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)
@@ -192,9 +207,38 @@ def test_a_stage_that_keeps_failing_is_left_alone(name: str, example: Example) -
         assert instance.cancel().value == "cancelled"
 
 
-@pytest.mark.parametrize("name", ["priority", "cancel"])
+@pytest.mark.parametrize("name", ["cancelled"])
+def test_a_stage_ends_by_itself_when_its_instance_is_cancelled(name: str, example: Example, eventually: Any) -> None:
+    flow = example.read()
+    with example.names["runtime"] as runtime:
+        instance = runtime.submit(flow, {})
+        eventually(lambda: [queue.busy for queue in runtime.queues("stageflow.flow.stage0")] == [1], "it is in work")
+        assert instance.cancel().value == "cancelled"
+
+
+@pytest.mark.parametrize("name", ["events"])
+def test_what_happens_is_told(name: str, example: Example, eventually: Any) -> None:
+    flow = example.read()
+    with example.names["runtime"] as runtime:
+        runtime.execute(flow, {"id": 7}, timeout=30)
+        eventually(lambda: len(example.names["told"]) == 2, "both events to be told")
+    assert example.names["told"] == ["StageCompleted", "WorkflowCompleted"]
+
+
+@pytest.mark.parametrize("name", ["external persistence"])
+def test_the_state_of_each_stage_is_in_the_store(name: str, example: Example, redis_url: str) -> None:
+    import redis
+
+    flow = example.read(**{"redis://localhost:6379/0": redis_url})
+    with example.names["runtime"] as runtime:
+        instance_id = runtime.execute(flow, {"id": 7}, timeout=30).instance_id
+    with redis.Redis.from_url(redis_url, decode_responses=True) as store:
+        assert store.hgetall(instance_id) == {"pay": '{"id": 7, "paid": true}'}
+
+
+@pytest.mark.parametrize("name", PRINTING)
 def test_an_example_that_prints_says_how_it_ended(
     name: str, example: Example, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example.read()
-    assert capsys.readouterr().out == {"priority": "completed\n", "cancel": "cancelled\n"}[name]
+    assert capsys.readouterr().out == f"{PRINTING[name]}\n"
