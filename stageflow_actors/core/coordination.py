@@ -55,6 +55,7 @@ from stageflow_actors.core.routing import (
     enter,
     give_up,
     leave,
+    pass_through,
 )
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
@@ -97,6 +98,8 @@ def decide(
     if not label:
         label = BEGIN if envelope.failed_stage is None else FAILED
     if cancelled is not None and label in (BEGIN, RESUME, CANCELLED, FAILED):
+        if label == CANCELLED and (passed := _passed_through(plan, envelope, cancelled, naming, now)) is not None:
+            return passed
         # A stage that fails once its instance has been cancelled was told to end: that is not why the instance ends.
         envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
@@ -131,6 +134,17 @@ def decide_gathered(
     if cancelled is not None:
         return _cancel(plan, envelope, cancelled, naming, now)
     return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
+
+
+def _passed_through(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves | None:
+    """What waited for a worker of its stage and was handed over: to its join, if it has one. None: nothing of the
+    instance is left in work."""
+    stage = plan.stage(envelope.stage_id)
+    if stage is None:
+        return None
+    if stage.kind == MAP and is_carrier(envelope):
+        return end_rest(stage, envelope, reason)
+    return pass_through(stage, envelope, reason, naming, now) if stage.joins else None
 
 
 def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
@@ -177,7 +191,7 @@ def _dead(
         record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
         return Moves([after_compensation(plan, envelope, record, naming, now)])
     stage = _known(plan, envelope)
-    started = now
+    started = now if envelope.since is None else envelope.since
     if stage.kind == MAP and arrivals is None and is_carrier(envelope):
         return end_rest(stage, envelope, error)
     if arrivals is not None and stage.kind == PARALLEL:

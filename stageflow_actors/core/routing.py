@@ -132,6 +132,7 @@ def enter(
     envelope.stage_id = stage.id
     envelope.attempts, envelope.failure, envelope.steps, envelope.since = 0, None, None, None
     if stage.kind == PARALLEL:
+        envelope.since = now
         return _fork(plan, stage, envelope, kept or {})
     envelope.steps = kept
     if stage.kind == DELAY and not stage.seconds:
@@ -151,6 +152,7 @@ def enter(
 
 def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, kept: Mapping[str, bytes]) -> Moves:
     join = Open(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
+    envelope.since = None
     steps = []
     arrivals = []
     for name in stage.branches:

@@ -48,7 +48,7 @@ class JoinWork(Work):
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.fresh:
             return self._judge_fresh(item, envelope, attempt)
-        started = self._wall()
+        started = self._wall() if envelope.since is None else envelope.since
         try:
             context = self._joined(before, envelope.context, joined)
             record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)

@@ -104,6 +104,7 @@ class MapWork(Work):
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
         if not items:
             return self._join(item, envelope, [])
+        envelope.since, envelope.attempts = started, attempt - 1
         moves = Moves(opens=[self._wait(envelope, len(items))])
         moves.steps = self._chunk(envelope, Rest(0, items)).steps
         return self._settle(item, moves)
@@ -149,7 +150,8 @@ class MapWork(Work):
         return Moves(steps)
 
     def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals) -> Settled:
-        started, extra = self._wall(), item.extra
+        extra = item.extra
+        started = self._wall() if envelope.since is None else envelope.since
         attempt = 1 if extra is None else extra.attempts + 1
         ended = ended_items(arrivals)
         failed = [(number, one.error) for number, one in ended if one.error is not None]
@@ -185,7 +187,7 @@ class MapWork(Work):
             record = StageRecord(
                 self.planned.id,
                 StageStatus.completed.value,
-                attempt,
+                envelope.attempts + attempt,
                 started,
                 self._wall() - started,
                 None,

@@ -343,12 +343,93 @@ together = Workflow("together").add_parallel(
 )
 
 
-def test_branches_may_ask_and_the_reply_ends_with_them(execute: Any) -> None:
+def test_branches_may_ask_and_the_reply_is_their_result(execute: Any) -> None:
     result = execute(together, {})
     assert (result.status, statuses(result)) == (
         "completed",
         {"both": "completed", "left": "completed", "right": "completed"},
     )
+    assert (stage(result, "left").data, stage(result, "right").data) == (1, {"left": 4})
+
+
+def asks(name: str, endpoint: str = "echo") -> Stage:
+    return Stage(lambda context, ctx: ctx.request(endpoint, f"for {name}"), id=name)
+
+
+def takes(name: str) -> Stage:
+    def handle(context: dict[str, Any], ctx: StageContext) -> None:
+        context[name] = [ctx.payload, ctx.results.get("ask")]
+
+    return Stage(handle, id=name)
+
+
+def take_item(item: int, ctx: StageContext) -> Any:
+    return [item, ctx.payload]
+
+
+def nobody_next(endpoint: str) -> dict[str, Workflow[Any]]:
+    ask = asks("ask", endpoint)
+    return {
+        "the last stage": Workflow(f"last-{endpoint}").add_stage(ask),
+        "the last before a delay": Workflow(f"last-delay-{endpoint}").add_stage(ask).add_delay("d", 0.01),
+        "a branch": Workflow(f"branch-{endpoint}").add_parallel("p", [ask]).add_stage(takes("later")),
+        "before a map": Workflow(f"before-map-{endpoint}")
+        .add_stage(ask)
+        .add_map("m", take_item, over=lambda context: [5], into="items")
+        .add_stage(takes("later")),
+        "before a signal": Workflow(f"before-signal-{endpoint}")
+        .add_stage(ask)
+        .add_signal("go")
+        .add_stage(takes("later")),
+        "before a signal that is taken in": Workflow(f"before-on-signal-{endpoint}")
+        .add_stage(ask)
+        .add_signal("go", on_signal=lambda context, payload: None)
+        .add_stage(takes("later")),
+        "the last of the last arm": Workflow(f"arm-{endpoint}").add_branch("b", lambda context: "k", {"k": [ask]}),
+    }
+
+
+NOBODY_NEXT = {endpoint: nobody_next(endpoint) for endpoint in ("echo", "next")}
+globals().update({f"nobody_{f.id}": f for flows in NOBODY_NEXT.values() for f in flows.values()})
+
+
+@pytest.mark.parametrize("where", NOBODY_NEXT["echo"])
+@pytest.mark.parametrize("endpoint", NOBODY_NEXT)
+def test_a_reply_that_no_stage_comes_next_for_is_the_result_of_the_stage_that_asked(
+    execute: Any, endpoint: str, where: str
+) -> None:
+    flow = NOBODY_NEXT[endpoint][where]
+    result = execute(flow, {}, signals={"go": 1} if "signal" in where else None)
+    assert (result.status, stage(result, "ask").data) == ("completed", "for ask")
+    if "later" in result.context:
+        assert result.context["later"] == [None, "for ask"]
+    if "items" in result.context:
+        assert result.context["items"] == [[5, None]], "an item has no payload; its number is in ctx.item"
+
+
+SOMEBODY_NEXT = {
+    "a stage": Workflow("next-stage").add_stage(asks("ask")).add_stage(takes("taken")),
+    "behind a delay": Workflow("next-delay").add_stage(asks("ask")).add_delay("d", 0.01).add_stage(takes("taken")),
+    "behind none": Workflow("next-none").add_stage(asks("ask")).add_delay("d", 0).add_stage(takes("taken")),
+    "an arm": Workflow("next-arm").add_stage(asks("ask")).add_branch("b", lambda context: "k", {"k": [takes("taken")]}),
+    "behind an arm": Workflow("next-behind-arm")
+    .add_branch("b", lambda context: "k", {"k": [asks("ask")]})
+    .add_stage(takes("taken")),
+    "branches": Workflow("next-branches").add_stage(asks("ask")).add_parallel("p", [takes("taken"), takes("also")]),
+    "behind one that is skipped": Workflow("next-skipped")
+    .add_stage(asks("ask"))
+    .add_conditional(takes("skipped"), when=lambda context: False)
+    .add_stage(takes("taken")),
+}
+globals().update({f"somebody_{f.id}": f for f in SOMEBODY_NEXT.values()})
+
+
+@pytest.mark.parametrize("who", SOMEBODY_NEXT)
+def test_a_reply_is_the_payload_of_whoever_comes_next(execute: Any, who: str) -> None:
+    result = execute(SOMEBODY_NEXT[who], {})
+    assert (result.status, stage(result, "ask").data) == ("completed", None)
+    assert result.context["taken"] == ["for ask", None]
+    assert result.context.get("also", ["for ask", None]) == ["for ask", None]
 
 
 parking = Workflow("parking", on_failure="park").add_stage(ask).add_stage(use)

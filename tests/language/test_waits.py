@@ -18,6 +18,7 @@ from stageflow_actors import (
     InvalidContext,
     Replace,
     Runtime,
+    Stage,
     StageFlowError,
     Workflow,
     WorkflowDefinitionError,
@@ -52,6 +53,48 @@ def test_a_delay_is_waited_for_and_recorded(runtime: Runtime) -> None:
     before, pause, after = result.stages
     assert after.started_at - before.started_at >= 0.3
     assert pause.attempts == 1
+
+
+timed = (
+    Workflow("timed")
+    .add_stage(does("before"), id="before")
+    .add_delay("pause", 0.2)
+    .add_signal("bare", timeout=3600)
+    .add_signal("taken", timeout=3600, on_signal=lambda context, payload: None)
+    .add_signal("missed", timeout=0.2, on_timeout=lambda context: None)
+    .add_parallel("both", [Stage(lambda context: time.sleep(0.1), id="left"), Stage(does("right"), id="right")])
+    .add_map("items", lambda item: time.sleep(0.1), over=lambda context: [1])
+    .add_signal("never", timeout=0.2)
+)
+
+
+def test_what_waits_is_recorded_with_its_beginning_and_its_length(execute: Any, request: Any) -> None:
+    result = execute(timed, {}, signals={"bare": 1, "taken": 2})
+    assert (result.status, result.failed_stage) == ("failed", "never")
+    stages = {stage.stage_id: stage for stage in result.stages}
+    assert list(stages) == ["before", "pause", "bare", "taken", "missed", "both", "left", "right", "items", "never"]
+    behind = 0.0
+    for name in ("before", "pause", "bare", "taken", "missed", "both", "items", "never"):
+        stage = stages[name]
+        assert stage.started_at >= behind - 0.001, f"{name} began before what comes before it was over"
+        behind = stage.started_at + stage.duration
+    assert behind <= result.finished_at + 0.001
+    least = {"both": 0.1, "items": 0.1}
+    if "real" in request.node.name:
+        least |= {"pause": 0.2, "missed": 0.2, "never": 0.2}  # no time is waited for in this process
+    for name, seconds in least.items():
+        assert stages[name].duration >= seconds * 0.99, name
+
+
+def test_a_signal_that_is_waited_for_took_so_long(runtime: Runtime, eventually: Any) -> None:
+    instance = runtime.submit(plain, {})
+    eventually(lambda: instance.status() == "waiting", "it waits")
+    seen = time.time()
+    eventually(lambda: time.time() > seen + 0.1, "for some time")
+    instance.signal("answer")
+    ask, answer, _ = instance.result(timeout=20).stages
+    assert ask.started_at <= answer.started_at <= seen + 0.001
+    assert answer.duration >= 0.1
 
 
 def test_a_delay_is_over_at_once_in_this_process() -> None:
