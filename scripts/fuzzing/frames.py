@@ -70,7 +70,10 @@ class Frames:
     def steal(self) -> Parts:
         """Settle what another holds."""
         chance = self._chance
-        moves, acks, others, bodies = [], [], [], []
+        moves: list[Any] = []
+        acks: list[Any] = []
+        others: list[Any] = []
+        bodies: list[bytes] = []
         for _ in range(chance.randrange(1, 4)):
             id, lease = self._lease()
             group = chance.choice((*GROUPS, ""))

@@ -36,6 +36,7 @@ from stageflow_actors.runtime.work import (
     ignore,
     judge,
     park_unknown,
+    park_unreadable,
     run_to_end,
 )
 
@@ -104,7 +105,10 @@ class CompensationWork:
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
         """Run one compensation."""
-        envelope = decode_envelope(body)
+        try:
+            envelope = decode_envelope(body)
+        except msgspec.MsgspecError as error:
+            return park_unreadable(item, error)
         task = envelope.compensation
         stage_id = "" if task is None or not task.plan else task.plan[0]
         compensation = self._compensations.get(stage_id)

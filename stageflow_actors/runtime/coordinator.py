@@ -7,6 +7,7 @@ durable. It writes finished instances in bulk a few milliseconds behind, and onl
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -80,7 +81,7 @@ class Coordinator(pykka.ThreadingActor):
         self._naming = naming
         self._plans = {(plan.id, plan.version): plan for plan in plans}
         self._retention = retention
-        self._pending: list[tuple[DeliveryItem, bytes]] = []
+        self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
         self._since = 0.0
         self._not_before = 0.0
         self._pruned = time.monotonic()
@@ -96,7 +97,7 @@ class Coordinator(pykka.ThreadingActor):
             if message.queue == self._naming.finished:
                 if not self._pending:
                     self._since = time.monotonic()
-                self._pending.extend(zip(message.items, message.bodies, strict=True))
+                self._pending.extend(self._rows(message))
                 if len(self._pending) >= BULK:
                     self._write()
             else:
@@ -117,11 +118,25 @@ class Coordinator(pykka.ThreadingActor):
 
     # the history
 
+    def _rows(self, batch: Delivered) -> list[tuple[DeliveryItem, HistoryRow]]:
+        """What is to be written; what is no end of an instance is parked, for it would come again with every start."""
+        rows: list[tuple[DeliveryItem, HistoryRow]] = []
+        parked: list[SettleItem] = []
+        for item, body in zip(batch.items, batch.bodies, strict=True):
+            try:
+                rows.append((item, _row(item, body)))
+            except (msgspec.MsgspecError, ValueError) as error:
+                logger.error("what came as the end of instance %r is none, and is parked: %s", item.group, error)
+                parked.append(_parked(item, error))
+        if parked:
+            self._broker.settle([], [], [], parked, [])
+        return rows
+
     def _write(self) -> None:
         if time.monotonic() < self._not_before:
             return
         batch = self._pending[:BULK]
-        rows = [_row(item, body) for item, body in batch]
+        rows = [row for _, row in batch]
         try:
             self._history.write(rows)
         except HistoryUnavailable as error:
@@ -148,8 +163,7 @@ class Coordinator(pykka.ThreadingActor):
                 one = park_unknown(item, workflow_id, version, f"stage {stage_id!r}")
             except Exception as error:  # what one event is wrong in must not stop all others
                 logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
-                reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
-                settled.append(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)))
+                settled.append(_parked(item, error))
                 continue
             settled.append(numbered(one, targets))
             bodies.extend(one.bodies)
@@ -188,8 +202,18 @@ class Coordinator(pykka.ThreadingActor):
         self._broker.query("cancel", item.group, reason, list(CANCELLABLE))
 
 
+def _parked(item: DeliveryItem, error: Exception) -> SettleItem:
+    reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
+    return SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason))
+
+
 def _row(item: DeliveryItem, body: bytes) -> HistoryRow:
+    """Raises `ValueError` for what the history could not keep."""
     outcome = decode_outcome(body)
+    if not item.group or not 0 <= outcome.version < 1 << 63:
+        raise ValueError(f"the outcome of version {outcome.version} of no instance")
+    if not math.isfinite(outcome.started_at) or not math.isfinite(outcome.finished_at):
+        raise ValueError(f"began at {outcome.started_at}, ended at {outcome.finished_at}")
     return HistoryRow(
         item.group,
         item.epoch,

@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
+import msgspec
+
 from brokers.api import DeliveryItem
 from stageflow_actors.runtime.interception import STAGE, arounds_of, intercepted
 from stageflow_actors.runtime.programs import StageProgram
-from stageflow_actors.runtime.work import Result, Settled, Stopwatch, Work, run_to_end
+from stageflow_actors.runtime.work import Result, Settled, Stopwatch, Work, park_unreadable, run_to_end
 
 __all__ = ["HandlerWork", "Paused"]
 
@@ -100,7 +102,10 @@ class HandlerWork(Work):
     def start(self, item: DeliveryItem, body: bytes, slot: Stopwatch) -> Result | Paused:
         """Do the work of one delivery as far as it goes without waiting; whoever calls keeps `slot`."""
         self._slot = slot
-        return self._run(item, body)
+        try:
+            return self._run(item, body)
+        except msgspec.MsgspecError as error:
+            return park_unreadable(item, error)
 
     def _returned(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any

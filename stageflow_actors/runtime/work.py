@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 from msgspec import Raw
 
 from brokers.api import (
@@ -38,7 +39,7 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
-from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import describe_error, exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.retrying import bounded
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step, enter, give_up, item_slot, leave, pass_through
@@ -62,6 +63,7 @@ __all__ = [
     "judge",
     "numbered",
     "park_unknown",
+    "park_unreadable",
     "ready_to_call",
     "run_to_end",
     "settle_moves",
@@ -202,6 +204,8 @@ class Work:
         self._slot.begin(item.id, self._timeout_ns, time.monotonic_ns())
         try:
             return self._run(item, body)
+        except msgspec.MsgspecError as error:
+            return park_unreadable(item, error)
         finally:
             self._slot.end()
 
@@ -378,6 +382,12 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
     parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
     parked.unknown = True
     return parked
+
+
+def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
+    """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
+    reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
+    return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
 
 
 def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
