@@ -100,6 +100,35 @@ class RerunContract:
         assert again.item.extra is not None
         assert again.item.extra.cancelled == "once more"
 
+    def test_what_waits_for_its_turn_after_a_cancel_can_be_handed_over(self, hub: Hub) -> None:
+        peer, received = self._in_work(hub)
+        peer.publish("q", b"first", b"second", group="g")
+        messages = peer.ask("lookup", ["g"])["groups"]["g"]["messages"]
+        ids = sorted(message["id"] for message in messages if message["id"] != received.item.id)
+        peer.publish("other", b"other", group="other")
+        assert peer.ask("hand-over", "g", ids, "aside", "passed") == 0, "nobody has cancelled it"
+        self._cancel(peer)
+        peer.broker.consume("aside", 9)
+        assert peer.ask("hand-over", "g", [received.item.id, *ids, ids[0], 999], "aside", "passed") == 2
+        came = peer.receive(2)
+        assert [each.body for each in came] == [b"first", b"second"]
+        for each in came:
+            assert each.item.extra is not None
+            assert (each.queue, each.item.epoch) == ("aside", 1)
+            assert (each.item.extra.label, each.item.extra.cancelled) == ("passed", REASON)
+        assert peer.ask("hand-over", "g", ids, "aside", "passed") == 0
+        with pytest.raises(Refused, match="not live"):
+            peer.ask("hand-over", "nobody", [], "aside", "passed")
+
+    def test_what_was_gathered_is_not_handed_over(self, hub: Hub) -> None:
+        peer, received = self._in_work(hub)
+        peer.drop(received)
+        done = SettleItem([received.lease], DONE, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
+        peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"1"])
+        self._cancel(peer)
+        (joined,) = peer.ask("lookup", ["g"])["groups"]["g"]["messages"]
+        assert peer.ask("hand-over", "g", [joined["id"]], "aside", "passed") == 0
+
     def test_what_follows_after_a_cancel_waits_for_nothing(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         self._cancel(peer)

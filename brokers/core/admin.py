@@ -58,6 +58,7 @@ class Admin:
             "purge": (tuple[str, list[int]], self._purge),
             "raise-epoch": (tuple[str, int, str, str], self._raise_epoch),
             "cancel": (tuple[str, str, list[str]], self._cancel),
+            "hand-over": (tuple[str, list[int], str, str], self._hand_over),
             "replace": (tuple[str, int, bytes], self._replace),
             "restart": (tuple[str, str, str, bytes], self._restart),
             "dead": (tuple[int, int | list[int], bool, bool, bytes], supervision.dead),
@@ -289,6 +290,31 @@ class Admin:
             self._machine.gathering.release(group)
             self._machine.supervision.cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
+
+    def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:
+        """Messages of a cancelled group that wait for their turn go to `queue`, whose consumer passes them through in
+        place of their own, which may be busy for long. Those in work, and those that were gathered, stay. Returns how
+        many went.
+        """
+        store, leases = self._store, self._machine.leases
+        group = store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        if not queue:
+            raise ProtocolError("hand-over: needs a queue")
+        self._machine.bounds.queues((queue,))
+        count = 0
+        for message_id in dict.fromkeys(ids):
+            message = store.messages.get(message_id)
+            if message is None or message.group is not group or not message.unwanted or message.state() != READY:
+                continue
+            gathered = message.extra is not None and message.extra.parts is not None
+            # After a restart somebody may still be at it who has not said so yet.
+            if not gathered and leases.rostered and not message.queue.awaiting:
+                leases.send_elsewhere(store.replace(message), queue, label)
+                count += 1
+        session.remember(session.heard, count)
+        return count
 
     def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
         """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""

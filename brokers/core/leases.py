@@ -104,7 +104,10 @@ class Leases:
         group = message.group
         assert group is not None
         assert group.divert is not None
-        name, label = group.divert
+        self.send_elsewhere(message, *group.divert)
+
+    def send_elsewhere(self, message: Message, name: str, label: str) -> None:
+        """To another queue, under another label, with all that has happened to it. It must be in no lane."""
         message.queue = self.store.queue(name)
         message.label = label
         extra = message.extra

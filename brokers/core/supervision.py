@@ -184,11 +184,18 @@ class Supervision:
                 self._talk.notice(other, "recall", None)
 
     def cancel(self, group: Group) -> None:
-        """Tell the supervisor which of its workers are at messages of a group that has been cancelled."""
+        """Tell the supervisor which of its workers are at messages of a group that has been cancelled. Those that may
+        not have begun them, because they hold others, too, are asked to return what waits."""
         running = []
+        several: dict[Session, None] = {}
         for message in group.messages():
-            if message.holder is not None and message.epoch < group.epoch:
-                running.append((message.holder.session.peer, message.id))
+            holder = message.holder
+            if holder is not None and message.epoch < group.epoch:
+                running.append((holder.session.peer, message.id))
+                if len(holder.held) > 1:
+                    several[holder.session] = None
+        for session in several:
+            self._talk.notice(session, "recall", None)
         if running:
             for session in self._store.sessions.values():
                 if session.role == "supervisor":

@@ -1,7 +1,8 @@
 """Cancelling an instance, and running one again: from the failed stage, or from the first.
 
-What is cancelled keeps flowing through its queues unworked until the coordinator has all of it; nothing is snatched
-away. A new run of the same instance belongs to the next epoch, so that nothing of the run before is taken for its own.
+What is cancelled keeps flowing through its queues unworked until the coordinator has all of it; what waits for workers
+that are busy is handed over to it, and nothing that is in work is snatched away. What runs again belongs to the next
+epoch, so that nothing of before is taken for its own. A retry is the same run all the same, and a restart a new one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, BRANCH, COORDINATOR, ITEM, MAP, PARALLEL, STAGE
+from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, ITEM, MAP, PARALLEL, STAGE
 from stageflow_actors.core.retrying import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
@@ -43,6 +44,12 @@ LOOKS = 50
 CANCEL_SECONDS = 30.0
 """How long `cancel` waits for the end before it says where the instance stands."""
 
+HAND_OVER_SECONDS = 0.2
+"""How long workers have to pass a cancelled message through before it is taken from them."""
+
+HANDED_OVER = 1_000
+"""Most messages that are taken from them at once."""
+
 
 def cancel(client: Client, instance: Instance[Any], reason: str) -> WorkflowStatus:
     """See `Instance.cancel`."""
@@ -54,14 +61,36 @@ def cancel(client: Client, instance: Instance[Any], reason: str) -> WorkflowStat
         client._query("cancel", instance.id, text, list(CANCELLABLE))
     except StageFlowError:
         return instance.status()  # it has left the broker meanwhile
-    try:
-        if instance._parked:
-            instance._parked = False
-            instance._event.clear()
-        return instance.result(CANCEL_SECONDS).status
-    except (TimeoutError, InstanceParked):
-        # Parked again: who could pass it through is not there, because its version is not registered.
-        return instance.status()
+    if instance._parked:
+        instance._parked = False
+        instance._event.clear()
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return instance.result(min(left, HAND_OVER_SECONDS)).status
+        except InstanceParked:
+            break  # once more: who could pass it through is not there, because its version is not registered
+        except TimeoutError:
+            _hand_over(client, instance.id)
+    return instance.status()
+
+
+def _hand_over(client: Client, instance_id: str) -> None:
+    """What waits for a worker, of which all are busy, is passed through by the coordinator."""
+    group = client._lookup([instance_id]).get(instance_id)
+    waiting = [
+        message["id"]
+        for message in ([] if group is None else group["messages"])
+        # In the queue of its stage it is labelled with that; everything else has a label with a colon, or is a request.
+        if message["state"] == "ready"
+        and ":" not in message["label"]
+        and not message["queue"].startswith(client._naming.endpoint(""))
+    ]
+    if waiting:
+        try:
+            client._query("hand-over", instance_id, waiting[:HANDED_OVER], COORDINATOR, CANCELLED)
+        except StageFlowError:
+            pass  # it has ended meanwhile
 
 
 def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any]:

@@ -265,6 +265,10 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def cancel(self, group: str, prefixes: list[str]) -> None:
         self._welcomed(1).query("cancel", group, "no longer wanted", prefixes)
 
+    @rule(group=groups, ids=st.lists(st.integers(1, 30), max_size=3))
+    def hand_over(self, group: str, ids: list[int]) -> None:
+        self._welcomed(1).query("hand-over", group, ids, "coord", "passed")
+
     def _dead_queues(self) -> list[str]:
         return sorted(queue.name for queue in self.world.machine.store.queues.values() if queue.dead)
 

@@ -67,7 +67,7 @@ args = st.one_of(
     values,
 )
 QUERIES = """consume watch lookup inspect groups declare stats peek pause resume requeue purge raise-epoch cancel
-dead roster hold recall fact ping unknown""".split()
+hand-over dead roster hold recall fact ping unknown""".split()
 fields = {
     wire.PUBLISH: st.tuples(
         st.lists(target, max_size=3),

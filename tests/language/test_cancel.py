@@ -343,3 +343,45 @@ def test_a_run_that_is_retried_has_its_time_again(runtime: Runtime) -> None:
 
 
 short_of_time = Workflow("short-of-time", timeout=0.3).add_stage(does("b"), id="b").add_signal("s", timeout=3600)
+
+
+# behind busy workers
+
+
+@pytest.mark.parametrize("kind", ["stage", "branch", "item"])
+def test_what_waits_behind_a_busy_worker_is_cancelled_without_it(
+    runtime: Runtime, gate: Path, eventually: Any, kind: str
+) -> None:
+    workflow = {"stage": busy_stage, "branch": busy_branch, "item": busy_item}[kind]
+    first = runtime.submit(workflow, {"gate": str(gate)})
+    eventually(at_work(first, "slow"), "the only worker is busy")
+    waiting = runtime.submit(workflow, {"gate": str(gate)})
+    if kind != "stage":
+        eventually(lambda: undone_if_over(waiting), "the other branch, or the map, has done its part")
+    assert waiting.cancel("enough") == "cancelled"
+    assert done(waiting.id).count("slow") == 0
+    assert undone(waiting.id) == ([] if kind == "stage" else ["a"])
+    assert (first.status(), done(first.id).count("slow")) == ("running", 1), "it goes on"
+    gate.touch()
+    assert first.result(timeout=20).status == "completed"
+
+
+def undone_if_over(instance: Instance[Any]) -> bool:
+    """Whether the stage before is over: it is what there is to be undone."""
+    return "a" in done(instance.id)
+
+
+def slow(context: dict[str, Any], ctx: StageContext) -> None:
+    note(ctx.instance_id, "did", "slow", ctx.attempt)
+    wait_for_file(context["gate"])
+
+
+busy_stage = Workflow("busy-stage").add_stage(slow, id="slow").add_stage(does("after"), id="after")
+busy_branch = (
+    Workflow("busy-branch")
+    .add_stage(does("a"), **before)
+    .add_parallel("p", [Stage(slow, id="slow"), Stage(does("quick"), id="quick")])
+)
+busy_item = (
+    Workflow("busy-item").add_stage(does("a"), **before).add_map("m", slow, over=lambda context: [context, context])
+)
