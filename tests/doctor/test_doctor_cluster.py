@@ -15,6 +15,7 @@ import pytest
 from stageflow_actors import Client, Runtime, Workflow
 from stageflow_actors.core.envelope import Outcome, encode, raw
 from stageflow_actors.history import HistoryRow, HistoryWriter
+from stageflow_actors.runtime import checkup
 from stageflow_actors.runtime.datadir import DataDir
 
 Doctor = Callable[[Path], Any]
@@ -207,7 +208,9 @@ time.sleep(600)
 """
 
 
-def test_a_lease_of_a_process_that_has_ended_is_found(cluster: Runtime, doctor: Doctor, launch: Any) -> None:
+def test_a_lease_of_a_process_that_has_ended_is_found(
+    cluster: Runtime, doctor: Doctor, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = DataDir(data_of(cluster)).read_cluster()
     assert record is not None
     address = record.address
@@ -226,6 +229,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(cluster: Runtime, doctor: 
     assert doctor(data_of(cluster)).alarms() == []
     ghost.kill()
     ghost.wait(20)
+    monkeypatch.setattr(checkup, "PATIENCE", 0.5)
     report = doctor(data_of(cluster))
     found = report.one("error", "lease")
     assert found["where"] == f"ghost (pid {ghost.pid})"

@@ -431,3 +431,17 @@ def test_what_cannot_be_looked_at_is_one_line(
     assert said.out == ""
     assert words in said.err
     assert said.err.count("\n") == 1
+
+
+def test_a_directory_on_a_network_file_system_is_refused_with_advice(
+    books: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stageflow_actors.cli.main import main
+
+    path = books.close()
+    monkeypatch.setattr("stageflow_actors.runtime.datadir.file_system_of", lambda path, mounts: ("nfs4", "/mnt"))
+    assert main(["doctor", "--data", str(path)]) == 1
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "network file system (nfs4, mounted at /mnt)" in said.err
+    assert "local disk" in said.err
