@@ -16,14 +16,8 @@ SCRIPT = ROOT / "scripts" / "chaos_points.py"
 
 SAMPLE = (
     ("broker.committed", "kill"),
-    ("journal.written", "kill"),
-    ("broker.received", "stop"),
     ("coordinator.history-written", "kill"),
-    ("node.before-roster", "kill"),
-    ("worker.settled", "kill"),
     ("worker.worked", "stop"),
-    ("zygote.forked", "kill"),
-    ("client.published", "kill"),
     ("pool.exit-seen", "term"),
 )
 
