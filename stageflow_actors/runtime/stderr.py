@@ -135,7 +135,7 @@ class StderrRelay:
     def left(self, stderr: WorkerStderr) -> None:
         """Its worker has ended; what it left behind may still write."""
         with self._lock:
-            if stderr.fd in self._open:
+            if self._open.get(stderr.fd) is stderr:  # else it has been shut, and the number may be another's by now
                 self._left[stderr.fd] = stderr
         self._wake()
 
@@ -188,8 +188,9 @@ class StderrRelay:
 
     def _forget(self, stderr: WorkerStderr) -> None:
         with self._lock:
-            if self._open.pop(stderr.fd, None) is None:
+            if self._open.get(stderr.fd) is not stderr:
                 return
+            del self._open[stderr.fd]
             self._left.pop(stderr.fd, None)
         self._poll.unregister(stderr.fd)
         self._held.discard(stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import select
 import sys
 import termios
 import threading
@@ -189,6 +190,26 @@ def test_what_a_worker_has_left_behind_is_heard_too_and_no_more_descriptors_are_
     for fd in left:
         os.close(fd)
     eventually(lambda: descriptors() == before, "all ends closed")
+
+
+def test_a_worker_that_is_buried_late_takes_nothing_from_the_one_that_has_got_its_descriptor(
+    relay: StderrRelay, eventually: Any
+) -> None:
+    first, theirs = relay.open()
+    os.write(theirs, b"of the first\n")
+    os.close(theirs)
+    eventually(lambda: not Path(f"/proc/self/fd/{first.fd}").exists(), "its end has been seen")
+    second, theirs = relay.open()
+    try:
+        assert second.fd == first.fd, "numbers are used again"
+        assert first.finish() == b"of the first\n"
+        for _ in range(3):  # whoever is left is looked at in each round
+            os.write(theirs, b"x\n")
+            eventually(lambda: not select.select([second.fd], [], [], 0)[0], "it has been read")
+        assert relay._open[second.fd] is second
+        assert second.finish() == b"x\n" * 3
+    finally:
+        os.close(theirs)
 
 
 def test_a_child_that_writes_all_the_time_does_not_hold_up_the_burial_of_its_worker() -> None:
