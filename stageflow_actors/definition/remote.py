@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_actors.definition.function import check_function
-from stageflow_actors.definition.stage import check_id
+from stageflow_actors.definition.ids import check_id
 
 __all__ = ["RemoteCall"]
 

@@ -5,7 +5,6 @@ What a workflow needs to change (an id for a lambda, a compensation that is regi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypedDict
 
@@ -14,31 +13,12 @@ from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.handler import Call, default_id, inspect_handler
 from stageflow_actors.definition.http import HttpCall, kill_after, shown_url
+from stageflow_actors.definition.ids import check_id
+from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["Compensation", "Replace", "Stage", "StageOptions", "check_id"]
-
-_ID = re.compile(r"[A-Za-z0-9._-]+")
-_LONGEST_ID = 200
-
-
-def check_id(value: object, what: str) -> str:
-    """`value` if it can name a workflow or a stage; ids become parts of queue names."""
-    if not isinstance(value, str):
-        raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
-    if not value:
-        raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
-    if len(value) > _LONGEST_ID:
-        raise WorkflowDefinitionError(
-            f"the id of {what} has {len(value)} characters, {_LONGEST_ID} are the most: {value[:60]!r}…"
-        )
-    if not _ID.fullmatch(value):
-        raise WorkflowDefinitionError(
-            f"the id {value!r} of {what} is malformed: use letters (a-z, A-Z), digits, '-', '_' and '.' "
-            "(id=... sets one)"
-        )
-    return value
+__all__ = ["Compensation", "Replace", "Stage", "StageOptions"]
 
 
 class Replace:
@@ -263,6 +243,27 @@ class Stage:
             timeout=timeout,
         )
         return cls(call, id=id, timeout=kill_after(call.timeout), **options)
+
+    @classmethod
+    def remote(
+        cls,
+        id: str,
+        *,
+        endpoint: str,
+        command: Callable[[Any], Any],
+        on_reply: Callable[[Any, Any], Any] | None = None,
+        timeout: Duration | None = None,
+        **options: Any,
+    ) -> Stage:
+        """A stage that asks an endpoint: what `Workflow.add_remote_stage` appends, for branches and parallel stages.
+
+        `command(context)` is sent; `on_reply(context, reply)` takes the reply in, and without it that is the stage's
+        result. No reply within `timeout` seconds, or one that is an error, is a failure that the stage's `retry` sees.
+        Other options as in `Stage`.
+        """
+        what = f"remote stage {id!r}"
+        wait = optional_seconds(timeout, f"the timeout of {what}")
+        return cls(RemoteCall(endpoint, command, on_reply, wait, what), id=id, **options)
 
     def replace(self, **changes: Any) -> Stage:
         """A stage like this one with some of `id`, `compensation`, `retry`, `timeout`, `when` set anew."""

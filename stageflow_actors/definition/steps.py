@@ -11,7 +11,8 @@ from typing import Any
 from stageflow_actors.definition.duration import Duration, optional_seconds, seconds
 from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.handler import Call, inspect_handler
-from stageflow_actors.definition.stage import Stage, check_id
+from stageflow_actors.definition.ids import check_id
+from stageflow_actors.definition.stage import Stage
 from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = ["Branch", "Delay", "MapStage", "Parallel", "Signal", "Step", "shape_of", "stages_of"]

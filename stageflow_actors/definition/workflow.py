@@ -16,9 +16,9 @@ from stageflow_actors.definition.context_type import check_context_type, fields_
 from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.http import SECONDS, HttpCall
-from stageflow_actors.definition.remote import RemoteCall
+from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
-from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count, check_id
+from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step, shape_of, stages_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -198,14 +198,10 @@ class Workflow(Generic[C]):
         timeout: Duration | None = None,
         **options: Any,
     ) -> Workflow[C]:
-        """Append a stage that sends `command(context)` to an endpoint and takes its reply in.
-
-        `on_reply(context, reply)` does so; without it the reply is the stage's result. No reply within `timeout`
-        seconds, or one that is an error, is a failure that the stage's `retry` sees. Other options as in `Stage`.
-        """
-        wait = optional_seconds(timeout, f"the timeout of remote stage {id!r}")
-        call = RemoteCall(endpoint, command, on_reply, wait, f"remote stage {id!r}")
-        self._add(call, {"id": id, **options})
+        """Append a stage that asks an endpoint; see `Stage.remote`. Returns the workflow."""
+        self._check_options(options)
+        stage = Stage.remote(id, endpoint=endpoint, command=command, on_reply=on_reply, timeout=timeout, **options)
+        self._add(stage, {})
         return self
 
     def add_http_stage(

@@ -200,9 +200,17 @@ class Client:
         instance_id: str | None = None,
         priority: int = 0,
     ) -> WorkflowResult[C]:
-        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout`; the instance goes on."""
-        timeout = patience(timeout)
-        return self.submit(workflow, context, instance_id=instance_id, priority=priority).result(timeout)
+        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout`; the instance goes on.
+
+        The start is part of `timeout`; the error says so where it was not confirmed within that.
+        """
+        seconds, began = patience(timeout), time.monotonic()
+        known = self._workflow(workflow)
+        prepared = self._prepare(known, context, instance_id)
+        within = None if seconds is None else (began + seconds, seconds)
+        instance = self._start(known, [prepared], priority, within)[0]
+        instance._wait(seconds, began)
+        return instance.result(0)
 
     def map(
         self,
@@ -441,13 +449,16 @@ class Client:
             raise in_our_words(error) from None
         return self._await(future)
 
-    def _await(self, future: Future[Any], timeout: float = ANSWER_SECONDS) -> Any:
+    def _await(
+        self, future: Future[Any], timeout: float = ANSWER_SECONDS, check: Callable[[], None] | None = None
+    ) -> Any:
         deadline = time.monotonic() + timeout
+        poll = 0.5 if check is None else 0.05
         while True:
             try:
-                return future.result(0.5)
+                return future.result(poll)
             except TimeoutError:
-                self._check_alive()
+                (check or self._check_alive)()
                 if time.monotonic() > deadline:
                     raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
             except port.BrokerError as error:
@@ -544,6 +555,7 @@ class Client:
         priority: int = 0,
         atomic: bool = False,
         taken: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Future[port.PublishAnswer]:
         now = time.time()
         bodies = [self._body(known, prepared, now) for prepared in batch]
@@ -552,19 +564,32 @@ class Client:
         reach("client.publishing")
         try:
             published = self._port().publish(
-                [known.target], items, bodies, atomic=atomic, taken=taken, waiting=self._check_alive
+                [known.target], items, bodies, atomic=atomic, taken=taken, waiting=check or self._check_alive
             )
             reach("client.published")
             return published
         except port.BrokerError as error:
             raise in_our_words(error) from None
 
-    def _start(self, known: Known, batch: list[Prepared], priority: int) -> list[Instance[Any]]:
-        """Publish all or none of `batch`; what exists already with the same input is given back as it is."""
+    def _start(
+        self, known: Known, batch: list[Prepared], priority: int, within: tuple[float, float] | None = None
+    ) -> list[Instance[Any]]:
+        """Publish all or none of `batch`; what exists already with the same input is given back as it is.
+
+        `within`: (until when on the monotonic clock, in how many seconds) it is to be confirmed, or `TimeoutError`.
+        """
         if not isinstance(priority, int) or isinstance(priority, bool) or not -1000 <= priority <= 1000:
             raise ValueError(f"priority is a whole number from -1000 to 1000, not {priority!r}")
         instances: list[Instance[Any]] = [Instance(self, p.id, known) for p in batch]
         waiting = list(zip(batch, instances, strict=True))
+
+        def check() -> None:
+            self._check_alive()
+            if within is not None and time.monotonic() >= within[0]:
+                raise TimeoutError(
+                    f"the start of instance {batch[0].id!r} was not confirmed within {within[1]:g} s; it may go on"
+                )
+
         for _ in range(LOOKS):
             self._take_finished(waiting)
             waiting = [(p, instance) for p, instance in waiting if instance._outcome is None]
@@ -573,9 +598,9 @@ class Client:
             answer = None
             try:
                 batch = [p for p, _ in waiting]
-                answer = self._await(
-                    self._publish(known, batch, priority=priority, atomic=True, taken=partial(self._rewatch, waiting))
-                )
+                taken = partial(self._rewatch, waiting)
+                future = self._publish(known, batch, priority=priority, atomic=True, taken=taken, check=check)
+                answer = self._await(future, check=check)
             finally:
                 if answer is None:
                     self._unwatch(waiting)

@@ -30,9 +30,6 @@ __all__ = ["Instance"]
 
 C = TypeVar("C")
 
-HISTORY_SECONDS = 10.0
-"""How long an instance that has left the broker may take to show in the history, where it was written before."""
-
 
 class Instance(Generic[C]):
     """One instance. `id` names it; equal ids are the same instance."""
@@ -166,8 +163,9 @@ class Instance(Generic[C]):
 
     # waiting
 
-    def _wait(self, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def _wait(self, timeout: float | None, since: float | None = None) -> None:
+        """Until there is an outcome; `timeout` seconds from now, or from `since` on the monotonic clock."""
+        deadline = None if timeout is None else (time.monotonic() if since is None else since) + timeout
         self._forget_old_news()
         watched = self._ensure_watched()
         while self._outcome is None:
@@ -264,15 +262,12 @@ class Instance(Generic[C]):
         return WorkflowResult(self.id, outcome, self._codec(), self._order())
 
     def _from_history(self) -> bytes:
-        deadline = time.monotonic() + HISTORY_SECONDS
-        while True:
-            row = self._client._row(self.id)
-            if row is not None:
-                self._take(row.outcome)
-                return row.outcome
-            if self._client._lookup([self.id]).get(self.id) is not None or time.monotonic() > deadline:
-                raise InstanceNotFound(self.id)
-            time.sleep(0.02)
+        """The outcome of an instance that the broker has said it does not know (any more): it was written before."""
+        row = self._client._row(self.id)
+        if row is None:
+            raise InstanceNotFound(self.id)
+        self._take(row.outcome)
+        return row.outcome
 
     # what a client tells (see `Waiter`)
 

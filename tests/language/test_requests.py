@@ -198,6 +198,33 @@ def test_an_endpoint_that_is_not_served_does_not_answer_in_time(execute: Any) ->
     assert stage(result, "ask").attempts == 3
 
 
+def shelf(id: str, endpoint: str = "stock", **options: Any) -> Stage:
+    return Stage.remote(
+        id,
+        endpoint=endpoint,
+        command=lambda context: {"who": f"{context['who']} {id}", "n": 5},
+        on_reply=lambda context, reply: context.update({id: reply["left"]}),
+        **options,
+    )
+
+
+widely = (
+    Workflow("widely")
+    .add_parallel("both", [shelf("left"), shelf("right", "patient", compensation=undoes("right"))])
+    .add_branch("which", lambda context: "asks", {"asks": [shelf("arm")], "does not": []})
+    .add_stage(does("last"), id="last")
+)
+
+
+def test_remote_stages_may_be_branches_and_arms(execute: Any) -> None:
+    result = execute(widely, {"who": uuid4().hex})
+    assert (result.status, [result.context[id] for id in ("left", "right", "arm")]) == ("completed", [4, 4, 4])
+    result = execute(widely, {"who": uuid4().hex, "fail": {"last": "raise"}})
+    assert (result.status, undone(result.instance_id)) == ("compensated", ["right"])
+    with pytest.raises(WorkflowDefinitionError, match="the id of the endpoint of remote stage 'r' is empty"):
+        Stage.remote("r", endpoint="", command=len)
+
+
 def test_an_endpoint_that_is_slow_is_asked_again(runtime: Runtime) -> None:
     result = runtime.execute(
         asking, {"command": {"who": "slow", "do": "hang once", "n": 2}, "timeout": 0.3}, timeout=30

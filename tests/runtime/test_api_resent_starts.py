@@ -105,3 +105,32 @@ def test_an_iterator_that_is_dropped_before_its_starts_are_sent_again_is_not_wai
     assert program._waiters.by_id
     del results
     program.drain(timeout=0)
+
+
+class SilentBroker(ForgetfulBroker):
+    """Takes starts and never answers."""
+
+    def publish(self, *args: Any, **options: Any) -> Future[PublishAnswer]:
+        return Future()
+
+
+class FullBroker(ForgetfulBroker):
+    """Has no room for as long as anybody waits for it."""
+
+    def publish(self, *args: Any, waiting: Any, **options: Any) -> Future[PublishAnswer]:
+        while True:
+            waiting()
+
+
+@pytest.mark.parametrize("kind", [SilentBroker, FullBroker])
+def test_the_start_is_part_of_the_time_that_execute_may_take(kind: type[ForgetfulBroker]) -> None:
+    program, _ = client(ended=False)
+    program._broker = kind({}, ended=False)
+    with pytest.raises(TimeoutError, match=r"'chosen' was not confirmed within 0\.1 s; it may go on"):
+        program.execute(flow, {"n": 1}, instance_id="chosen", timeout=0.1)
+    assert not program._waiters.by_id
+
+
+def test_of_what_was_found_in_the_history_execute_gives_the_result_without_waiting() -> None:
+    program, _ = client(ended=True)
+    assert program.execute(flow, {"n": 1}, instance_id="chosen", timeout=20).context == {"n": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_a_parked_one_says_why_and_goes_on_telling_after_its_requeue(runtime: Ru
     assert lines(instance)[-1] == ("ended: completed", "")
 
 
-def test_an_unknown_one_has_none(runtime: Runtime) -> None:
-    with pytest.raises(InstanceNotFound):
-        Instance(runtime, "unheard-of", None).history()
+def test_an_unknown_one_has_none_and_that_is_said_at_once(runtime: Runtime) -> None:
+    began = time.monotonic()
+    for ask in (Instance.history, Instance.status, Instance.done, Instance.result, Instance.retry, Instance.cancel):
+        with pytest.raises(InstanceNotFound, match="'unheard-of'"):
+            ask(Instance(runtime, "unheard-of", None))
+    assert time.monotonic() - began < 8

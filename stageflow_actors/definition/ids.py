@@ -1,0 +1,30 @@
+"""What workflows, stages and endpoints may be called: ids become parts of the names of queues."""
+
+from __future__ import annotations
+
+import re
+
+from stageflow_actors.errors import WorkflowDefinitionError
+
+__all__ = ["check_id"]
+
+_ID = re.compile(r"[A-Za-z0-9._-]+")
+_LONGEST_ID = 200
+
+
+def check_id(value: object, what: str) -> str:
+    """`value` if it can name a workflow or a stage. Raises `WorkflowDefinitionError`."""
+    if not isinstance(value, str):
+        raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
+    if not value:
+        raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
+    if len(value) > _LONGEST_ID:
+        raise WorkflowDefinitionError(
+            f"the id of {what} has {len(value)} characters, {_LONGEST_ID} are the most: {value[:60]!r}…"
+        )
+    if not _ID.fullmatch(value):
+        raise WorkflowDefinitionError(
+            f"the id {value!r} of {what} is malformed: use letters (a-z, A-Z), digits, '-', '_' and '.' "
+            "(id=... sets one)"
+        )
+    return value
