@@ -225,7 +225,7 @@ MUTANTS = (
         "greeting-taken-twice",
         "a greeting that comes twice takes back what was delivered since",
         (("brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
-        ("tests/brokers", "tests/simulator"),
+        ("tests/brokers/test_talk_accidents.py",),
     ),
     Mutant(
         "not-watched-again",
@@ -237,7 +237,7 @@ MUTANTS = (
                 "                pass\n",
             ),
         ),
-        ("tests/brokers", "tests/simulator"),
+        ("tests/brokers/test_talk_accidents.py",),
     ),
     Mutant(
         "neighbours-charged",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from effect_log import note, noted
 
-from stageflow_actors import Runtime, Workflow
+from stageflow_actors import Retry, Runtime, StageContext, Workflow
 
 
 def did(context: dict[str, Any]) -> None:
@@ -60,3 +60,17 @@ def test_versions_that_are_registered_under_load_repeat_nothing(serve: Any, kind
     times = Counter(noted("did", name))
     assert len(times) == 2000
     assert not {n: count for n, count in times.items() if count > 1}
+
+
+def fails_twice(context: dict[str, Any], ctx: StageContext) -> None:
+    note("tried", context["n"], ctx.attempt, type(ctx.previous_failure).__name__)
+    if ctx.attempt < 3:
+        raise ValueError("not yet")
+
+
+def test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead(serve: Any) -> None:
+    flow = Workflow("recycled-failing").add_stage(fails_twice, id="s", max_tasks=1, retry=Retry.fixed(3, 0))
+    runtime: Runtime = serve(flow)
+    results = list(runtime.map(flow, [{"n": n} for n in range(30)]))
+    assert [(result.status, result.stages[0].attempts) for result in results] == [("completed", 3)] * 30
+    assert {words[2] for words in noted("tried")} == {"NoneType", "ValueError"}, "nobody is told of a death"
