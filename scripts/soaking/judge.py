@@ -16,15 +16,17 @@ SEGMENT = 64 << 20
 
 @dataclass(frozen=True)
 class Bound:
-    """The most by which a figure may grow: `more`, and the `share` of what it was. `why`: what grows by design."""
+    """The most by which a figure may grow: `more`, and the `share` of what it was; or, with a `ceiling`, anything up to
+    that. `why`: what grows by design."""
 
-    more: float
+    more: float = 0.0
     share: float = 0.0
     why: str = ""
+    ceiling: float = 0.0
 
     def most(self, before: float) -> float:
         """The most that it may be at the end."""
-        return before * (1 + self.share) + self.more
+        return self.ceiling or before * (1 + self.share) + self.more
 
 
 BOUNDS: dict[tuple[str, str], Bound] = {
@@ -34,7 +36,7 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     **{("descriptors", kind): Bound(3) for kind in KINDS},
     **{("threads", kind): Bound(2) for kind in KINDS},
     **{("processes", kind): Bound(1) for kind in KINDS},
-    ("disk", "journal"): Bound(2 * SEGMENT, 0.25, "segments double from 4 to 64 MiB"),
+    ("disk", "journal"): Bound(ceiling=6 * SEGMENT, why="of 3 segments of 64 MiB and more the oldest goes"),
     ("entries", "sockets"): Bound(1),
 }
 
