@@ -73,4 +73,4 @@ def test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead(s
     runtime: Runtime = serve(flow)
     results = list(runtime.map(flow, [{"n": n} for n in range(30)]))
     assert [(result.status, result.stages[0].attempts) for result in results] == [("completed", 3)] * 30
-    assert {words[2] for words in noted("tried")} == {"NoneType", "ValueError"}, "nobody is told of a death"
+    assert "WorkerDied" not in {words[2] for words in noted("tried")}
