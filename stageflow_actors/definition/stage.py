@@ -42,6 +42,9 @@ class Compensation:
 
     `timeout` (seconds, of one attempt; None: no limit), `retry` (None: one attempt), `actors` (worker
     processes).
+
+    Of a map stage it is a function of an item, and `timeout` that of one item. All items are tried in each attempt, the
+    last one first, and those that failed are tried again; one that is undone is undone once, unless its worker dies.
     """
 
     __slots__ = ("actors", "call", "function", "retry", "timeout")
