@@ -127,7 +127,8 @@ class Envelope(Struct, array_like=True):
     the `failure` and the `steps` of the one before. -1: it is to be parked.
     `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
     `run` is the epoch in which this run of the instance began, where it goes on in another one, after a retry; else 0.
-    `since`, in seconds since the Unix epoch, is when what waits now began to: a delay, a signal, a parallel or map stage.
+    `since`, in seconds since the Unix epoch, is when what waits now began to: a delay, a signal, a parallel or a map
+    stage.
     """
 
     workflow_id: str

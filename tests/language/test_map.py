@@ -222,13 +222,13 @@ def test_each_item_has_its_own_time_to_be_undone(runtime: Runtime) -> None:
 
 
 def put_back_slowly(item: dict[str, Any], ctx: StageContext) -> None:
-    time.sleep(0.3)  # five of them take longer than one may
+    time.sleep(0.4)  # five of them take longer than one may
     put_back(item, ctx)
 
 
 patient = (
     Workflow("patient")
-    .add_map("picks", pick, over=lambda order: order["items"], compensation=Compensation(put_back_slowly, timeout=1))
+    .add_map("picks", pick, over=lambda order: order["items"], compensation=Compensation(put_back_slowly, timeout=1.6))
     .add_stage(refuse)
 )
 
