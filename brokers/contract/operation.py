@@ -136,7 +136,8 @@ class OperationContract:
         peer.broker.settle([Target("both", "go on")], [], [], [opening], [b"-two"])
         peer.broker.settle([], [], [], [SettleItem([parked.lease], DEAD, failure=b"why")], [])
         peer.ask("ping")
-        assert peer.ask("tally", ["both"], [b"one", b"two"]) == {"queues": {"q": 2}, "marks": [1, 2]}
+        assert peer.ask("tally", ["both"], [b"one", b"two"], [1]) == {"queues": {"q": 2}, "marks": [1, 2]}
+        assert peer.ask("tally", ["both"], [b"ne", b"two"], [2, 1]) == {"queues": {"q": 2}, "marks": [1, 2]}
 
     def test_facts_are_kept(self, hub: Hub) -> None:
         peer, other = Peer(hub), Peer(hub)

@@ -46,7 +46,7 @@ class Admin:
             "lookup": (tuple[list[str]], self._lookup),
             "inspect": (tuple[list[str]], self._inspect),
             "groups": (tuple[str, int], looking.groups),
-            "tally": (tuple[list[str], list[bytes]], looking.tally),
+            "tally": (tuple[list[str], list[bytes], list[int]], looking.tally),
             "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),

@@ -108,15 +108,16 @@ class Looking:
             heads.append(self._ledger.head(message, HEAD_BYTES))
         return heads[:HEADS]
 
-    def tally(self, session: Session, shared: list[str], marks: list[bytes]) -> dict[str, Any]:
+    def tally(self, session: Session, shared: list[str], marks: list[bytes], at: list[int]) -> dict[str, Any]:
         """How many groups have something left that will go on, each counted once: `queues` by the queue where it is.
 
-        Those at a `shared` queue are counted by the first of `marks` (as many numbers in the same order) that follows
-        the first byte of the body, and those with none of them not at all. Parked messages do not go on by themselves.
+        Those at a `shared` queue are counted by the first of `marks` (as many numbers in the same order) that their
+        body has `at` one of these places, and those with none of them not at all. Parked messages do not go on by
+        themselves.
         """
         queues: dict[str, int] = {}
         counts = [0] * len(marks)
-        most = 1 + max(map(len, marks), default=0)
+        most = max(at, default=0) + max(map(len, marks), default=0)
         for group in self._store.groups.values():
             if group.ended:
                 continue
@@ -124,9 +125,9 @@ class Looking:
                 if name not in shared:
                     queues[name] = queues.get(name, 0) + 1
                     break
-                at = next((at for at, mark in enumerate(marks) if head.startswith(mark, 1)), None)
-                if at is not None:
-                    counts[at] += 1
+                found = next((n for n, m in enumerate(marks) if any(head.startswith(m, place) for place in at)), None)
+                if found is not None:
+                    counts[found] += 1
                     break
         return {"queues": queues, "marks": counts}
 

@@ -29,8 +29,9 @@ def start(
 ) -> int:
     """Start an instance of WORKFLOW (its id) on the cluster that serves the data directory; prints the instance's id.
 
-    The same --id with the same input starts nothing and gives the instance there is. With --wait the result is printed
-    as JSON, and the exit code is 1 unless it completed; a wait that ends before leaves the instance running.
+    The context must have the fields of the workflow's, of their types; what only its code can tell fails the first
+    stage. The same --id with the same input starts nothing and gives the instance there is. With --wait the result is
+    printed as JSON, and the exit code is 1 unless it completed; a wait that ends before leaves the instance running.
 
     \b
     stageflow start orders --json '{"order_id": "A-1", "total": 9.5}' --id A-1

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from stageflow_actors.core.shapes import shape_of
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow
@@ -123,7 +124,7 @@ class CompensationPlan(Struct):
 
 
 class WorkflowPlan(Struct):
-    """One version of a workflow as data."""
+    """One version of a workflow as data. `shape` is that of its contexts, None where nothing can be told of it."""
 
     id: str
     version: int
@@ -132,6 +133,7 @@ class WorkflowPlan(Struct):
     stages: list[StagePlan]
     compensation: CompensationPlan
     timeout: float = 0.0
+    shape: Any = None
 
     def stage(self, stage_id: str) -> StagePlan | None:
         """The stage of that id."""
@@ -251,4 +253,5 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         places,
         CompensationPlan(naming.compensation(workflow.id), actors),
         workflow.timeout or 0.0,
+        shape_of(workflow.context),
     )

@@ -15,6 +15,7 @@ import msgspec
 from stageflow_actors.definition.context_type import check_context_type, fields_of
 from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.http import SECONDS, HttpCall
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
@@ -36,7 +37,8 @@ class Workflow(Generic[C]):
 
     `id` and `version` name it (letters, digits, '-', '_', '.'; an integer from 1); `context` is dict, a dataclass,
     a msgspec Struct or a pydantic model; `timeout` (seconds) bounds a whole instance; `on_failure` says whether a
-    failed instance is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own.
+    failed instance is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own,
+    and `retry` for the functions of parallel, branch and signal stages, too.
     """
 
     @overload
@@ -147,7 +149,7 @@ class Workflow(Generic[C]):
     def add_conditional(self, handler: Any, /, when: Callable[[Any], Any], **options: Any) -> Workflow[C]:
         """Append a stage that is skipped unless `when(context)` is true. Options as in `Stage`; gives the workflow."""
         if isinstance(handler, Stage):
-            self._add(handler.replace(when=when), options)
+            self._add(handler.replace(when=check_function(when, f"when of stage {handler.id!r}")), options)
         else:
             self._add(handler, {**options, "when": when})
         return self

@@ -38,6 +38,7 @@ from stageflow_actors.core.plan import (
 )
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
+from stageflow_actors.core.shapes import ShapedCodec
 from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
@@ -106,7 +107,8 @@ class Known:
 
     def __init__(self, plan: WorkflowPlan, context: type[Any]) -> None:
         self.plan = plan
-        self.codec: ContextCodec[Any] = ContextCodec(context)
+        unseen = context is dict and plan.shape is not None  # it has a class, and that is not at hand
+        self.codec: ContextCodec[Any] = ShapedCodec(plan.shape) if unseen else ContextCodec(context)
         self.order = plan.order
         first = plan.stages[0]
         plain = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout

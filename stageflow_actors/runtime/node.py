@@ -52,6 +52,8 @@ TICK = 0.02
 LOOK_SECONDS = 2.0
 """Seconds between looks at queues that nobody serves."""
 HISTORY_FACT = "history"
+FIRST_FIELD = [1, 3]
+"""Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
 STOP_POLL = 0.01
 
 
@@ -259,9 +261,8 @@ class Node:
         ids = list(dict.fromkeys(plan.id for plan in plans))
         owners = {stage.queue: plan.id for plan in plans for stage in plan.stages if stage.queue != coordinator}
         owners.update((plan.compensation.queue, plan.id) for plan in plans)
-        # An envelope goes on with its workflow's id behind its first byte: what waits in the coordinator's queue is
-        # told apart by that.
-        tally = self._ask("tally", [coordinator], [encode(id) for id in ids])
+        # What waits in the coordinator's queue is told apart by its workflow's id, the first field of an envelope.
+        tally = self._ask("tally", [coordinator], [encode(id) for id in ids], FIRST_FIELD)
         found = dict.fromkeys(ids, 0)
         for queue, count in tally["queues"].items():
             if queue in owners:  # versions share queues

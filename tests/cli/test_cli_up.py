@@ -24,6 +24,7 @@ STAGEFLOW = [sys.executable, "-c", "import sys; from stageflow_actors.cli.main i
 
 FLOWS = """
 import os, time
+from dataclasses import dataclass
 from stageflow_actors import Runtime, Workflow
 
 orders = Workflow("orders")
@@ -42,8 +43,17 @@ def pay(order):
 
 
 parks = Workflow("parks", on_failure="park").add_stage(pay)
+
+
+@dataclass
+class Parcel:
+    weight: float
+    label: str | None = None
+
+
+parcels = Workflow("parcels", context=Parcel).add_stage(lambda parcel: setattr(parcel, "label", "printed"), id="label")
 asked = Workflow("asked").add_signal("approval", on_signal=lambda c, payload: c.update(by=payload))
-runtime = Runtime(orders, asked, parks, data_dir="cluster")
+runtime = Runtime(orders, asked, parks, parcels, data_dir="cluster")
 """
 
 
@@ -99,7 +109,7 @@ def own_up(tmp_path: Path) -> Iterator[Up]:
 
 
 def test_it_says_in_one_line_that_it_is_ready(up: Up) -> None:
-    assert up.said == "stageflow: serving orders, asked, parks from cluster\n"
+    assert up.said == "stageflow: serving orders, asked, parks, parcels from cluster\n"
 
 
 def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Command) -> None:
@@ -128,6 +138,9 @@ def test_without_wait_the_id_is_printed(up: Up, stageflow: Command) -> None:
         (["orders", "--json", "{"], 2, "no JSON"),
         (["orders", "--json", "[1]"], 2, "must be a JSON object"),
         (["orders", "--json", '{"other": 1}', "--id", "A-1"], 1, "another input"),
+        (["parcels", "--json", '{"weight": "5"}'], 1, "context.weight must be float, not str"),
+        (["parcels", "--json", '{"weigth": 5}'], 1, "Parcel has no such field; it has label, weight"),
+        (["parcels"], 1, "context.weight"),
     ],
 )
 def test_what_cannot_be_started_is_one_line(

@@ -34,6 +34,7 @@ def flow() -> Workflow[Any]:
 PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
     "when": (1, "when of stage 'do'", lambda f: Stage(lambda order: None, id="do", when=f)),
     "add_conditional": (1, "when of stage 'do'", lambda f: flow().add_conditional(lambda order: None, id="do", when=f)),
+    "add_conditional of a stage": (1, "when of stage 'do'", lambda f: flow().add_conditional(DO, when=f)),
     "selector": (1, "the selector of branch 'b'", lambda f: flow().add_branch("b", f, {"a": [DO]})),
     "over": (1, "over of map stage 'm'", lambda f: flow().add_map("m", lambda item: item, over=f)),
     "merge": (2, "merge of 'p'", lambda f: flow().add_parallel("p", TWO, merge=f)),
