@@ -74,7 +74,7 @@ class StageWork(HandlerWork):
         if envelope.stage_id != self._id or envelope.version != self._version:
             return self._misplaced(item, envelope, body)
         attempt = envelope.attempts + 1
-        if attempt < 1:
+        if attempt < 1 and (extra is None or extra.cancelled is None):
             if extra is None or extra.steps is None or PARK not in extra.steps:
                 self._store(item).keep(PARK, b"")  # what is delivered again with this has been requeued
                 return self._park(item, read_failure(envelope.failure) or Failure("exception", ""))

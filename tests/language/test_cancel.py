@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from language_world import does, done, note, noted, undoes, undone, wait_for_file
+from msgspec import Raw
 
+from brokers.api import DONE, DeliveryExtra, DeliveryItem
 from stageflow_actors import (
     Instance,
     InstanceNotFound,
@@ -21,7 +23,12 @@ from stageflow_actors import (
     Workflow,
     WorkflowResult,
 )
-from stageflow_actors.testing import run
+from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.runtime.programs import stage_programs
+from stageflow_actors.runtime.work import Settled
+from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.testing import in_process, run
 
 
 def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
@@ -385,3 +392,15 @@ busy_branch = (
 busy_item = (
     Workflow("busy-item").add_stage(does("a"), **before).add_map("m", slow, over=lambda context: [context, context])
 )
+
+
+def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_before_that() -> None:
+    naming = Naming()
+    plan = compile_plan(parking, naming)
+    program, planned = next(pair for pair in stage_programs(parking, plan) if pair[1].id == "b")
+    work = WORKS[planned.kind](program, plan, naming, {}, in_process._NoSlot(), lambda item: pytest.fail("it is kept"))
+    body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
+    settled = work(DeliveryItem(7, 1, len(body), "one", 1, DeliveryExtra(cancelled="enough", epoch_now=2)), body)
+    assert isinstance(settled, Settled)
+    assert settled.outcome.outcome == DONE
+    assert [target.label for target, _ in settled.publishes] == [":cancelled"]
