@@ -24,14 +24,10 @@ import msgspec
 from brokers.api import Listener, PublishAnswer
 from brokers.core import wire
 from brokers.core.wire import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
-from brokers.errors import BrokerError, BrokerUnavailable, PayloadTooLarge, ProtocolError, QueueFull, Refused
+from brokers.errors import BrokerUnavailable, PayloadTooLarge
+from brokers.pending import Pending, groups_in, leases_in, resolve
 
 __all__ = ["PeerClient", "new_peer"]
-
-_ERRORS: dict[str, type[BrokerError]] = {
-    kind.__name__: kind for kind in (QueueFull, PayloadTooLarge, ProtocolError, Refused)
-}
-
 
 MAX_UNCONFIRMED_BYTES = 64 << 20
 """How much a connection publishes ahead of what is confirmed, unless it is told otherwise."""
@@ -52,28 +48,6 @@ HEADER_MARGIN = 64
 def new_peer() -> int:
     """A name for a connection that nobody else has: 63 random bits, never 0."""
     return int.from_bytes(os.urandom(8), "big") >> 1 | 1
-
-
-class _Pending:
-    """One frame that is not confirmed yet."""
-
-    __slots__ = ("blob", "fields", "frame", "future", "op", "weight")
-
-    def __init__(
-        self,
-        frame: int,
-        op: bytes,
-        fields: tuple[Any, ...],
-        blob: bytes,
-        future: Future[Any] | None,
-        weight: int,
-    ) -> None:
-        self.frame = frame
-        self.op = op
-        self.fields = fields
-        self.blob = blob
-        self.future = future
-        self.weight = weight
 
 
 class PeerClient(ABC):
@@ -105,7 +79,7 @@ class PeerClient(ABC):
         self._waiting = 0
         self._frame = 0
         self._talk = 0
-        self._unconfirmed: deque[_Pending] = deque()
+        self._unconfirmed: deque[Pending] = deque()
         self._consuming: dict[str, int] = {}
         self._to_watch: list[str] = []
         self._welcomed = False
@@ -241,7 +215,7 @@ class PeerClient(ABC):
             self._unconfirmed_bytes += weight
             if taken is not None:
                 taken()
-            self._unconfirmed.append(_Pending(frame, op, fields, blob, future, weight))
+            self._unconfirmed.append(Pending(frame, op, fields, blob, future, weight))
             if self._welcomed:
                 self._transmit(op, header, blob)
 
@@ -255,9 +229,9 @@ class PeerClient(ABC):
             self._talk += 1
             first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1
             for pending in self._unconfirmed:
-                holding.extend(_leases_in(pending))
+                holding.extend(leases_in(pending))
                 # What is still being published is not live yet, and not gone either: its own frame asks to be told.
-                watching.difference_update(_groups_in(pending))
+                watching.difference_update(groups_in(pending))
             consume = list(self._consuming.items())
             watched = list(watching)
             # What there is no room for here is asked for behind all that is sent again.
@@ -355,7 +329,7 @@ class PeerClient(ABC):
             raw = results.get(pending.frame)
             answer = None if raw is None else msgspec.msgpack.decode(raw)
             if pending.future is not None:
-                _resolve(pending, answer)
+                resolve(pending, answer)
             elif isinstance(answer, dict) and answer.get("stale"):
                 self._listener.on_stale(answer["stale"])
 
@@ -372,41 +346,3 @@ class PeerClient(ABC):
             if pending.future is not None:
                 pending.future.set_exception(BrokerUnavailable(reason))
         self._listener.on_closed(reason)
-
-
-def _resolve(pending: _Pending, answer: Any) -> None:
-    future = pending.future
-    assert future is not None
-    if isinstance(answer, dict):
-        if "refused" in answer and len(answer) == 1:
-            future.set_exception(Refused(answer["refused"]))
-            return
-        if "error" in answer and "message" in answer:
-            future.set_exception(_ERRORS.get(answer["error"], BrokerError)(answer["message"]))
-            return
-    if pending.op != wire.PUBLISH:
-        future.set_result(answer)
-    elif answer is None:
-        future.set_result(PublishAnswer())
-    else:
-        seen = (answer["epoch"] << 40) + answer["left_seq"]
-        future.set_result(PublishAnswer(seen, [tuple(item) for item in answer["items"]]))
-
-
-def _leases_in(pending: _Pending) -> list[tuple[int, int]]:
-    if pending.op == wire.SETTLE:
-        _, moves, acks, others, _, _ = pending.fields
-        found = [(move[0], move[1]) for move in moves] + [(ack[0], ack[1]) for ack in acks]
-        for other in others:
-            found.extend(other.leases)
-        return found
-    if pending.op == wire.RELEASE:
-        return [(lease[0], lease[1]) for lease in pending.fields[0]]
-    return []
-
-
-def _groups_in(pending: _Pending) -> list[str]:
-    if pending.op != wire.PUBLISH:
-        return []
-    items = pending.fields[1]
-    return [item.group if isinstance(item, PublishItem) else "".join(item[2:3]) for item in items]

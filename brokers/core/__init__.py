@@ -4,6 +4,7 @@
 `machine`        one round: who is known, which frame comes next; puts the parts below together
 `publishing`     what comes in from outside, and what is refused
 `settling`       what ends, and what follows from it
+`bounds`         how much one peer may ask for
 `gathering`      joins, signals, deadlines
 `leases`         credit, delivery, return, adoption after a restart
 `supervision`    deaths, roster, hold, recall and retire
