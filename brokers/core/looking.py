@@ -121,6 +121,11 @@ class Looking:
         for group in self._store.groups.values():
             if group.ended:
                 continue
+            one = group.one
+            if one is not None and one.extra is None and group.gathers is None and one.queue.name not in shared:
+                # Nearly all are so, and there may be a million of them.
+                queues[one.queue.name] = queues.get(one.queue.name, 0) + 1
+                continue
             for name, head in self._places(group, most, shared):
                 if name not in shared:
                     queues[name] = queues.get(name, 0) + 1
