@@ -17,6 +17,7 @@ import msgspec
 import pykka
 
 from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
+from brokers.points import reach
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_envelope, decode_outcome, encode, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
@@ -94,6 +95,7 @@ class Coordinator(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> None:
         """One batch, or the passing of time."""
         if isinstance(message, Delivered):
+            reach("coordinator.received")
             if message.queue == self._naming.finished:
                 if not self._pending:
                     self._since = time.monotonic()
@@ -137,6 +139,7 @@ class Coordinator(pykka.ThreadingActor):
             return
         batch = self._pending[:BULK]
         rows = [row for _, row in batch]
+        reach("coordinator.before-history")
         try:
             self._history.write(rows)
         except HistoryUnavailable as error:
@@ -144,10 +147,12 @@ class Coordinator(pykka.ThreadingActor):
             logger.warning("the history waits: %s", error)
             self._not_before = time.monotonic() + FULL_RETRY
             return
+        reach("coordinator.history-written")
         del self._pending[:BULK]
         self._since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
         self._broker.settle([], [], acks, [], [])
+        reach("coordinator.settled")
 
     # failures
 
@@ -167,6 +172,7 @@ class Coordinator(pykka.ThreadingActor):
                 continue
             settled.append(numbered(one, targets))
             bodies.extend(one.bodies)
+        reach("coordinator.decided")
         self._broker.settle(targets, [], [], settled, bodies)
 
     def _handle(self, item: DeliveryItem, body: bytes) -> Settled:

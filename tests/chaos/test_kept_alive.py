@@ -229,7 +229,13 @@ def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_says
     paused, statuses = out.splitlines()
     assert paused == "paused"
     assert statuses == str(["completed"] * 4 + ["failed"] * 5), "five were dead letters before the pool was paused"
-    for queue, reason in (("crashing", "16 of its workers died in a row while running stage 'crash' (the last: killed by SIGABRT (abort))"), ("unloadable", "10 of its workers ended")):
+    for queue, reason in (
+        (
+            "crashing",
+            "16 of its workers died in a row while running stage 'crash' (the last: killed by SIGABRT (abort))",
+        ),
+        ("unloadable", "10 of its workers ended"),
+    ):
         told = [line for line in err.splitlines() if f"pool stageflow.{queue}.stage0 is paused" in line]
         assert len(told) == 1, err
         assert reason in told[0]
