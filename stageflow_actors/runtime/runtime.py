@@ -157,8 +157,9 @@ class Runtime(Client):
         """A client of the cluster that serves `data_dir`: a runtime in another process, or `stageflow up`.
 
         It submits, waits, looks and steers like the runtime itself. Workflows are given as objects, or by id: then the
-        context is a dict, of which names and types of fields are checked here, and the rest by the first worker. Close
-        it, or use it in a `with` block; what was submitted goes on. Raises `BrokerUnavailable` when nobody serves the directory.
+        context is a dict, of which names and types of fields are checked here, and the rest by the first worker.
+        Close it, or use it in a `with` block; what was submitted goes on. Raises `BrokerUnavailable` when nobody
+        serves the directory.
         """
         from stageflow_actors.runtime.connection import Connection
 
