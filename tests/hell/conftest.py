@@ -19,8 +19,9 @@ from stageflow_actors import Runtime, Workflow
 SHARE = 4
 """A stage from hell may slow the others down to this part of what they do without it: what it burns is theirs."""
 
-BLIP = 0.5
-"""Seconds for which anybody may stand still on a machine that has much to do. All in all it must not show."""
+BLIP = 2.0
+"""Seconds for which anybody may stand still on a machine that has much to do, or while a process that all of them need
+is started again. All in all it must not show."""
 
 MEASURED = 0.5
 """Seconds over which the rate without disturbance is measured."""
@@ -53,6 +54,7 @@ class Others:
         assert not self._failed, f"another stage's instance ended like this: {self._failed[0]}"
         self._beside = (self._beside[0] + seconds, self._beside[1] + done)
         self._compare(seconds, done, BLIP)
+        self._await_one()
 
     def all_in_all(self) -> None:
         """What was done within all of that is comparable to what is done without."""
