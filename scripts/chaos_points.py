@@ -65,6 +65,14 @@ def try_point(point: str, signal: str, nth: int, instances: int) -> Run:
         if not out.exists():
             run.wrong.append(f"no result after {run.starts} starts")
         else:
+            # The accident may have hit the cluster as it stopped: what it left is for the next start, which is not hit.
+            out.unlink()
+            last = subprocess.run(
+                command, env={**env, VARIABLE: ""}, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+            )
+            if last.returncode or not out.exists():
+                run.wrong.append(f"the last start ended with {last.returncode}: {last.stderr[-500:]}")
+                return run
             found, _, run.repeated = chaos.judge(instances, log, out, data)
             run.wrong += found
     finally:

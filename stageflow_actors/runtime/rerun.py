@@ -180,7 +180,8 @@ def _row(client: Client, instance: Instance[Any], status: WorkflowStatus) -> His
     if not status.terminal:
         raise StageFlowError(f"instance {instance.id!r} is {status}: wait for its end, or cancel() it first")
     deadline = time.monotonic() + HISTORY_SECONDS
-    while (row := client._row(instance.id)) is None or client._lookup([instance.id]):
+    # In this order: the row is written before the id leaves, so what is read after that is of the last run.
+    while client._lookup([instance.id]) or (row := client._row(instance.id)) is None:
         if time.monotonic() > deadline:
             raise InstanceNotFound(instance.id)
         time.sleep(0.01)  # it has ended, and its row is on its way
