@@ -227,7 +227,7 @@ def test_remote_stages_may_be_branches_and_arms(execute: Any) -> None:
 
 def test_an_endpoint_that_is_slow_is_asked_again(runtime: Runtime) -> None:
     result = runtime.execute(
-        asking, {"command": {"who": "slow", "do": "hang once", "n": 2}, "timeout": 0.3}, timeout=30
+        asking, {"command": {"who": "slow", "do": "hang once", "n": 2}, "timeout": 2.0}, timeout=30
     )
     assert (result.status, result.context["got"], result.context["asked"]) == ("completed", {"left": 1}, 2)
 
