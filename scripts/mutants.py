@@ -314,7 +314,7 @@ def killer_of(mutant: Mutant) -> str | None:
         shutil.rmtree(place, ignore_errors=True)
     if run.returncode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
     if failed is None:
         raise SystemExit(f"{mutant.name}: pytest itself failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return failed[1]

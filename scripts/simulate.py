@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
     parser.add_argument("--most-failures", type=int, default=5, metavar="N", help="stop after so many (default: 5)")
     given = parser.parse_args()
+    if given.n < 1:
+        parser.error("-n takes a number of at least 1")
     wilds = [True] if given.wild else [False] if given.tame else [False, True]
     last = given.first + given.n
     work = [(first, min(first + CHUNK, last), wild) for first in range(given.first, last, CHUNK) for wild in wilds]

@@ -117,8 +117,13 @@ class _Repair:
 
     def run(self) -> RepairReport:
         first: Damage | None = None
+        last: tuple[str, int, str] | None = None
         # A header written anew may show more damage behind it; a cut leaves nothing behind. So this ends.
         while (damage := self._next_damage()) is not None:
+            here = (damage.file, damage.offset, damage.reason)
+            if here == last:
+                raise JournalError(f"{damage.file} cannot be repaired at offset {damage.offset}: {damage.reason}")
+            last = here
             if first is None:
                 first = damage
                 self._files.mkdir(self._backup)

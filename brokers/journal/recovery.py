@@ -104,7 +104,8 @@ def clear_end(files: Files, path: Path, damage: Damage, until: int) -> None:
     fd = files.open(path)
     try:
         size = files.size(fd)
-        mark = encode_end(damage.number - 1, damage.salt)[: size - damage.offset]
+        # Whole, also where the file ends within it: less than that would be damage again.
+        mark = encode_end(damage.number - 1, damage.salt) if size > damage.offset else b""
         write_at(files, fd, [mark], len(mark), damage.offset)
         at, until = damage.offset + len(mark), min(until, size)
         while at < until:

@@ -86,7 +86,7 @@ class MemoryFiles:
     def crash(self, chance: random.Random | None = None) -> None:
         """The machine is gone. Without `chance` it leaves only what was synced; with it, any part of the rest too."""
         self.kill()
-        for inode in {*self._names.values(), *self._durable_names.values()}:
+        for inode in dict.fromkeys([*self._names.values(), *self._durable_names.values()]):  # one seed, one crash
             if chance is not None:
                 for step in inode.dirty:
                     if isinstance(step, int):

@@ -307,7 +307,7 @@ class WithoutFileSync(MemoryFiles):
 @pytest.mark.parametrize("mutant", [WithoutDirectorySync, WithoutSync, WithoutFileSync])
 def test_a_journal_that_leaves_one_kind_of_sync_out_is_found_out(mutant: type[MemoryFiles]) -> None:
     with pytest.raises((AssertionError, JournalCorrupt)):
-        stop_at_each_call(lambda step: mutant(seed=step), chances=2)
+        stop_at_each_call(lambda step: mutant(seed=step), chances=8)
 
 
 def test_a_new_segment_is_in_its_directory_for_good_before_a_batch_goes_into_it() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
 from brokers.journal.format import SECTOR, file_name, read_header, span
 from brokers.journal.inspect import Finding, repair, scan, verify
+from brokers.journal.journal import Journal
 from brokers.journal.testing import Crash, MemoryFiles
 
 
@@ -234,6 +236,28 @@ def test_repair_of_a_torn_end_cuts_it_and_gives_up_nothing_whole(bench: Any) -> 
     bench.open()
     assert bench.replayed == said[:1]
     assert bench.warnings == []
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_repair_of_a_journal_that_ends_anywhere_ends_and_leaves_one_that_opens(
+    real: Any, tmp_path: Path, segment: int
+) -> None:
+    journal = real.open()
+    real.fill(journal, 2)
+    journal.seal()
+    real.fill(journal, 2, first=3)
+    journal.close()
+    content = real.path(segment).read_bytes()
+    end = SECTOR + 2 * span(read_header(content, SECTOR).length)
+    header = range(end - 3, end + 60, 3)
+    for cut in [*range(SECTOR, end, 97), *header, end + SECTOR]:
+        there = tmp_path / str(cut)
+        shutil.copytree(real.directory, there)
+        os.truncate(there / file_name(segment), cut)
+        report = repair(there)
+        assert len(report.copies) <= 3
+        assert verify(there) == []
+        Journal.open(there, replay=lambda batch: None).close()
 
 
 def test_repair_copies_to_a_directory_of_your_choice(real: Any, tmp_path: Path) -> None:
