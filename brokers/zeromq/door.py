@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import struct
 from pathlib import Path
 
 from brokers.errors import SocketNotPrivate
+from brokers.private import why_not_private
 
 __all__ = ["check_address", "check_listener"]
 
@@ -34,7 +34,7 @@ def check_address(address: str, *, missing_ok: bool = False) -> None:
         )
     directory = Path(name).parent
     try:
-        found = directory.lstat()
+        reason = why_not_private(directory)
     except OSError as error:
         if missing_ok:
             return
@@ -42,15 +42,7 @@ def check_address(address: str, *, missing_ok: bool = False) -> None:
             f"the sockets' directory {directory} cannot be looked at: {error.strerror}; make it, with mode 0700",
             path=directory,
         ) from None
-    if stat.S_ISLNK(found.st_mode):
-        reason = "it is a symbolic link"
-    elif not stat.S_ISDIR(found.st_mode):
-        reason = "it is not a directory"
-    elif found.st_uid != os.geteuid():
-        reason = f"it belongs to the user with id {found.st_uid}, and this is {os.geteuid()}"
-    elif stat.S_IMODE(found.st_mode) & 0o077:
-        reason = f"others have access to it (mode {stat.S_IMODE(found.st_mode):o})"
-    else:
+    if not reason:
         return
     raise SocketNotPrivate(
         f"the sockets' directory {directory} is not private: {reason}; work as the user who started the broker, or "

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from brokers.private import why_not_private
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.processes import start_ticks
 
@@ -313,14 +314,8 @@ def _keeps_what_is_in_it(directory: str) -> bool:
 
 
 def _check_private(path: Path) -> None:
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        reason = "it is not a directory"
-    elif found.st_uid != os.geteuid():
-        reason = f"it belongs to the user with id {found.st_uid}"
-    elif stat.S_IMODE(found.st_mode) & 0o077:
-        reason = f"others have access to it (mode {stat.S_IMODE(found.st_mode):o})"
-    else:
+    reason = why_not_private(path)
+    if not reason:
         return
     raise DataDirUnusable(
         f"the sockets' directory {path} is not private: {reason}; remove it, or set XDG_RUNTIME_DIR to a private "

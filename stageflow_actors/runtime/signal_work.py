@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Raw
-
 from brokers.api import DeliveryItem
-from stageflow_actors.core.codec import decode_value, encode_value
-from stageflow_actors.core.envelope import NIL, StageRecord
+from stageflow_actors.core.codec import decode_value
+from stageflow_actors.core.envelope import StageRecord
 from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
@@ -48,7 +45,6 @@ class SignalWork(Work):
             return self._give_up(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
             context = self.codec.decode(opened.context)
-            data = NIL
             if arrivals:
                 payload = decode_value(arrivals[0][1])
                 if self._on_signal is None:
@@ -59,12 +55,7 @@ class SignalWork(Work):
                 assert self._on_timeout is not None
                 value = self._on_timeout(context, None)
             refuse_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
-            if type(value) is Replace:
-                context = value.value
-            elif not self._is_dict and isinstance(value, self._context_type):
-                context = value
-            elif value is not None:
-                data = Raw(encode_value(value, what=f"the result of stage {self.planned.id!r}"))
+            context, data = self._take(context, value)
             encoded = self.codec.encode(context, stage=self.planned.id)
             record = StageRecord(
                 self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data

@@ -260,13 +260,7 @@ class StageWork(HandlerWork):
             context = self.codec.decode(envelope.context)
             given = remote.on_reply(context, decode_value(value))
             refuse_request(given, f"on_reply of {self.planned.id!r}")
-            data = NIL
-            if type(given) is Replace:
-                context = given.value
-            elif not self._is_dict and isinstance(given, self._context_type):
-                context = given
-            elif given is not None:
-                data = Raw(encode_value(given, what=f"the result of stage {self.planned.id!r}"))
+            context, data = self._take(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
         record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
         return self._record_and_leave(item, envelope, record, encoded)

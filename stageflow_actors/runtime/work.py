@@ -29,7 +29,7 @@ from brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import (
     NIL,
     Envelope,
@@ -46,6 +46,7 @@ from stageflow_actors.core.routing import Arrive, Moves, Open, Step, enter, give
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.handler import BoundCall, Call
 from stageflow_actors.definition.retry import RetryPolicy
+from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError, StageTimeout
 from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.programs import StageProgram
@@ -275,6 +276,16 @@ class Work:
             size=size,
             limit=self._limit,
         )
+
+    def _take(self, context: Any, value: Any) -> tuple[Any, Raw]:
+        """What a function of the user's beside the handler gave: the context it leaves, and the result to be kept."""
+        if type(value) is Replace:
+            return value.value, NIL
+        if not self._is_dict and isinstance(value, self._context_type):
+            return value, NIL
+        if value is None:
+            return context, NIL
+        return context, Raw(encode_value(value, what=f"the result of stage {self.planned.id!r}"))
 
     # failures
 
