@@ -25,12 +25,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from cluster_tree import BELOW_A_PROGRAM, add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 
 STAGES = ("reserve", "charge", "ship")
 COMPENSATED = ("charge", "reserve")
 """What a failed instance has to undo, in this order: the reverse of what it completed."""
-KINDS = ("program", "node", "broker", "zygote", "worker")
+KINDS = ("program", *BELOW_A_PROGRAM)
 FAILING = 5
 """One instance in so many fails at its last stage."""
 COMMAND = "from stageflow_actors.cli.main import main; main()"
@@ -124,13 +125,7 @@ def victims(program: psutil.Popen) -> dict[str, list[psutil.Process]]:
     try:
         found["program"].append(psutil.Process(program.pid))
         for node in program.children():
-            found["node"].append(node)
-            for child in node.children():
-                if any("brokers.zeromq.process" in word for word in child.cmdline()):
-                    found["broker"].append(child)
-                else:
-                    found["zygote"].append(child)
-                    found["worker"].extend(child.children())
+            add_node(node, found)
     except psutil.Error:
         pass  # it has ended while we were looking
     return found

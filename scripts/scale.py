@@ -26,6 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from cluster_tree import add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 
 MEGABYTE = 1 << 20
@@ -68,14 +69,8 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 def processes(node_pid: int) -> dict[str, list[psutil.Process]]:
     """The processes of a cluster by kind."""
-    node = psutil.Process(node_pid)
-    found: dict[str, list[psutil.Process]] = {"node": [node], "broker": [], "zygote": [], "workers": []}
-    for child in node.children():
-        if any("brokers.zeromq.process" in word for word in child.cmdline()):
-            found["broker"].append(child)
-        else:
-            found["zygote"].append(child)
-            found["workers"] += child.children()
+    found: dict[str, list[psutil.Process]] = {}
+    add_node(psutil.Process(node_pid), found)
     return found
 
 

@@ -11,9 +11,11 @@ from statistics import mean
 
 import psutil
 
+from cluster_tree import BELOW_A_PROGRAM, add_node
+
 __all__ = ["KINDS", "Sample", "take"]
 
-KINDS = ("program", "node", "broker", "zygote", "workers")
+KINDS = ("program", *BELOW_A_PROGRAM)
 
 
 @dataclass
@@ -55,13 +57,7 @@ def _processes(program: int) -> dict[str, list[psutil.Process]]:
     for node in found["program"][0].children():
         if not any("stageflow_actors.runtime.node" in word for word in node.cmdline()):
             continue
-        found["node"].append(node)
-        for child in node.children():
-            if any("brokers.zeromq.process" in word for word in child.cmdline()):
-                found["broker"].append(child)
-            else:
-                found["zygote"].append(child)
-                found["workers"] += child.children()
+        add_node(node, found)
     return found
 
 

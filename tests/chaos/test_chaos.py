@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
 
 
@@ -19,8 +21,12 @@ def test_whatever_is_killed_each_instance_ends_once_and_each_transition_is_accep
     assert int(killed[1]) >= 8, run.stdout
 
 
-def test_the_oracle_notices_a_lost_instance_a_double_transition_and_compensations_in_the_wrong_order() -> None:
+def test_the_oracle_notices_a_lost_instance_a_double_transition_and_compensations_in_the_wrong_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from importlib.util import module_from_spec, spec_from_file_location
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as for a script that is run
 
     spec = spec_from_file_location("chaos_script", SCRIPT)
     assert spec is not None

@@ -55,7 +55,7 @@ def test_the_judge_compares_thirds_once_it_is_warm(soaking: Any) -> None:
         ({}, []),
         ({"rss_broker": 10e6}, []),
         ({"rss_broker": 50e6}, [("rss", "broker")]),
-        ({"rss_workers": 30e6}, [("rss", "workers")]),
+        ({"rss_worker": 30e6}, [("rss", "worker")]),
         ({"descriptors_node": 30}, [("descriptors", "node")]),
         ({"threads_program": 20}, [("threads", "program")]),
         ({"disk_journal": 500e6}, [("disk", "journal")]),
