@@ -17,8 +17,8 @@ from brokers.points import reach
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
+from stageflow_actors.runtime.settled import Settled, numbered
 from stageflow_actors.runtime.slots import Slot
-from stageflow_actors.runtime.work import Settled, numbered
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 

@@ -10,7 +10,8 @@ from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import StageRecord, encode
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.work import Result, Settled, Work
+from stageflow_actors.runtime.settled import Result, Settled
+from stageflow_actors.runtime.work import Work
 
 __all__ = ["ChoiceWork"]
 

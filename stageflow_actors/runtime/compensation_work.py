@@ -24,21 +24,13 @@ from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
+from stageflow_actors.runtime.calling import run_to_end
 from stageflow_actors.runtime.context import StageContext, StepStore, refuse_request
 from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, intercepted
 from stageflow_actors.runtime.programs import CompensationProgram
+from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
 from stageflow_actors.runtime.undoing import Undoing
-from stageflow_actors.runtime.work import (
-    GRACE_NS,
-    TERMINAL,
-    Settled,
-    Stopwatch,
-    ignore,
-    judge,
-    park_unknown,
-    park_unreadable,
-    run_to_end,
-)
+from stageflow_actors.runtime.work import GRACE_NS, Stopwatch, ignore, judge
 
 __all__ = ["CompensationWork"]
 

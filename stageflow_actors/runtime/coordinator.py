@@ -27,8 +27,8 @@ from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_actors.runtime.settled import Settled, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.unserved import send_on
-from stageflow_actors.runtime.work import Settled, numbered, park_unknown, settle_moves, split_parts
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 

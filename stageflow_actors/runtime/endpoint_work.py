@@ -22,7 +22,7 @@ from stageflow_actors.core.failures import failure_of, read_failure
 from stageflow_actors.core.routing import Arrive, Moves
 from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
-from stageflow_actors.runtime.work import Result, Settled
+from stageflow_actors.runtime.settled import Result, Settled
 
 __all__ = ["EndpointWork"]
 

@@ -14,9 +14,11 @@ from typing import Any, Self
 import msgspec
 
 from brokers.api import DeliveryItem
+from stageflow_actors.runtime.calling import run_to_end
 from stageflow_actors.runtime.interception import STAGE, arounds_of, intercepted
 from stageflow_actors.runtime.programs import StageProgram
-from stageflow_actors.runtime.work import Result, Settled, Stopwatch, Work, park_unreadable, run_to_end
+from stageflow_actors.runtime.settled import Result, Settled, park_unreadable
+from stageflow_actors.runtime.work import Stopwatch, Work
 
 __all__ = ["HandlerWork", "Paused"]
 

@@ -20,7 +20,8 @@ from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.work import Result, Settled, Work, split_parts
+from stageflow_actors.runtime.settled import Result, Settled, split_parts
+from stageflow_actors.runtime.work import Work
 
 __all__ = ["JoinWork"]
 

@@ -24,9 +24,10 @@ from stageflow_actors.runtime.handler_work import HandlerWork, Paused
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
+from stageflow_actors.runtime.settled import Result
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.versions import Versions
-from stageflow_actors.runtime.work import GRACE_NS, Result
+from stageflow_actors.runtime.work import GRACE_NS
 
 __all__ = ["TaskActor", "ThreadActor"]
 

@@ -42,7 +42,8 @@ from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.context import refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.setting import with_field
-from stageflow_actors.runtime.work import PARK, Result, Settled, Work, split_parts, steps_of
+from stageflow_actors.runtime.settled import Result, Settled, split_parts, steps_of
+from stageflow_actors.runtime.work import PARK, Work
 
 __all__ = ["ItemWork", "MapWork"]
 

@@ -11,8 +11,10 @@ from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageTimeout
+from stageflow_actors.runtime.calling import ready_to_call
 from stageflow_actors.runtime.context import refuse_request
-from stageflow_actors.runtime.work import Result, Settled, Work, ready_to_call, split_parts
+from stageflow_actors.runtime.settled import Result, Settled, split_parts
+from stageflow_actors.runtime.work import Work
 
 __all__ = ["SignalWork"]
 

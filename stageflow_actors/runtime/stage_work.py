@@ -32,7 +32,8 @@ from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.context import Request, StepStore, refuse_request
 from stageflow_actors.runtime.handler_work import HandlerWork
 from stageflow_actors.runtime.programs import StageProgram
-from stageflow_actors.runtime.work import PARK, TERMINAL, Result, Settled, Stopwatch, split_parts
+from stageflow_actors.runtime.settled import TERMINAL, Result, Settled, split_parts
+from stageflow_actors.runtime.work import PARK, Stopwatch
 
 __all__ = ["StageWork"]
 

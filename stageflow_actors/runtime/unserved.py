@@ -16,7 +16,7 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, Naming
 from stageflow_actors.core.routing import Moves, Step
-from stageflow_actors.runtime.work import Settled, forward, park_unknown, settle_moves
+from stageflow_actors.runtime.settled import Settled, forward, park_unknown, settle_moves
 
 __all__ = ["Unserved", "send_on"]
 

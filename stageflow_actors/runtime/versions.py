@@ -11,7 +11,8 @@ from typing import Any, Self
 from brokers.api import DeliveryItem, Target
 from stageflow_actors.core.envelope import head_of
 from stageflow_actors.runtime.handler_work import HandlerWork
-from stageflow_actors.runtime.work import Result, Stopwatch
+from stageflow_actors.runtime.settled import Result
+from stageflow_actors.runtime.work import Stopwatch
 
 __all__ = ["Versions"]
 

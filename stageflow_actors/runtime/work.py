@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -18,14 +17,8 @@ from msgspec import Raw
 
 from brokers.api import (
     AGAIN,
-    ATTEMPT_FAILED,
-    ATTEMPT_WORKED,
     DEAD,
-    DONE,
-    Arrival,
     DeliveryItem,
-    GatherOpen,
-    PublishItem,
     SettleItem,
     Target,
 )
@@ -37,42 +30,36 @@ from stageflow_actors.core.envelope import (
     StageRecord,
     append_record,
     decode_envelope,
-    encode,
 )
-from stageflow_actors.core.failures import describe_error, exception_of, failure_of, read_failure, write_failure
-from stageflow_actors.core.plan import FAILED, ITEM, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.plan import ITEM, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.retrying import bounded
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step, enter, give_up, item_slot, leave, pass_through
+from stageflow_actors.core.routing import Moves, enter, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.definition.handler import BoundCall, Call
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
-from stageflow_actors.errors import PayloadTooLarge, StageError, StageTimeout
+from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.programs import StageProgram
+from stageflow_actors.runtime.settled import (
+    Result,
+    Settled,
+    forward,
+    park_unknown,
+    park_unreadable,
+    settle_moves,
+    steps_of,
+)
 
 __all__ = [
     "GRACE_NS",
     "PARK",
-    "TERMINAL",
-    "Result",
-    "Settled",
     "Stopwatch",
     "Work",
-    "forward",
     "ignore",
     "judge",
-    "numbered",
-    "park_unknown",
-    "park_unreadable",
-    "ready_to_call",
-    "run_to_end",
-    "settle_moves",
-    "split_parts",
-    "steps_of",
 ]
 
-TERMINAL = 1
 
 PARK = ":park"
 """The step that marks a message which was published, or is, to be parked: delivered once more, it has been requeued."""
@@ -97,39 +84,6 @@ class Stopwatch(Protocol):
         """Whether the message being run is to be ended."""
 
 
-class Settled:
-    """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
-
-    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
-    it parks a message of a version that is not known here.
-    """
-
-    __slots__ = ("bodies", "opens", "outcome", "publishes", "unknown")
-
-    def __init__(
-        self,
-        outcome: SettleItem,
-        publishes: list[tuple[Target, PublishItem]],
-        bodies: list[bytes],
-        opens: list[tuple[Target, GatherOpen]] | None = None,
-    ) -> None:
-        self.outcome = outcome
-        self.publishes = publishes
-        self.bodies = bodies
-        self.opens = opens or []
-        self.unknown = False
-
-    def worked(self) -> Settled:
-        """With the verdict that the attempt went well."""
-        self.outcome.verdict = ATTEMPT_WORKED
-        return self
-
-    def failed(self) -> Settled:
-        """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
-        self.outcome.verdict = ATTEMPT_FAILED
-        return self
-
-
 def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None) -> float | None:
     """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
 
@@ -146,10 +100,6 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
             raise ValueError(f"next_delay gave {delay!r}, and only 0 seconds or more can be waited (None: give up)")
         return seconds
     return 0.0 if failure.kind == "died" else None
-
-
-Result = tuple[int, bytes] | Settled
-"""(target, body) of the happy path, or a settlement of another shape."""
 
 
 def ignore(error: BaseException) -> None:
@@ -381,156 +331,3 @@ class Work:
             limit=self._limit,
             slot=self._slot,
         )
-
-
-def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settled:
-    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
-    text = (
-        f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
-        "when a runtime with that version is started, or registers it"
-    )
-    reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
-    parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
-    parked.unknown = True
-    return parked
-
-
-def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
-    """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
-    reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
-    return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
-
-
-def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
-    """Send a message on to where its place is now: with the steps and attempts it has had, and all that it gathered."""
-    extra = item.extra
-    if extra is not None and extra.parts is not None:
-        base, arrivals = split_parts(item, body)
-        key = f"moved:{item.id}"
-        again = Open(key, len(arrivals), place.queue, place.id, base)
-        return settle_moves(item, Moves([], [again], [Arrive(key, slot, arrived) for slot, arrived in arrivals]))
-    if extra is not None:
-        envelope = decode_envelope(body)
-        envelope.steps = steps_of(envelope, item)
-        if envelope.attempts >= 0:
-            envelope.attempts += extra.attempts
-            envelope.failure = extra.failure or envelope.failure
-        body = encode(envelope)
-    return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
-
-
-def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
-    """The steps that were completed under this message, and under those before it."""
-    own = None if item.extra is None else item.extra.steps
-    if envelope.steps is None:
-        return own
-    return envelope.steps if own is None else {**envelope.steps, **own}
-
-
-def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:
-    """The settlement that acknowledges a message and does what follows from it.
-
-    What follows belongs to the epoch of the message, or to `epoch` where that is given.
-    """
-    group = item.group if epoch else ""
-    priority = 0 if item.extra is None else item.extra.priority
-    publishes = [
-        (
-            Target(step.queue, step.label, TERMINAL if step.terminal else 0),
-            PublishItem(
-                0,
-                len(step.body),
-                group,
-                epoch,
-                0,
-                0 if step.terminal or step.label == FAILED else priority,
-                step.delay,
-                step.ttl,
-            ),
-        )
-        for step in moves.steps
-    ]
-    opens = [
-        (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), group, epoch, one.deadline))
-        for one in moves.opens
-    ]
-    arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in moves.arrivals]
-    bodies = [step.body for step in moves.steps]
-    bodies += [one.base for one in moves.opens]
-    bodies += [one.body for one in moves.arrivals]
-    done = SettleItem([(item.id, item.lease)], DONE, arrivals=arrivals)
-    return Settled(done, publishes, bodies, opens)
-
-
-def numbered(settled: Settled, targets: list[Target]) -> SettleItem:
-    """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
-    item = settled.outcome
-    item.publishes = []
-    for target, publish in settled.publishes:
-        publish.target = _number(target, targets)
-        item.publishes.append(publish)
-    item.opens = []
-    for target, opening in settled.opens:
-        opening.target = _number(target, targets)
-        item.opens.append(opening)
-    return item
-
-
-def _number(target: Target, targets: list[Target]) -> int:
-    for number, known in enumerate(targets):
-        if known == target:
-            return number
-    targets.append(target)
-    return len(targets) - 1
-
-
-def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """A gathered message taken apart: its base, and the arrivals as (slot, body) in the order they came."""
-    parts = None if item.extra is None else item.extra.parts
-    if parts is None:
-        return body, []
-    at = parts[0][1]
-    base = body[:at]
-    arrivals = []
-    for slot, size in parts[1:]:
-        arrivals.append((slot, body[at : at + size]))
-        at += size
-    return base, arrivals
-
-
-def ready_to_call(
-    call: Call,
-    services: Mapping[str, Any],
-    loop: Callable[[], asyncio.AbstractEventLoop],
-) -> BoundCall:
-    """A handler as a plain function of (context, ctx); an async one runs to its end on a loop that its thread keeps."""
-    bound = call.bind(services)
-    return run_to_end(bound, loop) if call.is_async else bound
-
-
-def run_to_end(
-    bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None, what: str = ""
-) -> BoundCall:
-    """See `ready_to_call`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
-    failed by a `StageTimeout`."""
-    kept = threading.local()
-
-    async def finished(awaitable: Awaitable[Any]) -> Any:
-        if timeout is None:
-            return await awaitable
-        limit = asyncio.timeout(timeout)
-        try:
-            async with limit:
-                return await awaitable
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise StageTimeout(f"{what} ran longer than its timeout of {timeout:g} s") from None
-
-    def run(context: Any, ctx: Any) -> Any:
-        own = getattr(kept, "loop", None)
-        if own is None:
-            own = kept.loop = loop()
-        return own.run_until_complete(finished(bound(context, ctx)))
-
-    return run

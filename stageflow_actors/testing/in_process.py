@@ -35,7 +35,8 @@ from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
 from stageflow_actors.runtime.mapping import Prepared
 from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs, undone_items
-from stageflow_actors.runtime.work import Settled, Work, settle_moves, split_parts
+from stageflow_actors.runtime.settled import Settled, settle_moves, split_parts
+from stageflow_actors.runtime.work import Work
 from stageflow_actors.runtime.works import WORKS
 
 __all__ = ["run"]

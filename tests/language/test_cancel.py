@@ -26,7 +26,7 @@ from stageflow_actors import (
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.programs import stage_programs
-from stageflow_actors.runtime.work import Settled
+from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.works import WORKS
 from stageflow_actors.testing import in_process, run
 

@@ -1,0 +1,51 @@
+"""Calling what may be async: run to its end, on a loop that its thread keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from stageflow_actors.definition.handler import BoundCall, Call
+from stageflow_actors.errors import StageTimeout
+
+__all__ = ["ready_to_call", "run_to_end"]
+
+
+def ready_to_call(
+    call: Call,
+    services: Mapping[str, Any],
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> BoundCall:
+    """A handler as a plain function of (context, ctx); an async one runs to its end on a loop that its thread keeps."""
+    bound = call.bind(services)
+    return run_to_end(bound, loop) if call.is_async else bound
+
+
+def run_to_end(
+    bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None, what: str = ""
+) -> BoundCall:
+    """See `ready_to_call`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
+    failed by a `StageTimeout`."""
+    kept = threading.local()
+
+    async def finished(awaitable: Awaitable[Any]) -> Any:
+        if timeout is None:
+            return await awaitable
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await awaitable
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise StageTimeout(f"{what} ran longer than its timeout of {timeout:g} s") from None
+
+    def run(context: Any, ctx: Any) -> Any:
+        own = getattr(kept, "loop", None)
+        if own is None:
+            own = kept.loop = loop()
+        return own.run_until_complete(finished(bound(context, ctx)))
+
+    return run

@@ -1,0 +1,195 @@
+"""Settlements of another shape than the plain happy path, as whoever does the work puts them together.
+
+Nothing here runs user code, and nothing is sent: that is the actor's.
+"""
+
+from __future__ import annotations
+
+from brokers.api import (
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
+    DEAD,
+    DONE,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    PublishItem,
+    SettleItem,
+    Target,
+)
+from stageflow_actors.core.envelope import (
+    Envelope,
+    Failure,
+    decode_envelope,
+    encode,
+)
+from stageflow_actors.core.failures import describe_error, write_failure
+from stageflow_actors.core.plan import FAILED, StagePlan
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step
+
+__all__ = [
+    "TERMINAL",
+    "Result",
+    "Settled",
+    "forward",
+    "numbered",
+    "park_unknown",
+    "park_unreadable",
+    "settle_moves",
+    "split_parts",
+    "steps_of",
+]
+
+TERMINAL = 1
+
+
+class Settled:
+    """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
+
+    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
+    it parks a message of a version that is not known here.
+    """
+
+    __slots__ = ("bodies", "opens", "outcome", "publishes", "unknown")
+
+    def __init__(
+        self,
+        outcome: SettleItem,
+        publishes: list[tuple[Target, PublishItem]],
+        bodies: list[bytes],
+        opens: list[tuple[Target, GatherOpen]] | None = None,
+    ) -> None:
+        self.outcome = outcome
+        self.publishes = publishes
+        self.bodies = bodies
+        self.opens = opens or []
+        self.unknown = False
+
+    def worked(self) -> Settled:
+        """With the verdict that the attempt went well."""
+        self.outcome.verdict = ATTEMPT_WORKED
+        return self
+
+    def failed(self) -> Settled:
+        """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
+        self.outcome.verdict = ATTEMPT_FAILED
+        return self
+
+
+Result = tuple[int, bytes] | Settled
+"""(target, body) of the happy path, or a settlement of another shape."""
+
+
+def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
+    """Send a message on to where its place is now: with the steps and attempts it has had, and all that it gathered."""
+    extra = item.extra
+    if extra is not None and extra.parts is not None:
+        base, arrivals = split_parts(item, body)
+        key = f"moved:{item.id}"
+        again = Open(key, len(arrivals), place.queue, place.id, base)
+        return settle_moves(item, Moves([], [again], [Arrive(key, slot, arrived) for slot, arrived in arrivals]))
+    if extra is not None:
+        envelope = decode_envelope(body)
+        envelope.steps = steps_of(envelope, item)
+        if envelope.attempts >= 0:
+            envelope.attempts += extra.attempts
+            envelope.failure = extra.failure or envelope.failure
+        body = encode(envelope)
+    return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
+
+
+def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settled:
+    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
+    text = (
+        f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
+        "when a runtime with that version is started, or registers it"
+    )
+    reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
+    parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    parked.unknown = True
+    return parked
+
+
+def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
+    """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
+    reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
+    return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+
+
+def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
+    """The steps that were completed under this message, and under those before it."""
+    own = None if item.extra is None else item.extra.steps
+    if envelope.steps is None:
+        return own
+    return envelope.steps if own is None else {**envelope.steps, **own}
+
+
+def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:
+    """The settlement that acknowledges a message and does what follows from it.
+
+    What follows belongs to the epoch of the message, or to `epoch` where that is given.
+    """
+    group = item.group if epoch else ""
+    priority = 0 if item.extra is None else item.extra.priority
+    publishes = [
+        (
+            Target(step.queue, step.label, TERMINAL if step.terminal else 0),
+            PublishItem(
+                0,
+                len(step.body),
+                group,
+                epoch,
+                0,
+                0 if step.terminal or step.label == FAILED else priority,
+                step.delay,
+                step.ttl,
+            ),
+        )
+        for step in moves.steps
+    ]
+    opens = [
+        (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), group, epoch, one.deadline))
+        for one in moves.opens
+    ]
+    arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in moves.arrivals]
+    bodies = [step.body for step in moves.steps]
+    bodies += [one.base for one in moves.opens]
+    bodies += [one.body for one in moves.arrivals]
+    done = SettleItem([(item.id, item.lease)], DONE, arrivals=arrivals)
+    return Settled(done, publishes, bodies, opens)
+
+
+def numbered(settled: Settled, targets: list[Target]) -> SettleItem:
+    """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
+    item = settled.outcome
+    item.publishes = []
+    for target, publish in settled.publishes:
+        publish.target = _number(target, targets)
+        item.publishes.append(publish)
+    item.opens = []
+    for target, opening in settled.opens:
+        opening.target = _number(target, targets)
+        item.opens.append(opening)
+    return item
+
+
+def _number(target: Target, targets: list[Target]) -> int:
+    for number, known in enumerate(targets):
+        if known == target:
+            return number
+    targets.append(target)
+    return len(targets) - 1
+
+
+def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """A gathered message taken apart: its base, and the arrivals as (slot, body) in the order they came."""
+    parts = None if item.extra is None else item.extra.parts
+    if parts is None:
+        return body, []
+    at = parts[0][1]
+    base = body[:at]
+    arrivals = []
+    for slot, size in parts[1:]:
+        arrivals.append((slot, body[at : at + size]))
+        at += size
+    return base, arrivals
