@@ -7,38 +7,25 @@ thread, and are handed to whoever waits; what has left the broker is looked up i
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from msgspec import Raw
-
 from brokers import api as port
-from brokers.api import CHECK, START, WATCH, Arrival, Broker, Listener, PublishItem, Target
+from brokers.api import Arrival
 from brokers.points import reach
 from stageflow_actors.core.codec import ContextCodec, encode_value
-from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import (
-    BEGIN,
-    BRANCH,
-    COORDINATOR,
     ITEM,
-    MAP,
-    STAGE,
-    Naming,
-    WorkflowPlan,
     compile_plan,
     item_id,
 )
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
-from stageflow_actors.core.shapes import ShapedCodec
 from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
@@ -48,31 +35,20 @@ from stageflow_actors.errors import (
     InstanceConflict,
     InstanceNotFound,
     InvalidContext,
-    PayloadTooLarge,
     StageFlowError,
 )
-from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime.asking import STOPPED, Asking
 from stageflow_actors.runtime.feed import Callback, Feed
 from stageflow_actors.runtime.instance import Instance
-from stageflow_actors.runtime.mapping import Mapping, Prepared, as_completed
+from stageflow_actors.runtime.known import Known, Prepared
+from stageflow_actors.runtime.mapping import Mapping, as_completed
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
 from stageflow_actors.runtime.refusals import in_our_words
-from stageflow_actors.runtime.transport import connect
-from stageflow_actors.runtime.waiters import Waiter, Waiters
 
-__all__ = ["Client", "Known", "new_instance_id"]
+__all__ = ["Client"]
 
 C = TypeVar("C")
-
-ANSWER_SECONDS = 60.0
-"""How long a call waits for the broker, restarts of it included."""
-
-STOPPED = (
-    "this runtime has been stopped; what was unfinished resumes when a runtime is started on its data directory again"
-)
-
-CATCH_UP_SECONDS = 1.0
 
 MOST_SEARCHED = 10_000
 """How many live instances are looked through for those of one status or workflow; the latest first."""
@@ -90,71 +66,14 @@ LOOKS = 50
 """How often a start looks into the history again before it gives up: each time something of that id left meanwhile."""
 
 
-def new_instance_id() -> str:
-    """32 hex digits: 8 of the time in seconds, so that the history's index grows at its end, and 24 random ones."""
-    return f"{int(time.time()) & 0xFFFFFFFF:08x}{_chance.getrandbits(96):024x}"
-
-
-_chance = random.Random(os.urandom(32))
-"""Seeded by the system, and again in each forked child: two processes must not make the same ids."""
-os.register_at_fork(after_in_child=lambda: _chance.seed(os.urandom(32)))
-
-
-class Known:
-    """A workflow as a client uses it."""
-
-    __slots__ = ("codec", "first", "order", "plan", "target")
-
-    def __init__(self, plan: WorkflowPlan, context: type[Any]) -> None:
-        self.plan = plan
-        unseen = context is dict and plan.shape is not None  # it has a class, and that is not at hand
-        self.codec: ContextCodec[Any] = ShapedCodec(plan.shape) if unseen else ContextCodec(context)
-        self.order = plan.order
-        first = plan.stages[0]
-        plain = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout
-        self.first = first.id
-        self.target = Target(first.queue, first.id) if plain else Target(COORDINATOR, BEGIN)
-
-
-class _Ends(Listener):
-    """What the connection tells a client. `connected` is called for each broker that says welcome."""
-
-    def __init__(self, waiters: Waiters, connected: Callable[[], None]) -> None:
-        self._waiters = waiters
-        self._connected = connected
-
-    def on_connected(self, broker_epoch: int) -> None:
-        self._connected()
-
-    def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        reach("client.told")
-        self._waiters.ended(pushes)
-
-    def on_notice(self, word: str, detail: Any) -> None:
-        if word == "gone":
-            self._waiters.left(detail)
-        elif word == "parked":
-            self._waiters.parked(detail)
-
-    def watching(self) -> list[str]:
-        return list(self._waiters.by_id)
-
-
-class Client:
+class Client(Asking):
     """The calls that every process of the host may make while a runtime serves the data directory."""
 
     def __init__(self) -> None:
-        self._broker: Broker | None = None
-        self._history: HistoryReader | None = None
-        self._history_path: Path | None = None
+        super().__init__()
         self._known: dict[tuple[str, int], Known] = {}
-        self._address = ""
-        self._naming = Naming()
         self._max_message_bytes = 16 << 20
         self._ttl = 0.0
-        self._seen = 0
-        self._waiters = Waiters()
-        self._dead: StageFlowError | None = None
         self._callbacks: list[Callback] = []
         self._feed: Feed | None = None
         self._feed_lock = threading.Lock()
@@ -170,7 +89,7 @@ class Client:
         `PayloadTooLarge`, `QueueFull`, `InstanceConflict` (that id, another input); nothing is enqueued then.
         """
         known = self._workflow(workflow)
-        return self._start(known, [self._prepare(known, context, instance_id)], priority)[0]
+        return self._start(known, [known.prepare(context, instance_id)], priority)[0]
 
     def submit_many(
         self, workflow: Workflow[C] | str, contexts: Iterable[C], *, instance_ids: Sequence[str] | None = None
@@ -188,7 +107,7 @@ class Client:
         prepared = []
         for number, (context, id) in enumerate(zip(given, ids, strict=True)):
             try:
-                prepared.append(self._prepare(known, context, id))
+                prepared.append(known.prepare(context, id))
             except InvalidContext as error:
                 raise InvalidContext(f"context {number}: {error}", stage=error.stage, field=error.field) from None
         return self._start(known, prepared, 0) if prepared else []
@@ -208,7 +127,7 @@ class Client:
         """
         seconds, began = patience(timeout), time.monotonic()
         known = self._workflow(workflow)
-        prepared = self._prepare(known, context, instance_id)
+        prepared = known.prepare(context, instance_id)
         within = None if seconds is None else (began + seconds, seconds)
         instance = self._start(known, [prepared], priority, within)[0]
         instance._wait(seconds, began)
@@ -422,69 +341,11 @@ class Client:
     ) -> None:
         self.close()
 
-    def _attach(self, address: str, name: str) -> None:
-        self._address = address
-        self._broker = connect(address, _Ends(self._waiters, self._connected), role="client", name=name)
-
-    def _connected(self) -> None:
-        """A broker has said welcome; on the connection's thread."""
-
     def _detach(self, why: str = STOPPED) -> None:
         self._unfollow()
-        if self._broker is not None:
-            self._broker.close(timeout=1.0)
-            self._broker = None
-        self._waiters.break_off(BrokerUnavailable(why), forget=True)
-        if self._history is not None:
-            self._history.close()
-            self._history = None
+        super()._detach(why)
 
-    def _port(self) -> Broker:
-        if self._broker is None:
-            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
-        return self._broker
-
-    def _query(self, name: str, *args: Any) -> Any:
-        try:
-            future = self._port().query(name, *args)
-        except port.BrokerError as error:
-            raise in_our_words(error) from None
-        return self._await(future)
-
-    def _await(
-        self, future: Future[Any], timeout: float = ANSWER_SECONDS, check: Callable[[], None] | None = None
-    ) -> Any:
-        deadline = time.monotonic() + timeout
-        poll = 0.5 if check is None else 0.05
-        while True:
-            try:
-                return future.result(poll)
-            except TimeoutError:
-                (check or self._check_alive)()
-                if time.monotonic() > deadline:
-                    raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
-            except port.BrokerError as error:
-                raise in_our_words(error) from None
-
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise self._dead
-
-    def _fail(self, error: StageFlowError) -> None:
-        """The cluster cannot be kept: whoever waits is told."""
-        self._dead = error
-        self._waiters.break_off(error, forget=False)
-
-    def _watch(self, instance_id: str, waiter: Waiter) -> None:
-        """Have `waiter` told how an instance ends, whoever started it."""
-        self._waiters.add(instance_id, waiter)
-        try:
-            self._query("watch", [instance_id])
-        except BaseException:
-            self._waiters.remove(instance_id, waiter)
-            raise
-
-    # preparing and publishing
+    # publishing
 
     def _workflow(self, workflow: Workflow[Any] | str) -> Known:
         self._port()
@@ -513,42 +374,6 @@ class Client:
         self._known[(workflow.id, workflow.version)] = known
         return known
 
-    def _prepare(self, known: Known, context: Any, instance_id: Any) -> Prepared:
-        data = known.codec.prepare(context)
-        if instance_id is None:
-            return Prepared(new_instance_id(), data, None)
-        if not isinstance(instance_id, str) or not instance_id or len(instance_id) > 256 or not _encodes(instance_id):
-            raise InvalidContext(f"an instance id is a string of 1 to 256 characters, not {instance_id!r}")
-        return Prepared(instance_id, data, known.codec.digest(data, known.plan.id))
-
-    def _body(self, known: Known, prepared: Prepared, now: float) -> bytes:
-        plan = known.plan
-        body = encode(
-            Envelope(
-                plan.id,
-                plan.version,
-                known.first,
-                Raw(prepared.data),
-                EMPTY_TRAIL,
-                now,
-                digest=prepared.digest,
-            )
-        )
-        if len(body) > self._max_message_bytes:
-            raise PayloadTooLarge(
-                f"the context is {len(body)} bytes as a message, over max_message_bytes={self._max_message_bytes}; "
-                "keep large data in files and pass their names",
-                size=len(body),
-                limit=self._max_message_bytes,
-            )
-        return body
-
-    def _item(self, prepared: Prepared, size: int, priority: int, ttl: float) -> PublishItem | tuple[Any, ...]:
-        if not prepared.check:
-            return (0, size, prepared.id, prepared.epoch, START | WATCH, priority, 0.0, ttl)
-        flags = START | WATCH | CHECK
-        return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, ttl, prepared.digest, prepared.seen)
-
     def _publish(
         self,
         known: Known,
@@ -560,9 +385,8 @@ class Client:
         check: Callable[[], None] | None = None,
     ) -> Future[port.PublishAnswer]:
         now = time.time()
-        bodies = [self._body(known, prepared, now) for prepared in batch]
-        ttl = known.plan.stages[0].ttl
-        items = [self._item(p, len(body), priority, ttl) for p, body in zip(batch, bodies, strict=True)]
+        bodies = [known.body(prepared, now, self._max_message_bytes) for prepared in batch]
+        items = [known.item(p, len(body), priority) for p, body in zip(batch, bodies, strict=True)]
         reach("client.publishing")
         try:
             published = self._port().publish(
@@ -668,50 +492,9 @@ class Client:
         ended = list(rows.keys() - self._lookup(list(rows)).keys())
         return reader.get_many(ended) if ended else {}
 
-    # rows and groups
-
-    def _let_history_catch_up(self) -> None:
-        """Wait, a second at most, until what has ended by now is written: it follows some milliseconds behind."""
-        deadline = time.monotonic() + CATCH_UP_SECONDS
-        due = None
-        while True:
-            queues = self._query("stats", self._naming.finished)["queues"]
-            if not queues:
-                return
-            queue = queues[0]
-            if due is None:
-                due = queue["settled"] + queue["ready"] + queue["leased"]
-            if not queue["ready"] + queue["leased"] or queue["settled"] >= due or time.monotonic() > deadline:
-                return
-            time.sleep(0.005)
-
-    def _reader(self) -> HistoryReader | None:
-        if self._history is None and self._history_path is not None and self._history_path.exists():
-            self._history = HistoryReader.open(self._history_path)
-        return self._history
-
-    def _row(self, instance_id: str) -> HistoryRow | None:
-        reader = self._reader()
-        return None if reader is None else reader.get(instance_id)
-
-    def _lookup(self, ids: list[str]) -> dict[str, Any]:
-        answer = self._query("lookup", ids)
-        self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
-        groups: dict[str, Any] = answer["groups"]
-        return groups
-
     def _known_version(self, workflow_id: str, version: int) -> Known | None:
         return self._known.get((workflow_id, version))
 
     def _known_of_group(self, group: dict[str, Any]) -> Known | None:
         version = version_of(group)
         return None if version is None else self._known_version(*version)
-
-
-def _encodes(text: str) -> bool:
-    """Whether the text is Unicode that can travel: no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -24,7 +24,8 @@ from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowE
 from stageflow_actors.runtime.rerun import cancel, restart, retry
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.client import Client, Known
+    from stageflow_actors.runtime.client import Client
+    from stageflow_actors.runtime.known import Known
 
 __all__ = ["Instance"]
 

@@ -22,10 +22,11 @@ from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.refusals import in_our_words
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.client import Client, Known
+    from stageflow_actors.runtime.client import Client
+    from stageflow_actors.runtime.known import Known, Prepared
     from stageflow_actors.runtime.waiters import Waiters
 
-__all__ = ["Mapping", "Prepared", "as_completed"]
+__all__ = ["Mapping", "as_completed"]
 
 C = TypeVar("C")
 
@@ -46,23 +47,6 @@ ENVELOPE_BYTES = 4096
 """What an envelope adds to its context, and more."""
 
 _PARKED, _LEFT = object(), object()
-
-
-class Prepared:
-    """A context that was accepted: the id, the encoded context, its digest where the id was chosen by a user."""
-
-    __slots__ = ("check", "data", "digest", "epoch", "id", "seen")
-
-    def __init__(self, id: str, data: bytes, digest: bytes | None, epoch: int = 1) -> None:
-        self.id = id
-        self.data = data
-        self.digest = digest
-        self.epoch = epoch
-        self.seen = 0
-        """How much had left the broker when the history was last looked into for this id."""
-        self.check = digest is not None
-        """Whether an instance of that id may have finished: always so where a user chose the id, and where the broker
-        says so of a start that was sent again."""
 
 
 class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
@@ -260,9 +244,9 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 if key is None:
                     raise InvalidContext("the key that names the instance is None")
                 key = key if isinstance(key, str) else str(key)
-            prepared = self._client._prepare(self._known, context, key)
+            prepared = self._known.prepare(context, key)
             if len(prepared.data) > self._large:
-                self._client._body(self._known, prepared, 0.0)  # which says so if it is too large
+                self._known.body(prepared, 0.0, self._client._max_message_bytes)  # which says so if it is too large
         except Exception as error:  # noqa: BLE001 - a key function may raise anything; it is that context's error
             error.instance_id = key  # type: ignore[attr-defined]
             self._ready[at] = error

@@ -30,8 +30,9 @@ from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowE
 
 if TYPE_CHECKING:
     from stageflow_actors.history.rows import HistoryRow
-    from stageflow_actors.runtime.client import Client, Known
+    from stageflow_actors.runtime.client import Client
     from stageflow_actors.runtime.instance import Instance
+    from stageflow_actors.runtime.known import Known
 
 __all__ = ["cancel", "restart", "retry"]
 

@@ -30,10 +30,10 @@ from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
-from stageflow_actors.runtime.client import Client, Known
+from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
-from stageflow_actors.runtime.mapping import Prepared
+from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs, undone_items
 from stageflow_actors.runtime.settled import Settled, settle_moves, split_parts
 from stageflow_actors.runtime.work import Work
@@ -139,8 +139,8 @@ class _Door(Client):
     def admit(self, workflow: Workflow[Any], context: Any) -> tuple[Known, Prepared, bytes]:
         """The workflow as clients know it, the accepted context, and the first message."""
         known = self._adopt(workflow)
-        prepared = self._prepare(known, context, None)
-        return known, prepared, self._body(known, prepared, time.time())
+        prepared = known.prepare(context)
+        return known, prepared, known.body(prepared, time.time(), self._max_message_bytes)
 
     @property
     def naming(self) -> Naming:

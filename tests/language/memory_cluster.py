@@ -17,7 +17,8 @@ from stageflow_actors import Workflow
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import worker
-from stageflow_actors.runtime.client import Client, _Ends
+from stageflow_actors.runtime.asking import Ends
+from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered
 from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload, pool_specs
@@ -47,7 +48,7 @@ class _NoHistory:
 class _MemoryClient(Client):
     def __init__(self, broker: MemoryBroker) -> None:
         super().__init__()
-        self._broker = broker.connect(_Ends(self._waiters, self._connected), name="client")
+        self._broker = broker.connect(Ends(self._waiters, self._connected), name="client")
 
 
 class MemoryCluster:

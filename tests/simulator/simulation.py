@@ -23,7 +23,7 @@ from virtual_world import World
 from brokers.core.message import PARKED
 from stageflow_actors import WorkflowResult
 from stageflow_actors.core.plan import compile_plan
-from stageflow_actors.runtime.client import Known
+from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.pool import ScaleTo
 from stageflow_actors.runtime.programs import pool_specs
 

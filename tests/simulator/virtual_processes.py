@@ -18,17 +18,17 @@ import msgspec
 from pykka import messages
 from virtual_broker import VirtualBroker, VirtualClient
 
-from brokers.api import CHECK, START, WATCH, Arrival, DeliveryItem, Listener, PublishAnswer
+from brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
 from brokers.errors import BrokerUnavailable
-from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
+from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.core.routing import CANCELLABLE, signal_key
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime import worker as worker_module
-from stageflow_actors.runtime.client import Known
 from stageflow_actors.runtime.coordinator import Coordinator, Flush
+from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.node import _NodeListener
 from stageflow_actors.runtime.pool import Cancelled, Pool, Tick
@@ -320,8 +320,7 @@ class Job:
 
     def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]]) -> None:
         self.id, self.known, self.signals = id, known, signals
-        self.data = known.codec.prepare(context)
-        self.digest = known.codec.digest(self.data, known.plan.id)
+        self.prepared = known.prepare(context, id)
         self.accepted = self.parked = False
         self.cancelled = False
         self.outcome: bytes | None = None
@@ -385,23 +384,14 @@ class VirtualProgram(Listener):
         seen = self._seen
         row = self._history.rows.get(job.id)
         if row is not None:
-            if row.digest != job.digest:
+            if row.digest != job.prepared.digest:
                 self._crimes.append(f"{job.id} has another digest in the history than it was started with")
             self._ended(job, row.outcome)
             return
         known = job.known
-        body = encode(
-            Envelope(
-                known.plan.id,
-                known.plan.version,
-                known.first,
-                msgspec.Raw(job.data),
-                EMPTY_TRAIL,
-                self.world.wall,
-                digest=job.digest,
-            )
-        )
-        item = (0, len(body), job.id, 1, START | WATCH | CHECK, 0, 0.0, known.plan.stages[0].ttl, job.digest, seen)
+        job.prepared.seen = seen
+        body = known.body(job.prepared, self.world.wall, LIMIT)
+        item = known.item(job.prepared, len(body))
         self._live.add(job.id)
         answer = self.client.publish([known.target], [item], [body], atomic=True)
         answer.add_done_callback(lambda future: self._answered(job, future))
