@@ -10,7 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from language_plans import Choice, Each, Maker, Meaning, Part, Pause, Plan, Together, Wait, build, compare, signals_of
+from language_meaning import Meaning, compare
+from language_plans import Choice, Each, Maker, Part, Pause, Plan, Together, Wait, build, signals_of
 from language_world import noted
 from memory_cluster import MemoryCluster
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import language_world
 from brokerworld import check_whole
-from language_plans import Choice, Each, Maker, Meaning, Part, Plan, Together, build, compare, parts_of, signals_of
+from language_meaning import Meaning, compare
+from language_plans import Each, Maker, Part, Plan, Together, build, parts_of, signals_of
 from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_recovered
 from virtual_processes import NAMING, History, Job, VirtualNode, VirtualProgram, pool_module
 from virtual_world import World
@@ -372,4 +373,4 @@ def simulate(seed: int, *, wild: bool) -> Simulation:
     return simulation
 
 
-__all__ = ["Choice", "Simulation", "be_true", "simulate"]
+__all__ = ["Simulation", "be_true", "simulate"]
