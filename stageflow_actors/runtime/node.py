@@ -146,18 +146,21 @@ class Node:
         self._next_tick = self._next_look = 0.0
 
     def start(self) -> None:
-        """Broker, connection, history, zygote, pools: each needs the one before. Raises `StageFlowError`."""
+        """Broker, connection, history, pools: each needs the one before. The zygote warms up beside them.
+
+        Raises `StageFlowError`.
+        """
         config = self._config
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
+        self._slots = SlotTable.create(SLOTS)
+        self._stderr = StderrRelay()
+        self._make_zygote()
         self._broker_process.start()
         reach("node.broker-started")
         threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = self._open_history()
         reach("node.history-opened")
-        self._slots = SlotTable.create(SLOTS)
-        self._stderr = StderrRelay()
-        self._make_zygote()
         services = PoolServices(
             slots=self._slots,
             zygote=self._current_zygote,
