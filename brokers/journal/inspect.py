@@ -6,7 +6,7 @@ it touches aside before it cuts, and says what was given up.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +16,13 @@ from brokers.journal.files import Files, OsFiles, write_at
 from brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
 from brokers.journal.lock import DirectoryLock, writer_of
 from brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
+from brokers.journal.supply import TEMPORARY
 from brokers.journal.survey import Damage, Survey, segment_numbers
 
-__all__ = ["Finding", "RepairReport", "repair", "scan", "verify"]
+__all__ = ["LISTS", "Finding", "RepairReport", "repair", "scan", "verify"]
+
+LISTS = "given-up*.txt"
+"""Beside the copies of a repair: the names of what was given up, one a line."""
 
 
 class Finding(NamedTuple):
@@ -34,7 +38,8 @@ class RepairReport(NamedTuple):
     """What `repair` did. Nothing was wrong if `file` is empty.
 
     `file`, `offset` and `reason` say where the first damage was; `batches` and `records` how many whole ones behind it
-    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied aside.
+    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied aside. `names` are what
+    the batches given up are known by, and `listed` is the file that holds them, None if there are none.
     """
 
     file: str
@@ -43,6 +48,8 @@ class RepairReport(NamedTuple):
     batches: int
     records: int
     copies: list[Path]
+    names: list[str]
+    listed: Path | None
 
 
 def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
@@ -79,13 +86,14 @@ def repair(
     *,
     backup_dir: Path | None = None,
     files: Files | None = None,
-    given_up: Callable[[Batch], None] = lambda batch: None,
+    names: Callable[[Batch], Iterable[str]] = lambda batch: (),
 ) -> RepairReport:
     """Make the journal one that opens: keep everything before the first damage, give up what follows it.
 
     A damaged segment header is written anew when the batches behind it tell what it said, and nothing is given up for
-    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. Stopped half-way it can be run again.
-    `given_up` gets each whole batch that is given up, before anything is cut.
+    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. `names` tells what a batch that is given
+    up is known by: a list of them lies beside the copies, on disk before anything is cut. Stopped half-way it can be
+    run again; what the first run listed is in its own list then.
 
     Raises JournalLocked while a broker runs, JournalFull without room for the copies (then nothing has been cut),
     JournalVersion, and JournalError if there is no journal.
@@ -97,7 +105,7 @@ def repair(
         raise JournalError(f"cannot use {directory} to repair the journal in it: {error}") from error
     try:
         remove_leftovers(files, directory)
-        return _Repair(files, directory, backup_dir, given_up).run()
+        return _Repair(files, directory, backup_dir, names).run()
     except OSError as error:
         raise JournalFailed(f"{directory} could not be repaired: {error}; run it again when the disk works") from error
     finally:
@@ -106,12 +114,14 @@ def repair(
 
 class _Repair:
     def __init__(
-        self, files: Files, directory: Path, backup_dir: Path | None, given_up: Callable[[Batch], None]
+        self, files: Files, directory: Path, backup_dir: Path | None, names: Callable[[Batch], Iterable[str]]
     ) -> None:
         self._files = files
         self._directory = directory
         self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
-        self._given_up = given_up
+        self._names_of = names
+        self._names: dict[str, None] = {}
+        self._listed: Path | None = None
         self._copies: list[Path] = []
         self._batches = self._records = 0
 
@@ -132,8 +142,17 @@ class _Repair:
             else:
                 self._cut(damage)
         if first is None:
-            return RepairReport("", 0, "", 0, 0, [])
-        return RepairReport(first.file, first.offset, first.reason, self._batches, self._records, self._copies)
+            return RepairReport("", 0, "", 0, 0, [], [], None)
+        return RepairReport(
+            first.file,
+            first.offset,
+            first.reason,
+            self._batches,
+            self._records,
+            self._copies,
+            list(self._names),
+            self._listed,
+        )
 
     def _next_damage(self) -> Damage | None:
         """The first damage. If it is one to be cut at, what is whole behind it is counted as given up."""
@@ -144,7 +163,7 @@ class _Repair:
                     if damage is not None:
                         self._batches += 1
                         self._records += len(item.records)
-                        self._given_up(item)
+                        self._names.update(dict.fromkeys(self._names_of(item)))
                 elif damage is None:
                     damage = item
                     if damage.rebuilt is not None:
@@ -161,7 +180,25 @@ class _Repair:
         finally:
             self._files.close(fd)
 
+    def _list(self) -> None:
+        """What is given up, by its names, for good before anything is cut."""
+        if not self._names:
+            return
+        listed = unused(self._files, self._backup, *LISTS.split("*"))
+        temporary = listed.with_name(listed.name + TEMPORARY)
+        content = "".join(f"{name}\n" for name in self._names).encode()
+        fd = self._files.open(temporary, create=True)
+        try:
+            write_at(self._files, fd, [content], len(content), 0)
+            self._files.fsync(fd)
+        finally:
+            self._files.close(fd)
+        self._files.rename(temporary, listed)
+        self._files.fsync_dir(self._backup)
+        self._listed = listed
+
     def _cut(self, damage: Damage) -> None:
+        self._list()
         # From the newest back to the damage: stopped in between, the damage is still there to be found again.
         for number in reversed(segment_numbers(self._files, self._directory)):
             if number > damage.segment or (number == damage.segment and damage.offset == 0):

@@ -21,18 +21,22 @@ __all__ = ["cut_everywhere", "flip_bits", "lose_sectors"]
 
 SEGMENT_HEADER = 64
 RECORD_HEADER = 25
+REPAIRED = 0.1
+"""Share of the refused journals that are repaired, too."""
 LATER = [Record(1, 1, 0, b"header", b"a batch that comes after")]
 
 
 def cut_everywhere(
-    specimen: Specimen, figures: Counter[str], *, share: float, edges: float = 1.0, chance: random.Random
+    everything: Specimen, figures: Counter[str], *, share: float, edges: float = 1.0, chance: random.Random
 ) -> None:
     """Cut each segment at each byte, once as the end of all, once with the later segments in place.
 
-    Tried are a `share` of all bytes, and a share of those at `edges`, where a batch begins or ends.
+    Tried are a `share` of all bytes, and a share of those at `edges`, where a batch begins or ends; with the neighbours
+    of the segment, for the others mean nothing for it.
     """
-    last = max(specimen.files)
-    for number, content in specimen.files.items():
+    last = max(everything.files)
+    for number, content in everything.files.items():
+        specimen = everything.around(number)
         spots = [spot for spot in specimen.spots if spot.segment == number]
         near = {at for spot in spots for edge in (spot.start, spot.end, spot.following) for at in (edge - 1, edge)}
         for at in range(min(len(content), spots[-1].following + SECTOR) + 1):
@@ -49,7 +53,12 @@ def cut_everywhere(
                 _recovers(disk, specimen.said, again=False)
                 continue
             torn = next(spot for spot in spots if at < spot.end)
-            _refused(disk, specimen, whole, number, 0 if at < SEGMENT_HEADER else torn.start)
+            offset = 0 if at < SEGMENT_HEADER else torn.start
+            _refused(disk, specimen, whole, number, offset)
+            if chance.random() < REPAIRED:
+                figures["journals repaired"] += 1
+                behind = [said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number]
+                _repairs(disk, specimen, (number, offset), specimen.said[:whole], behind, content[:at])
 
 
 def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chance: random.Random) -> None:
@@ -72,9 +81,10 @@ def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chan
             _recovers(disk, specimen.said if intact else specimen.said[:-1])
 
 
-def flip_bits(specimen: Specimen, figures: Counter[str], *, share: float, bodies: float, chance: random.Random) -> None:
+def flip_bits(everything: Specimen, figures: Counter[str], *, share: float, bodies: float, chance: random.Random) -> None:
     """Flip each bit (a `share` of them) of all headers, and a share `bodies` of those of what stands between."""
-    for number, content in specimen.files.items():
+    for number, content in everything.files.items():
+        specimen = everything.around(number)
         spots = [spot for spot in specimen.spots if spot.segment == number]
         for at in range(min(spots[-1].following + BATCH_HEADER, len(content))):
             headers, spot = _what_is_at(specimen, spots, at)
@@ -87,16 +97,21 @@ def flip_bits(specimen: Specimen, figures: Counter[str], *, share: float, bodies
                 disk = specimen.disk(changed={number: bytes(flipped)})
                 if at < SEGMENT_HEADER:
                     _refused(disk, specimen, specimen.whole_until(number, 0), number, 0)
+                    if chance.random() < REPAIRED:
+                        figures["headers repaired"] += 1
+                        _mends_header(disk, specimen, number, bytes(flipped))
                 elif spot is None:
                     # Padding means nothing, and the end mark of a sealed segment nothing that the next one does not.
                     _recovers(disk, specimen.said)
                 elif spot is specimen.spots[-1]:
                     _recovers(disk, specimen.said[:-1])
                 else:
-                    _refused(disk, specimen, specimen.spots.index(spot), number, spot.start)
-                    if chance.random() < 0.1:
+                    index = specimen.spots.index(spot)
+                    _refused(disk, specimen, index, number, spot.start)
+                    if chance.random() < REPAIRED:
                         figures["journals repaired"] += 1
-                        _repairs(disk, specimen, spot, bytes(flipped))
+                        kept, behind = specimen.said[:index], specimen.said[index + 1 :]
+                        _repairs(disk, specimen, (number, spot.start), kept, behind, bytes(flipped))
 
 
 def _what_is_at(specimen: Specimen, spots: list[Spot], at: int) -> tuple[bool, Spot | None]:
@@ -156,16 +171,31 @@ def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, of
     assert damage[0] == (file_name(segment), offset)
 
 
-def _repairs(disk: MemoryFiles, specimen: Specimen, spot: Spot, damaged: bytes) -> None:
-    """Repair keeps what comes before the damage, copies the rest aside, and says how much it gave up."""
-    index = specimen.spots.index(spot)
-    report = repair(DIRECTORY, files=disk)
-    assert (report.file, report.offset) == (file_name(spot.segment), spot.start)
-    given_up = specimen.said[index + 1 :]
+def _repairs(
+    disk: MemoryFiles, specimen: Specimen, at: tuple[int, int], kept: list[Kept], given_up: list[Kept], damaged: bytes
+) -> None:
+    """Repair keeps what comes before the damage, copies the rest aside, and says and lists what it gave up."""
+    number, offset = at
+    report = repair(DIRECTORY, files=disk, names=lambda batch: [f"batch {batch.number}"])
+    assert (report.file, report.offset) == (file_name(number), offset)
     assert (report.batches, report.records) == (len(given_up), sum(len(records) for _, records in given_up))
+    listed = b"" if report.listed is None else disk.content(report.listed)
+    assert listed.decode().splitlines() == [f"batch {batch}" for batch, _ in given_up] == report.names
     copied = {path.name: disk.content(path) for path in report.copies}
-    originals = {file_name(n): c for n, c in specimen.files.items() if n >= spot.segment}
-    assert copied == {**originals, file_name(spot.segment): damaged}
+    originals = {file_name(n): c for n, c in specimen.files.items() if n >= number}
+    assert copied == {**originals, file_name(number): damaged}
     assert verify(DIRECTORY, files=disk) == []
-    assert [keep(batch) for batch in scan(DIRECTORY, files=disk)] == specimen.said[:index]
-    _recovers(disk, specimen.said[:index])
+    assert [keep(batch) for batch in scan(DIRECTORY, files=disk)] == kept
+    _recovers(disk, kept)
+
+
+def _mends_header(disk: MemoryFiles, specimen: Specimen, number: int, damaged: bytes) -> None:
+    """What a segment's header said is told by the batches behind it: it is written anew, and nothing is given up."""
+    try:
+        report = repair(DIRECTORY, files=disk)
+    except JournalVersion:  # a flipped bit can make it one of a newer format, which is not for this release to repair
+        assert disk.content(DIRECTORY / file_name(number)) == damaged
+        return
+    assert (report.file, report.offset, report.batches, report.listed) == (file_name(number), 0, 0, None)
+    assert [disk.content(path) for path in report.copies] == [damaged]
+    _recovers(disk, specimen.said)

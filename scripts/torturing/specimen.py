@@ -145,6 +145,13 @@ class Specimen:
                 disk.damage(DIRECTORY / file_name(number), content)
         return disk
 
+    def around(self, number: int) -> Specimen:
+        """That segment with its neighbours: a journal too, whose other segments were given back or not yet made."""
+        near = (number - 1, number, number + 1)
+        told = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment in near]
+        files = {n: content for n, content in self.files.items() if n in near}
+        return Specimen(files, [spot for spot, _ in told], [said for _, said in told], self.before, {})
+
     def whole_until(self, segment: int, at: int) -> int:
         """How many batches are whole when there is nothing from byte `at` of `segment` on."""
         return sum(1 for spot in self.spots if (spot.segment, spot.end) <= (segment, at))

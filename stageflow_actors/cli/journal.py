@@ -186,37 +186,44 @@ def repair(yes: bool, data: Path) -> None:
     stageflow journal repair --data /var/lib/orders
     """
     from brokers.accounts import groups_in
+    from brokers.journal.inspect import LISTS
     from brokers.journal.inspect import repair as mend
     from brokers.journal.inspect import verify as findings_of
     from stageflow_actors.runtime.attach import existing
 
     directory = existing(data).journal
+    earlier = sorted(directory.glob(f"*/{LISTS}"))
     if not findings_of(directory):
         click.echo("nothing is wrong; nothing was changed")
+        _tell_of(earlier)
         return
     confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
-    names: dict[str, None] = {}
-    report = mend(directory, given_up=lambda batch: names.update(groups_in(batch)))
+    report = mend(directory, names=groups_in)
     if not report.copies:
         click.echo("nothing is wrong any more; nothing was changed")
         return
     copies = report.copies[0].parent
     click.echo(f"{report.file} at offset {report.offset}: {report.reason}; copies of what was touched are in {copies}")
+    names = report.names
     if not report.batches:
         click.echo("nothing whole was given up")
-        return
-    told = ", ".join(list(names)[:NAMED])
-    if len(names) > NAMED:
-        told += f" and {len(names) - NAMED:,} more"
-    click.echo(
-        f"given up: {report.batches:,} whole batch{'es' if report.batches != 1 else ''} behind it, {report.records:,} "
-        f"record{'s' if report.records != 1 else ''} of {len(names):,} instance{'s' if len(names) != 1 else ''}"
-        + (f": {told}" if told else "")
-    )
-    if names:
-        listed = copies / "given-up.txt"
-        listed.write_text("".join(f"{name}\n" for name in names), "utf-8")
-        click.echo(f"all of their ids are in {listed}; what they did before the damage is kept")
+    else:
+        told = ", ".join(names[:NAMED])
+        if len(names) > NAMED:
+            told += f" and {len(names) - NAMED:,} more"
+        batches = f"{report.batches:,} whole batch{'es' if report.batches != 1 else ''}"
+        records = f"{report.records:,} record{'s' if report.records != 1 else ''}"
+        instances = f"{len(names):,} instance{'s' if len(names) != 1 else ''}"
+        click.echo(f"given up: {batches} behind it, {records} of {instances}" + (f": {told}" if told else ""))
+    if report.listed is not None:
+        click.echo(f"all of their ids are in {report.listed}; what they did before the damage is kept")
+    _tell_of(earlier)
+
+
+def _tell_of(earlier: list[Path]) -> None:
+    """A repair that was interrupted and is run again gives up the rest; its first list has the others."""
+    for listed in earlier:
+        click.echo(f"what an earlier repair gave up is listed in {listed}")
 
 
 def _rows(settled: Iterable[tuple[Settled, int]], *, compensations: bool) -> list[dict[str, Any]]:

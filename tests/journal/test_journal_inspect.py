@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
-from brokers.journal.format import SECTOR, file_name, read_header, span
-from brokers.journal.inspect import Finding, repair, scan, verify
+from brokers.journal.format import SECTOR, Batch, file_name, read_header, span
+from brokers.journal.inspect import LISTS, Finding, repair, scan, verify
 from brokers.journal.journal import Journal
 from brokers.journal.testing import Crash, MemoryFiles
 
@@ -167,7 +167,7 @@ def test_a_batch_in_the_making_is_not_taken_for_damage(bench: Any) -> None:
 
 def test_repair_has_nothing_to_do_on_a_whole_journal(bench: Any) -> None:
     said = filled(bench)
-    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [])
+    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [], [], None)
     bench.open()
     assert bench.replayed == said
 
@@ -288,6 +288,9 @@ def test_repair_is_refused_while_a_broker_holds_the_lock(bench: Any) -> None:
 
 @pytest.mark.parametrize("elsewhere", [None, Path("/elsewhere")])
 def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_bench: Any, elsewhere: Path | None) -> None:
+    def named(batch: Batch) -> list[str]:
+        return [f"batch-{batch.number}"]
+
     step = 0
     while True:
         bench = make_bench(seed=step)
@@ -306,15 +309,18 @@ def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_benc
         bench.disk.on_call = on_call
         stopped = False
         try:
-            repair(bench.directory, backup_dir=elsewhere, files=bench.disk)
+            repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names=named)
         except Crash:
             stopped = True
         bench.disk.crash(random.Random(step))
-        repair(bench.directory, backup_dir=elsewhere, files=bench.disk)
+        repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names=named)
         bench.open().close()
         assert bench.replayed == said[:4]
         everything = [bytes(inode.durable) for inode in bench.disk._durable_names.values()]
         assert all(original in everything for original in originals.values())
+        lists = [path for path in bench.disk._durable_names if path.match(LISTS)]
+        listed = {name for path in lists for name in bench.disk.content(path).decode().split()}
+        assert listed == {"batch-6", "batch-7", "batch-8", "batch-9"}
         if not stopped:
             break
         step += 1
