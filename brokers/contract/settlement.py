@@ -90,6 +90,27 @@ class SettlementContract:
         assert other.ask("stats", "q")["messages"] == 0
         assert other.stale == []
 
+    def test_an_old_lease_is_refused_though_its_holder_has_the_message_again(self, hub: Hub) -> None:
+        peer = Peer(hub)
+        peer.publish("q", b"1", group="g")
+        peer.broker.consume("q", 1)
+        (old,) = peer.receive()
+        peer.broker.release([old.lease], "q", 1)
+        (held,) = peer.receive()
+        assert held.item.id == old.item.id
+        peer.ack(old)
+        peer.move(old, "q1", b"doubled")
+        settle_again(peer, old)
+        settle_dead(peer, old)
+        with pytest.raises(Refused, match="not held"):
+            peer.broker.checkpoint(*old.lease, "step", b"x").result(PATIENCE)
+        peer.broker.release([old.lease], "q", 1)
+        peer.until(lambda: peer.stale == [old.item.id] * 4, "everything refused")
+        peer.move(held, "q1", b"moved once")
+        assert peer.ask("stats", "q1")["queues"][0]["ready"] == 1
+        assert peer.stale == [old.item.id] * 4
+        assert peer.quiet()
+
     def test_nobody_settles_what_another_holds(self, hub: Hub) -> None:
         holder, thief = Peer(hub), Peer(hub)
         holder.publish("q", b"1", group="g")

@@ -91,9 +91,9 @@ def repair(
     """Make the journal one that opens: keep everything before the first damage, give up what follows it.
 
     A damaged segment header is written anew when the batches behind it tell what it said, and nothing is given up for
-    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. `names` tells what a batch that is given
-    up is known by: a list of them lies beside the copies, on disk before anything is cut. Stopped half-way it can be
-    run again; what the first run listed is in its own list then.
+    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. `names` tells what a batch is known by:
+    a list of the names given up lies beside the copies, on disk before anything is cut. Stopped half-way it can be run
+    again; what the first run gave up is in its own list then.
 
     Raises JournalLocked while a broker runs, JournalFull without room for the copies (then nothing has been cut),
     JournalVersion, and JournalError if there is no journal.

@@ -57,7 +57,9 @@ def cut_everywhere(
             _refused(disk, specimen, whole, number, offset)
             if chance.random() < REPAIRED:
                 figures["journals repaired"] += 1
-                behind = [said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number]
+                behind = [
+                    said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number
+                ]
                 _repairs(disk, specimen, (number, offset), specimen.said[:whole], behind, content[:at])
 
 
@@ -81,7 +83,9 @@ def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chan
             _recovers(disk, specimen.said if intact else specimen.said[:-1])
 
 
-def flip_bits(everything: Specimen, figures: Counter[str], *, share: float, bodies: float, chance: random.Random) -> None:
+def flip_bits(
+    everything: Specimen, figures: Counter[str], *, share: float, bodies: float, chance: random.Random
+) -> None:
     """Flip each bit (a `share` of them) of all headers, and a share `bodies` of those of what stands between."""
     for number, content in everything.files.items():
         specimen = everything.around(number)

@@ -117,6 +117,22 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
     assert peer.ask("requeue", "dlq.work", [])["requeued"] == 1
 
 
+def test_a_step_that_was_confirmed_is_there_after_a_restart(broker: BrokerProcess) -> None:
+    peer = Peer(broker)
+    peer.start("work", "g", b"body")
+    peer.broker.consume("work", 1)
+    (held,) = peer.receive()
+    peer.broker.checkpoint(*held.lease, "paid", b"42").result(PATIENCE)
+    peer.drop(held)
+    peer.broker.consume("work", 0)
+    restart(broker)
+    back(peer)
+    peer.broker.consume("work", 1)
+    (again,) = peer.receive()
+    assert again.item.extra is not None
+    assert again.item.extra.steps == {"paid": b"42"}
+
+
 def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised: BrokerProcess) -> None:
     supervisor, worker, other = (Peer(supervised, role=role) for role in ("supervisor", "worker", "worker"))
     supervisor.ask("roster", [])

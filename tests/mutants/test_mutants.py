@@ -1,0 +1,46 @@
+"""A sample of `scripts/mutants.py`: each mistake can still be planted, each killer is there, and they do kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "mutants.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+from mutants import MUTANTS, Mutant, dies, plant  # noqa: E402
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_each_mistake_can_still_be_made(mutant: Mutant) -> None:
+    plant(mutant, ROOT, dry=True)
+
+
+def test_each_killer_is_a_test() -> None:
+    killers = sorted({mutant.killer for mutant in MUTANTS})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *killers]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stdout
+    assert sorted(line for line in run.stdout.splitlines() if "::" in line) == killers
+
+
+def test_mistakes_in_broker_and_saga_die() -> None:
+    command = [sys.executable, str(SCRIPT), "dispatch-before-fsync", "compensation-by-index"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (run.returncode, run.stdout.count("dies by")) == (0, 2), run.stdout + run.stderr
+
+
+def test_a_change_that_is_no_mistake_lives() -> None:
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "compensation-by-index")
+    ((file, there, _),) = mutant.edits
+    assert not dies(mutant._replace(edits=((file, there, f"{there}\n"),)))
+
+
+def test_a_mistake_that_cannot_be_planted_is_an_error_and_no_death() -> None:
+    stale = MUTANTS[0]._replace(edits=(("brokers/engine.py", "what is not there", ""),))
+    with pytest.raises(SystemExit, match="has 0 times, not once"):
+        dies(stale)
