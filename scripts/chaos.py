@@ -1,8 +1,8 @@
 """Chaos: a saga over hundreds of instances while its processes are SIGKILLed at random, and an audit of the outcome.
 
 The judge asks three witnesses that know nothing of each other: the effect log that the stages append to, the
-settlements counted from the journal on disk, and what the history says at the end. It kills nothing but the program
-that it started and that program's descendants.
+settlements counted from the journal on disk, and what the history says at the end; then the doctor looks. It
+kills nothing but the program that it started and that program's descendants.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from rich.table import Table
 
 from cluster_tree import BELOW_A_PROGRAM, add_node
 from stageflow_actors import Runtime, StageContext, Workflow
+from stageflow_actors.core.invariants import ERROR
+from stageflow_actors.runtime.checkup import check_up
+from stageflow_actors.runtime.datadir import DataDir
 
 STAGES = ("reserve", "charge", "ship")
 COMPENSATED = ("charge", "reserve")
@@ -222,6 +225,8 @@ def judge(instances: int, log: Path, out: Path, data: Path) -> tuple[list[str], 
     if effects:
         wrong.append(f"effects of instances that nobody started: {sorted(effects)[:5]}")
     _judge_journal(ids, failing, data, wrong)
+    found = check_up(DataDir(data, create=False)).findings
+    wrong += [f"doctor: {one.where}: {one.what}" for one in found if one.severity == ERROR]
     return wrong, len(lines), len(lines) - len({(words[0], words[1]) for words in lines if len(words) == 4})
 
 

@@ -12,6 +12,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option, output_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
+from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.attach import Attached
@@ -172,7 +173,7 @@ def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, dat
             answer = attached.ask("purge", f"{DLQ}{name}", ids, timeout=60.0)
             done += answer["purged"]
             gone += len(answer["instances"])
-    click.echo(f"{done:,} dead letters thrown away, {gone:,} instances with them", err=True)
+    click.echo(f"{counted(done, 'dead letter')} thrown away, {counted(gone, 'instance')} with them", err=True)
 
 
 def _chosen(letters: tuple[str, ...], queue: str, everything: bool) -> None:

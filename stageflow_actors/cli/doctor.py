@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stageflow_actors.cli.options import data_option
+from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.core.invariants import Finding
@@ -25,15 +26,16 @@ def doctor(output: str, data: Path) -> int:
     """Whether the invariants hold, in a running cluster or a directory at rest: exit code 0, or 1 and what is wrong.
 
     Each live instance has exactly one message, gather or timer that carries it on; no message is held by a worker that
-    does not live; journal and history are sound and agree; lock, sockets, disk and clock are as they should be. For
-    each finding: where, what, and what to do. It changes nothing, and may run at any time. Only errors break an
-    invariant; warnings and what is merely told (paused queues, dead letters, open breakers) do not.
+    does not live; journal and history are sound and agree; how each instance ended is told without contradiction; lock,
+    sockets, disk and clock are as they should be. For each finding: where, what, and what to do. It changes nothing,
+    and may run at any time. Only errors break an invariant; warnings and what is merely told (paused queues, dead
+    letters, open breakers) do not. Of what ended long ago the journal tells no more, and only the history is read.
 
     \b
     stageflow doctor
     stageflow doctor --data /var/lib/orders --output json
     """
-    from stageflow_actors.cli.output import count, print_json
+    from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.invariants import ERROR, INFO
     from stageflow_actors.runtime.checkup import check_up
     from stageflow_actors.runtime.datadir import DataDir
@@ -58,9 +60,11 @@ def doctor(output: str, data: Path) -> int:
     for finding in findings:
         _tell(finding)
     checked = report.checked
-    looked = f"{count(checked['instances'])} live instances, {count(checked['messages'])} messages"
+    compared = checked["ended_in_journal"]
+    looked = f"{counted(checked['instances'], 'live instance')}, {counted(checked['messages'], 'message')}, "
+    looked += f"{checked['ended']:,} ended (the journal still tells of {compared:,} of them)"
     state = "running" if report.live else "at rest"
-    verdict = f"{errors} error{'s' if errors != 1 else ''}" if errors else "the invariants hold"
+    verdict = counted(errors, "error") if errors else "the invariants hold"
     click.echo(f"{verdict}: {looked}, {directory.path}, {state}")
     return 1 if errors else 0
 

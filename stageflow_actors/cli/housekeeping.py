@@ -9,6 +9,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option
 from stageflow_actors.cli.output import size, when
+from stageflow_actors.core.counted import counted
 
 __all__ = ["history"]
 
@@ -57,7 +58,7 @@ def prune(older_than: float, yes: bool, data: Path) -> None:
     confirmed(f"forget all instances that finished before {when(before)}", yes)
     with HistoryWriter.open(path, create=False) as writer:
         pruned = writer.prune(before)
-    click.echo(f"{pruned:,} instances forgotten; `stageflow history vacuum` gives their space back", err=True)
+    click.echo(f"{counted(pruned, 'instance')} forgotten; `stageflow history vacuum` gives the space back", err=True)
 
 
 @history.command()

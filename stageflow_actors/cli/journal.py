@@ -11,6 +11,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option, output_option
 from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
+from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from brokers.accounts import Settled
@@ -74,10 +75,10 @@ def verify(data: Path, output: str) -> int:
             click.echo(f"{found.file} at offset {found.offset}: {word}: {found.reason}", err=found.damage)
         if not damaged:
             segments = sorted(directory.glob("*.journal"))
-            click.echo(f"ok: {count(len(segments))} segment{'s' if len(segments) != 1 else ''} in {directory}")
+            click.echo(f"ok: {counted(len(segments), 'segment')} in {directory}")
     if damaged:
         click.echo(
-            f"{len(damaged)} damaged place{'s' if len(damaged) != 1 else ''}: restore the directory from a backup, or "
+            f"{counted(len(damaged), 'damaged place')}: restore the directory from a backup, or "
             "give up what lies behind the first with `stageflow journal repair`",
             err=True,
         )
@@ -131,11 +132,11 @@ def stats(data: Path, output: str) -> None:
     print_facts(
         {
             "records": ", ".join(f"{count(number)} {kind}" for kind, number in accounts.kinds.most_common()),
-            "live": f"{count(accounts.live)} messages of {count(accounts.groups)} instances",
+            "live": f"{counted(accounts.live, 'message')} of {counted(accounts.groups, 'instance')}",
             "transitions": f"{count(sum(row['count'] for row in stages))} of stages, "
             f"{count(sum(row['count'] for row in compensations))} of compensations, "
-            f"of {count(len({row['instance'] for row in (*stages, *compensations)}))} instances",
-            "unnamed": f"{count(accounts.unnamed)} settlements of messages given back with their segment"
+            f"of {counted(len({row['instance'] for row in (*stages, *compensations)}), 'instance')}",
+            "unnamed": f"{counted(accounts.unnamed, 'settlement')} of messages given back with their segment"
             if accounts.unnamed
             else "",
             "accepted twice": f"{count(len(twice))}, such as {twice[0]}" if twice else "none",
@@ -165,7 +166,8 @@ def compact(data: Path) -> None:
             time.sleep(0.02)
             going_on = attached.ask("compact", False)
         after = _used(directory)
-    click.echo(f"{before[0]} segments, {size(before[1])} before; {after[0]} segments, {size(after[1])} now", err=True)
+    then, now = (f"{counted(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
+    click.echo(f"{then} before; {now} now", err=True)
 
 
 def _used(directory: Path) -> tuple[int, int]:
@@ -211,9 +213,9 @@ def repair(yes: bool, data: Path) -> None:
         told = ", ".join(names[:NAMED])
         if len(names) > NAMED:
             told += f" and {len(names) - NAMED:,} more"
-        batches = f"{report.batches:,} whole batch{'es' if report.batches != 1 else ''}"
-        records = f"{report.records:,} record{'s' if report.records != 1 else ''}"
-        instances = f"{len(names):,} instance{'s' if len(names) != 1 else ''}"
+        batches = counted(report.batches, "whole batch", "whole batches")
+        records = counted(report.records, "record")
+        instances = counted(len(names), "instance")
         click.echo(f"given up: {batches} behind it, {records} of {instances}" + (f": {told}" if told else ""))
     if report.listed is not None:
         click.echo(f"all of their ids are in {report.listed}; what they did before the damage is kept")

@@ -10,6 +10,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option, output_option
 from stageflow_actors.cli.output import Column, clip, count, emit, plain, size, span
+from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.attach import Attached
@@ -206,7 +207,10 @@ def purge(name: str, yes: bool, data: Path) -> None:
     confirmed(f"throw away all that is ready in {name}", yes)
     with attach(data, write=True) as attached:
         answer = attached.ask("purge", name, [], timeout=60.0)
-    click.echo(f"{answer['purged']:,} messages of {len(answer['instances']):,} instances thrown away", err=True)
+    click.echo(
+        f"{counted(answer['purged'], 'message')} of {counted(len(answer['instances']), 'instance')} thrown away",
+        err=True,
+    )
 
 
 def _none(prefix: str) -> str:

@@ -12,6 +12,7 @@ import click
 from stageflow_actors.cli.instances import LIVE, STATUSES, _live, instances
 from stageflow_actors.cli.options import data_option
 from stageflow_actors.cli.start import json_of
+from stageflow_actors.core.counted import counted
 from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
     with attach(data) as attached, click.open_file(target, "w", encoding="utf-8", atomic=target != "-") as file:
         number = _write(_all(attached, status, workflow), file, csv=csv)
-    click.echo(f"{number:,} instances", err=True)
+    click.echo(counted(number, "instance"), err=True)
 
 
 def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[Standing]:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stageflow_actors.cli.options import DEFAULT_DATA
+from stageflow_actors.core.counted import counted
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ class Watch:
         data = str(self._runtime.data_dir)
         option = "" if data == DEFAULT_DATA else f" --data {data}"
         return StageFlowError(
-            f"queue {queue.name} is paused, has no actors and holds {queue.ready:,} messages, for which this run would "
-            f"wait for ever: see the errors above, mend what they name, call `stageflow queue resume {queue.name}"
-            f"{option}` and run the same command again"
+            f"queue {queue.name} is paused, has no actors and holds {counted(queue.ready, 'message')}, for which this "
+            f"run would wait for ever: see the errors above, mend what they name, call `stageflow queue resume "
+            f"{queue.name}{option}` and run the same command again"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import TIMEOUT, UNANSWERED, Naming, WorkflowPlan
 
 __all__ = [
@@ -91,7 +92,7 @@ def _of_ended(label: str, held: Sequence[Held]) -> _Wrong | None:
     events = [one for one in held if one.label == label]
     if sum(one.number for one in events) != 1:
         number = sum(one.number for one in events)
-        what = f"it has ended, and {number or 'no'} messages tell the history" + _in(held)
+        what = f"it has ended, and {counted(number, 'message') if number else 'no message'} for the history" + _in(held)
         return ERROR, "carrier", what, RESTORE
     if events[0].state == "dead":
         what = f"it has ended, and the message that tells the history is a dead letter of {events[0].queue}"
@@ -151,12 +152,12 @@ def leases(audit: Mapping[str, Any], alive: Callable[[int], bool]) -> Iterator[F
             continue
         who = f"{session['name'] or session['role']} (pid {session['pid']})"
         what = (
-            f"it holds {session['held']} messages of {', '.join(session['queues'])}, and its process has ended without "
-            "the broker being told: nobody else is given them"
+            f"it holds {counted(session['held'], 'message')} of {', '.join(session['queues'])}, and its process has "
+            "ended without the broker being told: nobody else is given them"
         )
         yield Finding(ERROR, "lease", who, what, "restart the cluster: what nobody claims is delivered again")
     for queue, peers in audit["awaited"].items():
-        what = f"it delivers nothing until {peers} workers have announced what they hold, or are known to be dead"
+        what = f"it delivers nothing until {counted(peers, 'worker')} announced what they hold, or are known to be dead"
         yield Finding(WARNING, "lease", queue, what, "stageflow health; restart the cluster if it stays so")
 
 
@@ -188,13 +189,13 @@ def queues(audit: Mapping[str, Any], served: Collection[str] | None, naming: Nam
         if waiting and not _is_served(queue, served, naming, live):
             unserved.append(f"{name} ({waiting})")
         if queue["state"] == "paused":
-            what = f"it is paused and holds {waiting} messages" if waiting else "it is paused"
+            what = f"it is paused and holds {counted(waiting, 'message')}" if waiting else "it is paused"
             yield Finding(INFO, "paused", name, what, f"stageflow queue resume {name}")
         if queue["dead"]:
             letters = f"{queue['dead']} dead letters: parked instances, or evidence of what killed its workers"
             yield Finding(INFO, "dead letters", f"dlq.{name}", letters, f"stageflow dlq list --queue {name}")
         if queue["breaker"] not in ("", "closed"):
-            what = f"its circuit breaker is {queue['breaker']}, with {waiting} messages waiting"
+            what = f"its circuit breaker is {queue['breaker']}, with {counted(waiting, 'message')} waiting"
             yield Finding(INFO, "breaker", name, what, "nothing: it tries again by itself; `stageflow queue stats`")
     if unserved:
         shown = ", ".join(unserved[:MANY]) + (f" and {len(unserved) - MANY} more" if len(unserved) > MANY else "")

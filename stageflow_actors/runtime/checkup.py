@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from brokers.accounts import Departures, departures
 from brokers.errors import BrokerError, JournalCorrupt
+from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.invariants import (
     ERROR,
     INFO,
@@ -53,7 +54,11 @@ BACKUP = "restore history.db, and the journal with it, from the last backup"
 
 
 class Checkup(Struct):
-    """What was looked at, and what was found. `checked`: how many instances live, messages, and so on."""
+    """What was looked at, and what was found.
+
+    `checked` is how many there were: live `instances`, `messages`, `queues`, `ended` in the history, and of those
+    `ended_in_journal`, whose end the journal still tells too, so that the two could be compared.
+    """
 
     live: bool
     findings: list[Finding]
@@ -70,7 +75,7 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
 
     Raises `StageFlowError` where nothing can be looked at.
     """
-    report = Checkup(False, list(premises(data)), {})
+    report = Checkup(False, list(premises(data)), {"ended": 0})
     found = report.findings
     gone: Departures | None = None
     picture: dict[str, Any] = {}
@@ -84,12 +89,12 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
         if report.live:
             with attach(data.path, with_history=False) as attached:
                 picture = _look(attached, found)
-                found.extend(_of_history(data, gone, picture, attached, has_journal))
+                found.extend(_of_history(data, gone, picture, attached, has_journal, report.checked))
         else:
             if gone is not None:
                 picture = gone.picture
                 found.extend([*_lasting(picture), *_passing(picture, live=False).values()])
-            found.extend(_of_history(data, gone, picture, None, has_journal))
+            found.extend(_of_history(data, gone, picture, None, has_journal, report.checked))
     except JournalCorrupt as error:
         found.append(Finding(ERROR, "journal", str(data.journal), str(error), "stageflow journal verify"))
     except (StageFlowError, BrokerError) as error:
@@ -97,7 +102,7 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
     if not has_journal and not report.live and not data.history.exists():
         what = "nothing has run in this directory yet"
         found.append(Finding(INFO, "journal", str(data.path), what, "is --data right?"))
-    report.checked = {
+    report.checked |= {
         "instances": len(picture.get("live", ())),
         "messages": picture.get("messages", 0),
         "queues": len(picture.get("queues", ())),
@@ -164,7 +169,12 @@ def _of_clock(where: object, latest: float) -> Iterator[Finding]:
 
 
 def _of_history(
-    data: DataDir, gone: Departures | None, picture: dict[str, Any], attached: Attached | None, has_journal: bool
+    data: DataDir,
+    gone: Departures | None,
+    picture: dict[str, Any],
+    attached: Attached | None,
+    has_journal: bool,
+    checked: dict[str, int],
 ) -> Iterator[Finding]:
     facts: dict[str, str] | None = picture.get("facts", None if gone is None else gone.facts)
     identity = None if facts is None else facts.get(HISTORY_FACT)
@@ -180,6 +190,7 @@ def _of_history(
             yield from _of_file(reader)
             if reader.count():
                 yield from _of_journal(where, facts, has_journal or live)
+            yield from _of_rows(reader, checked)
             if identity is not None and reader.identity != identity:
                 what = "it is not the history that belongs to this journal, but another one"
                 yield Finding(ERROR, "history", where, what, BACKUP)
@@ -207,6 +218,19 @@ def _of_file(reader: HistoryReader) -> Iterator[Finding]:
     if not in_wal_mode(reader.path):
         what = "it is not in WAL mode: something other than stageflow has written it"
         yield Finding(WARNING, "history", where, what, "nothing: the next start sets it again")
+
+
+def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding]:
+    faults: dict[str, str] = {}
+    for row in reader.walk():
+        checked["ended"] += 1
+        wrong = untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome)
+        if wrong is not None:
+            faults[row.instance_id] = wrong
+            if len(faults) == SHOWN:
+                break
+    for id, wrong in faults.items():
+        yield Finding(ERROR, "ending", id, f"what the history keeps of it is not sound: {wrong}", BACKUP)
 
 
 def _agreement(

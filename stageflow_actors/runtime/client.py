@@ -19,6 +19,7 @@ from brokers import api as port
 from brokers.api import Arrival
 from brokers.points import reach
 from stageflow_actors.core.codec import ContextCodec, encode_value
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import (
     ITEM,
     compile_plan,
@@ -312,7 +313,7 @@ class Client(Asking):
             self._check_alive()
             left = 0.5 if deadline is None else deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"{len(waiting)} instances had not ended after {most:g} s")
+                raise TimeoutError(f"{counted(len(waiting), 'instance')} had not ended after {most:g} s")
             self._waiters.wait_quiet(min(left, DRAIN_SECONDS))
             if self._all_waiting():
                 return

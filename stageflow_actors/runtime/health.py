@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from brokers.errors import BrokerError
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import Attached, attach
@@ -78,7 +79,7 @@ def _of_coordinator(name: str, queue: dict[str, Any] | None, progress: dict[str,
     waiting = queue["ready"] + queue["leased"]
     before = progress.setdefault(name, queue["settled"])
     if waiting and queue["settled"] == before:
-        return [Fault("coordinator", f"{waiting} messages wait in {name}, and none gets done")]
+        return [Fault("coordinator", f"{counted(waiting, 'message')} waiting in {name}, and none gets done")]
     return []
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from brokers import api as port
 from brokers.api import PublishAnswer
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance
@@ -485,5 +486,7 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
         if len(given) < len(waiting) and not told:
             left = 1.0 if deadline is None else deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"{len(waiting) - len(given)} instances had not ended after {timeout:g} s")
+                raise TimeoutError(
+                    f"{counted(len(waiting) - len(given), 'instance')} had not ended after {timeout:g} s"
+                )
             event.wait(min(left, 1.0))

@@ -22,6 +22,7 @@ import msgspec
 
 from brokers.api import Broker, DeliveryItem, Listener
 from brokers.points import reach
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
@@ -210,7 +211,8 @@ class Node:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
             if queue["state"] == "paused" and queue["ready"]:
-                text = f"queue {name} is paused and holds {queue['ready']} messages: `stageflow queue resume {name}`"
+                held = counted(queue["ready"], "message")
+                text = f"queue {name} is paused and holds {held}: `stageflow queue resume {name}`"
                 _tell(self._channel, Report("notice", text))
 
     def run(self) -> NoReturn:

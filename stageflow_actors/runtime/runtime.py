@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
 from stageflow_actors.definition.duration import Duration, patience
 from stageflow_actors.definition.function import check_function
@@ -123,7 +124,7 @@ class Runtime(Client):
                 data.release()
                 raise
         for workflow_id, count in node.resuming.items():
-            _say(f"resuming {count} instance{'s' if count != 1 else ''} of {workflow_id}")
+            _say(f"resuming {counted(count, 'instance')} of {workflow_id}")
         return self
 
     def stop(self, drain: bool = False, grace: Duration | None = None) -> None:

@@ -73,7 +73,7 @@ def test_requeue_of_all_or_of_a_queue(stageflow: Callable[..., Said], parked: Pa
 
 def test_purge_throws_away_only_what_is_named(stageflow: Callable[..., Said], parked: Path) -> None:
     code, _, err = stageflow("dlq", "purge", "i1", "--yes", "--data", parked)
-    assert (code, err) == (0, "1 dead letters thrown away, 1 instances with them\n")
+    assert (code, err) == (0, "1 dead letter thrown away, 1 instance with them\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i2"]
     assert stageflow("instances", "show", "i1", "--data", parked)[0] == 1
 

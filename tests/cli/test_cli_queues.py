@@ -82,7 +82,7 @@ def test_purge_asks_first_and_then_throws_away(stageflow: Callable[..., Said], f
     assert "--yes" in err
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 1
     code, _, err = stageflow(*purge, "--yes")
-    assert (code, err) == (0, "1 messages of 1 instances thrown away\n")
+    assert (code, err) == (0, "1 message of 1 instance thrown away\n")
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 0
 
 
@@ -108,4 +108,4 @@ def test_stats_of_a_cluster_at_rest(stageflow: Callable[..., Said], filled: Any)
     data = filled.close()
     figures = rows(stageflow, "stats", "--data", data)
     assert (figures["running"], figures["instances"], figures["ready"]) == (False, 1, 1)
-    assert "1 instances" in stageflow("stats", "--data", data)[1]
+    assert "1 instance" in stageflow("stats", "--data", data)[1]

@@ -282,7 +282,7 @@ def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Command, monkey
         stageflow("start", "orders", "--wait", "--data", own_up.data)
         code, out, _ = stageflow("health", "--data", own_up.data)
         assert code == 1
-        assert "coordinator: 1 messages wait in stageflow.finished, and none gets done" in out
+        assert "coordinator: 1 message waiting in stageflow.finished, and none gets done" in out
     finally:
         os.kill(node.node, signal.SIGCONT)
 

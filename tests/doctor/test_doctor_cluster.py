@@ -233,7 +233,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     report = doctor(data_of(cluster))
     found = report.one("error", "lease")
     assert found["where"] == f"ghost (pid {ghost.pid})"
-    assert "it holds 1 messages of stageflow.ghost.stage0" in found["what"]
+    assert "it holds 1 message of stageflow.ghost.stage0" in found["what"]
 
 
 def test_an_instance_that_waits_and_has_a_row_is_found(doctor: Doctor, tmp_path: Path, eventually: Any) -> None:

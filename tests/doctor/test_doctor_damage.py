@@ -146,12 +146,12 @@ CARRIERS = {
             b.publish("A", flags=0),
         ),
         (1,),
-        "it has ended, and no messages tell the history",
+        "it has ended, and no message for the history",
     ),
     "an end told twice": Planted(
         lambda b: [b.publish("A", "stageflow.finished", FINISHED, flags=flags, terminal=True) for flags in (START, 0)],
         (),
-        "it has ended, and 2 messages tell the history",
+        "it has ended, and 2 messages for the history",
     ),
 }
 
@@ -308,7 +308,9 @@ def test_a_table_says_where_what_and_what_to_do(books: Any, capfd: pytest.Captur
     first, advice, last = said.out.splitlines()
     assert first.startswith("error    agreement: A: it is live, and in the history")
     assert advice.startswith("         → ")
-    assert last == f"1 error: 1 live instances, 1 messages, {path}, at rest"
+    assert (
+        last == f"1 error: 1 live instance, 1 message, 1 ended (the journal still tells of 0 of them), {path}, at rest"
+    )
 
 
 @pytest.mark.parametrize(

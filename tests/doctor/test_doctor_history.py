@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from brokers.core import records
+from stageflow_actors.cli.main import main
 from stageflow_actors.history import HistoryWriter
 
 Doctor = Callable[[Path], Any]
@@ -107,3 +110,37 @@ def test_the_journal_of_another_cluster_is_told(books: Any, doctor: Doctor) -> N
     path = books.close()
     books.append((records.FACT, ("history", "someone else's")))
     assert "another one" in doctor(path).one("error", "history")["what"]
+
+
+def plant(path: Path, column: str, value: object) -> None:
+    with sqlite3.connect(path / "history.db") as database:
+        database.execute(f"UPDATE instance SET {column} = ? WHERE instance_id = 'B'", (value,))
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("outcome", b"\x99garbled", "its outcome cannot be read"),
+        ("status", "compensated", "its row says status 'compensated', its outcome 'completed'"),
+        ("workflow_id", "parcels", "its row says workflow 'parcels'"),
+        ("error", "ValueError: no", "its row says error 'ValueError: no', its outcome None"),
+    ],
+)
+def test_a_row_that_cannot_be_true_is_found(books: Any, doctor: Doctor, column: str, value: object, what: str) -> None:
+    books.finish("A", "B", "C")
+    path = books.close()
+    assert doctor(path).said["checked"]["ended"] == 3
+    plant(path, column, value)
+    report = doctor(path)
+    found = report.one("error", "ending")
+    assert found["where"] == "B"
+    assert what in found["what"]
+    assert report.said["checked"]["ended"] == 3, "it goes on behind it"
+
+
+def test_how_many_ends_could_be_compared_is_said(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    books.finish("A", "B")
+    books.record("given back with its segment")
+    assert main(["doctor", "--data", str(books.close())]) == 0
+    assert "3 ended (the journal still tells of 2 of them)" in capfd.readouterr().out

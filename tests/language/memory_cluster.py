@@ -14,6 +14,7 @@ import msgspec
 from brokers.api import Broker, DeliveryItem, Listener
 from brokers.memory import MemoryBroker
 from stageflow_actors import Workflow
+from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import worker
@@ -38,11 +39,18 @@ class _Node(Listener):
         self.coordinator.tell(Delivered(queue, items, bodies))
 
 
-class _NoHistory:
-    """Nothing here outlives the cluster."""
+class _History:
+    """Nothing here outlives the cluster; but what would be kept must be true."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
 
     def write(self, rows: list[HistoryRow]) -> None:
-        """Forgotten at once."""
+        """Looked at and forgotten."""
+        for row in rows:
+            wrong = untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome)
+            if wrong is not None:
+                self.faults.append(f"{row.instance_id}: {wrong}")
 
 
 class _MemoryClient(Client):
@@ -64,7 +72,7 @@ class MemoryCluster:
         self._plans = [compile_plan(workflow, NAMING) for workflow in self._workflows]
         listener = _Node()
         port = self._broker.connect(listener, role="supervisor", name="node")
-        history: Any = _NoHistory()
+        self._history = history = _History()
         listener.coordinator = self._coordinator = Coordinator.start(port, history, NAMING, self._plans, None)
         port.consume(NAMING.finished, 4_000)
         port.consume(NAMING.coordinator, 500)
@@ -103,3 +111,4 @@ class MemoryCluster:
         for thread in self._threads:
             thread.join(5)
         self._broker.close()
+        assert self._history.faults == []

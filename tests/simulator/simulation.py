@@ -23,6 +23,7 @@ from virtual_world import World
 
 from brokers.core.message import PARKED
 from stageflow_actors import WorkflowResult
+from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.plan import compile_plan
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.pool import ScaleTo
@@ -278,7 +279,9 @@ class Simulation:
             assert self.wild or Meaning(plan).status == "parked", f"{job.id} is parked, and should have ended"
             assert plan.on_failure == "park"
             return
-        assert self.history.rows[job.id].outcome == job.outcome, "what was told is what is written"
+        row = self.history.rows[job.id]
+        assert row.outcome == job.outcome, "what was told is what is written"
+        assert untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome) is None
         result: WorkflowResult[Any] = WorkflowResult.from_outcome(
             job.id, job.outcome, job.known.codec, job.known.plan.order
         )

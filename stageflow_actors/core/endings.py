@@ -1,0 +1,61 @@
+"""Whether what is kept of an instance that has ended can be read, agrees with itself, and can be true.
+
+Pure: the columns and the encoded outcome are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from stageflow_actors.core.envelope import Outcome, decode_outcome, decode_trail
+from stageflow_actors.core.plan import ITEM_SUFFIX
+from stageflow_actors.core.routing import completed_stages
+from stageflow_actors.core.status import StageStatus, WorkflowStatus
+
+__all__ = ["untrue"]
+
+_TERMINAL = frozenset(status.value for status in WorkflowStatus if status.terminal)
+
+
+def untrue(
+    workflow_id: str, version: int, status: str, error: str | None, failed_stage: str | None, outcome: bytes
+) -> str | None:
+    """What is wrong with how an instance ended, as a clause; None if nothing is. The first fault is told."""
+    try:
+        read = decode_outcome(outcome)
+        decode_trail(read.trail)
+        if len(read.context):
+            msgspec.msgpack.decode(read.context)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as fault:
+        return f"its outcome cannot be read: {fault}"
+    told = (read.workflow_id, read.version, read.status, read.error, read.failed_stage)
+    for name, column, inside in zip(
+        ("workflow", "version", "status", "error", "failed stage"),
+        (workflow_id, version, status, error, failed_stage),
+        told,
+        strict=True,
+    ):
+        if column != inside:
+            return f"its row says {name} {column!r}, its outcome {inside!r}"
+    if status not in _TERMINAL:
+        return f"{status!r} is no way to end"
+    if not (math.isfinite(read.started_at) and math.isfinite(read.finished_at)):
+        return f"it began at {read.started_at} and ended at {read.finished_at}"
+    return _contradiction(read)
+
+
+def _contradiction(read: Outcome) -> str | None:
+    failed = [done.stage_id for done in read.compensations if done.status == StageStatus.failed]
+    if read.status == WorkflowStatus.completed and read.compensations:
+        return f"it is called completed, and {read.compensations[0].stage_id} was compensated"
+    if read.status == WorkflowStatus.compensated and (failed or not read.compensations):
+        return f"it is called compensated, and {f'the compensation of {failed[0]} failed' if failed else 'nothing was'}"
+    if read.status == WorkflowStatus.compensation_failed and not failed:
+        return "it is called compensation_failed, and no compensation failed"
+    undone = [done.stage_id for done in read.compensations]
+    backwards = dict.fromkeys(id.removesuffix(ITEM_SUFFIX) for id in reversed(completed_stages(read.trail)))
+    if undone != [id for id in backwards if id in undone]:
+        return f"compensated were {', '.join(undone)}, which is not the reverse of what completed"
+    return None
