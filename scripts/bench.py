@@ -97,9 +97,19 @@ def _await_history(runtime: Runtime, count: int) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("-n", "count", default=60_000, show_default=True, help="Workflows of the throughput part.")
-@click.option("--singles", default=300, show_default=True, help="Workflows of the latency part, one at a time.")
-@click.option("--rounds", default=1, show_default=True, help="Runs, each in turn with the yardstick.")
+@click.option(
+    "-n", "count", type=click.IntRange(1), default=60_000, show_default=True, help="Workflows of the throughput part."
+)
+@click.option(
+    "--singles",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Workflows of the latency part, one at a time.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs, each in turn with the yardstick."
+)
 @click.option("--durability", default="fsync", show_default=True, type=click.Choice(["fsync", "write", "memory"]))
 @click.option("--against", type=click.Path(exists=True, dir_okay=False), help="A yardstick to run in turn.")
 def main(count: int, singles: int, rounds: int, durability: str, against: str | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from amounts import above_zero, from_one
 from brokers.api import START, Listener, PublishItem, Target
 from brokers.zeromq.client import ZmqClient
 
@@ -107,11 +108,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-n", type=int, default=1_000_000, help="messages in the larger backlog (default: 1,000,000)")
-    parser.add_argument("--bytes", type=int, default=1000, help="size of a body (default: 1000)")
-    parser.add_argument("--memory", type=float, default=700, help="most MB of RSS (default: 700)")
-    parser.add_argument("--recovery", type=float, default=10, help="most seconds to recover (default: 10)")
-    parser.add_argument("--slack", type=float, default=2, help="how far from linear recovery may be (default: 2)")
+    parser.add_argument("-n", type=from_one, default=1_000_000, help="messages in the larger backlog (1,000,000)")
+    parser.add_argument("--bytes", type=from_one, default=1000, help="size of a body (default: 1000)")
+    parser.add_argument("--memory", type=above_zero, default=700, help="most MB of RSS (default: 700)")
+    parser.add_argument("--recovery", type=above_zero, default=10, help="most seconds to recover (default: 10)")
+    parser.add_argument("--slack", type=above_zero, default=2, help="how far from linear it may be (default: 2)")
     parser.add_argument("--directory", type=Path, default=None, help="where the journals go (default: the temp dir)")
     args = parser.parse_args()
     small, large = (Filled(count, args.bytes, args.directory) for count in (max(args.n // 4, 1), args.n))

@@ -300,12 +300,24 @@ def _judge_journal(ids: list[str], failing: set[str], data: Path, wrong: list[st
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "-n", "--instances", default=500, show_default=True, help="Instances; one in five fails at its last stage."
+    "-n",
+    "--instances",
+    type=click.IntRange(1),
+    default=500,
+    show_default=True,
+    help="Instances; one in five fails at its last stage.",
 )
-@click.option("-k", "--kills", default=25, show_default=True, help="SIGKILLs, spread over the work and all kinds.")
+@click.option(
+    "-k",
+    "--kills",
+    type=click.IntRange(0),
+    default=25,
+    show_default=True,
+    help="SIGKILLs, spread over the work and all kinds.",
+)
 @click.option("--seconds", default=300.0, show_default=True, help="Kill nothing more after so long.")
 @click.option("--work", default=0.02, show_default=True, help="Mean seconds that a stage takes.")
-@click.option("--actors", default=2, show_default=True, help="Worker processes per stage.")
+@click.option("--actors", type=click.IntRange(1), default=2, show_default=True, help="Worker processes per stage.")
 @click.option("--seed", type=int, default=None, help="The same seed makes the same plan of kills.")
 @click.option("--keep", is_flag=True, help="Leave data directory and effect log in place.")
 @click.pass_context

@@ -82,7 +82,14 @@ def try_point(point: str, signal: str, nth: int, instances: int) -> Run:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-n", "--instances", default=40, show_default=True, help="Instances of each run; one in five fails.")
+@click.option(
+    "-n",
+    "--instances",
+    type=click.IntRange(1),
+    default=40,
+    show_default=True,
+    help="Instances of each run; one in five fails.",
+)
 @click.option("--point", "points", multiple=True, metavar="NAME", help="Only these points (default: all).")
 @click.option("--signal", "signals", multiple=True, type=click.Choice(SIGNALS), help="Only these (default: all).")
 @click.option("--hours", default=0.0, help="Go round again and again for so long, with other counts each time.")

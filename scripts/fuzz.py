@@ -31,6 +31,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from amounts import from_one  # noqa: E402
 from fuzzing.attacker import ANSWERS, HELD, attack  # noqa: E402
 from fuzzing.honest import QUEUES, Honest  # noqa: E402
 
@@ -53,9 +54,9 @@ MORE_FDS = 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=200_000, metavar="N", help="frames to send (default: 200000)")
+    parser.add_argument("-n", type=from_one, default=200_000, metavar="N", help="frames to send (default: 200000)")
     parser.add_argument("--seed", type=int, default=1, help="of the frames (default: 1); the rest is the schedule's")
-    parser.add_argument("--attackers", type=int, default=2, metavar="N", help="attacking processes (default: 2)")
+    parser.add_argument("--attackers", type=from_one, default=2, metavar="N", help="attacking processes (default: 2)")
     parser.add_argument("--durability", choices=("fsync", "write"), default="write", help="of the journal")
     parser.add_argument("--data", type=Path, help="where the journal lies (default: a directory that is removed)")
     parser.add_argument("--output", choices=("text", "json"), default="text")

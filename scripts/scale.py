@@ -234,7 +234,7 @@ def main() -> None:
 
 
 @main.command("map")
-@click.option("-n", "--items", default=100_000, show_default=True)
+@click.option("-n", "--items", type=click.IntRange(1), default=100_000, show_default=True)
 def map_(items: int) -> None:
     """A map of a no-op, undisturbed; then one whose every process is killed in the middle."""
     with workplace() as place:
@@ -244,7 +244,7 @@ def map_(items: int) -> None:
 
 
 @main.command()
-@click.option("-n", "--instances", default=10_000, show_default=True)
+@click.option("-n", "--instances", type=click.IntRange(1), default=10_000, show_default=True)
 def waiting(instances: int) -> None:
     """Instances that wait for a signal, and instances in a delay."""
     for workflow in (signalled, delayed):

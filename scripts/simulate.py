@@ -21,22 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from amounts import from_one
+
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 50
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=1_000, metavar="N", help="seeds of each kind (default: 1000)")
+    parser.add_argument("-n", type=from_one, default=1_000, metavar="N", help="seeds of each kind (default: 1000)")
     parser.add_argument("--from", dest="first", type=int, default=0, metavar="SEED", help="the first one (default: 0)")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--tame", action="store_true", help="only accidents that no result may show")
     kinds.add_argument("--wild", action="store_true", help="only those with killed workers, cancels and scaling")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
-    parser.add_argument("--most-failures", type=int, default=5, metavar="N", help="stop after so many (default: 5)")
+    parser.add_argument("--jobs", type=from_one, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument("--most-failures", type=from_one, default=5, metavar="N", help="stop after so many (5)")
     given = parser.parse_args()
-    if given.n < 1:
-        parser.error("-n takes a number of at least 1")
     wilds = [True] if given.wild else [False] if given.tame else [False, True]
     last = given.first + given.n
     work = [(first, min(first + CHUNK, last), wild) for first in range(given.first, last, CHUNK) for wild in wilds]

@@ -30,6 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from amounts import above_zero
 from soaking import judge, load
 from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO
@@ -43,9 +44,13 @@ STOP_SECONDS = 180.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, metavar="N", help="how long the load lasts (600)")
-    parser.add_argument("--rate", type=float, default=40.0, metavar="N", help="sagas a second; of all else half (40)")
-    parser.add_argument("--every", type=float, default=None, metavar="N", help="seconds between samples (1/120 of all)")
+    parser.add_argument("--seconds", type=above_zero, default=600.0, metavar="N", help="how long the load lasts (600)")
+    parser.add_argument(
+        "--rate", type=above_zero, default=40.0, metavar="N", help="sagas a second; of all else half (40)"
+    )
+    parser.add_argument(
+        "--every", type=above_zero, default=None, metavar="N", help="seconds between samples (1/120 of all)"
+    )
     parser.add_argument("--warm", type=float, default=None, metavar="N", help="seconds left out at first (60, or 1/5)")
     parser.add_argument("--ignore-latency", action="store_true", help="on a machine that is busy with other things")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all samples there, too")

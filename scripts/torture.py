@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from amounts import from_one, share
 from torturing.crashes import crash_at_every_call
 from torturing.faults import FAULTS, LASTING, fail_every_call
 from torturing.resting import cut_everywhere, flip_bits, lose_sectors
@@ -36,8 +37,9 @@ The parts:
 The law: what was acknowledged survives; damage in it is refused, never dropped; after a failed write or sync nothing
 is acknowledged. The first violation ends the run with the seed that repeats it.
 
-  scripts/torture.py                       all of it, once: some hours on one core
-  scripts/torture.py --share 0.02          one in fifty: a few minutes
+  scripts/torture.py                       all of it, once: some minutes on one core
+  scripts/torture.py --bodies 1            each bit of the bodies flipped too: an hour
+  scripts/torture.py --share 0.02          one in fifty
   scripts/torture.py --only faults crashes --seeds 100
 """
 
@@ -71,11 +73,11 @@ def main() -> int:
         description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (default: all)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many journals and lives (default: 1)")
+    parser.add_argument("--seeds", type=from_one, default=1, help="how many journals and lives (default: 1)")
     parser.add_argument("--first-seed", type=int, default=0, help="where seeds begin; to repeat a violation")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the bytes, bits, calls tried (default: 1)")
-    parser.add_argument("--bodies", type=float, default=0.01, help="share of the bits outside headers (default: 0.01)")
-    parser.add_argument("--states", type=int, default=64, help="most crash states at one call (default: 64)")
+    parser.add_argument("--share", type=share, default=1.0, help="share of the bytes, bits, calls tried (default: 1)")
+    parser.add_argument("--bodies", type=share, default=0.01, help="share of the bits outside headers (default: 0.01)")
+    parser.add_argument("--states", type=from_one, default=64, help="most crash states at one call (default: 64)")
     args = parser.parse_args()
     figures: Counter[str] = Counter()
     began = time.monotonic()

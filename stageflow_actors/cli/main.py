@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 import msgspec
 
-from brokers.errors import BrokerError, JournalCorrupt
+from brokers.errors import BrokerError
 from stageflow_actors.cli import reruns, steering  # noqa: F401 - add to `instances`
 from stageflow_actors.cli.cluster import health, scale
 from stageflow_actors.cli.dead_letters import dlq
@@ -69,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("stageflow: interrupted")
         return 130
-    except JournalCorrupt as error:
-        _say(f"stageflow: {error}; `stageflow journal verify` finds all damage, `stageflow journal repair` cuts it off")
-        return 1
     except (StageFlowError, BrokerError) as error:
         _say(f"stageflow: {error}")
         return 1
