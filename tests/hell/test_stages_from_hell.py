@@ -488,3 +488,12 @@ def test_a_stage_that_kills_the_process_above_its_worker_is_run_again_and_nobody
 
 def test_all_in_all_the_other_stages_worked_as_they_do_without_those_from_hell(others: Any) -> None:
     others.all_in_all()
+
+
+def test_the_script_measures_the_other_stage_beside_each() -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "hell.py"
+    command = [sys.executable, str(script), "--only", "leave", "system_exit", "--seconds", "0.3"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 stages from hell; the other one went on" in run.stdout
+    assert "exit code 9" in run.stdout
