@@ -116,6 +116,8 @@ class Simulation:
         if engine is None:
             return False
         store = engine.machine.store
+        if any(job.outcome is None and job.id not in store.groups for job in self.jobs):
+            return False  # it was parked, and has been cancelled since: how it ended is on its way
         at_rest = all(message.state() == PARKED for message in store.messages.values())
         return at_rest and not any(group.ended for group in store.groups.values())
 
