@@ -19,8 +19,8 @@ SLICE = 1 << 20
 SEGMENTS_SPARED = 3
 """Segments beyond twice what is alive before any is given back: rewriting less often costs disk, no time."""
 
-PER_MESSAGE, PER_GROUP = 128, 64
-"""About how many bytes of journal one takes, the bodies left out."""
+PER_MESSAGE, PER_GROUP, PER_REASON = 128, 64, 1024
+"""About how many bytes of journal one takes, the bodies left out; why a dead letter is one takes some more."""
 
 
 MARGIN = 9 / 8
@@ -129,7 +129,9 @@ class Reclaim:
 
     def _alive(self) -> int:
         store = self._machine.store
-        return store.live_bytes + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups)
+        dead = sum(len(queue.dead) for queue in store.queues.values())
+        bodies = store.live_bytes + store.step_bytes + store.fact_bytes
+        return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
 
     def _worthwhile(self, used: int) -> bool:
         return used > 2 * self._alive() + SEGMENTS_SPARED * self._segment_bytes

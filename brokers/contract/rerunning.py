@@ -176,7 +176,7 @@ class RerunContract:
         (joined,) = peer.receive()
         self._park(peer, joined)
         described = peer.ask("inspect", ["g"])["g"]["messages"][0]
-        assert (described["body"], described["base"]) == (b"basefirst2.", 4)
+        assert (described["body"], described["base"]) == (b"base", 4)
         peer.ask("replace", "joined", joined.item.id, b"another base")
         peer.ask("requeue", "joined", [joined.item.id])
         assert parts_of(peer.receive()[0]) == [("", b"another base"), ("a", b"first"), ("b", b"2.")]

@@ -7,7 +7,7 @@ once it is true on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from brokers.core.looking import DLQ, Looking, named
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Session
-from brokers.core.wire import MAX_NUMBER, check_consume
+from brokers.core.wire import MAX_NAME, MAX_NUMBER, Failure, Name, Text, check_consume
 from brokers.errors import ProtocolError, Refused
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ __all__ = ["Admin"]
 
 TOLD_BYTES = 64 << 10
 """Most bytes of what is passed on to the supervisor."""
+
+_T = TypeVar("_T")
+_Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
+"""What each live group may have to be compared with."""
 
 
 class Admin:
@@ -40,34 +44,34 @@ class Admin:
         looking = self._looking = Looking(machine.store, machine.ledger, machine.leases)
         supervision = machine.supervision
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
-            "consume": (tuple[str, int], self._consume),
-            "watch": (tuple[list[str]], self._watch),
+            "consume": (tuple[Name, int], self._consume),
+            "watch": (tuple[list[Name]], self._watch),
             "subscribe": (tuple[bool], machine.watching.subscribe),
-            "lookup": (tuple[list[str]], self._lookup),
-            "inspect": (tuple[list[str]], self._inspect),
-            "groups": (tuple[str, int], looking.groups),
-            "tally": (tuple[list[str], list[bytes], list[int]], looking.tally),
+            "lookup": (tuple[list[Name]], self._lookup),
+            "inspect": (tuple[list[Name]], self._inspect),
+            "groups": (tuple[Name, int], looking.groups),
+            "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], looking.tally),
             "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
-            "stats": (tuple[str], self._stats),
-            "peek": (tuple[str, int, int], looking.peek),
-            "pause": (tuple[str], self._pause),
-            "resume": (tuple[str], self._resume),
-            "requeue": (tuple[str, list[int]], self._requeue),
-            "purge": (tuple[str, list[int]], self._purge),
-            "raise-epoch": (tuple[str, int, str, str], self._raise_epoch),
-            "cancel": (tuple[str, str, list[str]], self._cancel),
-            "hand-over": (tuple[str, list[int], str, str], self._hand_over),
-            "replace": (tuple[str, int, bytes], self._replace),
-            "restart": (tuple[str, str, str, bytes], self._restart),
-            "dead": (tuple[int, int | list[int], bool, bool, bytes], supervision.dead),
-            "roster": (tuple[list[tuple[int, list[str]]]], supervision.roster),
+            "stats": (tuple[Name], self._stats),
+            "peek": (tuple[Name, int, int], looking.peek),
+            "pause": (tuple[Name], self._pause),
+            "resume": (tuple[Name], self._resume),
+            "requeue": (tuple[Name, list[int]], self._requeue),
+            "purge": (tuple[Name, list[int]], self._purge),
+            "raise-epoch": (tuple[Name, int, Name, Name], self._raise_epoch),
+            "cancel": (tuple[Name, Text, list[Name]], self._cancel),
+            "hand-over": (tuple[Name, list[int], Name, Name], self._hand_over),
+            "replace": (tuple[Name, int, bytes], self._replace),
+            "restart": (tuple[Name, Name, Name, bytes], self._restart),
+            "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.dead),
+            "roster": (tuple[list[tuple[int, list[Name]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
             "recall": (tuple[int], supervision.recall),
             "retire": (tuple[int], supervision.retire),
-            "tell": (tuple[str, Any], supervision.tell),
-            "fact": (tuple[str, str | None], self._fact),
+            "tell": (tuple[Name, Any], supervision.tell),
+            "fact": (tuple[Name, str | None], self._fact),
             "bye": (tuple[()], self._bye),
             "compact": (tuple[bool], self._compact),
             "ping": (tuple[()], self._ping),
@@ -136,7 +140,10 @@ class Admin:
             if name not in facts and len(facts) >= limits.max_facts:
                 raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
             self._machine.bounds.body(value.encode())
-            facts[name] = value
+            size = self._store.fact_bytes + len(value)
+            if size > limits.max_facts_bytes:
+                raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
+            self._store.keep_fact(name, value)
             self._ledger.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
 
@@ -155,6 +162,8 @@ class Admin:
         for option in options:
             if not option.name or option.name.startswith(DLQ):
                 raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
+            if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME:
+                raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME} characters at most")
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
                 raise ProtocolError("declare: a breaker with impossible failures or reset")
         self._machine.bounds.queues([option.name for option in options])
@@ -189,7 +198,8 @@ class Admin:
                 f"dead letter {refused[0]} of {queue.name} is evidence of an instance that went on without it "
                 "(it was compensated, or the stage was optional); start the instance anew instead"
             )
-        revived = [message for message in chosen if message.id not in set(refused)] if refused else chosen
+        evidence = set(refused)
+        revived = [message for message in chosen if message.id not in evidence]
         for message in revived:
             self._revive(message)
         answer = {"requeued": len(revived), "refused": refused}

@@ -156,6 +156,9 @@ def contradictions(store: Store) -> Iterator[str]:
                 yield f"gather {gather.key} of {group.id} has a deadline, and no timer will end it"
     if linked != grouped:
         yield f"{grouped} messages belong to groups, and groups have {linked}"
+    kept = sum(0 if m.extra is None else m.extra.step_bytes for m in store.messages.values())
+    if kept != store.step_bytes:
+        yield f"all steps have {kept} bytes, and {store.step_bytes} are accounted for"
     if size != store.live_bytes:
         yield f"all bodies have {size} bytes, and {store.live_bytes} are accounted for"
     for queue, counted in states.items():

@@ -23,7 +23,8 @@ class Limits(Struct, frozen=True):
     """Bounds on what peers may do.
 
     `max_message_bytes`: one body. `max_peers`: sessions at once. `max_queues`: queues in all, as far as peers make them
-    by naming them. `max_facts`: facts kept. `max_prefetch`: credit of one consumer, whatever it asks for.
+    by naming them. `max_facts`, `max_facts_bytes`: facts kept, and their bytes in all. `max_prefetch`: credit of one
+    consumer, whatever it asks for.
     `max_steps`, `max_steps_bytes`: what is kept of the steps of one message. `max_early`, `max_early_bytes`: arrivals
     from outside that lie at one gather, and their bytes; `max_gathers`: gathers of one group, as far as arrivals from
     outside make them. `max_looked_up`: groups named in one query, `max_inspected`: with all their bodies.
@@ -34,6 +35,7 @@ class Limits(Struct, frozen=True):
     max_peers: int = 4_096
     max_queues: int = 20_000
     max_facts: int = 50_000
+    max_facts_bytes: int = 16 << 20
     max_prefetch: int = 100_000
     max_steps: int = 10_000
     max_steps_bytes: int = 64 << 20
@@ -104,14 +106,15 @@ class Bounds:
     def step(self, message: Message, name: str, value: bytes) -> None:
         """A step of this message may be kept."""
         limits = self.limits
-        known = None if message.extra is None else message.extra.steps
+        extra = message.extra
+        known = None if extra is None else extra.steps
         if len(value) > limits.max_message_bytes:
             raise Refused(f"its value is {len(value)} bytes, and max_message_bytes is {limits.max_message_bytes}")
-        if not known:
+        if extra is None or not known:
             return
         if name not in known and len(known) >= limits.max_steps:
             raise Refused(f"{len(known)} steps are kept of this message, and max_steps is {limits.max_steps}")
-        kept = sum(map(len, known.values())) - len(known.get(name, b""))
+        kept = extra.step_bytes + (len(name) if name not in known else -len(known[name]))
         if kept + len(value) > limits.max_steps_bytes:
             raise Refused(
                 f"the steps of this message would take {kept + len(value)} bytes, and max_steps_bytes is "

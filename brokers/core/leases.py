@@ -14,7 +14,7 @@ from brokers.core.ledger import Ledger
 from brokers.core.message import READY, Extra, Message
 from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
-from brokers.core.store import BREAKER_TIMER, DEEP, Store
+from brokers.core.store import BREAKER_TIMER, Store
 from brokers.core.talk import Talk
 from brokers.core.wire import DeliveryExtra
 
@@ -213,15 +213,15 @@ class Leases:
         touched = self.store.touched
         if not touched:
             return
-        paging = self.store.paging
+        paging, deep = self.store.paging, self.store.deep
         for queue in touched:
             if self.rostered and queue.consumers and not queue.paused and not queue.awaiting:
                 if queue.breaker is None:
                     self._pump(queue)
                 else:
                     self._pump_guarded(queue, queue.breaker)
-            if paging and len(queue.ready) > DEEP:
-                queue.page_out(DEEP)
+            if paging and queue.depth > deep:
+                queue.page_out(deep)
         touched.clear()
 
     def _free(self, queue: Queue) -> list[Consumer]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from brokers.core import records
 from brokers.core.gather import Gather
-from brokers.core.message import Group, Message, Place
+from brokers.core.message import DELAYED, PARKED, Group, Message, Place
 from brokers.core.queue import Queue
 from brokers.core.records import Record
 from brokers.core.store import Store
@@ -54,6 +54,13 @@ class Ledger:
             if message.holder is None:
                 message.body = None
         self._paged.clear()
+        waiting = self.store.waiting
+        if waiting:
+            if self.store.paging:
+                for message in waiting:
+                    if message.state() in (DELAYED, PARKED) and message.place.segment >= 0:
+                        message.body = None
+            waiting.clear()
 
     def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> Place:
         """One more record of this round; its place is known once it has been written."""
@@ -132,7 +139,7 @@ class Ledger:
                 return True
         for message in _lying_in(segment, store.messages.values(), lambda message: message.place, most):
             self.copy(message)
-            budget -= COPIED + message.size
+            budget -= COPIED + message.weight
             if budget < 0:
                 return True
         gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
@@ -149,8 +156,7 @@ class Ledger:
         groups, messages = len(store.groups), len(store.messages)
         weight = COPIED * len(_lying_in(segment, store.groups.values(), lambda group: group.place, groups))
         for message in _lying_in(segment, store.messages.values(), lambda message: message.place, messages):
-            steps = None if message.extra is None else message.extra.steps
-            weight += COPIED + message.size + (sum(map(len, steps.values())) if steps else 0)
+            weight += COPIED + message.weight
         gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
         for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, len(store.gathers)):
             weight += COPIED + gather.weight

@@ -34,6 +34,12 @@ HEAD_BYTES = 512
 HEADS = 4
 """Most bodies that do so for one group."""
 
+ANSWER_BYTES = 64 << 20
+"""Most bytes of bodies in one answer about groups; beyond them they are described without."""
+
+MOST_LISTED = 100_000
+"""Most groups of one answer."""
+
 SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
 
@@ -70,26 +76,30 @@ class Looking:
 
     def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
-        store = self._store
-        found = {id: self._group(group) for id in ids if (group := store.groups.get(id)) is not None}
+        store, room = self._store, _Room()
+        found = {id: self._group(group, room) for id in ids if (group := store.groups.get(id)) is not None}
         return {"epoch": store.epoch, "left_seq": store.left_seq, "groups": found}
 
     def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        """The groups with the body of every message: to be looked at by people, a few at a time."""
-        groups = self._store.groups
-        return {id: self._group(group, bodies=True) for id in ids if (group := groups.get(id)) is not None}
+        """The groups with the bodies of their messages, without those that have no room in one answer: to be looked at
+        by people, a few at a time."""
+        groups, room = self._store.groups, _Room()
+        return {id: self._group(group, room, bodies=True) for id in ids if (group := groups.get(id)) is not None}
 
     def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
         """Up to `limit` groups with a message in a queue whose name begins so; mostly the latest first."""
+        if not 0 <= limit <= MOST_LISTED:
+            raise Refused(f"groups: a limit from 0 to {MOST_LISTED:,}, not {limit}")
         found: list[dict[str, Any]] = []
+        room = _Room()
         for group in reversed(self._store.groups.values()):
             if len(found) >= limit:
                 break
             if not queue_prefix or any(m.queue.name.startswith(queue_prefix) for m in group.messages()):
-                found.append(self._group(group))
+                found.append(self._group(group, room))
         return found
 
-    def _group(self, group: Group, *, bodies: bool = False) -> dict[str, Any]:
+    def _group(self, group: Group, room: _Room, *, bodies: bool = False) -> dict[str, Any]:
         ended = group.ended
         return {
             "id": group.id,
@@ -97,8 +107,11 @@ class Looking:
             "digest": group.digest,
             "ended": ended,
             "heads": self._heads(group),
-            "messages": [self._message(m, body=bodies or (ended and m.label == ended)) for m in group.messages()],
-            "gathers": [_gather(gather, bodies=bodies) for gather in (group.gathers or {}).values()],
+            "messages": [
+                self._message(m, body=bool(bodies or (ended and m.label == ended)) and room.has(_base_size(m)))
+                for m in group.messages()
+            ],
+            "gathers": [_gather(gather, room if bodies else None) for gather in (group.gathers or {}).values()],
         }
 
     def _heads(self, group: Group) -> list[bytes]:
@@ -118,25 +131,27 @@ class Looking:
         queues: dict[str, int] = {}
         counts = [0] * len(marks)
         most = max(at, default=0) + max(map(len, marks), default=0)
+        common = set(shared)
+        known = _Marks(marks, at)
         for group in self._store.groups.values():
             if group.ended:
                 continue
             one = group.one
-            if one is not None and one.extra is None and group.gathers is None and one.queue.name not in shared:
+            if one is not None and one.extra is None and group.gathers is None and one.queue.name not in common:
                 # Nearly all are so, and there may be a million of them.
                 queues[one.queue.name] = queues.get(one.queue.name, 0) + 1
                 continue
-            for name, head in self._places(group, most, shared):
-                if name not in shared:
+            for name, head in self._places(group, most, common):
+                if name not in common:
                     queues[name] = queues.get(name, 0) + 1
                     break
-                found = next((n for n, m in enumerate(marks) if any(head.startswith(m, place) for place in at)), None)
+                found = known.first_in(head)
                 if found is not None:
                     counts[found] += 1
                     break
         return {"queues": queues, "marks": counts}
 
-    def _places(self, group: Group, most: int, shared: list[str]) -> Iterator[tuple[str, bytes]]:
+    def _places(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
         """Where a group waits, and how the bodies there begin where the queue is a shared one."""
         for gather in (group.gathers or {}).values():
             if gather.need is not None:
@@ -146,7 +161,7 @@ class Looking:
                 name = message.queue.name
                 yield name, self._ledger.head(message, most) if name in shared else b""
 
-    def _message(self, message: Message, *, body: object) -> dict[str, Any]:
+    def _message(self, message: Message, *, body: bool) -> dict[str, Any]:
         extra = message.extra
         described: dict[str, Any] = {
             "id": message.id,
@@ -170,8 +185,9 @@ class Looking:
         if progress is not None and message.holder is not None and progress[0] == message.lease:
             described["progress"] = progress[1:]
         if body:
-            described["body"] = self._ledger.body(message)
-            described["base"] = message.size if extra is None or extra.parts is None else extra.parts[0][1]
+            # Of what was gathered the base: what has arrived for it is of no interest one by one.
+            described["base"] = _base_size(message)
+            described["body"] = self._ledger.head(message, described["base"])
         return described
 
     def queues(self, prefix: str) -> list[dict[str, Any]]:
@@ -204,16 +220,56 @@ class Looking:
         found: list[dict[str, Any]] = []
         room = SHOWN_BYTES
         for message in islice(queue.dead.values() if dead else queue.waiting(), offset, offset + limit):
-            room -= message.size
+            room -= _base_size(message)
             found.append(self._message(message, body=room >= 0 or not found))
         return found
 
 
-def _gather(gather: Gather, *, bodies: bool) -> dict[str, Any]:
+class _Room:
+    """How much of bodies goes into one answer."""
+
+    def __init__(self) -> None:
+        self._left = ANSWER_BYTES
+
+    def has(self, size: int) -> bool:
+        """Whether there is room for so many bytes, which are taken then."""
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+
+def _base_size(message: Message) -> int:
+    extra = message.extra
+    return message.size if extra is None or extra.parts is None else extra.parts[0][1]
+
+
+class _Marks:
+    """Finds which of many marks is at one of some places, however many there are."""
+
+    def __init__(self, marks: list[bytes], at: list[int]) -> None:
+        self._at = sorted({place for place in at if place >= 0})
+        self._by_length: dict[int, dict[bytes, int]] = {}
+        for number, mark in enumerate(marks):
+            self._by_length.setdefault(len(mark), {}).setdefault(mark, number)
+
+    def first_in(self, head: bytes) -> int | None:
+        """The number of the first mark that is there."""
+        found = [
+            number
+            for length, numbers in self._by_length.items()
+            for place in self._at
+            if (number := numbers.get(head[place : place + length])) is not None
+        ]
+        return min(found, default=None)
+
+
+def _gather(gather: Gather, room: _Room | None) -> dict[str, Any]:
     described: dict[str, Any] = {"key": gather.key, "need": gather.need, "arrived": len(gather.arrivals)}
-    if bodies:
+    if room is not None:
+        described["base"] = gather.base if room.has(len(gather.base)) else b""
         # What was gathered of many items is of no interest one by one.
-        described["base"] = gather.base
-        described["parts"] = list(gather.arrivals.values()) if len(gather.arrivals) <= PARTS_SHOWN else []
+        few = len(gather.arrivals) <= PARTS_SHOWN and room.has(gather.weight - len(gather.base))
+        described["parts"] = list(gather.arrivals.values()) if few else []
         described["opened"] = gather.place.wall
     return described

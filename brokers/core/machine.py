@@ -27,13 +27,16 @@ from brokers.core.sessions import Session
 from brokers.core.settling import Settling
 from brokers.core.store import BREAKER_TIMER, Store
 from brokers.core.supervision import Supervision
-from brokers.core.talk import Outgoing, Talk
+from brokers.core.talk import MOST_UNREAD, Outgoing, Talk
 from brokers.core.watching import Watching
 from brokers.errors import ProtocolError, Refused
 
 __all__ = ["Limits", "Machine"]
 
 NOT_NOW, NEW, SEEN = range(3)
+
+MOST_WAITING = 10_000
+"""Frames that may wait for a peer to read what it has asked for; who sends more is cut off."""
 
 
 class Machine:
@@ -51,6 +54,7 @@ class Machine:
         self.supervised = supervised
         self.malformed = 0
         self.compacting = False
+        self._waiting: dict[Session, None] = {}
         store = self.store = Store(paging=paging)
         self.bounds = Bounds(store, self.limits)
         self.ledger = Ledger(store, read_body)
@@ -122,17 +126,48 @@ class Machine:
                 self._hello(peer, header)
             elif session is None or not session.connected:
                 self.talk.notice_stranger(peer, "hello", None)
+            elif session.waiting and op != wire.HEARD:
+                self._put_aside(session, op, header, blob)
             else:
-                handler = self._handlers.get(op)
-                if handler is None:
-                    raise ProtocolError(f"unknown operation {op[:8]!r}")
-                handler(session, header, blob)
+                self._handle(session, op, header, blob)
         except ProtocolError as error:
             self.malformed += 1
             if session is None or not session.connected:
                 self.talk.notice_stranger(peer, "refused", str(error))
             else:
                 self._refuse(session, header, error)
+
+    def _handle(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
+        handler = self._handlers.get(op)
+        if handler is None:
+            raise ProtocolError(f"unknown operation {op[:8]!r}")
+        if op == wire.QUERY and session.unread > MOST_UNREAD:
+            self._put_aside(session, op, header, blob)
+        else:
+            handler(session, header, blob)
+
+    def _put_aside(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
+        """A peer that asks and does not read is answered when it has read, and all that it sends meanwhile waits."""
+        session.wait(op, header, blob)
+        self._waiting[session] = None
+        crowded = len(session.waiting) > MOST_WAITING or session.waiting_bytes > MOST_UNREAD
+        if crowded and session not in self.talk.deaf:
+            self.talk.deaf.append(session)
+
+    def _go_on(self) -> None:
+        """Take the frames that have waited until their peers had read enough."""
+        for session in list(self._waiting):
+            while session.waiting and session.unread <= MOST_UNREAD:
+                op, header, blob = session.go_on()
+                try:
+                    self._handle(session, op, header, blob)
+                except ProtocolError as error:
+                    self.malformed += 1
+                    self._refuse(session, header, error)
+            if not session.waiting:
+                del self._waiting[session]
+        for session in list(self.watching.behind):
+            self.watching.go_on(session)
 
     def tick(self, *, more: bool = False) -> None:
         """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
@@ -147,6 +182,8 @@ class Machine:
             self.supervision.tick()
         if self.leases.overtaken:
             self.leases.divert_overtaken()
+        if self._waiting or self.watching.behind:
+            self._go_on()
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next, on the monotonic clock."""
@@ -195,7 +232,7 @@ class Machine:
         hello = wire.decode_hello(header)
         store = self.store
         session = store.sessions.get(peer)
-        if hello.consume and session is None:
+        if hello.consume:
             try:
                 self.bounds.queues(name for name, _ in hello.consume)
             except Refused as error:
@@ -211,6 +248,7 @@ class Machine:
             return  # it came twice, or late: what has been said since would be taken back
         session.talk = hello.talk
         session.connected = True
+        self._wait_no_more(session)
         session.parting = False
         session.role, session.name, session.pid = hello.role, hello.name, hello.pid
         session.heard = hello.next_frame - 1
@@ -231,8 +269,14 @@ class Machine:
         """The peer cannot be reached. What a supervised worker holds stays its own until its death is confirmed."""
         session = self.store.sessions.get(peer)
         if session is not None:
+            self._wait_no_more(session)
             self.store.remember_peer(peer, session.last_frame)
             self._gone(session)
+
+    def _wait_no_more(self, session: Session) -> None:
+        session.wait_no_more()
+        self._waiting.pop(session, None)
+        self.watching.behind.pop(session, None)
 
     def part(self, session: Session) -> None:
         """The peer says that it is leaving; it is answered once more."""
@@ -328,4 +372,4 @@ class Machine:
         except ProtocolError as error:
             self.malformed += 1
             answer = {"refused": str(error)}
-        self.talk.result(session, query.frame, answer)
+        self.talk.answer(session, query.frame, answer)

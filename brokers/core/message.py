@@ -30,7 +30,10 @@ class Place:
 
 
 class Extra:
-    """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch."""
+    """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
+
+    `steps` are set by `Store.keep_steps`, which counts their bytes.
+    """
 
     __slots__ = (
         "attempts",
@@ -47,6 +50,7 @@ class Extra:
         "parked_wall",
         "parts",
         "reason",
+        "step_bytes",
         "steps",
     )
 
@@ -56,6 +60,7 @@ class Extra:
         self.failure: bytes | None = None
         self.fresh = False
         self.steps: dict[str, bytes] | None = None
+        self.step_bytes = 0
         self.parts: list[tuple[str, int]] | None = None
         self.due = 0.0
         self.due_wall = 0.0
@@ -116,6 +121,14 @@ class Message:
         self.lease = 0
         self.holder: Consumer | None = None
         self.extra: Extra | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the body and of what is kept with it."""
+        extra = self.extra
+        if extra is None:
+            return self.size
+        return self.size + extra.step_bytes + len(extra.failure or b"") + len(extra.reason or b"")
 
     def details(self) -> Extra:
         """The extra of this message, made on first use."""

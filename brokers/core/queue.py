@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -128,6 +129,8 @@ class Queue:
 
     def next_lane(self) -> deque[Message]:
         """The lane that the next message comes from; it is empty when none is ready."""
+        while self._high and not self._high[0][1]:
+            del self._high[0]
         if self._high:
             for priority, lane in self._high:
                 if lane and (priority > 0 or not self.ready):
@@ -144,15 +147,26 @@ class Queue:
                 if message.holder is None:
                     yield message
 
+    @property
+    def depth(self) -> int:
+        """How many messages are in its lanes, those taken away meanwhile included."""
+        return len(self.ready) + (sum(len(lane) for _, lane in self._high) if self._high else 0)
+
     def page_out(self, keep: int) -> None:
         """Bodies behind the first `keep` messages leave memory; what is not on disk yet stays."""
-        excess = len(self.ready) - keep
-        for message in reversed(self.ready):
-            if excess <= 0 or message.body is None:
+        excess = self.depth - keep
+        lanes = [lane for priority, lane in self._high if priority > 0]
+        lanes.append(self.ready)
+        lanes.extend(lane for priority, lane in self._high if priority < 0)
+        for lane in reversed(lanes):
+            if excess <= 0:
                 return
-            excess -= 1
-            if message.holder is None and message.place.segment >= 0:
-                message.body = None
+            for message in islice(reversed(lane), excess):
+                if message.body is None:
+                    break  # those before it in this lane have left already
+                if message.holder is None and message.place.segment >= 0:
+                    message.body = None
+            excess -= len(lane)
 
     def empty(self) -> None:
         """Nothing is ready, delayed or dead here: what is will be put in again."""

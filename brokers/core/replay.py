@@ -188,8 +188,7 @@ class Replay:
         self.store.remember_peer(peer, frame.frame)
         message = self.store.messages.get(frame.id)
         if message is not None:
-            extra = message.details()
-            extra.steps = {**(extra.steps or {}), frame.name: bytes(blob)}
+            self.store.keep_step(message, frame.name, bytes(blob))
 
     def _gathering(
         self,
@@ -249,13 +248,15 @@ class Replay:
 
     def _restore(self, message: Message, state: MessageState) -> None:
         plain = MessageState(state.id, state.queue, state.group, state.epoch, state.label, state.priority, state.wall)
+        self.store.keep_steps(message, state.steps)
         if state == plain:
             message.extra = None
             return
-        extra = Extra()
+        known, extra = message.details(), Extra()
+        extra.steps, extra.step_bytes = known.steps, known.step_bytes
         extra.attempts, extra.deaths = state.attempts, state.deaths
         extra.failure, extra.fresh = state.failure, state.fresh
-        extra.steps, extra.parts = state.steps, state.parts
+        extra.parts = state.parts
         extra.due_wall, extra.delay = state.due_wall, state.delay
         extra.expires_wall = state.expires_wall
         extra.parked, extra.parked_wall = state.parked, state.parked_wall
@@ -296,9 +297,9 @@ class Replay:
         gather = store.gather(group, state.key, place)
         store.live_bytes -= gather.weight
         gather.need, gather.queue, gather.label = state.need, state.queue, state.label
-        gather.epoch, gather.base = state.epoch, state.base
-        gather.due_wall, gather.wait, gather.priority = state.due_wall, state.wait, state.priority
-        gather.arrivals, gather.seen = dict(state.arrivals), set(state.seen)
+        gather.epoch = state.epoch
+        gather.restore(state.base, state.arrivals, state.seen)
+        gather.due, gather.due_wall, gather.wait, gather.priority = 0.0, state.due_wall, state.wait, state.priority
         store.live_bytes += gather.weight
         store.relocate_gather(group, gather, place)
 
@@ -308,7 +309,7 @@ class Replay:
 
     def _fact(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         name, value = records.decode_fact(header)
-        self.store.facts[name] = value
+        self.store.keep_fact(name, value)
 
     def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         for known, frame in records.decode_sessions(header):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Session:
     up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
     they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the
     number of its last hello. `said` counts the bytes that it was told, `marked` those up to the last mark, `read` those
-    up to the last mark that it has answered: the rest may lie unread.
+    up to the last mark that it has answered: the rest may lie unread. `owed` counts the bytes of what it has asked for
+    and is to be told in this round; `waiting` are frames that wait until it has read what it asked for before.
     """
 
     __slots__ = (
@@ -57,6 +59,7 @@ class Session:
         "marked",
         "name",
         "notices",
+        "owed",
         "parting",
         "peer",
         "pid",
@@ -67,6 +70,9 @@ class Session:
         "role",
         "said",
         "talk",
+        "to_push",
+        "waiting",
+        "waiting_bytes",
     )
 
     def __init__(self, peer: int) -> None:
@@ -89,6 +95,32 @@ class Session:
         self.pushes: list[tuple[str, str, int]] = []
         self.push_bodies: list[bytes] = []
         self.notices: list[tuple[str, Any]] = []
+        self.owed = 0
+        self.waiting: deque[tuple[bytes, bytes, bytes]] = deque()
+        self.waiting_bytes = 0
+        self.to_push: dict[str, None] = {}
+
+    @property
+    def unread(self) -> int:
+        """Bytes that it may not have read yet, with those that it is to be told now."""
+        return self.said - self.read + self.owed
+
+    def wait(self, op: bytes, header: bytes, blob: bytes) -> None:
+        """Put a frame aside that cannot be answered yet."""
+        self.waiting.append((op, header, blob))
+        self.waiting_bytes += len(header) + len(blob)
+
+    def go_on(self) -> tuple[bytes, bytes, bytes]:
+        """The frame that has waited longest."""
+        op, header, blob = self.waiting.popleft()
+        self.waiting_bytes -= len(header) + len(blob)
+        return op, header, blob
+
+    def wait_no_more(self) -> None:
+        """What waits is not answered any more: it will be asked again, or nobody is there."""
+        self.waiting.clear()
+        self.waiting_bytes = 0
+        self.to_push.clear()
 
     @property
     def holds(self) -> bool:
@@ -108,6 +140,7 @@ class Session:
 
     def forget_talk(self) -> None:
         """Nothing of what was to be said remains."""
+        self.owed = 0
         if self.results:
             self.results = []
         if self.deliveries:

@@ -152,9 +152,7 @@ class Settling:
         except Refused as error:
             self._refuse(session, frame.frame, {"refused": str(error)})
             return
-        extra = message.details()
-        # Never changed in place: what was said of the message before refers to it.
-        extra.steps = {**(extra.steps or {}), frame.name: blob}
+        self.store.keep_step(message, frame.name, blob)
         self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
 
     def checkpoint_seen(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
@@ -236,7 +234,9 @@ class Settling:
             message.at = at
             message.lease = 0
             message.holder = None
-            message.extra = None
+            if message.extra is not None:
+                store.step_bytes -= message.extra.step_bytes
+                message.extra = None
             messages[next_id] = message
             next_id += 1
             at += size

@@ -19,7 +19,7 @@ from brokers.core.message import Extra, Group, Message, Place
 from brokers.core.queue import Queue, QueueOptions
 from brokers.core.sessions import Consumer, Session
 
-__all__ = ["BREAKER_TIMER", "DEEP", "GONE", "Store"]
+__all__ = ["BREAKER_TIMER", "GONE", "Store"]
 
 BREAKER_TIMER = -1
 """In the place of a message's id: the timer is that of a queue, whose name is the key."""
@@ -36,12 +36,19 @@ FRAMES_KEPT = 10_000
 DEEP = 10_000
 """How many messages of a queue have their bodies in memory; those of the others are read when their turn comes."""
 
+DEEP_BYTES = 64 << 20
+"""Of large ones so many have them as take about this many bytes."""
+
+LONG = 1.0
+"""Seconds of a delay from which on the body is not kept in memory meanwhile."""
+
 
 class Store:
     """Everything the broker knows. Public attributes: this is the inside of one machine.
 
     `replaying`: the journal is being read, and nothing is in a lane yet. `paging`: bodies can be read back from it.
-    `guarded`: there is a queue with a breaker.
+    `guarded`: there is a queue with a breaker. `live_bytes` are those of all bodies, `step_bytes` those of all steps,
+    `fact_bytes` those of all facts. `waiting`: what has begun to wait in this round, and whose body nobody wants soon.
     """
 
     def __init__(self, *, paging: bool = False) -> None:
@@ -62,11 +69,21 @@ class Store:
         self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
         self.live_bytes = 0
+        self.step_bytes = 0
+        self.fact_bytes = 0
+        self.waiting: list[Message] = []
         # An OrderedDict, for it is emptied at its front: a dict steps over all that was taken there before.
         self.left: OrderedDict[str, int] = OrderedDict()
         self.left_seq = 0
         self.left_floor = 0
         self._timers: list[tuple[float, int, str, str]] = []
+
+    @property
+    def deep(self) -> int:
+        """How many messages of a queue have their bodies in memory, by the size that messages have at present."""
+        if self.live_bytes <= DEEP_BYTES:
+            return DEEP
+        return max(64, min(DEEP, DEEP_BYTES * len(self.messages) // self.live_bytes))
 
     # queues, groups, peers
 
@@ -150,6 +167,8 @@ class Store:
         if extra is not None and extra.due:
             queue.delayed += 1
             self.timer(extra.due, message.id, "", "")
+            if extra.delay >= LONG:
+                self.waiting.append(message)
         elif front:
             queue.push_front(message)
         else:
@@ -159,6 +178,8 @@ class Store:
         """It is no more, and is in no lane."""
         del self.messages[message.id]
         self.live_bytes -= message.size
+        if message.extra is not None:
+            self.step_bytes -= message.extra.step_bytes
         if message.group is not None:
             message.group.unlink(message)
 
@@ -212,6 +233,30 @@ class Store:
         message.place, message.at = place, 0
         self.messages[message.id] = self.messages.pop(message.id)
 
+    def keep_steps(self, message: Message, steps: dict[str, bytes] | None) -> None:
+        """These are the steps of the message from now on."""
+        extra = message.details()
+        self.step_bytes -= extra.step_bytes
+        extra.steps = steps
+        extra.step_bytes = sum(map(len, steps)) + sum(map(len, steps.values())) if steps else 0
+        self.step_bytes += extra.step_bytes
+
+    def keep_step(self, message: Message, name: str, value: bytes) -> None:
+        """One more step of the message. What was said of it before refers to the others, so that they are not changed
+        in place."""
+        extra = message.details()
+        known = extra.steps or {}
+        grown = len(value) - len(known[name]) if name in known else len(name) + len(value)
+        extra.steps = {**known, name: value}
+        extra.step_bytes += grown
+        self.step_bytes += grown
+
+    def keep_fact(self, name: str, value: str) -> None:
+        """A fact as it is from now on."""
+        known = self.facts.get(name)
+        self.fact_bytes += len(value) - len(known) if known is not None else len(name) + len(value)
+        self.facts[name] = value
+
     def fail(self, message: Message, failure: bytes | None) -> None:
         """An attempt has been made in vain. It does not expire any more: it has begun."""
         extra = message.details()
@@ -229,6 +274,7 @@ class Store:
         extra.due = extra.due_wall = extra.delay = 0.0
         message.holder, message.lease = None, 0
         message.queue.dead[message.id] = message
+        self.waiting.append(message)
         if evidence and message.group is not None:
             message.group.unlink(message)
 
@@ -294,8 +340,10 @@ class Store:
 
     def arrive(self, group: Group, key: str, slot: str, body: bytes, place: Place) -> None:
         """Something arrives at a gather, for the first time or once more."""
-        if self.gather(group, key, place).arrive(slot, body):
-            self.live_bytes += len(body)
+        gather = self.gather(group, key, place)
+        before = gather.weight
+        gather.arrive(slot, body)
+        self.live_bytes += gather.weight - before
 
     def relocate_gather(self, group: Group, gather: Gather, place: Place) -> None:
         """Its record lies at `place` from now on."""

@@ -146,8 +146,8 @@ class Supervision:
         told = store.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.place, 0)
         known, extra = message.details(), told.details()
         extra.failure, extra.fresh = reason, True
-        extra.attempts, extra.deaths, extra.steps = known.attempts, known.deaths, known.steps
-        extra.parts = known.parts
+        extra.attempts, extra.deaths, extra.parts = known.attempts, known.deaths, known.parts
+        store.keep_steps(told, known.steps)
         self._ledger.copy(told)
         store.enqueue(told)
         store.touched[queue] = None

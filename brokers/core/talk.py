@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from brokers.core import wire
 from brokers.core.message import Group
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 
-__all__ = ["Outgoing", "Talk"]
+__all__ = ["MOST_UNREAD", "Outgoing", "Talk"]
 
 MARK_BYTES = 4 << 20
 """How much is said to a peer between marks, which it answers as it reads them."""
+
+MOST_UNREAD = 64 << 20
+"""A peer with so many bytes still to be read is answered no further question, and pushed nothing that can wait."""
 
 Outgoing = tuple[int, bytes, bytes]
 """(peer, header, blob) to be sent."""
@@ -65,8 +70,15 @@ class Talk:
         for session in group.watchers or ():
             self.push_to(session, group, label, body)
 
+    def answer(self, session: Session, frame: int, value: Any) -> None:
+        """Answer a question, however much there is to be said to it."""
+        raw = msgspec.Raw(wire.encode(value))
+        session.owed += len(raw)
+        self.result(session, frame, raw)
+
     def push_to(self, session: Session, group: Group, label: str, body: bytes) -> None:
         """Send a body to one session."""
+        session.owed += len(body)
         session.pushes.append((group.id, label, len(body)))
         session.push_bodies.append(body)
         self.dirty[session] = None
@@ -84,23 +96,29 @@ class Talk:
             if not session.connected and not session.parting:
                 session.forget_talk()
                 continue
-            said = session.said
-            if said - session.marked > self._mark_bytes:
+            said, owed = session.said, session.owed
+            if said + owed - session.marked > self._mark_bytes:
                 if said - session.read > self._max_unread_bytes:
                     self.deaf.append(session)
                     session.forget_talk()
                     continue
-                session.marked = said
-                session.notices.append(("mark", said))
+                session.marked = said + owed
+                session.notices.append(("mark", said + owed))
             acked, results, later = session.heard, session.results, None
             if session.deferred:
                 acked = min(acked, session.deferred[0] - 1)
                 later = [result for result in results if result[0] > acked]
                 results = [result for result in results if result[0] <= acked]
-            header = wire.encode(
-                (epoch, acked, results, session.deliveries, session.pushes, session.notices),
-            )
-            blob = b"".join(session.bodies + session.push_bodies)
+            try:
+                header = wire.encode(
+                    (epoch, acked, results, session.deliveries, session.pushes, session.notices),
+                )
+                blob = b"".join(session.bodies + session.push_bodies)
+            except MemoryError:
+                # One that wants more than there is must not be the end of all: it is cut off, and greets anew.
+                self.deaf.append(session)
+                session.forget_talk()
+                continue
             session.forget_talk()
             if later:
                 session.results = later

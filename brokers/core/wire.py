@@ -33,10 +33,13 @@ __all__ = [
     "HEARD",
     "HELLO",
     "LEAVE",
+    "MAX_FAILURE",
     "MAX_FRAME",
     "MAX_HEADER",
     "MAX_ITEMS",
     "MAX_NAME",
+    "MAX_PRIORITY",
+    "MAX_TEXT",
     "PROTOCOL",
     "PUBLISH",
     "PUSH_ONLY",
@@ -113,7 +116,20 @@ NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
 Buffer = bytes | memoryview
 """Bytes as they came: from a socket, or out of a batch of the journal."""
 
+MAX_TEXT = 64 << 10
+"""Most characters of a reason that somebody gives."""
+
+MAX_FAILURE = 1 << 20
+"""Most bytes of what is said of a failure."""
+
+MAX_PRIORITY = 1_000
+"""Priorities lie between this and as much below zero: each is a lane of its own."""
+
 Name = Annotated[str, Meta(max_length=MAX_NAME)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Failure = Annotated[bytes, Meta(max_length=MAX_FAILURE)]
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+Digest = Annotated[bytes, Meta(max_length=1024)]
 _Many = Meta(max_length=MAX_ITEMS)
 Leases = Annotated[list[tuple[int, int]], _Many]
 
@@ -139,10 +155,10 @@ class PublishItem(Struct, array_like=True, gc=False):
     group: Name = ""
     epoch: int = 0
     flags: int = 0
-    priority: int = 0
+    priority: Priority = 0
     delay: float = 0.0
     ttl: float = 0.0
-    digest: bytes | None = None
+    digest: Digest | None = None
     seen: int = 0
 
 
@@ -196,7 +212,7 @@ class SettleItem(Struct, array_like=True):
     outcome: int
     publishes: Annotated[list[PublishItem], _Many] = []
     delay: float = 0.0
-    failure: bytes | None = None
+    failure: Failure | None = None
     opens: Annotated[list[GatherOpen], _Many] = []
     arrivals: Annotated[list[Arrival], _Many] = []
     leave: Name = ""

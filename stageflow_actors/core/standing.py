@@ -120,7 +120,7 @@ def standing_of(group: Described) -> Standing:
     status = status_of(group)
     messages: Sequence[Described] = group["messages"]
     for message in messages:
-        if group["ended"] and message["label"] == group["ended"]:
+        if group["ended"] and message["label"] == group["ended"] and "body" in message:
             return ended(group["id"], group["epoch"], message["body"])
     gathers = [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
     waiting = [_wait(gather) for gather in gathers]

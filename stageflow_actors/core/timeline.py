@@ -63,8 +63,10 @@ def moments_of_group(group: Mapping[str, Any]) -> list[Moment]:
     """The timeline so far of a live instance whose group this is, as the broker's `inspect` describes it."""
     for message in group["messages"]:
         if group["ended"] and message["label"] == group["ended"]:
-            return moments_of_outcome(message["body"])
-    bodies = [message["body"][: message["base"]] for message in group["messages"]]
+            if "body" in message:
+                return moments_of_outcome(message["body"])
+    # Of very large instances not all bodies have room in one answer.
+    bodies = [message["body"] for message in group["messages"] if "body" in message]
     for gather in group["gathers"]:
         if gather["need"] is not None:
             bodies += [gather["base"], *gather["parts"]]
@@ -100,7 +102,7 @@ def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
 
 def _stage_of(message: Mapping[str, Any]) -> str:
     label: str = message["label"]
-    head = head_of(message["body"]) if label.startswith(":") else None  # an event, and of what stage its body says
+    head = head_of(message.get("body") or b"") if label.startswith(":") else None  # an event, and of what stage its body says
     return label.removeprefix(COMPENSATE) if head is None else head[2]
 
 

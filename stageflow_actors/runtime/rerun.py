@@ -205,7 +205,7 @@ def _dead_letters(client: Client, instance: Instance[Any]) -> list[tuple[str, in
             continue
         queue = f"dlq.{message['queue']}"
         try:
-            found.append((queue, message["id"], decode_envelope(message["body"][: message["base"]])))
+            found.append((queue, message["id"], decode_envelope(message["body"])))
         except (KeyError, DecodeError) as error:
             raise StageFlowError(
                 f"dead letter {message['id']} in {queue} is not one that this release can read ({error}): "

@@ -284,6 +284,7 @@ def picture(machine: Machine, *, clocks_agree: bool) -> dict[str, Any]:
         },
         "facts": dict(store.facts),
         "live_bytes": store.live_bytes,
+        "step_bytes": store.step_bytes,
     }
 
 
@@ -295,8 +296,11 @@ def assert_same(recovered: dict[str, Any], live: dict[str, Any]) -> None:
         for name in recovered[kind].keys() | live[kind].keys()
         if recovered[kind].get(name) != live[kind].get(name)
     ]
-    if recovered["live_bytes"] != live["live_bytes"]:
-        different.append(f"live bytes: recovered {recovered['live_bytes']}, live {live['live_bytes']}")
+    different += [
+        f"{count}: recovered {recovered[count]}, live {live[count]}"
+        for count in ("live_bytes", "step_bytes")
+        if recovered[count] != live[count]
+    ]
     if different:
         raise AssertionError("\n".join(different))
 
@@ -378,6 +382,10 @@ def check_whole(machine: Machine) -> None:
         for key, gather in (group.gathers or {}).items():
             gathers.add((id, key))
             kept += gather.weight
+            assert gather.weight == len(gather.base) + sum(map(len, gather.arrivals.values()))
+    steps = [m.extra.steps for m in store.messages.values() if m.extra is not None and m.extra.steps]
+    assert store.step_bytes == sum(len(name) + len(value) for each in steps for name, value in each.items())
+    assert store.fact_bytes == sum(len(name) + len(value) for name, value in store.facts.items())
     assert set(store.gathers) == gathers
     assert list(contradictions(store)) == []
     assert store.live_bytes == kept

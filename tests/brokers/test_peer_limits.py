@@ -142,7 +142,7 @@ def test_what_work_in_hand_settles_makes_the_queue_it_needs_and_what_is_not_held
 
 
 def test_a_message_keeps_so_many_steps_and_so_many_bytes_of_them() -> None:
-    here = world(max_steps=2, max_steps_bytes=10, max_message_bytes=8)
+    here = world(max_steps=2, max_steps_bytes=12, max_message_bytes=8)
     worker, (id, lease) = holding_one(here)
     send = worker.send
     assert send(wire.CHECKPOINT, (id, lease, "large"), bytes(9))["refused"] == (
@@ -150,7 +150,7 @@ def test_a_message_keeps_so_many_steps_and_so_many_bytes_of_them() -> None:
     )
     assert send(wire.CHECKPOINT, (id, lease, "a"), bytes(4)) is None
     assert send(wire.CHECKPOINT, (id, lease, "b"), bytes(7))["refused"] == (
-        "the steps of this message would take 11 bytes, and max_steps_bytes is 10"
+        "the steps of this message would take 13 bytes, and max_steps_bytes is 12"
     )
     assert send(wire.CHECKPOINT, (id, lease, "b"), bytes(6)) is None
     assert send(wire.CHECKPOINT, (id, lease, "c"), b"")["refused"] == (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from brokerworld import assert_same, check_whole, picture
 
-from brokers.core import leases, wire
+from brokers.core import store, wire
 from brokers.core.machine import Machine
 from brokers.core.message import Place
 from brokers.core.replay import Replay
@@ -209,7 +209,7 @@ def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
 
 
 def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "DEEP", 100)
+    monkeypatch.setattr(store, "DEEP", 100)
     plant = Plant()
     for number in range(50):
         plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=30)

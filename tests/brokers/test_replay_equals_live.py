@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from brokers.core import leases, wire
+from brokers.core import store, wire
 from brokers.core.queue import QueueOptions
 from brokers.core.wire import AGAIN, CHECK, DEAD, DONE, LEAVE, PUSH_ONLY, START, TERMINAL, WATCH, SettleItem
 
@@ -359,7 +359,7 @@ TestBrokerAndItsReplay.settings = settings(
 @pytest.fixture(scope="module", autouse=True)
 def shallow() -> Any:
     """Bodies leave memory from the third message of a queue on."""
-    before = leases.DEEP
-    leases.DEEP = 2
+    before = store.DEEP
+    store.DEEP = 2
     yield
-    leases.DEEP = before
+    store.DEEP = before
