@@ -24,10 +24,12 @@ from brokers.core.message import Message
 from brokers.core.replay import Replay
 from brokers.core.sessions import Session
 from brokers.core.store import Store
-from brokers.engine import Engine, replay_batch
+from brokers.engine import Engine, check_oldest, replay_batch
 from brokers.errors import ProtocolError
+from brokers.journal.files import OsFiles
 from brokers.journal.format import Batch, file_name
 from brokers.journal.inspect import scan
+from brokers.journal.lock import writer_of
 
 __all__ = ["Accounts", "Departures", "SegmentUse", "Settled", "departures", "offline", "settlements"]
 
@@ -91,7 +93,7 @@ def settlements(journal: Path) -> Accounts:
     store = Store(paging=True)  # bodies are not looked at, so none is kept
     replay = Replay(store, on_settled=on_settled)
     use = SegmentUse("")
-    for batch in scan(journal):
+    for batch in _scan(journal, replay):
         name = file_name(batch.segment)
         if name != use.file:
             use = SegmentUse(name)
@@ -101,7 +103,6 @@ def settlements(journal: Path) -> Accounts:
         for record in batch.records:
             use.bytes += len(record.header) + len(record.blob)
             accounts.kinds[records.NAMES.get(record.kind, f"kind {record.kind}")] += 1
-        replay_batch(replay, batch)
     accounts.live = len(store.messages)
     accounts.groups = sum(1 for group in store.groups.values() if group.messages() or group.gathers)
     return accounts
@@ -139,13 +140,23 @@ def departures(journal: Path, label: str, *, picture: bool) -> Departures:
     replay = Replay(store, on_settled=on_settled)
     latest = 0.0
     with _without_collecting():
-        for batch in scan(journal):
+        for batch in _scan(journal, replay):
             latest = batch.wall
-            replay_batch(replay, batch)
     idle = [group.id for group in store.groups.values() if group.idle]
     if picture:
         replay.finish(0.0, time.time())
     return Departures(ended, idle, latest, store.facts, _picture(machine) if picture else {})
+
+
+def _scan(journal: Path, replay: Replay) -> Iterator[Batch]:
+    """All batches, each replayed when it is given."""
+    first = 0
+    for batch in scan(journal):
+        first = first or batch.segment
+        replay_batch(replay, batch)
+        yield batch
+    if first and writer_of(OsFiles(), journal) is None:  # beside a broker, segments are given back while they are read
+        check_oldest(replay, first)
 
 
 @contextmanager
@@ -205,7 +216,7 @@ def offline(journal: Path) -> Engine:
     engine = Engine(journal_dir=None)
     store = engine.machine.store
     replay = Replay(store)
-    for batch in scan(journal):
-        replay_batch(replay, batch)
+    for _ in _scan(journal, replay):
+        pass
     replay.finish(store.now, store.wall)
     return engine

@@ -10,32 +10,69 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from brokers.core.machine import Limits, Machine
 from brokers.core.message import Place
 from brokers.core.replay import Replay
 from brokers.core.talk import Outgoing
-from brokers.errors import JournalFailed, JournalFull
+from brokers.errors import JournalCorrupt, JournalFailed, JournalFull, ProtocolError
 from brokers.journal.files import Files
-from brokers.journal.format import Batch, Record
+from brokers.journal.format import Batch, Record, file_name
 from brokers.journal.journal import Journal
 from brokers.points import reach
 from brokers.reclaim import Reclaim
 from brokers.room import LARGEST_ROUND, NEARLY_FULL, RoomKeeper
 
-__all__ = ["Engine", "Frame", "Outgoing", "replay_batch"]
+__all__ = ["Engine", "Frame", "Outgoing", "check_oldest", "replay_batch"]
 
 Frame = tuple[int, bytes, bytes, bytes]
 """(peer, operation, header, blob) as it came in."""
+
+_SENSELESS = (
+    ProtocolError,
+    msgspec.MsgspecError,
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a replay may raise for a record that is whole and makes no sense."""
 
 FULL_RETRY = 0.2
 """Seconds between tries when the disk has no room for the next segment."""
 
 
 def replay_batch(replay: Replay, batch: Batch) -> None:
-    """Give each record of a batch to a replay."""
+    """Give each record of a batch to a replay. Raises `JournalCorrupt` where one makes no sense."""
     for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
-        place = Place(batch.wall, batch.segment, offset)
-        replay.apply(record.kind, record.first_id, record.peer, record.header, record.blob, place)
+        place = Place(batch.wall, batch.segment, offset, batch.offset)
+        try:
+            replay.apply(record.kind, record.first_id, record.peer, record.header, record.blob, place)
+        except _SENSELESS as error:
+            file, reason = file_name(batch.segment), f"{type(error).__name__}: {error}"
+            raise JournalCorrupt(
+                f"{file} holds a record at offset {batch.offset} that this release cannot understand ({reason}): was "
+                "it written by a newer release? Use that, or restore a backup",
+                file=file,
+                offset=batch.offset,
+                reason=reason,
+            ) from error
+
+
+def check_oldest(replay: Replay, first: int) -> None:
+    """That no segment is missing before `first`, the first one that was replayed. Raises `JournalCorrupt`."""
+    if 0 < replay.oldest < first:
+        file = file_name(replay.oldest)
+        raise JournalCorrupt(
+            f"{file} is missing: the segments from there to {file_name(first - 1)} were not given back, and hold what "
+            "was acknowledged. Nothing has been changed; restore a backup",
+            file=file,
+            offset=0,
+            reason="the file is missing",
+        )
 
 
 class Engine:
@@ -62,6 +99,7 @@ class Engine:
         self._wall = wall
         self._giving_up = giving_up
         self._failed = ""
+        self._stated_in = 0
         self.machine = Machine(
             limits=limits, supervised=supervised, paging=journal_dir is not None, read_body=self._read_body
         )
@@ -78,12 +116,19 @@ class Engine:
                 warn=warn,
                 files=files,
             )
+            try:
+                check_oldest(replay, self.journal.segments()[0].number)
+            except JournalCorrupt:
+                self.journal.close()
+                raise
             self._reclaim = Reclaim(self.machine, self.journal, segment_bytes)
             self._room = RoomKeeper(self.machine, self.journal, self._reclaim)
         reach("broker.recovered")
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
         self.machine.started(now, wall_now)
+        if self.journal is not None:
+            self.machine.ledger.keep_oldest(self.journal.segments()[0].number)
         self._commit()
         reach("broker.started")
 
@@ -149,7 +194,7 @@ class Engine:
         if not records:
             return 0
         if self.journal is None:
-            self.machine.placed(-1, [-1] * len(records))
+            self.machine.placed(-1, -1, [-1] * len(records))
             return 0
         batch = [Record(*record) for record in records]
         while True:
@@ -162,11 +207,16 @@ class Engine:
                     raise
                 self.machine.refusing = NEARLY_FULL
                 time.sleep(FULL_RETRY)
-        self.machine.placed(place.segment, place.blob_offsets)
+        self.machine.placed(place.segment, place.batch, place.blob_offsets)
+        if place.segment != self._stated_in:
+            # Said in each segment: whichever are lost, those that are left tell of it.
+            if self._stated_in:
+                self.machine.ledger.keep_oldest(self.journal.segments()[0].number)
+            self._stated_in = place.segment
         if self.journal.room_low:
             self.machine.refusing = NEARLY_FULL
         return place.blob_offsets[-1] - place.blob_offsets[0] + len(batch[-1].blob) + 1
 
-    def _read_body(self, segment: int, offset: int, size: int) -> bytes:
+    def _read_body(self, segment: int, batch: int, offset: int, size: int) -> bytes:
         assert self.journal is not None
-        return self.journal.read(segment, offset, size)
+        return self.journal.read(segment, offset, size, batch=batch)

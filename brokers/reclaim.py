@@ -92,7 +92,7 @@ class Reclaim:
         if self._machine.ledger.copy_forward(self._oldest, budget):
             return
         if not self._restated:
-            self._machine.ledger.restate()
+            self._machine.ledger.restate(self._oldest + 1)
             self._restated = True
             return
         journal.drop_oldest()

@@ -30,8 +30,8 @@ then -n. Its memory (RSS) is read when all are durable; then it is killed, start
 is taken, and its memory once more. What is asserted: memory, recovery, and that a message of the larger backlog costs
 no more time than --slack times one of the smaller. Exit code 1 if a bound is broken.
 
-  scripts/bounds.py                              a million of 1,000 bytes: 1.5 GB of disk, about two minutes
-  scripts/bounds.py -n 50000 --memory 120        a small one
+  ./scripts/prove bounds                              a million of 1,000 bytes: 1.5 GB of disk, about two minutes
+  ./scripts/prove bounds -n 50000 --memory 120        a small one
 """
 
 BATCH = 1000

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Chaos: a saga over hundreds of instances while its processes are SIGKILLed at random, and an audit of the outcome.
 
 The judge asks three witnesses that know nothing of each other: the effect log that the stages append to, the
@@ -37,7 +38,7 @@ COMPENSATED = ("charge", "reserve")
 KINDS = ("program", *BELOW_A_PROGRAM)
 FAILING = 5
 """One instance in so many fails at its last stage."""
-COMMAND = "from stageflow_actors.cli.main import main; main()"
+COMMAND = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
 VOLLEY_SECONDS = 0.6
 """How soon after a kill another one may hit a cluster that is just recovering."""
 STALL_SECONDS = 20.0

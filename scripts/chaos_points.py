@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """SIGKILL, SIGSTOP and SIGTERM at named points: each in a small saga run, which is then run to its end and audited.
 
 The points and what is true at each are in `brokers.points`. The audit is that of `scripts/chaos.py`: effect log,

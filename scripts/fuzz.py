@@ -6,8 +6,8 @@ end, come twice, name leases that others hold, claim what they are not; some soc
 all are closed without a word in the end. Meanwhile honest peers publish, work and settle, and every group of theirs has
 to end exactly once, with a body that only its own workers have touched. The broker must neither end nor grow.
 
-    scripts/fuzz.py                         # 200,000 frames
-    scripts/fuzz.py -n 2000000 --seed 7     # two million, others than last time
+    ./scripts/prove fuzz                         # 200,000 frames
+    ./scripts/prove fuzz -n 2000000 --seed 7     # two million, others than last time
 
 Exit status 1 if anything was lost, doubled or stolen, or if the broker ended or grew.
 """

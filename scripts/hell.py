@@ -6,9 +6,9 @@ run again and again for some seconds, beside a stage that does nothing but be ru
 stage without and with it, and what the result of the bad one says. The rate shares the machine's cores with what the
 bad stage burns, and with the replacing of its workers.
 
-    scripts/hell.py                          # all of them, some minutes
-    scripts/hell.py --only segfault leave    # two
-    scripts/hell.py --list
+    ./scripts/prove hell                          # all of them, some minutes
+    ./scripts/prove hell --only segfault leave    # two
+    ./scripts/prove hell --list
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 A test that nothing can fail proves nothing. Each mutant here is a mistake that a broker, a journal or a saga runtime
 can plausibly have; it dies when each test named beside it fails. The working tree is only read.
 
-    scripts/mutants.py              # all of them, some minutes
-    scripts/mutants.py no-fence     # one
-    scripts/mutants.py --list
+    ./scripts/prove mutants              # all of them, some minutes
+    ./scripts/prove mutants no-fence     # one
+    ./scripts/prove mutants --list
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ MUTANTS = (
     Mutant(
         "recycled-taken-for-dead",
         "a worker that has done its share is charged like one that died",
-        (("stageflow_actors/runtime/pool.py", "event.status == EXIT_RECYCLED and", "event.status == -12345 and"),),
+        (("stageflow_actors/runtime/pool.py", "status in (None, EXIT_RECYCLED) and", "status is None and"),),
         (
             "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead",
             "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[recycled]",
@@ -314,6 +314,72 @@ MUTANTS = (
             ),
         ),
         ("tests/brokers/test_contract.py::TestBrokers::test_only_the_guilty_message_is_charged[memory]",),
+    ),
+    Mutant(
+        "deaths-never-forgotten",
+        "deaths count in a row though messages were settled well in between",
+        (("stageflow_actors/runtime/pool.py", "        if settled:\n            self._deaths = 0\n", ""),),
+        ("tests/chaos/test_pool_deaths.py::test_a_message_settled_well_makes_the_next_death_the_first_one_again",),
+    ),
+    Mutant(
+        "failed-starts-never-forgotten",
+        "failed starts count in a row though workers have worked in between",
+        (("stageflow_actors/runtime/pool.py", "        if started:\n            self._failed_starts = 0\n", ""),),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again",
+        ),
+    ),
+    Mutant(
+        "no-back-off",
+        "a worker that dies again and again is started again at once",
+        (
+            (
+                "stageflow_actors/runtime/pool.py",
+                "        elif self._deaths > 1:\n            self._back_off(self._deaths - 1)\n",
+                "",
+            ),
+        ),
+        ("tests/chaos/test_pool_deaths.py::test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not",),
+    ),
+    Mutant(
+        "pause-of-a-pool-never-over",
+        "a queue that was resumed is still said to be paused by its pool",
+        (
+            (
+                "stageflow_actors/runtime/pool.py",
+                '            self._services.broker.query("fact", PAUSED_FACT + self._spec.queue, "no")\n',
+                "",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_itself",
+        ),
+    ),
+    Mutant(
+        "compensation-cancelled",
+        "a compensation is ended when its instance is cancelled",
+        (("stageflow_actors/runtime/pool.py", ' and self._spec.kind != "compensation":', ":"),),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_stage_in_work_is_told_of_its_cancellation_and_a_compensation_is_not",
+        ),
+    ),
+    Mutant(
+        "judging-counts-as-work",
+        "a worker that only finds out how another one died has settled something well",
+        (("stageflow_actors/runtime/actor.py", "        self._ran += settled.ran\n", "        self._ran += 1\n"),),
+        ("tests/chaos/test_messages_in_hand.py::test_only_what_ran_here_is_said_to_have_gone_well",),
+    ),
+    Mutant(
+        "dead-killed-once-more",
+        "a worker that has died is killed, and judged, for what it seems to run still",
+        (
+            (
+                "stageflow_actors/runtime/pool.py",
+                "        if self._services.has_exited(worker.pidfd):\n            return  # its",
+                "        if False:\n            return  # its",
+            ),
+        ),
+        ("tests/chaos/test_pool_deaths.py::test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still",),
     ),
 )
 

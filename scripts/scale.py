@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Scale: a map of 100,000 items, and 10,000 instances that wait, with figures of time and memory.
 
 `map`: once undisturbed, once with everything SIGKILLed in the middle: only the items in work then may run again.

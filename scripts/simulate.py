@@ -5,8 +5,8 @@ Each seed is a whole cluster in one thread — the production broker core and jo
 clients — under a virtual clock, a disk that loses what was not synced, and a network that breaks off. What breaks a law
 is printed with its seed; the same seed gives the same run again.
 
-    scripts/simulate.py -n 10000                 # 10,000 tame and 10,000 wild seeds
-    scripts/simulate.py --from 183 -n 1 --wild   # one seed again, with what happened in it
+    ./scripts/prove simulate -n 10000                 # 10,000 tame and 10,000 wild seeds
+    ./scripts/prove simulate --from 183 -n 1 --wild   # one seed again, with what happened in it
 """
 
 from __future__ import annotations

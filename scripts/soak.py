@@ -8,8 +8,8 @@ broker, zygote and workers, the journal, what lies in temporary places and the l
 sampled. The medians of the first third, once it is warm, are compared with those of the last. At the end every
 instance has to have ended as it should, and `stageflow doctor` finds the directory sound.
 
-    scripts/soak.py --seconds 600              # ten minutes
-    scripts/soak.py --seconds 36000 --rate 20  # a night, gently
+    ./scripts/prove soak --seconds 600              # ten minutes
+    ./scripts/prove soak --seconds 36000 --rate 20  # a night, gently
 
 Exit code 0 when all stays within its bound (the column `most`), else 1. Nothing is killed but the program started here.
 """

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from amounts import from_one, share
 from torturing.crashes import crash_at_every_call
-from torturing.faults import FAULTS, LASTING, fail_every_call
-from torturing.resting import cut_everywhere, flip_bits, lose_sectors
+from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read
+from torturing.resting import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
 from torturing.scenes import SCENES
 from torturing.specimen import Specimen
 
@@ -27,20 +27,22 @@ PARTS = ("cuts", "sectors", "flips", "faults", "crashes")
 EPILOG = """
 The parts:
   cuts      a journal of some two hundred records in twenty segments, cut at every byte: once as the end of everything
-            (recovered up to the last whole batch), once with the later segments in place (refused: file and offset)
-  sectors   every 512-byte sector of the last batch zeroed, set, garbled, or left as it was before; and sets of them
+            (in the header refused, behind the end mark nothing lost, elsewhere recovered up to the last whole batch,
+            with a warning), once with the later segments in place (refused: file and offset); each segment deleted
+  sectors   every 512-byte sector of the last batch zeroed, set, garbled, or left as it was before; and sets of them;
+            sectors of batches before it, with the rest or only the end mark left (refused); each sector unreadable
   flips     every bit of every header, and a share of all other bits; some of the journals are repaired then
   faults    every call of the disk fails, once and for ever: EIO, ENOSPC, EINTR, short writes; in the scenes
-            first creation, append and rotation, compaction, recovery, repair
+            first creation, append and rotation, compaction, recovery, repair; and every read of the last two
   crashes   at every call of the same scenes, every subset of what was not synced is lost (up to --states of them)
 
 The law: what was acknowledged survives; damage in it is refused, never dropped; after a failed write or sync nothing
 is acknowledged. The first violation ends the run with the seed that repeats it.
 
-  scripts/torture.py                       all of it, once: some minutes on one core
-  scripts/torture.py --bodies 1            each bit of the bodies flipped too: an hour
-  scripts/torture.py --share 0.02          one in fifty
-  scripts/torture.py --only faults crashes --seeds 100
+  ./scripts/prove torture                       all of it, once: some minutes on one core
+  ./scripts/prove torture --bodies 1            each bit of the bodies flipped too: an hour
+  ./scripts/prove torture --share 0.02          one in fifty
+  ./scripts/prove torture --only faults crashes --seeds 100
 """
 
 
@@ -54,8 +56,10 @@ def run(seed: int, parts: list[str], share: float, bodies: float, states: int, f
         figures["bytes of journals"] += specimen.size
         if "sectors" in parts:
             lose_sectors(specimen, figures, rounds=round(400 * share) + 2, chance=chance)
+            spoil_sectors(specimen, figures, share=share, chance=chance)
         if "cuts" in parts:
             cut_everywhere(specimen, figures, share=share, chance=chance)
+            lose_files(specimen, figures)
         if "flips" in parts:
             flip_bits(specimen, figures, share=share, bodies=min(bodies, share), chance=chance)
     for scene in SCENES:
@@ -63,6 +67,8 @@ def run(seed: int, parts: list[str], share: float, bodies: float, states: int, f
             for code, name in FAULTS:
                 for for_ever in (False, True) if name in LASTING else (False,):
                     fail_every_call(scene, code, figures, for_ever=for_ever, share=share, chance=chance, seed=seed)
+            if scene in READING:
+                fail_every_read(scene, figures, share=share, chance=chance, seed=seed)
         if "crashes" in parts:
             crash_at_every_call(scene, figures, most=max(4, round(states * share)), chance=chance, seed=seed)
 

@@ -50,6 +50,7 @@ class Admin:
             "lookup": (tuple[list[Name]], self._lookup),
             "inspect": (tuple[list[Name]], self._inspect),
             "groups": (tuple[Name, int], looking.groups),
+            "live": (tuple[()], looking.live),
             "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], looking.tally),
             "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
@@ -169,6 +170,7 @@ class Admin:
         self._machine.bounds.queues([option.name for option in options])
         for option in options:
             queue = self._store.queue(option.name)
+            queue.owner = session
             if queue.options != option:
                 self._store.declare(option)
                 self._store.touched[queue] = None

@@ -56,17 +56,22 @@ class Bounds:
 
     @property
     def crowded(self) -> bool:
-        """Whether there are as many queues as there may be."""
+        """Whether there are as many queues as there may be, and all of them in use."""
+        if len(self._store.queues) < self.limits.max_queues:
+            return False
+        self._store.forget_idle_queues()
         return len(self._store.queues) >= self.limits.max_queues
 
     def queues(self, names: Iterable[str]) -> None:
         """These may be made, where they are not there yet."""
-        known = self._store.queues
-        made = {name for name in names if name not in known}
-        if made and len(known) + len(made) > self.limits.max_queues:
+        store = self._store
+        made = {name for name in names if name not in store.queues}
+        if made and len(store.queues) + len(made) > self.limits.max_queues:
+            store.forget_idle_queues()
+        if made and len(store.queues) + len(made) > self.limits.max_queues:
             raise Refused(
-                f"there are {len(known)} queues, and max_queues is {self.limits.max_queues}: {next(iter(made))[:80]!r} "
-                "cannot be made"
+                f"there are {len(store.queues)} queues, and max_queues is {self.limits.max_queues}: "
+                f"{next(iter(made))[:80]!r} cannot be made"
             )
 
     def arrivals(self, arrivals: list[wire.Arrival]) -> None:

@@ -19,8 +19,8 @@ from brokers.core.store import Store
 
 __all__ = ["Ledger", "ReadBody"]
 
-ReadBody = Callable[[int, int, int], bytes]
-"""(segment, offset, size) of a body that has been written, to be read back."""
+ReadBody = Callable[[int, int, int, int], bytes]
+"""(segment, batch, offset, size) of a body that has been written, to be read back; at `batch` its batch begins."""
 
 COPIED = 128
 """About how many bytes a copied state takes beside the body."""
@@ -44,10 +44,11 @@ class Ledger:
         self.records = []
         return taken
 
-    def placed(self, segment: int, offsets: Sequence[int]) -> None:
-        """Where the blobs of the records just taken lie."""
+    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+        """Where the blobs of the records just taken lie, and the batch of them all."""
         for place, offset in zip(self._places, offsets, strict=True):
             place.segment = segment
+            place.batch = batch
             place.offset = offset
         self._places.clear()
         for message in self._paged:
@@ -77,7 +78,7 @@ class Ledger:
         place = message.place
         if self._read_body is None or place.segment < 0:
             raise RuntimeError(f"message {message.id} has neither a body nor a place")
-        return self._read_body(place.segment, place.offset + message.at, message.size)
+        return self._read_body(place.segment, place.batch, place.offset + message.at, message.size)
 
     def head(self, message: Message, size: int) -> bytes:
         """How the body begins: its first `size` bytes, or all of it."""
@@ -86,7 +87,7 @@ class Ledger:
         place = message.place
         if self._read_body is None or place.segment < 0:
             raise RuntimeError(f"message {message.id} has neither a body nor a place")
-        return self._read_body(place.segment, place.offset + message.at, min(size, message.size))
+        return self._read_body(place.segment, place.batch, place.offset + message.at, min(size, message.size))
 
     def mark(self, message: Message) -> None:
         """Record the state of a message that the journal knows already."""
@@ -120,6 +121,10 @@ class Ledger:
     def keep_epoch(self) -> None:
         """Record the epoch of the broker."""
         self.record(records.STARTED, 0, records.encode(self.store.epoch))
+
+    def keep_oldest(self, segment: int) -> None:
+        """Record that the segments from this one on must be there."""
+        self.record(records.OLDEST, 0, records.encode(segment))
 
     def left(self, groups: Iterable[str]) -> None:
         """Record that these groups have ended, and all that was theirs."""
@@ -162,9 +167,11 @@ class Ledger:
             weight += COPIED + gather.weight
         return weight
 
-    def restate(self) -> None:
-        """Record anew what lies in no particular segment, so that any may go."""
+    def restate(self, oldest: int = 0) -> None:
+        """Record anew what lies in no particular segment, so that any may go; all before `oldest` will have gone."""
         store = self.store
+        if oldest:
+            self.keep_oldest(oldest)
         for queue in store.queues.values():
             self.keep_queue(queue)
         for fact in store.facts.items():

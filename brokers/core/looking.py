@@ -99,6 +99,10 @@ class Looking:
                 found.append(self._group(group, room))
         return found
 
+    def live(self, session: Session) -> list[str]:
+        """All groups by id, the latest last."""
+        return list(self._store.groups)
+
     def _group(self, group: Group, room: _Room, *, bodies: bool = False) -> dict[str, Any]:
         ended = group.ended
         return {

@@ -40,7 +40,7 @@ MOST_WAITING = 10_000
 
 
 class Machine:
-    """The one decision-maker. `read_body(segment, offset, size)` fetches a body that has left memory."""
+    """The one decision-maker. `read_body(segment, batch, offset, size)` fetches a body that has left memory."""
 
     def __init__(
         self,
@@ -196,9 +196,9 @@ class Machine:
         """The records of this round, to be made durable before anything is dispatched."""
         return self.ledger.take()
 
-    def placed(self, segment: int, offsets: Sequence[int]) -> None:
-        """Where the blobs of the records just taken lie."""
-        self.ledger.placed(segment, offsets)
+    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+        """Where the blobs of the records just taken lie, and the batch of them all."""
+        self.ledger.placed(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
         """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""

@@ -19,14 +19,18 @@ READY, LEASED, DELAYED, PARKED = "ready", "leased", "delayed", "dead"
 
 
 class Place:
-    """Where the blob of one record lies in the journal, once it has been written; shared by all its messages."""
+    """Where the blob of one record lies in the journal, once it has been written; shared by all its messages.
 
-    __slots__ = ("offset", "segment", "wall")
+    `batch` is where the batch begins in which it was written.
+    """
 
-    def __init__(self, wall: float, segment: int = -1, offset: int = -1) -> None:
+    __slots__ = ("batch", "offset", "segment", "wall")
+
+    def __init__(self, wall: float, segment: int = -1, offset: int = -1, batch: int = -1) -> None:
         self.wall = wall
         self.segment = segment
         self.offset = offset
+        self.batch = batch
 
 
 class Extra:

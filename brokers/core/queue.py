@@ -16,7 +16,7 @@ from brokers.core.breaker import Breaker
 
 if TYPE_CHECKING:
     from brokers.core.message import Message
-    from brokers.core.sessions import Consumer
+    from brokers.core.sessions import Consumer, Session
 
 __all__ = ["Queue", "QueueOptions"]
 
@@ -49,6 +49,7 @@ class Queue:
 
     A lane may hold messages that have been taken away from it meanwhile: their holder is not None, and `skip` is
     how many of them there are. `awaiting` are peers that may hold messages of this queue and have not announced yet.
+    `owner` is who has declared it last.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Queue:
         "delivered",
         "name",
         "options",
+        "owner",
         "paused",
         "ready",
         "settled",
@@ -70,6 +72,7 @@ class Queue:
     def __init__(self, name: str) -> None:
         self.name = name
         self.options = QueueOptions(name)
+        self.owner: Session | None = None
         self.breaker: Breaker | None = None
         self.ready: deque[Message] = deque()
         self._high: list[tuple[int, deque[Message]]] = []
@@ -146,6 +149,13 @@ class Queue:
             for message in queued:
                 if message.holder is None:
                     yield message
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in it, and nobody wants anything of it."""
+        owned = self.owner is not None and self.owner.connected
+        used = self.consumers or self.awaiting or self.paused or self.delayed or self.dead or self.ready_count
+        return not owned and not used
 
     @property
     def depth(self) -> int:

@@ -9,6 +9,8 @@ where that is not the first one, a MARK beside the frame says so.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from msgspec import Struct
 
@@ -28,6 +30,7 @@ __all__ = [
     "LEFT",
     "MARK",
     "NAMES",
+    "OLDEST",
     "QUEUE",
     "SESSIONS",
     "STARTED",
@@ -45,7 +48,7 @@ Record = tuple[int, int, int, bytes, bytes]
 """(kind, first message id that it may create, peer, header, blob)"""
 
 KEPT_PUBLISH, KEPT_SETTLE, KEPT_CHECKPOINT = 1, 2, 3
-COPY, MARK, FORGET, GROUP, LEFT, GATHER, QUEUE, FACT, SESSIONS, STARTED = range(4, 14)
+COPY, MARK, FORGET, GROUP, LEFT, GATHER, QUEUE, FACT, SESSIONS, STARTED, OLDEST = range(4, 15)
 
 NAMES = {
     KEPT_PUBLISH: "publish",
@@ -61,6 +64,7 @@ NAMES = {
     FACT: "fact",
     SESSIONS: "sessions",
     STARTED: "started",
+    OLDEST: "oldest",
 }
 
 
@@ -135,7 +139,8 @@ decode_forgotten = msgspec.msgpack.Decoder(tuple[int, list[int]]).decode
 decode_names = msgspec.msgpack.Decoder(list[str]).decode
 decode_fact = msgspec.msgpack.Decoder(tuple[str, str]).decode
 decode_sessions = msgspec.msgpack.Decoder(list[tuple[int, int]]).decode
-decode_epoch = msgspec.msgpack.Decoder(int).decode
+decode_epoch = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]).decode
+decode_oldest = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=1)]).decode
 
 
 def message_state(message: Message) -> MessageState:

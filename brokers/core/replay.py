@@ -14,6 +14,7 @@ from brokers.core.queue import Queue
 from brokers.core.records import MessageState
 from brokers.core.store import Store
 from brokers.core.wire import Buffer
+from brokers.errors import ProtocolError
 
 __all__ = ["Replay"]
 
@@ -22,10 +23,14 @@ OnSettled = Callable[[Message | None, str, str], None]
 
 
 class Replay:
-    """Feeds records into a store. `finish` makes it ready for a new broker epoch."""
+    """Feeds records into a store. `finish` makes it ready for a new broker epoch.
+
+    `oldest`: the segments from this one on must be there; 0 where nothing is said of it.
+    """
 
     def __init__(self, store: Store, *, on_settled: OnSettled | None = None) -> None:
         self.store = store
+        self.oldest = 0
         store.replaying = True
         self._on_settled = on_settled
         self._kinds: dict[int, Callable[[int, Buffer, Buffer, Place], None]] = {
@@ -42,15 +47,22 @@ class Replay:
             records.FACT: self._fact,
             records.SESSIONS: self._sessions,
             records.STARTED: self._started,
+            records.OLDEST: self._oldest,
         }
 
     def apply(self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
-        """One record, in the order of the journal."""
+        """One record, in the order of the journal. Raises `ProtocolError` and msgspec's errors for one that makes no
+        sense."""
         store = self.store
         if store.next_id < first_id:
+            if first_id >= wire.MAX_NUMBER:
+                raise ProtocolError(f"messages are numbered from {first_id} on")
             store.next_id = first_id
         store.wall = place.wall
-        self._kinds[kind](peer, header, blob, place)
+        method = self._kinds.get(kind)
+        if method is None:
+            raise ProtocolError(f"a record of kind {kind}, of which this release knows nothing")
+        method(peer, header, blob, place)
 
     def finish(self, now: float, wall: float) -> None:
         """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for.
@@ -314,6 +326,9 @@ class Replay:
     def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         for known, frame in records.decode_sessions(header):
             self.store.remember_peer(known, frame)
+
+    def _oldest(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+        self.oldest = max(self.oldest, records.decode_oldest(header))
 
     def _started(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
         self.store.epoch = max(self.store.epoch, records.decode_epoch(header))

@@ -10,6 +10,7 @@ these and no others.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -77,6 +78,7 @@ class Store:
         self.left_seq = 0
         self.left_floor = 0
         self._timers: list[tuple[float, int, str, str]] = []
+        self._forget_again = -math.inf
 
     @property
     def deep(self) -> int:
@@ -93,6 +95,15 @@ class Store:
         if queue is None:
             queue = self.queues[name] = Queue(name)
         return queue
+
+    def forget_idle_queues(self) -> None:
+        """Forget the queues that nobody would miss: each is made again when somebody names it. Not every time: it goes
+        over all of them."""
+        if self.now < self._forget_again:
+            return
+        self._forget_again = self.now + 1.0
+        touched = self.touched
+        self.queues = {name: q for name, q in self.queues.items() if q in touched or not q.idle}
 
     def declare(self, options: QueueOptions) -> Queue:
         """How the queue of that name treats its messages from now on."""

@@ -7,15 +7,17 @@ forgets. Nothing here retries a sync or hides an error: an OSError goes up as it
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from brokers.journal.format import Buffer
+from brokers.journal.format import SECTOR, Buffer
 
-__all__ = ["Files", "OsFiles", "is_full", "read_at", "write_at"]
+__all__ = ["Files", "OsFiles", "is_full", "is_unreadable", "read_around", "read_at", "write_at"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
 _IOV_MAX = 1024  # what Linux takes in one call
 
 
@@ -74,7 +76,12 @@ class OsFiles:
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
         flags = os.O_RDWR if write else os.O_RDONLY
-        return os.open(path, flags | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        fd = os.open(path, flags | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        # A directory can be opened for reading, and the first read of it fails without a name.
+        if not write and stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        return fd
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -152,6 +159,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
+def is_unreadable(error: OSError) -> bool:
+    """Whether a read fails because of what it was to read: a bad sector, or a checksum of the file system."""
+    return error.errno in _UNREADABLE
+
+
 def read_at(files: Files, fd: int, size: int, offset: int) -> bytes:
     """`size` bytes from `offset`, or what there is of them before the end of the file."""
     data = files.pread(fd, size, offset)
@@ -163,6 +175,25 @@ def read_at(files: Files, fd: int, size: int, offset: int) -> bytes:
         pieces.append(data)
         got += len(data)
     return b"".join(pieces)
+
+
+def read_around(files: Files, fd: int, size: int, offset: int) -> tuple[bytes, list[int]]:
+    """As `read_at`, with zeros in the place of sectors that cannot be read; and where these begin."""
+    try:
+        return read_at(files, fd, size, offset), []
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+    middle = (offset + size // 2) // SECTOR * SECTOR
+    if middle <= offset:
+        middle = (offset // SECTOR + 1) * SECTOR
+    if middle >= offset + size:
+        return bytes(max(0, min(size, files.size(fd) - offset))), [offset // SECTOR * SECTOR]
+    front, bad = read_around(files, fd, middle - offset, offset)
+    if len(front) < middle - offset:
+        return front, bad
+    back, more = read_around(files, fd, offset + size - middle, middle)
+    return front + back, bad + more
 
 
 def write_at(files: Files, fd: int, buffers: Sequence[Buffer], size: int, offset: int) -> None:

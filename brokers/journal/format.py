@@ -46,14 +46,22 @@ End mark
     Behind the last batch, written with it and overwritten by the next one, stands a sector with an *end mark*: a batch
     header with a marker of its own, the number of the batch before it, no time and no payload. It tells a clean end
     from a lost one: segments are recycled, so what follows may be batches of an earlier life. Those carry an earlier
-    salt and are taken for nothing. A segment filled to its last byte has no end mark.
+    salt and are taken for nothing. The last sector of a segment is kept for it; one of an earlier release may be filled
+    to its last byte, and has none.
+
+    Once the next segment is in its directory for good, and before a batch goes into that, another end mark takes the
+    place of this one, with a second marker: *followed*. So the newest segment cannot be lost without a trace. An
+    earlier release takes it for no end mark, which a segment that is not the last one can do without.
 
 How it is read
     Batch after batch while each is whole: marker, salt, the expected number, a length that fits into the file, the CRC.
     Where that stops there is either the end mark (the clean end), or damage. Damage with nothing whole behind it, in
-    the last segment, is a write that was torn by a crash, and was never acknowledged. Damage followed by a whole batch
-    of a higher number, or by a segment that begins with one, lies in what was acknowledged, because batch n + 1 is
-    never written before n is synced.
+    the last segment, is a write that was torn by a crash, and was never acknowledged; the end mark of the very batch
+    that is not whole belongs to that write. Damage followed by a whole batch or an end mark of a higher number, by the
+    mark of a followed segment, or by a segment that begins with a higher number, lies in what was acknowledged, because
+    batch n + 1 is never written before n is synced. So does a damaged header: it was synced before the file got its
+    name. A last segment shorter than its header says, without an end mark, ends like a torn one: nothing can tell what
+    stood there.
 """
 
 import struct
@@ -65,6 +73,9 @@ from brokers.errors import PayloadTooLarge
 
 __all__ = [
     "BATCH_HEADER",
+    "BATCH_MARKER",
+    "END_MARKERS",
+    "FOLLOWED_MARKER",
     "MAX_PAYLOAD",
     "SECTOR",
     "SUFFIX",
@@ -99,6 +110,8 @@ MAX_PAYLOAD = 0xFFFFFFFF
 # High bytes that neither ASCII nor UTF-8 text contains in this order, so that a search for them rarely stops in vain.
 BATCH_MARKER = b"\xd3\xf7\xb1\xff"
 END_MARKER = b"\xd3\xf7\xe2\xff"
+FOLLOWED_MARKER = b"\xd3\xf7\xe4\xff"
+END_MARKERS = (END_MARKER, FOLLOWED_MARKER)
 
 _SEGMENT = struct.Struct("<8sI4xQQQQ12x")
 _BATCH = struct.Struct("<4sQQdII")
@@ -120,7 +133,8 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch read back. `blob_offsets[i]` is where in the file of `segment` the blob of `records[i]` begins.
+    """A batch read back. `blob_offsets[i]` is where in the file of `segment` the blob of `records[i]` begins, `offset`
+    where the batch does.
 
     Blobs are views into a shared buffer of up to several megabytes: copy what is to be kept. Headers are bytes.
     """
@@ -130,6 +144,7 @@ class Batch(NamedTuple):
     wall: float
     records: list[Record]
     blob_offsets: list[int]
+    offset: int = 0
 
 
 class SegmentHeader(NamedTuple):
@@ -171,14 +186,17 @@ def encode_segment(header: SegmentHeader) -> bytes:
 
 def read_segment(sector: bytes) -> SegmentHeader | int | str:
     """The header; or the version, when it is a newer one; or what is wrong with it, in words."""
-    if len(sector) < _SEGMENT.size + _U32.size:
+    if len(sector) < SECTOR:
         return "the file ends inside the segment header"
     magic, version, number, salt, first, size = _SEGMENT.unpack_from(sector)
     if magic != MAGIC:
         return "the file does not begin like a segment"
+    crc = _U32.unpack_from(sector, _SEGMENT.size)[0]
     if version > VERSION:
+        if crc == crc32(sector[12 : _SEGMENT.size], crc32(sector[:8] + _U32.pack(VERSION))):
+            return "the format version in the segment header is damaged"
         return int(version)  # before the CRC, which a newer format may keep elsewhere
-    if _U32.unpack_from(sector, _SEGMENT.size)[0] != crc32(sector[: _SEGMENT.size]):
+    if crc != crc32(sector[: _SEGMENT.size]):
         return "the checksum of the segment header does not match"
     return SegmentHeader(number, salt, first, size)
 
@@ -219,9 +237,9 @@ def encode_header(number: int, salt: int, wall: float, payload: Iterable[Buffer]
     return fields + _U32.pack(crc)
 
 
-def encode_end(number: int, salt: int) -> bytes:
-    """The sector that says: batch `number` is the last one."""
-    fields = _BATCH.pack(END_MARKER, number, salt, 0.0, 0, 0)
+def encode_end(number: int, salt: int, *, followed: bool = False) -> bytes:
+    """The sector that says: batch `number` is the last one; and, when `followed`, that there is a next segment."""
+    fields = _BATCH.pack(FOLLOWED_MARKER if followed else END_MARKER, number, salt, 0.0, 0, 0)
     return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
 
 
@@ -237,8 +255,8 @@ def is_batch(header: BatchHeader, buffer: memoryview) -> bool:
 
 
 def is_end(header: BatchHeader, number: int, salt: int) -> bool:
-    """Whether this is the end mark behind batch `number`."""
-    if header.marker != END_MARKER or header.number != number or header.salt != salt:
+    """Whether this is the end mark behind batch `number`, of either kind."""
+    if header.marker not in END_MARKERS or header.number != number or header.salt != salt:
         return False
     return header.crc == crc32(_BATCH.pack(*header[:6]))
 

@@ -7,7 +7,7 @@ it touches aside before it cuts, and says what was given up.
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from brokers.journal.format import Batch, SegmentHeader, encode_segment, file_na
 from brokers.journal.lock import DirectoryLock, writer_of
 from brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
 from brokers.journal.supply import TEMPORARY
-from brokers.journal.survey import Damage, Survey, segment_numbers
+from brokers.journal.survey import Damage, Found, Survey, segment_numbers
 
 __all__ = ["LISTS", "Finding", "RepairReport", "repair", "scan", "verify"]
 
@@ -39,7 +39,8 @@ class RepairReport(NamedTuple):
 
     `file`, `offset` and `reason` say where the first damage was; `batches` and `records` how many whole ones behind it
     were given up (those in the damaged bytes cannot be counted); `copies` are the files copied aside. `names` are what
-    the batches given up are known by, and `listed` is the file that holds them, None if there are none.
+    the batches given up are known by, and `listed` is the file that holds them, None if there are none. `unreadable`
+    bytes of the copies are zeros, because the disk did not give them back.
     """
 
     file: str
@@ -50,19 +51,22 @@ class RepairReport(NamedTuple):
     copies: list[Path]
     names: list[str]
     listed: Path | None
+    unreadable: int = 0
 
 
 def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
     """Everything wrong with the journal in `directory`; an empty list if nothing is.
 
-    Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal.
+    Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal or it may not
+    be read.
     """
     files = _existing(files, directory)
-    findings = [
-        Finding(item.file, item.offset, item.reason, item.fatal)
-        for item in Survey(files, directory).read()
-        if isinstance(item, Damage)
-    ]
+    with _reading(directory):
+        findings = [
+            Finding(item.file, item.offset, item.reason, item.fatal)
+            for item in Survey(files, directory).read()
+            if isinstance(item, Damage)
+        ]
     if writer_of(files, directory) is not None:
         return [finding for finding in findings if finding.damage]  # a batch in the making is not whole yet
     return findings
@@ -71,10 +75,15 @@ def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
 def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
     """All whole batches in `directory`, in order, up to a torn end. Batches in the making may or may not be seen.
 
-    Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal.
+    Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal or it may not
+    be read.
     """
     with closing(Survey(_existing(files, directory), directory).read()) as items:
-        for item in items:
+        while True:
+            with _reading(directory):
+                item = next(items, None)
+            if item is None:
+                return
             if isinstance(item, Batch):
                 yield item
             elif item.fatal:
@@ -123,7 +132,9 @@ class _Repair:
         self._names: dict[str, None] = {}
         self._listed: Path | None = None
         self._copies: list[Path] = []
+        self._unreadable = 0
         self._batches = self._records = 0
+        self._before: Found | None = None
 
     def run(self) -> RepairReport:
         first: Damage | None = None
@@ -152,12 +163,14 @@ class _Repair:
             self._copies,
             list(self._names),
             self._listed,
+            self._unreadable,
         )
 
     def _next_damage(self) -> Damage | None:
         """The first damage. If it is one to be cut at, what is whole behind it is counted as given up."""
         damage: Damage | None = None
-        with closing(Survey(self._files, self._directory).read()) as items:
+        survey = Survey(self._files, self._directory)
+        with closing(survey.read()) as items:
             for item in items:
                 if isinstance(item, Batch):
                     if damage is not None:
@@ -166,12 +179,14 @@ class _Repair:
                         self._names.update(dict.fromkeys(self._names_of(item)))
                 elif damage is None:
                     damage = item
+                    self._before = survey.segments[-1] if survey.segments else None
                     if damage.rebuilt is not None:
                         return damage
         return damage
 
     def _write_header(self, name: str, header: SegmentHeader) -> None:
-        self._copy(name)
+        if self._copy(name):
+            self._move(name, None)
         sector = encode_segment(header)
         fd = self._files.open(self._directory / name)
         try:
@@ -199,6 +214,8 @@ class _Repair:
 
     def _cut(self, damage: Damage) -> None:
         self._list()
+        if damage.offset == 0:
+            self._forget_next(damage.segment)
         # From the newest back to the damage: stopped in between, the damage is still there to be found again.
         for number in reversed(segment_numbers(self._files, self._directory)):
             if number > damage.segment or (number == damage.segment and damage.offset == 0):
@@ -206,12 +223,38 @@ class _Repair:
                 self._files.unlink(self._directory / file_name(number))
                 self._files.fsync_dir(self._directory)
         if damage.offset > 0:
-            self._copy(damage.file)
-            clear_end(self._files, self._directory / damage.file, damage, until=sys.maxsize)
+            if self._copy(damage.file):
+                self._move(damage.file, damage.offset)
+            path = self._directory / damage.file
+            clear_end(self._files, path, damage.offset, damage.number, damage.salt, sys.maxsize, grow=True)
 
-    def _copy(self, name: str) -> None:
+    def _forget_next(self, segment: int) -> None:
+        """The segment before this one, which goes, is to be followed by none: before anything goes, as in a crash."""
+        before = self._before
+        if before is not None and before.followed and before.header.number == segment - 1:
+            path = self._directory / file_name(before.header.number)
+            clear_end(self._files, path, before.end, before.following, before.header.salt, 0)
+
+    def _copy(self, name: str) -> int:
+        """Copy that file aside. How many bytes of it cannot be read."""
         target = unused(self._files, self._backup, name, "")
-        self._copies.append(copy_aside(self._files, self._directory / name, 0, None, target))
+        unreadable = copy_aside(self._files, self._directory / name, 0, None, target)
+        self._unreadable += unreadable
+        self._copies.append(target)
+        return unreadable
+
+    def _move(self, name: str, end: int | None) -> None:
+        """Let the file lie elsewhere on the disk, up to `end`: an unreadable sector may take no write either."""
+        path = self._directory / name
+        copy_aside(self._files, path, 0, end, path)
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(f"the journal in {directory} cannot be read: {error}") from error
 
 
 def _existing(files: Files | None, directory: Path) -> Files:

@@ -30,6 +30,7 @@ from brokers.journal.format import (
 )
 from brokers.journal.lock import DirectoryLock
 from brokers.journal.recovery import recover, remove_leftovers
+from brokers.journal.segment import check_batch
 from brokers.journal.supply import Supply
 from brokers.points import reach
 
@@ -42,13 +43,16 @@ _ZEROS = bytes(SECTOR)
 _SCATTER = 256 << 10  # bytes: from here on joining costs more (new pages) than handing the pieces over one by one
 _PIECE = 2048  # bytes on average, for that to be true
 _READERS = 64  # sealed segments kept open for reading
+_VERIFIED = 4096  # batches whose checksum is not computed again when more is read of them
 
 
 class BatchPlace(NamedTuple):
-    """Where a commit went: the blob of record i begins at `blob_offsets[i]` in the file of `segment`."""
+    """Where a commit went: the blob of record i begins at `blob_offsets[i]` in the file of `segment`, the batch itself
+    at `batch`."""
 
     segment: int
     blob_offsets: list[int]
+    batch: int
 
 
 class SegmentInfo(NamedTuple):
@@ -62,7 +66,7 @@ class SegmentInfo(NamedTuple):
 
 
 class Room(NamedTuple):
-    """`left` bytes in the open segment; `ready`: a spare of `spare` bytes is there; `low`: it could not be had."""
+    """`left` bytes for batches in the open segment; `ready`: a spare of `spare` bytes is there; `low`: none is."""
 
     ready: bool
     low: bool
@@ -84,6 +88,9 @@ class Journal:
         self._refusal = "the journal is not open"
         self._sealed: list[SegmentInfo] = []
         self._readers: dict[int, int] = {}
+        self._salts: dict[int, int] = {}
+        self._verified: dict[tuple[int, int], int] = {}  # (segment, batch) → where the batch ends
+        self._sealed_bytes = 0
         self._fd = -1
         self._segment = self._salt = self._first = self._end = self._capacity = 0
         self._next = 1
@@ -140,15 +147,20 @@ class Journal:
             self._begin(number=1, needed=2 * SECTOR)
         else:
             for each in found[:-1]:
-                self._sealed.append(
-                    SegmentInfo(each.header.number, each.header.first, each.end, each.size, sealed=True)
-                )
+                self._seal(SegmentInfo(each.header.number, each.header.first, each.end, each.size, sealed=True))
+                if not each.followed:  # the process ended before it could be said, or an earlier release does not
+                    fd = self._files.open(self.directory / file_name(each.header.number))
+                    try:
+                        self._mark_followed(fd, each.end, each.size, each.following - 1, each.header.salt)
+                    finally:
+                        self._files.close(fd)
             last = found[-1]
+            self._salts = {each.header.number: each.header.salt for each in found}
             self._segment, self._salt, self._first, _ = last.header
             self._next, self._end = last.following, last.end
             self._fd = self._files.open(self.directory / file_name(self._segment))
             self._reserve(last.header.size, last.marked)
-        self._supply.prepare(self._segment + 1)
+        self._supply.prepare(self._in_use)
         self._refusal = ""
 
     def _reserve(self, size: int, marked: bool) -> None:
@@ -177,44 +189,59 @@ class Journal:
             raise ValueError("a batch without records says nothing: commit when there are some")
         pieces, length, offsets = encode_payload(records, self._end + BATCH_HEADER)
         total = span(length)
-        if self._end + total > self._capacity:
+        if self._end + total + SECTOR > self._capacity:
             before = self._end
-            self._rotate(total)
+            self._rotate(total + SECTOR)
             moved = self._end - before
             offsets = [offset + moved for offset in offsets]
         number, salt, end = self._next, self._salt, self._end
         if length < _SCATTER or length < _PIECE * len(pieces):
             pieces = [b"".join(pieces)]
         header = encode_header(number, salt, wall, pieces, length, len(records))
-        padding = _ZEROS[: total - BATCH_HEADER - length]
-        behind = end + total
-        size = total
-        if behind < self._capacity:
-            padding += encode_end(number, salt)
-            size += SECTOR
+        padding = _ZEROS[: total - BATCH_HEADER - length] + encode_end(number, salt)
         try:
-            write_at(self._files, self._fd, [header, *pieces, padding], size, end)
+            write_at(self._files, self._fd, [header, *pieces, padding], total + SECTOR, end)
             reach("journal.written")
             if self._sync:
                 self._files.fdatasync(self._fd)
             reach("journal.synced")
         except BaseException as error:  # noqa: BLE001 - goes up as it is, or as JournalFailed
             self._die(error, f"batch {number} could not be written to {file_name(self._segment)}")
-        self._end, self._next = behind, number + 1
-        return BatchPlace(self._segment, offsets)
+        self._end, self._next = end + total, number + 1
+        return BatchPlace(self._segment, offsets, end)
 
-    def read(self, segment: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a live segment, as `BatchPlace` and `Batch` tell where. They are not checked against a CRC.
+    def read(self, segment: int, offset: int, size: int, *, batch: int) -> bytes:
+        """`size` bytes at `offset` of a live segment, of the batch that begins at `batch`, as `BatchPlace` and `Batch`
+        tell. The whole batch is checked against its CRC when it is first read from, and again when that is long ago.
 
-        Raises JournalError if the segment is not live, JournalCorrupt if the bytes cannot be read.
+        Raises JournalError if the segment is not live or the bytes are not of that batch, JournalCorrupt if they are
+        damaged or cannot be read.
         """
+        fd = self._reader(segment)
         try:
-            data = read_at(self._files, self._reader(segment), size, offset)
+            end = self._verified.get((segment, batch))
+            if end is None:
+                end = self._verify(fd, segment, batch)
+            if not batch + BATCH_HEADER <= offset <= offset + size <= end:
+                raise JournalError(
+                    f"the batch at offset {batch} of {file_name(segment)} ends at {end}: it does not hold {size} bytes "
+                    f"at {offset}"
+                )
+            data = read_at(self._files, fd, size, offset)
         except OSError as error:
-            raise self._unreadable(segment, offset, str(error)) from error
+            raise self._unreadable(segment, batch, str(error)) from error
         if len(data) < size:
-            raise self._unreadable(segment, offset, f"the file ends {size - len(data)} bytes early")
+            raise self._unreadable(segment, batch, f"the file ends {size - len(data)} bytes early")
         return data
+
+    def _verify(self, fd: int, segment: int, batch: int) -> int:
+        end, wrong = check_batch(self._files, fd, batch, self._salts[segment])
+        if wrong:
+            raise self._unreadable(segment, batch, wrong)
+        if len(self._verified) >= _VERIFIED:
+            del self._verified[next(iter(self._verified))]
+        self._verified[segment, batch] = end
+        return end
 
     def segments(self) -> list[SegmentInfo]:
         """All live segments, oldest first; the last one is the open one."""
@@ -229,7 +256,8 @@ class Journal:
     def room(self) -> Room:
         """How much can be written before the disk must give more."""
         supply = self._supply
-        return Room(supply.spare_bytes > 0, supply.low, self._capacity - self._end, supply.spare_bytes)
+        left = max(0, self._capacity - SECTOR - self._end)
+        return Room(supply.spare_bytes > 0, supply.low, left, supply.spare_bytes)
 
     @property
     def room_low(self) -> bool:
@@ -247,7 +275,7 @@ class Journal:
         Cheap when there is one.
         """
         with self._fatal("a spare segment could not be prepared"):
-            return self._supply.prepare(self._segment + 1, at_least)
+            return self._supply.prepare(self._in_use, at_least)
 
     def seal(self) -> None:
         """End the open segment and begin the next one. Raises JournalFull, with nothing changed."""
@@ -271,6 +299,9 @@ class Journal:
                 self._files.close(fd)
             self._supply.give_back(oldest.number, oldest.size)
         del self._sealed[0]
+        del self._salts[oldest.number]
+        self._sealed_bytes -= oldest.used
+        self._verified = {place: end for place, end in self._verified.items() if place[0] != oldest.number}
 
     def close(self) -> None:
         """Close the files and let go of the lock; everything committed is where it should be. Twice is once."""
@@ -289,22 +320,44 @@ class Journal:
         self.close()
 
     def _begin(self, number: int, needed: int) -> None:
-        fd, header = self._supply.make(number, self._next, needed)
-        if self._fd >= 0:
-            self._files.close(self._fd)
-        self._fd = fd
+        self._fd, header = self._supply.make(number, self._next, needed, self._in_use)
         self._segment, self._salt, self._first, self._capacity = header
+        self._salts[number] = self._salt
         self._end = SECTOR
 
     def _rotate(self, needed: int) -> None:
-        """Go on in a new segment with room for `needed` bytes."""
+        """Go on in a new segment with room for `needed` bytes, the end mark among them."""
         sealed = SegmentInfo(self._segment, self._first, self._end, self._capacity, sealed=True)
         with self._fatal(f"the segment after {file_name(self._segment)} could not be begun"):
             if not self._sync:
                 self._files.fdatasync(self._fd)  # recovery takes a sealed segment for synced
+            fd, salt = self._fd, self._salt
             self._begin(self._segment + 1, needed)
-            self._sealed.append(sealed)
-            self._supply.prepare(self._segment + 1)
+            self._seal(sealed)
+            try:
+                self._mark_followed(fd, sealed.used, sealed.size, self._next - 1, salt)
+            finally:
+                self._files.close(fd)
+            self._supply.prepare(self._in_use)
+
+    def _seal(self, sealed: SegmentInfo) -> None:
+        self._sealed.append(sealed)
+        self._sealed_bytes += sealed.used
+
+    def _mark_followed(self, fd: int, end: int, size: int, last: int, salt: int) -> None:
+        """Let the segment that ends at `end` with batch `last` say, for good, that there is another one behind it.
+
+        Whatever the durability: without this, the loss of the newest segment would look like a clean end. Where a
+        segment has no room for an end mark, its successor's name has to do.
+        """
+        if end + SECTOR <= size:
+            write_at(self._files, fd, [encode_end(last, salt, followed=True)], SECTOR, end)
+            self._files.fdatasync(fd)
+
+    @property
+    def _in_use(self) -> int:
+        """Bytes of batches in all segments, once the open one is full."""
+        return self._sealed_bytes + self._capacity
 
     def _reader(self, segment: int) -> int:
         if segment == self._segment and self._fd >= 0:
@@ -315,7 +368,11 @@ class Journal:
             raise JournalError(f"{file_name(segment)} is not part of the journal any more")
         if len(self._readers) >= _READERS:
             self._files.close(self._readers.pop(next(iter(self._readers))))
-        fd = self._readers[segment] = self._files.open(self.directory / file_name(segment), write=False)
+        try:
+            fd = self._files.open(self.directory / file_name(segment), write=False)
+        except OSError as error:
+            raise self._unreadable(segment, 0, str(error)) from error
+        self._readers[segment] = fd
         return fd
 
     def _unreadable(self, segment: int, offset: int, reason: str) -> JournalCorrupt:

@@ -68,5 +68,8 @@ def writer_of(files: Files, directory: Path) -> int | None:
 
 
 def _read_pid(files: Files, fd: int) -> int | None:
-    text = read_at(files, fd, 32, 0).strip()
+    try:
+        text = read_at(files, fd, 32, 0).strip()
+    except OSError:
+        return None  # the number is for the reader
     return int(text) if text.isdigit() else None

@@ -9,8 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 from brokers.errors import JournalCorrupt, JournalFull
-from brokers.journal.files import Files, is_full, read_at, write_at
-from brokers.journal.format import Batch, encode_end, file_name
+from brokers.journal.files import Files, is_full, read_around, write_at
+from brokers.journal.format import SECTOR, Batch, encode_end, file_name
 from brokers.journal.supply import TEMPORARY, Supply
 from brokers.journal.survey import Damage, Found, Survey, segment_numbers
 
@@ -28,8 +28,8 @@ def recover(
     copied aside.
     """
     files.fsync_dir(directory)  # a rename that a killed process did not live to sync
-    if numbers := segment_numbers(files, directory):
-        _settle(files, directory / file_name(numbers[-1]))
+    for number in segment_numbers(files, directory)[-2:]:
+        _settle(files, directory / file_name(number))
     survey = Survey(files, directory)
     torn: Damage | None = None
     with closing(survey.read()) as items:
@@ -66,7 +66,8 @@ def remove_leftovers(files: Files, directory: Path) -> None:
 
 def _settle(files: Files, path: Path) -> None:
     """What the last process wrote and did not sync must be on disk before anyone acts on it; what a failed sync left
-    in memory must not be taken for it. Only the last segment can hold either: a new one is begun after a sync."""
+    in memory must not be taken for it. Only the last segment can hold either, for a new one is begun after a sync; and
+    the one before it, the mark that it is followed."""
     fd = files.open(path)
     try:
         files.fdatasync(fd)
@@ -77,37 +78,36 @@ def _settle(files: Files, path: Path) -> None:
 
 def _cut(files: Files, directory: Path, supply: Supply, torn: Damage, warn: Callable[[str], None]) -> None:
     path = directory / torn.file
-    copy: Path | None = None
+    kept = "there was nothing left to copy"
     if torn.torn > torn.offset:
         target = unused(files, directory, f"{torn.segment:016d}.{torn.offset}", ".broken")
         try:
-            copy = copy_aside(files, path, torn.offset, torn.torn, target)
+            zeros = copy_aside(files, path, torn.offset, torn.torn, target)
         except JournalFull:
             if not supply.surrender():
                 raise
-            copy = copy_aside(files, path, torn.offset, torn.torn, target)
-    kept = f"it was copied to {copy}" if copy else "there was nothing in it to copy"
-    if torn.offset == 0:
-        files.unlink(path)
-        files.fsync_dir(directory)
-        warn(f"the making of {path} was cut short by a crash ({torn.reason}); {kept}, and the file removed")
-        return
-    clear_end(files, path, torn, torn.torn)
-    warn(
-        f"the last batch of {path} is incomplete from offset {torn.offset} on ({torn.reason}), as after a crash; "
-        f"{kept}, and cut off"
-    )
+            zeros = copy_aside(files, path, torn.offset, torn.torn, target)
+        kept = f"what stood there was copied to {target}"
+        if zeros:
+            kept += f", with zeros for {zeros} bytes that cannot be read"
+    clear_end(files, path, torn.offset, torn.number, torn.salt, torn.torn)
+    warn(f"{path} has no clean end at offset {torn.offset}: {torn.reason}; {kept}, and cut off")
 
 
-def clear_end(files: Files, path: Path, damage: Damage, until: int) -> None:
-    """Put the end mark where the damage begins, zeros from there to `until`, and sync."""
+def clear_end(
+    files: Files, path: Path, offset: int, following: int, salt: int, until: int, *, grow: bool = False
+) -> None:
+    """Put the end mark before batch `following` at `offset`, zeros from there to `until`, and sync.
+
+    A file that ends before `offset` stays as it is, unless it may `grow`.
+    """
     fd = files.open(path)
     try:
         size = files.size(fd)
         # Whole, also where the file ends within it: less than that would be damage again.
-        mark = encode_end(damage.number - 1, damage.salt) if size > damage.offset else b""
-        write_at(files, fd, [mark], len(mark), damage.offset)
-        at, until = damage.offset + len(mark), min(until, size)
+        mark = encode_end(following - 1, salt) if grow or size > offset else b""
+        write_at(files, fd, [mark], len(mark), offset)
+        at, until = offset + len(mark), min(until, size)
         while at < until:
             zeros = bytes(min(_CHUNK, until - at))
             write_at(files, fd, [zeros], len(zeros), at)
@@ -117,26 +117,34 @@ def clear_end(files: Files, path: Path, damage: Damage, until: int) -> None:
         files.close(fd)
 
 
-def copy_aside(files: Files, source: Path, start: int, end: int | None, target: Path) -> Path:
+def copy_aside(files: Files, source: Path, start: int, end: int | None, target: Path) -> int:
     """Copy the bytes from `start` to `end` (None: to the last) into a new file, synced before it gets its name.
 
-    Raises JournalFull, and leaves nothing behind.
+    Sectors that cannot be read are zeros in the copy; how many bytes these are is returned. Raises JournalFull, and
+    leaves nothing behind.
     """
     temporary = target.with_name(target.name + TEMPORARY)
     reading = files.open(source, write=False)
+    syncing = False
+    zeros = 0
     try:
         end = files.size(reading) if end is None else end
         writing = files.open(temporary, create=True)
         try:
             at = start
-            while at < end and (chunk := read_at(files, reading, min(_CHUNK, end - at), at)):
+            while at < end:
+                chunk, bad = read_around(files, reading, min(_CHUNK, end - at), at)
+                if not chunk:
+                    break
                 write_at(files, writing, [chunk], len(chunk), at - start)
                 at += len(chunk)
+                zeros += len(bad) * SECTOR
+            syncing = True
             files.fsync(writing)
         finally:
             files.close(writing)
     except OSError as error:
-        if not is_full(error):
+        if syncing or not is_full(error):
             raise
         if temporary.name in files.listdir(target.parent):
             files.unlink(temporary)
@@ -147,7 +155,7 @@ def copy_aside(files: Files, source: Path, start: int, end: int | None, target: 
         files.close(reading)
     files.rename(temporary, target)
     files.fsync_dir(target.parent)
-    return target
+    return zeros
 
 
 def unused(files: Files, directory: Path, stem: str, suffix: str) -> Path:

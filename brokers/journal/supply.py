@@ -18,7 +18,7 @@ __all__ = ["SMALLEST", "SPARE", "TEMPORARY", "Supply"]
 
 SPARE = "spare"
 TEMPORARY = ".tmp"
-SMALLEST = 4 << 20  # the first segment; each one doubles until `segment_bytes`, so that small journals stay small
+SMALLEST = 4 << 20  # the first segment; they double with what is in use, so that small journals stay small
 
 
 class Supply:
@@ -33,21 +33,22 @@ class Supply:
         self._spare = directory / SPARE
         if SPARE in files.listdir(directory):
             fd = files.open(self._spare)
-            self.spare_bytes = files.size(fd)
+            self.spare_bytes = files.size(fd) // SECTOR * SECTOR
             files.close(fd)
 
-    def size_of(self, number: int) -> int:
-        """How large segment `number` is to be, in bytes."""
-        return min(self._segment_bytes, SMALLEST << min(number - 1, 40))
+    def size_of(self, in_use: int) -> int:
+        """How large the next segment is to be beside so many bytes in use: 4, 8, 16 … MiB while each one is filled."""
+        doublings = (in_use + SMALLEST // 2) // SMALLEST + 1
+        return min(self._segment_bytes, SMALLEST << doublings.bit_length() - 1)
 
-    def prepare(self, number: int, at_least: int = 0) -> bool:
-        """Have a spare that becomes segment `number`, of `at_least` so many bytes; false if there is no room for that.
+    def prepare(self, in_use: int, at_least: int = 0) -> bool:
+        """Have a spare for the next segment, of `at_least` so many bytes; false if there is no room for that.
 
         Where there is no room for a whole one a smaller one is kept or made meanwhile, down to the smallest; and some
         room is left to those who share the disk, such as the history. Any error but a full disk goes up.
         """
         at_least = -(-at_least // SECTOR) * SECTOR
-        size = max(self.size_of(number), at_least)
+        size = max(self.size_of(in_use), at_least)
         while self.spare_bytes < size:
             if self._room_for(size - self.spare_bytes) and self._reserve(size):
                 break
@@ -65,12 +66,13 @@ class Supply:
         if self.spare_bytes:
             fd = self._files.open(self._spare)
             try:
-                self._files.fallocate(fd, size)
-                self._files.fsync(fd)
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                return False
+                try:
+                    self._files.fallocate(fd, size)
+                except OSError as error:
+                    if not is_full(error):
+                        raise
+                    return False
+                self._files.fsync(fd)  # whatever it says when it fails, it does not say that nothing has happened
             finally:
                 self._files.close(fd)
             self.spare_bytes = size
@@ -88,8 +90,9 @@ class Supply:
         self._files.fsync_dir(self._directory)
         return True
 
-    def make(self, number: int, first: int, needed: int) -> tuple[int, SegmentHeader]:
-        """Segment `number`, ready for batch `first` of up to `needed` bytes: its descriptor, and what its header says.
+    def make(self, number: int, first: int, needed: int, in_use: int) -> tuple[int, SegmentHeader]:
+        """Segment `number`, ready for batch `first` of up to `needed` bytes with its end mark: its descriptor, and what
+        its header says. `in_use`: bytes of those before it.
 
         Raises JournalFull, with nothing changed.
         """
@@ -100,7 +103,7 @@ class Supply:
             fd = files.open(source)
             self.spare_bytes = 0
         else:
-            size = max(self.size_of(number), at_least)
+            size = max(self.size_of(in_use), at_least)
             # A disk without room for the first one has none for a journal.
             source, fd, size = self._find_room(file_name(number), size, at_least if number > 1 else size)
         try:
@@ -117,6 +120,7 @@ class Supply:
     def give_back(self, number: int, size: int) -> None:
         """Segment `number` is needed no more. Before its bytes are used again, its name is gone for good."""
         path = self._directory / file_name(number)
+        size = size // SECTOR * SECTOR
         if self.spare_bytes <= size <= self._segment_bytes:
             self._files.rename(path, self._spare)
             self.spare_bytes = size

@@ -39,13 +39,15 @@ class Damage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A segment read to its end: `end` is where batch `following` would begin; `marked`: an end mark is there."""
+    """A segment read to its end: `end` is where batch `following` would begin; `marked`: an end mark is there, and
+    says, if `followed`, that there is a next segment."""
 
     header: SegmentHeader
     end: int
     following: int
     marked: bool
     size: int
+    followed: bool = False
 
 
 def segment_numbers(files: Files, directory: Path) -> list[int]:
@@ -111,13 +113,14 @@ class Survey:
         growing = False
         while True:
             later: Later | None = None
-            found = reader.batch(offset, number, salt)
+            mark = 0
+            found = reader.batch(offset, number, header)
             if not isinstance(found, Batch):
                 # Behind the end of a segment that grows is only what was written since the rest was looked through.
                 # To look through it each time would never come to an end beside a busy writer.
                 if not growing and self._first_of(reader.number + 1) != number:
-                    later = reader.later(offset, number, salt)
-                again = self._look_again(reader, offset, number, salt)
+                    later, mark = reader.later(offset, number, salt)
+                again = self._look_again(reader, offset, number, header)
                 if again is None:
                     return None
                 goes_on = isinstance(again, Batch) and later is None and reader.number == self._numbers[-1]
@@ -129,18 +132,23 @@ class Survey:
                 yield found
                 offset, number = _behind(found, offset), number + 1
                 continue
-            reason = found.reason if isinstance(found, Broken) else "a batch has been lost"
-            damage = Damage(reader.number, offset, number, reason, fatal=True, salt=salt)
+            if isinstance(found, End) and (later is not None or mark):
+                found = Broken("a batch has been lost", mark)
+            if isinstance(found, End):
+                if found.followed and reader.number == self._numbers[-1]:
+                    yield Damage(reader.number, offset, number, "the segment behind it is missing", True, salt=salt)
+                return Found(header, offset, number, found.marked, reader.size, found.followed), found
+            damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt)
             if later is not None:
                 yield damage
                 offset, number = later.offset, later.number
                 continue
-            if isinstance(found, Broken):
-                yield from self._end(reader, found, damage)
-            marked = isinstance(found, End) and found.marked
-            return Found(header, offset, number, marked, reader.size), found
+            yield from self._end(reader, found, damage, mark)
+            return Found(header, offset, number, False, reader.size), found
 
-    def _look_again(self, reader: SegmentReader, offset: int, number: int, salt: int) -> Batch | End | Broken | None:
+    def _look_again(
+        self, reader: SegmentReader, offset: int, number: int, header: SegmentHeader
+    ) -> Batch | End | Broken | None:
         """What stands there now, after anything newer was seen; None if the segment is there no more.
 
         A batch that was in the making then is whole now, if anything was written behind it. And a segment that is still
@@ -150,17 +158,18 @@ class Survey:
         while reader.number in self._numbers:
             before = self._numbers
             reader.refresh()
-            found = reader.batch(offset, number, salt)
+            found = reader.batch(offset, number, header)
             self._numbers = segment_numbers(self._files, self._directory)
             if isinstance(found, Batch) or self._numbers == before:
                 return found
         return None
 
-    def _end(self, reader: SegmentReader, found: Broken, damage: Damage) -> Iterator[Damage]:
-        """Damage with nothing whole behind it in this segment."""
+    def _end(self, reader: SegmentReader, found: Broken, damage: Damage, mark: int) -> Iterator[Damage]:
+        """Damage with nothing whole behind it in this segment, but perhaps its own end mark, which ends at `mark`."""
         if reader.number == self._numbers[-1]:
             torn = found.torn if found.torn is not None else reader.used(damage.offset)
-            yield damage._replace(fatal=False, torn=torn)
+            # What the disk does not give back is no torn write: perhaps it is all there, and another time to be read.
+            yield damage._replace(fatal=found.unreadable, torn=max(torn, mark))
         elif self._first_of(reader.number + 1) is None:
             # A sealed segment ends cleanly. If the next one can be read, it says how many batches are missing here.
             yield damage
@@ -179,13 +188,11 @@ class Survey:
     def _bad_header(self, reader: SegmentReader, broken: Broken, previous: Found | None) -> Damage:
         number = previous.following if previous else 0
         guess = reader.guess_header()
-        whole = reader.later(SECTOR, number, None)
-        if guess is None and whole is not None:
-            guess = SegmentHeader(reader.number, whole.salt, number or whole.number, reader.size)
-        # Without a batch in it the last segment is one whose making was cut short, and nothing is lost with it.
-        fatal = whole is not None or reader.number != self._numbers[-1]
-        rebuilt = guess if fatal else None
-        return Damage(reader.number, 0, number, broken.reason, fatal, torn=reader.used(0), rebuilt=rebuilt)
+        if guess is None:
+            whole, _ = reader.later(SECTOR, number, None)
+            if whole is not None:
+                guess = SegmentHeader(reader.number, whole.salt, number or whole.number, reader.size)
+        return Damage(reader.number, 0, number, broken.reason, fatal=True, rebuilt=guess)
 
     def _first_of(self, number: int) -> int | None:
         """The number of the first batch of that segment, if it is there and says so."""

@@ -31,6 +31,7 @@ class _Inode:
     seen: bytearray = field(default_factory=bytearray)  # what a read returns
     durable: bytearray = field(default_factory=bytearray)  # what a crash of the machine leaves for certain
     dirty: list[Write | int] = field(default_factory=list)  # on the way there: writes, and sizes
+    bad: set[int] = field(default_factory=set)  # where sectors begin that cannot be read until they are written
 
 
 @dataclass(eq=False, slots=True)
@@ -58,11 +59,13 @@ class MemoryFiles:
     """`on_call` is asked before each call that changes or syncs something, with its name and the file's.
 
     It may raise (OSError, Crash), or return the number of bytes that a write is to stop after; None lets it pass.
-    `room` is the size of the disk in bytes, None for no limit. `calls` lists what was called.
+    `on_read` is asked before each read, with the file and the offset. `room` is the size of the disk in bytes, None for
+    no limit. `calls` lists what was called.
     """
 
     def __init__(self, *, seed: int = 0, room: int | None = None) -> None:
         self.on_call: Callable[[str, str], int | None] = lambda name, path: None
+        self.on_read: Callable[[Path, int], None] = lambda path, offset: None
         self.room = room
         self.calls: list[Call] = []
         self.living: set[int] = set()
@@ -82,6 +85,7 @@ class MemoryFiles:
         self._open.clear()
         self._locks.clear()
         self.on_call = lambda name, path: None
+        self.on_read = lambda path, offset: None
 
     def crash(self, chance: random.Random | None = None) -> None:
         """The machine is gone. Without `chance` it leaves only what was synced; with it, any part of the rest too."""
@@ -168,6 +172,15 @@ class MemoryFiles:
         inode.seen[:] = inode.durable[:] = content
         inode.dirty.clear()
 
+    def spoil(self, path: Path, offset: int) -> None:
+        """The sector at `offset` cannot be read any more, until it is written again."""
+        self._names[path].bad.add(offset // SECTOR * SECTOR)
+
+    def heal(self) -> None:
+        """Every sector can be read again, and nothing was lost."""
+        for inode in self._names.values():
+            inode.bad.clear()
+
     def remove(self, path: Path) -> None:
         """Someone deletes a file, for good."""
         del self._names[path], self._durable_names[path]
@@ -199,7 +212,11 @@ class MemoryFiles:
         return len(self._open[fd][0].seen)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        return bytes(self._open[fd][0].seen[offset : offset + size])
+        inode, path, _ = self._open[fd]
+        self.on_read(path, offset)
+        if inode.bad and any(sector < offset + size and offset < sector + SECTOR for sector in inode.bad):
+            raise OSError(errno.EIO, "unreadable sector")
+        return bytes(inode.seen[offset : offset + size])
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         inode, path, write = self._open[fd]
@@ -208,6 +225,7 @@ class MemoryFiles:
         data = b"".join(buffers)[:limit]
         self._need(max(0, offset + len(data) - len(inode.seen)))
         _put(inode.seen, offset, data)
+        inode.bad -= {sector for sector in inode.bad if offset <= sector < offset + len(data)}
         inode.dirty.append((offset, data))
         return len(data)
 

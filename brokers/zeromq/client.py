@@ -103,9 +103,12 @@ class ZmqClient(PeerClient):
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
-        dealer.connect(self._address)
         why = "the connection to the broker was closed"
         try:
+            wrong = _connect(dealer, self._address)
+            if wrong:
+                why = f"the broker cannot be reached at {self._address!r}: {wrong}"
+                return
             while not self._finished():
                 self._round(poller, dealer, monitor)
             self._take_leave()
@@ -194,3 +197,16 @@ class ZmqClient(PeerClient):
             self._dealer.send_multipart(frame, zmq.NOBLOCK, copy=len(frame[2]) < 65536)
         except zmq.Again:
             pass  # nobody is there: it is sent again when somebody is
+
+
+def _connect(dealer: zmq.Socket[bytes], address: str) -> str:
+    """Has `dealer` connect in its own time; what is wrong with the address, or nothing."""
+    if "\0" in address:
+        return "no file has a name with a NUL in it"  # ZeroMQ would take what is before it
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        return zmq.strerror(error.errno or 0)
+    except UnicodeEncodeError:
+        return "it cannot be written as UTF-8"
+    return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ from brokers.zeromq.server import Server
 __all__ = ["ProcessOptions", "main"]
 
 PR_SET_PDEATHSIG = 1
+
+MOST_DESCRIPTORS = 16_384
+"""As many as the broker asks the system for, at most."""
 
 EXIT_JOURNAL = 70
 """How the process ends when its journal has failed: start it again, and it recovers from what is on disk."""
@@ -65,6 +69,7 @@ def main(argument: str) -> int:
     """Run until SIGTERM; 0 when all went well, 1 when it could not start, 70 when the journal failed."""
     options = msgspec.json.decode(argument.encode(), type=ProcessOptions)
     stop = _Stop()
+    descriptors = _descriptors()
     gc.disable()  # nothing here makes cycles, and looking through a million messages for some takes seconds
     if options.parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -74,13 +79,17 @@ def main(argument: str) -> int:
         engine = Engine(
             journal_dir=None if options.durability == "memory" or options.journal is None else Path(options.journal),
             durability="fsync" if options.durability == "memory" else options.durability,
-            limits=msgspec.structs.replace(options.limits, max_message_bytes=options.max_message_bytes),
+            limits=msgspec.structs.replace(
+                options.limits,
+                max_message_bytes=options.max_message_bytes,
+                max_peers=min(options.limits.max_peers, descriptors),
+            ),
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
             warn=_warn,
             giving_up=stop,
         )
-        server = Server(engine, options.address, wakeup=stop.wakeup)
+        server = Server(engine, options.address, wakeup=stop.wakeup, most_descriptors=descriptors)
     except (BrokerError, OSError) as error:
         report: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, JournalCorrupt):
@@ -97,6 +106,20 @@ def main(argument: str) -> int:
     server.close()
     engine.close()
     return 0
+
+
+def _descriptors() -> int:
+    """How many descriptors connections may have taken when another one comes: the others are needed for the rest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):
+            pass
+    most = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MOST_DESCRIPTORS)
+    return max(most // 2, most - max(64, most // 8))
 
 
 def _warn(text: str) -> None:

@@ -6,6 +6,7 @@ be reached; a frame of the wrong shape is counted and dropped. Must never send a
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -30,6 +31,11 @@ UNTAKEN_FRAMES = 1_000
 IDLE = 0.5
 """Seconds that a round may wait when nothing is due."""
 
+MOST_DESCRIPTORS = 10_000
+
+HANDSHAKE = 5_000
+"""Milliseconds for somebody who connects to say what protocol it speaks."""
+
 PROBE = 5.0
 """Seconds between words to everybody: a socket tells of a peer that has gone only when something is sent to it."""
 
@@ -37,10 +43,14 @@ PROBE = 5.0
 class Server:
     """Serves `engine` at `address` until `stopping()` says so, which is asked again when `wakeup` can be read.
 
-    Raises `SocketNotPrivate` if others than this user could come to that address.
+    While `most_descriptors` are taken nobody else is let in, and whoever comes has to come again: each connection takes
+    one, and the transport does not survive the want of one. Raises `SocketNotPrivate` if others than this user could
+    come to that address.
     """
 
-    def __init__(self, engine: Engine, address: str, *, wakeup: int = -1) -> None:
+    def __init__(
+        self, engine: Engine, address: str, *, wakeup: int = -1, most_descriptors: int = MOST_DESCRIPTORS
+    ) -> None:
         check_address(address)
         self._engine = engine
         self._context = zmq.Context()
@@ -51,9 +61,15 @@ class Server:
         self._router.setsockopt(zmq.RCVHWM, UNTAKEN_FRAMES)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+        self._most = most_descriptors
+        self._porter = self._context.socket(zmq.REP)
+        self._porter.bind("inproc://zeromq.zap.01")
+        self._router.setsockopt_string(zmq.ZAP_DOMAIN, "stageflow")
+        self._router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE)
         self._router.bind(address)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._porter, zmq.POLLIN)
         if wakeup >= 0:
             self._poller.register(wakeup, zmq.POLLIN)
         self._probe_due = 0.0
@@ -64,7 +80,9 @@ class Server:
         """The loop. Raises `JournalFailed` when the journal has failed: end the process then."""
         engine = self._engine
         while not stopping():
-            self._poller.poll(0 if self._more else int(engine.patience(IDLE) * 1000 + 0.999))
+            ready = self._poller.poll(0 if self._more else int(engine.patience(IDLE) * 1000 + 0.999))
+            if any(socket is self._porter for socket, _ in ready):
+                self._mind_the_door()
             frames = self._drain()
             self._send(engine.round(frames, more=self._more))
             if frames:
@@ -76,9 +94,22 @@ class Server:
                     # It hears that it was cut off as soon as it hears anything again.
                     engine.machine.talk.notice_stranger(peer, "hello", None)
 
+    def _mind_the_door(self) -> None:
+        """Let in who asks for it, while there is room."""
+        room = self._most - len(os.listdir("/proc/self/fd"))
+        while True:
+            try:
+                version, request, *_ = self._porter.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            # Whoever is told no does not try again by itself: who did would take a descriptor each time.
+            status = b"200" if room > 0 else b"400"
+            self._porter.send_multipart([version, request, status, b"", b"", b""])
+
     def close(self) -> None:
         """Let go of the socket."""
         self._router.close()
+        self._porter.close()
         self._context.term()
 
     def _drain(self) -> list[Frame]:

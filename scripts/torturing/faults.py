@@ -9,17 +9,18 @@ from __future__ import annotations
 import errno
 import random
 from collections import Counter
+from pathlib import Path
 
 from torturing.scenes import SCENES, Disk
 
-__all__ = ["FAULTS", "LASTING", "fail_every_call"]
+__all__ = ["FAULTS", "LASTING", "READING", "fail_every_call", "fail_every_read"]
 
 SHORT = 0
 FAULTS = [(errno.EIO, "EIO"), (errno.ENOSPC, "ENOSPC"), (errno.EINTR, "EINTR"), (SHORT, "short writes")]
 LASTING = ("EIO", "ENOSPC", "short writes")
 """Those that may last for ever; an interruption is over when it has come."""
-NEVER_FULL = ("fdatasync", "fsync", "fsync_dir", "unlink", "open")
-"""Calls that do not ask the disk for room: they do not say that there is none."""
+READING = ("recovery", "repair")
+"""Scenes in which the journal is read."""
 
 
 def fail_every_call(
@@ -45,6 +46,41 @@ def fail_every_call(
         step += 1
         if step > _calls(name, seed):
             return
+
+
+def fail_every_read(name: str, figures: Counter[str], *, share: float, chance: random.Random, seed: int = 0) -> None:
+    """Play scene `name` with EIO at read n, for every n (a `share` of them).
+
+    Once: then it is as if nothing had been, for a second try is made. And for ever, of that place; what was refused for
+    that is there again when the place can be read again. A repair would give it up: `resting` sees to that.
+    """
+    left = 0
+
+    def on_read(path: Path, offset: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            if for_ever:
+                disk.spoil(path, offset)
+            raise OSError(errno.EIO, "injected")
+
+    reads = 0
+    while True:
+        for for_ever in (False, True):
+            if (for_ever and name == "repair") or (reads and chance.random() >= share):
+                continue
+            scene = SCENES[name]()
+            disk = scene.set(seed)
+            left = reads
+            disk.on_read = on_read
+            scene.act()
+            disk.kill()
+            disk.heal()
+            scene.judge(disk)
+            figures["reads failed"] += left < 0
+            if not for_ever and left >= 0:
+                return
+        reads += 1
 
 
 _CALLS: dict[tuple[str, int], int] = {}
@@ -74,8 +110,6 @@ def _arm(disk: Disk, step: int, code: int, *, for_ever: bool) -> list[str]:
             if name == "pwritev":
                 hit.append(name)
                 return 300
-            return None
-        if code == errno.ENOSPC and name in NEVER_FULL:
             return None
         hit.append(name)
         raise OSError(code, "injected")

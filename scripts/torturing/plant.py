@@ -12,11 +12,10 @@ from typing import Any
 
 from brokers.core import records, wire
 from brokers.core.machine import Machine
-from brokers.core.message import Place
 from brokers.core.queue import QueueOptions
 from brokers.core.replay import Replay
 from brokers.core.wire import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
-from brokers.engine import Engine, Outgoing
+from brokers.engine import Engine, Outgoing, replay_batch
 from brokers.journal.format import Batch
 from brokers.journal.testing import MemoryFiles
 
@@ -55,9 +54,7 @@ def replayed(batches: list[Batch], wall: float) -> Picture:
     machine = Machine()
     replay = Replay(machine.store)
     for batch in batches:
-        for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
-            place = Place(batch.wall, batch.segment, offset)
-            replay.apply(record.kind, record.first_id, record.peer, bytes(record.header), bytes(record.blob), place)
+        replay_batch(replay, batch)
     machine.begin(wall, wall)
     machine.started(wall, wall)
     return picture(machine)
@@ -126,11 +123,14 @@ class Plant:
     def now(self) -> Picture:
         """What the broker has in memory: after a failed round, what that round would have made of it."""
         assert self.engine is not None
-        on_call, self.disk.on_call = self.disk.on_call, lambda name, path: None  # who looks must not meet a fault
+        disk = self.disk
+        on_call, on_read = disk.on_call, disk.on_read
+        disk.on_call = lambda name, path: None  # who looks must not meet a fault
+        disk.on_read = lambda path, offset: None
         try:
             return picture(self.engine.machine)
         finally:
-            self.disk.on_call = on_call
+            disk.on_call, disk.on_read = on_call, on_read
 
     def work(self, rounds: int) -> None:
         """Do a bit of everything."""

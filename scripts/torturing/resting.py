@@ -1,8 +1,9 @@
-"""What can happen to a journal at rest: cut at any byte, sectors of the last write lost, bits flipped.
+"""What can happen to a journal at rest: cut at any byte, files or sectors lost, sectors unreadable, bits flipped.
 
 The law, for each: what is whole and has nothing damaged before it is recovered, byte for byte; damage in what was
 acknowledged is refused with file and offset, and nothing on the disk is changed by the refusal; a torn end is cut off
-with a warning, and the journal goes on.
+with a warning, and the journal goes on. Whatever does not come back, there was a refusal or a warning; and nothing is
+said where nothing was lost.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from brokers.errors import JournalCorrupt, JournalVersion
+from brokers.errors import JournalCorrupt
 from brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
 from brokers.journal.inspect import repair, scan, verify
 from brokers.journal.testing import MemoryFiles
 from torturing.plant import DIRECTORY
 from torturing.specimen import Kept, Outcome, Specimen, Spot, keep, open_journal
 
-__all__ = ["cut_everywhere", "flip_bits", "lose_sectors"]
+__all__ = ["cut_everywhere", "flip_bits", "lose_files", "lose_sectors", "spoil_sectors"]
 
 SEGMENT_HEADER = 64
 RECORD_HEADER = 25
@@ -31,21 +32,40 @@ def cut_everywhere(
 ) -> None:
     """Cut each segment at each byte, once as the end of all, once with the later segments in place.
 
-    Tried are a `share` of all bytes, and a share of those at `edges`, where a batch begins or ends; with the neighbours
-    of the segment, for the others mean nothing for it.
+    Tried are a `share` of all bytes, and a share of those at `edges`, where a batch, an end mark or the header begins
+    or ends; with the neighbours of the segment, for the others mean nothing for it. As the end of all a segment says
+    that it is not followed. A cut in the header is refused; one behind it loses nothing, with nothing said, when the
+    end mark is still there, and is warned of when it is not.
     """
     last = max(everything.files)
     for number, content in everything.files.items():
         specimen = everything.around(number)
         spots = [spot for spot in specimen.spots if spot.segment == number]
-        near = {at for spot in spots for edge in (spot.start, spot.end, spot.following) for at in (edge - 1, edge)}
-        for at in range(min(len(content), spots[-1].following + SECTOR) + 1):
+        end = spots[-1].following
+        ends = [edge for spot in spots for edge in (spot.start, spot.end, spot.following)]
+        near = {at for edge in (*ends, end + BATCH_HEADER, SEGMENT_HEADER, SECTOR) for at in (edge - 1, edge)}
+        alone = specimen.unfollowed(number)
+        for at in range(min(len(content), end + SECTOR) + 1):
             if chance.random() >= (edges if at in near else share):
                 continue
             figures["bytes cut"] += 1
             whole = specimen.whole_until(number, at)
-            disk = specimen.disk(until=number, changed={number: content[:at]})
-            _recovers(disk, specimen.said[:whole], again=chance.random() < 0.2)
+            disk = specimen.disk(until=number, changed={number: alone[:at]})
+            if at < SECTOR:
+                figures["  in the header: refused"] += 1
+                _refused(disk, specimen, whole, number, 0)
+                if chance.random() < REPAIRED:
+                    figures["journals repaired"] += 1
+                    _repairs(disk, specimen, (number, 0), specimen.said[:whole], [], alone[:at], until=number)
+            else:
+                silent = at >= end + BATCH_HEADER
+                figures["  behind the end mark: nothing lost" if silent else "  before it: warned of"] += 1
+                found = verify(DIRECTORY, files=disk)
+                place = next((spot.start for spot in spots if at < spot.end), end)
+                assert [(each.file, each.offset, each.damage) for each in found] == (
+                    [] if silent else [(file_name(number), place, False)]
+                )
+                _recovers(disk, specimen.said[:whole], again=chance.random() < 0.2, warned=not silent)
             if number == last:
                 continue
             disk = specimen.disk(changed={number: content[:at]})
@@ -53,7 +73,7 @@ def cut_everywhere(
                 _recovers(disk, specimen.said, again=False)
                 continue
             torn = next(spot for spot in spots if at < spot.end)
-            offset = 0 if at < SEGMENT_HEADER else torn.start
+            offset = 0 if at < SECTOR else torn.start
             _refused(disk, specimen, whole, number, offset)
             if chance.random() < REPAIRED:
                 figures["journals repaired"] += 1
@@ -63,8 +83,65 @@ def cut_everywhere(
                 _repairs(disk, specimen, (number, offset), specimen.said[:whole], behind, content[:at])
 
 
+def lose_files(everything: Specimen, figures: Counter[str]) -> None:
+    """Each segment deleted. The first is not missed here; one in the middle is, and so is the last."""
+    numbers = sorted(everything.files)
+    for number in numbers:
+        specimen = everything.around(number)
+        disk = specimen.disk()
+        disk.remove(DIRECTORY / file_name(number))
+        figures["segments deleted"] += 1
+        behind = [said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number]
+        if number == numbers[0]:
+            _recovers(disk, behind)
+            continue
+        before = specimen.whole_until(number, 0)
+        place = (number, 0) if number < numbers[-1] else (number - 1, specimen.spots[before - 1].following)
+        _refused(disk, specimen, before, *place)
+        report = repair(DIRECTORY, files=disk)
+        assert ((report.file, report.offset), report.batches) == ((file_name(place[0]), place[1]), len(behind))
+        _recovers(disk, specimen.said[:before])
+
+
+def spoil_sectors(everything: Specimen, figures: Counter[str], *, share: float, chance: random.Random) -> None:
+    """Each sector (a `share` of them) is one that the disk does not give back.
+
+    In a batch or a header that is refused, in the last batch too: it may all be there. Repair goes on without it.
+    """
+    for number, content in everything.files.items():
+        specimen = everything.around(number)
+        spots = [spot for spot in specimen.spots if spot.segment == number]
+        for at in range(0, spots[-1].following + SECTOR, SECTOR):
+            if at >= len(content) or chance.random() >= share:
+                continue
+            figures["sectors made unreadable"] += 1
+            disk = specimen.disk()
+            disk.spoil(DIRECTORY / file_name(number), at)
+            spot = next((spot for spot in spots if spot.start <= at < spot.following), None)
+            if at >= SECTOR and spot is None and number < max(specimen.files):
+                _recovers(disk, specimen.said)  # an end mark, and the next segment says as much
+                continue
+            offset = 0 if at < SECTOR else spots[-1].following if spot is None else spot.start
+            whole = specimen.whole_until(number, offset)
+            _refused(disk, specimen, whole, number, offset)
+            (found, *_) = verify(DIRECTORY, files=disk)
+            assert f"the sector at offset {at} cannot be read" in found.reason
+            if chance.random() < 0.5:
+                disk.heal()
+                _recovers(disk, specimen.said)
+                continue
+            report = repair(DIRECTORY, files=disk)
+            assert (report.file, report.offset, report.unreadable) == (file_name(number), offset, SECTOR)
+            copied = {path.name: disk.content(path) for path in report.copies}
+            assert copied[file_name(number)] == content[:at] + bytes(SECTOR) + content[at + SECTOR :]
+            assert verify(DIRECTORY, files=disk) == []
+            _recovers(disk, specimen.said if at < SECTOR else specimen.said[:whole])
+
+
 def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chance: random.Random) -> None:
-    """Each sector of the last, unsynced batch zeroed, set, garbled, or as it was before; then any sets of them."""
+    """Each sector of the last, unsynced batch zeroed, set, garbled, or as it was before; then any sets of them; then
+    sectors of batches before it in the same segment, which were acknowledged."""
+    _lose_acknowledged(specimen, figures, rounds, chance)
     spot = specimen.spots[-1]
     content = specimen.files[spot.segment]
     sectors = list(range(spot.start, min(spot.following + SECTOR, len(content)), SECTOR))
@@ -80,7 +157,31 @@ def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chan
             figures["sectors lost"] += len(lost)
             intact = damaged[spot.start : spot.end] == content[spot.start : spot.end]
             disk = specimen.disk(changed={spot.segment: bytes(damaged)})
-            _recovers(disk, specimen.said if intact else specimen.said[:-1])
+            unwritten = bytes(damaged[spot.start : spot.following + SECTOR]) in (
+                specimen.before[spot.start : spot.following + SECTOR],
+                content[spot.start : spot.following + SECTOR],
+            )
+            warned = None if fate == 3 else not unwritten
+            _recovers(disk, specimen.said if intact else specimen.said[:-1], warned=warned)
+
+
+def _lose_acknowledged(specimen: Specimen, figures: Counter[str], rounds: int, chance: random.Random) -> None:
+    """With the rest intact, be that only the end mark."""
+    segment = specimen.spots[-1].segment
+    spots = [spot for spot in specimen.spots if spot.segment == segment]
+    content = specimen.files[segment]
+    runs = [(first, last) for first in range(len(spots) - 1) for last in range(first, len(spots))]
+    for first, last in runs if len(runs) <= rounds else chance.sample(runs, rounds):
+        for fate in range(3):
+            damaged = bytearray(content)
+            # A sector or two of one batch, or all of some: the first sector of the first in any case.
+            sectors = range(spots[first].start, spots[last].following, SECTOR)
+            for at in sectors if chance.random() < 0.5 else (sectors[0], *chance.sample(sectors, 1)):
+                damaged[at : at + SECTOR] = (bytes(SECTOR), b"\xff" * SECTOR, chance.randbytes(SECTOR))[fate]
+            figures["acknowledged batches lost"] += last - first + 1
+            disk = specimen.disk(changed={segment: bytes(damaged)})
+            index = specimen.spots.index(spots[first])
+            _refused(disk, specimen, index, segment, spots[first].start)
 
 
 def flip_bits(
@@ -137,11 +238,15 @@ def _what_is_at(specimen: Specimen, spots: list[Spot], at: int) -> tuple[bool, S
     raise AssertionError("a batch has bytes that are of none of its records")
 
 
-def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True) -> None:
-    """It opens with exactly these batches, goes on, and (if it is tried `again`) opens again without a word."""
+def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True, warned: bool | None = None) -> None:
+    """It opens with exactly these batches, goes on, and (if it is tried `again`) opens again without a word.
+
+    `warned`: whether something must be said, or must not, at the first opening; None if either will do.
+    """
     outcome = Outcome()
     with open_journal(disk, outcome) as journal:
         assert outcome.replayed == expected, "other batches were recovered than are whole"
+        assert warned is None or bool(outcome.warnings) is warned, f"warnings: {outcome.warnings}"
         journal.commit(LATER, 1.0)
     if not again:
         return
@@ -156,17 +261,13 @@ def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, of
     """It does not open, says where and why, has replayed no more than what comes before, and has changed nothing."""
     before = {name: disk.content(DIRECTORY / name) for name in disk.listdir(DIRECTORY)}
     outcome = Outcome()
-    refusal: JournalCorrupt | JournalVersion | None = None
+    refusal: JournalCorrupt | None = None
     try:
         open_journal(disk, outcome)
-    except (JournalCorrupt, JournalVersion) as error:
+    except JournalCorrupt as error:
         refusal = error
     assert refusal is not None, "damage in what was acknowledged was dropped without a word"
-    assert refusal.file == file_name(segment)
-    if isinstance(refusal, JournalVersion):
-        assert offset == 0
-        return
-    assert refusal.offset == offset
+    assert (refusal.file, refusal.offset) == (file_name(segment), offset)
     assert refusal.reason
     assert outcome.replayed == specimen.said[:whole]
     after = {name: disk.content(DIRECTORY / name) for name in disk.listdir(DIRECTORY) if name != "lock"}
@@ -176,7 +277,14 @@ def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, of
 
 
 def _repairs(
-    disk: MemoryFiles, specimen: Specimen, at: tuple[int, int], kept: list[Kept], given_up: list[Kept], damaged: bytes
+    disk: MemoryFiles,
+    specimen: Specimen,
+    at: tuple[int, int],
+    kept: list[Kept],
+    given_up: list[Kept],
+    damaged: bytes,
+    *,
+    until: int | None = None,
 ) -> None:
     """Repair keeps what comes before the damage, copies the rest aside, and says and lists what it gave up."""
     number, offset = at
@@ -186,7 +294,7 @@ def _repairs(
     listed = b"" if report.listed is None else disk.content(report.listed)
     assert listed.decode().splitlines() == [f"batch {batch}" for batch, _ in given_up] == report.names
     copied = {path.name: disk.content(path) for path in report.copies}
-    originals = {file_name(n): c for n, c in specimen.files.items() if n >= number}
+    originals = {file_name(n): c for n, c in specimen.files.items() if n >= number and (until is None or n <= until)}
     assert copied == {**originals, file_name(number): damaged}
     assert verify(DIRECTORY, files=disk) == []
     assert [keep(batch) for batch in scan(DIRECTORY, files=disk)] == kept
@@ -195,11 +303,7 @@ def _repairs(
 
 def _mends_header(disk: MemoryFiles, specimen: Specimen, number: int, damaged: bytes) -> None:
     """What a segment's header said is told by the batches behind it: it is written anew, and nothing is given up."""
-    try:
-        report = repair(DIRECTORY, files=disk)
-    except JournalVersion:  # a flipped bit can make it one of a newer format, which is not for this release to repair
-        assert disk.content(DIRECTORY / file_name(number)) == damaged
-        return
+    report = repair(DIRECTORY, files=disk)
     assert (report.file, report.offset, report.batches, report.listed) == (file_name(number), 0, 0, None)
     assert [disk.content(path) for path in report.copies] == [damaged]
     _recovers(disk, specimen.said)

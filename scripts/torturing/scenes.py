@@ -62,6 +62,8 @@ class Scene:
             self._acting(plant)
         except BrokerError:
             self.disk.on_call = lambda name, path: None
+            self.disk.on_read = lambda path, offset: None
+            self.disk.heal()
             if plant.failed:
                 self.attempted = plant.now(), plant.wall
                 self._insist(plant)

@@ -145,11 +145,20 @@ class Specimen:
                 disk.damage(DIRECTORY / file_name(number), content)
         return disk
 
+    def unfollowed(self, number: int) -> bytes:
+        """That segment as it is while it is the newest."""
+        spot, said = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment == number][-1]
+        content = self.files[number]
+        salt = read_header(content, spot.start).salt
+        return content[: spot.following] + encode_end(said[0], salt) + content[spot.following + SECTOR :]
+
     def around(self, number: int) -> Specimen:
         """That segment with its neighbours: a journal too, whose other segments were given back or not yet made."""
         near = (number - 1, number, number + 1)
         told = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment in near]
         files = {n: content for n, content in self.files.items() if n in near}
+        if number + 1 in files and number + 2 in self.files:
+            files[number + 1] = self.unfollowed(number + 1)
         return Specimen(files, [spot for spot, _ in told], [said for _, said in told], self.before, {})
 
     def whole_until(self, segment: int, at: int) -> int:

@@ -14,7 +14,7 @@ __all__ = ["health", "scale"]
 @click.command()
 @click.argument("workflow")
 @click.argument("stage")
-@click.argument("actors", type=click.IntRange(0), metavar="N")
+@click.argument("actors", type=click.IntRange(0, 1_000), metavar="N")
 @data_option
 def scale(workflow: str, stage: str, actors: int, data: Path) -> None:
     """Run STAGE of WORKFLOW with N worker processes from now on, until the cluster is stopped.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,9 @@ LIVE = STATUSES[:5]
 
 SEARCHED = 10_000
 """Most live instances that are looked at when only some are wanted: the broker does nothing else meanwhile."""
+
+LISTED = 100_000
+"""Most live instances of one list; `stageflow instances export` gives all."""
 
 PAGE = 100
 
@@ -197,21 +200,31 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
-    """Live instances, newest first, looked at a page at a time."""
-    from stageflow_actors.core.standing import standing_of, status_of
+    """Live instances, newest first."""
+    from stageflow_actors.core.standing import status_of
 
     some = status is not None or workflow is not None
-    groups = attached.ask("groups", "", max(limit, SEARCHED) if some else limit, timeout=30.0)
-    wanted = iter([group["id"] for group in groups if status is None or status_of(group) == status])
-    shown = 0
-    while shown < limit and (page := list(islice(wanted, PAGE))):
+    groups = attached.ask("groups", "", max(min(limit, LISTED), SEARCHED) if some else min(limit, LISTED), timeout=30.0)
+    wanted = [group["id"] for group in groups if status is None or status_of(group) == status]
+    yield from islice(_described(attached, wanted, None, workflow), limit)
+
+
+def _described(attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None) -> Iterator[Standing]:
+    """Those of these instances that are live, of that status and workflow, looked at a page at a time."""
+    from stageflow_actors.core.standing import standing_of
+
+    rest = iter(ids)
+    while page := list(islice(rest, PAGE)):
         described = attached.ask("inspect", page)
         for instance_id in page:
             if instance_id not in described:
                 continue  # it has left meanwhile, into the history
-            standing = standing_of(described[instance_id])
-            if workflow in (None, standing.workflow_id) and shown < limit:
-                shown += 1
+            group = described[instance_id]
+            if not all("body" in message for message in group["messages"]):
+                # There was no room for it beside the others.
+                group = attached.ask("inspect", [instance_id]).get(instance_id, group)
+            standing = standing_of(group)
+            if workflow in (None, standing.workflow_id) and status in (None, standing.status.value):
                 yield standing
 
 

@@ -15,6 +15,7 @@ from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from brokers.accounts import Settled
+    from brokers.errors import JournalCorrupt
 
 __all__ = ["journal"]
 
@@ -52,6 +53,7 @@ def verify(data: Path, output: str) -> int:
     \b
     stageflow journal verify --data /var/lib/orders
     """
+    from brokers.journal.inspect import Finding
     from brokers.journal.inspect import verify as findings_of
     from stageflow_actors.runtime.attach import existing
 
@@ -66,6 +68,9 @@ def verify(data: Path, output: str) -> int:
         }
         for found in findings
     ]
+    if not any(found.damage for found in findings) and (unread := _not_understood(directory)) is not None:
+        rows.append({"file": unread.file, "offset": unread.offset, "kind": "damage", "reason": unread.reason})
+        findings.append(Finding(unread.file or "", unread.offset or 0, unread.reason or str(unread), damage=True))
     damaged = [found for found in findings if found.damage]
     if output != "table":
         emit(rows, FINDINGS, output)
@@ -168,6 +173,18 @@ def compact(data: Path) -> None:
         after = _used(directory)
     then, now = (f"{counted(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
     click.echo(f"{then} before; {now} now", err=True)
+
+
+def _not_understood(directory: Path) -> JournalCorrupt | None:
+    """What is wrong with what the batches say, where they are whole."""
+    from brokers.accounts import settlements
+    from brokers.errors import JournalCorrupt
+
+    try:
+        settlements(directory)
+    except JournalCorrupt as error:
+        return error
+    return None
 
 
 def _used(directory: Path) -> tuple[int, int]:

@@ -51,6 +51,36 @@ for command in (run, up, start, instances, queue, dlq, journal, history, scale, 
     cli.add_command(command)
 
 
+class _Text(click.ParamType[str, object]):
+    """Text that can be stored and sent, which bytes that are no UTF-8 cannot be."""
+
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(click.STRING.convert(value, param, ctx))
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{text!r} is not valid UTF-8", param, ctx)
+        return text
+
+
+_FILES = frozenset({"target_file"})
+"""Parameters that are text and name a file, which may have any name."""
+
+
+def _take_text_only(command: click.Command) -> None:
+    for parameter in command.params:
+        if parameter.type is click.STRING and parameter.name not in _FILES:
+            parameter.type = _Text()
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            _take_text_only(below)
+
+
+_take_text_only(cli)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `stageflow` with these arguments (those of the process if None) and returns its exit code."""
     try:

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.instances import LIVE, STATUSES, _live, instances
+from stageflow_actors.cli.instances import LIVE, STATUSES, _described, instances
 from stageflow_actors.cli.options import data_option
 from stageflow_actors.cli.start import json_of
 from stageflow_actors.core.counted import counted
@@ -93,7 +93,7 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[St
 
     seen: set[str] = set()
     # Also when only finished ones are wanted: some have ended, and are on their way into the history.
-    for standing in _live(attached, status, workflow, 1_000_000):
+    for standing in _described(attached, attached.ask("live"), status, workflow):
         seen.add(standing.instance_id)
         yield standing
     if attached.history is not None and status not in LIVE:

@@ -62,9 +62,8 @@ def moments_of_outcome(outcome: bytes) -> list[Moment]:
 def moments_of_group(group: Mapping[str, Any]) -> list[Moment]:
     """The timeline so far of a live instance whose group this is, as the broker's `inspect` describes it."""
     for message in group["messages"]:
-        if group["ended"] and message["label"] == group["ended"]:
-            if "body" in message:
-                return moments_of_outcome(message["body"])
+        if group["ended"] and message["label"] == group["ended"] and "body" in message:
+            return moments_of_outcome(message["body"])
     # Of very large instances not all bodies have room in one answer.
     bodies = [message["body"] for message in group["messages"] if "body" in message]
     for gather in group["gathers"]:
@@ -102,7 +101,9 @@ def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
 
 def _stage_of(message: Mapping[str, Any]) -> str:
     label: str = message["label"]
-    head = head_of(message.get("body") or b"") if label.startswith(":") else None  # an event, and of what stage its body says
+    head = (
+        head_of(message.get("body") or b"") if label.startswith(":") else None
+    )  # an event, and of what stage its body says
     return label.removeprefix(COMPENSATE) if head is None else head[2]
 
 

@@ -18,7 +18,10 @@ from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["Compensation", "Replace", "Stage", "StageOptions"]
+__all__ = ["MOST_ACTORS", "Compensation", "Replace", "Stage", "StageOptions"]
+
+MOST_ACTORS = 1_000
+"""Each is a process: of more the machine would have nothing left, and the broker takes 4,096 peers in all."""
 
 
 class Replace:
@@ -41,7 +44,7 @@ class Compensation:
     """What undoes a completed stage: a function of the context, and how long and how often it is tried.
 
     `timeout` (seconds, of one attempt; None: no limit), `retry` (None: one attempt), `actors` (worker
-    processes).
+    processes, up to 1,000).
 
     Of a map stage it is a function of an item, and `timeout` that of one item. All items are tried in each attempt, the
     last one first, and those that failed are tried again; one that is undone is undone once, unless its worker dies.
@@ -61,7 +64,7 @@ class Compensation:
         self.call: Call = inspect_handler(function, what)
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
-        self.actors: int = check_count(actors, f"actors of {what}")
+        self.actors: int = check_count(actors, f"actors of {what}", MOST_ACTORS)
 
     @classmethod
     def of_call(cls, call: Call) -> Compensation:
@@ -124,8 +127,8 @@ class Stage:
     """A handler and how it is run.
 
     `id`: by default made of the handler's name; `compensation`: a function or `Compensation` that undoes it;
-    `retry`: policy for failed attempts; `timeout`: seconds of one attempt; `actors`: worker processes;
-    `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
+    `retry`: policy for failed attempts; `timeout`: seconds of one attempt; `actors`: worker processes,
+    up to 1,000; `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
     `after`: ids of earlier stages that must have completed; `when`: predicate on the context; `ttl`: seconds a
     message may wait in the queue; `env`: environment of the workers;
     `breaker`: when a stage that keeps failing is left alone; `max_memory`: bytes of RSS that a worker, with the
@@ -187,7 +190,7 @@ class Stage:
         self.compensation: Compensation | None = _compensation(compensation, self.call, what)
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
-        self.actors: int = check_count(actors, f"actors of {what}")
+        self.actors: int = check_count(actors, f"actors of {what}", MOST_ACTORS)
         self.concurrency: int = check_count(concurrency, f"concurrency of {what}")
         self.required: bool = required if isinstance(required, bool) else _refuse_bool(required, what)
         self.after: tuple[str, ...] = _after(after, what)
@@ -284,10 +287,11 @@ class Stage:
 _FIELDS = Stage.__slots__
 
 
-def check_count(value: object, what: str) -> int:
-    """`value` if it is an integer from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise WorkflowDefinitionError(f"{what} must be an integer from 1, not {value!r}")
+def check_count(value: object, what: str, most: int | None = None) -> int:
+    """`value` if it is an integer from 1, and not more than `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        to = "" if most is None else f" to {most:,}"
+        raise WorkflowDefinitionError(f"{what} must be an integer from 1{to}, not {value!r}")
     return value
 
 

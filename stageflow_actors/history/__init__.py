@@ -10,6 +10,7 @@ from stageflow_actors.history.errors import (
     HistoryMissing,
     HistoryTooNew,
     HistoryUnavailable,
+    JournalMissing,
 )
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
@@ -24,4 +25,5 @@ __all__ = [
     "HistoryTooNew",
     "HistoryUnavailable",
     "HistoryWriter",
+    "JournalMissing",
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "HistoryMissing",
     "HistoryTooNew",
     "HistoryUnavailable",
+    "JournalMissing",
     "typed_errors",
 ]
 
@@ -47,6 +48,17 @@ class HistoryMissing(HistoryError):
             f"the history of finished instances is missing: {path}{f' ({detail})' if detail else ''}. "
             "Restore it from the backup taken with the journal; "
             "starting without it would run finished instances a second time",
+        )
+
+
+class JournalMissing(HistoryError):
+    """The history has had a journal, and the one that is there knows nothing of it: live instances would be lost."""
+
+    def __init__(self, path: Path | str, journal: Path | str) -> None:
+        super().__init__(
+            path,
+            f"the journal that belongs to {path} is missing, or is another one: {journal}. It holds the instances that "
+            "were live. Restore it from the backup taken with the history, or start with another data directory",
         )
 
 

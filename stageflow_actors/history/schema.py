@@ -19,7 +19,7 @@ from stageflow_actors.history.errors import (
     typed_errors,
 )
 
-__all__ = ["COLUMNS", "PRUNED", "connect", "create", "has_log", "in_wal_mode"]
+__all__ = ["COLUMNS", "JOURNAL", "PRUNED", "connect", "create", "has_log", "in_wal_mode", "make_private"]
 
 APPLICATION_ID = 0x53464148  # "SFAH"
 FORMAT = 1
@@ -31,6 +31,9 @@ COLUMNS = (
 
 PRUNED = "pruned"
 """In `meta`: rows that finished before this time (seconds since the Unix epoch) may have been deleted."""
+
+JOURNAL = "journal"
+"""In `meta`: a journal belongs to this history, and remembers it."""
 
 _BUSY_TIMEOUT = 10.0
 """Seconds. A checkpoint or a vacuum by another process is over long before."""
@@ -61,12 +64,21 @@ PRAGMA user_version = {FORMAT};
 
 
 def create(path: Path) -> None:
-    """Makes an empty history at `path`, durably. Raises `HistoryMissing` where remains of an older one lie."""
+    """Makes an empty history at `path`, durably, with mode 0600: contexts and results are their owner's alone.
+
+    Raises `HistoryMissing` where remains of an older one lie.
+    """
     if has_log(path):
         # SQLite would replay the log of the lost file into the new one.
         raise HistoryMissing(path, f"its write-ahead log {path.name}-wal is still there")
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
+        # SQLite would make it for all to read; its log and index get the mode of the file itself.
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)
+        finally:
+            os.close(descriptor)
         connection = sqlite3.connect(draft, isolation_level=None)
         try:
             # 8 KiB pages: a fifth less CPU per row than 4 KiB, as fewer frames are written and summed.
@@ -82,8 +94,24 @@ def create(path: Path) -> None:
     except (OSError, sqlite3.DatabaseError) as error:
         raise HistoryUnavailable(path, str(error)) from error
     finally:
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{draft}{suffix}").unlink(missing_ok=True)
+        for file in _files(draft):
+            file.unlink(missing_ok=True)
+
+
+def make_private(path: Path) -> None:
+    """Takes away from others what an earlier release let them see of a history of this user's."""
+    for file in _files(path):
+        try:
+            found = file.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+                file.chmod(0o600)
+        except OSError:
+            continue  # not there, or on a disk that takes no modes
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, then what SQLite keeps beside it while it is open."""
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
 
 
 def has_log(path: Path) -> bool:

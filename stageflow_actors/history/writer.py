@@ -15,7 +15,7 @@ from types import TracebackType
 
 from stageflow_actors.history.errors import HistoryMissing, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, PRUNED, connect, create
+from stageflow_actors.history.schema import COLUMNS, JOURNAL, PRUNED, connect, create, make_private
 
 __all__ = ["BATCH", "HistoryWriter"]
 
@@ -59,6 +59,7 @@ class HistoryWriter:
     def __init__(self, path: Path, *, create_missing: bool) -> None:
         if create_missing and not path.exists():
             create(path)
+        make_private(path)
         self.path = path
         self._connection, self._identity = connect(path, read_only=False)
         self._inode = path.stat().st_ino
@@ -79,6 +80,17 @@ class HistoryWriter:
     def identity(self) -> str:
         """The name given to this history when it was made; the journal remembers it."""
         return self._identity
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether a journal belongs to it that remembers it."""
+        with typed_errors(self.path):
+            return bool(self._connection.execute("SELECT 1 FROM meta WHERE name = ?", (JOURNAL,)).fetchall())
+
+    def belongs_to_journal(self) -> None:
+        """From now on a journal remembers it: one that does not is not its own."""
+        if not self.has_journal:
+            self._transact("INSERT INTO meta VALUES (?, ?)", [(JOURNAL, "yes")])
 
     def write(self, rows: Iterable[HistoryRow]) -> None:
         """Stores `rows` durably, replacing rows of the same instance whose epoch is not higher.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pykka
 
-from brokers.api import DONE, DeliveryItem, SettleItem, Target
+from brokers.api import DeliveryItem, SettleItem, Target
 from brokers.points import reach
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
@@ -53,6 +53,7 @@ class WorkActor(pykka.ThreadingActor):
         self._bodies: list[bytes] = []
         self._others: list[SettleItem] = []
         self._other_bodies: list[bytes] = []
+        self._ran = 0
         self._current: tuple[int, int] | None = None
         self._prefetch = 1
         self._left = given.max_tasks
@@ -155,6 +156,7 @@ class WorkActor(pykka.ThreadingActor):
     def _add(self, settled: Settled) -> None:
         self._others.append(numbered(settled, self._targets))
         self._other_bodies.extend(settled.bodies)
+        self._ran += settled.ran
 
     def _adapt(self, seconds: float, count: int) -> None:
         """Hold as much work as fits into `HELD_SECONDS`, and never more than four times what was held before."""
@@ -173,7 +175,8 @@ class WorkActor(pykka.ThreadingActor):
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
         reach("worker.settled")
-        self._slot.settle(len(moves) + sum(other.outcome == DONE for other in others))
+        self._slot.settle(len(moves) + self._ran)
+        self._ran = 0
         moves.clear()
         self._bodies.clear()
         others.clear()

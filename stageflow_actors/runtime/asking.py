@@ -27,7 +27,7 @@ from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.waiters import Waiter, Waiters
 
-__all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends"]
+__all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
 
 ANSWER_SECONDS = 60.0
 """How long a call waits for the broker, restarts of it included."""
@@ -37,6 +37,13 @@ STOPPED = (
 )
 
 CATCH_UP_SECONDS = 1.0
+
+
+def no_text(error: UnicodeEncodeError) -> ValueError:
+    """The error of who was given a str with a lone surrogate in the place of a name, an id or a reason."""
+    return ValueError(
+        f"{error.object!r} cannot be stored or sent: it has a lone surrogate, as bytes that are not UTF-8 leave one"
+    )
 
 
 class Ends(Listener):
@@ -98,10 +105,13 @@ class Asking:
         return self._broker
 
     def _query(self, name: str, *args: Any) -> Any:
+        """What the broker answers. Raises `ValueError` for text that cannot be sent; nothing is sent then."""
         try:
             future = self._port().query(name, *args)
         except port.BrokerError as error:
             raise in_our_words(error) from None
+        except UnicodeEncodeError as error:
+            raise no_text(error) from None
         return self._await(future)
 
     def _await(

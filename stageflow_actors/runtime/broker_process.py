@@ -135,6 +135,7 @@ class BrokerProcess:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(said, *self._keep_fds),
                 start_new_session=True,
+                umask=0o077,
             )
             os.close(said)
             said = -1

@@ -30,6 +30,7 @@ from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, patience
+from stageflow_actors.definition.stage import MOST_ACTORS
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import (
     BrokerUnavailable,
@@ -39,9 +40,10 @@ from stageflow_actors.errors import (
     StageFlowError,
 )
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.runtime.asking import STOPPED, Asking
+from stageflow_actors.runtime.asking import STOPPED, Asking, no_text
 from stageflow_actors.runtime.feed import Callback, Feed
 from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.intensity import PAUSED_FACT
 from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.mapping import Mapping, as_completed
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
@@ -60,6 +62,8 @@ DRAIN_SECONDS = 0.25
 LOOKED_UP = 500
 """Instances asked after at once."""
 
+MOST_LISTED = 100_000
+"""Most live instances of one answer."""
 MOST_AT_ONCE = 10_000
 """Most contexts of one `submit_many`."""
 
@@ -188,13 +192,13 @@ class Client(Asking):
         workflow: Workflow[Any] | str | None = None,
         limit: int = 100,
     ) -> list[Instance[Any]]:
-        """Instances, live ones first, newest first; at most `limit`."""
+        """Instances, live ones first, newest first; at most `limit`, and of live ones at most 100,000."""
         wanted = None if status is None else WorkflowStatus(status)
         workflow_id = workflow.id if isinstance(workflow, Workflow) else workflow
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
-            most = limit if wanted is None and workflow_id is None else MOST_SEARCHED
+            most = min(max(limit, 0), MOST_LISTED) if wanted is None and workflow_id is None else MOST_SEARCHED
             for group in self._query("groups", "", most):
                 if len(found) >= limit:
                     break
@@ -237,6 +241,9 @@ class Client(Asking):
     def pause(self, queue: str) -> None:
         """Deliver nothing from a queue until it is resumed; survives restarts."""
         self._query("pause", queue)
+        # Its pool, had that paused it before, would open it at the next start.
+        if self._query("fact", PAUSED_FACT + queue, None) == "yes":
+            self._query("fact", PAUSED_FACT + queue, "no")
 
     def resume(self, queue: str) -> None:
         """Deliver from a paused queue again."""
@@ -247,8 +254,8 @@ class Client(Asking):
 
         It holds until the cluster is stopped. Raises `ValueError`, `StageFlowError` for a stage without workers.
         """
-        if isinstance(actors, bool) or not isinstance(actors, int) or actors < 0:
-            raise ValueError(f"actors is a whole number from 0, not {actors!r}")
+        if isinstance(actors, bool) or not isinstance(actors, int) or not 0 <= actors <= MOST_ACTORS:
+            raise ValueError(f"actors is a whole number from 0 to {MOST_ACTORS:,}, not {actors!r}")
         plan = self._workflow(workflow).plan
         planned = plan.stage(item_id(stage)) or plan.stage(stage)
         if planned is None or not planned.has_pool:
@@ -448,6 +455,10 @@ class Client(Asking):
     def _signal(self, instance_id: str, name: str, payload: Any) -> None:
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of a signal is a string that is not empty, not {name!r}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise no_text(error) from None
         data = encode_value(payload, what=f"the payload of signal {name!r}")
         group = self._lookup([instance_id]).get(instance_id)
         if group is None or group["ended"]:

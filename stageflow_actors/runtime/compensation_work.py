@@ -144,10 +144,11 @@ class CompensationWork:
             self._raised(error)
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
-            return self._failed(item, envelope, stage_id, attempt, failure, asked, time.perf_counter() - clock)
+            took = time.perf_counter() - clock
+            return self._failed(item, envelope, stage_id, attempt, failure, asked, took).tried()
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
-        return self._on(item, envelope, record)
+        return self._on(item, envelope, record).tried()
 
     def _undo_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
@@ -173,11 +174,12 @@ class CompensationWork:
         duration = time.perf_counter() - clock
         text = undoing.described(stage_id, len(undo))
         if text is None or undoing.first is None:
-            return self._on(item, envelope, CompensationRecord(stage_id, StageStatus.completed.value, None, duration))
+            done = CompensationRecord(stage_id, StageStatus.completed.value, None, duration)
+            return self._on(item, envelope, done).tried()
         ctx.store_step_result(UNDONE, undoing.state())
         failure = _unsaid(undoing.first[1])
         asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
-        return self._failed(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text)
+        return self._failed(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text).tried()
 
     def _each_item(
         self, item: DeliveryItem, ctx: StageContext, stage_id: str, undo: list[tuple[int, Raw, Any]], undoing: Undoing

@@ -17,9 +17,10 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from brokers.private import why_not_private
 from stageflow_actors.errors import JournalLocked, StageFlowError
@@ -43,6 +44,16 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 """Types, as in /proc/mounts, on which locks, shared memory or syncs of several processes cannot be relied upon."""
 
+SHARED_FOLDERS = frozenset({"fuse.vmhgfs-fuse", "prl_fs", "vboxsf", "vmhgfs"})
+"""Types of what a hypervisor shows its guests of the host's files: no better."""
+
+LOCAL_FUSE = frozenset(
+    "fuse.bindfs fuse.encfs fuse.fuse-overlayfs fuse.gocryptfs fuse.mergerfs fuse.unionfs fuse.unionfs-fuse".split()
+)
+"""Those of the types `fuse.*` that lie on a local disk: what one that is not known does with a sync, nobody can say."""
+
+_JOURNAL = "journal"
+_HISTORY = "history.db"
 _SOCKET_PATH_MAX = 107
 _LONGEST_SOCKET_NAME = 24
 
@@ -65,7 +76,7 @@ class ClusterRecord(Struct, kw_only=True, frozen=True):
     program: int
     program_ticks: int | None = None
     node: int | None = None
-    address: str | None = None
+    address: Annotated[str, Meta(pattern=r"\A[^\0]+\Z")] | None = None
     started: float = 0.0
 
     def program_lives(self) -> bool:
@@ -82,7 +93,7 @@ class DataDir:
         self.path = Path(path).absolute()
         try:
             if create:
-                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make_private(self.path)
             usable = self.path.is_dir() and os.access(self.path, os.R_OK | os.W_OK | os.X_OK)
         except OSError as error:
             raise self._unusable(error.strerror or str(error)) from error
@@ -96,12 +107,12 @@ class DataDir:
     @property
     def journal(self) -> Path:
         """The directory of the broker's journal."""
-        return self.path / "journal"
+        return self.path / _JOURNAL
 
     @property
     def history(self) -> Path:
         """The file of finished instances."""
-        return self.path / "history.db"
+        return self.path / _HISTORY
 
     @property
     def lock(self) -> Path:
@@ -126,7 +137,7 @@ class DataDir:
         If the program that has it is dead, waits up to `wait` seconds for the rest of its cluster to end. Raises
         `JournalLocked` if it lives, or if something of it is left after that.
         """
-        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = _open_private(self.lock)
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(fd):
@@ -163,16 +174,21 @@ class DataDir:
             self._lock_fd = None
 
     def read_cluster(self) -> ClusterRecord | None:
-        """Who serves the directory, or None if nobody is on record. The record may be of a cluster that has ended."""
+        """Who serves the directory, or None if nobody is on record. The record may be of a cluster that has ended.
+
+        One that cannot be read, or says what no runtime has written, is no record.
+        """
         try:
             return msgspec.json.decode(self.cluster.read_bytes(), type=ClusterRecord)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, RecursionError, UnicodeDecodeError, msgspec.DecodeError):
             return None
 
     def write_cluster(self, record: ClusterRecord) -> None:
         """Replaces the record at once: a reader sees the old one or the new one."""
         draft = self.cluster.with_suffix(f".{os.getpid()}.new")
-        draft.write_bytes(msgspec.json.encode(record))
+        with open(_open_private(draft), "wb") as file:
+            file.truncate()
+            file.write(msgspec.json.encode(record))
         draft.replace(self.cluster)
 
     def remove_cluster(self) -> None:
@@ -219,6 +235,34 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
+def _make_private(path: Path) -> None:
+    """Makes the directory with mode 0700, and its parents with what the umask leaves and their owner needs."""
+    if path.is_dir():
+        return
+    missing = [parent for parent in path.parents if not parent.exists()]
+    for parent in reversed(missing):
+        try:
+            parent.mkdir()
+        except FileExistsError:
+            continue
+        parent.chmod(parent.stat().st_mode | 0o700)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    else:
+        path.chmod(0o700)  # whatever the umask has taken away
+
+
+def _open_private(path: Path) -> int:
+    """A descriptor for reading and writing; a file that it makes is its owner's, whatever the umask takes away."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if os.fstat(fd).st_mode & 0o600 != 0o600:
+        os.fchmod(fd, 0o600)
+    return fd
+
+
 def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,13 +299,29 @@ def _refuse_network(path: Path, mounts: str | None = None) -> None:
             mounts = Path("/proc/self/mounts").read_text(errors="surrogateescape")
         except OSError:
             return  # no /proc: nothing is known, and nothing can be said
-    kind, mount = file_system_of(path.resolve(), mounts)
+    # The journal and the history may be links, or mounts of their own.
+    for what, part in (("data directory", path), ("journal", path / _JOURNAL), ("history", path / _HISTORY)):
+        if not os.path.lexists(part):
+            continue
+        kind, mount = file_system_of(Path(os.path.realpath(part)), mounts)
+        on = _why_not_local(kind)
+        if on:
+            raise DataDirUnusable(
+                f"the {what} {part} lies on {on} ({kind}, mounted at {mount}), where locks and syncs are not "
+                "reliable; choose a data_dir on a local disk and copy results from there",
+                path=part,
+            )
+
+
+def _why_not_local(kind: str) -> str:
+    """What else a file system of this type is; empty for a local one."""
     if kind in NETWORK_FILE_SYSTEMS:
-        raise DataDirUnusable(
-            f"the data directory {path} lies on a network file system ({kind}, mounted at {mount}), where locks and "
-            "syncs are not reliable; choose a data_dir on a local disk and copy results from there",
-            path=path,
-        )
+        return "a network file system"
+    if kind in SHARED_FOLDERS:
+        return "a shared folder of a virtual machine's host"
+    if (kind == "fuse" or kind.startswith("fuse.")) and kind not in LOCAL_FUSE:
+        return "a FUSE file system that is not known to be local"
+    return ""
 
 
 def runtime_dir(data_dir: Path) -> Path:

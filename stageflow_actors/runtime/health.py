@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from brokers.errors import BrokerError
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan
@@ -18,6 +20,8 @@ from stageflow_actors.runtime.attach import Attached, attach
 from stageflow_actors.runtime.datadir import DataDir
 from stageflow_actors.runtime.processes import start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
+from stageflow_actors.runtime.zygote import STOPPED
+from stageflow_actors.runtime.zygote_main import ZYGOTE_NAME
 
 __all__ = ["Fault", "examine"]
 
@@ -52,11 +56,27 @@ def _look(path: Path | str, progress: dict[str, int]) -> list[Fault]:
             return [Fault("program", f"nobody serves {data.path}")]
         if record.node is None or start_ticks(record.node) is None:
             return [Fault("node", "it is not running; its program starts it again, or says why it cannot")]
-        with attach(path) as attached:
-            return _of_cluster(attached, progress)
-    except (StageFlowError, BrokerError) as error:
-        part = "broker" if isinstance(error, (BrokerUnavailable, BrokerError)) else "data directory"
-        return [Fault(part, str(error))]
+        faults = _of_processes(record.node)
+        try:
+            with attach(path) as attached:
+                return faults + _of_cluster(attached, progress)
+        except (BrokerUnavailable, BrokerError) as error:
+            return [*faults, Fault("broker", str(error))]
+    except StageFlowError as error:
+        return [Fault("data directory", str(error))]
+
+
+def _of_processes(node: int) -> list[Fault]:
+    """The node, and the zygote below it: nothing that either is asked for happens while it is stopped."""
+    try:
+        process = psutil.Process(node)
+        faults = [Fault("node", f"process {node} is stopped")] if process.status() in STOPPED else []
+        for child in process.children():
+            if child.name() == ZYGOTE_NAME and child.status() in STOPPED:
+                faults.append(Fault("zygote", f"process {child.pid} is stopped: it starts no workers"))
+    except psutil.Error:
+        return []  # it has just ended, which the next look finds
+    return faults
 
 
 def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:

@@ -37,6 +37,8 @@ main(int(sys.argv[1]))
 READY_SECONDS = 180.0
 """How long a node may take: a large journal is read in that time."""
 REGISTER_SECONDS = 30.0
+STOP_MARGIN = 10.0
+"""What a node gets beyond the grace to end all that is in work, and itself, before it is killed with its cluster."""
 REMAINS_SECONDS = 5.0
 """How long what is left of a dead node's cluster may take to follow it."""
 
@@ -106,20 +108,32 @@ class NodeHandle:
                 pool.actors = actors
 
     def stop(self, grace: float | None) -> None:
-        """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it."""
+        """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it, and so does the
+        grace when it has long been over: the node may be stopped, or wait for a broker that is."""
+        deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN
         try:
             reach("program.leaving")
-            with self._lock:
-                self._stopping.set()
+            self._stopping.set()
+            if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+                self._kill_late()  # in the middle of its start
+                self._lock.acquire()
+            self._lock.release()
             self._send(Stop(grace))
             while not wait_dead(self._pidfd, 0.2):
-                pass
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._kill_late()
+                    wait_dead(self._pidfd, None)
             if self._reap() != 0:
                 self._await_remains()
         except BaseException:
             self.kill()
             raise
         self._let_go()
+
+    def _kill_late(self) -> None:
+        self._notice("the cluster has not ended in time and is killed; what is unfinished goes on at the next start")
+        if self._process is not None:
+            self._process.kill()
 
     def kill(self) -> None:
         """End the cluster at once; its journal has all that counts."""

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,15 +27,16 @@ from stageflow_actors.core.counted import counted
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
-from stageflow_actors.history.errors import HistoryMissing
+from stageflow_actors.history.errors import HistoryMissing, JournalMissing
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
+from stageflow_actors.runtime.intensity import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Retire, ScaleTo, Tick
 from stageflow_actors.runtime.pool_services import PoolServices
-from stageflow_actors.runtime.processes import name_process, parent_death_fd, start_ticks, wait_dead
+from stageflow_actors.runtime.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.stderr import StderrRelay
@@ -56,6 +58,15 @@ HISTORY_FACT = "history"
 FIRST_FIELD = [1, 3]
 """Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
 STOP_POLL = 0.01
+ANSWER_SECONDS = 3.0
+"""What a broker gets to answer in a stop that may not take for ever, however short the grace is: it answers within
+milliseconds unless it is stopped, or its disk hangs."""
+SILENT_STOP_SECONDS = 1.0
+"""How long a broker that has not answered is asked to end before it is killed."""
+HISTORY_SECONDS = 30.0
+HISTORY_GRACE = 5.0
+"""How long ends that are not in the history yet are waited for: they are safe in the broker. `HISTORY_GRACE` in a stop
+that may not take for ever."""
 
 
 class _NodeListener(Listener):
@@ -172,6 +183,7 @@ class Node:
             log_level=config.log_level,
             notify=lambda text: _tell(self._channel, Report("notice", text)),
             stderr=self._stderr,
+            has_exited=has_exited,
         )
         self._services = services
         self._coordinator = Coordinator.start(
@@ -184,6 +196,7 @@ class Node:
         self._broker.consume(config.naming.coordinator, 500)
         self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
         self._listener.supervisor = self._supervisor
+        reopened = self._reopened()
         self._supervisor.tell(AddPools(config.pools))
         reach("node.pools-added")
         self._listener.told = self._told
@@ -210,7 +223,7 @@ class Node:
         for text in notices:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
-            if queue["state"] == "paused" and queue["ready"]:
+            if queue["state"] == "paused" and queue["ready"] and name not in reopened:
                 held = counted(queue["ready"], "message")
                 text = f"queue {name} is paused and holds {held}: `stageflow queue resume {name}`"
                 _tell(self._channel, Report("notice", text))
@@ -240,6 +253,25 @@ class Node:
     def _ask(self, name: str, *args: Any) -> Any:
         """An answer of the broker, however often it is started again meanwhile: its keeper knows when to give up."""
         return self._broker.query(name, *args).result()
+
+    def _ask_within(self, deadline: float | None, name: str, *args: Any) -> Any:
+        """The same while deaths and timeouts go on to count. Raises `TimeoutError` when there is none by the deadline,
+        which is never at once."""
+        asked: Future[Any] = self._broker.query(name, *args)
+        if deadline is not None:
+            deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
+        while True:
+            try:
+                return asked.result(STOP_POLL)
+            except TimeoutError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+            self._round(0.0)
+
+    def _reopened(self) -> set[str]:
+        """Queues that pools had paused by themselves: each opens its own when it starts, and nobody has to."""
+        asked = {pool.queue: self._broker.query("fact", PAUSED_FACT + pool.queue, None) for pool in self._config.pools}
+        return {queue for queue, known in asked.items() if known.result() == "yes"}
 
     def _publish_plans(self) -> None:
         """Have clients in other processes know what is served."""
@@ -279,10 +311,14 @@ class Node:
     def _open_history(self) -> HistoryWriter:
         known = self._ask("fact", HISTORY_FACT, None)
         history = HistoryWriter.open(self._data.history, create=known is None)
-        if known is None:
-            self._ask("fact", HISTORY_FACT, history.identity)
-        elif history.identity != known:
+        if known is not None and history.identity != known:
             raise HistoryMissing(self._data.history)
+        lasting = self._config.durability != "memory"
+        if lasting and known is None and history.has_journal:
+            raise JournalMissing(self._data.history, self._data.journal)
+        self._ask("fact", HISTORY_FACT, history.identity)
+        if lasting:
+            history.belongs_to_journal()
         return history
 
     def _current_zygote(self) -> Zygote:
@@ -380,41 +416,59 @@ class Node:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
         reach("node.stopping")
         self._listener.holding_back = True
-        self._ask("hold", True)
-        self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
+        answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
         self._supervisor.tell(Retire(True))
         self._await_workers()
-        self._write_history()
+        answers = answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()
         self._stderr.close(timeout=2.0)
-        self._broker.close(timeout=2.0)
-        self._broker_process.stop()
+        if answers:
+            self._broker.close(timeout=2.0)
+            self._broker_process.stop()
+        else:
+            logger.warning("the broker does not answer: it is ended without having been told how the work in hand went")
+            self._broker_process.stop(SILENT_STOP_SECONDS)
+            self._broker.close(timeout=0.0)
         self._coordinator.stop()
         self._history.close()
         self._data.remove_cluster()
         _tell(self._channel, Report("stopped"))
         os._exit(0)
 
-    def _settle_work(self, deadline: float | None) -> None:
-        """Until no worker holds a message, with deaths and timeouts still counting."""
+    def _settle_work(self, deadline: float | None) -> bool:
+        """Until no worker holds a message, with deaths and timeouts still counting. Whether the broker answers."""
         own = {self._config.naming.finished, self._config.naming.coordinator}
-        while deadline is None or time.monotonic() < deadline:
-            queues = [queue for queue in self._ask("stats", "")["queues"] if queue["name"] not in own]
-            # Of a queue that a new broker has not opened yet nobody knows what is in work.
-            if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
-                return
-            self._round(STOP_POLL)
+        try:
+            self._ask_within(deadline, "hold", True)
+            while deadline is None or time.monotonic() < deadline:
+                stats = self._ask_within(deadline, "stats", "")
+                queues = [queue for queue in stats["queues"] if queue["name"] not in own]
+                # Of a queue that a new broker has not opened yet nobody knows what is in work.
+                if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
+                    break
+                self._round(STOP_POLL)
+        except TimeoutError:
+            return False
+        return True
 
     def _await_workers(self) -> None:
         deadline = time.monotonic() + 5
         while self._services.live and time.monotonic() < deadline:
             self._round(STOP_POLL)
 
-    def _write_history(self) -> None:
-        """Until every ended instance is in the history, or its disk has been full for too long: they wait then."""
+    def _write_history(self, hurried: bool) -> bool:
+        """Until every ended instance is in the history, or its disk has been full for too long: they wait then.
+
+        Whether the broker answers.
+        """
         own = {self._config.naming.finished}
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if not any(q["leased"] or q["ready"] for q in self._ask("stats", "")["queues"] if q["name"] in own):
-                return
-            self._round(STOP_POLL)
+        deadline = time.monotonic() + (HISTORY_GRACE if hurried else HISTORY_SECONDS)
+        try:
+            while time.monotonic() < deadline:
+                queues = self._ask_within(deadline if hurried else None, "stats", "")["queues"]
+                if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
+                    break
+                self._round(STOP_POLL)
+        except TimeoutError:
+            return False
+        return True

@@ -25,6 +25,7 @@ from brokers.client import new_peer
 from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import last_lines, write_failure
+from stageflow_actors.runtime.intensity import PAUSED_FACT
 from stageflow_actors.runtime.memory import memory_over
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_services import PoolServices
@@ -52,9 +53,6 @@ LANES_A_TICK = 64
 REMEMBERED = 60_000_000_000
 """Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
 
-PAUSED_FACT = "paused-by-pool:"
-"""Prefix of the broker's fact that a queue was paused by its pool and not by a person."""
-
 CANCEL_GRACE = 1_000_000_000
 """Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
@@ -62,6 +60,13 @@ ASK_AGAIN = 50_000_000
 """Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
 REMIND = 2_000_000_000
 """Nanoseconds before a worker that has been asked to end, and is still there, is asked once more: words get lost."""
+
+DEATH_LOOK = 100_000_000
+"""Nanoseconds between looks whether workers have ended of which the zygote has said nothing."""
+UNREPORTED = 2_000_000_000
+"""Nanoseconds in which a zygote reports a death; one that has been stopped meanwhile is ended, for nobody else will."""
+LONGEST_UNREPORTED = 15_000_000_000
+"""The same for a zygote that is not stopped: it may have much to kill of what its workers have left behind."""
 
 MEMORY_LOOK = 100_000_000
 """Nanoseconds between looks at the memory of workers that have a limit."""
@@ -96,7 +101,7 @@ class Pool(pykka.ThreadingActor):
         self._retiring = False
         self._paused_at = 0.0
         self._ticks = 0
-        self._memory_look = 0
+        self._memory_look = self._death_look = 0
         self._last_death = ""
 
     def on_start(self) -> None:
@@ -141,7 +146,7 @@ class Pool(pykka.ThreadingActor):
             self._spec.max_memory
             or self._paused_at
             or unsettled
-            or any(w.cancelled or w.retiring for w in self._workers.values())
+            or any(w.cancelled or w.retiring or w.missed_at for w in self._workers.values())
         ):
             self._services.restless.add(self._spec.queue)
         else:
@@ -216,7 +221,7 @@ class Pool(pykka.ThreadingActor):
             kill_group(event.pid, event.pidfd)
             os.close(event.pidfd)
             return
-        worker.pid, worker.pidfd = event.pid, event.pidfd
+        worker.pid, worker.pidfd, worker.missed_at = event.pid, event.pidfd, 0
         reach("pool.spawned")
         if self._retiring or worker.killed is not None:
             kill_group(worker.pid, worker.pidfd)
@@ -237,6 +242,11 @@ class Pool(pykka.ThreadingActor):
         if worker is None:
             return
         reach("pool.exit-seen")
+        self._judge(worker, event.status)
+        self._fill()
+
+    def _judge(self, worker: PooledWorker, status: int | None) -> None:
+        """What the end of a worker means. `status` is None where the zygote was not there to find it out."""
         states = [lane.read() for lane in worker.lanes]
         settled = states[0].settled
         started = any(state.started for state in states)
@@ -244,8 +254,9 @@ class Pool(pykka.ThreadingActor):
             self._deaths = 0
         if started:
             self._failed_starts = 0
-        if worker.killed is not None:
-            kill = worker.killed
+        # One that had ended by itself when the signal came is judged by how it did.
+        kill = worker.killed if status in (None, -signal.SIGKILL) else None
+        if kill is not None:
             # Not what it had been done with before the signal came.
             current = {state.message_id for state in states if state.started}
             guilty = [id for id in kill.guilty if id in current]
@@ -256,13 +267,13 @@ class Pool(pykka.ThreadingActor):
                 self._died()
             elif kill.charged and not started:
                 self._failed_starts += 1
-                self._ended_idle(event.status)
-        elif self._retiring or (event.status == EXIT_RECYCLED and not any(state.busy for state in states)):
+                self._ended_idle(status)
+        elif self._retiring or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
             self._bury(worker)
         elif started:
             # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
             suspects = [s for s in states if s.busy] or [s for s in states if s.started]
-            how = describe_exit(event.status, out_of_memory=self._out_of_memory(event.status))
+            how = self._describe(status)
             self._last_death = how
             reason = f"WorkerDied: the worker died while running {self._what()}: {how}"
             died = Failure("died", reason, "WorkerDied")
@@ -272,8 +283,12 @@ class Pool(pykka.ThreadingActor):
         else:
             self._bury(worker)
             self._failed_starts += 1
-            self._ended_idle(event.status)
-        self._fill()
+            self._ended_idle(status)
+
+    def _describe(self, status: int | None) -> str:
+        if status is None:
+            return "how is not known, for the zygote process did not report it"
+        return describe_exit(status, out_of_memory=self._out_of_memory(status))
 
     def _out_of_memory(self, status: int) -> bool | None:
         return self._services.oom_kills.claim() if status == -signal.SIGKILL else None
@@ -307,7 +322,7 @@ class Pool(pykka.ThreadingActor):
         elif self._deaths > 1:
             self._back_off(self._deaths - 1)
 
-    def _ended_idle(self, status: int) -> None:
+    def _ended_idle(self, status: int | None) -> None:
         if self._failed_starts >= FAILED_STARTS:
             hint = " (its code or its services cannot be loaded)" if status == EXIT_UNLOADABLE else ""
             if status == -signal.SIGKILL and self._spec.max_memory:
@@ -321,10 +336,20 @@ class Pool(pykka.ThreadingActor):
         self._not_before = time.monotonic() + min(LONGEST_BACK_OFF, BACK_OFF * 2 ** min(times - 1, 8))
 
     def _pause(self, why: str) -> None:
-        queue = self._spec.queue
+        """Once: who dies of what it had begun before, or of a moment that a person has given it, changes nothing."""
+        if self._paused_at:
+            return
+        broker, queue = self._services.broker, self._spec.queue
         self._paused_at = time.monotonic()
-        self._services.broker.query("pause", queue)
-        self._services.broker.query("fact", PAUSED_FACT + queue, "yes")
+
+        def seen(stats: Future[Any]) -> None:
+            if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
+                broker.query("fact", PAUSED_FACT + queue, "no")  # by a person, who shall end it too
+
+        before = broker.query("stats", queue)
+        broker.query("pause", queue)
+        broker.query("fact", PAUSED_FACT + queue, "yes")
+        before.add_done_callback(seen)
         self._services.notify(
             f"pool {queue} is paused: {why}; see the errors above, then resume it with "
             f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
@@ -353,6 +378,9 @@ class Pool(pykka.ThreadingActor):
                     running = [state for state in states if state.busy]
                     if running:
                         self._look_at(worker, running, now)
+        if now >= self._death_look:
+            self._death_look = now + DEATH_LOOK
+            self._look_for_deaths(now)
         if self._spec.max_memory and now >= self._memory_look:
             self._memory_look = now + MEMORY_LOOK
             self._look_at_memory()
@@ -381,6 +409,28 @@ class Pool(pykka.ThreadingActor):
         oldest = min(running, key=lambda state: state.since_ns)
         if now - oldest.since_ns > LONG:
             self._recall(worker, oldest.message_id, now, now - oldest.since_ns)
+
+    def _look_for_deaths(self, now: int) -> None:
+        """End a zygote that owes a death, or a birth, for too long: its successor does what it does not."""
+        for worker in self._workers.values():
+            dead = worker.pidfd >= 0 and self._services.has_exited(worker.pidfd)
+            if not dead and worker.pidfd >= 0:
+                continue
+            worker.missed_at = worker.missed_at or now
+            missed = now - worker.missed_at
+            if missed < UNREPORTED or worker.forsaken:
+                continue
+            if worker.zygote.is_stopped() or (dead and missed > LONGEST_UNREPORTED):
+                logger.error("pool %s: the zygote process does not report: it is ended", self._spec.queue)
+                self._forsake(worker.zygote)
+
+    def _forsake(self, zygote: Zygote) -> None:
+        """`ZygoteLost` follows. Who is dead by now has died by itself."""
+        dead = [w for w in self._workers.values() if w.zygote is zygote and w.pidfd >= 0]
+        dead = [worker for worker in dead if self._services.has_exited(worker.pidfd)]
+        if zygote.kill():
+            for worker in dead:
+                worker.forsaken = True
 
     def _look_at_memory(self) -> None:
         """End workers that use too much. One that is idle has nobody to blame, and is replaced once that is certain."""
@@ -435,6 +485,8 @@ class Pool(pykka.ThreadingActor):
         self._kill(worker, late, Failure("timeout", reason, "StageTimeout"))
 
     def _kill(self, worker: PooledWorker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
+        if self._services.has_exited(worker.pidfd):
+            return  # its lanes say what it was at when it died; how it did is on its way
         worker.killed = Kill([state.message_id for state in guilty], failure, charged)
         kill_group(worker.pid, worker.pidfd)
 
@@ -443,10 +495,8 @@ class Pool(pykka.ThreadingActor):
         name, ref = self._spec.queue, self.actor_ref
 
         def heard(future: Any) -> None:
-            if future.exception() is None:
-                for queue in future.result()["queues"]:
-                    if queue["name"] == name and queue["state"] != "paused":
-                        ref.tell(_Resumed())
+            if future.exception() is None and _state_in(future.result(), name) not in (None, "paused"):
+                ref.tell(_Resumed())
 
         self._services.broker.query("stats", name).add_done_callback(heard)
 
@@ -507,11 +557,20 @@ class Pool(pykka.ThreadingActor):
                     kill_group(worker.pid, worker.pidfd)
 
     def _zygote_lost(self, zygote: Zygote) -> None:
-        """No report will come of its workers: end what is left of each; nobody is charged for a zygote's death."""
+        """No report will come of its workers: end what is left of each; nobody is charged for a zygote's death, only
+        for one that came before and was never told."""
         for worker in [worker for worker in self._workers.values() if worker.zygote is zygote]:
             if worker.pidfd >= 0:
                 kill_group(worker.pid, worker.pidfd)
                 if not wait_dead(worker.pidfd, 5.0):
                     logger.error("pool %s: worker %d cannot be killed", self._spec.queue, worker.pid)
-            self._bury(worker)
+            if worker.forsaken:
+                self._judge(worker, None)
+            else:
+                self._bury(worker)
         self._fill()
+
+
+def _state_in(stats: dict[str, Any], queue: str) -> str | None:
+    """The state of one queue in a broker's statistics."""
+    return next((found["state"] for found in stats["queues"] if found["name"] == queue), None)

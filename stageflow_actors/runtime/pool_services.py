@@ -23,7 +23,8 @@ class PoolServices:
 
     `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,
     and `restless` the queues whose pool has something to do when time passes, though none of them may be busy.
-    `stderr` reads what workers write there (None: it is the node's own), `oom_kills` what the kernel has killed.
+    `stderr` reads what workers write there (None: it is the node's own), `oom_kills` what the kernel has killed;
+    `has_exited` says whether the process behind a pidfd has ended (None: there is none, only the zygote's word).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class PoolServices:
         notify: Callable[[str], None],
         stderr: StderrRelay | None = None,
         oom_kills: OomKills | None = None,
+        has_exited: Callable[[int], bool] | None = None,
     ) -> None:
         self.slots = slots
         self.zygote = zygote
@@ -50,6 +52,7 @@ class PoolServices:
         self.notify = notify
         self.stderr = stderr
         self.oom_kills = oom_kills or OomKills()
+        self.has_exited = has_exited or (lambda pidfd: False)
         self.live: dict[int, str] = {}
         self.lanes: dict[str, list[Slot]] = {}
         self.restless: set[str] = set()

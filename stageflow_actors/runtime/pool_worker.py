@@ -28,16 +28,19 @@ class PooledWorker:
     it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
     `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
     version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
-    broker.
+    broker. `missed_at`: since when its zygote owes a report of it (monotonic, ns; nought: it does not); `forsaken`: it
+    was dead before its zygote was ended for that.
     """
 
     __slots__ = (
         "ask_at",
         "cancelled",
+        "forsaken",
         "id",
         "killed",
         "lanes",
         "long",
+        "missed_at",
         "peer",
         "pid",
         "pidfd",
@@ -63,3 +66,5 @@ class PooledWorker:
         self.recall_at = 0
         self.retiring = False
         self.ask_at = 0
+        self.missed_at = 0
+        self.forsaken = False

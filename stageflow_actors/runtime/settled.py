@@ -47,10 +47,11 @@ class Settled:
     """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
 
     Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
-    it parks a message of a version that is not known here.
+    it parks a message of a version that is not known here. `ran`: code of the user's has run for it in this worker, and
+    has returned or raised; a worker that only finds out how another one ended has not shown that it can work.
     """
 
-    __slots__ = ("bodies", "opens", "outcome", "publishes", "unknown")
+    __slots__ = ("bodies", "opens", "outcome", "publishes", "ran", "unknown")
 
     def __init__(
         self,
@@ -63,17 +64,22 @@ class Settled:
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
-        self.unknown = False
+        self.unknown = self.ran = False
+
+    def tried(self) -> Settled:
+        """By code of the user's, which has returned or raised."""
+        self.ran = True
+        return self
 
     def worked(self) -> Settled:
         """With the verdict that the attempt went well."""
         self.outcome.verdict = ATTEMPT_WORKED
-        return self
+        return self.tried()
 
     def failed(self) -> Settled:
         """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
         self.outcome.verdict = ATTEMPT_FAILED
-        return self
+        return self.tried()
 
 
 Result = tuple[int, bytes] | Settled
@@ -113,6 +119,14 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
 def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
     """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
     reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
+    parts = None if item.extra is None else item.extra.parts
+    if parts is not None and any(not size for slot, size in parts if slot):
+        # What would have made it larger than any message can be has arrived as nothing.
+        reason = Failure(
+            "refused",
+            "PayloadTooLarge: what its branches or items have handed on is too much for one message; keep large data "
+            "in files and pass their names",
+        )
     return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
 
 

@@ -29,6 +29,9 @@ __all__ = ["AddPools", "Supervisor", "queue_options"]
 
 logger = logging.getLogger("stageflow.supervisor")
 
+ROLL_CALL = 50
+"""Ticks after which also pools that have nothing to do are told of one: a worker may have died of itself."""
+
 
 class AddPools:
     """More queues to serve."""
@@ -61,6 +64,7 @@ class Supervisor(pykka.ThreadingActor):
         self._pools: dict[str, pykka.ActorRef[Pool]] = {}
         self._zygotes = Intensity("zygote process")
         self._retiring = False
+        self._ticks = 0
 
     def on_failure(self, *args: Any) -> None:
         """A node without a supervisor is no node: end it, and it is started again."""
@@ -70,8 +74,12 @@ class Supervisor(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> Any:
         """One event."""
         if isinstance(message, Tick):
+            self._ticks += 1
+            all_of_them = self._ticks % ROLL_CALL == 0
             for name, pool in self._pools.items():
-                if self._services.is_restless(name):  # telling a hundred idle pools fifty times a second adds up
+                if all_of_them or self._services.is_restless(
+                    name
+                ):  # telling a hundred idle pools fifty times a second adds up
                     pool.tell(message)
         elif isinstance(message, (Spawned, Exited, SpawnFailed)):
             # The pool of a worker is there as long as the node is.

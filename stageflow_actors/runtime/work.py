@@ -298,7 +298,8 @@ class Work:
         return self._pass(item, envelope, record)
 
     def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settled:
-        return self._pass(item, envelope, StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall()))
+        record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall())
+        return self._pass(item, envelope, record).tried()
 
     def _pass(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
         envelope.trail = append_record(envelope.trail, record)
@@ -312,7 +313,9 @@ class Work:
         return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
     def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
-        return settle_moves(item, moves)
+        settled = settle_moves(item, moves)
+        # What comes back to this very place has been asked for, or split, by its code.
+        return settled.tried() if any(one.queue == self.planned.queue for one in moves.opens) else settled
 
     def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:
         extra = item.extra

@@ -42,6 +42,7 @@ __all__ = [
     "EXIT_UNHANDLED",
     "FAILED",
     "SPAWNED",
+    "ZYGOTE_NAME",
     "WorkerInput",
     "ZygoteConfig",
     "main",
@@ -50,6 +51,9 @@ __all__ = [
 
 EXIT_UNHANDLED = 70
 """Exit code of a worker whose entry function raised (`EX_SOFTWARE` of sysexits.h)."""
+
+ZYGOTE_NAME = "stageflow-zyg"
+"""What `ps -o comm` shows for it."""
 
 SPAWNED, EXITED, FAILED = range(3)
 """Kinds of report: `[kind, worker_id, pid, status or reason]`."""
@@ -109,7 +113,7 @@ def main(config_fd: int) -> NoReturn:
     for fd in (config.socket_fd, config.slots_fd, *config.keep_fds):
         if fd >= 0:
             os.set_inheritable(fd, False)
-    name_process("stageflow-zyg")
+    name_process(ZYGOTE_NAME)
     gc.disable()
     _preload(config.preload)
     gc.collect()

@@ -15,9 +15,10 @@ from brokers.zeromq.client import ZmqClient
 
 
 class BrokerProcess:
-    """`python -m brokers.zeromq.process` in a directory of its own."""
+    """`python -m brokers.zeromq.process` in a directory of its own; with so many `descriptors` if that is given."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
+    def __init__(self, directory: Path, *, descriptors: int = 0, **options: Any) -> None:
+        self.descriptors = descriptors
         self.journal = directory / "journal"
         self.options = {
             "address": f"ipc://{directory}/broker",
@@ -33,9 +34,10 @@ class BrokerProcess:
     def start(self) -> None:
         reading, writing = os.pipe()
         argument = json.dumps({**self.options, "ready_fd": writing})
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "brokers.zeromq.process", argument], pass_fds=[writing], stderr=subprocess.PIPE
-        )
+        command = [sys.executable, "-m", "brokers.zeromq.process", argument]
+        if self.descriptors:
+            command = ["sh", "-c", f'ulimit -n {self.descriptors} && exec "$@"', "sh", *command]
+        self.process = subprocess.Popen(command, pass_fds=[writing], stderr=subprocess.PIPE)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             self.report = json.loads(pipe.readline() or "{}")

@@ -37,14 +37,14 @@ class Disk:
     def oldest(self) -> int:
         return min(self.segments)
 
-    def commit(self, taken: list[records.Record], wall: float) -> tuple[int, list[int]]:
+    def commit(self, taken: list[records.Record], wall: float) -> tuple[int, int, list[int]]:
         blob = self.blobs[self.newest]
-        offsets = []
+        batch, offsets = len(blob), []
         for record in taken:
             offsets.append(len(blob))
             blob += record[4] + b"|"
         self.segments[self.newest].append((wall, list(zip(taken, offsets, strict=True))))
-        return self.newest, offsets
+        return self.newest, batch, offsets
 
     def seal(self) -> None:
         new = self.newest + 1
@@ -55,7 +55,7 @@ class Disk:
         oldest = self.oldest
         del self.segments[oldest], self.blobs[oldest]
 
-    def read(self, segment: int, offset: int, size: int) -> bytes:
+    def read(self, segment: int, batch: int, offset: int, size: int) -> bytes:
         return bytes(self.blobs[segment][offset : offset + size])
 
 

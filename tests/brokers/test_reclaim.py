@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from brokerworld import assert_same, check_whole, picture
 
+from brokers import reclaim
 from brokers.core import store, wire
 from brokers.core.machine import Machine
 from brokers.core.message import Place
@@ -34,6 +35,7 @@ class Plant:
         self.held: dict[int, DeliveryItem] = {}
         self.committed: list[tuple[int, float, Sequence[Record]]] = []
         self.dropped: list[int] = []
+        self.written = self.largest = 0
         self.begin()
 
     def begin(self) -> None:
@@ -51,6 +53,8 @@ class Plant:
         def remember(records: Sequence[Record], wall: float) -> BatchPlace:
             place = commit(records, wall)
             self.committed.append((place.segment, wall, list(records)))
+            sizes = [len(record.header) + len(record.blob) for record in records]
+            self.written, self.largest = self.written + sum(sizes), max(self.largest, sum(sizes))
             return place
 
         def check_and_drop() -> None:
@@ -220,3 +224,81 @@ def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkey
     plant.start("last", queue="unread")
     assert sum(message.body is not None for message in queue.ready) <= 100
     assert plant.engine.machine.ledger.body(queue.ready[-2]) == bytes(30)
+
+
+@pytest.mark.parametrize(("priority", "delay"), [(1, 0.0), (-1, 0.0), (0, 3600.0)])
+def test_bodies_of_every_lane_and_of_what_is_delayed_leave_memory(
+    monkeypatch: pytest.MonkeyPatch, priority: int, delay: float
+) -> None:
+    monkeypatch.setattr(store, "DEEP", 20)
+    plant = Plant()
+    for number in range(100):
+        plant.start(f"g{number}", queue="unread", size=30, priority=priority, delay=delay)
+    messages = plant.engine.machine.store.messages.values()
+    assert sum(message.body is not None for message in messages) <= 21
+    assert all(plant.engine.machine.ledger.body(message) == bytes(30) for message in messages)
+    plant.check()
+
+
+def test_the_bodies_of_large_messages_leave_memory_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DEEP_BYTES", 100_000)
+    plant = Plant()
+    for number in range(200):
+        plant.start(f"g{number}", queue="unread", size=1_000)
+    messages = plant.engine.machine.store.messages.values()
+    assert sum(message.body is not None for message in messages) <= 101
+
+
+def test_a_dead_letters_body_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant()
+    plant.start("g")
+    ((id, item),) = plant.held.items()
+    plant.settle([], others=[SettleItem([(id, item.lease)], DEAD, [], 0.0, b"hopeless")])
+    (message,) = plant.engine.machine.store.messages.values()
+    assert message.body is None
+    assert plant.engine.machine.ledger.body(message) == bytes(200)
+    plant.say(wire.QUERY, "requeue", ("q", []))
+    assert [item.id for item in plant.held.values()] == [id]
+
+
+def test_steps_count_as_alive_when_it_comes_to_giving_space_back() -> None:
+    plant = Plant()
+    for number in range(40):
+        plant.start(f"g{number}", size=10)
+    for item in list(plant.held.values()):
+        plant.say(wire.CHECKPOINT, item.id, item.lease, "step", blob=bytes(5_000))
+    alive, before = 40 * 5_000, plant.written
+    for number in range(100):
+        plant.say(wire.QUERY, "fact", ("x", str(number)))
+    assert plant.written - before < alive, "what is alive is not written over and over"
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert plant.dropped
+    assert plant.used() < 4 * alive + 6 * SEGMENT
+    plant.check()
+
+
+def test_facts_count_as_alive_too() -> None:
+    plant = Plant()
+    for number in range(10):
+        plant.say(wire.QUERY, "fact", (f"fact{number}", "x" * 40_000))
+    before = plant.written
+    for number in range(50):
+        plant.say(wire.QUERY, "fact", ("x", str(number)))
+    assert plant.written - before < 400_000, "what is alive is not written over and over"
+
+
+def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reclaim, "SLICE", 20_000)
+    plant = Plant()
+    for number in range(40):
+        plant.start(f"g{number}", size=10)
+    for item in list(plant.held.values()):
+        plant.say(wire.CHECKPOINT, item.id, item.lease, "step", blob=bytes(5_000))
+    plant.largest = 0
+    plant.say(wire.QUERY, "compact", (True,))
+    while plant.engine.machine.compacting:
+        plant.say(wire.QUERY, "compact", (False,))
+    assert plant.dropped
+    assert plant.largest < 20_000 + 3 * 5_100
+    plant.check()

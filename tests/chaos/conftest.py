@@ -1,4 +1,5 @@
-"""Real clusters to be broken: how they are started, looked at from outside, and known to have ended."""
+"""Real clusters to be broken: how they are started, looked at from outside, and known to have ended. And a pool with
+nothing around it, of which each step can be looked at."""
 
 from __future__ import annotations
 
@@ -9,10 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+
+from stageflow_actors.core.envelope import Failure
+from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.runtime import pool as pool_module
+from stageflow_actors.runtime.pool import Pool
+from stageflow_actors.runtime.pool_services import PoolServices
+from stageflow_actors.runtime.pool_worker import PooledWorker
+from stageflow_actors.runtime.programs import PoolSpec, Program
+from stageflow_actors.runtime.slots import Slot, SlotTable
+from stageflow_actors.runtime.zygote import Exited, Spawned
 
 
 class Effects:
@@ -131,3 +146,141 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         if process.poll() is None:
             process.kill()  # its cluster follows it
         process.communicate()
+
+
+class Zygote:
+    """Notes what it is asked for, or fails with `error`. It has been `stopped`, or killed."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.asked: list[str] = []
+        self.stopped = self.killed = False
+
+    def spawn(self, worker_id: str, payload: bytes, slot: int, env: Any, *, stderr: int) -> None:
+        self.asked.append(worker_id)
+        if self.error:
+            raise OSError(self.error, "no")
+
+    def is_stopped(self) -> bool:
+        return self.stopped
+
+    def kill(self) -> bool:
+        self.killed = True
+        return True
+
+
+class Broker:
+    """Notes what it is told, and knows its facts and whether the queue is paused."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.facts: dict[str, str] = {}
+        self.paused = False
+
+    def query(self, name: str, *args: Any) -> Future[Any]:
+        self.told.append((name, *args))
+        answered: Future[Any] = Future()
+        if name == "fact":
+            if args[1] is not None:
+                self.facts[args[0]] = args[1]
+            answered.set_result(self.facts.get(args[0]))
+        elif name == "stats":
+            answered.set_result({"queues": [{"name": args[0], "state": "paused" if self.paused else "open"}]})
+        elif name in ("pause", "resume"):
+            self.paused = name == "pause"
+            answered.set_result(None)
+        return answered
+
+
+class Nursery:
+    """A pool outside any actor system, so that each step is looked at. Its workers are lanes and nothing else.
+
+    `killed` are those of whom it has wanted that, `exited` the pidfds of those that have ended.
+    """
+
+    def __init__(self, slots: SlotTable, *, actors: int = 3, kind: str = "stage") -> None:
+        self.zygote = Zygote()
+        self.broker = Broker()
+        self.said: list[str] = []
+        self.killed: list[int] = []
+        self.exited: set[int] = set()
+        self._pid = 1 << 30
+        workflow = Workflow("w").add_stage(lambda context: None, id="s")
+        plan = compile_plan(workflow, Naming())
+        self.services = PoolServices(
+            slots=slots,
+            zygote=lambda: cast(Any, self.zygote),
+            broker=cast(Any, self.broker),
+            address="ipc://nowhere",
+            naming=Naming(),
+            max_message_bytes=1000,
+            log_level="WARNING",
+            notify=self.said.append,
+            has_exited=lambda pidfd: pidfd in self.exited,
+        )
+        stage = "" if kind == "compensation" else "s"
+        self.pool = Pool(PoolSpec("q", "w", stage, kind, actors, {}, [Program(1, b"", plan)]), self.services)
+
+    def new_zygote(self, error: int = 0) -> Any:
+        self.zygote = Zygote(error)
+        return self.zygote
+
+    def birth(self, id: str = "") -> str:
+        """A worker lives: the last one asked for, or another."""
+        id = id or self.zygote.asked[-1]
+        self._pid += 1
+        self.pool.on_receive(Spawned(id, self._pid, os.open(os.devnull, os.O_RDONLY)))
+        return id
+
+    def worker(self, id: str) -> PooledWorker:
+        return self.pool._workers[id]
+
+    def lane(self, id: str) -> Slot:
+        return self.worker(id).lanes[0]
+
+    def end(self, id: str, status: int) -> None:
+        """The zygote reports an end."""
+        self.pool.on_receive(Exited(id, self.worker(id).pid, status))
+
+    def death(self, message_id: int = 7, *, settled: int = 0) -> None:
+        """The last worker asked for is born, and dies of a message after it has settled others."""
+        id = self.birth()
+        self.lane(id).settle(settled)
+        self.lane(id).begin(message_id, 0, time.monotonic_ns())
+        self.end(id, -6)
+
+    def idle_end(self) -> None:
+        """The last worker asked for is born, and ends before it has begun anything."""
+        self.end(self.birth(), 78)
+
+    def pause(self) -> None:
+        """As many deaths as it takes."""
+        for _ in range(pool_module.DEATHS_IN_A_ROW):
+            self.pool._not_before = 0.0
+            self.pool._fill()
+            self.death()
+
+    def buried(self) -> list[tuple[list[int], bool, Failure | None]]:
+        """(the guilty, whether they are charged, why) of each worker of whose end the broker was told."""
+        told = [told for told in self.broker.told if told[0] == "dead"]
+        return [(guilty, charged, read_failure(data) if data else None) for _, _, guilty, charged, _, data in told]
+
+
+@pytest.fixture
+def nursery(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Nursery]]:
+    """`nursery(actors=3, kind="stage")`: see `Nursery`. Nobody is killed."""
+    slots = SlotTable.create(64)
+    made: list[Nursery] = []
+
+    def make(**options: Any) -> Nursery:
+        made.append(Nursery(slots, **options))
+        return made[-1]
+
+    monkeypatch.setattr(pool_module, "kill_group", lambda pid, pidfd: [each.killed.append(pid) for each in made])
+    monkeypatch.setattr(pool_module, "wait_dead", lambda pidfd, timeout: True)
+    yield make
+    for each in made:
+        for worker in each.pool._workers.values():
+            if worker.pidfd >= 0:
+                os.close(worker.pidfd)
+    slots.close()

@@ -57,7 +57,7 @@ def states(runtime: Runtime) -> dict[str, str]:
 
 
 def settlements(data: Path) -> dict[tuple[str, str], int]:
-    code = "from stageflow_actors.cli.main import main; main()"
+    code = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "journal", "stats", "--data", str(data), "--output", "json"]
     report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     return {(row["instance"], row["stage"]): row["count"] for row in report["settlements"]}
@@ -242,6 +242,59 @@ def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_says
         assert f"stageflow queue resume stageflow.{queue}.stage0" in told[0]
     assert "the shop's server does not answer" in err
     assert "stageflow.well" not in err
+
+
+GIVING_UP = """
+import os, sys
+from stageflow_actors import Retry, Runtime, WorkerDied, Workflow
+from stageflow_actors.definition.stage import Compensation
+
+def crash(context):
+    os.abort()
+
+async def crash_in_a_task(context):
+    os.abort()
+
+def pass_on(context):
+    pass
+
+def fail(context):
+    raise ValueError("no")
+
+once = Retry.fixed(1, 0)
+flows = [
+    Workflow("unasked").add_stage(crash, id="s"),
+    Workflow("once").add_stage(crash, id="s", retry=once),
+    Workflow("twice").add_stage(crash, id="s", retry=Retry.fixed(2, 0)),
+    Workflow("not-of-deaths").add_stage(crash, id="s", retry=Retry.exponential(3, 0.5, 5, abort_on=WorkerDied)),
+    Workflow("threads").add_stage(crash, id="s", retry=once, concurrency=2),
+    Workflow("tasks").add_stage(crash_in_a_task, id="s", retry=once, concurrency=2),
+    Workflow("six").add_stage(crash, id="s", retry=once, actors=6),
+    Workflow("undone").add_stage(pass_on, id="a", compensation=Compensation(crash, retry=once)).add_stage(fail, id="b"),
+]
+queues = ["stageflow.compensation.undone" if flow.id == "undone" else f"stageflow.{flow.id}.stage0" for flow in flows]
+with Runtime(*flows, data_dir=sys.argv[1]) as runtime:
+    began = {flow.id: runtime.submit_many(flow, [{"n": n} for n in range(60)]) for flow in flows}
+    while {queue.state for name in queues for queue in runtime.queues(name)} != {"paused"}:
+        pass
+    for id, instances in began.items():
+        print(id, sum(str(one.status()) in ("failed", "compensation_failed") for one in instances))
+    runtime.stop(grace=0)
+"""
+
+
+def test_a_crash_loop_is_paused_before_it_has_failed_what_waits_whatever_the_policy_gives_up(
+    launch: Any, tmp_path: Path
+) -> None:
+    program = launch(GIVING_UP, tmp_path / "data")
+    out, err = program.communicate(timeout=80)
+    assert program.returncode == 0, err
+    failed = {id: int(count) for id, count in map(str.split, out.splitlines())}
+    assert len(failed) == 8
+    assert failed["unasked"] == 5
+    lanes = {"threads": 2, "tasks": 2}
+    assert {id: count for id, count in failed.items() if count > 16 * lanes.get(id, 1)} == {}
+    assert sum(" is paused: 16 of its workers died in a row" in line for line in err.splitlines()) == 8, err
 
 
 FORKED = """

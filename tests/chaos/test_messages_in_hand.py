@@ -9,9 +9,10 @@ from typing import Any, cast
 import pykka
 import pytest
 
-from brokers.api import DeliveryItem, Target
+from brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 from stageflow_actors.runtime.actor import StageActor
 from stageflow_actors.runtime.mailbox import WORK, Mailbox
+from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import Slot, SlotTable
 
 
@@ -40,17 +41,19 @@ class Work:
     def __init__(self) -> None:
         self.ran: list[tuple[int, int]] = []
         self.during: Callable[[int], None] = lambda id: None
+        self.otherwise: dict[int, Settled] = {}
 
-    def __call__(self, item: DeliveryItem, body: bytes) -> tuple[int, bytes]:
+    def __call__(self, item: DeliveryItem, body: bytes) -> tuple[int, bytes] | Settled:
         self.ran.append((item.id, item.lease))
         self.during(item.id)
-        return 0, body
+        return self.otherwise.get(item.id, (0, body))
 
 
 class Hand:
     """A worker's mailbox and actor, with nothing around them."""
 
     def __init__(self, slot: Slot) -> None:
+        self.slot = slot
         self.mailbox = Mailbox("q")
         self.work = Work()
         self.broker = Recorder()
@@ -122,3 +125,19 @@ def test_every_message_is_accounted_for_at_any_moment(hand: Hand) -> None:
     hand.run()
     assert hand.mailbox.holding() == []
     assert hand.broker.settled == leases
+
+
+def test_only_what_ran_here_is_said_to_have_gone_well(hand: Hand) -> None:
+    """A worker that has found out how others died, and dies itself, is one more in a row."""
+
+    def settled(id: int, outcome: int) -> Settled:
+        return Settled(SettleItem([(id, id + 10)], outcome), [], [])
+
+    hand.work.otherwise = {1: settled(1, DONE), 2: settled(2, AGAIN)}
+    hand.deliver((1, 11), (2, 12))
+    hand.run()
+    assert hand.slot.read().settled == 0
+    hand.work.otherwise = {3: settled(3, DONE).worked(), 4: settled(4, AGAIN).failed()}
+    hand.deliver((3, 13), (4, 14), (5, 15))
+    hand.run()
+    assert hand.slot.read().settled == 3

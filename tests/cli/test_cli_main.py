@@ -53,6 +53,7 @@ def test_data_comes_from_the_environment_unless_it_is_given(
         (("journal", "verify", "--data", "."), 1, "no journal"),
         (("history", "vacuum", "--data", "nowhere"), 1, "no such directory"),
         (("history", "prune", "--older-than", "5x"), 2, "90d"),
+        (("scale", "orders", "pay", "1001"), 2, "1000"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(

@@ -291,6 +291,8 @@ def test_everything_is_exported(up: Up, stageflow: Command, tmp_path: Path) -> N
     for name, poor in (("E-1", "false"), ("E-2", "true")):
         stageflow("start", "orders", "--id", name, "--json", f'{{"poor": {poor}}}', "--wait", "--data", up.data)
     stageflow("start", "asked", "--id", "E-3", "--data", up.data)
+    with Runtime.connect(up.data) as client:
+        wait_until(lambda: client.instance("E-3").status() == "waiting")
     code, _, err = stageflow("instances", "export", tmp_path / "all.jsonl", "--data", up.data)
     rows = {row["instance_id"]: row for row in map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())}
     assert (code, err) == (0, f"{len(rows):,} instances\n")

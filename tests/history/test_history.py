@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -333,3 +334,36 @@ def test_errors_survive_pickling_and_share_the_tree(path: Path) -> None:
 def test_a_directory_that_does_not_exist_is_an_error_of_the_history(tmp_path: Path) -> None:
     with pytest.raises(HistoryUnavailable):
         HistoryWriter.open(tmp_path / "nowhere" / "history.db", create=True)
+
+
+def modes(path: Path) -> dict[str, int]:
+    return {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+def test_a_history_is_its_owners_alone(path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with HistoryWriter.open(path, create=True) as writer:
+            writer.write([row("a")])
+            assert modes(path) == {"history.db": 0o600, "history.db-wal": 0o600, "history.db-shm": 0o600}
+    finally:
+        os.umask(before)
+
+
+def test_a_history_that_others_can_read_is_closed_to_them_when_it_is_written_next(path: Path) -> None:
+    with HistoryWriter.open(path, create=True) as writer, HistoryReader.open(path) as reader:
+        writer.write([row("a")])
+        for each in path.parent.iterdir():
+            each.chmod(0o644)
+        with HistoryWriter.open(path, create=False):
+            assert modes(path) == {"history.db": 0o600, "history.db-wal": 0o600, "history.db-shm": 0o600}
+        assert reader.get("a") is not None
+
+
+def test_a_history_of_somebody_else_keeps_its_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    HistoryWriter.open(path, create=True).close()
+    path.chmod(0o644)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    HistoryWriter.open(path, create=False).close()
+    assert modes(path) == {"history.db": 0o644}

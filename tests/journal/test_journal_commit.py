@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import JournalError, JournalFull, JournalLocked
+from brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
+from brokers.journal import journal as journal_module
+from brokers.journal import supply as supply_module
 from brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
 from brokers.journal.journal import BatchPlace, Journal
 from brokers.journal.supply import Supply
+from brokers.journal.testing import MemoryFiles
 
 
 def test_every_committed_batch_is_replayed_in_order(bench: Any) -> None:
@@ -111,9 +114,11 @@ def test_a_body_is_read_back_from_where_commit_and_replay_say(real: Any, size: i
         assert len(journal.segments()) > 1 or size < 300_000
         for place, records in places:
             for offset, record in zip(place.blob_offsets, records, strict=True):
-                assert journal.read(place.segment, offset, len(record.blob)) == record.blob
+                assert journal.read(place.segment, offset, len(record.blob), batch=place.batch) == record.blob
     with real.open() as journal:
-        assert [(batch.segment, batch.blob_offsets) for batch in real.batches] == [place for place, _ in places]
+        assert [(batch.segment, batch.blob_offsets, batch.offset) for batch in real.batches] == [
+            place for place, _ in places
+        ]
 
 
 def test_reading_opens_few_files_however_many_segments_there_are(real: Any) -> None:
@@ -123,7 +128,7 @@ def test_reading_opens_few_files_however_many_segments_there_are(real: Any) -> N
         for _ in range(2):
             for number, place in enumerate(places, start=1):
                 blob = real.records(number, count=1)[0].blob
-                assert journal.read(place.segment, place.blob_offsets[0], len(blob)) == blob
+                assert journal.read(place.segment, place.blob_offsets[0], len(blob), batch=place.batch) == blob
         open_files = [link for link in Path("/proc/self/fd").iterdir() if str(real.directory) in str(link.resolve())]
         assert len(open_files) < 80
 
@@ -134,10 +139,10 @@ def test_a_batch_larger_than_a_segment_gets_a_segment_of_its_own_size(bench: Any
     large = [Record(1, 2, 3, b"h", bytes(range(256)) * 400)]
     place = journal.commit(large, 2.0)
     said += [(2, 2.0, bench.kept(large)), *bench.fill(journal, 2, first=3)]
-    assert journal.read(place.segment, place.blob_offsets[0], 102_400) == large[0].blob
+    assert journal.read(place.segment, place.blob_offsets[0], 102_400, batch=place.batch) == large[0].blob
     assert [info.size for info in journal.segments()] == [
         16 << 10,
-        len(large[0].blob) // SECTOR * SECTOR + 2 * SECTOR,
+        len(large[0].blob) // SECTOR * SECTOR + 3 * SECTOR,
         16 << 10,
     ]
     journal.close()
@@ -187,7 +192,7 @@ def test_only_the_oldest_sealed_segment_can_be_dropped(bench: Any) -> None:
     with pytest.raises(JournalError, match="the only segment"):
         journal.drop_oldest()
     with pytest.raises(JournalError, match="not part of the journal any more"):
-        journal.read(1, SECTOR, 1)
+        journal.read(1, SECTOR + 65, 1, batch=SECTOR)
     said = bench.fill(journal, 2, first=5)
     journal.close()
     bench.open()
@@ -227,15 +232,125 @@ def test_a_journal_in_steady_state_takes_no_more_room(bench: Any) -> None:
 
 
 def test_small_journals_have_small_segments() -> None:
-    sizes = Supply.size_of
     supply = Supply.__new__(Supply)
     supply._segment_bytes = 64 << 20
-    assert [sizes(supply, number) >> 20 for number in (1, 2, 3, 4, 5, 6, 1000)] == [4, 8, 16, 32, 64, 64, 64]
+    sizes: list[int] = []
+    for _ in range(7):
+        sizes.append(supply.size_of(sum(sizes) - 4000 * len(sizes)))  # none is filled to its last byte
+    assert [size >> 20 for size in sizes] == [4, 8, 16, 32, 64, 64, 64]
+
+
+def test_a_small_journal_that_is_compacted_again_and_again_stays_small(bench: Any) -> None:
+    journal = bench.open(segment_bytes=64 << 20)
+    bench.fill(journal, 2)
+    room = []
+    for number in range(3, 12):
+        journal.seal()
+        bench.fill(journal, 1, first=number)
+        while len(journal.segments()) > 1:
+            journal.drop_oldest()
+        room.append(bench.disk.used())
+        journal.close()
+        journal = bench.open(segment_bytes=64 << 20)
+    assert max(room) == room[0] < (16 << 20) + SECTOR
+
+
+def test_a_journal_that_is_filled_has_larger_and_larger_segments(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply_module, "SMALLEST", 64 << 10)
+    journal = bench.open(segment_bytes=512 << 10)
+    bench.fill(journal, 600, size=1000)
+    sizes = [info.size >> 10 for info in journal.segments()]
+    assert sizes[:5] == [64, 128, 256, 512, 512]
+
+
+class Counting(MemoryFiles):
+    """Counts the bytes that are read, and the largest read."""
+
+    read = largest = 0
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        data = super().pread(fd, size, offset)
+        self.read += len(data)
+        self.largest = max(self.largest, size)
+        return data
+
+
+def test_many_bodies_of_one_batch_are_read_with_one_verification_and_little_memory(bench: Any) -> None:
+    bench.disk = Counting()
+    journal = bench.open(segment_bytes=16 << 20)
+    records = [Record(1, number, 0, b"", bytes([number % 251]) * 3000) for number in range(2500)]
+    place = journal.commit(records, 0.0)
+    bench.disk.read = bench.disk.largest = 0
+    for record, offset in zip(records, place.blob_offsets, strict=True):
+        assert journal.read(place.segment, offset, 3000, batch=place.batch) == record.blob
+    assert bench.disk.read < 2 * 2500 * 3000 + 2500 * 40
+    assert bench.disk.largest <= 1 << 20
+
+
+def test_a_damaged_body_is_not_handed_out_but_refused_with_file_and_offset(bench: Any) -> None:
+    journal = bench.open()
+    bench.fill(journal, 1)
+    place = journal.commit(bench.records(2), 0.0)
+    content = bytearray(bench.content(1))
+    content[place.blob_offsets[0] + 3] ^= 1
+    bench.disk.damage(bench.path(1), bytes(content))
+    for blob in (0, 1):  # the batch is not whole, so none of it is believed
+        with pytest.raises(JournalCorrupt, match="checksum of batch 2") as caught:
+            journal.read(place.segment, place.blob_offsets[blob], 10, batch=place.batch)
+        assert (caught.value.file, caught.value.offset) == (bench.path(1).name, place.batch)
+
+
+def test_a_body_on_an_unreadable_sector_is_refused_with_file_and_offset(bench: Any) -> None:
+    journal = bench.open()
+    place = journal.commit(bench.records(1, count=1, size=5000), 0.0)
+    assert journal.read(1, place.blob_offsets[0], 2500, batch=place.batch)
+    bench.disk.spoil(bench.path(1), place.batch + 3 * SECTOR)
+    with pytest.raises(JournalCorrupt) as caught:
+        journal.read(1, place.blob_offsets[0], 2500, batch=place.batch)
+    assert (caught.value.file, caught.value.offset) == (bench.path(1).name, place.batch)
+
+
+def test_a_batch_of_an_earlier_life_of_the_segment_is_no_body_of_ours(bench: Any) -> None:
+    journal = bench.open()
+    bench.fill(journal, 1)
+    journal.seal()
+    old = bench.content(1)
+    journal.drop_oldest()
+    journal.seal()
+    place = journal.commit(bench.records(1), 0.0)
+    bench.disk.damage(bench.path(3), bench.content(3)[:SECTOR] + old[SECTOR:])
+    with pytest.raises(JournalCorrupt, match="no batch of this segment"):
+        journal.read(3, place.blob_offsets[0], 10, batch=place.batch)
+
+
+def test_bytes_that_are_not_of_the_batch_are_refused(bench: Any) -> None:
+    journal = bench.open()
+    place = journal.commit(bench.records(1), 0.0)
+    for offset, size in ((place.batch, 10), (place.blob_offsets[-1], 101)):
+        with pytest.raises(JournalError, match="does not hold"):
+            journal.read(1, offset, size, batch=place.batch)
+
+
+def test_which_batches_were_verified_is_forgotten_with_their_segment_and_when_there_are_many(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_VERIFIED", 3)
+    journal = bench.open()
+    places = []
+    for number in range(1, 7):
+        places.append(journal.commit(bench.records(number), 0.0))
+        if number == 4:
+            journal.seal()
+    for place in places:
+        journal.read(place.segment, place.blob_offsets[0], 10, batch=place.batch)
+    assert list(journal._verified) == [(place.segment, place.batch) for place in places[3:]]
+    journal.drop_oldest()
+    assert list(journal._verified) == [(place.segment, place.batch) for place in places[4:]]
 
 
 def test_a_spare_is_ready_before_it_is_needed(bench: Any) -> None:
     journal = bench.open()
-    assert journal.room == (True, False, bench.segment_bytes - SECTOR, bench.segment_bytes)
+    assert journal.room == (True, False, bench.segment_bytes - 2 * SECTOR, bench.segment_bytes)
     bench.disk.calls.clear()
     assert journal.prepare()
     assert bench.disk.calls == []

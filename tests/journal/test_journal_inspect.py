@@ -1,12 +1,14 @@
 """Looking from outside: what verify, scan and repair say, also beside a broker that writes."""
 
+import errno
 import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -36,6 +38,11 @@ def flip(bench: Any, segment: int, at: int) -> None:
 
 def second(bench: Any, segment: int) -> int:
     return SECTOR + span(read_header(bench.content(segment), SECTOR).length)
+
+
+def of_version(version: int, content: bytes) -> bytes:
+    fields = content[:8] + struct.pack("<I", version) + content[12:60]
+    return fields + struct.pack("<I", crc32(fields)) + content[64:]
 
 
 def contents(bench: Any) -> dict[str, bytes]:
@@ -91,7 +98,7 @@ def test_there_must_be_a_journal_to_look_at(bench: Any, real: Any) -> None:
 def test_looking_at_a_newer_format_says_so(bench: Any) -> None:
     filled(bench)
     content = bench.content(2)
-    bench.disk.damage(bench.path(2), content[:8] + struct.pack("<I", 9) + content[12:])
+    bench.disk.damage(bench.path(2), of_version(9, content))
     for call in (look, lambda bench: repair(bench.directory, files=bench.disk)):
         with pytest.raises(JournalVersion):
             call(bench)
@@ -103,8 +110,10 @@ class Watched(MemoryFiles):
     def __init__(self, *, meanwhile: Callable[[], None]) -> None:
         super().__init__()
         self.meanwhile = meanwhile
+        self.reading: Callable[[], None] = lambda: None
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
+        self.reading()
         data = super().pread(fd, size, offset)
         self.meanwhile()
         return data
@@ -167,7 +176,7 @@ def test_a_batch_in_the_making_is_not_taken_for_damage(bench: Any) -> None:
 
 def test_repair_has_nothing_to_do_on_a_whole_journal(bench: Any) -> None:
     said = filled(bench)
-    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [], [], None)
+    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [], [], None, 0)
     bench.open()
     assert bench.replayed == said
 
@@ -221,8 +230,12 @@ def test_repair_puts_segments_behind_a_missing_one_aside(bench: Any, lost: int) 
     report = repair(bench.directory, files=bench.disk)
     bench.open()
     if lost == 2:
-        assert (report.file, report.batches) == (file_name(2), 2)
+        assert (report.file, report.offset, report.batches) == (file_name(2), 0, 2)
         assert bench.replayed == said[:2]
+    elif lost == 3:
+        assert (report.file, report.reason) == (file_name(2), "the segment behind it is missing")
+        assert (report.offset, report.batches) == (3 * SECTOR, 0)
+        assert bench.replayed == said[:4]
     else:
         assert report.file == ""  # nothing says that it was ever there
         assert bench.replayed == [each for each in said if (each[0] + 1) // 2 != lost]
@@ -284,6 +297,208 @@ def test_repair_is_refused_while_a_broker_holds_the_lock(bench: Any) -> None:
     bench.open()
     with pytest.raises(JournalLocked):
         repair(bench.directory, files=bench.disk)
+
+
+@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("at", range(8, 12))
+def test_a_flipped_bit_of_the_version_is_damage_and_is_mended(bench: Any, at: int, bit: int) -> None:
+    said = filled(bench)
+    content = bytearray(bench.content(2))
+    content[at] ^= 1 << bit
+    bench.disk.damage(bench.path(2), bytes(content))
+    assert [(found.file, found.offset, found.damage) for found in look(bench)] == [(file_name(2), 0, True)]
+    with pytest.raises(JournalCorrupt):
+        bench.open()
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.file, report.offset, report.batches) == (file_name(2), 0, 0)
+    bench.open()
+    assert bench.replayed == said
+
+
+@pytest.mark.parametrize("sectors", [0, 1])
+def test_a_last_segment_that_says_nothing_any_more_is_refused_and_removed_by_repair(bench: Any, sectors: int) -> None:
+    said = filled(bench)
+    bench.disk.damage(bench.path(3), bytes(sectors * bench.segment_bytes))
+    (finding,) = look(bench)
+    assert (finding.file, finding.offset, finding.damage) == (file_name(3), 0, True)
+    with pytest.raises(JournalCorrupt):
+        bench.open()
+    report = repair(bench.directory, files=bench.disk)
+    assert [path.name for path in report.copies] == [file_name(3)]
+    assert (report.file, report.batches) == (file_name(3), 0)
+    assert look(bench) == []
+    with bench.open() as journal:
+        assert bench.replayed == said[:4]
+        assert bench.warnings == []
+        assert journal.segments()[-1].number == 2
+
+
+def test_what_was_cut_off_a_last_segment_between_two_batches_is_found_and_mended(bench: Any) -> None:
+    said = filled(bench, 4, 4)
+    end = SECTOR + 2 * SECTOR
+    bench.disk.damage(bench.path(1), bench.content(1)[:end])
+    (finding,) = look(bench)
+    assert (finding.file, finding.offset, finding.damage) == (file_name(1), end, False)
+    assert finding.reason == (
+        f"the file is {end} bytes long where {bench.segment_bytes} were allocated: "
+        "what was written behind batch 2 is lost"
+    )
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.offset, report.reason) == (end, finding.reason)
+    assert look(bench) == []
+    bench.open()
+    assert bench.replayed == said[:2]
+    assert bench.warnings == []
+
+
+def test_a_last_segment_that_lost_only_what_is_behind_its_end_mark_is_whole(bench: Any) -> None:
+    said = filled(bench, 4, 4)
+    end = SECTOR + 4 * SECTOR
+    bench.disk.damage(bench.path(1), bench.content(1)[: end + SECTOR])
+    assert look(bench) == []
+    with bench.open() as journal:
+        assert bench.warnings == []
+        assert len(bench.content(1)) == bench.segment_bytes
+        said += bench.fill(journal, 1, first=5)
+    bench.open()
+    assert bench.replayed == said
+
+
+def broken_beyond_telling(bench: Any) -> None:
+    """Of the first segment nothing is left, and whole ones follow it."""
+    filled(bench)
+    bench.disk.damage(bench.path(1), bytes(bench.segment_bytes))
+
+
+def test_a_repair_killed_after_its_first_unlink_leaves_nothing_alive_behind_the_damage(bench: Any) -> None:
+    broken_beyond_telling(bench)
+    unlinked = 0
+
+    def on_call(name: str, path: str) -> None:
+        nonlocal unlinked
+        unlinked += name == "unlink"
+        if unlinked == 2:
+            raise Crash
+
+    bench.disk.on_call = on_call
+    with pytest.raises(Crash):
+        repair(bench.directory, files=bench.disk)
+    bench.disk.kill()
+    assert len([name for name in bench.disk.listdir(bench.directory) if name.endswith(".journal")]) == 2
+    with pytest.raises(JournalCorrupt) as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(1), 0)
+    assert bench.replayed == []
+    repair(bench.directory, files=bench.disk)
+    bench.open()
+    assert bench.replayed == []
+
+
+def test_a_header_written_anew_lasts_before_repair_says_so(bench: Any) -> None:
+    said = filled(bench)
+    flip(bench, 2, 30)
+    repair(bench.directory, files=bench.disk)
+    bench.disk.crash()
+    assert look(bench) == []
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_what_repair_cuts_off_is_gone_for_good_before_it_says_so(bench: Any) -> None:
+    said = filled(bench, 2)
+    flip(bench, 1, second(bench, 1) + 41)
+    repair(bench.directory, files=bench.disk)
+    bench.disk.crash()
+    assert look(bench) == []
+    bench.open()
+    assert bench.replayed == said[:1]
+    assert bench.warnings == []
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3])
+@pytest.mark.parametrize("sector", [0, 1, 2])
+def test_an_unreadable_sector_is_damage_with_a_place_and_repair_says_what_it_could_not_copy(
+    bench: Any, segment: int, sector: int
+) -> None:
+    said = filled(bench)
+    content = bench.content(segment)
+    bench.disk.spoil(bench.path(segment), sector * SECTOR)
+    (finding,) = look(bench)
+    reason = f"the sector at offset {sector * SECTOR} cannot be read"
+    assert (finding.file, finding.offset, finding.damage) == (file_name(segment), sector * SECTOR, True)
+    assert reason in finding.reason
+    with pytest.raises(JournalCorrupt, match=reason) as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(segment), sector * SECTOR)
+    report = repair(bench.directory, files=bench.disk)
+    assert report.unreadable == SECTOR
+    zeros = content[: sector * SECTOR] + bytes(SECTOR) + content[(sector + 1) * SECTOR :]
+    assert {path.name: bench.disk.content(path) for path in report.copies}[file_name(segment)] == zeros
+    assert look(bench) == []
+    bench.open()
+    assert bench.replayed == (said if sector == 0 else said[: 2 * segment - 3 + sector])
+
+
+class WornOut(MemoryFiles):
+    """What cannot be read cannot be read after a write either."""
+
+    def pwritev(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> int:
+        inode = self._open[fd][0]
+        bad = set(inode.bad)
+        written = super().pwritev(fd, buffers, offset)
+        inode.bad |= bad
+        return written
+
+
+@pytest.mark.parametrize("sector", [0, 1, 2])
+def test_a_sector_that_takes_no_write_either_is_left_behind_by_repair(bench: Any, sector: int) -> None:
+    bench.disk = WornOut()
+    said = filled(bench)
+    bench.disk.spoil(bench.path(2), sector * SECTOR)
+    report = repair(bench.directory, files=bench.disk)
+    assert (report.file, report.offset, report.unreadable) == (file_name(2), sector * SECTOR, SECTOR)
+    bench.disk.crash()
+    assert look(bench) == []
+    with bench.open() as journal:
+        assert bench.replayed == (said if sector == 0 else said[: 1 + sector])
+        assert bench.warnings == []
+        after = bench.replayed + bench.fill(journal, 3, first=journal.last_batch + 1)
+    bench.open()
+    assert bench.replayed == after
+
+
+def test_a_sector_that_cannot_be_read_once_is_read_again(bench: Any) -> None:
+    said = filled(bench)
+    left = 3
+
+    def meanwhile() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, "injected")
+
+    names = dict(bench.disk._names)
+    bench.disk = Watched(meanwhile=lambda: None)
+    bench.disk.mkdir(bench.directory)
+    for path, inode in names.items():
+        bench.disk.damage(path, bytes(inode.seen))
+    bench.disk.reading = meanwhile
+    assert look(bench) == []
+    assert left < 0
+    bench.open()
+    assert bench.replayed == said
+
+
+def test_a_journal_that_may_not_be_read_is_said_so(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(bench)
+
+    def refuse(path: Path, *, create: bool = False, write: bool = True) -> int:
+        raise PermissionError(errno.EACCES, "not for you")
+
+    monkeypatch.setattr(bench.disk, "open", refuse)
+    for call in (verify, lambda directory, files: list(scan(directory, files=files))):
+        with pytest.raises(JournalError, match="cannot be read"):
+            call(bench.directory, files=bench.disk)
 
 
 @pytest.mark.parametrize("elsewhere", [None, Path("/elsewhere")])

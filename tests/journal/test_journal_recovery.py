@@ -8,7 +8,16 @@ from zlib import crc32
 import pytest
 
 from brokers.errors import JournalCorrupt, JournalVersion
-from brokers.journal.format import SECTOR, Record, file_name, read_header, span
+from brokers.journal.format import (
+    SECTOR,
+    Record,
+    encode_end,
+    encode_header,
+    encode_payload,
+    file_name,
+    read_header,
+    span,
+)
 from brokers.journal.testing import Crash
 
 
@@ -31,8 +40,12 @@ def test_the_last_batch_cut_at_each_byte_leaves_the_state_before_or_after_it(ben
         bench.disk.damage(bench.path(1), content[:cut])
         with bench.open() as journal:
             assert bench.replayed == (said if cut >= whole else said[:2])
-            torn = cut not in (starts[2], *range(whole, starts[3] + 1), starts[3] + SECTOR)
-            assert bool(bench.warnings) is torn or cut > starts[3]
+            assert bool(bench.warnings) is (cut < starts[3] + 40)
+            if cut == starts[2]:
+                (warning,) = bench.warnings
+                assert f"{bench.path(1)} has no clean end at offset {cut}" in warning
+                assert f"the file is {cut} bytes long where 16384 were allocated" in warning
+                assert "what was written behind batch 2 is lost" in warning
         with bench.open() as journal:
             assert bench.warnings == []
             after = bench.replayed + bench.fill(journal, 1, first=journal.last_batch + 1)
@@ -86,7 +99,7 @@ def test_a_flip_anywhere_in_a_sealed_segment_is_refused(bench: Any) -> None:
         broken = bytearray(content)
         broken[at] ^= 0x10
         bench.disk.damage(bench.path(1), broken)
-        with pytest.raises((JournalCorrupt, JournalVersion)) as caught:
+        with pytest.raises(JournalCorrupt) as caught:
             bench.open()
         assert caught.value.file == file_name(1)
 
@@ -258,25 +271,126 @@ def test_segments_that_changed_places_are_refused(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"BROKERJ\n", b"x" * 1000])
-def test_a_last_segment_whose_making_was_cut_short_is_harmless(bench: Any, content: bytes) -> None:
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_last_segment_without_a_header_is_refused(bench: Any, content: bytes, number: int) -> None:
+    """It had one, for good, before it got its name: so it held what was acknowledged."""
+    three_segments(bench)
+    bench.disk.damage(bench.path(number), content)
+    with pytest.raises(JournalCorrupt) as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(number), 0)
+    assert bench.content(number) == content
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, SECTOR - 1])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_segment_cut_within_its_first_sector_is_refused(bench: Any, number: int, size: int) -> None:
+    three_segments(bench)
+    bench.disk.damage(bench.path(number), bench.content(number)[:size])
+    with pytest.raises(JournalCorrupt, match="the file ends inside the segment header") as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(number), 0)
+
+
+def test_the_newest_segment_missing_is_refused_and_said_where(bench: Any) -> None:
     said = three_segments(bench)
-    fd = bench.disk.open(bench.path(4), create=True)
-    bench.disk.pwritev(fd, [content], 0)
-    bench.disk.fsync(fd)
-    with bench.open() as journal:
+    bench.disk.remove(bench.path(3))
+    with pytest.raises(JournalCorrupt, match="the segment behind it is missing") as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(2), 2 * SECTOR)
+    assert bench.replayed == said[:2]
+
+
+@pytest.mark.parametrize("marked", [1, 2])
+def test_segments_that_do_not_say_yet_that_they_are_followed_do_after_the_next_start(bench: Any, marked: int) -> None:
+    """A crash came between the next segment and the mark; or an earlier release wrote them."""
+    said = three_segments(bench)
+    for number in range(marked, 3):
+        content = bench.content(number)
+        salt = read_header(content, SECTOR).salt
+        bench.disk.damage(bench.path(number), content[: 2 * SECTOR] + encode_end(number, salt) + content[3 * SECTOR :])
+    with bench.open():
         assert bench.replayed == said
-        assert "cut short" in bench.warnings[0]
-        assert journal.segments()[-1].number == 3
-        said += bench.fill(journal, 30, first=4)
+        assert bench.warnings == []
+    bench.disk.crash()
+    for number in (3, 2):
+        bench.disk.remove(bench.path(number))
+        with pytest.raises(JournalCorrupt, match="the segment behind it is missing") as caught:
+            bench.open()
+        assert caught.value.file == file_name(number - 1)
+
+
+def test_a_segment_filled_to_its_last_byte_by_an_earlier_release_is_whole_and_can_be_followed(bench: Any) -> None:
+    committed(bench, 1)
+    content = bytearray(bench.content(1))
+    salt = read_header(bytes(content), SECTOR).salt
+    size = bench.segment_bytes - SECTOR - 40
+    record = Record(1, 1, 1, b"", b"x" * (size - 25))
+    pieces, length, _ = encode_payload([record], 0)
+    content[SECTOR:] = encode_header(1, salt, 1.0, pieces, length, 1) + b"".join(pieces)
+    assert len(content) == bench.segment_bytes
+    bench.disk.damage(bench.path(1), bytes(content))
+    with bench.open() as journal:
+        assert bench.replayed == [(1, 1.0, bench.kept([record]))]
+        assert bench.warnings == []
+        assert journal.room.left == 0
+        bench.fill(journal, 1, first=2)
+        assert journal.segments()[-1].number == 2
+    assert bench.content(1) == content
     bench.open()
+    assert [number for number, _, _ in bench.replayed] == [1, 2]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3, 23])
+def test_an_end_mark_shows_that_batches_before_it_were_acknowledged(bench: Any, lost: int) -> None:
+    said, starts, content = committed(bench, 23)
+    broken = bytearray(content)
+    broken[starts[23 - lost] : starts[23]] = bytes(starts[23] - starts[23 - lost])
+    bench.disk.damage(bench.path(1), broken)
+    if lost == 1:  # the end mark of the very batch that is not there: a torn write
+        bench.open().close()
+        assert len(bench.warnings) == 1
+        assert bench.replayed == said[:22]
+        bench.open()
+        assert bench.warnings == []
+        return
+    with pytest.raises(JournalCorrupt) as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(1), starts[23 - lost])
+    assert bench.content(1) == broken
+
+
+def test_a_last_batch_that_left_the_end_mark_before_it_and_its_own_is_not_dropped_without_a_word(bench: Any) -> None:
+    said, starts, before = committed(bench, 2)
+    with bench.open() as journal:
+        bench.fill(journal, 1, first=3, size=1000)
+    content = bench.content(1)
+    at = starts[2]
+    bench.disk.damage(bench.path(1), content[:at] + before[at : at + SECTOR] + content[at + SECTOR :])
+    bench.open().close()
     assert bench.replayed == said
+    assert "a batch has been lost" in bench.warnings[0]
+    bench.open()
+    assert bench.warnings == []
+
+
+def test_the_mark_of_a_followed_segment_shows_that_its_last_batch_was_acknowledged(bench: Any) -> None:
+    three_segments(bench)
+    bench.disk.remove(bench.path(3))
+    content = bytearray(bench.content(2))
+    content[SECTOR + 50] ^= 1
+    bench.disk.damage(bench.path(2), content)
+    with pytest.raises(JournalCorrupt, match="checksum") as caught:
+        bench.open()
+    assert (caught.value.file, caught.value.offset) == (file_name(2), SECTOR)
 
 
 def test_a_newer_format_has_its_own_error(bench: Any) -> None:
     three_segments(bench)
     for number in (1, 3):
         content = bench.content(number)
-        bench.disk.damage(bench.path(number), content[:8] + struct.pack("<I", 2) + content[12:])
+        fields = content[:8] + struct.pack("<I", 2) + content[12:60]
+        bench.disk.damage(bench.path(number), fields + struct.pack("<I", crc32(fields)) + content[64:])
         with pytest.raises(JournalVersion, match="format version 2") as caught:
             bench.open()
         assert (caught.value.file, caught.value.found, caught.value.supported) == (file_name(number), 2, 1)
@@ -379,5 +493,5 @@ def test_recovery_of_large_bodies_reads_them_once_and_gives_their_offsets(bench:
         bench.fill(journal, 1, first=2)
     with bench.open() as journal:
         first = bench.batches[0]
-        assert journal.read(first.segment, first.blob_offsets[1], 1) == b"b"
+        assert journal.read(first.segment, first.blob_offsets[1], 1, batch=first.offset) == b"b"
         assert len(first.records[0].blob) == 9_000_000

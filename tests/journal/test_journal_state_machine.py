@@ -133,7 +133,7 @@ class JournalMachine(RuleBasedStateMachine):
         kept, place = self.kept[data.draw(st.sampled_from(sorted(self.kept)))]
         if place is not None:
             for record, offset in zip(kept, place.blob_offsets, strict=True):
-                assert self.journal.read(place.segment, offset, len(record.blob)) == record.blob
+                assert self.journal.read(place.segment, offset, len(record.blob), batch=place.batch) == record.blob
 
     @invariant()
     def what_is_on_disk_is_whole(self) -> None:

@@ -15,8 +15,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from torturing.crashes import crash_at_every_call  # noqa: E402
-from torturing.faults import FAULTS, LASTING, fail_every_call  # noqa: E402
-from torturing.resting import cut_everywhere, flip_bits, lose_sectors  # noqa: E402
+from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read  # noqa: E402
+from torturing.resting import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors  # noqa: E402
 from torturing.scenes import SCENES, RepairScene, Scene  # noqa: E402
 from torturing.specimen import Specimen  # noqa: E402
 
@@ -39,12 +39,26 @@ def test_a_journal_cut_at_any_byte_is_recovered_to_its_last_whole_batch_or_refus
     figures: Counter[str] = Counter()
     cut_everywhere(specimen, figures, share=0.001, edges=0.06, chance=random.Random(1))
     assert figures["bytes cut"] > 100
+    assert all(figures[kind] > 3 for kind in figures if kind.startswith("  "))
 
 
-def test_any_sectors_of_the_last_batch_may_be_lost_garbled_or_stale(specimen: Specimen) -> None:
+def test_a_segment_that_is_missing_in_the_middle_or_at_the_end_is_refused(specimen: Specimen) -> None:
+    figures: Counter[str] = Counter()
+    lose_files(specimen, figures)
+    assert figures["segments deleted"] > 20
+
+
+def test_any_sectors_of_the_last_batch_may_be_lost_garbled_or_stale_but_none_before_it(specimen: Specimen) -> None:
     figures: Counter[str] = Counter()
     lose_sectors(specimen, figures, rounds=6, chance=random.Random(2))
     assert figures["sectors lost"] > 50
+    assert figures["acknowledged batches lost"] >= 6
+
+
+def test_a_sector_that_cannot_be_read_is_refused_with_its_place_and_repair_goes_on(specimen: Specimen) -> None:
+    figures: Counter[str] = Counter()
+    spoil_sectors(specimen, figures, share=0.1, chance=random.Random(8))
+    assert figures["sectors made unreadable"] > 20
 
 
 def test_a_flipped_bit_is_refused_with_its_place_and_repair_keeps_what_comes_before_it(specimen: Specimen) -> None:
@@ -61,6 +75,13 @@ def test_a_disk_that_fails_at_any_call_loses_nothing_acknowledged(scene: str, co
     for for_ever in (False, True) if name in LASTING else (False,):
         fail_every_call(scene, code, figures, for_ever=for_ever, share=0.12, chance=random.Random(4), seed=5)
     assert figures["faults injected"] >= 1
+
+
+@pytest.mark.parametrize("scene", READING)
+def test_a_read_that_fails_changes_nothing_and_loses_nothing(scene: str) -> None:
+    figures: Counter[str] = Counter()
+    fail_every_read(scene, figures, share=0.5, chance=random.Random(9), seed=5)
+    assert figures["reads failed"] > 5
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -106,7 +127,7 @@ def test_damage_that_is_dropped_without_a_word_is_found_out(
 ) -> None:
     from brokers.journal.segment import SegmentReader
 
-    monkeypatch.setattr(SegmentReader, "later", lambda self, offset, number, salt: None)
+    monkeypatch.setattr(SegmentReader, "later", lambda self, offset, number, salt: (None, 0))
     with pytest.raises(AssertionError):
         flip_bits(specimen, Counter(), share=0.0015, bodies=0.00005, chance=random.Random(3))
 

@@ -13,6 +13,19 @@ from stageflow_actors import Compensation, Retry, Stage, Workflow
 NEVER = 99
 
 
+class Pace(NamedTuple):
+    """How long it takes until something that has failed is tried again, in seconds."""
+
+    kind: Literal["linear", "exponential"]
+    initial: float
+    maximum: float
+
+    def after(self, attempt: int) -> float:
+        """The wait behind that attempt."""
+        grown = self.initial * (attempt if self.kind == "linear" else 2 ** (attempt - 1))
+        return min(grown, self.maximum)
+
+
 class Part(NamedTuple):
     """A stage. It raises in its first `fails` attempts of `attempts`; `clash` is what it writes for all to see."""
 
@@ -27,6 +40,8 @@ class Part(NamedTuple):
     undo_fails: int
     undo_attempts: int
     clash: int | None = None
+    pace: Pace | None = None
+    undo_pace: Pace | None = None
 
 
 class Together(NamedTuple):
@@ -76,10 +91,12 @@ class Plan(NamedTuple):
 
 
 class Maker:
-    """Draws plans of which about every second one comes to a bad end, somewhere."""
+    """Draws plans of which about every second one comes to a bad end, somewhere. `paced`: with waits between attempts,
+    for which there had better be a clock that is not real, and with more maps."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, *, paced: bool = False) -> None:
         self.random = random
+        self.paced = paced
         self.names: list[str] = []
 
     def one_in(self, count: int) -> bool:
@@ -89,6 +106,12 @@ class Maker:
         made = f"{kind}{len(self.names)}"
         self.names.append(made)
         return made
+
+    def pace(self) -> Pace | None:
+        if not self.paced or self.one_in(3):
+            return None
+        kind: Literal["linear", "exponential"] = "linear" if self.one_in(2) else "exponential"
+        return Pace(kind, self.random.choice((0.02, 0.1, 0.4)), 0.6)
 
     def part(self, before: list[str], kind: str = "s", clash: int | None = None) -> Part:
         random = self.random
@@ -106,11 +129,13 @@ class Maker:
             undo_fails=(1, NEVER)[random.randint(0, 1)] if undo_troubled else 0,
             undo_attempts=random.randint(1, 2),
             clash=clash,
+            pace=self.pace(),
+            undo_pace=self.pace(),
         )
 
     def place(self, before: list[str]) -> Place:
         random = self.random
-        kind = random.randint(0, 9)
+        kind = 7 if self.paced and self.one_in(6) else random.randint(0, 9)
         if kind <= 2:
             return self.part(before)
         if kind <= 4:
@@ -163,9 +188,9 @@ def parts_of(place: Place) -> list[Part]:
 # the same plan as code
 
 
-def build(plan: Plan, name: str, **each: Any) -> Workflow[dict[str, Any]]:
-    """The workflow of a plan; `each` are further options of its stages."""
-    workflow = Workflow(name, on_failure=plan.on_failure)
+def build(plan: Plan, name: str, *, at_most: float | None = None, **each: Any) -> Workflow[dict[str, Any]]:
+    """The workflow of a plan, and how long it may run; `each` are further options of its stages."""
+    workflow = Workflow(name, on_failure=plan.on_failure, timeout=at_most)
     for place in plan.places:
         if isinstance(place, Part):
             workflow.add_stage(stage_of(place, each))
@@ -203,14 +228,23 @@ def stage_of(part: Part, each: dict[str, Any]) -> Stage:
 def options_of(part: Part, *, items: bool = False) -> dict[str, Any]:
     wanted = part.wanted
     undo = (undo_item if items else undo_stage)(part)
-    again = Retry.fixed(part.undo_attempts, 0) if part.undo_attempts > 1 else None
     return {
         "required": part.required,
         "after": part.after,
         "when": None if wanted is None else (lambda context: wanted),
-        "retry": Retry.fixed(part.attempts, 0) if part.attempts > 1 else None,
-        "compensation": Compensation(undo, retry=again) if part.undone else None,
+        "retry": retry(part.attempts, part.pace),
+        "compensation": Compensation(undo, retry=retry(part.undo_attempts, part.undo_pace)) if part.undone else None,
     }
+
+
+def retry(attempts: int, pace: Pace | None) -> Retry | None:
+    if attempts <= 1:
+        return None
+    if pace is None:
+        return Retry.fixed(attempts, 0)
+    if pace.kind == "linear":
+        return Retry.linear(attempts, pace.initial, pace.maximum)
+    return Retry.exponential(attempts, pace.initial, pace.maximum, jitter=False)
 
 
 def handler(part: Part) -> Any:
@@ -232,6 +266,7 @@ def handler(part: Part) -> Any:
 
 def undo_stage(part: Part) -> Any:
     def compensate(context: dict[str, Any], ctx: Any) -> None:
+        language_world.note(ctx.instance_id, "undid", part.name, ctx.attempt)
         context[f"undone {part.name}"] = ctx.results[part.name]
         if ctx.attempt <= part.undo_fails:
             raise KeyError(f"no {part.name}")
@@ -252,6 +287,7 @@ def item_handler(fails: tuple[int, ...]) -> Any:
 def undo_item(part: Part) -> Any:
     def compensate(item: int, ctx: Any) -> None:
         language_world.note(ctx.instance_id, "put back", part.name, item)
+        language_world.note(ctx.instance_id, "undid", f"{part.name}[{item}]", ctx.attempt)
         assert ctx.results[part.name] == item * 10
         if ctx.attempt <= part.undo_fails:
             raise KeyError(f"no {part.name}")

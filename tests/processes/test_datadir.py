@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,21 @@ def test_the_record_of_the_cluster_is_read_as_written_and_damage_is_no_record(tm
     record = ClusterRecord(program=1, program_ticks=2, node=3, address="ipc:///run/x", started=4.5)
     data.write_cluster(record)
     assert data.read_cluster() == record
-    for damage in (b"", b"{", b'{"program": "x"}', b"\xff\xfe"):
+    for damage in (
+        b"",
+        b"{",
+        b'{"program": "x"}',
+        b"\xff\xfe",
+        b'{"program": 1, "address": "\xff"}',
+        b'{"program": 1, "address": "\\ud800"}',
+        b'{"program": 1, "address": "ipc:///run/a\\u0000b"}',
+        b'{"program": 1, "address": ""}',
+        b'{"program": 1, "address": ["ipc:///run/x"]}',
+        b'{"program": 1, "node": "2"}',
+        b'{"program": 1' + b"0" * 5000 + b"}",
+        b'{"program": 1, "more": ' + b"[" * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+    ):
         data.cluster.write_bytes(damage)
         assert data.read_cluster() is None
     data.remove_cluster()
@@ -167,6 +182,75 @@ def test_the_file_system_is_that_of_the_longest_mount_point(path: str, kind: str
 def test_a_network_file_system_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"network file system \({kind}.*local disk"):
         datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+
+
+@pytest.mark.parametrize("kind", ["vboxsf", "prl_fs", "vmhgfs", "fuse.vmhgfs-fuse"])
+def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(DataDirUnusable, match=rf"shared folder .*\({kind}.*local disk"):
+        datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+
+
+@pytest.mark.parametrize(
+    "kind", ["fuse", "fuse.blobfuse2", "fuse.mount-s3", "fuse.fuse-nfs", "fuse.hdfs", "fuse.of-tomorrow"]
+)
+def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(DataDirUnusable, match=rf"not known to be local \({kind}, .*local disk"):
+        datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ext4",
+        "xfs",
+        "tmpfs",
+        "overlay",
+        "virtiofs",
+        "fuseblk",
+        "fuse.bindfs",
+        "fuse.encfs",
+        "fuse.fuse-overlayfs",
+        "fuse.gocryptfs",
+        "fuse.mergerfs",
+        "fuse.unionfs",
+    ],
+)
+def test_a_local_file_system_is_taken(kind: str, tmp_path: Path) -> None:
+    datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+
+
+@pytest.mark.parametrize(("part", "word"), [("journal", "journal"), ("history.db", "history")])
+def test_a_journal_or_history_that_lies_elsewhere_is_looked_at_too(part: str, word: str, tmp_path: Path) -> None:
+    data, share = tmp_path / "data", tmp_path / "share"
+    data.mkdir()
+    share.mkdir()
+    linked = f"x / ext4 rw 0 0\ny {share} nfs4 rw 0 0\n"
+    mounted = f"x / ext4 rw 0 0\ny {data / part} nfs4 rw 0 0\n"
+    datadir._refuse_network(data, linked)
+    (data / part).touch()
+    for mounts in (mounted, linked):
+        with pytest.raises(DataDirUnusable, match=rf"the {word} .*network file system \(nfs4") as caught:
+            datadir._refuse_network(data, mounts)
+        assert caught.value.path == data / part
+        (data / part).unlink()
+        (data / part).symlink_to(share / "not-there-yet")
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """Nothing is left for anybody of what is made."""
+    before = os.umask(0o777)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_new_directory_is_its_owners_whatever_the_umask_takes_away(tmp_path: Path) -> None:
+    data = DataDir(tmp_path / "deep" / "data")
+    data.acquire(os.getpid())
+    data.release()
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (data.path.parent, data.path, data.lock, data.cluster)}
+    assert list(modes.values()) == [0o700, 0o700, 0o600, 0o600], modes
 
 
 def test_sockets_lie_in_a_short_private_directory_that_is_always_the_same(

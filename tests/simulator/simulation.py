@@ -1,8 +1,9 @@
 """A whole cluster under one seed: random workflows, random accidents, and the laws that must hold whatever happens.
 
 Tame runs have accidents that must not be seen in any result (crashes of the broker, the node, the program, the machine;
-broken connections; stopped processes; a full history), so each instance must end exactly as a plain interpreter of its
-workflow says. Wild runs also kill single workers, cancel, and scale: there each result must be true to itself.
+broken connections; stopped processes; a full history; paused queues; instances that are run again), so each instance
+must end exactly as a plain interpreter of its workflow says. Wild runs also kill single workers, cancel and scale, and
+their workflows may run for so long only: there each result must be true to itself, and deaths are counted.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from random import Random
 from typing import Any
 
 import language_world
 from brokerworld import check_whole
 from language_meaning import Meaning, compare
-from language_plans import Each, Maker, Part, Plan, Together, build, parts_of, signals_of
+from language_plans import Each, Maker, Plan, build, parts_of, signals_of
+from laws import Effect, be_true, not_done_over, not_hurried, paces_of, undone_backwards
 from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_recovered
+from virtual_deaths import Deaths
 from virtual_processes import NAMING, History, Job, VirtualNode, VirtualProgram, pool_module
 from virtual_world import World
 
 from brokers.core.message import PARKED
 from stageflow_actors import WorkflowResult
 from stageflow_actors.core.endings import untrue
+from stageflow_actors.core.envelope import decode_outcome, decode_trail
 from stageflow_actors.core.plan import compile_plan
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.pool import ScaleTo
@@ -40,17 +45,23 @@ class Simulation:
         self.seed, self.wild = seed, wild
         self.world = World(seed)
         chance = self.world.random
-        self.effects: list[tuple[object, ...]] = []
+        self.effects: list[Effect] = []
         self.crimes: list[str] = []
+        self.deaths = Deaths(chance.choice((1, 2, 3)), self.crimes)
         self.history = History()
         disorder = chance.choice((0, 3, 10))
-        self.broker = VirtualBroker(self.world, segment_bytes=chance.choice((8, 64, 1024)) << 10, disorder=disorder)
-        maker = Maker(chance)
+        self.broker = VirtualBroker(
+            self.world, self.crimes, segment_bytes=chance.choice((8, 64, 1024)) << 10, disorder=disorder
+        )
+        self.broker.on_end = self.deaths.not_answered
+        maker = Maker(chance, paced=True)
         self.plans = {f"w{number}": maker.plan(longest=5) for number in range(chance.randint(1, 3))}
         options: dict[str, Any] = {"actors": chance.randint(1, 3), "max_tasks": chance.choice((None, 1, 4))}
+        self.at_most: float | None = chance.choice((None, None, 3600.0))
         if wild:
             options["timeout"] = chance.choice((None, 0.2))
-        workflows = {name: build(plan, name, **options) for name, plan in self.plans.items()}
+            self.at_most = chance.choice((None, None, 0.1, 0.3, 1.0))
+        workflows = {name: build(plan, name, at_most=self.at_most, **options) for name, plan in self.plans.items()}
         compiled = {name: compile_plan(workflow, NAMING) for name, workflow in workflows.items()}
         self.compiled = list(compiled.values())
         self.specs = [spec for name, flow in workflows.items() for spec in pool_specs(flow, compiled[name], {})]
@@ -58,11 +69,13 @@ class Simulation:
         self.jobs = []
         for number in range(chance.randint(1, 12)):
             name = chance.choice(sorted(self.plans))
-            self.jobs.append(Job(f"i{number}.{name}", known[name], {}, list(signals_of(self.plans[name]))))
+            signals, priority = list(signals_of(self.plans[name])), chance.choice((0, 0, 0, 5, -3))
+            self.jobs.append(Job(f"i{number}.{name}", known[name], {}, signals, priority))
         self._pids = itertools.count(1_000)
         self.node: VirtualNode | None = None
         self.program: VirtualProgram | None = None
         self._accidents = 0
+        self._pausing: set[str] = set()
         self._ended_workers = wild
 
     def plan_of(self, job: Job) -> Plan:
@@ -75,7 +88,7 @@ class Simulation:
         """From the first start to the last end, then the laws."""
         note, kill, peer = language_world.note, pool_module.kill_group, pool_module.new_peer
         replay = engine_module.replay_batch
-        language_world.note = lambda *words: self.effects.append(words)
+        language_world.note = self._note
         pool_module.kill_group = lambda pid, pidfd: self.node.kill(pid) if self.node else None  # type: ignore[assignment]
         pool_module.new_peer = lambda: next(self._pids)
         engine_module.replay_batch = tell_of_recovered(self.broker.accounts)
@@ -90,6 +103,10 @@ class Simulation:
             language_world.note, pool_module.kill_group, pool_module.new_peer = note, kill, peer
             engine_module.replay_batch = replay
 
+    def _note(self, *words: object) -> None:
+        id, word, *what = words
+        self.effects.append(Effect(self.world.now, str(id), str(word), tuple(what)))
+
     def _begin(self) -> None:
         self.broker.start()
         self._start_node()
@@ -102,7 +119,8 @@ class Simulation:
             self.node.die()
 
     def _start_node(self) -> None:
-        self.node = VirtualNode(self.broker, self.history, self.specs, self.compiled, lambda: next(self._pids))
+        plans, deaths = self.compiled, self.deaths
+        self.node = VirtualNode(self.broker, self.history, self.specs, plans, deaths, lambda: next(self._pids))
         self.world.say("node started")
 
     def _start_program(self, within: float = 0.2) -> None:
@@ -136,9 +154,13 @@ class Simulation:
             self._freeze,
             self._fill_history,
             self._set_the_clock,
+            self._pause,
+            self._run_again,
+            self._run_again,
         ]
         if self.wild:
-            kinds += [self._kill_worker, self._kill_worker, self._kill_worker, self._cancel, self._cancel, self._scale]
+            kinds += [self._kill_worker, self._kill_worker, self._curse, self._curse]
+            kinds += [self._cancel, self._cancel, self._scale]
         span = chance.choice((0.2, 0.6, 2.0))
         for _ in range(chance.choice((0, 1, 4, 10, 25))):
             kind = chance.choice(kinds)
@@ -216,11 +238,82 @@ class Simulation:
         self.world.soon(2.0, emptied)
 
     def _set_the_clock(self) -> None:
-        self.world.ahead += self.world.random.uniform(-5, 5)
+        self.world.set_clock(self.world.random.uniform(-5, 5))
+
+    def _pause(self) -> None:
+        """An operator pauses a queue, and resumes it after a while."""
+        queues = sorted({spec.queue for spec in self.specs} - self._pausing)
+        if self.program is None or not queues:
+            return
+        queue = self.world.random.choice(queues)
+        self._pausing.add(queue)
+        self._accidents += 1
+
+        def paused(answer: Future[Any]) -> None:
+            if self.broker.engine is not None and queue in self._pausing and answer.exception() is None:
+                self.broker.paused[queue] = self.broker.engine.machine.store.next_lease
+
+        self.program.client.query("pause", queue).add_done_callback(paused)
+        self.world.soon(1.0, lambda: self._resume(queue))
+
+    def _resume(self, queue: str) -> None:
+        """Whoever is there does it, until it has been done."""
+        self.broker.paused.pop(queue, None)
+        self._pausing.discard(queue)
+        done = False
+
+        def resumed(answer: Future[Any]) -> None:
+            nonlocal done
+            if answer.exception() is None and not done:
+                done = True
+                self._accidents -= 1
+
+        def again() -> None:
+            if not done:
+                if self.program is not None:
+                    self.program.client.query("resume", queue).add_done_callback(resumed)
+                self.world.after(0.5, again)
+
+        again()
+
+    def _run_again(self, tries: int = 5) -> None:
+        """Retry or restart an instance, once there is one that has ended or is parked."""
+        over = [job for job in self.jobs if job.over and job.again < 3]
+        if self.program is None or not over:
+            if tries:
+                self._accidents += 1
+                self.world.soon(0.5, lambda: self._look_again(tries - 1))
+            return
+        job, restart = self.world.random.choice(over), self.world.random.random() < 0.5
+        at, id = self.world.now, job.id
+        if restart:
+            self.effects.append(Effect(at, id, "restarted", ()))
+        else:
+            self.effects.append(Effect(at, id, "retried", tuple(sorted(self._done_by(job)))))
+        self.program.run_again(job, restart=restart, requeued=self.deaths.forgive)
+
+    def _look_again(self, tries: int) -> None:
+        self._accidents -= 1
+        self._run_again(tries)
+
+    def _done_by(self, job: Job) -> set[str]:
+        """The stages of one that has ended, or is parked, that have completed."""
+        if job.outcome is not None:
+            trail = decode_trail(decode_outcome(job.outcome).trail)
+            return {record.stage_id for record in trail if record.status == "completed"}
+        meaning = Meaning(self.plan_of(job))
+        return set() if self.wild or meaning.vague else meaning.done()
 
     def _kill_worker(self) -> None:
+        """Rather one that is at work, if there is one."""
         if self.node is not None and self.node.workers:
-            self.node.workers[self.world.random.choice(sorted(self.node.workers))].die(-9)
+            busy = sorted(pid for pid, worker in self.node.workers.items() if worker.busy)
+            self.node.workers[self.world.random.choice(busy or sorted(self.node.workers))].die(-9)
+
+    def _curse(self) -> None:
+        """What an instance comes to next ends its workers, some times."""
+        job = self.world.random.choice(self.jobs)
+        self.deaths.cursed[job.id] += self.world.random.randint(1, 4)
 
     def _cancel(self) -> None:
         under_way = [job for job in self.jobs if job.accepted and not job.over]
@@ -251,23 +344,41 @@ class Simulation:
     # laws
 
     def _judge(self) -> None:
-        assert self.crimes == []
-        assert self.history.crimes == []
         engine = self.broker.engine
         assert engine is not None
+        for message in engine.machine.store.messages.values():
+            extra = message.extra
+            if extra is not None and extra.parked and (extra.evidence or extra.fresh):
+                self.deaths.parked(message.id, extra.deaths, extra.reason)
+        assert self.crimes == [], "; ".join(self.crimes[:5])
+        assert self.history.crimes == [], self.history.crimes[0]
         check_whole(engine.machine)
         self._nothing_is_left()
         for job in self.jobs:
             self._ended_well(job)
         self._accepted_once()
         self._kept_for_good()
+        for name, plan in self.plans.items():
+            hurried = {job.id for job in self.jobs if job.cancelled or (self.wild and self.at_most)}
+            not_hurried(
+                (
+                    effect
+                    for effect in self.effects
+                    if effect.instance.partition(".")[2] == name
+                    and (effect.word == "did" or effect.instance not in hurried)
+                ),
+                paces_of(plan),
+                self.world.jumps,
+            )
+        undone_backwards(self.effects)
+        not_done_over(self.effects)
         if not self._ended_workers:
             self._done_once()
 
     def _nothing_is_left(self) -> None:
         assert self.broker.engine is not None
         store = self.broker.engine.machine.store
-        parked = {job.id for job in self.jobs if job.parked}
+        parked = {job.id for job in self.jobs if job.parked and job.outcome is None}
         assert set(store.groups) <= parked, f"live groups that nobody waits for: {set(store.groups) - parked}"
         for message in store.messages.values():
             evidence = message.extra is not None and message.extra.evidence
@@ -277,7 +388,7 @@ class Simulation:
         plan = self.plan_of(job)
         if job.outcome is None:
             assert job.parked
-            assert job.id not in self.history.rows
+            assert job.again or job.id not in self.history.rows
             assert self.wild or Meaning(plan).status == "parked", f"{job.id} is parked, and should have ended"
             assert plan.on_failure == "park"
             return
@@ -288,9 +399,14 @@ class Simulation:
             job.id, job.outcome, job.known.codec, job.known.plan.order
         )
         if self.wild:
-            be_true(plan, result, job.cancelled)
-        else:
+            why = ["not wanted"] if job.cancelled else []
+            why += ["StageTimeout: the workflow ran longer than its timeout of .*"] if self.at_most else []
+            be_true(plan, result, cancelled="|".join(why), deaths=self.deaths.most)
+        elif self._ended_workers or job.again:
             compare(plan, result)
+        else:
+            mine = [effect for effect in self.effects if effect.instance == job.id]
+            compare(plan, result, [tuple(map(str, effect.what)) for effect in mine if effect.word == "put back"])
 
     def _accepted_once(self) -> None:
         once = {
@@ -305,64 +421,27 @@ class Simulation:
                 assert count == 1, f"{label} of {id} in epoch {epoch} was accepted {count} times"
 
     def _done_once(self) -> None:
-        """Where no worker was ended in the middle of its work, nothing is done twice."""
-        times = Counter((id, *what) for id, word, *what in self.effects if word == "did")
-        assert not {what: count for what, count in times.items() if count > 1}
+        """Where no worker was ended in the middle of its work, nothing is done twice.
+
+        Later attempts do not count where the clock was set back: a broker that starts then takes what they had waited
+        for as still to be waited for, and leaves them to nobody.
+        """
+        again = {job.id for job in self.jobs if job.again}
+        back = any(by < 0 for _, by in self.world.jumps)
+        did = [effect for effect in self.effects if effect.word == "did" and effect.instance not in again]
+        times = Counter((effect.instance, *effect.what) for effect in did)
+        twice = {what: count for what, count in times.items() if count > 1 and not (back and what[2] != 1)}
+        assert not twice, f"done more than once: {twice}"
 
     def _kept_for_good(self) -> None:
-        """A step whose result was durable is never run again."""
+        """A step whose result was durable is never run again, unless all is begun anew."""
         kept = set()
-        for id, what, *where in self.effects:
-            if what == "kept":
-                kept.add((id, *where))
-            assert what != "step" or (id, *where) not in kept, f"a step of {where} of {id} was run after it was kept"
-
-
-def be_true(plan: Plan, result: WorkflowResult[Any], cancelled: bool) -> None:
-    """Whatever happened to the instance: what its result says fits together."""
-    parts = {part.name: part for place in plan.places for part in parts_of(place)}
-    status = str(result.status)
-    assert status in {"completed", "failed", "compensated", "compensation_failed", "cancelled"}
-    assert status != "cancelled" or cancelled
-    told = [(one.stage_id, str(one.status)) for one in result.compensations]
-    assert len({name for name, _ in told}) == len(told), "each is compensated once"
-    failed = [name for name, end in told if end == "failed"]
-    stages = {stage.stage_id: stage for stage in result.stages}
-    if status == "completed":
-        assert told == []
-        assert result.error is None
-    else:
-        assert result.error is not None
-        due = {
-            name
-            for name, stage in stages.items()
-            if name in parts and parts[name].undone and str(stage.status) in ("completed", "compensated")
-        }
-        halves = {place.stage.name for place in plan.places if isinstance(place, Each)}
-        assert due - {name for name, _ in told} == set(), "what has completed is compensated"
-        assert {name for name, _ in told} - due <= halves, "and nothing else, but the items of a map that were done"
-        assert (status == "compensation_failed") == bool(failed)
-        assert status != "compensated" or told
-        assert status != "failed" or not told
-        order = [name for place in plan.places for name in _in_order(place)]
-        at = [order.index(name) for name, _ in told]
-        groups = [_place_of(plan, order[index]) for index in at]
-        assert groups == sorted(groups, reverse=True), "in reverse of completion"
-    for name, stage in stages.items():
-        if name in parts and str(stage.status) in ("completed", "compensated") and not isinstance(stage.data, list):
-            assert stage.data in (parts[name].result, None)
-
-
-def _in_order(place: Any) -> list[str]:
-    return [part.name for part in parts_of(place)]
-
-
-def _place_of(plan: Plan, name: str) -> tuple[int, int]:
-    for number, place in enumerate(plan.places):
-        for inner, part in enumerate(parts_of(place)):
-            if part.name == name:
-                return number, 0 if isinstance(place, (Together, Part, Each)) else inner
-    raise AssertionError(name)
+        for _, id, word, where in self.effects:
+            if word == "kept":
+                kept.add((id, where))
+            elif word == "restarted":
+                kept = {pair for pair in kept if pair[0] != id}
+            assert word != "step" or (id, where) not in kept, f"a step of {where} of {id} was run after it was kept"
 
 
 def simulate(seed: int, *, wild: bool) -> Simulation:
@@ -378,4 +457,4 @@ def simulate(seed: int, *, wild: bool) -> Simulation:
     return simulation
 
 
-__all__ = ["Simulation", "be_true", "simulate"]
+__all__ = ["Simulation", "simulate"]

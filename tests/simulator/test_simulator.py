@@ -55,7 +55,10 @@ def test_the_seeds_bring_every_accident_and_every_end() -> None:
         "_fill_history",
         "_set_the_clock",
         "_kill_worker",
+        "_curse",
         "_cancel",
         "_scale",
+        "_pause",
+        "_run_again",
     }
     assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from random import Random
@@ -13,7 +13,7 @@ from typing import Any
 from virtual_world import Frame, Link, World
 
 from brokers import engine as engine_module
-from brokers.api import Listener
+from brokers.api import DeliveryItem, Listener
 from brokers.client import PeerClient
 from brokers.core.message import Message
 from brokers.core.replay import Replay
@@ -44,6 +44,13 @@ class Accounts:
             self._last = batch.number
             replay_batch(self._replay, batch)
 
+    def deaths_of(self, message_id: int) -> int | None:
+        """How many deaths a message has on disk; None where there is no such message."""
+        message = self._replay.store.messages.get(message_id)
+        if message is None:
+            return None
+        return 0 if message.extra is None else message.extra.deaths
+
     def _on_settled(self, message: Message | None, group_id: str, label: str) -> None:
         if message is not None:
             self.settled["" if message.group is None else message.group.id, message.epoch, label] += 1
@@ -52,14 +59,18 @@ class Accounts:
 class VirtualBroker:
     """One broker process after the other. `engine` is None while there is none."""
 
-    def __init__(self, world: World, *, segment_bytes: int, disorder: int = 0) -> None:
+    def __init__(self, world: World, crimes: list[str], *, segment_bytes: int, disorder: int = 0) -> None:
         self.world = world
         self.files = MemoryFiles(seed=world.random.getrandbits(32))
         self.engine: Engine | None = None
         self.clients: dict[int, VirtualClient] = {}
         self.accounts = Accounts()
+        self.crimes = crimes
         self.starts = 0
         self.disorder = disorder
+        self.paused: dict[str, int] = {}
+        self.on_end: Callable[[], None] = lambda: None
+        self._left = -1
         self._segment_bytes = segment_bytes
         self._inbox: list[Frame] = []
         self._life = 0
@@ -122,6 +133,12 @@ class VirtualBroker:
         self._end()
         self.files.crash(chance)
 
+    def given(self, queue: str, items: Sequence[DeliveryItem]) -> None:
+        """A worker has been given messages: none that was not on its way when the queue was paused."""
+        first = self.paused.get(queue)
+        if first is not None and any(item.lease >= first for item in items):
+            self.crimes.append(f"{queue} is paused, and gives out {[item.id for item in items]}")
+
     def _died(self, why: str) -> None:
         self.world.say(f"broker died: {why}")
         self._end()
@@ -131,6 +148,7 @@ class VirtualBroker:
 
     def _end(self) -> None:
         self.engine = None
+        self.on_end()
         self._life += 1
         self._inbox.clear()
         self._due = float("inf")
@@ -160,6 +178,9 @@ class VirtualBroker:
         except (Crash, JournalFailed) as error:
             self._died(repr(error))
             return
+        if engine.machine.store.left_seq != self._left:
+            self._left = engine.machine.store.left_seq
+            self.crimes.extend(leftovers(engine.machine.store))
         for peer, header, blob in outgoing:
             client = self.clients.get(peer)
             if client is None or (client.link.broken and self.world.random.random() < 0.5):
@@ -176,7 +197,7 @@ class VirtualBroker:
         def counted(batch: Any, wall: float) -> Any:
             number = journal._next
             place = commit(batch, wall)
-            self.accounts.take(Batch(number, place.segment, wall, batch, place.blob_offsets))
+            self.accounts.take(Batch(number, place.segment, wall, batch, place.blob_offsets, place.batch))
             return place
 
         journal.commit = counted  # type: ignore[method-assign]
@@ -266,6 +287,18 @@ class VirtualClient(PeerClient):
     def _heard(self, header: bytes, blob: bytes) -> None:
         self.said(header, blob)
         self.on_heard()
+
+
+def leftovers(store: Store) -> Iterator[str]:
+    """What is left of groups that have left."""
+    for message in store.messages.values():
+        group = message.group
+        evidence = message.extra is not None and message.extra.evidence
+        if group is not None and not evidence and store.groups.get(group.id) is not group:
+            yield f"{group.id} has left, and message {message.id} ({message.label}) is still there"
+    for (id, key), group in store.gathers.items():
+        if store.groups.get(id) is not group or key not in (group.gathers or {}):
+            yield f"{id} has left, and what gathers at {key!r} is still there"
 
 
 def disk_error() -> OSError:

@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 from pykka import messages
 from virtual_broker import VirtualBroker, VirtualClient
+from virtual_caller import VirtualCaller
+from virtual_deaths import Deaths
 
 from brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
 from brokers.errors import BrokerUnavailable
@@ -77,12 +79,63 @@ class _PausingSlot(Slot):
     def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
         """As a slot, and time passes."""
         super().begin(message_id, timeout_ns, int(self.worker.world.now * 1e9))
+        self.worker.at, self.worker.busy = message_id, True
+        self.worker.suffer()
         self.worker.work_a_while()
 
     def end(self) -> None:
         """Time passes, then as a slot."""
         self.worker.work_a_while()
         super().end()
+        self.worker.busy = False
+
+
+class _WatchedMailbox(Mailbox):
+    """A mailbox; the book of deaths is shown what comes into it."""
+
+    def __init__(self, queue: str, node: VirtualNode) -> None:
+        super().__init__(queue)
+        self.group_of: dict[int, str] = {}
+        self._node = node
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        """As a mailbox."""
+        self.group_of.update((item.id, item.group) for item in items)
+        self._node.deaths.delivered(items)
+        self._node.broker.given(queue, items)
+        super().on_deliveries(queue, items, bodies)
+
+
+class _WatchedListener(_NodeListener):
+    """The node's listener; the book of deaths is shown what is reported to it."""
+
+    def __init__(self, deaths: Deaths) -> None:
+        super().__init__()
+        self._deaths = deaths
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        """As the node's."""
+        self._deaths.reported(items)
+        super().on_deliveries(queue, items, bodies)
+
+
+class _NodeClient(VirtualClient):
+    """The node's connection; the book of deaths is told which are known to the broker."""
+
+    deaths: Deaths
+
+    def query(self, name: str, *args: Any) -> Future[Any]:
+        """As any."""
+        answer = super().query(name, *args)
+        if name == "resume":
+            self.broker.paused.pop(args[0], None)
+        elif name == "dead":
+            answer.add_done_callback(lambda done: self._known(done, args[0]))
+        return answer
+
+    def _known(self, done: Future[Any], peer: int) -> None:
+        if done.exception() is None:
+            self.deaths.confirmed(peer, self.broker.accounts.deaths_of)
 
 
 class VirtualWorker:
@@ -92,7 +145,8 @@ class VirtualWorker:
         given = msgspec.msgpack.decode(payload, type=WorkerPayload)
         self.world = node.world
         self.id, self.pid = worker_id, pid
-        self.dead = False
+        self.dead = self.busy = self.sentenced = False
+        self.at = 0
         self.frozen_until = 0.0
         self._node = node
         self._idle = True
@@ -102,7 +156,7 @@ class VirtualWorker:
         table = node.services.slots
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
-        self.mailbox = Mailbox(given.queue)
+        self.mailbox = _WatchedMailbox(given.queue, node)
         work = worker_module._load(given, pausing, self.mailbox, ignore)
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
@@ -124,11 +178,20 @@ class VirtualWorker:
         if self.dead:
             return
         self.dead = True
+        if status < 0 and self.at and not self.sentenced and not self._node.dead:
+            self._node.deaths.died(self.client.peer, self.at, self.mailbox.group_of[self.at], busy=self.busy)
         self.client.close()
         self._go.release()
         self._back.acquire()
         self._thread.join()
         self._node.lost(self, status)
+
+    def suffer(self) -> None:
+        """What it has begun may be its end, if not at once."""
+        cursed, group, at = self._node.deaths.cursed, self.mailbox.group_of[self.at], self.at
+        if cursed[group] > 0:
+            cursed[group] -= 1
+            self.world.soon(0.004, lambda: self.die(-9) if self.busy and self.at == at else None)
 
     # in the worker's own thread
 
@@ -225,15 +288,19 @@ class VirtualNode:
         history: History,
         specs: Sequence[PoolSpec],
         plans: list[WorkflowPlan],
+        deaths: Deaths,
         new_pid: Callable[[], int],
     ) -> None:
         self.world, self.broker = broker.world, broker
+        self.deaths = deaths
         self.dead = False
         self.workers: dict[int, VirtualWorker] = {}
         self.notices: list[str] = []
         self._new_pid = new_pid
-        self._listener = _NodeListener()
-        self.client = VirtualClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
+        self._untold: dict[int, int] = {}
+        self._listener = _WatchedListener(deaths)
+        self.client = _NodeClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
+        self.client.deaths = deaths
         zygote: Any = _Zygote(self)
         self.services = PoolServices(
             slots=SlotTable.create(256),
@@ -253,7 +320,7 @@ class VirtualNode:
         self._listener.broker = self.client
         self.client.consume(NAMING.finished, 4_000)
         self.client.consume(NAMING.coordinator, 500)
-        self.client.query("declare", queue_options(specs, NAMING, 3))
+        self.client.query("declare", queue_options(specs, NAMING, deaths.most))
         self.pools = {spec.queue: Pool(spec, self.services) for spec in specs}
         for pool in self.pools.values():
             pool.on_start()
@@ -271,16 +338,23 @@ class VirtualNode:
     def lost(self, worker: VirtualWorker, status: int) -> None:
         """A worker has ended."""
         del self.workers[worker.pid]
+        self._untold[worker.pid] = worker.client.peer
         if not self.dead:
             self.world.soon(0.005, lambda: self._tell(worker.id, Exited(worker.id, worker.pid, status)))
 
     def kill(self, pid: int) -> None:
-        """What a pool does to a worker."""
+        """What a pool does to a worker. Nobody is charged with that, nor where it had died just before."""
+        if pid in self.workers:
+            self.workers[pid].sentenced = True
+        elif pid in self._untold:
+            self.deaths.doubt(self._untold[pid])
         self.world.soon(0.001, lambda: self.workers[pid].die(-9) if pid in self.workers else None)
 
     def die(self) -> None:
         """The node is gone, and all of its workers with it."""
         self.dead = True
+        for peer in self._untold.values():
+            self.deaths.doubt(peer)
         self.client.close()
         for worker in list(self.workers.values()):
             worker.die(-9)
@@ -318,17 +392,18 @@ class VirtualNode:
 class Job:
     """One instance that the program wants to see through, with what it has been told of it."""
 
-    def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]]) -> None:
-        self.id, self.known, self.signals = id, known, signals
+    def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]], priority: int = 0) -> None:
+        self.id, self.known, self.signals, self.priority = id, known, signals, priority
         self.prepared = known.prepare(context, id)
         self.accepted = self.parked = False
-        self.cancelled = False
+        self.cancelled = self.calling = False
+        self.again = 0
         self.outcome: bytes | None = None
 
     @property
     def over(self) -> bool:
         """Whether nothing more is to be expected of it."""
-        return self.outcome is not None or self.parked
+        return not self.calling and (self.outcome is not None or self.parked)
 
 
 class VirtualProgram(Listener):
@@ -345,6 +420,7 @@ class VirtualProgram(Listener):
         self._crimes = crimes
         self._seen = 0
         self._live: set[str] = set()
+        self._callers: list[VirtualCaller] = []
         self.client = VirtualClient(broker, self, peer=peer, role="client", name="program")
         for job in jobs:
             self.world.soon(within, lambda job=job: self._submit(job))  # type: ignore[misc]
@@ -352,6 +428,10 @@ class VirtualProgram(Listener):
     def die(self) -> None:
         """The program is gone."""
         self.dead = True
+        for caller in self._callers:
+            caller.die()
+        for job in self.jobs.values():
+            job.calling = False
         self.client.close()
 
     def cancel(self, job: Job) -> None:
@@ -359,6 +439,24 @@ class VirtualProgram(Listener):
         if job.accepted and not self.dead:
             job.cancelled = True
             self.client.query("cancel", job.id, "not wanted", list(CANCELLABLE))
+
+    def run_again(self, job: Job, *, restart: bool, requeued: Callable[[int], None]) -> None:
+        """Retry or restart an instance that has ended or is parked; `requeued` is told of its dead letters."""
+        job.calling, job.outcome, job.parked = True, None, False
+        job.again += 1
+        self._live.discard(job.id)
+
+        def done(refused: Exception | None) -> None:
+            job.calling = job.parked = False
+            if refused is None:
+                self._accepted(job)
+            self._live.add(job.id)
+            self.client.query("watch", [job.id])
+
+        rows = self._history.rows
+        self._callers.append(
+            VirtualCaller(self.world, self.client, job, rows, restart=restart, requeued=requeued, done=done)
+        )
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         raise AssertionError("a program is delivered nothing")
@@ -379,19 +477,33 @@ class VirtualProgram(Listener):
     # what follows `Client._start` step by step
 
     def _submit(self, job: Job) -> None:
-        if self.dead:
+        if self.dead or job.calling:
             return
         seen = self._seen
         row = self._history.rows.get(job.id)
-        if row is not None:
-            if row.digest != job.prepared.digest:
-                self._crimes.append(f"{job.id} has another digest in the history than it was started with")
+        if row is not None and row.digest != job.prepared.digest:
+            self._crimes.append(f"{job.id} has another digest in the history than it was started with")
+        if row is None:
+            self._publish(job, seen)
+        elif job.again:
+            self.client.query("lookup", [job.id]).add_done_callback(lambda future: self._perhaps(job, seen, future))
+        else:
             self._ended(job, row.outcome)
+
+    def _perhaps(self, job: Job, seen: int, future: Future[Any]) -> None:
+        """The row of one that was run again is that of its last run until the one of this run is written."""
+        if self.dead or job.calling or future.exception() is not None:
             return
+        if job.id in future.result()["groups"]:
+            self._publish(job, seen)
+        else:
+            self._ended(job, self._history.rows[job.id].outcome)
+
+    def _publish(self, job: Job, seen: int) -> None:
         known = job.known
         job.prepared.seen = seen
         body = known.body(job.prepared, self.world.wall, LIMIT)
-        item = known.item(job.prepared, len(body))
+        item = known.item(job.prepared, len(body), job.priority)
         self._live.add(job.id)
         answer = self.client.publish([known.target], [item], [body], atomic=True)
         answer.add_done_callback(lambda future: self._answered(job, future))
@@ -431,6 +543,8 @@ class VirtualProgram(Listener):
             self._ended(job, row.outcome)
 
     def _ended(self, job: Job, outcome: bytes) -> None:
+        if job.calling:
+            return  # of the run before: this one is asked after once the call is over
         self._live.discard(job.id)
         if job.outcome is not None and job.outcome != outcome:
             self._crimes.append(f"{job.id} is said to have ended in two ways")

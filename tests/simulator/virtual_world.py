@@ -31,7 +31,9 @@ class World:
         self.random = Random(seed)
         self.now = 1_000.0
         self.ahead = 1_700_000_000.0
+        self.jumps: list[tuple[float, float]] = []
         self.log: list[str] = []
+        self.sleep: Callable[[float], None] = _nobody_sleeps
         self._calendar: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
 
@@ -39,6 +41,11 @@ class World:
     def wall(self) -> float:
         """Seconds since the Unix epoch, on a clock that may be set."""
         return self.now + self.ahead
+
+    def set_clock(self, seconds: float) -> None:
+        """Somebody sets the clock, by that much."""
+        self.ahead += seconds
+        self.jumps.append((self.now, seconds))
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         """Have something happen; what is due at one time happens in the order in which it was asked for."""
@@ -80,7 +87,7 @@ class World:
             "monotonic": lambda: self.now,
             "perf_counter": lambda: self.now,
             "monotonic_ns": lambda: int(self.now * 1e9),
-            "sleep": _nobody_sleeps,
+            "sleep": lambda seconds: self.sleep(seconds),
         }
         before = {name: getattr(time, name) for name in clocks}
         try:

@@ -1,0 +1,215 @@
+"""Processes of a cluster that are stopped (SIGSTOP) and not dead: what depends on them is done without, or ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stageflow_actors import Runtime, Workflow
+from stageflow_actors.runtime import health, launch
+from stageflow_actors.runtime.pool import UNREPORTED
+
+Row = dict[str, Any]
+
+PATIENT = 20.0
+"""Seconds: more than anything here may take."""
+
+brittle: Workflow[Row] = Workflow("brittle")
+
+
+@brittle.stage(timeout=0.5)
+def die_once(context: Row) -> None:
+    with open(context["log"], "a") as file:
+        file.write(f"run {os.getpid()}\n")
+    if not os.path.exists(context["log"] + ".died"):
+        open(context["log"] + ".died", "w").close()
+        os._exit(3)
+
+
+lengthy: Workflow[Row] = Workflow("lengthy")
+
+
+@lengthy.stage(timeout=60)
+def take_long(context: Row) -> None:
+    with open(context["log"], "a") as file:
+        file.write("run 0\n")
+    time.sleep(30)
+
+
+hasty: Workflow[Row] = Workflow("hasty")
+
+
+@hasty.stage(timeout=0.3)
+def hang(context: Row) -> None:
+    with open(context["log"], "a") as file:
+        file.write("run 0\n")
+    time.sleep(30)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def runtime(data: Path, eventually: Callable[..., Any]) -> Iterator[Runtime]:
+    runtime = Runtime(brittle, lengthy, hasty, data_dir=data).start()
+    eventually(lambda: sum(queue.actors for queue in runtime.queues() if ".stage" in queue.name) == 3, "all workers")
+    yield runtime
+    runtime.stop(grace=0.0)
+
+
+def is_dead(pid: str) -> bool:
+    try:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_worker_that_has_died_is_not_judged_by_a_timeout_that_passed_since(
+    runtime: Runtime, data: Path, cluster: Any, effects: Any, eventually: Callable[..., Any]
+) -> None:
+    zygote = cluster(data=data).zygotes[0]
+    zygote.suspend()
+    instance = runtime.submit(brittle, {"log": effects.path})
+    eventually(lambda: [pid for (pid,) in effects("run") if is_dead(pid)], "the first attempt's death")
+    died = time.monotonic()
+    eventually(lambda: time.monotonic() > died + 0.8, "the end of its timeout")
+    zygote.resume()
+    result = instance.result(timeout=PATIENT)
+    assert (result.status, result.stages[0].attempts) == ("completed", 2), result.error
+
+
+def test_a_death_that_a_stopped_zygote_does_not_tell_is_found_out(
+    runtime: Runtime, data: Path, cluster: Any, effects: Any
+) -> None:
+    before = cluster(data=data)
+    before.zygotes[0].suspend()
+    began = time.monotonic()
+    result = runtime.execute(brittle, {"log": effects.path}, timeout=PATIENT)
+    assert (result.status, result.stages[0].attempts) == ("completed", 2), result.error
+    assert time.monotonic() - began > UNREPORTED / 1e9
+    assert before.zygotes[0].pid not in [zygote.pid for zygote in cluster(data=data).zygotes]
+    assert health.examine(data) == []
+
+
+def test_a_stage_that_hangs_while_the_zygote_is_stopped_fails_by_its_timeout(
+    runtime: Runtime, data: Path, cluster: Any, effects: Any
+) -> None:
+    cluster(data=data).zygotes[0].suspend()
+    result = runtime.execute(hasty, {"log": effects.path}, timeout=PATIENT)
+    assert result.status == "failed"
+    assert "StageTimeout" in (result.error or "")
+    assert len(effects("run")) == 1
+
+
+def test_a_worker_that_dies_while_it_has_nothing_to_do_is_missed_too(
+    runtime: Runtime, data: Path, cluster: Any, eventually: Callable[..., Any]
+) -> None:
+    before = cluster(data=data)
+    before.zygotes[0].suspend()
+    before.workers[0].kill()
+    eventually(
+        lambda: [zygote for zygote in cluster(data=data).zygotes if zygote.pid != before.zygotes[0].pid],
+        "another zygote",
+    )
+    eventually(lambda: len(cluster(data=data).workers) == len(before.workers), "as many workers as before")
+
+
+def test_health_knows_of_processes_that_are_stopped(
+    runtime: Runtime, data: Path, cluster: Any, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "PATIENCE", 0.2)
+    alive = cluster(data=data)
+    for kind, part in (("zygotes", "zygote"), ("nodes", "node")):
+        process = getattr(alive, kind)[0]
+        process.suspend()
+        try:
+            eventually(lambda process=process: process.status() == psutil.STATUS_STOPPED, "its stop")
+            found = [fault for fault in health.examine(data) if fault.part == part]
+        finally:
+            process.resume()
+        assert [str(process.pid) in fault.text and "stopped" in fault.text for fault in found] == [True]
+    assert health.examine(data) == []
+
+
+@pytest.mark.parametrize("kind", ["brokers", "nodes", "zygotes"])
+def test_a_stop_with_a_grace_ends_whatever_is_stopped(
+    runtime: Runtime,
+    data: Path,
+    cluster: Any,
+    effects: Any,
+    eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    if kind == "nodes":
+        monkeypatch.setattr(launch, "STOP_MARGIN", 1.0)  # nobody but the program can know then
+    instance = runtime.submit(lengthy, {"log": effects.path})
+    eventually(lambda: effects("run"), "work")
+    alive = cluster(data=data)
+    getattr(alive, kind)[0].suspend()
+    began = time.monotonic()
+    runtime.stop(grace=0.5)
+    assert time.monotonic() - began < 0.5 + 10.0
+    assert alive.end_within(3.0) == []
+    again = Runtime(brittle, lengthy, hasty, data_dir=data).start()
+    try:
+        assert str(again.instance(instance.id).status()) in ("pending", "running")
+    finally:
+        again.stop(grace=0.0)
+
+
+def test_without_a_grace_what_is_in_work_is_waited_for(runtime: Runtime, effects: Any) -> None:
+    open(effects.path + ".died", "w").close()
+    instances = runtime.submit_many(brittle, [{"log": effects.path} for _ in range(20)])
+    for instance in instances:
+        assert instance.result(timeout=PATIENT).success
+    began = time.monotonic()
+    runtime.stop()
+    assert time.monotonic() - began < PATIENT
+
+
+crashing: Workflow[Row] = Workflow("crashing")
+
+
+@crashing.stage
+def crash(context: Row) -> None:
+    if not os.path.exists(context["log"] + ".mended"):
+        os.abort()
+
+
+kept: Workflow[Row] = Workflow("kept").add_stage(crash)
+
+
+def test_the_pause_of_a_person_outlives_the_cluster_and_that_of_a_pool_does_not(
+    data: Path, effects: Any, eventually: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_pool, by_person = "stageflow.crashing.stage0", "stageflow.kept.stage0"
+    rows = [{"log": effects.path, "n": n} for n in range(30)]
+    runtime = Runtime(crashing, kept, data_dir=data).start()
+    instances = [*runtime.submit_many(crashing, rows), *runtime.submit_many(kept, rows)]
+    eventually(lambda: [q.state for q in runtime.queues() if q.name in (by_pool, by_person)] == ["paused"] * 2, "both")
+    runtime.pause(by_person)
+    runtime.stop(grace=0.0)
+    open(effects.path + ".mended", "w").close()
+    capsys.readouterr()
+    runtime = Runtime(crashing, kept, data_dir=data).start()
+    try:
+        for instance in instances[:30]:
+            assert str(runtime.instance(instance.id).result(timeout=PATIENT).status) in ("completed", "failed")
+        assert {q.name: q.state for q in runtime.queues() if q.state != "open"} == {by_person: "paused"}
+        runtime.resume(by_person)
+        for instance in instances[30:]:
+            assert str(runtime.instance(instance.id).result(timeout=PATIENT).status) in ("completed", "failed")
+    finally:
+        runtime.stop(grace=0.0)
+    told = [line for line in capsys.readouterr().err.splitlines() if "is paused and holds" in line]
+    assert len(told) == 1
+    assert f"queue {by_person} is paused" in told[0]

@@ -1,0 +1,177 @@
+"""The laws that the results and the effects of a run must obey, whatever has happened in it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from language_plans import Each, Pace, Part, Plan, Together, parts_of
+from virtual_deaths import DIED
+
+from stageflow_actors import WorkflowResult
+
+TIMED_OUT = "StageTimeout: "
+EARLY = 1e-6
+"""Seconds by which clocks may disagree that add up the same in another order."""
+
+
+class Effect(NamedTuple):
+    """What a handler has noted, and when, in seconds of virtual time."""
+
+    at: float
+    instance: str
+    word: str
+    what: tuple[object, ...]
+
+
+def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: int) -> None:
+    """Whatever happened to the instance: what its result says fits together.
+
+    `cancelled` is why it may have been, "" where it was not; `deaths` how many workers a message may end.
+    """
+    parts = {part.name: part for place in plan.places for part in parts_of(place)}
+    maps = {place.stage.name for place in plan.places if isinstance(place, Each)}
+    status = str(result.status)
+    assert status in {"completed", "failed", "compensated", "compensation_failed", "cancelled"}
+    assert status != "cancelled" or cancelled
+    told = [(one.stage_id, str(one.status)) for one in result.compensations]
+    assert len({name for name, _ in told}) == len(told), "each is compensated once"
+    failed = [name for name, end in told if end == "failed"]
+    stages = {stage.stage_id: stage for stage in result.stages}
+    if status == "completed":
+        assert told == []
+        assert result.error is None
+    else:
+        assert result.error is not None
+        due = {
+            name
+            for name, stage in stages.items()
+            if name in parts and parts[name].undone and str(stage.status) in ("completed", "compensated")
+        }
+        assert due - {name for name, _ in told} == set(), "what has completed is compensated"
+        assert {name for name, _ in told} - due <= maps, "and nothing else, but the items of a map that were done"
+        assert (status == "compensation_failed") == bool(failed)
+        assert status != "compensated" or told
+        assert status != "failed" or not told
+        order = [part.name for place in plan.places for part in parts_of(place)]
+        at = [order.index(name) for name, _ in told]
+        groups = [_place_of(plan, order[index]) for index in at]
+        assert groups == sorted(groups, reverse=True), "in reverse of completion"
+        if result.failed_stage is None:
+            assert re.fullmatch(cancelled, result.error), result.error
+        elif result.failed_stage in parts:
+            _is_reason(parts[result.failed_stage], result.error, cancelled)
+    for name, stage in stages.items():
+        if name not in parts:
+            continue
+        part = parts[name]
+        if str(stage.status) in ("completed", "compensated"):
+            if name not in maps:
+                assert stage.data in (part.result, None)
+                _tried_enough(part, stage.attempts, deaths)
+        elif stage.error is not None:
+            _is_reason(part, stage.error, cancelled)
+    for one in result.compensations:
+        if one.error is not None:
+            _is_reason(parts[one.stage_id], one.error, cancelled, undone=True)
+
+
+def _tried_enough(part: Part, attempts: int, deaths: int) -> None:
+    """Which attempt may have worked: none of those that fail, and none that nobody would have made."""
+    most = part.attempts if part.attempts > 1 else deaths
+    assert part.fails < attempts <= max(most, 1), f"{part.name} has worked in attempt {attempts}"
+
+
+def _is_reason(part: Part, error: str, cancelled: str, *, undone: bool = False) -> None:
+    """What is said of a failure is what has happened."""
+    inner = re.sub(r"^.*; the first was item \d+: ", "", error)
+    own = rf"ValueError: ({part.name} broke in attempt \d+|item \d+ broke)"
+    if undone:
+        own = rf"KeyError: 'no {part.name}'"
+    where = "a compensation of .*" if undone else rf"stage '{part.name}(\[item\])?'"
+    died = rf"{DIED}{where}: killed by SIGKILL.*"
+    late = rf"{TIMED_OUT}{where} ran longer than its timeout of .*"
+    needs = rf"(StageError: )?stage '{part.name}' needs .* to have completed"
+    over = "StageError: the instance was cancelled"
+    reasons = [own, died, late, needs, over, *([cancelled] if cancelled else [])]
+    assert any(re.fullmatch(reason, inner, re.DOTALL) for reason in reasons), f"{part.name} is said to fail by {error}"
+
+
+def _place_of(plan: Plan, name: str) -> tuple[int, int]:
+    for number, place in enumerate(plan.places):
+        for inner, part in enumerate(parts_of(place)):
+            if part.name == name:
+                return number, 0 if isinstance(place, (Together, Part, Each)) else inner
+    raise AssertionError(name)
+
+
+def not_hurried(
+    effects: Iterable[Effect], paces: Mapping[tuple[str, str], Pace], jumps: Sequence[tuple[float, float]]
+) -> None:
+    """No attempt begins before the time is up that its policy has asked for after the one before.
+
+    `paces` by (word, stage); `jumps` are (when, by how much) the clock was set: a broker that starts after it was set
+    ahead cannot know.
+    """
+    begun: dict[tuple[object, ...], float] = {}
+    for effect in effects:
+        if effect.word not in ("did", "undid"):
+            continue
+        name, attempt = str(effect.what[0]), int(str(effect.what[1]))
+        pace = paces.get((effect.word, name.partition("[")[0]))
+        before = begun.get((effect.instance, effect.word, name, attempt - 1))
+        if pace is not None and before is not None:
+            ahead = sum(by for at, by in jumps if before <= at <= effect.at and by > 0)
+            due = before + pace.after(attempt - 1) - ahead
+            told = f"attempt {attempt} at {name} of {effect.instance} began {effect.at - before:.3f} s after the last"
+            assert effect.at >= due - EARLY, told
+        begun[effect.instance, effect.word, name, attempt] = effect.at
+
+
+def paces_of(plan: Plan) -> dict[tuple[str, str], Pace]:
+    """By (word, stage): how long each waits before it is tried, or undone, once more."""
+    found = {}
+    for place in plan.places:
+        for part in parts_of(place):
+            if part.pace is not None and part.attempts > 1:
+                found["did", part.name] = part.pace
+            if part.undo_pace is not None and part.undo_attempts > 1:
+                found["undid", part.name] = part.undo_pace
+    return found
+
+
+def undone_backwards(effects: Iterable[Effect]) -> None:
+    """The items of a map are undone last one first; what is done again after a crash does not count."""
+    last: dict[tuple[object, ...], int] = {}
+    seen: set[tuple[object, ...]] = set()
+    runs: Counter[str] = Counter()
+    for effect in effects:
+        runs[effect.instance] += effect.word == "restarted"
+        if effect.word != "undid" or "[" not in str(effect.what[0]):
+            continue
+        name, _, number = str(effect.what[0]).rstrip("]").partition("[")
+        run = (effect.instance, runs[effect.instance], name, effect.what[1])
+        if (*run, number) in seen:
+            continue
+        seen.add((*run, number))
+        before = last.get(run)
+        assert before is None or int(number) < before, f"item {number} of {name} of {effect.instance} was undone late"
+        last[run] = int(number)
+
+
+def not_done_over(effects: Iterable[Effect]) -> None:
+    """What had completed when an instance was retried is not done again, unless it is restarted later."""
+    done: dict[str, set[object]] = {}
+    for effect in effects:
+        if effect.word == "retried":
+            done[effect.instance] = set(effect.what)
+        elif effect.word == "restarted":
+            done.pop(effect.instance, None)
+        elif effect.word == "did":
+            name = str(effect.what[0]).partition("[")[0]
+            assert name not in done.get(effect.instance, ()), f"{name} of {effect.instance} was done again by a retry"
+
+
+__all__ = ["Effect", "be_true", "not_done_over", "not_hurried", "paces_of", "undone_backwards"]

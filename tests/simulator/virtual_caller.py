@@ -1,0 +1,165 @@
+"""Somebody in the user's program who runs an instance once more: the production code of retry and restart.
+
+That code waits for answers, so it has a thread of its own, which hands control back while it waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from virtual_world import World
+
+from brokers.api import BrokerError
+from stageflow_actors.core.envelope import decode_outcome
+from stageflow_actors.core.plan import Naming
+from stageflow_actors.core.standing import status_of
+from stageflow_actors.core.status import WorkflowStatus
+from stageflow_actors.errors import InstanceNotFound, StageFlowError
+from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime import rerun
+from stageflow_actors.runtime.known import Known
+from stageflow_actors.runtime.refusals import in_our_words
+
+if TYPE_CHECKING:
+    from virtual_broker import VirtualClient
+    from virtual_processes import Job
+
+
+class Gone(BaseException):
+    """The program that made the call is gone."""
+
+
+class VirtualCaller:
+    """One call, of `restart` or else of `retry`. `done` is told what it raised, or None.
+
+    To that code it is the client, and its handle of the instance.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        client: VirtualClient,
+        job: Job,
+        rows: dict[str, HistoryRow],
+        *,
+        restart: bool,
+        requeued: Callable[[int], None],
+        done: Callable[[StageFlowError | None], None],
+    ) -> None:
+        self.id = job.id
+        self.dead = False
+        self._naming = Naming()
+        self._seen = 0
+        self._outcome: bytes | None = None
+        self._error: BaseException | None = None
+        self._parked = self._gone = False
+        self._event = threading.Event()
+        self._world, self._client, self._job, self._rows = world, client, job, rows
+        self._restart, self._requeued, self._done = restart, requeued, done
+        self._refused: StageFlowError | None = None
+        self._broken: BaseException | None = None
+        self._over = False
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._live, name=f"again {job.id}", daemon=True)
+        self._thread.start()
+        world.after(0.0, self._hand_over)
+
+    def die(self) -> None:
+        """Its program is gone."""
+        if self._over or self.dead:
+            return
+        self.dead = True
+        self._go.release()
+        self._thread.join()
+
+    # in its own thread
+
+    def _live(self) -> None:
+        self._go.acquire()
+        caller: Any = self
+        try:
+            if not self.dead:
+                if self._restart:
+                    rerun.restart(caller, caller, {})
+                else:
+                    rerun.retry(caller, caller, None)
+        except Gone:
+            pass
+        except StageFlowError as error:
+            self._refused = error
+        except BaseException as error:  # told of in the other thread
+            self._broken = error
+        self._over = True
+        self._back.release()
+
+    def _pass(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self._world.after(seconds, self._hand_over)
+        self._back.release()
+        self._go.acquire()
+        if self.dead:
+            raise Gone
+
+    def status(self) -> WorkflowStatus:
+        """As `Instance.status` of a handle that has heard nothing."""
+        group = self._lookup([self.id]).get(self.id)
+        if group is not None:
+            return status_of(group)
+        row = self._row(self.id)
+        if row is None:
+            raise InstanceNotFound(self.id)
+        return WorkflowStatus(decode_outcome(row.outcome).status)
+
+    def _ensure_watched(self) -> None:
+        """The program does that."""
+
+    def _port(self) -> VirtualClient:
+        return self._client
+
+    def _query(self, name: str, *args: Any) -> Any:
+        if name == "requeue":
+            self._requeued(args[1][0])
+        return self._await(self._client.query(name, *args))
+
+    def _await(self, future: Future[Any]) -> Any:
+        if not future.done():
+            future.add_done_callback(lambda done: self._world.after(0.0, self._hand_over))
+            self._pass(None)
+        try:
+            return future.result(0)
+        except BrokerError as error:
+            raise in_our_words(error) from None
+
+    def _lookup(self, ids: list[str]) -> dict[str, Any]:
+        answer = self._query("lookup", ids)
+        self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
+        groups: dict[str, Any] = answer["groups"]
+        return groups
+
+    def _row(self, instance_id: str) -> HistoryRow | None:
+        return self._rows.get(instance_id)
+
+    def _known_version(self, workflow_id: str, version: int) -> Known:
+        return self._job.known
+
+    # in the world's thread
+
+    def _hand_over(self) -> None:
+        if self.dead or self._over:
+            return
+        world = self._world
+        before, world.sleep = world.sleep, self._pass
+        self._go.release()
+        self._back.acquire()
+        world.sleep = before
+        if self._broken is not None:
+            raise self._broken
+        if self._over:
+            self._thread.join()
+            self._done(self._refused)
+
+
+__all__ = ["VirtualCaller"]

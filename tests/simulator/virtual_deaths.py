@@ -1,0 +1,119 @@
+"""Who has died while running what: the simulated node's own book of deaths, against which the broker's counts are held.
+
+Nothing here asks the broker: a worker's death is entered when it dies, and struck out where nobody may be charged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from brokers.api import DeliveryItem
+from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.plan import DEAD
+
+DIED = "WorkerDied: the worker died while running "
+
+
+class Death:
+    """One worker's death. `sure`: it must be charged, because the worker was in the middle of the message."""
+
+    __slots__ = ("group", "message_id", "sure")
+
+    def __init__(self, message_id: int, group: str, sure: bool) -> None:
+        self.message_id = message_id
+        self.group = group
+        self.sure = sure
+
+
+class Deaths:
+    """All deaths of a run. `most`: how many a message may cause. What contradicts the book is a crime.
+
+    `cursed`: how many of the workers that begin a message of an instance are to die of it.
+    """
+
+    def __init__(self, most: int, crimes: list[str]) -> None:
+        self.most = most
+        self.charged = 0
+        self.buried = 0
+        self.cursed: Counter[str] = Counter()
+        self._crimes = crimes
+        self._by_peer: dict[int, Death] = {}
+        self._possible: Counter[int] = Counter()
+        self._sure: Counter[int] = Counter()
+        self._confirmed: Counter[int] = Counter()
+        self._of_group: Counter[str] = Counter()
+
+    def died(self, peer: int, message_id: int, group: str, *, busy: bool) -> None:
+        """A worker has been killed by an accident, in the middle of a message or after it."""
+        self._by_peer[peer] = Death(message_id, group, busy)
+        self._possible[message_id] += 1
+        self._of_group[group] += 1
+        self._sure[message_id] += busy
+
+    def doubt(self, peer: int) -> None:
+        """That death need not be charged: whoever had to tell of it is gone, or had wanted it."""
+        death = self._by_peer.get(peer)
+        if death is not None and death.sure:
+            death.sure = False
+            self._sure[death.message_id] -= 1
+
+    def confirmed(self, peer: int, on_disk: Callable[[int], int | None]) -> None:
+        """The broker has said that it knows: then that is on disk, unless the message is no more."""
+        death = self._by_peer.pop(peer, None)
+        if death is None or not death.sure:
+            return
+        self.charged += 1
+        self._confirmed[death.message_id] += 1
+        count, most = on_disk(death.message_id), self._confirmed[death.message_id]
+        if count is not None and count < most:
+            self._crimes.append(f"message {death.message_id} has {count} deaths on disk, and {most} were confirmed")
+
+    def not_answered(self) -> None:
+        """The broker has ended. What it was told of and has not answered it is told again, and it may count it twice:
+        it keeps no account of which deaths it has counted."""
+        for death in self._by_peer.values():
+            self._possible[death.message_id] += 1
+            self._of_group[death.group] += 1
+
+    def forgive(self, message_id: int) -> None:
+        """It is to be tried anew."""
+        self._sure[message_id] = self._confirmed[message_id] = 0
+
+    def delivered(self, items: Sequence[DeliveryItem]) -> None:
+        """What a worker is told of the messages that it is given."""
+        for item in items:
+            deaths = 0 if item.extra is None else item.extra.deaths
+            least, most = self._sure[item.id], self._possible[item.id]
+            if not least <= deaths <= most:
+                between = str(most) if least == most else f"{least} to {most}"
+                self._crimes.append(f"message {item.id} comes with {deaths} deaths, and has caused {between}")
+            if deaths >= self.most and (item.extra is None or item.extra.cancelled is None):
+                self._crimes.append(f"message {item.id} is given to another worker after {deaths} deaths")
+
+    def reported(self, items: Sequence[DeliveryItem]) -> None:
+        """What the coordinator is told of those that have been given up."""
+        for item in items:
+            extra = item.extra
+            if extra is None or extra.label != DEAD:
+                continue
+            self.buried += 1
+            if extra.deaths < self.most or self._of_group[item.group] < self.most:
+                self._crimes.append(f"{item.group} is given up after {extra.deaths} deaths of {self.most}")
+            self.named(f"what became of {item.group}", extra.failure)
+
+    def parked(self, message_id: int, deaths: int, reason: bytes | None) -> None:
+        """A dead letter that lies in the broker because of deaths."""
+        if deaths < self.most or self._possible[message_id] < self.most:
+            caused = self._possible[message_id]
+            self._crimes.append(f"message {message_id} is a dead letter after {deaths} deaths, and has caused {caused}")
+        self.named(f"dead letter {message_id}", reason)
+
+    def named(self, what: str, reason: bytes | None) -> None:
+        """A reason that is told must say what has happened."""
+        failure = read_failure(reason)
+        if failure is None or failure.kind != "died" or not failure.message.startswith(DIED):
+            self._crimes.append(f"{what} does not say who died of it: {failure}")
+
+
+__all__ = ["DIED", "Deaths"]
