@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 SILENCE = 1.0
 """Seconds after which an unanswered hello is said again."""
 
+KNOCK_AGAIN = 0.3
+"""Seconds after which whoever was turned away comes again."""
+
+WATCHED_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
 LEAVE_TAKING = 0.05
 """Seconds between looks at whether all is confirmed, while closing."""
 
@@ -57,6 +62,7 @@ class ZmqClient(PeerClient):
         self._stopping = threading.Event()
         self._deadline = 0.0
         self._hello_due = float("inf")
+        self._turned_away = 0.0
         self._thread = threading.Thread(target=self._run, name=f"broker-io-{name or self.peer}", daemon=True)
         self._thread.start()
 
@@ -98,7 +104,7 @@ class ZmqClient(PeerClient):
         dealer.setsockopt(zmq.LINGER, 200)
         dealer.setsockopt(zmq.RECONNECT_IVL, 10)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        monitor = dealer.get_monitor_socket(WATCHED_EVENTS)
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -142,9 +148,15 @@ class ZmqClient(PeerClient):
             self._send_all()
 
     def _round(self, poller: zmq.Poller, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        if self._turned_away and time.monotonic() >= self._turned_away:
+            self._turned_away = 0.0
+            dealer.disconnect(self._address)
+            dealer.connect(self._address)
         self._sleeping = True
         # Between these lines another thread may lay a frame ready: it finds us asleep then, and wakes us.
         patience = 0.0 if self._outgoing else LEAVE_TAKING if self._stopping.is_set() else SILENCE / 2
+        if self._turned_away:
+            patience = min(patience, KNOCK_AGAIN)
         ready = dict(poller.poll(int(patience * 1000)))
         self._sleeping = False
         if not ready and patience and not self._is_sound():
@@ -173,6 +185,9 @@ class ZmqClient(PeerClient):
         if event == zmq.EVENT_CONNECTED:
             check_address(self._address, missing_ok=True)
             check_listener(descriptor)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            # There are as many as there may be; the transport does not try again by itself.
+            self._turned_away = time.monotonic() + KNOCK_AGAIN
         else:
             self.say_hello()
 

@@ -119,7 +119,7 @@ def _descriptors() -> int:
         except (OSError, ValueError):
             pass
     most = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MOST_DESCRIPTORS)
-    return max(most // 2, most - max(64, most // 8))
+    return most - most // 4
 
 
 def _warn(text: str) -> None:
