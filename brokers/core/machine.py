@@ -222,6 +222,8 @@ class Machine:
         if message is None or message.extra is None or message.extra.due != due or message.holder is not None:
             return
         message.extra.due = message.extra.due_wall = 0.0
+        # Whoever is given it now holds it, also after a restart with a clock that was set back meanwhile.
+        self.ledger.mark(message)
         message.queue.delayed -= 1
         message.queue.push(message)
         self.store.touched[message.queue] = None

@@ -36,7 +36,8 @@ class Place:
 class Extra:
     """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
 
-    `steps` are set by `Store.keep_steps`, which counts their bytes.
+    `steps` are set by `Store.keep_steps`, which counts their bytes. `killed` is the peer whose end it was last blamed
+    for, so that it is not blamed for that again when the news is told again.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class Extra:
         "expires_wall",
         "failure",
         "fresh",
+        "killed",
         "parked",
         "parked_wall",
         "parts",
@@ -63,6 +65,7 @@ class Extra:
         self.deaths = 0
         self.failure: bytes | None = None
         self.fresh = False
+        self.killed = 0
         self.steps: dict[str, bytes] | None = None
         self.step_bytes = 0
         self.parts: list[tuple[str, int]] | None = None

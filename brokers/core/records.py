@@ -91,6 +91,7 @@ class MessageState(Struct, array_like=True):
     parked_wall: float = 0.0
     evidence: bool = False
     reason: bytes | None = None
+    killed: int = 0
 
 
 class GroupState(Struct, array_like=True):
@@ -167,6 +168,7 @@ def message_state(message: Message) -> MessageState:
         extra.parked_wall,
         extra.evidence,
         extra.reason,
+        extra.killed,
     )
 
 

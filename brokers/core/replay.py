@@ -273,6 +273,7 @@ class Replay:
         extra.expires_wall = state.expires_wall
         extra.parked, extra.parked_wall = state.parked, state.parked_wall
         extra.evidence, extra.reason = state.evidence, state.reason
+        extra.killed = state.killed
         message.extra = extra
 
     def _forget(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:

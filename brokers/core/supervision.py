@@ -111,6 +111,8 @@ class Supervision:
             message = self._store.messages.get(id)
             if message is None or message.state() != READY:
                 continue
+            if message.extra is not None and message.extra.killed == death.peer:
+                continue  # the broker has ended before it could say that it knows
             if not self._leases.rostered or death.peer in message.queue.awaiting:
                 found.append(message)
         return found
@@ -121,7 +123,7 @@ class Supervision:
         extra = message.details()
         extra.deaths += death.charge
         extra.attempts += death.attempt
-        extra.failure, extra.fresh = death.failure, True
+        extra.failure, extra.fresh, extra.killed = death.failure, True, death.peer
         extra.expires = extra.expires_wall = 0.0
         most = message.queue.options.max_deaths
         if death.charge and most and extra.deaths >= most and not message.overtaken:

@@ -8,6 +8,7 @@ from brokerworld import Peer, World, assert_same, check_whole, picture
 
 from brokers.core import wire
 from brokers.core.machine import Limits
+from brokers.core.message import LEASED
 from brokers.core.queue import QueueOptions
 from brokers.core.wire import AGAIN, DONE, LEAVE, START, TERMINAL, WATCH, Arrival, PublishItem, SettleItem
 
@@ -345,3 +346,41 @@ def test_a_wall_clock_that_was_set_back_makes_no_delay_longer_than_it_was() -> N
     assert due - world.now <= 60.0
     (waiting,) = world.machine.store.queue("q").waiting()
     assert waiting.details().expires - world.now <= 30.0
+
+
+def test_a_death_that_is_told_again_after_a_restart_is_charged_once() -> None:
+    world = World(supervised=True)
+    supervisor, worker = world.peer(1, role="supervisor"), world.peer(2, consume={"q": 1}, role="worker")
+    supervisor.query("declare", [QueueOptions("q", 3)])
+    supervisor.query("roster", [])
+    supervisor.publish([("q", "a")], [(0, 1, "g", 1, START)], [b"1"])
+    ((id, _),) = worker.held.items()
+    death = (2, id, True, False, b"SIGSEGV")
+    supervisor.query("dead", *death)
+    world.pass_time(0.01)
+    told = supervisor.frame
+    assert world.machine.store.messages[id].extra.deaths == 1  # type: ignore[union-attr]
+    del world.peers[2]
+    world.restart()
+    supervisor.hello(next_frame=told)
+    world.round([(1, wire.QUERY, wire.encode((supervisor.epoch, told, "dead", death)), b"")])
+    world.pass_time(0.01)
+    extra = world.machine.store.messages[id].extra
+    assert extra is not None
+    assert (extra.deaths, extra.failure) == (1, b"SIGSEGV")
+    check_whole(world.machine)
+    assert_same(picture(world.recover(), clocks_agree=True), picture(world.machine, clocks_agree=True))
+
+
+def test_a_delayed_message_that_has_been_delivered_stays_its_holders_though_the_clock_is_set_back() -> None:
+    world = World()
+    peer = world.peer(1, consume={"q": 1})
+    peer.publish([("q", "a")], [(0, 1, "g", 1, START, 0, 5.0)], [b"1"])
+    world.pass_time(6.0)
+    ((id, item),) = peer.held.items()
+    world.wall -= 100
+    world.restart()
+    peer.hello()
+    assert list(peer.held) == [id]
+    assert world.machine.store.messages[id].state() == LEASED
+    assert peer.settle([], acks=[(id, item.lease, 0, "g")]) is None

@@ -69,7 +69,6 @@ class VirtualBroker:
         self.starts = 0
         self.disorder = disorder
         self.paused: dict[str, int] = {}
-        self.on_end: Callable[[], None] = lambda: None
         self._left = -1
         self._segment_bytes = segment_bytes
         self._inbox: list[Frame] = []
@@ -148,7 +147,6 @@ class VirtualBroker:
 
     def _end(self) -> None:
         self.engine = None
-        self.on_end()
         self._life += 1
         self._inbox.clear()
         self._due = float("inf")

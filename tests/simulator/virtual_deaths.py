@@ -69,13 +69,6 @@ class Deaths:
         if count is not None and count < most:
             self._crimes.append(f"message {death.message_id} has {count} deaths on disk, and {most} were confirmed")
 
-    def not_answered(self) -> None:
-        """The broker has ended. What it was told of and has not answered it is told again, and it may count it twice:
-        it keeps no account of which deaths it has counted."""
-        for death in self._by_peer.values():
-            self._possible[death.message_id] += 1
-            self._of_group[death.group] += 1
-
     def forgive(self, message_id: int) -> None:
         """It is to be tried anew."""
         self._sure[message_id] = self._confirmed[message_id] = 0
