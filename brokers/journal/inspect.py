@@ -104,8 +104,8 @@ def repair(
     a list of the names given up lies beside the copies, on disk before anything is cut. Stopped half-way it can be run
     again; what the first run gave up is in its own list then.
 
-    Raises JournalLocked while a broker runs, JournalFull without room for the copies (then nothing has been cut),
-    JournalVersion, and JournalError if there is no journal.
+    Raises JournalLocked while a broker runs, JournalFull without room for a copy (what has been cut by then has been
+    copied), JournalVersion, and JournalError if there is no journal.
     """
     files = _existing(files, directory)
     try:

@@ -223,6 +223,8 @@ def repair(yes: bool, data: Path) -> None:
         return
     copies = report.copies[0].parent
     click.echo(f"{report.file} at offset {report.offset}: {report.reason}; copies of what was touched are in {copies}")
+    if report.unreadable:
+        click.echo(f"{size(report.unreadable)} of it could not be read from the disk, and are zeros in the copies")
     names = report.names
     if not report.batches:
         click.echo("nothing whole was given up")

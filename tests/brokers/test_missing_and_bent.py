@@ -1,0 +1,132 @@
+"""What is missing at the front of a journal, makes no sense, or has changed on the disk is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.accounts import departures, offline, settlements
+from brokers.core import records, wire
+from brokers.core import store as store_module
+from brokers.core.wire import START
+from brokers.engine import Engine
+from brokers.errors import JournalCorrupt
+from brokers.journal.format import Record
+from brokers.journal.inspect import verify
+from brokers.journal.journal import Journal
+
+SEGMENT = 16 << 10
+
+
+class Life:
+    """A broker on a real directory, with one peer that publishes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.engine = Engine(journal_dir=directory, segment_bytes=SEGMENT)
+        self.frame = 0
+        hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
+        self.engine.round([(7, wire.HELLO, hello, b"")])
+
+    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
+        self.frame += 1
+        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        self.engine.round([(7, op, header, blob)])
+
+    def publish(self, count: int, size: int = 1000) -> None:
+        for _ in range(count):
+            group = f"g{self.frame}"
+            self.say(wire.PUBLISH, [("q", "a")], [(0, size, group, 1, START)], blob=bytes(size))
+
+    def compact(self) -> None:
+        self.say(wire.QUERY, "compact", (True,))
+        while self.engine.machine.compacting:
+            self.say(wire.QUERY, "compact", (False,))
+
+
+def segments(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.journal"))
+
+
+READERS: list[Callable[[Path], object]] = [
+    lambda path: Engine(journal_dir=path, segment_bytes=SEGMENT),
+    settlements,
+    offline,
+    lambda path: departures(path, ":finished", picture=True),
+]
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["as it grew", "after a compaction"])
+@pytest.mark.parametrize("read", READERS)
+def test_a_journal_whose_oldest_segments_are_missing_is_refused(
+    tmp_path: Path, compacted: bool, read: Callable[[Path], object]
+) -> None:
+    life = Life(tmp_path)
+    life.publish(60)
+    if compacted:
+        life.compact()
+        life.publish(60)
+    life.engine.close()
+    assert len(segments(tmp_path)) > 3
+    missing = segments(tmp_path)[0]
+    for path in segments(tmp_path)[:2]:
+        path.unlink()
+    with pytest.raises(JournalCorrupt, match="is missing") as caught:
+        read(tmp_path)
+    assert caught.value.file == missing.name
+
+
+def test_segments_that_were_given_back_are_not_missed(tmp_path: Path) -> None:
+    life = Life(tmp_path)
+    life.publish(60)
+    first = segments(tmp_path)[0]
+    life.compact()
+    life.publish(5)
+    life.engine.close()
+    assert first not in segments(tmp_path)
+    for read in READERS:
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(200, 1, 0, b"", b""),
+        Record(records.COPY, 1, 0, b"\xc1 no msgpack", b"body"),
+        Record(records.STARTED, 1, 0, wire.encode(1 << 40), b""),
+        Record(records.GROUP, 1 << 63, 0, wire.encode(("g", 1, None, False, "", None)), b""),
+        Record(records.KEPT_PUBLISH, 1, 7, wire.encode((1, 1, [], [(5, 1)])), b"x"),
+    ],
+    ids=["an unknown kind", "no msgpack", "an impossible epoch", "an impossible number", "a target that is not there"],
+)
+def test_a_record_that_makes_no_sense_is_refused_with_its_place(tmp_path: Path, record: Record) -> None:
+    life = Life(tmp_path)
+    life.publish(3)
+    life.engine.close()
+    journal = Journal.open(tmp_path, replay=lambda batch: None, segment_bytes=SEGMENT)
+    place = journal.commit([record], 1.0)
+    journal.close()
+    assert verify(tmp_path) == [], "its bytes are as they were written"
+    for read in READERS:
+        with pytest.raises(JournalCorrupt, match="cannot understand") as caught:
+            read(tmp_path)
+        assert (caught.value.file, caught.value.offset) == (segments(tmp_path)[-1].name, place.batch)
+
+
+def test_a_body_that_has_changed_on_the_disk_is_neither_delivered_nor_copied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "DEEP", 5)
+    life = Life(tmp_path)
+    life.publish(60)
+    path = segments(tmp_path)[1]
+    content = bytearray(path.read_bytes())
+    content[1_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(JournalCorrupt) as caught:
+        life.compact()
+    assert caught.value.file == path.name
+    assert path in segments(tmp_path), "what tells of it is still there"
+    assert [found.file for found in verify(tmp_path) if found.damage][:1] == [path.name]
