@@ -304,6 +304,110 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "epoch-lost-with-its-segment",
+        "the epoch is not stated anew before the segment goes that told of it",
+        (
+            (
+                "brokers/core/ledger.py",
+                "list(frames.items())))\n        self.keep_epoch()\n",
+                "list(frames.items())))\n",
+            ),
+        ),
+        ("tests/brokers/test_reclaim.py::test_epoch_and_frames_outlive_the_segments_that_told_of_them",),
+    ),
+    Mutant(
+        "frames-lost-with-their-segment",
+        "how far a peer has been heard is not stated anew before the segment goes that told of it",
+        (
+            (
+                "brokers/core/ledger.py",
+                "        self.record(records.SESSIONS, 0, records.encode(list(frames.items())))\n",
+                "",
+            ),
+        ),
+        ("tests/brokers/test_reclaim.py::test_frames_of_a_peer_that_said_nothing_since_are_remembered",),
+    ),
+    Mutant(
+        "missing-segments-not-missed",
+        "a journal begins with whatever segment is there",
+        (("brokers/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
+        (
+            (
+                "tests/brokers/test_missing_and_bent.py"
+                "::test_a_journal_whose_oldest_segments_are_missing_is_refused[engine-as it grew]"
+            ),
+        ),
+    ),
+    Mutant(
+        "body-not-checked",
+        "a body is read back without its batch being checked",
+        (
+            (
+                "brokers/journal/journal.py",
+                "        if wrong:\n            raise self._unreadable(segment, batch, wrong)\n",
+                "",
+            ),
+        ),
+        (
+            (
+                "tests/brokers/test_missing_and_bent.py"
+                "::test_a_body_that_has_changed_on_the_disk_is_neither_delivered_nor_copied_on"
+            ),
+        ),
+    ),
+    Mutant(
+        "steps-weigh-nothing",
+        "what messages keep of their steps is not thought of when space is given back",
+        (("brokers/reclaim.py", "store.live_bytes + store.step_bytes + store.fact_bytes", "store.live_bytes"),),
+        ("tests/brokers/test_reclaim.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
+    ),
+    Mutant(
+        "death-charged-twice",
+        "a death that is told again after a restart is charged again",
+        (
+            (
+                "brokers/core/supervision.py",
+                "message.extra is not None and message.extra.killed == death.peer:",
+                "message.extra is not None and message.extra.killed == -1:",
+            ),
+        ),
+        ("tests/brokers/test_replay_accidents.py::test_a_death_that_is_told_again_after_a_restart_is_charged_once",),
+    ),
+    Mutant(
+        "held-once-delayed",
+        "a delayed message that has been delivered is delayed again where the clock is set back",
+        (
+            (
+                "brokers/core/machine.py",
+                "        self.ledger.mark(message)\n        message.queue.delayed -= 1\n",
+                "        message.queue.delayed -= 1\n",
+            ),
+        ),
+        (
+            (
+                "tests/brokers/test_replay_accidents.py"
+                "::test_a_delayed_message_that_has_been_delivered_stays_its_holders_though_the_clock_is_set_back"
+            ),
+        ),
+    ),
+    Mutant(
+        "answers-without-end",
+        "a peer is answered though it has not read what it asked for before",
+        (
+            (
+                "brokers/core/machine.py",
+                "if op == wire.QUERY and session.unread > MOST_UNREAD:",
+                "if False:",
+            ),
+        ),
+        (
+            (
+                "tests/brokers/test_bounded_answers.py"
+                "::test_questions_wait_until_the_answers_before_have_been_read_and_are_answered_in_order"
+            ),
+        ),
+    ),
+    Mutant(
         "neighbours-charged",
         "everything that a dead worker held is charged with its death",
         (

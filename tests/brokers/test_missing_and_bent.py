@@ -59,7 +59,7 @@ READERS: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("compacted", [False, True], ids=["as it grew", "after a compaction"])
-@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("read", READERS, ids=["engine", "settlements", "offline", "departures"])
 def test_a_journal_whose_oldest_segments_are_missing_is_refused(
     tmp_path: Path, compacted: bool, read: Callable[[Path], object]
 ) -> None:

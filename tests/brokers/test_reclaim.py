@@ -302,3 +302,35 @@ def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pyte
     assert plant.dropped
     assert plant.largest < 20_000 + 3 * 5_100
     plant.check()
+
+
+def test_epoch_and_frames_outlive_the_segments_that_told_of_them() -> None:
+    """Leases are fenced by the one, and nothing that is sent again is taken twice because of the other."""
+    plant = Plant()
+    plant.start("g")
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 3
+    epoch, frame = plant.engine.machine.store.epoch, plant.frame
+    plant.engine.close()
+    plant.begin()
+    store_now = plant.engine.machine.store
+    assert store_now.epoch == epoch + 1
+    again = wire.encode((store_now.epoch, frame, [("q", "a")], [(0, 1, "again", 1, START)]))
+    hello = wire.encode((wire.PROTOCOL, "client", "", 1, frame, [], [], [], 2))
+    plant.engine.round([(7, wire.HELLO, hello, b""), (7, wire.PUBLISH, again, b"x")])
+    assert "again" not in store_now.groups
+
+
+def test_frames_of_a_peer_that_said_nothing_since_are_remembered() -> None:
+    plant = Plant()
+    header = wire.encode((plant.engine.machine.store.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
+    hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
+    plant.engine.round([(9, wire.HELLO, hello, b""), (9, wire.PUBLISH, header, b"x")])
+    plant.hear([])
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 3
+    plant.engine.close()
+    plant.begin()
+    assert plant.engine.machine.store.last_frames[9] == 1
