@@ -263,10 +263,7 @@ MUTANTS = (
                 ),
             ),
         ),
-        (
-            "tests/brokers/test_talk_accidents.py::test_an_answer_that_comes_with_the_welcome_counts",
-            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[answer-with-welcome]",
-        ),
+        ("tests/brokers/test_talk_accidents.py::test_an_answer_that_comes_with_the_welcome_counts",),
     ),
     Mutant(
         "greeting-for-each-frame",
@@ -300,7 +297,6 @@ MUTANTS = (
         ),
         (
             "tests/brokers/test_talk_accidents.py::test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk[True]",
-            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[watched-again]",
         ),
     ),
     Mutant(
