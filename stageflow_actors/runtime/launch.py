@@ -208,6 +208,7 @@ class NodeHandle:
             channel.close()
             if report is None and status < 0:
                 raise _Silent(f"the node process ended while it was starting ({describe_exit(status)})")
+            self._await_remains()  # they hold the directory, which may be opened again at once
             raise _error(report)
         reach("program.ready")
         self._channel = channel
