@@ -13,7 +13,7 @@ from brokers.core.message import Group, Message
 from brokers.core.queue import Queue
 from brokers.core.sessions import Session
 from brokers.core.store import Store
-from brokers.core.wire import MAX_NUMBER
+from brokers.core.wire import MAX_NUMBER, MOST_LISTED
 from brokers.errors import ProtocolError, Refused
 
 __all__ = ["DLQ", "Looking", "named"]
@@ -36,9 +36,6 @@ HEADS = 4
 
 ANSWER_BYTES = 64 << 20
 """Most bytes of bodies in one answer about groups; beyond them they are described without."""
-
-MOST_LISTED = 100_000
-"""Most groups of one answer."""
 
 SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""

@@ -40,6 +40,7 @@ __all__ = [
     "MAX_NAME",
     "MAX_PRIORITY",
     "MAX_TEXT",
+    "MOST_LISTED",
     "PROTOCOL",
     "PUBLISH",
     "PUSH_ONLY",
@@ -86,6 +87,9 @@ MAX_ITEMS = 1_000_000
 
 MAX_NAME = 1024
 """Most characters of any name: of a queue, a group, a gather and its slots, a label, a step."""
+
+MOST_LISTED = 100_000
+"""Most groups of one answer."""
 
 MAX_NUMBER = 1 << 62
 """Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""

@@ -36,9 +36,6 @@ LIVE = STATUSES[:5]
 SEARCHED = 10_000
 """Most live instances that are looked at when only some are wanted: the broker does nothing else meanwhile."""
 
-LISTED = 100_000
-"""Most live instances of one list; `stageflow instances export` gives all."""
-
 PAGE = 100
 
 COLUMNS = (
@@ -201,10 +198,12 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
     """Live instances, newest first."""
+    from brokers.api import MOST_LISTED
     from stageflow_actors.core.standing import status_of
 
     some = status is not None or workflow is not None
-    groups = attached.ask("groups", "", max(min(limit, LISTED), SEARCHED) if some else min(limit, LISTED), timeout=30.0)
+    most = min(limit, MOST_LISTED)  # `stageflow instances export` gives all
+    groups = attached.ask("groups", "", max(most, SEARCHED) if some else most, timeout=30.0)
     wanted = [group["id"] for group in groups if status is None or status_of(group) == status]
     yield from islice(_described(attached, wanted, None, workflow), limit)
 

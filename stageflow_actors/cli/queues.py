@@ -170,13 +170,10 @@ def pause(name: str, data: Path) -> None:
     stageflow queue pause stageflow.orders.stage1
     """
     from stageflow_actors.runtime.attach import attach
-    from stageflow_actors.runtime.intensity import PAUSED_FACT
+    from stageflow_actors.runtime.pausing import pause
 
     with attach(data, write=True) as attached:
-        attached.ask("pause", name)
-        # Its pool, had that paused it before, would open it at the next start.
-        if attached.ask("fact", PAUSED_FACT + name, None) == "yes":
-            attached.ask("fact", PAUSED_FACT + name, "no")
+        pause(attached.ask, name)
     click.echo(f"{name} is paused; `stageflow queue resume {name}` delivers again", err=True)
 
 

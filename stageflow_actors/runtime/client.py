@@ -43,9 +43,9 @@ from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.asking import STOPPED, Asking, no_text
 from stageflow_actors.runtime.feed import Callback, Feed
 from stageflow_actors.runtime.instance import Instance
-from stageflow_actors.runtime.intensity import PAUSED_FACT
 from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.mapping import Mapping, as_completed
+from stageflow_actors.runtime.pausing import pause
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
 from stageflow_actors.runtime.refusals import in_our_words
 
@@ -62,8 +62,6 @@ DRAIN_SECONDS = 0.25
 LOOKED_UP = 500
 """Instances asked after at once."""
 
-MOST_LISTED = 100_000
-"""Most live instances of one answer."""
 MOST_AT_ONCE = 10_000
 """Most contexts of one `submit_many`."""
 
@@ -198,7 +196,7 @@ class Client(Asking):
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
-            most = min(max(limit, 0), MOST_LISTED) if wanted is None and workflow_id is None else MOST_SEARCHED
+            most = min(max(limit, 0), port.MOST_LISTED) if wanted is None and workflow_id is None else MOST_SEARCHED
             for group in self._query("groups", "", most):
                 if len(found) >= limit:
                     break
@@ -240,10 +238,7 @@ class Client(Asking):
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from a queue until it is resumed; survives restarts."""
-        self._query("pause", queue)
-        # Its pool, had that paused it before, would open it at the next start.
-        if self._query("fact", PAUSED_FACT + queue, None) == "yes":
-            self._query("fact", PAUSED_FACT + queue, "no")
+        pause(self._query, queue)
 
     def resume(self, queue: str) -> None:
         """Deliver from a paused queue again."""

@@ -7,14 +7,11 @@ from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable
 
-__all__ = ["MOST", "PAUSED_FACT", "PERIOD", "Intensity"]
+__all__ = ["MOST", "PERIOD", "Intensity"]
 
 MOST = 20
 """Restarts within `PERIOD` seconds: far more than accidents make, far fewer than a loop of crashes does."""
 PERIOD = 60.0
-
-PAUSED_FACT = "paused-by-pool:"
-"""Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
 
 
 class Intensity:

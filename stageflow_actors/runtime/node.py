@@ -33,7 +33,7 @@ from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
-from stageflow_actors.runtime.intensity import PAUSED_FACT
+from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Retire, ScaleTo, Tick
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead

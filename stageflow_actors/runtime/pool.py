@@ -25,8 +25,8 @@ from brokers.client import new_peer
 from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import last_lines, write_failure
-from stageflow_actors.runtime.intensity import PAUSED_FACT
 from stageflow_actors.runtime.memory import memory_over
+from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import Kill, PooledWorker

@@ -182,7 +182,7 @@ def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeyp
 
 def test_no_more_groups_are_listed_than_one_answer_holds() -> None:
     peer = World().peer(1)
-    for limit in (-1, looking.MOST_LISTED + 1, 1 << 60):
+    for limit in (-1, wire.MOST_LISTED + 1, 1 << 60):
         assert "a limit from 0 to 100,000" in peer.query("groups", "", limit)["refused"]
 
 

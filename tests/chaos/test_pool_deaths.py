@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors.runtime import pool as pool_module
-from stageflow_actors.runtime.intensity import PAUSED_FACT
+from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Tick, ZygoteLost
 
 FACT = f"{PAUSED_FACT}q"

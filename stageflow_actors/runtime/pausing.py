@@ -1,0 +1,19 @@
+"""Whose pause it is: a person's outlives a restart, one by a pool whose workers died too fast does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["PAUSED_FACT", "pause"]
+
+PAUSED_FACT = "paused-by-pool:"
+"""Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
+
+
+def pause(ask: Callable[..., Any], queue: str) -> None:
+    """Pause a queue for a person; `ask` is how the broker is asked."""
+    ask("pause", queue)
+    # Its pool, had that paused it before, would open it at the next start.
+    if ask("fact", PAUSED_FACT + queue, None) == "yes":
+        ask("fact", PAUSED_FACT + queue, "no")
