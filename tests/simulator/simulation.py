@@ -22,7 +22,8 @@ from language_plans import Each, Maker, Plan, build, parts_of, signals_of
 from laws import Effect, be_true, not_done_over, not_hurried, paces_of, undone_backwards
 from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_recovered
 from virtual_deaths import Deaths
-from virtual_processes import NAMING, History, Job, VirtualNode, VirtualProgram, pool_module
+from virtual_node import NAMING, History, VirtualNode, pool_module
+from virtual_program import Job, VirtualProgram
 from virtual_world import World
 
 from brokers.core.message import PARKED

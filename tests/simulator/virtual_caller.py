@@ -25,7 +25,7 @@ from stageflow_actors.runtime.refusals import in_our_words
 
 if TYPE_CHECKING:
     from virtual_broker import VirtualClient
-    from virtual_processes import Job
+    from virtual_program import Job
 
 
 class Gone(BaseException):
