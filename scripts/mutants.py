@@ -235,7 +235,7 @@ MUTANTS = (
     Mutant(
         "recycled-taken-for-dead",
         "a worker that has done its share is charged like one that died",
-        (("stageflow_actors/runtime/pool.py", "status in (None, EXIT_RECYCLED) and", "status is None and"),),
+        (("stageflow_actors/runtime/pool_judge.py", "(status in (None, EXIT_RECYCLED) and", "(status is None and"),),
         (
             "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead",
             "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[recycled]",
@@ -418,13 +418,19 @@ MUTANTS = (
     Mutant(
         "deaths-never-forgotten",
         "deaths count in a row though messages were settled well in between",
-        (("stageflow_actors/runtime/pool.py", "        if settled:\n            self._deaths = 0\n", ""),),
+        (
+            (
+                "stageflow_actors/runtime/pool_judge.py",
+                "        if states[0].settled:\n            self._deaths = 0\n",
+                "",
+            ),
+        ),
         ("tests/chaos/test_pool_deaths.py::test_a_message_settled_well_makes_the_next_death_the_first_one_again",),
     ),
     Mutant(
         "failed-starts-never-forgotten",
         "failed starts count in a row though workers have worked in between",
-        (("stageflow_actors/runtime/pool.py", "        if started:\n            self._failed_starts = 0\n", ""),),
+        (("stageflow_actors/runtime/pool_judge.py", "        if started:\n            self._failed_starts = 0\n", ""),),
         (
             "tests/chaos/test_pool_deaths.py::test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again",
         ),
@@ -434,8 +440,8 @@ MUTANTS = (
         "a worker that dies again and again is started again at once",
         (
             (
-                "stageflow_actors/runtime/pool.py",
-                "        elif self._deaths > 1:\n            self._back_off(self._deaths - 1)\n",
+                "stageflow_actors/runtime/pool_judge.py",
+                "        if self._deaths > 1:\n            self.wait(self._deaths - 1, now)\n",
                 "",
             ),
         ),
@@ -446,8 +452,8 @@ MUTANTS = (
         "a queue that was resumed is still said to be paused by its pool",
         (
             (
-                "stageflow_actors/runtime/pool.py",
-                '            self._services.broker.query("fact", PAUSED_FACT + self._spec.queue, "no")\n',
+                "stageflow_actors/runtime/pausing.py",
+                '        self._broker.query("fact", PAUSED_FACT + self._queue, "no")\n',
                 "",
             ),
         ),

@@ -1,6 +1,6 @@
 """`Pool`: the workers of one queue — started, watched, replaced, scaled.
 
-What a death means is decided here from facts: the exit status, what the worker's lanes say it was running, and
+What a death means its `Judge` says from facts: the exit status, what the worker's lanes say it was running, and
 whether this pool killed it. Only what was running is charged, and the broker charges it only if the dead worker still
 held it. No user code runs here.
 """
@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,14 +24,14 @@ from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import last_lines, write_failure
 from stageflow_actors.runtime.memory import memory_over
-from stageflow_actors.runtime.pausing import PAUSED_FACT
+from stageflow_actors.runtime.pausing import PoolPause
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.pool_judge import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
-from stageflow_actors.runtime.processes import describe_exit, kill_group, wait_dead
+from stageflow_actors.runtime.processes import kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import SlotState
-from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
@@ -43,18 +41,8 @@ logger = logging.getLogger("stageflow.pool")
 LONG = 50_000_000
 """Nanoseconds after which a message in work is long: what its worker holds beyond it is recalled."""
 
-DEATHS_IN_A_ROW = 16
-"""Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
-each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
-
 LANES_A_TICK = 64
 """Lanes of one worker that are looked at in each tick, about."""
-
-REMEMBERED = 60_000_000_000
-"""Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
-
-CANCEL_GRACE = 1_000_000_000
-"""Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
 ASK_AGAIN = 50_000_000
 """Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
@@ -70,13 +58,6 @@ LONGEST_UNREPORTED = 15_000_000_000
 
 MEMORY_LOOK = 100_000_000
 """Nanoseconds between looks at the memory of workers that have a limit."""
-
-FAILED_STARTS = 10
-"""Workers that end before they begin anything, in a row, before the pool is paused."""
-
-BACK_OFF = 0.05
-LONGEST_BACK_OFF = 0.5
-"""Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
 
 
 class _Resumed:
@@ -95,18 +76,15 @@ class Pool(pykka.ThreadingActor):
         self._wanted = spec.actors
         self._workers: dict[str, PooledWorker] = {}
         self._serial = 0
-        self._deaths = 0
-        self._failed_starts = 0
-        self._not_before = 0.0
+        self._judge = Judge(services.oom_kills.claim)
+        self._pause = PoolPause(services.broker, spec.queue, services.notify)
         self._retiring = False
-        self._paused_at = 0.0
         self._ticks = 0
         self._memory_look = self._death_look = 0
-        self._last_death = ""
 
     def on_start(self) -> None:
-        """The first workers. A pause of a pool's own ends with the node it was made in: what ailed may be mended."""
-        self._lift_pause()
+        """The first workers."""
+        self._pause.lift()
         self._fill()
         self._say_whether_restless()
 
@@ -144,7 +122,7 @@ class Pool(pykka.ThreadingActor):
         # Who uses too much is also found out when it has just done its work.
         if (
             self._spec.max_memory
-            or self._paused_at
+            or self._pause.lasts
             or unsettled
             or any(w.cancelled or w.retiring or w.missed_at for w in self._workers.values())
         ):
@@ -160,7 +138,7 @@ class Pool(pykka.ThreadingActor):
     def _fill(self) -> None:
         while len(self._workers) < self._wanted:
             # Asked anew for each: one that cannot be started makes the next wait.
-            if self._retiring or self._paused_at or time.monotonic() < self._not_before:
+            if self._retiring or self._pause.lasts or time.monotonic() < self._judge.not_before:
                 return
             slot = self._services.take_slots(self._spec.concurrency)
             if slot is None:
@@ -171,7 +149,7 @@ class Pool(pykka.ThreadingActor):
                     self._wanted,
                     len(self._services.slots),
                 )
-                self._back_off(8)
+                self._judge.wait(8, time.monotonic())
                 return
             self._start(slot)
 
@@ -230,10 +208,7 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is not None:
             logger.error("pool %s: %s", self._spec.queue, event.reason)
-            self._bury(worker)
-            self._failed_starts += 1
-            self._back_off(self._failed_starts)  # no room for processes: at once is too soon
-            self._ended_idle(0)
+            self._carry_out(worker, self._judge.not_started(self._spec, time.monotonic()))
 
     # deaths
 
@@ -242,128 +217,37 @@ class Pool(pykka.ThreadingActor):
         if worker is None:
             return
         reach("pool.exit-seen")
-        self._judge(worker, event.status)
+        self._ended(worker, event.status)
         self._fill()
 
-    def _judge(self, worker: PooledWorker, status: int | None) -> None:
-        """What the end of a worker means. `status` is None where the zygote was not there to find it out."""
+    def _ended(self, worker: PooledWorker, status: int | None) -> None:
         states = [lane.read() for lane in worker.lanes]
-        settled = states[0].settled
-        started = any(state.started for state in states)
-        if settled:
-            self._deaths = 0
-        if started:
-            self._failed_starts = 0
-        # One that had ended by itself when the signal came is judged by how it did.
-        kill = worker.killed if status in (None, -signal.SIGKILL) else None
-        if kill is not None:
-            # Not what it had been done with before the signal came.
-            current = {state.message_id for state in states if state.started}
-            guilty = [id for id in kill.guilty if id in current]
-            self._bury(worker, guilty, kill.failure, charge=kill.charged)
-            if kill.charged and guilty:
-                self._last_death = "more memory than max_memory allows"
-                self._deaths += 1
-                self._died()
-            elif kill.charged and not started:
-                self._failed_starts += 1
-                self._ended_idle(status)
-        elif self._retiring or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
-            self._bury(worker)
-        elif started:
-            # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
-            suspects = [s for s in states if s.busy] or [s for s in states if s.started]
-            how = self._describe(status)
-            self._last_death = how
-            reason = f"WorkerDied: the worker died while running {self._what()}: {how}"
-            died = Failure("died", reason, "WorkerDied")
-            self._bury(worker, [state.message_id for state in suspects], died, charge=True)
-            self._deaths += 1
-            self._died()
-        else:
-            self._bury(worker)
-            self._failed_starts += 1
-            self._ended_idle(status)
+        verdict = self._judge.ended(
+            self._spec, states, status, killed=worker.killed, expected=self._retiring, now=time.monotonic()
+        )
+        self._carry_out(worker, verdict)
 
-    def _describe(self, status: int | None) -> str:
-        if status is None:
-            return "how is not known, for the zygote process did not report it"
-        return describe_exit(status, out_of_memory=self._out_of_memory(status))
+    def _carry_out(self, worker: PooledWorker, verdict: Verdict) -> None:
+        self._bury(worker, verdict)
+        if verdict.pause:
+            self._pause.begin(verdict.pause, time.monotonic())
 
-    def _out_of_memory(self, status: int) -> bool | None:
-        return self._services.oom_kills.claim() if status == -signal.SIGKILL else None
-
-    def _what(self) -> str:
-        spec = self._spec
-        return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"
-
-    def _bury(
-        self, worker: PooledWorker, guilty: Sequence[int] = (), failure: Failure | None = None, *, charge: bool = False
-    ) -> None:
-        """Tell the broker, which gives back what the worker held; those `guilty` among it alone carry the failure."""
+    def _bury(self, worker: PooledWorker, verdict: Verdict) -> None:
+        """Tell the broker, which gives back what the worker held; the guilty among it alone carry the failure."""
         services = self._services
+        guilty, failure = list(verdict.guilty), verdict.failure
         if worker.stderr is not None:
             said = last_lines(worker.stderr.finish())
             if said and failure is not None and failure.kind != "cancelled":
                 failure = structs.replace(failure, message=f"{failure.message}; the last on its stderr:\n{said}")
         data = b"" if failure is None or not guilty else write_failure(failure)
-        services.broker.query("dead", worker.peer, list(guilty), charge and bool(guilty), False, data)
+        services.broker.query("dead", worker.peer, guilty, verdict.charged and bool(guilty), False, data)
         services.live.pop(worker.peer, None)
         services.give_slots(worker.slot, len(worker.lanes))
         if worker.pidfd >= 0:
             os.close(worker.pidfd)
         del self._workers[worker.id]
         self._say_lanes()
-
-    def _died(self) -> None:
-        if self._deaths >= DEATHS_IN_A_ROW:
-            last = f" (the last: {self._last_death})"
-            self._pause(f"{self._deaths} of its workers died in a row while running {self._what()}{last}")
-        elif self._deaths > 1:
-            self._back_off(self._deaths - 1)
-
-    def _ended_idle(self, status: int | None) -> None:
-        if self._failed_starts >= FAILED_STARTS:
-            hint = " (its code or its services cannot be loaded)" if status == EXIT_UNLOADABLE else ""
-            if status == -signal.SIGKILL and self._spec.max_memory:
-                hint = f" (they need more than max_memory={self._spec.max_memory} to begin with)"
-            self._pause(f"{self._failed_starts} of its workers ended in a row before they did anything{hint}")
-        elif self._failed_starts > 1:
-            self._back_off(self._failed_starts - 1)
-
-    def _back_off(self, times: int) -> None:
-        """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
-        self._not_before = time.monotonic() + min(LONGEST_BACK_OFF, BACK_OFF * 2 ** min(times - 1, 8))
-
-    def _pause(self, why: str) -> None:
-        """Once: who dies of what it had begun before, or of a moment that a person has given it, changes nothing."""
-        if self._paused_at:
-            return
-        broker, queue = self._services.broker, self._spec.queue
-        self._paused_at = time.monotonic()
-
-        def seen(stats: Future[Any]) -> None:
-            if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
-                broker.query("fact", PAUSED_FACT + queue, "no")  # by a person, who shall end it too
-
-        before = broker.query("stats", queue)
-        broker.query("pause", queue)
-        broker.query("fact", PAUSED_FACT + queue, "yes")
-        before.add_done_callback(seen)
-        self._services.notify(
-            f"pool {queue} is paused: {why}; see the errors above, then resume it with "
-            f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
-        )
-
-    def _lift_pause(self) -> None:
-        broker, queue = self._services.broker, self._spec.queue
-
-        def heard(known: Future[Any]) -> None:
-            if known.exception() is None and known.result() == "yes":
-                broker.query("resume", queue)
-                broker.query("fact", PAUSED_FACT + queue, "no")
-
-        broker.query("fact", PAUSED_FACT + queue, None).add_done_callback(heard)
 
     # time
 
@@ -374,8 +258,7 @@ class Pool(pykka.ThreadingActor):
         if self._ticks % (1 + self._spec.concurrency // LANES_A_TICK) == 0:
             for worker in self._workers.values():
                 if worker.pidfd >= 0 and worker.killed is None:
-                    states = [lane.read() for lane in worker.lanes if lane.busy]
-                    running = [state for state in states if state.busy]
+                    running = worker.running()
                     if running:
                         self._look_at(worker, running, now)
         if now >= self._death_look:
@@ -384,8 +267,7 @@ class Pool(pykka.ThreadingActor):
         if self._spec.max_memory and now >= self._memory_look:
             self._memory_look = now + MEMORY_LOOK
             self._look_at_memory()
-        if self._paused_at and time.monotonic() - self._paused_at > 1.0:
-            self._look_whether_resumed()
+        self._pause.look(time.monotonic(), lambda: self.actor_ref.tell(_Resumed()))
         for worker in self._workers.values():
             if worker.retiring and now >= worker.ask_at:
                 self._ask_to_retire(worker)
@@ -396,15 +278,14 @@ class Pool(pykka.ThreadingActor):
     def _look_at(self, worker: PooledWorker, running: list[SlotState], now: int) -> None:
         """End a worker with a message past its time; recall what waits behind one that takes long."""
         if worker.cancelled:
-            self._remind(worker, now)
+            worker.remind(now)
             late = [state for state in running if now > worker.cancelled.get(state.message_id, now)]
             if late:
-                failure = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
-                self._kill(worker, late, failure)
+                self._kill(worker, late, CANCELLED)
                 return
         late = [state for state in running if state.overdue(now)]
         if late:
-            self._time_out(worker, late)
+            self._kill(worker, late, over_time(self._spec, late[0]))
             return
         oldest = min(running, key=lambda state: state.since_ns)
         if now - oldest.since_ns > LONG:
@@ -444,11 +325,7 @@ class Pool(pykka.ThreadingActor):
             states = [lane.read() for lane in worker.lanes]
             running = [state for state in states if state.busy]
             if running or not any(state.started for state in states):
-                reason = (
-                    f"WorkerDied: the worker was killed while running {self._what()}: "
-                    f"it used {used / 1e6:.0f} MB of memory, more than max_memory={limit}"
-                )
-                self._kill(worker, running, Failure("died", reason, "WorkerDied"), charged=True)
+                self._kill(worker, running, over_memory(self._spec, used), charged=True)
             elif not worker.retiring:
                 self._ask_to_retire(worker)
 
@@ -464,25 +341,7 @@ class Pool(pykka.ThreadingActor):
         """Let the handler know, and end it if it has not ended after a grace. Compensations are never cancelled."""
         for worker in self._workers.values():
             if worker.peer == event.peer and self._spec.kind != "compensation":
-                now = time.monotonic_ns()
-                worker.cancelled[event.message_id] = now + CANCEL_GRACE
-                self._remind(worker, now)
-
-    def _remind(self, worker: PooledWorker, now: int) -> None:
-        """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
-        for message_id, until in list(worker.cancelled.items()):
-            if now - until > REMEMBERED:
-                del worker.cancelled[message_id]
-        for lane in worker.lanes:
-            state = lane.read()
-            if state.message_id in worker.cancelled and not state.cancelled:
-                lane.cancel(state.message_id)
-
-    def _time_out(self, worker: PooledWorker, late: list[SlotState]) -> None:
-        reason = f"StageTimeout: {self._what()} ran longer than its timeout of {late[0].timeout_ns / 1e9:g} s"
-        if late[0].grace_ns:
-            reason += " and did not end when it was cancelled"
-        self._kill(worker, late, Failure("timeout", reason, "StageTimeout"))
+                worker.cancel(event.message_id, time.monotonic_ns())
 
     def _kill(self, worker: PooledWorker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
         if self._services.has_exited(worker.pidfd):
@@ -490,21 +349,9 @@ class Pool(pykka.ThreadingActor):
         worker.killed = Kill([state.message_id for state in guilty], failure, charged)
         kill_group(worker.pid, worker.pidfd)
 
-    def _look_whether_resumed(self) -> None:
-        self._paused_at = time.monotonic()
-        name, ref = self._spec.queue, self.actor_ref
-
-        def heard(future: Any) -> None:
-            if future.exception() is None and _state_in(future.result(), name) not in (None, "paused"):
-                ref.tell(_Resumed())
-
-        self._services.broker.query("stats", name).add_done_callback(heard)
-
     def _resumed(self) -> None:
-        if self._paused_at:
-            self._paused_at = self._not_before = 0.0
-            self._services.broker.query("fact", PAUSED_FACT + self._spec.queue, "no")
-            self._deaths = self._failed_starts = 0
+        if self._pause.end():
+            self._judge.forget()
             self._fill()
 
     # wishes
@@ -565,12 +412,7 @@ class Pool(pykka.ThreadingActor):
                 if not wait_dead(worker.pidfd, 5.0):
                     logger.error("pool %s: worker %d cannot be killed", self._spec.queue, worker.pid)
             if worker.forsaken:
-                self._judge(worker, None)
+                self._ended(worker, None)
             else:
-                self._bury(worker)
+                self._bury(worker, NOBODY)
         self._fill()
-
-
-def _state_in(stats: dict[str, Any], queue: str) -> str | None:
-    """The state of one queue in a broker's statistics."""
-    return next((found["state"] for found in stats["queues"] if found["name"] == queue), None)

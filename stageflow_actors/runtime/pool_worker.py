@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.slots import Slot, SlotState
 from stageflow_actors.runtime.stderr import WorkerStderr
 from stageflow_actors.runtime.zygote import Zygote
 
 __all__ = ["Kill", "PooledWorker"]
+
+REMEMBERED = 60_000_000_000
+"""Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
+
+CANCEL_GRACE = 1_000_000_000
+"""Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
 
 class Kill:
@@ -68,3 +74,24 @@ class PooledWorker:
         self.ask_at = 0
         self.missed_at = 0
         self.forsaken = False
+
+    def running(self) -> list[SlotState]:
+        """What its lanes are at."""
+        # Most are idle, and asking that costs less than reading all of a lane; it may have ended in between.
+        states = [lane.read() for lane in self.lanes if lane.busy]
+        return [state for state in states if state.busy]
+
+    def cancel(self, message_id: int, now: int) -> None:
+        """The instance of this message has been cancelled: its handler is told, and gets a grace (`now` in ns)."""
+        self.cancelled[message_id] = now + CANCEL_GRACE
+        self.remind(now)
+
+    def remind(self, now: int) -> None:
+        """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
+        for message_id, until in list(self.cancelled.items()):
+            if now - until > REMEMBERED:
+                del self.cancelled[message_id]
+        for lane in self.lanes:
+            state = lane.read()
+            if state.message_id in self.cancelled and not state.cancelled:
+                lane.cancel(state.message_id)

@@ -22,6 +22,7 @@ from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime import pool as pool_module
+from stageflow_actors.runtime import pool_judge
 from stageflow_actors.runtime.pool import Pool
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import PooledWorker
@@ -255,8 +256,8 @@ class Nursery:
 
     def pause(self) -> None:
         """As many deaths as it takes."""
-        for _ in range(pool_module.DEATHS_IN_A_ROW):
-            self.pool._not_before = 0.0
+        for _ in range(pool_judge.DEATHS_IN_A_ROW):
+            self.pool._judge.not_before = 0.0
             self.pool._fill()
             self.death()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stageflow_actors.runtime import pausing, pool_judge
 from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Tick, ZygoteLost
@@ -28,16 +29,16 @@ def test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not(alone: An
     assert len(alone.zygote.asked) == 2
     alone.death()
     assert len(alone.zygote.asked) == 2
-    assert time.monotonic() < alone.pool._not_before <= time.monotonic() + pool_module.BACK_OFF
-    alone.pool._not_before = 0.0
+    assert time.monotonic() < alone.pool._judge.not_before <= time.monotonic() + pool_judge.BACK_OFF
+    alone.pool._judge.not_before = 0.0
     alone.pool.on_receive(Tick())
     assert len(alone.zygote.asked) == 3
     alone.death()
-    assert alone.pool._not_before > time.monotonic() + pool_module.BACK_OFF, "longer each time"
+    assert alone.pool._judge.not_before > time.monotonic() + pool_judge.BACK_OFF, "longer each time"
 
 
 def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: Any) -> None:
-    for number in range(2 * pool_module.DEATHS_IN_A_ROW):
+    for number in range(2 * pool_judge.DEATHS_IN_A_ROW):
         alone.death(settled=1)
         assert len(alone.zygote.asked) == number + 2
     assert not alone.broker.paused
@@ -45,7 +46,7 @@ def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: 
 
 
 def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again(alone: Any) -> None:
-    for _ in range(pool_module.FAILED_STARTS):
+    for _ in range(pool_judge.FAILED_STARTS):
         alone.idle_end()
         alone.death(settled=1)
     assert not alone.broker.paused
@@ -55,8 +56,8 @@ def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_on
 
 
 def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
-    for _ in range(pool_module.FAILED_STARTS):
-        alone.pool._not_before = 0.0
+    for _ in range(pool_judge.FAILED_STARTS):
+        alone.pool._judge.not_before = 0.0
         alone.pool._fill()
         alone.idle_end()
     assert alone.broker.paused
@@ -68,7 +69,8 @@ def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_it
     assert alone.broker.facts[FACT] == "yes"
     before = len(alone.zygote.asked)
     alone.broker.paused = False
-    alone.pool._look_whether_resumed()
+    alone.pool._pause._looked_at -= 2 * pausing.LOOK
+    alone.pool.on_receive(Tick())
     alone.pool.on_receive(alone.pool.actor_inbox.get().message)
     assert alone.broker.facts[FACT] == "no", "or a pause of a person's would be lifted at the next start"
     assert len(alone.zygote.asked) == before + 1
@@ -81,7 +83,7 @@ def test_a_pool_says_once_that_it_is_paused_however_many_die_of_what_they_had_be
     many = nursery(actors=6)
     many.pool.on_start()
     ids = [many.birth(id) for id in list(many.zygote.asked)]
-    many.pool._deaths = pool_module.DEATHS_IN_A_ROW - 1
+    many.pool._judge._deaths = pool_judge.DEATHS_IN_A_ROW - 1
     for number, id in enumerate(ids):
         many.lane(id).begin(number, 0, time.monotonic_ns())
         many.end(id, -6)
@@ -94,7 +96,7 @@ def test_who_dies_just_after_a_person_has_resumed_the_queue_does_not_pause_it_ag
     two.pool.on_start()
     straggler = two.birth(two.zygote.asked[0])
     two.lane(straggler).begin(1, 0, time.monotonic_ns())
-    two.pool._deaths = pool_module.DEATHS_IN_A_ROW - 1
+    two.pool._judge._deaths = pool_judge.DEATHS_IN_A_ROW - 1
     two.death()
     assert two.broker.paused
     two.broker.query("resume", "q")

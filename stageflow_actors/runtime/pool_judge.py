@@ -1,0 +1,168 @@
+"""`Judge`: what the ends of one pool's workers mean — who is charged, when the next is started, when to stop trying.
+
+Facts go in (exit status, what the lanes said, whether the pool had killed the worker), verdicts come out, and the pool
+carries them out. No clock, no process and no broker here: `now` is handed in.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from stageflow_actors.core.envelope import Failure
+from stageflow_actors.runtime.pool_worker import Kill
+from stageflow_actors.runtime.processes import describe_exit
+from stageflow_actors.runtime.programs import PoolSpec
+from stageflow_actors.runtime.slots import SlotState
+from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
+
+__all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time"]
+
+DEATHS_IN_A_ROW = 16
+"""Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
+each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
+
+FAILED_STARTS = 10
+"""Workers that end before they begin anything, in a row, before the pool is paused."""
+
+BACK_OFF = 0.05
+LONGEST_BACK_OFF = 0.5
+"""Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
+
+CANCELLED = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
+"""Why a stage was killed that did not end when its instance had been cancelled."""
+
+
+class Verdict(Struct, frozen=True):
+    """`guilty`: the messages that carry `failure` from now on; `charged`: it counts as a death that they caused.
+    `pause`: why the pool is to stop trying; empty while it is not."""
+
+    guilty: Sequence[int] = ()
+    failure: Failure | None = None
+    charged: bool = False
+    pause: str = ""
+
+
+NOBODY = Verdict()
+"""Nobody is to blame, and nothing follows."""
+
+
+class Judge:
+    """Counts what happens in a row. `out_of_memory` claims one process that the kernel has killed for want of memory:
+    it is asked only about a death that it may explain, because each one explains no other.
+
+    `not_before`: when the next worker may be started (monotonic, seconds).
+    """
+
+    def __init__(self, out_of_memory: Callable[[], bool | None]) -> None:
+        self._out_of_memory = out_of_memory
+        self._deaths = 0
+        self._failed_starts = 0
+        self.not_before = 0.0
+
+    def ended(
+        self,
+        spec: PoolSpec,
+        states: Sequence[SlotState],
+        status: int | None,
+        *,
+        killed: Kill | None = None,
+        expected: bool = False,
+        now: float,
+    ) -> Verdict:
+        """A worker has ended. `status` is None where the zygote was not there to find it out; `states` are its lanes as
+        it left them, `killed` why its pool had killed it; `expected`: all workers of the pool are to end."""
+        started = any(state.started for state in states)
+        if states[0].settled:
+            self._deaths = 0
+        if started:
+            self._failed_starts = 0
+        # One that had ended by itself when the signal came is judged by how it did.
+        if killed is not None and status in (None, -signal.SIGKILL):
+            return self._was_killed(spec, states, status, killed, now)
+        if expected or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
+            return NOBODY
+        if not started:
+            return Verdict(pause=self._ended_idle(spec, status, now))
+        # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
+        suspects = [state for state in states if state.busy] or [state for state in states if state.started]
+        how = self._describe(status)
+        died = Failure("died", f"WorkerDied: the worker died while running {_what(spec)}: {how}", "WorkerDied")
+        return Verdict([state.message_id for state in suspects], died, True, self._died(spec, how, now))
+
+    def not_started(self, spec: PoolSpec, now: float) -> Verdict:
+        """There was no room for a worker's process: at once is too soon even for the first one more."""
+        self.wait(1, now)
+        return Verdict(pause=self._ended_idle(spec, 0, now))
+
+    def wait(self, times: int, now: float) -> None:
+        """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
+        self.not_before = now + min(LONGEST_BACK_OFF, BACK_OFF * 2 ** min(times - 1, 8))
+
+    def forget(self) -> None:
+        """The pool begins anew: whatever ailed it may have been mended."""
+        self._deaths = self._failed_starts = 0
+        self.not_before = 0.0
+
+    def _was_killed(
+        self, spec: PoolSpec, states: Sequence[SlotState], status: int | None, killed: Kill, now: float
+    ) -> Verdict:
+        # Not what it had been done with before the signal came.
+        current = {state.message_id for state in states if state.started}
+        guilty = [id for id in killed.guilty if id in current]
+        pause = ""
+        if killed.charged and guilty:
+            pause = self._died(spec, "more memory than max_memory allows", now)
+        elif killed.charged and not current:
+            pause = self._ended_idle(spec, status, now)
+        return Verdict(guilty, killed.failure, killed.charged, pause)
+
+    def _died(self, spec: PoolSpec, how: str, now: float) -> str:
+        """One more death in a row; why the pool is to be paused, if it is."""
+        self._deaths += 1
+        if self._deaths >= DEATHS_IN_A_ROW:
+            return f"{self._deaths} of its workers died in a row while running {_what(spec)} (the last: {how})"
+        if self._deaths > 1:
+            self.wait(self._deaths - 1, now)
+        return ""
+
+    def _ended_idle(self, spec: PoolSpec, status: int | None, now: float) -> str:
+        """One more that has begun nothing; why the pool is to be paused, if it is."""
+        self._failed_starts += 1
+        if self._failed_starts >= FAILED_STARTS:
+            hint = " (its code or its services cannot be loaded)" if status == EXIT_UNLOADABLE else ""
+            if status == -signal.SIGKILL and spec.max_memory:
+                hint = f" (they need more than max_memory={spec.max_memory} to begin with)"
+            return f"{self._failed_starts} of its workers ended in a row before they did anything{hint}"
+        if self._failed_starts > 1:
+            self.wait(self._failed_starts - 1, now)
+        return ""
+
+    def _describe(self, status: int | None) -> str:
+        if status is None:
+            return "how is not known, for the zygote process did not report it"
+        return describe_exit(status, out_of_memory=self._out_of_memory() if status == -signal.SIGKILL else None)
+
+
+def over_time(spec: PoolSpec, late: SlotState) -> Failure:
+    """Why a worker is killed whose message has run past its timeout."""
+    reason = f"StageTimeout: {_what(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
+    if late.grace_ns:
+        reason += " and did not end when it was cancelled"
+    return Failure("timeout", reason, "StageTimeout")
+
+
+def over_memory(spec: PoolSpec, used: int) -> Failure:
+    """Why a worker is killed that uses so many bytes of memory."""
+    return Failure(
+        "died",
+        f"WorkerDied: the worker was killed while running {_what(spec)}: "
+        f"it used {used / 1e6:.0f} MB of memory, more than max_memory={spec.max_memory}",
+        "WorkerDied",
+    )
+
+
+def _what(spec: PoolSpec) -> str:
+    return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"

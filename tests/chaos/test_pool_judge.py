@@ -1,0 +1,223 @@
+"""What the end of a worker means, by facts alone: no clock, no process, no broker."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from stageflow_actors.core.envelope import Failure
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.runtime.pool_judge import (
+    BACK_OFF,
+    DEATHS_IN_A_ROW,
+    FAILED_STARTS,
+    LONGEST_BACK_OFF,
+    NOBODY,
+    Judge,
+    Verdict,
+    over_memory,
+    over_time,
+)
+from stageflow_actors.runtime.pool_worker import Kill
+from stageflow_actors.runtime.programs import PoolSpec, Program
+from stageflow_actors.runtime.slots import SlotState
+from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
+
+NOW = 1_000.0
+LATE = Failure("timeout", "StageTimeout: too long", "StageTimeout")
+HUNGRY = Failure("died", "WorkerDied: too much", "WorkerDied")
+
+
+def spec(*, stage: str = "s", max_memory: int = 0) -> PoolSpec:
+    plan = compile_plan(Workflow("w").add_stage(lambda context: None, id="s"), Naming())
+    return PoolSpec("q", "w", stage, "stage", 1, {}, [Program(1, b"", plan)], max_memory=max_memory)
+
+
+def lane(message_id: int = 7, *, busy: bool = False, started: int = 0, settled: int = 0) -> SlotState:
+    return SlotState(message_id, 5 if busy else 0, 0, started or busy, 0, False, settled)
+
+
+IDLE = lane()
+BUSY = lane(busy=True)
+DONE = lane(started=3)
+
+
+class Court:
+    """A judge, the kernel's counter that it is given, and a verdict at `NOW`."""
+
+    def __init__(self) -> None:
+        self.claims = 0
+        self.judge = Judge(self.claim)
+
+    def claim(self) -> bool:
+        self.claims += 1
+        return True
+
+    def __call__(self, status: int | None, *states: SlotState, of: PoolSpec | None = None, **facts: Any) -> Verdict:
+        return self.judge.ended(of or spec(), states, status, now=NOW, **facts)
+
+    @property
+    def waits(self) -> float:
+        """Seconds before the next worker may be started."""
+        return max(0.0, self.judge.not_before - NOW)
+
+
+@pytest.fixture
+def court() -> Court:
+    return Court()
+
+
+GUILTY = [
+    ("a segmentation fault", -signal.SIGSEGV, [BUSY], [7]),
+    ("an exit of its own", 3, [BUSY], [7]),
+    ("an end that nobody saw", None, [BUSY], [7]),
+    ("after its handler had returned", -signal.SIGSEGV, [DONE], [7]),
+    ("only what runs, of several lanes", 1, [lane(1, busy=True), lane(2, started=1), lane(3)], [1]),
+    ("what began, where nothing runs", 1, [lane(1, started=1), lane(2, started=1), lane(3)], [1, 2]),
+    ("recycled in the middle of something", EXIT_RECYCLED, [BUSY], [7]),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "states", "guilty"), [case[1:] for case in GUILTY], ids=[case[0] for case in GUILTY]
+)
+def test_a_death_is_charged_to_what_was_running(
+    court: Court, status: int | None, states: list[SlotState], guilty: list[int]
+) -> None:
+    verdict = court(status, *states)
+    assert (verdict.guilty, verdict.charged, verdict.pause) == (guilty, True, "")
+    assert verdict.failure is not None
+    assert verdict.failure.kind == "died"
+    assert "while running stage 's'" in verdict.failure.message
+
+
+NOT_GUILTY = [
+    ("recycled", EXIT_RECYCLED, [DONE], False),
+    ("idle when its zygote went", None, [DONE], False),
+    ("all are to end", -signal.SIGKILL, [BUSY], True),
+    ("all are to end, and it had begun nothing", 1, [IDLE], True),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "states", "expected"), [case[1:] for case in NOT_GUILTY], ids=[case[0] for case in NOT_GUILTY]
+)
+def test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted(
+    court: Court, status: int | None, states: list[SlotState], expected: bool
+) -> None:
+    for _ in range(DEATHS_IN_A_ROW + FAILED_STARTS):
+        assert court(status, *states, expected=expected) == NOBODY
+    assert court.waits == 0
+
+
+def test_a_compensations_death_is_told_as_such(court: Court) -> None:
+    verdict = court(1, BUSY, of=spec(stage=""))
+    assert verdict.failure is not None
+    assert "while running a compensation of 'w': exit code 1" in verdict.failure.message
+
+
+def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(court: Court) -> None:
+    court(-signal.SIGSEGV, BUSY)
+    court(-signal.SIGKILL, IDLE)
+    court(-signal.SIGKILL, BUSY, expected=True)
+    court(-signal.SIGKILL, BUSY, killed=Kill([7], LATE, False))
+    assert court.claims == 0
+    verdict = court(-signal.SIGKILL, BUSY)
+    assert court.claims == 1
+    assert verdict.failure is not None
+    assert "out of memory: the kernel chose it" in verdict.failure.message
+
+
+@pytest.mark.parametrize("status", [-signal.SIGKILL, None])
+def test_a_killed_worker_is_judged_by_why_it_was_killed(court: Court, status: int | None) -> None:
+    assert court(status, BUSY, killed=Kill([7], LATE, False)) == Verdict([7], LATE)
+    assert court(status, BUSY, killed=Kill([7], LATE, False), expected=True) == Verdict([7], LATE)
+    assert court.waits == 0
+
+
+def test_a_killed_worker_that_had_ended_by_itself_is_judged_by_how_it_did(court: Court) -> None:
+    verdict = court(3, BUSY, killed=Kill([7], LATE, False))
+    assert verdict.charged
+    assert verdict.failure is not None
+    assert "exit code 3" in verdict.failure.message
+
+
+def test_what_a_killed_worker_had_been_done_with_before_the_signal_came_is_not_blamed(court: Court) -> None:
+    assert court(-signal.SIGKILL, lane(8, busy=True), killed=Kill([7], LATE, False)).guilty == []
+
+
+def test_kills_for_memory_count_as_deaths_in_a_row(court: Court) -> None:
+    verdicts = [court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True)) for _ in range(DEATHS_IN_A_ROW)]
+    assert all((v.guilty, v.failure, v.charged) == ([7], HUNGRY, True) for v in verdicts)
+    assert [bool(verdict.pause) for verdict in verdicts] == [False] * (DEATHS_IN_A_ROW - 1) + [True]
+    assert "(the last: more memory than max_memory allows)" in verdicts[-1].pause
+
+
+def test_workers_that_need_too_much_memory_to_begin_with_pause_the_pool_with_that_reason(court: Court) -> None:
+    for _ in range(FAILED_STARTS):
+        verdict = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
+    assert "(they need more than max_memory=5 to begin with)" in verdict.pause
+
+
+def test_the_first_restart_is_immediate_and_later_ones_wait_twice_as_long_each_up_to_a_limit(court: Court) -> None:
+    waits = []
+    for _ in range(7):
+        court(1, BUSY)
+        waits.append(court.waits)
+    assert waits == pytest.approx([0, BACK_OFF, 2 * BACK_OFF, 4 * BACK_OFF, 8 * BACK_OFF, *2 * [LONGEST_BACK_OFF]])
+
+
+def test_deaths_in_a_row_pause_the_pool_and_the_reason_names_the_last(court: Court) -> None:
+    for _ in range(DEATHS_IN_A_ROW - 1):
+        assert not court(1, BUSY).pause
+    pause = court(-signal.SIGABRT, BUSY).pause
+    assert pause == (
+        f"{DEATHS_IN_A_ROW} of its workers died in a row while running stage 's' (the last: killed by SIGABRT (abort))"
+    )
+
+
+def test_a_message_settled_well_begins_the_count_of_deaths_anew(court: Court) -> None:
+    for _ in range(3 * DEATHS_IN_A_ROW):
+        assert not court(1, lane(busy=True, settled=1)).pause
+    assert court.waits == 0
+
+
+def test_a_worker_that_has_begun_something_begins_the_count_of_failed_starts_anew(court: Court) -> None:
+    for _ in range(3):
+        for _ in range(FAILED_STARTS - 1):
+            assert not court(1, IDLE).pause
+        court(1, lane(busy=True, settled=1))
+    for _ in range(FAILED_STARTS):
+        pause = court(EXIT_UNLOADABLE, IDLE).pause
+    assert pause.endswith("ended in a row before they did anything (its code or its services cannot be loaded)")
+
+
+def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
+    assert court.judge.not_started(spec(), NOW) == NOBODY
+    assert court.waits == pytest.approx(BACK_OFF)
+    for _ in range(FAILED_STARTS - 1):
+        verdict = court.judge.not_started(spec(), NOW)
+    assert f"{FAILED_STARTS} of its workers ended in a row" in verdict.pause
+
+
+def test_what_is_forgotten_counts_no_more(court: Court) -> None:
+    for _ in range(DEATHS_IN_A_ROW - 1):
+        court(1, BUSY)
+    court.judge.forget()
+    assert court.judge.not_before == 0
+    assert not court(1, BUSY).pause
+    assert court.waits == 0
+
+
+def test_reasons_to_kill_name_stage_and_limit() -> None:
+    late = SlotState(7, 1, 2_500_000_000, 1, 0, False)
+    assert over_time(spec(), late).message == "StageTimeout: stage 's' ran longer than its timeout of 2.5 s"
+    graced = SlotState(7, 1, 2_500_000_000, 1, 0, False, 0, 1)
+    assert over_time(spec(), graced).message.endswith("of 2.5 s and did not end when it was cancelled")
+    assert over_memory(spec(max_memory=10**6), 3 * 10**6).message == (
+        "WorkerDied: the worker was killed while running stage 's': "
+        "it used 3 MB of memory, more than max_memory=1000000"
+    )
