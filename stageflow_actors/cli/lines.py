@@ -163,7 +163,8 @@ class Lines:
 
     def _line(self, context: dict[str, Any], number: int) -> Iterator[InputLine]:
         if self._key is None:
-            key = f"{self.name}:{number}"
+            # The name may be none that is text, as an id is.
+            key = f"{self.name.encode(errors='backslashreplace').decode()}:{number}"
         else:
             value = context.get(self._key)
             if value is None or value == "" or isinstance(value, (dict, list)):

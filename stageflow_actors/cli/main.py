@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -65,8 +66,8 @@ class _Text(click.ParamType[str, object]):
         return text
 
 
-_FILES = frozenset({"target_file"})
-"""Parameters that are text and name a file, which may have any name."""
+_FILES = frozenset({"target", "target_file"})
+"""Parameters that are text and name a file, or begin with the name of one, which may have any name."""
 
 
 def _take_text_only(command: click.Command) -> None:
@@ -83,6 +84,7 @@ _take_text_only(cli)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `stageflow` with these arguments (those of the process if None) and returns its exit code."""
+    _print_whatever_comes()
     try:
         code = cli.main(args=arguments, prog_name="stageflow", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -112,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except msgspec.MsgspecError as error:
         _say(f"stageflow: something stored cannot be read; was it written by a newer release? ({error})")
         return 1
+
+
+def _print_whatever_comes() -> None:
+    """What the terminal's encoding has no characters for is shown escaped, as on stderr: file names may be anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(text: str) -> None:

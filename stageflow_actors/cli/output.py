@@ -127,9 +127,16 @@ def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: s
 
 def print_json(value: Any) -> None:
     """Indented JSON of plain values."""
+    import json
+
     import orjson
 
-    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode())
+    try:
+        made = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str)
+    except TypeError:
+        # It names a file whose name is no UTF-8: escaped as this does it, Python and others get the very same name.
+        made = json.dumps(value, indent=2, default=str).encode()
+    click.echo(made)  # bytes: JSON is UTF-8 wherever it is printed
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

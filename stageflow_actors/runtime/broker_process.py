@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
@@ -11,8 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-
-import msgspec
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
@@ -128,7 +127,8 @@ class BrokerProcess:
     def _start_once(self) -> None:
         ready, said = os.pipe()
         try:
-            options = msgspec.json.encode({**self._options, "ready_fd": said}).decode()
+            # Not msgspec's JSON, which takes no file names that are not text.
+            options = json.dumps({**self._options, "ready_fd": said})
             process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, options, *sys.path],
                 stdin=subprocess.DEVNULL,
@@ -175,7 +175,7 @@ def _read_line(fd: int, timeout: float) -> dict[str, object] | None:
         if not chunk:
             return None
         data += chunk
-    report = msgspec.json.decode(data)
+    report = json.loads(data)
     assert isinstance(report, dict)
     return report
 

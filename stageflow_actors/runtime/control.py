@@ -22,9 +22,10 @@ _LENGTH = struct.Struct("<I")
 
 
 class NodeConfig(Struct, tag="start"):
-    """The first word to a node. `lock_fd` is the inherited lock of the data directory."""
+    """The first word to a node. `lock_fd` is the inherited lock of the data directory. Paths are bytes, as the system
+    has them: not every name of a file is text."""
 
-    data_dir: str
+    data_dir: bytes
     lock_fd: int
     program: int
     naming: Naming
@@ -35,8 +36,8 @@ class NodeConfig(Struct, tag="start"):
     max_message_bytes: int
     retention: float | None
     log_level: str
-    cwd: str
-    sys_path: list[str]
+    cwd: bytes
+    sys_path: list[bytes]
 
 
 class Register(Struct, tag="register"):
@@ -69,6 +70,10 @@ class Report(Struct, tag="report"):
     text: str = ""
     kind: str = ""
     fields: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        # It may name a file, and not every name of one can be sent as text.
+        self.text = self.text.encode(errors="backslashreplace").decode()
 
 
 Command = NodeConfig | Register | Scale | Stop

@@ -297,7 +297,10 @@ def _error(report: Report | None) -> StageFlowError:
         return BrokerUnavailable("the node process ended while it was starting; see stderr for its reason")
     known = getattr(errors, report.kind, None) or getattr(history_errors, report.kind, None)
     if known is errors.JournalCorrupt:
-        return errors.JournalCorrupt(report.text, file=report.fields.get("file"), offset=report.fields.get("offset"))
+        file = report.fields.get("file")
+        return errors.JournalCorrupt(
+            report.text, file=None if file is None else os.fsdecode(file), offset=report.fields.get("offset")
+        )
     if known is not None and isinstance(known, type) and issubclass(known, StageFlowError):
         made = known.__new__(known, report.text)
         made.args = (report.text,)

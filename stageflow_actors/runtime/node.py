@@ -139,7 +139,7 @@ class Node:
         self._config = config
         self._channel = channel
         self._program = program
-        self._data = DataDir(config.data_dir)
+        self._data = DataDir(os.fsdecode(config.data_dir))
         self._data.adopt(config.lock_fd)
         os.set_inheritable(config.lock_fd, False)
         self._directory: Path = runtime_dir(self._data.path)
@@ -244,7 +244,11 @@ class Node:
 
     def fail(self, error: StageFlowError) -> NoReturn:
         """Tell the program why there cannot be a cluster, and end."""
-        fields = {name: getattr(error, name, None) for name in ("file", "offset")}
+        file = getattr(error, "file", None)
+        fields = {
+            "file": None if file is None else os.fsencode(file),
+            "offset": getattr(error, "offset", None),
+        }
         _tell(self._channel, Report("failed", str(error), type(error).__name__, fields))
         self.abandon(1)
 
@@ -331,8 +335,8 @@ class Node:
             "stageflow_actors.runtime.worker:main",
             slots=self._slots,
             keep_fds=(config.lock_fd,),
-            sys_path=config.sys_path,
-            cwd=config.cwd,
+            sys_path=[os.fsdecode(entry) for entry in config.sys_path],
+            cwd=os.fsdecode(config.cwd),
         )
         zygote.start()
         self._zygote = zygote

@@ -96,7 +96,7 @@ class Runtime(Client):
             lock_fd = data.acquire(os.getpid())
             try:
                 config = NodeConfig(
-                    str(data.path),
+                    os.fsencode(data.path),
                     lock_fd,
                     os.getpid(),
                     self._naming,
@@ -107,7 +107,7 @@ class Runtime(Client):
                     self.config.max_message_bytes,
                     self.config.retention_seconds,
                     self.config.log_level.upper(),
-                    os.getcwd(),
+                    os.getcwdb(),
                     _import_path(),
                 )
                 node = NodeHandle(data, config, _say, self._fail)
@@ -295,9 +295,9 @@ def _owners(pools: list[PoolSpec], known: dict[str, str], naming: Naming) -> dic
     return owners
 
 
-def _import_path() -> list[str]:
+def _import_path() -> list[bytes]:
     """The program's import path for its children: '' means the working directory, which is theirs too."""
-    return [entry or os.getcwd() for entry in sys.path]
+    return [os.fsencode(entry or os.getcwd()) for entry in sys.path]
 
 
 def _say(text: str) -> None:

@@ -65,14 +65,15 @@ class ZygoteConfig(Struct):
     """What a zygote is started with. Descriptors are numbers in the zygote.
 
     `entry` is `module:function`, called in each worker with (payload, slot or None); what it returns is the exit
-    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start.
+    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start. Paths are bytes,
+    as the system has them: not every name of a file is text.
     """
 
     socket_fd: int
     node_pid: int
     entry: str
-    sys_path: list[str]
-    cwd: str | None
+    sys_path: list[bytes]
+    cwd: bytes | None
     preload: list[str]
     slots_fd: int = -1
     slot_count: int = 0
@@ -289,7 +290,7 @@ def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
     os.environ.update(given.env)
     if config.cwd is not None:
         os.chdir(config.cwd)
-    sys.path[:] = config.sys_path
+    sys.path[:] = [os.fsdecode(entry) for entry in config.sys_path]
     name_process("stageflow-work")
     module, _, function = config.entry.partition(":")
     payload = given.payload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,34 @@ from stageflow_actors.runtime.at_rest import steered
 from stageflow_actors.runtime.client import Client
 
 Said = tuple[int, str, str]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+FLOW = "from stageflow_actors import Workflow\nflow = Workflow('flow').add_stage(lambda order: 'ok', id='one')\n"
+LINE = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
 
 BAD = "\udcff"
 """What Python makes of the byte 0xff among the arguments."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs a command as a program of its own, with a stdout that takes nothing but UTF-8."""
+
+    def start(*words: object, cwd: Path = tmp_path, env: dict[str, str] | None = None) -> Any:
+        clean = {name: value for name, value in os.environ.items() if name != "STAGEFLOW_DATA"}
+        return subprocess.run(
+            [sys.executable, "-c", LINE, *map(str, words)],
+            cwd=cwd,
+            env={**clean, "PYTHONIOENCODING": "utf-8:strict", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=90,
+            check=False,
+        )
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -56,35 +82,64 @@ def test_the_bytes_themselves_are_refused_in_one_line(command: Callable[..., sub
     assert len(ran.stderr.splitlines()) == 1
 
 
-def test_a_data_directory_may_have_any_name(
-    command: Callable[..., subprocess.CompletedProcess[str]], filled: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("queue", "list"),
+        ("queue", "pause", "stageflow.orders.stage0"),
+        ("instances", "cancel", "i1"),
+        ("stats",),
+        ("journal", "verify"),
+        ("journal", "compact"),
+        ("doctor",),
+        ("doctor", "--output", "json"),
+    ],
+    ids=" ".join,
+)
+def test_a_data_directory_may_have_any_name(filled: Any, tmp_path: Path, run: Run, words: tuple[str, ...]) -> None:
     filled.start("i1", {})
+    filled.close().rename(tmp_path / f"any{BAD}")
+    ran = run(*words, "--data", f"any{BAD}")
+    assert (ran.returncode, "Traceback" in ran.stderr) == (0, False), ran.stderr
+    if "json" in words:
+        assert json.loads(ran.stdout)["data"] == str(tmp_path / f"any{BAD}"), "the very name, for programs"
+
+
+def test_a_damaged_journal_is_told_of_in_one_line_whatever_its_directory_is_called(
+    filled: Any, tmp_path: Path, run: Run
+) -> None:
+    for number in range(3):
+        filled.start(f"i{number}", {})
     place = tmp_path / f"any{BAD}"
     filled.close().rename(place)
-    ran = command("queue", "list", "--data", place)
-    assert ran.returncode == 0, ran.stderr
-    assert "stageflow.orders.stage0" in ran.stdout
+    (segment,) = (place / "journal").glob("*.journal")
+    content = bytearray(segment.read_bytes())
+    content[content.index(b"i0")] ^= 1
+    segment.write_bytes(content)
+    (tmp_path / "flows.py").write_text(FLOW)
+    for words in (("run", "flows.py:flow", "--input", "-"), ("queue", "list"), ("queue", "pause", "q")):
+        ran = run(*words, "--data", place)
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (1, 1), ran.stderr
+        assert "offset" in ran.stderr
 
 
-def test_files_of_orders_and_results_may_have_any_name(tmp_path: Path) -> None:
-    (tmp_path / "flows.py").write_text(
-        "from stageflow_actors import Workflow\nflow = Workflow('flow').add_stage(lambda order: 'ok', id='one')\n"
-    )
-    (tmp_path / f"orders{BAD}.jsonl").write_text('{"id": "A-1"}\n')
-    line = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
-    words = ["run", "flows.py:flow", "--input", f"orders{BAD}.jsonl", "--key", "id", "--results", f"out{BAD}.jsonl"]
-    ran = subprocess.run(
-        [sys.executable, "-c", line, *words, "--data", "data"],
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != "STAGEFLOW_DATA"},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+def test_directories_modules_orders_and_results_may_have_any_name(tmp_path: Path, run: Run) -> None:
+    home = tmp_path / f"home{BAD}"
+    home.mkdir()
+    (home / "flows.py").write_text(FLOW)
+    (home / f"orders{BAD}.jsonl").write_text('{"id": "A-1"}\n')
+    words = ["run", home / "flows.py:flow", "--input", f"orders{BAD}.jsonl", "--results", f"out{BAD}.jsonl"]
+    for state in ("1 done", "1 skipped"):
+        ran = run(*words, "--data", f"data{BAD}", cwd=home)
+        assert (ran.returncode, state in ran.stderr) == (0, True), ran.stderr
+    result = json.loads((home / f"out{BAD}.jsonl").read_text())
+    assert result["instance_id"] == r"orders\udcff.jsonl:1", "an id is text, and the same in each run"
+
+
+def test_a_table_is_printed_whatever_characters_the_terminal_knows(filled: Any, run: Run) -> None:
+    filled.start("Ünïcode→", {})
+    ran = run("instances", "list", "--data", filled.close(), env={"PYTHONIOENCODING": "latin-1:strict"})
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / f"out{BAD}.jsonl").read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize(
