@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from language_plans import Each, Pace, Part, Plan, Together, parts_of
 from virtual_deaths import DIED
+from virtual_waits import EXPIRED_TEXT
+from wider_plans import Ask, Wider
 
 from stageflow_actors import WorkflowResult
 
@@ -26,11 +28,20 @@ class Effect(NamedTuple):
     what: tuple[object, ...]
 
 
-def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: int) -> None:
+class Given(NamedTuple):
+    """What a stage has noted of its payload, and `kept`: which attempt at asking for it the context is of."""
+
+    stage: str
+    payload: Any
+    kept: Any
+
+
+def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: int, wider: Wider) -> None:
     """Whatever happened to the instance: what its result says fits together.
 
     `cancelled` is why it may have been, "" where it was not; `deaths` how many workers a message may end.
     """
+    told_by = _Reasons(cancelled, wider)
     parts = {part.name: part for place in plan.places for part in parts_of(place)}
     maps = {place.stage.name for place in plan.places if isinstance(place, Each)}
     status = str(result.status)
@@ -62,7 +73,7 @@ def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: 
         if result.failed_stage is None:
             assert re.fullmatch(cancelled, result.error), result.error
         elif result.failed_stage in parts:
-            _is_reason(parts[result.failed_stage], result.error, cancelled)
+            told_by.check(parts[result.failed_stage], result.error)
     for name, stage in stages.items():
         if name not in parts:
             continue
@@ -70,12 +81,12 @@ def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: 
         if str(stage.status) in ("completed", "compensated"):
             if name not in maps:
                 assert stage.data in (part.result, None)
-                _tried_enough(part, stage.attempts, deaths)
+                _tried_enough(part, stage.attempts, deaths * 2 - 1 if name in wider.asks else deaths)
         elif stage.error is not None:
-            _is_reason(part, stage.error, cancelled)
+            told_by.check(part, stage.error)
     for one in result.compensations:
         if one.error is not None:
-            _is_reason(parts[one.stage_id], one.error, cancelled, undone=True)
+            told_by.check(parts[one.stage_id], one.error, undone=True)
 
 
 def _tried_enough(part: Part, attempts: int, deaths: int) -> None:
@@ -84,19 +95,43 @@ def _tried_enough(part: Part, attempts: int, deaths: int) -> None:
     assert part.fails < attempts <= max(most, 1), f"{part.name} has worked in attempt {attempts}"
 
 
-def _is_reason(part: Part, error: str, cancelled: str, *, undone: bool = False) -> None:
-    """What is said of a failure is what has happened."""
-    inner = re.sub(r"^.*; the first was item \d+: ", "", error)
-    own = rf"ValueError: ({part.name} broke in attempt \d+|item \d+ broke)"
-    if undone:
-        own = rf"KeyError: 'no {part.name}'"
-    where = "a compensation of .*" if undone else rf"stage '{part.name}(\[item\])?'"
-    died = rf"{DIED}{where}: killed by SIGKILL.*"
-    late = rf"{TIMED_OUT}{where} ran longer than its timeout of .*"
-    needs = rf"(StageError: )?stage '{part.name}' needs .* to have completed"
-    over = "StageError: the instance was cancelled"
-    reasons = [own, died, late, needs, over, *([cancelled] if cancelled else [])]
-    assert any(re.fullmatch(reason, inner, re.DOTALL) for reason in reasons), f"{part.name} is said to fail by {error}"
+class _Reasons:
+    """What may be said of a failure: what has happened."""
+
+    def __init__(self, cancelled: str, wider: Wider) -> None:
+        self._cancelled = cancelled
+        self._wider = wider
+
+    def check(self, part: Part, error: str, *, undone: bool = False) -> None:
+        """Raise `AssertionError` where an error is none that the part, or undoing it, can have had."""
+        inner = re.sub(r"^.*; the first was item \d+: ", "", error)
+        if undone:
+            where = "a compensation of .*"
+            reasons = [rf"KeyError: 'no {part.name}'", *_ended(where)]
+        else:
+            where = rf"stage '{part.name}(\[item\])?'"
+            own = rf"ValueError: ({part.name} broke in attempt \d+|item \d+ broke)"
+            needs = rf"(StageError: )?stage '{part.name}' needs .* to have completed"
+            reasons = [own, needs, *_ended(where)]
+            if part.name in self._wider.ttls:
+                reasons.append(re.escape(EXPIRED_TEXT))
+            if part.name in self._wider.asks:
+                reasons += _unanswered(self._wider.asks[part.name], own, self._cancelled)
+        reasons += ["StageError: the instance was cancelled", *([self._cancelled] if self._cancelled else [])]
+        told = f"{part.name} is said to fail by {error}"
+        assert any(re.fullmatch(reason, inner, re.DOTALL) for reason in reasons), told
+
+
+def _ended(where: str) -> list[str]:
+    """How a worker may have been ended there."""
+    return [rf"{DIED}{where}: killed by SIGKILL.*", rf"{TIMED_OUT}{where} ran longer than its timeout of .*"]
+
+
+def _unanswered(ask: Ask, own: str, cancelled: str) -> list[str]:
+    """How a request may have failed."""
+    answers = [own, *_ended(rf"(stage|endpoint) '{ask.endpoint}'"), *([cancelled] if cancelled else [])]
+    late = rf"{TIMED_OUT}endpoint '(nobody|{ask.endpoint})' did not answer within .* s"
+    return [late, *(f"StageError: endpoint '{ask.endpoint}' answered with an error: ({answer})" for answer in answers)]
 
 
 def _place_of(plan: Plan, name: str) -> tuple[int, int]:
@@ -174,4 +209,52 @@ def not_done_over(effects: Iterable[Effect]) -> None:
             assert name not in done.get(effect.instance, ()), f"{name} of {effect.instance} was done again by a retry"
 
 
-__all__ = ["Effect", "be_true", "not_done_over", "not_hurried", "paces_of", "undone_backwards"]
+def expired_truly(
+    plan: Plan, result: WorkflowResult[Any], came_late: set[str], patient: set[str], *, excused: bool
+) -> None:
+    """What is said to have expired has come late, and what has come late is not as if it had not.
+
+    `excused`: a death, or a clock that was set, may have put something else in the place of that failure.
+    """
+    plain = {part.name for place in plan.places if not isinstance(place, Each) for part in parts_of(place)}
+    for stage in result.stages:
+        name, status = stage.stage_id, str(stage.status)
+        if name not in plain or result.status == "cancelled":
+            continue
+        if stage.error == EXPIRED_TEXT:
+            assert name in came_late, f"{name} is said to have expired, and came in time"
+        elif name in came_late and not excused:
+            told = f"a message of {name} came late, and it has {status} in attempt {stage.attempts} ({stage.error})"
+            ended = status == "failed" and str(stage.error).startswith(TIMED_OUT)
+            again = name in patient and (status == "skipped" or stage.attempts > 1)
+            assert ended or again, told
+
+
+def given_truly(instance: str, given: Given, giver: str | None) -> None:
+    """A stage is given the reply to what `giver` has asked, in the attempt that its context is of, and nothing else."""
+    told = f"{given.stage} of {instance} was given {given.payload} with a context of attempt {given.kept}, by {giver}"
+    if giver is None:
+        assert given.payload is None, told
+    else:
+        assert given.payload == [giver, instance, given.kept], told
+
+
+def served(effects: Iterable[Effect], answered: Iterable[tuple[str, str]]) -> None:
+    """An endpoint has worked for each (instance, stage) that was answered, and for nobody who had not asked."""
+    asked: set[tuple[str, object, object]] = set()
+    worked: set[tuple[str, object]] = set()
+    for effect in effects:
+        if effect.word == "did":
+            asked.add((effect.instance, effect.what[0], effect.what[1]))
+        elif effect.word == "served":
+            stage, attempt, at, _ = effect.what
+            told = f"{stage} of {effect.instance} was served in attempt {attempt}, which had not begun"
+            assert (effect.instance, stage, attempt) in asked, told
+            assert effect.at >= float(str(at)), told
+            worked.add((effect.instance, stage))
+    missing = set(answered) - worked
+    assert not missing, f"nobody has worked for {missing}"
+
+
+__all__ = ["Effect", "Given", "be_true", "expired_truly", "given_truly", "not_done_over", "not_hurried", "paces_of"]
+__all__ += ["served", "undone_backwards"]

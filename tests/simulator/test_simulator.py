@@ -35,12 +35,12 @@ def test_a_seed_is_one_run_and_no_other() -> None:
     assert first.world.happened != other.world.happened
 
 
-def test_the_seeds_bring_every_accident_and_every_end() -> None:
+def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
     accidents: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     for seed in range(200, 240):
         ran: Simulation = simulate(seed, wild=True)
-        accidents.update(line.partition("accident: ")[2] for line in ran.world.log if "accident: " in line)
+        accidents.update(ran.tally())
         ends.update(row.status for row in ran.history.rows.values())
         ends.update("parked" for job in ran.jobs if job.parked)
     assert set(accidents) == {
@@ -60,5 +60,9 @@ def test_the_seeds_bring_every_accident_and_every_end() -> None:
         "_scale",
         "_pause",
         "_run_again",
+        "an endpoint has worked",
+        "a reply was handed on",
+        "a reply was taken in",
+        "a message has expired",
     }
     assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

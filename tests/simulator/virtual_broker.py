@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from virtual_waits import Waits
 from virtual_world import Frame, Link, World
 
 from brokers import engine as engine_module
@@ -30,19 +31,34 @@ SILENCE = 0.5
 """Seconds without a welcome after which a peer says hello again."""
 
 
+GATHERED = "gathered: "
+
+
 class Accounts:
-    """How often each transition was accepted, by what is on disk: an oracle that is fed records, not asked."""
+    """How often each transition was accepted, by what is on disk: an oracle that is fed records, not asked.
+
+    What came together in a gather is told apart by `GATHERED` before its label. `waits` is told of new messages.
+    """
 
     def __init__(self) -> None:
         self.settled: Counter[tuple[str, int, str]] = Counter()
+        self.waits: Waits | None = None
         self._last = 0
         self._replay = Replay(Store(paging=True), on_settled=self._on_settled)
 
-    def take(self, batch: Batch) -> None:
-        """A batch that is on disk, each once, whoever says so."""
-        if batch.number > self._last:
-            self._last = batch.number
-            replay_batch(self._replay, batch)
+    def take(self, batch: Batch, *, recovered: bool = False) -> None:
+        """A batch that is on disk, each once, whoever says so; `recovered`: it is only known since a restart."""
+        if batch.number <= self._last:
+            return
+        self._last = batch.number
+        store = self._replay.store
+        first = store.next_id
+        replay_batch(self._replay, batch)
+        if self.waits is not None:
+            for id in range(first, store.next_id):
+                if id in store.messages:
+                    queue = store.messages[id].queue.name
+                    self.waits.published(id, queue, batch.wall, recovered=recovered)
 
     def deaths_of(self, message_id: int) -> int | None:
         """How many deaths a message has on disk; None where there is no such message."""
@@ -53,6 +69,8 @@ class Accounts:
 
     def _on_settled(self, message: Message | None, group_id: str, label: str) -> None:
         if message is not None:
+            if message.extra is not None and message.extra.parts is not None:
+                label = GATHERED + label
             self.settled["" if message.group is None else message.group.id, message.epoch, label] += 1
 
 
@@ -309,9 +327,10 @@ def tell_of_recovered(accounts: Accounts) -> Callable[[Replay, Batch], None]:
 
     def told(replay: Replay, batch: Batch) -> None:
         replay_batch(replay, batch)
-        accounts.take(batch)
+        accounts.take(batch, recovered=True)
 
     return told
 
 
-__all__ = ["Accounts", "VirtualBroker", "VirtualClient", "Waited", "disk_error", "engine_module", "tell_of_recovered"]
+__all__ = ["GATHERED", "Accounts", "VirtualBroker", "VirtualClient", "Waited", "disk_error", "engine_module"]
+__all__ += ["tell_of_recovered"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from brokers.api import DeliveryItem
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import DEAD
+from stageflow_actors.core.plan import DEAD, UNANSWERED
 
 DIED = "WorkerDied: the worker died while running "
 
@@ -51,6 +51,10 @@ class Deaths:
         self._of_group[group] += 1
         self._sure[message_id] += busy
 
+    def caused_by(self, group: str) -> int:
+        """How many workers have died while they had its messages."""
+        return self._of_group[group]
+
     def doubt(self, peer: int) -> None:
         """That death need not be charged: whoever had to tell of it is gone, or had wanted it."""
         death = self._by_peer.get(peer)
@@ -88,7 +92,7 @@ class Deaths:
         """What the coordinator is told of those that have been given up."""
         for item in items:
             extra = item.extra
-            if extra is None or extra.label != DEAD:
+            if extra is None or extra.label not in (DEAD, UNANSWERED):
                 continue
             self.buried += 1
             if extra.deaths < self.most or self._of_group[item.group] < self.most:

@@ -86,7 +86,7 @@ class _PausingSlot(Slot):
 
 
 class _WatchedMailbox(Mailbox):
-    """A mailbox; the book of deaths is shown what comes into it."""
+    """A mailbox; the books of deaths and of waits are shown what comes into it."""
 
     def __init__(self, queue: str, node: VirtualNode) -> None:
         super().__init__(queue)
@@ -98,6 +98,9 @@ class _WatchedMailbox(Mailbox):
         self.group_of.update((item.id, item.group) for item in items)
         self._node.deaths.delivered(items)
         self._node.broker.given(queue, items)
+        waits, client = self._node.broker.accounts.waits, self.broker
+        if waits is not None and isinstance(client, VirtualClient):
+            waits.delivered(queue, items, bodies, client.link.said_at)
         super().on_deliveries(queue, items, bodies)
 
 

@@ -107,7 +107,8 @@ class Link:
     """One connection. Frames arrive in order, after a while, or not at all: when it breaks, what is on its way is lost.
 
     Towards the broker `disorder` frames come twice, or after the next one: what the numbers in them are for.
-    `frozen_until`: the peer at the near end is stopped, and hears nothing before that.
+    `frozen_until`: the peer at the near end is stopped, and hears nothing before that. `said_at`: when the broker has
+    said what the peer is hearing.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Link:
         self.world = world
         self.broken = False
         self.closed = False
-        self.frozen_until = 0.0
+        self.frozen_until = self.said_at = 0.0
         self._up, self._down = up, down
         self._disorder = disorder
         self._generation = 0
@@ -145,7 +146,7 @@ class Link:
             return
         chance = self.world.random
         self._last_down = max(self.world.now + chance.expovariate(5_000), self._last_down)
-        self._carry_down(header, blob, self._last_down)
+        self._carry_down(header, blob, self._last_down, self.world.now)
 
     def lose(self) -> None:
         """What is on its way will not arrive."""
@@ -165,7 +166,7 @@ class Link:
 
         self.world.after(max(0.0, due - self.world.now), arrive)
 
-    def _carry_down(self, header: bytes, blob: bytes, due: float) -> None:
+    def _carry_down(self, header: bytes, blob: bytes, due: float, said_at: float) -> None:
         generation = self._generation
 
         def arrive() -> None:
@@ -174,8 +175,9 @@ class Link:
             if self.world.now < self.frozen_until:
                 # Behind all that came before, which waits likewise.
                 self._last_down = max(self._last_down, self.frozen_until)
-                self._carry_down(header, blob, self.frozen_until)
+                self._carry_down(header, blob, self.frozen_until, said_at)
             else:
+                self.said_at = said_at
                 self._down(header, blob)
 
         self.world.after(max(0.0, due - self.world.now), arrive)
