@@ -27,7 +27,7 @@ from virtual_node import NAMING, History, VirtualNode, pool_module
 from virtual_program import Job, VirtualProgram
 from virtual_waits import Waits
 from virtual_world import World
-from wider_plans import NOBODY, endpoints, nothing, widen, widen_workflow
+from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen_workflow
 
 from brokers.core.message import PARKED
 from stageflow_actors import Workflow
@@ -183,6 +183,8 @@ class Simulation:
         if self.wild:
             kinds += [self._kill_worker, self._kill_worker, self._curse, self._curse]
             kinds += [self._cancel, self._cancel, self._scale]
+            if self.wider.asks:
+                kinds += [self._curse_an_endpoint, self._curse_an_endpoint]
         span = chance.choice((0.2, 0.6, 2.0))
         for _ in range(chance.choice((0, 1, 4, 10, 25))):
             kind = chance.choice(kinds)
@@ -340,6 +342,11 @@ class Simulation:
         """What an instance comes to next ends its workers, some times."""
         job = self.world.random.choice(self.jobs)
         self.deaths.cursed[job.id] += self.world.random.randint(1, 4)
+
+    def _curse_an_endpoint(self) -> None:
+        """What it is asked next ends its workers, some times."""
+        queue = NAMING.endpoint(self.world.random.choice((PLAIN, PATIENT)))
+        self.deaths.cursed[queue] += self.world.random.randint(1, 4)
 
     def _cancel(self) -> None:
         under_way = [job for job in self.jobs if job.accepted and not job.over]

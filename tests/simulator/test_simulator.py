@@ -56,6 +56,7 @@ def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
         "_set_the_clock",
         "_kill_worker",
         "_curse",
+        "_curse_an_endpoint",
         "_cancel",
         "_scale",
         "_pause",

@@ -29,7 +29,7 @@ class Death:
 class Deaths:
     """All deaths of a run. `most`: how many a message may cause. What contradicts the book is a crime.
 
-    `cursed`: how many of the workers that begin a message of an instance are to die of it.
+    `cursed`: how many of the workers that begin a message of an instance, or of a queue, are to die of it.
     """
 
     def __init__(self, most: int, crimes: list[str]) -> None:

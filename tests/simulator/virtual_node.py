@@ -142,7 +142,7 @@ class VirtualWorker:
     def __init__(self, node: VirtualNode, worker_id: str, pid: int, payload: bytes, slot: int) -> None:
         given = msgspec.msgpack.decode(payload, type=WorkerPayload)
         self.world = node.world
-        self.id, self.pid = worker_id, pid
+        self.id, self.pid, self.queue = worker_id, pid, given.queue
         self.dead = self.busy = self.sentenced = False
         self.at = 0
         self.frozen_until = 0.0
@@ -186,9 +186,10 @@ class VirtualWorker:
 
     def suffer(self) -> None:
         """What it has begun may be its end, if not at once."""
-        cursed, group, at = self._node.deaths.cursed, self.mailbox.group_of[self.at], self.at
-        if cursed[group] > 0:
-            cursed[group] -= 1
+        cursed, at = self._node.deaths.cursed, self.at
+        curse = next((name for name in (self.mailbox.group_of[at], self.queue) if cursed[name] > 0), None)
+        if curse is not None:
+            cursed[curse] -= 1
             self.world.soon(0.004, lambda: self.die(-9) if self.busy and self.at == at else None)
 
     # in the worker's own thread

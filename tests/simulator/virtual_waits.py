@@ -69,28 +69,31 @@ class Waits:
             if late:
                 self.expired[item.group, item.epoch, queue] += 1
                 self._world.say(f"expired: message {item.id} of {item.group}")
+            tried = extra is not None and (extra.attempts or extra.deaths or extra.fresh)
             if wait is None:
-                self._crimes.append(f"message {item.id} of {item.group} was never seen on disk")
+                self._crime(item, "was never seen on disk")
             elif late:
                 self._not_early(item, wait, decided)
-            elif extra is None or not (extra.attempts or extra.deaths or extra.fresh):
+            elif not tried:
                 self._not_late(item, wait, decided, body)
 
     def _not_early(self, item: DeliveryItem, wait: Wait, decided: float) -> None:
         ahead = sum(by for at, by in self._world.jumps if by > 0 and (wait.recovered or wait.since <= at <= decided))
         waited = decided - wait.since + ahead
         if waited < wait.ttl - SLACK:
-            self._crimes.append(f"message {item.id} of {item.group} expired after {waited:.4f} s of {wait.ttl:g}")
+            self._crime(item, f"has expired after {waited:.4f} s of {wait.ttl:g}")
+        if item.extra is not None and (item.extra.attempts or item.extra.deaths):
+            self._crime(item, "has expired, and had begun to be tried")
 
     def _not_late(self, item: DeliveryItem, wait: Wait, decided: float, body: bytes) -> None:
         """One that begins to be tried; what asks again, and the first of a run after the first, never expires."""
         jumped = any(wait.recovered or wait.since <= at <= decided for at, _ in self._world.jumps)
         waited = decided - wait.since
-        if waited < wait.ttl + SLACK or jumped or item.epoch > 1 or decode_envelope(body).attempts:
-            return
-        self._crimes.append(
-            f"message {item.id} of {item.group} has waited {waited:.4f} s of {wait.ttl:g}, and is tried"
-        )
+        if waited > wait.ttl + SLACK and not jumped and item.epoch == 1 and not decode_envelope(body).attempts:
+            self._crime(item, f"is tried after a wait of {waited:.4f} s of {wait.ttl:g}")
+
+    def _crime(self, item: DeliveryItem, what: str) -> None:
+        self._crimes.append(f"message {item.id} of {item.group} {what}")
 
 
 __all__ = ["EXPIRED_TEXT", "Waits"]
