@@ -57,6 +57,7 @@ class Judgement:
             self._ended_well(job)
             self._given_truly(job)
         self._accepted_once()
+        self._items_once()
         self._replied_once()
         served(self.run.effects, self._answered())
         self._kept_for_good()
@@ -115,10 +116,15 @@ class Judgement:
             compare(plan, result, [tuple(map(str, effect.what)) for effect in mine if effect.word == "put back"])
 
     def _expired_truly(self, job: Job, epoch: int, result: WorkflowResult[Any]) -> None:
-        queues = {place.id: place.queue for place in job.known.plan.stages if place.ttl}
-        came_late = {name for name, queue in queues.items() if self.run.waits.expired[job.id, epoch, queue]}
-        excused = bool(self.run.world.jumps or self.run.deaths.caused_by(job.id))
-        expired_truly(self.run.plan_of(job), result, came_late, self.run.wider.patient, excused=excused)
+        # What has failed in an epoch that was cancelled, or retried, is told of in the next one.
+        came_late: dict[str, int] = {}
+        for place in job.known.plan.stages:
+            epochs = [at for at in range(epoch + 1) if self.run.waits.expired[job.id, at, place.queue]]
+            if place.ttl and epochs:
+                came_late[place.id] = epochs[-1]
+        excused = bool(self.run.world.jumps or self.run.deaths.caused_by(job.id) or self.run.stage_timeout)
+        lately = {name for name, at in came_late.items() if at == epoch and not excused}
+        expired_truly(self.run.plan_of(job), result, set(came_late), lately, self.run.wider.patient)
 
     def _given_truly(self, job: Job) -> None:
         """What each stage was handed is what the one before it has asked for, in the attempt that counts."""
@@ -148,6 +154,16 @@ class Judgement:
         for (id, epoch, label), count in self.run.broker.accounts.settled.items():
             if (id, label) in once or label.startswith("compensate:") or label == ":finished":
                 assert count == 1, f"{label} of {id} in epoch {epoch} was accepted {count} times"
+
+    def _items_once(self) -> None:
+        """Each item of a map is handed on once, and once more where the map is run again."""
+        settled, jobs = self.run.broker.accounts.settled, {job.id: job for job in self.run.jobs}
+        for id, epoch in {(id, epoch) for id, epoch, _ in settled if id in jobs}:
+            for place in self.run.plan_of(jobs[id]).places:
+                if isinstance(place, Each):
+                    count, most = settled[id, epoch, place.stage.name], 1 + len(place.items)
+                    told = f"{count} messages of {place.stage.name} of {id} in epoch {epoch}"
+                    assert count <= most * (1 + jobs[id].again), told
 
     def _replied_once(self) -> None:
         """Each message of a stage that asks is one request at most, and what came of it is taken in once at most."""

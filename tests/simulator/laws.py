@@ -210,11 +210,12 @@ def not_done_over(effects: Iterable[Effect]) -> None:
 
 
 def expired_truly(
-    plan: Plan, result: WorkflowResult[Any], came_late: set[str], patient: set[str], *, excused: bool
+    plan: Plan, result: WorkflowResult[Any], came_late: set[str], lately: set[str], patient: set[str]
 ) -> None:
-    """What is said to have expired has come late, and what has come late is not as if it had not.
+    """What is said to have expired has come late, and what came late is not as if it had not.
 
-    `excused`: a death, or a clock that was set, may have put something else in the place of that failure.
+    `lately`: in the run that the result is of, and nothing else can have been put in the place of that failure, as a
+    death, a timeout, or a clock that is set may do.
     """
     plain = {part.name for place in plan.places if not isinstance(place, Each) for part in parts_of(place)}
     for stage in result.stages:
@@ -223,11 +224,10 @@ def expired_truly(
             continue
         if stage.error == EXPIRED_TEXT:
             assert name in came_late, f"{name} is said to have expired, and came in time"
-        elif name in came_late and not excused:
+        elif name in lately:
             told = f"a message of {name} came late, and it has {status} in attempt {stage.attempts} ({stage.error})"
-            ended = status == "failed" and str(stage.error).startswith(TIMED_OUT)
-            again = name in patient and (status == "skipped" or stage.attempts > 1)
-            assert ended or again, told
+            assert name in patient, told
+            assert status == "skipped" or stage.attempts > 1, told
 
 
 def given_truly(instance: str, given: Given, giver: str | None) -> None:

@@ -59,9 +59,10 @@ class Simulation:
         maker = Maker(chance, paced=True)
         self.plans = {f"w{number}": maker.plan(longest=5) for number in range(chance.randint(1, 3))}
         options: dict[str, Any] = {"actors": chance.randint(1, 3), "max_tasks": chance.choice((None, 1, 4))}
+        self.stage_timeout: float | None = None
         self.at_most: float | None = chance.choice((None, None, 3600.0))
         if wild:
-            options["timeout"] = chance.choice((None, 0.2))
+            options["timeout"] = self.stage_timeout = chance.choice((None, 0.2))
             self.at_most = chance.choice((None, None, 0.1, 0.3, 1.0))
         workflows = self._defined(options)
         compiled = {name: compile_plan(workflow, NAMING) for name, workflow in workflows.items()}

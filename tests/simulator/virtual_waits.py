@@ -78,8 +78,12 @@ class Waits:
                 self._not_late(item, wait, decided, body)
 
     def _not_early(self, item: DeliveryItem, wait: Wait, decided: float) -> None:
-        ahead = sum(by for at, by in self._world.jumps if by > 0 and (wait.recovered or wait.since <= at <= decided))
-        waited = decided - wait.since + ahead
+        jumps = self._world.jumps
+        if wait.recovered:
+            astray = sum(abs(by) for _, by in jumps)
+        else:
+            astray = sum(by for at, by in jumps if by > 0 and wait.since <= at <= decided)
+        waited = decided - wait.since + astray
         if waited < wait.ttl - SLACK:
             self._crime(item, f"has expired after {waited:.4f} s of {wait.ttl:g}")
         if item.extra is not None and (item.extra.attempts or item.extra.deaths):
