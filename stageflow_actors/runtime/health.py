@@ -18,9 +18,8 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import Attached, attach
 from stageflow_actors.runtime.datadir import DataDir
-from stageflow_actors.runtime.processes import start_ticks
+from stageflow_actors.runtime.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
-from stageflow_actors.runtime.zygote import STOPPED
 from stageflow_actors.runtime.zygote_main import ZYGOTE_NAME
 
 __all__ = ["Fault", "examine"]
@@ -70,9 +69,9 @@ def _of_processes(node: int) -> list[Fault]:
     """The node, and the zygote below it: nothing that either is asked for happens while it is stopped."""
     try:
         process = psutil.Process(node)
-        faults = [Fault("node", f"process {node} is stopped")] if process.status() in STOPPED else []
+        faults = [Fault("node", f"process {node} is stopped")] if is_stopped(node) else []
         for child in process.children():
-            if child.name() == ZYGOTE_NAME and child.status() in STOPPED:
+            if child.name() == ZYGOTE_NAME and is_stopped(child.pid):
                 faults.append(Fault("zygote", f"process {child.pid} is stopped: it starts no workers"))
     except psutil.Error:
         return []  # it has just ended, which the next look finds

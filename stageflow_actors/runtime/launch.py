@@ -23,7 +23,8 @@ from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.datadir import DataDir
 from stageflow_actors.runtime.intensity import Intensity
-from stageflow_actors.runtime.processes import describe_exit, wait_dead
+from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
+from stageflow_actors.runtime.waiting import StopNotes, silent
 
 __all__ = ["NodeHandle"]
 
@@ -111,6 +112,7 @@ class NodeHandle:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it, and so does the
         grace when it has long been over: the node may be stopped, or wait for a broker that is."""
         deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN
+        notes = StopNotes(self._notice)
         try:
             reach("program.leaving")
             self._stopping.set()
@@ -123,6 +125,8 @@ class NodeHandle:
                 if deadline is not None and time.monotonic() >= deadline:
                     self._kill_late()
                     wait_dead(self._pidfd, None)
+                elif is_stopped(self.pid):  # else it says by itself what it waits for
+                    notes.wait_for(lambda: silent("the node", self.pid))
             if self._reap() != 0:
                 self._await_remains()
         except BaseException:
@@ -138,9 +142,14 @@ class NodeHandle:
     def kill(self) -> None:
         """End the cluster at once; its journal has all that counts."""
         self._stopping.set()
-        self._send(Stop(None, kill=True))
-        if self._process is not None and not wait_dead(self._pidfd, 3.0):
-            self._process.kill()
+        try:
+            self._send(Stop(None, kill=True))
+            if self._process is not None:
+                wait_dead(self._pidfd, 0.0 if is_stopped(self.pid) else 3.0)
+        finally:
+            # Also when Ctrl-C comes once more.
+            if self._process is not None:
+                self._process.kill()
         self._reap()
         try:
             self._await_remains()
@@ -275,6 +284,8 @@ class NodeHandle:
                 raise BrokerUnavailable(
                     f"the node process ended, and the processes {', '.join(map(str, left))} of its cluster outlived it"
                 )
+            for pid in left:
+                let_go_on(pid)  # one that is stopped does not see that it is to end
             time.sleep(0.01)
 
     def _reap(self) -> int:

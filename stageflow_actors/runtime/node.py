@@ -43,6 +43,7 @@ from stageflow_actors.runtime.stderr import StderrRelay
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.unserved import Unserved
+from stageflow_actors.runtime.waiting import StopNotes, in_work, silent
 from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
 
 __all__ = ["main"]
@@ -264,12 +265,15 @@ class Node:
         asked: Future[Any] = self._broker.query(name, *args)
         if deadline is not None:
             deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
+        late = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
                 return asked.result(STOP_POLL)
             except TimeoutError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
+                if time.monotonic() >= late:
+                    self._notes.wait_for(lambda: silent("the broker", self._broker_process.pid))
             self._round(0.0)
 
     def _reopened(self) -> set[str]:
@@ -419,6 +423,7 @@ class Node:
     def _stop(self, stop: Stop) -> NoReturn:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
         reach("node.stopping")
+        self._notes = StopNotes(lambda text: _tell(self._channel, Report("notice", text)))
         self._listener.holding_back = True
         answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
         self._supervisor.tell(Retire(True))
@@ -450,6 +455,7 @@ class Node:
                 # Of a queue that a new broker has not opened yet nobody knows what is in work.
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                     break
+                self._notes.wait_for(lambda: in_work(self._services.lanes, time.monotonic_ns()))
                 self._round(STOP_POLL)
         except TimeoutError:
             return False
@@ -472,6 +478,7 @@ class Node:
                 queues = self._ask_within(deadline if hurried else None, "stats", "")["queues"]
                 if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
                     break
+                self._notes.wait_for(lambda: "instances that have ended to be written to the history")
                 self._round(STOP_POLL)
         except TimeoutError:
             return False

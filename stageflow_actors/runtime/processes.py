@@ -19,8 +19,10 @@ __all__ = [
     "describe_exit",
     "end_now",
     "has_exited",
+    "is_stopped",
     "kill_group",
     "kill_groups",
+    "let_go_on",
     "name_process",
     "offer_for_oom",
     "parent_death_fd",
@@ -90,6 +92,24 @@ def wait_dead(pidfd: int, timeout: float | None) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0.0, timeout) * 1000))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether somebody has stopped the process (SIGSTOP, a debugger): it does nothing until it is let go on."""
+    return _stat(str(pid))[:1] in ([b"T"], [b"t"])
+
+
+def let_go_on(pid: int) -> None:
+    """Undoes SIGSTOP; nothing happens to a process that is not stopped."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return  # it has just ended
+    try:
+        if is_stopped(pid):
+            _send(pidfd, signal.SIGCONT)
+    finally:
+        os.close(pidfd)
 
 
 def kill_group(pid: int, pidfd: int) -> None:

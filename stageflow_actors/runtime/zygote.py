@@ -15,14 +15,13 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import psutil
 from msgspec import Struct
 
-from stageflow_actors.runtime.processes import describe_exit
+from stageflow_actors.runtime.processes import describe_exit, is_stopped
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.zygote_main import EXITED, FAILED, SPAWNED, WorkerInput, ZygoteConfig
 
-__all__ = ["STOPPED", "Event", "Exited", "SpawnFailed", "Spawned", "Zygote", "ZygoteGone", "describe_exit"]
+__all__ = ["Event", "Exited", "SpawnFailed", "Spawned", "Zygote", "ZygoteGone", "describe_exit"]
 
 PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.worker")
 """What every worker imports. None of these starts a thread or opens a socket when it is imported."""
@@ -34,9 +33,6 @@ sys.path[:] = sys.argv[2:]
 from stageflow_actors.runtime.zygote_main import main
 main(int(sys.argv[1]))
 """
-
-STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-"""States of a process that does nothing until somebody lets it go on."""
 
 _DATAGRAM = 65_536
 _REPORT = msgspec.msgpack.Decoder(tuple[int, str, int, int | str])
@@ -199,10 +195,7 @@ class Zygote:
 
     def is_stopped(self) -> bool:
         """Whether somebody has stopped the process (SIGSTOP, a debugger): it neither forks nor reports."""
-        try:
-            return psutil.Process(self.pid).status() in STOPPED
-        except psutil.Error:
-            return False
+        return is_stopped(self.pid)
 
     def kill(self) -> bool:
         """Ends the process, stopped or not, from any thread; `ZygoteGone` follows. False: it had ended already."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime import health, launch
+from stageflow_actors.runtime import health, launch, waiting
 from stageflow_actors.runtime.pool import UNREPORTED
+from stageflow_actors.runtime.slots import SlotTable
 
 Row = dict[str, Any]
 
@@ -213,3 +216,91 @@ def test_the_pause_of_a_person_outlives_the_cluster_and_that_of_a_pool_does_not(
     told = [line for line in capsys.readouterr().err.splitlines() if "is paused and holds" in line]
     assert len(told) == 1
     assert f"queue {by_person} is paused" in told[0]
+
+
+LEAVING = """
+import sys, time
+from stageflow_actors import Runtime, Workflow
+
+work = Workflow("work")
+
+@work.stage(timeout=600)
+def long(context):
+    with open(context["log"], "a") as file:
+        file.write("run 0\\n")
+    time.sleep(600)
+
+with Runtime(work, data_dir=sys.argv[1]) as runtime:
+    try:
+        runtime.execute(work, {"log": sys.argv[2]})
+    except KeyboardInterrupt:
+        print("leaving", file=sys.stderr, flush=True)
+        raise
+"""
+
+WAITS = {
+    "": "what is in work: stageflow.work.stage0 (1 message, for ",
+    "brokers": "the broker (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on",
+    "nodes": "the node (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on",
+    "nodes brokers zygotes": "the node (process {pid}), which is stopped",
+}
+
+
+@pytest.mark.parametrize("kinds", WAITS, ids=lambda kinds: kinds or "nothing stopped")
+def test_a_stop_says_what_it_waits_for_and_a_second_ctrl_c_ends_whatever_is_stopped(
+    launch: Any, cluster: Any, effects: Any, data: Path, eventually: Callable[..., Any], kinds: str
+) -> None:
+    program = launch(LEAVING, data, effects.path)
+    eventually(lambda: effects("run"), "work")
+    alive = cluster(program.pid)
+    stopped = [getattr(alive, kind)[0] for kind in kinds.split()]
+    for process in stopped:
+        process.suspend()
+    program.send_signal(signal.SIGINT)
+    said = next(line for line in program.stderr if "stopping waits for" in line)
+    assert WAITS[kinds].format(pid=stopped[0].pid if stopped else 0) in said
+    program.send_signal(signal.SIGINT)
+    assert program.wait(PATIENT) == -signal.SIGINT
+    assert "outlived" not in program.stderr.read()
+    assert alive.end_within(3.0) == []
+
+
+def test_a_zygote_that_is_stopped_does_not_outlive_a_cluster_that_is_ended_at_once(
+    launch: Any, cluster: Any, effects: Any, data: Path, eventually: Callable[..., Any]
+) -> None:
+    program = launch(LEAVING, data, effects.path)
+    eventually(lambda: effects("run"), "work")
+    alive = cluster(program.pid)
+    alive.zygotes[0].suspend()
+    program.send_signal(signal.SIGINT)
+    assert program.stderr.readline() == "leaving\n"
+    program.send_signal(signal.SIGINT)
+    assert program.wait(PATIENT) == -signal.SIGINT
+    assert alive.end_within(3.0) == []
+
+
+def test_what_a_stop_waits_for_is_said_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [100.0], []
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    notes = waiting.StopNotes(said.append)
+    for seconds in range(2 * int(waiting.AGAIN)):
+        now[0] = 100.0 + seconds
+        notes.wait_for(lambda: "" if now[0] < 110.0 else f"what it waits for at {now[0]:g}")
+    assert [line.split(";")[0] for line in said] == [
+        "stopping waits for what it waits for at 110",
+        "stopping waits for what it waits for at 170",
+    ]
+
+
+def test_what_is_in_work_is_named_by_queue_the_longest_first() -> None:
+    with contextlib.closing(SlotTable.create(10)) as slots:
+        lanes = [slots.lanes(number, 1) for number in range(10)]
+        assert waiting.in_work({"q": lanes[0]}, 0) == "what workers have not settled yet"
+        for number, (lane,) in enumerate(lanes):
+            lane.begin(number, 0, 90_000_000_000 - number * 1_000_000_000)
+        queues = {f"q{number}": lanes[number] for number in range(8)} | {"r": lanes[8] + lanes[9]}
+        words = waiting.in_work(queues, 100_000_000_000)
+    assert words == (
+        "what is in work: r (2 messages, for 19 s), q7 (1 message, for 17 s), q6 (1 message, for 16 s), "
+        "q5 (1 message, for 15 s), q4 (1 message, for 14 s) and 4 more queues"
+    )
