@@ -296,6 +296,7 @@ class Simulation:
         def again() -> None:
             if not done:
                 if self.program is not None:
+                    self.broker.paused.pop(queue, None)  # somebody may have paused it once more meanwhile
                     self.program.client.query("resume", queue).add_done_callback(resumed)
                 self.world.after(0.5, again)
 
