@@ -99,7 +99,7 @@ class Lines:
             try:
                 context = orjson.loads(text.strip())
             except orjson.JSONDecodeError as error:
-                self._pass_over(number, f"not valid JSON: {_json_reason(error)}")
+                self._pass_over(number, _not_utf8(text) or f"not valid JSON: {_json_reason(error)}")
                 continue
             if not isinstance(context, dict):
                 self._pass_over(number, f"must be a JSON object, not {_json_kind(context)}")
@@ -214,6 +214,17 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         raise click.UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         yield file
+
+
+def _not_utf8(text: bytes) -> str:
+    """Where a line is no UTF-8; empty where it is."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return (
+            f"not valid UTF-8: byte 0x{text[error.start]:02x} at column {error.start + 1}; is it in another encoding?"
+        )
+    return ""
 
 
 def _json_reason(error: ValueError) -> str:

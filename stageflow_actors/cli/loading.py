@@ -51,6 +51,8 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, cwd)
     if name.endswith(".py") or os.sep in name:
         return _from_path(Path(name))
+    if name.startswith("."):
+        raise click.UsageError(f"{name!r} is no module: write a path as in ./orders.py:orders, or orders:orders")
     try:
         return _import(name)
     except ModuleNotFoundError as error:

@@ -9,11 +9,24 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["DEFAULT_DATA", "confirmed", "data_option", "output_option"]
+__all__ = ["DATA_PATH", "DEFAULT_DATA", "confirmed", "data_option", "output_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_DATA = "stageflow-data"
+
+
+class _DataPath(click.Path):
+    """A directory that is there or can be made. An empty name, as of a variable that is not set, would be the working
+    directory, which is filled, or with --fresh set aside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty: name a directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+DATA_PATH = _DataPath(file_okay=False, path_type=Path)
 
 
 def data_option(command: F) -> F:
@@ -25,7 +38,7 @@ def data_option(command: F) -> F:
         show_default=True,
         show_envvar=True,
         metavar="DIR",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=DATA_PATH,
         help="The data directory of the cluster.",
     )(command)
 

@@ -1,6 +1,7 @@
 """The results of `stageflow run`: how each instance ended, counted for the summary and written for `--results`.
 
 The file appears under its name complete or not at all: it grows beside it, as NAME.part, and is renamed at the end.
+What is no regular file (a pipe, a device) is written to as it is: to rename over it would take it away.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import stat
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import click
 if TYPE_CHECKING:
     from stageflow_actors.core.result import WorkflowResult
 
-__all__ = ["ResultsFile", "Tally"]
+__all__ = ["ResultsFile", "Tally", "is_special"]
 
 
 class Tally:
@@ -67,13 +69,18 @@ class ResultsFile:
         self._file: IO[bytes]
         self._path: Path | None = None
         self._empty = True
-        self._kept = False
+        self._kept = self._special = False
         if path == "-":
             if sys.stdout is None:
                 raise click.UsageError("--results - is standard output, which is closed")
             self._file = sys.stdout.buffer
             return
-        self._path = Path(path)
+        self._special = is_special(path)
+        if self._special:
+            self._file = _written(path, path)
+            return
+        # Of a link, /dev/stdout for one, the file behind it is meant.
+        self._path = Path(os.path.realpath(path) if os.path.islink(path) else path)
         if self._path.is_dir():
             raise click.UsageError(f"--results {path} is a directory; name a file in it")
         # One name for all runs: what a killed one leaves behind is written over by the next.
@@ -81,10 +88,7 @@ class ResultsFile:
         for each in (self._path, self._part):
             if _is_input(each, source):
                 raise click.UsageError(f"--results {path} would write over the input {each}: name another file")
-        try:
-            self._file = open(self._part, "wb")  # noqa: SIM115 - open for the whole run
-        except OSError as error:
-            raise click.UsageError(f"--results {path} cannot be written: {error.strerror}") from None
+        self._file = _written(self._part, path)
 
     def write(self, result: WorkflowResult[Any], context: Any) -> None:
         """One more line; `context` in plain values."""
@@ -125,6 +129,25 @@ class ResultsFile:
         if self._path is not None and not self._kept:
             self._file.close()
             self._part.unlink(missing_ok=True)
+        elif self._special:
+            with suppress(OSError):  # what it could not take is told of already
+                self._file.close()
+
+
+def is_special(path: str) -> bool:
+    """Whether there is something of that name which is neither a regular file nor a directory."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _written(path: Path | str, named: str) -> IO[bytes]:
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise click.UsageError(f"--results {named} cannot be written: {error.strerror}") from None
 
 
 def _is_input(path: Path, source: str) -> bool:

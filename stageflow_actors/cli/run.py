@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import DEFAULT_DATA
+from stageflow_actors.cli.options import DATA_PATH, DEFAULT_DATA
 from stageflow_actors.cli.output import span
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ TOLD = 20
     default=None,
     show_envvar=True,
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=DATA_PATH,
     help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
 )
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", help="How the summary is printed.")
@@ -92,7 +92,9 @@ def run(
     runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
     if data is not None:
         runtime.data_dir = data
-    workflow = found if isinstance(found, Workflow) else _workflow_of(runtime, target, workflow_id)
+    workflow = _workflow_of(runtime, target, workflow_id)
+    if key == "":
+        raise click.UsageError("--key is empty: name the field that holds the instance's id")
     file = ResultsFile(target_file, source) if target_file is not None else None
     try:
         prepared = _Run(runtime, workflow, source, key, file, retry_failed, output)
@@ -271,7 +273,9 @@ def _workflow_of(runtime: Runtime, target: str, workflow_id: str | None) -> Work
     workflows = {workflow.id: workflow for workflow in runtime.workflows}
     if workflow_id is None and len(workflows) == 1:
         return next(iter(workflows.values()))
-    names = ", ".join(workflows) or "none"
+    if not workflows:
+        raise click.UsageError(f"{target} has no workflows: give it some, as in Runtime(orders)")
+    names = ", ".join(workflows)
     if workflow_id is None:
         raise click.UsageError(f"{target} has several workflows: say which with --workflow ({names})")
     if workflow_id not in workflows:
@@ -280,7 +284,7 @@ def _workflow_of(runtime: Runtime, target: str, workflow_id: str | None) -> Work
 
 
 def _set_aside(path: Path) -> None:
-    """Renames the data directory. Raises `JournalLocked` while a cluster has it."""
+    """Renames the data directory. Raises `JournalLocked` while a cluster has it, `click.UsageError` if it is none."""
     import os
 
     from stageflow_actors.runtime.datadir import DataDir
@@ -288,6 +292,10 @@ def _set_aside(path: Path) -> None:
     if not path.exists():
         return
     data_dir = DataDir(path, create=False)
+    if not data_dir.looks_used():
+        raise click.UsageError(
+            f"--fresh would rename {data_dir.path}, in which no cluster has run and other things lie; is --data right?"
+        )
     data_dir.acquire(os.getpid())
     try:
         data_dir.remove_cluster()

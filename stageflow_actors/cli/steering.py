@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -83,9 +84,24 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
     from stageflow_actors.runtime.attach import attach
 
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
-    with attach(data) as attached, click.open_file(target, "w", encoding="utf-8", atomic=target != "-") as file:
+    with attach(data) as attached, _opened(target) as file:
         number = _write(_all(attached, status, workflow), file, csv=csv)
     click.echo(counted(number, "instance"), err=True)
+
+
+@contextmanager
+def _opened(target: str) -> Iterator[IO[str]]:
+    """The file appears complete or not at all; a pipe or a device is written to as it is, not replaced by a file."""
+    from stageflow_actors.cli.results import is_special
+
+    try:
+        # Of a link, /dev/stdout for one, the file behind it is meant.
+        path = os.path.realpath(target) if os.path.islink(target) else target
+        opened = click.open_file(path, "w", encoding="utf-8", atomic=target != "-" and not is_special(target))
+    except OSError as error:
+        raise click.UsageError(f"{target} cannot be written: {error.strerror}") from None
+    with opened as file:
+        yield file
 
 
 def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[Standing]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stageflow_actors.cli.options import DEFAULT_DATA
+from stageflow_actors.cli.options import DATA_PATH, DEFAULT_DATA
 
 __all__ = ["up"]
 
@@ -22,7 +22,7 @@ __all__ = ["up"]
     default=None,
     show_envvar=True,
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=DATA_PATH,
     help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
 )
 def up(target: str, data: Path | None) -> int:

@@ -173,6 +173,12 @@ class DataDir:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def looks_used(self) -> bool:
+        """Whether a cluster has been here, or nothing has: any other directory is somebody else's."""
+        if self.journal.is_dir() or self.history.is_file() or self.cluster.is_file():
+            return True
+        return {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
+
     def read_cluster(self) -> ClusterRecord | None:
         """Who serves the directory, or None if nobody is on record. The record may be of a cluster that has ended.
 

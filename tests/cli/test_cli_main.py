@@ -75,3 +75,10 @@ def test_without_a_command_the_help_is_shown(stageflow: Callable[..., Said]) -> 
     code, _, err = stageflow()
     assert code == 2
     assert "Commands:" in err
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(stageflow: Callable[..., Said], filled: Any) -> None:
+    filled.start("i1", {})
+    code, out, err = stageflow("instances", "export", "no/such.csv", "--data", filled.close())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no/such.csv cannot be written: No such file or directory" in err

@@ -104,6 +104,7 @@ other.add_stage(lambda context: None, id="nothing")
 
 runtime = Runtime(served, services={"bank": Bank}, data_dir="own-data")
 both = Runtime(orders, other)
+idle = Runtime()
 needy = Runtime(blocked, services={"ledger": Unbuilt})
 odd = Odd(orders)
 number = 5
@@ -247,6 +248,12 @@ def test_one_workflow_of_several_has_to_be_named(command: Command, tmp_path: Pat
         (("flows.py:orders", "--input", "nowhere.jsonl"), "nowhere.jsonl"),
         (("flows.py:orders", "--input", "orders.jsonl", "--results", "no/such/out.jsonl"), "no/such/out.jsonl"),
         (("flows.py:orders",), "--input"),
+        ((".:orders", "--input", "orders.jsonl"), "'.' is no module"),
+        (("flows.py:idle", "--input", "orders.jsonl"), "flows.py:idle has no workflows"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--workflow", "nope"), "no workflow 'nope'; it has orders"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--key", ""), "--key is empty"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--data", ""), "it is empty: name a directory"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--data", ".", "--fresh"), "--fresh would rename"),
         (("flows.py:orders", "--input", "wide.jsonl"), "wide.jsonl is UTF-16: convert it to UTF-8"),
         (("flows.py:orders", "--input", "twice.csv"), "names the column 'n' more than once"),
         (("flows.py:orders", "--input", "orders.jsonl", "--results", "./orders.jsonl"), "write over the input"),
@@ -267,6 +274,7 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(
     assert word in done.stderr
     assert not (tmp_path / "stageflow-data").exists()
     assert [path.name for path in tmp_path.glob("*.part")] == ["old.jsonl.part"]
+    assert not (tmp_path / "journal").exists()
     for path in (tmp_path / "orders.jsonl", tmp_path / "old.jsonl.part"):
         assert len(path.read_text().splitlines()) == 2
 
@@ -352,6 +360,50 @@ def test_fresh_sets_the_old_directory_aside(command: Command, tmp_path: Path) ->
     assert len(aside) == 1
     assert command("instances", "show", "o1", "--data", aside[0]).returncode == 0
     assert len(effects(tmp_path)) == 4
+
+
+def test_what_a_start_that_failed_has_left_is_set_aside_as_well(command: Command, tmp_path: Path) -> None:
+    write(tmp_path / "orders.jsonl", 1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lock").touch()
+    assert command(*RUN, "--fresh").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [(*RUN, "--results"), ("instances", "export", "--data", "data")], ids=["run", "export"]
+)
+def test_a_pipe_or_a_device_is_written_to_and_not_replaced_by_a_file(
+    command: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    write(tmp_path / "orders.jsonl", 3)
+    command(*RUN)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        done = command(*words, "pipe")
+        read = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert done.returncode == 0, done.stderr
+    assert len(read.splitlines()) == 3
+    assert pipe.is_fifo()
+    assert not (tmp_path / "pipe.part").exists()
+
+
+def test_results_through_a_link_are_in_the_file_behind_it(command: Command, tmp_path: Path) -> None:
+    write(tmp_path / "orders.jsonl", 1)
+    (tmp_path / "out.jsonl").symlink_to("real.jsonl")
+    assert command(*RUN, "--results", "out.jsonl").returncode == 0
+    assert (tmp_path / "out.jsonl").is_symlink()
+    assert list(results(tmp_path / "real.jsonl")) == ["o1"]
+
+
+def test_a_line_that_is_no_utf8_is_told_of_as_such(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "orders.jsonl").write_bytes(b'{"order_id": "o1", "amount": 1}\n{"order_id": "\xe9"}\n')
+    done = command(*RUN)
+    assert done.returncode == 1
+    assert "orders.jsonl line 2: not valid UTF-8: byte 0xe9 at column 15" in done.stderr
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
