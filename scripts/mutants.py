@@ -242,6 +242,37 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "request-waits-for-ever",
+        "a request that nobody serves outlives its timeout, and keeps its instance from being told to be parked",
+        (
+            (
+                "stageflow_actors/runtime/stage_work.py",
+                "request.endpoint, sent, ttl=request.timeout)",
+                "request.endpoint, sent)",
+            ),
+        ),
+        (
+            "tests/language/test_parking_requests.py::test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint",
+            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[parked-while-asked]",
+        ),
+    ),
+    Mutant(
+        "marked-before-counted",
+        "a crash between the mark of a message to be parked and its parking is taken for a requeue",
+        (
+            (
+                "stageflow_actors/runtime/stage_work.py",
+                "            if not marked:\n                return self._again(item, 0.0, failure)\n",
+                (
+                    "            if not marked:\n"
+                    '                self._store(item).keep(PARK, b"")\n'
+                    "                return self._park(item, failure)\n"
+                ),
+            ),
+        ),
+        ("tests/language/test_parking_requests.py::test_a_crash_before_the_parking_is_no_requeue",),
+    ),
+    Mutant(
         "greeting-taken-twice",
         "a greeting that comes twice takes back what was delivered since",
         (("brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),

@@ -161,6 +161,11 @@ class Message:
         group = self.group
         return self.unwanted and group is not None and self.lease < group.warned
 
+    def stale(self, now: float) -> bool:
+        """Whether it has waited for longer than it was to, and still waits."""
+        extra = self.extra
+        return extra is not None and 0 < extra.expires <= now and self.holder is None and not extra.due
+
     def state(self) -> str:
         """One of READY, LEASED, DELAYED, PARKED."""
         if self.holder is not None:
@@ -239,6 +244,16 @@ class Group:
         """`message` keeps its place under a new id."""
         if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
             self.more[message.id] = message
+
+    def halted(self, now: float) -> bool:
+        """Whether it has dead letters and nothing else that anybody waits for: what has expired unread is no work."""
+        found, parked = self.messages(), False
+        for message in found:
+            if message.state() == PARKED:
+                parked = True
+            elif not message.stale(now):
+                return False
+        return parked
 
     @property
     def idle(self) -> bool:

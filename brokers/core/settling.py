@@ -321,7 +321,7 @@ class Settling:
                     continue
                 if group.one is None:
                     emptied.append(group)
-                elif group.one.state() == PARKED:
+                elif group.one.state() == PARKED or group.one.stale(store.now):
                     parked.append(group)  # what is left of it, perhaps
                 continue
             unwarned = message.unwarned
@@ -350,7 +350,7 @@ class Settling:
         if item.leave:
             store.leave(item.leave)
         for group in parked:
-            if group.one is not None and all(message.state() == PARKED for message in group.messages()):
+            if group.halted(store.now):
                 self._talk.notify(group, "parked")
         return whole
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from brokers.core.ledger import Ledger
-from brokers.core.message import PARKED
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import MOST_UNREAD, Talk
@@ -46,10 +45,9 @@ class Watching:
                 group.watchers = [session]
             elif session not in group.watchers:
                 group.watchers = [w for w in group.watchers if w.connected] + [session]
-            messages = group.messages()
             if group.ended:
                 session.to_push[id] = None
-            elif messages and all(message.state() == PARKED for message in messages):
+            elif group.halted(self._store.now):
                 self._talk.notice(session, "parked", id)
         self.go_on(session)
         return gone

@@ -156,7 +156,8 @@ class MapWork(Work):
         attempt = 1 if extra is None else extra.attempts + 1
         ended = ended_items(arrivals)
         failed = [(number, one.error) for number, one in ended if one.error is not None]
-        if failed and extra is not None and extra.steps is not None and PARK in extra.steps:
+        marked = extra is not None and extra.steps is not None and PARK in extra.steps
+        if failed and marked and attempt == 1:
             return self._once_more(item, envelope, ended)
         before = envelope.trail
         if self.planned.required and not self._parks:
@@ -170,8 +171,11 @@ class MapWork(Work):
                 f"{len(failed)} of {len(ended)} items of {self.planned.id!r} failed, more than "
                 f"max_failures={self._max_failures}; the first was item {number}: {text}"
             )
-            if self._parks:
-                self._store(item).keep(PARK, b"")  # what is delivered again with this has been requeued
+            if self._parks and attempt == 1:
+                # A crash between the mark and the parking would be taken for a requeue, which forgets the attempt.
+                return self._again(item, 0.0, failure_of(why))
+            if self._parks and not marked:
+                self._store(item).keep(PARK, b"")
             # For good, whatever a policy says: each item has been tried as often as it may be.
             took = self._wall() - started
             return self._give_up(item, envelope, failure_of(why), attempt, started, took).failed()

@@ -76,10 +76,7 @@ class StageWork(HandlerWork):
             return self._misplaced(item, envelope, body)
         attempt = envelope.attempts + 1
         if attempt < 1 and (extra is None or extra.cancelled is None):
-            if extra is None or extra.steps is None or PARK not in extra.steps:
-                self._store(item).keep(PARK, b"")  # what is delivered again with this has been requeued
-                return self._park(item, read_failure(envelope.failure) or Failure("exception", ""))
-            envelope.attempts, envelope.failure, attempt = 0, None, 1
+            return self._to_be_parked(item, envelope)
         if extra is not None:
             attempt += extra.attempts
             if extra.cancelled is not None:
@@ -171,6 +168,21 @@ class StageWork(HandlerWork):
         except PayloadTooLarge as error:
             return self._failed(item, envelope, attempt, started, record.duration, error)
 
+    def _to_be_parked(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+        """A message that was published in order to be parked: an attempt is counted first, then it is marked, and only
+        then parked. A crash in between leaves the attempt; a requeue forgets it, and leaves the mark."""
+        extra = item.extra
+        marked = extra is not None and extra.steps is not None and PARK in extra.steps
+        failure = read_failure(envelope.failure) or Failure("exception", "")
+        if extra is None or not extra.attempts:
+            if not marked:
+                return self._again(item, 0.0, failure)
+            envelope.attempts, envelope.failure = 0, None
+            return self._settle(item, Moves([Step(self.planned.queue, self.planned.id, encode(envelope))]))
+        if not marked:
+            self._store(item).keep(PARK, b"")
+        return self._park(item, failure)
+
     # requests
 
     def _ask_endpoint(
@@ -202,7 +214,7 @@ class StageWork(HandlerWork):
         size = len(waits) - len(before)  # which waits beside the new one, and goes no further
         if size > self._limit:
             raise self._too_large(size)
-        step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent)
+        step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
         return self._settle(item, Moves([step], [Open(key, 1, self.planned.queue, stage_id, waits, request.timeout)]))
 
     def _hand_on(

@@ -69,11 +69,7 @@ def widen(chance: Random, plan: Plan, wider: Wider, *, asking: bool, waiting: bo
         for part in parts_of(place):
             if asking and not isinstance(place, Each) and chance.random() < 0.5:
                 handed_on = not isinstance(place, Together) and _is_followed(plan, part.name)
-                ask = _ask(chance, handed_on, wild)
-                if ask.trouble == "silence" and plan.on_failure == "park":
-                    # Whoever waits for a parked instance is not told while a request of it lies with nobody.
-                    ask = ask._replace(trouble="handler")
-                wider.asks[part.name] = ask
+                wider.asks[part.name] = _ask(chance, handed_on, wild)
             if waiting and chance.random() < 0.6:
                 wider.ttls[part.name] = chance.choice((0.01, 0.05, 0.3)) if wild else 600.0
                 if chance.random() < 0.5 and part.attempts > 1:

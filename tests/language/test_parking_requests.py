@@ -1,0 +1,81 @@
+"""Requests that fail in workflows that park: whoever waits is told, and only a requeue makes them be asked again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import Raw
+
+from brokers.api import AGAIN, DEAD, DONE, DeliveryItem
+from brokers.core.wire import DeliveryExtra
+from stageflow_actors import InstanceParked, Runtime, StageContext, Workflow, WorkflowStatus
+from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, decode_envelope, encode
+from stageflow_actors.core.failures import write_failure
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.runtime.programs import stage_programs
+from stageflow_actors.runtime.settled import Settled
+from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.works import WORKS
+
+
+def ask(context: dict[str, Any], ctx: StageContext) -> Any:
+    return ctx.request("nobody", {"n": 1}, timeout=0.3)
+
+
+unserved = Workflow("unserved", on_failure="park").add_stage(ask, id="ask")
+
+
+def test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint(runtime: Runtime) -> None:
+    instance = runtime.submit(unserved, {})
+    with pytest.raises(InstanceParked, match=r"endpoint 'nobody' did not answer within 0\.3 s"):
+        instance.result(timeout=20)
+    assert instance.status() == WorkflowStatus.parked
+    assert [result.status for result in runtime.map(unserved, [{}])] == ["parked"]
+
+
+class Parking:
+    """The work of a stage whose message was published in order to be parked, and the steps kept with that message."""
+
+    def __init__(self) -> None:
+        plan = compile_plan(unserved, Naming())
+        program, planned = next(iter(stage_programs(unserved, plan)))
+        self.kept: dict[str, bytes] = {}
+        self._slots = SlotTable.create(1)
+        self._work: Any = WORKS[planned.kind](program, plan, Naming(), {}, self._slots[0], lambda item: self)
+        failure = write_failure(Failure("timeout", "StageTimeout: nobody answered", "StageTimeout"))
+        envelope = Envelope("unserved", 1, "ask", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1, failure=failure)
+        self.body = encode(envelope)
+
+    def keep(self, name: str, value: bytes) -> None:
+        self.kept[name] = value
+
+    def deliver(self, attempts: int) -> Settled:
+        """How it is settled when it is delivered after so many attempts, with the steps that have been kept."""
+        extra = DeliveryExtra(attempts=attempts, steps=dict(self.kept) or None) if attempts or self.kept else None
+        settled = self._work(DeliveryItem(7, 1, len(self.body), "one", 1, extra), self.body)
+        assert isinstance(settled, Settled)
+        return settled
+
+
+def test_a_message_to_be_parked_is_counted_then_marked_then_parked() -> None:
+    parking = Parking()
+    assert (parking.deliver(0).outcome.outcome, parking.kept) == (AGAIN, {})
+    assert (parking.deliver(1).outcome.outcome, list(parking.kept)) == (DEAD, [":park"])
+
+
+def test_a_crash_before_the_parking_is_no_requeue() -> None:
+    parking = Parking()
+    parking.deliver(0)
+    parking.deliver(1)
+    assert parking.deliver(1).outcome.outcome == DEAD
+
+
+def test_a_requeue_which_forgets_the_attempts_begins_the_stage_anew() -> None:
+    parking = Parking()
+    parking.deliver(0)
+    parking.deliver(1)
+    settled = parking.deliver(0)
+    assert settled.outcome.outcome == DONE
+    assert [target.label for target, _ in settled.publishes] == ["ask"]
+    assert decode_envelope(settled.bodies[0]).attempts == 0
