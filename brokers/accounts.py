@@ -18,14 +18,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from brokers.core import records, wire
+from brokers.core import records
 from brokers.core.machine import Machine
 from brokers.core.message import Message
 from brokers.core.replay import Replay
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.engine import Engine, check_oldest, replay_batch
-from brokers.errors import ProtocolError
 from brokers.journal.files import OsFiles
 from brokers.journal.format import Batch, file_name
 from brokers.journal.inspect import scan
@@ -174,38 +173,6 @@ def _without_collecting() -> Iterator[None]:
 def _picture(machine: Machine) -> dict[str, Any]:
     picture: dict[str, Any] = machine.admin.call(Session(0), "audit", msgspec.Raw(msgspec.msgpack.encode(())))
     return picture
-
-
-def groups_in(batch: Batch) -> dict[str, None]:
-    """The groups that the records of a batch speak of, in that order; those that cannot be understood are left out."""
-    named: dict[str, None] = {}
-    for kind, _, _, header, blob in batch.records:
-        try:
-            named.update(dict.fromkeys(_groups_of(kind, bytes(header), bytes(blob))))
-        except (ProtocolError, msgspec.MsgspecError):
-            continue
-    named.pop("", None)
-    return named
-
-
-def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
-    if kind == records.KEPT_PUBLISH:
-        publish = wire.decode_publish(header, blob)
-        return [each.group for part in (publish.items, publish.opens, publish.arrivals) for each in part]
-    if kind == records.KEPT_SETTLE:
-        settle = wire.decode_settle(header, blob)
-        named = [move[4] for move in settle.moves] + [ack[3] for ack in settle.acks]
-        for other in settle.others:
-            named += [each.group for part in (other.publishes, other.opens, other.arrivals) for each in part]
-            named.append(other.leave)
-        return named
-    if kind in (records.COPY, records.MARK):
-        return [records.decode_message(header).group]
-    if kind == records.GROUP:
-        return [records.decode_group(header).id]
-    if kind == records.GATHER:
-        return [records.decode_gather(header).group]
-    return list(records.decode_names(header)) if kind == records.LEFT else []
 
 
 def offline(journal: Path) -> Engine:

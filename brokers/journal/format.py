@@ -95,6 +95,7 @@ __all__ = [
     "parse_records",
     "read_header",
     "read_segment",
+    "readable_records",
     "span",
 ]
 
@@ -282,3 +283,21 @@ def parse_records(payload: memoryview, count: int, offset: int) -> tuple[list[Re
     if at != end:
         raise ValueError(f"{end - at} bytes are left over behind the last record")
     return records, offsets
+
+
+def readable_records(payload: memoryview, count: int | None) -> list[Record]:
+    """As much of `parse_records` as can be had of a payload that is damaged, `count` records at most, if that is known.
+
+    The last one may be cut short, or be no record at all.
+    """
+    records: list[Record] = []
+    at, end = 0, len(payload)
+    while at + 25 <= end and (count is None or len(records) < count):
+        kind, first_id, peer, header_length, blob_length = _RECORD.unpack_from(payload, at)
+        if not kind and not header_length and not blob_length:
+            break  # zeros go on for ever
+        blob = at + 25 + header_length
+        following = blob + blob_length
+        records.append(Record(kind, first_id, peer, bytes(payload[at + 25 : blob]), payload[blob:following]))
+        at = following
+    return records

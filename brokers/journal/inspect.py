@@ -6,7 +6,7 @@ it touches aside before it cuts, and says what was given up.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,15 @@ from brokers.journal.files import Files, OsFiles, write_at
 from brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
 from brokers.journal.lock import DirectoryLock, writer_of
 from brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
+from brokers.journal.salvage import Lost, salvage
 from brokers.journal.supply import TEMPORARY
 from brokers.journal.survey import Damage, Found, Survey, segment_numbers
 
-__all__ = ["LISTS", "Finding", "RepairReport", "repair", "scan", "verify"]
+__all__ = ["LISTS", "Finding", "Lost", "RepairReport", "repair", "scan", "verify"]
 
 LISTS = "given-up*.txt"
-"""Beside the copies of a repair: the names of what was given up, one a line."""
+"""Beside the copies of a repair: each damaged place as a comment (``#``), then the names of what was given up, one a
+line, then as a part of its own those that may have been in what is damaged."""
 
 
 class Finding(NamedTuple):
@@ -38,9 +40,10 @@ class RepairReport(NamedTuple):
     """What `repair` did. Nothing was wrong if `file` is empty.
 
     `file`, `offset` and `reason` say where the first damage was; `batches` and `records` how many whole ones behind it
-    were given up (those in the damaged bytes cannot be counted); `copies` are the files copied aside. `names` are what
-    the batches given up are known by, and `listed` is the file that holds them, None if there are none. `unreadable`
-    bytes of the copies are zeros, because the disk did not give them back.
+    were given up; `copies` are the files copied aside. `names` are what the batches given up are known by. `lost` is
+    what is damaged itself, and `perhaps` further names, of what may have been in there, as far as it can be read;
+    `listed` is the file that holds all of that, None if nothing was given up. `unreadable` bytes of the copies are
+    zeros, because the disk did not give them back. `left`: whether a segment remains.
     """
 
     file: str
@@ -52,6 +55,9 @@ class RepairReport(NamedTuple):
     names: list[str]
     listed: Path | None
     unreadable: int = 0
+    lost: Sequence[Lost] = ()
+    perhaps: Sequence[str] = ()
+    left: bool = True
 
 
 def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
@@ -96,13 +102,14 @@ def repair(
     backup_dir: Path | None = None,
     files: Files | None = None,
     names: Callable[[Batch], Iterable[str]] = lambda batch: (),
+    perhaps: Callable[[Batch], Iterable[str]] = lambda batch: (),
 ) -> RepairReport:
     """Make the journal one that opens: keep everything before the first damage, give up what follows it.
 
     A damaged segment header is written anew when the batches behind it tell what it said, and nothing is given up for
-    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. `names` tells what a batch is known by:
-    a list of the names given up lies beside the copies, on disk before anything is cut. Stopped half-way it can be run
-    again; what the first run gave up is in its own list then.
+    it. Copies go to `backup_dir`, by default a new directory ``repair`` inside. `names` tells what a batch is known by,
+    `perhaps` the same of what can be read of a damaged one: a list of what is given up lies beside the copies, on disk
+    before anything is cut. Stopped half-way it can be run again; what the first run gave up is in its own list then.
 
     Raises JournalLocked while a broker runs, JournalFull without room for a copy (what has been cut by then has been
     copied), JournalVersion, and JournalError if there is no journal.
@@ -114,7 +121,7 @@ def repair(
         raise JournalError(f"cannot use {directory} to repair the journal in it: {error}") from error
     try:
         remove_leftovers(files, directory)
-        return _Repair(files, directory, backup_dir, names).run()
+        return _Repair(files, directory, backup_dir, names, perhaps).run()
     except OSError as error:
         raise JournalFailed(f"{directory} could not be repaired: {error}; run it again when the disk works") from error
     finally:
@@ -123,13 +130,21 @@ def repair(
 
 class _Repair:
     def __init__(
-        self, files: Files, directory: Path, backup_dir: Path | None, names: Callable[[Batch], Iterable[str]]
+        self,
+        files: Files,
+        directory: Path,
+        backup_dir: Path | None,
+        names: Callable[[Batch], Iterable[str]],
+        perhaps: Callable[[Batch], Iterable[str]],
     ) -> None:
         self._files = files
         self._directory = directory
         self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
         self._names_of = names
+        self._perhaps_in = perhaps
         self._names: dict[str, None] = {}
+        self._perhaps: dict[str, None] = {}
+        self._lost: list[Lost] = []
         self._listed: Path | None = None
         self._copies: list[Path] = []
         self._unreadable = 0
@@ -164,10 +179,16 @@ class _Repair:
             list(self._names),
             self._listed,
             self._unreadable,
+            self._lost,
+            self._only_perhaps(),
+            bool(segment_numbers(self._files, self._directory)),
         )
 
+    def _only_perhaps(self) -> list[str]:
+        return [name for name in self._perhaps if name not in self._names]
+
     def _next_damage(self) -> Damage | None:
-        """The first damage. If it is one to be cut at, what is whole behind it is counted as given up."""
+        """The first damage. If it is one to be cut at, that and what is behind it is counted as given up."""
         damage: Damage | None = None
         survey = Survey(self._files, self._directory)
         with closing(survey.read()) as items:
@@ -177,12 +198,21 @@ class _Repair:
                         self._batches += 1
                         self._records += len(item.records)
                         self._names.update(dict.fromkeys(self._names_of(item)))
-                elif damage is None:
+                    continue
+                if damage is None:
                     damage = item
                     self._before = survey.segments[-1] if survey.segments else None
                     if damage.rebuilt is not None:
                         return damage
+                if item.rebuilt is None:
+                    self._lose(item)
         return damage
+
+    def _lose(self, damage: Damage) -> None:
+        for lost, batch in salvage(self._files, self._directory, damage):
+            self._lost.append(lost)
+            if batch is not None:
+                self._perhaps.update(dict.fromkeys(self._perhaps_in(batch)))
 
     def _write_header(self, name: str, header: SegmentHeader) -> None:
         if self._copy(name):
@@ -196,12 +226,14 @@ class _Repair:
             self._files.close(fd)
 
     def _list(self) -> None:
-        """What is given up, by its names, for good before anything is cut."""
-        if not self._names:
-            return
+        """What is given up, by its place and its names, for good before anything is cut."""
         listed = unused(self._files, self._backup, *LISTS.split("*"))
         temporary = listed.with_name(listed.name + TEMPORARY)
-        content = "".join(f"{name}\n" for name in self._names).encode()
+        lines = [f"# {each.told()}" for each in self._lost]
+        lines += self._names
+        if perhaps := self._only_perhaps():
+            lines += ["# possibly too, by what can be read of what is damaged:", *perhaps]
+        content = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
         fd = self._files.open(temporary, create=True)
         try:
             write_at(self._files, fd, [content], len(content), 0)

@@ -21,7 +21,7 @@ class Damage(NamedTuple):
 
     `fatal`: it lies in what was acknowledged. If not, it is the torn end of the last segment, which reaches to `torn`.
     At offset 0 the header is damaged, or the file missing; `rebuilt` is what the header must have said, where batches
-    behind it tell. Elsewhere `salt` is the segment's.
+    behind it tell. Elsewhere `salt` is the segment's. `until` is where something whole follows in it, or 0.
     """
 
     segment: int
@@ -32,6 +32,7 @@ class Damage(NamedTuple):
     torn: int = 0
     salt: int = 0
     rebuilt: SegmentHeader | None = None
+    until: int = 0
 
     @property
     def file(self) -> str:
@@ -140,7 +141,7 @@ class Survey:
                 return Found(header, offset, number, found.marked, reader.size, found.followed), found
             damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt)
             if later is not None:
-                yield damage
+                yield damage._replace(until=later.offset)
                 offset, number = later.offset, later.number
                 continue
             yield from self._end(reader, found, damage, mark)

@@ -291,8 +291,10 @@ def _repairs(
     report = repair(DIRECTORY, files=disk, names=lambda batch: [f"batch {batch.number}"])
     assert (report.file, report.offset) == (file_name(number), offset)
     assert (report.batches, report.records) == (len(given_up), sum(len(records) for _, records in given_up))
-    listed = b"" if report.listed is None else disk.content(report.listed)
-    assert listed.decode().splitlines() == [f"batch {batch}" for batch, _ in given_up] == report.names
+    lines = [] if report.listed is None else disk.content(report.listed).decode().splitlines()
+    assert lines[: len(report.lost)] == [f"# {lost.told()}" for lost in report.lost]
+    assert report.lost[0][:2] == (file_name(number), offset)
+    assert lines[len(report.lost) :] == [f"batch {batch}" for batch, _ in given_up] == report.names
     copied = {path.name: disk.content(path) for path in report.copies}
     originals = {file_name(n): c for n, c in specimen.files.items() if n >= number and (until is None or n <= until)}
     assert copied == {**originals, file_name(number): damaged}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from stageflow_actors.core.counted import counted
 if TYPE_CHECKING:
     from brokers.accounts import Settled
     from brokers.errors import JournalCorrupt
+    from stageflow_actors.runtime.datadir import DataDir
 
 __all__ = ["journal"]
 
@@ -27,6 +28,9 @@ SEGMENTS = (
     Column("records", count, right=True),
     Column("bytes", size, right=True),
 )
+
+HISTORY_FACT = "history"
+"""The broker's fact under which the journal knows the history that belongs to it."""
 
 NAMED = 10
 """Instances named in one line; all of them are in a file."""
@@ -195,50 +199,85 @@ def _used(directory: Path) -> tuple[int, int]:
 @journal.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @data_option
-def repair(yes: bool, data: Path) -> None:
+def repair(yes: bool, data: Path) -> int:
     """Make a damaged journal one that opens: what comes before the damage is kept, what follows it is given up.
 
-    Everything touched is copied aside first, and it is said which instances lose something. Nothing may run on the
-    directory meanwhile.
+    Everything touched is copied aside first, and it is said which instances lose something; of those in the damaged
+    bytes themselves only what can still be read. Nothing may run on the directory meanwhile. Exit code 1 if no cluster
+    starts on what is left.
 
     \b
     stageflow journal repair --data /var/lib/orders
     """
-    from brokers.accounts import groups_in
     from brokers.journal.inspect import LISTS
     from brokers.journal.inspect import repair as mend
     from brokers.journal.inspect import verify as findings_of
+    from brokers.named import groups_in, groups_perhaps_in
     from stageflow_actors.runtime.attach import existing
 
-    directory = existing(data).journal
+    data_dir = existing(data)
+    directory = data_dir.journal
     earlier = sorted(directory.glob(f"*/{LISTS}"))
     if not findings_of(directory):
         click.echo("nothing is wrong; nothing was changed")
         _tell_of(earlier)
-        return
+        return 0
     confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
-    report = mend(directory, names=groups_in)
+    report = mend(directory, names=groups_in, perhaps=groups_perhaps_in)
     if not report.copies:
         click.echo("nothing is wrong any more; nothing was changed")
-        return
+        return 0
     copies = report.copies[0].parent
     click.echo(f"{report.file} at offset {report.offset}: {report.reason}; copies of what was touched are in {copies}")
     if report.unreadable:
         click.echo(f"{size(report.unreadable)} of it could not be read from the disk, and are zeros in the copies")
-    names = report.names
-    if not report.batches:
-        click.echo("nothing whole was given up")
-    else:
-        told = ", ".join(names[:NAMED])
-        if len(names) > NAMED:
-            told += f" and {len(names) - NAMED:,} more"
+    for lost in report.lost[:NAMED]:
+        click.echo(f"{'a torn end' if lost.torn else 'damaged'}, and given up: {lost.told()}")
+    if len(report.lost) > NAMED:
+        click.echo(f"and {len(report.lost) - NAMED:,} more damaged places")
+    if any(lost.whole for lost in report.lost):
+        click.echo("what such a file held cannot be known")
+    if report.batches:
         batches = counted(report.batches, "whole batch", "whole batches")
-        records = counted(report.records, "record")
-        instances = counted(len(names), "instance")
-        click.echo(f"given up: {batches} behind it, {records} of {instances}" + (f": {told}" if told else ""))
+        click.echo(f"given up: {batches} behind it, {counted(report.records, 'record')} of {_named(report.names)}")
+    elif report.lost:
+        click.echo("no whole batch was given up")
+    else:
+        click.echo("nothing was given up")
+    if report.perhaps:
+        click.echo(f"possibly in what is damaged, as far as it can be read: {_named(report.perhaps)}")
     if report.listed is not None:
-        click.echo(f"all of their ids are in {report.listed}; what they did before the damage is kept")
+        ids = ", with all ids; what they did before the damage is kept" if report.names or report.perhaps else ""
+        click.echo(f"it is listed in {report.listed}{ids}")
     _tell_of(earlier)
+    return _what_next(data_dir, report.left)
+
+
+def _named(names: Sequence[str]) -> str:
+    told = ", ".join(names[:NAMED])
+    if len(names) > NAMED:
+        told += f" and {len(names) - NAMED:,} more"
+    return counted(len(names), "instance") + (f": {told}" if told else "")
+
+
+def _what_next(data_dir: DataDir, left: bool) -> int:
+    """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
+    from brokers.accounts import offline
+
+    if not data_dir.history.exists():
+        if not left:
+            click.echo("nothing is left of the journal, and no history is there: the next start begins anew")
+        return 0
+    if left and HISTORY_FACT in offline(data_dir.journal).machine.store.facts:
+        return 0
+    lost = "does not know the history any more" if left else "has nothing left, while a history is there"
+    click.echo(
+        f"the journal {lost}: a start on {data_dir.path} is refused, for the instances that were live are lost. "
+        "Restore journal and history from one backup; or begin anew: move the directory away, or start with "
+        "`stageflow run --fresh`, which renames it",
+        err=True,
+    )
+    return 1
 
 
 def _tell_of(earlier: list[Path]) -> None:

@@ -57,6 +57,13 @@ def existing(path: Path | str) -> DataDir:
     """The data directory at `path`. Raises `DataDirUnusable` if there is none, or no journal in it."""
     data_dir = DataDir(path, create=False)
     if not any(data_dir.journal.glob("*.journal")):
+        if data_dir.history.exists():
+            raise DataDirUnusable(
+                f"the journal {data_dir.journal} is missing, while the history of what has finished here is there "
+                f"({data_dir.history}): which instances were live is not known any more. Restore the journal from the "
+                'backup taken with the history, or begin anew in another directory (durability="memory" keeps none)',
+                path=data_dir.path,
+            )
         raise DataDirUnusable(
             f"there is no journal in the data directory {data_dir.path}: nothing has run in it yet; is --data right?",
             path=data_dir.path,

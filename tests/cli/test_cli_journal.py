@@ -1,6 +1,8 @@
 """`stageflow journal`: sound or not, and what is in it."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from brokers.api import Target
+from stageflow_actors.history import HistoryWriter
 
 Said = tuple[int, str, str]
 SECTOR = 512
@@ -104,23 +107,73 @@ def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(
     damaged = segment_of(data).read_bytes()
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert code == 0
-    where, given_up, listed = out.splitlines()
+    where, damaged_batch, given_up, listed = out.splitlines()
     assert f"{segment_of(data).name} at offset {begin}: the checksum of batch" in where
     assert given_up.startswith("given up: ")
     assert given_up.endswith("of 2 instances: i2, i1"), "the start of i1 is in the damage, its settlements behind it"
+    assert f"{segment_of(data).name} at offset {begin}, " in damaged_batch
+    assert " bytes, 1 record: the checksum" in damaged_batch
     copies = data / "journal" / "repair"
     assert str(copies / "given-up.txt") in listed
-    assert (copies / "given-up.txt").read_text() == "i2\ni1\n"
+    place, *ids = (copies / "given-up.txt").read_text().splitlines()
+    assert (place[0], damaged_batch.endswith(place[1:]), ids) == ("#", True, ["i2", "i1"])
     assert (copies / segment_of(data).name).read_bytes() == damaged
     code, out, _ = stageflow("instances", "list", "--data", data, "--output", "json")
     assert (code, json.loads(out)) == (0, [])
+
+
+def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(
+    stageflow: Callable[..., Said], data: Path
+) -> None:
+    begin = segment_of(data).read_bytes().index(b"i2") // SECTOR * SECTOR
+    flip(segment_of(data), begin + 41)
+    _, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
+    assert "possibly in what is damaged, as far as it can be read: 1 instance: i2\n" in out
+    *_, heading, perhaps = (data / "journal" / "repair" / "given-up.txt").read_text().splitlines()
+    assert (heading[0], perhaps) == ("#", "i2")
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_repair_says_that_the_only_segment_is_given_up_and_what_to_do_next(
+    stageflow: Callable[..., Said], data: Path, size: int
+) -> None:
+    os.truncate(segment_of(data), size)
+    shutil.copytree(data, data.with_name("other"))
+    code, out, err = stageflow("journal", "repair", "--data", data, "--yes")
+    assert f"0000000000000001.journal: all of it, {size} bytes as it is now" in out
+    assert "cannot be known" in out
+    assert (code, err, out.splitlines()[-1].split(":")[0]) == (
+        0,
+        "",
+        "nothing is left of the journal, and no history is there",
+    )
+    data = data.with_name("other")
+    HistoryWriter.open(data / "history.db", create=True).close()
+    code, _, err = stageflow("journal", "repair", "--data", data, "--yes")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "Restore journal and history from one backup" in err
+    assert "--fresh" in err
+
+
+def test_a_journal_that_is_missing_while_a_history_is_there_is_said_so(
+    stageflow: Callable[..., Said], data: Path
+) -> None:
+    shutil.rmtree(data / "journal")
+    assert "nothing has run in it yet" in stageflow("journal", "verify", "--data", data)[2]
+    HistoryWriter.open(data / "history.db", create=True).close()
+    for command in ("verify", "stats", "repair"):
+        code, _, err = stageflow("journal", command, "--data", data)
+        assert code == 1
+        assert "nothing has run" not in err
+        assert "is missing, while the history" in err
 
 
 def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Callable[..., Said], data: Path) -> None:
     flip(segment_of(data), segment_of(data).read_bytes().rindex(b"\xd3\xf7\xb1\xff") + 45)
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert code == 0
-    assert out.splitlines()[-1] == "nothing whole was given up"
+    assert "a torn end, and given up: " in out
+    assert "no whole batch was given up\n" in out
     assert stageflow("journal", "verify", "--data", data)[0] == 0
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
 from brokers.journal.format import SECTOR, Batch, file_name, read_header, span
-from brokers.journal.inspect import LISTS, Finding, repair, scan, verify
+from brokers.journal.inspect import LISTS, Finding, Lost, RepairReport, repair, scan, verify
 from brokers.journal.journal import Journal
 from brokers.journal.testing import Crash, MemoryFiles
 
@@ -176,7 +176,7 @@ def test_a_batch_in_the_making_is_not_taken_for_damage(bench: Any) -> None:
 
 def test_repair_has_nothing_to_do_on_a_whole_journal(bench: Any) -> None:
     said = filled(bench)
-    assert repair(bench.directory, files=bench.disk) == ("", 0, "", 0, 0, [], [], None, 0)
+    assert repair(bench.directory, files=bench.disk) == RepairReport("", 0, "", 0, 0, [], [], None)
     bench.open()
     assert bench.replayed == said
 
@@ -200,6 +200,72 @@ def test_repair_copies_aside_keeps_what_is_before_the_damage_and_counts_what_it_
         said = said[:4] + bench.fill(journal, 20, first=5)
     bench.open()
     assert bench.replayed == said
+
+
+def headers_of(batch: Batch) -> list[str]:
+    return [bytes(record.header).decode(errors="replace") for record in batch.records]
+
+
+def test_repair_says_where_each_damaged_batch_was_and_what_can_still_be_read_of_it(bench: Any) -> None:
+    filled(bench, 6, 6)
+    length = span(read_header(bench.content(1), SECTOR).length)
+    begin = [SECTOR + at * length for at in range(6)]
+    flip(bench, 1, begin[1] + 120)  # in a body
+    flip(bench, 1, begin[2] + 6)  # in the number of the batch
+    flip(bench, 1, begin[3] + 31)  # in its length
+    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    size = read_header(bench.content(1), begin[0]).length + 40
+    assert [(lost.offset, lost.records) for lost in report.lost] == [(begin[1], 2), (begin[2], 2), (begin[3], None)]
+    assert [lost.length for lost in report.lost] == [size, size, length]
+    assert {(lost.file, lost.torn, lost.whole) for lost in report.lost} == {(file_name(1), False, False)}
+    assert list(report.perhaps) == [f"header {number}.{each}" for number in (2, 3, 4) for each in (0, 1)]
+    assert report.names == [f"header {number}.{each}" for number in (5, 6) for each in (0, 1)]
+    listed = bench.disk.content(report.listed).decode().splitlines()
+    assert f"# {file_name(1)} at offset {begin[1]}, {size} bytes, 2 records: {report.reason}" in listed
+    assert listed.index("header 5.0") < listed.index("header 2.0")
+
+
+@pytest.mark.parametrize("size", [0, 10, SECTOR, 3 * SECTOR])
+def test_repair_says_that_a_whole_segment_was_given_up_with_whatever_it_held(bench: Any, size: int) -> None:
+    filled(bench, 2)
+    bench.disk.damage(bench.path(1), bytes(size))
+    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    (lost,) = report.lost
+    assert lost == Lost(file_name(1), 0, size, None, report.reason, whole=True)
+    assert not report.left
+    assert "all of it" in bench.disk.content(report.listed).decode()
+
+
+def test_what_a_file_held_in_an_earlier_life_is_not_said_to_be_given_up(bench: Any) -> None:
+    filled(bench, 4, 4)
+    earlier = bench.content(1)
+    bench.disk = MemoryFiles(seed=7)  # where segments get another salt
+    filled(bench, 2)
+    begin = second(bench, 1)
+    content = bytearray(bench.content(1))
+    content[begin + 2 * SECTOR : len(earlier)] = earlier[begin + 2 * SECTOR :]
+    content[begin + 50] ^= 1
+    bench.disk.damage(bench.path(1), content)
+    report = repair(bench.directory, files=bench.disk, perhaps=headers_of)
+    assert [(lost.offset, lost.torn) for lost in report.lost] == [(begin, True)]
+    assert list(report.perhaps) == ["header 2.0", "header 2.1"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_the_damage_is_repair_ends_and_tells_places_within_the_file(bench: Any, seed: int) -> None:
+    chance = random.Random(seed)
+    filled(bench, 6, 3)
+    for number in (1, 2):
+        content = bytearray(bench.content(number))
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(SECTOR, 6 * SECTOR)
+            content[at : at + chance.randint(1, 700)] = chance.randbytes(chance.randint(1, 700))
+        bench.disk.damage(bench.path(number), content[: bench.segment_bytes])
+    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    assert look(bench) == []
+    assert bool(report.lost) == bool(report.copies)
+    for lost in report.lost:
+        assert 0 <= lost.offset <= lost.offset + lost.length <= bench.segment_bytes
 
 
 def test_repair_writes_a_damaged_header_anew_and_gives_up_nothing_for_it(bench: Any) -> None:
@@ -534,8 +600,8 @@ def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_benc
         everything = [bytes(inode.durable) for inode in bench.disk._durable_names.values()]
         assert all(original in everything for original in originals.values())
         lists = [path for path in bench.disk._durable_names if path.match(LISTS)]
-        listed = {name for path in lists for name in bench.disk.content(path).decode().split()}
-        assert listed == {"batch-6", "batch-7", "batch-8", "batch-9"}
+        listed = {line for path in lists for line in bench.disk.content(path).decode().splitlines()}
+        assert {line for line in listed if line[0] != "#"} == {"batch-6", "batch-7", "batch-8", "batch-9"}
         if not stopped:
             break
         step += 1
