@@ -13,10 +13,28 @@ import msgspec
 from stageflow_actors.core.envelope import Failure, encode
 from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
 
-__all__ = ["EXPIRED", "describe_error", "exception_of", "failure_of", "last_lines", "read_failure", "write_failure"]
+__all__ = [
+    "EXPIRED",
+    "STDERR",
+    "UNDECIDED",
+    "brief",
+    "describe_error",
+    "exception_of",
+    "failure_of",
+    "last_lines",
+    "read_failure",
+    "undecided",
+    "write_failure",
+]
 
 EXPIRED = b"expired"
 """What the broker attaches to a message that waited longer than its ttl."""
+
+UNDECIDED = "undecided"
+"""Kind of a failure about which a policy was asked that did not answer: it is final, or it would be asked for ever."""
+
+STDERR = "; the last on its stderr:\n"
+"""What comes before the last lines of a worker, in the text of how it ended."""
 
 LONGEST = 2_000
 """Characters of an exception's text that are kept: an error is read by people, and travels with every hop."""
@@ -60,6 +78,30 @@ def read_failure(data: bytes | None) -> Failure | None:
 def write_failure(failure: Failure) -> bytes:
     """The failure as it is attached to a message."""
     return encode(failure)
+
+
+def brief(failure: Failure, size: int) -> bytes:
+    """The failure in `size` bytes (from 200), as it is attached to a message: without what a worker has written, and
+    cut short if need be."""
+    text = failure.message.partition(STDERR)[0]
+    data = encode(Failure(failure.kind, text, failure.error_type, failure.retryable))
+    if len(data) <= size:
+        return data
+    error_type = failure.error_type[:20]
+    spare = size - len(encode(Failure(failure.kind, "", error_type, failure.retryable))) - 8
+    text = text.encode()[: max(0, spare)].decode(errors="ignore") + " …"
+    return encode(Failure(failure.kind, text, error_type, failure.retryable))
+
+
+def undecided(asked: bytes, how: str) -> Failure | None:
+    """The failure that `asked` is (see `brief`), about which its policy was asked and did not answer: `how` says why.
+    None for what is no failure."""
+    try:
+        failure = _decode(asked)
+    except msgspec.MsgspecError:
+        return None
+    text = f"{failure.message} (and its retry policy {how})"
+    return Failure(UNDECIDED, text, failure.error_type, failure.retryable)
 
 
 def exception_of(failure: Failure) -> Exception:

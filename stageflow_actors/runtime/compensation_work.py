@@ -16,7 +16,7 @@ from msgspec import Raw
 from brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
-from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import Naming, WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
@@ -30,7 +30,7 @@ from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, inte
 from stageflow_actors.runtime.programs import CompensationProgram
 from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
 from stageflow_actors.runtime.undoing import Undoing
-from stageflow_actors.runtime.work import GRACE_NS, Stopwatch, ignore, judge
+from stageflow_actors.runtime.work import GRACE_NS, Stopwatch, ask, ignore
 
 __all__ = ["CompensationWork"]
 
@@ -163,6 +163,11 @@ class CompensationWork:
         if item.extra is not None and item.extra.fresh:
             failure = _unsaid(item.extra.failure)
             told = write_failure(failure)
+            if failure.kind == UNDECIDED:
+                if undoing.first is not None:
+                    undoing.first = undoing.first[0], told
+                known = undoing.described(stage_id, len(undo)) or ""
+                return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0, known)
             if not undoing.cut(made, told):
                 return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
             ctx.store_step_result(UNDONE, undoing.state())
@@ -245,9 +250,12 @@ class CompensationWork:
     ) -> Settled:
         """The attempt has failed: once more, as the policy says, or for good, which is told as `text`."""
         text = text or failure.message
+        compensation = self._compensations[stage_id]
+        timeout = int((compensation.timeout or 0) * 1e9)
         try:
-            delay = judge(self._compensations[stage_id].retry, attempt, failure, error)
-        except Exception as broken:  # noqa: BLE001 - a policy is user code
+            delay = ask(self._slot, timeout, compensation.retry, attempt, failure, error)
+        except BaseException as broken:  # noqa: BLE001 - a policy is user code
+            self._raised(broken)
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:

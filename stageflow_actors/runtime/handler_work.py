@@ -26,21 +26,24 @@ __all__ = ["HandlerWork", "Paused"]
 class Paused:
     """A handler that has been called and has not returned: `awaitable` gives what `returned` takes."""
 
-    __slots__ = ("_state", "_work", "awaitable")
+    __slots__ = ("_slot", "_state", "_work", "awaitable")
 
     def __init__(self, work: HandlerWork, awaitable: Awaitable[Any], state: Any) -> None:
         self.awaitable = awaitable
         self._work = work
+        self._slot = work._slot
         self._state: Any = state
 
     def returned(self, value: Any) -> Result:
         """It has returned."""
         work, state = self._work, self._state
+        work._slot = self._slot  # others have been started since
         return work._after(*state, value)
 
     def broke(self, error: BaseException) -> Result:
         """It has raised, or was cancelled for this reason."""
         item, envelope, attempt, started, clock, _ = self._state
+        self._work._slot = self._slot
         return self._work._broke(item, envelope, attempt, started, clock, error)
 
 

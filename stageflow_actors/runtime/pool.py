@@ -22,11 +22,11 @@ from msgspec import structs
 from brokers.client import new_peer
 from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import last_lines, write_failure
+from stageflow_actors.core.failures import STDERR, last_lines, write_failure
 from stageflow_actors.runtime.memory import memory_over
 from stageflow_actors.runtime.pausing import PoolPause
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
-from stageflow_actors.runtime.pool_judge import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time
+from stageflow_actors.runtime.pool_judge import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time, overdue
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
 from stageflow_actors.runtime.processes import kill_group, wait_dead
@@ -239,7 +239,7 @@ class Pool(pykka.ThreadingActor):
         if worker.stderr is not None:
             said = last_lines(worker.stderr.finish())
             if said and failure is not None and failure.kind != "cancelled":
-                failure = structs.replace(failure, message=f"{failure.message}; the last on its stderr:\n{said}")
+                failure = structs.replace(failure, message=f"{failure.message}{STDERR}{said}")
         data = b"" if failure is None or not guilty else write_failure(failure)
         services.broker.query("dead", worker.peer, guilty, verdict.charged and bool(guilty), False, data)
         services.live.pop(worker.peer, None)
@@ -283,9 +283,9 @@ class Pool(pykka.ThreadingActor):
             if late:
                 self._kill(worker, late, CANCELLED)
                 return
-        late = [state for state in running if state.overdue(now)]
+        late = overdue(running, now)
         if late:
-            self._kill(worker, late, over_time(self._spec, late[0]))
+            self._kill(worker, late, over_time(self._spec, *late))
             return
         oldest = min(running, key=lambda state: state.since_ns)
         if now - oldest.since_ns > LONG:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 
 from stageflow_actors.core.envelope import Failure
+from stageflow_actors.core.failures import UNDECIDED, undecided
 from stageflow_actors.runtime.pool_worker import Kill
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
 from stageflow_actors.runtime.slots import SlotState
 from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 
-__all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time"]
+__all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time", "overdue"]
 
 DEATHS_IN_A_ROW = 16
 """Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
@@ -90,6 +91,8 @@ class Judge:
         suspects = [state for state in states if state.busy] or [state for state in states if state.started]
         how = self._describe(status)
         died = Failure("died", f"WorkerDied: the worker died while running {_what(spec)}: {how}", "WorkerDied")
+        if len(suspects) == 1 and suspects[0].asking:
+            died = undecided(suspects[0].asking, f"ended the worker: {how}") or died
         return Verdict([state.message_id for state in suspects], died, True, self._died(spec, how, now))
 
     def not_started(self, spec: PoolSpec, now: float) -> Verdict:
@@ -146,8 +149,24 @@ class Judge:
         return describe_exit(status, out_of_memory=self._out_of_memory() if status == -signal.SIGKILL else None)
 
 
-def over_time(spec: PoolSpec, late: SlotState) -> Failure:
-    """Why a worker is killed whose message has run past its timeout."""
+def overdue(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
+    """The messages for which their worker is to be killed now; of those, a kill is for handlers or for policies.
+
+    While an event loop waits for what a policy says, nobody else there can end in time: it alone is late.
+    """
+    blocking = [state for state in running if state.asking and state.grace_ns and state.timeout_ns]
+    late = [state for state in blocking or running if state.overdue(now_ns)]
+    return [state for state in late if state.asking] or late
+
+
+def over_time(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
+    """Why a worker is killed whose message, and `others`, have run past their timeout."""
+    if late.asking:
+        how = f"ran longer than the timeout of {late.timeout_ns / 1e9:g} s"
+        known = undecided(late.asking, how)
+        if known is not None and all(state.asking == late.asking for state in others):
+            return known
+        return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_what(spec)} {how}", "StageTimeout")
     reason = f"StageTimeout: {_what(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
     if late.grace_ns:
         reason += " and did not end when it was cancelled"

@@ -12,6 +12,9 @@ that runs several messages at once has as many slots in a row, one for each: its
 
 `since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
 `begin` therefore looks idle, which is the truth: its handler has not started.
+
+Behind the slots each of them has room for a few words: the failure about which a retry policy is being asked, behind
+its length in two bytes, nought while none is. Nobody else knows of that failure yet when the policy does not answer.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import os
 
 from msgspec import Struct
 
-__all__ = ["SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
+__all__ = ["SLOT_BYTES", "WORDS_BYTES", "Slot", "SlotState", "SlotTable"]
 
 SLOT_BYTES = 64
 """A cache line, so that two workers never write to the same one."""
+
+WORDS_BYTES = 1024
+"""Room for the words of one slot, their length included; what is never written to takes no memory."""
 
 _CELLS = SLOT_BYTES // 8
 _MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
@@ -36,7 +42,8 @@ class SlotState(Struct, frozen=True):
     `message_id` is that of the message in work, or of the last one when idle. `since_ns` is `CLOCK_MONOTONIC` at
     the handler's start, nought when idle; `timeout_ns` what the handler may take, nought for no limit. `started`
     and `finished` count handlers since the slot was cleared, `settled` the messages handed on since then. `grace_ns`
-    is what the worker gets beyond a timeout, because it ends a handler that is over it by itself.
+    is what the worker gets beyond a timeout, because it ends a handler that is over it by itself. `asking` is the
+    failure about which a policy is being asked, since `since_ns`; empty while none is.
     """
 
     message_id: int
@@ -47,6 +54,7 @@ class SlotState(Struct, frozen=True):
     cancelled: bool
     settled: int = 0
     grace_ns: int = 0
+    asking: bytes = b""
 
     @property
     def busy(self) -> bool:
@@ -54,17 +62,24 @@ class SlotState(Struct, frozen=True):
         return self.since_ns != 0
 
     def overdue(self, now_ns: int) -> bool:
-        """Whether the handler had run past its timeout, and the grace, at `now_ns` (`CLOCK_MONOTONIC`)."""
-        return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns + self.grace_ns
+        """Whether the handler had run past its timeout, and the grace, at `now_ns` (`CLOCK_MONOTONIC`).
+
+        A policy gets no grace: it is not awaited, so that nobody ends it but by force.
+        """
+        grace = 0 if self.asking else self.grace_ns
+        return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns + grace
 
 
 class Slot:
     """One lane of a worker. `cancel`, `mark_stale` and `clear` are the node's, all else that writes is the worker's."""
 
-    __slots__ = ("_cells", "_index", "_started", "_table", "_timeout")
+    __slots__ = ("_cells", "_index", "_started", "_table", "_timeout", "_words")
 
-    def __init__(self, cells: memoryview, table: SlotTable | None = None, index: int = 0) -> None:
+    def __init__(
+        self, cells: memoryview, table: SlotTable | None = None, index: int = 0, words: memoryview | None = None
+    ) -> None:
         self._cells = cells
+        self._words: memoryview | None = table[index]._words if words is None and table is not None else words
         self._table = table
         self._index = index
         self._started: int = cells[_STARTED]
@@ -86,6 +101,22 @@ class Slot:
     def end(self) -> None:
         """The handler has returned."""
         self._cells[1] = 0
+
+    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """The handler has failed, and from now on its policy is asked about that, for `timeout_ns` by itself."""
+        cells, words = self._cells, self._words
+        cells[1] = 0
+        if words is not None:
+            said = failure[: WORDS_BYTES - 2]
+            words[2 : 2 + len(said)] = said
+            words[:2] = len(said).to_bytes(2, "big")
+        cells[2] = self._timeout = timeout_ns
+        cells[1] = now_ns
+
+    def answered(self) -> None:
+        """The policy has answered."""
+        if self._words is not None:
+            self._words[:2] = b"\0\0"
 
     def settle(self, count: int) -> None:
         """So many messages went on as they should: the worker is not one of those that die at everything."""
@@ -130,11 +161,13 @@ class Slot:
         self._cells[_SINCE] = 0
         for cell in range(_CELLS):
             self._cells[cell] = 0
+        self.answered()
         self._started = self._timeout = 0
 
     def read(self) -> SlotState:
         """What the worker is doing. Consistent: cells that changed during the reading are read again."""
-        cells = self._cells
+        cells, words = self._cells, self._words
+        asking = b""
         while True:
             since = cells[_SINCE]
             message_id, timeout, started, cancelled = (
@@ -144,6 +177,8 @@ class Slot:
                 cells[_CANCELLED],
             )
             grace = cells[_GRACE]
+            if words is not None:
+                asking = bytes(words[2 : 2 + int.from_bytes(words[:2], "big")])
             if cells[_SINCE] == since:
                 break
         busy = since != 0
@@ -156,6 +191,7 @@ class Slot:
             cancelled=busy and cancelled == message_id,
             settled=cells[_SETTLED],
             grace_ns=grace,
+            asking=asking if busy else b"",
         )
 
 
@@ -165,7 +201,7 @@ class SlotTable:
     def __init__(self, fd: int, count: int) -> None:
         self.fd = fd
         self._count = count
-        self._memory = mmap.mmap(fd, count * SLOT_BYTES)
+        self._memory = mmap.mmap(fd, count * (SLOT_BYTES + WORDS_BYTES))
         self._bytes = memoryview(self._memory)
         self._cells = self._bytes.cast("Q")
         self._slots: dict[int, Slot] = {}  # made when they are asked for: a node has room for many more than it uses
@@ -175,7 +211,7 @@ class SlotTable:
         """A new table of `count` empty slots."""
         fd = os.memfd_create("stageflow-slots")
         try:
-            os.ftruncate(fd, count * SLOT_BYTES)
+            os.ftruncate(fd, count * (SLOT_BYTES + WORDS_BYTES))
             return cls(fd, count)
         except BaseException:
             os.close(fd)
@@ -194,7 +230,9 @@ class SlotTable:
             raise IndexError(f"there is no slot {index}: this table has {self._count}")
         slot = self._slots.get(index)
         if slot is None:
-            slot = self._slots[index] = Slot(self._cells[index * _CELLS : (index + 1) * _CELLS], self, index)
+            cells = self._cells[index * _CELLS : (index + 1) * _CELLS]
+            at = self._count * SLOT_BYTES + index * WORDS_BYTES
+            slot = self._slots[index] = Slot(cells, self, index, self._bytes[at : at + WORDS_BYTES])
         return slot
 
     def lanes(self, index: int, count: int) -> list[Slot]:
@@ -205,6 +243,8 @@ class SlotTable:
         """Unmaps the memory and closes `fd`; other processes keep theirs."""
         for slot in self._slots.values():
             slot._cells.release()
+            if slot._words is not None:
+                slot._words.release()
         self._slots.clear()
         self._count = 0
         self._cells.release()

@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_reply,
     encode,
 )
-from stageflow_actors.core.failures import failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
 from stageflow_actors.core.gathered import Asked, decode_asked
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, Naming, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
@@ -248,6 +248,9 @@ class StageWork(HandlerWork):
                 # A worker died of the reply, which is still here: nobody has to be asked again.
                 return self._judge_fresh(item, envelope, asked.attempt)
         if not arrivals:
+            last = read_failure(extra.failure) if extra is not None and extra.fresh else None
+            if last is not None and last.kind == UNDECIDED:
+                return self._unanswered(item, envelope, asked, last)
             late = f"StageTimeout: endpoint {asked.endpoint!r} did not answer within {asked.timeout:g} s"
             return self._unanswered(item, envelope, asked, Failure("timeout", late, "StageTimeout"))
         reply = decode_reply(arrivals[0][1])

@@ -31,7 +31,7 @@ from stageflow_actors.core.envelope import (
     append_record,
     decode_envelope,
 )
-from stageflow_actors.core.failures import exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import UNDECIDED, brief, exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import ITEM, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.retrying import bounded
 from stageflow_actors.core.routing import Moves, enter, give_up, item_slot, leave, pass_through
@@ -50,12 +50,14 @@ from stageflow_actors.runtime.settled import (
     settle_moves,
     steps_of,
 )
+from stageflow_actors.runtime.slots import WORDS_BYTES
 
 __all__ = [
     "GRACE_NS",
     "PARK",
     "Stopwatch",
     "Work",
+    "ask",
     "ignore",
     "judge",
 ]
@@ -63,6 +65,9 @@ __all__ = [
 
 PARK = ":park"
 """The step that marks a message which was published, or is, to be parked: delivered once more, it has been requeued."""
+
+WORDS = WORDS_BYTES - 2
+"""Bytes of a failure that a slot can hold."""
 
 GRACE_NS = 1_000_000_000
 """What an async handler gets to end by itself once it has been cancelled, before its worker is killed."""
@@ -76,6 +81,12 @@ class Stopwatch(Protocol):
 
     def end(self) -> None:
         """The handler is over."""
+
+    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """The handler has failed, and its policy is asked about that from now on."""
+
+    def answered(self) -> None:
+        """The policy has answered."""
 
     def allow(self, grace_ns: int) -> None:
         """Handlers that are over their time are ended by the worker itself, and get so much longer for it."""
@@ -91,6 +102,8 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
     retried, because nobody has said how often. Raises whatever the policy raises, and `ValueError` for a time that
     nobody can wait.
     """
+    if failure.kind == UNDECIDED:
+        return None  # the last worker that asked about it did not outlive that
     if policy is not None:
         delay = policy.next_delay(attempt, error or exception_of(failure))
         if delay is None:
@@ -100,6 +113,27 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
             raise ValueError(f"next_delay gave {delay!r}, and only 0 seconds or more can be waited (None: give up)")
         return seconds
     return 0.0 if failure.kind == "died" else None
+
+
+def ask(
+    slot: Stopwatch,
+    timeout_ns: int,
+    policy: RetryPolicy | None,
+    attempt: int,
+    failure: Failure,
+    error: Exception | None,
+) -> float | None:
+    """`judge`, while the slot says that it is the policy which takes the time: so much as an attempt, from now.
+
+    A worker that is killed for it, or dies of it, has its successor give up. It would ask the same once more.
+    """
+    if policy is None:
+        return judge(None, attempt, failure)
+    slot.ask(brief(failure, WORDS), timeout_ns, time.monotonic_ns())
+    try:
+        return judge(policy, attempt, failure, error)
+    finally:
+        slot.answered()
 
 
 def ignore(error: BaseException) -> None:
@@ -258,8 +292,9 @@ class Work:
     def _ask(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
         """What the policy says; one that raises has given up, and says why."""
         try:
-            return judge(self.retry, attempt, failure, error), failure
-        except Exception as broken:  # noqa: BLE001 - a policy is user code
+            return ask(self._slot, self._timeout_ns, self.retry, attempt, failure, error), failure
+        except BaseException as broken:  # noqa: BLE001 - a policy is user code
+            self._raised(broken)
             text = f"{failure.message} (and its retry policy failed: {failure_of(broken).message})"
             return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
 

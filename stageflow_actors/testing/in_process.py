@@ -209,6 +209,12 @@ class _NoSlot:
     def end(self) -> None:
         """The handler is over."""
 
+    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """See `Stopwatch.ask`."""
+
+    def answered(self) -> None:
+        """See `Stopwatch.answered`."""
+
     def allow(self, grace_ns: int) -> None:
         """See `Stopwatch.allow`."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors.core.envelope import Failure
+from stageflow_actors.core.failures import UNDECIDED, brief
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.pool_judge import (
@@ -20,6 +21,7 @@ from stageflow_actors.runtime.pool_judge import (
     Verdict,
     over_memory,
     over_time,
+    overdue,
 )
 from stageflow_actors.runtime.pool_worker import Kill
 from stageflow_actors.runtime.programs import PoolSpec, Program
@@ -210,6 +212,48 @@ def test_what_is_forgotten_counts_no_more(court: Court) -> None:
     assert court.judge.not_before == 0
     assert not court(1, BUSY).pause
     assert court.waits == 0
+
+
+def asking(message_id: int, about: str, *, since: int = 1, grace: int = 0, timeout: int = 10**9) -> SlotState:
+    failure = b"no failure" if not about else brief(Failure("exception", about, "ValueError"), 1_000)
+    return SlotState(message_id, since, timeout, 1, 0, False, 0, grace, failure)
+
+
+def test_who_dies_while_a_policy_is_asked_leaves_what_it_was_asked_about_and_that_it_is_final(court: Court) -> None:
+    verdict = court(3, asking(7, "ValueError: x"))
+    assert (verdict.guilty, verdict.charged) == ([7], True)
+    text = "ValueError: x (and its retry policy ended the worker: exit code 3)"
+    assert verdict.failure == Failure(UNDECIDED, text, "ValueError")
+    several = court(3, asking(7, "ValueError: x"), lane(8, busy=True))
+    assert several.failure is not None
+    assert (several.guilty, several.failure.kind) == ([7, 8], "died"), "nobody knows whether it was the policy"
+    damaged = court(3, asking(7, ""))
+    assert damaged.failure is not None
+    assert damaged.failure.kind == "died"
+
+
+def test_a_policy_over_its_time_is_killed_with_what_it_was_asked_about() -> None:
+    late = asking(7, "ValueError: x")
+    text = "ValueError: x (and its retry policy ran longer than the timeout of 1 s)"
+    assert over_time(spec(), late) == Failure(UNDECIDED, text, "ValueError")
+    assert over_time(spec(), late, asking(8, "ValueError: x")).message == text
+    general = "StageTimeout: a retry policy of stage 's' ran longer than the timeout of 1 s"
+    for other in ("ValueError: y", ""):
+        assert over_time(spec(), asking(7, other), late) == Failure(UNDECIDED, general, "StageTimeout")
+
+
+def test_a_kill_is_for_policies_or_for_handlers_and_never_for_who_waits_for_the_same_event_loop() -> None:
+    second = 10**9
+    policy, handler = asking(1, "x"), SlotState(2, 1, second, 1, 0, False)
+    assert overdue([policy, handler], second) == []
+    assert overdue([policy, handler], 2 * second) == [policy]
+    assert overdue([handler], 2 * second) == [handler]
+    graced = SlotState(3, 1, second, 1, 0, False, 0, second)
+    later = asking(4, "x", since=3 * second, grace=second)
+    assert overdue([graced, later], 3 * second) == [], "it would have ended by itself, did the policy answer"
+    assert overdue([graced, later], 5 * second) == [later]
+    unlimited = asking(5, "x", grace=second, timeout=0)
+    assert overdue([graced, unlimited], 3 * second) == [graced]
 
 
 def test_reasons_to_kill_name_stage_and_limit() -> None:

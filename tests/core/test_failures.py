@@ -11,10 +11,14 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import (
     EXPIRED,
     LONGEST,
+    STDERR,
+    UNDECIDED,
+    brief,
     describe_error,
     exception_of,
     failure_of,
     read_failure,
+    undecided,
     write_failure,
 )
 from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
@@ -94,3 +98,21 @@ def test_no_failure_is_no_failure_and_damage_is_refused() -> None:
     assert read_failure(None) is None
     with pytest.raises(msgspec.MsgspecError):
         read_failure(b"\xc1")
+
+
+@given(st.text(max_size=400), st.text(max_size=300), st.integers(200, 1_000))
+def test_a_failure_fits_where_there_is_little_room(text: str, error_type: str, size: int) -> None:
+    data = brief(Failure("exception", text, error_type, True), size)
+    assert len(data) <= size
+    kept = read_failure(data)
+    assert kept is not None
+    assert (kept.kind, kept.retryable) == ("exception", True)
+    assert kept.message == text.partition(STDERR)[0] or kept.message.endswith(" …")
+
+
+def test_what_no_policy_has_decided_tells_the_failure_once_and_why() -> None:
+    died = Failure("died", f"WorkerDied: exit code 3{STDERR}Traceback", "WorkerDied")
+    told = undecided(brief(died, 1_000), "ran longer than a second")
+    text = "WorkerDied: exit code 3 (and its retry policy ran longer than a second)"
+    assert told == Failure(UNDECIDED, text, "WorkerDied")
+    assert undecided(b"\xc1", "ran longer than a second") is None

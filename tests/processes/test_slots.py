@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from stageflow_actors.runtime.slots import SLOT_BYTES, Slot, SlotTable
+from stageflow_actors.runtime.slots import SLOT_BYTES, WORDS_BYTES, Slot, SlotTable
 
 
 def test_a_slot_tells_what_is_running_and_since_when() -> None:
@@ -41,7 +41,9 @@ def test_both_ends_see_the_same_memory() -> None:
     other = SlotTable.attach(os.dup(table.fd), 2)
     table[1].begin(5, 0, 9)
     assert other[1].read().message_id == 5
-    assert os.fstat(table.fd).st_size == 2 * SLOT_BYTES
+    assert os.fstat(table.fd).st_size == 2 * (SLOT_BYTES + WORDS_BYTES)
+    table[1].ask(b"why", 0, 9)
+    assert other[1].read().asking == b"why"
     other[1].cancel(5)
     assert table[1].is_cancelled()
     assert table[1].read().cancelled
@@ -74,6 +76,27 @@ def test_a_cleared_slot_is_as_new() -> None:
     assert table[0].read() == fresh
     table[0].begin(6, 3, 1)
     assert table[0].read().timeout_ns == 3
+    table.close()
+
+
+def test_while_a_policy_is_asked_the_slot_says_about_what_and_its_time_begins_anew() -> None:
+    table = SlotTable.create(2)
+    slot = table[0]
+    slot.allow(1_000)
+    slot.begin(7, 50, 1)
+    assert not slot.read().overdue(1_051), "the worker has a grace, in which it ends its handler"
+    slot.ask(b"ValueError: x", 60, 100)
+    state = slot.read()
+    assert (state.message_id, state.since_ns, state.timeout_ns, state.asking) == (7, 100, 60, b"ValueError: x")
+    assert (state.started, state.overdue(160), state.overdue(161)) == (1, False, True), "and nobody ends a policy"
+    assert table[1].read().asking == b""
+    slot.answered()
+    assert (slot.read().asking, slot.read().busy) == (b"", True)
+    slot.ask(b"x" * 5_000, 60, 100)
+    assert slot.read().asking == b"x" * (WORDS_BYTES - 2), "no more than there is room for"
+    slot.clear()
+    slot.begin(8, 0, 1)
+    assert slot.read().asking == b""
     table.close()
 
 

@@ -52,6 +52,7 @@ class History:
         self.rows: dict[str, HistoryRow] = {}
         self.crimes: list[str] = []
         self.full = False
+        self.written = 0
 
     def write(self, rows: list[HistoryRow]) -> None:
         """As `HistoryWriter.write`."""
@@ -62,6 +63,7 @@ class History:
             if known is not None and known.epoch == row.epoch and known.outcome != row.outcome:
                 self.crimes.append(f"{row.instance_id} has ended twice: {known.status}, then {row.status}")
             self.rows[row.instance_id] = row
+        self.written += len(rows)
 
 
 class _PausingSlot(Slot):
@@ -77,6 +79,10 @@ class _PausingSlot(Slot):
         self.worker.at, self.worker.busy = message_id, True
         self.worker.suffer()
         self.worker.work_a_while()
+
+    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """As a slot; policies take no time."""
+        super().ask(failure, timeout_ns, int(self.worker.world.now * 1e9))
 
     def end(self) -> None:
         """Time passes, then as a slot."""
