@@ -51,6 +51,7 @@ class OversightContract:
             ("dead", peer.broker.peer, 0, False, False, b""),
             ("roster", []),
             ("hold", True),
+            ("leave", ["g"]),
             ("recall", peer.broker.peer),
             ("retire", peer.broker.peer),
         ]

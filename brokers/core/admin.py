@@ -69,6 +69,7 @@ class Admin:
             "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.dead),
             "roster": (tuple[list[tuple[int, list[Name]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
+            "leave": (tuple[list[Name]], supervision.leave),
             "recall": (tuple[int], supervision.recall),
             "retire": (tuple[int], supervision.retire),
             "tell": (tuple[Name, Any], supervision.tell),

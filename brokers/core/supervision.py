@@ -185,6 +185,16 @@ class Supervision:
             if other.consumers and other is not session:
                 self._talk.notice(other, "recall", None)
 
+    def leave(self, session: Session, ids: list[str]) -> int:
+        """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
+        self._check(session)
+        live = [id for id in dict.fromkeys(ids) if id in self._store.groups]
+        for id in live:
+            self._store.leave(id)
+        if live:
+            self._ledger.left(live)
+        return len(live)
+
     def cancel(self, group: Group) -> None:
         """Tell the supervisor which of its workers are at messages of a group that has been cancelled. Those that may
         not have begun them, because they hold others, too, are asked to return what waits."""

@@ -3,6 +3,7 @@
     StageFlowError
     └── HistoryError            .path
         ├── HistoryMissing      it is not where it must be: restore it
+        ├── HistoryOutdated     it lacks what the journal knows to be written: restore both
         ├── HistoryDamaged      it is there and cannot be trusted: restore it
         ├── HistoryTooNew       written by a newer release: upgrade
         └── HistoryUnavailable  disk full, locked: nothing was written, try again
@@ -24,6 +25,7 @@ __all__ = [
     "HistoryDamaged",
     "HistoryError",
     "HistoryMissing",
+    "HistoryOutdated",
     "HistoryTooNew",
     "HistoryUnavailable",
     "JournalMissing",
@@ -49,6 +51,19 @@ class HistoryMissing(HistoryError):
             "Restore it from the backup taken with the journal; "
             "starting without it would run finished instances a second time",
         )
+
+
+class HistoryOutdated(HistoryError):
+    """The history is older than the journal: ends of instances that were durable are not in it."""
+
+    def __init__(self, path: Path | str, missing: int) -> None:
+        super().__init__(
+            path,
+            f"the history {path} is older than the journal: the last {missing} of the rows that were written to it are "
+            f"not there (has its write-ahead log, {Path(path).name}-wal, been left behind?). Restore both from one "
+            "backup; with this one finished instances would be run a second time",
+        )
+        self.missing = missing
 
 
 class JournalMissing(HistoryError):

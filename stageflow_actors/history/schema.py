@@ -19,7 +19,7 @@ from stageflow_actors.history.errors import (
     typed_errors,
 )
 
-__all__ = ["COLUMNS", "JOURNAL", "PRUNED", "connect", "create", "has_log", "in_wal_mode", "make_private"]
+__all__ = ["COLUMNS", "JOURNAL", "PRUNED", "WRITTEN", "connect", "create", "has_log", "in_wal_mode", "make_private"]
 
 APPLICATION_ID = 0x53464148  # "SFAH"
 FORMAT = 1
@@ -34,6 +34,9 @@ PRUNED = "pruned"
 
 JOURNAL = "journal"
 """In `meta`: a journal belongs to this history, and remembers it."""
+
+WRITTEN = "written"
+"""In `meta`: how many rows have ever been written, those that were replaced or deleted since included."""
 
 _BUSY_TIMEOUT = 10.0
 """Seconds. A checkpoint or a vacuum by another process is over long before."""

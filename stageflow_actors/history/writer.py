@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 from stageflow_actors.history.errors import HistoryMissing, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, JOURNAL, PRUNED, connect, create, make_private
+from stageflow_actors.history.schema import COLUMNS, JOURNAL, PRUNED, WRITTEN, connect, create, make_private
 
 __all__ = ["BATCH", "HistoryWriter"]
 
@@ -24,6 +24,7 @@ BATCH = 2_000
 
 _CHECKPOINT_PAGES = 2_000  # of 8 KiB: some 16 MB of log between checkpoints
 _CACHE_KIB = 64 * 1024
+_LAST_CHECKPOINT_MS = 500
 
 # An instance has one row, that of its latest run. A finished event that is delivered again rewrites its row; one
 # of an earlier epoch that arrives late must not replace a later one. A row that is replaced becomes the newest.
@@ -41,6 +42,11 @@ WHERE excluded.epoch >= epoch
 _PRUNED = """
 INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 WHERE CAST(excluded.value AS REAL) > CAST(value AS REAL)
+"""
+
+
+_WRITTEN = """
+INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 """
 
 
@@ -72,6 +78,8 @@ class HistoryWriter:
                 execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 # Cut the log back after a long reader has let it grow.
                 execute("PRAGMA journal_size_limit = 67108864")
+                found = execute("SELECT value FROM meta WHERE name = ?", (WRITTEN,)).fetchone()
+                self._written = 0 if found is None else int(found[0])
         except BaseException:
             self._connection.close()
             raise
@@ -92,6 +100,29 @@ class HistoryWriter:
         if not self.has_journal:
             self._transact("INSERT INTO meta VALUES (?, ?)", [(JOURNAL, "yes")])
 
+    @property
+    def written(self) -> int:
+        """How many rows have ever been written, those that were replaced or deleted since included."""
+        return self._written
+
+    def written_since(self, before: int, at_once: int) -> Iterator[dict[str, int]]:
+        """The epochs by instance of all rows written after the first `before`, and maybe of some more: the newest
+        first, up to `at_once` at a time. Nothing may be written meanwhile.
+        """
+        left = self._written - before
+        last = None
+        while left > 0:
+            with typed_errors(self.path):
+                rows = self._connection.execute(
+                    "SELECT seq, instance_id, epoch FROM instance WHERE ? IS NULL OR seq < ? ORDER BY seq DESC LIMIT ?",
+                    (last, last, min(left, at_once)),
+                ).fetchall()
+            if not rows:
+                return
+            yield {instance_id: epoch for _, instance_id, epoch in rows}
+            left -= len(rows)
+            last = rows[-1][0]
+
     def write(self, rows: Iterable[HistoryRow]) -> None:
         """Stores `rows` durably, replacing rows of the same instance whose epoch is not higher.
 
@@ -100,7 +131,9 @@ class HistoryWriter:
         """
         remaining = iter(rows)
         while batch := list(islice(remaining, BATCH)):
-            self._transact(_UPSERT, batch)
+            written = self._written + len(batch)
+            self._transact(_UPSERT, batch, written)
+            self._written = written
 
     def prune(self, older_than: float, *, limit: int | None = None) -> int:
         """Deletes instances that finished before `older_than` (seconds since the Unix epoch), oldest first.
@@ -134,7 +167,14 @@ class HistoryWriter:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Closes the file; what was written is there already. May be called twice."""
+        """Closes the file; what was written is there already, in the log or, if nobody reads now, in the file itself.
+        May be called twice."""
+        try:
+            # By itself SQLite does this for whoever closes the file last, and that may be somebody who only reads it.
+            self._connection.execute(f"PRAGMA busy_timeout = {_LAST_CHECKPOINT_MS}")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error:
+            pass
         try:
             self._connection.close()
         except sqlite3.DatabaseError:
@@ -151,7 +191,10 @@ class HistoryWriter:
         self.close()
 
     def _transact(
-        self, statement: str, parameters: list[HistoryRow] | list[tuple[int]] | list[tuple[str, str]]
+        self,
+        statement: str,
+        parameters: list[HistoryRow] | list[tuple[int]] | list[tuple[str, str]],
+        written: int | None = None,
     ) -> None:
         connection = self._connection
         # SQLite would go on for ever with a file that has no name any more, and the rows would be gone at the end.
@@ -165,6 +208,8 @@ class HistoryWriter:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 connection.executemany(statement, parameters)
+                if written is not None:
+                    connection.execute(_WRITTEN, (WRITTEN, str(written)))
                 connection.execute("COMMIT")
             except BaseException:
                 # SQLite has rolled back by itself after some errors (disk full), not after others.

@@ -34,7 +34,7 @@ from stageflow_actors.history import HistoryError, HistoryReader
 from stageflow_actors.history.schema import in_wal_mode
 from stageflow_actors.runtime.attach import Attached, attach, live_address
 from stageflow_actors.runtime.datadir import DataDir
-from stageflow_actors.runtime.node import HISTORY_FACT
+from stageflow_actors.runtime.keeping import HISTORY_FACT
 from stageflow_actors.runtime.premises import premises
 from stageflow_actors.runtime.processes import start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
@@ -208,7 +208,7 @@ def _of_journal(where: str, facts: dict[str, str] | None, has_journal: bool) -> 
         yield Finding(ERROR, "journal", where, what, advice)
     elif facts is not None and HISTORY_FACT not in facts:
         what = "instances have finished here, and the journal knows of no history: it is not the one they lived in"
-        yield Finding(WARNING, "history", where, what, advice)
+        yield Finding(ERROR, "history", where, what, advice)
 
 
 def _of_file(reader: HistoryReader) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_actors.runtime.keeping import WRITTEN_FACT
 from stageflow_actors.runtime.settled import Settled, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.unserved import send_on
 
@@ -151,6 +152,8 @@ class Coordinator(pykka.ThreadingActor):
         del self._pending[:BULK]
         self._since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
+        # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
+        self._broker.query("fact", WRITTEN_FACT, str(self._history.written))
         self._broker.settle([], [], acks, [], [])
         reach("coordinator.settled")
 

@@ -27,12 +27,11 @@ from stageflow_actors.core.counted import counted
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.errors import StageFlowError
-from stageflow_actors.history.errors import HistoryMissing, JournalMissing
-from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
+from stageflow_actors.runtime.keeping import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Retire, ScaleTo, Tick
 from stageflow_actors.runtime.pool_services import PoolServices
@@ -55,7 +54,6 @@ TICK = 0.02
 """Seconds between looks at the slots: how late a timeout may be noticed."""
 LOOK_SECONDS = 2.0
 """Seconds between looks at queues that nobody serves."""
-HISTORY_FACT = "history"
 FIRST_FIELD = [1, 3]
 """Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
 STOP_POLL = 0.01
@@ -168,11 +166,15 @@ class Node:
         self._slots = SlotTable.create(SLOTS)
         self._stderr = StderrRelay()
         self._make_zygote()
+        lasting = config.durability != "memory"
+        if lasting:
+            check_journal(self._data)
         self._broker_process.start()
         reach("node.broker-started")
         threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
-        self._history = self._open_history()
+        self._history = open_history(self._data, self._ask, lasting=lasting)
+        forgotten = forget_finished(self._history, self._ask)
         reach("node.history-opened")
         services = PoolServices(
             slots=self._slots,
@@ -221,7 +223,7 @@ class Node:
         )
         _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
         reach("node.ready")
-        for text in notices:
+        for text in [forgotten, *notices] if forgotten else notices:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
             if queue["state"] == "paused" and queue["ready"] and name not in reopened:
@@ -315,19 +317,6 @@ class Node:
         for id, count in zip(ids, tally["marks"], strict=True):
             found[id] += count
         return {id: count for id, count in found.items() if count}
-
-    def _open_history(self) -> HistoryWriter:
-        known = self._ask("fact", HISTORY_FACT, None)
-        history = HistoryWriter.open(self._data.history, create=known is None)
-        if known is not None and history.identity != known:
-            raise HistoryMissing(self._data.history)
-        lasting = self._config.durability != "memory"
-        if lasting and known is None and history.has_journal:
-            raise JournalMissing(self._data.history, self._data.journal)
-        self._ask("fact", HISTORY_FACT, history.identity)
-        if lasting:
-            history.belongs_to_journal()
-        return history
 
     def _current_zygote(self) -> Zygote:
         assert self._zygote is not None

@@ -127,7 +127,7 @@ def _of_room(path: Path) -> Iterator[Finding]:
 
 def _of_copies(journal: Path) -> Iterator[Finding]:
     for path in sorted(journal.glob("*.broken")):
-        what = "the incomplete end of a batch that a crash interrupted; nothing in it was acknowledged"
+        what = "what lay behind the last whole batch: the incomplete one of a crash, or the rest of a file that was cut"
         yield Finding(INFO, "copies", str(path), what, f"rm {path}, once nobody wants to look at it")
     for path in sorted(journal.glob("repair*")):
         what = "what `stageflow journal repair` has given up"

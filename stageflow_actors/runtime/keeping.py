@@ -1,0 +1,84 @@
+"""The history that a cluster goes on with: whether it is the journal's own, and both are of the same day.
+
+The history is written before the journal forgets an instance, and the journal is told before that how much had been
+written. So a history with less than that has lost rows, and one with more may know the ends of instances that the
+journal still holds for live. Only what was copied or mended apart comes to that; nothing that ended is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stageflow_actors.core.counted import counted
+from stageflow_actors.history import HistoryMissing, HistoryOutdated, HistoryWriter, JournalMissing
+from stageflow_actors.runtime.datadir import DataDir
+
+__all__ = ["HISTORY_FACT", "WRITTEN_FACT", "check_journal", "forget_finished", "open_history"]
+
+HISTORY_FACT = "history"
+"""Under which the broker keeps the identity of the history that belongs to its journal."""
+
+WRITTEN_FACT = "history-written"
+"""Under which the broker keeps how many rows had ever been written to that history when it was told of them."""
+
+AT_ONCE = 5_000
+"""Instances asked for in one query."""
+
+Ask = Callable[..., Any]
+"""A query to the broker: its name and arguments; gives the answer."""
+
+
+def check_journal(data: DataDir) -> None:
+    """Before a broker makes a journal: raises `JournalMissing` where one is missing that the history remembers."""
+    if data.history.exists() and not any(data.journal.glob("*.journal")):
+        with HistoryWriter.open(data.history, create=False) as history:
+            if history.has_journal:
+                raise JournalMissing(data.history, data.journal)
+
+
+def open_history(data: DataDir, ask: Ask, *, lasting: bool) -> HistoryWriter:
+    """The history of the journal behind `ask`, made where there is none; `lasting`: the journal outlives the broker.
+
+    Raises `HistoryMissing`, `HistoryOutdated`, `JournalMissing` where the two do not belong together, and what opening
+    it raises.
+    """
+    known = ask("fact", HISTORY_FACT, None)
+    told = ask("fact", WRITTEN_FACT, None)
+    history = HistoryWriter.open(data.history, create=known is None)
+    try:
+        if known is not None and history.identity != known:
+            raise HistoryMissing(data.history)
+        if lasting and known is None and history.has_journal:
+            raise JournalMissing(data.history, data.journal)
+        if told is not None and history.written < int(told):
+            raise HistoryOutdated(data.history, int(told) - history.written)
+        ask("fact", HISTORY_FACT, history.identity)
+        if lasting:
+            history.belongs_to_journal()
+    except BaseException:
+        history.close()
+        raise
+    return history
+
+
+def forget_finished(history: HistoryWriter, ask: Ask) -> str:
+    """Have the broker forget what it holds for live and the history knows the end of; what is to be said of that.
+
+    To be called before anything is delivered.
+    """
+    told = ask("fact", WRITTEN_FACT, None) or "0"
+    found: list[str] = []
+    for rows in history.written_since(int(told), AT_ONCE):
+        groups = ask("lookup", list(rows))["groups"]
+        over = [id for id, group in groups.items() if not group["ended"] and group["epoch"] <= rows[id]]
+        if over:
+            ask("leave", over)
+            found += over
+    if not found:
+        return ""
+    return (
+        f"{counted(len(found), 'instance')} that the journal holds for live have finished by the history, and will not "
+        f"be run again ({', '.join(found[:3])}{' …' if len(found) > 3 else ''}): the journal is an older copy, or a "
+        "repair has given up its end. What was started after that, and had not finished, is not known any more"
+    )
