@@ -8,7 +8,7 @@
 `engine`        one round: drain, commit, dispatch; `reclaim` space coming back
 `core`          every decision, without I/O
 `journal`       bytes that survive
-`accounts`      what a journal at rest testifies to
+`accounts`      what a journal at rest testifies to; `named` whom a batch of it speaks of
 `testing`       the contract that every broker passes
 `errors`        what may go wrong
 ==============  =====================================================================

@@ -7,7 +7,7 @@
 `supply`          segments to come: preallocation, the spare, recycling
 `survey`          all segments in their order, past damage too; underneath everything that reads
 `segment`         one segment, read
-`inspect`         from outside: verify, scan, repair
+`inspect`         from outside: verify, scan, repair; `salvage` what can still be read of what is damaged
 `lock`            one writer to a directory
 `files`           the one seam to the operating system
 `testing`         a disk in memory that fails, tears and forgets
