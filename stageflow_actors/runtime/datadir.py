@@ -54,6 +54,7 @@ LOCAL_FUSE = frozenset(
 
 _JOURNAL = "journal"
 _HISTORY = "history.db"
+_ADVICE = "no release makes it like that: look what it is, and move it away"
 _SOCKET_PATH_MAX = 107
 _LONGEST_SOCKET_NAME = 24
 
@@ -135,9 +136,13 @@ class DataDir:
         """Takes the directory for `program_pid`, and returns the lock's descriptor.
 
         If the program that has it is dead, waits up to `wait` seconds for the rest of its cluster to end. Raises
-        `JournalLocked` if it lives, or if something of it is left after that.
+        `JournalLocked` if it lives, or if something of it is left after that; `DataDirUnusable` if what is there
+        under the names of the lock and the record cannot be used.
         """
-        fd = _open_private(self.lock)
+        try:
+            fd = _open_private(self.lock)
+        except OSError as error:
+            raise self._unusable(f"its lock {self.lock} cannot be opened ({error.strerror}); {_ADVICE}") from error
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(fd):
@@ -156,11 +161,15 @@ class DataDir:
         except BaseException:
             os.close(fd)
             raise
+        try:
+            self.write_cluster(
+                ClusterRecord(program=program_pid, program_ticks=start_ticks(program_pid), started=time.time())
+            )
+        except OSError as error:
+            os.close(fd)
+            raise self._unusable(f"{self.cluster} cannot be written ({error.strerror}); {_ADVICE}") from error
         self._lock_fd = fd
         _HELD.add(self)
-        self.write_cluster(
-            ClusterRecord(program=program_pid, program_ticks=start_ticks(program_pid), started=time.time())
-        )
         return fd
 
     def adopt(self, lock_fd: int) -> None:
@@ -186,7 +195,7 @@ class DataDir:
         """
         try:
             return msgspec.json.decode(self.cluster.read_bytes(), type=ClusterRecord)
-        except (FileNotFoundError, RecursionError, UnicodeDecodeError, msgspec.DecodeError):
+        except (FileNotFoundError, IsADirectoryError, RecursionError, UnicodeDecodeError, msgspec.DecodeError):
             return None
 
     def write_cluster(self, record: ClusterRecord) -> None:
@@ -195,7 +204,11 @@ class DataDir:
         with open(_open_private(draft), "wb") as file:
             file.truncate()
             file.write(msgspec.json.encode(record))
-        draft.replace(self.cluster)
+        try:
+            draft.replace(self.cluster)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
     def remove_cluster(self) -> None:
         """Takes the record away at the end of a graceful stop."""

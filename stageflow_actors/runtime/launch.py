@@ -21,12 +21,12 @@ from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.intensity import Intensity
 from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
 from stageflow_actors.runtime.waiting import StopNotes, silent
 
-__all__ = ["NodeHandle"]
+__all__ = ["NodeHandle", "withdraw"]
 
 _BOOTSTRAP = """\
 import sys
@@ -129,6 +129,7 @@ class NodeHandle:
                     notes.wait_for(lambda: silent("the node", self.pid))
             if self._reap() != 0:
                 self._await_remains()
+                self._data.remove_cluster()  # which it would have done itself
         except BaseException:
             self.kill()
             raise
@@ -153,6 +154,7 @@ class NodeHandle:
         self._reap()
         try:
             self._await_remains()
+            self._data.remove_cluster()
         except BrokerUnavailable as error:
             self._notice(str(error))  # whoever kills has a reason of their own to tell
         self._let_go()
@@ -186,6 +188,7 @@ class NodeHandle:
                 self._await_remains()
 
     def _launch(self) -> None:
+        runtime_dir(self._data.path)  # refused here, whoever asks for the cluster is told by whom and why
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
@@ -272,14 +275,9 @@ class NodeHandle:
                 return
 
     def _await_remains(self) -> None:
-        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end.
-
-        What the program itself has forked (a process pool) holds the lock too, in the program's own session; of the
-        cluster each process leads, or belongs to, another one.
-        """
-        own = os.getsid(0)
+        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end."""
         deadline = time.monotonic() + REMAINS_SECONDS
-        while left := [pid for pid in self._data.holders() if _session(pid) not in (own, None)]:
+        while left := _remains(self._data):
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"the node process ended, and the processes {', '.join(map(str, left))} of its cluster outlived it"
@@ -294,6 +292,27 @@ class NodeHandle:
             self._channel.close()
             self._channel = None
         return status
+
+
+def withdraw(data: DataDir) -> None:
+    """A cluster that did not come to be leaves neither its record nor its sockets; what lives of it may need both."""
+    if _remains(data):
+        return
+    data.remove_cluster()
+    try:
+        remove_runtime_dir(runtime_dir(data.path))
+    except DataDirUnusable:
+        pass  # it is not ours
+
+
+def _remains(data: DataDir) -> list[int]:
+    """What lives of a cluster on this directory, whose lock this process holds.
+
+    What the program itself has forked (a process pool) holds the lock too, in the program's own session; of the
+    cluster each process leads, or belongs to, another one.
+    """
+    own = os.getsid(0)
+    return [pid for pid in data.holders() if _session(pid) not in (own, None)]
 
 
 def _session(pid: int) -> int | None:

@@ -25,7 +25,7 @@ from stageflow_actors.runtime.control import NodeConfig, Register
 from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.launch import NodeHandle
+from stageflow_actors.runtime.launch import NodeHandle, withdraw
 from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, merged, pool_specs
 
 __all__ = ["Runtime"]
@@ -121,6 +121,7 @@ class Runtime(Client):
                 if self._node is not None:
                     self._node.kill()
                 self._node = None
+                withdraw(data)
                 data.release()
                 raise
         for workflow_id, count in node.resuming.items():
