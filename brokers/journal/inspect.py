@@ -28,12 +28,14 @@ line, then as a part of its own those that may have been in what is damaged."""
 
 
 class Finding(NamedTuple):
-    """Something wrong at `offset` of `file`. If not `damage`, it is a torn end, which the next start cuts off."""
+    """Something wrong at `offset` of `file`. If not `damage`, it is a torn end, which the next start cuts off. `cut`:
+    the file is shorter than it was made, so that what was acknowledged may be missing."""
 
     file: str
     offset: int
     reason: str
     damage: bool
+    cut: bool = False
 
 
 class RepairReport(NamedTuple):
@@ -69,7 +71,7 @@ def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
     files = _existing(files, directory)
     with _reading(directory):
         findings = [
-            Finding(item.file, item.offset, item.reason, item.fatal)
+            Finding(item.file, item.offset, item.reason, item.fatal, item.cut)
             for item in Survey(files, directory).read()
             if isinstance(item, Damage)
         ]

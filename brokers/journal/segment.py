@@ -46,12 +46,14 @@ class End(NamedTuple):
 class Broken(NamedTuple):
     """Neither a whole batch nor a clean end. `torn` is where a batch that claims to begin here would end, or None.
 
-    `unreadable`: the disk does not give back what is here, so nothing can be said of it.
+    `unreadable`: the disk does not give back what is here, so nothing can be said of it. `cut`: the file is shorter
+    than it was made, which no crash does.
     """
 
     reason: str
     torn: int | None = None
     unreadable: bool = False
+    cut: bool = False
 
 
 class Later(NamedTuple):
@@ -133,7 +135,9 @@ class SegmentReader:
 
     def _short(self, number: int, segment: SegmentHeader) -> Broken:
         lost = f"what was written behind batch {number - 1} is lost" if number > 1 else "what was written to it is lost"
-        return Broken(f"the file is {self.size} bytes long where {segment.size} were allocated: {lost}", self.size)
+        return Broken(
+            f"the file is {self.size} bytes long where {segment.size} were allocated: {lost}", self.size, cut=True
+        )
 
     def _whole(self, offset: int, header: BatchHeader) -> Batch | Broken:
         """The batch whose header is at `offset` and fits into the file."""

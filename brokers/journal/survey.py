@@ -22,6 +22,7 @@ class Damage(NamedTuple):
     `fatal`: it lies in what was acknowledged. If not, it is the torn end of the last segment, which reaches to `torn`.
     At offset 0 the header is damaged, or the file missing; `rebuilt` is what the header must have said, where batches
     behind it tell. Elsewhere `salt` is the segment's. `until` is where something whole follows in it, or 0.
+    `cut`: the file is shorter than it was made.
     """
 
     segment: int
@@ -33,6 +34,7 @@ class Damage(NamedTuple):
     salt: int = 0
     rebuilt: SegmentHeader | None = None
     until: int = 0
+    cut: bool = False
 
     @property
     def file(self) -> str:
@@ -139,7 +141,7 @@ class Survey:
                 if found.followed and reader.number == self._numbers[-1]:
                     yield Damage(reader.number, offset, number, "the segment behind it is missing", True, salt=salt)
                 return Found(header, offset, number, found.marked, reader.size, found.followed), found
-            damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt)
+            damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt, cut=found.cut)
             if later is not None:
                 yield damage._replace(until=later.offset)
                 offset, number = later.offset, later.number

@@ -80,7 +80,7 @@ def _of_journal(data: DataDir) -> list[Finding]:
     """What verifying says: of damage the first places, and the torn end that a crash has left."""
     from brokers.errors import JournalError
     from brokers.journal.inspect import verify
-    from stageflow_actors.core.invariants import ERROR, INFO, Finding
+    from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
 
     if not any(data.journal.glob("*.journal")):
         return []
@@ -94,6 +94,10 @@ def _of_journal(data: DataDir) -> list[Finding]:
         if one.damage:
             advice = "restore a backup, or give up what lies behind the first damage: stageflow journal repair"
             findings.append(Finding(ERROR, "journal", where, f"damaged: {one.reason}", advice))
+        elif one.cut:
+            what = f"the end is cut off: {one.reason}. No crash does that, and it may have been acknowledged"
+            advice = "restore a backup; the next start goes on with what is left, and forgets what is not"
+            findings.append(Finding(WARNING, "journal", where, what, advice))
         else:
             what = f"a torn end: {one.reason}; a crash has left it, and nothing in it was acknowledged"
             findings.append(Finding(INFO, "journal", where, what, "nothing: the next start cuts it off"))

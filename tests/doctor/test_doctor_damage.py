@@ -351,3 +351,16 @@ def test_a_directory_on_a_network_file_system_is_refused_with_advice(
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "network file system (nfs4, mounted at /mnt)" in said.err
     assert "local disk" in said.err
+
+
+def test_a_segment_that_was_cut_short_is_not_called_the_remains_of_a_crash(books: Any, doctor: Doctor) -> None:
+    for number in range(20):
+        books.publish(f"A{number}")
+    path = books.close()
+    (segment,) = (path / "journal").glob("*.journal")
+    with segment.open("r+b") as file:
+        file.truncate(SECTOR + 700)
+    report = doctor(path)
+    found = report.one("warning", "journal")
+    assert "No crash does that, and it may have been acknowledged" in found["what"]
+    assert "restore a backup" in found["advice"]
