@@ -84,6 +84,8 @@ class StagePlan(Struct):
     `following` is the place behind it ("" at the end); `joins` the parallel or map stage whose gather it reports to
     instead. `branches` are the stages of a parallel one, `arms` the first stage of each arm of a branch by key. `ttl`:
     how long a message may wait in the queue, 0 for any time; `seconds`: of a delay, or until a signal is given up.
+    `timeout`: what one attempt of its handler may take, or one call of another function of the user's there: a map
+    stage's `over`, what selects an arm, what merges branches, what takes in a signal or its absence.
     `breaker`: after how many failures in a row its queue waits, and for how many seconds; (0, 0) for never.
     `max_memory`: bytes that a worker may use; 0 for any number.
     """
@@ -203,13 +205,17 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
             places.append(handled(step, queue, following=following))
         elif isinstance(step, Parallel):
             ids = [stage.id for stage in step.branches]
-            places.append(StagePlan(step.id, index, queue, kind=PARALLEL, following=following, branches=ids))
+            joined = StagePlan(step.id, index, queue, kind=PARALLEL, following=following, branches=ids)
+            joined.timeout = workflow.stage_timeout
+            places.append(joined)
             for name in ids:
                 own = naming.branch(workflow.id, index, name)
                 places.append(handled(stages[name], own, joins=step.id))
         elif isinstance(step, Branch):
             arms = {key: arm[0].id if arm else following for key, arm in step.arms.items()}
-            places.append(StagePlan(step.id, index, queue, kind=BRANCH, following=following, arms=arms))
+            choice = StagePlan(step.id, index, queue, kind=BRANCH, following=following, arms=arms)
+            choice.timeout = workflow.stage_timeout
+            places.append(choice)
             for arm in step.arms.values():
                 for place, stage in enumerate(arm):
                     behind = arm[place + 1].id if place + 1 < len(arm) else following
@@ -219,7 +225,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
             item = stages[step.id]
             whole = handled(item, queue, kind=MAP, following=following)
             whole.breaker = (0, 0.0)
-            whole.actors, whole.timeout, whole.max_tasks, whole.env, whole.max_memory = 1, None, None, {}, 0
+            whole.actors, whole.max_tasks, whole.env, whole.max_memory = 1, None, {}, 0
             one = handled(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
             one.id, one.after, one.compensated = item_id(step.id), (), False
             places += [whole, one]
@@ -238,6 +244,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
                     step.id,
                     index,
                     own,
+                    timeout=None if bare else workflow.stage_timeout,
                     kind=SIGNAL,
                     following=following,
                     seconds=step.timeout or 0.0,

@@ -265,7 +265,8 @@ class Stage:
 
         `command(context)` is sent; `on_reply(context, reply)` takes the reply in, and without it that is the stage's
         result. No reply within `timeout` seconds, or one that is an error, is a failure that the stage's `retry` sees.
-        Other options as in `Stage`.
+        How long `command` and `on_reply` themselves may take the workflow's `stage_timeout` says. Other options as in
+        `Stage`.
         """
         what = f"remote stage {id!r}"
         wait = optional_seconds(timeout, f"the timeout of {what}")

@@ -87,8 +87,9 @@ class MapStage:
     """`handler(item[, ctx])` for each item of `over(context)`, results in order into the field `into`.
 
     `item` is the stage that handles one item. `max_failures` items may fail (their result is None) before the stage
-    does. Items are plain values, or of the type that the handler's first parameter is annotated with; results are
-    plain, or of the type that the field `into` of the context is a list of.
+    does. `timeout` is that of one attempt at one item, and of one call of `over`. Items are plain values, or of the
+    type that the handler's first parameter is annotated with; results are plain, or of the type that the field `into`
+    of the context is a list of.
     """
 
     __slots__ = ("id", "into", "item", "max_failures", "over")
@@ -137,7 +138,8 @@ class Signal:
     """The instance waits for a signal from outside, at no cost but a timer where there is a `timeout`.
 
     `on_signal(context, payload)` takes it in; without it the payload is the stage's result. `on_timeout(context)`
-    decides when none came in time; without it the stage fails with `StageTimeout`.
+    decides when none came in time; without it the stage fails with `StageTimeout`. How long either of them may take the
+    workflow's `stage_timeout` says.
     """
 
     __slots__ = ("id", "name", "on_signal", "on_timeout", "on_timeout_call", "timeout")

@@ -38,7 +38,7 @@ class Workflow(Generic[C]):
     `id` and `version` name it (letters, digits, '-', '_', '.'; an integer from 1); `context` is dict, a dataclass,
     a msgspec Struct or a pydantic model; `timeout` (seconds) bounds a whole instance; `on_failure` says whether a
     failed instance is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own,
-    and `retry` for the functions of parallel, branch and signal stages, too.
+    and for each call of the functions of parallel, branch and signal stages, too.
     """
 
     @overload

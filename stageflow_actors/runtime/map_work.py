@@ -55,9 +55,14 @@ CHUNK = 2_000
 LARGEST_CHUNK = 100_000
 """Most items of a chunk: one settlement has to hold them all."""
 
+PLAIN = (list, tuple, dict, set, frozenset, range)
+"""What `over` may give that runs no more code of the user's, and comes to an end."""
+
 
 class MapWork(Work):
-    """Splits and joins."""
+    """Splits and joins. What is done here with a million items takes seconds, which are not taken from the user's."""
+
+    whole = False
 
     def __init__(self, program: Any, *args: Any, **options: Any) -> None:
         super().__init__(program, *args, **options)
@@ -96,10 +101,15 @@ class MapWork(Work):
         if missing:
             return self._unmet(item, envelope, missing)
         try:
+            self._limit_time(self._timeout_ns)
             context = self.codec.decode(envelope.context)
             if self._when is not None and not self._when(context):
                 return self._skip(item, envelope)
-            items = [self._item(number, one) for number, one in enumerate(self._over(context))]
+            given = self._over(context)
+            if type(given) in PLAIN:
+                self._limit_time(0)
+            items = [self._item(number, one) for number, one in enumerate(given)]
+            self._limit_time(0)
         except BaseException as error:  # noqa: BLE001 - `over` is user code
             self._raised(error)
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
@@ -116,6 +126,10 @@ class MapWork(Work):
         if len(data) > self._limit:
             raise self._too_large(len(data), f"item {number} is")
         return Raw(data)
+
+    def _limit_time(self, timeout_ns: int) -> None:
+        """From now on, for code of the user's; nought when it is over."""
+        self._slot.limit(timeout_ns, time.monotonic_ns())
 
     def _wait(self, envelope: Envelope, need: int) -> Open:
         return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
@@ -181,11 +195,13 @@ class MapWork(Work):
             return self._give_up(item, envelope, failure_of(why), attempt, started, took).failed()
         try:
             results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
+            self._limit_time(self._timeout_ns)
             context, data = self.codec.decode(envelope.context), NIL
+            if self._into is not None:
+                context = with_field(context, self._into, results)
+            self._limit_time(0)
             if self._into is None:
                 data = Raw(encode(results))
-            else:
-                context = with_field(context, self._into, results)
             encoded = self.codec.encode(context, stage=self.planned.id)
             done = undo_items(self.planned, ended, started)
             undo = done.undo if done is not None else _NOTHING_DONE if self.planned.compensated else NIL

@@ -102,6 +102,13 @@ class Slot:
         """The handler has returned."""
         self._cells[1] = 0
 
+    def limit(self, timeout_ns: int, now_ns: int) -> None:
+        """What is in work has another limit from now on (nought: none), and its time begins anew."""
+        cells = self._cells
+        cells[1] = 0
+        cells[2] = self._timeout = timeout_ns
+        cells[1] = now_ns
+
     def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
         """The handler has failed, and from now on its policy is asked about that, for `timeout_ns` by itself."""
         cells, words = self._cells, self._words
@@ -110,8 +117,7 @@ class Slot:
             said = failure[: WORDS_BYTES - 2]
             words[2 : 2 + len(said)] = said
             words[:2] = len(said).to_bytes(2, "big")
-        cells[2] = self._timeout = timeout_ns
-        cells[1] = now_ns
+        self.limit(timeout_ns, now_ns)
 
     def answered(self) -> None:
         """The policy has answered."""

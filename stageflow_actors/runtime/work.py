@@ -82,6 +82,9 @@ class Stopwatch(Protocol):
     def end(self) -> None:
         """The handler is over."""
 
+    def limit(self, timeout_ns: int, now_ns: int) -> None:
+        """From now on what is in work may take so long; nought for any time."""
+
     def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
         """The handler has failed, and its policy is asked about that from now on."""
 
@@ -150,6 +153,8 @@ class Work:
     targets: list[Target]
     first_target = 0
     """The number of `targets[0]` among those of all works of a worker."""
+    whole = True
+    """Whether all of a delivery counts as the user's time. Else the work itself says what does."""
 
     def __init__(
         self,
@@ -186,7 +191,7 @@ class Work:
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Result:
         """Do the work of one delivery."""
-        self._slot.begin(item.id, self._timeout_ns, time.monotonic_ns())
+        self._slot.begin(item.id, self._timeout_ns if self.whole else 0, time.monotonic_ns())
         try:
             return self._run(item, body)
         except msgspec.MsgspecError as error:

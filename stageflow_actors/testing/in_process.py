@@ -209,6 +209,9 @@ class _NoSlot:
     def end(self) -> None:
         """The handler is over."""
 
+    def limit(self, timeout_ns: int, now_ns: int) -> None:
+        """See `Stopwatch.limit`."""
+
     def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
         """See `Stopwatch.ask`."""
 

@@ -90,6 +90,8 @@ def test_while_a_policy_is_asked_the_slot_says_about_what_and_its_time_begins_an
     assert (state.message_id, state.since_ns, state.timeout_ns, state.asking) == (7, 100, 60, b"ValueError: x")
     assert (state.started, state.overdue(160), state.overdue(161)) == (1, False, True), "and nobody ends a policy"
     assert table[1].read().asking == b""
+    slot.limit(0, 200)
+    assert (slot.read().since_ns, slot.read().overdue(10**18)) == (200, False)
     slot.answered()
     assert (slot.read().asking, slot.read().busy) == (b"", True)
     slot.ask(b"x" * 5_000, 60, 100)
