@@ -258,7 +258,17 @@ def endpoint_spec(
 def endpoint_program(
     stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
 ) -> tuple[StageProgram, WorkflowPlan]:
-    """The program of an endpoint, without interceptors, and the plan of which it is the only place."""
+    """The program of an endpoint, without interceptors, and the plan of which it is the only place.
+
+    Raises `WorkflowDefinitionError` for options that say something of a workflow, which an endpoint has none of.
+    """
+    misplaced = {"required": not stage.required, "after": stage.after, "when": stage.when, "ttl": stage.ttl}
+    for option, given in misplaced.items():
+        if given:
+            raise WorkflowDefinitionError(
+                f"endpoint {stage.id!r}: {option} is for the stages of a workflow; whoever asks an endpoint says in "
+                "request(..., timeout=...) how long an answer is waited for"
+            )
     place = StagePlan(
         stage.id,
         0,
