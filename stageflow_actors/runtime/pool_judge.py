@@ -88,7 +88,8 @@ class Judge:
         if not started:
             return Verdict(pause=self._ended_idle(spec, status, now))
         # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
-        suspects = [state for state in states if state.busy] or [state for state in states if state.started]
+        busy = [state for state in states if state.busy]
+        suspects = _holding_up(busy) or busy or [state for state in states if state.started]
         how = self._describe(status)
         died = Failure("died", f"WorkerDied: the worker died while running {_what(spec)}: {how}", "WorkerDied")
         if len(suspects) == 1 and suspects[0].asking:
@@ -154,9 +155,14 @@ def overdue(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
 
     While an event loop waits for what a policy says, nobody else there can end in time: it alone is late.
     """
-    blocking = [state for state in running if state.asking and state.grace_ns and state.timeout_ns]
-    late = [state for state in blocking or running if state.overdue(now_ns)]
+    limited = [state for state in _holding_up(running) if state.timeout_ns]
+    late = [state for state in limited or running if state.overdue(now_ns)]
     return [state for state in late if state.asking] or late
+
+
+def _holding_up(running: Sequence[SlotState]) -> list[SlotState]:
+    """The message about whose failure a policy is asked on an event loop: nothing else that runs there goes on."""
+    return [state for state in running if state.asking and state.grace_ns]
 
 
 def over_time(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:

@@ -227,6 +227,8 @@ def test_who_dies_while_a_policy_is_asked_leaves_what_it_was_asked_about_and_tha
     several = court(3, asking(7, "ValueError: x"), lane(8, busy=True))
     assert several.failure is not None
     assert (several.guilty, several.failure.kind) == ([7, 8], "died"), "nobody knows whether it was the policy"
+    looped = court(3, asking(7, "ValueError: x", grace=1), lane(8, busy=True))
+    assert looped.guilty == [7], "of an event loop nothing else can have gone on"
     damaged = court(3, asking(7, ""))
     assert damaged.failure is not None
     assert damaged.failure.kind == "died"
