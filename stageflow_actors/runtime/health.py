@@ -18,6 +18,7 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import Attached, attach
 from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
 from stageflow_actors.runtime.zygote_main import ZYGOTE_NAME
@@ -88,7 +89,7 @@ def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
         faults += _of_coordinator(name, queues.get(name), progress)
     for plan in () if served is None else served.plans:
         for name in _pools(plan):
-            faults += _of_pool(name, queues.get(name))
+            faults += _of_pool(name, queues.get(name), attached)
     return list(dict.fromkeys(faults))
 
 
@@ -102,18 +103,27 @@ def _of_coordinator(name: str, queue: dict[str, Any] | None, progress: dict[str,
     return []
 
 
-def _of_pool(name: str, queue: dict[str, Any] | None) -> list[Fault]:
+def _of_pool(name: str, queue: dict[str, Any] | None, attached: Attached) -> list[Fault]:
     part = f"pool {name}"
     if queue is None:
         return [Fault(part, "its queue does not exist")]
     faults = []
     if queue["state"] == "paused":
-        faults.append(Fault(part, f"it is paused: `stageflow queue resume {name}`"))
+        why = _why_paused(name, attached)
+        faults.append(Fault(part, f"it is paused{why} `stageflow queue resume {name}`"))
     elif queue["state"] == "closed":
         faults.append(Fault(part, "it waits for workers to announce themselves after a restart of the broker"))
     if not queue["consumers"]:
         faults.append(Fault(part, "no worker takes its messages"))
     return faults
+
+
+def _why_paused(name: str, attached: Attached) -> str:
+    """What its pool has paused it for, where it was not a person who did."""
+    if attached.ask("fact", PAUSED_FACT + name, None) != "yes":
+        return ":"
+    why = attached.ask("fact", WHY_FACT + name, None) or "its workers died too fast"
+    return f" by itself, because {why}; mend that, then"
 
 
 def _pools(plan: WorkflowPlan) -> list[str]:

@@ -8,13 +8,16 @@ from typing import Any
 
 from brokers.api import Broker
 
-__all__ = ["PAUSED_FACT", "PoolPause", "pause"]
+__all__ = ["PAUSED_FACT", "WHY_FACT", "PoolPause", "pause"]
 
 LOOK = 1.0
 """Seconds between looks whether a person has resumed the queue."""
 
 PAUSED_FACT = "paused-by-pool:"
 """Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
+
+WHY_FACT = "why-paused-by-pool:"
+"""Prefix of the broker's fact that says why; it counts only while the queue is paused by its pool."""
 
 
 def pause(ask: Callable[..., Any], queue: str) -> None:
@@ -56,9 +59,10 @@ class PoolPause:
         before = broker.query("stats", queue)
         broker.query("pause", queue)
         broker.query("fact", PAUSED_FACT + queue, "yes")
+        broker.query("fact", WHY_FACT + queue, why)
         before.add_done_callback(seen)
         self._notify(
-            f"pool {queue} is paused: {why}; see the errors above, then resume it with "
+            f"pool {queue} is paused: {why}; see what they said above, if they said anything, then resume it with "
             f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
         )
 

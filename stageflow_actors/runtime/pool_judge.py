@@ -28,6 +28,8 @@ each kill as many workers as they may are dead letters by then; a stage that kil
 FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
 
+NO_ROOM = "there was no room for its process"
+
 BACK_OFF = 0.05
 LONGEST_BACK_OFF = 0.5
 """Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
@@ -99,7 +101,7 @@ class Judge:
     def not_started(self, spec: PoolSpec, now: float) -> Verdict:
         """There was no room for a worker's process: at once is too soon even for the first one more."""
         self.wait(1, now)
-        return Verdict(pause=self._ended_idle(spec, 0, now))
+        return Verdict(pause=self._ended_idle(spec, NO_ROOM, now))
 
     def wait(self, times: int, now: float) -> None:
         """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
@@ -132,14 +134,17 @@ class Judge:
             self.wait(self._deaths - 1, now)
         return ""
 
-    def _ended_idle(self, spec: PoolSpec, status: int | None, now: float) -> str:
+    def _ended_idle(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
         """One more that has begun nothing; why the pool is to be paused, if it is."""
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
-            hint = " (its code or its services cannot be loaded)" if status == EXIT_UNLOADABLE else ""
-            if status == -signal.SIGKILL and spec.max_memory:
-                hint = f" (they need more than max_memory={spec.max_memory} to begin with)"
-            return f"{self._failed_starts} of its workers ended in a row before they did anything{hint}"
+            if status == EXIT_UNLOADABLE:
+                hint = "its code or its services cannot be loaded"
+            elif status == -signal.SIGKILL and spec.max_memory:
+                hint = f"they need more than max_memory={spec.max_memory} to begin with"
+            else:
+                hint = f"the last: {status if isinstance(status, str) else self._describe(status)}"
+            return f"{self._failed_starts} of its workers ended in a row before they did anything ({hint})"
         if self._failed_starts > 1:
             self.wait(self._failed_starts - 1, now)
         return ""

@@ -197,12 +197,21 @@ def test_a_worker_that_has_begun_something_begins_the_count_of_failed_starts_ane
     assert pause.endswith("ended in a row before they did anything (its code or its services cannot be loaded)")
 
 
+def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
+    for status, how in ((13, "exit code 13"), (-signal.SIGSEGV, "killed by SIGSEGV (segmentation fault)")):
+        court.judge.forget()
+        for _ in range(FAILED_STARTS):
+            pause = court(status, IDLE).pause
+        assert pause.endswith(f"ended in a row before they did anything (the last: {how})")
+
+
 def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
     assert court.judge.not_started(spec(), NOW) == NOBODY
     assert court.waits == pytest.approx(BACK_OFF)
     for _ in range(FAILED_STARTS - 1):
         verdict = court.judge.not_started(spec(), NOW)
     assert f"{FAILED_STARTS} of its workers ended in a row" in verdict.pause
+    assert "no room for its process" in verdict.pause
 
 
 def test_what_is_forgotten_counts_no_more(court: Court) -> None:
