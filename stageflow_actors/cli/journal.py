@@ -29,9 +29,6 @@ SEGMENTS = (
     Column("bytes", size, right=True),
 )
 
-HISTORY_FACT = "history"
-"""The broker's fact under which the journal knows the history that belongs to it."""
-
 NAMED = 10
 """Instances named in one line; all of them are in a file."""
 
@@ -263,6 +260,7 @@ def _named(names: Sequence[str]) -> str:
 def _what_next(data_dir: DataDir, left: bool) -> int:
     """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
     from brokers.accounts import offline
+    from stageflow_actors.runtime.keeping import HISTORY_FACT
 
     if not data_dir.history.exists():
         if not left:
