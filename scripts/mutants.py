@@ -242,6 +242,20 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "outdated-history-taken",
+        "a history that lacks rows which the journal knows to be written is taken for whole",
+        (("stageflow_actors/runtime/keeping.py", "history.written < int(told)", "False"),),
+        ("tests/runtime/test_copies_apart.py::test_a_history_older_than_the_journal_is_refused",),
+    ),
+    Mutant(
+        "finished-run-again",
+        "what a newer history knows to have finished is run again by an older journal",
+        (("stageflow_actors/runtime/keeping.py", 'ask("leave", over)', "pass"),),
+        (
+            "tests/runtime/test_copies_apart.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
+        ),
+    ),
+    Mutant(
         "request-waits-for-ever",
         "a request that nobody serves outlives its timeout, and keeps its instance from being told to be parked",
         (
