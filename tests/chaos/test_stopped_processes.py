@@ -198,7 +198,9 @@ def test_the_pause_of_a_person_outlives_the_cluster_and_that_of_a_pool_does_not(
     rows = [{"log": effects.path, "n": n} for n in range(30)]
     runtime = Runtime(crashing, kept, data_dir=data).start()
     instances = [*runtime.submit_many(crashing, rows), *runtime.submit_many(kept, rows)]
-    eventually(lambda: [q.state for q in runtime.queues() if q.name in (by_pool, by_person)] == ["paused"] * 2, "both")
+    eventually(
+        lambda: [q.state for q in runtime.queues() if q.name in (by_pool, by_person)] == ["paused"] * 2, "both", 60.0
+    )
     runtime.pause(by_person)
     runtime.stop(grace=0.0)
     open(effects.path + ".mended", "w").close()
