@@ -45,12 +45,15 @@ class Supply:
         """Have a spare for the next segment, of `at_least` so many bytes; false if there is no room for that.
 
         Where there is no room for a whole one a smaller one is kept or made meanwhile, down to the smallest; and some
-        room is left to those who share the disk, such as the history. Any error but a full disk goes up.
+        room is left to those who share the disk, such as the history: half of what is free, but where a small disk or
+        work in hand needs more. Any error but a full disk goes up.
         """
         at_least = -(-at_least // SECTOR) * SECTOR
         size = max(self.size_of(in_use), at_least)
         while self.spare_bytes < size:
-            if self._room_for(size - self.spare_bytes) and self._reserve(size):
+            if self._room_for(size - self.spare_bytes, max(SMALLEST, at_least - self.spare_bytes)) and self._reserve(
+                size
+            ):
                 break
             size //= 2
             if size < max(at_least, SMALLEST, self.spare_bytes + 1):
@@ -58,8 +61,10 @@ class Supply:
         self.low = self.spare_bytes == 0
         return self.spare_bytes >= max(at_least, 1)
 
-    def _room_for(self, more: int) -> bool:
-        return self._files.free(self._directory) >= more + min(more, SMALLEST) // 4
+    def _room_for(self, more: int, must: int) -> bool:
+        """Whether so much more may be taken: up to `must` as it comes, beyond that half of what is free at most."""
+        left_to_others = min(more, SMALLEST) // 4 if more <= must else more
+        return self._files.free(self._directory) >= more + left_to_others
 
     def _reserve(self, size: int) -> bool:
         """A spare of `size` bytes; one that is there grows in its place, for there may be no room for two."""

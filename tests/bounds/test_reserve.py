@@ -20,11 +20,11 @@ def journal(disk: MemoryFiles) -> Journal:
 
 
 def test_the_spare_grows_in_its_place_where_there_is_no_room_for_two() -> None:
-    disk = MemoryFiles(room=20 * MB)
+    disk = MemoryFiles(room=20 * MB + 21)  # the lock takes some, too
     with journal(disk) as opened:
         assert opened.room.spare == 8 * MB
         assert opened.prepare(12 * MB)
-        assert (opened.room.spare, opened.free) == (12 * MB, 4 * MB - 21)
+        assert (opened.room.spare, opened.free) == (12 * MB, 4 * MB)
         assert not opened.prepare(17 * MB), "there is no room for that"
         assert opened.room.spare == 12 * MB
         opened.commit([Record(1, 1, 0, b"", bytes(11 * MB))], 0.0)
@@ -37,6 +37,17 @@ def test_where_there_is_no_room_for_a_whole_spare_a_smaller_one_is_kept() -> Non
     disk = MemoryFiles(room=10 * MB)
     with journal(disk) as opened:
         assert (opened.room.spare, opened.room.low) == (4 * MB, False)
+
+
+def test_what_nobody_needs_yet_takes_half_of_what_is_free_at_most() -> None:
+    disk = MemoryFiles(room=64 * MB)
+    with journal(disk) as opened:
+        while opened.segments()[-1].number < 4:
+            free, spare = opened.free, opened.room.spare
+            opened.seal()
+            assert opened.room.spare
+            assert opened.free >= free // 2, f"of {free} free, with a spare of {spare}"
+        assert opened.prepare(opened.room.spare + MB), "work in hand may take more"
 
 
 def test_a_spare_leaves_some_room_to_those_who_share_the_disk() -> None:
