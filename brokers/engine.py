@@ -22,12 +22,9 @@ from brokers.journal.format import Batch, Record, file_name
 from brokers.journal.journal import Journal
 from brokers.points import reach
 from brokers.reclaim import Reclaim
-from brokers.room import LARGEST_ROUND, NEARLY_FULL, RoomKeeper
+from brokers.room import LARGEST_ROUND, NEARLY_FULL, Frame, RoomKeeper
 
 __all__ = ["Engine", "Frame", "Outgoing", "check_oldest", "replay_batch"]
-
-Frame = tuple[int, bytes, bytes, bytes]
-"""(peer, operation, header, blob) as it came in."""
 
 _SENSELESS = (
     ProtocolError,
@@ -40,6 +37,9 @@ _SENSELESS = (
     ValueError,
 )
 """What a replay may raise for a record that is whole and makes no sense."""
+
+HOLDING_RETRY = 0.05
+"""Seconds between looks at whether there is room by now for what waits."""
 
 FULL_RETRY = 0.2
 """Seconds between tries when the disk has no room for the next segment."""
@@ -149,11 +149,16 @@ class Engine:
     def _round(self, frames: Sequence[Frame], more: bool) -> list[Outgoing]:
         machine = self.machine
         machine.begin(self._monotonic(), self._wall())
+        holding = False
         if self._room is not None:
             self._room.look(frames)
+            frames = self._room.admit(frames)
+            holding = self._room.holding
         for peer, operation, header, blob in frames:
             machine.receive(peer, operation, header, blob)
-        machine.tick(more=more)
+        if self._room is None or not self._room.cramped:
+            # What somebody said before it died may be among what waits for room.
+            machine.tick(more=more or holding)
         if frames:
             reach("broker.received")
         written = self._commit()
@@ -176,6 +181,8 @@ class Engine:
             return 0.0
         if machine.refusing and self._reclaim is not None and self._reclaim.busy:
             return 0.0
+        if self._room is not None and (self._room.holding or self._room.cramped):
+            return min(most, HOLDING_RETRY)
         due = machine.next_deadline()
         return most if due is None else min(most, max(0.0, due - self._monotonic()))
 
@@ -202,7 +209,10 @@ class Engine:
                 place = self.journal.commit(batch, self.machine.store.wall)
                 break
             except JournalFull:
-                # Nothing was written and nothing has left: wait for room, with everything still to be said.
+                # Nothing was written and nothing has left: wait for room, with everything still to be said. What comes
+                # in waits before it is decided, and does not get here; what the broker decides by itself may.
+                if self._reclaim is not None and self._reclaim.give_way():
+                    continue
                 if self._giving_up():
                     raise
                 self.machine.refusing = NEARLY_FULL

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from brokers.core.machine import Machine
 from brokers.errors import JournalFull
-from brokers.journal.journal import Journal
+from brokers.journal.journal import Journal, SegmentInfo
 
 __all__ = ["Reclaim"]
 
@@ -27,8 +27,13 @@ MARGIN = 9 / 8
 """What is copied may take this much more than it was thought to, and this much more than what is alive is to be used
 before anything is given back for want of room."""
 
-RESERVE = 3 / 2
-"""How often what is alive must find room beside what is used already, for starts to be taken."""
+RESERVE = 2
+"""How often what is alive may still grow by must find room beside what is used already, for starts to be taken: the
+stages on the way to the largest are written too, and are given back segment by segment."""
+
+SLACK = 256 << 10
+"""Bytes for what the broker writes on its own account: timers that are due, what a segment must say again. Of small
+segments a share."""
 
 LOOKS_APART = 8
 """Rounds between looks at whether the oldest segment fits by now, where it did not: a look goes over all in it."""
@@ -41,10 +46,13 @@ class Reclaim:
         self._machine = machine
         self._journal = journal
         self._segment_bytes = segment_bytes
+        self.slack = min(SLACK, segment_bytes // 16)
         self._oldest = 0
         self._restated = False
+        self._clean_to = 0
         self._all_before = 0
         self._look_in = 0
+        self._weighed = (0, 0, 0)
 
     @property
     def compacting(self) -> bool:
@@ -57,11 +65,44 @@ class Reclaim:
         return self._oldest > 0
 
     @property
-    def needed(self) -> int:
-        """Bytes that have to be had so that what is alive can always be worked off: to write it once more; of a large
-        backlog a quarter, and some segments, for it goes segment by segment."""
-        alive = self._alive()
-        return int(RESERVE * min(alive, alive // 4 + 4 * self._segment_bytes))
+    def alive(self) -> int:
+        """About how many bytes it takes to write all that is alive."""
+        store = self._machine.store
+        dead = sum(len(queue.dead) for queue in store.queues.values())
+        bodies = store.live_bytes + store.step_bytes + store.fact_bytes
+        return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
+
+    def growth(self, final: float) -> int:
+        """By how many bytes what is alive may grow until all has ended and waits, where a group takes about `final`
+        bytes in the end (0: not known). Never less than by as much as there is; of a large backlog by a quarter, and
+        some segments."""
+        alive = self.alive
+        seen = int(len(self._machine.store.groups) * final) - alive
+        return max(seen, min(alive, alive // 4 + 4 * self._segment_bytes))
+
+    @property
+    def clean(self) -> int:
+        """Bytes of segments that may go at any time, and are kept because others would take their room."""
+        return sum(segment.size for segment in self._journal.segments() if segment.number < self._clean_to)
+
+    @property
+    def have(self) -> int:
+        """Bytes that could still be written, if nobody else takes what is free."""
+        room = self._journal.room
+        return room.left + room.spare + self.clean + self._journal.free * 7 // 8
+
+    def keep(self) -> int:
+        """Bytes that must not be used up by anything else, or what is dead could never be given back: what is alive in
+        any one segment has to be copied before it goes. None where that would gain nothing, or is too late."""
+        segments = self._unclean()
+        alive, have = self.alive, self.have
+        if len(segments) < 2 or sum(each.used for each in segments) < MARGIN * alive:
+            return 0
+        most = int(MARGIN * max(min(each.used, alive) for each in segments))
+        if most <= have:
+            return most
+        first = int(MARGIN * self._weight(segments[0].number))
+        return first if first <= have else 0
 
     def compact(self) -> None:
         """Give back all segments, the open one too, whether it is worthwhile or not.
@@ -81,6 +122,7 @@ class Reclaim:
         `pressed`: there is little room, so whatever is dead is wanted back.
         """
         journal = self._journal
+        self._let_go(pressed)
         if not self._oldest and not self._begin(pressed):
             return
         if journal.room_low and not self._fits(self._oldest):
@@ -95,12 +137,33 @@ class Reclaim:
             self._machine.ledger.restate(self._oldest + 1)
             self._restated = True
             return
-        journal.drop_oldest()
+        self._clean_to = self._oldest + 1
         self._oldest = 0
+        self._let_go(pressed)
+
+    def give_way(self) -> bool:
+        """Make room of a segment that may go, for a batch that has found none; false if there is no such segment."""
+        segments = self._journal.segments()
+        if segments[0].number >= self._clean_to:
+            return False
+        self._journal.drop_oldest()
+        return True
+
+    def _let_go(self, pressed: bool) -> None:
+        """Give back what may go. Where room is short not before there is no spare: only one can be had, and the room of
+        any other would be somebody else's at once."""
+        while self._journal.segments()[0].number < self._clean_to:
+            room = self._journal.room
+            if pressed and room.spare and room.left + room.spare < RESERVE * self.alive:
+                return
+            self._journal.drop_oldest()
+
+    def _unclean(self) -> list[SegmentInfo]:
+        return [segment for segment in self._journal.segments() if segment.number >= self._clean_to]
 
     def _begin(self, pressed: bool) -> bool:
         """Whether there is a segment to give back now."""
-        segments = self._journal.segments()
+        segments = self._unclean()
         if self._all_before:
             if segments[0].number >= self._all_before:
                 self._all_before = 0
@@ -108,7 +171,7 @@ class Reclaim:
         else:
             used = sum(each.used for each in segments)
             if pressed and len(segments) > 1:
-                if used < MARGIN * self._alive() or not self._fits(segments[0].number):
+                if used < MARGIN * self.alive or not self._fits(segments[0].number):
                     return False
             elif len(segments) <= SEGMENTS_SPARED or not self._worthwhile(used):
                 return False
@@ -116,22 +179,23 @@ class Reclaim:
         self._restated = False
         return True
 
+    def _weight(self, segment: int) -> int:
+        """What is alive there, as it was some rounds ago at most."""
+        of, weight, looks = self._weighed
+        if of != segment or looks <= 0:
+            weight, looks = self._machine.ledger.weigh(segment), LOOKS_APART
+        self._weighed = (segment, weight, looks - 1)
+        return weight
+
     def _fits(self, segment: int) -> bool:
         """Whether what is alive there can be copied into the room that there is."""
-        room = self._journal.room
         if self._look_in > 0:
             self._look_in -= 1
             return False
-        if self._machine.ledger.weigh(segment) * MARGIN <= room.left + room.spare + self._journal.free * 7 // 8:
+        if self._machine.ledger.weigh(segment) * MARGIN <= self.have:
             return True
         self._look_in = LOOKS_APART
         return False
 
-    def _alive(self) -> int:
-        store = self._machine.store
-        dead = sum(len(queue.dead) for queue in store.queues.values())
-        bodies = store.live_bytes + store.step_bytes + store.fact_bytes
-        return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
-
     def _worthwhile(self, used: int) -> bool:
-        return used > 2 * self._alive() + SEGMENTS_SPARED * self._segment_bytes
+        return used > 2 * self.alive + SEGMENTS_SPARED * self._segment_bytes

@@ -30,20 +30,22 @@ def small_disk() -> Iterator[Path]:
         directory.rmdir()
 
 
-def workflow(gate: Path) -> Any:
-    """Two stages; the first one waits until the gate is there."""
+def workflow(gate: Path, returned: int = 0) -> Any:
+    """Two stages that return so many characters; the first one waits until the gate is there."""
     orders: Any = Workflow("orders")
 
     @orders.stage
-    def wait(order: dict[str, Any]) -> None:
+    def wait(order: dict[str, Any]) -> str | None:
         import time
 
         while not gate.exists():
             time.sleep(0.01)
+        return "r" * returned or None
 
     @orders.stage
-    def ship(order: dict[str, Any]) -> None:
+    def ship(order: dict[str, Any]) -> str | None:
         order["shipped"] = True
+        return "r" * returned or None
 
     return orders
 
@@ -88,6 +90,69 @@ def test_a_disk_that_fills_up_refuses_starts_finishes_work_lets_the_history_wait
         assert [result.context["n"] for result in results] == list(range(len(accepted)))
         again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", patience=60)
         assert again.result(timeout=60).success
+
+
+def test_stages_whose_results_make_instances_larger_all_end_on_a_disk_that_is_full(
+    small_disk: Path, tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    gate = tmp_path / "gate"
+    orders = workflow(gate, returned=2000)
+    ballast = small_disk / "ballast"
+    with Runtime(orders, data_dir=small_disk / "data") as runtime:
+        fill(ballast)
+        accepted = _submitted_until_full(runtime, orders)
+        assert len(accepted) >= 100
+        gate.touch()
+        eventually(lambda: _at_work(runtime) == 0, "all stages have done their work", patience=60)
+        ballast.unlink()
+        results = [instance.result(timeout=60) for instance in accepted]
+        assert all(result.status == WorkflowStatus.completed for result in results)
+        again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", patience=60)
+        assert again.result(timeout=60).success
+
+
+def test_where_results_grow_beyond_what_was_kept_work_waits_who_asks_is_answered_and_it_clears(
+    small_disk: Path, tmp_path: Path, eventually: Callable[..., Any]
+) -> None:
+    gate = tmp_path / "gate"
+    orders = workflow(gate, returned=15_000)
+    ballast = small_disk / "ballast"
+    with Runtime(orders, data_dir=small_disk / "data") as runtime:
+        fill(ballast)
+        accepted = _submitted_until_full(runtime, orders)
+        before = _at_work(runtime)
+        gate.touch()
+        eventually(lambda: _finished(runtime) > 0 or _at_work(runtime) < before, "something is done", patience=60)
+        seen = [-1]
+
+        def stands() -> bool:
+            seen.append(sum(queue.ready for queue in runtime.queues()))
+            return len(seen) > 50 and len(set(seen[-50:])) == 1
+
+        eventually(stands, "work waits for room", patience=60)
+        assert _at_work(runtime) > 0
+        with pytest.raises(QueueFull, match="nearly full; free some space"):
+            runtime.submit(orders, {"n": -1, "note": "one more"})
+        ballast.unlink()
+        # Nothing is lost.
+        results = [instance.result(timeout=90) for instance in accepted]
+        assert all(result.status == WorkflowStatus.completed for result in results)
+
+
+def _submitted_until_full(runtime: Runtime, orders: Any) -> list[Any]:
+    accepted: list[Any] = []
+    with pytest.raises(QueueFull, match="nearly full; free some space"):
+        while len(accepted) < 40_000:
+            accepted += runtime.submit_many(orders, [{"n": len(accepted) + n, "note": "x" * 5000} for n in range(10)])
+    return accepted
+
+
+def _at_work(runtime: Runtime) -> int:
+    return sum(q.ready + q.leased for q in runtime.queues() if q.name.startswith("stageflow.orders."))
+
+
+def _finished(runtime: Runtime) -> int:
+    return sum(q.ready + q.leased for q in runtime.queues() if q.name == "stageflow.finished")
 
 
 def _submitted(runtime: Runtime, orders: Any) -> Any:

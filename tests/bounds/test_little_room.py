@@ -32,6 +32,7 @@ class Tight:
         self.ended: set[str] = set()
         self.held: dict[int, tuple[str, DeliveryItem]] = {}
         self.answers: dict[int, Any] = {}
+        self.grown = [CONTEXT, CONTEXT]
         self.begin()
 
     def begin(self) -> None:
@@ -82,10 +83,13 @@ class Tight:
         if not any(moves.values()):
             self.round([])
             return history and bool(self.held)
-        for queue, target in (("q0", ("q1", "b", 0)), ("q1", ("fin", ":end", TERMINAL))):
+        for queue, target, size in (
+            ("q0", ("q1", "b", 0), self.grown[0]),
+            ("q1", ("fin", ":end", TERMINAL), self.grown[1]),
+        ):
             if items := moves[queue]:
-                done = [(item.id, item.lease, 0, CONTEXT, item.group) for item in items]
-                self.say(wire.SETTLE, [target], done, [], [], blob=bytes(CONTEXT * len(items)))
+                done = [(item.id, item.lease, 0, size, item.group) for item in items]
+                self.say(wire.SETTLE, [target], done, [], [], blob=bytes(size * len(items)))
         if items := moves["fin"]:
             self.say(wire.SETTLE, [], [], [(item.id, item.lease, LEAVE, item.group) for item in items], [])
             self.ended.update(item.group for item in items)
@@ -233,14 +237,139 @@ def test_a_compaction_that_does_not_fit_gives_up_and_loses_nothing() -> None:
     assert tight.ended == tight.started
 
 
-def test_without_any_room_at_all_the_broker_waits_with_everything_still_to_be_said() -> None:
+def test_without_any_room_at_all_what_came_waits_as_it_came_and_who_asks_is_answered() -> None:
     tight = Tight(16 << 20)
     tight.start(1, queue="waits")
     body = bytes(3 << 20)
+    for each in range(8):
+        tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
+    store = tight.engine.machine.store
+    taken = store.queue("waits").ready_count
+    assert 1 < taken < 9
+    heard = store.sessions[7].heard
+    assert heard < tight.frame, "nobody is told that it has been taken"
+    # Behind what waits, everything of the same peer does.
+    assert tight.say(wire.QUERY, "stats", ("",)) is None
+    hello = wire.encode((wire.PROTOCOL, "client", "", 2, 1, []))
+    tight.round([(8, wire.HELLO, hello, b"")])
+    tight.round([(8, wire.QUERY, wire.encode((store.epoch, 1, "stats", ("",))), b"")])
+    stats = tight.answers.pop(1)
+    assert "nearly full" in stats["refusing"]
+    assert stats["messages"] == taken
+    assert 0.0 < tight.engine.patience(60.0) <= 0.5, "it looks again, without hurry"
+    # A crash finds no more than was said.
+    tight.files.room = 64 << 20
+    tight.clock += 1
+    for _ in range(20):
+        tight.clock += 1
+        tight.round([])
+    assert store.queue("waits").ready_count == 9
+    assert store.sessions[7].heard == tight.frame
+    assert tight.answers.pop(tight.frame)["messages"] == 9
+    tight.files.kill()
+    tight.begin()
+    assert tight.engine.machine.store.queue("waits").ready_count == 9
+
+
+def test_who_says_hello_again_sends_again_what_waited_for_room() -> None:
+    tight = Tight(16 << 20)
+    body = bytes(3 << 20)
+    for each in range(8):
+        tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
+    store = tight.engine.machine.store
+    heard = store.sessions[7].heard
+    assert heard < tight.frame
+    hello = wire.encode((wire.PROTOCOL, "client", "", 2, heard + 1, []))
+    tight.round([(7, wire.HELLO, hello, b"")])
+    tight.files.room = 64 << 20
+    for frame in range(heard + 1, tight.frame + 1):
+        tight.clock += 1
+        items = [(0, len(body), f"event{frame - 2}", 1)]
+        header = wire.encode((store.epoch, frame, [("waits", "more")], items))
+        tight.round([(7, wire.PUBLISH, header, body)])
+    for _ in range(20):
+        tight.clock += 1
+        tight.round([])
+    assert store.queue("waits").ready_count == 8
+
+
+def test_what_the_broker_has_decided_by_itself_is_still_to_be_said_when_there_is_no_room() -> None:
+    tight = Tight(16 << 20)
+    for each in range(3):
+        tight.say(wire.PUBLISH, [("waits", "more")], [(0, 10, f"event{each}", 1)], blob=bytes(10))
+    tight.files.room = tight.files.used()
+    assert tight.engine.journal is not None
+    room = tight.engine.journal.room
+    tight.engine.machine.ledger.record(11, 0, wire.encode(("much", "x" * (room.left + room.spare))))
     with pytest.raises(JournalFull):  # it was asked to give up, or it would wait
-        for each in range(8):
-            tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
+        tight.round([])
     tight.files.kill()
     tight.files.room = 64 << 20
     tight.begin()
-    assert tight.engine.machine.store.queue("waits").ready_count >= 2
+    assert tight.engine.machine.store.queue("waits").ready_count == 3
+
+
+@pytest.mark.parametrize("room", [16, 24, 64])
+@pytest.mark.parametrize("larger", [2, 3])
+@pytest.mark.parametrize("segment", [64, 4])
+def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
+    room: int, larger: int, segment: int
+) -> None:
+    tight = Tight(room << 20, segment_bytes=segment << 20)
+    tight.grown = [CONTEXT * (larger + 1) // 2, CONTEXT * larger]
+    tight.files.room = tight.files.used()
+    while tight.start(20):
+        pass
+    assert len(tight.started) > 200
+    for _ in range(3000):
+        tight.work(history=False)
+        if not any(tight.engine.machine.store.queue(name).ready_count for name in ("q0", "q1")) and not any(
+            queue != "fin" for queue, _ in tight.held.values()
+        ):
+            break
+    store = tight.engine.machine.store
+    assert sum(1 for group in store.groups.values() if group.ended) == len(tight.started)
+    tight.files.room = room << 20
+    tight.clock += 1
+    tight.work_off()
+    assert tight.ended == tight.started
+    for _ in range(20):
+        tight.clock += 1
+        tight.round([])
+    assert tight.start(20)
+
+
+def test_instances_that_grow_beyond_all_bounds_wait_for_room_and_end_when_there_is_some() -> None:
+    tight = Tight(16 << 20)
+    tight.grown = [30 * CONTEXT, 60 * CONTEXT]
+    tight.files.room = tight.files.used()
+    while tight.start(20):
+        pass
+    for _ in range(300):
+        tight.work(history=False)
+    store = tight.engine.machine.store
+    assert sum(1 for group in store.groups.values() if group.ended) < len(tight.started)
+    tight.files.kill()
+    tight.begin()
+    tight.files.room = 400 << 20
+    for _ in range(100):
+        tight.clock += 1
+        tight.work()
+    tight.work_off()
+    assert tight.ended == tight.started
+
+
+def test_what_instances_end_with_is_learnt_and_fewer_are_taken_then() -> None:
+    taken = []
+    for larger in (1, 8):
+        tight = Tight(64 << 20)
+        tight.grown = [CONTEXT * larger, CONTEXT * larger]
+        tight.files.room = tight.files.used()
+        for _ in range(20):
+            assert tight.start(5)
+            tight.work(history=False)
+            tight.work(history=False)
+        while tight.start(5):
+            pass
+        taken.append(len(tight.started))
+    assert taken[1] < taken[0] // 2
