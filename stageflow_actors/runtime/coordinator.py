@@ -86,6 +86,7 @@ class Coordinator(pykka.ThreadingActor):
         self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
         self._since = 0.0
         self._not_before = 0.0
+        self._most = BULK
         self._pruned = time.monotonic()
 
     def on_failure(self, *args: Any) -> None:
@@ -138,7 +139,7 @@ class Coordinator(pykka.ThreadingActor):
     def _write(self) -> None:
         if time.monotonic() < self._not_before:
             return
-        batch = self._pending[:BULK]
+        batch = self._pending[: self._most]
         rows = [row for _, row in batch]
         reach("coordinator.before-history")
         try:
@@ -147,9 +148,12 @@ class Coordinator(pykka.ThreadingActor):
             # The instances stay live in the broker, so nothing is lost and nothing can be started twice.
             logger.warning("the history waits: %s", error)
             self._not_before = time.monotonic() + FULL_RETRY
+            # Part of it may find room, and lets the journal, which keeps all of it meanwhile, make some more.
+            self._most = max(1, len(batch) // 2)
             return
         reach("coordinator.history-written")
-        del self._pending[:BULK]
+        del self._pending[: len(batch)]
+        self._most = min(BULK, 2 * self._most)
         self._since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
