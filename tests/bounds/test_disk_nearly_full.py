@@ -137,9 +137,8 @@ def test_where_results_grow_beyond_what_was_kept_work_waits_who_asks_is_answered
         # Nothing is lost.
         results = [instance.result(timeout=90) for instance in accepted]
         assert all(result.status == WorkflowStatus.completed for result in results)
-        runtime.stop(
-            grace=0.0
-        )  # so small a disk has no room for all of them in the history, too, where they are copied
+        # So small a disk has no room for all of them in the history, too, where they are written twice.
+        runtime.stop(grace=0.0)
 
 
 def _submitted_until_full(runtime: Runtime, orders: Any) -> list[Any]:
