@@ -242,6 +242,18 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "unmet-in-the-first-attempt",
+        "a stage that lacks what it needs is said to have been tried once, however often that was",
+        (
+            (
+                "stageflow_actors/runtime/work.py",
+                "self._give_up(item, envelope, failure, attempt, self._wall(), 0.0)",
+                "self._give_up(item, envelope, failure, 1, self._wall(), 0.0)",
+            ),
+        ),
+        ("tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[unmet]",),
+    ),
+    Mutant(
         "outdated-history-taken",
         "a history that lacks rows which the journal knows to be written is taken for whole",
         (("stageflow_actors/runtime/keeping.py", "history.written < int(told)", "False"),),

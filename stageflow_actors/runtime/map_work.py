@@ -99,7 +99,7 @@ class MapWork(Work):
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         missing = unmet(self.planned.after, envelope.trail)
         if missing:
-            return self._unmet(item, envelope, missing)
+            return self._unmet(item, envelope, missing, attempt)
         try:
             self._limit_time(self._timeout_ns)
             context = self.codec.decode(envelope.context)

@@ -86,7 +86,7 @@ class StageWork(HandlerWork):
         if self._prerequisites:
             missing = unmet(self._prerequisites, envelope.trail)
             if missing:
-                return self._unmet(item, envelope, missing)
+                return self._unmet(item, envelope, missing, attempt)
         started = self._wall()
         clock = time.perf_counter()
         try:

@@ -329,11 +329,11 @@ class Work:
     def _park(self, item: DeliveryItem, failure: Failure) -> Settled:
         return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
 
-    def _unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str]) -> Settled:
+    def _unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settled:
         text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"
         if self.planned.required:
             failure = failure_of(StageError(text))
-            return self._give_up(item, envelope, failure, 1, self._wall(), 0.0)
+            return self._give_up(item, envelope, failure, attempt, self._wall(), 0.0)
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall(), 0.0, text)
         return self._pass(item, envelope, record)
 

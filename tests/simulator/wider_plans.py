@@ -270,6 +270,8 @@ def _before(plan: Plan, name: str) -> list[str | None]:
             return way
         elif isinstance(place, Part):
             way.append(place.name)
+        elif isinstance(place, Each):
+            way.append(place.stage.name)
         elif not isinstance(place, Pause):
             way.append(None)
     raise AssertionError(name)
