@@ -27,7 +27,7 @@ SEEDS = {
     "greeting-twice": Seed(27, False, "a greeting that came twice took back what was delivered since"),
     "recycled": Seed(246, True, "a recycled worker whose messages had failed was charged with a death"),
     "parked-while-asked": Seed(98, False, "who waited for a parked instance was not told while its request lay unread"),
-    "unmet": Seed(20071, True, "a stage that expired, and lacked what it needs when it was tried again, had had one attempt"),
+    "unmet": Seed(20071, True, "of a stage that expired, and then lacked what it needs, one attempt was told"),
 }
 
 
