@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,9 @@ def test_a_disk_that_fills_up_refuses_starts_finishes_work_lets_the_history_wait
 def test_stages_whose_results_make_instances_larger_all_end_on_a_disk_that_is_full(
     small_disk: Path, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
-    gate = tmp_path / "gate"
+    gate, ballast = tmp_path / "gate", small_disk / "ballast"
     orders = workflow(gate, returned=2000)
-    ballast = small_disk / "ballast"
-    with Runtime(orders, data_dir=small_disk / "data") as runtime:
-        fill(ballast)
-        accepted = _submitted_until_full(runtime, orders)
+    with _as_many_as_go_in(small_disk, orders) as (runtime, accepted):
         assert len(accepted) >= 100
         gate.touch()
         eventually(lambda: _at_work(runtime) == 0, "all stages have done their work", patience=60)
@@ -114,12 +112,9 @@ def test_stages_whose_results_make_instances_larger_all_end_on_a_disk_that_is_fu
 def test_where_results_grow_beyond_what_was_kept_work_waits_who_asks_is_answered_and_it_clears(
     small_disk: Path, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
-    gate = tmp_path / "gate"
+    gate, ballast = tmp_path / "gate", small_disk / "ballast"
     orders = workflow(gate, returned=15_000)
-    ballast = small_disk / "ballast"
-    with Runtime(orders, data_dir=small_disk / "data") as runtime:
-        fill(ballast)
-        accepted = _submitted_until_full(runtime, orders)
+    with _as_many_as_go_in(small_disk, orders) as (runtime, accepted):
         before = _at_work(runtime)
         gate.touch()
         eventually(lambda: _finished(runtime) > 0 or _at_work(runtime) < before, "something is done", patience=60)
@@ -139,6 +134,14 @@ def test_where_results_grow_beyond_what_was_kept_work_waits_who_asks_is_answered
         assert all(result.status == WorkflowStatus.completed for result in results)
         # So small a disk has no room for all of them in the history, too, where they are written twice.
         runtime.stop(grace=0.0)
+
+
+@contextmanager
+def _as_many_as_go_in(disk: Path, orders: Any) -> Iterator[tuple[Runtime, list[Any]]]:
+    """A cluster on a disk that something else has filled, and the instances that were accepted all the same."""
+    with Runtime(orders, data_dir=disk / "data") as runtime:
+        fill(disk / "ballast")
+        yield runtime, _submitted_until_full(runtime, orders)
 
 
 def _submitted_until_full(runtime: Runtime, orders: Any) -> list[Any]:
