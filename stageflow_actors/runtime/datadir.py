@@ -220,11 +220,17 @@ class DataDir:
         for name in filter(str.isdecimal, os.listdir("/proc")):
             try:
                 with os.scandir(f"/proc/{name}/fd") as open_files:
-                    if any(os.path.samefile(each.path, self.lock) for each in open_files):
+                    if any(self._is_lock(each.path) for each in open_files):
                         found.append(int(name))
             except OSError:
                 continue  # ended meanwhile, or another user's
         return sorted(set(found) - {os.getpid()})
+
+    def _is_lock(self, descriptor: str) -> bool:
+        try:
+            return os.path.samefile(descriptor, self.lock)
+        except OSError:
+            return False  # closed meanwhile: whoever starts up opens and closes many
 
     def _still_held(self, owner: ClusterRecord | None, wait: float) -> JournalLocked:
         pids = self.holders()

@@ -70,6 +70,31 @@ def test_a_second_program_is_refused_at_once_with_advice(tmp_path: Path) -> None
     second.release()
 
 
+OPENING_AND_CLOSING = """
+import os, sys
+os.dup2(int(sys.argv[1]), 200)
+os.close(int(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    for fd in [os.open("/dev/null", os.O_RDONLY) for _ in range(50)]:
+        os.close(fd)
+"""
+
+
+def test_a_process_that_opens_and_closes_files_meanwhile_is_seen_to_hold_the_lock(tmp_path: Path) -> None:
+    data = DataDir(tmp_path)
+    fd = data.acquire(os.getpid())
+    command = [sys.executable, "-c", OPENING_AND_CLOSING, str(fd)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[fd]) as starting:
+        try:
+            assert starting.stdout is not None
+            starting.stdout.readline()
+            assert [data.holders() for _ in range(30)] == [[starting.pid]] * 30
+        finally:
+            starting.kill()
+    data.release()
+
+
 def test_the_lock_is_held_until_the_last_process_that_inherited_it_has_ended(tmp_path: Path, ended_pid: int) -> None:
     first = DataDir(tmp_path)
     remains = hold(first.acquire(ended_pid))
