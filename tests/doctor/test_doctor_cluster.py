@@ -204,6 +204,8 @@ class Taker(Listener):
 
 client = ZmqClient(sys.argv[1], Taker(), role="worker", name="ghost")
 client.consume("stageflow.ghost.stage0", 1)
+client.query("ping").result(10)
+print("consuming", flush=True)
 time.sleep(600)
 """
 
@@ -215,6 +217,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     assert record is not None
     address = record.address
     ghost = launch(GHOST, address)
+    assert ghost.stdout.readline() == "consuming\n"  # or the node might take the message, as one that nobody serves
     publisher = (
         "import sys\n"
         "from brokers.api import Listener, PublishItem, Target\n"
