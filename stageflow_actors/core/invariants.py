@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from stageflow_actors.core.counted import counted
-from stageflow_actors.core.plan import TIMEOUT, UNANSWERED, Naming, WorkflowPlan
+from stageflow_actors.core.plan import DLQ_PREFIX, TIMEOUT, UNANSWERED, Naming, WorkflowPlan
 
 __all__ = [
     "ERROR",
@@ -193,7 +193,7 @@ def queues(audit: Mapping[str, Any], served: Collection[str] | None, naming: Nam
             yield Finding(INFO, "paused", name, what, f"stageflow queue resume {name}")
         if queue["dead"]:
             letters = f"{queue['dead']} dead letters: parked instances, or evidence of what killed its workers"
-            yield Finding(INFO, "dead letters", f"dlq.{name}", letters, f"stageflow dlq list --queue {name}")
+            yield Finding(INFO, "dead letters", f"{DLQ_PREFIX}{name}", letters, f"stageflow dlq list --queue {name}")
         if queue["breaker"] not in ("", "closed"):
             what = f"its circuit breaker is {queue['breaker']}, with {counted(waiting, 'message')} waiting"
             yield Finding(INFO, "breaker", name, what, "nothing: it tries again by itself; `stageflow queue stats`")

@@ -16,7 +16,16 @@ from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel,
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError
 
-__all__ = ["CompensationPlan", "Naming", "StagePlan", "WorkflowPlan", "breaker_of", "compile_plan", "item_id"]
+__all__ = [
+    "DLQ_PREFIX",
+    "CompensationPlan",
+    "Naming",
+    "StagePlan",
+    "WorkflowPlan",
+    "breaker_of",
+    "compile_plan",
+    "item_id",
+]
 
 COMPENSATE = "compensate:"
 """Label prefix of compensation messages; no stage id holds a colon."""
@@ -43,6 +52,9 @@ ENDPOINT = "endpoint"
 
 
 COORDINATOR = "stageflow.coordinator"
+
+DLQ_PREFIX = "dlq."
+"""The dead letters of queue `q` are the queue `dlq.q`. The broker has the same prefix, which `core` may not import."""
 
 
 class Naming(Struct, frozen=True):

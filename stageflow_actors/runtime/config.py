@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+from stageflow_actors.core.plan import DLQ_PREFIX
 from stageflow_actors.definition.duration import optional_seconds
 from stageflow_actors.errors import StageFlowError
 
@@ -41,7 +42,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("stage_queue_prefix", "compensation_queue_prefix"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not 0 < len(value) <= 200 or value.startswith("dlq."):
+            if not isinstance(value, str) or not 0 < len(value) <= 200 or value.startswith(DLQ_PREFIX):
                 raise ValueError(f"Config.{name} must be a string such as 'stageflow.', not {value!r}")
         for name in ("max_stage_retries", "max_message_bytes", "max_queue_length", "max_stage_concurrency"):
             value = getattr(self, name)

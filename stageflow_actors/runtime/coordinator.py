@@ -27,6 +27,7 @@ from stageflow_actors.core.routing import CANCELLABLE, Moves
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.keeping import WRITTEN_FACT
 from stageflow_actors.runtime.settled import Settled, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.unserved import send_on
@@ -92,7 +93,7 @@ class Coordinator(pykka.ThreadingActor):
     def on_failure(self, *args: Any) -> None:
         """Nothing goes on without a coordinator: end the node, which is started again and resumes from the broker."""
         sys.stderr.flush()
-        os._exit(71)
+        os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> None:
         """One batch, or the passing of time."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import ITEM_SUFFIX
+from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
@@ -217,7 +217,9 @@ class Instance(Generic[C]):
         for message in (group or {}).get("messages", ()):
             if message["state"] == "dead":
                 failure = read_failure(message["reason"])
-                return InstanceParked(self.id, f"dlq.{message['queue']}", None if failure is None else failure.message)
+                return InstanceParked(
+                    self.id, f"{DLQ_PREFIX}{message['queue']}", None if failure is None else failure.message
+                )
         return InstanceParked(self.id)
 
     def _parked_result(self) -> WorkflowResult[C]:

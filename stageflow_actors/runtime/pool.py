@@ -23,6 +23,7 @@ from brokers.client import new_peer
 from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import STDERR, last_lines, write_failure
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.memory import memory_over
 from stageflow_actors.runtime.pausing import PoolPause
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
@@ -91,7 +92,7 @@ class Pool(pykka.ThreadingActor):
     def on_failure(self, *args: Any) -> None:
         """A pool that is broken must not look like one that is idle: end the node, which is started again."""
         sys.stderr.flush()
-        os._exit(71)
+        os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> None:
         """One event."""

@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, ITEM, MAP, PARALLEL, STAGE
+from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, MAP, PARALLEL, STAGE
 from stageflow_actors.core.retrying import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
@@ -203,7 +203,7 @@ def _dead_letters(client: Client, instance: Instance[Any]) -> list[tuple[str, in
     for message in group.get("messages", ()):
         if message["state"] != "dead" or message["evidence"]:
             continue
-        queue = f"dlq.{message['queue']}"
+        queue = f"{DLQ_PREFIX}{message['queue']}"
         try:
             found.append((queue, message["id"], decode_envelope(message["body"])))
         except (KeyError, DecodeError) as error:

@@ -14,6 +14,8 @@ import threading
 import time
 import traceback
 
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
+
 __all__ = ["StderrRelay", "WorkerStderr"]
 
 CHUNK = 65_536
@@ -154,7 +156,7 @@ class StderrRelay:
                 pass
         except BaseException:  # noqa: BLE001 - with nobody to read, workers would wait for ever
             traceback.print_exc()
-            os._exit(71)  # the node is started again
+            os._exit(EXIT_NODE_FAILED)  # the node is started again
 
     def _round(self) -> bool:
         """Read what there is, as much of one as of another. Whether it was the last round."""

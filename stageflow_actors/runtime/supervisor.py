@@ -19,6 +19,7 @@ from brokers.api import QueueOptions
 from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit
@@ -69,7 +70,7 @@ class Supervisor(pykka.ThreadingActor):
     def on_failure(self, *args: Any) -> None:
         """A node without a supervisor is no node: end it, and it is started again."""
         sys.stderr.flush()
-        os._exit(71)
+        os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> Any:
         """One event."""

@@ -14,7 +14,7 @@ from brokers.api import Broker, DeliveryItem
 from stageflow_actors.core.coordination import Plans
 from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import COMPENSATE, Naming
+from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
 from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.runtime.settled import Settled, forward, park_unknown, settle_moves
 
@@ -71,7 +71,7 @@ class Unserved:
         count = 0
         for queue in self._ask("stats", "")["queues"]:
             if queue["dead"]:
-                name = f"dlq.{queue['name']}"
+                name = f"{DLQ_PREFIX}{queue['name']}"
                 found = self._resumable(name, plans)
                 if found:
                     count += self._ask("requeue", name, found)["requeued"]

@@ -25,6 +25,13 @@ from stageflow_actors.definition.shipping import loads
 from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.ipc.exit_codes import (
+    EXIT_CUT_OFF,
+    EXIT_DAMAGED,
+    EXIT_RECYCLED,
+    EXIT_UNHANDLED,
+    EXIT_UNLOADABLE,
+)
 from stageflow_actors.runtime.lanes import TaskActor, ThreadActor
 from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.processes import end_now
@@ -35,21 +42,7 @@ from stageflow_actors.runtime.versions import Versions
 from stageflow_actors.runtime.work import Work
 from stageflow_actors.runtime.works import WORKS
 
-__all__ = ["EXIT_RECYCLED", "EXIT_UNLOADABLE", "main"]
-
-EXIT_RECYCLED = 99
-"""Exit code of a worker that has done the work it was made for: none that a handler, or Python, would end with."""
-EXIT_UNLOADABLE = 78
-"""Exit code of a worker whose code could not be loaded or whose services could not be made (`EX_CONFIG`)."""
-
-EXIT_CUT_OFF = 69
-"""Exit code of a worker whose connection to the broker has ended and cannot come back (`EX_UNAVAILABLE`)."""
-
-EXIT_UNHANDLED = 70
-"""Exit code of a worker that got something wrong itself (`EX_SOFTWARE`)."""
-
-EXIT_DAMAGED = 71
-"""Exit code of a worker in whose process nothing can be done well any more (`EX_OSERR`)."""
+__all__ = ["main"]
 
 OUT_OF_THE_WAY = 200
 """Our own descriptors have numbers from here on where we choose them: handlers close the low ones, for reasons of their

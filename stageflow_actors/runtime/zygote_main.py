@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from brokers.points import reach
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.processes import (
     kill_group,
     kill_groups,
@@ -39,7 +40,6 @@ from stageflow_actors.runtime.slots import SlotTable
 
 __all__ = [
     "EXITED",
-    "EXIT_UNHANDLED",
     "FAILED",
     "SPAWNED",
     "ZYGOTE_NAME",
@@ -48,9 +48,6 @@ __all__ = [
     "main",
     "read_config",
 ]
-
-EXIT_UNHANDLED = 70
-"""Exit code of a worker whose entry function raised (`EX_SOFTWARE` of sysexits.h)."""
 
 ZYGOTE_NAME = "stageflow-zyg"
 """What `ps -o comm` shows for it."""

@@ -11,6 +11,7 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import UNDECIDED, brief
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.pool_judge import (
     BACK_OFF,
     DEATHS_IN_A_ROW,
@@ -26,7 +27,6 @@ from stageflow_actors.runtime.pool_judge import (
 from stageflow_actors.runtime.pool_worker import Kill
 from stageflow_actors.runtime.programs import PoolSpec, Program
 from stageflow_actors.runtime.slots import SlotState
-from stageflow_actors.runtime.worker import EXIT_RECYCLED, EXIT_UNLOADABLE
 
 NOW = 1_000.0
 LATE = Failure("timeout", "StageTimeout: too long", "StageTimeout")

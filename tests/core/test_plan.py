@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brokers.core.looking import DLQ
 from stageflow_actors import Compensation, Workflow
-from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED, FINISHED, Naming, WorkflowPlan, compile_plan
+from stageflow_actors.core.plan import (
+    COMPENSATE,
+    DEAD,
+    DLQ_PREFIX,
+    FAILED,
+    FINISHED,
+    Naming,
+    WorkflowPlan,
+    compile_plan,
+)
 from stageflow_actors.definition.stage import check_id
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -81,3 +91,7 @@ def test_the_fingerprint_tells_plans_apart_that_instances_in_flight_would_notice
 
     assert build(None) == build(None)
     assert build(change) != build(None)
+
+
+def test_the_dead_letter_prefix_is_the_one_of_the_broker() -> None:
+    assert DLQ_PREFIX == DLQ

@@ -26,6 +26,7 @@ from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime import worker as worker_module
 from stageflow_actors.runtime.coordinator import Coordinator, Flush
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED
 from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.node import _NodeListener
 from stageflow_actors.runtime.pool import Cancelled, Pool, Tick
@@ -258,7 +259,7 @@ class VirtualWorker:
             return
         if self.actor.actor_stopped.is_set():
             if not self.client.unconfirmed:
-                self.world.after(0.0, lambda: self.die(worker_module.EXIT_RECYCLED))
+                self.world.after(0.0, lambda: self.die(EXIT_RECYCLED))
         elif not self.actor.actor_inbox.empty():
             self._idle = False
             self._message = self.actor.actor_inbox.get().message
