@@ -11,8 +11,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import (
+from brokers.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    JournalCorrupt,
+    JournalLocked,
+    PayloadTooLarge,
+    ProtocolError,
+    QueueFull,
+    Refused,
+)
+from brokers.types import (
     AGAIN,
     ATTEMPT_FAILED,
     ATTEMPT_WORKED,
@@ -32,18 +41,9 @@ from brokers.core.wire import (
     GatherOpen,
     Move,
     PublishItem,
+    QueueOptions,
     SettleItem,
     Target,
-)
-from brokers.errors import (
-    BrokerError,
-    BrokerUnavailable,
-    JournalCorrupt,
-    JournalLocked,
-    PayloadTooLarge,
-    ProtocolError,
-    QueueFull,
-    Refused,
 )
 
 __all__ = [

@@ -23,9 +23,9 @@ import msgspec
 
 from brokers.api import Listener, PublishAnswer
 from brokers.core import wire
-from brokers.core.wire import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
 from brokers.errors import BrokerUnavailable, PayloadTooLarge
 from brokers.pending import Pending, groups_in, leases_in, resolve
+from brokers.types import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
 
 __all__ = ["PeerClient", "new_peer"]
 

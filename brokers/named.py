@@ -13,6 +13,7 @@ import msgspec
 from brokers.core import records, wire
 from brokers.errors import ProtocolError
 from brokers.journal.format import Batch
+from brokers.types import MAX_NAME
 
 __all__ = ["groups_in", "groups_perhaps_in"]
 
@@ -51,7 +52,7 @@ def groups_perhaps_in(batch: Batch) -> dict[str, None]:
             found = _groups_of(kind, bytes(header), bytes(blob))
         except (ProtocolError, msgspec.MsgspecError, RecursionError, ValueError):
             found = list(_guessed(kind, bytes(header[:LOOKED_THROUGH])))
-        named.update((name, None) for name in found if name.isprintable() and len(name) <= wire.MAX_NAME)
+        named.update((name, None) for name in found if name.isprintable() and len(name) <= MAX_NAME)
     named.pop("", None)
     return named
 

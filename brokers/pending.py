@@ -10,8 +10,8 @@ from typing import Any
 
 from brokers.api import PublishAnswer
 from brokers.core import wire
-from brokers.core.wire import PublishItem
 from brokers.errors import BrokerError, PayloadTooLarge, ProtocolError, QueueFull, Refused
+from brokers.types import PublishItem
 
 __all__ = ["Pending", "groups_in", "leases_in", "resolve"]
 

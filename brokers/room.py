@@ -19,6 +19,7 @@ from brokers.errors import ProtocolError
 from brokers.journal.journal import Journal
 from brokers.journal.supply import SMALLEST
 from brokers.reclaim import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Reclaim
+from brokers.types import START
 
 __all__ = ["NEARLY_FULL", "Frame", "RoomKeeper"]
 
@@ -248,4 +249,4 @@ class RoomKeeper:
 
 
 def _starts(header: bytes, blob: bytes) -> bool:
-    return any(item.flags & wire.START for item in wire.decode_publish(header, blob).items)
+    return any(item.flags & START for item in wire.decode_publish(header, blob).items)

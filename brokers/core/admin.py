@@ -15,10 +15,11 @@ from brokers.core import records
 from brokers.core.audit import Audit
 from brokers.core.looking import DLQ, Looking, named
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
-from brokers.core.queue import Queue, QueueOptions
+from brokers.core.queue import Queue
 from brokers.core.sessions import Session
-from brokers.core.wire import MAX_NAME, MAX_NUMBER, Failure, Name, Text, check_consume
+from brokers.core.wire import MAX_NUMBER, check_consume
 from brokers.errors import ProtocolError, Refused
+from brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text
 
 if TYPE_CHECKING:
     from brokers.core.machine import Machine

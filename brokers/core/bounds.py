@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from brokers.core import wire
 from brokers.core.message import Message
 from brokers.core.store import Store
 from brokers.errors import Refused
+from brokers.types import Arrival
 
 __all__ = ["Bounds", "Limits"]
 
@@ -74,7 +74,7 @@ class Bounds:
                 f"{next(iter(made))[:80]!r} cannot be made"
             )
 
-    def arrivals(self, arrivals: list[wire.Arrival]) -> None:
+    def arrivals(self, arrivals: list[Arrival]) -> None:
         """There is room for what comes to gathers from outside."""
         limits, groups = self.limits, self._store.groups
         coming: dict[tuple[str, str], tuple[int, int]] = {}

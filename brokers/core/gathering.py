@@ -6,12 +6,12 @@ makes: a replay takes the frame for its openings and arrivals only.
 
 from __future__ import annotations
 
-from brokers.core import wire
 from brokers.core.leases import EXPIRED, Leases
 from brokers.core.ledger import Ledger
 from brokers.core.message import Group, Place
 from brokers.core.queue import Queue
 from brokers.core.store import Store
+from brokers.types import Arrival, GatherOpen
 
 __all__ = ["Gathering", "Resolved"]
 
@@ -30,8 +30,8 @@ class Gathering:
 
     def take(
         self,
-        opens: list[wire.GatherOpen],
-        arrivals: list[wire.Arrival],
+        opens: list[GatherOpen],
+        arrivals: list[Arrival],
         targets: Resolved,
         blob: bytes,
         at: int,

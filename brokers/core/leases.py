@@ -16,7 +16,7 @@ from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
 from brokers.core.store import BREAKER_TIMER, Store
 from brokers.core.talk import Talk
-from brokers.core.wire import DeliveryExtra
+from brokers.types import DeliveryExtra
 
 __all__ = ["Leases"]
 

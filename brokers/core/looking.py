@@ -13,8 +13,9 @@ from brokers.core.message import Group, Message
 from brokers.core.queue import Queue
 from brokers.core.sessions import Session
 from brokers.core.store import Store
-from brokers.core.wire import MAX_NUMBER, MOST_LISTED
+from brokers.core.wire import MAX_NUMBER
 from brokers.errors import ProtocolError, Refused
+from brokers.types import MOST_LISTED
 
 __all__ = ["DLQ", "Looking", "named"]
 

@@ -17,8 +17,9 @@ from brokers.core.message import Group, Message, Place
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
-from brokers.core.wire import PublishFrame, PublishItem, Target
+from brokers.core.wire import PublishFrame
 from brokers.errors import PayloadTooLarge, QueueFull, Refused
+from brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target
 
 __all__ = ["Publishing"]
 
@@ -92,13 +93,13 @@ class Publishing:
             return
         again = []
         for index, item in enumerate(frame.items):
-            if item.flags & wire.START:
+            if item.flags & START:
                 group = self.store.groups.get(item.group)
                 if group is None:
                     again.append((index, LOOK_AGAIN, item.group))
                 elif group.digest != item.digest:
                     again.append((index, CONFLICT, item.group))
-                elif item.flags & wire.WATCH:
+                elif item.flags & WATCH:
                     self._watch(session, [item.group])
         if again:
             self._talk.result(session, frame.frame, self._refusals(again) | {"again": True})
@@ -109,7 +110,7 @@ class Publishing:
         if frame.atomic and any(why != EXISTS for why in refused.values()):
             return
         for index, item in enumerate(frame.items):
-            if item.flags & wire.START and item.flags & wire.WATCH and refused.get(index, EXISTS) == EXISTS:
+            if item.flags & START and item.flags & WATCH and refused.get(index, EXISTS) == EXISTS:
                 self._watch(session, [item.group])
 
     def _refuse_size(self, session: Session, frame: PublishFrame) -> bool:
@@ -139,7 +140,7 @@ class Publishing:
     def _judge(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
         """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
         self._check_sizes(frame)
-        self._bounds.queues([target.queue for target in frame.targets if not target.flags & wire.PUSH_ONLY])
+        self._bounds.queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
         if frame.arrivals:
             self._bounds.arrivals(frame.arrivals)
         refused: list[tuple[int, str, str]] = []
@@ -148,7 +149,7 @@ class Publishing:
         fresh: dict[str, bytes | None] = {}
         for index, item in enumerate(frame.items):
             name = item.group
-            if not item.flags & wire.START:
+            if not item.flags & START:
                 continue
             if self.refusing:
                 raise Refused(self.refusing)
@@ -159,9 +160,9 @@ class Publishing:
                     refused.append((index, CONFLICT, name))
                 else:
                     refused.append((index, EXISTS, name))
-                    if item.flags & wire.WATCH and group is not None:
+                    if item.flags & WATCH and group is not None:
                         self._watch(session, [name])
-            elif item.flags & wire.CHECK and self._may_have_left(item):
+            elif item.flags & CHECK and self._may_have_left(item):
                 refused.append((index, LOOK_AGAIN, name))
             else:
                 fresh[name] = item.digest
@@ -193,7 +194,7 @@ class Publishing:
         made = {
             item.group
             for index, item in enumerate(frame.items)
-            if index not in dropped and not frame.targets[item.target].flags & wire.PUSH_ONLY
+            if index not in dropped and not frame.targets[item.target].flags & PUSH_ONLY
         }
         made.update(opening.group for opening in frame.opens)
         first = len(frame.items)
@@ -211,7 +212,7 @@ class Publishing:
         touched = self.store.touched
         resolved: Resolved = []
         for target in targets:
-            found = None if target.flags & wire.PUSH_ONLY else queue(target.queue)
+            found = None if target.flags & PUSH_ONLY else queue(target.queue)
             if found is not None:
                 touched[found] = None
             resolved.append((found, target.label, target.flags))
@@ -228,17 +229,17 @@ class Publishing:
             if message is not None:
                 self.store.enqueue(message)
             return message
-        if item.flags & wire.START and item.flags & wire.WATCH:
+        if item.flags & START and item.flags & WATCH:
             group.watchers = [session]
         if message is None:
             self._talk.push(group, label, body)
             return None
         if message.overtaken:
             self._leases.divert(message)
-            if flags & wire.TERMINAL:
+            if flags & TERMINAL:
                 self.ended_by_old.append(group)
             return message
-        if flags & wire.TERMINAL:
+        if flags & TERMINAL:
             group.ended = label
             self._talk.push(group, label, body)
         if message.extra is not None and message.extra.due and message.unwanted:

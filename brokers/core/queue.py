@@ -10,38 +10,18 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from brokers.core.breaker import Breaker
+from brokers.types import QueueOptions
 
 if TYPE_CHECKING:
     from brokers.core.message import Message
     from brokers.core.sessions import Consumer, Session
 
-__all__ = ["Queue", "QueueOptions"]
+__all__ = ["Queue"]
 
 
 FIRST = 1 << 62
 """The priority of the lane that no breaker holds up: what is not to be worked on, only to be passed through."""
-
-
-class QueueOptions(Struct, array_like=True, frozen=True):
-    """How a queue treats its messages.
-
-    `max_deaths`: a message that has killed this many consumers becomes a dead letter (0: never). `evidence`: such a
-    dead letter is kept to be looked at and cannot be requeued, because whoever is told of it at `notify_queue`
-    takes over. `max_length`: how many messages may wait in it before new starts are refused (0: any number).
-    `breaker_failures` attempts that fail in a row stop deliveries for `breaker_reset` seconds (0: never).
-    """
-
-    name: str
-    max_deaths: int = 0
-    evidence: bool = False
-    notify_queue: str = ""
-    notify_label: str = ""
-    max_length: int = 0
-    breaker_failures: int = 0
-    breaker_reset: float = 0.0
 
 
 class Queue:

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from brokers.core.gather import Gather
 from brokers.core.message import Extra, Group, Message
-from brokers.core.queue import QueueOptions
+from brokers.types import QueueOptions
 
 __all__ = [
     "COPY",

@@ -15,6 +15,7 @@ from brokers.core.records import MessageState
 from brokers.core.store import Store
 from brokers.core.wire import Buffer
 from brokers.errors import ProtocolError
+from brokers.types import AGAIN, DONE, LEAVE, PUSH_ONLY, TERMINAL, Arrival, GatherOpen, PublishItem, SettleItem, Target
 
 __all__ = ["Replay"]
 
@@ -118,14 +119,14 @@ class Replay:
         if frame.opens or frame.arrivals:
             self._gathering(frame.opens, frame.arrivals, frame.targets, blob, at, place)
 
-    def _item(self, item: wire.PublishItem, targets: list[wire.Target], blob: Buffer, at: int, place: Place) -> None:
+    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, place: Place) -> None:
         store = self.store
         target = targets[item.target]
-        pushed = target.flags & wire.PUSH_ONLY
+        pushed = target.flags & PUSH_ONLY
         queue = None if pushed else store.queue(target.queue)
         body = None if store.paging else bytes(blob[at : at + item.size])
         group, _ = store.admit(item, queue, target.label, body, place, at)
-        if target.flags & wire.TERMINAL and not pushed and group is not None:
+        if target.flags & TERMINAL and not pushed and group is not None:
             group.ended = target.label
 
     def _settle(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
@@ -135,7 +136,7 @@ class Replay:
         messages = store.messages
         at = 0
         resolved: list[tuple[Queue | None, str, int]] = [
-            (None if t.flags & wire.PUSH_ONLY else store.queue(t.queue), t.label, t.flags) for t in frame.targets
+            (None if t.flags & PUSH_ONLY else store.queue(t.queue), t.label, t.flags) for t in frame.targets
         ]
         paging = store.paging
         on_settled = self._on_settled
@@ -160,25 +161,25 @@ class Replay:
             self._settled(message, group_id)
             if message is not None:
                 store.forget(message)
-            if flags & wire.LEAVE and group_id:
+            if flags & LEAVE and group_id:
                 store.leave(group_id)
         for other in frame.others:
             at = self._other(other, frame.targets, blob, at, place)
 
-    def _other(self, item: wire.SettleItem, targets: list[wire.Target], blob: Buffer, at: int, place: Place) -> int:
+    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, place: Place) -> int:
         store = self.store
         priority = None
         for id, _ in item.leases:
             message = store.messages.get(id)
             if priority is None and message is not None:
                 priority = message.priority
-            if item.outcome == wire.DONE:
+            if item.outcome == DONE:
                 self._settled(message, "")
                 if message is not None:
                     store.forget(message)
             elif message is not None:
                 store.fail(message, item.failure)
-                if item.outcome == wire.AGAIN:
+                if item.outcome == AGAIN:
                     store.delay(message.details(), item.delay)
                 else:
                     store.park(message, reason=item.failure, evidence=False)
@@ -204,9 +205,9 @@ class Replay:
 
     def _gathering(
         self,
-        opens: list[wire.GatherOpen],
-        arrivals: list[wire.Arrival],
-        targets: list[wire.Target],
+        opens: list[GatherOpen],
+        arrivals: list[Arrival],
+        targets: list[Target],
         blob: Buffer,
         at: int,
         place: Place,

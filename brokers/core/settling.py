@@ -19,8 +19,22 @@ from brokers.core.publishing import Publishing
 from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
-from brokers.core.wire import FIRST_EPOCH, Ack, Checkpoint, Move, SettleFrame, SettleItem
+from brokers.core.wire import FIRST_EPOCH, Checkpoint, SettleFrame
 from brokers.errors import Refused
+from brokers.types import (
+    AGAIN,
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
+    DONE,
+    LEAVE,
+    START,
+    Ack,
+    Arrival,
+    GatherOpen,
+    Move,
+    PublishItem,
+    SettleItem,
+)
 
 __all__ = ["Settling"]
 
@@ -118,7 +132,7 @@ class Settling:
         at = sum(move[3] for move in frame.moves)
         for position, other in enumerate(frame.others):
             at += sum(publish.size for publish in other.publishes)
-            gathered: list[wire.GatherOpen | wire.Arrival] = [*other.opens, *other.arrivals]
+            gathered: list[GatherOpen | Arrival] = [*other.opens, *other.arrivals]
             for each in gathered:
                 if position not in refused_others:
                     told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
@@ -180,7 +194,7 @@ class Settling:
             message = self._leases.held(session, *other.leases[0])
             if message is None:
                 continue
-            following: list[wire.PublishItem | wire.GatherOpen | wire.Arrival]
+            following: list[PublishItem | GatherOpen | Arrival]
             following = [*other.publishes, *other.opens, *other.arrivals]
             for each in following:
                 if not each.group and (message.group is not None or each.epoch != message.epoch):
@@ -277,7 +291,7 @@ class Settling:
         for index, (id, lease, flags, group_id) in enumerate(acks):
             message = held(session, id, lease)
             group = None if message is None else message.group
-            if message is None or (flags & wire.LEAVE and (group is None or group_id != group.id)):
+            if message is None or (flags & LEAVE and (group is None or group_id != group.id)):
                 refused.append(index)
                 continue
             message.queue.settled += 1
@@ -286,7 +300,7 @@ class Settling:
             store.remove(message)
             if group is None:
                 continue
-            if flags & wire.LEAVE:
+            if flags & LEAVE:
                 store.leave(group_id)
             elif group.one is None:
                 emptied.append(group)
@@ -311,11 +325,11 @@ class Settling:
             message.queue.settled += 1
             group = message.group
             if message.queue.breaker is not None:
-                if item.verdict == wire.ATTEMPT_FAILED:
+                if item.verdict == ATTEMPT_FAILED:
                     self._leases.failed(message)
-                elif item.verdict == wire.ATTEMPT_WORKED:
+                elif item.verdict == ATTEMPT_WORKED:
                     message.queue.breaker.worked((message.id,))
-            if item.outcome == wire.DONE:
+            if item.outcome == DONE:
                 store.remove(message)
                 if group is None:
                     continue
@@ -331,14 +345,14 @@ class Settling:
                 # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
                 self._leases.again(message)
                 self._ledger.mark(message)
-            elif item.outcome == wire.AGAIN or message.overtaken:
+            elif item.outcome == AGAIN or message.overtaken:
                 self._leases.again(message, item.delay)
             else:
                 store.park(message, reason=item.failure, evidence=False)
                 if group is not None:
                     parked.append(group)
         for publish in item.publishes:
-            if publish.flags & wire.START and publish.group in store.groups:
+            if publish.flags & START and publish.group in store.groups:
                 whole = False
             else:
                 self._publishing.put(publish, targets, blob, at, place, session)
@@ -369,9 +383,9 @@ class Settling:
         acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
         others = [other for i, other in enumerate(frame.others) if i not in refused_others]
         gone = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
-        gone += [id for other in others if other.outcome == wire.DONE for id, _ in other.leases]
+        gone += [id for other in others if other.outcome == DONE for id, _ in other.leases]
         ledger.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
-        if left := [ack[3] for ack in acks if ack[2] & wire.LEAVE] + [other.leave for other in others if other.leave]:
+        if left := [ack[3] for ack in acks if ack[2] & LEAVE] + [other.leave for other in others if other.leave]:
             ledger.left(left)
         groups: dict[str, Group] = {}
         for id in range(first_id, store.next_id):
@@ -382,7 +396,7 @@ class Settling:
                     groups[message.group.id] = message.group
         for other in others:
             for id, _ in other.leases:
-                if other.outcome != wire.DONE and id in store.messages:
+                if other.outcome != DONE and id in store.messages:
                     ledger.mark(store.messages[id])
         groups.update((group.id, group) for group, _ in changed)
         for group in groups.values():
@@ -401,7 +415,7 @@ def _leases(frame: SettleFrame) -> list[tuple[int, int]]:
 
 def _leaves(frame: SettleFrame) -> bool:
     """Whether a group ends with this frame."""
-    return any(ack[2] & wire.LEAVE for ack in frame.acks) or any(other.leave for other in frame.others)
+    return any(ack[2] & LEAVE for ack in frame.acks) or any(other.leave for other in frame.others)
 
 
 def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:

@@ -14,11 +14,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from brokers.core import wire
 from brokers.core.gather import Gather
 from brokers.core.message import Extra, Group, Message, Place
-from brokers.core.queue import Queue, QueueOptions
+from brokers.core.queue import Queue
 from brokers.core.sessions import Consumer, Session
+from brokers.types import START, GatherOpen, PublishItem, QueueOptions
 
 __all__ = ["BREAKER_TIMER", "GONE", "Store"]
 
@@ -152,13 +152,13 @@ class Store:
         return message
 
     def admit(
-        self, item: wire.PublishItem, queue: Queue | None, label: str, body: bytes | None, place: Place, at: int
+        self, item: PublishItem, queue: Queue | None, label: str, body: bytes | None, place: Place, at: int
     ) -> tuple[Group | None, Message | None]:
         """What a published item makes of its group, and its message, in no lane yet (None without a queue)."""
         if queue is None:
             return self.groups.get(item.group), None
         group = self.group(item.group, item.epoch, place)
-        if item.flags & wire.START and group is not None:
+        if item.flags & START and group is not None:
             group.started = True
             group.digest = item.digest
             group.epoch = max(group.epoch, item.epoch)
@@ -333,7 +333,7 @@ class Store:
     def open(
         self,
         group: Group,
-        opening: wire.GatherOpen,
+        opening: GatherOpen,
         queue: str,
         label: str,
         base: bytes,

@@ -17,56 +17,49 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw, Struct
 
 from brokers.errors import ProtocolError
+from brokers.types import (
+    AGAIN,
+    ATTEMPT_WORKED,
+    DEAD,
+    DONE,
+    NEITHER,
+    PUSH_ONLY,
+    Ack,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    Leases,
+    Many,
+    Move,
+    Name,
+    PublishItem,
+    SettleItem,
+    Target,
+)
 
 __all__ = [
-    "AGAIN",
-    "ATTEMPT_FAILED",
-    "ATTEMPT_WORKED",
-    "CHECK",
     "CHECKPOINT",
-    "DEAD",
-    "DONE",
     "FIRST_EPOCH",
     "HEARD",
     "HELLO",
-    "LEAVE",
-    "MAX_FAILURE",
     "MAX_FRAME",
     "MAX_HEADER",
-    "MAX_ITEMS",
-    "MAX_NAME",
-    "MAX_PRIORITY",
-    "MAX_TEXT",
-    "MOST_LISTED",
     "PROTOCOL",
     "PUBLISH",
-    "PUSH_ONLY",
     "QUERY",
     "RELEASE",
     "SETTLE",
-    "START",
-    "TERMINAL",
-    "WATCH",
-    "Ack",
-    "Arrival",
     "Buffer",
     "Checkpoint",
-    "DeliveryExtra",
-    "DeliveryItem",
-    "GatherOpen",
     "Hello",
-    "Move",
     "Out",
     "PublishFrame",
-    "PublishItem",
     "Query",
     "Release",
     "SettleFrame",
-    "SettleItem",
-    "Target",
     "encode",
     "numbered",
 ]
@@ -82,110 +75,15 @@ MAX_FRAME = 256 << 20
 MAX_HEADER = 64 << 20
 """Most bytes of a header."""
 
-MAX_ITEMS = 1_000_000
-"""Most entries of any list in a header: items, leases, settlements, names."""
-
-MAX_NAME = 1024
-"""Most characters of any name: of a queue, a group, a gather and its slots, a label, a step."""
-
-MOST_LISTED = 100_000
-"""Most groups of one answer."""
-
 MAX_NUMBER = 1 << 62
 """Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""
 
 HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY, HEARD = b"H", b"P", b"S", b"C", b"R", b"Q", b"A"
 
-TERMINAL = 1
-"""Target flag: the body is how the group ends, so it is pushed to whoever watches the group."""
-PUSH_ONLY = 2
-"""Target flag: the body goes to watchers of the group and to no queue."""
-
-START = 1
-"""Publish flag: the group must not be live yet."""
-WATCH = 2
-"""Publish flag: the sender wants to be told how the group ends."""
-CHECK = 4
-"""Publish flag: the id was chosen by a user, so the history may know it; refuse if something left since `seen`."""
-
-LEAVE = 1
-"""Ack flag: the group has ended; forget its id and purge what it left behind."""
-
-DONE, AGAIN, DEAD = 0, 1, 2
-"""Outcomes of a settlement."""
-
-NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
-"""Verdicts of a settlement on the attempt, for the breaker of the queue; a move says that it worked."""
-
 Buffer = bytes | memoryview
 """Bytes as they came: from a socket, or out of a batch of the journal."""
 
-MAX_TEXT = 64 << 10
-"""Most characters of a reason that somebody gives."""
-
-MAX_FAILURE = 1 << 20
-"""Most bytes of what is said of a failure."""
-
-MAX_PRIORITY = 1_000
-"""Priorities lie between this and as much below zero: each is a lane of its own."""
-
-Name = Annotated[str, Meta(max_length=MAX_NAME)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Failure = Annotated[bytes, Meta(max_length=MAX_FAILURE)]
-Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
-Digest = Annotated[bytes, Meta(max_length=1024)]
-_Many = Meta(max_length=MAX_ITEMS)
-Leases = Annotated[list[tuple[int, int]], _Many]
-
 encode = msgspec.msgpack.Encoder().encode
-
-
-class Target(Struct, array_like=True, gc=False):
-    """Where bodies go: named once per frame, referred to by position."""
-
-    queue: Name
-    label: Name = ""
-    flags: int = 0
-
-
-class PublishItem(Struct, array_like=True, gc=False):
-    """One new message. `delay` and `ttl` in seconds, 0 for none.
-
-    In a settlement an empty group stands for that of the message settled, and its epoch.
-    """
-
-    target: int
-    size: int
-    group: Name = ""
-    epoch: int = 0
-    flags: int = 0
-    priority: Priority = 0
-    delay: float = 0.0
-    ttl: float = 0.0
-    digest: Digest | None = None
-    seen: int = 0
-
-
-class GatherOpen(Struct, array_like=True, gc=False):
-    """Wait for `need` arrivals under `key`, then publish `size` bytes of base body and the arrivals to `target`."""
-
-    key: Name
-    need: int
-    target: int
-    size: int
-    group: Name = ""
-    epoch: int = 0
-    deadline: float = 0.0
-
-
-class Arrival(Struct, array_like=True, gc=False):
-    """One arrival at the gather `key`; a slot counts once."""
-
-    key: Name
-    slot: Name
-    size: int
-    group: Name = ""
-    epoch: int = 0
 
 
 class PublishFrame(Struct, array_like=True):
@@ -193,34 +91,11 @@ class PublishFrame(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    targets: Annotated[list[Target], _Many]
-    items: Annotated[list[PublishItem], _Many]
+    targets: Annotated[list[Target], Many]
+    items: Annotated[list[PublishItem], Many]
     atomic: bool = False
-    opens: Annotated[list[GatherOpen], _Many] = []
-    arrivals: Annotated[list[Arrival], _Many] = []
-
-
-Move = tuple[int, int, int, int, Name]
-"""(id, lease, target, size, group): done, and one message of the same group and epoch follows, with priority 0."""
-Ack = tuple[int, int, int, Name]
-"""(id, lease, flags, group): done, and nothing follows."""
-
-
-class SettleItem(Struct, array_like=True):
-    """A settlement of any other shape: all of its leases count, or none.
-
-    `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message; `verdict`: how the attempt went.
-    """
-
-    leases: Leases
-    outcome: int
-    publishes: Annotated[list[PublishItem], _Many] = []
-    delay: float = 0.0
-    failure: Failure | None = None
-    opens: Annotated[list[GatherOpen], _Many] = []
-    arrivals: Annotated[list[Arrival], _Many] = []
-    leave: Name = ""
-    verdict: int = NEITHER
+    opens: Annotated[list[GatherOpen], Many] = []
+    arrivals: Annotated[list[Arrival], Many] = []
 
 
 class SettleFrame(Struct, array_like=True):
@@ -228,10 +103,10 @@ class SettleFrame(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    targets: Annotated[list[Target], _Many]
-    moves: Annotated[list[Move], _Many]
-    acks: Annotated[list[Ack], _Many] = []
-    others: Annotated[list[SettleItem], _Many] = []
+    targets: Annotated[list[Target], Many]
+    moves: Annotated[list[Move], Many]
+    acks: Annotated[list[Ack], Many] = []
+    others: Annotated[list[SettleItem], Many] = []
     queue: Name = ""
     prefetch: int = -1
 
@@ -278,37 +153,10 @@ class Hello(Struct, array_like=True):
     name: Name
     pid: int
     next_frame: int
-    consume: Annotated[list[tuple[Name, int]], _Many] = []
+    consume: Annotated[list[tuple[Name, int]], Many] = []
     holding: Leases = []
-    watching: Annotated[list[Name], _Many] = []
+    watching: Annotated[list[Name], Many] = []
     talk: int = 0
-
-
-class DeliveryItem(Struct, array_like=True, gc=False):
-    """One message as delivered. `extra` (None on the first attempt) is attempts, deaths, failure and so on."""
-
-    id: int
-    lease: int
-    size: int
-    group: str
-    epoch: int
-    extra: DeliveryExtra | None = None
-
-
-class DeliveryExtra(Struct, array_like=True):
-    """What has happened to a message before this delivery. `fresh`: no worker has judged the failure yet.
-    `cancelled`: why the message is to be passed through unworked; what follows belongs to `epoch_now`."""
-
-    attempts: int = 0
-    deaths: int = 0
-    failure: bytes | None = None
-    fresh: bool = False
-    steps: dict[str, bytes] | None = None
-    parts: list[tuple[str, int]] | None = None
-    label: str = ""
-    priority: int = 0
-    cancelled: str | None = None
-    epoch_now: int = 0
 
 
 class Out(Struct, array_like=True):

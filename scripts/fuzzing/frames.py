@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from brokers.core import wire
+from brokers.types import AGAIN, CHECK, DEAD, DONE, LEAVE, START, WATCH
 
 __all__ = ["Frames"]
 
@@ -82,12 +83,12 @@ class Frames:
                     moves.append((id, lease, 0, 3, group))
                     bodies.append(b"bad")
                 case 1:
-                    acks.append((id, lease, chance.choice((0, wire.LEAVE, 7)), group))
+                    acks.append((id, lease, chance.choice((0, LEAVE, 7)), group))
                 case _:
                     others.append(
                         (
                             [(id, lease)],
-                            chance.choice((wire.DONE, wire.AGAIN, wire.DEAD, 9)),
+                            chance.choice((DONE, AGAIN, DEAD, 9)),
                             [self._item(1)] if chance.random() < 0.5 else [],
                             chance.choice(SECONDS),
                             chance.choice((None, b"failure")),
@@ -210,7 +211,7 @@ class Frames:
     def _item(self, size: int) -> tuple[Any, ...]:
         chance = self._chance
         group = chance.choice((*GROUPS, "", ""))
-        flags = chance.choice((0, wire.START, wire.START | wire.WATCH, wire.START | wire.CHECK, 8))
+        flags = chance.choice((0, START, START | WATCH, START | CHECK, 8))
         digest = chance.choice((None, b"digest"))
         return (chance.randrange(2), size, group, 1, flags, chance.choice((0, 5)), chance.choice(SECONDS), 0.0, digest)
 

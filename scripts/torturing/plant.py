@@ -12,12 +12,23 @@ from typing import Any
 
 from brokers.core import records, wire
 from brokers.core.machine import Machine
-from brokers.core.queue import QueueOptions
 from brokers.core.replay import Replay
-from brokers.core.wire import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
 from brokers.engine import Engine, Outgoing, replay_batch
 from brokers.journal.format import Batch
 from brokers.journal.testing import MemoryFiles
+from brokers.types import (
+    AGAIN,
+    DEAD,
+    DONE,
+    LEAVE,
+    START,
+    TERMINAL,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    QueueOptions,
+    SettleItem,
+)
 
 __all__ = ["DIRECTORY", "PEER", "Picture", "Plant", "picture", "replayed"]
 

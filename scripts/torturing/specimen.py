@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Self
 
 from brokers.core import wire
-from brokers.core.wire import START
 from brokers.journal.format import (
     BATCH_HEADER,
     SECTOR,
@@ -30,6 +29,7 @@ from brokers.journal.format import Record as JournalRecord
 from brokers.journal.inspect import scan
 from brokers.journal.journal import Journal
 from brokers.journal.testing import MemoryFiles
+from brokers.types import START
 from torturing.plant import DIRECTORY, Picture, Plant, replayed
 
 __all__ = ["Kept", "Outcome", "Specimen", "Spot", "keep", "open_journal"]

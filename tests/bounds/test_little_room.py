@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from brokers.core import wire
-from brokers.core.wire import LEAVE, START, TERMINAL, DeliveryItem
 from brokers.engine import Engine
 from brokers.errors import JournalFull
 from brokers.journal.testing import MemoryFiles
+from brokers.types import LEAVE, START, TERMINAL, DeliveryItem
 
 DIRECTORY = Path("/journal")
 CONTEXT = 1000

@@ -14,10 +14,10 @@ from brokers.core import records, wire
 from brokers.core.audit import contradictions
 from brokers.core.machine import Limits, Machine
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
-from brokers.core.queue import Queue, QueueOptions
+from brokers.core.queue import Queue
 from brokers.core.replay import Replay
 from brokers.core.store import GONE
-from brokers.core.wire import DeliveryItem
+from brokers.types import DeliveryItem, QueueOptions
 
 Batch = tuple[float, list[tuple[records.Record, int]]]
 

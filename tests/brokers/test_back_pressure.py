@@ -23,6 +23,7 @@ from brokers.engine import Engine
 from brokers.errors import BrokerUnavailable, PayloadTooLarge
 from brokers.memory import MemoryBroker
 from brokers.testing import PATIENCE, Peer
+from brokers.types import PublishItem
 from brokers.zeromq import server as zeromq_server
 from brokers.zeromq.client import ZmqClient
 
@@ -189,7 +190,7 @@ def test_whoever_watches_very_much_asks_for_it_in_parts(
     stopped.start()
     peer.until(lambda: len(peer.epochs) >= 2, "a second welcome")
     peer.ask("ping")  # behind the questions
-    ends = [wire.PublishItem(0, 3, group, 1) for group in groups]
+    ends = [PublishItem(0, 3, group, 1) for group in groups]
     peer.broker.publish([Target("fin", "end", TERMINAL)], ends, [b"end"] * 35).result(PATIENCE)
     peer.until(lambda: {group for group, _, _ in peer.pushes} == set(groups), "the end of all")
 

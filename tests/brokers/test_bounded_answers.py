@@ -10,8 +10,7 @@ from brokerworld import Peer, World, check_whole
 
 from brokers.core import gather, looking, machine, watching, wire
 from brokers.core.bounds import Limits
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import START, TERMINAL
+from brokers.types import LEAVE, MOST_LISTED, START, TERMINAL, QueueOptions
 
 MOST = 1_000
 
@@ -97,7 +96,7 @@ def test_what_has_left_before_its_end_could_be_told_is_gone(here: World) -> None
     peer = reader(here)
     peer.query("watch", [f"g{number}" for number in range(10)])
     keeper = here.peer(4, consume={"finished": 20})
-    leaving = [(item.id, item.lease, wire.LEAVE, item.group) for item in keeper.held.values()]
+    leaving = [(item.id, item.lease, LEAVE, item.group) for item in keeper.held.values()]
     keeper.settle([], acks=leaving)
     while peer.read():
         pass
@@ -182,7 +181,7 @@ def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeyp
 
 def test_no_more_groups_are_listed_than_one_answer_holds() -> None:
     peer = World().peer(1)
-    for limit in (-1, wire.MOST_LISTED + 1, 1 << 60):
+    for limit in (-1, MOST_LISTED + 1, 1 << 60):
         assert "a limit from 0 to 100,000" in peer.query("groups", "", limit)["refused"]
 
 

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from brokers.core.breaker import CLOSED, HALF_OPEN, OPEN, Breaker
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import AGAIN, ATTEMPT_FAILED, ATTEMPT_WORKED, DEAD, DONE, NEITHER, DeliveryItem, SettleItem
+from brokers.types import (
+    AGAIN,
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
+    DEAD,
+    DONE,
+    NEITHER,
+    DeliveryItem,
+    QueueOptions,
+    SettleItem,
+)
 
 FAILURES, RESET = 3, 30.0
 SUPERVISOR = 99

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from brokers.core import wire
-from brokers.core.wire import START, TERMINAL, WATCH
 from brokers.engine import Engine, Outgoing
 from brokers.errors import JournalFailed, JournalFull
 from brokers.journal.testing import MemoryFiles
+from brokers.types import START, TERMINAL, WATCH
 
 DIRECTORY = Path("/journal")
 

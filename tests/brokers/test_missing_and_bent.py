@@ -11,12 +11,12 @@ import pytest
 from brokers.accounts import departures, offline, settlements
 from brokers.core import records, wire
 from brokers.core import store as store_module
-from brokers.core.wire import START
 from brokers.engine import Engine
 from brokers.errors import JournalCorrupt
 from brokers.journal.format import Record
 from brokers.journal.inspect import verify
 from brokers.journal.journal import Journal
+from brokers.types import START
 
 SEGMENT = 16 << 10
 

@@ -10,13 +10,14 @@ import pytest
 from brokers.core import records, wire
 from brokers.journal.format import Batch, Record
 from brokers.named import groups_in, groups_perhaps_in
+from brokers.types import PublishItem, Target
 
 NAMES = [f"order-{number}" for number in range(200)]
 
 
 def published() -> bytes:
-    items = [wire.PublishItem(0, number, name, 1) for number, name in enumerate(NAMES)]
-    return msgspec.msgpack.encode(wire.PublishFrame(1, 2, [wire.Target("q", "label")], items))
+    items = [PublishItem(0, number, name, 1) for number, name in enumerate(NAMES)]
+    return msgspec.msgpack.encode(wire.PublishFrame(1, 2, [Target("q", "label")], items))
 
 
 def batch_of(kind: int, header: bytes, blob: bytes = b"") -> Batch:
@@ -43,7 +44,7 @@ def test_what_is_cut_short_names_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        (records.KEPT_SETTLE, wire.SettleFrame(1, 1, [wire.Target("q", "l")], [(1, 2, 0, 9, "moved")], [])),
+        (records.KEPT_SETTLE, wire.SettleFrame(1, 1, [Target("q", "l")], [(1, 2, 0, 9, "moved")], [])),
         (records.KEPT_SETTLE, wire.SettleFrame(1, 1, [], [], [(1, 2, 0, "acked")])),
         (records.COPY, records.MessageState(1, "q", "copied", 1, "label", 0, 1.0)),
         (records.GROUP, records.GroupState("known", 1, None, True, "", None)),

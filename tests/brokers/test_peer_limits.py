@@ -10,8 +10,8 @@ from brokerworld import Peer, World, assert_same, check_whole, picture
 
 from brokers.core import wire
 from brokers.core.bounds import Limits
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import DONE, MAX_HEADER, MAX_ITEMS, MAX_NAME
+from brokers.core.wire import MAX_HEADER
+from brokers.types import DEAD, DONE, MAX_ITEMS, MAX_NAME, START, TERMINAL, QueueOptions
 
 
 def world(**limits: int) -> World:
@@ -26,7 +26,7 @@ def whole(here: World) -> None:
 def holding_one(here: World, queue: str = "work") -> tuple[Peer, tuple[int, int]]:
     """A worker, and the lease of the message that it holds, of group g."""
     worker = here.peer(2, consume={queue: 1}, role="worker")
-    worker.publish([(queue, "a")], [(0, 1, "g", 1, wire.START)], [b"1"])
+    worker.publish([(queue, "a")], [(0, 1, "g", 1, START)], [b"1"])
     ((id, item),) = worker.held.items()
     return worker, (id, item.lease)
 
@@ -214,7 +214,7 @@ def test_facts_and_bodies_that_queries_bring_are_bounded_too() -> None:
     assert "max_message_bytes=10" in peer.query("fact", "a", "x" * 11)["refused"]
     assert "65536 are the most" in peer.query("tell", "word", "x" * 70_000)["refused"]
     worker, (id, lease) = holding_one(here)
-    worker.settle([], others=[([(id, lease)], wire.DEAD, [], 0.0, b"why")])
+    worker.settle([], others=[([(id, lease)], DEAD, [], 0.0, b"why")])
     assert "max_message_bytes=10" in peer.query("replace", "dlq.work", id, bytes(11))["refused"]
     assert "max_message_bytes=10" in peer.query("restart", "g", "work", "", bytes(11))["refused"]
     assert peer.query("replace", "dlq.work", id, bytes(10)) == {"epoch": 1}
@@ -243,13 +243,13 @@ def test_who_reads_nothing_is_cut_off_and_may_come_back() -> None:
     watcher, publisher = here.peer(1, consume={"q": 4}), here.peer(2)
     groups = [f"g{number}" for number in range(100)]
     publisher.publish([("q", "")], [(0, 1)] * 4, [b"1"] * 4)
-    publisher.publish([("r", "")], [(0, 1, group, 1, wire.START) for group in groups], [b"1"] * 100)
+    publisher.publish([("r", "")], [(0, 1, group, 1, START) for group in groups], [b"1"] * 100)
     assert watcher.query("watch", groups) == []
     said: list[int] = []
     heard = watcher.hear
     watcher.hear = lambda header, blob: said.append(len(header) + len(blob))  # type: ignore[method-assign]
     for group in groups:
-        publisher.publish([("fin", "end", wire.TERMINAL)], [(0, 500, group, 1)], [bytes(500)])
+        publisher.publish([("fin", "end", TERMINAL)], [(0, 500, group, 1)], [bytes(500)])
     assert 1 not in here.machine.store.sessions
     assert sum(said) < 10_000 + 4_000, "it is told no more"
     assert here.machine.store.queues["q"].ready_count == 4, "and what it was given is another's"

@@ -14,11 +14,11 @@ from brokers.core import store, wire
 from brokers.core.machine import Machine
 from brokers.core.message import Place
 from brokers.core.replay import Replay
-from brokers.core.wire import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
 from brokers.engine import Engine, Outgoing
 from brokers.journal.format import Record
 from brokers.journal.journal import BatchPlace
 from brokers.journal.testing import MemoryFiles
+from brokers.types import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
 
 SEGMENT = 32 << 10
 DIRECTORY = Path("/journal")

@@ -9,8 +9,7 @@ from brokerworld import Peer, World, assert_same, check_whole, picture
 from brokers.core import wire
 from brokers.core.machine import Limits
 from brokers.core.message import LEASED
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import AGAIN, DONE, LEAVE, START, TERMINAL, WATCH, Arrival, PublishItem, SettleItem
+from brokers.types import AGAIN, DONE, LEAVE, START, TERMINAL, WATCH, Arrival, PublishItem, QueueOptions, SettleItem
 
 TARGETS = [("q", "a"), ("next", "b"), ("fin", ":end", TERMINAL)]
 

@@ -11,8 +11,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from brokers.core import store, wire
-from brokers.core.queue import QueueOptions
-from brokers.core.wire import AGAIN, CHECK, DEAD, DONE, LEAVE, PUSH_ONLY, START, TERMINAL, WATCH, SettleItem
+from brokers.types import (
+    AGAIN,
+    CHECK,
+    DEAD,
+    DONE,
+    LEAVE,
+    PUSH_ONLY,
+    START,
+    TERMINAL,
+    WATCH,
+    Arrival,
+    GatherOpen,
+    PublishItem,
+    QueueOptions,
+    SettleItem,
+)
 
 SUPERVISOR = 99
 PUBLISHERS = (1, 2)
@@ -175,11 +189,11 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
                     SettleItem(
                         [(item.id, lease)],
                         data.draw(st.sampled_from([DONE, DONE, AGAIN, DEAD])),
-                        [wire.PublishItem(*each) for each, _ in new],
+                        [PublishItem(*each) for each, _ in new],
                         data.draw(st.sampled_from([0.0, 4.0])),
                         data.draw(st.sampled_from([None, b"boom"])),
-                        [wire.GatherOpen(*each) for each, _ in opens],
-                        [wire.Arrival(*each) for each, _ in arrived],
+                        [GatherOpen(*each) for each, _ in opens],
+                        [Arrival(*each) for each, _ in arrived],
                         data.draw(st.sampled_from(["", "", "", item.group])),
                     )
                 )

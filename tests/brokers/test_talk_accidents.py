@@ -14,7 +14,7 @@ from brokerworld import World
 from brokers.api import DONE, Listener
 from brokers.client import PeerClient
 from brokers.core import wire
-from brokers.core.wire import START, TERMINAL, WATCH
+from brokers.types import START, TERMINAL, WATCH
 
 ITEM = (0, 1, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from brokers.api import DEAD, DONE, START, Listener, PublishItem, SettleItem, Target
-from brokers.core.wire import DeliveryItem
 from brokers.engine import Engine
 from brokers.memory import MemoryBroker
+from brokers.types import DeliveryItem
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, StageRecord, append_record, encode, raw
 from stageflow_actors.runtime.datadir import DataDir
 

@@ -27,6 +27,7 @@ from brokers.errors import JournalError
 from brokers.journal.format import Record
 from brokers.journal.journal import Journal
 from brokers.testing import Peer
+from brokers.types import PublishItem
 from brokers.zeromq.client import ZmqClient
 from stageflow_actors import Config, Runtime, StageFlowError, Workflow
 from stageflow_actors.core import envelope as envelopes
@@ -211,7 +212,7 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
             [Target("r", text)], [], [], [SettleItem([held.lease], DEAD, [], 0.0, bomb, *gathers)], [bomb, bomb]
         )
         peer.publish(text, bomb, group=group, epoch=1, label=text)
-        ends = [wire.PublishItem(0, len(bomb), f"end{number}", 1, START)]
+        ends = [PublishItem(0, len(bomb), f"end{number}", 1, START)]
         peer.broker.publish([Target("fin", text, TERMINAL)], ends, [bomb]).result(PATIENCE)
         # Not a frame at all, in each place of one.
         for op in (wire.HELLO, wire.PUBLISH, wire.SETTLE, wire.CHECKPOINT, wire.RELEASE, wire.QUERY, wire.HEARD, b"?"):

@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 
 from brokers.api import AGAIN, DEAD, DONE, DeliveryItem
-from brokers.core.wire import DeliveryExtra
+from brokers.types import DeliveryExtra
 from stageflow_actors import InstanceParked, Runtime, StageContext, Workflow, WorkflowStatus
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, decode_envelope, encode
 from stageflow_actors.core.failures import write_failure

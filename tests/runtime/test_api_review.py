@@ -12,6 +12,7 @@ import pytest
 from brokers.api import Listener, PublishItem, Target
 from brokers.client import PeerClient
 from brokers.core import wire
+from brokers.types import START, WATCH
 from stageflow_actors import InstanceNotFound, Runtime, Workflow
 from stageflow_actors.runtime.client import Client
 
@@ -48,7 +49,7 @@ def test_what_is_being_published_is_never_asked_after_in_a_hello() -> None:
         assert talk._lock.locked(), "a hello could be made between the watch and the frame"
         watcher.watched.append("new")
 
-    item = PublishItem(0, 1, "new", 1, wire.START | wire.WATCH)
+    item = PublishItem(0, 1, "new", 1, START | WATCH)
     talk.publish([Target("q", "a")], [item], [b"x"], taken=taken)
     seen.append(wire.decode_hello(talk._hello()[1]).watching)
     assert seen == [[]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from brokers.core.wire import DeliveryExtra, DeliveryItem
+from brokers.types import DeliveryExtra, DeliveryItem
 from stageflow_actors import Retry, StageContext, Workflow
 from stageflow_actors.core.envelope import Command, CompensationTask, decode_envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
