@@ -14,19 +14,19 @@ import click
 import msgspec
 
 from brokers.errors import BrokerError
-from stageflow_actors.cli import reruns, steering  # noqa: F401 - add to `instances`
-from stageflow_actors.cli.cluster import health, scale
-from stageflow_actors.cli.dead_letters import dlq
-from stageflow_actors.cli.doctor import doctor
-from stageflow_actors.cli.figures import stats
-from stageflow_actors.cli.graph import graph
-from stageflow_actors.cli.housekeeping import history
-from stageflow_actors.cli.instances import instances
-from stageflow_actors.cli.journal import journal
-from stageflow_actors.cli.queues import queue
-from stageflow_actors.cli.run import run
-from stageflow_actors.cli.start import start
-from stageflow_actors.cli.up import up
+from stageflow_actors.cli.commands import export, instance_runs, signal  # noqa: F401 - add to `instances`
+from stageflow_actors.cli.commands.cluster import health, scale
+from stageflow_actors.cli.commands.dlq import dlq
+from stageflow_actors.cli.commands.doctor import doctor
+from stageflow_actors.cli.commands.graph import graph
+from stageflow_actors.cli.commands.history import history
+from stageflow_actors.cli.commands.instances import instances
+from stageflow_actors.cli.commands.journal import journal
+from stageflow_actors.cli.commands.queue import queue
+from stageflow_actors.cli.commands.run import run
+from stageflow_actors.cli.commands.start import start
+from stageflow_actors.cli.commands.stats import stats
+from stageflow_actors.cli.commands.up import up
 from stageflow_actors.errors import StageFlowError
 
 __all__ = ["cli", "main"]

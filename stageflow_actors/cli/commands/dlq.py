@@ -66,7 +66,7 @@ def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
     stageflow dlq list
     stageflow dlq list --queue stageflow.orders.stage1 --output json
     """
-    from stageflow_actors.cli.messages import message_row
+    from stageflow_actors.cli.message_rows import message_row
     from stageflow_actors.runtime.attach import attach
 
     with attach(data) as attached:
@@ -89,7 +89,7 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
     stageflow dlq show 4711
     stageflow dlq show ORDER-17 --output json
     """
-    from stageflow_actors.cli.messages import envelope_of, message_row
+    from stageflow_actors.cli.message_rows import envelope_of, message_row
     from stageflow_actors.core.standing import trail_stages
     from stageflow_actors.runtime.attach import attach
 

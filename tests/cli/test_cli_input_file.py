@@ -10,8 +10,8 @@ import msgspec
 import pydantic
 import pytest
 
-from stageflow_actors.cli.cells import row_reader
-from stageflow_actors.cli.lines import Lines, count_lines
+from stageflow_actors.cli.csv_values import row_reader
+from stageflow_actors.cli.input_file import Lines, count_lines
 from stageflow_actors.core.codec import ContextCodec
 
 Refused = list[tuple[int, str]]

@@ -7,7 +7,7 @@ from types import ModuleType
 import click
 import pytest
 
-from stageflow_actors.cli.loading import load
+from stageflow_actors.cli.importer import load
 
 
 class Thing:

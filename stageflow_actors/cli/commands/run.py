@@ -19,8 +19,8 @@ from stageflow_actors.cli.options import DATA_PATH, DEFAULT_DATA
 from stageflow_actors.cli.output import span
 
 if TYPE_CHECKING:
-    from stageflow_actors.cli.lines import InputLine, Lines
-    from stageflow_actors.cli.results import ResultsFile, Tally
+    from stageflow_actors.cli.input_file import InputLine, Lines
+    from stageflow_actors.cli.results_file import ResultsFile, Tally
     from stageflow_actors.definition.workflow import Workflow
     from stageflow_actors.runtime.runtime import Runtime
 
@@ -83,8 +83,8 @@ def run(
 
     Exit code 1 if an instance did not complete or a line was refused, 130 after Ctrl-C.
     """
-    from stageflow_actors.cli.loading import load
-    from stageflow_actors.cli.results import ResultsFile
+    from stageflow_actors.cli.importer import load
+    from stageflow_actors.cli.results_file import ResultsFile
     from stageflow_actors.definition.workflow import Workflow
     from stageflow_actors.runtime.runtime import Runtime
 
@@ -121,10 +121,10 @@ class _Run:
         retry_failed: bool,
         output: str,
     ) -> None:
-        from stageflow_actors.cli.cells import row_reader
-        from stageflow_actors.cli.lines import Lines, count_lines
+        from stageflow_actors.cli.csv_values import row_reader
+        from stageflow_actors.cli.input_file import Lines, count_lines
         from stageflow_actors.cli.progress import Progress
-        from stageflow_actors.cli.results import Tally
+        from stageflow_actors.cli.results_file import Tally
         from stageflow_actors.core.codec import ContextCodec
 
         self._runtime = runtime
@@ -144,7 +144,7 @@ class _Run:
 
     def go(self) -> int:
         """Returns the exit code. Raises `StageFlowError` for what ends the run as a whole."""
-        from stageflow_actors.cli.watch import Watch
+        from stageflow_actors.cli.stall_guard import Watch
         from stageflow_actors.errors import StageFlowError
 
         interrupted = False

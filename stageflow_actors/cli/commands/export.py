@@ -1,4 +1,4 @@
-"""`stageflow instances signal` and `export`: a word to one instance, and all of them to a file."""
+"""`stageflow instances export`: write all instances to a file."""
 
 from __future__ import annotations
 
@@ -10,62 +10,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.instances import LIVE, STATUSES, _described, instances
+from stageflow_actors.cli.commands.instances import LIVE, STATUSES, _described, instances
 from stageflow_actors.cli.options import data_option
-from stageflow_actors.cli.start import json_of
 from stageflow_actors.core.counted import counted
-from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
-    from stageflow_actors.core.plan import WorkflowPlan
     from stageflow_actors.core.standing import Standing
-    from stageflow_actors.runtime.attach import Attached
 
-__all__ = ["export", "signal"]
+__all__ = ["export"]
 
 FIELDS = ("instance_id", "workflow", "version", "status", "started", "finished", "duration", "failed_stage", "error")
-
-
-@instances.command()
-@click.argument("instance_id", metavar="ID")
-@click.argument("name")
-@click.option("--json", "text", default="null", metavar="PAYLOAD", help="What goes with it, as JSON; - reads stdin.")
-@data_option
-def signal(instance_id: str, name: str, text: str, data: Path) -> None:
-    """Send the signal NAME to a live instance. One that is not awaited yet is kept; several keep their order.
-
-    \b
-    stageflow instances signal ORDER-17 approval --json '{"by": "me"}'
-    """
-    from brokers.api import Arrival
-    from stageflow_actors.core.codec import encode_value
-    from stageflow_actors.core.routing import signal_key
-    from stageflow_actors.runtime.attach import attach
-
-    if not name:
-        raise click.BadParameter("a signal has a name", param_hint="NAME")
-    payload = encode_value(json_of(text, "--json"), what=f"the payload of signal {name!r}")
-    with attach(data, write=True) as attached:
-        group = attached.ask("lookup", [instance_id])["groups"].get(instance_id)
-        if group is None or group["ended"]:
-            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
-        plan = _plan_of(attached, group)
-        if plan is not None:
-            plan.check_signal(name)
-        arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(payload), instance_id)
-        answer = attached.broker.publish([], [], [payload], arrivals=[arrival]).result(10.0)
-        if answer.refused:
-            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
-
-
-def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | None:
-    """The workflow of a live instance as it was last served here; None where nobody knows."""
-    from stageflow_actors.core.standing import version_of
-    from stageflow_actors.runtime.served import SERVED_FACT, read_served
-
-    served = read_served(attached.ask("fact", SERVED_FACT, None))
-    version = version_of(group)
-    return next((plan for plan in served.plans if (plan.id, plan.version) == version), None) if served else None
 
 
 @instances.command()
@@ -92,7 +46,7 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
 @contextmanager
 def _opened(target: str) -> Iterator[IO[str]]:
     """The file appears complete or not at all; a pipe or a device is written to as it is, not replaced by a file."""
-    from stageflow_actors.cli.results import is_special
+    from stageflow_actors.cli.results_file import is_special
 
     try:
         # Of a link, /dev/stdout for one, the file behind it is meant.

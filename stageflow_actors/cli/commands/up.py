@@ -36,7 +36,7 @@ def up(target: str, data: Path | None) -> int:
     stageflow up shop.flows:runtime
     stageflow up orders.py:orders --data /var/lib/orders
     """
-    from stageflow_actors.cli.loading import load
+    from stageflow_actors.cli.importer import load
     from stageflow_actors.definition.workflow import Workflow
     from stageflow_actors.runtime.runtime import Runtime
 

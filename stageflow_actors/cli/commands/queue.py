@@ -152,7 +152,7 @@ def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
     \b
     stageflow queue peek stageflow.orders.stage0 --limit 3 --output json
     """
-    from stageflow_actors.cli.messages import message_row
+    from stageflow_actors.cli.message_rows import message_row
     from stageflow_actors.runtime.attach import attach
 
     with attach(data) as attached:

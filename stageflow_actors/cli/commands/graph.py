@@ -18,7 +18,7 @@ def graph(target: str) -> None:
     stageflow graph orders.py:orders
     stageflow graph orders.py:orders > orders.mmd
     """
-    from stageflow_actors.cli.loading import load
+    from stageflow_actors.cli.importer import load
     from stageflow_actors.definition.mermaid import mermaid
     from stageflow_actors.definition.workflow import Workflow
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stageflow_actors.cli.instances import instances
+from stageflow_actors.cli.commands.instances import instances
+from stageflow_actors.cli.commands.start import context_of, finished
 from stageflow_actors.cli.options import data_option
-from stageflow_actors.cli.start import context_of, finished
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:

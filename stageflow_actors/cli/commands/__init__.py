@@ -1,0 +1,1 @@
+"""The commands of `stageflow`, one file per command or group. `cli/main.py` collects them."""

@@ -1,0 +1,63 @@
+"""`stageflow instances signal`: send a signal to one live instance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stageflow_actors.cli.commands.instances import instances
+from stageflow_actors.cli.commands.start import json_of
+from stageflow_actors.cli.options import data_option
+from stageflow_actors.errors import InstanceNotFound
+
+if TYPE_CHECKING:
+    from stageflow_actors.core.plan import WorkflowPlan
+    from stageflow_actors.runtime.attach import Attached
+
+__all__ = ["signal"]
+
+
+@instances.command()
+@click.argument("instance_id", metavar="ID")
+@click.argument("name")
+@click.option("--json", "text", default="null", metavar="PAYLOAD", help="What goes with it, as JSON; - reads stdin.")
+@data_option
+def signal(instance_id: str, name: str, text: str, data: Path) -> None:
+    """Send the signal NAME to a live instance. One that is not awaited yet is kept; several keep their order.
+
+    \b
+    stageflow instances signal ORDER-17 approval --json '{"by": "me"}'
+    """
+    from brokers.api import Arrival
+    from stageflow_actors.core.codec import encode_value
+    from stageflow_actors.core.routing import signal_key
+    from stageflow_actors.runtime.attach import attach
+
+    if not name:
+        raise click.BadParameter("a signal has a name", param_hint="NAME")
+    payload = encode_value(json_of(text, "--json"), what=f"the payload of signal {name!r}")
+    with attach(data, write=True) as attached:
+        group = attached.ask("lookup", [instance_id])["groups"].get(instance_id)
+        if group is None or group["ended"]:
+            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
+        plan = _plan_of(attached, group)
+        if plan is not None:
+            plan.check_signal(name)
+        arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(payload), instance_id)
+        answer = attached.broker.publish([], [], [payload], arrivals=[arrival]).result(10.0)
+        if answer.refused:
+            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
+
+
+def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | None:
+    """The workflow of a live instance as it was last served here; None where nobody knows."""
+    from stageflow_actors.core.standing import version_of
+    from stageflow_actors.runtime.served import SERVED_FACT, read_served
+
+    served = read_served(attached.ask("fact", SERVED_FACT, None))
+    version = version_of(group)
+    return next((plan for plan in served.plans if (plan.id, plan.version) == version), None) if served else None
