@@ -6,8 +6,9 @@
 
 from stageflow_actors.core.result import CompensationResult, StageResult, WorkflowResult
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.timeline import TimelineEntry
 from stageflow_actors.definition.breaker import Breaker
-from stageflow_actors.definition.retry import Retry
+from stageflow_actors.definition.retry import Retry, RetryPolicy
 from stageflow_actors.definition.stage import Compensation, Replace, Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import (
@@ -32,6 +33,7 @@ from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.context import StageContext
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.interception import StageCall
+from stageflow_actors.runtime.queues import QueueInfo
 from stageflow_actors.runtime.runtime import Runtime
 
 __all__ = [
@@ -50,8 +52,10 @@ __all__ = [
     "JournalLocked",
     "PayloadTooLarge",
     "QueueFull",
+    "QueueInfo",
     "Replace",
     "Retry",
+    "RetryPolicy",
     "Runtime",
     "Stage",
     "StageCall",
@@ -61,6 +65,7 @@ __all__ = [
     "StageResult",
     "StageStatus",
     "StageTimeout",
+    "TimelineEntry",
     "WorkerDied",
     "Workflow",
     "WorkflowDefinitionError",

@@ -22,9 +22,9 @@ from brokers import api
 
 STAGEFLOW = """
     Breaker BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
-    InstanceParked InvalidContext JournalCorrupt JournalLocked PayloadTooLarge QueueFull Replace Retry Runtime Stage
-    StageCall StageContext StageError StageFlowError StageResult StageStatus StageTimeout WorkerDied Workflow
-    WorkflowDefinitionError WorkflowFailed WorkflowResult WorkflowStatus
+    InstanceParked InvalidContext JournalCorrupt JournalLocked PayloadTooLarge QueueFull QueueInfo Replace Retry
+    RetryPolicy Runtime Stage StageCall StageContext StageError StageFlowError StageResult StageStatus StageTimeout
+    TimelineEntry WorkerDied Workflow WorkflowDefinitionError WorkflowFailed WorkflowResult WorkflowStatus
 """.split()
 
 BROKERS_API = """

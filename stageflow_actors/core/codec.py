@@ -25,7 +25,7 @@ from msgspec import Raw
 
 from stageflow_actors.core.faithful import Fault, field_items, find_difference, find_unencodable
 from stageflow_actors.core.models import ModelForm, explain_validation, is_model
-from stageflow_actors.definition.shipping import export_types, import_types, reachable_types
+from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
 __all__ = [

@@ -16,7 +16,7 @@ from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import WorkflowFailed
 
-__all__ = ["CompensationResult", "StageResult", "WorkflowResult"]
+__all__ = ["CompensationResult", "StageResult", "WorkflowResult", "parked_result", "result_of_outcome"]
 
 C = TypeVar("C")
 
@@ -58,55 +58,13 @@ class WorkflowResult(Generic[C]):
     __slots__ = ("_codec", "_context", "_order", "_outcome", "_read", "_stages", "instance_id")
 
     instance_id: str
+    _outcome: bytes | Raw
+    _codec: ContextCodec[C]
+    _order: Sequence[str]
+    _read: Outcome | None
 
-    def __init__(
-        self, instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
-    ) -> None:
-        self.instance_id = instance_id
-        self._outcome = outcome
-        self._codec = codec
-        self._order = order
-        self._read: Outcome | None = None
-
-    @classmethod
-    def from_outcome(
-        cls, instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
-    ) -> WorkflowResult[C]:
-        """The result in `outcome` (an encoded `Outcome`); `order` are the stage ids as defined."""
-        return cls(instance_id, outcome, codec, order)
-
-    @classmethod
-    def parked(
-        cls,
-        instance_id: str,
-        workflow_id: str,
-        codec: ContextCodec[C],
-        *,
-        error: str | None = None,
-        failed_stage: str | None = None,
-        context: bytes | Raw = NIL,
-        trail: bytes = EMPTY_TRAIL,
-        version: int = 1,
-        started_at: float = 0.0,
-        parked_at: float = 0.0,
-        order: Sequence[str] = (),
-    ) -> WorkflowResult[C]:
-        """The result of an instance that waits as a dead letter, as `map` yields it.
-
-        `context` is the encoded context as the failed stage was given it, `trail` the stages before.
-        """
-        outcome = Outcome(
-            workflow_id=workflow_id,
-            version=version,
-            status=WorkflowStatus.parked.value,
-            context=Raw(context),
-            trail=trail,
-            started_at=started_at,
-            finished_at=parked_at or started_at,
-            error=error,
-            failed_stage=failed_stage,
-        )
-        return cls(instance_id, encode(outcome), codec, order)
+    def __init__(self) -> None:
+        raise TypeError("a WorkflowResult is made by StageFlow: get one from execute, map or Instance.result")
 
     @property
     def workflow_id(self) -> str:
@@ -252,4 +210,49 @@ class WorkflowResult(Generic[C]):
         return f"WorkflowResult({', '.join(facts)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WorkflowResult, (self.instance_id, bytes(self._outcome), self._codec, tuple(self._order))
+        return result_of_outcome, (self.instance_id, bytes(self._outcome), self._codec, tuple(self._order))
+
+
+def result_of_outcome(
+    instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
+) -> WorkflowResult[C]:
+    """Return the result in `outcome` (an encoded `Outcome`); `order` are the stage ids as defined."""
+    result: WorkflowResult[C] = WorkflowResult.__new__(WorkflowResult)
+    result.instance_id = instance_id
+    result._outcome = outcome
+    result._codec = codec
+    result._order = order
+    result._read = None
+    return result
+
+
+def parked_result(
+    instance_id: str,
+    workflow_id: str,
+    codec: ContextCodec[C],
+    *,
+    error: str | None = None,
+    failed_stage: str | None = None,
+    context: bytes | Raw = NIL,
+    trail: bytes = EMPTY_TRAIL,
+    version: int = 1,
+    started_at: float = 0.0,
+    parked_at: float = 0.0,
+    order: Sequence[str] = (),
+) -> WorkflowResult[C]:
+    """Return the result of an instance that waits as a dead letter, as `map` yields it.
+
+    `context` is the encoded context as the failed stage received it, `trail` the stages before.
+    """
+    outcome = Outcome(
+        workflow_id=workflow_id,
+        version=version,
+        status=WorkflowStatus.parked.value,
+        context=Raw(context),
+        trail=trail,
+        started_at=started_at,
+        finished_at=parked_at or started_at,
+        error=error,
+        failed_stage=failed_stage,
+    )
+    return result_of_outcome(instance_id, encode(outcome), codec, order)

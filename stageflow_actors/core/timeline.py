@@ -25,12 +25,12 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.core.plan import COMPENSATE, ITEM_SUFFIX, TIMEOUT
 from stageflow_actors.core.standing import failure_text
 
-__all__ = ["Moment", "moments_of_group", "moments_of_outcome"]
+__all__ = ["TimelineEntry", "timeline_of_group", "timeline_of_outcome"]
 
 _STATES = {"ready": "queued", "leased": "running", "delayed": "delayed", "dead": "parked"}
 
 
-class Moment(Struct, frozen=True, kw_only=True):
+class TimelineEntry(Struct, frozen=True, kw_only=True):
     """One line of an instance's timeline.
 
     `at` is seconds since the Unix epoch (of a stage that is over: when it was), `what` is `submitted`; of a stage
@@ -48,22 +48,24 @@ class Moment(Struct, frozen=True, kw_only=True):
     data: Any = None
 
 
-def moments_of_outcome(outcome: bytes) -> list[Moment]:
+def timeline_of_outcome(outcome: bytes) -> list[TimelineEntry]:
     """The timeline of an instance that has ended, from its encoded `Outcome`."""
     read = decode_outcome(outcome)
-    moments = [Moment(at=read.started_at, what="submitted")]
-    moments += [_of_stage(record) for record in decode_trail(read.trail) if _is_shown(record)]
-    moments += [_of_compensation(record, read.finished_at) for record in read.compensations]
-    moments = sorted(moments, key=lambda moment: moment.at)
-    end = Moment(at=read.finished_at, what=f"ended: {read.status}", stage_id=read.failed_stage or "", error=read.error)
-    return [*moments, end]
+    entries = [TimelineEntry(at=read.started_at, what="submitted")]
+    entries += [_of_stage(record) for record in decode_trail(read.trail) if _is_shown(record)]
+    entries += [_of_compensation(record, read.finished_at) for record in read.compensations]
+    entries = sorted(entries, key=lambda entry: entry.at)
+    end = TimelineEntry(
+        at=read.finished_at, what=f"ended: {read.status}", stage_id=read.failed_stage or "", error=read.error
+    )
+    return [*entries, end]
 
 
-def moments_of_group(group: Mapping[str, Any]) -> list[Moment]:
+def timeline_of_group(group: Mapping[str, Any]) -> list[TimelineEntry]:
     """The timeline so far of a live instance whose group this is, as the broker's `inspect` describes it."""
     for message in group["messages"]:
         if group["ended"] and message["label"] == group["ended"] and "body" in message:
-            return moments_of_outcome(message["body"])
+            return timeline_of_outcome(message["body"])
     # Of very large instances not all bodies have room in one answer.
     bodies = [message["body"] for message in group["messages"] if "body" in message]
     for gather in group["gathers"]:
@@ -77,17 +79,17 @@ def moments_of_group(group: Mapping[str, Any]) -> list[Moment]:
         if envelope.compensation is not None:
             undone.update((record.stage_id, record) for record in envelope.compensation.done)
     began = min((envelope.started_at for envelope in envelopes), default=0.0)
-    moments = [Moment(at=began, what="submitted")] if began else []
-    moments += [_of_stage(record) for record in records.values()]
-    moments += [_of_compensation(record, began) for record in undone.values()]
-    return sorted([*moments, *_present(group)], key=lambda moment: moment.at)
+    entries = [TimelineEntry(at=began, what="submitted")] if began else []
+    entries += [_of_stage(record) for record in records.values()]
+    entries += [_of_compensation(record, began) for record in undone.values()]
+    return sorted([*entries, *_present(group)], key=lambda entry: entry.at)
 
 
-def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
+def _present(group: Mapping[str, Any]) -> Iterable[TimelineEntry]:
     for message in group["messages"]:
         label: str = message["label"]
         state = _STATES[message["state"]]
-        yield Moment(
+        yield TimelineEntry(
             at=message["parked"] or message["enqueued"],
             what=f"{state} to be undone" if label.startswith(COMPENSATE) and state != "parked" else state,
             stage_id=_stage_of(message),
@@ -96,7 +98,7 @@ def _present(group: Mapping[str, Any]) -> Iterable[Moment]:
         )
     for gather in group["gathers"]:
         if gather["need"] is not None and gather["key"] != TIMEOUT:
-            yield Moment(at=gather["opened"], what="waiting", stage_id=gather["key"])
+            yield TimelineEntry(at=gather["opened"], what="waiting", stage_id=gather["key"])
 
 
 def _stage_of(message: Mapping[str, Any]) -> str:
@@ -111,8 +113,8 @@ def _is_shown(record: StageRecord) -> bool:
     return not record.stage_id.endswith(ITEM_SUFFIX)  # of a map stage, for its compensation only
 
 
-def _of_stage(record: StageRecord) -> Moment:
-    return Moment(
+def _of_stage(record: StageRecord) -> TimelineEntry:
+    return TimelineEntry(
         at=record.started_at + record.duration,
         what=record.status,
         stage_id=record.stage_id,
@@ -123,8 +125,8 @@ def _of_stage(record: StageRecord) -> Moment:
     )
 
 
-def _of_compensation(record: CompensationRecord, otherwise: float) -> Moment:
-    return Moment(
+def _of_compensation(record: CompensationRecord, otherwise: float) -> TimelineEntry:
+    return TimelineEntry(
         at=record.finished_at or otherwise,  # of an older release: not known
         what="compensated" if record.status == "completed" else "compensation failed",
         stage_id=record.stage_id,

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["Duration", "optional_seconds", "patience", "seconds"]
+__all__ = ["Duration", "optional_seconds", "seconds", "timeout_seconds"]
 
 Duration = int | float | timedelta
 
@@ -45,7 +45,7 @@ def optional_seconds(value: Duration | None, what: str, *, zero: bool = False) -
     return None if value is None else seconds(value, what, zero=zero, endless=NO_LIMIT)
 
 
-def patience(value: Duration | None, what: str = "timeout") -> float | None:
+def timeout_seconds(value: Duration | None, what: str = "timeout") -> float | None:
     """How long a call may wait, in seconds; None for as long as it takes. Raises `ValueError`."""
     try:
         return optional_seconds(value, what, zero=True)

@@ -1,7 +1,7 @@
 """What a handler looks like, found out once, so that calling it costs next to nothing.
 
-`inspect_handler` turns what the user gave into a `Call`: what to call, whether it wants the `StageContext`, and
-which services it asks for. `Call.bind` closes over the services and gives a function of (context, ctx). A
+`inspect_handler` turns what the user gave into a `HandlerSpec`: what to call, whether it wants the `StageContext`, and
+which services it asks for. `HandlerSpec.bind` closes over the services and gives a function of (context, ctx). A
 handler is never called here.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["BoundCall", "Call", "default_id", "inspect_handler"]
+__all__ = ["BoundCall", "HandlerSpec", "default_id", "inspect_handler"]
 
 BoundCall = Callable[[Any, Any], Any]
 """A handler ready to run: takes the workflow's context and the `StageContext`."""
@@ -23,13 +23,13 @@ BoundCall = Callable[[Any, Any], Any]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-class Call:
+class HandlerSpec:
     """How one handler (or compensation) is called.
 
     `kind` is `function`, `object` (its `execute` is called) or `class` (constructed in the worker, then an
     object); `function` is what is called, for a class its plain `execute`. `wants_ctx` says whether it takes
     the `StageContext`, `services` are the names it takes by keyword, `constructor_services` those of a class.
-    `is_async` is true for `async def`: what `bind` returns then gives a coroutine. `compensate` is the `Call` of
+    `is_async` is true for `async def`: what `bind` returns then gives a coroutine. `compensate` is the `HandlerSpec` of
     the object's own `compensate`, if there is one.
     """
 
@@ -58,7 +58,7 @@ class Call:
         constructor_services: tuple[str, ...] = (),
         is_async: bool = False,
         method: str = "execute",
-        compensate: Call | None = None,
+        compensate: HandlerSpec | None = None,
     ) -> None:
         self.kind = kind
         self.target = target
@@ -101,8 +101,8 @@ class Call:
         return function
 
 
-def inspect_handler(handler: Any, what: str) -> Call:
-    """The `Call` for `handler`; `what` names it in errors, as in "stage 'pay'".
+def inspect_handler(handler: Any, what: str) -> HandlerSpec:
+    """The `HandlerSpec` for `handler`; `what` names it in errors, as in "stage 'pay'".
 
     Raises `WorkflowDefinitionError` for what cannot be called with a context.
     """
@@ -139,7 +139,7 @@ def _kebab(name: str) -> str:
     return words.strip("_").replace("_", "-").lower()
 
 
-def _inspect_class(handler: type[Any], what: str) -> Call:
+def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
     execute = getattr(handler, "execute", None)
     if not callable(execute):
         raise WorkflowDefinitionError(f"{what} has the class {handler.__name__}, which has no execute(context) method")
@@ -189,9 +189,9 @@ def _call(
     *,
     method: str = "execute",
     constructor_services: tuple[str, ...] = (),
-    compensate: Call | None = None,
+    compensate: HandlerSpec | None = None,
     bound: bool = True,
-) -> Call:
+) -> HandlerSpec:
     plain: Any = function
     while isinstance(plain, functools.partial):
         plain = plain.func
@@ -210,7 +210,7 @@ def _call(
     if not bound:
         parameters = parameters[1:]
     wants_ctx, by_keyword = _check_parameters(parameters, what)
-    return Call(
+    return HandlerSpec(
         kind=kind,
         target=target,
         function=function,

@@ -22,8 +22,8 @@ from urllib.parse import quote
 import msgspec
 import orjson
 
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds
-from stageflow_actors.definition.function import check_function
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
 __all__ = ["SECONDS", "HttpCall", "kill_after", "shown_url"]

@@ -9,7 +9,7 @@ from stageflow_actors.errors import WorkflowDefinitionError
 __all__ = ["check_id"]
 
 _ID = re.compile(r"[A-Za-z0-9._-]+")
-_LONGEST_ID = 200
+MAX_ID_LENGTH = 200
 
 
 def check_id(value: object, what: str) -> str:
@@ -18,9 +18,9 @@ def check_id(value: object, what: str) -> str:
         raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
     if not value:
         raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
-    if len(value) > _LONGEST_ID:
+    if len(value) > MAX_ID_LENGTH:
         raise WorkflowDefinitionError(
-            f"the id of {what} has {len(value)} characters, {_LONGEST_ID} are the most: {value[:60]!r}…"
+            f"the id of {what} has {len(value)} characters, {MAX_ID_LENGTH} are the most: {value[:60]!r}…"
         )
     if not _ID.fullmatch(value):
         raise WorkflowDefinitionError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stageflow_actors.definition.function import check_function
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.ids import check_id
 
 __all__ = ["RemoteCall"]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from random import random as _random
 from typing import Any, Protocol, runtime_checkable
 
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, seconds
-from stageflow_actors.definition.function import check_function
 from stageflow_actors.errors import StageError, WorkflowDefinitionError
 
 __all__ = ["Condition", "Retry", "RetryPolicy", "check_policy"]

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypedDict
 
 from stageflow_actors.definition.breaker import Breaker, check_breaker
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds
-from stageflow_actors.definition.function import check_function
-from stageflow_actors.definition.handler import Call, default_id, inspect_handler
+from stageflow_actors.definition.handler import HandlerSpec, default_id, inspect_handler
 from stageflow_actors.definition.http import HttpCall, kill_after, shown_url
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["MOST_ACTORS", "Compensation", "Replace", "Stage", "StageOptions"]
+__all__ = ["MAX_ACTORS", "Compensation", "Replace", "Stage", "StageOptions"]
 
-MOST_ACTORS = 1_000
+MAX_ACTORS = 1_000
 """Each is a process: of more the machine would have nothing left, and the broker takes 4,096 peers in all."""
 
 
@@ -50,7 +50,7 @@ class Compensation:
     last one first, and those that failed are tried again; one that is undone is undone once, unless its worker dies.
     """
 
-    __slots__ = ("actors", "call", "function", "retry", "timeout")
+    __slots__ = ("actors", "function", "retry", "spec", "timeout")
 
     def __init__(
         self,
@@ -61,18 +61,10 @@ class Compensation:
     ) -> None:
         what = f"compensation {getattr(function, '__name__', repr(function))!r}"
         self.function = function
-        self.call: Call = inspect_handler(function, what)
+        self.spec: HandlerSpec = inspect_handler(function, what)
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
-        self.actors: int = check_count(actors, f"actors of {what}", MOST_ACTORS)
-
-    @classmethod
-    def of_call(cls, call: Call) -> Compensation:
-        """The compensation that an object or class handler brings along as its `compensate`."""
-        made = cls.__new__(cls)
-        made.function, made.call = call.function, call
-        made.timeout, made.retry, made.actors = 60.0, None, 1
-        return made
+        self.actors: int = check_count(actors, f"actors of {what}", MAX_ACTORS)
 
     @classmethod
     def http(
@@ -139,14 +131,13 @@ class Stage:
     threads left running) no other stage sees. The next message of the same worker does: `max_tasks=1` gives each a
     process of its own. What a handler has started ends with its worker, except a process that has made itself a daemon.
 
-    `id` is "" for a lambda until a workflow gives it its place; `call` says how to call the handler.
+    `id` is "" for a lambda until a workflow gives it its place; `spec` describes how to call the handler.
     """
 
     __slots__ = (
         "actors",
         "after",
         "breaker",
-        "call",
         "compensation",
         "concurrency",
         "env",
@@ -156,6 +147,7 @@ class Stage:
         "max_tasks",
         "required",
         "retry",
+        "spec",
         "timeout",
         "ttl",
         "when",
@@ -186,11 +178,11 @@ class Stage:
         self.id: str = name if id is None and not name else check_id(name, f"the stage of {handler!r}")
         what = f"stage {self.id!r}" if self.id else "stage of a lambda"
         self.handler = handler
-        self.call: Call = inspect_handler(handler, what)
-        self.compensation: Compensation | None = _compensation(compensation, self.call, what)
+        self.spec: HandlerSpec = inspect_handler(handler, what)
+        self.compensation: Compensation | None = _compensation(compensation, self.spec, what)
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
-        self.actors: int = check_count(actors, f"actors of {what}", MOST_ACTORS)
+        self.actors: int = check_count(actors, f"actors of {what}", MAX_ACTORS)
         self.concurrency: int = check_count(concurrency, f"concurrency of {what}")
         self.required: bool = required if isinstance(required, bool) else _refuse_bool(required, what)
         self.after: tuple[str, ...] = _after(after, what)
@@ -204,7 +196,7 @@ class Stage:
     @property
     def services(self) -> frozenset[str]:
         """The names of the services that the handler takes."""
-        own = self.call
+        own = self.spec
         return frozenset(own.services) | frozenset(own.constructor_services)
 
     @property
@@ -212,7 +204,7 @@ class Stage:
         """The names of the services that the compensation takes."""
         if self.compensation is None:
             return frozenset()
-        call = self.compensation.call
+        call = self.compensation.spec
         return frozenset(call.services) | frozenset(call.constructor_services)
 
     @classmethod
@@ -296,7 +288,7 @@ def check_count(value: object, what: str, most: int | None = None) -> int:
     return value
 
 
-LEAST_MEMORY = 1 << 20
+MIN_MEMORY_BYTES = 1 << 20
 """A worker that has done nothing yet uses many times as much: whoever asks for less means megabytes."""
 
 
@@ -304,7 +296,7 @@ def _memory(value: object, what: str) -> int | None:
     if value is None:
         return None
     count = check_count(value, f"max_memory of {what}")
-    if count < LEAST_MEMORY:
+    if count < MIN_MEMORY_BYTES:
         raise WorkflowDefinitionError(
             f"max_memory of {what} is a number of bytes, and {count} is less than any worker uses: "
             f"for {count} MB write max_memory={count}_000_000"
@@ -316,9 +308,9 @@ def _refuse_bool(value: object, what: str) -> NoReturn:
     raise WorkflowDefinitionError(f"required of {what} must be True or False, not {value!r}")
 
 
-def _compensation(given: Any, call: Call, what: str) -> Compensation | None:
+def _compensation(given: Any, call: HandlerSpec, what: str) -> Compensation | None:
     if given is None:
-        return None if call.compensate is None else Compensation.of_call(call.compensate)
+        return None if call.compensate is None else _own_compensation(call.compensate)
     if isinstance(given, Compensation):
         return given
     if isinstance(given, Stage) or not callable(given):
@@ -326,6 +318,14 @@ def _compensation(given: Any, call: Call, what: str) -> Compensation | None:
             f"the compensation of {what} must be a function or Compensation(function, ...), not {given!r}"
         )
     return Compensation(given)
+
+
+def _own_compensation(spec: HandlerSpec) -> Compensation:
+    """Return the compensation that an object or class handler has as its method `compensate`."""
+    made = Compensation.__new__(Compensation)
+    made.function, made.spec = spec.function, spec
+    made.timeout, made.retry, made.actors = 60.0, None, 1
+    return made
 
 
 def _after(given: Any, what: str) -> tuple[str, ...]:

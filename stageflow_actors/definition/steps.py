@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds, seconds
-from stageflow_actors.definition.function import check_function
-from stageflow_actors.definition.handler import Call, inspect_handler
+from stageflow_actors.definition.handler import HandlerSpec, inspect_handler
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.errors import WorkflowDefinitionError
@@ -161,7 +161,7 @@ class Signal:
         if on_signal is not None:
             self.on_signal = check_function(on_signal, f"on_signal of {what}", ("context", "payload"))
         self.on_timeout = on_timeout
-        self.on_timeout_call: Call | None = None
+        self.on_timeout_call: HandlerSpec | None = None
         if on_timeout is not None:
             self.on_timeout_call = _late(on_timeout, f"on_timeout of {what}")
 
@@ -198,7 +198,7 @@ def shape_of(step: Step) -> list[Any]:
     return []
 
 
-def _late(given: Any, what: str) -> Call:
+def _late(given: Any, what: str) -> HandlerSpec:
     """How `on_timeout` is called: like a handler, async or not, but with the context alone."""
     call = inspect_handler(given, what)
     if call.wants_ctx:

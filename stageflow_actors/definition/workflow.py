@@ -12,10 +12,10 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import msgspec
 
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.context_type import check_context_type, fields_of
 from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
-from stageflow_actors.definition.function import check_function
 from stageflow_actors.definition.http import SECONDS, HttpCall
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from stageflow_actors.definition.handler import BoundCall, Call
+from stageflow_actors.definition.handler import BoundCall, HandlerSpec
 from stageflow_actors.errors import StageTimeout
 
 __all__ = ["ready_to_call", "run_to_end"]
 
 
 def ready_to_call(
-    call: Call,
+    call: HandlerSpec,
     services: Mapping[str, Any],
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> BoundCall:

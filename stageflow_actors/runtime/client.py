@@ -29,8 +29,8 @@ from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
-from stageflow_actors.definition.duration import Duration, patience
-from stageflow_actors.definition.stage import MOST_ACTORS
+from stageflow_actors.definition.duration import Duration, timeout_seconds
+from stageflow_actors.definition.stage import MAX_ACTORS
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import (
     BrokerUnavailable,
@@ -128,7 +128,7 @@ class Client(Asking):
 
         The start is part of `timeout`; the error says so where it was not confirmed within that.
         """
-        seconds, began = patience(timeout), time.monotonic()
+        seconds, began = timeout_seconds(timeout), time.monotonic()
         known = self._workflow(workflow)
         prepared = known.prepare(context, instance_id)
         within = None if seconds is None else (began + seconds, seconds)
@@ -168,7 +168,7 @@ class Client(Asking):
 
     def as_completed(self, instances: Iterable[Instance[C]], timeout: Duration | None = None) -> Iterator[Instance[C]]:
         """The instances as they end (or are parked). Raises `TimeoutError` after `timeout` seconds."""
-        return as_completed(instances, patience(timeout))
+        return as_completed(instances, timeout_seconds(timeout))
 
     # looking
 
@@ -249,8 +249,8 @@ class Client(Asking):
 
         It holds until the cluster is stopped. Raises `ValueError`, `StageFlowError` for a stage without workers.
         """
-        if isinstance(actors, bool) or not isinstance(actors, int) or not 0 <= actors <= MOST_ACTORS:
-            raise ValueError(f"actors is a whole number from 0 to {MOST_ACTORS:,}, not {actors!r}")
+        if isinstance(actors, bool) or not isinstance(actors, int) or not 0 <= actors <= MAX_ACTORS:
+            raise ValueError(f"actors is a whole number from 0 to {MAX_ACTORS:,}, not {actors!r}")
         plan = self._workflow(workflow).plan
         planned = plan.stage(item_id(stage)) or plan.stage(stage)
         if planned is None or not planned.has_pool:
@@ -308,7 +308,7 @@ class Client(Asking):
 
         Raises `TimeoutError` after `timeout` seconds.
         """
-        most = patience(timeout)
+        most = timeout_seconds(timeout)
         deadline = None if most is None else time.monotonic() + most
         waiting = self._waiters.by_id
         while waiting:

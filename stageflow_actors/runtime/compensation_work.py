@@ -86,7 +86,7 @@ class CompensationWork:
         self, compensation: Compensation, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
     ) -> BoundCall:
         """The compensation as a function of (context, ctx) that gives (result, context)."""
-        call = compensation.call
+        call = compensation.spec
         bound, is_async = call.bind(services), call.is_async
         timeout = compensation.timeout if is_async and self._limits_itself else None
         if self._arounds:
@@ -106,7 +106,7 @@ class CompensationWork:
         compensation = self._compensations.get(stage_id)
         if task is None or compensation is None or envelope.version != self.plan.version:
             return park_unknown(item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}")
-        self._slot.allow(GRACE_NS if compensation.call.is_async and self._limits_itself else 0)
+        self._slot.allow(GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:
             return self._run(item, envelope, stage_id)

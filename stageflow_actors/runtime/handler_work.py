@@ -59,7 +59,7 @@ class HandlerWork(Work):
         super().__init__(program, *args, **options)
         stage = program.stage
         assert stage is not None
-        call = stage.call
+        call = stage.spec
         bound = call.bind(self.services)
         is_async = call.is_async
         arounds = arounds_of(program.interceptors, STAGE)
@@ -91,7 +91,7 @@ class HandlerWork(Work):
     @property
     def threads(self) -> bool:
         """Whether several threads may run it at once."""
-        return not self.stage.call.is_async
+        return not self.stage.spec.is_async
 
     def of(self, body: bytes) -> HandlerWork:
         """The work of a message: where there is one version only, this."""

@@ -15,11 +15,11 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
-from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
 from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
-from stageflow_actors.core.timeline import Moment, moments_of_group, moments_of_outcome
-from stageflow_actors.definition.duration import Duration, patience
+from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
+from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.runtime.rerun import cancel, restart, retry
 
@@ -66,7 +66,7 @@ class Instance(Generic[C]):
     def result(self, timeout: Duration | None = None) -> WorkflowResult[C]:
         """Wait for the end. Raises `TimeoutError` after `timeout` seconds (the instance goes on), `InstanceParked`."""
         if self._outcome is None:
-            self._wait(patience(timeout))
+            self._wait(timeout_seconds(timeout))
         assert self._outcome is not None
         return self._result(self._outcome)
 
@@ -83,16 +83,16 @@ class Instance(Generic[C]):
         """
         self._client._signal(self.id, name, payload)
 
-    def history(self) -> list[Moment]:
+    def history(self) -> list[TimelineEntry]:
         """What has happened to it so far, in order of time, and where it stands if it has not ended.
 
-        Each moment has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
+        Each entry has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
         """
         if self._outcome is None:
             group = self._client._query("inspect", [self.id]).get(self.id)
             if group is not None:
-                return moments_of_group(group)
-        return moments_of_outcome(self._outcome or self._from_history())
+                return timeline_of_group(group)
+        return timeline_of_outcome(self._outcome or self._from_history())
 
     def cancel(self, reason: str = "") -> WorkflowStatus:
         """Cancel it: what has not started does not start, what has completed is compensated.
@@ -233,7 +233,7 @@ class Instance(Generic[C]):
             self._settle_version(body)
             envelope = decode_envelope(body)
             one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
-            return WorkflowResult.parked(
+            return parked_result(
                 self.id,
                 envelope.workflow_id,
                 self._codec(),
@@ -262,7 +262,7 @@ class Instance(Generic[C]):
 
     def _result(self, outcome: bytes) -> WorkflowResult[C]:
         self._settle_version(outcome)
-        return WorkflowResult(self.id, outcome, self._codec(), self._order())
+        return result_of_outcome(self.id, outcome, self._codec(), self._order())
 
     def _from_history(self) -> bytes:
         """The outcome of an instance that the broker has said it does not know (any more): it was written before."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from brokers import api as port
 from brokers.api import PublishAnswer
 from stageflow_actors.core.counted import counted
-from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.refusals import in_our_words
@@ -161,7 +161,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 at = index.pop(instance_id, None)
                 if at is None:
                     continue
-                found: WorkflowResult[C] | BaseException = WorkflowResult(instance_id, what, codec, order)
+                found: WorkflowResult[C] | BaseException = result_of_outcome(instance_id, what, codec, order)
             elif what is _PARKED or what is _LEFT:
                 at = index.pop(instance_id, None)
                 if at is None:

@@ -1,6 +1,6 @@
 """What a worker is sent at its birth: the code it runs and the data it routes by.
 
-Code travels as one opaque blob made by `definition.shipping` in the program and opened in the worker, and nowhere
+Code travels as one opaque blob made by `definition.pickling` in the program and opened in the worker, and nowhere
 between: the node and the zygote pass it on unread.
 """
 
@@ -23,11 +23,11 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
     breaker_of,
 )
-from stageflow_actors.definition.annotated import classes_in, element_type, first_parameter_type
+from stageflow_actors.definition.pickling import dumps
 from stageflow_actors.definition.retry import RetryPolicy
-from stageflow_actors.definition.shipping import dumps
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
+from stageflow_actors.definition.type_hints import classes_in, element_type, first_parameter_type
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -310,7 +310,7 @@ def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tupl
 def undone_items(workflow: Workflow[Any]) -> dict[str, Any]:
     """The type of an item as the compensation of each map stage takes it, by stage id."""
     return {
-        step.id: first_parameter_type(stage.compensation.call.function)
+        step.id: first_parameter_type(stage.compensation.spec.function)
         for step in workflow.steps
         if isinstance(step, MapStage)
         for stage in workflow.stages
@@ -337,7 +337,7 @@ def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
             "into": step.into,
             "max_failures": step.max_failures,
             "undo": step.item.compensation is not None,
-            "item_type": first_parameter_type(step.item.call.function),
+            "item_type": first_parameter_type(step.item.spec.function),
             "result_type": Any if step.into is None else element_type(context, step.into),
         }
     if isinstance(step, Signal):

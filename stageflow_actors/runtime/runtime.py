@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
-from stageflow_actors.definition.duration import Duration, patience
-from stageflow_actors.definition.function import check_function
+from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
@@ -134,7 +134,7 @@ class Runtime(Client):
         `drain`: first wait for what this program submitted. `grace`: seconds that stages in work get before they are
         killed (None: until they are done). Stopping again does nothing. Ctrl-C while it waits kills what is in work.
         """
-        seconds = patience(grace, "grace")
+        seconds = timeout_seconds(grace, "grace")
         if self._node is None:
             return
         if drain:

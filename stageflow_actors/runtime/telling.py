@@ -15,7 +15,7 @@ import msgspec
 from stageflow_actors.core.codec import ContextCodec, decode_value
 from stageflow_actors.core.envelope import Outcome, StageRecord, decode_envelope, decode_outcome, decode_trail, head_of
 from stageflow_actors.core.plan import FINISHED, ITEM_SUFFIX
-from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.result import result_of_outcome
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.events import Event, StageCompleted, WorkflowCompensated, WorkflowCompleted, WorkflowFailed
 
@@ -100,7 +100,7 @@ class Teller:
             "started_at": outcome.started_at,
             "finished_at": outcome.finished_at,
             "duration": max(0.0, outcome.finished_at - outcome.started_at),
-            "result": WorkflowResult(group, body, codec, order),
+            "result": result_of_outcome(group, body, codec, order),
         }
         if status == WorkflowStatus.completed:
             return [*events, WorkflowCompleted(**ended)]

@@ -21,7 +21,7 @@ import msgspec
 
 from brokers.points import reach
 from stageflow_actors.core.failures import describe_error
-from stageflow_actors.definition.shipping import loads
+from stageflow_actors.definition.pickling import loads
 from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
 from stageflow_actors.runtime.compensation_work import CompensationWork
 from stageflow_actors.runtime.handler_work import HandlerWork
@@ -165,7 +165,7 @@ def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox, raised: _Soundness
         undoing = [CompensationWork(own, plan, *common, limits=True, **shared) for plan, own in programs]
         return undoing[0] if len(undoing) == 1 else Versions(undoing)
     # Only where it is async in every version can it be awaited: else each runs it to its end.
-    tasks = all(program.stage is not None and program.stage.call.is_async for _, program in programs)
+    tasks = all(program.stage is not None and program.stage.spec.is_async for _, program in programs)
     works: list[Work] = []
     for plan, program in programs:
         place = plan.stage(program.place)

@@ -23,9 +23,9 @@ from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import NIL, decode_envelope
 from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
-from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
 from stageflow_actors.core.routing import signal_key
-from stageflow_actors.definition.function import check_function
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
@@ -117,9 +117,9 @@ def _check_signals(workflow: Workflow[Any], signals: Iterable[str]) -> None:
 def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], interceptors: Sequence[Any]) -> None:
     """An event loop cannot run inside another one of its thread."""
     stages = [*workflow.stages, *endpoints]
-    undoing = [stage.compensation.call for stage in stages if stage.compensation is not None]
+    undoing = [stage.compensation.spec for stage in stages if stage.compensation is not None]
     arounds = [around for method in (STAGE, COMPENSATION) for around in arounds_of(interceptors, method)]
-    if not any(call.is_async for call in (*(stage.call for stage in stages), *undoing)) and not any(
+    if not any(call.is_async for call in (*(stage.spec for stage in stages), *undoing)) and not any(
         map(inspect.iscoroutinefunction, arounds)
     ):
         return
@@ -286,7 +286,7 @@ class _Instance(Generic[C]):
                 waiting.append(self._give_up_waiting())
             message = waiting.popleft()
             if message.queue == self._naming.finished:
-                return WorkflowResult(self._id, message.body, self._known.codec, self._known.order)
+                return result_of_outcome(self._id, message.body, self._known.codec, self._known.order)
             if message.queue == self._naming.coordinator:
                 result: tuple[int, bytes] | Settled = self._coordinate(message)
             elif message.queue in self._works:
@@ -356,7 +356,7 @@ class _Instance(Generic[C]):
         envelope = decode_envelope(body)
         one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
         failure = read_failure(outcome.failure)
-        return WorkflowResult.parked(
+        return parked_result(
             self._id,
             envelope.workflow_id,
             self._known.codec,

@@ -18,7 +18,12 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.result import CompensationResult, StageResult, WorkflowResult
+from stageflow_actors.core.result import (
+    CompensationResult,
+    StageResult,
+    parked_result,
+    result_of_outcome,
+)
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import WorkflowFailed
 
@@ -71,7 +76,7 @@ FAILED = {
 
 
 def test_a_completed_instance_is_read_as_a_success() -> None:
-    result = WorkflowResult.from_outcome("i-1", outcome(), CODEC, ["reserve"])
+    result = result_of_outcome("i-1", outcome(), CODEC, ["reserve"])
     assert result.instance_id == "i-1"
     assert result.workflow_id == "orders"
     assert result.status is WorkflowStatus.completed
@@ -95,7 +100,7 @@ def test_a_completed_instance_is_read_as_a_success() -> None:
 
 
 def test_a_failed_instance_tells_what_was_compensated_and_what_was_not() -> None:
-    result = WorkflowResult.from_outcome("i-1", outcome(**FAILED), CODEC, ["reserve", "mail", "pay", "ship"])
+    result = result_of_outcome("i-1", outcome(**FAILED), CODEC, ["reserve", "mail", "pay", "ship"])
     assert [(s.stage_id, s.status) for s in result.stages] == [
         ("reserve", StageStatus.compensated),
         ("mail", StageStatus.failed),
@@ -115,40 +120,40 @@ def test_a_failed_instance_tells_what_was_compensated_and_what_was_not() -> None
 
 def test_a_stage_that_failed_before_it_completed_counts_once() -> None:
     twice = trail(StageRecord("a", "failed", error="x"), StageRecord("a", "completed", attempts=2))
-    result = WorkflowResult.from_outcome("i", outcome(trail=twice), CODEC, ["a"])
+    result = result_of_outcome("i", outcome(trail=twice), CODEC, ["a"])
     assert [(s.stage_id, s.status, s.error) for s in result.stages] == [("a", StageStatus.completed, None)]
 
 
 def test_stages_that_the_definition_no_longer_names_come_last() -> None:
     both = trail(StageRecord("old", "completed"), StageRecord("a", "completed"))
-    result = WorkflowResult.from_outcome("i", outcome(trail=both), CODEC, ["a"])
+    result = result_of_outcome("i", outcome(trail=both), CODEC, ["a"])
     assert [s.stage_id for s in result.stages] == ["a", "old"]
 
 
 def test_nothing_is_decoded_before_it_is_asked_for() -> None:
-    result = WorkflowResult.from_outcome("i", b"not an outcome", CODEC)
+    result = result_of_outcome("i", b"not an outcome", CODEC)
     assert result.instance_id == "i"
     with pytest.raises(DecodeError, match="Expected `array`"):
         _ = result.status
 
 
 def test_what_was_read_once_is_kept() -> None:
-    result = WorkflowResult.from_outcome("i", outcome(), CODEC)
+    result = result_of_outcome("i", outcome(), CODEC)
     assert result.context is result.context
     assert result.stages is result.stages
 
 
 def test_results_are_equal_when_they_say_the_same() -> None:
-    one = WorkflowResult.from_outcome("i", outcome(), CODEC)
-    assert one == WorkflowResult.from_outcome("i", Raw(outcome()), CODEC)
-    assert one != WorkflowResult.from_outcome("j", outcome(), CODEC)
-    assert one != WorkflowResult.from_outcome("i", outcome(status="failed"), CODEC)
+    one = result_of_outcome("i", outcome(), CODEC)
+    assert one == result_of_outcome("i", Raw(outcome()), CODEC)
+    assert one != result_of_outcome("j", outcome(), CODEC)
+    assert one != result_of_outcome("i", outcome(status="failed"), CODEC)
     assert one != "i"
-    assert len({one, WorkflowResult.from_outcome("i", outcome(), CODEC)}) == 1
+    assert len({one, result_of_outcome("i", outcome(), CODEC)}) == 1
 
 
 def test_a_result_and_its_error_survive_pickling() -> None:
-    result = WorkflowResult.from_outcome("i", outcome(**FAILED), CODEC, ["reserve"])
+    result = result_of_outcome("i", outcome(**FAILED), CODEC, ["reserve"])
     assert pickle.loads(pickle.dumps(result)) == result
     error = pickle.loads(pickle.dumps(WorkflowFailed(result)))
     assert error.result == result
@@ -156,12 +161,12 @@ def test_a_result_and_its_error_survive_pickling() -> None:
 
 
 def test_its_repr_says_how_it_went() -> None:
-    assert repr(WorkflowResult.from_outcome("i", outcome(), CODEC)) == "WorkflowResult('i', 'orders', completed)"
-    assert "failed_stage='ship'" in repr(WorkflowResult.from_outcome("i", outcome(**FAILED), CODEC))
+    assert repr(result_of_outcome("i", outcome(), CODEC)) == "WorkflowResult('i', 'orders', completed)"
+    assert "failed_stage='ship'" in repr(result_of_outcome("i", outcome(**FAILED), CODEC))
 
 
 def test_a_parked_instance_is_a_result_too() -> None:
-    result = WorkflowResult.parked(
+    result = parked_result(
         "i",
         "orders",
         CODEC,
@@ -180,7 +185,7 @@ def test_a_parked_instance_is_a_result_too() -> None:
 
 
 def test_a_parked_instance_without_a_known_context_has_none() -> None:
-    assert WorkflowResult.parked("i", "orders", CODEC).context is None
+    assert parked_result("i", "orders", CODEC).context is None
 
 
 def test_exactly_the_ended_statuses_are_terminal() -> None:

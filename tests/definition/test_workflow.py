@@ -301,6 +301,6 @@ def test_a_workflow_survives_cloudpickle_with_lambdas_and_local_functions() -> N
     workflow.add_stage(lambda order, ctx: (order, ctx)).add_stage(Charge())
     copy = cloudpickle.loads(cloudpickle.dumps(workflow))
     assert ids(copy) == ["local", "stage-2", "charge"]
-    assert copy.stages[0].call.bind({})(Order("ab"), None) == 6
+    assert copy.stages[0].spec.bind({})(Order("ab"), None) == 6
     assert copy.stages[0].compensation.function(Order("a")) is None
     assert copy.fingerprint() == workflow.fingerprint()

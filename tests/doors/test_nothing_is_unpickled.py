@@ -76,11 +76,11 @@ def test_a_bomb_does_go_off(mark: Path, bombs: list[bytes]) -> None:
 
 LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
 UNPICKLING = {"recv_pyobj", "recv_serialized", "allow_pickle", "Unpickler", "enc_hook_pickle"}
-SHIPPING = "stageflow_actors.definition.shipping"
-ALLOWED = {SHIPPING: {"pickle", "cloudpickle"}}
+PICKLING = "stageflow_actors.definition.pickling"
+ALLOWED = {PICKLING: {"pickle", "cloudpickle"}}
 """Modules that may import one: definitions on their way from parent to child process."""
 UNPACKERS = {"stageflow_actors.runtime.worker"}
-"""Modules that may call `shipping.loads`: the worker, on what its parent gave it at its birth."""
+"""Modules that may call `pickling.loads`: the worker, on what its parent gave it at its birth."""
 
 
 @cache
@@ -124,11 +124,11 @@ def test_only_the_shipping_of_definitions_knows_pickle_and_only_the_worker_unpac
             node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not called & {"eval", "exec", "__import__"}, f"{name} calls {called}"
-        shipped = {what for module, what in imported(tree) if module == SHIPPING}
+        shipped = {what for module, what in imported(tree) if module == PICKLING}
         assert "*" not in shipped
-        if name not in UNPACKERS | {SHIPPING}:
+        if name not in UNPACKERS | {PICKLING}:
             assert "loads" not in shipped, f"{name} unpacks definitions"
-            assert (SHIPPING.rpartition(".")[0], "shipping") not in set(imported(tree)), name
+            assert (PICKLING.rpartition(".")[0], "shipping") not in set(imported(tree)), name
     assert seen > 100
 
 

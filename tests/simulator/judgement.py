@@ -30,6 +30,7 @@ from wider_plans import as_plain, giver
 from stageflow_actors import WorkflowResult
 from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
+from stageflow_actors.core.result import result_of_outcome
 
 if TYPE_CHECKING:
     from simulation import Simulation
@@ -98,9 +99,7 @@ class Judgement:
         row = self.run.history.rows[job.id]
         assert row.outcome == job.outcome, "what was told is what is written"
         assert untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome) is None
-        result: WorkflowResult[Any] = WorkflowResult.from_outcome(
-            job.id, job.outcome, job.known.codec, job.known.plan.order
-        )
+        result: WorkflowResult[Any] = result_of_outcome(job.id, job.outcome, job.known.codec, job.known.plan.order)
         if self.run.wild:
             why = ["not wanted"] if job.cancelled else []
             why += ["StageTimeout: the workflow ran longer than its timeout of .*"] if self.run.at_most else []
@@ -108,7 +107,7 @@ class Judgement:
             self._expired_truly(job, row.epoch, result)
             return
         plain = as_plain(job.outcome, self.run.wider.asks)
-        result = WorkflowResult.from_outcome(job.id, plain, job.known.codec, job.known.plan.order)
+        result = result_of_outcome(job.id, plain, job.known.codec, job.known.plan.order)
         if self.run.ended_workers or job.again:
             compare(plan, result)
         else:

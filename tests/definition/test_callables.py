@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from stageflow_actors import Compensation, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
-from stageflow_actors.definition.function import check_function
+from stageflow_actors.definition.callables import check_function
 from stageflow_actors.testing import run
 
 DO = Stage(lambda order: None, id="do")

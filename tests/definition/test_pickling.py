@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.definition.shipping import dumps, export_types, loads
+from stageflow_actors.definition.pickling import dumps, export_types, loads
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -24,7 +24,7 @@ from enum import Enum
 from typing import Annotated, ClassVar, Optional
 import msgspec
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.definition.shipping import dumps
+from stageflow_actors.definition.pickling import dumps
 from stageflow_actors.definition.workflow import Workflow
 
 class Color(Enum):
@@ -100,7 +100,7 @@ print("arrived")
 CHILD = """
 import sys
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.definition.shipping import loads
+from stageflow_actors.definition.pickling import loads
 from stageflow_actors.errors import InvalidContext
 
 sent = sys.stdin.buffer.read()
@@ -110,8 +110,8 @@ data, part = sent[cut:cut + int.from_bytes(sent[4:8], "big")], sent[cut + int.fr
 codec = ContextCodec(orders.context)
 order = codec.decode(data)
 order.validate()
-orders.stages[0].call.bind({})(order, None)
-assert orders.stages[0].compensation.call.bind({})(order, None).name == "red"
+orders.stages[0].spec.bind({})(order, None)
+assert orders.stages[0].compensation.spec.bind({})(order, None).name == "red"
 answer = codec.encode(order)
 try:
     codec.prepare({"placed": "yesterday", "lines": {}, "part": {"sku": "p", "unitWeight": 1}})
@@ -120,7 +120,7 @@ except InvalidContext as error:
 else:
     raise SystemExit("a wrong field was taken")
 parts_codec = ContextCodec(parts.context)
-made = parts.stages[0].call.bind({})(parts_codec.decode(part), None)
+made = parts.stages[0].spec.bind({})(parts_codec.decode(part), None)
 assert type(made) is parts.context and made.bulk and made.sizes == [] and not parts_codec.decode(part).bulk
 sys.stdout.buffer.write(len(answer).to_bytes(4, "big") + answer + parts_codec.encode(made))
 """
@@ -156,4 +156,4 @@ def test_a_handler_that_holds_a_lock_is_refused_with_advice() -> None:
 
 def test_a_dict_workflow_needs_no_types() -> None:
     workflow = loads(dumps(Workflow("w").add_stage(lambda order: order["a"]), contexts=(dict,)))
-    assert workflow.stages[0].call.bind({})({"a": 5}, None) == 5
+    assert workflow.stages[0].spec.bind({})({"a": 5}, None) == 5
