@@ -31,9 +31,9 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from amounts import from_one  # noqa: E402
+from argument_types import from_one  # noqa: E402
 from fuzzing.attacker import ANSWERS, HELD, attack  # noqa: E402
-from fuzzing.honest import QUEUES, Honest  # noqa: E402
+from fuzzing.well_behaved_peer import QUEUES, Honest  # noqa: E402
 
 LIMITS = {
     "max_queues": 300,

@@ -94,7 +94,9 @@ MUTANTS = (
                 "        if False and self._machine.ledger.copy_forward(",
             ),
         ),
-        ("tests/brokers/test_reclaim.py::test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it",),
+        (
+            "tests/brokers/test_compaction.py::test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it",
+        ),
     ),
     Mutant(
         "join-counts-duplicates",
@@ -257,14 +259,14 @@ MUTANTS = (
         "outdated-history-taken",
         "a history that lacks rows which the journal knows to be written is taken for whole",
         (("stageflow_actors/runtime/keeping.py", "history.written < int(told)", "False"),),
-        ("tests/runtime/test_copies_apart.py::test_a_history_older_than_the_journal_is_refused",),
+        ("tests/runtime/test_history_consistency.py::test_a_history_older_than_the_journal_is_refused",),
     ),
     Mutant(
         "finished-run-again",
         "what a newer history knows to have finished is run again by an older journal",
         (("stageflow_actors/runtime/keeping.py", 'ask("leave", over)', "pass"),),
         (
-            "tests/runtime/test_copies_apart.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
+            "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
         ),
     ),
     Mutant(
@@ -278,7 +280,7 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/language/test_parking_requests.py::test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint",
+            "tests/constructs/test_parking_requests.py::test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint",
             "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[parked-while-asked]",
         ),
     ),
@@ -296,14 +298,14 @@ MUTANTS = (
                 ),
             ),
         ),
-        ("tests/language/test_parking_requests.py::test_a_crash_before_the_parking_is_no_requeue",),
+        ("tests/constructs/test_parking_requests.py::test_a_crash_before_the_parking_is_no_requeue",),
     ),
     Mutant(
         "greeting-taken-twice",
         "a greeting that comes twice takes back what was delivered since",
         (("brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
         (
-            "tests/brokers/test_talk_accidents.py::test_a_greeting_that_comes_twice_takes_nothing_back",
+            "tests/brokers/test_connection_accidents.py::test_a_greeting_that_comes_twice_takes_nothing_back",
             "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[greeting-twice]",
         ),
     ),
@@ -320,7 +322,7 @@ MUTANTS = (
                 ),
             ),
         ),
-        ("tests/brokers/test_talk_accidents.py::test_an_answer_that_comes_with_the_welcome_counts",),
+        ("tests/brokers/test_connection_accidents.py::test_an_answer_that_comes_with_the_welcome_counts",),
     ),
     Mutant(
         "greeting-for-each-frame",
@@ -337,7 +339,7 @@ MUTANTS = (
         ),
         (
             (
-                "tests/brokers/test_talk_accidents.py"
+                "tests/brokers/test_connection_accidents.py"
                 "::test_a_peer_that_has_greeted_does_not_greet_again_for_each_frame_it_sent_before"
             ),
         ),
@@ -353,7 +355,7 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/brokers/test_talk_accidents.py::test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk[True]",
+            "tests/brokers/test_connection_accidents.py::test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk[True]",
         ),
     ),
     Mutant(
@@ -366,7 +368,7 @@ MUTANTS = (
                 "list(frames.items())))\n",
             ),
         ),
-        ("tests/brokers/test_reclaim.py::test_epoch_and_frames_outlive_the_segments_that_told_of_them",),
+        ("tests/brokers/test_compaction.py::test_epoch_and_frames_outlive_the_segments_that_told_of_them",),
     ),
     Mutant(
         "frames-lost-with-their-segment",
@@ -378,7 +380,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/brokers/test_reclaim.py::test_frames_of_a_peer_that_said_nothing_since_are_remembered",),
+        ("tests/brokers/test_compaction.py::test_frames_of_a_peer_that_said_nothing_since_are_remembered",),
     ),
     Mutant(
         "missing-segments-not-missed",
@@ -386,7 +388,7 @@ MUTANTS = (
         (("brokers/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
         (
             (
-                "tests/brokers/test_missing_and_bent.py"
+                "tests/brokers/test_damaged_journal.py"
                 "::test_a_journal_whose_oldest_segments_are_missing_is_refused[engine-as it grew]"
             ),
         ),
@@ -403,7 +405,7 @@ MUTANTS = (
         ),
         (
             (
-                "tests/brokers/test_missing_and_bent.py"
+                "tests/brokers/test_damaged_journal.py"
                 "::test_a_body_that_has_changed_on_the_disk_is_neither_delivered_nor_copied_on"
             ),
         ),
@@ -412,7 +414,7 @@ MUTANTS = (
         "steps-weigh-nothing",
         "what messages keep of their steps is not thought of when space is given back",
         (("brokers/reclaim.py", "store.live_bytes + store.step_bytes + store.fact_bytes", "store.live_bytes"),),
-        ("tests/brokers/test_reclaim.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
+        ("tests/brokers/test_compaction.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
     ),
     Mutant(
         "death-charged-twice",

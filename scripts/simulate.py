@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from amounts import from_one
+from argument_types import from_one
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 50
@@ -65,7 +65,7 @@ def main() -> int:
 
 def run(part: tuple[int, int, bool]) -> tuple[int, list[str], dict[str, int]]:
     """The seeds of one part: how many there were, what went wrong, and how often what happened in them."""
-    for folder in ("tests/simulator", "tests/language", "tests/brokers", ""):
+    for folder in ("tests/simulator", "tests/fixtures", ""):
         path = str(ROOT / folder)
         if path not in sys.path:
             sys.path.insert(0, path)

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from amounts import above_zero
+from argument_types import above_zero
 from soaking import judge, load
 from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO

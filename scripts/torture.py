@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from amounts import from_one, share
+from argument_types import from_one, share
 from torturing.crashes import crash_at_every_call
 from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read
-from torturing.resting import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
-from torturing.scenes import SCENES
-from torturing.specimen import Specimen
+from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
+from torturing.sample_journal import Specimen
+from torturing.scenarios import SCENES
 
 PARTS = ("cuts", "sectors", "flips", "faults", "crashes")
 

@@ -5,8 +5,10 @@ process will do by itself.
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from hypothesis import HealthCheck, settings
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "fixtures"))
 
 settings.register_profile("stageflow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stageflow")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from torturing.scenes import SCENES
+from torturing.scenarios import SCENES
 
 __all__ = ["crash_at_every_call"]
 

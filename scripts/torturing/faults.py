@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from torturing.scenes import SCENES, Disk
+from torturing.scenarios import SCENES, Disk
 
 __all__ = ["FAULTS", "LASTING", "READING", "fail_every_call", "fail_every_read"]
 

@@ -1,6 +1,5 @@
-"""Tests of the brokers share the world in `brokerworld.py`."""
+"""A filled data directory for the tests that read a journal at rest."""
 
-import sys
-from pathlib import Path
+from filled_data_dir import filled
 
-sys.path.insert(0, str(Path(__file__).parent))
+__all__ = ["filled"]

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import zmq
-from brokerprocess import BrokerProcess
+from broker_process import BrokerProcess
 
 from brokers import client as brokers_client
 from brokers.api import TERMINAL, Listener, PublishAnswer, Target

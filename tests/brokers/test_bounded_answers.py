@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from brokerworld import Peer, World, check_whole
+from broker_fixtures import Peer, World, check_whole
 
 from brokers.core import gather, looking, machine, watching, wire
 from brokers.core.bounds import Limits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokerprocess import BrokerProcess
+from broker_process import BrokerProcess
 
 from brokers.accounts import settlements
 from brokers.api import (

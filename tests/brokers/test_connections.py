@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import zmq
-from brokerprocess import BrokerProcess
+from broker_process import BrokerProcess
 
-from brokers.api import BrokerUnavailable, DeliveryItem
+from brokers.api import BrokerUnavailable, DeliveryItem, Listener
 from brokers.core import wire
 from brokers.core.store import FRAMES_KEPT
 from brokers.engine import Engine, Frame, Outgoing
@@ -197,3 +197,21 @@ def test_more_connections_than_there_are_descriptors_end_nobody(tmp_path: Path) 
     finally:
         context.destroy(linger=0)
         broker.close()
+
+
+@pytest.mark.parametrize("name", ["s" * 200, "a\0b", "\ud800"], ids=["too long", "with a NUL", "no UTF-8"])
+def test_an_address_that_cannot_be_connected_to_ends_the_connection_with_a_reason(name: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+
+    class Told(Listener):
+        why = ""
+
+        def on_closed(self, reason: str) -> None:
+            self.why = reason
+
+    told = Told()
+    client = ZmqClient(f"ipc://{tmp_path}/{name}", told)
+    with pytest.raises(BrokerUnavailable, match="cannot be reached"):
+        client.query("ping").result(20)
+    client.close()
+    assert "cannot be reached" in told.why

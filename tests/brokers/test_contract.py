@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokerprocess import BrokerProcess
+from broker_process import BrokerProcess
 
 from brokers.core.machine import Limits
 from brokers.memory import MemoryBroker

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from brokerworld import Peer, World, assert_same, check_whole, picture
+from broker_fixtures import Peer, World, assert_same, check_whole, picture
 
 from brokers.core import wire
 from brokers.core.bounds import Limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from brokerworld import Peer, World, assert_same, check_whole, picture
+from broker_fixtures import Peer, World, assert_same, check_whole, picture
 
 from brokers.core import wire
 from brokers.core.machine import Limits

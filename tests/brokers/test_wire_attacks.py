@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 import pytest
-from brokerworld import Peer, World, assert_same, check_whole, picture
+from broker_fixtures import Peer, World, assert_same, check_whole, picture
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import zmq
-from brokerprocess import BrokerProcess
-from brokerworld import Peer as RawPeer
-from brokerworld import World, assert_same, check_whole, picture
+from broker_fixtures import Peer as RawPeer
+from broker_fixtures import World, assert_same, check_whole, picture
+from broker_process import BrokerProcess
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

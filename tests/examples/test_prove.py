@@ -73,7 +73,7 @@ def test_without_a_name_it_lists_them_with_what_they_do(words: tuple[str, ...], 
         assert re.search(rf"^ *{name} +{re.escape(first)}$", ran.stdout, re.MULTILINE), ran.stdout
 
 
-@pytest.mark.parametrize("name", ["nix", "fuzz.py", "fuzz bounds", "../demo"])
+@pytest.mark.parametrize("name", ["nix", "fuzz.py", "fuzz limits", "../demo"])
 def test_an_unknown_name_is_one_line_and_wrong_usage(name: str, root: Path) -> None:
     ran = prove(root, name, "--help")
     assert ran.returncode == 2

@@ -16,9 +16,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 from torturing.crashes import crash_at_every_call  # noqa: E402
 from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read  # noqa: E402
-from torturing.resting import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors  # noqa: E402
-from torturing.scenes import SCENES, RepairScene, Scene  # noqa: E402
-from torturing.specimen import Specimen  # noqa: E402
+from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors  # noqa: E402
+from torturing.sample_journal import Specimen  # noqa: E402
+from torturing.scenarios import SCENES, RepairScene, Scene  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_crash_may_lose_and_reorder_whatever_was_not_synced(scene: str) -> Non
 
 
 def test_a_journal_that_acknowledges_before_the_sync_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torturing.scenes import Disk
+    from torturing.scenarios import Disk
 
     monkeypatch.setattr(Disk, "fdatasync", lambda self, fd: None)
     with pytest.raises(AssertionError, match="what was acknowledged is not what was recovered"):
@@ -103,7 +103,7 @@ def test_a_journal_that_acknowledges_before_the_sync_is_found_out(monkeypatch: p
 
 
 def test_names_that_were_not_synced_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torturing.scenes import Disk
+    from torturing.scenarios import Disk
 
     monkeypatch.setattr(Disk, "fsync_dir", lambda self, path: None)
     with pytest.raises(AssertionError, match="what was acknowledged is not what was recovered"):

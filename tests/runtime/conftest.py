@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import effect_log
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-
-HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
-
-import effect_log  # noqa: E402 - found by the line above
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from brokerworld import check_whole
-from language_meaning import Meaning, compare
-from language_plans import Each, parts_of
+from broker_fixtures import check_whole
+from constructs_interpreter import Meaning, compare
+from constructs_plans import Each, parts_of
 from laws import (
     Given,
     be_true,

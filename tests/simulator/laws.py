@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from language_plans import Each, Pace, Part, Plan, Together, parts_of
+from constructs_plans import Each, Pace, Part, Plan, Together, parts_of
 from virtual_deaths import DIED
 from virtual_waits import EXPIRED_TEXT
 from wider_plans import Ask, Wider

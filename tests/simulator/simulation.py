@@ -16,10 +16,10 @@ from concurrent.futures import Future
 from random import Random
 from typing import Any
 
-import language_world
+import constructs_fixtures
+from constructs_interpreter import Meaning
+from constructs_plans import Maker, Plan, build, signals_of
 from judgement import Judgement
-from language_meaning import Meaning
-from language_plans import Maker, Plan, build, signals_of
 from laws import Effect
 from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_recovered
 from virtual_deaths import Deaths
@@ -108,9 +108,9 @@ class Simulation:
 
     def run(self) -> None:
         """From the first start to the last end, then the laws."""
-        note, kill, peer = language_world.note, pool_module.kill_group, pool_module.new_peer
+        note, kill, peer = constructs_fixtures.note, pool_module.kill_group, pool_module.new_peer
         replay = engine_module.replay_batch
-        language_world.note = self._note
+        constructs_fixtures.note = self._note
         pool_module.kill_group = lambda pid, pidfd: self.node.kill(pid) if self.node else None  # type: ignore[assignment]
         pool_module.new_peer = lambda: next(self._pids)
         engine_module.replay_batch = tell_of_recovered(self.broker.accounts)
@@ -122,7 +122,7 @@ class Simulation:
                 Judgement(self).check()
         finally:
             self._end()
-            language_world.note, pool_module.kill_group, pool_module.new_peer = note, kill, peer
+            constructs_fixtures.note, pool_module.kill_group, pool_module.new_peer = note, kill, peer
             engine_module.replay_batch = replay
 
     def _note(self, *words: object) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-import language_world
-from language_plans import Choice, Each, Pace, Part, Pause, Place, Plan, Together, handler, options_of, parts_of
+import constructs_fixtures
+from constructs_plans import Choice, Each, Pace, Part, Pause, Place, Plan, Together, handler, options_of, parts_of
 from msgspec import structs
 
 from stageflow_actors import Retry, Stage, StageError, Workflow
@@ -151,9 +151,10 @@ def endpoints(chance: Random, *, wild: bool) -> list[Stage]:
 def serve(command: dict[str, Any], ctx: Any) -> Any:
     """An endpoint that does as it is told: notes it, in a step the first part of it, and answers or breaks."""
     asked = f"{command['stage']} at {command['at']}"
-    language_world.note(ctx.instance_id, "served", command["stage"], command["attempt"], command["at"], ctx.attempt)
-    ctx.step("once", language_world.note, ctx.instance_id, "step", asked)
-    language_world.note(ctx.instance_id, "kept", asked)
+    words = (command["stage"], command["attempt"], command["at"], ctx.attempt)
+    constructs_fixtures.note(ctx.instance_id, "served", *words)
+    ctx.step("once", constructs_fixtures.note, ctx.instance_id, "step", asked)
+    constructs_fixtures.note(ctx.instance_id, "kept", asked)
     if ctx.attempt <= command["stumbles"]:
         raise LookupError("stumbled")
     if command["breaks"]:
@@ -188,7 +189,7 @@ def _asking(part: Part, ask: Ask) -> Any:
 
     def take_in(context: dict[str, Any], reply: Any) -> Any:
         name, id, attempt = reply
-        language_world.note(id, "took in", name, attempt, context[part.name])
+        constructs_fixtures.note(id, "took in", name, attempt, context[part.name])
         if ask.trouble == "reply" and attempt <= part.fails:
             raise ValueError(f"{part.name} broke in attempt {attempt}")
         return part.result
@@ -226,7 +227,7 @@ def _look(context: dict[str, Any], ctx: Any) -> None:
     """What it is given, and which attempt at asking for it the context is of."""
     given = ctx.payload
     kept = None if given is None else context.get(given[0])
-    language_world.note(ctx.instance_id, "given", ctx.stage_id, given, kept)
+    constructs_fixtures.note(ctx.instance_id, "given", ctx.stage_id, given, kept)
 
 
 def _patient(attempts: int, pace: Pace | None) -> Retry:

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Bounds of a real broker: memory with deep queues, the time it takes to recover them, and whether that is linear.
+
+See `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from argument_types import above_zero, from_one
+from brokers.api import START, Listener, PublishItem, Target
+from brokers.zeromq.client import ZmqClient
+
+EPILOG = """
+A broker process is filled with messages that nobody takes, each an instance of its own, in two sizes: a quarter of -n,
+then -n. Its memory (RSS) is read when all are durable; then it is killed, started again, and the time until it is ready
+is taken, and its memory once more. What is asserted: memory, recovery, and that a message of the larger backlog costs
+no more time than --slack times one of the smaller. Exit code 1 if a bound is broken.
+
+  ./scripts/prove limits                              a million of 1,000 bytes: 1.5 GB of disk, about two minutes
+  ./scripts/prove limits -n 50000 --memory 120        a small one
+"""
+
+BATCH = 1000
+
+
+class Filled:
+    """What one backlog took: `memory` and `memory_recovered` in bytes, times in seconds, `journal` bytes on disk."""
+
+    def __init__(self, count: int, size: int, where: Path | None) -> None:
+        self.count = count
+        temporary = tempfile.TemporaryDirectory
+        with temporary(prefix="bounds-", dir=where) as journal, temporary(prefix="sf-") as sockets:
+            self._run(Path(journal) / "journal", Path(sockets), size)
+
+    def _run(self, journal: Path, sockets: Path, size: int) -> None:
+        address = f"ipc://{sockets}/broker"
+        broker, self.empty_start = start_broker(journal, address)
+        try:
+            began = time.monotonic()
+            self._publish(address, size)
+            self.publishing = time.monotonic() - began
+            self.memory = psutil.Process(broker.pid).memory_info().rss
+            self.journal = sum(file.stat().st_blocks * 512 for file in journal.iterdir())
+        finally:
+            end(broker, signal.SIGKILL)
+        broker, self.recovery = start_broker(journal, address)
+        try:
+            self.memory_recovered = psutil.Process(broker.pid).memory_info().rss
+            client = ZmqClient(address, Listener(), role="client", name="bounds")
+            self.recovered = client.query("stats", "").result(60)["messages"]
+            client.close(timeout=1)
+        finally:
+            end(broker, signal.SIGTERM)
+
+    def _publish(self, address: str, size: int) -> None:
+        client = ZmqClient(address, Listener(), role="client", name="bounds")
+        body = os.urandom(size)
+        waiting: list[Future[Any]] = []
+        for first in range(0, self.count, BATCH):
+            names = range(first, min(first + BATCH, self.count))
+            items = [PublishItem(0, size, f"instance-{number:09d}", 1, START) for number in names]
+            waiting.append(client.publish([Target("deep", "stage")], items, [body] * len(items)))
+            if len(waiting) > 8:
+                waiting.pop(0).result(60)
+        for each in waiting:
+            each.result(60)
+        client.close(timeout=5)
+
+
+def start_broker(journal: Path, address: str) -> tuple[subprocess.Popen[bytes], float]:
+    """A broker process, ready; and how many seconds that took, the start of Python included."""
+    reading, writing = os.pipe()
+    options = {"address": address, "journal": str(journal), "supervised": False, "ready_fd": writing}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "brokers.zeromq.process", json.dumps(options)], pass_fds=[writing]
+    )
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        report = json.loads(pipe.readline() or "{}")
+    if not report.get("ready"):
+        raise RuntimeError(f"the broker did not start: {report}")
+    return process, time.monotonic() - began
+
+
+def end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send the signal and see it end."""
+    process.send_signal(number)
+    process.wait(60)
+
+
+def main() -> int:
+    """Measure, print, judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-n", type=from_one, default=1_000_000, help="messages in the larger backlog (1,000,000)")
+    parser.add_argument("--bytes", type=from_one, default=1000, help="size of a body (default: 1000)")
+    parser.add_argument("--memory", type=above_zero, default=700, help="most MB of RSS (default: 700)")
+    parser.add_argument("--recovery", type=above_zero, default=10, help="most seconds to recover (default: 10)")
+    parser.add_argument("--slack", type=above_zero, default=2, help="how far from linear it may be (default: 2)")
+    parser.add_argument("--directory", type=Path, default=None, help="where the journals go (default: the temp dir)")
+    args = parser.parse_args()
+    small, large = (Filled(count, args.bytes, args.directory) for count in (max(args.n // 4, 1), args.n))
+    for run in (small, large):
+        print(
+            f"{run.count:>12,} messages of {args.bytes:,} bytes: {run.memory / 1e6:,.0f} MB, "
+            f"{run.memory_recovered / 1e6:,.0f} MB once recovered; recovery {run.recovery:.2f} s; "
+            f"published in {run.publishing:.1f} s; journal {run.journal / 1e6:,.0f} MB"
+        )
+    base = min(small.empty_start, large.empty_start)
+    each = [max(run.recovery - base, 0.001) / run.count * 1e6 for run in (small, large)]
+    print(f"{'':>12} recovery per message: {each[0]:.2f} and {each[1]:.2f} µs")
+    broken = [
+        what
+        for what, fails in {
+            f"memory is over {args.memory:g} MB": max(large.memory, large.memory_recovered) > args.memory * 1e6,
+            f"recovery takes over {args.recovery:g} s": large.recovery > args.recovery,
+            f"recovery is over {args.slack:g} times linear": each[1] > args.slack * each[0],
+            "messages are missing": (small.recovered, large.recovered) != (small.count, large.count),
+        }.items()
+        if fails
+    ]
+    print("all bounds hold" if not broken else "broken: " + "; ".join(broken))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""A journal at rest, made by a plant: its files, where each batch of it lies, and what each batch says.
+
+The journal has been lived in: its segments are recycled ones, and half of its bodies quote journals, this one among
+them. It is never changed; damage is done to copies.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self
+
+from brokers.core import wire
+from brokers.journal.format import (
+    BATCH_HEADER,
+    SECTOR,
+    Batch,
+    SegmentHeader,
+    encode_end,
+    encode_header,
+    encode_payload,
+    encode_segment,
+    file_name,
+    read_header,
+    span,
+)
+from brokers.journal.format import Record as JournalRecord
+from brokers.journal.inspect import scan
+from brokers.journal.journal import Journal
+from brokers.journal.testing import MemoryFiles
+from brokers.types import START
+from torturing.workload import DIRECTORY, Picture, Plant, replayed
+
+__all__ = ["Kept", "Outcome", "Specimen", "Spot", "keep", "open_journal"]
+
+SEGMENT = 8 << 10
+Kept = tuple[int, list[tuple[int, int, int, bytes, bytes]]]
+"""(number, records) of a batch."""
+
+
+def keep(batch: Batch) -> Kept:
+    """What a batch says, in values of its own."""
+    return batch.number, [(r.kind, r.first_id, r.peer, bytes(r.header), bytes(r.blob)) for r in batch.records]
+
+
+@dataclass
+class Outcome:
+    """What an opening gave: the batches replayed, the warnings said."""
+
+    replayed: list[Kept] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_journal(disk: MemoryFiles, outcome: Outcome) -> Journal:
+    """Open what is on the disk. Raises what the journal raises, with `outcome` filled as far as it came."""
+    return Journal.open(
+        DIRECTORY,
+        replay=lambda batch: outcome.replayed.append(keep(batch)),
+        files=disk,
+        segment_bytes=SEGMENT,
+        warn=outcome.warnings.append,
+    )
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one batch lies: from `start` to `end` in the file of `segment`; padding up to `following`."""
+
+    segment: int
+    start: int
+    end: int
+    following: int
+
+
+@dataclass
+class Specimen:
+    """`files` are the segments by number; `before` is the last of them as it was before the last batch.
+
+    `pictures` say what the broker had in memory, and when, after batches of these numbers.
+    """
+
+    files: dict[int, bytes]
+    spots: list[Spot]
+    said: list[Kept]
+    before: bytes
+    pictures: dict[int, tuple[Picture, float]]
+
+    @classmethod
+    def grow(cls, seed: int, rounds: int) -> Self:
+        """Work a plant for so many rounds. The last batch is a large one: ten sectors and more."""
+        disk = MemoryFiles(seed=seed)
+        plant = Plant(disk, seed, segment_bytes=SEGMENT)
+        plant.begin()
+        chance = random.Random(seed)
+        plant.quotes = list(_forged(chance))
+        plant.work(rounds // 4)
+        engine = plant.engine
+        assert engine is not None
+        journal = engine.journal
+        assert journal is not None
+        for info in journal.segments():
+            content = disk.content(DIRECTORY / file_name(info.number))
+            plant.quotes += [content[at:][: 3 * SECTOR] for at in (0, 1, SECTOR, SECTOR + 487)]
+        plant.compact()
+        plant.work(rounds - rounds // 4)
+        bodies = [chance.choice(plant.quotes).ljust(1300, b"z")[:1300] for _ in range(2)]
+        for attempt in range(50):
+            segment = journal.segments()[-1].number
+            before = disk.content(DIRECTORY / file_name(segment))
+            items = [(0, 1300, f"last{attempt}.{n}", 1, START, 0, 0.0, 0.0, b"d") for n in range(2)]
+            plant.say(wire.PUBLISH, [("unread", "a")], items, False, blob=b"".join(bodies))
+            if journal.segments()[-1].number == segment:
+                break
+        else:
+            raise AssertionError("no large batch fits behind others")
+        batches = list(scan(DIRECTORY, files=disk))
+        files = {info.number: disk.content(DIRECTORY / file_name(info.number)) for info in journal.segments()}
+        spots = []
+        for number, content in files.items():
+            at = SECTOR
+            for batch in batches:
+                if batch.segment == number:
+                    length = read_header(content, at).length
+                    spots.append(Spot(number, at, at + BATCH_HEADER + length, at + span(length)))
+                    at += span(length)
+        return cls(files, spots, [keep(batch) for batch in batches], before, plant.pictures)
+
+    @cached_property
+    def records(self) -> int:
+        """How many records there are in all."""
+        return sum(len(records) for _, records in self.said)
+
+    @property
+    def size(self) -> int:
+        """Bytes up to the end of the last batch, in all segments."""
+        return sum(max(s.following for s in self.spots if s.segment == number) for number in self.files)
+
+    def disk(self, *, until: int | None = None, changed: dict[int, bytes] | None = None) -> MemoryFiles:
+        """A disk with a copy: without the segments behind `until`, and with others in the place of some."""
+        disk = MemoryFiles(seed=1)
+        disk.mkdir(DIRECTORY)
+        for number, content in {**self.files, **(changed or {})}.items():
+            if until is None or number <= until:
+                disk.damage(DIRECTORY / file_name(number), content)
+        return disk
+
+    def unfollowed(self, number: int) -> bytes:
+        """That segment as it is while it is the newest."""
+        spot, said = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment == number][-1]
+        content = self.files[number]
+        salt = read_header(content, spot.start).salt
+        return content[: spot.following] + encode_end(said[0], salt) + content[spot.following + SECTOR :]
+
+    def around(self, number: int) -> Specimen:
+        """That segment with its neighbours: a journal too, whose other segments were given back or not yet made."""
+        near = (number - 1, number, number + 1)
+        told = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment in near]
+        files = {n: content for n, content in self.files.items() if n in near}
+        if number + 1 in files and number + 2 in self.files:
+            files[number + 1] = self.unfollowed(number + 1)
+        return Specimen(files, [spot for spot, _ in told], [said for _, said in told], self.before, {})
+
+    def whole_until(self, segment: int, at: int) -> int:
+        """How many batches are whole when there is nothing from byte `at` of `segment` on."""
+        return sum(1 for spot in self.spots if (spot.segment, spot.end) <= (segment, at))
+
+    def check_states(self) -> int:
+        """Replay every beginning of the journal and compare with what the broker had in memory then; how many."""
+        batches = list(scan(DIRECTORY, files=self.disk()))
+        for number, (expected, wall) in self.pictures.items():
+            found = replayed([batch for batch in batches if batch.number <= number], wall)
+            wrong = [key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)]
+            assert not wrong, f"the state after batch {number} is not recovered: {wrong}"
+        return len(self.pictures)
+
+
+def _forged(chance: random.Random) -> list[bytes]:
+    """Bodies that are journals: every header, marker and whole batch that one could wish for, under other salts."""
+    forged = []
+    for number in (1, 50, 10_000, 1 << 40):
+        salt = chance.getrandbits(64)
+        record = JournalRecord(4, number, 7, b"header", b"body")
+        pieces, length, _ = encode_payload([record], 0)
+        batch = (encode_header(number, salt, 0.0, pieces, length, 1) + b"".join(pieces)).ljust(SECTOR, b"\0")
+        header = encode_segment(SegmentHeader(number % 100, salt, number, SEGMENT))
+        forged += [header + batch + encode_end(number, salt), batch * 2, bytes(25) + batch, encode_end(number, salt)]
+    return forged

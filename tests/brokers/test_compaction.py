@@ -1,0 +1,336 @@
+"""Space comes back: the journal of a steady state does not grow, whatever lives in it, and nothing is lost by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker_fixtures import assert_same, check_whole, picture
+
+from brokers import reclaim
+from brokers.core import store, wire
+from brokers.core.machine import Machine
+from brokers.core.message import Place
+from brokers.core.replay import Replay
+from brokers.engine import Engine, Outgoing
+from brokers.journal.format import Record
+from brokers.journal.journal import BatchPlace
+from brokers.journal.testing import MemoryFiles
+from brokers.types import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
+
+SEGMENT = 32 << 10
+DIRECTORY = Path("/journal")
+
+
+class Plant:
+    """An engine on small segments, one peer, and a copy of all that was committed, by segment."""
+
+    def __init__(self) -> None:
+        self.files = MemoryFiles()
+        self.wall = 1_000_000.0
+        self.epoch_began = 0.0
+        self.frame = 0
+        self.held: dict[int, DeliveryItem] = {}
+        self.committed: list[tuple[int, float, Sequence[Record]]] = []
+        self.dropped: list[int] = []
+        self.written = self.largest = 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.engine = Engine(
+            journal_dir=DIRECTORY,
+            files=self.files,
+            segment_bytes=SEGMENT,
+            monotonic=lambda: self.wall,
+            wall=lambda: self.wall,
+        )
+        journal = self.engine.journal
+        assert journal is not None
+        commit, drop = journal.commit, journal.drop_oldest
+
+        def remember(records: Sequence[Record], wall: float) -> BatchPlace:
+            place = commit(records, wall)
+            self.committed.append((place.segment, wall, list(records)))
+            sizes = [len(record.header) + len(record.blob) for record in records]
+            self.written, self.largest = self.written + sum(sizes), max(self.largest, sum(sizes))
+            return place
+
+        def check_and_drop() -> None:
+            oldest = journal.segments()[0].number
+            self.committed = [each for each in self.committed if each[0] > oldest]
+            self.check()
+            self.dropped.append(oldest)
+            drop()
+
+        self.committed.append((journal.segments()[-1].number, self.wall, [Record(13, 1, 0, wire.encode(1), b"")]))
+        journal.commit, journal.drop_oldest = remember, check_and_drop  # type: ignore[method-assign]
+        consume = [("q", 50), ("next", 50), ("fin", 50), ("joined", 5)]
+        hello = wire.encode((wire.PROTOCOL, "client", "", 1, self.frame + 1, consume, [], [], 1))
+        self.hear(self.engine.round([(7, wire.HELLO, hello, b"")]))
+
+    def check(self) -> None:
+        """What is left on disk makes the state that is in memory."""
+        live = self.engine.machine
+        recovered = Machine()
+        replay = Replay(recovered.store)
+        for segment, wall, records in self.committed:
+            for record in records:
+                replay.apply(
+                    record.kind, record.first_id, record.peer, record.header, record.blob, Place(wall, segment, 0)
+                )
+        recovered.begin(self.wall, self.wall)
+        recovered.started(self.wall, self.wall)
+        check_whole(live)
+        assert_same(picture(recovered, clocks_agree=True), picture(live, clocks_agree=True))
+
+    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
+        self.frame += 1
+        self.wall += 0.001
+        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        self.hear(self.engine.round([(7, op, header, blob)]))
+
+    def hear(self, outgoing: list[Outgoing]) -> None:
+        for _, header, _ in outgoing:
+            for _, items in wire.decode_out(header).deliveries:
+                self.held.update((item.id, item) for item in items)
+
+    def start(self, *groups: str, queue: str = "q", delay: float = 0.0, size: int = 200, priority: int = 0) -> None:
+        items = [(0, size, group, 1, START, priority, delay, 0.0, b"d") for group in groups]
+        self.say(wire.PUBLISH, [(queue, "a")], items, blob=bytes(size) * len(groups))
+
+    def settle(self, targets: Any, moves: Any = (), acks: Any = (), others: Any = (), blob: bytes = b"") -> None:
+        for id in [m[0] for m in moves] + [a[0] for a in acks] + [o.leases[0][0] for o in others]:
+            del self.held[id]
+        self.say(wire.SETTLE, targets, moves, acks, others, blob=blob)
+
+    def work(self, group: str) -> None:
+        """One instance, from its start to its leave."""
+        self.start(group)
+        for target in (("next", "b", 0), ("fin", ":end", TERMINAL)):
+            (item,) = [item for item in self.held.values() if item.group == group]
+            self.settle([target], moves=[(item.id, item.lease, 0, 300, group)], blob=bytes(300))
+        (item,) = [item for item in self.held.values() if item.group == group]
+        self.settle([], acks=[(item.id, item.lease, LEAVE, group)])
+
+    def used(self) -> int:
+        assert self.engine.journal is not None
+        return sum(segment.used for segment in self.engine.journal.segments())
+
+    def make_long_lived(self) -> None:
+        """One of each kind of thing that may be in a broker for long."""
+        self.start("delayed", "dead", "gathering", "held", "stepped", "raised")
+        by_group = {item.group: (item.id, item.lease) for item in self.held.values()}
+        self.say(wire.CHECKPOINT, *by_group["stepped"], "paid", blob=b"42")
+        opening = GatherOpen("k", 2, 0, 50, deadline=1e6)
+        self.settle(
+            [("joined", "j", 0)],
+            others=[
+                SettleItem([by_group["delayed"]], AGAIN, [], 1e6, b"boom"),
+                SettleItem([by_group["dead"]], DEAD, [], 0.0, b"hopeless"),
+                SettleItem([by_group["gathering"]], DONE, opens=[opening]),
+            ],
+            blob=bytes(50),
+        )
+        self.say(wire.PUBLISH, [], [], False, [], [Arrival("k", "s", 20, "gathering", 1)], blob=bytes(20))
+        self.say(wire.QUERY, "raise-epoch", ("raised", 2, "coordinator", "cancel"))
+        self.say(wire.QUERY, "fact", ("history", "made"))
+        self.start("sleeping", queue="unread", delay=1e6)
+        self.say(wire.QUERY, "pause", ("unread",))
+        self.start("waiting", queue="unread")
+        self.say(wire.PUBLISH, [], [], False, [], [Arrival("early", "s", 20, "waiting", 1)], blob=bytes(20))
+
+
+def test_the_journal_of_a_steady_state_does_not_grow_whatever_lives_long_in_it() -> None:
+    plant = Plant()
+    plant.make_long_lived()
+    sizes = []
+    for number in range(1500):
+        plant.work(f"g{number}")
+        sizes.append(plant.used())
+    assert len(plant.dropped) > 20
+    assert plant.dropped == sorted(plant.dropped)
+    assert max(sizes) < 12 * SEGMENT
+    assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2]) + SEGMENT
+    plant.check()
+    # And all of it is there after a crash.
+    before = picture(plant.engine.machine, clocks_agree=True)
+    plant.files.crash()
+    recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
+    assert_same(picture(recovered.machine, clocks_agree=True), before)
+
+
+def test_a_gather_keeps_its_priority_when_the_message_that_opened_it_goes_with_its_segment() -> None:
+    plant = Plant()
+    plant.start("urgent", priority=5)
+    for number in range(60):
+        plant.start(f"filler{number}", queue="unread", size=2000)
+    (item,) = [item for item in plant.held.values() if item.group == "urgent"]
+    journal = plant.engine.journal
+    assert journal is not None
+    assert journal.segments()[-1].number > 1
+    opening = GatherOpen("k", 2, 0, 50, deadline=1e6)
+    others = [SettleItem([(item.id, item.lease)], DONE, opens=[opening])]
+    plant.settle([("joined", "j", 0)], others=others, blob=bytes(50))
+    plant.say(wire.QUERY, "compact", (True,))
+    while not plant.dropped:
+        plant.say(wire.QUERY, "ping", ())
+    plant.check()
+    plant.files.crash()
+    recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
+    (gather,) = (recovered.machine.store.groups["urgent"].gathers or {}).values()
+    assert gather.priority == 5
+
+
+def test_a_backlog_that_is_all_alive_is_not_written_over_and_over() -> None:
+    plant = Plant()
+    for number in range(300):
+        plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=20)
+    plant.files.calls.clear()
+    for number in range(300):
+        plant.work(f"w{number}")
+    written = sum(1 for name, _ in plant.files.calls if name == "pwritev")
+    # Four commits an instance, and few that only copy.
+    assert written < 300 * 5
+    assert plant.used() < 40 * SEGMENT
+
+
+def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
+    plant = Plant()
+    for number in range(200):
+        plant.start(*(f"g{number}.{each}" for each in range(10)))
+        plant.wall += 1
+    most = plant.used()
+    while plant.held:
+        batch = list(plant.held.values())
+        plant.settle([], acks=[(item.id, item.lease, LEAVE, item.group) for item in batch])
+    for number in range(200):
+        plant.work(f"w{number}")
+    assert plant.used() < most / 2
+    assert plant.engine.machine.store.messages == {}
+    plant.check()
+
+
+def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DEEP", 100)
+    plant = Plant()
+    for number in range(50):
+        plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=30)
+    queue = plant.engine.machine.store.queue("unread")
+    for number in range(600):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 5
+    plant.start("last", queue="unread")
+    assert sum(message.body is not None for message in queue.ready) <= 100
+    assert plant.engine.machine.ledger.body(queue.ready[-2]) == bytes(30)
+
+
+@pytest.mark.parametrize(("priority", "delay"), [(1, 0.0), (-1, 0.0), (0, 3600.0)])
+def test_bodies_of_every_lane_and_of_what_is_delayed_leave_memory(
+    monkeypatch: pytest.MonkeyPatch, priority: int, delay: float
+) -> None:
+    monkeypatch.setattr(store, "DEEP", 20)
+    plant = Plant()
+    for number in range(100):
+        plant.start(f"g{number}", queue="unread", size=30, priority=priority, delay=delay)
+    messages = plant.engine.machine.store.messages.values()
+    assert sum(message.body is not None for message in messages) <= 21
+    assert all(plant.engine.machine.ledger.body(message) == bytes(30) for message in messages)
+    plant.check()
+
+
+def test_the_bodies_of_large_messages_leave_memory_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DEEP_BYTES", 100_000)
+    plant = Plant()
+    for number in range(200):
+        plant.start(f"g{number}", queue="unread", size=1_000)
+    messages = plant.engine.machine.store.messages.values()
+    assert sum(message.body is not None for message in messages) <= 101
+
+
+def test_a_dead_letters_body_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant()
+    plant.start("g")
+    ((id, item),) = plant.held.items()
+    plant.settle([], others=[SettleItem([(id, item.lease)], DEAD, [], 0.0, b"hopeless")])
+    (message,) = plant.engine.machine.store.messages.values()
+    assert message.body is None
+    assert plant.engine.machine.ledger.body(message) == bytes(200)
+    plant.say(wire.QUERY, "requeue", ("q", []))
+    assert [item.id for item in plant.held.values()] == [id]
+
+
+def test_steps_count_as_alive_when_it_comes_to_giving_space_back() -> None:
+    plant = Plant()
+    for number in range(40):
+        plant.start(f"g{number}", size=10)
+    for item in list(plant.held.values()):
+        plant.say(wire.CHECKPOINT, item.id, item.lease, "step", blob=bytes(5_000))
+    alive, before = 40 * 5_000, plant.written
+    for number in range(100):
+        plant.say(wire.QUERY, "fact", ("x", str(number)))
+    assert plant.written - before < alive, "what is alive is not written over and over"
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert plant.dropped
+    assert plant.used() < 4 * alive + 6 * SEGMENT
+    plant.check()
+
+
+def test_facts_count_as_alive_too() -> None:
+    plant = Plant()
+    for number in range(10):
+        plant.say(wire.QUERY, "fact", (f"fact{number}", "x" * 40_000))
+    before = plant.written
+    for number in range(50):
+        plant.say(wire.QUERY, "fact", ("x", str(number)))
+    assert plant.written - before < 400_000, "what is alive is not written over and over"
+
+
+def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reclaim, "SLICE", 20_000)
+    plant = Plant()
+    for number in range(40):
+        plant.start(f"g{number}", size=10)
+    for item in list(plant.held.values()):
+        plant.say(wire.CHECKPOINT, item.id, item.lease, "step", blob=bytes(5_000))
+    plant.largest = 0
+    plant.say(wire.QUERY, "compact", (True,))
+    while plant.engine.machine.compacting:
+        plant.say(wire.QUERY, "compact", (False,))
+    assert plant.dropped
+    assert plant.largest < 20_000 + 3 * 5_100
+    plant.check()
+
+
+def test_epoch_and_frames_outlive_the_segments_that_told_of_them() -> None:
+    """Leases are fenced by the one, and nothing that is sent again is taken twice because of the other."""
+    plant = Plant()
+    plant.start("g")
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 3
+    epoch, frame = plant.engine.machine.store.epoch, plant.frame
+    plant.engine.close()
+    plant.begin()
+    store_now = plant.engine.machine.store
+    assert store_now.epoch == epoch + 1
+    again = wire.encode((store_now.epoch, frame, [("q", "a")], [(0, 1, "again", 1, START)]))
+    hello = wire.encode((wire.PROTOCOL, "client", "", 1, frame, [], [], [], 2))
+    plant.engine.round([(7, wire.HELLO, hello, b""), (7, wire.PUBLISH, again, b"x")])
+    assert "again" not in store_now.groups
+
+
+def test_frames_of_a_peer_that_said_nothing_since_are_remembered() -> None:
+    plant = Plant()
+    header = wire.encode((plant.engine.machine.store.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
+    hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
+    plant.engine.round([(9, wire.HELLO, hello, b""), (9, wire.PUBLISH, header, b"x")])
+    plant.hear([])
+    for number in range(300):
+        plant.work(f"w{number}")
+    assert len(plant.dropped) > 3
+    plant.engine.close()
+    plant.begin()
+    assert plant.engine.machine.store.last_frames[9] == 1

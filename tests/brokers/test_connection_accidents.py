@@ -1,0 +1,96 @@
+"""A talk that is torn, doubled or begun anew at a bad moment: nobody waits for what was said already.
+
+Each of these was found by the simulator, and is told here step by step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from broker_fixtures import World
+
+from brokers.api import DONE, Listener
+from brokers.client import PeerClient
+from brokers.core import wire
+from brokers.types import START, TERMINAL, WATCH
+
+ITEM = (0, 1, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")
+
+
+def test_a_greeting_that_comes_twice_takes_nothing_back() -> None:
+    world = World(supervised=True)
+    supervisor = world.peer(1, role="supervisor")
+    supervisor.query("roster", [])
+    worker = world.peer(2, role="worker")
+    greeting = wire.encode((wire.PROTOCOL, "worker", "peer2", 1, 1, [], [], [], worker.talk))
+    worker.query("consume", "q", 1)
+    supervisor.publish([("q", "")], [(0, 1)], [b"1"])
+    (lease,) = [item.lease for item in worker.held.values()]
+    world.round([(2, wire.HELLO, greeting, b"")])
+    assert [item.lease for item in worker.held.values()] == [lease]
+    assert len(worker.delivered) == 1, "it is not delivered again"
+    (id,) = worker.held
+    worker.settle([], others=[([(id, lease)], DONE)])
+    assert world.machine.store.messages == {}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk(known: bool) -> None:
+    world = World()
+    client, worker = world.peer(1), world.peer(2, consume={"q": 9})
+    if known:
+        world.peer(3).publish([("q", "a")], [ITEM], [b"x"])
+    start = client.frame_of(wire.PUBLISH, ([("q", "a")], [ITEM], True, [], []), b"x")
+    client.welcomed = False  # everything that is said to it from here on is lost
+    world.round([start])
+    (id,) = worker.held
+    lease = worker.held[id].lease
+    worker.settle([("finished", ":end", TERMINAL)], others=[([(id, lease)], DONE, [(0, 3)])], bodies=[b"end"])
+    client.hello(next_frame=1)
+    world.round([start])
+    assert client.acked == 1
+    assert client.pushes == [("g", ":end", b"end")]
+
+
+class _Client(PeerClient):
+    """A peer whose frames go nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(Listener(), peer=5)
+        self.hellos = 0
+
+    def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
+        """Lost."""
+
+    def say_hello(self) -> None:
+        self.hellos += 1
+        self._hello()
+
+    def close(self, timeout: float = 5.0) -> None:
+        self.end("closed")
+
+
+def said(epoch: int, acked: int, results: list[Any], notices: list[Any]) -> bytes:
+    encoded = [(frame, msgspec.Raw(msgspec.msgpack.encode(result))) for frame, result in results]
+    return wire.encode((epoch, acked, encoded, [], [], notices))
+
+
+def test_an_answer_that_comes_with_the_welcome_counts() -> None:
+    client = _Client()
+    client.say_hello()
+    answer = client.query("ping")
+    client.said(said(1, 1, [(1, {"epoch": 1})], [("welcome", (1, []))]), b"")
+    assert answer.result(0) == {"epoch": 1}, "the frame it answers would not be answered again"
+
+
+def test_a_peer_that_has_greeted_does_not_greet_again_for_each_frame_it_sent_before() -> None:
+    client = _Client()
+    client.say_hello()
+    for _ in range(3):
+        client.said(said(0, 0, [], [("hello", None)]), b"")
+    assert client.hellos == 1
+    client.said(said(1, 0, [], [("welcome", (1, []))]), b"")
+    client.said(said(1, 0, [], [("hello", None)]), b"")
+    assert client.hellos == 2, "once it was welcome, it is another broker that asks"

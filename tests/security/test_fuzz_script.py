@@ -1,0 +1,68 @@
+"""A few seconds of `scripts/fuzz.py`; the script itself is for millions. And its judge does see what is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def fuzzing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The parts of the script."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import fuzzing.frames
+    import fuzzing.well_behaved_peer
+
+    return fuzzing
+
+
+def test_frames_from_anywhere_harm_nobody_who_works_meanwhile() -> None:
+    command = [sys.executable, str(SCRIPTS / "fuzz.py"), "-n", "30000", "--seed", "11", "--output", "json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    figures = json.loads(run.stdout)
+    assert figures["wrongs"] == []
+    assert figures["frames sent"] == 30_000
+    assert figures["malformed, counted by the broker"] > 1_000
+    assert figures["honest groups ended"] > 100
+    told = {kind: int(count) for count, kind in (each.split() for each in figures["told to attackers"].split(", "))}
+    assert told["stale"] > 50, "what others hold was named, and refused"
+
+
+def test_the_same_seed_makes_the_same_frames(fuzzing: Any) -> None:
+    def frames(seed: int) -> list[list[bytes]]:
+        made = fuzzing.frames.Frames(random.Random(seed), lambda: (5, 1 << 40), [7])
+        return [made.hello() if number % 50 == 0 else made.next() for number in range(2_000)]
+
+    assert frames(1) == frames(1)
+    assert frames(1) != frames(2)
+
+
+def test_the_judge_sees_what_is_lost_doubled_stolen_or_never_published(fuzzing: Any) -> None:
+    def judged(*ends: tuple[str, bytes], told: tuple[tuple[str, bytes], ...] | None = None) -> list[str]:
+        judge = fuzzing.well_behaved_peer.Judge()
+        judge.publish("g", b"body")
+        for end in ends:
+            judge.end(*end)
+        for push in ends if told is None else told:
+            judge.push(*push)
+        judge.finish()
+        wrongs: list[str] = judge.wrongs
+        return wrongs
+
+    whole = ("g", b"body|work|more")
+    assert judged(whole) == []
+    assert judged() == ["group g was lost"]
+    assert judged(whole, told=()) == ["the end of g was never told"]
+    assert "group g ended 2 times" in judged(whole, whole, told=(whole,))
+    assert "the end of g was told 2 times" in judged(whole, told=(whole, whole))
+    assert "not what its workers made of it" in judged(("g", b"bad"))[0]
+    assert "group h ended and was never published" in judged(whole, ("h", b"|work|more"))
