@@ -24,10 +24,8 @@ package and must never do so: each layer raises from here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from stageflow_actors.core.result import WorkflowResult
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 __all__ = [
     "BrokerUnavailable",
@@ -121,10 +119,39 @@ class InstanceParked(StageFlowError):
         self.reason = reason
 
 
+class InstanceResult(Protocol):
+    """The attributes of `WorkflowResult` that `WorkflowFailed.result` has. Its docstrings describe them."""
+
+    @property
+    def instance_id(self) -> str: ...
+    @property
+    def workflow_id(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def success(self) -> bool: ...
+    @property
+    def context(self) -> Any: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def failed_stage(self) -> str | None: ...
+    @property
+    def stages(self) -> Sequence[Any]: ...
+    @property
+    def compensations(self) -> Sequence[Any]: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def finished_at(self) -> float: ...
+    @property
+    def duration(self) -> float: ...
+
+
 class WorkflowFailed(StageFlowError):
     """The instance ended as something else than completed. `result` tells all, `failed_stage` which stage."""
 
-    def __init__(self, result: WorkflowResult[Any]) -> None:
+    def __init__(self, result: InstanceResult) -> None:
         at = f" at stage {result.failed_stage!r}" if result.failed_stage else ""
         why = f": {result.error}" if result.error else ""
         super().__init__(f"instance {result.instance_id!r} of {result.workflow_id!r} ended {result.status}{at}{why}")

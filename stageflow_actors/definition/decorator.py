@@ -1,16 +1,13 @@
-"""What `Workflow.stage` gives back, and its `compensation`: decorators that register and leave the function alone."""
+"""The result of `Workflow.stage` and its `compensation`: decorators that register a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from stageflow_actors.definition.duration import Duration
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Compensation
-
-if TYPE_CHECKING:
-    from stageflow_actors.definition.workflow import Workflow
 
 __all__ = ["CompensationDecorator", "StageFunction"]
 
@@ -20,22 +17,29 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StageFunction(Protocol[P, R_co]):
-    """What `Workflow.stage` gives back: the function itself, with a decorator for its compensation."""
+    """The function that `Workflow.stage` decorated, with a decorator for its compensation."""
 
     compensation: CompensationDecorator
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
+class CompensationRegistry(Protocol):
+    """The part of `Workflow` that the decorator needs: a workflow imports this module, never the reverse."""
+
+    def set_compensation(self, stage_id: str, compensation: Compensation) -> None:
+        """Register the function that undoes the stage `stage_id`."""
+
+
 class CompensationDecorator:
     """`@handler.compensation` or `@handler.compensation(timeout=60, retry=None, actors=1)`.
 
-    `places` are the (workflow, stage id) that the handler is a stage of.
+    `places` are the (workflow, stage id) pairs that the handler is a stage of.
     """
 
     __slots__ = ("places",)
 
-    def __init__(self, places: tuple[tuple[Workflow[Any], str], ...] = ()) -> None:
+    def __init__(self, places: tuple[tuple[CompensationRegistry, str], ...] = ()) -> None:
         self.places = places
 
     @overload
@@ -56,6 +60,6 @@ class CompensationDecorator:
         return register if function is None else register(function)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A function of `__main__` travels with its attributes. The definition is finished by then, and dragging
-        # every workflow along with each of its functions would make that journey long.
+        # A function of `__main__` is pickled with its attributes. The definition is complete by then, and the
+        # pickle of each function would contain every workflow that uses it.
         return CompensationDecorator, ()
