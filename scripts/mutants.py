@@ -511,7 +511,7 @@ MUTANTS = (
         "a queue that was resumed is still said to be paused by its pool",
         (
             (
-                "stageflow_actors/runtime/pausing.py",
+                "stageflow_actors/runtime/pool_pause.py",
                 '        self._broker.query("fact", PAUSED_FACT + self._queue, "no")\n',
                 "",
             ),

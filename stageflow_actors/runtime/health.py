@@ -21,7 +21,7 @@ from stageflow_actors.runtime.datadir import DataDir
 from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
-from stageflow_actors.runtime.zygote_main import ZYGOTE_NAME
+from stageflow_actors.runtime.zygote_protocol import ZYGOTE_NAME
 
 __all__ = ["Fault", "examine"]
 

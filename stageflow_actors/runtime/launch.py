@@ -23,8 +23,8 @@ from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
 from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
-from stageflow_actors.runtime.waiting import StopNotes, silent
 
 __all__ = ["NodeHandle", "withdraw"]
 
@@ -126,7 +126,7 @@ class NodeHandle:
                     self._kill_late()
                     wait_dead(self._pidfd, None)
                 elif is_stopped(self.pid):  # else it says by itself what it waits for
-                    notes.wait_for(lambda: silent("the node", self.pid))
+                    notes.wait_for(lambda: describe_silent("the node", self.pid))
             if self._reap() != 0:
                 self._await_remains()
                 self._data.remove_cluster()  # which it would have done itself

@@ -31,6 +31,7 @@ from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, runtime_dir
+from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent, describe_work
 from stageflow_actors.runtime.keeping import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Retire, ScaleTo, Tick
@@ -42,8 +43,7 @@ from stageflow_actors.runtime.stderr import StderrRelay
 from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.unserved import Unserved
-from stageflow_actors.runtime.waiting import StopNotes, in_work, silent
-from stageflow_actors.runtime.zygote import Zygote, ZygoteGone
+from stageflow_actors.runtime.zygote import ZygoteGone, ZygoteHandle
 
 __all__ = ["main"]
 
@@ -150,10 +150,10 @@ class Node:
             max_message_bytes=config.max_message_bytes,
             keep_fds=(config.lock_fd,),
         )
-        self._zygote: Zygote | None = None
+        self._zygote: ZygoteHandle | None = None
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
-        self._lost: Zygote | None = None
+        self._lost: ZygoteHandle | None = None
         self._next_tick = self._next_look = 0.0
 
     def start(self) -> None:
@@ -275,7 +275,7 @@ class Node:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
                 if time.monotonic() >= late:
-                    self._notes.wait_for(lambda: silent("the broker", self._broker_process.pid))
+                    self._notes.wait_for(lambda: describe_silent("the broker", self._broker_process.pid))
             self._round(0.0)
 
     def _reopened(self) -> set[str]:
@@ -318,13 +318,13 @@ class Node:
             found[id] += count
         return {id: count for id, count in found.items() if count}
 
-    def _current_zygote(self) -> Zygote:
+    def _current_zygote(self) -> ZygoteHandle:
         assert self._zygote is not None
         return self._zygote
 
-    def _make_zygote(self) -> Zygote:
+    def _make_zygote(self) -> ZygoteHandle:
         config = self._config
-        zygote = Zygote(
+        zygote = ZygoteHandle(
             "stageflow_actors.runtime.worker:main",
             slots=self._slots,
             keep_fds=(config.lock_fd,),
@@ -444,7 +444,7 @@ class Node:
                 # Of a queue that a new broker has not opened yet nobody knows what is in work.
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                     break
-                self._notes.wait_for(lambda: in_work(self._services.lanes, time.monotonic_ns()))
+                self._notes.wait_for(lambda: describe_work(self._services.lanes, time.monotonic_ns()))
                 self._round(STOP_POLL)
         except TimeoutError:
             return False

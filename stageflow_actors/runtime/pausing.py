@@ -1,17 +1,14 @@
-"""Whose pause it is: a person's outlives a restart, one by a pool whose workers died too fast does not."""
+"""Pauses of queues: the facts that mark a pool's own pause, and the pause by a person.
+
+A pause by a person outlives a restart of the cluster; a pause by a pool whose workers died too fast does not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
-from brokers.api import Broker
-
-__all__ = ["PAUSED_FACT", "WHY_FACT", "PoolPause", "pause"]
-
-LOOK = 1.0
-"""Seconds between looks whether a person has resumed the queue."""
+__all__ = ["PAUSED_FACT", "WHY_FACT", "pause"]
 
 PAUSED_FACT = "paused-by-pool:"
 """Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
@@ -26,78 +23,3 @@ def pause(ask: Callable[..., Any], queue: str) -> None:
     # Its pool, had that paused it before, would open it at the next start.
     if ask("fact", PAUSED_FACT + queue, None) == "yes":
         ask("fact", PAUSED_FACT + queue, "no")
-
-
-class PoolPause:
-    """The pause of a pool's own: begun when its workers die too fast, over when a person resumes the queue.
-
-    `notify` is given sentences for people. All but `lift` is for one thread; `now` is monotonic, in seconds.
-    """
-
-    def __init__(self, broker: Broker, queue: str, notify: Callable[[str], None]) -> None:
-        self._broker = broker
-        self._queue = queue
-        self._notify = notify
-        self._looked_at: float | None = None
-
-    @property
-    def lasts(self) -> bool:
-        """Whether the pool starts nothing because of it."""
-        return self._looked_at is not None
-
-    def begin(self, why: str, now: float) -> None:
-        """Once: who dies of what it had begun before, or of a moment that a person has given it, changes nothing."""
-        if self.lasts:
-            return
-        broker, queue = self._broker, self._queue
-        self._looked_at = now
-
-        def seen(stats: Future[Any]) -> None:
-            if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
-                broker.query("fact", PAUSED_FACT + queue, "no")  # by a person, who shall end it too
-
-        before = broker.query("stats", queue)
-        broker.query("pause", queue)
-        broker.query("fact", PAUSED_FACT + queue, "yes")
-        broker.query("fact", WHY_FACT + queue, why)
-        before.add_done_callback(seen)
-        self._notify(
-            f"pool {queue} is paused: {why}; see what they said above, if they said anything, then resume it with "
-            f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
-        )
-
-    def look(self, now: float, resumed: Callable[[], None]) -> None:
-        """Now and then, whether the queue is open again: then `resumed` is called, on the broker's thread."""
-        if self._looked_at is None or now - self._looked_at <= LOOK:
-            return
-        self._looked_at = now
-
-        def heard(stats: Future[Any]) -> None:
-            if stats.exception() is None and _state_in(stats.result(), self._queue) not in (None, "paused"):
-                resumed()
-
-        self._broker.query("stats", self._queue).add_done_callback(heard)
-
-    def end(self) -> bool:
-        """The queue has been resumed. False: the pool knew that already."""
-        if not self.lasts:
-            return False
-        self._looked_at = None
-        self._broker.query("fact", PAUSED_FACT + self._queue, "no")
-        return True
-
-    def lift(self) -> None:
-        """That of an earlier pool of this queue ends with the node it was made in: what ailed may be mended."""
-        broker, queue = self._broker, self._queue
-
-        def heard(known: Future[Any]) -> None:
-            if known.exception() is None and known.result() == "yes":
-                broker.query("resume", queue)
-                broker.query("fact", PAUSED_FACT + queue, "no")
-
-        broker.query("fact", PAUSED_FACT + queue, None).add_done_callback(heard)
-
-
-def _state_in(stats: dict[str, Any], queue: str) -> str | None:
-    """The state of one queue in a broker's statistics."""
-    return next((found["state"] for found in stats["queues"] if found["name"] == queue), None)

@@ -25,15 +25,15 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import STDERR, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.memory import memory_over
-from stageflow_actors.runtime.pausing import PoolPause
 from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.pool_judge import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time, overdue
+from stageflow_actors.runtime.pool_pause import PoolPause
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
 from stageflow_actors.runtime.processes import kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import SlotState
-from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote
+from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteHandle
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
@@ -306,7 +306,7 @@ class Pool(pykka.ThreadingActor):
                 logger.error("pool %s: the zygote process does not report: it is ended", self._spec.queue)
                 self._forsake(worker.zygote)
 
-    def _forsake(self, zygote: Zygote) -> None:
+    def _forsake(self, zygote: ZygoteHandle) -> None:
         """`ZygoteLost` follows. Who is dead by now has died by itself."""
         dead = [w for w in self._workers.values() if w.zygote is zygote and w.pidfd >= 0]
         dead = [worker for worker in dead if self._services.has_exited(worker.pidfd)]
@@ -404,7 +404,7 @@ class Pool(pykka.ThreadingActor):
                 if worker.pidfd >= 0:
                     kill_group(worker.pid, worker.pidfd)
 
-    def _zygote_lost(self, zygote: Zygote) -> None:
+    def _zygote_lost(self, zygote: ZygoteHandle) -> None:
         """No report will come of its workers: end what is left of each; nobody is charged for a zygote's death, only
         for one that came before and was never told."""
         for worker in [worker for worker in self._workers.values() if worker.zygote is zygote]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from stageflow_actors.runtime.programs import PoolSpec
-from stageflow_actors.runtime.zygote import Zygote
+from stageflow_actors.runtime.zygote import ZygoteHandle
 
 __all__ = ["Cancelled", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
@@ -43,4 +43,4 @@ class Cancelled(Struct, frozen=True):
 class ZygoteLost(Struct, frozen=True):
     """This zygote is gone, and with it every worker that it forked; there is another one by now."""
 
-    zygote: Zygote
+    zygote: ZygoteHandle

@@ -13,7 +13,7 @@ from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.memory import OomKills
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.stderr import StderrRelay
-from stageflow_actors.runtime.zygote import Zygote
+from stageflow_actors.runtime.zygote import ZygoteHandle
 
 __all__ = ["PoolServices"]
 
@@ -31,7 +31,7 @@ class PoolServices:
         self,
         *,
         slots: SlotTable,
-        zygote: Callable[[], Zygote],
+        zygote: Callable[[], ZygoteHandle],
         broker: Broker,
         address: str,
         naming: Naming,

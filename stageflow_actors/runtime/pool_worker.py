@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.runtime.slots import Slot, SlotState
 from stageflow_actors.runtime.stderr import WorkerStderr
-from stageflow_actors.runtime.zygote import Zygote
+from stageflow_actors.runtime.zygote import ZygoteHandle
 
 __all__ = ["Kill", "PooledWorker"]
 
@@ -57,7 +57,7 @@ class PooledWorker:
         "zygote",
     )
 
-    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: Zygote) -> None:
+    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: ZygoteHandle) -> None:
         self.id = id
         self.peer = peer
         self.slot = slot

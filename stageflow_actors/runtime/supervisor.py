@@ -24,7 +24,7 @@ from stageflow_actors.runtime.pool import Cancelled, Pool, Respec, Retire, Scale
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
-from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, Zygote, ZygoteGone
+from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle
 
 __all__ = ["AddPools", "Supervisor", "queue_options"]
 
@@ -50,7 +50,7 @@ class Supervisor(pykka.ThreadingActor):
 
     def __init__(
         self,
-        make_zygote: Callable[[], Zygote],
+        make_zygote: Callable[[], ZygoteHandle],
         services: PoolServices,
         naming: Naming,
         max_deaths: int,

@@ -19,9 +19,16 @@ from msgspec import Struct
 
 from stageflow_actors.runtime.processes import describe_exit, is_stopped
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.zygote_main import EXITED, FAILED, SPAWNED, WorkerInput, ZygoteConfig
+from stageflow_actors.runtime.zygote_protocol import (
+    EXITED,
+    FAILED,
+    MAX_DATAGRAM_BYTES,
+    SPAWNED,
+    WorkerInput,
+    ZygoteConfig,
+)
 
-__all__ = ["Event", "Exited", "SpawnFailed", "Spawned", "Zygote", "ZygoteGone", "describe_exit"]
+__all__ = ["Event", "Exited", "SpawnFailed", "Spawned", "ZygoteGone", "ZygoteHandle", "describe_exit"]
 
 PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.worker")
 """What every worker imports. None of these starts a thread or opens a socket when it is imported."""
@@ -34,7 +41,6 @@ from stageflow_actors.runtime.zygote_main import main
 main(int(sys.argv[1]))
 """
 
-_DATAGRAM = 65_536
 _REPORT = msgspec.msgpack.Decoder(tuple[int, str, int, int | str])
 
 
@@ -73,7 +79,7 @@ class ZygoteGone(Struct, frozen=True):
 Event = Spawned | Exited | SpawnFailed | ZygoteGone
 
 
-class Zygote:
+class ZygoteHandle:
     """One zygote. `spawn` may be called from any thread; `events` and `close` from one."""
 
     def __init__(
@@ -222,7 +228,7 @@ class Zygote:
         """One report and the pidfd that came with it (or -1); None when there is none, empty at the end."""
         try:
             message, ancillary, _, _ = self._connection().recvmsg(
-                _DATAGRAM, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                MAX_DATAGRAM_BYTES, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None, -1

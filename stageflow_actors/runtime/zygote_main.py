@@ -37,64 +37,24 @@ from stageflow_actors.runtime.processes import (
     set_pdeathsig,
 )
 from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.zygote_protocol import (
+    EXITED,
+    FAILED,
+    MAX_DATAGRAM_BYTES,
+    SPAWNED,
+    ZYGOTE_NAME,
+    WorkerInput,
+    ZygoteConfig,
+    read_config,
+)
 
-__all__ = [
-    "EXITED",
-    "FAILED",
-    "SPAWNED",
-    "ZYGOTE_NAME",
-    "WorkerInput",
-    "ZygoteConfig",
-    "main",
-    "read_config",
-]
-
-ZYGOTE_NAME = "stageflow-zyg"
-"""What `ps -o comm` shows for it."""
-
-SPAWNED, EXITED, FAILED = range(3)
-"""Kinds of report: `[kind, worker_id, pid, status or reason]`."""
-
-_DATAGRAM = 65_536
-
-
-class ZygoteConfig(Struct):
-    """What a zygote is started with. Descriptors are numbers in the zygote.
-
-    `entry` is `module:function`, called in each worker with (payload, slot or None); what it returns is the exit
-    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start. Paths are bytes,
-    as the system has them: not every name of a file is text.
-    """
-
-    socket_fd: int
-    node_pid: int
-    entry: str
-    sys_path: list[bytes]
-    cwd: bytes | None
-    preload: list[str]
-    slots_fd: int = -1
-    slot_count: int = 0
-    keep_fds: list[int] = []
-
-
-class WorkerInput(Struct, array_like=True):
-    """The content of the anonymous file that a spawn request carries."""
-
-    env: dict[str, str]
-    payload: bytes
+__all__ = ["ZygoteServer", "main"]
 
 
 class _Worker(Struct):
     worker_id: str
     pid: int
     pidfd: int
-
-
-def read_config(fd: int) -> ZygoteConfig:
-    """The configuration from the anonymous file `fd`, which is closed."""
-    with open(fd, "rb") as file:
-        file.seek(0)
-        return msgspec.msgpack.decode(file.read(), type=ZygoteConfig)
 
 
 def main(config_fd: int) -> NoReturn:
@@ -117,7 +77,7 @@ def main(config_fd: int) -> NoReturn:
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page it shares with the zygote
     reach("zygote.born")
-    Zygote(config, node).serve()
+    ZygoteServer(config, node).serve()
 
 
 def _preload(modules: list[str]) -> None:
@@ -132,7 +92,7 @@ def _preload(modules: list[str]) -> None:
         raise RuntimeError(f"the zygote must have one thread, and importing {modules} has started others")
 
 
-class Zygote:
+class ZygoteServer:
     """The loop: requests in, forks, reports out. Nothing in it blocks but the poll."""
 
     def __init__(self, config: ZygoteConfig, node_pidfd: int) -> None:
@@ -171,7 +131,7 @@ class Zygote:
 
     def _serve_request(self) -> None:
         try:
-            message, fds, _, _ = socket.recv_fds(self._socket, _DATAGRAM, 2, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(self._socket, MAX_DATAGRAM_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.runtime import pausing, pool_judge
 from stageflow_actors.runtime import pool as pool_module
+from stageflow_actors.runtime import pool_judge, pool_pause
 from stageflow_actors.runtime.pausing import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Tick, ZygoteLost
 
@@ -69,7 +69,7 @@ def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_it
     assert alone.broker.facts[FACT] == "yes"
     before = len(alone.zygote.asked)
     alone.broker.paused = False
-    alone.pool._pause._looked_at -= 2 * pausing.LOOK
+    alone.pool._pause._looked_at -= 2 * pool_pause.LOOK_INTERVAL_SECONDS
     alone.pool.on_receive(Tick())
     alone.pool.on_receive(alone.pool.actor_inbox.get().message)
     assert alone.broker.facts[FACT] == "no", "or a pause of a person's would be lifted at the next start"

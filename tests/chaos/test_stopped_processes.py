@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime import health, launch, waiting
+from stageflow_actors.runtime import health, launch
+from stageflow_actors.runtime.ipc import stop_notes
 from stageflow_actors.runtime.pool import UNREPORTED
 from stageflow_actors.runtime.slots import SlotTable
 
@@ -283,9 +284,9 @@ def test_a_zygote_that_is_stopped_does_not_outlive_a_cluster_that_is_ended_at_on
 
 def test_what_a_stop_waits_for_is_said_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [100.0], []
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
-    notes = waiting.StopNotes(said.append)
-    for seconds in range(2 * int(waiting.AGAIN)):
+    monkeypatch.setattr(stop_notes.time, "monotonic", lambda: now[0])
+    notes = stop_notes.StopNotes(said.append)
+    for seconds in range(2 * int(stop_notes.NOTE_INTERVAL_SECONDS)):
         now[0] = 100.0 + seconds
         notes.wait_for(lambda: "" if now[0] < 110.0 else f"what it waits for at {now[0]:g}")
     assert [line.split(";")[0] for line in said] == [
@@ -297,11 +298,11 @@ def test_what_a_stop_waits_for_is_said_once_in_a_while(monkeypatch: pytest.Monke
 def test_what_is_in_work_is_named_by_queue_the_longest_first() -> None:
     with contextlib.closing(SlotTable.create(10)) as slots:
         lanes = [slots.lanes(number, 1) for number in range(10)]
-        assert waiting.in_work({"q": lanes[0]}, 0) == "what workers have not settled yet"
+        assert stop_notes.describe_work({"q": lanes[0]}, 0) == "what workers have not settled yet"
         for number, (lane,) in enumerate(lanes):
             lane.begin(number, 0, 90_000_000_000 - number * 1_000_000_000)
         queues = {f"q{number}": lanes[number] for number in range(8)} | {"r": lanes[8] + lanes[9]}
-        words = waiting.in_work(queues, 100_000_000_000)
+        words = stop_notes.describe_work(queues, 100_000_000_000)
     assert words == (
         "what is in work: r (2 messages, for 19 s), q7 (1 message, for 17 s), q6 (1 message, for 16 s), "
         "q5 (1 message, for 15 s), q4 (1 message, for 14 s) and 4 more queues"

@@ -273,7 +273,7 @@ class _Zygote:
         self._node = node
 
     def spawn(self, worker_id: str, payload: bytes, slot: int, *how: Any, **more: Any) -> None:
-        """As `Zygote.spawn`; of a process that is none nothing else matters."""
+        """As `ZygoteHandle.spawn`; of a process that is none nothing else matters."""
         node = self._node
         node.world.soon(0.02, lambda: node.born(worker_id, payload, slot))
 

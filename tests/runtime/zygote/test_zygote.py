@@ -18,7 +18,7 @@ import pytest
 import stageflow_actors
 from stageflow_actors.runtime.processes import kill_group, wait_dead
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.zygote import Event, Exited, Spawned, Zygote, ZygoteGone, describe_exit
+from stageflow_actors.runtime.zygote import Event, Exited, Spawned, ZygoteGone, ZygoteHandle, describe_exit
 
 HERE = str(Path(__file__).parent)
 PACKAGES = [HERE, str(Path(stageflow_actors.__file__).parents[1]), *sys.path]
@@ -31,7 +31,7 @@ class Node:
     def __init__(self, slots: SlotTable | None = None, path: str = HERE, **options: object) -> None:
         self.hear, self.talk = os.pipe()
         self.go_read, self.go_write = os.pipe()
-        self.zygote = Zygote(
+        self.zygote = ZygoteHandle(
             "zygote_entries:entry",
             slots=slots,
             keep_fds=[self.talk, self.go_read],
@@ -334,9 +334,9 @@ def test_a_preload_that_is_not_installed_is_not_needed() -> None:
 
 NODE = """
 import json, os, signal, sys
-from stageflow_actors.runtime.zygote import Zygote
+from stageflow_actors.runtime.zygote import ZygoteHandle
 read, write = os.pipe()
-zygote = Zygote("zygote_entries:entry", keep_fds=[write], sys_path=sys.path)
+zygote = ZygoteHandle("zygote_entries:entry", keep_fds=[write], sys_path=sys.path)
 zygote.start()
 for n in range(4):
     zygote.spawn(f"w{n}", json.dumps(["hang_with_children", write]).encode())

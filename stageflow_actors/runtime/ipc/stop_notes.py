@@ -1,0 +1,67 @@
+"""`StopNotes`: notices of a slow stop, which name the work or the process that the stop waits for.
+
+Notices only: whether the stop continues is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from stageflow_actors.core.counted import counted
+from stageflow_actors.runtime.processes import is_stopped
+from stageflow_actors.runtime.slots import Slot
+
+__all__ = ["StopNotes", "describe_silent", "describe_work"]
+
+FIRST_NOTE_SECONDS = 4.0
+"""Time from the beginning of a stop to its first note."""
+NOTE_INTERVAL_SECONDS = 60.0
+"""Time between two notes."""
+MAX_QUEUES_NAMED = 5
+
+
+class StopNotes:
+    """The notes of one stop, which begins at construction; `notify` receives sentences for people."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+        self._next = time.monotonic() + FIRST_NOTE_SECONDS
+
+    def wait_for(self, what: Callable[[], str]) -> None:
+        """Send a note if one is due; `what` describes the cause, or returns an empty text if there is none to name."""
+        if time.monotonic() < self._next:
+            return
+        words = what()
+        if words:
+            self._next = time.monotonic() + NOTE_INTERVAL_SECONDS
+            self._notify(
+                f"stopping waits for {words}; Ctrl-C ends all at once, and what is unfinished goes on at the next start"
+            )
+
+
+def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
+    """Return a description of the messages in work, by queue; `now` is monotonic, in ns."""
+    found = []
+    for queue, theirs in list(lanes.items()):
+        since = [state.since_ns for state in (lane.read() for lane in theirs) if state.busy]
+        if since:
+            found.append((min(since), f"{queue} ({counted(len(since), 'message')}, for {_age(now - min(since))})"))
+    words = [text for _, text in sorted(found)]
+    more = f" and {counted(len(words) - MAX_QUEUES_NAMED, 'more queue')}" if len(words) > MAX_QUEUES_NAMED else ""
+    return (
+        f"what is in work: {', '.join(words[:MAX_QUEUES_NAMED])}{more}"
+        if words
+        else "what workers have not settled yet"
+    )
+
+
+def describe_silent(what: str, pid: int) -> str:
+    """Return a description of a process that does not answer."""
+    if is_stopped(pid):
+        return f"{what} (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on"
+    return f"{what} (process {pid}), which does not answer"
+
+
+def _age(nanoseconds: int) -> str:
+    return f"{max(0, nanoseconds) / 1e9:,.0f} s"

@@ -1,0 +1,62 @@
+"""The protocol of node and zygote: the configuration, the spawn request's file, the kinds of report.
+
+Requests and reports are datagrams over a socket pair. Values only: nothing here forks or waits.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+__all__ = [
+    "EXITED",
+    "FAILED",
+    "MAX_DATAGRAM_BYTES",
+    "SPAWNED",
+    "ZYGOTE_NAME",
+    "WorkerInput",
+    "ZygoteConfig",
+    "read_config",
+]
+
+ZYGOTE_NAME = "stageflow-zyg"
+"""The name of the process, as `ps -o comm` shows it."""
+
+SPAWNED, EXITED, FAILED = range(3)
+"""Kinds of report: `[kind, worker_id, pid, status or reason]`."""
+
+MAX_DATAGRAM_BYTES = 65_536
+"""The most that one request or report may take."""
+
+
+class ZygoteConfig(Struct):
+    """The configuration that a zygote starts with. Descriptors are numbers in the zygote.
+
+    `entry` is `module:function`, called in each worker with (payload, slot or None); its return value is the exit
+    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start. Paths are bytes,
+    as the system has them: not every name of a file is text.
+    """
+
+    socket_fd: int
+    node_pid: int
+    entry: str
+    sys_path: list[bytes]
+    cwd: bytes | None
+    preload: list[str]
+    slots_fd: int = -1
+    slot_count: int = 0
+    keep_fds: list[int] = []
+
+
+class WorkerInput(Struct, array_like=True):
+    """The content of the anonymous file that a spawn request carries."""
+
+    env: dict[str, str]
+    payload: bytes
+
+
+def read_config(fd: int) -> ZygoteConfig:
+    """Return the configuration in the anonymous file `fd`, and close it."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return msgspec.msgpack.decode(file.read(), type=ZygoteConfig)
