@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from brokers.admin import BrokerAdmin
 from brokers.errors import (
     BrokerError,
     BrokerUnavailable,
@@ -62,6 +63,7 @@ __all__ = [
     "Ack",
     "Arrival",
     "Broker",
+    "BrokerAdmin",
     "BrokerError",
     "BrokerUnavailable",
     "DeliveryExtra",
@@ -139,6 +141,9 @@ class Broker(Protocol):
 
     peer: int
     """Who this connection is to the broker."""
+
+    admin: BrokerAdmin
+    """The operations that are not hot: `broker.admin.stats("").result()`."""
 
     def publish(
         self,

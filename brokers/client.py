@@ -21,10 +21,12 @@ from typing import Any
 
 import msgspec
 
+from brokers.admin import BrokerAdmin
 from brokers.api import Listener, PublishAnswer
 from brokers.core import wire
 from brokers.errors import BrokerUnavailable, PayloadTooLarge
 from brokers.pending import Pending, groups_in, leases_in, resolve
+from brokers.query_admin import QueryAdmin
 from brokers.types import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
 
 __all__ = ["PeerClient", "new_peer"]
@@ -70,6 +72,7 @@ class PeerClient(ABC):
         self.peer = peer or new_peer()
         self.role = role
         self.name = name
+        self.admin: BrokerAdmin = QueryAdmin(self._query)
         self.broker_epoch = 0
         self._listener = listener
         self._lock = threading.Lock()
@@ -160,7 +163,10 @@ class PeerClient(ABC):
         self.query("consume", queue, prefetch)
 
     def query(self, name: str, *args: Any) -> Future[Any]:
-        """See `brokers.api.Broker.query`."""
+        return self._query(name, *args)
+
+    def _query(self, name: str, /, *args: Any) -> Future[Any]:
+        """Send a query frame, by its name on the wire."""
         future: Future[Any] = Future()
         self._send(wire.QUERY, (name, args), b"", future)
         return future

@@ -6,7 +6,7 @@ each user of one, can import it.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -31,19 +31,29 @@ __all__ = [
     "WATCH",
     "Ack",
     "Arrival",
+    "BrokerStats",
+    "CancelResult",
     "DeliveryExtra",
     "DeliveryItem",
     "Digest",
+    "EpochResult",
     "Failure",
     "GatherOpen",
     "Leases",
+    "LookupResult",
     "Many",
     "Move",
     "Name",
+    "PingResult",
     "Priority",
     "PublishItem",
+    "PurgeResult",
     "QueueOptions",
+    "QueueStats",
+    "RaiseEpochResult",
+    "RequeueResult",
     "SettleItem",
+    "TallyResult",
     "Target",
     "Text",
 ]
@@ -211,3 +221,92 @@ class QueueOptions(Struct, array_like=True, frozen=True):
     max_length: int = 0
     breaker_failures: int = 0
     breaker_reset: float = 0.0
+
+
+class QueueStats(TypedDict):
+    """The figures of one queue. `oldest` in seconds; `breaker` is its state, empty without one."""
+
+    name: str
+    ready: int
+    leased: int
+    delayed: int
+    dead: int
+    oldest: float
+    consumers: int
+    busy: int
+    delivered: int
+    settled: int
+    breaker: str
+    state: str
+
+
+class BrokerStats(TypedDict):
+    """The figures of a broker. `refusing` is the reason why nothing new is started, empty when there is none."""
+
+    epoch: int
+    queues: list[QueueStats]
+    messages: int
+    groups: int
+    sessions: int
+    live_bytes: int
+    left_seq: int
+    malformed: int
+    refusing: str
+
+
+class LookupResult(TypedDict):
+    """Descriptions of live groups by id. `left_seq` counts, in this broker epoch, the groups that have left."""
+
+    epoch: int
+    left_seq: int
+    groups: dict[str, dict[str, Any]]
+
+
+class TallyResult(TypedDict):
+    """Counts of live groups: `queues` by the queue where each is, `marks` in the order of the marks."""
+
+    queues: dict[str, int]
+    marks: list[int]
+
+
+class RequeueResult(TypedDict):
+    """How many dead letters are ready again, and the ids of those that are evidence and stay."""
+
+    requeued: int
+    refused: list[int]
+
+
+class PurgeResult(TypedDict):
+    """How many messages were deleted, and the ids of the groups that ended with them."""
+
+    purged: int
+    instances: list[str]
+
+
+class RaiseEpochResult(TypedDict):
+    """The epoch of a group now, its messages in work, and the label of its end (empty: not ended)."""
+
+    epoch: int
+    leased: list[int]
+    ended: str
+
+
+class CancelResult(TypedDict):
+    """The epoch of a group now, the label of its end (empty: not ended), and why it was cancelled."""
+
+    epoch: int
+    ended: str
+    reason: str | None
+
+
+class EpochResult(TypedDict):
+    """The epoch of a group after the change."""
+
+    epoch: int
+
+
+class PingResult(TypedDict):
+    """The epoch of the broker, and whether its queues are open: the roster of consumers is known."""
+
+    epoch: int
+    open: bool
