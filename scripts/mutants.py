@@ -249,8 +249,8 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/work.py",
-                "self._give_up(item, envelope, failure, attempt, self._wall(), 0.0)",
-                "self._give_up(item, envelope, failure, 1, self._wall(), 0.0)",
+                "self._fail_stage(item, envelope, failure, attempt, self._wall(), 0.0)",
+                "self._fail_stage(item, envelope, failure, 1, self._wall(), 0.0)",
             ),
         ),
         ("tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[unmet]",),
@@ -290,10 +290,10 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/stage_work.py",
-                "            if not marked:\n                return self._again(item, 0.0, failure)\n",
+                "            if not marked:\n                return self._retry(item, 0.0, failure)\n",
                 (
                     "            if not marked:\n"
-                    '                self._store(item).keep(PARK, b"")\n'
+                    '                self._store(item).keep(PARK_MARK, b"")\n'
                     "                return self._park(item, failure)\n"
                 ),
             ),

@@ -22,22 +22,22 @@ from stageflow_actors.runtime.slots import Slot
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 
-FLUSH_COUNT = 128
-"""Settlements sent at once at most; fewer when the inbox runs dry or `FLUSH_SECONDS` have passed."""
-FLUSH_SECONDS = 0.002
-DEEPEST = 256
+MAX_BATCH_SETTLEMENTS = 128
+"""Settlements sent at once at most; fewer when the inbox runs dry or `FLUSH_INTERVAL_SECONDS` have passed."""
+FLUSH_INTERVAL_SECONDS = 0.002
+MAX_PREFETCH = 256
 """Most messages held at once, by stages that take microseconds."""
-HELD_SECONDS = 0.02
+PREFETCH_WORK_SECONDS = 0.02
 """How much work a worker may hold: stages that take longer hold exactly one message."""
 
 
 class WorkActor(pykka.ThreadingActor):
     """An actor whose loop runs in the thread that calls `serve`: the process's main thread.
 
-    `least` is how many messages it holds at least, in work or ready to be.
+    `min_prefetch` is how many messages it holds at least, in work or ready to be.
     """
 
-    least = 1
+    min_prefetch = 1
 
     def __init__(
         self, work: Callable[[DeliveryItem, bytes], Any], mailbox: Mailbox, given: WorkerPayload, slot: Slot
@@ -56,7 +56,7 @@ class WorkActor(pykka.ThreadingActor):
         self._ran = 0
         self._current: tuple[int, int] | None = None
         self._prefetch = 1
-        self._left = given.max_tasks
+        self._remaining = given.max_tasks
         self._limited = given.max_tasks > 0
 
     def _start_actor_loop(self) -> None:
@@ -79,7 +79,7 @@ class WorkActor(pykka.ThreadingActor):
         """What the actor itself gets wrong must not leave a worker that looks alive and does nothing."""
         end_now(70)
 
-    def held(self) -> list[tuple[int, int]]:
+    def held_leases(self) -> list[tuple[int, int]]:
         """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
         held = [] if self._current is None else [self._current]
         held += [(move[0], move[1]) for move in self._moves]
@@ -87,14 +87,14 @@ class WorkActor(pykka.ThreadingActor):
             held += other.leases
         return held
 
-    def hand_on(self) -> None:
+    def settle_finished(self) -> None:
         """Settle what is done while another message is in work, and hold no more than that one. The lock is taken."""
-        self._prefetch = self.least
+        self._prefetch = self.min_prefetch
         self._flush()
 
-    def take_no_more(self) -> None:
+    def stop_taking(self) -> None:
         """Begin no other message than those in work. The lock is taken."""
-        self._limited, self._left = True, 0
+        self._limited, self._remaining = True, 0
 
     def _drain(self) -> None:
         mailbox = self._mailbox
@@ -110,7 +110,7 @@ class WorkActor(pykka.ThreadingActor):
         lock.acquire()  # and let go of only for the work itself: once per message, not once per step
         try:
             while inbox:
-                if self._limited and self._left <= 0:
+                if self._limited and self._remaining <= 0:
                     self._retire()
                     return
                 item, body = inbox.popleft()
@@ -130,7 +130,7 @@ class WorkActor(pykka.ThreadingActor):
                     moves.append((item.id, item.lease, target, len(done), item.group))
                     bodies.append(done)
                 elif result.unknown and self._slot.stale:
-                    self._give_back(item)
+                    self._release(item)
                     self._current = None
                     self._retire()
                     return
@@ -140,11 +140,11 @@ class WorkActor(pykka.ThreadingActor):
                     self._add(result)
                 self._current = None
                 if self._limited:
-                    self._left -= 1
-                    if self._left <= 0:
+                    self._remaining -= 1
+                    if self._remaining <= 0:
                         self._retire()
                         return
-                if not inbox or len(moves) >= FLUSH_COUNT or clock() - flushed > FLUSH_SECONDS:
+                if not inbox or len(moves) >= MAX_BATCH_SETTLEMENTS or clock() - flushed > FLUSH_INTERVAL_SECONDS:
                     if not inbox:
                         self._adapt(clock() - began, count)
                     self._flush()
@@ -159,10 +159,10 @@ class WorkActor(pykka.ThreadingActor):
         self._ran += settled.ran
 
     def _adapt(self, seconds: float, count: int) -> None:
-        """Hold as much work as fits into `HELD_SECONDS`, and never more than four times what was held before."""
+        """Set the prefetch to the messages that fit into `PREFETCH_WORK_SECONDS`, at most four times the last value."""
         each = seconds / count if count else 1.0
-        fitting = int(HELD_SECONDS / each) if each > 0 else DEEPEST
-        self._prefetch = max(1, min(fitting, self._prefetch * 4, DEEPEST))
+        fitting = int(PREFETCH_WORK_SECONDS / each) if each > 0 else MAX_PREFETCH
+        self._prefetch = max(1, min(fitting, self._prefetch * 4, MAX_PREFETCH))
 
     def _flush(self) -> None:
         moves, others = self._moves, self._others
@@ -184,12 +184,12 @@ class WorkActor(pykka.ThreadingActor):
         if len(self._targets) > 64:
             del self._targets[self._plain_targets :]
 
-    def _give_back(self, item: DeliveryItem) -> None:
+    def _release(self, item: DeliveryItem) -> None:
         """This worker's successor knows what to do with it: more is not taken here."""
         broker = self._mailbox.broker
         assert broker is not None
         broker.release([(item.id, item.lease)], self._queue, 0)
-        self.take_no_more()
+        self.stop_taking()
 
     def _retire(self) -> None:
         """This worker has handled all the messages it was made for, or knows; what it has not begun goes back."""

@@ -10,23 +10,23 @@ from typing import Any
 from stageflow_actors.definition.handler import BoundCall, HandlerSpec
 from stageflow_actors.errors import StageTimeout
 
-__all__ = ["ready_to_call", "run_to_end"]
+__all__ = ["as_blocking", "bind_blocking"]
 
 
-def ready_to_call(
+def bind_blocking(
     call: HandlerSpec,
     services: Mapping[str, Any],
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> BoundCall:
     """A handler as a plain function of (context, ctx); an async one runs to its end on a loop that its thread keeps."""
     bound = call.bind(services)
-    return run_to_end(bound, loop) if call.is_async else bound
+    return as_blocking(bound, loop) if call.is_async else bound
 
 
-def run_to_end(
+def as_blocking(
     bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None, what: str = ""
 ) -> BoundCall:
-    """See `ready_to_call`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
+    """See `bind_blocking`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
     failed by a `StageTimeout`."""
     kept = threading.local()
 

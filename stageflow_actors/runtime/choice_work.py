@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import Raw
 
 from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import StageRecord, encode
+from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
+from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled
-from stageflow_actors.runtime.work import Work
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 
-__all__ = ["ChoiceWork"]
+__all__ = ["BranchExecutor"]
 
 
-class ChoiceWork(Work):
+class BranchExecutor(Executor):
     """Chooses the arm of one branch."""
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         self._selector = program.parts["selector"]
         self._default: str | None = program.parts["default"]
 
@@ -44,7 +44,7 @@ class ChoiceWork(Work):
             )
             # The first stage of the arm is the next one: what was handed on is for it.
             first, payload = self.planned.arms[chosen], opened.payload
-            return self._record_and_leave(item, opened, record, payload=payload, to=first)
+            return self._complete_stage(item, opened, record, payload=payload, to=first)
         except BaseException as error:  # noqa: BLE001 - the selector is user code
-            self._raised(error)
+            self._on_error(error)
             return self._failed(item, opened, attempt, started, self._wall() - started, error)

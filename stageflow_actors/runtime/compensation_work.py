@@ -5,9 +5,8 @@ A compensation that fails for good, hangs or kills its worker does not stop the 
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -16,84 +15,73 @@ from msgspec import Raw
 from brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
-from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, read_failure, write_failure
-from stageflow_actors.core.plan import Naming, WorkflowPlan, item_id
+from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, write_failure
+from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.calling import run_to_end
-from stageflow_actors.runtime.context import StageContext, StepStore, refuse_request
-from stageflow_actors.runtime.interception import COMPENSATION, arounds_of, intercepted
+from stageflow_actors.runtime.calling import as_blocking
+from stageflow_actors.runtime.context import StageContext, check_no_request
+from stageflow_actors.runtime.interception import COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.programs import CompensationProgram
 from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
-from stageflow_actors.runtime.undoing import Undoing
-from stageflow_actors.runtime.work import GRACE_NS, Stopwatch, ask, ignore
+from stageflow_actors.runtime.undoing import ItemCompensationState
+from stageflow_actors.runtime.work import CANCEL_GRACE_NS, ExecutorEnvironment, ask_policy, lost_attempt_failure
 
-__all__ = ["CompensationWork"]
+__all__ = ["CompensationExecutor"]
 
-UNDONE = ":undone"
+UNDO_STATE = ":undone"
 """The step that says how far the items of a map stage are undone; no step of a user's can be taken for it, for those
 that are kept while an item is undone begin with its number."""
 
-KEPT_SECONDS = 0.05
+UNDO_FLUSH_SECONDS = 0.05
 """How much undoing of items may be done again after a crash: what was done before that is durable."""
 
-CAREFUL_SECONDS = 0.25
+ITEM_CHECKPOINT_SECONDS = 0.25
 """How much undoing is done with each item said beforehand, once one of them has ended a worker: several times what
 may be done again, for that one is among those."""
 
 
-class CompensationWork:
+class CompensationExecutor:
     """Runs the compensations of one workflow version. `limits`: async ones are cancelled at their timeouts."""
 
     first_target = 0
 
-    def __init__(
-        self,
-        program: CompensationProgram,
-        plan: WorkflowPlan,
-        naming: Naming,
-        services: Mapping[str, Any],
-        slot: Stopwatch,
-        store: Callable[[DeliveryItem], StepStore],
-        *,
-        max_message_bytes: int = 16 << 20,
-        wall: Callable[[], float] = time.time,
-        loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
-        raised: Callable[[BaseException], None] = ignore,
-        limits: bool = False,
-    ) -> None:
+    def __init__(self, program: CompensationProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         self.plan = plan
-        self.naming = naming
+        self.naming = environment.naming
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self._context_type = program.context
         self._compensations = program.compensations
         self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
-        self._arounds = arounds_of(program.interceptors, COMPENSATION)
-        self._limits_itself = limits
-        self._calls = {stage_id: self._ready(undo, services, loop) for stage_id, undo in program.compensations.items()}
-        self._slot = slot
-        self._store = store
-        self._limit = max_message_bytes
-        self._wall = wall
-        self._raised = raised
+        self._arounds = around_methods(program.interceptors, COMPENSATION)
+        self._limits_itself = environment.limits_compensations
+        self._calls = {stage_id: self._bind(undo, environment) for stage_id, undo in program.compensations.items()}
+        self._slot = environment.slot
+        self._store = environment.step_store
+        self._limit = environment.max_message_bytes
+        self._wall = environment.wall
+        self._on_error = environment.on_error
         self.targets: list[Target] = []
 
-    def _ready(
-        self, compensation: Compensation, services: Mapping[str, Any], loop: Callable[[], asyncio.AbstractEventLoop]
-    ) -> BoundCall:
-        """The compensation as a function of (context, ctx) that gives (result, context)."""
+    def _bind(self, compensation: Compensation, environment: ExecutorEnvironment) -> BoundCall:
+        """Return the compensation as a blocking function of (context, ctx).
+
+        With interceptors, the function returns (result, context) instead of the result.
+        """
         call = compensation.spec
-        bound, is_async = call.bind(services), call.is_async
+        bound, is_async = call.bind(environment.services), call.is_async
         timeout = compensation.timeout if is_async and self._limits_itself else None
         if self._arounds:
-            bound, is_async = intercepted(
+            bound, is_async = wrap_handler(
                 bound, self._arounds, kind="compensation", is_async=is_async, context_type=self._context_type
             )
-        return run_to_end(bound, loop, timeout, f"a compensation of {self.plan.id!r}") if is_async else bound
+        if not is_async:
+            return bound
+        return as_blocking(bound, environment.loop, timeout, f"a compensation of {self.plan.id!r}")
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
         """Run one compensation."""
@@ -106,7 +94,7 @@ class CompensationWork:
         compensation = self._compensations.get(stage_id)
         if task is None or compensation is None or envelope.version != self.plan.version:
             return park_unknown(item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}")
-        self._slot.allow(GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
+        self._slot.allow(CANCEL_GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:
             return self._run(item, envelope, stage_id)
@@ -116,10 +104,10 @@ class CompensationWork:
     def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
-        if (undo := undo_of(envelope, stage_id)) is not None:
+        if (undo := _items_to_undo(envelope, stage_id)) is not None:
             return self._undo_items(item, envelope, stage_id, undo)
         if extra is not None and extra.fresh:
-            failure = _unsaid(extra.failure)
+            failure = lost_attempt_failure(extra.failure)
             return self._failed(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
         clock = time.perf_counter()
         try:
@@ -127,7 +115,7 @@ class CompensationWork:
             value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
             if self._arounds:
                 value, context = value
-            refuse_request(value, f"the compensation of stage {stage_id!r}")
+            check_no_request(value, f"the compensation of stage {stage_id!r}")
             if type(value) is Replace:
                 context = value.value
             elif self._context_type is not dict and isinstance(value, self._context_type):
@@ -141,7 +129,7 @@ class CompensationWork:
                     f"max_message_bytes={self._limit}"
                 )
         except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
-            self._raised(error)
+            self._on_error(error)
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             took = time.perf_counter() - clock
@@ -158,10 +146,10 @@ class CompensationWork:
         clock = time.perf_counter()
         made = 0 if item.extra is None else item.extra.attempts
         ctx = self._context_of(item, envelope, stage_id, made + 1)
-        undoing = Undoing.read(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDONE))
+        undoing = ItemCompensationState.read(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
         ctx.attempt = undoing.begin(made)
         if item.extra is not None and item.extra.fresh:
-            failure = _unsaid(item.extra.failure)
+            failure = lost_attempt_failure(item.extra.failure)
             told = write_failure(failure)
             if failure.kind == UNDECIDED:
                 if undoing.first is not None:
@@ -170,7 +158,7 @@ class CompensationWork:
                 return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0, known)
             if not undoing.cut(made, told):
                 return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
-            ctx.store_step_result(UNDONE, undoing.state())
+            ctx.store_step_result(UNDO_STATE, undoing.state())
             return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, told), [], [])
         first: BaseException | None = None
         for number, failed in self._each_item(item, ctx, stage_id, undo, undoing):
@@ -181,13 +169,18 @@ class CompensationWork:
         if text is None or undoing.first is None:
             done = CompensationRecord(stage_id, StageStatus.completed.value, None, duration)
             return self._on(item, envelope, done).tried()
-        ctx.store_step_result(UNDONE, undoing.state())
-        failure = _unsaid(undoing.first[1])
+        ctx.store_step_result(UNDO_STATE, undoing.state())
+        failure = lost_attempt_failure(undoing.first[1])
         asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
         return self._failed(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text).tried()
 
     def _each_item(
-        self, item: DeliveryItem, ctx: StageContext, stage_id: str, undo: list[tuple[int, Raw, Any]], undoing: Undoing
+        self,
+        item: DeliveryItem,
+        ctx: StageContext,
+        stage_id: str,
+        undo: list[tuple[int, Raw, Any]],
+        undoing: ItemCompensationState,
     ) -> Iterator[tuple[int, BaseException | None]]:
         """Undo what is left, one by one: its number, and what it raised. What was done is kept every now and then."""
         codec, call = self._items[stage_id], self._calls[stage_id]
@@ -198,27 +191,27 @@ class CompensationWork:
             if not undoing.is_left(number):
                 continue
             now = time.monotonic()
-            if undoing.careful and now - began > CAREFUL_SECONDS:
+            if undoing.careful and now - began > ITEM_CHECKPOINT_SECONDS:
                 undoing.careful, kept = False, 0.0
-            if undoing.careful or now - kept > KEPT_SECONDS:
+            if undoing.careful or now - kept > UNDO_FLUSH_SECONDS:
                 undoing.at = number if undoing.careful else -1
                 self._slot.begin(item.id, 0, time.monotonic_ns())
-                ctx.enter_item(None)
-                ctx.store_step_result(UNDONE, undoing.state())
+                ctx._enter_item(None)
+                ctx.store_step_result(UNDO_STATE, undoing.state())
                 kept = time.monotonic()
-            ctx.enter_item(number)
+            ctx._enter_item(number)
             ctx.deadline = now + timeout / 1e9 if timeout else None
             ctx.results = {**results, stage_id: result}
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
                 value = call(codec.decode(data), ctx)
-                refuse_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
+                check_no_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
             except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
-                self._raised(error)
+                self._on_error(error)
                 failed = error
             yield number, failed
-        ctx.enter_item(None)
+        ctx._enter_item(None)
 
     def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
         extra = item.extra
@@ -253,9 +246,9 @@ class CompensationWork:
         compensation = self._compensations[stage_id]
         timeout = int((compensation.timeout or 0) * 1e9)
         try:
-            delay = ask(self._slot, timeout, compensation.retry, attempt, failure, error)
+            delay = ask_policy(self._slot, timeout, compensation.retry, attempt, failure, error)
         except BaseException as broken:  # noqa: BLE001 - a policy is user code
-            self._raised(broken)
+            self._on_error(broken)
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:
@@ -270,18 +263,13 @@ class CompensationWork:
         return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
-def undo_of(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
+def _items_to_undo(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
     """(number, item as encoded, result) of each item that a map stage handled well, in their order; None for a stage of
     any other kind."""
     for record in reversed(decode_trail(envelope.trail)):
         if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
             return _decode_undo(record.undo)
     return None
-
-
-def _unsaid(failure: bytes | None) -> Failure:
-    """Why an attempt ended without a word of its own."""
-    return read_failure(failure) or Failure("died", "WorkerDied: the worker process died")
 
 
 _decode_undo = msgspec.msgpack.Decoder(list[tuple[int, Raw, Any]]).decode

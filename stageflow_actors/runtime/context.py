@@ -16,12 +16,12 @@ from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
 
-__all__ = ["Lane", "RememberedSteps", "Request", "StageContext", "StepStore", "refuse_request"]
+__all__ = ["Lane", "RememberedSteps", "Request", "StageContext", "StepStore", "check_no_request"]
 
-REQUEST_SECONDS = 60.0
+REQUEST_TIMEOUT_SECONDS = 60.0
 """How long the reply to a request may take where nothing else is said."""
 
-PROGRESS_SECONDS = 0.2
+PROGRESS_INTERVAL_SECONDS = 0.2
 """Least time between two reports of one stage."""
 
 
@@ -41,7 +41,7 @@ class Request:
         self.steps = steps
 
 
-def refuse_request(value: Any, what: str) -> None:
+def check_no_request(value: Any, what: str) -> None:
     """Only what a stage's handler returns is sent to an endpoint; raises `StageError` for a request from elsewhere."""
     if type(value) is Request:
         raise StageError(
@@ -105,12 +105,12 @@ class StageContext:
         "_envelope",
         "_failure",
         "_limit",
+        "_progress_at",
         "_results",
         "_scope",
         "_slot",
         "_steps",
         "_store",
-        "_told",
         "attempt",
         "deadline",
         "epoch",
@@ -152,11 +152,11 @@ class StageContext:
         self._store = store
         self._limit = limit
         self._slot = slot
-        self._told = 0.0
+        self._progress_at = 0.0
         self.item = item
         self._results: dict[str, Any] | None = None
 
-    def enter_item(self, number: int | None) -> None:
+    def _enter_item(self, number: int | None) -> None:
         """From now on this is about one item of a map stage, which has steps of its own; None: about all again."""
         self.item = None if number is None else str(number)
         self._scope = "" if number is None else f"{number}:"
@@ -197,13 +197,13 @@ class StageContext:
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
         """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
 
-        `"next"` hands `command` straight on. No reply within `timeout` seconds (`REQUEST_SECONDS` by default), or one
-        that is an error, fails the attempt.
+        `"next"` hands `command` straight on. No reply within `timeout` seconds (60 by default), or one that is an error,
+        fails the attempt.
 
         Where no stage comes next that could be given it, the reply (or, of `"next"`, the command) is the result of the
         stage that asked: in the last stage of a workflow or a branch of a parallel one, and before a map or a signal.
         """
-        return Request(endpoint, command, REQUEST_SECONDS if timeout is None else float(timeout), self._steps)
+        return Request(endpoint, command, REQUEST_TIMEOUT_SECONDS if timeout is None else float(timeout), self._steps)
 
     @property
     def previous_failure(self) -> Exception | None:
@@ -228,8 +228,8 @@ class StageContext:
         you like. It shows until the stage ends.
         """
         now = time.monotonic()
-        if now - self._told >= PROGRESS_SECONDS or done >= total:
-            self._told = now
+        if now - self._progress_at >= PROGRESS_INTERVAL_SECONDS or done >= total:
+            self._progress_at = now
             self._store.report(encode_value([done, total, str(note)], what=f"the progress of {self.stage_id!r}"))
 
     def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -18,19 +18,20 @@ from stageflow_actors.core.envelope import (
     decode_command,
     encode,
 )
-from stageflow_actors.core.failures import failure_of, read_failure
+from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.routing import Arrive, Moves
-from stageflow_actors.runtime.context import refuse_request
-from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.context import check_no_request
+from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.settled import Result, Settled
+from stageflow_actors.runtime.work import lost_attempt_failure
 
-__all__ = ["EndpointWork"]
+__all__ = ["EndpointExecutor"]
 
-REPLY = "reply"
+REPLY_SLOT = "reply"
 """The one slot of a reply's gather: a second reply to the same request changes nothing."""
 
 
-class EndpointWork(HandlerWork):
+class EndpointExecutor(HandlerExecutor):
     """Serves one endpoint."""
 
     kind = "endpoint"
@@ -40,44 +41,44 @@ class EndpointWork(HandlerWork):
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.cancelled is not None:
-            return self._reply(item, asked, Reply(NIL, extra.cancelled))
+            return self._send_reply(item, asked, Reply(NIL, extra.cancelled))
         if extra is not None and extra.fresh:
-            failure = read_failure(extra.failure) or Failure("died", "WorkerDied: the worker process died")
-            return self._judged(item, asked, attempt, failure, None)
+            failure = lost_attempt_failure(extra.failure)
+            return self._retry_or_reply_error(item, asked, attempt, failure, None)
         try:
             ctx = self._stage_context(item, self._as_envelope(asked), attempt) if self._wants_ctx else None
             value = self._call(decode_value(asked.command), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
-            return self._broke(item, asked, attempt, 0.0, 0.0, error)
+            return self._handler_failed(item, asked, attempt, 0.0, 0.0, error)
         return self._then(item, asked, attempt, 0.0, 0.0, None, value)
 
-    def _returned(
+    def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         try:
-            refuse_request(value, f"endpoint {self.planned.id!r}")
+            check_no_request(value, f"endpoint {self.planned.id!r}")
             reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
-            return self._broke(item, envelope, attempt, started, clock, error)
-        return self._reply(item, envelope, reply).worked()
+            return self._handler_failed(item, envelope, attempt, started, clock, error)
+        return self._send_reply(item, envelope, reply).worked()
 
-    def _broke(
+    def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settled:
-        self._raised(error)
+        self._on_error(error)
         known = error if isinstance(error, Exception) else None
-        return self._judged(item, envelope, attempt, failure_of(error), known).failed()
+        return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).failed()
 
-    def _judged(
+    def _retry_or_reply_error(
         self, item: DeliveryItem, asked: Command, attempt: int, failure: Failure, error: Exception | None
     ) -> Settled:
-        delay, failure = self._ask(attempt, failure, error)
+        delay, failure = self._ask_policy(attempt, failure, error)
         if delay is not None:
-            return self._again(item, delay, failure)
-        return self._reply(item, asked, Reply(NIL, failure.message))
+            return self._retry(item, delay, failure)
+        return self._send_reply(item, asked, Reply(NIL, failure.message))
 
-    def _reply(self, item: DeliveryItem, asked: Command, reply: Reply) -> Settled:
-        return self._settle(item, Moves(arrivals=[Arrive(asked.key, REPLY, encode(reply))]))
+    def _send_reply(self, item: DeliveryItem, asked: Command, reply: Reply) -> Settled:
+        return self._settle(item, Moves(arrivals=[Arrive(asked.key, REPLY_SLOT, encode(reply))]))
 
     def _as_envelope(self, asked: Command) -> Envelope:
         return Envelope(asked.workflow_id, 1, asked.stage_id, NIL, EMPTY_TRAIL, 0.0, run=asked.run)

@@ -1,6 +1,6 @@
-"""Work that is one call of a handler of the user's: bound, intercepted, and awaited where it is async.
+"""Executor that is one call of a handler of the user's: bound, wrap_handler, and awaited where it is async.
 
-A subclass does in `_run` what comes before the call and in `_returned` what follows it, so that whoever runs an event
+A subclass does in `_run` what comes before the call and in `_on_result` what follows it, so that whoever runs an event
 loop can wait in between for many at once. Handlers that are not async go through without a stop.
 """
 
@@ -14,21 +14,22 @@ from typing import Any, Self
 import msgspec
 
 from brokers.api import DeliveryItem
-from stageflow_actors.runtime.calling import run_to_end
-from stageflow_actors.runtime.interception import STAGE, arounds_of, intercepted
+from stageflow_actors.core.plan import WorkflowPlan
+from stageflow_actors.runtime.calling import as_blocking
+from stageflow_actors.runtime.interception import STAGE, around_methods, wrap_handler
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, park_unreadable
-from stageflow_actors.runtime.work import Stopwatch, Work
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment, Stopwatch
 
-__all__ = ["HandlerWork", "Paused"]
+__all__ = ["HandlerExecutor", "PendingCall"]
 
 
-class Paused:
+class PendingCall:
     """A handler that has been called and has not returned: `awaitable` gives what `returned` takes."""
 
     __slots__ = ("_slot", "_state", "_work", "awaitable")
 
-    def __init__(self, work: HandlerWork, awaitable: Awaitable[Any], state: Any) -> None:
+    def __init__(self, work: HandlerExecutor, awaitable: Awaitable[Any], state: Any) -> None:
         self.awaitable = awaitable
         self._work = work
         self._slot = work._slot
@@ -44,38 +45,38 @@ class Paused:
         """It has raised, or was cancelled for this reason."""
         item, envelope, attempt, started, clock, _ = self._state
         self._work._slot = self._slot
-        return self._work._broke(item, envelope, attempt, started, clock, error)
+        return self._work._handler_failed(item, envelope, attempt, started, clock, error)
 
 
-class HandlerWork(Work):
-    """The work of a place with a handler. `tasks`: whoever calls `start` awaits async handlers (see `Paused`).
+class HandlerExecutor(Executor):
+    """The work of a place with a handler. `tasks`: whoever calls `start` awaits async handlers (see `PendingCall`).
 
     `awaits` says whether there is anything to be awaited then. What a handler gives is handed to `_then`.
     """
 
     kind = "stage"
 
-    def __init__(self, program: StageProgram, *args: Any, tasks: bool = False, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         stage = program.stage
         assert stage is not None
         call = stage.spec
         bound = call.bind(self.services)
         is_async = call.is_async
-        arounds = arounds_of(program.interceptors, STAGE)
+        arounds = around_methods(program.interceptors, STAGE)
         if arounds:
             kind = program.context if self.kind == "stage" else None
-            bound, is_async = intercepted(bound, arounds, kind=self.kind, is_async=is_async, context_type=kind)
+            bound, is_async = wrap_handler(bound, arounds, kind=self.kind, is_async=is_async, context_type=kind)
         self.stage = stage
-        self.awaits = tasks and call.is_async
+        self.awaits = environment.awaits_handlers and call.is_async
         self._intercepted = bool(arounds)
         self._wants_ctx = call.wants_ctx or self._intercepted
-        self._call = run_to_end(bound, self._loop) if is_async and not self.awaits else bound
+        self._call = as_blocking(bound, self._loop) if is_async and not self.awaits else bound
         self._bind()
 
     def _bind(self) -> None:
-        self._after: Callable[..., Result] = self._unwrapped if self._intercepted else self._returned
-        self._then: Callable[..., Result] = self._pause if self.awaits else self._after
+        self._after: Callable[..., Result] = self._on_intercepted_result if self._intercepted else self._on_result
+        self._then: Callable[..., Result] = self._suspend if self.awaits else self._after
 
     @property
     def what(self) -> str:
@@ -93,7 +94,7 @@ class HandlerWork(Work):
         """Whether several threads may run it at once."""
         return not self.stage.spec.is_async
 
-    def of(self, body: bytes) -> HandlerWork:
+    def of(self, body: bytes) -> HandlerExecutor:
         """The work of a message: where there is one version only, this."""
         return self
 
@@ -104,7 +105,7 @@ class HandlerWork(Work):
         lane._bind()
         return lane
 
-    def start(self, item: DeliveryItem, body: bytes, slot: Stopwatch) -> Result | Paused:
+    def start(self, item: DeliveryItem, body: bytes, slot: Stopwatch) -> Result | PendingCall:
         """Do the work of one delivery as far as it goes without waiting; whoever calls keeps `slot`."""
         self._slot = slot
         try:
@@ -112,20 +113,20 @@ class HandlerWork(Work):
         except msgspec.MsgspecError as error:
             return park_unreadable(item, error)
 
-    def _returned(
+    def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         """The handler gave `value`, and left `context` behind."""
         raise NotImplementedError
 
-    def _broke(
+    def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settled:
         """The handler, or what is done with its result, has failed."""
-        self._raised(error)
+        self._on_error(error)
         return self._failed(item, envelope, attempt, started, time.perf_counter() - clock, error)
 
-    def _unwrapped(
+    def _on_intercepted_result(
         self,
         item: DeliveryItem,
         envelope: Any,
@@ -137,8 +138,8 @@ class HandlerWork(Work):
     ) -> Result:
         """Interceptors give the context along with the result."""
         value, context = given
-        return self._returned(item, envelope, attempt, started, clock, context, value)
+        return self._on_result(item, envelope, attempt, started, clock, context, value)
 
-    def _pause(self, *state: Any) -> Any:
+    def _suspend(self, *state: Any) -> Any:
         """In place of the result: only `start` has it from here, and knows."""
-        return Paused(self, state[-1], state[:-1])
+        return PendingCall(self, state[-1], state[:-1])

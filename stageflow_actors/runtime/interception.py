@@ -15,7 +15,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import WorkflowDefinitionError
 from stageflow_actors.runtime.context import StageContext
 
-__all__ = ["COMPENSATION", "STAGE", "StageCall", "arounds_of", "check_interceptors", "intercepted"]
+__all__ = ["COMPENSATION", "STAGE", "StageCall", "around_methods", "check_interceptors", "wrap_handler"]
 
 STAGE, COMPENSATION = "around_stage", "around_compensation"
 """The methods that an interceptor may have."""
@@ -61,13 +61,13 @@ def check_interceptors(given: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def arounds_of(interceptors: Sequence[Any], method: str) -> list[Callable[..., Any]]:
+def around_methods(interceptors: Sequence[Any], method: str) -> list[Callable[..., Any]]:
     """Those methods of that name which there are, the outermost first."""
     found = (getattr(one, method, None) for one in interceptors)
     return [around for around in found if callable(around)]
 
 
-def intercepted(
+def wrap_handler(
     bound: BoundCall,
     arounds: Sequence[Callable[..., Any]],
     *,
@@ -100,7 +100,7 @@ def intercepted(
     inner: Next = awaited if is_async else called
     for around in reversed(arounds):
         if inspect.iscoroutinefunction(around) and not is_async:
-            inner, is_async = _promised(inner), True
+            inner, is_async = _as_async(inner), True
         inner = _within(around, inner)
     outermost = inner
 
@@ -123,7 +123,7 @@ def _within(around: Callable[..., Any], inner: Next) -> Next:
     return lambda call: around(call, inner)
 
 
-def _promised(inner: Next) -> Callable[[StageCall], Awaitable[Any]]:
+def _as_async(inner: Next) -> Callable[[StageCall], Awaitable[Any]]:
     """`inner` for an async interceptor, which awaits what `next` gives."""
 
     async def called(call: StageCall) -> Any:

@@ -15,47 +15,48 @@ from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import Envelope, StageRecord, decode_envelope, encode
 from stageflow_actors.core.gathered import Joined, join_branches
 from stageflow_actors.core.merging import merge_fields
-from stageflow_actors.core.plan import FAILED
+from stageflow_actors.core.plan import FAILED, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
+from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, split_parts
-from stageflow_actors.runtime.work import Work
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 
-__all__ = ["JoinWork"]
+__all__ = ["JoinExecutor"]
 
 
-class JoinWork(Work):
+class JoinExecutor(Executor):
     """Joins the branches of one parallel stage."""
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         self._merge: Callable[[Any, Mapping[str, Any]], Any] | None = program.parts["merge"]
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
         extra = item.extra
         envelope = decode_envelope(base)
-        if not self._is_mine(envelope):
-            return self._misplaced(item, envelope, body)
+        if not self._belongs_here(envelope):
+            return self._forward_or_park(item, envelope, body)
         before = envelope.context
         # From here on it is as whoever has to undo the branches needs it.
         joined = join_branches(self.plan, envelope, arrivals)
         if extra is not None and extra.cancelled is not None:
-            return self._pass_through(item, envelope)
+            return self._skip_cancelled(item, envelope)
         if joined.lost is not None:
             return self._lose(item, envelope, joined.lost)
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.fresh:
-            return self._judge_fresh(item, envelope, attempt)
+            return self._handle_lost_attempt(item, envelope, attempt)
         started = self._wall() if envelope.since is None else envelope.since
         try:
             context = self._joined(before, envelope.context, joined)
             record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)
-            return self._record_and_leave(item, envelope, record, context)
+            return self._complete_stage(item, envelope, record, context)
         except BaseException as error:  # noqa: BLE001 - merge is user code
-            self._raised(error)
+            self._on_error(error)
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
 
     def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settled:

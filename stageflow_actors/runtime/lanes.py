@@ -19,44 +19,48 @@ import pykka
 
 from brokers.api import DeliveryItem
 from stageflow_actors.errors import StageError, StageTimeout
-from stageflow_actors.runtime.actor import DEEPEST, FLUSH_COUNT, HELD_SECONDS, WorkActor
-from stageflow_actors.runtime.handler_work import HandlerWork, Paused
+from stageflow_actors.runtime.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
+from stageflow_actors.runtime.handler_work import HandlerExecutor, PendingCall
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.settled import Result
 from stageflow_actors.runtime.slots import Slot
-from stageflow_actors.runtime.versions import Versions
-from stageflow_actors.runtime.work import GRACE_NS
+from stageflow_actors.runtime.versions import VersionedExecutor
+from stageflow_actors.runtime.work import CANCEL_GRACE_NS
 
 __all__ = ["TaskActor", "ThreadActor"]
 
-CANCEL_POLL = 0.05
+CANCEL_POLL_SECONDS = 0.05
 """Seconds between looks whether what is in work has been cancelled."""
 
 
-class _LaneActor(WorkActor):
+class _ConcurrentActor(WorkActor):
     """What both have in common: taking as many messages as there are lanes, and settling what is done."""
 
-    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(
+        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+    ) -> None:
         super().__init__(work, mailbox, given, slot)
         self._handler = work
         self._lanes = slot.lanes(given.lanes)
-        self.least = self._prefetch = len(self._lanes)
+        self.min_prefetch = self._prefetch = len(self._lanes)
         self._running: set[tuple[int, int]] = set()
         self._last_chance = given.max_deaths - 1
         self._alone = False
 
-    def held(self) -> list[tuple[int, int]]:
+    def held_leases(self) -> list[tuple[int, int]]:
         """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
-        return [*self._running, *super().held()]
+        return [*self._running, *super().held_leases()]
 
-    def _begin_more(self) -> None:
+    def _start_waiting(self) -> None:
         """Give each lane that is free a message that waits; to one that may not cause another death, all of them."""
         mailbox = self._mailbox
         mailbox.signalled = False
         self._alone = self._alone and bool(self._running)
-        while len(self._running) < self.least and not self._alone and not (self._limited and self._left <= 0):
+        while (
+            len(self._running) < self.min_prefetch and not self._alone and not (self._limited and self._remaining <= 0)
+        ):
             with mailbox.lock:
                 if not mailbox.inbox:
                     return
@@ -70,14 +74,14 @@ class _LaneActor(WorkActor):
                     continue
                 self._running.add((item.id, item.lease))
                 self._alone = alone
-                self._left -= 1
+                self._remaining -= 1
             self._begin(item, body)
 
     @abstractmethod
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
-        """Have a lane work on it; `_ended` is to follow."""
+        """Have a lane work on it; `_on_done` is to follow."""
 
-    def _ended(self, item: DeliveryItem, result: Result, seconds: float) -> None:
+    def _on_done(self, item: DeliveryItem, result: Result, seconds: float) -> None:
         """A message is done with. It is settled at the next flush."""
         with self._mailbox.lock:
             self._running.discard((item.id, item.lease))
@@ -88,17 +92,17 @@ class _LaneActor(WorkActor):
             else:
                 assert not isinstance(result, tuple)
                 if result.unknown and self._slot.stale:
-                    self._give_back(item)
+                    self._release(item)
                 else:
                     self._add(result)
             # As much more as all lanes together do in a moment.
-            fitting = int(self.least * HELD_SECONDS / max(seconds, 1e-6))
-            self._prefetch = self.least + min(fitting, self._prefetch * 4, DEEPEST)
+            fitting = int(self.min_prefetch * PREFETCH_WORK_SECONDS / max(seconds, 1e-6))
+            self._prefetch = self.min_prefetch + min(fitting, self._prefetch * 4, MAX_PREFETCH)
 
-    def _hand_on_all(self) -> None:
+    def _settle_finished(self) -> None:
         """Settle what is done; when that was the last message this worker was made for, end it."""
         with self._mailbox.lock:
-            if self._limited and self._left <= 0 and not self._running:
+            if self._limited and self._remaining <= 0 and not self._running:
                 self._retire()
             else:
                 self._flush()
@@ -140,10 +144,12 @@ class _LoopInbox:
         return True
 
 
-class TaskActor(_LaneActor):
+class TaskActor(_ConcurrentActor):
     """Runs the messages of a stage whose handler is async: a task each, on one loop that never stops in between."""
 
-    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(
+        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+    ) -> None:
         super().__init__(work, mailbox, given, slot)
         inbox: Any = self.actor_inbox
         inbox.handle = self._handle
@@ -152,7 +158,7 @@ class TaskActor(_LaneActor):
         self._attempts: dict[Slot, _Attempt] = {}
         self._flushing = self._polling = False
         for lane in self._lanes:
-            lane.allow(GRACE_NS)
+            lane.allow(CANCEL_GRACE_NS)
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -170,18 +176,18 @@ class TaskActor(_LaneActor):
         try:
             self._handle_receive(envelope.message)
         except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
-            self._broken()
+            self._exit_on_bug()
         if self.actor_stopped.is_set():
             self._loop.stop()
 
     def on_receive(self, message: Any) -> None:
         """A word that there is work, or that no more is to be begun."""
         if message == WORK:
-            self._begin_more()
+            self._start_waiting()
         elif message == RETIRE:
-            self._hand_on_all()
+            self._settle_finished()
 
-    def _broken(self) -> None:
+    def _exit_on_bug(self) -> None:
         end_now(70, traceback.format_exc())
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
@@ -190,16 +196,18 @@ class TaskActor(_LaneActor):
         handler = self._handler.of(body)
         lane.begin(item.id, handler.timeout_ns, began)
         result = handler.start(item, body, lane)
-        if isinstance(result, Paused):
-            task = self._loop.create_task(self._attend(handler, item, lane, result, began))
+        if isinstance(result, PendingCall):
+            task = self._loop.create_task(self._await_handler(handler, item, lane, result, began))
             self._attempts[lane] = _Attempt(task)
             if not self._polling:
                 self._polling = True
-                self._loop.call_later(CANCEL_POLL, self._look_for_cancels)
+                self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
         else:
             self._finish(item, lane, result, began)
 
-    async def _attend(self, handler: HandlerWork, item: DeliveryItem, lane: Slot, paused: Paused, began: int) -> None:
+    async def _await_handler(
+        self, handler: HandlerExecutor, item: DeliveryItem, lane: Slot, paused: PendingCall, began: int
+    ) -> None:
         attempt = self._attempts[lane]
         timer: asyncio.TimerHandle | None = None
         if handler.timeout_ns:
@@ -219,14 +227,14 @@ class TaskActor(_LaneActor):
             result = paused.returned(value) if error is None else paused.broke(error)
             del self._attempts[lane]
             self._finish(item, lane, result, began)
-            self._begin_more()
+            self._start_waiting()
         except BaseException:  # noqa: BLE001 - no handler of the user's: nothing here may fail
-            self._broken()
+            self._exit_on_bug()
 
     def _finish(self, item: DeliveryItem, lane: Slot, result: Result, began: int) -> None:
         lane.end()
         self._free.append(lane)
-        self._ended(item, result, (time.monotonic_ns() - began) / 1e9)
+        self._on_done(item, result, (time.monotonic_ns() - began) / 1e9)
         if not self._flushing:
             # Behind all that are done by now: they go in one frame.
             self._flushing = True
@@ -235,20 +243,20 @@ class TaskActor(_LaneActor):
     def _flush_soon(self) -> None:
         self._flushing = False
         try:
-            self._hand_on_all()
+            self._settle_finished()
         except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
-            self._broken()
+            self._exit_on_bug()
 
-    def _look_for_cancels(self) -> None:
+    def _poll_cancels(self) -> None:
         for lane, attempt in self._attempts.items():
             if lane.is_cancelled():
                 attempt.cancel(StageError("the instance was cancelled"))
         self._polling = bool(self._attempts)
         if self._polling:
-            self._loop.call_later(CANCEL_POLL, self._look_for_cancels)
+            self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
 
 
-class _Done:
+class _Finished:
     """A thread has done its message."""
 
     __slots__ = ("item", "result", "seconds")
@@ -259,25 +267,27 @@ class _Done:
         self.seconds = seconds
 
 
-class ThreadActor(_LaneActor):
+class ThreadActor(_ConcurrentActor):
     """Runs the messages of a stage whose handler blocks: a thread per lane, started when it is needed first."""
 
-    def __init__(self, work: HandlerWork | Versions, mailbox: Mailbox, given: WorkerPayload, slot: Slot) -> None:
+    def __init__(
+        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+    ) -> None:
         super().__init__(work, mailbox, given, slot)
         self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes]] = queue.SimpleQueue()
         self._threads = 0
 
     def on_receive(self, message: Any) -> None:
         """A word that there is work, or that no more is to be begun, or what has been done."""
-        if isinstance(message, _Done):
-            self._ended(message.item, message.result, message.seconds)
-            self._begin_more()
-            if self.actor_inbox.empty() or len(self._moves) >= FLUSH_COUNT:
-                self._hand_on_all()
+        if isinstance(message, _Finished):
+            self._on_done(message.item, message.result, message.seconds)
+            self._start_waiting()
+            if self.actor_inbox.empty() or len(self._moves) >= MAX_BATCH_SETTLEMENTS:
+                self._settle_finished()
         elif message == WORK:
-            self._begin_more()
+            self._start_waiting()
         elif message == RETIRE:
-            self._hand_on_all()
+            self._settle_finished()
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         if self._threads < len(self._running):
@@ -294,7 +304,7 @@ class ThreadActor(_LaneActor):
                 item, body = self._jobs.get()
                 began = time.perf_counter()
                 result = work(item, body)
-                self.actor_ref.tell(_Done(item, result, time.perf_counter() - began))
+                self.actor_ref.tell(_Finished(item, result, time.perf_counter() - began))
         except pykka.ActorDeadError:
             return  # the worker is at its end
         except BaseException:  # noqa: BLE001 - handlers are caught further in: a lane that is gone must not go unnoticed

@@ -9,22 +9,39 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pykka
 
 from brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, ProtocolError, Refused
 from stageflow_actors.errors import StageFlowError
 
-if TYPE_CHECKING:
-    from stageflow_actors.runtime.actor import WorkActor
-
-__all__ = ["RETIRE", "WORK", "Mailbox"]
+__all__ = ["RETIRE", "WORK", "Mailbox", "MailboxActor"]
 
 WORK = "work"
-"""The word to an actor that there is work."""
+"""The message to an actor: the inbox holds deliveries."""
 RETIRE = "retire"
-"""The word to an actor to end when it is done with what it is at."""
+"""The message to an actor: stop once the messages in work are settled. Also the broker's notice of the same meaning."""
+
+
+class MailboxActor(Protocol):
+    """The part of an actor that its mailbox uses. The mailbox's lock is held in each call of a method."""
+
+    min_prefetch: int
+    """The number of messages that the actor holds at least."""
+
+    @property
+    def actor_ref(self) -> pykka.ActorRef[Any]:
+        """The reference through which the actor is notified."""
+
+    def held_leases(self) -> list[tuple[int, int]]:
+        """Return (id, lease) of each message that is in work, or finished and not yet settled."""
+
+    def settle_finished(self) -> None:
+        """Settle the finished messages and hold no more than those in work."""
+
+    def stop_taking(self) -> None:
+        """Start no further message."""
 
 
 class Mailbox(Listener):
@@ -37,7 +54,7 @@ class Mailbox(Listener):
     def __init__(self, queue: str) -> None:
         self.inbox: deque[tuple[DeliveryItem, bytes]] = deque()
         self.lock = threading.Lock()
-        self.actor: WorkActor | None = None
+        self.actor: MailboxActor | None = None
         self.broker: Broker | None = None
         self.signalled = False
         self.lost: set[tuple[int, int]] = set()
@@ -48,13 +65,13 @@ class Mailbox(Listener):
         self.inbox.extend(zip(items, bodies, strict=True))
         if not self.signalled and self.actor is not None:
             self.signalled = True
-            self._tell(self.actor, WORK)
+            self._notify(self.actor, WORK)
 
-    def _tell(self, actor: WorkActor, word: str) -> None:
+    def _notify(self, actor: MailboxActor, message: str) -> None:
         """A worker that retires has no actor any more while its last settlements are on their way; what comes to it
         then goes back with its end."""
         try:
-            actor.actor_ref.tell(word)
+            actor.actor_ref.tell(message)
         except pykka.ActorDeadError:
             pass
 
@@ -65,14 +82,14 @@ class Mailbox(Listener):
         if word in ("recall", RETIRE) and self.broker is not None and self.actor is not None:
             retiring = word == RETIRE
             with self.lock:
-                self.actor.hand_on()
+                self.actor.settle_finished()
                 leases = [(item.id, item.lease) for item, _ in self.inbox]
                 self.inbox.clear()
                 if retiring:
-                    self.actor.take_no_more()
-            self.broker.release(leases, self._queue, 0 if retiring else self.actor.least)
+                    self.actor.stop_taking()
+            self.broker.release(leases, self._queue, 0 if retiring else self.actor.min_prefetch)
             if retiring:
-                self._tell(self.actor, RETIRE)
+                self._notify(self.actor, RETIRE)
         elif word == "malformed":
             logging.getLogger("stageflow.worker").error("the broker refused a frame: %s", detail)
 
@@ -90,7 +107,7 @@ class Mailbox(Listener):
         """Everything delivered and not yet settled."""
         with self.lock:
             held = [(item.id, item.lease) for item, _ in self.inbox]
-            return held + self.actor.held() if self.actor is not None else held
+            return held + self.actor.held_leases() if self.actor is not None else held
 
     def steps_of(self, item: DeliveryItem) -> _Steps:
         """Where the steps of one delivery are kept."""

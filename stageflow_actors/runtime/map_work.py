@@ -34,38 +34,39 @@ from stageflow_actors.core.gathered import (
     is_carrier,
     undo_items,
 )
-from stageflow_actors.core.plan import item_id
+from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, unmet
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.values import ValueCodec
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.context import refuse_request
-from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.context import check_no_request
+from stageflow_actors.runtime.handler_work import HandlerExecutor
+from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.setting import with_field
 from stageflow_actors.runtime.settled import Result, Settled, split_parts, steps_of
-from stageflow_actors.runtime.work import PARK, Work
+from stageflow_actors.runtime.work import PARK_MARK, Executor, ExecutorEnvironment
 
-__all__ = ["ItemWork", "MapWork"]
+__all__ = ["ItemExecutor", "MapExecutor"]
 
-_NOTHING_DONE = Raw(encode([]))
+_NO_ITEMS = Raw(encode([]))
 
-CHUNK = 2_000
+MIN_CHUNK_ITEMS = 2_000
 """Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
 
-LARGEST_CHUNK = 100_000
+MAX_CHUNK_ITEMS = 100_000
 """Most items of a chunk: one settlement has to hold them all."""
 
-PLAIN = (list, tuple, dict, set, frozenset, range)
+BUILTIN_COLLECTIONS = (list, tuple, dict, set, frozenset, range)
 """What `over` may give that runs no more code of the user's, and comes to an end."""
 
 
-class MapWork(Work):
+class MapExecutor(Executor):
     """Splits and joins. What is done here with a million items takes seconds, which are not taken from the user's."""
 
-    whole = False
+    limits_whole_run = False
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         self._over = program.parts["over"]
         self._when = program.parts["when"]
         self._into: str | None = program.parts["into"]
@@ -81,17 +82,17 @@ class MapWork(Work):
         base, arrivals = split_parts(item, body)
         extra = item.extra
         if extra is not None and extra.cancelled is not None:
-            return self._give_back(item, decode_envelope(base), arrivals, extra.cancelled)
+            return self._cancel_items(item, decode_envelope(base), arrivals, extra.cancelled)
         if extra is not None and extra.parts is not None:
             envelope = decode_envelope(base)
-            if not self._is_mine(envelope):
-                return self._misplaced(item, envelope, body)
+            if not self._belongs_here(envelope):
+                return self._forward_or_park(item, envelope, body)
             return self._join(item, envelope, arrivals)
         opened = self._open(item, body)
         if isinstance(opened, Settled):
             return opened
         if is_carrier(opened):
-            return self._settle(item, self._chunk(opened, decode_rest(opened.payload)))
+            return self._settle(item, self._publish_chunk(opened, decode_rest(opened.payload)))
         return self._split(item, opened)
 
     def _split(self, item: DeliveryItem, envelope: Envelope) -> Settled:
@@ -99,25 +100,25 @@ class MapWork(Work):
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         missing = unmet(self.planned.after, envelope.trail)
         if missing:
-            return self._unmet(item, envelope, missing, attempt)
+            return self._settle_unmet(item, envelope, missing, attempt)
         try:
-            self._limit_time(self._timeout_ns)
+            self._set_time_limit(self._timeout_ns)
             context = self.codec.decode(envelope.context)
             if self._when is not None and not self._when(context):
                 return self._skip(item, envelope)
             given = self._over(context)
-            if type(given) in PLAIN:
-                self._limit_time(0)
+            if type(given) in BUILTIN_COLLECTIONS:
+                self._set_time_limit(0)
             items = [self._item(number, one) for number, one in enumerate(given)]
-            self._limit_time(0)
+            self._set_time_limit(0)
         except BaseException as error:  # noqa: BLE001 - `over` is user code
-            self._raised(error)
+            self._on_error(error)
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
         if not items:
             return self._join(item, envelope, [])
         envelope.since, envelope.attempts = started, attempt - 1
-        moves = Moves(opens=[self._wait(envelope, len(items))])
-        moves.steps = self._chunk(envelope, Rest(0, items)).steps
+        moves = Moves(opens=[self._open_gather(envelope, len(items))])
+        moves.steps = self._publish_chunk(envelope, Rest(0, items)).steps
         return self._settle(item, moves)
 
     def _item(self, number: int, value: Any) -> Raw:
@@ -127,31 +128,31 @@ class MapWork(Work):
             raise self._too_large(len(data), f"item {number} is")
         return Raw(data)
 
-    def _limit_time(self, timeout_ns: int) -> None:
+    def _set_time_limit(self, timeout_ns: int) -> None:
         """From now on, for code of the user's; nought when it is over."""
         self._slot.limit(timeout_ns, time.monotonic_ns())
 
-    def _wait(self, envelope: Envelope, need: int) -> Open:
+    def _open_gather(self, envelope: Envelope, need: int) -> Open:
         return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
 
-    def _give_back(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settled:
+    def _cancel_items(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settled:
         """The instance has been cancelled: items not published yet count as ended, those done can be undone."""
         assert item.extra is not None
         if item.extra.parts is None and is_carrier(envelope):
             return self._settle(item, end_rest(self.planned, envelope, reason))
-        self._keep_done(envelope, ended_items(arrivals))
-        return self._pass_through(item, envelope)
+        self._record_done_items(envelope, ended_items(arrivals))
+        return self._skip_cancelled(item, envelope)
 
-    def _keep_done(self, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> None:
+    def _record_done_items(self, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> None:
         """The items that are done are undone as if they were a stage that completed."""
         undo = undo_items(self.planned, ended, self._wall())
         if undo is not None:
             envelope.trail = append_record(envelope.trail, undo)
 
-    def _chunk(self, envelope: Envelope, rest: Rest) -> Moves:
+    def _publish_chunk(self, envelope: Envelope, rest: Rest) -> Moves:
         """Messages for the next items, and one for the rest of them."""
         place = self._place
-        now, later = rest.split(max(CHUNK, min(len(rest.items) // 8, LARGEST_CHUNK)))
+        now, later = rest.split(max(MIN_CHUNK_ITEMS, min(len(rest.items) // 8, MAX_CHUNK_ITEMS)))
         head = (envelope.workflow_id, envelope.version)
         one = Envelope(*head, place.id, NIL, EMPTY_TRAIL, envelope.started_at, run=envelope.run)
         steps = []
@@ -170,15 +171,15 @@ class MapWork(Work):
         attempt = 1 if extra is None else extra.attempts + 1
         ended = ended_items(arrivals)
         failed = [(number, one.error) for number, one in ended if one.error is not None]
-        marked = extra is not None and extra.steps is not None and PARK in extra.steps
+        marked = extra is not None and extra.steps is not None and PARK_MARK in extra.steps
         if failed and marked and attempt == 1:
-            return self._once_more(item, envelope, ended)
+            return self._retry_failed_items(item, envelope, ended)
         before = envelope.trail
         if self.planned.required and not self._parks:
-            self._keep_done(envelope, ended)
+            self._record_done_items(envelope, ended)
         undone = envelope.trail
         if extra is not None and extra.fresh:
-            return self._judge_fresh(item, envelope, attempt)
+            return self._handle_lost_attempt(item, envelope, attempt)
         if len(failed) > self._max_failures:
             number, text = failed[0]
             why = StageError(
@@ -187,24 +188,24 @@ class MapWork(Work):
             )
             if self._parks and attempt == 1:
                 # A crash between the mark and the parking would be taken for a requeue, which forgets the attempt.
-                return self._again(item, 0.0, failure_of(why))
+                return self._retry(item, 0.0, failure_of(why))
             if self._parks and not marked:
-                self._store(item).keep(PARK, b"")
+                self._store(item).keep(PARK_MARK, b"")
             # For good, whatever a policy says: each item has been tried as often as it may be.
             took = self._wall() - started
-            return self._give_up(item, envelope, failure_of(why), attempt, started, took).failed()
+            return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).failed()
         try:
             results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
-            self._limit_time(self._timeout_ns)
+            self._set_time_limit(self._timeout_ns)
             context, data = self.codec.decode(envelope.context), NIL
             if self._into is not None:
                 context = with_field(context, self._into, results)
-            self._limit_time(0)
+            self._set_time_limit(0)
             if self._into is None:
                 data = Raw(encode(results))
             encoded = self.codec.encode(context, stage=self.planned.id)
             done = undo_items(self.planned, ended, started)
-            undo = done.undo if done is not None else _NOTHING_DONE if self.planned.compensated else NIL
+            undo = done.undo if done is not None else _NO_ITEMS if self.planned.compensated else NIL
             record = StageRecord(
                 self.planned.id,
                 StageStatus.completed.value,
@@ -216,40 +217,40 @@ class MapWork(Work):
                 undo,
             )
             envelope.trail = before
-            return self._record_and_leave(item, envelope, record, encoded)
+            return self._complete_stage(item, envelope, record, encoded)
         except BaseException as error:  # noqa: BLE001 - a property of the user's may raise anything
-            self._raised(error)
+            self._on_error(error)
             envelope.trail = undone
             return self._failed(item, envelope, attempt, started, self._wall() - started, error)
 
-    def _once_more(self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> Settled:
+    def _retry_failed_items(self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> Settled:
         """It was parked for the items that failed, and requeued: those are done once more, the others wait for them."""
         again = [(number, one) for number, one in ended if one.error is not None]
-        moves = Moves(opens=[self._wait(envelope, len(ended))])
+        moves = Moves(opens=[self._open_gather(envelope, len(ended))])
         moves.arrivals = [
             Arrive(self.planned.id, str(number), encode(one)) for number, one in ended if one.error is None
         ]
         rest = Rest(0, [one.item for _, one in again], [n for n, _ in again], [one.steps for _, one in again])
-        moves.steps = self._chunk(envelope, rest).steps
+        moves.steps = self._publish_chunk(envelope, rest).steps
         return self._settle(item, moves)
 
-    def _give_up(
+    def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settled:
         if is_carrier(envelope) and not self._parks:
             return self._settle(item, end_rest(self.planned, envelope, failure.message))
-        return super()._give_up(item, envelope, failure, attempt, started, duration)
+        return super()._fail_stage(item, envelope, failure, attempt, started, duration)
 
 
-class ItemWork(HandlerWork):
+class ItemExecutor(HandlerExecutor):
     """Handles one item."""
 
     kind = "item"
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         whole = self.plan.stage(self.planned.joins)
-        self._keep = whole is not None and whole.compensated
+        self._keeps_items = whole is not None and whole.compensated
         self._parks = self.plan.on_failure == "park"
         self._none_may_fail: bool = program.parts["max_failures"] == 0
         self._items = ValueCodec(program.parts["item_type"])
@@ -266,23 +267,25 @@ class ItemWork(HandlerWork):
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             value = self._call(self._items.decode(opened.context), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
-            return self._broke(item, opened, attempt, started, clock, error)
+            return self._handler_failed(item, opened, attempt, started, clock, error)
         return self._then(item, opened, attempt, started, clock, None, value)
 
-    def _returned(
+    def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         try:
-            refuse_request(value, f"an item of {self.planned.joins!r}")
+            check_no_request(value, f"an item of {self.planned.joins!r}")
             what = f"a result of {self.planned.joins!r}"
             result = NIL if value is None else Raw(self._results.encode(value, what=what))
             if len(bytes(result)) > self._limit:
                 raise self._too_large(len(bytes(result)), f"the result of item {item_slot(envelope)} is")
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
-            return self._broke(item, envelope, attempt, started, clock, error)
-        return self._arrive(item, envelope, ItemEnd(result, None, envelope.context if self._keep else NIL)).worked()
+            return self._handler_failed(item, envelope, attempt, started, clock, error)
+        return self._arrive(
+            item, envelope, ItemEnd(result, None, envelope.context if self._keeps_items else NIL)
+        ).worked()
 
-    def _give_up(
+    def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settled:
         """The join decides how many items may fail; where none may, and failures are parked, the item is parked."""

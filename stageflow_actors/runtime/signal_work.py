@@ -8,25 +8,27 @@ from brokers.api import DeliveryItem
 from stageflow_actors.core.codec import decode_value
 from stageflow_actors.core.envelope import StageRecord
 from stageflow_actors.core.failures import EXPIRED, failure_of
+from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageTimeout
-from stageflow_actors.runtime.calling import ready_to_call
-from stageflow_actors.runtime.context import refuse_request
+from stageflow_actors.runtime.calling import bind_blocking
+from stageflow_actors.runtime.context import check_no_request
+from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, split_parts
-from stageflow_actors.runtime.work import Work
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 
-__all__ = ["SignalWork"]
+__all__ = ["SignalExecutor"]
 
 
-class SignalWork(Work):
+class SignalExecutor(Executor):
     """Takes in a signal, or the news that none came in time."""
 
-    def __init__(self, program: Any, *args: Any, **options: Any) -> None:
-        super().__init__(program, *args, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         self._on_signal = program.parts["on_signal"]
         late = program.parts["on_timeout"]
-        self._on_timeout = None if late is None else ready_to_call(late, self.services, self._loop)
+        self._on_timeout = None if late is None else bind_blocking(late, self.services, self._loop)
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
@@ -44,7 +46,7 @@ class SignalWork(Work):
         if not arrivals and self._on_timeout is None:
             # For good, whatever a policy says: trying once more would not bring it.
             late = StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
-            return self._give_up(item, opened, failure_of(late), attempt, started, self._wall() - started)
+            return self._fail_stage(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
             context = self.codec.decode(opened.context)
             if arrivals:
@@ -56,13 +58,13 @@ class SignalWork(Work):
             else:
                 assert self._on_timeout is not None
                 value = self._on_timeout(context, None)
-            refuse_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
-            context, data = self._take(context, value)
+            check_no_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
+            context, data = self._split_result(context, value)
             encoded = self.codec.encode(context, stage=self.planned.id)
             record = StageRecord(
                 self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data
             )
-            return self._record_and_leave(item, opened, record, encoded)
+            return self._complete_stage(item, opened, record, encoded)
         except BaseException as error:  # noqa: BLE001 - what is given here is user code
-            self._raised(error)
+            self._on_error(error)
             return self._failed(item, opened, attempt, started, self._wall() - started, error)

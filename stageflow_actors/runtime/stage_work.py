@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec import Raw
@@ -24,44 +23,35 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
 from stageflow_actors.core.gathered import Asked, decode_asked
-from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, Naming, WorkflowPlan
+from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.context import Request, StepStore, refuse_request
-from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.context import Request, check_no_request
+from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import TERMINAL, Result, Settled, split_parts
-from stageflow_actors.runtime.work import PARK, Stopwatch
+from stageflow_actors.runtime.work import PARK_MARK, ExecutorEnvironment
 
-__all__ = ["StageWork"]
+__all__ = ["StageExecutor"]
 
 
-class StageWork(HandlerWork):
+class StageExecutor(HandlerExecutor):
     """Runs one stage. `targets[0]` is where the happy path leads, where that is a plain one."""
 
-    def __init__(
-        self,
-        program: StageProgram,
-        plan: WorkflowPlan,
-        naming: Naming,
-        services: Mapping[str, Any],
-        slot: Stopwatch,
-        store: Callable[[DeliveryItem], StepStore],
-        **options: Any,
-    ) -> None:
-        super().__init__(program, plan, naming, services, slot, store, **options)
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
         # Looked up for each message: one step instead of two.
         self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
         self._when = self.stage.when
         following = plan.following(self.planned)
         self._following = following
         if following is None:
-            self.targets = [Target(naming.finished, FINISHED, TERMINAL)]
+            self.targets = [Target(self.naming.finished, FINISHED, TERMINAL)]
         else:
             self.targets = [Target(following.queue, following.id)]
-        self._hands_on = hands_on(plan, self.planned)
+        self._passes_payload = hands_on(plan, self.planned)
         # A plain happy path is one message to one queue, and nothing else.
         self._plain = not self.planned.joins and (
             following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
@@ -70,23 +60,23 @@ class StageWork(HandlerWork):
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         extra = item.extra
         if extra is not None and extra.parts is not None:
-            return self._replied(item, body)
+            return self._on_reply(item, body)
         envelope = decode_envelope(body)
         if envelope.stage_id != self._id or envelope.version != self._version:
-            return self._misplaced(item, envelope, body)
+            return self._forward_or_park(item, envelope, body)
         attempt = envelope.attempts + 1
         if attempt < 1 and (extra is None or extra.cancelled is None):
-            return self._to_be_parked(item, envelope)
+            return self._park_on_arrival(item, envelope)
         if extra is not None:
             attempt += extra.attempts
             if extra.cancelled is not None:
-                return self._pass_through(item, envelope)
+                return self._skip_cancelled(item, envelope)
             if extra.fresh:
-                return self._judge_fresh(item, envelope, attempt)
+                return self._handle_lost_attempt(item, envelope, attempt)
         if self._prerequisites:
             missing = unmet(self._prerequisites, envelope.trail)
             if missing:
-                return self._unmet(item, envelope, missing, attempt)
+                return self._settle_unmet(item, envelope, missing, attempt)
         started = self._wall()
         clock = time.perf_counter()
         try:
@@ -96,10 +86,10 @@ class StageWork(HandlerWork):
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
         except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
-            return self._broke(item, envelope, attempt, started, clock, error)
+            return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._then(item, envelope, attempt, started, clock, context, value)
 
-    def _returned(
+    def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         stage_id = self._id
@@ -111,18 +101,18 @@ class StageWork(HandlerWork):
                 elif not self._is_dict and isinstance(value, self._context_type):
                     context = value
                 elif type(value) is Request:
-                    return self._ask_endpoint(item, envelope, attempt, started, clock, context, value)
+                    return self._send_request(item, envelope, attempt, started, clock, context, value)
                 else:
                     data = Raw(encode_value(value, what=f"the result of stage {stage_id!r}"))
             encoded = self.codec.encode(context, stage=stage_id)
         except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
-            return self._broke(item, envelope, attempt, started, clock, error)
+            return self._handler_failed(item, envelope, attempt, started, clock, error)
         record = StageRecord(stage_id, "completed", attempt, started, time.perf_counter() - clock, None, data)
         before, trail = envelope.context, envelope.trail
         envelope.context = Raw(encoded)
         envelope.trail = append_record(trail, record)
         if not self._plain or (item.extra is not None and item.extra.priority):
-            return self._step_on(item, envelope, attempt, started, record, before, trail)
+            return self._complete_with_moves(item, envelope, attempt, started, record, before, trail)
         following = self._following
         if following is None:
             done = encode(
@@ -144,14 +134,14 @@ class StageWork(HandlerWork):
             envelope.stage_id = following.id
             envelope.payload = NIL
             if envelope.steps is not None or envelope.attempts:
-                _forget_attempts(envelope)
+                _clear_attempts(envelope)
             done = encode(envelope)
         if len(done) > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
             return self._failed(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
         return self.first_target, done
 
-    def _step_on(
+    def _complete_with_moves(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -164,28 +154,28 @@ class StageWork(HandlerWork):
         """The happy path where it is not one plain message."""
         context, envelope.context, envelope.trail = envelope.context, before, trail
         try:
-            return self._record_and_leave(item, envelope, record, context)
+            return self._complete_stage(item, envelope, record, context)
         except PayloadTooLarge as error:
             return self._failed(item, envelope, attempt, started, record.duration, error)
 
-    def _to_be_parked(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _park_on_arrival(self, item: DeliveryItem, envelope: Envelope) -> Settled:
         """A message that was published in order to be parked: an attempt is counted first, then it is marked, and only
         then parked. A crash in between leaves the attempt; a requeue forgets it, and leaves the mark."""
         extra = item.extra
-        marked = extra is not None and extra.steps is not None and PARK in extra.steps
+        marked = extra is not None and extra.steps is not None and PARK_MARK in extra.steps
         failure = read_failure(envelope.failure) or Failure("exception", "")
         if extra is None or not extra.attempts:
             if not marked:
-                return self._again(item, 0.0, failure)
+                return self._retry(item, 0.0, failure)
             envelope.attempts, envelope.failure = 0, None
             return self._settle(item, Moves([Step(self.planned.queue, self.planned.id, encode(envelope))]))
         if not marked:
-            self._store(item).keep(PARK, b"")
+            self._store(item).keep(PARK_MARK, b"")
         return self._park(item, failure)
 
     # requests
 
-    def _ask_endpoint(
+    def _send_request(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -200,7 +190,7 @@ class StageWork(HandlerWork):
         command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
         encoded = self.codec.encode(context, stage=stage_id)
         if request.endpoint == "next":
-            return self._hand_on(item, envelope, attempt, started, time.perf_counter() - clock, command, encoded)
+            return self._pass_payload(item, envelope, attempt, started, time.perf_counter() - clock, command, encoded)
         key = f"reply:{stage_id}:{item.id}"
         steps = dict(request.steps) or None
         before, payload = envelope.context, envelope.payload
@@ -217,7 +207,7 @@ class StageWork(HandlerWork):
         step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
         return self._settle(item, Moves([step], [Open(key, 1, self.planned.queue, stage_id, waits, request.timeout)]))
 
-    def _hand_on(
+    def _pass_payload(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -228,46 +218,46 @@ class StageWork(HandlerWork):
         context: bytes | None = None,
     ) -> Settled:
         """On to the next stage, which is given `payload`; where there is none to take it, it is this one's result."""
-        data, handed = (NIL, payload) if self._hands_on else (payload, NIL)
+        data, handed = (NIL, payload) if self._passes_payload else (payload, NIL)
         record = StageRecord(self.planned.id, "completed", attempt, started, duration, None, data)
-        return self._record_and_leave(item, envelope, record, context, payload=handed)
+        return self._complete_stage(item, envelope, record, context, payload=handed)
 
-    def _replied(self, item: DeliveryItem, body: bytes) -> Result:
+    def _on_reply(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
         envelope = decode_envelope(base)
-        if not self._is_mine(envelope):
-            return self._misplaced(item, envelope, body)
+        if not self._belongs_here(envelope):
+            return self._forward_or_park(item, envelope, body)
         asked, extra = decode_asked(envelope.payload), item.extra
         if extra is not None:
             asked.attempt += extra.attempts
             if extra.cancelled is not None or (extra.fresh and arrivals):
                 envelope.context, envelope.payload = asked.before, asked.payload
             if extra.cancelled is not None:
-                return self._pass_through(item, envelope)
+                return self._skip_cancelled(item, envelope)
             if extra.fresh and arrivals:
                 # A worker died of the reply, which is still here: nobody has to be asked again.
-                return self._judge_fresh(item, envelope, asked.attempt)
+                return self._handle_lost_attempt(item, envelope, asked.attempt)
         if not arrivals:
             last = read_failure(extra.failure) if extra is not None and extra.fresh else None
             if last is not None and last.kind == UNDECIDED:
-                return self._unanswered(item, envelope, asked, last)
+                return self._request_failed(item, envelope, asked, last)
             late = f"StageTimeout: endpoint {asked.endpoint!r} did not answer within {asked.timeout:g} s"
-            return self._unanswered(item, envelope, asked, Failure("timeout", late, "StageTimeout"))
+            return self._request_failed(item, envelope, asked, Failure("timeout", late, "StageTimeout"))
         reply = decode_reply(arrivals[0][1])
         if reply.error is not None:
             text = f"StageError: endpoint {asked.endpoint!r} answered with an error: {reply.error}"
-            return self._unanswered(item, envelope, asked, Failure("exception", text, "StageError", True))
+            return self._request_failed(item, envelope, asked, Failure("exception", text, "StageError", True))
         duration = max(0.0, self._wall() - asked.started)
         remote = self.stage.handler
         try:
             if isinstance(remote, RemoteCall):
-                return self._take_in(item, envelope, asked, reply.value, remote, duration)
-            return self._hand_on(item, envelope, asked.attempt, asked.started, duration, reply.value)
+                return self._apply_reply(item, envelope, asked, reply.value, remote, duration)
+            return self._pass_payload(item, envelope, asked.attempt, asked.started, duration, reply.value)
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
-            self._raised(error)
-            return self._unanswered(item, envelope, asked, failure_of(error))
+            self._on_error(error)
+            return self._request_failed(item, envelope, asked, failure_of(error))
 
-    def _take_in(
+    def _apply_reply(
         self, item: DeliveryItem, envelope: Envelope, asked: Asked, value: Raw, remote: RemoteCall, duration: float
     ) -> Settled:
         """A remote stage's reply, by its `on_reply`."""
@@ -275,16 +265,16 @@ class StageWork(HandlerWork):
         if remote.on_reply is not None:
             context = self.codec.decode(envelope.context)
             given = remote.on_reply(context, decode_value(value))
-            refuse_request(given, f"on_reply of {self.planned.id!r}")
-            context, data = self._take(context, given)
+            check_no_request(given, f"on_reply of {self.planned.id!r}")
+            context, data = self._split_result(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
         record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
-        return self._record_and_leave(item, envelope, record, encoded)
+        return self._complete_stage(item, envelope, record, encoded)
 
-    def _unanswered(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settled:
+    def _request_failed(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settled:
         """The request has failed: another attempt under a new message, with the context as the stage was given it."""
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
-        delay, failure = self._ask(asked.attempt, failure, None)
+        delay, failure = self._ask_policy(asked.attempt, failure, None)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # The message in hand holds a reply that nobody wants: a new one is parked in its place.
             envelope.attempts, delay = -1, 0.0
@@ -296,9 +286,9 @@ class StageWork(HandlerWork):
             return self._settle(item, Moves([again])).failed()
         duration = max(0.0, self._wall() - asked.started)
         envelope.attempts, envelope.failure = 0, None
-        return self._give_up(item, envelope, failure, asked.attempt, asked.started, duration).failed()
+        return self._fail_stage(item, envelope, failure, asked.attempt, asked.started, duration).failed()
 
 
-def _forget_attempts(envelope: Envelope) -> None:
+def _clear_attempts(envelope: Envelope) -> None:
     """The stage is over: what was kept for another attempt at it is of no use to the next one."""
     envelope.attempts, envelope.failure, envelope.steps = 0, None, None

@@ -9,12 +9,12 @@ from typing import Any
 
 from stageflow_actors.core.failures import read_failure
 
-__all__ = ["Undoing"]
+__all__ = ["ItemCompensationState"]
 
 NONE = -1
 
 
-class Undoing:
+class ItemCompensationState:
     """`attempt` counts those of the policy; `at` is the item that was said to be begun, while one at a time is
     (`careful`), because nobody knows which of them ended the worker before.
 
@@ -33,7 +33,7 @@ class Undoing:
         self._failed: dict[int, None] = {}
 
     @classmethod
-    def read(cls, top: int, kept: Any) -> Undoing:
+    def read(cls, top: int, kept: Any) -> ItemCompensationState:
         """From what `state` gave; None at the beginning. `top`: no item has this number or a higher one."""
         undoing = cls(top)
         if kept is not None:

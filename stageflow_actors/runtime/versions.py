@@ -10,14 +10,14 @@ from typing import Any, Self
 
 from brokers.api import DeliveryItem, Target
 from stageflow_actors.core.envelope import head_of
-from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.settled import Result
 from stageflow_actors.runtime.work import Stopwatch
 
-__all__ = ["Versions"]
+__all__ = ["VersionedExecutor"]
 
 
-class Versions:
+class VersionedExecutor:
     """Several works as one, in order of their versions, no two of the same one.
 
     `awaits`: each is the call of an async handler, so that they can be awaited together; `threads`: each is that of a
@@ -31,7 +31,7 @@ class Versions:
         for work in works:
             work.first_target = len(self.targets)
             self.targets.extend(work.targets)
-        handlers = all(isinstance(work, HandlerWork) for work in works)
+        handlers = all(isinstance(work, HandlerExecutor) for work in works)
         self.awaits = handlers and all(work.awaits for work in works)
         self.threads = handlers and all(work.threads for work in works)
 

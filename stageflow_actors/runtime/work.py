@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -53,23 +54,25 @@ from stageflow_actors.runtime.settled import (
 from stageflow_actors.runtime.slots import WORDS_BYTES
 
 __all__ = [
-    "GRACE_NS",
-    "PARK",
+    "CANCEL_GRACE_NS",
+    "PARK_MARK",
+    "Executor",
+    "ExecutorEnvironment",
     "Stopwatch",
-    "Work",
-    "ask",
-    "ignore",
-    "judge",
+    "ask_policy",
+    "ignore_error",
+    "lost_attempt_failure",
+    "retry_delay",
 ]
 
 
-PARK = ":park"
+PARK_MARK = ":park"
 """The step that marks a message which was published, or is, to be parked: delivered once more, it has been requeued."""
 
-WORDS = WORDS_BYTES - 2
+SLOT_FAILURE_BYTES = WORDS_BYTES - 2
 """Bytes of a failure that a slot can hold."""
 
-GRACE_NS = 1_000_000_000
+CANCEL_GRACE_NS = 1_000_000_000
 """What an async handler gets to end by itself once it has been cancelled, before its worker is killed."""
 
 
@@ -98,7 +101,9 @@ class Stopwatch(Protocol):
         """Whether the message being run is to be ended."""
 
 
-def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None) -> float | None:
+def retry_delay(
+    policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None
+) -> float | None:
     """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
 
     Without a policy a death is tried again at once, and everything else is final: also a `StageError` that may be
@@ -118,7 +123,7 @@ def judge(policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exc
     return 0.0 if failure.kind == "died" else None
 
 
-def ask(
+def ask_policy(
     slot: Stopwatch,
     timeout_ns: int,
     policy: RetryPolicy | None,
@@ -126,72 +131,85 @@ def ask(
     failure: Failure,
     error: Exception | None,
 ) -> float | None:
-    """`judge`, while the slot says that it is the policy which takes the time: so much as an attempt, from now.
+    """`retry_delay`, while the slot says that it is the policy which takes the time: so much as an attempt, from now.
 
     A worker that is killed for it, or dies of it, has its successor give up. It would ask the same once more.
     """
     if policy is None:
-        return judge(None, attempt, failure)
-    slot.ask(brief(failure, WORDS), timeout_ns, time.monotonic_ns())
+        return retry_delay(None, attempt, failure)
+    slot.ask(brief(failure, SLOT_FAILURE_BYTES), timeout_ns, time.monotonic_ns())
     try:
-        return judge(policy, attempt, failure, error)
+        return retry_delay(policy, attempt, failure, error)
     finally:
         slot.answered()
 
 
-def ignore(error: BaseException) -> None:
+def lost_attempt_failure(failure: bytes | None) -> Failure:
+    """Return the failure of an attempt that ended without a result; without a record, its worker died."""
+    return read_failure(failure) or Failure("died", "WorkerDied: the worker process died")
+
+
+def ignore_error(error: BaseException) -> None:
     """Nobody else wants to know."""
 
 
-class Work:
-    """The work of one place of a workflow. Subclasses say in `_run` what is done with a delivery.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorEnvironment:
+    """The part of a worker that all its executors share.
 
-    `loop` gives the event loop for an async handler. `raised` is told what user code raised before it becomes the
-    stage's failure, and may raise it on. `targets` are those of the happy path, by number.
+    `step_store` returns the store for the steps of one delivery. `loop` returns the event loop on which an executor
+    runs async user code. `on_error` receives each exception of user code before it becomes the stage's failure, and
+    may raise it again. `awaits_handlers`: the actor awaits async handlers itself (see `PendingCall`).
+    `limits_compensations`: async compensations are cancelled at their timeout.
+    """
+
+    naming: Naming
+    services: Mapping[str, Any]
+    slot: Stopwatch
+    step_store: Callable[[DeliveryItem], StepStore]
+    max_message_bytes: int = 16 << 20
+    wall: Callable[[], float] = time.time
+    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    on_error: Callable[[BaseException], None] = ignore_error
+    awaits_handlers: bool = False
+    limits_compensations: bool = False
+
+
+class Executor:
+    """Executes the deliveries to one place of a workflow. Subclasses implement `_run`.
+
+    `targets` are the targets of the happy path; a result names one by its number.
     """
 
     targets: list[Target]
     first_target = 0
-    """The number of `targets[0]` among those of all works of a worker."""
-    whole = True
-    """Whether all of a delivery counts as the user's time. Else the work itself says what does."""
+    """The number of `targets[0]` among the targets of all executors of a worker."""
+    limits_whole_run = True
+    """Whether the stage's timeout covers the whole run. If not, the executor sets the limit around user code."""
 
-    def __init__(
-        self,
-        program: StageProgram,
-        plan: WorkflowPlan,
-        naming: Naming,
-        services: Mapping[str, Any],
-        slot: Stopwatch,
-        store: Callable[[DeliveryItem], StepStore],
-        *,
-        max_message_bytes: int = 16 << 20,
-        wall: Callable[[], float] = time.time,
-        loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
-        raised: Callable[[BaseException], None] = ignore,
-    ) -> None:
+    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         planned = plan.stage(program.place)
         assert planned is not None, f"stage {program.place} is not in its own plan"
         self.plan = plan
         self.planned: StagePlan = planned
-        self.naming = naming
-        self.services = services
+        self.naming = environment.naming
+        self.services = environment.services
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
         self.targets = []
         self.retry: RetryPolicy | None = program.retry if program.stage is None else program.stage.retry
         self._context_type = program.context
         self._is_dict = program.context is dict
-        self._slot = slot
-        self._store = store
-        self._wall = wall
-        self._loop = loop
-        self._raised = raised
-        self._limit = max_message_bytes
+        self._slot = environment.slot
+        self._store = environment.step_store
+        self._wall = environment.wall
+        self._loop = environment.loop
+        self._on_error = environment.on_error
+        self._limit = environment.max_message_bytes
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Result:
         """Do the work of one delivery."""
-        self._slot.begin(item.id, self._timeout_ns if self.whole else 0, time.monotonic_ns())
+        self._slot.begin(item.id, self._timeout_ns if self.limits_whole_run else 0, time.monotonic_ns())
         try:
             return self._run(item, body)
         except msgspec.MsgspecError as error:
@@ -208,26 +226,26 @@ class Work:
         Of one that was gathered `body` is the base, and `whole` all of it.
         """
         envelope = decode_envelope(body)
-        if not self._is_mine(envelope):
-            return self._misplaced(item, envelope, body if whole is None else whole)
+        if not self._belongs_here(envelope):
+            return self._forward_or_park(item, envelope, body if whole is None else whole)
         extra = item.extra
         if extra is not None:
             if extra.cancelled is not None:
-                return self._pass_through(item, envelope)
+                return self._skip_cancelled(item, envelope)
             if extra.fresh:
-                return self._judge_fresh(item, envelope, extra.attempts + 1)
+                return self._handle_lost_attempt(item, envelope, extra.attempts + 1)
         return envelope
 
-    def _is_mine(self, envelope: Envelope) -> bool:
+    def _belongs_here(self, envelope: Envelope) -> bool:
         return envelope.stage_id == self.planned.id and envelope.version == self.plan.version
 
-    def _pass_through(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope) -> Settled:
         """The instance has been cancelled: nothing is begun here any more."""
         assert item.extra is not None
         reason = item.extra.cancelled or ""
         return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
 
-    def _record_and_leave(
+    def _complete_stage(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -266,7 +284,7 @@ class Work:
             limit=self._limit,
         )
 
-    def _take(self, context: Any, value: Any) -> tuple[Any, Raw]:
+    def _split_result(self, context: Any, value: Any) -> tuple[Any, Raw]:
         """What a function of the user's beside the handler gave: the context it leaves, and the result to be kept."""
         if type(value) is Replace:
             return value.value, NIL
@@ -289,35 +307,35 @@ class Work:
     ) -> Settled:
         failure = failure_of(error)
         asked = error if isinstance(error, Exception) else exception_of(failure)
-        delay, failure = self._ask(attempt, failure, asked)
+        delay, failure = self._ask_policy(attempt, failure, asked)
         if delay is not None:
-            return self._again(item, delay, failure).failed()
-        return self._give_up(item, envelope, failure, attempt, started, duration).failed()
+            return self._retry(item, delay, failure).failed()
+        return self._fail_stage(item, envelope, failure, attempt, started, duration).failed()
 
-    def _ask(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
+    def _ask_policy(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
         """What the policy says; one that raises has given up, and says why."""
         try:
-            return ask(self._slot, self._timeout_ns, self.retry, attempt, failure, error), failure
+            return ask_policy(self._slot, self._timeout_ns, self.retry, attempt, failure, error), failure
         except BaseException as broken:  # noqa: BLE001 - a policy is user code
-            self._raised(broken)
+            self._on_error(broken)
             text = f"{failure.message} (and its retry policy failed: {failure_of(broken).message})"
             return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
 
-    def _judge_fresh(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settled:
+    def _handle_lost_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settled:
         """The attempt before ended without a word (death, timeout, expiry): the policy is asked about it first."""
         assert item.extra is not None
-        failure = read_failure(item.extra.failure) or Failure("died", "WorkerDied: the worker process died")
-        delay, failure = self._ask(attempt, failure, None)
+        failure = lost_attempt_failure(item.extra.failure)
+        delay, failure = self._ask_policy(attempt, failure, None)
         if delay is not None:
-            return self._again(item, delay, failure)
+            return self._retry(item, delay, failure)
         now = self._wall()
-        return self._give_up(item, envelope, failure, attempt, now, 0.0)
+        return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
 
-    def _again(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
+    def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
         again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
         return Settled(again, [], [])
 
-    def _give_up(
+    def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settled:
         if self.planned.required and self.plan.on_failure == "park":
@@ -329,23 +347,23 @@ class Work:
     def _park(self, item: DeliveryItem, failure: Failure) -> Settled:
         return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
 
-    def _unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settled:
+    def _settle_unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settled:
         text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"
         if self.planned.required:
             failure = failure_of(StageError(text))
-            return self._give_up(item, envelope, failure, attempt, self._wall(), 0.0)
+            return self._fail_stage(item, envelope, failure, attempt, self._wall(), 0.0)
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall(), 0.0, text)
-        return self._pass(item, envelope, record)
+        return self._skip_with_record(item, envelope, record)
 
     def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settled:
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall())
-        return self._pass(item, envelope, record).tried()
+        return self._skip_with_record(item, envelope, record).tried()
 
-    def _pass(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
+    def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
         envelope.trail = append_record(envelope.trail, record)
         return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
 
-    def _misplaced(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settled:
+    def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settled:
         """Routing goes by id and version: forward what another queue runs, park what nobody here knows."""
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:

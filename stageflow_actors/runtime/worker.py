@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import msgspec
@@ -23,8 +24,8 @@ from brokers.points import reach
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.pickling import loads
 from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
-from stageflow_actors.runtime.compensation_work import CompensationWork
-from stageflow_actors.runtime.handler_work import HandlerWork
+from stageflow_actors.runtime.compensation_work import CompensationExecutor
+from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.ipc.exit_codes import (
     EXIT_CUT_OFF,
     EXIT_DAMAGED,
@@ -38,17 +39,17 @@ from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.transport import connect
-from stageflow_actors.runtime.versions import Versions
-from stageflow_actors.runtime.work import Work
-from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.runtime.versions import VersionedExecutor
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.works import EXECUTORS
 
 __all__ = ["main"]
 
-OUT_OF_THE_WAY = 200
+MIN_OWN_DESCRIPTOR = 200
 """Our own descriptors have numbers from here on where we choose them: handlers close the low ones, for reasons of their
 own, and open others in their place."""
 
-LAST_WORDS_SECONDS = 60.0
+CLOSE_TIMEOUT_SECONDS = 60.0
 """How long a worker that has done its share waits for its settlements to be durable: a broker restarts in that time."""
 
 
@@ -64,7 +65,7 @@ def main(payload: bytes, slot: Slot | None) -> int:
     assert slot is not None
     mailbox = _WorkerMailbox(given.queue)
     try:
-        work = _load(given, slot, mailbox, _Soundness(stderr))
+        work = _load(given, slot, mailbox, _DescriptorCheck(stderr))
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
         sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
@@ -74,13 +75,13 @@ def main(payload: bytes, slot: Slot | None) -> int:
     actor: WorkActor = _actor_for(work, given.lanes)(work, mailbox, given, slot)
     mailbox.actor = actor
     mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
-    mailbox.broker.consume(given.queue, actor.least)
+    mailbox.broker.consume(given.queue, actor.min_prefetch)
     reach("worker.consuming")
     actor.serve()
     mailbox.leaving = True
-    if actor.held():
+    if actor.held_leases():
         return EXIT_UNHANDLED  # something has made the actor stop in the middle of it
-    mailbox.broker.close(timeout=LAST_WORDS_SECONDS)
+    mailbox.broker.close(timeout=CLOSE_TIMEOUT_SECONDS)
     return EXIT_RECYCLED
 
 
@@ -108,10 +109,10 @@ class _WorkerMailbox(Mailbox):
 
 def _occupy_low_descriptors() -> list[int]:
     """Have what is opened next get high numbers. A handler that closes 0 to 50 then hits nothing of ours."""
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4 * OUT_OF_THE_WAY:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4 * MIN_OWN_DESCRIPTOR:
         return []
     taken = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]
-    while taken[-1] < OUT_OF_THE_WAY:
+    while taken[-1] < MIN_OWN_DESCRIPTOR:
         taken.append(os.dup(taken[0]))
     return taken
 
@@ -119,13 +120,13 @@ def _occupy_low_descriptors() -> list[int]:
 def _own_stderr() -> TextIO:
     """What still leads to stderr when handlers have closed `sys.stderr` or descriptor 2."""
     try:
-        fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY)
+        fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, MIN_OWN_DESCRIPTOR)
     except OSError:
         return sys.stderr  # fewer descriptors are allowed than that
     return open(fd, "w", buffering=1, errors="backslashreplace")
 
 
-class _Soundness:
+class _DescriptorCheck:
     """Told of each failure of a handler: where a descriptor from 0 to 2 is closed, it may not be of its own making.
 
     An earlier message has closed it, and everything that writes to it would fail from then on. The worker ends instead,
@@ -144,33 +145,42 @@ class _Soundness:
                 end_now(EXIT_DAMAGED, text, self._stderr)
 
 
-def _actor_for(work: Work | CompensationWork | Versions, lanes: int) -> Any:
+def _actor_for(work: Executor | CompensationExecutor | VersionedExecutor, lanes: int) -> Any:
     """The kind of actor that does such work: async handlers are awaited together, blocking ones have threads."""
-    if isinstance(work, (HandlerWork, Versions)):
+    if isinstance(work, (HandlerExecutor, VersionedExecutor)):
         if work.awaits:
             return TaskActor
         if lanes > 1 and work.threads:
             return ThreadActor
-    return CompensationActor if isinstance(work, CompensationWork) else StageActor
+    return CompensationActor if isinstance(work, CompensationExecutor) else StageActor
 
 
-def _load(given: WorkerPayload, slot: Slot, mailbox: Mailbox, raised: _Soundness) -> Work | CompensationWork | Versions:
+def _load(
+    given: WorkerPayload, slot: Slot, mailbox: Mailbox, on_error: Callable[[BaseException], None]
+) -> Executor | CompensationExecutor | VersionedExecutor:
     """The work of this worker's queue, for each version that is registered."""
     programs = [(one.plan, loads(one.code)) for one in given.programs]
     factories = {name: factory for _, program in programs for name, factory in program.factories.items()}
     services = {name: factory() for name, factory in factories.items()}
-    common = (given.naming, services, slot, mailbox.steps_of)
-    shared: dict[str, Any] = {"max_message_bytes": given.max_message_bytes, "raised": raised}
-    if given.kind == "compensation":
-        undoing = [CompensationWork(own, plan, *common, limits=True, **shared) for plan, own in programs]
-        return undoing[0] if len(undoing) == 1 else Versions(undoing)
-    # Only where it is async in every version can it be awaited: else each runs it to its end.
-    tasks = all(program.stage is not None and program.stage.spec.is_async for _, program in programs)
-    works: list[Work] = []
+    compensates = given.kind == "compensation"
+    environment = ExecutorEnvironment(
+        naming=given.naming,
+        services=services,
+        slot=slot,
+        step_store=mailbox.steps_of,
+        max_message_bytes=given.max_message_bytes,
+        on_error=on_error,
+        # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.
+        awaits_handlers=not compensates
+        and all(program.stage is not None and program.stage.spec.is_async for _, program in programs),
+        limits_compensations=compensates,
+    )
+    executors: list[Any] = []
     for plan, program in programs:
-        place = plan.stage(program.place)
-        assert place is not None, f"{program.place} is not in its own plan"
-        kind: Any = WORKS[place.kind]
-        options: dict[str, Any] = {"tasks": tasks} if issubclass(kind, HandlerWork) else {}
-        works.append(kind(program, plan, *common, **shared, **options))
-    return works[0] if len(works) == 1 else Versions(works)
+        if compensates:
+            executors.append(CompensationExecutor(program, plan, environment))
+        else:
+            place = plan.stage(program.place)
+            assert place is not None, f"{program.place} is not in its own plan"
+            executors.append(EXECUTORS[place.kind](program, plan, environment))
+    return executors[0] if len(executors) == 1 else VersionedExecutor(executors)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from stageflow_actors.core.plan import BRANCH, ENDPOINT, ITEM, MAP, PARALLEL, SIGNAL, STAGE
-from stageflow_actors.runtime.choice_work import ChoiceWork
-from stageflow_actors.runtime.endpoint_work import EndpointWork
-from stageflow_actors.runtime.join_work import JoinWork
-from stageflow_actors.runtime.map_work import ItemWork, MapWork
-from stageflow_actors.runtime.signal_work import SignalWork
-from stageflow_actors.runtime.stage_work import StageWork
-from stageflow_actors.runtime.work import Work
+from stageflow_actors.runtime.choice_work import BranchExecutor
+from stageflow_actors.runtime.endpoint_work import EndpointExecutor
+from stageflow_actors.runtime.join_work import JoinExecutor
+from stageflow_actors.runtime.map_work import ItemExecutor, MapExecutor
+from stageflow_actors.runtime.signal_work import SignalExecutor
+from stageflow_actors.runtime.stage_work import StageExecutor
+from stageflow_actors.runtime.work import Executor
 
-__all__ = ["WORKS"]
+__all__ = ["EXECUTORS"]
 
-WORKS: dict[str, type[Work]] = {
-    STAGE: StageWork,
-    PARALLEL: JoinWork,
-    BRANCH: ChoiceWork,
-    MAP: MapWork,
-    ITEM: ItemWork,
-    SIGNAL: SignalWork,
-    ENDPOINT: EndpointWork,
+EXECUTORS: dict[str, type[Executor]] = {
+    STAGE: StageExecutor,
+    PARALLEL: JoinExecutor,
+    BRANCH: BranchExecutor,
+    MAP: MapExecutor,
+    ITEM: ItemExecutor,
+    SIGNAL: SignalExecutor,
+    ENDPOINT: EndpointExecutor,
 }

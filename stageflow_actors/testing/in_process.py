@@ -31,13 +31,13 @@ from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client
-from stageflow_actors.runtime.compensation_work import CompensationWork
-from stageflow_actors.runtime.interception import COMPENSATION, STAGE, arounds_of, check_interceptors
+from stageflow_actors.runtime.compensation_work import CompensationExecutor
+from stageflow_actors.runtime.interception import COMPENSATION, STAGE, around_methods, check_interceptors
 from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs, undone_items
 from stageflow_actors.runtime.settled import Settled, settle_moves, split_parts
-from stageflow_actors.runtime.work import Work
-from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.works import EXECUTORS
 
 __all__ = ["run"]
 
@@ -45,7 +45,7 @@ C = TypeVar("C")
 
 logger = logging.getLogger("stageflow.testing")
 
-AnyWork = Work | CompensationWork
+AnyExecutor = Executor | CompensationExecutor
 
 
 def run(
@@ -118,7 +118,7 @@ def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], intercept
     """An event loop cannot run inside another one of its thread."""
     stages = [*workflow.stages, *endpoints]
     undoing = [stage.compensation.spec for stage in stages if stage.compensation is not None]
-    arounds = [around for method in (STAGE, COMPENSATION) for around in arounds_of(interceptors, method)]
+    arounds = [around for method in (STAGE, COMPENSATION) for around in around_methods(interceptors, method)]
     if not any(call.is_async for call in (*(stage.spec for stage in stages), *undoing)) and not any(
         map(inspect.iscoroutinefunction, arounds)
     ):
@@ -251,19 +251,23 @@ class _Instance(Generic[C]):
         for number, (name, payload) in enumerate(signals):
             data = encode_value(payload, what=f"the payload of signal {name!r}")
             self._gathers.setdefault(signal_key(name), _Gather()).arrivals[str(number)] = data
+        environment = ExecutorEnvironment(
+            naming=naming,
+            services=services,
+            slot=_NoSlot(),
+            step_store=self._steps,
+            loop=loop.get_loop,
+            on_error=self._told,
+        )
         context = workflow.context
-        self._works: dict[str, AnyWork] = {}
+        self._works: dict[str, AnyExecutor] = {}
         for program, planned in stage_programs(workflow, plan):
             program.interceptors = tuple(interceptors)
-            self._works[planned.queue] = WORKS[planned.kind](
-                program, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
-            )
+            self._works[planned.queue] = EXECUTORS[planned.kind](program, plan, environment)
         for stage in endpoints:
             served, place = endpoint_program(stage, naming, {})
             served.interceptors = tuple(interceptors)
-            self._works[naming.endpoint(stage.id)] = WORKS[place.stages[0].kind](
-                served, place, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
-            )
+            self._works[naming.endpoint(stage.id)] = EXECUTORS[place.stages[0].kind](served, place, environment)
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
             undoing = CompensationProgram(
@@ -274,9 +278,7 @@ class _Instance(Generic[C]):
                 interceptors=tuple(interceptors),
                 items=undone_items(workflow),
             )
-            self._works[plan.compensation.queue] = CompensationWork(
-                undoing, plan, naming, services, _NoSlot(), self._steps, loop=loop.get_loop, raised=self._told
-            )
+            self._works[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
 
     def finish(self, first: _Message) -> WorkflowResult[C]:
         """Deliver messages until one of them is the end."""
@@ -338,7 +340,7 @@ class _Instance(Generic[C]):
             return late
         raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
 
-    def _deliver(self, work: AnyWork, message: _Message) -> tuple[int, bytes] | Settled:
+    def _deliver(self, work: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settled:
         self._current = message
         return work(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
 

@@ -27,7 +27,8 @@ from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.programs import stage_programs
 from stageflow_actors.runtime.settled import Settled
-from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.runtime.work import ExecutorEnvironment
+from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_actors.testing import in_process, run
 
 
@@ -398,7 +399,10 @@ def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_
     naming = Naming()
     plan = compile_plan(parking, naming)
     program, planned = next(pair for pair in stage_programs(parking, plan) if pair[1].id == "b")
-    work = WORKS[planned.kind](program, plan, naming, {}, in_process._NoSlot(), lambda item: pytest.fail("it is kept"))
+    environment = ExecutorEnvironment(
+        naming=naming, services={}, slot=in_process._NoSlot(), step_store=lambda item: pytest.fail("it is kept")
+    )
+    work = EXECUTORS[planned.kind](program, plan, environment)
     body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
     settled = work(DeliveryItem(7, 1, len(body), "one", 1, DeliveryExtra(cancelled="enough", epoch_now=2)), body)
     assert isinstance(settled, Settled)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import write_failure
-from stageflow_actors.runtime.undoing import Undoing
+from stageflow_actors.runtime.undoing import ItemCompensationState
 
 LOST = write_failure(Failure("exception", "ValueError: no", "ValueError"))
 DIED = write_failure(Failure("died", "WorkerDied: the worker process died"))
 
 
-def left(undoing: Undoing, count: int = 6) -> list[int]:
+def left(undoing: ItemCompensationState, count: int = 6) -> list[int]:
     return [number for number in reversed(range(count)) if undoing.is_left(number)]
 
 
-def again(undoing: Undoing, count: int = 6) -> Undoing:
+def again(undoing: ItemCompensationState, count: int = 6) -> ItemCompensationState:
     """As the next delivery finds it."""
-    return Undoing.read(count, undoing.state())
+    return ItemCompensationState.read(count, undoing.state())
 
 
 def test_an_attempt_is_about_those_that_failed_and_those_not_reached() -> None:
-    undoing = Undoing.read(6, None)
+    undoing = ItemCompensationState.read(6, None)
     assert undoing.begin(0) == 1
     for number in (5, 4, 3):
         undoing.tried(number, LOST if number == 4 else None)
@@ -33,7 +33,7 @@ def test_an_attempt_is_about_those_that_failed_and_those_not_reached() -> None:
 
 
 def test_the_first_failure_of_the_attempt_is_told_with_how_many_there_are() -> None:
-    undoing = Undoing.read(3, None)
+    undoing = ItemCompensationState.read(3, None)
     undoing.begin(0)
     for number in (2, 1, 0):
         undoing.tried(number, LOST if number else None)
@@ -50,7 +50,7 @@ def test_the_first_failure_of_the_attempt_is_told_with_how_many_there_are() -> N
 
 
 def test_who_ended_the_worker_is_found_out_the_second_time_and_the_attempt_goes_on() -> None:
-    undoing = Undoing.read(6, None)
+    undoing = ItemCompensationState.read(6, None)
     undoing.begin(0)
     assert undoing.cut(0, DIED), "any of them may have"
     assert undoing.careful
@@ -65,7 +65,7 @@ def test_who_ended_the_worker_is_found_out_the_second_time_and_the_attempt_goes_
 
 
 def test_a_cut_that_is_told_twice_counts_once() -> None:
-    undoing = Undoing.read(6, None)
+    undoing = ItemCompensationState.read(6, None)
     undoing.begin(0)
     undoing.cut(0, DIED)
     undoing = again(undoing)
@@ -75,7 +75,7 @@ def test_a_cut_that_is_told_twice_counts_once() -> None:
 
 
 def test_a_worker_that_ends_before_any_item_is_begun_has_failed_in_this_attempt() -> None:
-    undoing = Undoing.read(6, None)
+    undoing = ItemCompensationState.read(6, None)
     undoing.begin(0)
     assert undoing.cut(0, DIED)
     assert not again(undoing).cut(1, DIED)

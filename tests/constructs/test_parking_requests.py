@@ -16,7 +16,8 @@ from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.programs import stage_programs
 from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.runtime.work import ExecutorEnvironment
+from stageflow_actors.runtime.works import EXECUTORS
 
 
 def ask(context: dict[str, Any], ctx: StageContext) -> Any:
@@ -42,7 +43,10 @@ class Parking:
         program, planned = next(iter(stage_programs(unserved, plan)))
         self.kept: dict[str, bytes] = {}
         self._slots = SlotTable.create(1)
-        self._work: Any = WORKS[planned.kind](program, plan, Naming(), {}, self._slots[0], lambda item: self)
+        environment = ExecutorEnvironment(
+            naming=Naming(), services={}, slot=self._slots[0], step_store=lambda item: self
+        )
+        self._work: Any = EXECUTORS[planned.kind](program, plan, environment)
         failure = write_failure(Failure("timeout", "StageTimeout: nobody answered", "StageTimeout"))
         envelope = Envelope("unserved", 1, "ask", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1, failure=failure)
         self.body = encode(envelope)

@@ -8,8 +8,7 @@ import pytest
 from constructs_fixtures import does, note, noted, undoes, undone
 
 from stageflow_actors import Config, Retry, Runtime, Stage, StageContext, Workflow, WorkflowResult
-from stageflow_actors.runtime.compensation_work import CompensationWork
-from stageflow_actors.runtime.work import Work
+from stageflow_actors.runtime.work import ExecutorEnvironment
 
 LIMIT = 100_000
 
@@ -25,8 +24,7 @@ def runtime(serve: Any) -> Runtime:
 @pytest.fixture(autouse=True)
 def limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same limit in this process."""
-    for kind in (Work, CompensationWork):
-        monkeypatch.setitem(kind.__init__.__kwdefaults__, "max_message_bytes", LIMIT)
+    monkeypatch.setitem(ExecutorEnvironment.__init__.__kwdefaults__, "max_message_bytes", LIMIT)
 
 
 def much(share: float) -> str:

@@ -167,8 +167,8 @@ def test_what_is_done_with_the_items_of_a_list_is_not_taken_from_the_time_of_ove
         seen["encoding"] = limits[-1]
         return real(work, number, value)
 
-    real = map_work.MapWork._item
-    monkeypatch.setattr(map_work.MapWork, "_item", encode)
+    real = map_work.MapExecutor._item
+    monkeypatch.setattr(map_work.MapExecutor, "_item", encode)
     monkeypatch.setattr(in_process._NoSlot, "limit", lambda self, ns, now: limits.append(ns))
     workflow = Workflow("timed").add_map("m", same, over=over, into="got", timeout=1)
     assert run(workflow, {}).context["got"] == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from stageflow_actors import Retry, StageContext, Workflow
 from stageflow_actors.core.envelope import Command, CompensationTask, decode_envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.stage import Compensation, Stage
-from stageflow_actors.runtime.compensation_work import CompensationWork
-from stageflow_actors.runtime.endpoint_work import EndpointWork
+from stageflow_actors.runtime.compensation_work import CompensationExecutor
+from stageflow_actors.runtime.endpoint_work import EndpointExecutor
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs
 from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import SlotTable
-from stageflow_actors.runtime.works import WORKS
+from stageflow_actors.runtime.work import ExecutorEnvironment
+from stageflow_actors.runtime.works import EXECUTORS
 
 Flow = Workflow[Any]
 FIRST = None
@@ -39,6 +41,11 @@ def asking(context: Any, ctx: StageContext) -> Any:
     return ctx.request("desk", {})
 
 
+def environment(slots: SlotTable) -> ExecutorEnvironment:
+    store: Any = SimpleNamespace(keep=lambda name, value: None, report=lambda progress: None)
+    return ExecutorEnvironment(naming=Naming(), services={}, slot=slots[0], step_store=lambda item: store)
+
+
 def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], None] = lambda envelope: None) -> bool:
     """Whether a delivery to the first place of `flow` counts, handed on plainly or otherwise."""
     plan = compile_plan(flow, Naming())
@@ -48,7 +55,7 @@ def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], No
     change(envelope)
     body = encode(envelope)
     slots = SlotTable.create(1)
-    work: Any = WORKS[planned.kind](program, plan, Naming(), {}, slots[0], lambda item: None)
+    work: Any = EXECUTORS[planned.kind](program, plan, environment(slots))
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
     del work
     slots.close()
@@ -103,7 +110,7 @@ def test_a_compensation_counts_when_it_ran(handler: Any, retry: Retry | None, ex
     body = encode(envelope)
     slots = SlotTable.create(1)
     program = CompensationProgram("w", 1, dict, {"s": undo})
-    work = CompensationWork(program, plan, Naming(), {}, slots[0], lambda item: None)
+    work = CompensationExecutor(program, plan, environment(slots))
     assert work(DeliveryItem(1, 2, len(body), "g", 1, extra), body).ran == (extra is FIRST)
     del work
     slots.close()
@@ -115,7 +122,7 @@ def test_an_endpoint_counts_when_it_ran(handler: Any, extra: DeliveryExtra | Non
     program, plan = endpoint_program(Stage(handler, id="desk", retry=Retry.fixed(1, 0)), Naming(), {})
     body = encode(Command("key", Raw(encode({})), "w", "s", 0))
     slots = SlotTable.create(1)
-    work = EndpointWork(program, plan, Naming(), {}, slots[0], lambda item: None)
+    work = EndpointExecutor(program, plan, environment(slots))
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
     assert isinstance(result, Settled)
     assert result.ran == (extra is FIRST)

@@ -34,7 +34,7 @@ from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.supervisor import queue_options
-from stageflow_actors.runtime.work import ignore
+from stageflow_actors.runtime.work import ignore_error
 from stageflow_actors.runtime.zygote import Exited, Spawned
 
 NAMING = Naming()
@@ -162,7 +162,7 @@ class VirtualWorker:
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
         self.mailbox = _WatchedMailbox(given.queue, node)
-        work = worker_module._load(given, pausing, self.mailbox, ignore)
+        work = worker_module._load(given, pausing, self.mailbox, ignore_error)
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
         self.client = VirtualClient(
@@ -170,7 +170,7 @@ class VirtualWorker:
         )
         self.client.on_heard = self._heard
         self.mailbox.broker = self.client
-        self.client.consume(given.queue, self.actor.least)
+        self.client.consume(given.queue, self.actor.min_prefetch)
         self._thread = threading.Thread(target=self._live, name=worker_id, daemon=True)
         self._thread.start()
 
