@@ -197,8 +197,8 @@ class StageContext:
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
         """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
 
-        `"next"` hands `command` straight on. No reply within `timeout` seconds (60 by default), or one that is an error,
-        fails the attempt.
+        `"next"` hands `command` straight on. No reply within `timeout` seconds (60 by default), or one that is an
+        error, fails the attempt.
 
         Where no stage comes next that could be given it, the reply (or, of `"next"`, the command) is the result of the
         stage that asked: in the last stage of a workflow or a branch of a parallel one, and before a map or a signal.
