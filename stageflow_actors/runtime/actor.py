@@ -14,6 +14,7 @@ import pykka
 
 from brokers.api import DeliveryItem, SettleItem, Target
 from brokers.points import reach
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
@@ -77,7 +78,7 @@ class WorkActor(pykka.ThreadingActor):
 
     def on_failure(self, *args: Any) -> None:
         """What the actor itself gets wrong must not leave a worker that looks alive and does nothing."""
-        end_now(70)
+        end_now(EXIT_UNHANDLED)
 
     def held_leases(self) -> list[tuple[int, int]]:
         """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""

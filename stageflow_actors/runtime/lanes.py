@@ -21,6 +21,7 @@ from brokers.api import DeliveryItem
 from stageflow_actors.errors import StageError, StageTimeout
 from stageflow_actors.runtime.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
 from stageflow_actors.runtime.handler_work import HandlerExecutor, PendingCall
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
@@ -188,7 +189,7 @@ class TaskActor(_ConcurrentActor):
             self._settle_finished()
 
     def _exit_on_bug(self) -> None:
-        end_now(70, traceback.format_exc())
+        end_now(EXIT_UNHANDLED, traceback.format_exc())
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         lane = self._free.pop()
@@ -308,4 +309,4 @@ class ThreadActor(_ConcurrentActor):
         except pykka.ActorDeadError:
             return  # the worker is at its end
         except BaseException:  # noqa: BLE001 - handlers are caught further in: a lane that is gone must not go unnoticed
-            end_now(70, traceback.format_exc())
+            end_now(EXIT_UNHANDLED, traceback.format_exc())
