@@ -21,6 +21,7 @@ from brokers.errors import (
     ProtocolError,
     QueueFull,
     Refused,
+    StorageFull,
 )
 from brokers.types import (
     AGAIN,
@@ -81,6 +82,7 @@ __all__ = [
     "QueueOptions",
     "Refused",
     "SettleItem",
+    "StorageFull",
     "Target",
 ]
 

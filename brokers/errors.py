@@ -15,6 +15,7 @@
     ├── PayloadTooLarge         a body, or a batch of them, beyond the limit
     ├── ProtocolError           a frame that is not of this protocol
     └── Refused                 the broker understood, and declined
+        └── StorageFull         it starts nothing new: the disk that holds its journal is nearly full
 
 Fields are given by keyword and survive pickling. This module must import nothing of the project: everything else may
 import it.
@@ -37,6 +38,7 @@ __all__ = [
     "QueueFull",
     "Refused",
     "SocketNotPrivate",
+    "StorageFull",
 ]
 
 
@@ -144,3 +146,7 @@ class ProtocolError(BrokerError):
 
 class Refused(BrokerError):
     """The broker understood the request and declined it; the message says why."""
+
+
+class StorageFull(Refused):
+    """The disk that holds the journal is nearly full, so the broker starts nothing new until there is room again."""

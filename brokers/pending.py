@@ -10,13 +10,13 @@ from typing import Any
 
 from brokers.api import PublishAnswer
 from brokers.core import wire
-from brokers.errors import BrokerError, PayloadTooLarge, ProtocolError, QueueFull, Refused
+from brokers.errors import BrokerError, PayloadTooLarge, ProtocolError, QueueFull, Refused, StorageFull
 from brokers.types import PublishItem
 
 __all__ = ["Pending", "groups_in", "leases_in", "resolve"]
 
 _ERRORS: dict[str, type[BrokerError]] = {
-    kind.__name__: kind for kind in (QueueFull, PayloadTooLarge, ProtocolError, Refused)
+    kind.__name__: kind for kind in (QueueFull, PayloadTooLarge, ProtocolError, Refused, StorageFull)
 }
 
 
@@ -51,7 +51,8 @@ def resolve(pending: Pending, answer: Any) -> None:
             future.set_exception(Refused(answer["refused"]))
             return
         if "error" in answer and "message" in answer:
-            future.set_exception(_ERRORS.get(answer["error"], BrokerError)(answer["message"]))
+            known = _ERRORS.get(answer["error"], BrokerError)
+            future.set_exception(_ERRORS.get(answer.get("kind", ""), known)(answer["message"]))
             return
     if pending.op != wire.PUBLISH:
         future.set_result(answer)

@@ -31,7 +31,7 @@ BROKERS_API = """
     AGAIN ATTEMPT_FAILED ATTEMPT_WORKED CHECK DEAD DONE LEAVE PUSH_ONLY START TERMINAL WATCH Ack Arrival Broker
     BrokerAdmin BrokerError BrokerUnavailable DeliveryExtra DeliveryItem GatherOpen JournalCorrupt JournalLocked
     Listener MOST_LISTED Move PayloadTooLarge ProtocolError
-    PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem Target
+    PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem StorageFull Target
 """.split()
 
 SIGNATURES = {

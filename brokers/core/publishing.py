@@ -18,7 +18,7 @@ from brokers.core.sessions import Session
 from brokers.core.store import Store
 from brokers.core.talk import Talk
 from brokers.core.wire import PublishFrame
-from brokers.errors import PayloadTooLarge, QueueFull, Refused
+from brokers.errors import PayloadTooLarge, QueueFull, Refused, StorageFull
 from brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target
 
 __all__ = ["Publishing"]
@@ -57,7 +57,7 @@ class Publishing:
         try:
             refused = self._judge(session, frame)
         except (QueueFull, PayloadTooLarge, Refused) as error:
-            self._answer(session, frame, {"error": type(error).__name__, "message": str(error)})
+            self._answer(session, frame, wire.refusal(error))
             return
         if refused:
             self._answer(session, frame, self._refusals(refused))
@@ -117,7 +117,7 @@ class Publishing:
         try:
             self._check_sizes(frame)
         except PayloadTooLarge as error:
-            self._talk.result(session, frame.frame, {"error": type(error).__name__, "message": str(error)})
+            self._talk.result(session, frame.frame, wire.refusal(error))
             return True
         return False
 
@@ -152,7 +152,7 @@ class Publishing:
             if not item.flags & START:
                 continue
             if self.refusing:
-                raise Refused(self.refusing)
+                raise StorageFull(self.refusing)
             group = groups.get(name)
             if group is not None or name in fresh:
                 digest = fresh[name] if group is None else group.digest

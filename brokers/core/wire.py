@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Raw, Struct
 
-from brokers.errors import ProtocolError
+from brokers.errors import BrokerError, ProtocolError, Refused
 from brokers.types import (
     AGAIN,
     ATTEMPT_WORKED,
@@ -62,6 +62,7 @@ __all__ = [
     "SettleFrame",
     "encode",
     "numbered",
+    "refusal",
 ]
 
 PROTOCOL = 1
@@ -191,6 +192,18 @@ _MALFORMED = (msgspec.MsgspecError, RecursionError, ValueError)
 def decode_out(header: bytes) -> Out:
     """The broker's side of the talk, read by a peer."""
     return _out(header)
+
+
+def refusal(error: BrokerError) -> dict[str, str]:
+    """Return the answer to a frame that is refused whole.
+
+    `error` names a class that peers of every release know; `kind`, where it is there, a narrower one. A peer that does
+    not know that kind reads the refusal.
+    """
+    name = type(error).__name__
+    if isinstance(error, Refused) and type(error) is not Refused:
+        return {"error": Refused.__name__, "kind": name, "message": str(error)}
+    return {"error": name, "message": str(error)}
 
 
 def numbered(header: bytes) -> tuple[int, int] | None:

@@ -17,6 +17,6 @@ def in_our_words(error: BaseException) -> StageFlowError:
         return PayloadTooLarge(text, size=error.size, limit=error.limit)
     if isinstance(error, port.BrokerUnavailable):
         return BrokerUnavailable(text)
-    if isinstance(error, port.Refused) and "disk" in text:
+    if isinstance(error, port.StorageFull):
         return QueueFull(text)
     return StageFlowError(text)

@@ -22,6 +22,7 @@ EXAMPLES = [
     errors.ProtocolError("m"),
     errors.SocketNotPrivate("m", path="p"),
     errors.Refused("m"),
+    errors.StorageFull("m"),
 ]
 
 
