@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,6 +14,7 @@ from typing import Any, cast
 
 import psutil
 import pytest
+from programs import launch
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import read_failure
@@ -29,6 +28,8 @@ from stageflow_actors.runtime.pool_worker import PooledWorker
 from stageflow_actors.runtime.programs import PoolSpec, Program
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.zygote import Exited, Spawned
+
+__all__ = ["cluster", "effects", "launch", "nursery"]
 
 
 class Effects:
@@ -119,34 +120,6 @@ def _pidfd(pid: int) -> int:
 def cluster() -> Callable[..., Cluster]:
     """`cluster(pid, data=dir)`: the clusters that a program, this one by default, has started; or the one on `data`."""
     return lambda program=None, data=None: Cluster(os.getpid() if program is None else program, data)
-
-
-Launch = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Starts a program in a session of its own; whatever is left of it is killed at the end of the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-        script = tmp_path / f"program{len(started)}.py"
-        script.write_text(code)
-        process = subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()  # its cluster follows it
-        process.communicate()
 
 
 class Zygote:

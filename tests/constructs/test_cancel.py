@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, note, noted, undoes, undone, wait_for_file
+from constructs_fixtures import does, done, note, noted, statuses, undoes, undone, wait_for_file
 from msgspec import Raw
 
 from brokers.api import DONE, DeliveryExtra, DeliveryItem
@@ -21,7 +21,6 @@ from stageflow_actors import (
     Stage,
     StageContext,
     Workflow,
-    WorkflowResult,
 )
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
@@ -30,10 +29,6 @@ from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_actors.testing import in_process, run
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 def at_work(instance: Instance[Any], *names: str) -> Any:

@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, note, noted, undoes, undone
+from constructs_fixtures import does, done, note, noted, stage_of, statuses, undoes, undone
 
-from stageflow_actors import InstanceParked, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError, WorkflowResult
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
-
-
-def data(result: WorkflowResult[Any], stage_id: str) -> Any:
-    return next(stage.data for stage in result.stages if stage.stage_id == stage_id)
-
+from stageflow_actors import InstanceParked, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
 
 # conditional stages
 
@@ -57,7 +48,7 @@ def test_a_stage_whose_condition_does_not_hold_is_recorded_as_skipped(execute: A
         "pack": "completed",
         "ship": "completed",
     }
-    skipped = next(stage for stage in result.stages if stage.stage_id == "discount")
+    skipped = stage_of(result, "discount")
     assert (skipped.attempts, skipped.error, skipped.data) == (0, None, None)
     assert done(result.instance_id) == ["price", "pack", "ship"]
 
@@ -65,7 +56,7 @@ def test_a_stage_whose_condition_does_not_hold_is_recorded_as_skipped(execute: A
 def test_a_skipped_stage_has_not_completed(execute: Any) -> None:
     result = execute(discounts, {"total": 100, "gift": 1})
     assert (result.status, statuses(result)["gift"]) == ("completed", "skipped")
-    gift = next(stage for stage in result.stages if stage.stage_id == "gift")
+    gift = stage_of(result, "gift")
     assert gift.error == "stage 'gift' needs 'discount' to have completed"
 
 
@@ -149,7 +140,7 @@ def test_the_stages_of_the_chosen_arm_run_in_order_and_what_was_chosen_is_record
     result = execute(shipping, {"to": key})
     assert result.status == "completed"
     assert done(result.instance_id) == ["pack", *arm, "bill"]
-    assert data(result, "route") == key
+    assert stage_of(result, "route").data == key
     assert list(statuses(result)) == ["pack", "route", *arm, "bill"], "the stages of the other arms are not reached"
 
 
@@ -186,9 +177,9 @@ def test_a_selector_that_raises_is_the_failure_of_its_branch(execute: Any) -> No
 
 def test_an_unknown_key_takes_the_default(execute: Any) -> None:
     result = execute(lenient, {"key": "mars"})
-    assert (result.status, data(result, "pick"), done(result.instance_id)) == ("completed", "a", ["a"])
+    assert (result.status, stage_of(result, "pick").data, done(result.instance_id)) == ("completed", "a", ["a"])
     result = execute(lenient, {"key": "b"})
-    assert (result.status, data(result, "pick"), done(result.instance_id)) == ("completed", "b", ["b"])
+    assert (result.status, stage_of(result, "pick").data, done(result.instance_id)) == ("completed", "b", ["b"])
 
 
 def test_a_selector_runs_in_a_worker(runtime: Runtime) -> None:
@@ -232,7 +223,7 @@ def test_a_branch_may_be_parked_and_resumes_with_another_context(runtime: Runtim
     with pytest.raises(InstanceParked, match="no arm 'b'"):
         instance.result(timeout=20)
     result = instance.retry(context={"key": "a"}).result(timeout=20)
-    assert (result.status, data(result, "gate")) == ("completed", "a")
+    assert (result.status, stage_of(result, "gate").data) == ("completed", "a")
 
 
 def test_what_no_branch_can_be_is_refused_when_it_is_written() -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, note, noted, trouble, undoes, undone
+from constructs_fixtures import does, done, note, noted, statuses, trouble, undoes, undone
 
-from stageflow_actors import InstanceParked, Runtime, Stage, StageContext, Workflow, WorkflowResult
+from stageflow_actors import InstanceParked, Runtime, Stage, StageContext, Workflow
 
 ENDPOINTS = {"echo": lambda command: command}
 
@@ -22,10 +22,6 @@ DIED = "WorkerDied: the worker died while running stage {!r}: exit code 5"
 
 def die(*given: Any) -> Any:
     os._exit(5)
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 def stage(name: str, **options: Any) -> Stage:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, misbehave, note, noted, undoes, undone
+from constructs_fixtures import does, done, misbehave, note, noted, stage_of, statuses, undoes, undone
 
 from stageflow_actors import (
     Compensation,
@@ -20,17 +20,8 @@ from stageflow_actors import (
     StageContext,
     Workflow,
     WorkflowDefinitionError,
-    WorkflowResult,
 )
 from stageflow_actors.testing import in_process, run
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
-
-
-def stage(result: WorkflowResult[Any], stage_id: str) -> Any:
-    return next(one for one in result.stages if one.stage_id == stage_id)
 
 
 def pick(item: dict[str, Any], ctx: StageContext) -> Any:
@@ -93,12 +84,12 @@ def test_results_are_in_order_of_the_items(execute: Any, n: int) -> None:
 def test_without_into_the_results_are_the_result_of_the_stage(execute: Any) -> None:
     result = execute(tolerant, {"items": items(n=3)})
     assert result.context == {"items": items(n=3)}
-    assert stage(result, "picks").data == [0, 10, 20]
+    assert stage_of(result, "picks").data == [0, 10, 20]
 
 
 def test_an_item_without_a_result_has_none(execute: Any) -> None:
     result = execute(tolerant, {"items": [{"n": 1, "nothing": True}, {"n": 2}]})
-    assert stage(result, "picks").data == [None, 20]
+    assert stage_of(result, "picks").data == [None, 20]
 
 
 def test_each_item_is_retried_by_itself(execute: Any) -> None:
@@ -269,7 +260,7 @@ def test_so_many_items_may_fail(execute: Any, failing: int) -> None:
         assert [words[0] for words in noted(result.instance_id, "put back")] == ["4", "3"]
     else:
         assert result.status == "completed"
-        assert stage(result, "picks").data == [None] * failing + [failing * 10, failing * 10 + 10]
+        assert stage_of(result, "picks").data == [None] * failing + [failing * 10, failing * 10 + 10]
 
 
 def test_an_optional_map_that_fails_is_recorded_and_the_workflow_goes_on(execute: Any) -> None:
@@ -438,7 +429,7 @@ def test_a_map_may_follow_a_stage_that_hands_something_on(execute: Any) -> None:
 
 def test_an_item_that_kills_its_workers_has_failed_and_the_others_go_on(runtime: Runtime) -> None:
     result = runtime.execute(tolerant, {"items": items("", "die", "")}, timeout=30)
-    assert (result.status, stage(result, "picks").data) == ("completed", [0, None, 20])
+    assert (result.status, stage_of(result, "picks").data) == ("completed", [0, None, 20])
     assert len([words for words in noted(result.instance_id, "item") if words[0] == "1"]) == 3
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, note, noted, trouble, undoes, undone, wait_for_file
+from constructs_fixtures import does, done, note, noted, stage_of, statuses, trouble, undoes, undone, wait_for_file
 
 from brokers.api import Arrival
 from stageflow_actors import (
@@ -21,13 +21,8 @@ from stageflow_actors import (
     StageContext,
     Workflow,
     WorkflowDefinitionError,
-    WorkflowResult,
 )
 from stageflow_actors.testing import run
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 def branch(name: str, **options: Any) -> Stage:
@@ -61,7 +56,7 @@ def test_branches_are_joined_and_what_each_changed_is_merged_by_field(execute: A
     stages = ["before", "bookings", "flight", "hotel", "car", "after"]
     assert statuses(result) == dict.fromkeys(stages, "completed")
     assert [stage.stage_id for stage in result.stages] == stages, "in order of definition"
-    assert next(stage for stage in result.stages if stage.stage_id == "flight").data == {"by": "flight"}
+    assert stage_of(result, "flight").data == {"by": "flight"}
     called = done(result.instance_id)
     assert (called[0], sorted(called[1:4]), called[4]) == ("before", ["car", "flight", "hotel"], "after")
 

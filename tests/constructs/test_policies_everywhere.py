@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, note, noted, undoes, undone
+from constructs_fixtures import does, note, noted, stage_of, undoes, undone
 
 from stageflow_actors import Retry, Runtime, Stage, StageError, StageFlowError, WorkerDied, Workflow, WorkflowResult
 
@@ -79,7 +79,7 @@ def test_what_raises_twice_is_tried_a_third_time(execute: Any, what: str, reques
     context = given(flow, "raise", 2, request)
     result = execute(flow, context, signals=signals(flow))
     assert (result.status, tries(context)) == ("completed", 3)
-    assert next(one.attempts for one in result.stages if one.stage_id == "x") == 3
+    assert stage_of(result, "x").attempts == 3
 
 
 @pytest.mark.parametrize("what", FLOWS)
@@ -127,7 +127,7 @@ def test_what_was_gathered_outlives_the_deaths_that_a_policy_forgives(
     context = given(FLOWS[what], "die", 2, request)
     result = runtime.execute(FLOWS[what], context, timeout=30)
     assert (result.status, tries(context)) == ("completed", 3)
-    assert next(one.attempts for one in result.stages if one.stage_id == "x") == 3
+    assert stage_of(result, "x").attempts == 3
 
 
 class Stubborn:

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from constructs_fixtures import does, done, note, noted, undoes, undone, wait_for_file
+from constructs_fixtures import does, done, note, noted, stage_of, statuses, undoes, undone, wait_for_file
 
 from stageflow_actors import (
     InstanceParked,
@@ -21,17 +21,8 @@ from stageflow_actors import (
     StageError,
     Workflow,
     WorkflowDefinitionError,
-    WorkflowResult,
 )
 from stageflow_actors.testing import run
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
-
-
-def stage(result: WorkflowResult[Any], stage_id: str) -> Any:
-    return next(one for one in result.stages if one.stage_id == stage_id)
 
 
 def stock(command: dict[str, Any], ctx: StageContext) -> Any:
@@ -94,7 +85,7 @@ def test_the_reply_to_a_request_is_given_to_the_next_stage_and_to_no_later_one(e
     assert result.status == "completed"
     assert (result.context["got"], result.context["payload later"]) == ({"left": 4}, None)
     assert result.context["asked"] == 1, "what the stage did to the context counts"
-    assert (statuses(result)["ask"], stage(result, "ask").attempts) == ("completed", 1)
+    assert (statuses(result)["ask"], stage_of(result, "ask").attempts) == ("completed", 1)
 
 
 @pytest.mark.parametrize("command", [None, 5, "text", [1, b"\xff"], {"a": None}], ids=str)
@@ -119,7 +110,7 @@ def test_an_endpoint_that_answers_with_an_error_fails_the_attempt_and_the_policy
     who = f"twice {uuid4()}"
     result = execute(asking, {"command": {"who": who, "n": 3, "do": "raise twice"}})
     assert (result.status, result.context["got"]) == ("completed", {"left": 2})
-    assert (result.context["asked"], stage(result, "ask").attempts) == (3, 3)
+    assert (result.context["asked"], stage_of(result, "ask").attempts) == (3, 3)
     assert [words[1] for words in noted(result.instance_id, "did", "ask")] == ["NoneType"] + ["StageError"] * 2
 
 
@@ -151,12 +142,12 @@ def test_an_endpoint_that_never_answers_well_fails_the_stage(execute: Any) -> No
     assert result.error == "StageError: endpoint 'stock' answered with an error: LookupError: no such item"
     assert (done(result.instance_id), undone(result.instance_id)) == (["before", "ask", "ask", "ask"], ["before"])
     assert "asked" not in result.context, "what failed attempts did to the context is gone"
-    assert stage(result, "ask").attempts == 3
+    assert stage_of(result, "ask").attempts == 3
 
 
 def test_without_a_policy_the_first_error_is_final(execute: Any) -> None:
     result = execute(asking_once, {"command": {"do": "raise"}})
-    assert (result.status, result.failed_stage, stage(result, "ask").attempts) == ("failed", "ask", 1)
+    assert (result.status, result.failed_stage, stage_of(result, "ask").attempts) == ("failed", "ask", 1)
 
 
 def test_an_endpoint_may_answer_nothing(execute: Any) -> None:
@@ -187,7 +178,7 @@ def test_an_endpoint_retries_by_its_own_policy(execute: Any) -> None:
     who = f"own {uuid4()}"
     result = execute(asking_once, {"endpoint": "patient", "command": {"who": who, "n": 3, "do": "raise twice"}})
     assert (result.status, result.context["got"]) == ("completed", {"left": 2})
-    assert stage(result, "ask").attempts == 1
+    assert stage_of(result, "ask").attempts == 1
     assert [words[0] for words in noted("asked", who)] == ["1", "2", "3"]
 
 
@@ -195,7 +186,7 @@ def test_an_endpoint_that_is_not_served_does_not_answer_in_time(execute: Any) ->
     result = execute(asking, {"endpoint": "nobody", "timeout": 0.05})
     assert (result.status, result.failed_stage) == ("compensated", "ask")
     assert result.error == "StageTimeout: endpoint 'nobody' did not answer within 0.05 s"
-    assert stage(result, "ask").attempts == 3
+    assert stage_of(result, "ask").attempts == 3
 
 
 def shelf(id: str, endpoint: str = "stock", **options: Any) -> Stage:
@@ -328,10 +319,10 @@ optional = (
 def test_a_remote_stage_asks_and_takes_the_reply_in(execute: Any) -> None:
     result = execute(remote, {"command": {"n": 4}})
     assert (result.status, result.context["left"]) == ("completed", 3)
-    assert stage(result, "reserve").data is None
-    assert stage(result, "again").data == "hello", "without on_reply the reply is the result"
+    assert stage_of(result, "reserve").data is None
+    assert stage_of(result, "again").data == "hello", "without on_reply the reply is the result"
     result = execute(remote, {"command": {"n": 4}, "take": "result"})
-    assert stage(result, "reserve").data == "kept"
+    assert stage_of(result, "reserve").data == "kept"
     result = execute(remote, {"command": {"n": 4}, "take": "replace"})
     assert result.context == {"only": 3}
 
@@ -340,20 +331,20 @@ def test_a_remote_stage_is_retried_and_undone_as_any_other(execute: Any) -> None
     who = f"remote {uuid4()}"
     context = {"command": {"who": who, "n": 3, "do": "raise twice"}, "fail": {"after": "raise"}}
     result = execute(remote, context)
-    assert (result.status, stage(result, "reserve").attempts) == ("compensated", 3)
+    assert (result.status, stage_of(result, "reserve").attempts) == ("compensated", 3)
     assert undone(result.instance_id) == ["reserve", "before"]
 
 
 def test_a_reply_that_cannot_be_taken_in_is_a_failure_that_the_policy_sees(execute: Any) -> None:
     result = execute(remote, {"command": {"n": 4}, "take": "raise"})
     assert (result.status, result.failed_stage) == ("compensated", "reserve")
-    assert (result.error, stage(result, "reserve").attempts) == ("ValueError: cannot be taken in", 3)
+    assert (result.error, stage_of(result, "reserve").attempts) == ("ValueError: cannot be taken in", 3)
     assert "left" not in result.context
 
 
 def test_a_remote_stage_nobody_serves_has_its_own_timeout(execute: Any) -> None:
     result = execute(unserved, {})
-    assert (result.status, result.failed_stage, stage(result, "nobody").attempts) == ("failed", "nobody", 2)
+    assert (result.status, result.failed_stage, stage_of(result, "nobody").attempts) == ("failed", "nobody", 2)
     assert result.error == "StageTimeout: endpoint 'nobody' did not answer within 0.05 s"
 
 
@@ -384,7 +375,7 @@ def test_branches_may_ask_and_the_reply_is_their_result(execute: Any) -> None:
         "completed",
         {"both": "completed", "left": "completed", "right": "completed"},
     )
-    assert (stage(result, "left").data, stage(result, "right").data) == (1, {"left": 4})
+    assert (stage_of(result, "left").data, stage_of(result, "right").data) == (1, {"left": 4})
 
 
 def asks(name: str, endpoint: str = "echo") -> Stage:
@@ -435,7 +426,7 @@ def test_a_reply_that_no_stage_comes_next_for_is_the_result_of_the_stage_that_as
 ) -> None:
     flow = NOBODY_NEXT[endpoint][where]
     result = execute(flow, {}, signals={"go": 1} if "signal" in where else None)
-    assert (result.status, stage(result, "ask").data) == ("completed", "for ask")
+    assert (result.status, stage_of(result, "ask").data) == ("completed", "for ask")
     if "later" in result.context:
         assert result.context["later"] == [None, "for ask"]
     if "items" in result.context:
@@ -462,7 +453,7 @@ globals().update({f"somebody_{f.id}": f for f in SOMEBODY_NEXT.values()})
 @pytest.mark.parametrize("who", SOMEBODY_NEXT)
 def test_a_reply_is_the_payload_of_whoever_comes_next(execute: Any, who: str) -> None:
     result = execute(SOMEBODY_NEXT[who], {})
-    assert (result.status, stage(result, "ask").data) == ("completed", None)
+    assert (result.status, stage_of(result, "ask").data) == ("completed", None)
     assert result.context["taken"] == ["for ask", None]
     assert result.context.get("also", ["for ask", None]) == ["for ask", None]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, note, noted, undoes, undone
+from constructs_fixtures import does, done, note, noted, statuses, undoes, undone
 
 from stageflow_actors import (
     Instance,
@@ -20,12 +20,7 @@ from stageflow_actors import (
     StageContext,
     StageFlowError,
     Workflow,
-    WorkflowResult,
 )
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 def parked(instance: Instance[Any]) -> str:

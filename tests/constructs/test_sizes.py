@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, note, noted, undoes, undone
+from constructs_fixtures import does, note, noted, statuses, undoes, undone
 
 from stageflow_actors import Config, Retry, Runtime, Stage, StageContext, Workflow, WorkflowResult
 from stageflow_actors.runtime.work import ExecutorEnvironment
@@ -32,10 +32,6 @@ def much(share: float) -> str:
 
 
 ENDPOINTS = {"much": lambda command: much(0.99), "echo": lambda command: command}
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 def stage(name: str, **options: Any) -> Stage:

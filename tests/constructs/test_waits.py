@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constructs_fixtures import does, done, undoes, undone
+from constructs_fixtures import does, done, stage_of, statuses, undoes, undone
 
 from stageflow_actors import (
     Config,
@@ -22,18 +22,8 @@ from stageflow_actors import (
     StageFlowError,
     Workflow,
     WorkflowDefinitionError,
-    WorkflowResult,
 )
 from stageflow_actors.testing import run
-
-
-def statuses(result: WorkflowResult[Any]) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
-
-
-def data(result: WorkflowResult[Any], stage_id: str) -> Any:
-    return next(stage.data for stage in result.stages if stage.stage_id == stage_id)
-
 
 # delays
 
@@ -177,15 +167,15 @@ def test_the_payload_of_a_signal_is_the_result_of_its_stage(execute: Any, payloa
     result = execute(plain, {}, signals={"answer": payload})
     assert result.status == "completed"
     assert statuses(result) == {"ask": "completed", "answer": "completed", "after": "completed"}
-    assert data(result, "answer") == payload
+    assert stage_of(result, "answer").data == payload
 
 
 def test_on_signal_takes_it_in(execute: Any) -> None:
     result = execute(handled, {}, signals={"approve": "ann"})
     assert (result.status, result.context) == ("completed", {"approved_by": "ann"})
-    assert data(result, "approval") == {"said": "ann"}
+    assert stage_of(result, "approval").data == {"said": "ann"}
     result = execute(handled, {"how": "replaced"}, signals={"approve": "bob"})
-    assert (result.context, data(result, "approval")) == ({"by": "bob"}, None)
+    assert (result.context, stage_of(result, "approval").data) == ({"by": "bob"}, None)
 
 
 def test_on_signal_may_fail_the_stage(execute: Any) -> None:
@@ -206,7 +196,7 @@ def test_without_a_signal_in_time_the_stage_has_failed(execute: Any) -> None:
 
 def test_on_timeout_decides_when_none_came_in_time(execute: Any) -> None:
     result = execute(hasty, {})
-    assert (result.status, result.context, data(result, "approval")) == (
+    assert (result.status, result.context, stage_of(result, "approval").data) == (
         "completed",
         {"escalated": True},
         "escalated",
@@ -226,7 +216,7 @@ def test_a_signal_is_waited_for_and_taken(runtime: Runtime, eventually: Any) -> 
     assert done(instance.id) == ["ask"]
     instance.signal("answer", 42)
     result = instance.result(timeout=20)
-    assert (result.status, data(result, "answer")) == ("completed", 42)
+    assert (result.status, stage_of(result, "answer").data) == ("completed", 42)
 
 
 def test_a_signal_that_comes_early_is_kept(runtime: Runtime, gate: Path, eventually: Any) -> None:
@@ -234,7 +224,7 @@ def test_a_signal_that_comes_early_is_kept(runtime: Runtime, gate: Path, eventua
     eventually(lambda: done(instance.id), "the stage before is at work")
     instance.signal("answer", "early")
     gate.touch()
-    assert data(instance.result(timeout=20), "answer") == "early"
+    assert stage_of(instance.result(timeout=20), "answer").data == "early"
 
 
 def test_several_signals_are_taken_first_in_first_out(runtime: Runtime, execute: Any, eventually: Any) -> None:
@@ -327,7 +317,7 @@ def test_a_signal_that_did_not_come_may_be_parked_and_is_waited_for_again(runtim
         instance.retry()
         eventually(lambda: instance.status() == "waiting", "it waits again")
     instance.signal("s", "at last")
-    assert data(instance.result(timeout=20), "s") == "at last"
+    assert stage_of(instance.result(timeout=20), "s").data == "at last"
 
 
 def test_a_signal_that_did_not_come_is_a_parked_result_in_this_process() -> None:
@@ -354,7 +344,7 @@ def test_delays_and_signals_survive_a_restart_and_go_on(tmp_path: Path, eventual
         assert again.instance(ids["long"]).status() == "waiting"
         again.instance(ids["plain"]).signal("answer", 1)
         again.instance(ids["handled"]).signal("approve", "ann")
-        assert data(again.instance(ids["plain"]).result(timeout=20), "answer") == 1
+        assert stage_of(again.instance(ids["plain"]).result(timeout=20), "answer").data == 1
         assert again.instance(ids["handled"]).result(timeout=20).context == {"approved_by": "ann"}
         again.stop()
 

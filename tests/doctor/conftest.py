@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import launch
 
 from brokers.api import LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, Listener, PublishItem, Target
 from brokers.core import records
@@ -24,6 +23,8 @@ from stageflow_actors.core.plan import FINISHED
 from stageflow_actors.history import HistoryRow, HistoryWriter
 from stageflow_actors.runtime import checkup
 from stageflow_actors.runtime.datadir import DataDir
+
+__all__ = ["books", "doctor", "launch", "snapshot"]
 
 FIRST = "stageflow.orders.stage0"
 
@@ -198,23 +199,3 @@ def contents(directory: Path) -> dict[str, tuple[str, int]]:
 def snapshot() -> Callable[[Path], dict[str, tuple[str, int]]]:
     """`snapshot(directory)`: what lies in it."""
     return contents
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a program in a session of its own; what is left of it at the end of the test is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-        script = tmp_path / f"program{len(started)}.py"
-        script.write_text(code)
-        words = [sys.executable, str(script), *map(str, arguments)]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_fixtures import serve
+from programs import launch
 
 from stageflow_actors import Runtime, Workflow
+
+__all__ = ["launch", "others_of", "serve"]
 
 SHARE = 4
 """A stage from hell may slow the others down to this part of what they do without it: what it burns is theirs."""
@@ -97,29 +97,3 @@ class Others:
 def others_of() -> Callable[..., Others]:
     """`others_of(runtime, workflow)`: see `Others`."""
     return Others
-
-
-Launch = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Starts a program in a session of its own, its stderr a file; what is left of it is killed after the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(code: str, *arguments: object, stderr: Path) -> subprocess.Popen[str]:
-        script = tmp_path / f"program{len(started)}.py"
-        script.write_text(code)
-        with stderr.open("wb") as file:
-            command = [sys.executable, str(script), *map(str, arguments)]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True, env=dict(os.environ)
-            )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()  # its cluster follows it
-        process.communicate()

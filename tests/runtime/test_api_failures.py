@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from constructs_fixtures import statuses
 from effect_log import note, noted
 
 from stageflow_actors import (
@@ -145,10 +146,6 @@ def run(runtime: Runtime, workflow: Any, **fail: Any) -> tuple[Any, list[str], l
     plan = {name.replace("_", "-"): what for name, what in fail.items()}
     result = runtime.execute(workflow, {"fail": plan}, instance_id=instance_id, timeout=25)
     return result, [name for name, _ in noted("did", instance_id)], noted("undid", instance_id)
-
-
-def statuses(result: Any) -> dict[str, str]:
-    return {stage.stage_id: str(stage.status) for stage in result.stages}
 
 
 @pytest.mark.parametrize(("how", "error"), [("raise", "ValueError: boom failed"), ("exit", "SystemExit: bye")])

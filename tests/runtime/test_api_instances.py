@@ -59,13 +59,6 @@ def runtime(serve: Any) -> Runtime:
     return serve(orders, gated, priorities)
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Any:
-    path = tmp_path / "gate"
-    yield path
-    path.touch()
-
-
 def counts(runtime: Runtime, prefix: str = "") -> int:
     return sum(q.ready + q.leased + q.delayed + q.dead for q in runtime.queues(prefix))
 

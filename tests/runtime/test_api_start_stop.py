@@ -60,13 +60,6 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Any:
-    path = tmp_path / "gate"
-    yield path
-    path.touch()
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Any:
     before = children()
