@@ -25,7 +25,7 @@ from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.calling import as_blocking
 from stageflow_actors.runtime.context import StageContext, check_no_request
-from stageflow_actors.runtime.interception import COMPENSATION, around_methods, wrap_handler
+from stageflow_actors.runtime.interception import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.programs import CompensationProgram
 from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
 from stageflow_actors.runtime.undoing import ItemCompensationState
@@ -57,7 +57,7 @@ class CompensationExecutor:
         self._context_type = program.context
         self._compensations = program.compensations
         self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
-        self._arounds = around_methods(program.interceptors, COMPENSATION)
+        self._arounds = around_methods(program.interceptors, AROUND_COMPENSATION)
         self._limits_itself = environment.limits_compensations
         self._calls = {stage_id: self._bind(undo, environment) for stage_id, undo in program.compensations.items()}
         self._slot = environment.slot
@@ -196,12 +196,11 @@ class CompensationExecutor:
             if undoing.careful or now - kept > UNDO_FLUSH_SECONDS:
                 undoing.at = number if undoing.careful else -1
                 self._slot.begin(item.id, 0, time.monotonic_ns())
-                ctx._enter_item(None)
+                ctx._exit_item()
                 ctx.store_step_result(UNDO_STATE, undoing.state())
                 kept = time.monotonic()
-            ctx._enter_item(number)
-            ctx.deadline = now + timeout / 1e9 if timeout else None
-            ctx.results = {**results, stage_id: result}
+            deadline = now + timeout / 1e9 if timeout else None
+            ctx._enter_item(number, deadline, {**results, stage_id: result})
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
@@ -211,11 +210,11 @@ class CompensationExecutor:
                 self._on_error(error)
                 failed = error
             yield number, failed
-        ctx._enter_item(None)
+        ctx._exit_item()
 
     def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
         extra = item.extra
-        return StageContext(
+        return StageContext._create(
             envelope=envelope,
             instance_id=item.group,
             epoch=item.epoch,

@@ -1,4 +1,7 @@
-"""`StageContext`: what a handler is told about where it runs, and its means to make parts of itself run once."""
+"""`StageContext`: the attempt that a handler runs in, and its durable steps.
+
+No socket and no executor here: steps and progress go to a `StepStore`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from brokers.api import DeliveryExtra, DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
@@ -16,17 +19,17 @@ from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
 
-__all__ = ["Lane", "RememberedSteps", "Request", "StageContext", "StepStore", "check_no_request"]
+__all__ = ["CancelFlag", "RememberedSteps", "Request", "StageContext", "StepStore", "check_no_request"]
 
 REQUEST_TIMEOUT_SECONDS = 60.0
-"""How long the reply to a request may take where nothing else is said."""
+"""The time a request waits for its reply by default."""
 
 PROGRESS_INTERVAL_SECONDS = 0.2
-"""Least time between two reports of one stage."""
+"""The least time between two progress reports of one attempt."""
 
 
 class Request:
-    """A stage's wish to ask an endpoint; see `StageContext.request`."""
+    """A request to an endpoint, returned by a stage's handler; see `StageContext.request`."""
 
     __slots__ = ("command", "endpoint", "steps", "timeout")
 
@@ -42,31 +45,31 @@ class Request:
 
 
 def check_no_request(value: Any, what: str) -> None:
-    """Only what a stage's handler returns is sent to an endpoint; raises `StageError` for a request from elsewhere."""
+    """Raise `StageError` if `value` is a request: only a request that a stage's handler returns is sent."""
     if type(value) is Request:
         raise StageError(
-            f"{what} returned ctx.request({value.endpoint!r}, ...), and nobody would be asked: only the handler of a "
-            "stage can ask an endpoint, by returning the request",
+            f"{what} returned ctx.request({value.endpoint!r}, ...), and the request is not sent: only the handler of a "
+            "stage can send a request to an endpoint, by returning it",
             retryable=False,
         )
 
 
 class StepStore(Protocol):
-    """Where completed steps go. `keep` returns once the value is durable."""
+    """The store of the completed steps of one message."""
 
     def keep(self, name: str, value: bytes) -> None:
-        """Keep the result of a step."""
+        """Store the result of a step; durable on return."""
 
     def report(self, progress: bytes) -> None:
-        """Let whoever looks see how far the stage is."""
+        """Publish the progress of the attempt; may be lost."""
 
 
 _remembering = threading.Lock()
-"""A handler may keep steps in several threads."""
+"""Guards `DeliveryExtra.steps`: a handler may store steps from several threads."""
 
 
 class RememberedSteps:
-    """Steps that are kept, and are known from then on to whoever settles the delivery they were made under."""
+    """A step store that also adds each step to its delivery, so that the settlement contains it."""
 
     __slots__ = ("_item", "_store", "report")
 
@@ -85,44 +88,81 @@ class RememberedSteps:
             extra.steps = {**(extra.steps or {}), name: value}
 
 
-class Lane(Protocol):
-    """Where it is said that the message in work is to be ended."""
+class CancelFlag(Protocol):
+    """The place where a cancellation of the message in work is visible."""
 
     def is_cancelled(self) -> bool:
-        """Whether it is."""
+        """Return True if the message in work is to end."""
 
 
 class StageContext:
-    """One attempt of one stage of one instance.
+    """One attempt of one stage of one instance, as its handler sees it.
 
-    `attempt` counts from 1; `deadline` is when the attempt times out, in seconds on the monotonic clock (None: never);
-    `idempotency_key` is the same for each attempt; `item` is the number of the item in a map stage, as a string;
-    `payload` is what the previous stage handed on: the reply to its request.
-    In a compensation, `error` is what failed the workflow and `results[stage_id]` what is being undone.
+    A handler that has a parameter named `ctx` receives one for each attempt; the runtime creates it. Compensations and
+    endpoints receive one too.
+
+    Attributes:
+        workflow_id: The id of the workflow.
+        instance_id: The id of the instance.
+        stage_id: The id of the stage; in a compensation, of the stage that is undone.
+        attempt: The number of this attempt, from 1.
+        deadline: When the attempt times out, in seconds of `time.monotonic()`; None without a timeout.
+        item: In a map stage, the number of the item from 0, as a string; otherwise None.
+        error: In a compensation, the error that failed the workflow, such as `"ValueError: boom"`; otherwise None.
+
+    Example:
+        >>> from stageflow_actors import StageContext, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> def charge(order: dict, ctx: StageContext) -> str:
+        ...     return ctx.step("charge", lambda: f"{ctx.stage_id}, attempt {ctx.attempt}")
+        >>> run(Workflow("orders").add_stage(charge), {}).stages[-1].data
+        'charge, attempt 1'
     """
 
-    __slots__ = (
-        "_envelope",
-        "_failure",
-        "_limit",
-        "_progress_at",
-        "_results",
-        "_scope",
-        "_slot",
-        "_steps",
-        "_store",
-        "attempt",
-        "deadline",
-        "epoch",
-        "error",
-        "instance_id",
-        "item",
-        "stage_id",
-        "workflow_id",
-    )
+    __slots__ = {
+        "_envelope": "",
+        "_epoch": "",
+        "_failure": "",
+        "_limit": "",
+        "_progress_at": "",
+        "_results": "",
+        "_scope": "",
+        "_slot": "",
+        "_steps": "",
+        "_store": "",
+        "attempt": "The number of this attempt, from 1.",
+        "deadline": "When the attempt times out, in seconds of `time.monotonic()`; None without a timeout.",
+        "error": "In a compensation, the error that failed the workflow; otherwise None.",
+        "instance_id": "The id of the instance.",
+        "item": "In a map stage, the number of the item from 0, as a string; otherwise None.",
+        "stage_id": "The id of the stage; in a compensation, of the stage that is undone.",
+        "workflow_id": "The id of the workflow.",
+    }
 
-    def __init__(
-        self,
+    workflow_id: str
+    instance_id: str
+    stage_id: str
+    attempt: int
+    deadline: float | None
+    item: str | None
+    error: str | None
+    _envelope: Envelope
+    _epoch: int
+    _failure: bytes | None
+    _limit: int
+    _progress_at: float
+    _results: dict[str, Any] | None
+    _scope: str
+    _slot: CancelFlag | None
+    _steps: dict[str, bytes]
+    _store: StepStore
+
+    def __init__(self) -> None:
+        raise TypeError("the runtime creates each StageContext: to test a handler, use stageflow_actors.testing.run")
+
+    @classmethod
+    def _create(
+        cls,
         *,
         envelope: Envelope,
         instance_id: str,
@@ -136,15 +176,18 @@ class StageContext:
         error: str | None = None,
         item: str | None = None,
         limit: int = 16 << 20,
-        slot: Lane | None = None,
-    ) -> None:
+        slot: CancelFlag | None = None,
+    ) -> Self:
+        """Return the context of one attempt. `failure` is that of the attempt before, `limit` in bytes."""
+        self = cls.__new__(cls)
         self.workflow_id = envelope.workflow_id
         self.instance_id = instance_id
         self.stage_id = stage_id
         self.attempt = attempt
-        self.epoch = epoch
-        self.deadline: float | None = None if timeout is None else time.monotonic() + timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
         self.error = error
+        self.item = item
+        self._epoch = epoch
         self._envelope = envelope
         self._failure = failure
         self._steps = dict(steps) if steps else {}
@@ -153,79 +196,158 @@ class StageContext:
         self._limit = limit
         self._slot = slot
         self._progress_at = 0.0
-        self.item = item
-        self._results: dict[str, Any] | None = None
+        self._results = None
+        return self
 
-    def _enter_item(self, number: int | None) -> None:
-        """From now on this is about one item of a map stage, which has steps of its own; None: about all again."""
-        self.item = None if number is None else str(number)
-        self._scope = "" if number is None else f"{number}:"
+    def _enter_item(self, number: int, deadline: float | None, results: dict[str, Any]) -> None:
+        """Make this the context of one item of a map stage; the item has steps of its own."""
+        self.item = str(number)
+        self._scope = f"{number}:"
+        self.deadline = deadline
+        self._results = results
+
+    def _exit_item(self) -> None:
+        """Make this the context of the whole map stage again."""
+        self.item = None
+        self._scope = ""
 
     @property
     def idempotency_key(self) -> str:
-        """A key for side effects: the same for each attempt of this stage of this run of the instance, also after
-        `Instance.retry`. Only a restart begins a new run.
+        """The key to pass to external systems with side effects of this stage.
 
-        For an item of a map stage, the same for each attempt of this item.
+        It is the same for each attempt of this stage of this run of the instance, also after `Instance.retry`; for an
+        item of a map stage, for each attempt of this item. `Instance.restart` begins a new run with new keys.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def charge(order, ctx):
+            ...     return ctx.idempotency_key == f"orders:{ctx.instance_id}:charge"
+            >>> run(Workflow("orders").add_stage(charge), {}).stages[-1].data
+            True
         """
         item = "" if self.item is None else f"[{self.item}]"
-        run = self._envelope.run or self.epoch
+        run = self._envelope.run or self._epoch
         suffix = item if run <= 1 else f"{item}:{run}"
         return f"{self.workflow_id}:{self.instance_id}:{self.stage_id}{suffix}"
 
     @property
     def results(self) -> Mapping[str, Any]:
-        """What earlier stages returned, by stage id."""
+        """The results of the completed stages by stage id.
+
+        In a compensation, `results[stage_id]` is the result that is undone; in a compensation of an item of a map
+        stage, the result of this item.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def reserve(order):
+            ...     return {"seat": 7}
+            >>> def confirm(order, ctx):
+            ...     return ctx.results["reserve"]["seat"]
+            >>> run(Workflow("trips").add_stage(reserve).add_stage(confirm), {}).stages[-1].data
+            7
+        """
         if self._results is None:
             records = decode_trail(self._envelope.trail)
             self._results = {r.stage_id: decode_value(r.data) for r in records if r.status == "completed"}
         return self._results
 
-    @results.setter
-    def results(self, results: Mapping[str, Any]) -> None:
-        self._results = dict(results)
-
     @property
     def payload(self) -> Any:
         """The reply that the previous stage's request brought, or None.
 
-        A delay, a branch and a stage that is skipped are no stages in this: what comes behind them is given it. Each
-        branch of a parallel stage is; items of a map, and what comes behind a signal, are not (see `request`).
+        Delays, branches and skipped stages pass it through to the stage behind them, and each branch of a parallel
+        stage receives it. Items of a map, and a stage behind a signal, do not: see `request`.
         """
         return None if self.item is not None else decode_value(self._envelope.payload)
 
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
-        """Return this from a stage: `command` goes to `endpoint`, and the next stage has the reply as `ctx.payload`.
+        """Return a request to an endpoint, for the handler to return as its result.
 
-        `"next"` hands `command` straight on. No reply within `timeout` seconds (60 by default), or one that is an
-        error, fails the attempt.
+        Only the handler of a stage sends a request, and only by returning it. The next stage reads the reply from
+        `ctx.payload`. If no next stage can receive it, the reply is the result of this stage: in the last stage of a
+        workflow or of a branch of a parallel stage, and before a map or a signal. The attempt fails if the reply is an
+        error or does not arrive in time.
 
-        Where no stage comes next that could be given it, the reply (or, of `"next"`, the command) is the result of the
-        stage that asked: in the last stage of a workflow or a branch of a parallel one, and before a map or a signal.
+        Args:
+            endpoint: The name of the endpoint. `"next"` sends nothing and passes `command` to the next stage.
+            command: The value that the endpoint's handler receives; encoded like a result.
+            timeout: Seconds to wait for the reply, more than 0; default 60.
+
+        Returns:
+            The request. Its content is private.
+
+        Raises:
+            ValueError: If `endpoint` is empty or not a string, or `timeout` is not more than 0.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def ask(order, ctx):
+            ...     return ctx.request("stock", {"sku": "A1"}, timeout=5)
+            >>> def use(order, ctx):
+            ...     return ctx.payload
+            >>> flow = Workflow("orders").add_stage(ask).add_stage(use)
+            >>> run(flow, {}, endpoints={"stock": lambda command: 12}).stages[-1].data
+            12
         """
         return Request(endpoint, command, REQUEST_TIMEOUT_SECONDS if timeout is None else float(timeout), self._steps)
 
     @property
     def previous_failure(self) -> Exception | None:
-        """Why the attempt before this one failed; None on the first."""
+        """The failure of the previous attempt as an exception; None in the first.
+
+        Example:
+            >>> from stageflow_actors import Retry, Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def charge(order, ctx):
+            ...     if ctx.previous_failure is None:
+            ...         raise OSError("no route")
+            ...     return str(ctx.previous_failure)
+            >>> flow = Workflow("orders").add_stage(charge, retry=Retry.fixed(2, 1))
+            >>> "no route" in run(flow, {}).stages[-1].data
+            True
+        """
         failure = read_failure(self._failure)
         return None if failure is None else exception_of(failure)
 
     @property
     def logger(self) -> logging.Logger:
-        """A logger named after workflow and stage."""
+        """The logger named `stageflow.{workflow_id}.{stage_id}`."""
         return logging.getLogger(f"stageflow.{self.workflow_id}.{self.stage_id}")
 
     @property
     def cancelled(self) -> bool:
-        """Whether this instance has been cancelled meanwhile: a stage that ends soon then is not killed."""
+        """True if the instance was cancelled during this attempt.
+
+        A handler that reads it and returns soon is not killed.
+        """
         return self._slot is not None and self._slot.is_cancelled()
 
     def progress(self, done: float, total: float, note: str = "") -> None:
-        """Let whoever looks see how far this stage is: `Instance.progress()`, `stageflow instances show`.
+        """Report the progress of this stage until the stage ends.
 
-        Never durable, and at most five times a second (but always when `done` has come to `total`): call it as often as
-        you like. It shows until the stage ends.
+        `Instance.progress()` and `stageflow instances show` display it. A report is not durable and may be lost.
+        Handlers may call this in each iteration: reports are sent at most every 0.2 s, and whenever `done` has reached
+        `total`.
+
+        Args:
+            done: The amount of work that is done, in any unit.
+            total: The whole amount of work, in the same unit.
+            note: A short text beside the numbers; default empty.
+
+        Raises:
+            InvalidContext: If `done` or `total` cannot be encoded.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def load(rows, ctx):
+            ...     for number in range(3):
+            ...         ctx.progress(number + 1, 3, "rows")
+            >>> run(Workflow("imports").add_stage(load), {}).success
+            True
         """
         now = time.monotonic()
         if now - self._progress_at >= PROGRESS_INTERVAL_SECONDS or done >= total:
@@ -233,11 +355,38 @@ class StageContext:
             self._store.report(encode_value([done, total, str(note)], what=f"the progress of {self.stage_id!r}"))
 
     def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Run `function(*args)` once per instance and stage: its result is durable when this returns.
+        """Run `function(*args)` once per instance and stage.
 
-        A later attempt is given the stored result and does not run it. The result is read back from what was
-        stored, so that the first attempt sees what every later one would. With an `async def` function it is awaited:
-        `await ctx.step("charge", charge, order)`.
+        The result is durable when this returns, and later attempts receive it without another call. The first attempt
+        also receives the result as it was stored, so that it sees the same value as every later attempt. A crash
+        between the call and the storage repeats the call: pass `idempotency_key` to external systems. With an
+        `async def` function this returns an awaitable: `await ctx.step("charge", charge, order)`.
+
+        Args:
+            name: The name of the step, not empty. A second step of the same name returns the first one's result.
+            function: The function to call, `async def` or not.
+            args: The positional arguments of `function`.
+
+        Returns:
+            The stored result of `function`, or an awaitable of it if `function` is `async def`.
+
+        Raises:
+            ValueError: If `name` is empty or not a string.
+            InvalidContext: If the result would not come back equal from storage.
+            PayloadTooLarge: If the encoded result is larger than `Config(max_message_bytes)`.
+            StageFlowError: If this worker no longer holds the message.
+
+        Example:
+            >>> from stageflow_actors import Retry, Workflow
+            >>> from stageflow_actors.testing import run
+            >>> charged = []
+            >>> def pay(order, ctx):
+            ...     ctx.step("charge", charged.append, "order-1")
+            ...     if ctx.attempt == 1:
+            ...         raise OSError("mail server down")
+            >>> result = run(Workflow("orders").add_stage(pay, retry=Retry.fixed(2, 1)), {})
+            >>> result.success, charged
+            (True, ['order-1'])
         """
         if inspect.iscoroutinefunction(function):
             return self._async_step(name, function, *args)
@@ -246,27 +395,78 @@ class StageContext:
         return self._keep(name, function(*args))
 
     def is_step_completed(self, name: str) -> bool:
-        """Whether the step has completed, in this attempt or an earlier one."""
+        """Return True if the step completed in this attempt or an earlier one.
+
+        Args:
+            name: The name of the step.
+
+        Returns:
+            True also for a step that was only checkpointed.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def send(order, ctx):
+            ...     ctx.checkpoint_step("mail")
+            ...     return [ctx.is_step_completed("mail"), ctx.is_step_completed("invoice")]
+            >>> run(Workflow("orders").add_stage(send), {}).stages[-1].data
+            [True, False]
+        """
         return f"{self._scope}{name}" in self._steps
 
     def get_step_result(self, name: str) -> Any:
-        """The stored result of a step; None for one that has not completed or was only checkpointed."""
+        """Return the stored result of a step.
+
+        Args:
+            name: The name of the step.
+
+        Returns:
+            The result; None if the step has not completed or was only checkpointed.
+        """
         data = self._steps.get(f"{self._scope}{name}")
         return None if data is None else decode_value(data)
 
     def store_step_result(self, name: str, value: Any) -> None:
-        """Mark a step as completed with a result; durable when this returns."""
+        """Mark a step as completed, with a result; durable when this returns.
+
+        Args:
+            name: The name of the step, not empty.
+            value: The result, for `get_step_result`. It replaces an earlier one of this name.
+
+        Raises:
+            ValueError: If `name` is empty or not a string.
+            InvalidContext: If the value would not come back equal from storage.
+            PayloadTooLarge: If the encoded value is larger than `Config(max_message_bytes)`.
+            StageFlowError: If this worker no longer holds the message.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def count(rows, ctx):
+            ...     ctx.store_step_result("position", 40)
+            ...     return ctx.get_step_result("position")
+            >>> run(Workflow("imports").add_stage(count), {}).stages[-1].data
+            40
+        """
         self._keep(name, value)
 
     def checkpoint_step(self, name: str) -> None:
-        """Mark a step as completed; durable when this returns."""
+        """Mark a step as completed, without a result; durable when this returns.
+
+        Args:
+            name: The name of the step, not empty.
+
+        Raises:
+            ValueError: If `name` is empty or not a string.
+            StageFlowError: If this worker no longer holds the message.
+        """
         self._keep(name, None)
 
     async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         if self.is_step_completed(name):
             return self.get_step_result(name)
         value = await function(*args)
-        return await asyncio.to_thread(self._keep, name, value)  # others are served while it becomes durable
+        return await asyncio.to_thread(self._keep, name, value)  # the loop runs other handlers until it is durable
 
     def _keep(self, name: str, value: Any) -> Any:
         if not isinstance(name, str) or not name:

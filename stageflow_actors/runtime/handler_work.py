@@ -16,7 +16,7 @@ import msgspec
 from brokers.api import DeliveryItem
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.runtime.calling import as_blocking
-from stageflow_actors.runtime.interception import STAGE, around_methods, wrap_handler
+from stageflow_actors.runtime.interception import AROUND_STAGE, around_methods, wrap_handler
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, park_unreadable
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment, Stopwatch
@@ -63,7 +63,7 @@ class HandlerExecutor(Executor):
         call = stage.spec
         bound = call.bind(self.services)
         is_async = call.is_async
-        arounds = around_methods(program.interceptors, STAGE)
+        arounds = around_methods(program.interceptors, AROUND_STAGE)
         if arounds:
             kind = program.context if self.kind == "stage" else None
             bound, is_async = wrap_handler(bound, arounds, kind=self.kind, is_async=is_async, context_type=kind)

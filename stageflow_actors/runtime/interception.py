@@ -1,7 +1,8 @@
-"""Interceptors: the user's code around each call of a handler, in the worker, the outermost first.
+"""Interceptors: user code around each call of a handler, in the worker, the outermost first.
 
-A handler with interceptors is one function of (context, ctx) like any other, which gives (result, context). Where there
-are none nothing here is in the way.
+An interceptor is an object with `around_stage(call, next)`, `around_compensation(call, next)`, or both; they may be
+`async def`. `wrap_handler` returns a handler with interceptors as one function of (context, ctx) that returns (result,
+context). A handler without interceptors never passes through this module.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import WorkflowDefinitionError
 from stageflow_actors.runtime.context import StageContext
 
-__all__ = ["COMPENSATION", "STAGE", "StageCall", "around_methods", "check_interceptors", "wrap_handler"]
+__all__ = ["AROUND_COMPENSATION", "AROUND_STAGE", "StageCall", "around_methods", "check_interceptors", "wrap_handler"]
 
-STAGE, COMPENSATION = "around_stage", "around_compensation"
-"""The methods that an interceptor may have."""
+AROUND_STAGE, AROUND_COMPENSATION = "around_stage", "around_compensation"
+"""The names of the methods of an interceptor."""
 
 Next = Callable[["StageCall"], Any]
 
@@ -26,13 +27,44 @@ Next = Callable[["StageCall"], Any]
 class StageCall:
     """One attempt of one handler, as an interceptor sees it.
 
-    `kind` is `stage`, `item` (of a map stage), `endpoint` or `compensation`. `context` is what the handler is given:
-    the workflow's context, the item, or the command. Another one in its place before `next(call)` is what the handler
-    gets; behind it, `call.context` is as the handler left it, and what it is in the end goes on to the next stage.
-    `ctx` is the handler's `StageContext`.
+    An interceptor is an object with a method `around_stage(call, next)`, a method `around_compensation(call, next)`, or
+    both; `Runtime(interceptors=[...])` takes a list of them, the outermost first. `next(call)` runs the handler, or the
+    next interceptor, and returns its result; the interceptor returns this or another result. An interceptor that is
+    `async def` awaits `next(call)`. If the interceptor raises, the attempt fails.
+
+    Attributes:
+        kind: `"stage"`, `"item"` (of a map stage), `"endpoint"` or `"compensation"`.
+        workflow_id: The id of the workflow.
+        instance_id: The id of the instance.
+        stage_id: The id of the stage; in a compensation, of the stage that is undone.
+        attempt: The number of this attempt, from 1.
+        context: The first argument of the handler: the workflow's context, the item or the command. An interceptor may
+            replace it before `next(call)`. After `next(call)` it is the context as the handler left it; the context at
+            the end of the outermost interceptor goes to the next stage.
+        ctx: The handler's `StageContext`.
+
+    Example:
+        >>> from stageflow_actors import StageCall, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> class Trace:
+        ...     def around_stage(self, call: StageCall, next):
+        ...         print("begin", call.kind, call.stage_id)
+        ...         return next(call)
+        >>> flow = Workflow("orders").add_stage(lambda order: "paid", id="pay")
+        >>> run(flow, {}, interceptors=[Trace()]).stages[-1].data
+        begin stage pay
+        'paid'
     """
 
-    __slots__ = ("attempt", "context", "ctx", "instance_id", "kind", "stage_id", "workflow_id")
+    __slots__ = {
+        "attempt": "The number of this attempt, from 1.",
+        "context": "The first argument of the handler; may be replaced.",
+        "ctx": "The handler's `StageContext`.",
+        "instance_id": "The id of the instance.",
+        "kind": "`stage`, `item` (of a map stage), `endpoint` or `compensation`.",
+        "stage_id": "The id of the stage; in a compensation, of the stage that is undone.",
+        "workflow_id": "The id of the workflow.",
+    }
 
     def __init__(self, kind: str, context: Any, ctx: StageContext) -> None:
         self.kind = kind
@@ -48,13 +80,13 @@ class StageCall:
 
 
 def check_interceptors(given: Sequence[Any]) -> tuple[Any, ...]:
-    """`given` if each of them has something to be called. Raises `WorkflowDefinitionError`."""
+    """Return the interceptors as a tuple. Raise `WorkflowDefinitionError` if one has none of the methods."""
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise WorkflowDefinitionError(f"interceptors is a list of objects, not {given!r}")
     for one in given:
         if inspect.isclass(one):
             raise WorkflowDefinitionError(f"interceptor {one.__name__} is a class: give an instance of it")
-        if not callable(getattr(one, STAGE, None)) and not callable(getattr(one, COMPENSATION, None)):
+        if not callable(getattr(one, AROUND_STAGE, None)) and not callable(getattr(one, AROUND_COMPENSATION, None)):
             raise WorkflowDefinitionError(
                 f"interceptor {one!r} has neither around_stage(call, next) nor around_compensation(call, next)"
             )
@@ -62,7 +94,7 @@ def check_interceptors(given: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def around_methods(interceptors: Sequence[Any], method: str) -> list[Callable[..., Any]]:
-    """Those methods of that name which there are, the outermost first."""
+    """Return the methods of this name, the outermost first."""
     found = (getattr(one, method, None) for one in interceptors)
     return [around for around in found if callable(around)]
 
@@ -75,13 +107,13 @@ def wrap_handler(
     is_async: bool,
     context_type: type[Any] | None,
 ) -> tuple[BoundCall, bool]:
-    """`bound` inside of `arounds`, as a function of (context, ctx) that gives (result, context); and whether it gives
-    an awaitable of that, because the handler or one of the interceptors is async.
+    """Return `bound` inside of `arounds` as one function of (context, ctx), and whether it is async.
 
-    `context_type` is that of the workflow, None where a result never stands for a new context.
+    The function returns (result, context); it is async if the handler or one of the interceptors is. `context_type` is
+    the type of the workflow's context, or None if a result never replaces the context.
     """
 
-    def take(call: StageCall, value: Any) -> Any:
+    def apply_result(call: StageCall, value: Any) -> Any:
         if context_type is not None:
             if type(value) is Replace:
                 call.context = value.value
@@ -92,10 +124,10 @@ def wrap_handler(
         return value
 
     def called(call: StageCall) -> Any:
-        return take(call, bound(call.context, call.ctx))
+        return apply_result(call, bound(call.context, call.ctx))
 
     async def awaited(call: StageCall) -> Any:
-        return take(call, await bound(call.context, call.ctx))
+        return apply_result(call, await bound(call.context, call.ctx))
 
     inner: Next = awaited if is_async else called
     for around in reversed(arounds):
@@ -112,7 +144,7 @@ def wrap_handler(
     async def run_async(context: Any, ctx: StageContext) -> tuple[Any, Any]:
         call = StageCall(kind, context, ctx)
         value = outermost(call)
-        if inspect.isawaitable(value):  # one that is not async may have given a result instead of calling on
+        if inspect.isawaitable(value):  # a blocking interceptor may return a result without calling `next`
             value = await value
         return value, call.context
 
@@ -124,7 +156,7 @@ def _within(around: Callable[..., Any], inner: Next) -> Next:
 
 
 def _as_async(inner: Next) -> Callable[[StageCall], Awaitable[Any]]:
-    """`inner` for an async interceptor, which awaits what `next` gives."""
+    """Return `inner` for an async interceptor, which awaits `next(call)`."""
 
     async def called(call: StageCall) -> Any:
         return inner(call)

@@ -378,7 +378,7 @@ class Executor:
     def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:
         extra = item.extra
         one = self.planned.kind == ITEM
-        return StageContext(
+        return StageContext._create(
             envelope=envelope,
             instance_id=item.group,
             epoch=item.epoch,

@@ -32,7 +32,7 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.compensation_work import CompensationExecutor
-from stageflow_actors.runtime.interception import COMPENSATION, STAGE, around_methods, check_interceptors
+from stageflow_actors.runtime.interception import AROUND_COMPENSATION, AROUND_STAGE, around_methods, check_interceptors
 from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs, undone_items
 from stageflow_actors.runtime.settled import Settled, settle_moves, split_parts
@@ -118,7 +118,9 @@ def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], intercept
     """An event loop cannot run inside another one of its thread."""
     stages = [*workflow.stages, *endpoints]
     undoing = [stage.compensation.spec for stage in stages if stage.compensation is not None]
-    arounds = [around for method in (STAGE, COMPENSATION) for around in around_methods(interceptors, method)]
+    arounds = [
+        around for method in (AROUND_STAGE, AROUND_COMPENSATION) for around in around_methods(interceptors, method)
+    ]
     if not any(call.is_async for call in (*(stage.spec for stage in stages), *undoing)) and not any(
         map(inspect.iscoroutinefunction, arounds)
     ):
