@@ -1,4 +1,4 @@
-"""`Breaker`: when a stage that keeps failing is left alone for a while. A value, checked when it is made."""
+"""`Breaker`: the circuit breaker of a stage, an immutable value."""
 
 from __future__ import annotations
 
@@ -11,10 +11,25 @@ __all__ = ["Breaker", "check_breaker"]
 
 
 class Breaker:
-    """After `failures` failed attempts in a row, over all actors of the stage, its messages wait for `reset` seconds.
+    """A circuit breaker: the messages of a stage that keeps failing wait.
 
-    Then one of them is tried: if that attempt succeeds all go on, if it fails they wait as long again. Errors, timeouts
-    and deaths of workers count, whatever the retry policy says of them. Waiting is no failure and takes no attempt.
+    After `failures` failed attempts in a row, over all actors of the stage, its messages wait for `reset` seconds.
+    Then one message is tried: if that attempt succeeds, the others follow; if it fails, they wait again. Errors,
+    timeouts and deaths of workers count as failures, whatever the retry policy decides. Waiting takes no attempt.
+
+    Args:
+        failures: Number of failed attempts in a row that open the breaker, from 1. Default: 5.
+        reset: Seconds (or a `timedelta`) until one message is tried, more than 0. Default: 30.
+
+    Raises:
+        WorkflowDefinitionError: If `failures` is no integer from 1, or `reset` no positive duration.
+
+    Example:
+        >>> from stageflow_actors import Breaker, Workflow
+        >>> Breaker(failures=3, reset=10)
+        Breaker(failures=3, reset=10)
+        >>> Workflow("orders").add_stage(print, id="ship", breaker=Breaker()).stages[0].breaker.failures
+        5
     """
 
     __slots__ = ("failures", "reset")
@@ -30,7 +45,7 @@ class Breaker:
 
 
 def check_breaker(breaker: Any, what: str) -> Breaker | None:
-    """`breaker` if it is one or None; `what` names its place in the error."""
+    """Return `breaker` if it is a `Breaker` or None; `what` names its place in the error."""
     if breaker is None or isinstance(breaker, Breaker):
         return breaker
-    raise WorkflowDefinitionError(f"{what} must be a Breaker such as Breaker(failures=5, reset=30), not {breaker!r}")
+    raise WorkflowDefinitionError(f"{what} must be a Breaker, such as Breaker(failures=5, reset=30), not {breaker!r}")

@@ -1,7 +1,7 @@
-"""Retry policies: whether a failed attempt is followed by another, and when.
+"""Retry policies: they decide whether and when another attempt follows a failed one.
 
-A policy decides and does nothing else: it never sleeps, and the waiting is done by a timer of the broker. All of
-a policy is checked when it is made, so that a mistake shows at the definition and not at the first failure.
+A policy only decides; it never sleeps. The wait is a timer of the broker. The constructors validate all options, so
+that a mistake is reported at the definition and not at the first failure.
 """
 
 from __future__ import annotations
@@ -22,19 +22,66 @@ Condition = type[BaseException] | Callable[[Any], Any] | Sequence["type[BaseExce
 
 @runtime_checkable
 class RetryPolicy(Protocol):
-    """What a stage asks after a failed attempt; any object of this shape will do."""
+    """The interface of retry policies: an object with a method `next_delay`.
+
+    `Retry` implements it. Any other object that has the method is accepted wherever a stage, a compensation or a
+    workflow takes `retry`. It is sent to worker processes, so it must be picklable.
+
+    Example:
+        >>> from stageflow_actors import RetryPolicy, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> class OnceMore:
+        ...     def next_delay(self, attempt, error):
+        ...         return 0.5 if attempt == 1 else None
+        >>> isinstance(OnceMore(), RetryPolicy)
+        True
+        >>> flow = Workflow("orders").add_stage(lambda order: 1 / 0, retry=OnceMore())
+        >>> run(flow, {}).stages[0].attempts
+        2
+    """
 
     def next_delay(self, attempt: int, error: Exception, /) -> float | None:
-        """Seconds to wait after failed attempt number `attempt` (from 1), or None to give up."""
+        """Return how long to wait before the next attempt, or None to give up.
+
+        Args:
+            attempt: Number of the attempt that failed, from 1.
+            error: The exception that the handler raised, or `StageTimeout`, or `WorkerDied`.
+
+        Returns:
+            Seconds until the next attempt, or None if the failure is final.
+        """
 
 
 class Retry:
-    """Attempt a stage again after `exponential`, `linear` or `fixed` delays.
+    """A policy that retries failed attempts after growing or constant delays.
 
-    `retry_on` and `abort_on` take an exception type, a predicate on the error, or a sequence of these; `abort_on`
-    wins. Timeouts arrive as `StageTimeout`, worker deaths as `WorkerDied`. A `StageError` speaks for itself:
-    `retryable=True` is retried unless `abort_on` matches, `retryable=False` only where `retry_on` names
-    `StageError` (or a subclass, or is a predicate that accepts it), so not by default.
+    Make one with `Retry.exponential`, `Retry.linear` or `Retry.fixed`. The error of an attempt is an exception of
+    the handler, `StageTimeout` after a timeout, or `WorkerDied` after the death of a worker. A `StageError` with
+    `retryable=True` is retried unless `abort_on` matches; with `retryable=False` it is retried only where `retry_on`
+    names `StageError`, a subclass, or a predicate that accepts it.
+
+    Args:
+        kind: `exponential`, `linear` or `fixed`.
+        max_attempts: Number of attempts in all, the first one included, from 1.
+        initial: Seconds (or a `timedelta`) before the second attempt, from 0.
+        maximum: Largest delay in seconds, from `initial`.
+        factor: Growth of exponential delays, from 1. Default: 1.
+        jitter: True to shorten each delay by a random part of up to a half. Default: False.
+        retry_on: Errors to retry: an exception type, a predicate on the error, or a sequence of these.
+                Default: Exception.
+        abort_on: As `retry_on`, for errors that are final. It takes precedence over `retry_on`. Default: none.
+        random: Function that returns a number in [0, 1), for tests of jitter. Default: `random.random`.
+
+    Raises:
+        WorkflowDefinitionError: If an option has a wrong type or value.
+
+    Example:
+        >>> from stageflow_actors import Retry
+        >>> policy = Retry.exponential(4, initial=1, maximum=60, jitter=False, abort_on=PermissionError)
+        >>> [policy.next_delay(attempt, OSError()) for attempt in (1, 2, 3, 4)]
+        [1.0, 2.0, 4.0, None]
+        >>> policy.next_delay(1, PermissionError()) is None
+        True
     """
 
     __slots__ = ("_abort", "_kind", "_random", "_retry", "factor", "initial", "jitter", "max_attempts", "maximum")
@@ -98,10 +145,33 @@ class Retry:
         *,
         random: Callable[[], float] | None = None,
     ) -> Retry:
-        """Delays of `initial`, `initial * factor`, … seconds, at most `maximum`.
+        """Return a policy with delays that grow by a factor.
 
-        `jitter` shortens each by a random part of up to a half, so that what failed together does not return
-        together; `random` gives numbers in [0, 1) in place of `random.random`.
+        The delays are `initial`, `initial * factor`, `initial * factor ** 2`, … seconds, at most `maximum`.
+
+        Args:
+            max_attempts: Number of attempts in all, the first one included, from 1.
+            initial: Seconds (or a `timedelta`) before the second attempt, from 0.
+            maximum: Largest delay in seconds, from `initial`.
+            factor: Growth of the delay, from 1. Default: 2.
+            jitter: True to shorten each delay by a random part of up to a half, so that instances that failed together
+                do not retry together. Default: True.
+            retry_on: Errors to retry: an exception type, a predicate on the error, or a sequence of these.
+                Default: Exception.
+            abort_on: As `retry_on`, for errors that are final; it takes precedence. Default: none.
+            random: Function that returns a number in [0, 1), for tests of jitter. Default: `random.random`.
+
+        Returns:
+            The policy.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value.
+
+        Example:
+            >>> from stageflow_actors import Retry
+            >>> policy = Retry.exponential(max_attempts=5, initial=2, maximum=5, random=lambda: 0.5)
+            >>> [policy.next_delay(attempt, OSError()) for attempt in (1, 2, 3)]
+            [1.5, 3.0, 3.75]
         """
         return cls(
             "exponential",
@@ -125,7 +195,30 @@ class Retry:
         retry_on: Condition = Exception,
         abort_on: Condition = (),
     ) -> Retry:
-        """Delays of `initial`, `2 * initial`, `3 * initial`, … seconds, at most `maximum`."""
+        """Return a policy with delays that grow by a constant.
+
+        The delays are `initial`, `2 * initial`, `3 * initial`, … seconds, at most `maximum`.
+
+        Args:
+            max_attempts: Number of attempts in all, the first one included, from 1.
+            initial: Seconds (or a `timedelta`) before the second attempt, from 0.
+            maximum: Largest delay in seconds, from `initial`.
+            retry_on: Errors to retry: an exception type, a predicate on the error, or a sequence of these.
+                Default: Exception.
+            abort_on: As `retry_on`, for errors that are final; it takes precedence. Default: none.
+
+        Returns:
+            The policy.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value.
+
+        Example:
+            >>> from stageflow_actors import Retry
+            >>> policy = Retry.linear(max_attempts=5, initial=1, maximum=3)
+            >>> [policy.next_delay(attempt, OSError()) for attempt in (1, 2, 3, 4)]
+            [1.0, 2.0, 3.0, 3.0]
+        """
         return cls(
             "linear", max_attempts=max_attempts, initial=initial, maximum=maximum, retry_on=retry_on, abort_on=abort_on
         )
@@ -134,22 +227,49 @@ class Retry:
     def fixed(
         cls, max_attempts: int, delay: Duration, *, retry_on: Condition = Exception, abort_on: Condition = ()
     ) -> Retry:
-        """The same `delay` in seconds between all attempts."""
+        """Return a policy with the same delay between all attempts.
+
+        Args:
+            max_attempts: Number of attempts in all, the first one included, from 1.
+            delay: Seconds (or a `timedelta`) between two attempts, from 0.
+            retry_on: Errors to retry: an exception type, a predicate on the error, or a sequence of these.
+                Default: Exception.
+            abort_on: As `retry_on`, for errors that are final; it takes precedence. Default: none.
+
+        Returns:
+            The policy.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value.
+
+        Example:
+            >>> from stageflow_actors import Retry
+            >>> policy = Retry.fixed(max_attempts=3, delay=0.5, retry_on=(OSError, TimeoutError))
+            >>> policy.next_delay(1, OSError()), policy.next_delay(3, OSError()), policy.next_delay(1, KeyError())
+            (0.5, None, None)
+        """
         return cls(
             "fixed", max_attempts=max_attempts, initial=delay, maximum=delay, retry_on=retry_on, abort_on=abort_on
         )
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
-        """Seconds to wait after failed attempt number `attempt` (from 1) before the next; None to give up.
+        """Return the seconds until the next attempt, or None if the failure is final.
 
-        What a predicate raises goes through.
+        An exception that a predicate in `retry_on` or `abort_on` raises is passed to the caller.
+
+        Args:
+            attempt: Number of the attempt that failed, from 1.
+            error: Its error.
+
+        Returns:
+            Seconds from 0 to `maximum`, or None to give up.
         """
         if attempt >= self.max_attempts or not self._wants(error):
             return None
         delay = min(_DELAYS[self._kind](self, attempt), self.maximum)
         if self.jitter:
-            # The generator is looked up at each call: one stored here would be copied into each worker, and all
-            # of them would draw the same numbers.
+            # The generator is looked up at each call: a stored one would be copied into each worker, and all workers
+            # would draw the same numbers.
             delay *= 1.0 - (self._random or _random)() / 2
         return delay
 
@@ -171,7 +291,7 @@ class Retry:
 
 
 def check_policy(policy: object, what: str) -> RetryPolicy | None:
-    """`policy` if it is None or can be asked for delays; `what` names its place in the error."""
+    """Return `policy` if it is None or has a method `next_delay`; `what` names its place in the error."""
     if policy is None:
         return None
     if isinstance(policy, type) or not callable(getattr(policy, "next_delay", None)):
@@ -218,5 +338,5 @@ def _matches(condition: Any, error: Exception) -> bool:
 
 
 def _covers_stage_error(condition: Any) -> bool:
-    """Whether a type takes in `StageError` only by being wider, as `Exception` does."""
+    """Return True if a type is a proper base class of `StageError`, as `Exception` is."""
     return isinstance(condition, type) and issubclass(StageError, condition) and condition is not StageError

@@ -1,6 +1,6 @@
-"""One stage of a workflow and its compensation: values, checked when they are made and never changed after.
+"""`Stage`, `Compensation` and `Replace`: immutable values, validated by their constructors.
 
-What a workflow needs to change (an id for a lambda, a compensation that is registered later) gives a new `Stage`.
+A workflow never changes a stage: where it fills in an id or a compensation, it makes a new `Stage`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ from stageflow_actors.errors import WorkflowDefinitionError
 __all__ = ["MAX_ACTORS", "Compensation", "Replace", "Stage", "StageOptions"]
 
 MAX_ACTORS = 1_000
-"""Each is a process: of more the machine would have nothing left, and the broker takes 4,096 peers in all."""
+"""Each actor is a process. The broker accepts 4,096 peers, and a host runs out of memory long before that."""
 
 
 class Replace:
-    """Returned by a handler: `Replace(new)` makes `new` the workflow's context.
+    """Return value of a handler that replaces the context of the instance.
 
-    Needed for dict contexts, where a returned dict is a result; a typed context is replaced by returning an
-    instance of its type.
+    A handler over a dict context needs it: a returned dict is the result of the stage, and the context stays as the
+    handler left it. A handler over a typed context returns an instance of its type instead.
+
+    Args:
+        value: The new context. It has to be of the workflow's context type.
+
+    Example:
+        >>> from stageflow_actors import Replace, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> flow = Workflow("orders").add_stage(lambda order: Replace({"total": order["net"] * 2}))
+        >>> run(flow, {"net": 21}).context
+        {'total': 42}
     """
 
     __slots__ = ("value",)
@@ -41,13 +51,34 @@ class Replace:
 
 
 class Compensation:
-    """What undoes a completed stage: a function of the context, and how long and how often it is tried.
+    """The function that undoes a completed stage, and how it is attempted.
 
-    `timeout` (seconds, of one attempt; None: no limit), `retry` (None: one attempt), `actors` (worker
-    processes, up to 1,000).
+    The compensation of a map stage is a function of one item, and `timeout` applies to one item. Each attempt
+    undoes the items that are not undone yet, the last item first. An item is undone once, unless its worker dies.
 
-    Of a map stage it is a function of an item, and `timeout` that of one item. All items are tried in each attempt, the
-    last one first, and those that failed are tried again; one that is undone is undone once, unless its worker dies.
+    Args:
+        function: Called as `function(context)` or `function(context, ctx)`; services are keyword-only parameters.
+            An object with a method `execute` is accepted, too.
+        timeout: Seconds (or a `timedelta`) for one attempt; None for no limit. Default: 60.
+        retry: Policy for failed attempts; None for one attempt. Default: None.
+        actors: Number of worker processes, 1 to 1,000. The workflow has one pool for all its compensations; the
+            largest number counts. Default: 1.
+
+    Raises:
+        WorkflowDefinitionError: If `function` cannot be called with a context, or an option has a wrong type or value.
+
+    Example:
+        >>> from stageflow_actors import Compensation, Retry, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> def refund(order):
+        ...     print("refunded", order["id"])
+        >>> def ship(order):
+        ...     raise ValueError("no address")
+        >>> undo = Compensation(refund, timeout=10, retry=Retry.fixed(max_attempts=3, delay=1))
+        >>> flow = Workflow("orders").add_stage(lambda order: None, id="pay", compensation=undo).add_stage(ship)
+        >>> str(run(flow, {"id": "A-1"}).status)
+        refunded A-1
+        'compensated'
     """
 
     __slots__ = ("actors", "function", "retry", "spec", "timeout")
@@ -79,7 +110,34 @@ class Compensation:
         retry: RetryPolicy | None = None,
         actors: int = 1,
     ) -> Compensation:
-        """A request to a server that undoes a stage; its `Idempotency-Key` is not the stage's own. See `Stage.http`."""
+        """Return a compensation that is an HTTP request.
+
+        The request carries an `Idempotency-Key` that differs from the key of the stage's own request. It needs httpx:
+        `pip install 'stageflow-actors[http]'`. See `Stage.http` for the meaning of answers.
+
+        Args:
+            url: The URL, in which `{field}` stands for a field of the context; or a function of the context.
+            method: The HTTP method. Default: POST.
+            request: Function of the context that returns the JSON to send. Default: no body.
+            on_response: Called as `on_response(context, response)` with the JSON of the answer. Default: the answer is
+                ignored.
+            headers: A dict of headers, or a function of the context that returns one.
+            timeout: Seconds for one attempt; None for no limit. Default: 60.
+            retry: Policy for failed attempts. Default: one attempt.
+            actors: Number of worker processes, 1 to 1,000. Default: 1.
+
+        Returns:
+            The compensation, for `Stage(compensation=...)`.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value, or httpx is not installed.
+
+        Example:
+            >>> from stageflow_actors import Compensation
+            >>> undo = Compensation.http("https://shop.example/payments/{id}", method="DELETE", timeout=5)
+            >>> undo.actors
+            1
+        """
         call = HttpCall(
             url,
             what=f"the compensation {method} {shown_url(url) if isinstance(url, str) else ''}".rstrip(),
@@ -97,7 +155,7 @@ class Compensation:
 
 
 class StageOptions(TypedDict, total=False):
-    """The options that `Workflow.stage`, `Workflow.add_stage` and `Stage` share."""
+    """The options that `Workflow.stage`, `Workflow.add_stage` and `Stage` have in common; see `Stage`."""
 
     id: str | None
     compensation: Callable[..., Any] | Compensation | None
@@ -116,22 +174,53 @@ class StageOptions(TypedDict, total=False):
 
 
 class Stage:
-    """A handler and how it is run.
+    """A handler, and how it is run.
 
-    `id`: by default made of the handler's name; `compensation`: a function or `Compensation` that undoes it;
-    `retry`: policy for failed attempts; `timeout`: seconds of one attempt; `actors`: worker processes,
-    up to 1,000; `concurrency`: messages one actor works on at once; `required`: whether its failure fails the workflow;
-    `after`: ids of earlier stages that must have completed; `when`: predicate on the context; `ttl`: seconds a
-    message may wait in the queue; `env`: environment of the workers;
-    `breaker`: when a stage that keeps failing is left alone; `max_memory`: bytes of RSS that a worker, with the
-    processes it has started, may use before it is killed (`WorkerDied`, charged to what it is at; looked at ten times
-    a second); `max_tasks`: messages before an actor is recycled. Mistakes raise `WorkflowDefinitionError`.
+    A handler changes its own worker process only (working directory, environment, signal handlers, open files,
+    threads): no other stage sees it, but the next message of the same worker does. `max_tasks=1` gives each message
+    a process of its own. Processes that a handler starts end with the worker, except daemons.
 
-    What a handler changes of its process (working directory, umask, environment, locale, signal handlers, descriptors,
-    threads left running) no other stage sees. The next message of the same worker does: `max_tasks=1` gives each a
-    process of its own. What a handler has started ends with its worker, except a process that has made itself a daemon.
+    Args:
+        handler: Called as `handler(context)` or `handler(context, ctx)`, where `ctx` is the `StageContext`; services
+            are keyword-only parameters. A function, an async function, an object with a method `execute`, or a
+            class of such objects, which is constructed in the worker.
+        id: Letters, digits, '-', '_' and '.', unique in the workflow. Default: made of the handler's name
+            (`charge_card` becomes `charge-card`); a lambda in a workflow is called `stage-N`.
+        compensation: The function or `Compensation` that undoes the stage. Default: the method `compensate` of the
+            handler, if it has one.
+        retry: Policy for failed attempts. Default: that of the workflow, or else one attempt.
+        timeout: Seconds (or a `timedelta`) for one attempt. Default: `stage_timeout` of the workflow, or else no
+            limit.
+        actors: Number of worker processes, 1 to 1,000. Default: 1.
+        concurrency: Number of messages that one actor handles at the same time, from 1: in an event loop if the
+            handler is async, in threads otherwise. Default: 1.
+        required: True if the failure of the stage fails the instance; if False the failure is recorded and the
+            instance goes on. Default: True.
+        after: Ids of earlier stages that must have completed. If one has not, a required stage fails and an optional
+            one is skipped. Default: none.
+        when: Predicate on the context; the stage is skipped where it is false. Default: never skipped.
+        ttl: Seconds that a message may wait in the queue of the stage; the stage fails after that. Default: no limit.
+        env: Environment variables of the workers, added to those of the program.
+        breaker: Circuit breaker over all actors of the stage. Default: none.
+        max_memory: Bytes of resident memory that a worker and the processes it started may use, from 1 MiB. A worker
+            that uses more is killed, and its attempt fails with `WorkerDied`. Checked ten times per second.
+            Default: no limit.
+        max_tasks: Number of messages after which a worker is replaced, from 1. Default: no limit.
 
-    `id` is "" for a lambda until a workflow gives it its place; `spec` describes how to call the handler.
+    Attributes:
+        id: The id; empty for a lambda that no workflow has taken yet.
+        spec: How the handler is called.
+
+    Raises:
+        WorkflowDefinitionError: If the handler cannot be called with a context, or an option has a wrong type or
+            value. The message names the stage and the fix.
+
+    Example:
+        >>> from stageflow_actors import Stage
+        >>> def charge_card(order):
+        ...     order["charged"] = True
+        >>> Stage(charge_card, timeout=30, actors=2).id
+        'charge-card'
     """
 
     __slots__ = (
@@ -195,7 +284,7 @@ class Stage:
 
     @property
     def services(self) -> frozenset[str]:
-        """The names of the services that the handler takes."""
+        """The names of the services that the handler and its constructor take."""
         own = self.spec
         return frozenset(own.services) | frozenset(own.constructor_services)
 
@@ -220,16 +309,38 @@ class Stage:
         timeout: Duration | None = None,
         **options: Any,
     ) -> Stage:
-        """A stage that asks a server: what `Workflow.add_http_stage` appends, for branches and parallel stages.
+        """Return a stage that sends an HTTP request.
 
-        `url`, in which `{field}` stands for a field of the context, or a function of the context; `request(context)`:
-        the JSON to send; `on_response(context, response)` takes the JSON of the answer in, and without it that is the
-        stage's result; `headers`: a dict, or a function of the context. The `Idempotency-Key` is `ctx.idempotency_key`.
+        For branches and parallel stages; `Workflow.add_http_stage` appends such a stage. Each request carries `ctx.idempotency_key` as its
+        `Idempotency-Key`. It needs httpx: `pip install 'stageflow-actors[http]'`.
 
-        No answer within `timeout` seconds is a `StageTimeout`, 5xx, 429 and a network that fails are a
-        `StageError(retryable=True)` for the stage's `retry`, any other answer than a success is final. What cannot be
-        interrupted, as `on_response`, is killed at twice `timeout` and a second. Without `timeout` the whole attempt
-        may take what the workflow's `stage_timeout` says, or else 30 seconds. Other options as in `Stage`.
+        An answer 5xx or 429 and a network failure are a `StageError(retryable=True)`, for which the `retry` policy is
+        asked; no answer in time is a `StageTimeout`; every other answer than a success is a final failure.
+
+        Args:
+            id: The id of the stage.
+            url: The URL, in which `{field}` stands for a field of the context; or a function of the context.
+            method: The HTTP method. Default: POST.
+            request: Function of the context that returns the JSON to send. Default: no body.
+            on_response: Called as `on_response(context, response)` with the JSON of the answer. Default: the JSON is
+                the result of the stage.
+            headers: A dict of headers, or a function of the context that returns one.
+            timeout: Seconds to wait for the answer. An attempt that cannot be interrupted, as in `on_response`, is
+                killed after twice `timeout` and one second. Default: the whole attempt may take the workflow's
+                `stage_timeout`, or else 30 seconds.
+            **options: Other options of `Stage`.
+
+        Returns:
+            The stage.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value, or httpx is not installed.
+
+        Example:
+            >>> from stageflow_actors import Stage, Workflow
+            >>> pay = Stage.http("pay", url="https://bank.example/accounts/{account}/payments", timeout=5)
+            >>> Workflow("orders").add_parallel("checkout", [pay]).stages
+            (Stage('pay'),)
         """
         call = HttpCall(
             url,
@@ -253,19 +364,56 @@ class Stage:
         timeout: Duration | None = None,
         **options: Any,
     ) -> Stage:
-        """A stage that asks an endpoint: what `Workflow.add_remote_stage` appends, for branches and parallel stages.
+        """Return a stage that sends a request to an endpoint.
 
-        `command(context)` is sent; `on_reply(context, reply)` takes the reply in, and without it that is the stage's
-        result. No reply within `timeout` seconds, or one that is an error, is a failure that the stage's `retry` sees.
-        How long `command` and `on_reply` themselves may take the workflow's `stage_timeout` says. Other options as in
-        `Stage`.
+        For branches and parallel stages; `Workflow.add_remote_stage` appends such a stage. An endpoint is a handler that a `Runtime` serves
+        (`Runtime.endpoint`). `command` and `on_reply` themselves may take the workflow's `stage_timeout`.
+
+        Args:
+            id: The id of the stage.
+            endpoint: The name of the endpoint.
+            command: Function of the context that returns the request, a plain value.
+            on_reply: Called as `on_reply(context, reply)`. Default: the reply is the result of the stage.
+            timeout: Seconds to wait for the reply. No reply in time, or an error as reply, is a failure for which the
+                `retry` policy is asked. Default: the limit of `StageContext.request`.
+            **options: Other options of `Stage`.
+
+        Returns:
+            The stage.
+
+        Raises:
+            WorkflowDefinitionError: If an option has a wrong type or value.
+
+        Example:
+            >>> from stageflow_actors import Stage, Workflow
+            >>> from stageflow_actors.testing import run
+            >>> ask = Stage.remote("price", endpoint="prices", command=lambda order: order["sku"])
+            >>> result = run(Workflow("orders").add_stage(ask), {"sku": "tea"}, endpoints={"prices": lambda sku: 450})
+            >>> result.stages[0].data
+            450
         """
         what = f"remote stage {id!r}"
         wait = optional_seconds(timeout, f"the timeout of {what}")
         return cls(RemoteCall(endpoint, command, on_reply, wait, what), id=id, **options)
 
     def replace(self, **changes: Any) -> Stage:
-        """A stage like this one with some of `id`, `compensation`, `retry`, `timeout`, `when` set anew."""
+        """Return a copy of the stage in which some attributes are replaced.
+
+        Args:
+            **changes: The new values, which are not checked again; usually `id`, `compensation`, `retry`, `timeout` or
+                `when`.
+
+        Returns:
+            A new stage; this one stays as it is.
+
+        Raises:
+            TypeError: If a stage has no such attribute.
+
+        Example:
+            >>> from stageflow_actors import Stage
+            >>> Stage(print, id="show").replace(id="print")
+            Stage('print')
+        """
         copy = Stage.__new__(Stage)
         for name in _FIELDS:
             setattr(copy, name, changes.pop(name, getattr(self, name)))
@@ -281,7 +429,7 @@ _FIELDS = Stage.__slots__
 
 
 def check_count(value: object, what: str, most: int | None = None) -> int:
-    """`value` if it is an integer from 1, and not more than `most`."""
+    """Return `value` if it is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
         to = "" if most is None else f" to {most:,}"
         raise WorkflowDefinitionError(f"{what} must be an integer from 1{to}, not {value!r}")
@@ -289,7 +437,7 @@ def check_count(value: object, what: str, most: int | None = None) -> int:
 
 
 MIN_MEMORY_BYTES = 1 << 20
-"""A worker that has done nothing yet uses many times as much: whoever asks for less means megabytes."""
+"""An idle worker uses many times as much: a smaller number is most likely meant in megabytes."""
 
 
 def _memory(value: object, what: str) -> int | None:
