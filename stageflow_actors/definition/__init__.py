@@ -1,11 +1,20 @@
-"""The definition of a workflow: pure data, checked when it is made.
+"""The definition of a workflow: immutable data, validated by its constructors.
 
-- `duration`: seconds as users write them
-- `retry`: retry policies
-- `handler`: what a handler looks like and how it is called
-- `stage`: `Stage`, `Compensation`, `Replace`
-- `workflow`: `Workflow`
-- `shipping`: definitions on their way to child processes
+================  =====================================================================
+`workflow`        `Workflow`: the ordered steps over one type of context
+`stage`           `Stage`, `Compensation`, `Replace`
+`steps`           `Parallel`, `Branch`, `MapStage`, `Delay`, `Signal`
+`decorator`       `@flow.stage` and `@handler.compensation`
+`retry`           `Retry` and the interface `RetryPolicy`
+`breaker`         `Breaker`
+`handler`         `HandlerSpec`: how a handler is called
+`callables`       checks of user functions that are not handlers
+`http`, `remote`  handlers that send a request to a server or to an endpoint
+`context_type`    which classes can be contexts; `type_hints` reads annotations
+`duration`        seconds as users write them; `ids` checks names
+`pickling`        definitions as bytes for child processes
+`mermaid`         the workflow as a flowchart
+================  =====================================================================
 
-Nothing here knows of brokers, processes, clocks or files.
+This package must not import brokers, processes, clocks or the runtime.
 """

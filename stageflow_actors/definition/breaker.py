@@ -48,4 +48,4 @@ def check_breaker(breaker: Any, what: str) -> Breaker | None:
     """Return `breaker` if it is a `Breaker` or None; `what` names its place in the error."""
     if breaker is None or isinstance(breaker, Breaker):
         return breaker
-    raise WorkflowDefinitionError(f"{what} must be a Breaker, such as Breaker(failures=5, reset=30), not {breaker!r}")
+    raise WorkflowDefinitionError(f"{what} must be a Breaker such as Breaker(failures=5, reset=30), not {breaker!r}")

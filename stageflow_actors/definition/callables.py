@@ -1,7 +1,7 @@
-"""Functions of the user's that are no handlers: predicates, selectors, `over`, `merge`, what takes in a reply.
+"""User functions that are not handlers: predicates, selectors, `over`, `merge`, `on_reply`, service factories.
 
-They are called with so many values and nothing else, and nobody awaits what they return: what does not fit that is
-refused where the workflow is defined, not by the first instance that comes by. No function is called here.
+They are called with a fixed number of values, and their result is not awaited. `check_function` rejects a function
+that does not fit when the workflow is defined, and not when the first instance reaches it. It calls no function.
 """
 
 from __future__ import annotations
@@ -21,11 +21,22 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def check_function(
     given: Any, what: str, takes: tuple[str, ...] = ("context",), *, also: str = "", yields: bool = False
 ) -> Callable[..., Any]:
-    """`given` if it can be called with as many values as `takes` names.
+    """Return `given` if it can be called with as many values as `takes` names.
 
-    `what` names it in errors, as "when of stage 'x'"; `also` says what else than a function would do; `yields` whether
-    a generator function does. What has no signature to read, as some builtins, passes.
-    Raises `WorkflowDefinitionError`.
+    A function without a readable signature, as some builtins have, is accepted.
+
+    Args:
+        given: The function to check.
+        what: Name of the function in errors, as "when of stage 'x'".
+        takes: Names of the values that it is called with.
+        also: Other accepted values, for the text of the error.
+        yields: True if a generator function is accepted.
+
+    Returns:
+        The function.
+
+    Raises:
+        WorkflowDefinitionError: If it cannot be called in this way.
     """
     shape = "the context" if takes == ("context",) else f"({', '.join(takes)})" if takes else "no arguments"
     if not callable(given):
@@ -34,8 +45,8 @@ def check_function(
     plain = _plain(given)
     if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
         raise WorkflowDefinitionError(
-            f"{what} is the async function {name_of(given)}, and nobody would await it: "
-            f"give a plain function of {shape}"
+            f"{what} is the async function {name_of(given)}, and its result is not awaited: "
+            f"use a plain function of {shape}"
         )
     if inspect.isgeneratorfunction(plain) and not yields:
         raise WorkflowDefinitionError(
@@ -43,7 +54,7 @@ def check_function(
             "yielding it"
         )
     try:
-        # Of a decorated function that which is called: the decorator may fill what the function itself asks for.
+        # The signature of the decorated function counts: the decorator may fill in parameters of the inner function.
         signature = inspect.signature(given, follow_wrapped=False)
     except (ValueError, TypeError):
         return function
@@ -52,7 +63,7 @@ def check_function(
 
 
 def name_of(function: Any) -> str:
-    """The name under which a user knows a function."""
+    """Return the name of a function in the source code."""
     while isinstance(function, functools.partial):
         function = function.func
     named = getattr(function, "__qualname__", None) or type(function).__qualname__
@@ -60,7 +71,7 @@ def name_of(function: Any) -> str:
 
 
 def _plain(given: Any) -> Any:
-    """What is run when it is called."""
+    """Return the function that runs when `given` is called."""
     while isinstance(given, functools.partial):
         given = given.func
     return given if inspect.isroutine(given) or inspect.isclass(given) else given.__call__
@@ -75,10 +86,10 @@ def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]
             if beyond <= len(takes):
                 continue
         if parameter.name == "ctx" and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-            raise WorkflowDefinitionError(f"{what} asks for ctx, and only handlers are given a StageContext: {called}")
+            raise WorkflowDefinitionError(f"{what} asks for ctx, and only handlers receive a StageContext: {called}")
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             raise WorkflowDefinitionError(
-                f"{what} asks for {parameter.name!r} by keyword, and only handlers are given services: {called}"
+                f"{what} asks for {parameter.name!r} by keyword, and only handlers receive services: {called}"
             )
     try:
         signature.bind(*takes)

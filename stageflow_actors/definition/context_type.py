@@ -1,4 +1,4 @@
-"""Which classes can be contexts, and what fields they have. pydantic is not imported for that."""
+"""Context types: which classes are accepted, and their fields. This module does not import pydantic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_context_type", "fields_of"]
 
 
 def check_context_type(context: Any, what: str) -> type[Any]:
-    """`context` if it is such a class; `what` names the workflow in the error."""
+    """Return `context` if it is a valid context type; `what` names the workflow in the error."""
     if isinstance(context, type) and (
         context is dict
         or dataclasses.is_dataclass(context)
@@ -31,13 +31,13 @@ def check_context_type(context: Any, what: str) -> type[Any]:
 
 
 def _is_pydantic_model(kind: type[Any]) -> bool:
-    """Whether it is one with fields: what a `RootModel` holds has no names."""
+    """Return True if it is a pydantic model with fields; a `RootModel` has none."""
     fields = getattr(kind, "__pydantic_fields__", None)
     return isinstance(fields, dict) and "root" not in fields
 
 
 def fields_of(context: type[Any]) -> list[str]:
-    """The name of the type, and its fields."""
+    """Return the name of the type, followed by the names of its fields."""
     if context is dict:
         return ["dict"]
     if dataclasses.is_dataclass(context):

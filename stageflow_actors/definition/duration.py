@@ -1,4 +1,4 @@
-"""Durations as users write them: seconds as int or float, or a `timedelta`. Nothing here knows a clock."""
+"""Durations as users write them: seconds as int or float, or a `timedelta`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ NO_LIMIT = "leave it out, or give None, for no limit"
 
 
 def seconds(value: Duration, what: str, *, zero: bool = True, endless: str = "") -> float:
-    """`value` in seconds.
+    """Return `value` in seconds.
 
-    `what` names the value in errors ("the timeout of stage 'pay'"); with `zero=False` nought is refused too; `endless`
-    says what to write for no end, where there is a way. Raises `WorkflowDefinitionError` for anything that is not a
-    finite duration.
+    Args:
+        value: A number of seconds, or a `timedelta`.
+        what: Name of the value in errors, as "the timeout of stage 'pay'".
+        zero: False to reject 0.
+        endless: Advice for errors: how to write a duration without an end.
+
+    Returns:
+        The seconds.
+
+    Raises:
+        WorkflowDefinitionError: If `value` is not a finite duration.
     """
     if isinstance(value, timedelta):
         number = value.total_seconds()
@@ -35,18 +43,18 @@ def seconds(value: Duration, what: str, *, zero: bool = True, endless: str = "")
     if not math.isfinite(number):
         raise WorkflowDefinitionError(f"{what} must be finite, not {number!r}" + (f": {endless}" if endless else ""))
     if number < 0 or (number == 0 and not zero):
-        bound = "nought or more" if zero else "more than nought"
+        bound = "0 or more" if zero else "more than 0"
         raise WorkflowDefinitionError(f"{what} must be {bound}, not {value!r}")
     return number
 
 
 def optional_seconds(value: Duration | None, what: str, *, zero: bool = False) -> float | None:
-    """As `seconds`, where None stands for no limit."""
+    """Return `value` in seconds, or None for no limit; see `seconds`."""
     return None if value is None else seconds(value, what, zero=zero, endless=NO_LIMIT)
 
 
 def timeout_seconds(value: Duration | None, what: str = "timeout") -> float | None:
-    """How long a call may wait, in seconds; None for as long as it takes. Raises `ValueError`."""
+    """Return the seconds that a call may wait, or None for no limit; raise `ValueError` for other values."""
     try:
         return optional_seconds(value, what, zero=True)
     except WorkflowDefinitionError as error:

@@ -1,8 +1,7 @@
-"""What a handler looks like, found out once, so that calling it costs next to nothing.
+"""`HandlerSpec`: how a handler is called, found out once by `inspect_handler`.
 
-`inspect_handler` turns what the user gave into a `HandlerSpec`: what to call, whether it wants the `StageContext`, and
-which services it asks for. `HandlerSpec.bind` closes over the services and gives a function of (context, ctx). A
-handler is never called here.
+It holds the function to call, whether the handler takes the `StageContext`, and which services it takes.
+`HandlerSpec.bind` fills in the services and returns a function of (context, ctx). This module never calls a handler.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ from stageflow_actors.errors import WorkflowDefinitionError
 __all__ = ["BoundCall", "HandlerSpec", "default_id", "inspect_handler"]
 
 BoundCall = Callable[[Any, Any], Any]
-"""A handler ready to run: takes the workflow's context and the `StageContext`."""
+"""A handler with its services filled in: a function of the context and the `StageContext`."""
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class HandlerSpec:
-    """How one handler (or compensation) is called.
+    """How a handler or a compensation is called.
 
-    `kind` is `function`, `object` (its `execute` is called) or `class` (constructed in the worker, then an
-    object); `function` is what is called, for a class its plain `execute`. `wants_ctx` says whether it takes
-    the `StageContext`, `services` are the names it takes by keyword, `constructor_services` those of a class.
-    `is_async` is true for `async def`: what `bind` returns then gives a coroutine. `compensate` is the `HandlerSpec` of
-    the object's own `compensate`, if there is one.
+    Attributes:
+        kind: `function`, `object` (its method is called) or `class` (constructed in the worker, then an object).
+        target: The function, object or class itself.
+        function: The function that is called; for a class its plain method.
+        method: The name of the method, `execute` or `compensate`.
+        wants_ctx: True if it takes the `StageContext`.
+        services: Names of the services that it takes by keyword.
+        constructor_services: Names of the services that the constructor of a class takes.
+        is_async: True for `async def`: the bound function returns a coroutine.
+        compensate: The spec of the object's own method `compensate`, if it has one.
     """
 
     __slots__ = (
@@ -73,19 +77,19 @@ class HandlerSpec:
 
     @property
     def all_services(self) -> frozenset[str]:
-        """Every service this needs, those of a class's constructor and of its `compensate` included."""
+        """The services of the handler, of its constructor and of its method `compensate`."""
         own = frozenset(self.services) | frozenset(self.constructor_services)
         return own | self.compensate.all_services if self.compensate else own
 
     def bind(self, services: Mapping[str, Any]) -> BoundCall:
-        """The handler as a function of (context, ctx), its services filled in.
+        """Return the handler as a function of (context, ctx), with its services filled in.
 
         Constructs the object of a class handler. Raises `WorkflowDefinitionError` if a service is missing.
         """
         missing = [name for name in (*self.services, *self.constructor_services) if name not in services]
         if missing:
             raise WorkflowDefinitionError(
-                f"nobody provides the service {missing[0]!r}: add services={{{missing[0]!r}: factory}} to the Runtime"
+                f"the service {missing[0]!r} is not provided: add services={{{missing[0]!r}: factory}} to the Runtime"
             )
         function = self.function
         if self.kind == "class":
@@ -102,9 +106,9 @@ class HandlerSpec:
 
 
 def inspect_handler(handler: Any, what: str) -> HandlerSpec:
-    """The `HandlerSpec` for `handler`; `what` names it in errors, as in "stage 'pay'".
+    """Return the `HandlerSpec` for `handler`; `what` names it in errors, as in "stage 'pay'".
 
-    Raises `WorkflowDefinitionError` for what cannot be called with a context.
+    Raises `WorkflowDefinitionError` if it cannot be called with a context.
     """
     if inspect.isclass(handler):
         return _inspect_class(handler, what)
@@ -117,13 +121,13 @@ def inspect_handler(handler: Any, what: str) -> HandlerSpec:
         return _call("object", handler, execute, f"execute of {what}", compensate=undo)
     if not callable(handler):
         raise WorkflowDefinitionError(
-            f"{what} has {handler!r} as its handler: give a function, or an object with execute(context)"
+            f"{what} has {handler!r} as its handler: use a function, or an object with execute(context)"
         )
     return _call("function", handler, handler, what)
 
 
 def default_id(handler: Any) -> str:
-    """The id of a stage that was given none: "" for a lambda, whose id depends on its place in the workflow."""
+    """Return the default id of a stage: "" for a lambda, whose id depends on its place in the workflow."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     if inspect.isclass(handler):
@@ -150,8 +154,8 @@ def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
     for parameter in parameters:
         if parameter.kind in _POSITIONAL and parameter.default is parameter.empty:
             raise WorkflowDefinitionError(
-                f"{what}: {handler.__name__} is constructed in the worker and cannot be given {parameter.name!r}: "
-                "give it a default, make it keyword-only to have the service of that name, or pass an instance"
+                f"{what}: {handler.__name__} is constructed in the worker, which has no value for {parameter.name!r}: "
+                "give it a default, make it keyword-only to receive the service of that name, or pass an instance"
             )
     constructor = _services(parameters)
     compensate = getattr(handler, "compensate", None)
@@ -204,7 +208,7 @@ def _call(
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
-        # Some builtins have no signature to read; the context is all that they are given.
+        # Some builtins have no readable signature; they are called with the context only.
         parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)]
         bound = True
     if not bound:
@@ -225,7 +229,7 @@ def _call(
 
 
 def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[bool, bool]:
-    """Whether the ctx is wanted, and whether it goes by keyword."""
+    """Return whether the handler takes the ctx, and whether it takes it by keyword."""
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     takes_rest = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     if positional and positional[0].name == "ctx":
@@ -240,8 +244,8 @@ def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[b
     for parameter in positional[1:]:
         if parameter.name != "ctx" and parameter.default is parameter.empty:
             raise WorkflowDefinitionError(
-                f"{what} has a parameter {parameter.name!r} that nothing fills: for a service make it keyword-only "
-                f"(`*, {parameter.name}`), for the StageContext call it `ctx`"
+                f"{what} has a parameter {parameter.name!r} without a value: make it keyword-only for a service "
+                f"(`*, {parameter.name}`), or call it `ctx` for the StageContext"
             )
     ctx = next((p for p in parameters if p.name == "ctx" and p.kind not in _VARIADIC), None)
     if ctx is None:

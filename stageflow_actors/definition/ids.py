@@ -1,4 +1,4 @@
-"""What workflows, stages and endpoints may be called: ids become parts of the names of queues."""
+"""Ids of workflows, stages and endpoints. They are parts of the names of queues."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MAX_ID_LENGTH = 200
 
 
 def check_id(value: object, what: str) -> str:
-    """`value` if it can name a workflow or a stage. Raises `WorkflowDefinitionError`."""
+    """Return `value` if it is a valid id; raise `WorkflowDefinitionError` otherwise."""
     if not isinstance(value, str):
         raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
     if not value:
         raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
     if len(value) > MAX_ID_LENGTH:
         raise WorkflowDefinitionError(
-            f"the id of {what} has {len(value)} characters, {MAX_ID_LENGTH} are the most: {value[:60]!r}…"
+            f"the id of {what} has {len(value)} characters, the limit is {MAX_ID_LENGTH}: {value[:60]!r}…"
         )
     if not _ID.fullmatch(value):
         raise WorkflowDefinitionError(

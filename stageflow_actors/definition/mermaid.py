@@ -1,7 +1,7 @@
-"""A workflow as Mermaid text: a flowchart that Markdown viewers draw.
+"""A workflow as a Mermaid flowchart, which Markdown viewers draw.
 
-Read from the definition alone. Solid arrows are the way of an instance, dotted ones lead to what undoes a stage or to
-what a stage asks.
+Solid arrows are the path of an instance. Dotted arrows lead to the compensation of a stage, or to the endpoint or
+server that a stage sends a request to.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from stageflow_actors.definition.workflow import Workflow
 __all__ = ["mermaid"]
 
 Ends = list[tuple[str, str]]
-"""Where the way goes on from: nodes, with what is written on the arrow that leaves them."""
+"""The open ends of the path: nodes, each with the label of the arrow that leaves it."""
 
 
 def mermaid(workflow: Workflow[Any]) -> str:
-    """The flowchart, one line for each node and each arrow."""
+    """Return the flowchart, one line for each node and each arrow."""
     chart = _Chart()
     ends: Ends = [
         (chart.node("([{}])", workflow.id if workflow.version == 1 else f"{workflow.id} v{workflow.version}"), "")
@@ -33,7 +33,7 @@ def mermaid(workflow: Workflow[Any]) -> str:
 
 
 class _Chart:
-    """The lines so far. Nodes are numbered, because ids of stages may be words that Mermaid keeps for itself."""
+    """The lines so far. Nodes are numbered, because the id of a stage may be a reserved word of Mermaid."""
 
     def __init__(self) -> None:
         self._nodes: list[str] = []
@@ -42,18 +42,18 @@ class _Chart:
         self._styles: dict[str, list[str]] = {"optional": [], "undo": []}
 
     def node(self, shape: str, label: str) -> str:
-        """A new node; `shape` is Mermaid's brackets around `{}`."""
+        """Add a node and return its name; `shape` is Mermaid's brackets around `{}`."""
         name = f"n{len(self._nodes)}"
         self._nodes.append(name + shape.replace("{}", f'"{_escaped(label)}"'))
         return name
 
     def join(self, ends: Ends, to: str) -> None:
-        """Arrows from all ends to a node."""
+        """Add arrows from all ends to a node."""
         for end, label in ends:
             self._arrows.append(f'{end} -->|"{_escaped(label)}"| {to}' if label else f"{end} --> {to}")
 
     def step(self, step: Step, ends: Ends) -> Ends:
-        """Draw a step behind `ends`; gives the ends behind it."""
+        """Draw a step after `ends` and return the ends after it."""
         if isinstance(step, Stage):
             return self._stage(step, ends)
         if isinstance(step, Parallel):
@@ -113,7 +113,7 @@ class _Chart:
         self._arrows.append(f"{node} -.->|asks| {self._endpoints[endpoint]}")
 
     def text(self) -> str:
-        """All of it."""
+        """Return the whole text."""
         lines = ["flowchart TD", *(f"    {line}" for line in (*self._nodes, *self._arrows))]
         looks = {"optional": "stroke-dasharray: 4", "undo": "stroke-dasharray: 2,fill:none"}
         for name, nodes in self._styles.items():

@@ -1,10 +1,10 @@
-"""Definitions on their way from parent to child process, by cloudpickle.
+"""Pickling of definitions, from the parent to its child processes, by cloudpickle.
 
-cloudpickle sends classes of `__main__` by value, with three gaps that matter for contexts: annotations that are
-strings (`from __future__ import annotations`) lose the module whose names they mean, a msgspec Struct arrives
-without its fields, and a dataclass that has a codec already is refused. `dumps` and `loads` close them, and send by
-value too what lies in a module that a child would not find by its name. Only a child may load what its parent dumped:
-never bytes that came over a socket or from a file.
+cloudpickle pickles classes of `__main__` by value, with three gaps that matter for contexts: annotations that are
+strings (`from __future__ import annotations`) lose the module that defines their names, a msgspec Struct loses its
+fields, and a dataclass for which a codec exists is rejected. `dumps` and `loads` close these gaps, and also pickle by
+value what lies in a module that a child cannot import by name. Only a child process loads the bytes, and only those
+that its parent dumped: never bytes from a socket or a file.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _StructMeta: Any = type(msgspec.Struct)
 
 
 def dumps(value: Any, contexts: tuple[type[Any], ...] = ()) -> bytes:
-    """`value` for `loads` in a child process; `contexts` are the context types in it.
+    """Return `value` as bytes for `loads` in a child process; `contexts` are the context types in it.
 
-    Raises `WorkflowDefinitionError` for what cannot be pickled, saying what.
+    Raises `WorkflowDefinitionError` if something cannot be pickled.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -52,7 +52,7 @@ def dumps(value: Any, contexts: tuple[type[Any], ...] = ()) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """What the parent gave to `dumps`."""
+    """Return the value that the parent passed to `dumps`."""
     value, contexts = pickle.loads(data)
     for kind, types in contexts:
         import_types(kind, types)
@@ -60,10 +60,10 @@ def loads(data: bytes) -> Any:
 
 
 def export_types(context_type: type[Any]) -> dict[str, dict[str, Any]]:
-    """The resolved annotations of the classes reachable from `context_type`, by class and field.
+    """Return the resolved annotations of the classes reachable from `context_type`, by class and field.
 
-    Holds what is written as strings only, so it is mostly empty. Raises `WorkflowDefinitionError` for a name that
-    nothing resolves.
+    Only classes with annotations that are strings are included. Raises `WorkflowDefinitionError` if a name cannot be
+    resolved.
     """
     found: dict[str, dict[str, Any]] = {}
     for kind in reachable_types(context_type):
@@ -76,7 +76,7 @@ def export_types(context_type: type[Any]) -> dict[str, dict[str, Any]]:
 
 
 def import_types(context_type: type[Any], types: dict[str, dict[str, Any]]) -> None:
-    """Give the classes reachable from `context_type` the annotations that `export_types` resolved."""
+    """Set the annotations that `export_types` resolved on the classes reachable from `context_type`."""
     todo: list[Any] = [context_type]
     seen: set[int] = set()
     while todo:
@@ -92,7 +92,7 @@ def import_types(context_type: type[Any], types: dict[str, dict[str, Any]]) -> N
 
 
 def reachable_types(context_type: type[Any]) -> list[type[Any]]:
-    """The classes with annotated fields (dataclasses, Structs, typed dicts …) that a context can hold, itself first."""
+    """Return the classes with annotated fields that a context can hold, the context type first."""
     found: dict[int, type[Any]] = {}
     todo: list[Any] = [context_type]
     while todo:
@@ -148,26 +148,26 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._by_value: list[ModuleType] = []
 
     def release(self) -> None:
-        """Forget which modules went by value: another program part may have other plans for them."""
+        """Unregister the modules that were pickled by value: other code may pickle them by name."""
         for module in self._by_value:
             cloudpickle.unregister_pickle_by_value(module)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, FunctionType) or (isinstance(obj, type) and obj.__flags__ & _HEAP_TYPE):
-            self._look_at(obj.__module__)
+            self._check_module(obj.__module__)
         elif isinstance(obj, ModuleType):
-            self._look_at(obj.__name__)
+            self._check_module(obj.__name__)
         if isinstance(obj, type) and not _importable(obj):
             if "__msgspec_cache__" in obj.__dict__:
-                # What msgspec noted about a dataclass when its first codec was made cannot be pickled. Codecs that
-                # exist keep their own reference, and the next one notes it again.
+                # The cache that msgspec keeps on a dataclass cannot be pickled. Existing codecs keep their own
+                # reference, and the next codec makes the cache again.
                 delattr(obj, "__msgspec_cache__")
             if isinstance(obj, _StructMeta):
                 return _reduce_struct(obj)
         return super().reducer_override(obj)
 
-    def _look_at(self, name: Any) -> None:
-        """Have what lies in that module go by value if a child would not find it."""
+    def _check_module(self, name: Any) -> None:
+        """Register a module to be pickled by value if a child process cannot import it."""
         module = sys.modules.get(name) if isinstance(name, str) else None
         if module is None or name in self._findable:
             return
@@ -182,7 +182,7 @@ _HEAP_TYPE = 1 << 9
 
 
 def _findable(name: str, module: ModuleType) -> bool:
-    """Whether `import name` gives that very module in a process that has this one's import path."""
+    """Return True if `import name` finds this module in a process with the same import path."""
     path: Any = None
     spec = None
     parts = name.split(".")
@@ -198,12 +198,12 @@ def _findable(name: str, module: ModuleType) -> bool:
         if file is None or spec is None or spec.origin is None or not spec.has_location:
             return True
         return bool(os.path.realpath(file) == os.path.realpath(spec.origin))
-    except Exception:  # noqa: BLE001 - finders are foreign code; what they stumble over goes by name, as ever
+    except Exception:  # noqa: BLE001 - finders are foreign code; after an error the module is pickled by name
         return True
 
 
 def _importable(kind: type[Any]) -> bool:
-    """Whether the child finds the class by its name."""
+    """Return True if a child process finds the class by its name."""
     by_value = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
     if any(kind.__module__ == name or kind.__module__.startswith(f"{name}.") for name in by_value):
         return False
@@ -213,7 +213,7 @@ def _importable(kind: type[Any]) -> bool:
     return found is kind
 
 
-_MADE_BY_MSGSPEC = frozenset({"__slots__", "__dict__", "__weakref__", "__module__", "__qualname__", "__annotations__"})
+_SET_BY_MSGSPEC = frozenset({"__slots__", "__dict__", "__weakref__", "__module__", "__qualname__", "__annotations__"})
 _CONFIG = (
     "frozen",
     "eq",
@@ -232,7 +232,7 @@ _CONFIG = (
 
 
 def _reduce_struct(kind: Any) -> tuple[Any, ...]:
-    """Make the class from names and defaults first, then fill in what may refer to the class itself."""
+    """Make the class from names and defaults first, then set the parts that may refer to the class."""
     own = inspect.get_annotations(kind)
     infos = {info.name: info for info in msgspec.structs.fields(kind)}
     parameters = inspect.signature(kind).parameters
@@ -249,7 +249,7 @@ def _reduce_struct(kind: Any) -> tuple[Any, ...]:
     state = {
         name: value
         for name, value in kind.__dict__.items()
-        if name not in _MADE_BY_MSGSPEC and name not in fields and name != "__post_init__"
+        if name not in _SET_BY_MSGSPEC and name not in fields and name != "__post_init__"
     }
     state["__annotations__"] = own
     post_init = kind.__dict__.get("__post_init__")
@@ -278,7 +278,7 @@ def _make_struct(
     config: dict[str, Any],
     has_post_init: bool,
 ) -> Any:
-    later = {name: _Later() for name in factories}
+    later = {name: _LateBound() for name in factories}
     namespace: dict[str, Any] = {
         "__module__": module,
         "__qualname__": qualname,
@@ -287,7 +287,7 @@ def _make_struct(
         **{name: msgspec.field(default_factory=function) for name, function in later.items()},
     }
     if has_post_init:
-        late_post_init = later["__post_init__"] = _Later()
+        late_post_init = later["__post_init__"] = _LateBound()
         namespace["__post_init__"] = lambda self: late_post_init(self)
     kind = _StructMeta(name, bases, namespace, **config)
     kind._stageflow_later = later
@@ -306,8 +306,8 @@ def _fill_struct(kind: Any, rest: tuple[dict[str, Any], dict[str, Any], Any]) ->
         setattr(kind, name, value)
 
 
-class _Later:
-    """Stands for a function that msgspec wants when a class is made, and that may itself refer to the class."""
+class _LateBound:
+    """Stands for a function that msgspec needs when a class is made, and that may refer to the class."""
 
     __slots__ = ("function",)
 

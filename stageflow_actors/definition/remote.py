@@ -1,4 +1,4 @@
-"""Stages that ask something else: an endpoint, or a server over HTTP. Handlers like any other, made by the workflow."""
+"""`RemoteCall`: the handler of a remote stage, which sends a request to an endpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["RemoteCall"]
 
 
 class RemoteCall:
-    """Sends `command(context)` to an endpoint; its reply is taken in by `on_reply(context, reply)`.
+    """Sends `command(context)` to an endpoint and passes the reply to `on_reply(context, reply)`.
 
-    `timeout` is how many seconds the reply may take, None for as long as a request may by default.
+    `timeout` is in seconds; None stands for the default limit of `StageContext.request`.
     """
 
     __slots__ = ("command", "endpoint", "on_reply", "timeout")
@@ -35,5 +35,5 @@ class RemoteCall:
         self.timeout = timeout
 
     def execute(self, context: Any, ctx: Any) -> Any:
-        """Ask; the stage goes on when the reply is there."""
+        """Return the request; the stage continues when the reply has arrived."""
         return ctx.request(self.endpoint, self.command(context), timeout=self.timeout)

@@ -311,8 +311,8 @@ class Stage:
     ) -> Stage:
         """Return a stage that sends an HTTP request.
 
-        For branches and parallel stages; `Workflow.add_http_stage` appends such a stage. Each request carries `ctx.idempotency_key` as its
-        `Idempotency-Key`. It needs httpx: `pip install 'stageflow-actors[http]'`.
+        For branches and parallel stages; `Workflow.add_http_stage` appends such a stage. Each request carries
+        `ctx.idempotency_key` as its `Idempotency-Key`. It needs httpx: `pip install 'stageflow-actors[http]'`.
 
         An answer 5xx or 429 and a network failure are a `StageError(retryable=True)`, for which the `retry` policy is
         asked; no answer in time is a `StageTimeout`; every other answer than a success is a final failure.
@@ -366,8 +366,9 @@ class Stage:
     ) -> Stage:
         """Return a stage that sends a request to an endpoint.
 
-        For branches and parallel stages; `Workflow.add_remote_stage` appends such a stage. An endpoint is a handler that a `Runtime` serves
-        (`Runtime.endpoint`). `command` and `on_reply` themselves may take the workflow's `stage_timeout`.
+        For branches and parallel stages; `Workflow.add_remote_stage` appends such a stage. An endpoint is a handler
+        that a `Runtime` serves (`Runtime.endpoint`). `command` and `on_reply` themselves may take the
+        workflow's `stage_timeout`.
 
         Args:
             id: The id of the stage.

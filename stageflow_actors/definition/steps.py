@@ -1,6 +1,7 @@
-"""Steps of a workflow that are more than one handler: parallel, branch, map, delay, signal.
+"""Steps of a workflow that are not a single handler: `Parallel`, `Branch`, `MapStage`, `Delay`, `Signal`.
 
-Values, checked when they are made, like `Stage`; a workflow gives them their place. Nothing here runs anything.
+Immutable values, validated by their constructors, as `Stage` is. The methods `Workflow.add_*` make them and describe
+their options.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ __all__ = ["Branch", "Delay", "MapStage", "Parallel", "Signal", "Step", "shape_o
 
 
 class Parallel:
-    """Stages that run at the same time, each in a pool of its own; joined when all are over.
+    """Stages that run at the same time, each in a pool of its own; see `Workflow.add_parallel`.
 
-    `merge(base, branches)` makes the context from the one before and those of the branches, by stage id; without it
-    changes are merged by field, and two branches that change one field differently are an error.
+    Args:
+        id: The id of the step.
+        branches: The stages: handlers or `Stage`s, at least one.
+        merge: Called as `merge(base, branches)`; returns the context to go on with. Default: merge by field.
     """
 
     __slots__ = ("branches", "id", "merge")
@@ -47,9 +50,13 @@ class Parallel:
 
 
 class Branch:
-    """A choice: `selector(context)` gives a key, and the stages of that arm are run, one after the other.
+    """A choice between lists of stages; see `Workflow.add_branch`.
 
-    A key that is no arm takes `default` (the key of an arm), or fails the instance when there is none.
+    Args:
+        id: The id of the step.
+        selector: Function of the context that returns the key of an arm.
+        arms: By key, the stages to run one after the other.
+        default: Key of the arm for other keys. Default: another key fails the instance.
     """
 
     __slots__ = ("arms", "default", "id", "selector")
@@ -75,7 +82,7 @@ class Branch:
         }
         if default is not None and default not in self.arms:
             raise WorkflowDefinitionError(
-                f"default of {what} is {default!r}, which is none of its arms: {', '.join(self.arms)}"
+                f"default of {what} is {default!r}, which is not one of its arms: {', '.join(self.arms)}"
             )
         self.default = default
 
@@ -84,12 +91,18 @@ class Branch:
 
 
 class MapStage:
-    """`handler(item[, ctx])` for each item of `over(context)`, results in order into the field `into`.
+    """A stage that handles each item of a list; see `Workflow.add_map`.
 
-    `item` is the stage that handles one item. `max_failures` items may fail (their result is None) before the stage
-    does. `timeout` is that of one attempt at one item, and of one call of `over`. Items are plain values, or of the
-    type that the handler's first parameter is annotated with; results are plain, or of the type that the field `into`
-    of the context is a list of.
+    Args:
+        id: The id of the step.
+        handler: Called as `handler(item)` or `handler(item, ctx)`.
+        over: Function of the context that returns the items.
+        into: Field of the context for the list of results. Default: none.
+        max_failures: Number of items that may fail before the stage fails, from 0. Default: 0.
+        **options: Options of `Stage`.
+
+    Attributes:
+        item: The stage that handles one item.
     """
 
     __slots__ = ("id", "into", "item", "max_failures", "over")
@@ -120,14 +133,19 @@ class MapStage:
 
 
 class Delay:
-    """The instance waits for `seconds`, at no cost but a timer."""
+    """A wait of the instance; see `Workflow.add_delay`.
+
+    Args:
+        id: The id of the step.
+        duration: Seconds (or a `timedelta`) to wait, from 0.
+    """
 
     __slots__ = ("id", "seconds")
 
     def __init__(self, id: str, duration: Duration) -> None:
         self.id: str = check_id(id, "the delay")
         self.seconds: float = seconds(
-            duration, f"the delay {id!r}", endless="a wait that somebody is to end is a signal, add_signal(id)"
+            duration, f"the delay {id!r}", endless="use add_signal(id) for a wait without an end"
         )
 
     def __repr__(self) -> str:
@@ -135,14 +153,19 @@ class Delay:
 
 
 class Signal:
-    """The instance waits for a signal from outside, at no cost but a timer where there is a `timeout`.
+    """A wait of the instance for a signal; see `Workflow.add_signal`.
 
-    `on_signal(context, payload)` takes it in; without it the payload is the stage's result. `on_timeout(context)`
-    decides when none came in time; without it the stage fails with `StageTimeout`. How long either of them may take the
-    workflow's `stage_timeout` says.
+    `on_signal` and `on_timeout` may take the workflow's `stage_timeout`.
+
+    Args:
+        id: The id of the step.
+        name: The name of the signal. Default: the id.
+        timeout: Seconds to wait. Default: no limit.
+        on_signal: Called as `on_signal(context, payload)`. Default: the payload is the result of the step.
+        on_timeout: Called with the context if no signal arrived in time. Default: the step fails with `StageTimeout`.
     """
 
-    __slots__ = ("id", "name", "on_signal", "on_timeout", "on_timeout_call", "timeout")
+    __slots__ = ("id", "name", "on_signal", "on_timeout", "on_timeout_spec", "timeout")
 
     def __init__(
         self,
@@ -161,9 +184,9 @@ class Signal:
         if on_signal is not None:
             self.on_signal = check_function(on_signal, f"on_signal of {what}", ("context", "payload"))
         self.on_timeout = on_timeout
-        self.on_timeout_call: HandlerSpec | None = None
+        self.on_timeout_spec: HandlerSpec | None = None
         if on_timeout is not None:
-            self.on_timeout_call = _late(on_timeout, f"on_timeout of {what}")
+            self.on_timeout_spec = _on_timeout_spec(on_timeout, f"on_timeout of {what}")
 
     def __repr__(self) -> str:
         return f"Signal({self.id!r})"
@@ -173,7 +196,7 @@ Step = Stage | Parallel | Branch | MapStage | Delay | Signal
 
 
 def stages_of(step: Step) -> tuple[Stage, ...]:
-    """The stages with handlers that a step consists of, in order of definition."""
+    """Return the stages with handlers of a step, in order of definition."""
     if isinstance(step, Stage):
         return (step,)
     if isinstance(step, Parallel):
@@ -186,7 +209,7 @@ def stages_of(step: Step) -> tuple[Stage, ...]:
 
 
 def shape_of(step: Step) -> list[Any]:
-    """What of a step's shape instances in flight depend on."""
+    """Return the parts of a step that instances in flight depend on, for the fingerprint."""
     if isinstance(step, Parallel):
         return [stage.id for stage in step.branches]
     if isinstance(step, Branch):
@@ -198,15 +221,17 @@ def shape_of(step: Step) -> list[Any]:
     return []
 
 
-def _late(given: Any, what: str) -> HandlerSpec:
-    """How `on_timeout` is called: like a handler, async or not, but with the context alone."""
+def _on_timeout_spec(given: Any, what: str) -> HandlerSpec:
+    """Return how to call `on_timeout`: like a handler, async or not, but without ctx and services."""
     call = inspect_handler(given, what)
     if call.wants_ctx:
-        raise WorkflowDefinitionError(f"{what} asks for ctx, and is given the context alone: remove the parameter")
+        raise WorkflowDefinitionError(
+            f"{what} has the parameter ctx, and receives only the context: remove the parameter"
+        )
     if call.all_services:
         raise WorkflowDefinitionError(
-            f"{what} asks for the service {min(call.all_services)!r}, and is given the context alone: note in the "
-            "context that the time was up, and use the service in a stage behind"
+            f"{what} asks for the service {min(call.all_services)!r}, and receives only the context: note the timeout "
+            "in the context, and use the service in a later stage"
         )
     return call
 

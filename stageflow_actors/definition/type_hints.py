@@ -1,6 +1,6 @@
-"""Types that users wrote down where values travel one by one: what an item is, what a field holds many of.
+"""Type annotations of user code: the type of an item, and the element type of a field.
 
-An annotation that says no more than msgpack does is as good as none. Nothing is decoded here.
+They tell the codec which type to decode. An annotation whose type msgpack restores without help counts as `Any`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any
 __all__ = ["classes_in", "element_type", "first_parameter_type"]
 
 _PLAIN = frozenset({Any, object, None, type(None), bool, int, float, str, bytes, dict, list})
-_MANY = frozenset({list, tuple, collections.abc.Sequence, collections.abc.MutableSequence})
+_SEQUENCES = frozenset({list, tuple, collections.abc.Sequence, collections.abc.MutableSequence})
 
 
 def first_parameter_type(function: Callable[..., Any]) -> Any:
-    """The annotation of the first parameter that is given an argument; `Any` where it says nothing of interest."""
+    """Return the annotation of the first parameter; `Any` if the codec does not need it."""
     try:
         first = next(iter(inspect.signature(function).parameters))
         hint = _hints(function).get(first, Any)
     except (StopIteration, ValueError, TypeError, NameError, AttributeError, SyntaxError):
         return Any
-    return hint if _tells(hint) else Any
+    return hint if _is_needed(hint) else Any
 
 
 def element_type(kind: type[Any], field: str) -> Any:
-    """What the field of a class holds many of, as `X` of `list[X]`; `Any` where that is of no interest."""
+    """Return the element type of a field, as `X` of `list[X]`; `Any` if the codec does not need it."""
     try:
         hint = typing.get_type_hints(kind, include_extras=True).get(field, Any)
     except (TypeError, NameError, AttributeError, SyntaxError):
         return Any
     arguments = [each for each in typing.get_args(hint) if each is not Ellipsis]
-    if typing.get_origin(hint) not in _MANY or len(arguments) != 1:
+    if typing.get_origin(hint) not in _SEQUENCES or len(arguments) != 1:
         return Any
-    return arguments[0] if _tells(arguments[0]) else Any
+    return arguments[0] if _is_needed(arguments[0]) else Any
 
 
 def classes_in(hint: Any) -> Iterator[type[Any]]:
-    """The classes of the user's that an annotation names."""
+    """Return the classes in an annotation, those of builtins excepted."""
     for each in typing.get_args(hint) or (hint,):
         if each is not hint:
             yield from classes_in(each)
@@ -54,8 +54,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(plain, include_extras=True)
 
 
-def _tells(hint: Any) -> bool:
-    """Whether a value of this type would not come back as itself without being told."""
+def _is_needed(hint: Any) -> bool:
+    """Return True if decoding needs the type: msgpack alone restores another one."""
     if isinstance(hint, typing.TypeVar):
         return False
     arguments = typing.get_args(hint)
@@ -63,5 +63,5 @@ def _tells(hint: Any) -> bool:
         return hint not in _PLAIN
     origin = typing.get_origin(hint)
     if origin in (list, dict, typing.Union, types.UnionType):
-        return any(_tells(each) for each in arguments)
+        return any(_is_needed(each) for each in arguments)
     return origin is not typing.Literal

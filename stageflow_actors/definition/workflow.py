@@ -1,7 +1,7 @@
-"""`Workflow`: named stages in an order, over one type of context.
+"""`Workflow`: an ordered list of steps over contexts of one type.
 
-Building a workflow runs nothing and touches nothing; a mistake that one call can see is raised by that call, what
-only the whole can show by `validate`.
+Building a workflow runs no handler and has no side effects. Each method validates its own arguments; `validate`
+checks the workflow as a whole.
 """
 
 from __future__ import annotations
@@ -33,12 +33,38 @@ OnFailure = Literal["compensate", "park"]
 
 
 class Workflow(Generic[C]):
-    """A workflow over contexts of one type.
+    """An ordered list of steps over contexts of one type.
 
-    `id` and `version` name it (letters, digits, '-', '_', '.'; an integer from 1); `context` is dict, a dataclass,
-    a msgspec Struct or a pydantic model; `timeout` (seconds) bounds a whole instance; `on_failure` says whether a
-    failed instance is compensated or parked; `retry` and `stage_timeout` are for stages that set none of their own,
-    and for each call of the functions of parallel, branch and signal stages, too.
+    The methods `stage` and `add_*` append a step; `add_*` return the workflow, so that calls can be chained. Stages,
+    branches and parallel steps share one namespace of ids. A `Runtime` runs the workflow, and
+    `stageflow_actors.testing.run` runs one instance of it in the calling thread.
+
+    Args:
+        id: Letters, digits, '-', '_' and '.', at most 200 characters. It names queues and must not change while
+            instances are in flight.
+        name: A name for people. Default: the id.
+        context: Type of the context: dict, a dataclass, a msgspec Struct or a pydantic model. Default: dict.
+        version: Version of the definition, from 1. Instances in flight finish on the version that they started with.
+            Default: 1.
+        timeout: Seconds (or a `timedelta`) from submit to end of an instance, after which it fails. Default: no limit.
+        on_failure: `compensate` to undo the completed stages of a failed instance, `park` to keep its message as a
+            dead letter, from which it can be resumed. Default: compensate.
+        retry: Policy of stages that have none. Default: one attempt.
+        stage_timeout: Seconds for one attempt of stages that have no `timeout`, and for each call of a function of
+            parallel, branch and signal steps. Default: no limit.
+
+    Raises:
+        WorkflowDefinitionError: If an option has a wrong type or value.
+
+    Example:
+        >>> from stageflow_actors import Workflow
+        >>> from stageflow_actors.testing import run
+        >>> flow = Workflow("orders", on_failure="park")
+        >>> @flow.stage
+        ... def price(order):
+        ...     order["total"] = order["count"] * 450
+        >>> run(flow, {"count": 2}).context
+        {'count': 2, 'total': 900}
     """
 
     @overload
@@ -99,15 +125,16 @@ class Workflow(Generic[C]):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Every stage with a handler in order of definition, the workflow's defaults filled in.
+        """The stages that have a handler, in order of definition.
 
-        Those of parallel stages and branches are among them, and what a map stage does with one item.
+        The workflow's defaults are filled in. The stages of parallel and branch steps are included, and the stage that
+        handles one item of a map step.
         """
         return tuple(self._stages.values())
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What `stage` and the `add_*` methods appended, in order; each has an `id`."""
+        """The steps in the order in which they were appended; each has an `id`."""
         return tuple(self._stages[step.id] if isinstance(step, Stage) else step for step in self._steps)
 
     @overload
@@ -117,17 +144,59 @@ class Workflow(Generic[C]):
     def stage(self, /, **options: Unpack[StageOptions]) -> Callable[[Callable[P, R]], StageFunction[P, R]]: ...
 
     def stage(self, handler: Any = None, /, **options: Any) -> Any:
-        """Decorator that appends a stage, as `@workflow.stage` or `@workflow.stage(timeout=30, ...)`.
+        """Append a stage, as `@flow.stage` or `@flow.stage(timeout=30, ...)`.
 
-        Gives the function itself back, so that it can be called and imported as before, with an attribute
-        `compensation`: the decorator of the function that undoes it.
+        The decorated function can be called and imported as before. It gets an attribute `compensation`, the decorator
+        of the function that undoes the stage.
+
+        Args:
+            handler: The function to decorate.
+            **options: Options of `Stage`.
+
+        Returns:
+            The function itself; with options, a decorator.
+
+        Raises:
+            WorkflowDefinitionError: If the function or an option does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> flow = Workflow("orders")
+            >>> @flow.stage(timeout=30)
+            ... def pay(order):
+            ...     order["paid"] = True
+            >>> @pay.compensation(timeout=10)
+            ... def refund(order):
+            ...     order["paid"] = False
+            >>> flow.stages[0].compensation
+            Compensation(refund)
         """
         if handler is None:
             return lambda function: self._decorate(function, options)
         return self._decorate(handler, options)
 
     def add_stage(self, handler: Any, /, **options: Unpack[StageOptions]) -> Workflow[C]:
-        """Append a stage, given as a handler with options or as a `Stage`; returns the workflow."""
+        """Append a stage.
+
+        Args:
+            handler: A handler, or a `Stage`.
+            **options: Options of `Stage`; none if `handler` is a `Stage`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If the handler or an option does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Stage, Workflow
+            >>> def pay(order):
+            ...     order["paid"] = True
+            >>> def ship(order):
+            ...     order["shipped"] = True
+            >>> Workflow("orders").add_stage(pay, actors=2).add_stage(Stage(ship, id="send"))
+            Workflow('orders', stages=[pay, send])
+        """
         self._add(handler, options)
         return self
 
@@ -138,7 +207,33 @@ class Workflow(Generic[C]):
         *,
         merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     ) -> Workflow[C]:
-        """Append stages that run at the same time; see `Parallel`. Returns the workflow."""
+        """Append stages that run at the same time, each in a pool of its own.
+
+        The step ends when all of them have ended. Without `merge` their changes of the context are merged field by
+        field; two stages that change one field in different ways fail the instance.
+
+        Args:
+            id: The id of the step.
+            branches: The stages: handlers or `Stage`s.
+            merge: Called as `merge(base, branches)` with the context before the step and a dict of the contexts after
+                each stage, by stage id; it returns the context to go on with. Default: merge by field.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or an id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def reserve(order):
+            ...     order["reserved"] = True
+            >>> def pay(order):
+            ...     order["paid"] = True
+            >>> run(Workflow("orders").add_parallel("checkout", [reserve, pay]), {}).context
+            {'reserved': True, 'paid': True}
+        """
         step = Parallel(id, branches, merge=merge)
         self._claim(step.id)
         for stage in step.branches:
@@ -147,7 +242,26 @@ class Workflow(Generic[C]):
         return self
 
     def add_conditional(self, handler: Any, /, when: Callable[[Any], Any], **options: Any) -> Workflow[C]:
-        """Append a stage that is skipped unless `when(context)` is true. Options as in `Stage`; gives the workflow."""
+        """Append a stage that is skipped unless a predicate is true.
+
+        Args:
+            handler: A handler, or a `Stage`.
+            when: Predicate on the context.
+            **options: Options of `Stage`; none if `handler` is a `Stage`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> flow = Workflow("orders").add_conditional(print, when=lambda order: order["total"] > 100, id="check")
+            >>> str(run(flow, {"total": 5}).stages[0].status)
+            'skipped'
+        """
         if isinstance(handler, Stage):
             self._add(handler.replace(when=check_function(when, f"when of stage {handler.id!r}")), options)
         else:
@@ -162,7 +276,33 @@ class Workflow(Generic[C]):
         *,
         default: str | None = None,
     ) -> Workflow[C]:
-        """Append a choice between arms of stages; see `Branch`. Returns the workflow."""
+        """Append a choice between lists of stages.
+
+        Args:
+            id: The id of the step.
+            selector: Function of the context that returns the key of an arm.
+            arms: By key, the stages to run one after the other: handlers or `Stage`s. A list may be empty.
+            default: Key of the arm for keys that are not in `arms`. Default: such a key fails the instance.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or an id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def home(order):
+            ...     order["carrier"] = "post"
+            >>> def abroad(order):
+            ...     order["carrier"] = "air"
+            >>> flow = Workflow("orders")
+            >>> arms = {"DE": [home], "else": [abroad]}
+            >>> flow = flow.add_branch("shipping", lambda order: order["country"], arms, default="else")
+            >>> run(flow, {"country": "FR"}).context["carrier"]
+            'air'
+        """
         step = Branch(id, selector, arms, default=default)
         self._claim(step.id)
         for stages in step.arms.values():
@@ -181,9 +321,34 @@ class Workflow(Generic[C]):
         max_failures: int = 0,
         **options: Any,
     ) -> Workflow[C]:
-        """Append a stage that handles each item of `over(context)`; see `MapStage`. Options as in `Stage`.
+        """Append a stage that handles each item of a list, in any number of actors.
 
-        Its compensation takes an item, with the item's result in `ctx.results[id]`. Returns the workflow.
+        Items are plain values, or of the type with which the handler's first parameter is annotated. Results are plain
+        values, or of the type that the field `into` is a list of. The compensation of the stage is a function of an
+        item; `ctx.results[id]` is the result of that item.
+
+        Args:
+            id: The id of the step.
+            handler: Called as `handler(item)` or `handler(item, ctx)`.
+            over: Function of the context that returns the items.
+            into: Field of the context for the list of results, in the order of the items. Default: the results are the
+                result of the stage only.
+            max_failures: Number of items that may fail before the stage fails, from 0. The result of a failed item is
+                None. Default: 0.
+            **options: Options of `Stage`; `timeout` is that of one attempt at one item, and of one call of `over`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> flow = Workflow("orders").add_map("price", lambda n: n * 2, over=lambda o: o["net"], into="gross")
+            >>> run(flow, {"net": [1, 2, 3]}).context["gross"]
+            [2, 4, 6]
         """
         step = MapStage(id, handler, over=over, into=into, max_failures=max_failures, **options)
         self._keep(step.item)
@@ -200,7 +365,32 @@ class Workflow(Generic[C]):
         timeout: Duration | None = None,
         **options: Any,
     ) -> Workflow[C]:
-        """Append a stage that asks an endpoint; see `Stage.remote`. Returns the workflow."""
+        """Append a stage that sends a request to an endpoint; see `Stage.remote`.
+
+        Args:
+            id: The id of the stage.
+            endpoint: The name of the endpoint.
+            command: Function of the context that returns the request, a plain value.
+            on_reply: Called as `on_reply(context, reply)`. Default: the reply is the result of the stage.
+            timeout: Seconds to wait for the reply. Default: the limit of `StageContext.request`.
+            **options: Other options of `Stage`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def keep(order, price):
+            ...     order["price"] = price
+            >>> flow = Workflow("orders")
+            >>> flow = flow.add_remote_stage("ask", endpoint="prices", command=lambda o: o["sku"], on_reply=keep)
+            >>> run(flow, {"sku": "tea"}, endpoints={"prices": lambda sku: {"tea": 450}[sku]}).context
+            {'sku': 'tea', 'price': 450}
+        """
         self._check_options(options)
         stage = Stage.remote(id, endpoint=endpoint, command=command, on_reply=on_reply, timeout=timeout, **options)
         self._add(stage, {})
@@ -218,9 +408,34 @@ class Workflow(Generic[C]):
         timeout: Duration | None = None,
         **options: Any,
     ) -> Workflow[C]:
-        """Append a stage that asks a server over HTTP; see `Stage.http`. Returns the workflow.
+        """Append a stage that sends an HTTP request; see `Stage.http`.
 
-        Needs httpx: `pip install 'stageflow-actors[http]'`.
+        It needs httpx: `pip install 'stageflow-actors[http]'`.
+
+        Args:
+            id: The id of the stage.
+            url: The URL, in which `{field}` stands for a field of the context; or a function of the context.
+            method: The HTTP method. Default: POST.
+            request: Function of the context that returns the JSON to send. Default: no body.
+            on_response: Called as `on_response(context, response)` with the JSON of the answer. Default: the JSON is
+                the result of the stage.
+            headers: A dict of headers, or a function of the context that returns one.
+            timeout: Seconds to wait for the answer. Default: the whole attempt may take the workflow's `stage_timeout`,
+                or else 30 seconds.
+            **options: Other options of `Stage`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, the id is taken, or httpx is not installed.
+
+        Example:
+            >>> from stageflow_actors import Retry, Workflow
+            >>> flow = Workflow("orders")
+            >>> url = "https://bank.example/accounts/{account}/payments"
+            >>> flow.add_http_stage("pay", url=url, timeout=5, retry=Retry.fixed(max_attempts=3, delay=1))
+            Workflow('orders', stages=[pay])
         """
         self._check_options(options)
         stage = Stage.http(
@@ -237,7 +452,23 @@ class Workflow(Generic[C]):
         return self
 
     def add_delay(self, id: str, duration: Duration) -> Workflow[C]:
-        """Append a wait of `duration` seconds. Returns the workflow."""
+        """Append a wait. It occupies no worker.
+
+        Args:
+            id: The id of the step.
+            duration: Seconds (or a `timedelta`) to wait, from 0.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If `duration` is no finite duration, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> Workflow("orders").add_delay("cool-down", 3600).steps
+            (Delay('cool-down', 3600),)
+        """
         step = Delay(id, duration)
         self._claim(step.id)
         self._steps.append(step)
@@ -252,16 +483,55 @@ class Workflow(Generic[C]):
         on_signal: Callable[[Any, Any], Any] | None = None,
         on_timeout: Callable[[Any], Any] | None = None,
     ) -> Workflow[C]:
-        """Append a wait for a signal; see `Signal`. Returns the workflow."""
+        """Append a wait for a signal from outside the instance. It occupies no worker.
+
+        `Instance.signal` and `stageflow instances signal` send one.
+
+        Args:
+            id: The id of the step.
+            name: The name of the signal. Default: the id.
+            timeout: Seconds to wait for the signal. Default: no limit.
+            on_signal: Called as `on_signal(context, payload)`. Default: the payload is the result of the step.
+            on_timeout: Called with the context if the signal did not arrive in time. Default: the step fails with
+                `StageTimeout`.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            WorkflowDefinitionError: If an argument does not fit, or the id is taken.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def note(order, payload):
+            ...     order["approved_by"] = payload["name"]
+            >>> flow = Workflow("orders").add_signal("approval", timeout=86400, on_signal=note)
+            >>> run(flow, {}, signals={"approval": {"name": "Ida"}}).context
+            {'approved_by': 'Ida'}
+        """
         step = Signal(id, name=name, timeout=timeout, on_signal=on_signal, on_timeout=on_timeout)
         self._claim(step.id)
         self._steps.append(step)
         return self
 
     def validate(self, services: Collection[str] = ()) -> None:
-        """Raise `WorkflowDefinitionError` for what makes the workflow as a whole impossible to run.
+        """Check the workflow as a whole. `Runtime` and `testing.run` call it.
 
-        `services` are the names that the runtime provides.
+        Args:
+            services: Names of the services that the runtime provides. Default: none.
+
+        Raises:
+            WorkflowDefinitionError: If the workflow has no stages, `after` of a stage names a stage that is not before
+                it, or a handler needs a service that is not provided.
+
+        Example:
+            >>> from stageflow_actors import Workflow, WorkflowDefinitionError
+            >>> try:
+            ...     Workflow("orders").validate()
+            ... except WorkflowDefinitionError as error:
+            ...     print(error)
+            workflow 'orders' has no stages: add one with @workflow.stage or add_stage(handler)
         """
         if not self._steps:
             raise WorkflowDefinitionError(
@@ -281,10 +551,20 @@ class Workflow(Generic[C]):
             before.add(step.id)
 
     def fingerprint(self) -> str:
-        """A hash (32 hex digits) of what instances in flight depend on; the same in every process.
+        """Return a hash of what instances in flight depend on.
 
-        Ids, order, `required`, `after`, which stages are compensated, `on_failure` and the fields of the context
-        count; how fast stages run (actors, timeouts, retries) and the code of the handlers do not.
+        Ids, order, `required`, `after`, which stages have a compensation or a predicate, `on_failure` and the fields of
+        the context count. The code of handlers and the options of speed (actors, timeouts, retries) do not.
+
+        Returns:
+            32 hexadecimal digits, the same in every process.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> one = Workflow("orders").add_stage(print, id="show")
+            >>> two = Workflow("orders").add_stage(print, id="show", actors=8, timeout=5)
+            >>> one.fingerprint() == two.fingerprint()
+            True
         """
         parts = [
             self.id,
@@ -299,12 +579,21 @@ class Workflow(Generic[C]):
         return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
 
     def set_compensation(self, stage_id: str, compensation: Callable[..., Any] | Compensation) -> None:
-        """Register what undoes the stage `stage_id`; a stage has one compensation."""
+        """Register the compensation of a stage. A stage has at most one.
+
+        Args:
+            stage_id: The id of the stage.
+            compensation: A function of the context, or a `Compensation`.
+
+        Raises:
+            KeyError: If the workflow has no such stage.
+            WorkflowDefinitionError: If the stage already has a compensation, or the function does not fit.
+        """
         stage = self._stages[stage_id]
         if stage.compensation is not None:
             raise WorkflowDefinitionError(
-                f"stage {stage_id!r} of workflow {self.id!r} has a compensation already "
-                f"({stage.compensation!r}): do what both do in one function"
+                f"stage {stage_id!r} of workflow {self.id!r} already has a compensation "
+                f"({stage.compensation!r}): combine both in one function"
             )
         made = compensation if isinstance(compensation, Compensation) else Compensation(compensation)
         self._stages[stage_id] = stage.replace(compensation=made)
@@ -316,7 +605,7 @@ class Workflow(Generic[C]):
         try:
             handler.compensation = CompensationDecorator((*places, (self, stage.id)))
         except (AttributeError, TypeError):
-            pass  # bound methods and builtins take no attributes; compensation= is there for them
+            pass  # bound methods and builtins accept no attributes: for them there is the option compensation=
         return handler
 
     def _add(self, handler: Any, options: Any) -> Stage:
@@ -328,7 +617,7 @@ class Workflow(Generic[C]):
         return stage
 
     def _keep(self, stage: Stage) -> Stage:
-        """A stage of this workflow, with the workflow's defaults filled in."""
+        """Add a stage and return it with the workflow's defaults filled in."""
         self._claim(stage.id)
         if isinstance(stage.handler, HttpCall):
             self._check_url(stage, stage.handler)
@@ -344,7 +633,7 @@ class Workflow(Generic[C]):
     def _claim(self, id: str) -> None:
         if id in self._ids:
             raise WorkflowDefinitionError(
-                f"workflow {self.id!r} has a stage {id!r} already: give this one another id with id=..."
+                f"workflow {self.id!r} already has a stage {id!r}: choose another id with id=..."
             )
         self._ids.add(id)
 
@@ -352,8 +641,8 @@ class Workflow(Generic[C]):
         if isinstance(handler, Stage):
             if options:
                 raise WorkflowDefinitionError(
-                    f"stage {handler.id!r} of workflow {self.id!r} was given as a Stage and with options "
-                    f"({', '.join(options)}): give them to Stage(...)"
+                    f"stage {handler.id!r} of workflow {self.id!r} is a Stage and cannot take options here "
+                    f"({', '.join(options)}): pass them to Stage(...)"
                 )
             return handler
         self._check_options(options)
@@ -363,8 +652,8 @@ class Workflow(Generic[C]):
         unknown = options.keys() - StageOptions.__annotations__.keys()
         if unknown:
             raise WorkflowDefinitionError(
-                f"a stage of workflow {self.id!r} was given the unknown option {min(unknown)!r}: "
-                f"there are {', '.join(sorted(StageOptions.__annotations__))}"
+                f"a stage of workflow {self.id!r} has the unknown option {min(unknown)!r}: "
+                f"the options are {', '.join(sorted(StageOptions.__annotations__))}"
             )
 
     def _check_after(self, stage: Stage, wanted: str, before: set[str]) -> None:
@@ -375,11 +664,11 @@ class Workflow(Generic[C]):
             raise WorkflowDefinitionError(f"{what} names itself in after: remove {wanted!r}")
         if wanted in self._stages:
             raise WorkflowDefinitionError(
-                f"{what} names {wanted!r} in after, which comes later and cannot have completed: "
+                f"{what} names {wanted!r} in after, which runs later and cannot have completed: "
                 f"add {wanted!r} before {stage.id!r}"
             )
         raise WorkflowDefinitionError(
-            f"{what} names {wanted!r} in after, which is no stage of it: the stages are {', '.join(self._stages)}"
+            f"{what} names {wanted!r} in after, which is not a stage of it: the stages are {', '.join(self._stages)}"
         )
 
     def _check_url(self, stage: Stage, call: HttpCall) -> None:
@@ -402,7 +691,7 @@ class Workflow(Generic[C]):
             if missing:
                 name = missing[0]
                 raise WorkflowDefinitionError(
-                    f"{what} of workflow {self.id!r} needs the service {name!r}, which nobody provides: "
+                    f"{what} of workflow {self.id!r} needs the service {name!r}, which is not provided: "
                     f"add services={{{name!r}: factory}} to the Runtime, or give the parameter a default"
                 )
 

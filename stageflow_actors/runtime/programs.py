@@ -232,7 +232,7 @@ def endpoint_spec(
     missing = sorted(stage.services - set(services))
     if missing:
         raise WorkflowDefinitionError(
-            f"endpoint {stage.id!r} needs the service {missing[0]!r}, which nobody provides: "
+            f"endpoint {stage.id!r} needs the service {missing[0]!r}, which is not provided: "
             f"add services={{{missing[0]!r}: factory}} to the Runtime, or give the parameter a default"
         )
     program, plan = endpoint_program(stage, naming, services)
@@ -341,5 +341,5 @@ def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
             "result_type": Any if step.into is None else element_type(context, step.into),
         }
     if isinstance(step, Signal):
-        return {"on_signal": step.on_signal, "on_timeout": step.on_timeout_call}
+        return {"on_signal": step.on_signal, "on_timeout": step.on_timeout_spec}
     return {}

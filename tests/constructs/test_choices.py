@@ -231,5 +231,5 @@ def test_what_no_branch_can_be_is_refused_when_it_is_written() -> None:
         Workflow("w").add_branch("b", where, {})
     with pytest.raises(WorkflowDefinitionError, match="strings as keys"):
         Workflow("w").add_branch("b", where, {1: [does("x")]})  # type: ignore[dict-item]
-    with pytest.raises(WorkflowDefinitionError, match="'c', which is none of its arms: a"):
+    with pytest.raises(WorkflowDefinitionError, match="'c', which is not one of its arms: a"):
         Workflow("w").add_branch("b", where, {"a": [does("x")]}, default="c")

@@ -67,26 +67,26 @@ PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
 
 CLASHES: dict[str, tuple[str, str, str]] = {
     # what is given, with ARGS for what it should take; what is said of it
-    "async": ("async def given(ARGS): return False", "given", "nobody would await it: give a plain function of "),
-    "async generator": ("async def given(ARGS): yield 1", "given", "nobody would await it"),
+    "async": ("async def given(ARGS): return False", "given", "its result is not awaited: use a plain function of "),
+    "async generator": ("async def given(ARGS): yield 1", "given", "its result is not awaited"),
     "generator": ("def given(ARGS): yield 1", "given", "calling it would run nothing"),
     "async method": (
         "class Given:\n  async def __call__(self, ARGS): pass\ngiven = Given()",
         "Given",
-        "nobody would await it",
+        "its result is not awaited",
     ),
     "partial of async": (
         "async def plain(ARGS, last): pass\ngiven = functools.partial(plain, last=1)",
         "plain",
-        "nobody would await it",
+        "its result is not awaited",
     ),
     "too many": ("def given(ARGS, more): pass", "given", "does not fit: it is called with .*more"),
-    "ctx": ("def given(ARGS, ctx): pass", "given", "asks for ctx, and only handlers are given a StageContext"),
+    "ctx": ("def given(ARGS, ctx): pass", "given", "asks for ctx, and only handlers receive a StageContext"),
     "ctx with a default": ("def given(ARGS, ctx=None): pass", "given", "asks for ctx, and only handlers"),
     "service": (
         "def given(ARGS, *, bank): pass",
         "given",
-        "asks for 'bank' by keyword, and only handlers are given se",
+        "asks for 'bank' by keyword, and only handlers receive se",
     ),
 }
 
@@ -192,8 +192,8 @@ def test_what_is_done_when_no_signal_came_is_given_the_context_alone_and_may_be_
         order["late"] = True
 
     for given, said in (
-        (with_ctx, "asks for ctx, and is given the context alone"),
-        (with_service, "asks for the service 'bank', and is given the context alone"),
+        (with_ctx, "has the parameter ctx, and receives only the context"),
+        (with_service, "asks for the service 'bank', and receives only the context"),
         (WithService, "asks for the service 'bank'"),
         (yields, "is a generator"),
         (lambda: None, "takes no context"),

@@ -88,7 +88,7 @@ def test_a_plain_function_of_context_and_ctx_is_bound_to_itself() -> None:
         (lambda: None, "stage 's' takes no context: its first parameter must be the workflow's context"),
         (lambda *, db: None, "stage 's' takes no context"),
         (lambda ctx: None, "stage 's' takes no context: its first parameter is `ctx`"),
-        (lambda order, db: None, r"stage 's' has a parameter 'db' that nothing fills.*`\*, db`"),
+        (lambda order, db: None, r"stage 's' has a parameter 'db' without a value.*`\*, db`"),
         (5, "stage 's' has 5 as its handler"),
         (type("Empty", (), {}), r"stage 's' has the class Empty, which has no execute\(context\) method"),
         (type("Bad", (), {"execute": lambda self: None})(), "execute of stage 's' takes no context"),
@@ -98,7 +98,7 @@ def test_a_plain_function_of_context_and_ctx_is_bound_to_itself() -> None:
         ),
         (
             type("Needy", (), {"__init__": lambda self, url: None, "execute": lambda self, o: None}),
-            "Needy is constructed in the worker and cannot be given 'url'",
+            "Needy is constructed in the worker, which has no value for 'url'",
         ),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_class_brings_its_own_compensation_and_is_constructed_for_it() -> None
 
 
 def test_binding_without_a_service_names_it() -> None:
-    with pytest.raises(WorkflowDefinitionError, match="nobody provides the service 'db'"):
+    with pytest.raises(WorkflowDefinitionError, match="the service 'db' is not provided"):
         inspect_handler(lambda order, *, db: None, "stage 's'").bind({})
 
 

@@ -101,7 +101,7 @@ def test_which_errors_are_retried(options: dict[str, Any], error: Exception, aga
         (lambda: Retry.fixed(0, 1), "max_attempts of Retry.fixed must be an integer from 1"),
         (lambda: Retry.fixed(2.5, 1), "max_attempts of Retry.fixed"),  # type: ignore[arg-type]
         (lambda: Retry.fixed(True, 1), "max_attempts of Retry.fixed"),
-        (lambda: Retry.fixed(3, -1), "delay of Retry.fixed must be nought or more"),
+        (lambda: Retry.fixed(3, -1), "delay of Retry.fixed must be 0 or more"),
         (lambda: Retry.fixed(3, float("nan")), "delay of Retry.fixed must be finite"),
         (lambda: Retry.fixed(3, "1"), "delay of Retry.fixed must be a number of seconds or a timedelta"),  # type: ignore[arg-type]
         (lambda: Retry.linear(3, 10, 5), r"maximum of Retry.linear \(5 s\) must not be less than initial \(10 s\)"),

@@ -176,7 +176,7 @@ def test_replace_holds_the_new_context() -> None:
         (lambda: Workflow("a\n"), "malformed"),
         (lambda: Workflow(5), "the id of the workflow must be a string, not 5"),
         (lambda: Workflow("w", version=0), "the version of workflow 'w' must be an integer from 1"),
-        (lambda: Workflow("w", timeout=0), "the timeout of workflow 'w' must be more than nought"),
+        (lambda: Workflow("w", timeout=0), "the timeout of workflow 'w' must be more than 0"),
         (lambda: Workflow("w", stage_timeout="5"), "the stage_timeout of workflow 'w' must be a number of seconds"),
         (lambda: Workflow("w", on_failure="ignore"), "on_failure of workflow 'w' must be 'compensate' or 'park'"),
         (lambda: Workflow("w", retry=3), "the retry of workflow 'w' must be a Retry"),
@@ -195,7 +195,7 @@ def test_replace_holds_the_new_context() -> None:
         (lambda: Compensation(ship, actors=1_001), "actors of compensation 'ship' must be an integer from 1 to 1,000"),
         (lambda: Stage(ship, actors=True), "actors of stage 'ship'"),
         (lambda: Stage(ship, concurrency=-1), "concurrency of stage 'ship'"),
-        (lambda: Stage(ship, timeout=-1), "the timeout of stage 'ship' must be more than nought"),
+        (lambda: Stage(ship, timeout=-1), "the timeout of stage 'ship' must be more than 0"),
         (lambda: Stage(ship, timeout=float("nan")), "the timeout of stage 'ship' must be finite"),
         (lambda: Stage(ship, timeout=10**400), "the timeout of stage 'ship' must be finite"),
         (lambda: Stage(ship, ttl=0), "the ttl of stage 'ship'"),
@@ -214,13 +214,13 @@ def test_replace_holds_the_new_context() -> None:
         (lambda: Stage(Stage(ship)), "Stage.* was given the stage 'ship'"),
         (lambda: Compensation(ship, timeout=0), "the timeout of compensation 'ship'"),
         (lambda: Compensation(ship, actors=0), "actors of compensation 'ship'"),
-        (lambda: Workflow("w").add_stage(ship).add_stage(ship), "workflow 'w' has a stage 'ship' already"),
-        (lambda: Workflow("w").add_stage(Stage(ship), timeout=5), r"'ship' .* give them to Stage\(\.\.\.\)"),
+        (lambda: Workflow("w").add_stage(ship).add_stage(ship), "workflow 'w' already has a stage 'ship'"),
+        (lambda: Workflow("w").add_stage(Stage(ship), timeout=5), r"'ship' .* pass them to Stage\(\.\.\.\)"),
         (lambda: Workflow("w").add_stage(ship, tiemout=5), "unknown option 'tiemout'"),
         (lambda: Workflow("w").add_stage(lambda: 1), "stage of a lambda takes no context"),
         (
             lambda: Workflow("w").add_stage(ship, compensation=ship).set_compensation("ship", ship),
-            "stage 'ship' of workflow 'w' has a compensation already",
+            "stage 'ship' of workflow 'w' already has a compensation",
         ),
     ],
 )
@@ -236,11 +236,11 @@ def needs_db(order: Any, *, db: Any) -> None: ...
     ("workflow", "message"),
     [
         (Workflow("w"), "workflow 'w' has no stages"),
-        (Workflow("w").add_stage(ship, after=["pay"]), "names 'pay' in after, which is no stage of it: .* ship"),
+        (Workflow("w").add_stage(ship, after=["pay"]), "names 'pay' in after, which is not a stage of it: .* ship"),
         (Workflow("w").add_stage(ship, after=["ship"]), "names itself in after"),
         (
             Workflow("w").add_stage(ship, after=["later"]).add_stage(ship, id="later"),
-            "stage 'ship' of workflow 'w' names 'later' in after, which comes later",
+            "stage 'ship' of workflow 'w' names 'later' in after, which runs later",
         ),
         (Workflow("w").add_stage(needs_db), "stage 'needs-db' of workflow 'w' needs the service 'db'"),
         (

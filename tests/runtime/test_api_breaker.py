@@ -113,7 +113,7 @@ def test_items_of_a_map_and_branches_have_breakers_which_successes_keep_closed(s
     [
         (lambda: Breaker(failures=0), "failures of Breaker must be an integer from 1"),
         (lambda: Breaker(failures=True), "failures of Breaker must be an integer from 1"),
-        (lambda: Breaker(reset=0), "reset of Breaker must be more than nought"),
+        (lambda: Breaker(reset=0), "reset of Breaker must be more than 0"),
         (lambda: Stage(odd, breaker=5), "the breaker of stage 'odd' must be a Breaker such as"),  # type: ignore[arg-type]
     ],
 )
