@@ -19,6 +19,7 @@ from typing import Any
 import click
 import psutil
 
+from cluster_tree import add_node
 from stageflow_actors import Config, Runtime, Workflow
 
 bench = Workflow("bench")
@@ -46,17 +47,14 @@ def _cpu(process: psutil.Process) -> float:
 
 def _pieces(runtime: Runtime) -> dict[str, list[psutil.Process]]:
     """The processes of the cluster by what they are for."""
-    me = psutil.Process()
-    pieces: dict[str, list[psutil.Process]] = {"client": [me], "node": [], "broker": [], "workers": []}
-    node = psutil.Process(runtime.node_pid)
-    pieces["node"].append(node)
-    for child in node.children(recursive=True):
-        command = " ".join(child.cmdline())
-        if "brokers.zeromq" in command:
-            pieces["broker"].append(child)
-        elif child.parent() != node:
-            pieces["workers"].append(child)
-    return pieces
+    found: dict[str, list[psutil.Process]] = {}
+    add_node(psutil.Process(runtime.node_pid), found)
+    return {
+        "client": [psutil.Process()],
+        "node": found["node"],
+        "broker": found["broker"],
+        "workers": found["worker"],
+    }
 
 
 def run_once(count: int, singles: int, durability: Any) -> dict[str, Any]:

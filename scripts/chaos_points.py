@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -41,45 +40,46 @@ class Run:
 
 
 def try_point(point: str, signal: str, nth: int, instances: int) -> Run:
-    """Run the saga with that accident, start the program again until it is through, and audit."""
+    """Run the saga with that accident, start the program again until it has finished, and audit."""
     run = Run(point, signal, nth)
-    place = Path(tempfile.mkdtemp(prefix="stageflow-point-"))
-    log, out, data, mark = place / "effects", place / "report.json", place / "data", place / "mark"
-    command = [sys.executable, chaos.__file__, "program", str(data), str(out), str(instances), "0.002", "1"]
-    env = {**os.environ, "CHAOS_LOG": str(log), VARIABLE: f"{point}:{signal}:{nth}:{mark}"}
     began = time.monotonic()
-    try:
-        while not out.exists() and run.starts < STARTS:
-            run.starts += 1
-            program = subprocess.Popen(command, start_new_session=True, env=env, stderr=subprocess.PIPE, text=True)
-            try:
-                _, said = program.communicate(timeout=LIMIT_SECONDS)
-            except subprocess.TimeoutExpired:
-                program.kill()
-                program.communicate()
-                run.wrong.append(f"the program did not end within {LIMIT_SECONDS:g} s")
-                break
-            if program.returncode not in (0, -9, -15) and not mark.exists():
-                run.wrong.append(f"the program ended with {program.returncode} before anything happened: {said[-500:]}")
-                break
-        run.reached = mark.exists()
-        if not out.exists():
-            run.wrong.append(f"no result after {run.starts} starts")
-        else:
-            # The accident may have hit the cluster as it stopped: what it left is for the next start, which is not hit.
-            out.unlink()
-            last = subprocess.run(
-                command, env={**env, VARIABLE: ""}, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
-            )
-            if last.returncode or not out.exists():
-                run.wrong.append(f"the last start ended with {last.returncode}: {last.stderr[-500:]}")
-                return run
-            found, _, run.repeated = chaos.judge(instances, log, out, data)
-            run.wrong += found
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    with TemporaryDirectory(prefix="stageflow-point-", ignore_cleanup_errors=True) as directory:
+        _try_in(Path(directory), run, instances)
     run.seconds = time.monotonic() - began
     return run
+
+
+def _try_in(place: Path, run: Run, instances: int) -> None:
+    log, out, data, mark = place / "effects", place / "report.json", place / "data", place / "mark"
+    command = [sys.executable, chaos.__file__, "program", str(data), str(out), str(instances), "0.002", "1"]
+    env = {**os.environ, "CHAOS_LOG": str(log), VARIABLE: f"{run.point}:{run.signal}:{run.nth}:{mark}"}
+    while not out.exists() and run.starts < STARTS:
+        run.starts += 1
+        program = subprocess.Popen(command, start_new_session=True, env=env, stderr=subprocess.PIPE, text=True)
+        try:
+            _, stderr = program.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.communicate()
+            run.wrong.append(f"the program did not end within {LIMIT_SECONDS:g} s")
+            break
+        if program.returncode not in (0, -9, -15) and not mark.exists():
+            run.wrong.append(f"the program ended with {program.returncode} before the accident: {stderr[-500:]}")
+            break
+    run.reached = mark.exists()
+    if not out.exists():
+        run.wrong.append(f"no result after {run.starts} starts")
+        return
+    # The accident may have hit the cluster while it stopped: the next start, without an accident, finishes the rest.
+    out.unlink()
+    last = subprocess.run(
+        command, env={**env, VARIABLE: ""}, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
+    if last.returncode or not out.exists():
+        run.wrong.append(f"the last start ended with {last.returncode}: {last.stderr[-500:]}")
+        return
+    found, _, run.repeated = chaos.judge(instances, log, out, data)
+    run.wrong += found
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

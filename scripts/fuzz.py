@@ -18,22 +18,20 @@ import argparse
 import json
 import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from argument_types import from_one
+from broker_launcher import start_broker
+from fuzzing.attacker import ANSWERS, HELD, attack
+from fuzzing.well_behaved_peer import QUEUES, Honest
 
-from argument_types import from_one  # noqa: E402
-from fuzzing.attacker import ANSWERS, HELD, attack  # noqa: E402
-from fuzzing.well_behaved_peer import QUEUES, Honest  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 LIMITS = {
     "max_queues": 300,
@@ -61,11 +59,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="where the journal lies (default: a directory that is removed)")
     parser.add_argument("--output", choices=("text", "json"), default="text")
     given = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir=given.data))
-    try:
-        figures, wrongs = run(directory, given.n, given.seed, given.attackers, given.durability)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with TemporaryDirectory(prefix="fuzz-", dir=given.data, ignore_cleanup_errors=True) as directory:
+        figures, wrongs = run(Path(directory), given.n, given.seed, given.attackers, given.durability)
     if given.output == "json":
         print(json.dumps({**figures, "wrongs": wrongs}))
     else:
@@ -79,7 +74,18 @@ def main() -> int:
 def run(directory: Path, count: int, seed: int, attackers: int, durability: str) -> tuple[dict[str, Any], list[str]]:
     """Send `count` frames; figures, and all that went wrong."""
     address = f"ipc://{directory}/broker"
-    broker = start_broker(address, directory, durability)
+    options = {
+        "address": address,
+        "journal": str(directory / "journal"),
+        "durability": durability,
+        "supervised": False,
+        "max_message_bytes": 1 << 20,
+        "limits": LIMITS,
+        "segment_bytes": 4 << 20,
+        "parent": os.getpid(),
+    }
+    with (directory / "stderr").open("wb") as stderr:
+        broker = start_broker(options, stderr=stderr, cwd=ROOT)
     spawn = multiprocessing.get_context("spawn")
     held = spawn.Array("Q", 2 * HELD, lock=False)
     sent, answers = spawn.Value("q", 0), spawn.Array("q", len(ANSWERS))
@@ -124,7 +130,7 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
     wrongs += [f"{name} holds {q['ready']} messages" for name, q in left.items() if q["ready"] or q["leased"]]
     broker.terminate()
     status = broker.wait(30)
-    said = (directory / "said").read_text()
+    said = (directory / "stderr").read_text()
     if status != 0 or "Traceback" in said:
         wrongs.append(f"the broker ended with {status}: {said[-2000:]}")
     quarter = max(1, len(seen) // 4)
@@ -148,36 +154,6 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
         "wrongs": len(wrongs),
     }
     return figures, wrongs
-
-
-def start_broker(address: str, directory: Path, durability: str) -> subprocess.Popen[bytes]:
-    """A broker process without a supervisor that says when it is ready."""
-    reading, writing = os.pipe()
-    options = {
-        "address": address,
-        "journal": str(directory / "journal"),
-        "durability": durability,
-        "supervised": False,
-        "max_message_bytes": 1 << 20,
-        "limits": LIMITS,
-        "segment_bytes": 4 << 20,
-        "ready_fd": writing,
-        "parent": os.getpid(),
-    }
-    said = (directory / "said").open("wb")
-    broker = subprocess.Popen(
-        [sys.executable, "-m", "brokers.zeromq.process", json.dumps(options)],
-        pass_fds=[writing],
-        stderr=said,
-        cwd=ROOT,
-    )
-    said.close()
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        report = json.loads(pipe.readline() or "{}")
-    if not report.get("ready"):
-        raise SystemExit(f"the broker did not start: {report}")
-    return broker
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import argparse
 import ctypes
 import importlib
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -61,7 +60,7 @@ def calm(context: Row) -> None:
 
 def stages() -> dict[str, Workflow[Row]]:
     """All stages from hell, by name: those of the tests but the one that leaves daemons, and two that take longer."""
-    sys.path.insert(0, str(ROOT / "tests" / "hostile_stages"))
+    sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("hostile_stages", "fixtures")]
     of_tests: Any = importlib.import_module("test_hostile_stages")
     memory: Any = importlib.import_module("test_max_memory")
     found = {handler.__name__: workflow for handler, workflow in of_tests.WORKFLOWS.items()}
@@ -126,15 +125,13 @@ def main() -> int:
     if unknown := sorted(set(given.only or ()) - known.keys()):
         parser.error(f"there is no stage {unknown[0]!r}; --list says which there are")
     wanted = {name: known[name] for name in given.only or known}
-    place = Path(tempfile.mkdtemp(prefix="stageflow-hell-"))
     console = Console()
-    if not given.noise:
-        # Workers write to the program's own stderr: it is not this program's voice here.
-        os.dup2(os.open(place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    try:
+    with TemporaryDirectory(prefix="stageflow-hostile-", ignore_cleanup_errors=True) as directory:
+        place = Path(directory)
+        if not given.noise:
+            # Workers write to the stderr of the program, which is the stderr of this script.
+            os.dup2(os.open(place / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         return run(wanted, given.seconds, place, console)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def run(wanted: dict[str, Workflow[Row]], seconds: float, place: Path, console: Console) -> int:

@@ -7,7 +7,6 @@ See `--help`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 
 from argument_types import above_zero, from_one
+from broker_launcher import start_broker
 from brokers.api import START, Listener, PublishItem, Target
 from brokers.zeromq.client import ZmqClient
 
@@ -48,7 +48,7 @@ class Filled:
 
     def _run(self, journal: Path, sockets: Path, size: int) -> None:
         address = f"ipc://{sockets}/broker"
-        broker, self.empty_start = start_broker(journal, address)
+        broker, self.empty_start = timed_start(journal, address)
         try:
             began = time.monotonic()
             self._publish(address, size)
@@ -57,7 +57,7 @@ class Filled:
             self.journal = sum(file.stat().st_blocks * 512 for file in journal.iterdir())
         finally:
             end(broker, signal.SIGKILL)
-        broker, self.recovery = start_broker(journal, address)
+        broker, self.recovery = timed_start(journal, address)
         try:
             self.memory_recovered = psutil.Process(broker.pid).memory_info().rss
             client = ZmqClient(address, Listener(), role="client", name="bounds")
@@ -81,19 +81,10 @@ class Filled:
         client.close(timeout=5)
 
 
-def start_broker(journal: Path, address: str) -> tuple[subprocess.Popen[bytes], float]:
+def timed_start(journal: Path, address: str) -> tuple[subprocess.Popen[bytes], float]:
     """A broker process, ready; and how many seconds that took, the start of Python included."""
-    reading, writing = os.pipe()
-    options = {"address": address, "journal": str(journal), "supervised": False, "ready_fd": writing}
     began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "brokers.zeromq.process", json.dumps(options)], pass_fds=[writing]
-    )
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        report = json.loads(pipe.readline() or "{}")
-    if not report.get("ready"):
-        raise RuntimeError(f"the broker did not start: {report}")
+    process = start_broker({"address": address, "journal": str(journal), "supervised": False})
     return process, time.monotonic() - began
 
 

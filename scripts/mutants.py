@@ -16,9 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -578,8 +578,8 @@ def main() -> int:
 
 def survived(mutant: Mutant) -> list[str]:
     """Those of its killers that pass, or do not come to an end, with the mistake in place."""
-    place = Path(tempfile.mkdtemp(prefix="stageflow-mutant-"))
-    try:
+    with TemporaryDirectory(prefix="stageflow-mutant-", ignore_cleanup_errors=True) as directory:
+        place = Path(directory)
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -592,8 +592,6 @@ def survived(mutant: Mutant) -> list[str]:
         run = subprocess.run(
             command, cwd=place, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
         )
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
     if run.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: pytest itself failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return [killer for killer in mutant.killers if f"FAILED {killer}" not in run.stdout]

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -31,6 +29,7 @@ from cluster_tree import add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 
 MEGABYTE = 1 << 20
+PREFIX = "stageflow-scale-"
 PATIENCE = 120.0
 """Seconds after which something that should happen is given up on."""
 
@@ -209,16 +208,6 @@ def count_waiting(runtime: Runtime, most: int) -> int:
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def workplace() -> Iterator[Path]:
-    """A directory for the length of one measurement."""
-    place = Path(tempfile.mkdtemp(prefix="stageflow-scale-"))
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def show(title: str, figures: dict[str, float]) -> None:
     """One table."""
     table = Table(title=title)
@@ -238,10 +227,10 @@ def main() -> None:
 @click.option("-n", "--items", type=click.IntRange(1), default=100_000, show_default=True)
 def map_(items: int) -> None:
     """A map of a no-op, undisturbed; then one whose every process is killed in the middle."""
-    with workplace() as place:
-        show(f"a map of {items:,} items", measure_map(place / "data", items))
-    with workplace() as place:
-        show("everything killed in the middle", measure_killed_map(place, items))
+    with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
+        show(f"a map of {items:,} items", measure_map(Path(place) / "data", items))
+    with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
+        show("everything killed in the middle", measure_killed_map(Path(place), items))
 
 
 @main.command()
@@ -249,8 +238,8 @@ def map_(items: int) -> None:
 def waiting(instances: int) -> None:
     """Instances that wait for a signal, and instances in a delay."""
     for workflow in (signalled, delayed):
-        with workplace() as place:
-            show(f"{instances:,} instances, {workflow.id}", measure_waiting(place / "data", workflow, instances))
+        with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
+            show(f"{instances:,} instances, {workflow.id}", measure_waiting(Path(place) / "data", workflow, instances))
 
 
 @main.command(hidden=True)

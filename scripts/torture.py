@@ -11,9 +11,6 @@ import random
 import sys
 import time
 from collections import Counter
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from argument_types import from_one, share
 from torturing.crashes import crash_at_every_call

@@ -18,7 +18,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "fixtures"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "fixtures"), str(HERE.parent / "scripts")]
 
 settings.register_profile("stageflow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stageflow")

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
+from script_runner import run_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
+import chaos
 
 
 def test_whatever_is_killed_each_instance_ends_once_and_each_transition_is_accepted_once() -> None:
-    command = [sys.executable, str(SCRIPT), "-n", "100", "-k", "10", "--seed", "2", "--work", "0.02"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    run = run_script("chaos", "-n", "100", "-k", "10", "--seed", "2", "--work", "0.02")
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     killed = re.search(r"SIGKILLs\D+(\d+)", run.stdout)
     assert killed is not None
     assert int(killed[1]) >= 8, run.stdout
 
 
-def test_the_oracle_notices_a_lost_instance_a_double_transition_and_compensations_in_the_wrong_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as for a script that is run
-
-    spec = spec_from_file_location("chaos_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    chaos = module_from_spec(spec)
-    sys.modules["chaos_script"] = chaos  # its dataclass looks itself up there
-    try:
-        spec.loader.exec_module(chaos)
-    finally:
-        del sys.modules["chaos_script"]
-
+def test_the_oracle_notices_a_lost_instance_a_double_transition_and_compensations_in_the_wrong_order() -> None:
     def effects(fails: bool, *seen: str) -> list[str]:
         wrong: list[str] = []
         chaos._judge_effects("order", fails, list(seen), wrong)

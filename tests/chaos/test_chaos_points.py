@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from script_runner import SCRIPTS, run_script
 
 from brokers.points import POINTS
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "chaos_points.py"
 
 SAMPLE = (
     ("broker.committed", "kill"),
@@ -24,8 +19,7 @@ SAMPLE = (
 
 @pytest.mark.parametrize(("point", "signal"), SAMPLE)
 def test_an_accident_at_a_named_point_loses_nothing_and_doubles_no_transition(point: str, signal: str) -> None:
-    command = [sys.executable, str(SCRIPT), "-n", "20", "--point", point, "--signal", signal]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    run = run_script("chaos_points", "-n", "20", "--point", point, "--signal", signal)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert "1 runs at 1 points: 0 with violations, 0 not reached" in run.stdout
 
@@ -33,7 +27,7 @@ def test_an_accident_at_a_named_point_loses_nothing_and_doubles_no_transition(po
 def test_each_point_is_somewhere_in_the_code_and_each_in_the_code_has_a_meaning() -> None:
     reached: list[str] = []
     for folder in ("brokers", "stageflow_actors"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((SCRIPTS.parent / folder).rglob("*.py")):
             reached += re.findall(r'\breach\("([^"]+)"\)', path.read_text())
     assert sorted(set(reached)) == sorted(POINTS)
     assert len(POINTS) >= 30

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from script_runner import run_script
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from argument_types import above_zero, from_one, share  # noqa: E402
+from argument_types import above_zero, from_one, share
 
 
 @pytest.mark.parametrize(
@@ -36,10 +31,9 @@ def test_only_amounts_that_try_something_are_taken(
 
 @pytest.mark.parametrize(
     "command",
-    [("torture.py", "--share", "0"), ("fuzz.py", "-n", "0"), ("simulate.py", "-n", "0"), ("chaos.py", "-n", "0")],
+    [("torture", "--share", "0"), ("fuzz", "-n", "0"), ("simulate", "-n", "0"), ("chaos", "-n", "0")],
 )
 def test_a_run_of_nothing_is_refused(command: tuple[str, ...]) -> None:
-    line = [sys.executable, str(SCRIPTS / command[0]), *command[1:]]
-    run = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    run = run_script(*command)
     assert run.returncode == 2
     assert command[1] in run.stderr.splitlines()[-1]

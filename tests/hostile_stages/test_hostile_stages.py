@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from script_runner import run_script
 
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowResult
 from stageflow_actors.runtime.processes import session_members
@@ -491,9 +492,7 @@ def test_all_in_all_the_other_stages_worked_as_they_do_without_those_from_hell(o
 
 
 def test_the_script_measures_the_other_stage_beside_each() -> None:
-    script = Path(__file__).resolve().parents[2] / "scripts" / "hostile_stages.py"
-    command = [sys.executable, str(script), "--only", "leave", "system_exit", "--seconds", "0.3"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = run_script("hostile_stages", "--only", "leave", "system_exit", "--seconds", "0.3")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 stages from hell; the other one went on" in run.stdout
     assert "exit code 9" in run.stdout

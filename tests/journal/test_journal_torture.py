@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from script_runner import run_script
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from torturing.crashes import crash_at_every_call  # noqa: E402
-from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read  # noqa: E402
-from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors  # noqa: E402
-from torturing.sample_journal import Specimen  # noqa: E402
-from torturing.scenarios import SCENES, RepairScene, Scene  # noqa: E402
+from torturing.crashes import crash_at_every_call
+from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read
+from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
+from torturing.sample_journal import Specimen
+from torturing.scenarios import SCENES, RepairScene, Scene
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +138,7 @@ def test_a_broker_that_goes_on_after_a_failure_is_found_out(monkeypatch: pytest.
 
 
 def test_the_script_prints_what_it_did() -> None:
-    command = [sys.executable, str(SCRIPTS / "torture.py"), "--share", "0.01", "--only", "faults", "crashes"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = run_script("torture", "--share", "0.01", "--only", "faults", "crashes")
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\d+ +faults injected", run.stdout)
     assert "the law holds" in run.stdout

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "limits.py"
-
-
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=110, check=False
-    )
+from script_runner import run_script
 
 
 def test_bodies_of_deep_queues_leave_memory_and_recovery_is_linear() -> None:
     # Ten thousand bodies stay in memory; the others cost what a message costs, which is 600 bytes and not 1,600.
-    ran = run("-n", "60000", "--memory", "105", "--recovery", "60", "--slack", "8")
+    ran = run_script("limits", "-n", "60000", "--memory", "105", "--recovery", "60", "--slack", "8")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     small, large = (float(found.replace(",", "")) for found in re.findall(r"bytes: ([\d,]+) MB", ran.stdout))
     per_message = (large - small) * 1e6 / 45_000
@@ -26,6 +17,6 @@ def test_bodies_of_deep_queues_leave_memory_and_recovery_is_linear() -> None:
 
 
 def test_a_broken_bound_is_said() -> None:
-    ran = run("-n", "2000", "--memory", "1", "--slack", "1000")
+    ran = run_script("limits", "-n", "2000", "--memory", "1", "--slack", "1000")
     assert ran.returncode == 1
     assert "broken: memory is over 1 MB" in ran.stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broker_process import BrokerProcess
 
 from brokers.api import START, Listener, PublishItem, Target
 from brokers.zeromq.client import ZmqClient
@@ -20,32 +18,13 @@ from brokers.zeromq.process import EXIT_JOURNAL
 ENTRY = Path(__file__).with_name("failing_broker.py")
 
 
-class FailingBroker:
+class FailingBroker(BrokerProcess):
     """`failing_broker.py` in a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
         directory.chmod(0o700)
         self.orders = directory / "orders"
-        self.address = f"ipc://{directory}/broker"
-        self.journal = directory / "journal"
-        self.start()
-
-    def start(self) -> None:
-        reading, writing = os.pipe()
-        options = {"address": self.address, "journal": str(self.journal), "supervised": False, "ready_fd": writing}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ENTRY), json.dumps(options), str(self.orders)],
-            pass_fds=[writing],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            assert json.loads(pipe.readline())["ready"]
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=20)
+        super().__init__(directory, command=(sys.executable, str(ENTRY)), arguments=(str(self.orders),))
 
 
 def start(client: ZmqClient, name: str) -> Any:
@@ -60,12 +39,14 @@ def directory() -> Iterator[Path]:
 
 def test_a_failed_sync_ends_the_broker_which_acknowledges_nothing_and_recovers(directory: Path) -> None:
     broker = FailingBroker(directory)
-    client = ZmqClient(broker.address, Listener(), role="client", name="test")
+    client = broker.connect(Listener(), name="test")
     for number in range(20):
         start(client, f"before-{number}").result(20)
     broker.orders.write_text("fdatasync")
     doubtful = start(client, "doubtful")
-    _, said = broker.process.communicate(timeout=20)
+    assert broker.process is not None
+    _, written = broker.process.communicate(timeout=20)
+    said = written.decode()
     assert broker.process.returncode == EXIT_JOURNAL
     assert "the broker ends because its journal failed" in said
     assert "Input/output error" in said

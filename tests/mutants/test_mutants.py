@@ -5,15 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_runner import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "mutants.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-from mutants import MUTANTS, Mutant, plant, survived  # noqa: E402
+from mutants import MUTANTS, ROOT, Mutant, plant, survived
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
@@ -39,8 +35,7 @@ def test_each_seed_that_has_found_a_bug_kills_a_mutant() -> None:
 
 
 def test_mistakes_in_broker_and_saga_die() -> None:
-    command = [sys.executable, str(SCRIPT), "dispatch-before-fsync", "compensation-by-index"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = run_script("mutants", "dispatch-before-fsync", "compensation-by-index")
     assert (run.returncode, run.stdout.count("dies by")) == (0, 2), run.stdout + run.stderr
 
 

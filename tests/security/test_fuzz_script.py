@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from script_runner import run_script
 
 
 @pytest.fixture
-def fuzzing(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fuzzing() -> Any:
     """The parts of the script."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import fuzzing.frames
     import fuzzing.well_behaved_peer
 
@@ -25,8 +20,7 @@ def fuzzing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_frames_from_anywhere_harm_nobody_who_works_meanwhile() -> None:
-    command = [sys.executable, str(SCRIPTS / "fuzz.py"), "-n", "30000", "--seed", "11", "--output", "json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    run = run_script("fuzz", "-n", "30000", "--seed", "11", "--output", "json")
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     figures = json.loads(run.stdout)
     assert figures["wrongs"] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import pickle
 import sqlite3
@@ -17,6 +16,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 import msgspec
 import pytest
+from broker_process import BrokerProcess
 
 import brokers
 import stageflow_actors
@@ -161,40 +161,10 @@ def test_the_brokers_process_never_even_loads_cloudpickle() -> None:
 # what a broker is given
 
 
-class _Broker:
-    """A broker process on a journal of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.address = f"ipc://{directory}/b"
-        self.journal = directory / "journal"
-        self.process: Any = None
-        self.clients: list[ZmqClient] = []
-
-    def start(self) -> None:
-        reading, writing = os.pipe()
-        options = {"address": self.address, "journal": str(self.journal), "supervised": False, "ready_fd": writing}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "brokers.zeromq.process", json.dumps(options)], pass_fds=[writing], cwd=ROOT
-        )
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            assert json.loads(pipe.readline())["ready"]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(20) == 0
-
-    def connect(self, listener: Listener, *, role: str = "client", name: str = "") -> ZmqClient:
-        client = ZmqClient(self.address, listener, role=role, name=name)
-        self.clients.append(client)
-        return client
-
-
 def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
     tmp_path: Path, mark: Path, bombs: list[bytes]
 ) -> None:
-    broker = _Broker(tmp_path)
-    broker.start()
+    broker = BrokerProcess(tmp_path)
     peer = Peer(broker, name=bombs[0].decode())
     for number, bomb in enumerate(bombs):
         group, text = f"g{number}", bomb.decode("latin-1")
@@ -225,14 +195,14 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
         assert peer.ask("peek", "dlq.q", 0, 10)
     broker.clients[0].close()
     # What lies on the disk is read by another process.
-    broker.stop()
+    assert broker.end() == 0
     assert any(bombs[-1] in file.read_bytes() for file in broker.journal.glob("*.journal"))
     broker.start()
     again = Peer(broker)
     assert again.ask("stats", "")["messages"] > len(bombs)
     assert set(again.ask("inspect", ["g0", "g3"])) == {"g0", "g3"}
     broker.clients[1].close()
-    broker.stop()
+    assert broker.end() == 0
 
 
 @pytest.mark.parametrize("kind", sorted(records.NAMES))

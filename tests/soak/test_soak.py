@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from script_runner import run_script
 
 
 def test_a_moment_under_mixed_load_leaves_nothing_behind_and_nothing_wrong() -> None:
-    command = [sys.executable, str(SCRIPTS / "soak.py"), "--seconds", "5", "--rate", "12", "--ignore-latency"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    run = run_script("soak", "--seconds", "5", "--rate", "12", "--ignore-latency")
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     ended = re.search(r"instances: (\d+) cancelled, (\d+) compensated, ([\d,]+) completed", run.stdout)
     assert ended is not None, run.stdout
@@ -23,9 +18,8 @@ def test_a_moment_under_mixed_load_leaves_nothing_behind_and_nothing_wrong() -> 
 
 
 @pytest.fixture
-def soaking(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script's own modules."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def soaking() -> Any:
+    """The modules of the script."""
     from soaking import judge, measure
 
     return judge, measure
