@@ -160,7 +160,7 @@ class PeerClient(ABC):
     def consume(self, queue: str, prefetch: int) -> None:
         """See `brokers.api.Broker.consume`."""
         self._consuming[queue] = prefetch
-        self.query("consume", queue, prefetch)
+        self._query("consume", queue, prefetch)
 
     def query(self, name: str, *args: Any) -> Future[Any]:
         return self._query(name, *args)
@@ -297,7 +297,7 @@ class PeerClient(ABC):
                 header = wire.encode((epoch, pending.frame, *pending.fields))
                 self._transmit(pending.op, header, pending.blob)
         for at in range(0, len(self._to_watch), WATCHED_AT_ONCE):
-            self.query("watch", self._to_watch[at : at + WATCHED_AT_ONCE])
+            self._query("watch", self._to_watch[at : at + WATCHED_AT_ONCE])
         self._to_watch = []
         self._listener.on_connected(epoch)
 

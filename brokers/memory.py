@@ -133,7 +133,7 @@ class _MemoryClient(PeerClient):
     def close(self, timeout: float = 5.0) -> None:
         """Take leave. What was sent before is taken before, so there is nothing else to wait for."""
         try:
-            bye = self.query("bye")
+            bye = self._query("bye")
         except BrokerUnavailable:
             return
         if not self._hub.inside():

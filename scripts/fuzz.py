@@ -117,7 +117,7 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
         wrongs += [f"an attacker has failed with {p.exitcode}" for p in processes if p.exitcode not in (0, None)]
         honest.stop()
         honest.tidy()
-        stats = honest.ask("stats", "")
+        stats = honest.ask.stats("")
     except TimeoutError:
         seconds = time.monotonic() - began
         wrongs.append("the broker does not answer any more")

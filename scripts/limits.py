@@ -61,7 +61,7 @@ class Filled:
         try:
             self.memory_recovered = psutil.Process(broker.pid).memory_info().rss
             client = ZmqClient(address, Listener(), role="client", name="bounds")
-            self.recovered = client.query("stats", "").result(60)["messages"]
+            self.recovered = client.admin.stats("").result(60)["messages"]
             client.close(timeout=1)
         finally:
             end(broker, signal.SIGTERM)

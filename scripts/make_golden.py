@@ -123,8 +123,8 @@ def make_journal(directory: Path) -> None:
     inbox = _Inbox()
     peer = broker.connect(inbox, role="worker", name="golden", peer=7)
     options = QueueOptions(FIRST.queue, 3, True, "stageflow.coordinator", ":dead", 100)
-    peer.query("declare", [options]).result(10)
-    peer.query("fact", "history", "identity of the history").result(10)
+    peer.admin.declare([options]).result(10)
+    peer.admin.set_fact("history", "identity of the history").result(10)
     bodies = [encode(Envelope("orders", 1, "reserve", raw({"id": id}), EMPTY_TRAIL, WALL)) for id in IDS]
     items = [
         PublishItem(0, len(body), id, 1, START, 0, 0.0, 0.0, DIGEST if id == IDS[0] else None)
@@ -150,16 +150,16 @@ def make_journal(directory: Path) -> None:
     ]
     moved = [body for _, _, body in _moved()]
     peer.settle([SECOND, END], moves, [], others, [*moved, b"base", b"yes"])
-    peer.query("ping").result(10)
+    peer.admin.ping().result(10)
 
-    peer.query("pause", SECOND.queue).result(10)
-    dead = {message["group"]: message["id"] for message in peer.query("peek", f"dlq.{FIRST.queue}", 0, 9).result(10)}
-    peer.query("purge", f"dlq.{FIRST.queue}", [dead["order-8"]]).result(10)
-    peer.query("raise-epoch", "order-9", 2, "stageflow.coordinator", ":cancelled").result(10)
+    peer.admin.pause(SECOND.queue).result(10)
+    dead = {message["group"]: message["id"] for message in peer.admin.peek(f"dlq.{FIRST.queue}", 0, 9).result(10)}
+    peer.admin.purge(f"dlq.{FIRST.queue}", [dead["order-8"]]).result(10)
+    peer.admin.raise_epoch("order-9", 2, "stageflow.coordinator", ":cancelled").result(10)
     peer.consume(END.queue, 1)
     (ended,) = inbox.take(1).values()
     peer.settle([], [], [(ended.id, ended.lease, LEAVE, ended.group)], [], [])
-    peer.query("ping").result(10)
+    peer.admin.ping().result(10)
     _requeue_last(peer, dead["order-7"])
     peer.close()
     broker.close()
@@ -186,8 +186,8 @@ def _moved() -> list[tuple[str, int, bytes]]:
 
 def _requeue_last(peer: PeerClient, id: int) -> None:
     """Last, so that nobody is there to whom it would be delivered."""
-    peer.query("cancel", FIRST.queue).result(10)
-    peer.query("requeue", f"dlq.{FIRST.queue}", [id]).result(10)
+    peer.consume(FIRST.queue, 0)
+    peer.admin.requeue(f"dlq.{FIRST.queue}", [id]).result(10)
 
 
 def make_history(path: Path) -> None:

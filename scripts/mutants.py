@@ -222,7 +222,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/pool.py",
-                '        self._services.broker.query("retire", worker.peer).add_done_callback(answered)\n',
+                "        self._services.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
                 (
                     "        if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):\n"
                     "            worker.killed = ((), Failure('stopped', 'not needed'))\n"
@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "finished-run-again",
         "what a newer history knows to have finished is run again by an older journal",
-        (("stageflow_actors/runtime/keeping.py", 'ask("leave", over)', "pass"),),
+        (("stageflow_actors/runtime/keeping.py", "admin.forget_groups(over).result()", "pass"),),
         (
             "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
         ),
@@ -512,7 +512,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/pool_pause.py",
-                '        self._broker.query("fact", PAUSED_FACT + self._queue, "no")\n',
+                '        self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")\n',
                 "",
             ),
         ),

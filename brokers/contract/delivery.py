@@ -74,7 +74,7 @@ class DeliveryContract:
         peers = [Peer(hub), Peer(hub)]
         for peer in peers:
             peer.broker.consume("q", 2)
-            peer.ask("ping")
+            peer.ask.ping()
         peers[0].publish("q", b"1", b"2", b"3", b"4")
         assert sorted(received.body for peer in peers for received in peer.receive(2)) == [b"1", b"2", b"3", b"4"]
 
@@ -116,7 +116,7 @@ class DeliveryContract:
         peer.broker.consume("q", 5)
         peer.publish("q", b"much later", delay=3600.0)
         assert peer.quiet()
-        assert peer.ask("stats", "q")["queues"][0]["delayed"] == 1
+        assert peer.ask.stats("q")["queues"][0]["delayed"] == 1
         peer.publish("q", b"soon", delay=0.01)
         assert peer.receive()[0].body == b"soon"
 
@@ -142,7 +142,7 @@ class DeliveryContract:
         peer = Peer(hub)
         futures = [peer.broker.publish([Target("q")], [(0, 1)], [b"%d" % (number % 10)]) for number in range(200)]
         assert not wait(futures, PATIENCE).not_done
-        assert peer.ask("stats", "q")["queues"][0]["ready"] == 200
+        assert peer.ask.stats("q")["queues"][0]["ready"] == 200
 
     def test_a_closed_connection_says_so(self, hub: Hub) -> None:
         peer = Peer(hub)

@@ -53,7 +53,7 @@ class GatherContract:
         wait_for(peer, received, "k", 2)
         arrive(peer, "k", "a")
         assert peer.quiet()
-        assert peer.ask("lookup", ["g"])["groups"]["g"]["gathers"] == [{"key": "k", "need": 2, "arrived": 1}]
+        assert peer.ask.lookup(["g"])["groups"]["g"]["gathers"] == [{"key": "k", "need": 2, "arrived": 1}]
         arrive(peer, "k", "b")
         (joined,) = peer.receive()
         assert parts_of(joined) == [("", b"base"), ("a", b"a"), ("b", b"b")]
@@ -124,9 +124,9 @@ class GatherContract:
         peer, received = self._begin(hub)
         assert arrive(peer, "k", "a", group="unknown") == [(0, "gone", "unknown")]
         peer.ack(received, flags=LEAVE)
-        peer.ask("ping")
+        peer.ask.ping()
         assert arrive(peer, "k", "late") == [(0, "gone", "g")]
-        assert peer.ask("stats", "")["groups"] == 0
+        assert peer.ask.stats("")["groups"] == 0
 
     def test_a_group_that_leaves_waits_for_nothing(self, hub: Hub) -> None:
         peer, received = self._begin(hub)
@@ -135,13 +135,13 @@ class GatherContract:
         (other,) = peer.receive()
         peer.ack(other, flags=LEAVE)
         assert arrive(peer, "k", "a", "b") == [(0, "gone", "g"), (1, "gone", "g")]
-        assert peer.ask("lookup", ["g"])["groups"] == {}
+        assert peer.ask.lookup(["g"])["groups"] == {}
 
     def test_a_raised_epoch_ends_the_wait(self, hub: Hub) -> None:
         peer, received = self._begin(hub)
         wait_for(peer, received, "k", 2)
         arrive(peer, "k", "a")
-        peer.ask("raise-epoch", "g", 2, "coordinator", "cancel")
+        peer.ask.raise_epoch("g", 2, "coordinator", "cancel")
         peer.broker.consume("coordinator", 9)
         (diverted,) = peer.receive()
         assert diverted.queue == "coordinator"

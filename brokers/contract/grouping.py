@@ -20,7 +20,7 @@ class GroupContract:
         assert peer.start("q", "g", digest=b"one") == []
         assert peer.start("q", "g", digest=b"one") == [(0, "exists", "g")]
         assert peer.start("q", "g", digest=b"two") == [(0, "conflict", "g")]
-        assert peer.ask("stats", "q")["messages"] == 1
+        assert peer.ask.stats("q")["messages"] == 1
 
     def test_of_two_starts_in_one_call_the_first_counts(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -39,17 +39,17 @@ class GroupContract:
         items = [(0, 1, "new", 1, 1), (0, 1, "g", 1, 1, 0, 0.0, 0.0, b"two")]
         answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(PATIENCE)
         assert answer.refused == [(1, "conflict", "g")]
-        assert peer.ask("lookup", ["new"])["groups"] == {}
+        assert peer.ask.lookup(["new"])["groups"] == {}
         items[1] = (0, 1, "g", 1, 1, 0, 0.0, 0.0, b"one")
         answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(PATIENCE)
         assert answer.refused == [(1, "exists", "g")]
-        assert list(peer.ask("lookup", ["new"])["groups"]) == ["new"]
+        assert list(peer.ask.lookup(["new"])["groups"]) == ["new"]
 
     def test_who_may_have_missed_an_end_has_to_look_again(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.broker.consume("q", 1)
         assert peer.start("q", "mine", flags=CHECK, seen=0) == [(0, "look-again", "mine")]
-        known = peer.ask("lookup", [])
+        known = peer.ask.lookup([])
         seen = (known["epoch"] << 40) + known["left_seq"]
         assert peer.start("q", "mine", flags=CHECK, seen=seen) == []
         peer.ack(peer.receive()[0], flags=LEAVE)
@@ -71,7 +71,7 @@ class GroupContract:
         worker.move(worker.receive()[0], "finished", b"result", label=":completed", flags=TERMINAL)
         starter.until(lambda: starter.pushes == [("g", ":completed", b"result")], "the result")
         late = Peer(hub)
-        assert late.ask("watch", ["g", "unknown"]) == ["unknown"]
+        assert late.ask.watch(["g", "unknown"]) == ["unknown"]
         late.until(lambda: late.pushes == [("g", ":completed", b"result")], "the result, after the end")
         assert ("gone", "unknown") in late.notices
 
@@ -86,7 +86,7 @@ class GroupContract:
         peer.broker.settle([Target("", "news", PUSH_ONLY), Target("q", "next")], [], [], others, [b"half", b"rest"])
         peer.until(lambda: peer.pushes == [("g", "news", b"half")], "the news")
         assert peer.receive()[0].body == b"rest"
-        assert peer.ask("stats", "")["messages"] == 1
+        assert peer.ask.stats("")["messages"] == 1
 
     def test_a_group_that_leaves_takes_all_its_messages_along(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -99,8 +99,8 @@ class GroupContract:
             peer.broker.consume(queue, 1)
         received = {each.queue: each for each in peer.receive(2)}
         peer.ack(received["q"], flags=LEAVE)
-        assert peer.ask("stats", "")["messages"] == 1
-        assert peer.ask("lookup", ["g", "h"])["groups"].keys() == {"h"}
+        assert peer.ask.stats("")["messages"] == 1
+        assert peer.ask.lookup(["g", "h"])["groups"].keys() == {"h"}
         # Whoever works on the purged message is still at it, and has no room for another before it is done.
         assert peer.quiet()
         peer.ack(received["held"])
@@ -127,16 +127,16 @@ class GroupContract:
         (received,) = peer.receive()
         peer.drop(received)
         peer.broker.settle([], [], [], [SettleItem([received.lease], DONE, leave="g")], [])
-        peer.ask("ping")
-        assert peer.ask("lookup", ["g"])["groups"] == {}
+        peer.ask.ping()
+        assert peer.ask.lookup(["g"])["groups"] == {}
 
     def test_a_group_of_which_nothing_is_left_is_not_live(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.start("q", "g", digest=b"one")
         peer.broker.consume("q", 1)
         peer.ack(peer.receive()[0])
-        peer.ask("ping")
-        assert peer.ask("lookup", ["g"])["groups"] == {}
+        peer.ask.ping()
+        assert peer.ask.lookup(["g"])["groups"] == {}
         assert peer.start("q", "g", digest=b"two") == []
 
     def test_who_watches_is_told_that_a_group_has_come_to_a_halt(self, hub: Hub) -> None:
@@ -148,7 +148,7 @@ class GroupContract:
         peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD, [], 0.0, b"why")], [])
         peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
         other = Peer(hub)
-        other.ask("watch", ["g"])
+        other.ask.watch(["g"])
         other.until(lambda: ("parked", "g") in other.notices, "the halt, told late")
 
     # epochs
@@ -161,7 +161,7 @@ class GroupContract:
         peer.publish("new", b"new", group="g", epoch=2)
         peer.broker.consume("held", 1)
         (held,) = peer.receive()
-        answer = peer.ask("raise-epoch", "g", 2, "coordinator", "cancel")
+        answer = peer.ask.raise_epoch("g", 2, "coordinator", "cancel")
         assert answer == {"epoch": 2, "leased": [held.item.id], "ended": ""}
         peer.broker.consume("coordinator", 9)
         diverted = peer.receive(2)
@@ -170,26 +170,26 @@ class GroupContract:
         # What is in hand follows when it is settled; of what is not begun any more, nothing is delivered again.
         peer.move(held, "q", b"settled", label="next")
         assert peer.receive()[0].body == b"settled"
-        states = {message["queue"] for message in peer.ask("lookup", ["g"])["groups"]["g"]["messages"]}
+        states = {message["queue"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]}
         assert states == {"coordinator", "new"}
 
     def test_an_epoch_is_raised_once(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.start("q", "g")
-        peer.ask("raise-epoch", "g", 2, "coordinator", "cancel")
+        peer.ask.raise_epoch("g", 2, "coordinator", "cancel")
         peer.publish("q", b"newer", group="g", epoch=2)
-        assert peer.ask("raise-epoch", "g", 2, "elsewhere", "cancel")["epoch"] == 2
-        queues = {queue["name"]: queue["ready"] for queue in peer.ask("stats", "")["queues"]}
+        assert peer.ask.raise_epoch("g", 2, "elsewhere", "cancel")["epoch"] == 2
+        queues = {queue["name"]: queue["ready"] for queue in peer.ask.stats("")["queues"]}
         assert (queues["q"], queues["coordinator"]) == (1, 1)
         with pytest.raises(Refused, match="not live"):
-            peer.ask("raise-epoch", "unknown", 2, "coordinator", "cancel")
+            peer.ask.raise_epoch("unknown", 2, "coordinator", "cancel")
 
     def test_overtaken_messages_that_are_given_back_are_diverted(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.start("q", "g", b"1")
         peer.broker.consume("q", 1)
         (received,) = peer.receive()
-        peer.ask("raise-epoch", "g", 2, "coordinator", "cancel")
+        peer.ask.raise_epoch("g", 2, "coordinator", "cancel")
         peer.drop(received)
         peer.broker.release([received.lease], "q", 1)
         peer.broker.consume("coordinator", 1)
@@ -201,9 +201,9 @@ class GroupContract:
         peer.start("q", "g")
         peer.broker.consume("q", 1)
         peer.move(peer.receive()[0], "finished", b"", label=":completed", flags=TERMINAL)
-        answer = peer.ask("raise-epoch", "g", 2, "coordinator", "cancel")
+        answer = peer.ask.raise_epoch("g", 2, "coordinator", "cancel")
         assert (answer["epoch"], answer["ended"]) == (1, ":completed")
-        assert peer.ask("stats", "finished")["queues"][0]["ready"] == 1
+        assert peer.ask.stats("finished")["queues"][0]["ready"] == 1
 
     def test_a_second_start_may_ask_to_be_told_of_the_end_too(self, hub: Hub) -> None:
         first, second = Peer(hub), Peer(hub)

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from brokers.api import START, WATCH, Broker, DeliveryItem, Listener, Target
+from brokers.api import START, WATCH, Broker, BrokerAdmin, DeliveryItem, Listener, Target
 
-__all__ = ["PATIENCE", "Hub", "Peer", "Received"]
+__all__ = ["PATIENCE", "Answers", "Hub", "Peer", "Received"]
 
 PATIENCE = 20.0
 """Seconds until something that has to happen counts as not happening."""
@@ -21,6 +21,22 @@ class Hub(Protocol):
 
     def connect(self, listener: Listener, *, role: str = "client", name: str = "") -> Broker:
         """A new connection."""
+
+
+class Answers:
+    """Performs operations of a `BrokerAdmin` and waits for each answer: `peer.ask.stats("q")`."""
+
+    def __init__(self, admin: BrokerAdmin, timeout: float = PATIENCE) -> None:
+        self._admin = admin
+        self._timeout = timeout
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        send = getattr(self._admin, operation)
+
+        def ask(*args: Any) -> Any:
+            return send(*args).result(self._timeout)
+
+        return ask
 
 
 class Received:
@@ -52,6 +68,7 @@ class Peer(Listener):
         self.held: dict[int, Received] = {}
         self.watched: list[str] = []
         self.broker: Broker = hub.connect(self, role=role, name=name)
+        self.ask = Answers(self.broker.admin)
 
     # what it hears
 
@@ -120,12 +137,13 @@ class Peer(Listener):
 
     def quiet(self) -> bool:
         """Whether nothing has been delivered, by a round trip after which it would have been."""
-        self.ask("ping")
+        self.ask.ping()
         return not self.deliveries
 
-    def ask(self, name: str, *args: Any) -> Any:
-        """The answer to a query."""
-        return self.broker.query(name, *args).result(PATIENCE)
+    def query(self, name: str, *args: Any) -> Any:
+        """Return the answer to a query frame that no method of `BrokerAdmin` would send."""
+        connection: Any = self.broker
+        return connection._query(name, *args).result(PATIENCE)
 
     # what it does
 

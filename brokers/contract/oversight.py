@@ -17,20 +17,20 @@ class OversightContract:
 
     def _supervise(self, hub: Hub, *options: QueueOptions) -> Peer:
         supervisor = Peer(hub, role="supervisor", name="supervisor")
-        supervisor.ask("declare", list(options))
-        supervisor.ask("roster", [])
+        supervisor.ask.declare(list(options))
+        supervisor.ask.set_roster([])
         return supervisor
 
     def _die(self, supervisor: Peer, dead: Peer, guilty: int = 0, *, charge: bool = True, failure: bytes = b"") -> None:
-        supervisor.ask("dead", dead.broker.peer, guilty, charge, False, failure)
+        supervisor.ask.report_death(dead.broker.peer, guilty, charge, False, failure)
 
     def test_nothing_is_delivered_before_the_roster_is_known(self, supervised_hub: Hub) -> None:
         supervisor, worker = Peer(supervised_hub, role="supervisor"), Peer(supervised_hub, role="worker")
         worker.broker.consume("q", 1)
         worker.publish("q", b"1")
         assert worker.quiet()
-        assert worker.ask("stats", "q")["queues"][0]["state"] == "closed"
-        supervisor.ask("roster", [])
+        assert worker.ask.stats("q")["queues"][0]["state"] == "closed"
+        supervisor.ask.set_roster([])
         assert worker.receive()[0].body == b"1"
 
     def test_a_queue_waits_for_the_consumers_that_are_alive(self, supervised_hub: Hub) -> None:
@@ -39,10 +39,10 @@ class OversightContract:
         worker.broker.consume("free", 1)
         worker.publish("q", b"1")
         worker.publish("free", b"2")
-        supervisor.ask("roster", [(12345, ["q"])])
+        supervisor.ask.set_roster([(12345, ["q"])])
         assert worker.receive()[0].body == b"2"
         assert worker.quiet()
-        supervisor.ask("dead", 12345, 0, False, False, b"")
+        supervisor.ask.report_death(12345, 0, False, False, b"")
         assert worker.receive()[0].body == b"1"
 
     def test_only_the_supervisor_speaks_of_deaths(self, supervised_hub: Hub) -> None:
@@ -57,7 +57,7 @@ class OversightContract:
         ]
         for query in queries:
             with pytest.raises(Refused, match="supervisor"):
-                peer.ask(*query)
+                peer.query(*query)
 
     def test_only_the_guilty_message_is_charged(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=3))
@@ -92,7 +92,7 @@ class OversightContract:
         one, two = dying.receive(2)
         dying.ack(one)
         self._die(supervisor, dying, one.item.id)
-        stats = supervisor.ask("stats", "q")["queues"][0]
+        stats = supervisor.ask.stats("q")["queues"][0]
         assert (stats["ready"], stats["dead"], stats["leased"]) == (1, 0, 0)
         # Not so dead: what it says from now on counts for nothing, for its lease ended with the news.
         dying.ack(two)
@@ -110,13 +110,13 @@ class OversightContract:
             assert [each.body for each in received] == [b"bad", b"good"]
             self._die(supervisor, worker, received[0].item.id, failure=b"SIGKILL")
         supervisor.until(lambda: ("parked", "g") in supervisor.notices, "the halt of its group")
-        (letter,) = supervisor.ask("peek", "dlq.q", 0, 9)
+        (letter,) = supervisor.ask.peek("dlq.q", 0, 9)
         assert (letter["body"], letter["deaths"], letter["reason"]) == (b"bad", 2, b"SIGKILL")
         worker = Peer(supervised_hub, role="worker")
         worker.broker.consume("q", 2)
         (good,) = worker.receive()
         assert (good.body, good.item.extra) == (b"good", None)
-        assert supervisor.ask("requeue", "dlq.q", [letter["id"]])["requeued"] == 1
+        assert supervisor.ask.requeue("dlq.q", [letter["id"]])["requeued"] == 1
         assert worker.receive()[0].body == b"bad"
 
     def test_whoever_is_told_of_a_dead_letter_takes_over_and_it_is_evidence(self, supervised_hub: Hub) -> None:
@@ -141,18 +141,18 @@ class OversightContract:
             {"step": b"done"},
         )
         assert ("parked", "g") not in supervisor.notices
-        (letter,) = supervisor.ask("peek", "dlq.q", 0, 9)
+        (letter,) = supervisor.ask.peek("dlq.q", 0, 9)
         assert letter["evidence"] is True
         with pytest.raises(Refused, match="evidence"):
-            supervisor.ask("requeue", "dlq.q", [letter["id"]])
-        assert supervisor.ask("requeue", "dlq.q", []) == {"requeued": 0, "refused": [letter["id"]]}
+            supervisor.ask.requeue("dlq.q", [letter["id"]])
+        assert supervisor.ask.requeue("dlq.q", []) == {"requeued": 0, "refused": [letter["id"]]}
         # The group leaves, and the evidence stays until somebody purges it.
         supervisor.ack(told, flags=1)
-        supervisor.ask("ping")
-        assert supervisor.ask("lookup", ["g"])["groups"] == {}
-        assert len(supervisor.ask("peek", "dlq.q", 0, 9)) == 1
-        assert supervisor.ask("purge", "dlq.q", [])["purged"] == 1
-        assert supervisor.ask("stats", "")["messages"] == 0
+        supervisor.ask.ping()
+        assert supervisor.ask.lookup(["g"])["groups"] == {}
+        assert len(supervisor.ask.peek("dlq.q", 0, 9)) == 1
+        assert supervisor.ask.purge("dlq.q", [])["purged"] == 1
+        assert supervisor.ask.stats("")["messages"] == 0
 
     def test_who_is_told_of_a_dead_letter_that_was_gathered_is_given_its_parts(self, supervised_hub: Hub) -> None:
         options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
@@ -192,15 +192,15 @@ class OversightContract:
         supervisor = self._supervise(supervised_hub)
         worker = Peer(supervised_hub, role="worker")
         worker.broker.consume("q", 1)
-        worker.ask("ping")
+        worker.ask.ping()
         supervisor.broker.consume("own", 1)
-        supervisor.ask("hold", True)
+        supervisor.ask.hold(True)
         worker.until(lambda: ("recall", None) in worker.notices, "the recall")
         supervisor.publish("q", b"1")
         supervisor.publish("own", b"2")
         assert supervisor.receive()[0].body == b"2"
         assert worker.quiet()
-        supervisor.ask("hold", False)
+        supervisor.ask.hold(False)
         assert worker.receive()[0].body == b"1"
 
     def test_a_consumer_that_is_to_retire_is_told_and_given_nothing_more(self, supervised_hub: Hub) -> None:
@@ -209,17 +209,17 @@ class OversightContract:
         supervisor.publish("q", b"1")
         worker.broker.consume("q", 3)
         (one,) = worker.receive()
-        worker.ask("ping")  # its greeting may have asked for messages too: it has asked for the last time now
-        assert supervisor.ask("retire", worker.broker.peer) is True
+        worker.ask.ping()  # its greeting may have asked for messages too: it has asked for the last time now
+        assert supervisor.ask.retire(worker.broker.peer) is True
         worker.until(lambda: ("retire", None) in worker.notices, "the notice")
         supervisor.publish("q", b"2")
         assert worker.quiet(), "it is given nothing more"
         worker.ack(one)
-        worker.ask("ping")
-        assert supervisor.ask("stats", "q")["queues"][0]["leased"] == 0
+        worker.ask.ping()
+        assert supervisor.ask.stats("q")["queues"][0]["leased"] == 0
         heir.broker.consume("q", 1)
         assert heir.receive()[0].body == b"2"
-        assert supervisor.ask("retire", 987654321) is False, "nobody of that number is there"
+        assert supervisor.ask.retire(987654321) is False, "nobody of that number is there"
 
     def test_a_consumer_with_more_than_it_works_on_can_be_recalled(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub)
@@ -227,7 +227,7 @@ class OversightContract:
         supervisor.publish("q", b"1", b"2", b"3")
         worker.broker.consume("q", 3)
         _, two, three = worker.receive(3)
-        supervisor.ask("recall", worker.broker.peer)
+        supervisor.ask.recall(worker.broker.peer)
         worker.until(lambda: ("recall", None) in worker.notices, "the recall")
         worker.drop(two, three)
         worker.broker.release([two.lease, three.lease], "q", 1)

@@ -30,7 +30,7 @@ class RerunContract:
         return peer, peer.receive()[0]
 
     def _cancel(self, peer: Peer) -> None:
-        answer = peer.ask("cancel", "g", REASON, ["signal:"])
+        answer = peer.ask.cancel("g", REASON, ["signal:"])
         assert answer == {"epoch": 2, "ended": "", "reason": REASON}
 
     def _park(self, peer: Peer, received: Received) -> None:
@@ -70,8 +70,8 @@ class RerunContract:
         peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
         self._cancel(peer)
         assert peer.quiet()
-        assert [message["state"] for message in peer.ask("lookup", ["g"])["groups"]["g"]["messages"]] == ["dead"]
-        peer.ask("requeue", "q", [released.item.id])
+        assert [message["state"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]] == ["dead"]
+        peer.ask.requeue("q", [released.item.id])
         (requeued,) = peer.receive()
         assert requeued.item.extra is not None
         assert requeued.item.extra.cancelled == REASON
@@ -84,17 +84,17 @@ class RerunContract:
         peer.drop(warned)
         peer.broker.settle([], [], [], [SettleItem([warned.lease], AGAIN, [], 3600.0, b"why")], [])
         assert peer.quiet()
-        assert [message["state"] for message in peer.ask("lookup", ["g"])["groups"]["g"]["messages"]] == ["delayed"]
+        assert [message["state"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]] == ["delayed"]
 
     def test_a_group_that_was_cancelled_and_begun_anew_can_be_cancelled_again(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         self._cancel(peer)
         peer.broker.release([received.lease], "q", 1)
         self._park(peer, peer.receive()[0])
-        assert peer.ask("restart", "g", "q", "begin", b"anew") == {"epoch": 3}
+        assert peer.ask.restart("g", "q", "begin", b"anew") == {"epoch": 3}
         (begun,) = peer.receive()
         assert begun.item.extra is None or begun.item.extra.cancelled is None
-        assert peer.ask("cancel", "g", "once more", []) == {"epoch": 4, "ended": "", "reason": "once more"}
+        assert peer.ask.cancel("g", "once more", []) == {"epoch": 4, "ended": "", "reason": "once more"}
         peer.broker.release([begun.lease], "q", 1)
         (again,) = peer.receive()
         assert again.item.extra is not None
@@ -103,22 +103,22 @@ class RerunContract:
     def test_what_waits_for_its_turn_after_a_cancel_can_be_handed_over(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         peer.publish("q", b"first", b"second", group="g")
-        messages = peer.ask("lookup", ["g"])["groups"]["g"]["messages"]
+        messages = peer.ask.lookup(["g"])["groups"]["g"]["messages"]
         ids = sorted(message["id"] for message in messages if message["id"] != received.item.id)
         peer.publish("other", b"other", group="other")
-        assert peer.ask("hand-over", "g", ids, "aside", "passed") == 0, "nobody has cancelled it"
+        assert peer.ask.hand_over("g", ids, "aside", "passed") == 0, "nobody has cancelled it"
         self._cancel(peer)
         peer.broker.consume("aside", 9)
-        assert peer.ask("hand-over", "g", [received.item.id, *ids, ids[0], 999], "aside", "passed") == 2
+        assert peer.ask.hand_over("g", [received.item.id, *ids, ids[0], 999], "aside", "passed") == 2
         came = peer.receive(2)
         assert [each.body for each in came] == [b"first", b"second"]
         for each in came:
             assert each.item.extra is not None
             assert (each.queue, each.item.epoch) == ("aside", 1)
             assert (each.item.extra.label, each.item.extra.cancelled) == ("passed", REASON)
-        assert peer.ask("hand-over", "g", ids, "aside", "passed") == 0
+        assert peer.ask.hand_over("g", ids, "aside", "passed") == 0
         with pytest.raises(Refused, match="not live"):
-            peer.ask("hand-over", "nobody", [], "aside", "passed")
+            peer.ask.hand_over("nobody", [], "aside", "passed")
 
     def test_what_was_gathered_is_not_handed_over(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
@@ -126,8 +126,8 @@ class RerunContract:
         done = SettleItem([received.lease], DONE, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"1"])
         self._cancel(peer)
-        (joined,) = peer.ask("lookup", ["g"])["groups"]["g"]["messages"]
-        assert peer.ask("hand-over", "g", [joined["id"]], "aside", "passed") == 0
+        (joined,) = peer.ask.lookup(["g"])["groups"]["g"]["messages"]
+        assert peer.ask.hand_over("g", [joined["id"]], "aside", "passed") == 0
 
     def test_what_follows_after_a_cancel_waits_for_nothing(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
@@ -140,7 +140,7 @@ class RerunContract:
         came = {each.body: each.item.extra for each in peer.receive(2)}
         assert came.keys() == {b"later", b"base"}
         assert all(extra is not None and extra.cancelled == REASON for extra in came.values())
-        gathers = {each["key"]: each["need"] for each in peer.ask("lookup", ["g"])["groups"]["g"]["gathers"]}
+        gathers = {each["key"]: each["need"] for each in peer.ask.lookup(["g"])["groups"]["g"]["gathers"]}
         assert gathers == {"signal:go": None, "join": 1}, "branches and items are waited for"
 
     # halts
@@ -162,8 +162,8 @@ class RerunContract:
     def test_a_dead_letter_can_be_given_another_body(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         self._park(peer, received)
-        peer.ask("replace", "q", received.item.id, b"another")
-        peer.ask("requeue", "q", [received.item.id])
+        peer.ask.replace("q", received.item.id, b"another")
+        peer.ask.requeue("q", [received.item.id])
         assert peer.receive()[0].body == b"another"
 
     def test_of_a_dead_letter_that_was_gathered_the_base_is_replaced(self, hub: Hub) -> None:
@@ -175,10 +175,10 @@ class RerunContract:
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"first", b"2."])
         (joined,) = peer.receive()
         self._park(peer, joined)
-        described = peer.ask("inspect", ["g"])["g"]["messages"][0]
+        described = peer.ask.inspect(["g"])["g"]["messages"][0]
         assert (described["body"], described["base"]) == (b"base", 4)
-        peer.ask("replace", "joined", joined.item.id, b"another base")
-        peer.ask("requeue", "joined", [joined.item.id])
+        peer.ask.replace("joined", joined.item.id, b"another base")
+        peer.ask.requeue("joined", [joined.item.id])
         assert parts_of(peer.receive()[0]) == [("", b"another base"), ("a", b"first"), ("b", b"2.")]
 
     def test_a_halted_group_begins_anew_with_nothing_of_what_it_had(self, hub: Hub) -> None:
@@ -194,15 +194,15 @@ class RerunContract:
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"base", b"1", b"2", b"1", b"s"])
         (joined,) = peer.receive()
         with pytest.raises(Refused, match="not parked"):
-            peer.ask("restart", "g", "q", "begin", b"anew")
+            peer.ask.restart("g", "q", "begin", b"anew")
         self._park(peer, joined)
         with pytest.raises(Refused, match="in work in other"):
-            peer.ask("restart", "g", "q", "begin", b"anew")
+            peer.ask.restart("g", "q", "begin", b"anew")
         peer.broker.release([other.lease], "other", 0)
-        assert peer.ask("restart", "g", "q", "begin", b"anew") == {"epoch": 2}
+        assert peer.ask.restart("g", "q", "begin", b"anew") == {"epoch": 2}
         (begun,) = peer.receive()
         assert (begun.queue, begun.body, begun.item.epoch) == ("q", b"anew", 2)
-        group = peer.ask("lookup", ["g"])["groups"]["g"]
+        group = peer.ask.lookup(["g"])["groups"]["g"]
         assert [message["id"] for message in group["messages"]] == [begun.item.id]
         kept = {each["key"]: (each["need"], each["arrived"]) for each in group["gathers"]}
         assert kept == {"k": (None, 0), "half": (None, 0), "signal:s": (None, 1)}

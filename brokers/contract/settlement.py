@@ -36,7 +36,7 @@ class SettlementContract:
         assert (second.queue, second.body, second.item.group, second.item.epoch) == ("q1", b"second", "g", 1)
         assert second.item.id != first.item.id
         peer.ack(second)
-        assert peer.ask("stats", "")["messages"] == 0
+        assert peer.ask.stats("")["messages"] == 0
 
     def test_settlements_of_many_messages_go_in_one_call(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -73,7 +73,7 @@ class SettlementContract:
         peer.move(received, "q1", b"2")
         peer.move(received, "q1", b"twice")
         peer.until(lambda: peer.stale == [received.item.id], "the second settlement refused")
-        assert peer.ask("stats", "q1")["queues"][0]["ready"] == 1
+        assert peer.ask.stats("q1")["queues"][0]["ready"] == 1
 
     def test_a_lease_ends_when_the_message_is_given_back(self, hub: Hub) -> None:
         peer, other = Peer(hub), Peer(hub)
@@ -87,7 +87,7 @@ class SettlementContract:
         peer.ack(received)
         peer.until(lambda: peer.stale == [received.item.id], "the old lease refused")
         other.ack(again)
-        assert other.ask("stats", "q")["messages"] == 0
+        assert other.ask.stats("q")["messages"] == 0
         assert other.stale == []
 
     def test_an_old_lease_is_refused_though_its_holder_has_the_message_again(self, hub: Hub) -> None:
@@ -107,7 +107,7 @@ class SettlementContract:
         peer.broker.release([old.lease], "q", 1)
         peer.until(lambda: peer.stale == [old.item.id] * 4, "everything refused")
         peer.move(held, "q1", b"moved once")
-        assert peer.ask("stats", "q1")["queues"][0]["ready"] == 1
+        assert peer.ask.stats("q1")["queues"][0]["ready"] == 1
         assert peer.stale == [old.item.id] * 4
         assert peer.quiet()
 
@@ -125,9 +125,9 @@ class SettlementContract:
         thief.broker.release([one.lease], "q", 2)
         thief.until(lambda: thief.stale == [one.item.id] * 3, "everything refused")
         holder.move(one, "q1", b"mine")
-        holder.ask("ping")
+        holder.ask.ping()
         assert holder.stale == []
-        assert holder.ask("stats", "q1")["queues"][0]["ready"] == 1
+        assert holder.ask.stats("q1")["queues"][0]["ready"] == 1
 
     def test_of_a_call_taken_in_part_the_rest_counts(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -175,7 +175,7 @@ class SettlementContract:
         assert three.body == b"3"
         peer.ack(three)
         assert peer.receive()[0].body == b"2"
-        assert peer.ask("stats", "q")["queues"][0]["delayed"] == 1
+        assert peer.ask.stats("q")["queues"][0]["delayed"] == 1
 
     def test_a_retried_message_does_not_expire(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -193,7 +193,7 @@ class SettlementContract:
         peer.broker.consume("q", 1)
         (first,) = peer.receive()
         settle_dead(peer, first)
-        (letter,) = peer.ask("peek", "dlq.q", 0, 10)
+        (letter,) = peer.ask.peek("dlq.q", 0, 10)
         assert (letter["id"], letter["body"], letter["reason"], letter["state"]) == (
             first.item.id,
             b"1",
@@ -201,7 +201,7 @@ class SettlementContract:
             "dead",
         )
         assert peer.quiet()
-        assert peer.ask("requeue", "dlq.q", [first.item.id]) == {"requeued": 1, "refused": []}
+        assert peer.ask.requeue("dlq.q", [first.item.id]) == {"requeued": 1, "refused": []}
         (again,) = peer.receive()
         assert (again.item.id, again.body) == (first.item.id, b"1")
         assert again.item.extra is not None
@@ -211,8 +211,8 @@ class SettlementContract:
         peer = Peer(hub)
         peer.publish("q", b"1")
         with pytest.raises(Refused, match="no dead letter 1"):
-            peer.ask("requeue", "dlq.q", [1])
-        assert peer.ask("requeue", "dlq.q", []) == {"requeued": 0, "refused": []}
+            peer.ask.requeue("dlq.q", [1])
+        assert peer.ask.requeue("dlq.q", []) == {"requeued": 0, "refused": []}
 
     def test_a_checkpoint_travels_with_the_message(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -226,7 +226,7 @@ class SettlementContract:
         assert again.item.extra is not None
         assert again.item.extra.steps == {"charge": b"42", "mail": b"sent"}
         settle_dead(peer, again)
-        peer.ask("requeue", "dlq.q", [])
+        peer.ask.requeue("dlq.q", [])
         (revived,) = peer.receive()
         assert revived.item.extra is not None
         assert revived.item.extra.steps == {"charge": b"42", "mail": b"sent"}

@@ -142,7 +142,7 @@ class ZmqClient(PeerClient):
     def _take_leave(self) -> None:
         if self._welcomed and not self._ended:
             try:
-                self.query("bye")
+                self._query("bye")
             except BrokerUnavailable:
                 return
             self._send_all()

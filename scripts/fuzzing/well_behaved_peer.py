@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, DeliveryItem, Listener, SettleItem, Target
+from brokers.contract.harness import Answers
 from brokers.zeromq.client import ZmqClient
 
 __all__ = ["QUEUES", "Honest", "Judge"]
@@ -216,18 +217,19 @@ class Honest:
         self._thread = threading.Thread(target=self._publish, name="publisher", daemon=True)
         self._thread.start()
 
-    def ask(self, name: str, *args: Any) -> Any:
-        """A query of an honest peer."""
-        return self._publisher.client.query(name, *args).result(PATIENCE)
+    @property
+    def ask(self) -> Answers:
+        """Performs an operation of a well-behaved peer and waits for its answer."""
+        return Answers(self._publisher.client.admin, PATIENCE)
 
     def tidy(self) -> None:
         """Throw away what attackers have published: nobody else would, and it would lie there by right."""
-        for queue in self.ask("stats", "")["queues"]:
+        for queue in self.ask.stats("")["queues"]:
             name = queue["name"]
             if name not in QUEUES:
-                self.ask("purge", name, [])
+                self.ask.purge(name, [])
                 if queue["dead"]:
-                    self.ask("purge", "dlq." + name, [])
+                    self.ask.purge("dlq." + name, [])
 
     def stop(self) -> None:
         """Publish no more, wait until all has ended, and judge."""

@@ -30,7 +30,7 @@ class AtRest(Client):
         super().__init__()
         self._broker = attached.broker
         self._history_path = attached.data_dir.history
-        served = read_served(attached.ask("fact", SERVED_FACT, None))
+        served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
         if served is not None:
             self._naming = served.naming
             self._max_message_bytes = served.max_message_bytes

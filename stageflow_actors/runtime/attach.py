@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from brokers.accounts import offline
-from brokers.api import Broker, Listener
+from brokers.api import Broker, BrokerAdmin, Listener
 from brokers.core.machine import Limits
 from brokers.memory import MemoryBroker
 from stageflow_actors.errors import BrokerUnavailable
@@ -27,6 +28,8 @@ from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_ru
 from stageflow_actors.runtime.transport import connect
 
 __all__ = ["Attached", "attach", "existing", "live_address"]
+
+T = TypeVar("T")
 
 PATIENCE = 10.0
 """Seconds that a broker gets to answer; it answers within milliseconds unless it is stopped or starting."""
@@ -42,10 +45,15 @@ class Attached:
     history: HistoryReader | None
     live: bool
 
-    def ask(self, query: str, *args: Any, timeout: float = PATIENCE) -> Any:
-        """The answer to a query of the broker. Raises `BrokerUnavailable`, or `brokers.errors.Refused`."""
+    @property
+    def admin(self) -> BrokerAdmin:
+        """The operations of the broker; `wait` for their answers."""
+        return self.broker.admin
+
+    def wait(self, answer: Future[T], timeout: float = PATIENCE) -> T:
+        """Return the answer of an operation. Raises `BrokerUnavailable`, or `brokers.errors.Refused`."""
         try:
-            return self.broker.query(query, *args).result(timeout)
+            return answer.result(timeout)
         except FutureTimeout:
             raise BrokerUnavailable(
                 f"the broker of {self.data_dir.path} has not answered within {timeout:g} s: it is stopped, overloaded "

@@ -119,12 +119,12 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
 def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
     """The broker's picture; what is wrong in it, and stays wrong, is added to `found`."""
     deadline = time.monotonic() + PATIENCE
-    picture: dict[str, Any] = attached.ask("audit")
+    picture: dict[str, Any] = attached.wait(attached.admin.audit())
     found.extend(_lasting(picture))
     passing = _passing(picture, live=True)
     while any(one.severity != INFO for one in passing.values()) and time.monotonic() < deadline:
         time.sleep(AGAIN)
-        now = _passing(attached.ask("audit"), live=True)
+        now = _passing(attached.wait(attached.admin.audit()), live=True)
         passing = {key: now[key] for key in passing if key in now}
     found.extend(passing.values())
     return picture
@@ -243,7 +243,7 @@ def _agreement(
     if both and attached is not None and attached.live:
         # It may have ended since the picture was taken, but whoever is still live now was not finished before.
         both = both[:LOOKED_UP]
-        groups = attached.ask("lookup", both)["groups"]
+        groups = attached.wait(attached.admin.lookup(both))["groups"]
         both = [id for id in both if id in groups and not groups[id]["ended"] and groups[id]["epoch"] <= finished[id]]
     if both:
         what = "it is live, and in the history the same run of it has finished: it would be finished a second time"

@@ -238,7 +238,7 @@ class Client(Asking):
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from a queue until it is resumed; survives restarts."""
-        pause(self._query, queue)
+        pause(lambda operation: self._await(operation(self._port().admin)), queue)
 
     def resume(self, queue: str) -> None:
         """Deliver from a paused queue again."""

@@ -158,7 +158,7 @@ class Coordinator(pykka.ThreadingActor):
         self._since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
-        self._broker.query("fact", WRITTEN_FACT, str(self._history.written))
+        self._broker.admin.set_fact(WRITTEN_FACT, str(self._history.written))
         self._broker.settle([], [], acks, [], [])
         reach("coordinator.settled")
 
@@ -213,7 +213,7 @@ class Coordinator(pykka.ThreadingActor):
         base, _ = split_parts(item, body)
         seconds = msgspec.msgpack.decode(base, type=float)
         reason = f"StageTimeout: the workflow ran longer than its timeout of {seconds:g} s"
-        self._broker.query("cancel", item.group, reason, list(CANCELLABLE))
+        self._broker.admin.cancel(item.group, reason, list(CANCELLABLE))
 
 
 def _parked(item: DeliveryItem, error: Exception) -> SettleItem:

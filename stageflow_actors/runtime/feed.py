@@ -47,7 +47,7 @@ class Feed(Listener):
         self._news = threading.Condition()
         self._broker: Broker | None = None
         self._broker = connect(address, self, role="client", name=name)
-        self.subscribed: Future[Any] = self._broker.query("subscribe", True)
+        self.subscribed: Future[Any] = self._broker.admin.subscribe(True)
         self._thread = threading.Thread(target=self._call, name="stageflow-events", daemon=True)
         self._thread.start()
 
@@ -64,7 +64,7 @@ class Feed(Listener):
     def on_connected(self, broker_epoch: int) -> None:
         """A subscription does not outlive its broker."""
         if self._broker is not None:
-            self._broker.query("subscribe", True)
+            self._broker.admin.subscribe(True)
 
     def on_notice(self, word: str, detail: Any) -> None:
         """On the connection's thread."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
 from brokers.errors import BrokerError
+from brokers.types import QueueStats
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
@@ -80,10 +81,10 @@ def _of_processes(node: int) -> list[Fault]:
 
 
 def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
-    stats = attached.ask("stats", "")
+    stats = attached.wait(attached.admin.stats(""))
     faults = [Fault("broker", f"it refuses new instances: {stats['refusing']}")] if stats["refusing"] else []
     queues = {queue["name"]: queue for queue in stats["queues"]}
-    served = read_served(attached.ask("fact", SERVED_FACT, None))
+    served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
     naming = Naming() if served is None else served.naming
     for name in (naming.finished, naming.coordinator):
         faults += _of_coordinator(name, queues.get(name), progress)
@@ -93,7 +94,7 @@ def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
     return list(dict.fromkeys(faults))
 
 
-def _of_coordinator(name: str, queue: dict[str, Any] | None, progress: dict[str, int]) -> list[Fault]:
+def _of_coordinator(name: str, queue: QueueStats | None, progress: dict[str, int]) -> list[Fault]:
     if queue is None or not queue["consumers"]:
         return [Fault("coordinator", f"it does not take what arrives in {name}")]
     waiting = queue["ready"] + queue["leased"]
@@ -103,7 +104,7 @@ def _of_coordinator(name: str, queue: dict[str, Any] | None, progress: dict[str,
     return []
 
 
-def _of_pool(name: str, queue: dict[str, Any] | None, attached: Attached) -> list[Fault]:
+def _of_pool(name: str, queue: QueueStats | None, attached: Attached) -> list[Fault]:
     part = f"pool {name}"
     if queue is None:
         return [Fault(part, "its queue does not exist")]
@@ -120,9 +121,9 @@ def _of_pool(name: str, queue: dict[str, Any] | None, attached: Attached) -> lis
 
 def _why_paused(name: str, attached: Attached) -> str:
     """What its pool has paused it for, where it was not a person who did."""
-    if attached.ask("fact", PAUSED_FACT + name, None) != "yes":
+    if attached.wait(attached.admin.get_fact(PAUSED_FACT + name)) != "yes":
         return ":"
-    why = attached.ask("fact", WHY_FACT + name, None) or "its workers died too fast"
+    why = attached.wait(attached.admin.get_fact(WHY_FACT + name)) or "its workers died too fast"
     return f" by itself, because {why}; mend that, then"
 
 

@@ -7,9 +7,7 @@ journal still holds for live. Only what was copied or mended apart comes to that
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+from brokers.api import BrokerAdmin
 from stageflow_actors.core.counted import counted
 from stageflow_actors.history import HistoryMissing, HistoryOutdated, HistoryWriter, JournalMissing
 from stageflow_actors.runtime.datadir import DataDir
@@ -25,9 +23,6 @@ WRITTEN_FACT = "history-written"
 AT_ONCE = 5_000
 """Instances asked for in one query."""
 
-Ask = Callable[..., Any]
-"""A query to the broker: its name and arguments; gives the answer."""
-
 
 def check_journal(data: DataDir) -> None:
     """Before a broker makes a journal: raises `JournalMissing` where one is missing that the history remembers."""
@@ -37,14 +32,14 @@ def check_journal(data: DataDir) -> None:
                 raise JournalMissing(data.history, data.journal)
 
 
-def open_history(data: DataDir, ask: Ask, *, lasting: bool) -> HistoryWriter:
-    """The history of the journal behind `ask`, made where there is none; `lasting`: the journal outlives the broker.
+def open_history(data: DataDir, admin: BrokerAdmin, *, lasting: bool) -> HistoryWriter:
+    """The history of the journal behind `admin`, made where there is none; `lasting`: the journal outlives the broker.
 
     Raises `HistoryMissing`, `HistoryOutdated`, `JournalMissing` where the two do not belong together, and what opening
     it raises.
     """
-    known = ask("fact", HISTORY_FACT, None)
-    told = ask("fact", WRITTEN_FACT, None)
+    known = admin.get_fact(HISTORY_FACT).result()
+    told = admin.get_fact(WRITTEN_FACT).result()
     history = HistoryWriter.open(data.history, create=known is None)
     try:
         if known is not None and history.identity != known:
@@ -53,7 +48,7 @@ def open_history(data: DataDir, ask: Ask, *, lasting: bool) -> HistoryWriter:
             raise JournalMissing(data.history, data.journal)
         if told is not None and history.written < int(told):
             raise HistoryOutdated(data.history, int(told) - history.written)
-        ask("fact", HISTORY_FACT, history.identity)
+        admin.set_fact(HISTORY_FACT, history.identity).result()
         if lasting:
             history.belongs_to_journal()
     except BaseException:
@@ -62,18 +57,18 @@ def open_history(data: DataDir, ask: Ask, *, lasting: bool) -> HistoryWriter:
     return history
 
 
-def forget_finished(history: HistoryWriter, ask: Ask) -> str:
+def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
     """Have the broker forget what it holds for live and the history knows the end of; what is to be said of that.
 
     To be called before anything is delivered.
     """
-    told = ask("fact", WRITTEN_FACT, None) or "0"
+    told = admin.get_fact(WRITTEN_FACT).result() or "0"
     found: list[str] = []
     for rows in history.written_since(int(told), AT_ONCE):
-        groups = ask("lookup", list(rows))["groups"]
+        groups = admin.lookup(list(rows)).result()["groups"]
         over = [id for id, group in groups.items() if not group["ended"] and group["epoch"] <= rows[id]]
         if over:
-            ask("leave", over)
+            admin.forget_groups(over).result()
             found += over
     if not found:
         return ""

@@ -136,4 +136,4 @@ class _Steps:
         """See `StepStore.report`. Whether it arrives is nobody's concern."""
         broker = self._mailbox.broker
         assert broker is not None
-        broker.query("progress", self._item.id, self._item.lease, progress)
+        broker.admin.report_progress(self._item.id, self._item.lease, progress)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -48,6 +48,8 @@ from stageflow_actors.runtime.zygote import ZygoteGone, ZygoteHandle
 __all__ = ["main"]
 
 logger = logging.getLogger("stageflow.node")
+
+T = TypeVar("T")
 
 SLOTS = 65_536
 TICK = 0.02
@@ -93,8 +95,8 @@ class _NodeListener(Listener):
         reach("node.greeted")
         if self.broker is not None and self.services is not None:
             if self.holding_back:
-                self.broker.query("hold", True)  # before the roster, which opens the queues
-            self.broker.query("roster", [(peer, [queue]) for peer, queue in list(self.services.live.items())])
+                self.broker.admin.hold(True)  # before the roster, which opens the queues
+            self.broker.admin.set_roster([(peer, [queue]) for peer, queue in list(self.services.live.items())])
 
 
 def main(control_fd: int) -> NoReturn:
@@ -173,8 +175,8 @@ class Node:
         reach("node.broker-started")
         threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
-        self._history = open_history(self._data, self._ask, lasting=lasting)
-        forgotten = forget_finished(self._history, self._ask)
+        self._history = open_history(self._data, self._broker.admin, lasting=lasting)
+        forgotten = forget_finished(self._history, self._broker.admin)
         reach("node.history-opened")
         services = PoolServices(
             slots=self._slots,
@@ -203,15 +205,15 @@ class Node:
         self._supervisor.tell(AddPools(config.pools))
         reach("node.pools-added")
         self._listener.told = self._told
-        self._unserved = Unserved(self._broker, self._ask, config.naming)
+        self._unserved = Unserved(self._broker, config.naming)
         self._unserved.serve(pool.queue for pool in config.pools)
         notices = self._compare(config.plans)
         self._publish_plans()
         self._unserved.resume({(plan.id, plan.version): plan for plan in config.plans})
-        queues = {queue["name"]: queue for queue in self._ask("stats", "")["queues"]}
+        queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
         resuming = self._unfinished()
         reach("node.before-roster")
-        self._ask("roster", [])
+        self._broker.admin.set_roster([]).result()
         self._data.write_cluster(
             ClusterRecord(
                 program=config.program,
@@ -257,14 +259,11 @@ class Node:
 
     # parts
 
-    def _ask(self, name: str, *args: Any) -> Any:
-        """An answer of the broker, however often it is started again meanwhile: its keeper knows when to give up."""
-        return self._broker.query(name, *args).result()
+    def _answer_within(self, deadline: float | None, asked: Future[T]) -> T:
+        """Return the answer of an operation while deaths and timeouts go on to count.
 
-    def _ask_within(self, deadline: float | None, name: str, *args: Any) -> Any:
-        """The same while deaths and timeouts go on to count. Raises `TimeoutError` when there is none by the deadline,
-        which is never at once."""
-        asked: Future[Any] = self._broker.query(name, *args)
+        Raises `TimeoutError` when there is none by the deadline, which is never at once.
+        """
         if deadline is not None:
             deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
         late = time.monotonic() + ANSWER_SECONDS
@@ -280,13 +279,14 @@ class Node:
 
     def _reopened(self) -> set[str]:
         """Queues that pools had paused by themselves: each opens its own when it starts, and nobody has to."""
-        asked = {pool.queue: self._broker.query("fact", PAUSED_FACT + pool.queue, None) for pool in self._config.pools}
+        asked = {pool.queue: self._broker.admin.get_fact(PAUSED_FACT + pool.queue) for pool in self._config.pools}
         return {queue for queue, known in asked.items() if known.result() == "yes"}
 
     def _publish_plans(self) -> None:
         """Have clients in other processes know what is served."""
         config = self._config
-        self._ask("fact", SERVED_FACT, write_served(Served(config.plans, config.naming, config.max_message_bytes)))
+        served = write_served(Served(config.plans, config.naming, config.max_message_bytes))
+        self._broker.admin.set_fact(SERVED_FACT, served).result()
 
     def _told(self, word: str, detail: Any) -> None:
         """What a client in another process has the broker pass on; on the connection's thread."""
@@ -309,7 +309,7 @@ class Node:
         owners = {stage.queue: plan.id for plan in plans for stage in plan.stages if stage.queue != coordinator}
         owners.update((plan.compensation.queue, plan.id) for plan in plans)
         # What waits in the coordinator's queue is told apart by its workflow's id, the first field of an envelope.
-        tally = self._ask("tally", [coordinator], [encode(id) for id in ids], FIRST_FIELD)
+        tally = self._broker.admin.tally([coordinator], [encode(id) for id in ids], FIRST_FIELD).result()
         found = dict.fromkeys(ids, 0)
         for queue, count in tally["queues"].items():
             if queue in owners:  # versions share queues
@@ -373,9 +373,9 @@ class Node:
         changed = []
         for plan in plans:
             fact = f"definition:{plan.id}:{plan.version}"
-            known = self._ask("fact", fact, None)
+            known = self._broker.admin.get_fact(fact).result()
             if known != plan.fingerprint:
-                self._ask("fact", fact, plan.fingerprint)
+                self._broker.admin.set_fact(fact, plan.fingerprint).result()
             if known not in (None, plan.fingerprint):
                 changed.append(
                     f"workflow {plan.id!r} version {plan.version} has changed since it last ran here (its stages, "
@@ -437,9 +437,9 @@ class Node:
         """Until no worker holds a message, with deaths and timeouts still counting. Whether the broker answers."""
         own = {self._config.naming.finished, self._config.naming.coordinator}
         try:
-            self._ask_within(deadline, "hold", True)
+            self._answer_within(deadline, self._broker.admin.hold(True))
             while deadline is None or time.monotonic() < deadline:
-                stats = self._ask_within(deadline, "stats", "")
+                stats = self._answer_within(deadline, self._broker.admin.stats(""))
                 queues = [queue for queue in stats["queues"] if queue["name"] not in own]
                 # Of a queue that a new broker has not opened yet nobody knows what is in work.
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
@@ -464,7 +464,7 @@ class Node:
         deadline = time.monotonic() + (HISTORY_GRACE if hurried else HISTORY_SECONDS)
         try:
             while time.monotonic() < deadline:
-                queues = self._ask_within(deadline if hurried else None, "stats", "")["queues"]
+                queues = self._answer_within(deadline if hurried else None, self._broker.admin.stats(""))["queues"]
                 if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
                     break
                 self._notes.wait_for(lambda: "instances that have ended to be written to the history")

@@ -6,7 +6,10 @@ A pause by a person outlives a restart of the cluster; a pause by a pool whose w
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
+
+from brokers.api import BrokerAdmin
 
 __all__ = ["PAUSED_FACT", "WHY_FACT", "pause"]
 
@@ -17,9 +20,13 @@ WHY_FACT = "why-paused-by-pool:"
 """Prefix of the broker's fact that says why; it counts only while the queue is paused by its pool."""
 
 
-def pause(ask: Callable[..., Any], queue: str) -> None:
-    """Pause a queue for a person; `ask` is how the broker is asked."""
-    ask("pause", queue)
+Ask = Callable[[Callable[[BrokerAdmin], Future[Any]]], Any]
+"""Performs an operation of the broker and returns its answer."""
+
+
+def pause(ask: Ask, queue: str) -> None:
+    """Pause a queue for a person; `ask` performs an operation and waits for its answer."""
+    ask(lambda admin: admin.pause(queue))
     # Its pool, had that paused it before, would open it at the next start.
-    if ask("fact", PAUSED_FACT + queue, None) == "yes":
-        ask("fact", PAUSED_FACT + queue, "no")
+    if ask(lambda admin: admin.get_fact(PAUSED_FACT + queue)) == "yes":
+        ask(lambda admin: admin.set_fact(PAUSED_FACT + queue, "no"))

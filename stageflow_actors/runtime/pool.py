@@ -242,7 +242,7 @@ class Pool(pykka.ThreadingActor):
             if said and failure is not None and failure.kind != "cancelled":
                 failure = structs.replace(failure, message=f"{failure.message}{STDERR}{said}")
         data = b"" if failure is None or not guilty else write_failure(failure)
-        services.broker.query("dead", worker.peer, guilty, verdict.charged and bool(guilty), False, data)
+        services.broker.admin.report_death(worker.peer, guilty, verdict.charged and bool(guilty), False, data)
         services.live.pop(worker.peer, None)
         services.give_slots(worker.slot, len(worker.lanes))
         if worker.pidfd >= 0:
@@ -336,7 +336,7 @@ class Pool(pykka.ThreadingActor):
             worker.long, worker.recall_at = message_id, now
         if now >= worker.recall_at:
             worker.recall_at = now + age
-            self._services.broker.query("recall", worker.peer)
+            self._services.broker.admin.recall(worker.peer)
 
     def _cancel(self, event: Cancelled) -> None:
         """Let the handler know, and end it if it has not ended after a grace. Compensations are never cancelled."""
@@ -395,7 +395,7 @@ class Pool(pykka.ThreadingActor):
             if asked.exception() is not None or not asked.result():
                 worker.ask_at = time.monotonic_ns() + ASK_AGAIN
 
-        self._services.broker.query("retire", worker.peer).add_done_callback(answered)
+        self._services.broker.admin.retire(worker.peer).add_done_callback(answered)
 
     def _retire(self, kill: bool) -> None:
         self._retiring = True

@@ -44,12 +44,12 @@ class PoolPause:
 
         def seen(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
-                broker.query("fact", PAUSED_FACT + queue, "no")  # by a person, who shall end it too
+                broker.admin.set_fact(PAUSED_FACT + queue, "no")  # by a person, who shall end it too
 
-        before = broker.query("stats", queue)
-        broker.query("pause", queue)
-        broker.query("fact", PAUSED_FACT + queue, "yes")
-        broker.query("fact", WHY_FACT + queue, why)
+        before = broker.admin.stats(queue)
+        broker.admin.pause(queue)
+        broker.admin.set_fact(PAUSED_FACT + queue, "yes")
+        broker.admin.set_fact(WHY_FACT + queue, why)
         before.add_done_callback(seen)
         self._notify(
             f"pool {queue} is paused: {why}; see what they said above, if they said anything, then resume it with "
@@ -66,14 +66,14 @@ class PoolPause:
             if stats.exception() is None and _state_in(stats.result(), self._queue) not in (None, "paused"):
                 resumed()
 
-        self._broker.query("stats", self._queue).add_done_callback(heard)
+        self._broker.admin.stats(self._queue).add_done_callback(heard)
 
     def end(self) -> bool:
         """The queue has been resumed. False: the pool knew that already."""
         if not self.lasts:
             return False
         self._looked_at = None
-        self._broker.query("fact", PAUSED_FACT + self._queue, "no")
+        self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")
         return True
 
     def lift(self) -> None:
@@ -82,10 +82,10 @@ class PoolPause:
 
         def heard(known: Future[Any]) -> None:
             if known.exception() is None and known.result() == "yes":
-                broker.query("resume", queue)
-                broker.query("fact", PAUSED_FACT + queue, "no")
+                broker.admin.resume(queue)
+                broker.admin.set_fact(PAUSED_FACT + queue, "no")
 
-        broker.query("fact", PAUSED_FACT + queue, None).add_done_callback(heard)
+        broker.admin.get_fact(PAUSED_FACT + queue).add_done_callback(heard)
 
 
 def _state_in(stats: dict[str, Any], queue: str) -> str | None:

@@ -102,7 +102,7 @@ class Supervisor(pykka.ThreadingActor):
                 pool.tell(message)
 
     def _add(self, specs: Sequence[PoolSpec]) -> None:
-        self._services.broker.query("declare", queue_options(specs, self._naming, self._max_deaths))
+        self._services.broker.admin.declare(queue_options(specs, self._naming, self._max_deaths))
         for spec in specs:
             if spec.queue not in self._pools:
                 self._pools[spec.queue] = Pool.start(spec, self._services)

@@ -7,7 +7,7 @@ grown shorter, or is not there at all) is taken by the coordinator, whom this mo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from brokers.api import Broker, DeliveryItem
@@ -28,11 +28,10 @@ _STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
 
 
 class Unserved:
-    """Keeps watch for one node. `ask` puts a query to its broker and waits for the answer."""
+    """Keeps watch for one node."""
 
-    def __init__(self, broker: Broker, ask: Callable[..., Any], naming: Naming) -> None:
+    def __init__(self, broker: Broker, naming: Naming) -> None:
         self._broker = broker
-        self._ask = ask
         self._naming = naming
         self._served: set[str] = {naming.finished, naming.coordinator}
         self._taken: set[str] = set()
@@ -45,12 +44,12 @@ class Unserved:
             self._taken.discard(queue)
             self._broker.release([], queue, 0)
         # The answer to the first question may come in one frame with deliveries; that to the second comes behind them.
-        self._ask("ping")
-        self._ask("ping")
+        self._broker.admin.ping().result()
+        self._broker.admin.ping().result()
 
     def look(self) -> None:
         """Have the coordinator take what lies in queues that nobody serves. Returns at once."""
-        self._broker.query("stats", "").add_done_callback(self._seen)
+        self._broker.admin.stats("").add_done_callback(self._seen)
 
     def _seen(self, future: Any) -> None:
         if future.exception() is not None:
@@ -69,19 +68,19 @@ class Unserved:
     def resume(self, plans: Plans) -> int:
         """Requeue what was parked for want of a version that is registered now; how many messages that were."""
         count = 0
-        for queue in self._ask("stats", "")["queues"]:
+        for queue in self._broker.admin.stats("").result()["queues"]:
             if queue["dead"]:
                 name = f"{DLQ_PREFIX}{queue['name']}"
                 found = self._resumable(name, plans)
                 if found:
-                    count += self._ask("requeue", name, found)["requeued"]
+                    count += self._broker.admin.requeue(name, found).result()["requeued"]
         return count
 
     def _resumable(self, name: str, plans: Plans) -> list[int]:
         found: list[int] = []
         offset = 0
         while True:
-            page = self._ask("peek", name, offset, PAGE)
+            page = self._broker.admin.peek(name, offset, PAGE).result()
             for letter in page:
                 if "body" not in letter:
                     break  # as many as there was room for; the next page begins here

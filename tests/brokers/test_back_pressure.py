@@ -49,7 +49,7 @@ def freeze(broker: BrokerProcess, signum: int = signal.SIGSTOP) -> None:
 def client_of(broker: BrokerProcess, listener: Listener, **options: Any) -> ZmqClient:
     client = ZmqClient(broker.options["address"], listener, max_unconfirmed_bytes=ROOM, **options)
     broker.clients.append(client)
-    client.query("ping").result(PATIENCE)
+    client.admin.ping().result(PATIENCE)
     return client
 
 
@@ -79,7 +79,7 @@ def test_a_program_that_publishes_faster_than_its_broker_keeps_is_slowed_down(
     assert len(answers) == 1000
     assert all(answer.result(PATIENCE).refused == [] for answer in answers)
     assert client._unconfirmed_bytes == 0
-    assert client.query("stats", "q").result(PATIENCE)["queues"][0]["ready"] == 1000
+    assert client.admin.stats("q").result(PATIENCE)["queues"][0]["ready"] == 1000
 
 
 def test_settlements_checkpoints_and_queries_never_wait(stopped: BrokerProcess) -> None:
@@ -95,7 +95,7 @@ def test_settlements_checkpoints_and_queries_never_wait(stopped: BrokerProcess) 
     kept = client.checkpoint(*one.lease, "paid", BODY)
     peer.move(one, "next", BODY)
     client.release([two.lease], "work", 0)
-    asked = client.query("stats", "next")
+    asked = client.admin.stats("next")
     assert not kept.done()
     freeze(stopped, signal.SIGCONT)
     kept.result(PATIENCE)
@@ -124,7 +124,7 @@ def test_a_frame_larger_than_the_room_is_sent_when_there_is_any(stopped: BrokerP
     for _ in range(3):
         last = client.publish([Target("q", "")], [(0, len(large))], [large])
     last.result(PATIENCE)
-    assert client.query("stats", "q").result(PATIENCE)["queues"][0]["ready"] == 3
+    assert client.admin.stats("q").result(PATIENCE)["queues"][0]["ready"] == 3
 
 
 class Relay(Listener):
@@ -173,8 +173,8 @@ def test_a_call_with_too_many_names_is_refused_before_it_takes_a_number(
     client = client_of(stopped, Listener())
     monkeypatch.setattr(wire, "MAX_HEADER", 1_000)
     with pytest.raises(PayloadTooLarge, match="send fewer at once"):
-        client.query("lookup", ["x" * 100] * 10)
-    assert client.query("ping").result(PATIENCE)
+        client.admin.lookup(["x" * 100] * 10)
+    assert client.admin.ping().result(PATIENCE)
 
 
 def test_whoever_watches_very_much_asks_for_it_in_parts(
@@ -189,7 +189,7 @@ def test_whoever_watches_very_much_asks_for_it_in_parts(
     stopped.kill()
     stopped.start()
     peer.until(lambda: len(peer.epochs) >= 2, "a second welcome")
-    peer.ask("ping")  # behind the questions
+    peer.ask.ping()  # behind the questions
     ends = [PublishItem(0, 3, group, 1) for group in groups]
     peer.broker.publish([Target("fin", "end", TERMINAL)], ends, [b"end"] * 35).result(PATIENCE)
     peer.until(lambda: {group for group, _, _ in peer.pushes} == set(groups), "the end of all")

@@ -60,7 +60,7 @@ def back(*peers: Peer) -> None:
 
 def standing(peer: Peer, groups: list[str]) -> dict[str, Any]:
     """What a lookup says of groups, without what a restart changes."""
-    found = peer.ask("inspect", groups)
+    found = peer.ask.inspect(groups)
     for group in found.values():
         group["messages"].sort(key=lambda message: message["id"])
         for message in group["messages"]:
@@ -70,7 +70,7 @@ def standing(peer: Peer, groups: list[str]) -> dict[str, Any]:
 
 def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> None:
     peer = Peer(broker)
-    peer.ask("declare", [QueueOptions("q", 3, True, "coordinator", "dead"), QueueOptions("paused", 1)])
+    peer.ask.declare([QueueOptions("q", 3, True, "coordinator", "dead"), QueueOptions("paused", 1)])
     groups = ["ready", "delayed", "dead", "gathering", "stepped", "raised"]
     for group in groups[1:]:
         peer.start("work", group, group.encode(), digest=group.encode())
@@ -92,29 +92,29 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
     )
     peer.broker.publish([], [], [b"one"], arrivals=[Arrival("k", "1", 3, "gathering", 1)]).result(PATIENCE)
     peer.broker.release([leases["stepped"], leases["raised"]], "work", 0)
-    peer.ask("raise-epoch", "raised", 2, "coordinator", "cancel")
+    peer.ask.raise_epoch("raised", 2, "coordinator", "cancel")
     peer.start("q", "ready", b"body", digest=b"ready")
     peer.publish("q", b"urgent", priority=3)
-    peer.ask("pause", "paused")
-    peer.ask("fact", "history", "made")
-    before, stats = standing(peer, groups), peer.ask("stats", "")
+    peer.ask.pause("paused")
+    peer.ask.set_fact("history", "made")
+    before, stats = standing(peer, groups), peer.ask.stats("")
     restart(broker)
     back(peer)
     assert standing(peer, groups) == before
-    after = peer.ask("stats", "")
+    after = peer.ask.stats("")
     assert after["epoch"] == stats["epoch"] + 1
     for key in ("messages", "groups", "live_bytes"):
         assert after[key] == stats[key]
     of_interest = ("name", "ready", "delayed", "dead", "state")
     queues = [[queue[key] for key in of_interest] for queue in stats["queues"]]
     assert [[queue[key] for key in of_interest] for queue in after["queues"]] == queues
-    assert peer.ask("fact", "history", None) == "made"
+    assert peer.ask.get_fact("history") == "made"
     assert peer.start("q", "ready", digest=b"another") == [(0, "conflict", "ready")]
     # And it goes on from there.
     peer.broker.consume("joined", 1)
     peer.broker.publish([], [], [b"two"], arrivals=[Arrival("k", "2", 3, "gathering", 1)]).result(PATIENCE)
     assert peer.receive()[0].body == b"baseonetwo"
-    assert peer.ask("requeue", "dlq.work", [])["requeued"] == 1
+    assert peer.ask.requeue("dlq.work", [])["requeued"] == 1
 
 
 def test_a_step_that_was_confirmed_is_there_after_a_restart(broker: BrokerProcess) -> None:
@@ -135,31 +135,31 @@ def test_a_step_that_was_confirmed_is_there_after_a_restart(broker: BrokerProces
 
 def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised: BrokerProcess) -> None:
     supervisor, worker, other = (Peer(supervised, role=role) for role in ("supervisor", "worker", "worker"))
-    supervisor.ask("roster", [])
+    supervisor.ask.set_roster([])
     supervisor.publish("q", b"1", b"2", b"3", b"4", group="g")
     worker.broker.consume("q", 2)
     one, two = worker.receive(2)
-    other.ask("ping")  # all of them have been welcomed once
+    other.ask.ping()  # all of them have been welcomed once
     restart(supervised)
     back(supervisor, worker, other)
     other.broker.consume("q", 9)
-    supervisor.ask("roster", [(worker.broker.peer, ["q"]), (other.broker.peer, ["q"])])
+    supervisor.ask.set_roster([(worker.broker.peer, ["q"]), (other.broker.peer, ["q"])])
     # The queue is open, and what the worker holds is still its own.
     assert [received.body for received in other.receive(2)] == [b"3", b"4"]
     assert worker.lost == []
     worker.move(one, "next", b"1, done")
     worker.move(two, "next", b"2, done")
-    worker.ask("ping")
+    worker.ask.ping()
     worker.move(one, "next", b"again")
     worker.until(lambda: worker.stale == [one.item.id], "the second settlement refused")
-    assert worker.ask("stats", "next")["queues"][0]["ready"] == 2
+    assert worker.ask.stats("next")["queues"][0]["ready"] == 2
     assert other.quiet()
 
 
 def test_a_queue_opens_when_each_of_its_workers_has_spoken_or_is_dead(supervised: BrokerProcess) -> None:
     supervisor, dying = Peer(supervised, role="supervisor"), Peer(supervised, role="worker")
-    supervisor.ask("declare", [QueueOptions("q", 3)])
-    supervisor.ask("roster", [])
+    supervisor.ask.declare([QueueOptions("q", 3)])
+    supervisor.ask.set_roster([])
     supervisor.publish("q", b"1", b"2")
     dying.broker.consume("q", 1)
     (held,) = dying.receive()
@@ -170,11 +170,11 @@ def test_a_queue_opens_when_each_of_its_workers_has_spoken_or_is_dead(supervised
     heir = Peer(supervised, role="worker")
     heir.broker.consume("q", 9)
     assert heir.quiet()
-    supervisor.ask("roster", [(dying.broker.peer, ["q"])])
+    supervisor.ask.set_roster([(dying.broker.peer, ["q"])])
     assert heir.quiet()
-    assert heir.ask("stats", "q")["queues"][0]["state"] == "closed"
+    assert heir.ask.stats("q")["queues"][0]["state"] == "closed"
     # What it was running when it died is known, and charged, though the broker began anew since.
-    supervisor.ask("dead", dying.broker.peer, held.item.id, True, False, b"SIGKILL")
+    supervisor.ask.report_death(dying.broker.peer, held.item.id, True, False, b"SIGKILL")
     first, second = heir.receive(2)
     assert (first.body, second.body) == (b"1", b"2")
     assert first.item.extra is not None
@@ -188,7 +188,7 @@ def test_questions_and_publishes_on_their_way_are_answered_by_the_next_broker(br
     peer.broker.consume("q", 1)
     (received,) = peer.receive()
     broker.kill()
-    answer = peer.broker.query("stats", "q")
+    answer = peer.broker.admin.stats("q")
     published = peer.broker.publish([Target("q")], [(0, 1)], [b"2"])
     step = peer.broker.checkpoint(*received.lease, "step", b"value")
     assert [future.done() for future in (answer, published, step)] == [False] * 3
@@ -211,7 +211,7 @@ def test_who_watches_is_told_after_a_restart_too(broker: BrokerProcess) -> None:
     peer.drop(by_group["parked"])
     peer.broker.settle([], [], [], [SettleItem([by_group["parked"].lease], DEAD)], [])
     peer.ack(by_group["left"], flags=1)
-    peer.ask("ping")
+    peer.ask.ping()
     peer.pushes.clear()
     peer.notices.clear()
     restart(broker)
@@ -280,7 +280,7 @@ def test_nothing_is_lost_or_doubled_while_the_broker_is_killed_again_and_again(b
         # A frame whose first answer was lost may only be told that its group is there, or was.
         assert all(why in ("exists", "look-again") for _, why, _ in refused)
     assert starter.bodies == {b"b!!!"}
-    stats = Peer(broker).ask("stats", "")
+    stats = Peer(broker).ask.stats("")
     assert stats["messages"] == count
     by_name = {queue["name"]: queue for queue in stats["queues"]}
     assert by_name["finished"]["ready"] == count

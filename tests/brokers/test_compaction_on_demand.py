@@ -28,8 +28,8 @@ class Hub:
         self.peer.publish([Target("q", "label")], items, bodies).result(20)
 
     def compact(self) -> None:
-        assert self.peer.query("compact", True).result(20) in (True, False)
-        while self.peer.query("compact", False).result(20):
+        assert self.peer.admin.compact(True).result(20) in (True, False)
+        while self.peer.admin.compact(False).result(20):
             pass
 
     def segments(self) -> int:
@@ -48,14 +48,14 @@ def test_all_sealed_segments_go_and_what_is_alive_stays(journal: Path) -> None:
     hub = Hub(journal)
     for first in range(0, 200, 20):
         hub.fill(first, 20)
-    ids = [message["id"] for message in hub.peer.query("peek", "q", 0, 1000).result(20)]
-    hub.peer.query("purge", "q", ids[:190]).result(20)
+    ids = [message["id"] for message in hub.peer.admin.peek("q", 0, 1000).result(20)]
+    hub.peer.admin.purge("q", ids[:190]).result(20)
     assert hub.segments() > 3
     hub.compact()
     assert hub.segments() <= 2, "the open one, and what was alive may have opened another"
     hub.hub.close()
     again = Hub(journal)
-    left = again.peer.query("peek", "q", 0, 1000).result(20)
+    left = again.peer.admin.peek("q", 0, 1000).result(20)
     assert [message["group"] for message in left] == [f"g{n}" for n in range(190, 200)]
     assert all(message["body"] == b"x" * 20_000 for message in left)
     again.hub.close()

@@ -80,7 +80,7 @@ def said(epoch: int, acked: int, results: list[Any], notices: list[Any]) -> byte
 def test_an_answer_that_comes_with_the_welcome_counts() -> None:
     client = _Client()
     client.say_hello()
-    answer = client.query("ping")
+    answer = client.admin.ping()
     client.said(said(1, 1, [(1, {"epoch": 1})], [("welcome", (1, []))]), b"")
     assert answer.result(0) == {"epoch": 1}, "the frame it answers would not be answered again"
 

@@ -45,14 +45,14 @@ def test_a_broker_in_this_process_that_fails_fails_those_who_wait(caplog: pytest
     engine = BrokenEngine(journal_dir=None)
     hub = MemoryBroker(engine=engine)
     peer, other = Peer(hub), Peer(hub)
-    peer.ask("ping")
-    other.ask("ping")
+    peer.ask.ping()
+    other.ask.ping()
     engine.broken = True
     with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
-        peer.ask("ping")
+        peer.ask.ping()
     other.until(lambda: other.closed, "the end of every connection")
     with pytest.raises(BrokerUnavailable, match="open another"):
-        other.ask("ping")
+        other.ask.ping()
     with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
         Peer(hub)
     assert "has failed" in caplog.text
@@ -73,7 +73,7 @@ def test_a_listener_that_fails_ends_its_own_connection_only(caplog: pytest.LogCa
 def test_a_broker_that_is_closed_says_so_to_everybody() -> None:
     hub = MemoryBroker()
     peer = Peer(hub)
-    peer.ask("ping")
+    peer.ask.ping()
     hub.close()
     peer.until(lambda: peer.closed == ["the broker was closed"], "the end")
     peer.broker.close()
@@ -100,7 +100,7 @@ def test_a_listener_that_fails_ends_its_connection_to_a_process_too(
 
 def test_a_connection_without_a_broker_can_be_closed(tmp_path: Path) -> None:
     peer = Peer(Address(f"ipc://{tmp_path}/nobody"))
-    waiting = peer.broker.query("ping")
+    waiting = peer.broker.admin.ping()
     peer.broker.close(timeout=0.05)
     with pytest.raises(BrokerUnavailable, match="closed"):
         waiting.result(PATIENCE)
@@ -148,7 +148,7 @@ def test_who_goes_without_a_word_is_forgotten_and_its_messages_return(probing: t
     context.term()
     peer.broker.consume("q", 1)
     assert peer.receive()[0].body == b"1"
-    assert peer.ask("stats", "")["sessions"] == 1
+    assert peer.ask.stats("")["sessions"] == 1
     # It may come back with frames that were taken, so its last number is kept, for so many and no more.
     assert len(engine.machine.store.last_frames) == 1
     for number in range(FRAMES_KEPT + 10):
@@ -164,7 +164,7 @@ def test_a_peer_that_says_goodbye_is_remembered_by_nothing(probing: tuple[str, E
         leaving = Peer(Address(address))
         leaving.publish("q", b"1")
         leaving.broker.close()
-    while staying.ask("stats", "")["sessions"] != 1:
+    while staying.ask.stats("")["sessions"] != 1:
         pass
     assert list(engine.machine.store.sessions) == [staying.broker.peer]
     assert engine.machine.store.last_frames == {}
@@ -185,15 +185,15 @@ def test_more_connections_than_there_are_descriptors_end_nobody(tmp_path: Path) 
             dealer.connect(broker.options["address"])
             crowd.append(dealer)
             if len(crowd) % 10 == 0:
-                early.ask("ping")
-        assert early.ask("stats", "q")["queues"][0]["ready"] == 1
+                early.ask.ping()
+        assert early.ask.stats("q")["queues"][0]["ready"] == 1
         assert broker.process is not None
         taken = len(list(Path(f"/proc/{broker.process.pid}/fd").iterdir()))
         assert 300 < taken < 600
         for dealer in crowd:
             dealer.close()
         late = Peer(broker)
-        assert late.ask("stats", "q")["queues"][0]["ready"] == 1
+        assert late.ask.stats("q")["queues"][0]["ready"] == 1
     finally:
         context.destroy(linger=0)
         broker.close()
@@ -212,6 +212,6 @@ def test_an_address_that_cannot_be_connected_to_ends_the_connection_with_a_reaso
     told = Told()
     client = ZmqClient(f"ipc://{tmp_path}/{name}", told)
     with pytest.raises(BrokerUnavailable, match="cannot be reached"):
-        client.query("ping").result(20)
+        client.admin.ping().result(20)
     client.close()
     assert "cannot be reached" in told.why

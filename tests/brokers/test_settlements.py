@@ -28,7 +28,7 @@ def test_what_waits_is_parked_or_was_purged_has_not_been_settled(filled: Any) ->
     filled.settle_next(FIRST, parked=Failure("exception", "ValueError: no"))
     filled.start("waits", {})
     filled.start("purged", {}, queue="elsewhere")
-    assert filled.ask("purge", "elsewhere", [])["purged"] == 1
+    assert filled.ask.purge("elsewhere", [])["purged"] == 1
     accounts = settlements(filled.close() / "journal")
     assert accounts.settled == {}
     assert (accounts.live, accounts.groups) == (2, 2)
@@ -37,7 +37,7 @@ def test_what_waits_is_parked_or_was_purged_has_not_been_settled(filled: Any) ->
 def test_a_requeued_message_counts_when_it_is_done_at_last(filled: Any) -> None:
     filled.start("i1", {})
     filled.settle_next(FIRST, parked=Failure("exception", "ValueError: no"))
-    filled.ask("requeue", FIRST, [])
+    filled.ask.requeue(FIRST, [])
     filled.settle_next(FIRST)
     assert settlements(filled.close() / "journal").settled == {("i1", 1, "reserve"): 1}
 

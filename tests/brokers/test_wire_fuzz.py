@@ -230,16 +230,16 @@ def test_garbage_on_the_socket_is_counted_and_dropped(broker: BrokerProcess) -> 
     thief.send_multipart([b"S", wire.encode(settle), b"!"])
     thief.send_multipart([b"R", wire.encode((epoch, 2, [[held.item.id, held.item.lease]])), b""])
     thief.send_multipart([b"Q", wire.encode((epoch, 3, "fact", ["reached", "yes"])), b""])
-    while peer.ask("fact", "reached", None) != "yes":
+    while peer.ask.get_fact("reached") != "yes":
         pass
     for socket in sockets:
         socket.close()
     context.term()
-    stats = peer.ask("stats", "")
+    stats = peer.ask.stats("")
     assert stats["malformed"] > 100
     assert stats["messages"] == 1
     peer.move(held, "next", b"mine")
-    assert peer.ask("stats", "next")["queues"][0]["ready"] == 1
+    assert peer.ask.stats("next")["queues"][0]["ready"] == 1
     assert peer.stale == []
 
 

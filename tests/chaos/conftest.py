@@ -16,6 +16,7 @@ import psutil
 import pytest
 from programs import launch
 
+from brokers.query_admin import QueryAdmin
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming, compile_plan
@@ -147,6 +148,7 @@ class Broker:
     """Notes what it is told, and knows its facts and whether the queue is paused."""
 
     def __init__(self) -> None:
+        self.admin = QueryAdmin(self.query)
         self.told: list[tuple[Any, ...]] = []
         self.facts: dict[str, str] = {}
         self.paused = False

@@ -81,9 +81,9 @@ def test_a_worker_that_was_stopped_replaced_and_continued_settles_nothing(
             runtime.scale(one, "work", 2)
             # An operator who takes it for dead says so, as the supervisor does.
             operator = connect(runtime._address, Listener(), role="supervisor", name="operator")
-            peers = operator.query("audit").result(10)["sessions"]
+            peers = operator.admin.audit().result(10)["sessions"]
             (holder,) = (each["peer"] for each in peers if each["role"] == "worker" and each["held"])
-            operator.query("dead", holder, [], False, False, b"").result(10)
+            operator.admin.report_death(holder, [], False, False, b"").result(10)
             eventually(lambda: len(effects("begin")) == 2, "another worker at it")
             gate.touch()
             result = instance.result(timeout=20)

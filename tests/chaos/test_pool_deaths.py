@@ -99,7 +99,7 @@ def test_who_dies_just_after_a_person_has_resumed_the_queue_does_not_pause_it_ag
     two.pool._judge._deaths = pool_judge.DEATHS_IN_A_ROW - 1
     two.death()
     assert two.broker.paused
-    two.broker.query("resume", "q")
+    two.broker.admin.resume("q")
     two.end(straggler, -6)
     assert not two.broker.paused
     assert len(two.said) == 1

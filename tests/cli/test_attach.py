@@ -39,7 +39,7 @@ def test_a_living_cluster_is_asked_not_its_files(filled: Any) -> None:
         for write in (False, True):
             with attach(data_dir.path, write=write) as attached:
                 assert attached.live
-                assert [queue["name"] for queue in attached.ask("stats", "")["queues"]] == ["live"]
+                assert [queue["name"] for queue in attached.wait(attached.admin.stats(""))["queues"]] == ["live"]
         client.close()
         assert data_dir.cluster.exists()
     finally:
@@ -52,11 +52,11 @@ def test_what_is_changed_at_rest_is_on_disk(filled: Any) -> None:
     with attach(path, write=True) as attached:
         assert not attached.live
         assert attached.history is None
-        attached.ask("pause", "stageflow.orders.stage0")
+        attached.wait(attached.admin.pause("stageflow.orders.stage0"))
         with pytest.raises(JournalLocked):
             DataDir(path).acquire(os.getpid(), wait=0)
     with attach(path) as attached:
-        assert attached.ask("stats", "")["queues"][0]["state"] == "paused"
+        assert attached.wait(attached.admin.stats(""))["queues"][0]["state"] == "paused"
     lock = DataDir(path)
     lock.acquire(os.getpid(), wait=0)
     lock.release()
@@ -68,7 +68,7 @@ def test_a_change_at_rest_leaves_no_directory_of_sockets_behind(filled: Any) -> 
     with attach(path, write=True) as attached:
         sockets = runtime_dir(path)
         assert list(sockets.iterdir()) != []
-        attached.ask("pause", "stageflow.orders.stage0")
+        attached.wait(attached.admin.pause("stageflow.orders.stage0"))
     assert not sockets.exists()
 
 
@@ -80,18 +80,18 @@ def test_a_cluster_that_was_killed_is_at_rest(filled: Any) -> None:
     data_dir.write_cluster(ClusterRecord(program=gone.pid, program_ticks=1, address="ipc:///nowhere"))
     with attach(data_dir.path) as attached:
         assert not attached.live
-        assert attached.ask("stats", "")["groups"] == 1
+        assert attached.wait(attached.admin.stats(""))["groups"] == 1
 
 
 def test_a_refusal_and_a_silent_broker_are_told(filled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     filled.start("i1", {})
     data_dir = DataDir(filled.close())
     with attach(data_dir.path) as attached, pytest.raises(Refused, match="nope"):
-        attached.ask("pause", "nope")
+        attached.wait(attached.admin.pause("nope"))
     me = ClusterRecord(program=os.getpid(), program_ticks=start_ticks(os.getpid()), address="ipc:///nowhere/at-all")
     data_dir.write_cluster(me)
     with attach(data_dir.path) as attached, pytest.raises(BrokerUnavailable, match=r"within 0\.05 s"):
-        attached.ask("stats", "", timeout=0.05)
+        attached.wait(attached.admin.stats(""), timeout=0.05)
     monkeypatch.setattr(module, "PATIENCE", 0.05)
     data_dir.write_cluster(ClusterRecord(program=me.program, program_ticks=me.program_ticks))
     with pytest.raises(BrokerUnavailable, match="has not started its broker"), attach(data_dir.path):

@@ -13,6 +13,7 @@ import pytest
 from programs import launch
 
 from brokers.api import LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, Listener, PublishItem, Target
+from brokers.contract.harness import Answers
 from brokers.core import records
 from brokers.engine import Engine
 from brokers.journal.format import Record
@@ -98,14 +99,15 @@ class Books:
         self.history = HistoryWriter.open(self.data.history, create=True)
         self._hub = MemoryBroker(engine=Engine(journal_dir=self.data.journal))
         self._client = self._hub.connect(Listener(), name="test")
-        self.ask("fact", "history", self.history.identity)
+        self.ask.set_fact("history", self.history.identity)
 
     @property
     def path(self) -> Path:
         return self.data.path
 
-    def ask(self, name: str, *args: Any) -> Any:
-        return self._client.query(name, *args).result(10)
+    @property
+    def ask(self) -> Answers:
+        return Answers(self._client.admin, 10)
 
     def publish(
         self,
@@ -154,7 +156,7 @@ class Books:
         worker = self._hub.connect(taker, role="worker", name="coordinator")
         worker.consume("stageflow.finished", 1000)
         while len(taker.items) < len(ids):
-            worker.query("ping").result(10)
+            worker.admin.ping().result(10)
         worker.settle([], [], [(item.id, item.lease, LEAVE, item.group) for item in taker.items], [], [])
         worker.close()
 

@@ -204,7 +204,7 @@ class Taker(Listener):
 
 client = ZmqClient(sys.argv[1], Taker(), role="worker", name="ghost")
 client.consume("stageflow.ghost.stage0", 1)
-client.query("ping").result(10)
+client.admin.ping().result(10)
 print("consuming", flush=True)
 time.sleep(600)
 """

@@ -84,7 +84,7 @@ def test_whatever_an_instance_waits_for_is_one_carrier(books: Any, doctor: Docto
     SOUND[state](books)
     if state == "run again":
         # The second run belongs to the next epoch, as a restart has it.
-        books.ask("raise-epoch", "A", 2, COORDINATOR, ":x")
+        books.ask.raise_epoch("A", 2, COORDINATOR, ":x")
     report = doctor(books.close())
     assert (report.code, report.alarms()) == (0, [])
 
@@ -277,14 +277,14 @@ def test_a_full_disk_is_told(books: Any, doctor: Doctor, monkeypatch: pytest.Mon
 
 def test_messages_that_no_workflow_will_take_are_told(books: Any, doctor: Doctor) -> None:
     books.publish("A", "stageflow.gone.stage0")
-    books.ask("fact", SERVED_FACT, write_served(Served([], Naming(), 1 << 20)))
+    books.ask.set_fact(SERVED_FACT, write_served(Served([], Naming(), 1 << 20)))
     found = doctor(books.close()).one("warning", "unserved")
     assert found["where"] == "stageflow.gone.stage0 (1)"
 
 
 def test_what_stands_still_on_purpose_is_named_with_its_command(books: Any, doctor: Doctor) -> None:
     books.publish("A")
-    books.ask("pause", FIRST)
+    books.ask.pause(FIRST)
     report = doctor(books.close())
     assert report.code == 0
     assert report.one("info", "paused")["advice"] == f"stageflow queue resume {FIRST}"

@@ -106,7 +106,7 @@ def test_a_journal_that_is_gone_is_found(books: Any, doctor: Doctor) -> None:
 
 def test_the_journal_of_another_cluster_is_told(books: Any, doctor: Doctor) -> None:
     books.finish("A")
-    books.ask("fact", "history", "")
+    books.ask.set_fact("history", "")
     path = books.close()
     books.append((records.FACT, ("history", "someone else's")))
     assert "another one" in doctor(path).one("error", "history")["what"]

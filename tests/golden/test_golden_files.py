@@ -331,7 +331,7 @@ def peer(journal: Path) -> Iterator[PeerClient]:
 
 
 def groups_of(peer: PeerClient) -> dict[str, Any]:
-    found: dict[str, Any] = peer.query("inspect", [f"order-{number}" for number in range(1, 10)]).result(10)
+    found: dict[str, Any] = peer.admin.inspect([f"order-{number}" for number in range(1, 10)]).result(10)
     return found
 
 
@@ -353,7 +353,7 @@ def test_a_broker_recovers_each_message_where_it_was(peer: PeerClient) -> None:
     [gather] = groups["order-6"]["gathers"]
     assert [gather[name] for name in ("key", "need", "arrived")] == ["approval", 2, 1]
     assert {id: group["epoch"] for id, group in groups.items() if group["epoch"] != 1} == {"order-9": 2}
-    assert peer.query("fact", "history", None).result(10) == "identity of the history"
+    assert peer.admin.get_fact("history").result(10) == "identity of the history"
 
 
 def test_a_broker_recovers_what_had_happened_to_each_message(peer: PeerClient) -> None:
@@ -383,7 +383,7 @@ def test_a_broker_recovers_the_bodies(peer: PeerClient) -> None:
 
 
 def test_a_broker_recovers_its_queues(peer: PeerClient) -> None:
-    queues = {queue["name"]: queue for queue in peer.query("stats", "").result(10)["queues"]}
+    queues = {queue["name"]: queue for queue in peer.admin.stats("").result(10)["queues"]}
     assert {name: queue["state"] for name, queue in queues.items()} == {
         "stageflow.coordinator": "open",
         "stageflow.finished": "open",

@@ -56,7 +56,7 @@ def test_a_failed_sync_ends_the_broker_which_acknowledges_nothing_and_recovers(d
     broker.start()
     doubtful.result(20)
     start(client, "after").result(20)
-    groups = [each["group"] for each in client.query("peek", "q", 0, 100).result(20)]
+    groups = [each["group"] for each in client.admin.peek("q", 0, 100).result(20)]
     assert sorted(groups) == sorted([*(f"before-{number}" for number in range(20)), "doubtful", "after"])
     client.close(timeout=1)
     broker.end()

@@ -229,7 +229,7 @@ def subscribed_again(runtime: Runtime, eventually: Eventually) -> None:
     feed = runtime._feed
     assert feed is not None
     assert feed._broker is not None
-    feed._broker.query("ping").result(20)
+    feed._broker.admin.ping().result(20)
 
 
 def trail(*records: tuple[str, float]) -> bytes:

@@ -173,9 +173,9 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
         peer.broker.consume("q", 1)
         (held,) = peer.receive()
         peer.broker.checkpoint(*held.lease, text, bomb).result(PATIENCE)
-        assert peer.ask("progress", *held.lease, bomb) is None
-        assert peer.ask("fact", text, text) == text
-        peer.ask("tell", "word", [bomb, {"x": bomb}])
+        assert peer.ask.report_progress(*held.lease, bomb) is None
+        assert peer.ask.set_fact(text, text) == text
+        peer.ask.notify_supervisor("word", [bomb, {"x": bomb}])
         gathers = [GatherOpen(text, 2, 0, len(bomb), group, 1)], [Arrival(text, text, len(bomb), group, 1)]
         peer.drop(held)
         peer.broker.settle(
@@ -190,17 +190,17 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
                 peer.broker._transmit(op, bomb, bomb)
         for query in ("peek", "inspect", "declare", "dead", "roster", "replace", "restart", "unknown"):
             with pytest.raises(BrokerError):
-                peer.broker.query(query, bomb, bomb).result(PATIENCE)
-        assert peer.ask("inspect", [group])[group]["messages"]
-        assert peer.ask("peek", "dlq.q", 0, 10)
+                peer.query(query, bomb, bomb)
+        assert peer.ask.inspect([group])[group]["messages"]
+        assert peer.ask.peek("dlq.q", 0, 10)
     broker.clients[0].close()
     # What lies on the disk is read by another process.
     assert broker.end() == 0
     assert any(bombs[-1] in file.read_bytes() for file in broker.journal.glob("*.journal"))
     broker.start()
     again = Peer(broker)
-    assert again.ask("stats", "")["messages"] > len(bombs)
-    assert set(again.ask("inspect", ["g0", "g3"])) == {"g0", "g3"}
+    assert again.ask.stats("")["messages"] > len(bombs)
+    assert set(again.ask.inspect(["g0", "g3"])) == {"g0", "g3"}
     broker.clients[1].close()
     assert broker.end() == 0
 
@@ -295,8 +295,8 @@ def test_a_cluster_at_work_unpickles_nothing_that_comes_to_its_queues(
                     item = (0, len(bomb), group, 1 if group else 0, START if group else 0)
                     assert client.publish(targets, [item], [bomb]).result(PATIENCE).refused == []
             client.publish([], [], [bomb], arrivals=[Arrival(f"signal:other{number}", "s", len(bomb), "waiting")])
-            client.query("tell", "scale", [bomb, bomb]).result(PATIENCE)
-            client.query("fact", f"planted{number}", bomb.decode("latin-1")).result(PATIENCE)
+            client.admin.notify_supervisor("scale", [bomb, bomb]).result(PATIENCE)
+            client.admin.set_fact(f"planted{number}", bomb.decode("latin-1")).result(PATIENCE)
         # The cluster goes on as if nothing had been.
         waiting.signal("go")
         assert waiting.result(PATIENCE).success

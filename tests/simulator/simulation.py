@@ -278,7 +278,7 @@ class Simulation:
             if self.broker.engine is not None and queue in self._pausing and answer.exception() is None:
                 self.broker.paused[queue] = self.broker.engine.machine.store.next_lease
 
-        self.program.client.query("pause", queue).add_done_callback(paused)
+        self.program.client.admin.pause(queue).add_done_callback(paused)
         self.world.soon(1.0, lambda: self._resume(queue))
 
     def _resume(self, queue: str) -> None:
@@ -297,7 +297,7 @@ class Simulation:
             if not done:
                 if self.program is not None:
                     self.broker.paused.pop(queue, None)  # somebody may have paused it once more meanwhile
-                    self.program.client.query("resume", queue).add_done_callback(resumed)
+                    self.program.client.admin.resume(queue).add_done_callback(resumed)
                 self.world.after(0.5, again)
 
         again()

@@ -129,9 +129,9 @@ class _NodeClient(VirtualClient):
 
     deaths: Deaths
 
-    def query(self, name: str, *args: Any) -> Future[Any]:
+    def _query(self, name: str, /, *args: Any) -> Future[Any]:
         """As any."""
-        answer = super().query(name, *args)
+        answer = super()._query(name, *args)
         if name == "resume":
             self.broker.paused.pop(args[0], None)
         elif name == "dead":
@@ -326,11 +326,11 @@ class VirtualNode:
         self._listener.broker = self.client
         self.client.consume(NAMING.finished, 4_000)
         self.client.consume(NAMING.coordinator, 500)
-        self.client.query("declare", queue_options(specs, NAMING, deaths.most))
+        self.client.admin.declare(queue_options(specs, NAMING, deaths.most))
         self.pools = {spec.queue: Pool(spec, self.services) for spec in specs}
         for pool in self.pools.values():
             pool.on_start()
-        self.client.query("roster", [])
+        self.client.admin.set_roster([])
         self._tick()
 
     def born(self, worker_id: str, payload: bytes, slot: int) -> None:

@@ -70,7 +70,7 @@ class VirtualProgram(Listener):
         """Cancel an instance, wherever it is."""
         if job.accepted and not self.dead:
             job.cancelled = True
-            self.client.query("cancel", job.id, "not wanted", list(CANCELLABLE))
+            self.client.admin.cancel(job.id, "not wanted", list(CANCELLABLE))
 
     def run_again(self, job: Job, *, restart: bool, requeued: Callable[[int], None]) -> None:
         """Retry or restart an instance that has ended or is parked; `requeued` is told of its dead letters."""
@@ -83,7 +83,7 @@ class VirtualProgram(Listener):
             if refused is None:
                 self._accepted(job)
             self._live.add(job.id)
-            self.client.query("watch", [job.id])
+            self.client.admin.watch([job.id])
 
         rows = self._history.rows
         self._callers.append(
@@ -118,7 +118,7 @@ class VirtualProgram(Listener):
         if row is None:
             self._publish(job, seen)
         elif job.again:
-            self.client.query("lookup", [job.id]).add_done_callback(lambda future: self._perhaps(job, seen, future))
+            self.client.admin.lookup([job.id]).add_done_callback(lambda future: self._perhaps(job, seen, future))
         else:
             self._ended(job, row.outcome)
 

@@ -140,7 +140,7 @@ def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) 
     done = refused = 0
     with attach(data, write=True) as attached:
         for name, ids in _by_queue(attached, letters, queue):
-            answer = attached.ask("requeue", f"{DLQ_PREFIX}{name}", ids, timeout=60.0)
+            answer = attached.wait(attached.admin.requeue(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
             done += answer["requeued"]
             refused += len(answer["refused"])
         later = "" if attached.live else "; they go on when a runtime starts on this directory"
@@ -170,7 +170,7 @@ def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, dat
     done = gone = 0
     with attach(data, write=True) as attached:
         for name, ids in _by_queue(attached, letters, queue):
-            answer = attached.ask("purge", f"{DLQ_PREFIX}{name}", ids, timeout=60.0)
+            answer = attached.wait(attached.admin.purge(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
             done += answer["purged"]
             gone += len(answer["instances"])
     click.echo(f"{counted(done, 'dead letter')} thrown away, {counted(gone, 'instance')} with them", err=True)
@@ -186,7 +186,7 @@ def _chosen(letters: tuple[str, ...], queue: str, everything: bool) -> None:
 def _queues(attached: Attached, queue: str) -> list[tuple[str, int]]:
     """Queues with dead letters and how many, or just the one that was asked for."""
     name = queue.removeprefix(DLQ_PREFIX)
-    queues = attached.ask("stats", name)["queues"]
+    queues = attached.wait(attached.admin.stats(name))["queues"]
     if name and not any(each["name"] == name for each in queues):
         raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` shows them all")
     return [(each["name"], each["dead"]) for each in queues if each["dead"] and name in ("", each["name"])]
@@ -195,7 +195,7 @@ def _queues(attached: Attached, queue: str) -> list[tuple[str, int]]:
 def _letters(attached: Attached, queue: str) -> Iterator[dict[str, Any]]:
     for name, dead in _queues(attached, queue):
         for offset in range(0, dead, PAGE):
-            yield from attached.ask("peek", f"{DLQ_PREFIX}{name}", offset, PAGE)
+            yield from attached.wait(attached.admin.peek(f"{DLQ_PREFIX}{name}", offset, PAGE))
 
 
 def _find(attached: Attached, letters: tuple[str, ...], queue: str) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[St
 
     seen: set[str] = set()
     # Also when only finished ones are wanted: some have ended, and are on their way into the history.
-    for standing in _described(attached, attached.ask("live"), status, workflow):
+    for standing in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
         seen.add(standing.instance_id)
         yield standing
     if attached.history is not None and status not in LIVE:

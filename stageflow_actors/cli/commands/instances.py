@@ -203,7 +203,7 @@ def _live(attached: Attached, status: str | None, workflow: str | None, limit: i
 
     some = status is not None or workflow is not None
     most = min(limit, MOST_LISTED)  # `stageflow instances export` gives all
-    groups = attached.ask("groups", "", max(most, SEARCHED) if some else most, timeout=30.0)
+    groups = attached.wait(attached.admin.list_groups("", max(most, SEARCHED) if some else most), timeout=30.0)
     wanted = [group["id"] for group in groups if status is None or status_of(group) == status]
     yield from islice(_described(attached, wanted, None, workflow), limit)
 
@@ -214,14 +214,14 @@ def _described(attached: Attached, ids: Iterable[str], status: str | None, workf
 
     rest = iter(ids)
     while page := list(islice(rest, PAGE)):
-        described = attached.ask("inspect", page)
+        described = attached.wait(attached.admin.inspect(page))
         for instance_id in page:
             if instance_id not in described:
                 continue  # it has left meanwhile, into the history
             group = described[instance_id]
             if not all("body" in message for message in group["messages"]):
                 # There was no room for it beside the others.
-                group = attached.ask("inspect", [instance_id]).get(instance_id, group)
+                group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
             standing = standing_of(group)
             if workflow in (None, standing.workflow_id) and status in (None, standing.status.value):
                 yield standing
@@ -230,7 +230,7 @@ def _described(attached: Attached, ids: Iterable[str], status: str | None, workf
 def _standing(attached: Attached, instance_id: str) -> Standing:
     from stageflow_actors.core.standing import ended, standing_of
 
-    group = attached.ask("inspect", [instance_id]).get(instance_id)
+    group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
     if group is not None:
         return standing_of(group)
     # Asked after the broker: an instance is in the history before the broker forgets it.

@@ -167,10 +167,10 @@ def compact(data: Path) -> None:
     with attach(data, write=True) as attached:
         directory = attached.data_dir.journal
         before = _used(directory)
-        going_on = attached.ask("compact", True)
+        going_on = attached.wait(attached.admin.compact(True))
         while going_on:
             time.sleep(0.02)
-            going_on = attached.ask("compact", False)
+            going_on = attached.wait(attached.admin.compact(False))
         after = _used(directory)
     then, now = (f"{counted(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
     click.echo(f"{then} before; {now} now", err=True)

@@ -156,7 +156,7 @@ def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
     from stageflow_actors.runtime.attach import attach
 
     with attach(data) as attached:
-        rows = [message_row(found) for found in attached.ask("peek", name, offset, limit)]
+        rows = [message_row(found) for found in attached.wait(attached.admin.peek(name, offset, limit))]
     emit(rows, MESSAGES, output, empty=f"nothing is ready in {name}")
 
 
@@ -173,7 +173,7 @@ def pause(name: str, data: Path) -> None:
     from stageflow_actors.runtime.pausing import pause
 
     with attach(data, write=True) as attached:
-        pause(attached.ask, name)
+        pause(lambda operation: attached.wait(operation(attached.admin)), name)
     click.echo(f"{name} is paused; `stageflow queue resume {name}` delivers again", err=True)
 
 
@@ -189,7 +189,7 @@ def resume(name: str, data: Path) -> None:
     from stageflow_actors.runtime.attach import attach
 
     with attach(data, write=True) as attached:
-        attached.ask("resume", name)
+        attached.wait(attached.admin.resume(name))
     click.echo(f"{name} is open", err=True)
 
 
@@ -207,7 +207,7 @@ def purge(name: str, yes: bool, data: Path) -> None:
 
     confirmed(f"throw away all that is ready in {name}", yes)
     with attach(data, write=True) as attached:
-        answer = attached.ask("purge", name, [], timeout=60.0)
+        answer = attached.wait(attached.admin.purge(name, []), timeout=60.0)
     click.echo(
         f"{counted(answer['purged'], 'message')} of {counted(len(answer['instances']), 'instance')} thrown away",
         err=True,
@@ -219,10 +219,10 @@ def _none(prefix: str) -> str:
 
 
 def _rows(attached: Attached, prefix: str) -> list[dict[str, Any]]:
-    rows = attached.ask("stats", prefix)["queues"]
+    rows: list[dict[str, Any]] = [{**queue} for queue in attached.wait(attached.admin.stats(prefix))["queues"]]
     for row in rows:
         row["actors"] = row.pop("consumers")
-    return list(rows)
+    return rows
 
 
 def _rates(attached: Attached, prefix: str, seconds: float) -> list[dict[str, Any]]:

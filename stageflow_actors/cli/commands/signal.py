@@ -41,7 +41,7 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
         raise click.BadParameter("a signal has a name", param_hint="NAME")
     payload = encode_value(json_of(text, "--json"), what=f"the payload of signal {name!r}")
     with attach(data, write=True) as attached:
-        group = attached.ask("lookup", [instance_id])["groups"].get(instance_id)
+        group = attached.wait(attached.admin.lookup([instance_id]))["groups"].get(instance_id)
         if group is None or group["ended"]:
             raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
         plan = _plan_of(attached, group)
@@ -58,6 +58,6 @@ def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | Non
     from stageflow_actors.core.standing import version_of
     from stageflow_actors.runtime.served import SERVED_FACT, read_served
 
-    served = read_served(attached.ask("fact", SERVED_FACT, None))
+    served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
     version = version_of(group)
     return next((plan for plan in served.plans if (plan.id, plan.version) == version), None) if served else None

@@ -27,7 +27,7 @@ def stats(data: Path, output: str) -> None:
     from stageflow_actors.runtime.attach import attach
 
     with attach(data) as attached:
-        broker = attached.ask("stats", "")
+        broker = attached.wait(attached.admin.stats(""))
         finished = {} if attached.history is None else attached.history.count()
     queues = broker["queues"]
     figures: dict[str, Any] = {
