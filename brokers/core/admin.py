@@ -7,24 +7,30 @@ once it is true on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from brokers.core import records
 from brokers.core.audit import Audit
+from brokers.core.bounds import Bounds
+from brokers.core.gathering import Gathering
+from brokers.core.leases import Leases
+from brokers.core.ledger import Ledger
 from brokers.core.looking import DLQ, Looking, named
 from brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
+from brokers.core.publishing import Publishing
 from brokers.core.queue import Queue
 from brokers.core.sessions import Session
+from brokers.core.settling import Settling
+from brokers.core.store import Store
+from brokers.core.supervision import Supervision
+from brokers.core.watching import Watching
 from brokers.core.wire import MAX_NUMBER, check_consume
 from brokers.errors import ProtocolError, Refused
 from brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text
 
-if TYPE_CHECKING:
-    from brokers.core.machine import Machine
-
-__all__ = ["Admin"]
+__all__ = ["Admin", "Status"]
 
 
 TOLD_BYTES = 64 << 10
@@ -35,25 +41,60 @@ _Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
 """What each live group may have to be compared with."""
 
 
-class Admin:
-    """The queries of one machine."""
+class Status:
+    """The condition of one broker that is no part of its state, for its machine, its shell and who asks.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._store = machine.store
-        self._ledger = machine.ledger
-        looking = self._looking = Looking(machine.store, machine.ledger, machine.leases)
-        supervision = machine.supervision
+    `malformed` counts frames that made no sense. `compacting` is True from the request for a compaction until the shell
+    has ended it.
+    """
+
+    __slots__ = ("compacting", "malformed")
+
+    def __init__(self) -> None:
+        self.malformed = 0
+        self.compacting = False
+
+
+class Admin:
+    """The queries of one machine. `part` ends the session of a peer that leaves."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        *,
+        bounds: Bounds,
+        leases: Leases,
+        gathering: Gathering,
+        publishing: Publishing,
+        settling: Settling,
+        supervision: Supervision,
+        watching: Watching,
+        status: Status,
+        part: Callable[[Session], None],
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._bounds = bounds
+        self._leases = leases
+        self._gathering = gathering
+        self._publishing = publishing
+        self._settling = settling
+        self._supervision = supervision
+        self._watching = watching
+        self._status = status
+        self._part = part
+        looking = self._looking = Looking(store, ledger, leases)
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[Name, int], self._consume),
             "watch": (tuple[list[Name]], self._watch),
-            "subscribe": (tuple[bool], machine.watching.subscribe),
+            "subscribe": (tuple[bool], watching.subscribe),
             "lookup": (tuple[list[Name]], self._lookup),
             "inspect": (tuple[list[Name]], self._inspect),
             "groups": (tuple[Name, int], looking.groups),
             "live": (tuple[()], looking.live),
             "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], looking.tally),
-            "audit": (tuple[()], Audit(machine.store, machine.leases, looking).audit),
+            "audit": (tuple[()], Audit(store, leases, looking).audit),
             "progress": (tuple[int, int, bytes], looking.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
             "stats": (tuple[Name], self._stats),
@@ -98,26 +139,26 @@ class Admin:
 
     def _consume(self, session: Session, queue: str, prefetch: int) -> None:
         check_consume(queue, prefetch)
-        self._machine.bounds.queues((queue,))
-        self._machine.leases.consume(session, queue, prefetch)
+        self._bounds.queues((queue,))
+        self._leases.consume(session, queue, prefetch)
 
     # groups
 
     def _watch(self, session: Session, ids: list[str]) -> list[str]:
-        self._machine.bounds.looked_up(ids)
-        return self._machine.watching.watch(session, ids)
+        self._bounds.looked_up(ids)
+        return self._watching.watch(session, ids)
 
     def _lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        self._machine.bounds.looked_up(ids)
+        self._bounds.looked_up(ids)
         return self._looking.lookup(session, ids)
 
     def _inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        self._machine.bounds.looked_up(ids, bodies=True)
+        self._bounds.looked_up(ids, bodies=True)
         return self._looking.inspect(session, ids)
 
     def _bye(self, session: Session) -> None:
         """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
-        self._machine.part(session)
+        self._part(session)
 
     # the broker as a whole
 
@@ -131,18 +172,18 @@ class Admin:
             "sessions": sum(1 for s in store.sessions.values() if s.connected),
             "live_bytes": store.live_bytes,
             "left_seq": store.left_seq,
-            "malformed": self._machine.malformed,
-            "refusing": self._machine.refusing,
+            "malformed": self._status.malformed,
+            "refusing": self._publishing.refusing,
         }
 
     def _fact(self, session: Session, name: str, value: str | None) -> str | None:
         """Read a fact, or keep one."""
         facts = self._store.facts
         if value is not None and facts.get(name) != value:
-            limits = self._machine.limits
+            limits = self._bounds.limits
             if name not in facts and len(facts) >= limits.max_facts:
                 raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
-            self._machine.bounds.body(value.encode())
+            self._bounds.body(value.encode())
             size = self._store.fact_bytes + len(value)
             if size > limits.max_facts_bytes:
                 raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
@@ -153,11 +194,11 @@ class Admin:
     def _compact(self, session: Session, begin: bool) -> bool:
         """Have the space of all that is not alive given back, whether worthwhile or not; whether it still goes on."""
         if begin:
-            self._machine.compacting = True
-        return self._machine.compacting
+            self._status.compacting = True
+        return self._status.compacting
 
     def _ping(self, session: Session) -> dict[str, Any]:
-        return {"epoch": self._store.epoch, "open": self._machine.leases.rostered}
+        return {"epoch": self._store.epoch, "open": self._leases.rostered}
 
     # changing queues
 
@@ -169,7 +210,7 @@ class Admin:
                 raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME} characters at most")
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
                 raise ProtocolError("declare: a breaker with impossible failures or reset")
-        self._machine.bounds.queues([option.name for option in options])
+        self._bounds.queues([option.name for option in options])
         for option in options:
             queue = self._store.queue(option.name)
             queue.owner = session
@@ -242,7 +283,7 @@ class Admin:
         if chosen:
             self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in chosen])))
         groups = {group.id: group for message in chosen if (group := message.group) is not None}
-        self._machine.settling.close(list(groups.values()))
+        self._settling.close(list(groups.values()))
         ended = [id for id, group in groups.items() if self._store.groups.get(id) is not group]
         answer = {"purged": len(chosen), "instances": ended}
         session.remember(session.heard, answer)
@@ -260,15 +301,15 @@ class Admin:
             raise Refused(f"{id} is not live")
         if not queue or not 0 <= epoch < MAX_NUMBER:
             raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
-        self._machine.bounds.queues((queue,))
+        self._bounds.queues((queue,))
         if epoch > group.epoch and not group.ended:
             group.epoch = epoch
             group.divert = (queue, label)
             self._ledger.keep_group(group)
             for message in group.messages():
                 if message.overtaken and message.state() != LEASED:
-                    self._machine.leases.divert(self._store.replace(message))
-            self._machine.gathering.overtake(group)
+                    self._leases.divert(self._store.replace(message))
+            self._gathering.overtake(group)
         leased = [message.id for message in group.messages() if message.state() == LEASED]
         return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
 
@@ -301,8 +342,8 @@ class Admin:
                     self._ledger.mark(again)
                     self._store.enqueue(again)
                     self._store.touched[again.queue] = None
-            self._machine.gathering.release(group)
-            self._machine.supervision.cancel(group)
+            self._gathering.release(group)
+            self._supervision.cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
 
     def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:
@@ -310,13 +351,13 @@ class Admin:
         place of their own, which may be busy for long. Those in work, and those that were gathered, stay. Returns how
         many went.
         """
-        store, leases = self._store, self._machine.leases
+        store, leases = self._store, self._leases
         group = store.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if not queue:
             raise ProtocolError("hand-over: needs a queue")
-        self._machine.bounds.queues((queue,))
+        self._bounds.queues((queue,))
         count = 0
         for message_id in dict.fromkeys(ids):
             message = store.messages.get(message_id)
@@ -339,7 +380,7 @@ class Admin:
         extra = message.details()
         if extra.evidence:
             raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
-        self._machine.bounds.body(body)
+        self._bounds.body(body)
         if extra.parts is not None:
             (_, size), *arrived = extra.parts
             extra.parts = [("", len(body)), *arrived]
@@ -362,8 +403,8 @@ class Admin:
         working = [message for message in messages if message.state() == LEASED]
         if working:
             raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
-        self._machine.bounds.queues((queue,))
-        self._machine.bounds.body(body)
+        self._bounds.queues((queue,))
+        self._bounds.body(body)
         for message in messages:
             store.remove(message)
         self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))

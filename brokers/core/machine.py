@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from brokers.core import wire
-from brokers.core.admin import Admin
+from brokers.core.admin import Admin, Status
 from brokers.core.bounds import Bounds, Limits
 from brokers.core.gathering import Gathering
 from brokers.core.leases import Leases
@@ -52,8 +52,7 @@ class Machine:
     ) -> None:
         self.limits = limits or Limits()
         self.supervised = supervised
-        self.malformed = 0
-        self.compacting = False
+        self._status = Status()
         self._waiting: dict[Session, None] = {}
         store = self.store = Store(paging=paging)
         self.bounds = Bounds(store, self.limits)
@@ -77,7 +76,19 @@ class Machine:
             store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds
         )
         self.supervision = Supervision(store, self.ledger, self.talk, self.leases)
-        self.admin = Admin(self)
+        self.admin = Admin(
+            store,
+            self.ledger,
+            bounds=self.bounds,
+            leases=self.leases,
+            gathering=self.gathering,
+            publishing=self.publishing,
+            settling=self.settling,
+            supervision=self.supervision,
+            watching=self.watching,
+            status=self._status,
+            part=self.part,
+        )
         self._handlers: dict[bytes, Callable[[Session, bytes, bytes], None]] = {
             wire.PUBLISH: self._publish,
             wire.SETTLE: self._settle,
@@ -86,6 +97,24 @@ class Machine:
             wire.QUERY: self._query,
             wire.HEARD: self._heard,
         }
+
+    @property
+    def malformed(self) -> int:
+        """How many frames made no sense."""
+        return self._status.malformed
+
+    @malformed.setter
+    def malformed(self, count: int) -> None:
+        self._status.malformed = count
+
+    @property
+    def compacting(self) -> bool:
+        """True from the request for a compaction until its end."""
+        return self._status.compacting
+
+    @compacting.setter
+    def compacting(self, going_on: bool) -> None:
+        self._status.compacting = going_on
 
     @property
     def refusing(self) -> str:
