@@ -1,7 +1,35 @@
-"""StageFlow Actors: durable multi-stage workflows and sagas on one host, without a server.
+"""Durable multi-stage workflows and sagas on one host, without a server.
 
-`Workflow` and `Stage` say what is to be done, `Runtime` does it: `definition` holds the first, `runtime` the second;
-`core` decides, `history` remembers, `errors` says what went wrong.
+`Workflow` and `Stage` define what runs; `Runtime` runs it in worker processes; `Client` is a connection to it.
+
+================  =====================================================================
+`definition`      workflows, stages, retry policies: immutable data
+`core`            the decisions: which message follows a stage, contexts, results
+`history`         finished instances in SQLite
+`runtime`         processes: client, node, workers, and the broker connection
+`testing`         workflows in the calling thread, for unit tests
+`events`          the events of `Client.on_event`
+`errors`          the tree of errors
+`cli`             the command `stageflow`
+================  =====================================================================
+
+Example:
+    >>> from stageflow_actors import Retry, Workflow
+    >>> from stageflow_actors.testing import run
+    >>> flow = Workflow("orders", retry=Retry.fixed(max_attempts=3, delay=1))
+    >>> @flow.stage
+    ... def reserve(order):
+    ...     order["reserved"] = True
+    >>> @reserve.compensation
+    ... def release(order):
+    ...     order["reserved"] = False
+    >>> @flow.stage
+    ... def charge(order):
+    ...     if order["card"] == "expired":
+    ...         raise ValueError("card expired")
+    >>> result = run(flow, {"card": "expired"})
+    >>> str(result.status), result.error, result.context["reserved"]
+    ('compensated', 'ValueError: card expired', False)
 """
 
 from stageflow_actors.core.result import CompensationResult, StageResult, WorkflowResult

@@ -1,25 +1,25 @@
-"""Every error a user of StageFlow can meet, in one tree.
+"""The errors of StageFlow, in one tree.
 
 ::
 
     StageFlowError
-    ├── WorkflowDefinitionError   the workflow as written cannot run
-    ├── InvalidContext            a context or a result that would not survive the way
-    ├── InstanceNotFound          no instance of that id is known
-    ├── InstanceConflict          that id is taken, with another input
-    ├── InstanceParked            the instance waits as a dead letter for somebody to look at it
-    ├── WorkflowFailed            the instance ended other than completed
-    ├── StageError                a stage says that it failed, in its own words
-    ├── StageTimeout              an attempt ran past its timeout
+    ├── WorkflowDefinitionError   the workflow cannot run as it is defined
+    ├── InvalidContext            a context, result or payload has a wrong type or cannot be serialised
+    ├── InstanceNotFound          no instance has this id
+    ├── InstanceConflict          the id is in use by an instance with another input
+    ├── InstanceParked            the instance waits as a dead letter
+    ├── WorkflowFailed            the instance ended with another status than completed
+    ├── StageError                raised by a handler to fail its stage
+    ├── StageTimeout              an attempt exceeded its timeout
     ├── WorkerDied                the worker process died during an attempt
     ├── BrokerUnavailable         the broker does not answer
-    ├── QueueFull                 there is no room for new work now
-    ├── PayloadTooLarge           a message is larger than the broker takes
-    ├── JournalCorrupt            what is on disk is damaged
-    └── JournalLocked             another program owns the data directory
+    ├── QueueFull                 a queue or the disk is full
+    ├── PayloadTooLarge           a message exceeds the size limit
+    ├── JournalCorrupt            the journal on disk is damaged
+    └── JournalLocked             another program uses the data directory
 
-Errors keep what they know as attributes and come through pickle with them. This module imports nothing of the
-package and must never do so: each layer raises from here.
+Errors have their details as attributes, which survive pickling. This module must not import other modules of the
+package: each of them raises these errors.
 """
 
 from __future__ import annotations
@@ -54,21 +54,47 @@ def _revive(cls: type[StageFlowError], args: tuple[Any, ...], state: dict[str, A
 
 
 class StageFlowError(Exception):
-    """The root: `except StageFlowError` catches whatever StageFlow itself raises."""
+    """The base class of all errors of StageFlow."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls `cls(*self.args)`, which breaks where a constructor takes fields instead of a message.
+        # The default calls `cls(*self.args)`, which fails where a constructor takes other arguments than the message.
         return _revive, (type(self), self.args, dict(self.__dict__))
 
 
 class WorkflowDefinitionError(StageFlowError):
-    """The workflow as written cannot run; the message names the workflow or stage and the fix."""
+    """The workflow cannot run as it is defined.
+
+    The message names the workflow or the stage, and the fix.
+
+    Example:
+        >>> from stageflow_actors import Workflow, WorkflowDefinitionError
+        >>> try:
+        ...     Workflow("my orders")
+        ... except WorkflowDefinitionError as error:
+        ...     print("malformed" in str(error))
+        True
+    """
 
 
 class InvalidContext(StageFlowError):
-    """A context, result or payload that was refused: wrongly typed, incomplete, or not serialisable faithfully.
+    """A context, result or payload has a wrong type or cannot be serialised.
 
-    `stage` is the id of the stage it happened in (None: at the door), `field` the path of the offending field.
+    Contexts have to be the same after encoding and decoding; this error reports the field that is not. It is also
+    raised for the exceptions of a method `validate` of the context.
+
+    Args:
+        message: What is wrong, and where.
+        stage: Id of the stage that returned the value. Default: None, for a context that was submitted.
+        field: Path of the field, as `items[2].price`. Default: None.
+
+    Example:
+        >>> from stageflow_actors import InvalidContext, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> try:
+        ...     run(Workflow("orders").add_stage(print), {"lock": object()})
+        ... except InvalidContext as error:
+        ...     print(error.field, error.stage)
+        lock None
     """
 
     def __init__(self, message: str, *, stage: str | None = None, field: str | None = None) -> None:
@@ -78,7 +104,14 @@ class InvalidContext(StageFlowError):
 
 
 class InstanceNotFound(StageFlowError):
-    """No live or finished instance has that id."""
+    """No live or finished instance has this id.
+
+    A finished instance is deleted after `Config.history_retention`.
+
+    Args:
+        instance_id: The id.
+        message: Another text than the default.
+    """
 
     def __init__(self, instance_id: str, message: str | None = None) -> None:
         super().__init__(
@@ -90,7 +123,14 @@ class InstanceNotFound(StageFlowError):
 
 
 class InstanceConflict(StageFlowError):
-    """An instance of that id exists, and it was started with another input."""
+    """The id is in use by an instance that was started with another input.
+
+    A submit with the same id and the same input returns the existing instance.
+
+    Args:
+        instance_id: The id.
+        message: Another text than the default.
+    """
 
     def __init__(self, instance_id: str, message: str | None = None) -> None:
         super().__init__(
@@ -102,9 +142,20 @@ class InstanceConflict(StageFlowError):
 
 
 class InstanceParked(StageFlowError):
-    """The instance waits in a dead-letter queue; requeue the dead letter to resume it at its failed stage.
+    """The instance waits as a dead letter.
 
-    `queue` is the dead-letter queue, `reason` the failure that parked the instance.
+    `Instance.retry` or `stageflow dlq requeue` resumes it at the failed stage.
+
+    Args:
+        instance_id: The id of the instance.
+        queue: The dead-letter queue. Default: not known.
+        reason: The failure that parked the instance. Default: not known.
+
+    Example:
+        >>> from stageflow_actors import InstanceParked
+        >>> error = InstanceParked("order-1", "dlq.stageflow.orders.stage1", "ValueError: no address")
+        >>> error.queue, str(error).startswith("instance 'order-1' is parked in dlq.stageflow.orders.stage1")
+        ('dlq.stageflow.orders.stage1', True)
     """
 
     def __init__(self, instance_id: str, queue: str | None = None, reason: str | None = None) -> None:
@@ -120,7 +171,7 @@ class InstanceParked(StageFlowError):
 
 
 class InstanceResult(Protocol):
-    """The attributes of `WorkflowResult` that `WorkflowFailed.result` has. Its docstrings describe them."""
+    """The attributes of `WorkflowResult` that `WorkflowFailed.result` has; see there."""
 
     @property
     def instance_id(self) -> str: ...
@@ -149,7 +200,26 @@ class InstanceResult(Protocol):
 
 
 class WorkflowFailed(StageFlowError):
-    """The instance ended as something else than completed. `result` tells all, `failed_stage` which stage."""
+    """The instance ended with another status than completed.
+
+    `WorkflowResult.raise_for_status` raises it.
+
+    Args:
+        result: The `WorkflowResult`.
+
+    Attributes:
+        failed_stage: Id of the stage that failed the instance, or None.
+
+    Example:
+        >>> from stageflow_actors import Workflow, WorkflowFailed
+        >>> from stageflow_actors.testing import run
+        >>> result = run(Workflow("orders").add_stage(lambda order: 1 / 0, id="divide"), {})
+        >>> try:
+        ...     result.raise_for_status()
+        ... except WorkflowFailed as error:
+        ...     print(error.failed_stage, error.result.error)
+        divide ZeroDivisionError: division by zero
+    """
 
     def __init__(self, result: InstanceResult) -> None:
         at = f" at stage {result.failed_stage!r}" if result.failed_stage else ""
@@ -160,10 +230,21 @@ class WorkflowFailed(StageFlowError):
 
 
 class StageError(StageFlowError):
-    """Raise it in a handler to fail the stage in your own words.
+    """Raised by a handler to fail its stage.
 
-    `retryable=True` asks the stage's retry policy for another attempt; otherwise the failure is final unless the
-    policy's `retry_on` names `StageError`.
+    Args:
+        message: Why the stage failed.
+        retryable: True to retry as the policy of the stage allows; False for a final failure, unless `retry_on` of the
+            policy names `StageError`. Default: False.
+
+    Example:
+        >>> from stageflow_actors import Retry, StageError, Workflow
+        >>> from stageflow_actors.testing import run
+        >>> def pay(order):
+        ...     raise StageError("the bank is busy", retryable=order["busy"])
+        >>> flow = Workflow("orders", retry=Retry.fixed(max_attempts=3, delay=1)).add_stage(pay)
+        >>> run(flow, {"busy": True}).stages[0].attempts, run(flow, {"busy": False}).stages[0].attempts
+        (3, 1)
     """
 
     def __init__(self, message: str = "", retryable: bool = False) -> None:
@@ -172,10 +253,18 @@ class StageError(StageFlowError):
 
 
 class StageTimeout(StageFlowError):
-    """An attempt ran longer than the stage's timeout and was stopped.
+    """An attempt exceeded the timeout of its stage and was stopped.
 
-    Given without `seconds` the first argument is the whole message: so it is made anew from a message that came
-    from another process.
+    Args:
+        stage_id: The id of the stage; without `seconds` the whole message, as another process sent it.
+        seconds: The timeout. Default: None.
+
+    Example:
+        >>> from stageflow_actors import Retry, StageTimeout
+        >>> print(StageTimeout("pay", 30))
+        stage 'pay' ran longer than its timeout of 30 s
+        >>> Retry.fixed(max_attempts=2, delay=5, retry_on=StageTimeout).next_delay(1, StageTimeout("pay", 30))
+        5.0
     """
 
     def __init__(self, stage_id: str, seconds: float | None = None) -> None:
@@ -188,10 +277,12 @@ class StageTimeout(StageFlowError):
 
 
 class WorkerDied(StageFlowError):
-    """The worker process died while it ran the stage: a crash, a kill, out of memory.
+    """The worker process died during an attempt: a crash, a signal, out of memory.
 
-    Given without `reason` the first argument is the whole message, as in `StageTimeout`. `exit_code` follows
-    `subprocess`: negative for the signal that killed the process.
+    Args:
+        stage_id: The id of the stage; without `reason` the whole message, as another process sent it.
+        reason: Why it died. Default: None.
+        exit_code: Exit code as in `subprocess`: negative for the signal that ended the process. Default: not known.
     """
 
     def __init__(self, stage_id: str, reason: str | None = None, exit_code: int | None = None) -> None:
@@ -205,13 +296,18 @@ class WorkerDied(StageFlowError):
 
 
 class BrokerUnavailable(StageFlowError):
-    """The broker does not answer: it is not running, still starting, or shutting down."""
+    """The broker does not answer: it is not running, or it starts or stops."""
 
 
 class QueueFull(StageFlowError):
-    """A new start was refused for want of room, in a queue or on disk; nothing was enqueued.
+    """A new instance was refused because a queue or the disk is full.
 
-    `queue` is the queue without room, `limit` how many messages it takes.
+    Nothing was enqueued; submit again later.
+
+    Args:
+        message: Which limit was reached.
+        queue: The full queue. Default: None, for a full disk.
+        limit: Number of messages that the queue holds. Default: None.
     """
 
     def __init__(self, message: str, *, queue: str | None = None, limit: int | None = None) -> None:
@@ -221,7 +317,13 @@ class QueueFull(StageFlowError):
 
 
 class PayloadTooLarge(StageFlowError):
-    """A message of `size` bytes is larger than `limit`; nothing was enqueued."""
+    """A message exceeds the size limit; nothing was enqueued.
+
+    Args:
+        message: Which message.
+        size: Its size in bytes. Default: not known.
+        limit: The limit in bytes, `Config.max_message_bytes`. Default: not known.
+    """
 
     def __init__(self, message: str, *, size: int | None = None, limit: int | None = None) -> None:
         super().__init__(message)
@@ -230,7 +332,15 @@ class PayloadTooLarge(StageFlowError):
 
 
 class JournalCorrupt(StageFlowError):
-    """What is on disk is damaged before its end; `file` and `offset` (bytes) say where."""
+    """The journal on disk is damaged before its end.
+
+    `stageflow journal repair` keeps the intact part.
+
+    Args:
+        message: What is damaged.
+        file: Path of the file. Default: not known.
+        offset: Offset of the damage in bytes. Default: not known.
+    """
 
     def __init__(self, message: str, *, file: str | None = None, offset: int | None = None) -> None:
         super().__init__(message)
@@ -239,7 +349,15 @@ class JournalCorrupt(StageFlowError):
 
 
 class JournalLocked(StageFlowError):
-    """A live program owns the data directory. `data_dir` is that directory, `pid` its owner where known."""
+    """Another program uses the data directory.
+
+    `Runtime.connect` attaches to the cluster of that program.
+
+    Args:
+        message: Which directory, and the fix.
+        data_dir: Path of the directory. Default: not known.
+        pid: Process id of its owner. Default: not known.
+    """
 
     def __init__(self, message: str, *, data_dir: str | None = None, pid: int | None = None) -> None:
         super().__init__(message)

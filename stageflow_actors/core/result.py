@@ -1,6 +1,6 @@
-"""`WorkflowResult`: how an instance ended, read from the bytes that ended it.
+"""`WorkflowResult`: how an instance ended, decoded from the bytes of its last message.
 
-A result is made for each finished instance and often only counted, so nothing is decoded before it is asked for.
+A result is made for each finished instance, and often only counted. So nothing is decoded before it is read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,23 @@ _NIL = bytes(NIL)
 
 
 class StageResult(Struct, frozen=True, kw_only=True):
-    """What became of one stage.
+    """The result of one stage, as `WorkflowResult.stages` has it.
 
-    `started_at` is seconds since the Unix epoch, `duration` seconds, `error` a string such as
-    `ValueError: boom failed`, `data` what the handler returned.
+    Attributes:
+        stage_id: The id of the stage.
+        status: completed, failed, skipped or compensated.
+        attempts: Number of attempts.
+        started_at: Start of the last attempt, in seconds since the Unix epoch.
+        duration: Seconds that the last attempt took.
+        error: The error, as `ValueError: no address`, or None.
+        data: The value that the handler returned, or None.
+
+    Example:
+        >>> from stageflow_actors import Workflow
+        >>> from stageflow_actors.testing import run
+        >>> stage = run(Workflow("orders").add_stage(lambda order: {"rate": 4}, id="price"), {}).stages[0]
+        >>> stage.stage_id, str(stage.status), stage.attempts, stage.data
+        ('price', 'completed', 1, {'rate': 4})
     """
 
     stage_id: str
@@ -40,7 +53,22 @@ class StageResult(Struct, frozen=True, kw_only=True):
 
 
 class CompensationResult(Struct, frozen=True, kw_only=True):
-    """What became of one compensation: `status` is `completed` or `failed`, `duration` seconds."""
+    """The result of one compensation, as `WorkflowResult.compensations` has it.
+
+    Attributes:
+        stage_id: The id of the stage that was undone.
+        status: completed or failed.
+        error: The error, as `ValueError: no address`, or None.
+        duration: Seconds that the last attempt took.
+
+    Example:
+        >>> from stageflow_actors import Workflow
+        >>> from stageflow_actors.testing import run
+        >>> flow = Workflow("orders").add_stage(lambda order: None, id="pay", compensation=lambda order: None)
+        >>> result = run(flow.add_stage(lambda order: 1 / 0, id="ship"), {})
+        >>> [(one.stage_id, str(one.status)) for one in result.compensations]
+        [('pay', 'completed')]
+    """
 
     stage_id: str
     status: StageStatus
@@ -51,8 +79,19 @@ class CompensationResult(Struct, frozen=True, kw_only=True):
 class WorkflowResult(Generic[C]):
     """How an instance ended, or that it is parked.
 
-    Attributes are read on first use from `outcome`; one that cannot be read raises then: `msgspec.DecodeError`
-    for damage, `InvalidContext` for a context that no longer fits its type.
+    StageFlow makes it; `execute`, `map`, `Instance.result` and `testing.run` return it. Its attributes are decoded when
+    they are first read. Reading raises `msgspec.DecodeError` for damaged data, and `InvalidContext` for a context
+    that does not fit its type any more.
+
+    Attributes:
+        instance_id: The id of the instance.
+
+    Example:
+        >>> from stageflow_actors import Workflow
+        >>> from stageflow_actors.testing import run
+        >>> result = run(Workflow("orders").add_stage(lambda order: order.update(paid=True), id="pay"), {})
+        >>> result.success, result.context, [stage.stage_id for stage in result.stages]
+        (True, {'paid': True}, ['pay'])
     """
 
     __slots__ = ("_codec", "_context", "_order", "_outcome", "_read", "_stages", "instance_id")
@@ -73,37 +112,37 @@ class WorkflowResult(Generic[C]):
 
     @property
     def status(self) -> WorkflowStatus:
-        """How it ended."""
+        """How the instance ended, or `parked`."""
         return WorkflowStatus(self._outcome_read().status)
 
     @property
     def success(self) -> bool:
-        """Whether it completed."""
+        """True if the instance completed."""
         return self._outcome_read().status == "completed"
 
     @property
     def error(self) -> str | None:
-        """What failed it, as `ValueError: boom failed`; None if nothing did."""
+        """The error that failed the instance, as `ValueError: no address`, or None."""
         return self._outcome_read().error
 
     @property
     def failed_stage(self) -> str | None:
-        """The id of the stage that failed it."""
+        """The id of the stage that failed the instance, or None."""
         return self._outcome_read().failed_stage
 
     @property
     def started_at(self) -> float:
-        """When it was submitted, in seconds since the Unix epoch."""
+        """The time of the submit, in seconds since the Unix epoch."""
         return self._outcome_read().started_at
 
     @property
     def finished_at(self) -> float:
-        """When it ended (or was parked), in seconds since the Unix epoch."""
+        """The time when it ended or was parked, in seconds since the Unix epoch."""
         return self._outcome_read().finished_at
 
     @property
     def duration(self) -> float:
-        """Seconds from submit to end, waiting in queues included."""
+        """Seconds from submit to end, time in queues included."""
         outcome = self._outcome_read()
         return max(0.0, outcome.finished_at - outcome.started_at)
 
@@ -114,13 +153,13 @@ class WorkflowResult(Generic[C]):
             return self._context
         except AttributeError:
             data = self._outcome_read().context
-            # An instance whose context was never known, as one parked by a reader that has none.
+            # The context may be unknown, as of an instance that an item of a map stage parked.
             self._context: C = decode_value(data) if bytes(data) == _NIL else self._codec.decode(data)
             return self._context
 
     @property
     def stages(self) -> list[StageResult]:
-        """The stages that were reached, in order of definition."""
+        """The results of the stages that were reached, in order of definition."""
         try:
             return self._stages
         except AttributeError:
@@ -129,7 +168,7 @@ class WorkflowResult(Generic[C]):
 
     @property
     def compensations(self) -> list[CompensationResult]:
-        """The compensations that ran, in the order they ran."""
+        """The results of the compensations, in the order in which they ran."""
         return [
             CompensationResult(
                 stage_id=record.stage_id,
@@ -141,7 +180,20 @@ class WorkflowResult(Generic[C]):
         ]
 
     def raise_for_status(self) -> None:
-        """Raise `WorkflowFailed`, which holds this result, unless the instance completed."""
+        """Raise `WorkflowFailed` unless the instance completed.
+
+        Raises:
+            WorkflowFailed: If the status is not `completed`. Its attribute `result` is this result.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> run(Workflow("orders").add_stage(lambda order: None), {}).raise_for_status()
+            >>> run(Workflow("orders").add_stage(lambda order: 1 / 0), {}).raise_for_status()
+            Traceback (most recent call last):
+            ...
+            stageflow_actors.errors.WorkflowFailed: instance ... ended failed at stage 'stage-1': ZeroDivisionError: ...
+        """
         if not self.success:
             raise WorkflowFailed(self)
 
@@ -157,7 +209,7 @@ class WorkflowResult(Generic[C]):
         # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
         records = {record.stage_id: record for record in decode_trail(outcome.trail)}
         for name in [name for name in records if name.endswith(ITEM_SUFFIX)]:
-            # Items that were done of a map stage that was not: they speak for it, unless it has spoken itself.
+            # Completed items of a map stage that did not complete: they stand for it unless it has its own record.
             part = records.pop(name)
             part.stage_id = name.removesuffix(ITEM_SUFFIX)
             records.setdefault(part.stage_id, part)

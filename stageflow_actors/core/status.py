@@ -1,4 +1,4 @@
-"""The words for where an instance and its stages stand. Values are what the wire, the CLI and the history say."""
+"""`WorkflowStatus` and `StageStatus`. Their values are stored and sent, and the CLI prints them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,27 @@ __all__ = ["StageStatus", "WorkflowStatus"]
 
 
 class WorkflowStatus(StrEnum):
-    """Where an instance stands."""
+    """The status of an instance. A string enum: `status == "completed"` works.
+
+    Attributes:
+        pending: Submitted; no stage has started.
+        running: A stage runs, or waits in its queue.
+        waiting: The instance waits for a signal, a reply, a delay, branches or items.
+        compensating: Completed stages are being undone.
+        parked: The instance waits as a dead letter; a requeue resumes it.
+        completed: All stages ended, and no required stage failed. Terminal.
+        failed: A required stage failed, and there was nothing to undo. Terminal.
+        compensated: A required stage failed, and the completed stages are undone. Terminal.
+        compensation_failed: A compensation failed. Terminal.
+        cancelled: The instance was cancelled. Terminal.
+
+    Example:
+        >>> from stageflow_actors import WorkflowStatus
+        >>> WorkflowStatus("completed").terminal, WorkflowStatus.parked.terminal
+        (True, False)
+        >>> WorkflowStatus.failed == "failed"
+        True
+    """
 
     pending = "pending"
     running = "running"
@@ -23,12 +43,29 @@ class WorkflowStatus(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing will happen any more by itself (a parked instance can still be requeued)."""
+        """True if the status cannot change without a restart or retry.
+
+        A parked instance is not terminal: it can be requeued.
+        """
         return self in _TERMINAL_WORKFLOW
 
 
 class StageStatus(StrEnum):
-    """Where one stage of an instance stands."""
+    """The status of one stage of an instance. A string enum.
+
+    Attributes:
+        pending: The stage has not started.
+        running: An attempt runs, or the next one waits.
+        completed: The handler returned.
+        failed: The last attempt failed.
+        compensated: The stage completed and is undone.
+        skipped: `when` was false, or a stage in `after` of an optional stage has not completed.
+
+    Example:
+        >>> from stageflow_actors import StageStatus
+        >>> [str(status) for status in StageStatus if not status.terminal]
+        ['pending', 'running']
+    """
 
     pending = "pending"
     running = "running"
@@ -39,7 +76,7 @@ class StageStatus(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """Whether the stage is over, whatever came of it."""
+        """True if the stage has ended or is skipped."""
         return self not in _OPEN_STAGE
 
 

@@ -1,7 +1,8 @@
-"""What happened to an instance, line by line, with times: read from how it ended, or from what the broker holds of it.
+"""The timeline of an instance: its stages, compensations and present state, with times.
 
-Pure, as `standing` is: groups are the broker's plain descriptions. What no message carries any more is not invented: a
-run that was restarted is told from its restart on, and of failed attempts the last one only.
+The functions are pure. They read the last message of an instance that ended, or the broker's description of a live
+one. The timeline has only what messages still contain: the events since the last restart, and of failed attempts
+the last one.
 """
 
 from __future__ import annotations
@@ -31,12 +32,27 @@ _STATES = {"ready": "queued", "leased": "running", "delayed": "delayed", "dead":
 
 
 class TimelineEntry(Struct, frozen=True, kw_only=True):
-    """One line of an instance's timeline.
+    """One line of `Instance.history`.
 
-    `at` is seconds since the Unix epoch (of a stage that is over: when it was), `what` is `submitted`; of a stage
-    `completed`, `failed` or `skipped`; `compensated` or `compensation failed`; at present `queued`, `running`,
-    `delayed` (a retry or a delay), `waiting` (for a signal, a reply, branches or items) or `parked`; and at the end
-    `ended: ` with the status. `duration` is seconds, `data` what the stage returned, `attempt` counts from 1.
+    Attributes:
+        at: Time in seconds since the Unix epoch; for a stage or compensation the time when it ended.
+        what: `submitted`; for a stage `completed`, `failed` or `skipped`; `compensated` or `compensation failed`; for
+            the present state `queued`, `running`, `delayed` (before a retry), `waiting` (for a signal, a reply, a
+            delay, branches or items) or `parked`; `ended: ` and the status at the end.
+        stage_id: The id of the stage, or empty.
+        attempt: Number of the attempt, from 1; 0 where it does not apply.
+        duration: Seconds that the stage or compensation took.
+        error: The error, as `ValueError: no address`, or None.
+        data: The value that the handler returned, or None.
+
+    Example:
+        >>> from stageflow_actors import TimelineEntry
+        >>> history = [
+        ...     TimelineEntry(at=1800000000.0, what="submitted"),
+        ...     TimelineEntry(at=1800000002.0, what="completed", stage_id="pay", attempt=1, duration=1.5),
+        ... ]
+        >>> [f"{entry.what} {entry.stage_id}".strip() for entry in history]
+        ['submitted', 'completed pay']
     """
 
     at: float
@@ -49,7 +65,7 @@ class TimelineEntry(Struct, frozen=True, kw_only=True):
 
 
 def timeline_of_outcome(outcome: bytes) -> list[TimelineEntry]:
-    """The timeline of an instance that has ended, from its encoded `Outcome`."""
+    """Return the timeline of an instance that has ended, from its encoded `Outcome`."""
     read = decode_outcome(outcome)
     entries = [TimelineEntry(at=read.started_at, what="submitted")]
     entries += [_of_stage(record) for record in decode_trail(read.trail) if _is_shown(record)]
@@ -62,11 +78,11 @@ def timeline_of_outcome(outcome: bytes) -> list[TimelineEntry]:
 
 
 def timeline_of_group(group: Mapping[str, Any]) -> list[TimelineEntry]:
-    """The timeline so far of a live instance whose group this is, as the broker's `inspect` describes it."""
+    """Return the timeline so far of a live instance, from its group as the broker's `inspect` describes it."""
     for message in group["messages"]:
         if group["ended"] and message["label"] == group["ended"] and "body" in message:
             return timeline_of_outcome(message["body"])
-    # Of very large instances not all bodies have room in one answer.
+    # An answer has a size limit: the description of a very large instance lacks some bodies.
     bodies = [message["body"] for message in group["messages"] if "body" in message]
     for gather in group["gathers"]:
         if gather["need"] is not None:
@@ -103,14 +119,13 @@ def _present(group: Mapping[str, Any]) -> Iterable[TimelineEntry]:
 
 def _stage_of(message: Mapping[str, Any]) -> str:
     label: str = message["label"]
-    head = (
-        head_of(message.get("body") or b"") if label.startswith(":") else None
-    )  # an event, and of what stage its body says
+    # An event's label does not name the stage; its body does.
+    head = head_of(message.get("body") or b"") if label.startswith(":") else None
     return label.removeprefix(COMPENSATE) if head is None else head[2]
 
 
 def _is_shown(record: StageRecord) -> bool:
-    return not record.stage_id.endswith(ITEM_SUFFIX)  # of a map stage, for its compensation only
+    return not record.stage_id.endswith(ITEM_SUFFIX)  # records of items are for the compensation only
 
 
 def _of_stage(record: StageRecord) -> TimelineEntry:
@@ -127,7 +142,7 @@ def _of_stage(record: StageRecord) -> TimelineEntry:
 
 def _of_compensation(record: CompensationRecord, otherwise: float) -> TimelineEntry:
     return TimelineEntry(
-        at=record.finished_at or otherwise,  # of an older release: not known
+        at=record.finished_at or otherwise,  # records of older releases have no time
         what="compensated" if record.status == "completed" else "compensation failed",
         stage_id=record.stage_id,
         duration=record.duration,

@@ -1,4 +1,4 @@
-"""`QueueInfo`: the figures of one queue, as users see them."""
+"""`QueueInfo`: the state and the counts of one queue, as `Client.queues` returns them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ __all__ = ["QueueInfo", "queue_infos"]
 
 @dataclass(frozen=True)
 class QueueInfo:
-    """One queue. `oldest`: seconds that the first ready message has waited; `actors`: workers that consume it, of
-    which `busy` have a message; `state`: `open`, `paused`, or `closed` while workers announce themselves; `breaker`:
-    empty for a stage without one, `closed` when all is well, `open` while its messages wait, `half-open` when one of
-    them is tried."""
+    """The state of one queue, as `Client.queues` returns it.
+
+    Attributes:
+        name: The name of the queue, as `stageflow.orders.stage1`.
+        ready: Number of messages that wait for a worker.
+        leased: Number of messages that workers hold.
+        delayed: Number of messages that wait for a retry.
+        dead: Number of dead letters in its dead-letter queue.
+        oldest: Seconds that the oldest ready message has waited.
+        actors: Number of workers that consume the queue.
+        busy: Number of those workers that handle a message.
+        state: `open`, `paused`, or `closed` until its workers have registered.
+        breaker: Empty for a stage without a breaker; else `closed` (normal), `open` (its messages wait) or
+            `half-open` (one message is tried).
+
+    Example:
+        >>> from stageflow_actors import QueueInfo
+        >>> def overloaded(queues: list[QueueInfo]) -> list[str]:
+        ...     return [queue.name for queue in queues if queue.oldest > 60]
+        >>> queue = QueueInfo("stageflow.orders.stage1", 9, 2, 0, 0, 75.0, 2, 2, "open")
+        >>> overloaded([queue])
+        ['stageflow.orders.stage1']
+    """
 
     name: str
     ready: int
@@ -28,7 +47,7 @@ class QueueInfo:
 
 
 def queue_infos(stats: dict[str, Any]) -> list[QueueInfo]:
-    """The queues in a broker's statistics."""
+    """Return the queues in a broker's statistics."""
     return [
         QueueInfo(
             queue["name"],

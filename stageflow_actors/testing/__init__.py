@@ -1,6 +1,6 @@
-"""Workflows run in this process, without broker and subprocess, for unit tests and debuggers.
+"""Workflows in the calling thread, for unit tests and debuggers.
 
-`run` does one instance from start to end; it never opens a socket, starts a process or writes a file.
+`run` runs one instance from start to end. It opens no socket, starts no process and writes no file.
 """
 
 from stageflow_actors.testing.in_process import run

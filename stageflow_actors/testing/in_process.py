@@ -1,8 +1,8 @@
-"""One instance from its start to its end in the calling thread, over the very code that works in production.
+"""One instance from start to end in the calling thread, with the code of the runtime.
 
-The stages, the decisions and the bytes between them are those of the runtime; only the broker is a deque here, in
-which every delay is over at once. So a workflow means the same in a unit test and in a cluster, and this module must
-never decide by itself what follows a stage.
+Executors, decisions and messages are those of the runtime; only the broker is replaced by a deque in which no message
+is delayed. So a workflow behaves in a unit test as in a cluster. This module must never decide which message follows
+a stage.
 """
 
 from __future__ import annotations
@@ -57,22 +57,47 @@ def run(
     endpoints: Mapping[str, Any] | None = None,
     interceptors: Sequence[Any] = (),
 ) -> WorkflowResult[C]:
-    """Run one instance of `workflow` to its end, here and now, and give its result.
+    """Run one instance of a workflow in the calling thread, and return its result.
 
-    Contexts are serialised at each hop and failures retried, compensated or parked as in production; delays are
-    skipped, and a parked instance is a result with status `parked`. Handlers run in the calling thread and are not
-    sent anywhere, so breakpoints work and they may close over mocks. Each factory in `services` that is needed is
-    called once, and what it makes is shared by all stages. `signals` are payloads by name, or (name, payload) for
-    several of one name: who waits for one that is not given is told that the time is up. `endpoints` are handlers, or
-    `Stage`s, by name; a request to any other is not answered in time. `interceptors` as those of a `Runtime`.
+    Contexts are serialised after each stage, and failures are retried, compensated or parked, as in production. Delays
+    are skipped. A parked instance is a result with the status `parked`. Handlers run in the calling thread and are
+    not pickled, so breakpoints work and handlers may use mocks of the test. A KeyboardInterrupt, and quitting a
+    debugger, end the run. Exceptions of handlers are logged with their traceback by the logger `stageflow.testing`
+    at level INFO.
 
-    Not there in one process: timeouts (`ctx.deadline` is set and nobody enforces it), `ttl`, `env`, and surviving
-    the death of a worker. A KeyboardInterrupt, and quitting a debugger, end the run instead of failing the stage.
-    What handlers raise is logged with its traceback by the logger `stageflow.testing` at level INFO.
+    Timeouts (`ctx.deadline` is set, but not enforced), `ttl`, `env` and the death of a worker have no effect here.
 
-    Raises what starting a runtime and submitting raise: `WorkflowDefinitionError`, `InvalidContext`,
-    `PayloadTooLarge`; `StageFlowError` where a signal without a timeout never comes; and whatever a factory or the
-    constructor of a class handler raises.
+    Args:
+        workflow: The workflow.
+        context: The input: a context, or a dict of its fields.
+        services: Factories by name, as for `Runtime`. A factory is called at most once per run.
+        signals: Payloads by the name of the signal, or a list of (name, payload). A step whose signal is missing runs
+            into its timeout at once.
+        endpoints: Handlers or `Stage`s by the name of the endpoint. A request to another endpoint runs into its
+            timeout at once.
+        interceptors: Interceptors, as for `Runtime`.
+
+    Returns:
+        The result.
+
+    Raises:
+        WorkflowDefinitionError: If the workflow or an argument is invalid.
+        InvalidContext: If the context does not fit the workflow.
+        PayloadTooLarge: If the context exceeds the size limit.
+        StageFlowError: If the workflow waits without a timeout for a signal that is missing, or has async handlers
+            and an event loop already runs in this thread.
+
+    Example:
+        >>> from stageflow_actors import Workflow
+        >>> from stageflow_actors.testing import run
+        >>> def charge(order, *, bank):
+        ...     return bank.charge(order["total"])
+        >>> class FakeBank:
+        ...     def charge(self, cents):
+        ...         return f"receipt for {cents}"
+        >>> result = run(Workflow("orders").add_stage(charge), {"total": 450}, services={"bank": FakeBank})
+        >>> result.stages[0].data
+        'receipt for 450'
     """
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")

@@ -34,18 +34,11 @@ MODULES = ["stageflow_actors", "stageflow_actors.events", "stageflow_actors.test
 MADE_BY_STAGEFLOW = frozenset({"Client", "Instance", "StageCall", "StageContext", "WorkflowResult"})
 """Classes whose constructor users do not call: their docstring describes no parameters."""
 
-PENDING = frozenset(
-    """
-    stageflow_actors events testing run BrokerUnavailable Client CompensationResult Config Instance InstanceConflict
-    InstanceNotFound InstanceParked InvalidContext JournalCorrupt JournalLocked PayloadTooLarge QueueFull QueueInfo
-    Runtime StageCall StageCompleted StageContext StageError StageResult StageStatus StageTimeout TimelineEntry
-    WorkerDied WorkflowCompensated WorkflowCompleted WorkflowDefinitionError WorkflowFailed WorkflowStatus
-    """.split()
-)
+PENDING = frozenset({"Client", "Config", "Instance", "Runtime"})
 """Classes whose docstrings are still to be completed; the checks of their members do not count yet."""
 
 MIN_DOCSTRING_EXAMPLES = 25
-MIN_EXAMPLES = 25
+MIN_EXAMPLES = 40
 MAX_FIRST_LINE = 79
 
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
