@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib
 import inspect
 import pickle
 import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +22,7 @@ import stageflow_actors.errors
 import stageflow_actors.history.errors
 import stageflow_actors.testing
 from brokers import api
+from stageflow_actors import events, testing
 
 STAGEFLOW = """
     Breaker BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
@@ -34,38 +38,13 @@ BROKERS_API = """
     PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem StorageFull Target
 """.split()
 
-SIGNATURES = {
-    "Workflow.add_stage": "self, handler, **options",
-    "Runtime": "self, *workflows, data_dir, services, interceptors, config",
-    "Runtime.start": "self",
-    "Runtime.stop": "self, drain, grace",
-    "Runtime.register": "self, workflow",
-    "Runtime.scale": "self, workflow, stage, actors",
-    "Client.submit": "self, workflow, context, instance_id, priority",
-    "Client.submit_many": "self, workflow, contexts, instance_ids",
-    "Client.execute": "self, workflow, context, timeout, instance_id, priority",
-    "Client.map": "self, workflow, contexts, key, progress, retry_failed",
-    "Client.map_unordered": "self, workflow, contexts, key, progress, retry_failed",
-    "Client.as_completed": "self, instances, timeout",
-    "Client.drain": "self, timeout",
-    "Client.instance": "self, instance_id",
-    "Client.instances": "self, status, workflow, limit",
-    "Client.queues": "self, prefix",
-    "Client.on_event": "self, callback",
-    "Client.scale": "self, workflow, stage, actors",
-    "Client.close": "self",
-    "Runtime.connect": "data_dir",
-    "Instance.history": "self",
-    "Instance.result": "self, timeout",
-    "StageContext.step": "self, name, function, *args",
-    "Breaker": "self, failures, reset",
-    "Compensation": "self, function, timeout, retry, actors",
-    "Retry.exponential": "max_attempts, initial, maximum, factor, jitter, retry_on, abort_on, random",
-    "Retry.linear": "max_attempts, initial, maximum, retry_on, abort_on",
-    "Retry.fixed": "max_attempts, delay, retry_on, abort_on",
-    "testing.run": "workflow, context, services, signals, endpoints, interceptors",
-}
-"""Names of parameters in their order, which keyword arguments of users depend on."""
+OURS = ("stageflow_actors", "brokers", "stageflow_brokers")
+
+FROZEN = Path(__file__).with_name("public_api.txt")
+"""One line for each public name, with its signature. After an intended change run this file as a program."""
+
+MADE_BY_STAGEFLOW = {"Client", "Instance", "StageCall", "StageContext", "WorkflowResult"}
+"""Classes whose constructor users do not call."""
 
 
 @pytest.mark.parametrize(("module", "names"), [(stageflow_actors, STAGEFLOW), (api, BROKERS_API)])
@@ -74,15 +53,60 @@ def test_the_public_names_are_these(module: ModuleType, names: list[str]) -> Non
     assert [name for name in names if not hasattr(module, name)] == []
 
 
-@pytest.mark.parametrize("name", list(SIGNATURES))
-def test_parameters_keep_their_names_and_order(name: str) -> None:
-    found: Any = stageflow_actors
-    for part in name.split("."):
-        found = getattr(found, part)
-    signature = inspect.signature(found.__init__ if inspect.isclass(found) else found)
-    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-    shown = ", ".join(stars.get(p.kind.name, "") + p.name for p in signature.parameters.values())
-    assert shown == SIGNATURES[name]
+def signature_of(function: Any) -> str:
+    """Return the names, kinds and defaults of the parameters, and the annotation of the result."""
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    shown = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+    result = signature.return_annotation
+    return shown if result is signature.empty else f"{shown} -> {result}"
+
+
+def lines_of(name: str, kind: type[Any]) -> Iterator[str]:
+    """Return one line for a class, and one for each of its public methods and properties."""
+    if issubclass(kind, enum.Enum):
+        yield f"{name}: {', '.join(kind.__members__)}"
+    elif kind.__name__ in MADE_BY_STAGEFLOW or getattr(kind, "_is_protocol", False):
+        yield name
+    elif issubclass(kind, Exception) and kind.__init__ is Exception.__init__:
+        yield f"{name}(message)"
+    else:
+        yield name + signature_of(kind)
+    ours = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] in OURS]
+    members = {member: value for base in ours for member, value in vars(base).items() if not member.startswith("_")}
+    for member, value in sorted(members.items()):
+        if isinstance(value, property):
+            yield f"{name}.{member}: {inspect.get_annotations(value.fget)['return']}"  # type: ignore[arg-type]
+        elif isinstance(value, (classmethod, staticmethod)) or inspect.isfunction(value):
+            yield f"{name}.{member}{signature_of(getattr(value, '__func__', value))}"
+
+
+def public_api() -> str:
+    """Return every public name with its signature, one a line."""
+    found: list[str] = []
+    for prefix, module in (("", stageflow_actors), ("events.", events), ("testing.", testing), ("port.", api)):
+        for name in sorted(module.__all__):
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                found += lines_of(prefix + name, value)
+            elif inspect.isfunction(value):
+                found.append(prefix + name + signature_of(value))
+            else:
+                found.append(f"{prefix}{name} = {value!r}")
+    return "\n".join(found) + "\n"
+
+
+def test_names_parameters_defaults_and_results_are_frozen() -> None:
+    assert public_api() == FROZEN.read_text("utf-8"), f"an intended change? then: python {Path(__file__).name}"
+
+
+def test_a_changed_default_is_noticed() -> None:
+    def wait(seconds: float = 1.0, *, quiet: bool = False) -> None: ...
+
+    def hold(seconds: float = 2.0, *, quiet: bool = False) -> None: ...
+
+    assert signature_of(wait) == "(seconds=1.0, *, quiet=False) -> None"
+    assert signature_of(wait) != signature_of(hold)
 
 
 def public_objects() -> list[tuple[str, Any]]:
@@ -177,3 +201,7 @@ def test_there_are_errors_of_both_packages_to_look_at() -> None:
     found = {kind.__name__ for kind in error_classes()}
     assert set(stageflow_actors.errors.__all__) <= found
     assert {"ProtocolError", "Refused", "BrokerError", "HistoryMissing"} <= found
+
+
+if __name__ == "__main__":
+    FROZEN.write_text(public_api(), "utf-8")
