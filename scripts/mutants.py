@@ -162,7 +162,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/brokers/test_replay_accidents.py::test_an_answer_that_was_lost_is_given_again_within_an_epoch",),
+        ("tests/brokers/test_replay_accidents.py::test_an_answer_that_was_lost_is_sent_again_within_an_epoch",),
     ),
     Mutant(
         "step-not-kept",
@@ -190,7 +190,9 @@ MUTANTS = (
                 ),
             ),
         ),
-        ("tests/simulator/test_simulator.py::test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_says[0]",),
+        (
+            "tests/simulator/test_simulator.py::test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_requires[0]",
+        ),
     ),
     Mutant(
         "failed-stage-undone",
@@ -239,8 +241,8 @@ MUTANTS = (
         "a worker that has done its share is charged like one that died",
         (("stageflow_actors/runtime/pool_judge.py", "(status in (None, EXIT_RECYCLED) and", "(status is None and"),),
         (
-            "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead",
-            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[recycled]",
+            "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_does_not_count_as_dead",
+            "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[recycled]",
         ),
     ),
     Mutant(
@@ -253,7 +255,7 @@ MUTANTS = (
                 "self._fail_stage(item, envelope, failure, 1, self._wall(), 0.0)",
             ),
         ),
-        ("tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[unmet]",),
+        ("tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[unmet]",),
     ),
     Mutant(
         "outdated-history-taken",
@@ -280,8 +282,8 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/constructs/test_parking_requests.py::test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint",
-            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[parked-while-asked]",
+            "tests/constructs/test_parking_requests.py::test_a_waiting_caller_is_notified_of_an_instance_parked_for_lack_of_an_endpoint",
+            "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[parked-while-asked]",
         ),
     ),
     Mutant(
@@ -305,8 +307,8 @@ MUTANTS = (
         "a greeting that comes twice takes back what was delivered since",
         (("brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
         (
-            "tests/brokers/test_connection_accidents.py::test_a_greeting_that_comes_twice_takes_nothing_back",
-            "tests/simulator/test_named_seeds.py::test_what_was_found_once_is_not_found_again[greeting-twice]",
+            "tests/brokers/test_connection_accidents.py::test_a_hello_that_arrives_twice_takes_nothing_back",
+            "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[greeting-twice]",
         ),
     ),
     Mutant(
@@ -355,7 +357,7 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/brokers/test_connection_accidents.py::test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk[True]",
+            "tests/brokers/test_connection_accidents.py::test_how_an_instance_ended_is_sent_again_when_that_was_lost_with_the_session[True]",
         ),
     ),
     Mutant(
@@ -368,7 +370,7 @@ MUTANTS = (
                 "list(frames.items())))\n",
             ),
         ),
-        ("tests/brokers/test_compaction.py::test_epoch_and_frames_outlive_the_segments_that_told_of_them",),
+        ("tests/brokers/test_compaction.py::test_epoch_and_frames_outlive_the_segments_that_recorded_them",),
     ),
     Mutant(
         "frames-lost-with-their-segment",
@@ -380,7 +382,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/brokers/test_compaction.py::test_frames_of_a_peer_that_said_nothing_since_are_remembered",),
+        ("tests/brokers/test_compaction.py::test_frames_of_a_peer_that_sent_nothing_since_are_remembered",),
     ),
     Mutant(
         "missing-segments-not-missed",
@@ -426,7 +428,9 @@ MUTANTS = (
                 "message.extra is not None and message.extra.killed == -1:",
             ),
         ),
-        ("tests/brokers/test_replay_accidents.py::test_a_death_that_is_told_again_after_a_restart_is_charged_once",),
+        (
+            "tests/brokers/test_replay_accidents.py::test_a_death_that_is_reported_again_after_a_restart_is_charged_once",
+        ),
     ),
     Mutant(
         "held-once-delayed",
@@ -472,7 +476,7 @@ MUTANTS = (
                 "else list(consumer.held.values())",
             ),
         ),
-        ("tests/brokers/test_contract.py::TestBrokers::test_only_the_guilty_message_is_charged[memory]",),
+        ("tests/brokers/test_contract.py::TestBrokers::test_only_the_responsible_message_is_charged[memory]",),
     ),
     Mutant(
         "deaths-never-forgotten",
@@ -525,14 +529,14 @@ MUTANTS = (
         "a compensation is ended when its instance is cancelled",
         (("stageflow_actors/runtime/pool.py", ' and self._spec.kind != "compensation":', ":"),),
         (
-            "tests/chaos/test_pool_deaths.py::test_a_stage_in_work_is_told_of_its_cancellation_and_a_compensation_is_not",
+            "tests/chaos/test_pool_deaths.py::test_a_stage_in_work_is_notified_of_its_cancellation_and_a_compensation_is_not",
         ),
     ),
     Mutant(
         "judging-counts-as-work",
         "a worker that only finds out how another one died has settled something well",
         (("stageflow_actors/runtime/actor.py", "        self._ran += settled.ran\n", "        self._ran += 1\n"),),
-        ("tests/chaos/test_messages_in_hand.py::test_only_what_ran_here_is_said_to_have_gone_well",),
+        ("tests/chaos/test_messages_in_hand.py::test_only_what_ran_here_counts_as_a_success",),
     ),
     Mutant(
         "dead-killed-once-more",

@@ -139,7 +139,7 @@ class GroupContract:
         assert peer.ask.lookup(["g"])["groups"] == {}
         assert peer.start("q", "g", digest=b"two") == []
 
-    def test_who_watches_is_told_that_a_group_has_come_to_a_halt(self, hub: Hub) -> None:
+    def test_a_watcher_is_notified_that_a_group_has_come_to_a_halt(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.start("q", "g", watch=True)
         peer.broker.consume("q", 1)

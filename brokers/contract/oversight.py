@@ -59,7 +59,7 @@ class OversightContract:
             with pytest.raises(Refused, match="supervisor"):
                 peer.query(*query)
 
-    def test_only_the_guilty_message_is_charged(self, supervised_hub: Hub) -> None:
+    def test_only_the_responsible_message_is_charged(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=3))
         dying, next_one = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
         supervisor.publish("q", b"1", b"2", b"3", b"4")
@@ -119,7 +119,7 @@ class OversightContract:
         assert supervisor.ask.requeue("dlq.q", [letter["id"]])["requeued"] == 1
         assert worker.receive()[0].body == b"bad"
 
-    def test_whoever_is_told_of_a_dead_letter_takes_over_and_it_is_evidence(self, supervised_hub: Hub) -> None:
+    def test_the_consumer_notified_of_a_dead_letter_takes_over_and_it_is_evidence(self, supervised_hub: Hub) -> None:
         options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
         supervisor = self._supervise(supervised_hub, options)
         supervisor.start("q", "g", b"bad", watch=True)
@@ -154,7 +154,7 @@ class OversightContract:
         assert supervisor.ask.purge("dlq.q", [])["purged"] == 1
         assert supervisor.ask.stats("")["messages"] == 0
 
-    def test_who_is_told_of_a_dead_letter_that_was_gathered_is_given_its_parts(self, supervised_hub: Hub) -> None:
+    def test_the_consumer_notified_of_a_gathered_dead_letter_receives_its_parts(self, supervised_hub: Hub) -> None:
         options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
         supervisor = self._supervise(supervised_hub, options)
         supervisor.start("before", "g", b"start")
@@ -203,7 +203,7 @@ class OversightContract:
         supervisor.ask.hold(False)
         assert worker.receive()[0].body == b"1"
 
-    def test_a_consumer_that_is_to_retire_is_told_and_given_nothing_more(self, supervised_hub: Hub) -> None:
+    def test_a_consumer_that_is_to_retire_is_notified_and_given_nothing_more(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub)
         worker, heir = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
         supervisor.publish("q", b"1")

@@ -127,7 +127,7 @@ def public_objects() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), public_objects(), ids=[name for name, _ in public_objects()])
-def test_every_public_object_says_what_it_is(name: str, value: Any) -> None:
+def test_every_public_object_has_a_docstring(name: str, value: Any) -> None:
     doc = inspect.getdoc(getattr(value, "__func__", value)) or ""
     generated = inspect.isclass(value) and dataclasses.is_dataclass(value) and doc.startswith(f"{value.__name__}(")
     assert doc
@@ -138,7 +138,7 @@ def test_every_public_object_says_what_it_is(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("package", [stageflow_actors, brokers], ids=lambda package: package.__name__)
-def test_every_module_says_what_it_is(package: ModuleType) -> None:
+def test_every_module_has_a_docstring(package: ModuleType) -> None:
     names = [found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
     assert len(names) > 10
     silent = [name for name in names if not (importlib.import_module(name).__doc__ or "").strip()]

@@ -102,7 +102,7 @@ def test_settlements_checkpoints_and_queries_never_wait(stopped: BrokerProcess) 
     assert asked.result(PATIENCE)["queues"][0]["ready"] == 1
 
 
-def test_who_waits_for_room_is_told_when_it_is_not_worth_waiting(stopped: BrokerProcess) -> None:
+def test_a_caller_that_waits_for_room_is_notified_when_it_is_not_worth_waiting(stopped: BrokerProcess) -> None:
     client = client_of(stopped, Listener())
     freeze(stopped)
     flood(client, ROOM // len(BODY) + 1)
@@ -149,7 +149,7 @@ class Relay(Listener):
 
 
 @pytest.mark.parametrize("kind", ["memory", "process"])
-def test_the_connections_own_thread_never_waits_for_what_only_it_would_hear(kind: str, tmp_path: Path) -> None:
+def test_the_connections_own_thread_never_waits_for_what_only_it_can_receive(kind: str, tmp_path: Path) -> None:
     relay = Relay()
     if kind == "memory":
         hub: Any = MemoryBroker()
@@ -177,9 +177,7 @@ def test_a_call_with_too_many_names_is_refused_before_it_takes_a_number(
     assert client.admin.ping().result(PATIENCE)
 
 
-def test_whoever_watches_very_much_asks_for_it_in_parts(
-    stopped: BrokerProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brokers_client, "WATCHED_AT_ONCE", 10)
     peer = Peer(stopped)
     groups = [f"g{number}" for number in range(35)]

@@ -55,14 +55,14 @@ def end(here: World, *groups: str, size: int = 400) -> None:
     peer.publish([("finished", ":end", TERMINAL)], items, [bytes(size)] * len(groups))
 
 
-def test_an_end_that_is_asked_for_many_times_is_told_once(here: World) -> None:
+def test_an_end_that_is_asked_for_many_times_is_reported_once(here: World) -> None:
     end(here, "g")
     peer = reader(here)
     assert peer.query("watch", ["g"] * 1000) == []
     assert [group for group, _, _ in peer.pushes] == ["g"]
 
 
-def test_ends_are_told_as_fast_as_they_are_read(here: World) -> None:
+def test_ends_are_sent_as_fast_as_they_are_read(here: World) -> None:
     groups = [f"g{number}" for number in range(20)]
     end(here, *groups)
     peer = reader(here)
@@ -80,7 +80,7 @@ def test_ends_are_told_as_fast_as_they_are_read(here: World) -> None:
     check_whole(here.machine)
 
 
-def test_whoever_greets_and_watches_is_told_no_faster(here: World) -> None:
+def test_a_hello_with_watches_is_answered_no_faster(here: World) -> None:
     groups = [f"g{number}" for number in range(20)]
     end(here, *groups)
     peer = here.peers[2] = Reader(here, 2)
@@ -91,7 +91,7 @@ def test_whoever_greets_and_watches_is_told_no_faster(here: World) -> None:
     assert [group for group, _, _ in peer.pushes] == groups
 
 
-def test_what_has_left_before_its_end_could_be_told_is_gone(here: World) -> None:
+def test_an_instance_that_left_before_its_end_could_be_sent_is_gone(here: World) -> None:
     end(here, *(f"g{number}" for number in range(10)))
     peer = reader(here)
     peer.query("watch", [f"g{number}" for number in range(10)])
@@ -124,7 +124,7 @@ def test_questions_wait_until_the_answers_before_have_been_read_and_are_answered
     assert here.machine.store.queues["q"].ready_count == 2
 
 
-def test_questions_that_wait_are_asked_anew_by_whoever_greets_anew(here: World) -> None:
+def test_unanswered_queries_are_sent_again_after_a_new_hello(here: World) -> None:
     here.peer(1).publish([("q", "")], [(0, 600)], [bytes(600)])
     peer = reader(here)
     frames = [peer.frame_of(wire.QUERY, ("peek", ("q", 0, 1))) for _ in range(10)]
@@ -136,7 +136,9 @@ def test_questions_that_wait_are_asked_anew_by_whoever_greets_anew(here: World) 
     assert session.waiting_bytes == 0
 
 
-def test_whoever_asks_on_and_on_and_reads_nothing_is_cut_off(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_keeps_asking_and_reads_nothing_is_disconnected(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "MOST_WAITING", 20)
     here.peer(1).publish([("q", "")], [(0, 600)], [bytes(600)])
     peer = reader(here)
@@ -221,7 +223,7 @@ def test_a_second_greeting_makes_no_more_queues_than_a_first_one() -> None:
     assert list(here.machine.store.queues) == ["one"]
 
 
-def test_queues_that_nobody_would_miss_make_room_for_others() -> None:
+def test_unused_queues_make_room_for_others() -> None:
     here = World(limits=msgspec.structs.replace(Limits(), max_queues=5))
     junk, peer = here.peer(1), here.peer(2, consume={"consumed": 1})
     junk.query("declare", [QueueOptions("junk1", 3), QueueOptions("junk2", 3)])

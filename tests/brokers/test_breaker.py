@@ -113,7 +113,7 @@ def test_a_failed_attempt_counts_however_it_is_settled(outcome: int) -> None:
     assert cluster.state() == OPEN
 
 
-def test_a_success_in_between_begins_the_count_anew() -> None:
+def test_a_success_in_between_resets_the_count() -> None:
     cluster = Cluster(prefetch=1)
     cluster.publish(9)
     for settle in ("move", "ack", "other"):
@@ -129,7 +129,7 @@ def test_a_success_in_between_begins_the_count_anew() -> None:
     assert cluster.breaker.count == 0
 
 
-def test_what_is_no_attempt_says_nothing() -> None:
+def test_a_settlement_that_is_no_attempt_does_not_count() -> None:
     cluster = Cluster()
     cluster.publish(3)
     cluster.fail(2)
@@ -137,7 +137,7 @@ def test_what_is_no_attempt_says_nothing() -> None:
     assert cluster.breaker.count == 2
 
 
-def test_a_settlement_that_is_refused_says_nothing() -> None:
+def test_a_refused_settlement_counts_as_neither_success_nor_failure() -> None:
     cluster = Cluster()
     cluster.publish(3)
     cluster.fail(2)
@@ -156,7 +156,7 @@ def test_deaths_and_timeouts_are_failures_over_all_workers() -> None:
     assert cluster.state() == OPEN
 
 
-def test_a_worker_that_is_stopped_says_nothing() -> None:
+def test_a_worker_that_is_stopped_prints_nothing() -> None:
     cluster = Cluster()
     cluster.publish(3)
     cluster.fail(2)
@@ -186,7 +186,7 @@ def test_what_a_worker_holds_in_advance_is_asked_back_when_it_opens() -> None:
     assert (len(other.held), len(cluster.worker.held)) == (1, 1)
 
 
-def test_what_was_begun_before_it_opened_says_nothing_any_more() -> None:
+def test_attempts_begun_before_it_opened_do_not_count() -> None:
     cluster = Cluster(workers=2, prefetch=2)
     cluster.publish(4)
     late, later = cluster.workers[1].held.values()
@@ -347,7 +347,7 @@ def test_what_comes_on_after_its_group_was_cancelled_does_not_wait_either() -> N
     assert [held.group for held in cluster.worker.held.values()] == ["late"]
 
 
-def test_declared_as_before_it_stays_as_it_is_and_otherwise_begins_anew() -> None:
+def test_declared_as_before_it_stays_as_it_is_and_otherwise_is_reset() -> None:
     cluster = Cluster()
     cluster.open()
     cluster.declare(FAILURES, RESET)

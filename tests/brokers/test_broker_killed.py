@@ -156,7 +156,7 @@ def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised:
     assert other.quiet()
 
 
-def test_a_queue_opens_when_each_of_its_workers_has_spoken_or_is_dead(supervised: BrokerProcess) -> None:
+def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervised: BrokerProcess) -> None:
     supervisor, dying = Peer(supervised, role="supervisor"), Peer(supervised, role="worker")
     supervisor.ask.declare([QueueOptions("q", 3)])
     supervisor.ask.set_roster([])
@@ -200,7 +200,7 @@ def test_questions_and_publishes_on_their_way_are_answered_by_the_next_broker(br
     assert peer.receive()[0].body == b"2"
 
 
-def test_who_watches_is_told_after_a_restart_too(broker: BrokerProcess) -> None:
+def test_a_watcher_is_notified_after_a_restart_too(broker: BrokerProcess) -> None:
     peer = Peer(broker)
     for group in ("ended", "parked", "left"):
         peer.start("q", group, watch=True)

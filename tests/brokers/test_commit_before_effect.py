@@ -93,7 +93,7 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
     assert len(engine.machine.store.messages) == taken + 1
 
 
-def test_what_the_broker_decides_by_itself_on_a_full_disk_is_held_back_until_there_is_room() -> None:
+def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> None:
     files = MemoryFiles()
     looks = 0
 
@@ -135,7 +135,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     assert not wire.decode_out(talk.publish()[0][1]).results
 
 
-def test_who_waits_for_room_can_be_told_to_end() -> None:
+def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
     files = MemoryFiles()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
     talk = Talk(engine)

@@ -304,7 +304,7 @@ def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pyte
     plant.check()
 
 
-def test_epoch_and_frames_outlive_the_segments_that_told_of_them() -> None:
+def test_epoch_and_frames_outlive_the_segments_that_recorded_them() -> None:
     """Leases are fenced by the one, and nothing that is sent again is taken twice because of the other."""
     plant = Plant()
     plant.start("g")
@@ -322,7 +322,7 @@ def test_epoch_and_frames_outlive_the_segments_that_told_of_them() -> None:
     assert "again" not in store_now.groups
 
 
-def test_frames_of_a_peer_that_said_nothing_since_are_remembered() -> None:
+def test_frames_of_a_peer_that_sent_nothing_since_are_remembered() -> None:
     plant = Plant()
     header = wire.encode((plant.engine.machine.store.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
     hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))

@@ -19,7 +19,7 @@ from brokers.types import START, TERMINAL, WATCH
 ITEM = (0, 1, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")
 
 
-def test_a_greeting_that_comes_twice_takes_nothing_back() -> None:
+def test_a_hello_that_arrives_twice_takes_nothing_back() -> None:
     world = World(supervised=True)
     supervisor = world.peer(1, role="supervisor")
     supervisor.query("roster", [])
@@ -37,7 +37,7 @@ def test_a_greeting_that_comes_twice_takes_nothing_back() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_how_an_instance_ended_is_told_again_when_that_was_lost_with_the_talk(known: bool) -> None:
+def test_how_an_instance_ended_is_sent_again_when_that_was_lost_with_the_session(known: bool) -> None:
     world = World()
     client, worker = world.peer(1), world.peer(2, consume={"q": 9})
     if known:

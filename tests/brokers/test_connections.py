@@ -41,7 +41,7 @@ class BrokenEngine(Engine):
         return super().round(taken, more=more)
 
 
-def test_a_broker_in_this_process_that_fails_fails_those_who_wait(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broker_in_this_process_that_fails_fails_its_waiting_callers(caplog: pytest.LogCaptureFixture) -> None:
     engine = BrokenEngine(journal_dir=None)
     hub = MemoryBroker(engine=engine)
     peer, other = Peer(hub), Peer(hub)
@@ -70,7 +70,7 @@ def test_a_listener_that_fails_ends_its_own_connection_only(caplog: pytest.LogCa
     hub.close()
 
 
-def test_a_broker_that_is_closed_says_so_to_everybody() -> None:
+def test_a_closed_broker_notifies_every_peer() -> None:
     hub = MemoryBroker()
     peer = Peer(hub)
     peer.ask.ping()
@@ -132,7 +132,7 @@ class Address:
         return ZmqClient(self.address, listener, role=role, name=name)
 
 
-def test_who_goes_without_a_word_is_forgotten_and_its_messages_return(probing: tuple[str, Engine]) -> None:
+def test_a_peer_that_vanishes_is_forgotten_and_its_messages_return(probing: tuple[str, Engine]) -> None:
     address, engine = probing
     peer = Peer(Address(address))
     peer.publish("q", b"1")
@@ -157,7 +157,7 @@ def test_who_goes_without_a_word_is_forgotten_and_its_messages_return(probing: t
     peer.broker.close()
 
 
-def test_a_peer_that_says_goodbye_is_remembered_by_nothing(probing: tuple[str, Engine]) -> None:
+def test_no_state_is_kept_of_a_peer_that_says_goodbye(probing: tuple[str, Engine]) -> None:
     address, engine = probing
     staying = Peer(Address(address))
     for _ in range(3):
@@ -171,7 +171,7 @@ def test_a_peer_that_says_goodbye_is_remembered_by_nothing(probing: tuple[str, E
     staying.broker.close()
 
 
-def test_more_connections_than_there_are_descriptors_end_nobody(tmp_path: Path) -> None:
+def test_more_connections_than_there_are_descriptors_end_no_peer(tmp_path: Path) -> None:
     """Most of them say nothing: whoever is in works on, and who comes later is let in when others have left."""
     broker = BrokerProcess(tmp_path, descriptors=600)
     context = zmq.Context()

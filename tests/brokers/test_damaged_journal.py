@@ -78,7 +78,7 @@ def test_a_journal_whose_oldest_segments_are_missing_is_refused(
     assert caught.value.file == missing.name
 
 
-def test_segments_that_were_given_back_are_not_missed(tmp_path: Path) -> None:
+def test_deleted_segments_are_not_missed(tmp_path: Path) -> None:
     life = Life(tmp_path)
     life.publish(60)
     first = segments(tmp_path)[0]

@@ -80,7 +80,7 @@ def test_a_name_has_so_many_characters_and_no_more(op: bytes, fields: Any, blob:
     assert here.machine.malformed == 1
 
 
-def test_a_list_that_says_it_is_longer_than_any_may_be_is_refused_before_it_is_read() -> None:
+def test_a_list_that_declares_more_items_than_allowed_is_refused_before_it_is_read() -> None:
     here = world()
     peer = here.peer(1)
     lying = b"\xdd" + (MAX_ITEMS + 1).to_bytes(4, "big")
@@ -164,7 +164,7 @@ def test_a_message_keeps_so_many_steps_and_so_many_bytes_of_them() -> None:
 # arrivals from outside
 
 
-def test_so_many_arrivals_that_nobody_waits_for_lie_at_a_gather() -> None:
+def test_a_bounded_number_of_unexpected_arrivals_is_kept_at_a_gather() -> None:
     here = world(max_early=2, max_early_bytes=100, max_gathers=2)
     worker, (id, lease) = holding_one(here)
     peer = here.peer(3)
@@ -224,7 +224,7 @@ def test_facts_and_bodies_that_queries_bring_are_bounded_too() -> None:
 # credit, and what is not read
 
 
-def test_nobody_gets_more_credit_than_there_is() -> None:
+def test_no_consumer_gets_more_credit_than_there_is() -> None:
     here = world(max_prefetch=3)
     peer = here.peer(1)
     peer.publish([("q", "")], [(0, 1)] * 10, [b"1"] * 10)
@@ -238,7 +238,7 @@ def test_nobody_gets_more_credit_than_there_is() -> None:
     assert len(peer.held) == 3
 
 
-def test_who_reads_nothing_is_cut_off_and_may_come_back() -> None:
+def test_a_peer_that_reads_nothing_is_disconnected_and_may_reconnect() -> None:
     here = world(max_unread_bytes=10_000)
     watcher, publisher = here.peer(1, consume={"q": 4}), here.peer(2)
     groups = [f"g{number}" for number in range(100)]
@@ -262,7 +262,7 @@ def test_who_reads_nothing_is_cut_off_and_may_come_back() -> None:
     assert len(watcher.held) == 4
 
 
-def test_who_answers_the_marks_is_never_cut_off() -> None:
+def test_a_peer_that_answers_pings_is_never_disconnected() -> None:
     here = world(max_unread_bytes=10_000)
     reader = here.peer(1)
     marks = 0
@@ -285,7 +285,7 @@ def test_who_answers_the_marks_is_never_cut_off() -> None:
     assert any(word == "malformed" for word, _ in reader.notices)
 
 
-def test_a_worker_that_was_cut_off_keeps_what_it_holds_until_it_speaks_again() -> None:
+def test_a_disconnected_worker_keeps_what_it_holds_until_it_reconnects() -> None:
     here = World(supervised=True, limits=msgspec.structs.replace(Limits(), max_unread_bytes=4_000))
     supervisor = here.peer(9, role="supervisor")
     supervisor.query("roster", [])

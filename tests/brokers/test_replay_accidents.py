@@ -62,7 +62,7 @@ def test_what_follows_from_a_message_of_a_segment_that_is_gone_stays_in_its_grou
     assert [message.queue.name for message in group.messages()] == ["next"]
 
 
-def test_a_message_that_ended_does_not_come_back_when_the_segment_of_its_end_is_given_back() -> None:
+def test_a_settled_message_does_not_come_back_when_the_segment_of_its_settlement_is_deleted() -> None:
     world = World()
     peer = world.peer(1, consume={"q": 2})
     start(peer, "long")
@@ -145,7 +145,7 @@ def test_evidence_of_a_group_that_left_is_not_part_of_its_namesake() -> None:
     assert [letter["evidence"] for letter in supervisor.query("peek", "dlq.q", 0, 9)] == [True]
 
 
-def test_messages_in_hand_when_their_epoch_was_raised_are_diverted_if_nobody_claims_them() -> None:
+def test_messages_in_hand_when_their_epoch_was_raised_are_diverted_if_no_worker_claims_them() -> None:
     world = World(supervised=True)
     supervisor = world.peer(9, role="supervisor")
     supervisor.query("roster", [])
@@ -283,7 +283,7 @@ def test_what_was_delivered_and_never_arrived_is_delivered_again() -> None:
     assert again[1].extra is None
 
 
-def test_an_answer_that_was_lost_is_given_again_within_an_epoch() -> None:
+def test_an_answer_that_was_lost_is_sent_again_within_an_epoch() -> None:
     world = World(limits=Limits(max_message_bytes=100))
     peer = world.peer(1)
     start(peer, "g")
@@ -347,7 +347,7 @@ def test_a_wall_clock_that_was_set_back_makes_no_delay_longer_than_it_was() -> N
     assert waiting.details().expires - world.now <= 30.0
 
 
-def test_a_death_that_is_told_again_after_a_restart_is_charged_once() -> None:
+def test_a_death_that_is_reported_again_after_a_restart_is_charged_once() -> None:
     world = World(supervised=True)
     supervisor, worker = world.peer(1, role="supervisor"), world.peer(2, consume={"q": 1}, role="worker")
     supervisor.query("declare", [QueueOptions("q", 3)])

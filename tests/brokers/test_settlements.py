@@ -63,7 +63,7 @@ def test_the_journal_may_be_read_while_it_is_written(filled: Any) -> None:
     assert sum(accounts.kinds.values()) == accounts.records
 
 
-def test_damage_and_absence_are_told_not_counted(filled: Any, tmp_path: Path) -> None:
+def test_damage_and_absence_are_reported_not_counted(filled: Any, tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="no journal"):
         settlements(tmp_path / "nowhere")
     for name in ("i1", "i2", "i3"):

@@ -154,7 +154,7 @@ def test_sizes_that_lie_are_refused_also_where_they_add_up(size: int) -> None:
     unharmed(world, victim)
 
 
-def test_frames_of_another_peer_said_again_by_a_stranger_settle_nothing() -> None:
+def test_frames_of_another_peer_replayed_by_a_stranger_settle_nothing() -> None:
     world, victim, attacker = attacked()
     attacker.frame = victim.frame  # so that they come in turn
     attacker.hello()
@@ -169,7 +169,7 @@ def test_frames_of_another_peer_said_again_by_a_stranger_settle_nothing() -> Non
     unharmed(world, victim)
 
 
-def test_a_frame_said_again_in_another_talk_or_epoch_is_taken_once() -> None:
+def test_a_frame_sent_again_in_another_session_or_epoch_is_accepted_once() -> None:
     world, victim, attacker = attacked()
     frame = attacker.frame_of(wire.PUBLISH, ([("r", "b")], [(0, 1)]), b"1")
     world.round([frame] * 3)
@@ -188,7 +188,7 @@ def test_a_frame_said_again_in_another_talk_or_epoch_is_taken_once() -> None:
 
 
 @pytest.mark.parametrize("role", ["client", "worker", "", "Supervisor", "supervisor\0"])
-def test_only_who_says_that_it_is_the_supervisor_may_speak_of_the_living_and_the_dead(role: str) -> None:
+def test_only_a_peer_in_the_supervisor_role_may_report_live_and_dead_workers(role: str) -> None:
     world, victim, _ = attacked(supervised=True)
     thief = world.peer(5, role=role)
     (id, item) = next(iter(victim.held.items()))

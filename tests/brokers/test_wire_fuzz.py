@@ -184,7 +184,7 @@ def test_a_frame_is_taken_once_and_a_gap_is_noticed() -> None:
     assert world.machine.store.queue("r").ready_count == 1
 
 
-def test_a_peer_of_another_protocol_is_told_so() -> None:
+def test_a_peer_of_another_protocol_is_notified() -> None:
     world = World()
     stranger = RawPeer(world, 5)
     world.peers[5] = stranger

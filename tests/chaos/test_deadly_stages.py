@@ -139,7 +139,7 @@ def queue_at_once(runtime: Runtime, workflow: Workflow[Row], stage: int, rows: l
     return instances
 
 
-def test_a_stage_that_segfaults_each_time_becomes_a_dead_letter_and_nobody_else_is_charged(
+def test_a_stage_that_segfaults_each_time_becomes_a_dead_letter_and_no_other_message_is_charged(
     runtime: Runtime, effects: Any
 ) -> None:
     deepen(runtime, deadly, effects.path)

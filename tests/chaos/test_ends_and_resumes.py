@@ -145,7 +145,7 @@ def test_after_a_graceful_stop_nothing_runs_and_every_end_is_in_the_history(
     runtime.stop()  # does nothing
 
 
-def test_grace_bounds_how_long_a_stop_waits_and_charges_nobody(
+def test_grace_bounds_how_long_a_stop_waits_and_charges_no_message(
     cluster: Any, effects: Any, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     runtime = Runtime(waiting, data_dir=tmp_path / "data").start()

@@ -115,7 +115,7 @@ def test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted(
     assert court.waits == 0
 
 
-def test_a_compensations_death_is_told_as_such(court: Court) -> None:
+def test_a_compensations_death_is_reported_as_such(court: Court) -> None:
     verdict = court(1, BUSY, of=spec(stage=""))
     assert verdict.failure is not None
     assert "while running a compensation of 'w': exit code 1" in verdict.failure.message
@@ -140,7 +140,7 @@ def test_a_killed_worker_is_judged_by_why_it_was_killed(court: Court, status: in
     assert court.waits == 0
 
 
-def test_a_killed_worker_that_had_ended_by_itself_is_judged_by_how_it_did(court: Court) -> None:
+def test_a_killed_worker_that_had_already_exited_is_classified_by_its_own_exit(court: Court) -> None:
     verdict = court(3, BUSY, killed=Kill([7], LATE, False))
     assert verdict.charged
     assert verdict.failure is not None
@@ -181,13 +181,13 @@ def test_deaths_in_a_row_pause_the_pool_and_the_reason_names_the_last(court: Cou
     )
 
 
-def test_a_message_settled_well_begins_the_count_of_deaths_anew(court: Court) -> None:
+def test_a_message_settled_well_resets_the_count_of_deaths(court: Court) -> None:
     for _ in range(3 * DEATHS_IN_A_ROW):
         assert not court(1, lane(busy=True, settled=1)).pause
     assert court.waits == 0
 
 
-def test_a_worker_that_has_begun_something_begins_the_count_of_failed_starts_anew(court: Court) -> None:
+def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(court: Court) -> None:
     for _ in range(3):
         for _ in range(FAILED_STARTS - 1):
             assert not court(1, IDLE).pause
@@ -228,7 +228,7 @@ def asking(message_id: int, about: str, *, since: int = 1, grace: int = 0, timeo
     return SlotState(message_id, since, timeout, 1, 0, False, 0, grace, failure)
 
 
-def test_who_dies_while_a_policy_is_asked_leaves_what_it_was_asked_about_and_that_it_is_final(court: Court) -> None:
+def test_a_death_while_a_policy_decides_leaves_the_failure_as_final(court: Court) -> None:
     verdict = court(3, asking(7, "ValueError: x"))
     assert (verdict.guilty, verdict.charged) == ([7], True)
     text = "ValueError: x (and its retry policy ended the worker: exit code 3)"
@@ -253,7 +253,7 @@ def test_a_policy_over_its_time_is_killed_with_what_it_was_asked_about() -> None
         assert over_time(spec(), asking(7, other), late) == Failure(UNDECIDED, general, "StageTimeout")
 
 
-def test_a_kill_is_for_policies_or_for_handlers_and_never_for_who_waits_for_the_same_event_loop() -> None:
+def test_a_kill_is_for_policies_or_for_handlers_and_never_for_one_that_waits_for_the_same_event_loop() -> None:
     second = 10**9
     policy, handler = asking(1, "x"), SlotState(2, 1, second, 1, 0, False)
     assert overdue([policy, handler], second) == []

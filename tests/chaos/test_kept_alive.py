@@ -138,7 +138,7 @@ def test_restarts_leave_no_descriptors_behind(
     eventually(lambda: settled_fds(program) <= before, f"the program's descriptors are {before} again")
 
 
-def test_a_cluster_that_cannot_be_kept_tells_everyone_who_waits(
+def test_a_cluster_that_cannot_be_kept_notifies_every_waiting_caller(
     cluster: Any, effects: Any, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     runtime = Runtime(steady, data_dir=tmp_path / "data").start()
@@ -220,7 +220,7 @@ with Runtime(crashing, unloadable, well, data_dir=data, services={"shop": make_s
 """
 
 
-def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_says_how_to_go_on(
+def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_explains_how_to_resume(
     launch: Any, tmp_path: Path
 ) -> None:
     program = launch(LOOPS, tmp_path / "data", tmp_path / "mended")

@@ -127,7 +127,7 @@ def test_every_message_is_accounted_for_at_any_moment(hand: Hand) -> None:
     assert hand.broker.settled == leases
 
 
-def test_only_what_ran_here_is_said_to_have_gone_well(hand: Hand) -> None:
+def test_only_what_ran_here_counts_as_a_success(hand: Hand) -> None:
     """A worker that has found out how others died, and dies itself, is one more in a row."""
 
     def settled(id: int, outcome: int) -> Settled:

@@ -8,7 +8,7 @@ from typing import Any
 from stageflow_actors.runtime.pool import Tick, ZygoteLost
 
 
-def test_a_zygote_that_is_closed_already_is_asked_once_per_worker_until_its_end_is_told(nursery: Any) -> None:
+def test_a_zygote_that_is_closed_already_is_asked_once_per_worker_until_its_end_is_reported(nursery: Any) -> None:
     nursery = nursery()
     gone = nursery.new_zygote(errno.EBADF)
     nursery.pool.on_start()

@@ -79,7 +79,7 @@ def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_it
     assert len(alone.zygote.asked) == before + 2
 
 
-def test_a_pool_says_once_that_it_is_paused_however_many_die_of_what_they_had_begun(nursery: Any) -> None:
+def test_a_pool_reports_its_pause_once_however_many_workers_die_of_what_they_had_begun(nursery: Any) -> None:
     many = nursery(actors=6)
     many.pool.on_start()
     ids = [many.birth(id) for id in list(many.zygote.asked)]
@@ -91,7 +91,7 @@ def test_a_pool_says_once_that_it_is_paused_however_many_die_of_what_they_had_be
     assert many.broker.told.count(("pause", "q")) == 1
 
 
-def test_who_dies_just_after_a_person_has_resumed_the_queue_does_not_pause_it_again(nursery: Any) -> None:
+def test_a_death_just_after_a_manual_resume_does_not_pause_the_queue_again(nursery: Any) -> None:
     two = nursery(actors=2)
     two.pool.on_start()
     straggler = two.birth(two.zygote.asked[0])
@@ -105,7 +105,7 @@ def test_who_dies_just_after_a_person_has_resumed_the_queue_does_not_pause_it_ag
     assert len(two.said) == 1
 
 
-def test_the_pause_of_a_person_is_not_taken_for_the_pools_own(alone: Any) -> None:
+def test_a_manual_pause_is_distinguished_from_the_pools_own(alone: Any) -> None:
     alone.broker.paused = True
     alone.pause()
     assert alone.broker.facts[FACT] == "no"
@@ -120,7 +120,7 @@ def test_a_new_pool_lifts_the_pause_of_its_predecessor_and_no_other(nursery: Any
         assert made.broker.facts[FACT] == "no"
 
 
-def test_a_stage_in_work_is_told_of_its_cancellation_and_a_compensation_is_not(nursery: Any) -> None:
+def test_a_stage_in_work_is_notified_of_its_cancellation_and_a_compensation_is_not(nursery: Any) -> None:
     for kind, told in (("stage", True), ("compensation", False)):
         made = nursery(actors=1, kind=kind)
         made.pool.on_start()
@@ -159,7 +159,7 @@ def test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still(alo
 
 
 @pytest.mark.parametrize("why", ["timeout", "cancel", "memory"])
-def test_a_worker_that_ended_by_itself_before_the_kill_came_is_judged_by_how_it_ended(
+def test_a_worker_that_exited_before_the_kill_is_classified_by_its_own_exit(
     alone: Any, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     id = overdue(alone)

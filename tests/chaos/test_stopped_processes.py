@@ -90,7 +90,7 @@ def test_a_worker_that_has_died_is_not_judged_by_a_timeout_that_passed_since(
     assert (result.status, result.stages[0].attempts) == ("completed", 2), result.error
 
 
-def test_a_death_that_a_stopped_zygote_does_not_tell_is_found_out(
+def test_a_death_that_a_stopped_zygote_does_not_report_is_detected(
     runtime: Runtime, data: Path, cluster: Any, effects: Any
 ) -> None:
     before = cluster(data=data)
@@ -250,7 +250,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("kinds", WAITS, ids=lambda kinds: kinds or "nothing stopped")
-def test_a_stop_says_what_it_waits_for_and_a_second_ctrl_c_ends_whatever_is_stopped(
+def test_a_stop_prints_what_it_waits_for_and_a_second_ctrl_c_ends_what_is_stopped(
     launch: Any, cluster: Any, effects: Any, data: Path, eventually: Callable[..., Any], kinds: str
 ) -> None:
     program = launch(LEAVING, data, effects.path)
@@ -282,7 +282,7 @@ def test_a_zygote_that_is_stopped_does_not_outlive_a_cluster_that_is_ended_at_on
     assert alive.end_within(3.0) == []
 
 
-def test_what_a_stop_waits_for_is_said_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stop_waits_for_is_printed_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [100.0], []
     monkeypatch.setattr(stop_notes.time, "monotonic", lambda: now[0])
     notes = stop_notes.StopNotes(said.append)

@@ -83,7 +83,7 @@ def test_a_cluster_that_was_killed_is_at_rest(filled: Any) -> None:
         assert attached.wait(attached.admin.stats(""))["groups"] == 1
 
 
-def test_a_refusal_and_a_silent_broker_are_told(filled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_and_a_silent_broker_are_reported(filled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     filled.start("i1", {})
     data_dir = DataDir(filled.close())
     with attach(data_dir.path) as attached, pytest.raises(Refused, match="nope"):

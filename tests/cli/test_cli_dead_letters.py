@@ -30,7 +30,7 @@ def listed(stageflow: Callable[..., Said], data: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_list_tells_instance_stage_and_reason(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_list_shows_instance_stage_and_reason(stageflow: Callable[..., Said], parked: Path) -> None:
     found = [(row["instance"], row["workflow"], row["stage"], row["reason"]) for row in listed(stageflow, parked)]
     assert found == [
         ("i1", "orders", "pay", "ValueError: card declined"),
@@ -39,7 +39,7 @@ def test_list_tells_instance_stage_and_reason(stageflow: Callable[..., Said], pa
     assert "card declined" in stageflow("dlq", "list", "--data", parked)[1]
 
 
-def test_a_parked_instance_says_so(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_a_parked_instance_is_shown_as_parked(stageflow: Callable[..., Said], parked: Path) -> None:
     _, out, _ = stageflow("instances", "list", "--data", parked, "--status", "parked", "--output", "json")
     assert {(row["instance_id"], row["error"]) for row in json.loads(out)} == {
         ("i1", "ValueError: card declined"),
@@ -47,7 +47,7 @@ def test_a_parked_instance_says_so(stageflow: Callable[..., Said], parked: Path)
     }
 
 
-def test_show_tells_everything_by_number_or_by_instance(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_show_prints_everything_by_number_or_by_instance(stageflow: Callable[..., Said], parked: Path) -> None:
     code, out, _ = stageflow("dlq", "show", "i1", "--data", parked, "--output", "json")
     row = json.loads(out)
     assert (code, row["context"], row["stages"][0]["stage_id"]) == (0, {"name": "i1"}, "reserve")
@@ -57,7 +57,7 @@ def test_show_tells_everything_by_number_or_by_instance(stageflow: Callable[...,
     assert f"dlq.{PAY}" in out
 
 
-def test_requeue_gives_back_the_one_that_is_named(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_requeue_puts_the_named_message_back(stageflow: Callable[..., Said], parked: Path) -> None:
     code, _, err = stageflow("dlq", "requeue", "i2", "--data", parked)
     assert (code, err) == (0, "1 requeued; they go on when a runtime starts on this directory\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i1"]

@@ -58,7 +58,7 @@ def test_a_path_is_imported_under_its_name_so_that_workers_find_it(folder: Path)
         ("flow_a", ["write MODULE:NAME"]),
     ],
 )
-def test_what_cannot_be_found_is_told_with_what_there_is(folder: Path, target: str, words: list[str]) -> None:
+def test_what_cannot_be_found_is_reported_with_what_there_is(folder: Path, target: str, words: list[str]) -> None:
     message = refused(target)
     assert "\n" not in message
     for word in words:
@@ -75,7 +75,9 @@ def test_what_cannot_be_found_is_told_with_what_there_is(folder: Path, target: s
     ],
 )
 @pytest.mark.parametrize("target", ["flow_c:one", "flow_c.py:one"])
-def test_what_cannot_be_imported_is_told_with_its_line(folder: Path, text: str, words: list[str], target: str) -> None:
+def test_what_cannot_be_imported_is_reported_with_its_line(
+    folder: Path, text: str, words: list[str], target: str
+) -> None:
     (folder / "flow_c.py").write_text(text)
     message = refused(target)
     for word in words:

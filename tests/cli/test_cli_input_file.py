@@ -30,7 +30,7 @@ def test_lines_are_known_by_file_and_number_or_by_their_key(tmp_path: Path) -> N
     assert read(path, "id")[0] == [("a", 1, {"id": "a"}), ("7", 3, {"id": 7})]
 
 
-def test_a_broken_line_is_told_by_its_number_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_broken_line_is_reported_by_its_number_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "orders.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"id": "a"}\n{"id": \n[1]\n{"id": "\xff"}\nnull\n{"x": 1}\n{"id": ""}\n{"id": []}\n{"id": "b"}'

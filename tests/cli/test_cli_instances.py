@@ -102,7 +102,7 @@ def test_list_can_be_narrowed(
     assert set(listed(stageflow, data, *options)) == found
 
 
-def test_show_tells_how_a_finished_one_went(stageflow: Callable[..., Said], data: Path) -> None:
+def test_show_prints_how_a_finished_instance_ended(stageflow: Callable[..., Said], data: Path) -> None:
     code, out, _ = stageflow("instances", "show", "back", "--data", data, "--output", "json")
     shown = json.loads(out)
     assert (code, shown["status"], shown["failed_stage"]) == (0, "compensated", "pay")
@@ -119,7 +119,7 @@ def test_show_tells_how_a_finished_one_went(stageflow: Callable[..., Said], data
     assert '"name": "back"' in out
 
 
-def test_show_tells_where_a_live_one_stands(stageflow: Callable[..., Said], data: Path) -> None:
+def test_show_prints_where_a_live_instance_is(stageflow: Callable[..., Said], data: Path) -> None:
     shown = json.loads(stageflow("instances", "show", "later", "--data", data, "--output", "json")[1])
     assert (shown["status"], shown["stage"], shown["queue"]) == ("running", "pay", "stageflow.orders.stage1")
     assert [(stage["stage"], stage["status"]) for stage in shown["stages"]] == [

@@ -134,7 +134,7 @@ def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(
 
 
 @pytest.mark.parametrize("size", [0, 10])
-def test_repair_says_that_the_only_segment_is_given_up_and_what_to_do_next(
+def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
     stageflow: Callable[..., Said], data: Path, size: int
 ) -> None:
     os.truncate(segment_of(data), size)
@@ -155,9 +155,7 @@ def test_repair_says_that_the_only_segment_is_given_up_and_what_to_do_next(
     assert "--fresh" in err
 
 
-def test_a_journal_that_is_missing_while_a_history_is_there_is_said_so(
-    stageflow: Callable[..., Said], data: Path
-) -> None:
+def test_a_missing_journal_beside_a_history_is_reported(stageflow: Callable[..., Said], data: Path) -> None:
     shutil.rmtree(data / "journal")
     assert "nothing has run in it yet" in stageflow("journal", "verify", "--data", data)[2]
     HistoryWriter.open(data / "history.db", create=True).close()

@@ -86,7 +86,7 @@ def test_purge_asks_first_and_then_throws_away(stageflow: Callable[..., Said], f
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 0
 
 
-def test_watch_looks_as_often_as_it_is_told(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_watch_refreshes_as_often_as_its_option_asks(stageflow: Callable[..., Said], filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     code, out, _ = stageflow("queue", "watch", "--data", data, "--interval", "0.1", "--count", "2")

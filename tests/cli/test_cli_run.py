@@ -144,7 +144,7 @@ def until(condition: Callable[[], bool], program: subprocess.Popen[str]) -> None
 RUN = ("run", "flows.py:orders", "--input", "orders.jsonl", "--key", "order_id", "--data", "data")
 
 
-def test_every_line_becomes_an_instance_and_bad_ones_are_told_by_number(command: Command, tmp_path: Path) -> None:
+def test_every_line_becomes_an_instance_and_bad_ones_are_reported_by_number(command: Command, tmp_path: Path) -> None:
     write(tmp_path / "orders.jsonl", 20, o5=5000)
     lines = (tmp_path / "orders.jsonl").read_text().splitlines()
     lines[16] = '{"order_id": "o17", "amount": '
@@ -187,7 +187,7 @@ def test_run_again_it_skips_what_is_done_and_the_results_are_complete(command: C
     )
 
 
-def test_what_failed_is_run_anew_when_asked(command: Command, tmp_path: Path) -> None:
+def test_what_failed_is_run_again_when_asked(command: Command, tmp_path: Path) -> None:
     write(tmp_path / "orders.jsonl", 3, o2=5000)
     assert command(*RUN).returncode == 1
     (tmp_path / "rich").touch()
@@ -305,14 +305,16 @@ def test_input_from_a_pipe_by_name_is_all_read(command: Command, tmp_path: Path)
     assert sorted(effects(tmp_path)) == [f"reserve o{n}" for n in range(1, 6)]
 
 
-def test_an_input_without_lines_is_said_to_be_one(command: Command, tmp_path: Path) -> None:
+def test_an_input_without_lines_is_reported_as_empty(command: Command, tmp_path: Path) -> None:
     (tmp_path / "orders.jsonl").write_text("\n")
     done = command(*RUN)
     assert done.returncode == 0
     assert "no lines in orders.jsonl" in done.stderr.splitlines()
 
 
-def test_a_run_whose_queue_nobody_can_serve_ends_and_says_how_to_go_on(command: Command, tmp_path: Path) -> None:
+def test_a_run_whose_queue_no_worker_can_serve_ends_and_explains_how_to_continue(
+    command: Command, tmp_path: Path
+) -> None:
     (tmp_path / "some.jsonl").write_text('{"n": 1}\n{"n": 2}\n')
     done = command("run", "flows.py:needy", "--input", "some.jsonl", "--data", "data")
     assert (done.returncode, "Traceback" in done.stderr.splitlines()[-1]) == (1, False)
@@ -399,7 +401,7 @@ def test_results_through_a_link_are_in_the_file_behind_it(command: Command, tmp_
     assert list(results(tmp_path / "real.jsonl")) == ["o1"]
 
 
-def test_a_line_that_is_no_utf8_is_told_of_as_such(command: Command, tmp_path: Path) -> None:
+def test_a_line_that_is_no_utf8_is_reported_as_such(command: Command, tmp_path: Path) -> None:
     (tmp_path / "orders.jsonl").write_bytes(b'{"order_id": "o1", "amount": 1}\n{"order_id": "\xe9"}\n')
     done = command(*RUN)
     assert done.returncode == 1
@@ -414,7 +416,9 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(command: Command, tmp_path: Path, which: signal.Signals) -> None:
+def test_an_interrupted_run_explains_how_to_continue_and_does(
+    command: Command, tmp_path: Path, which: signal.Signals
+) -> None:
     write(tmp_path / "orders.jsonl", 400)
     (tmp_path / "out.jsonl").write_text("of an earlier run\n")
     (tmp_path / "slow").touch()

@@ -108,7 +108,7 @@ def own_up(tmp_path: Path) -> Iterator[Up]:
     up.kill()
 
 
-def test_it_says_in_one_line_that_it_is_ready(up: Up) -> None:
+def test_it_prints_in_one_line_that_it_is_ready(up: Up) -> None:
     assert up.said == "stageflow: serving orders, asked, parks, parcels from cluster\n"
 
 
@@ -212,7 +212,7 @@ def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Command) ->
         again.kill()
 
 
-def test_starting_needs_somebody_who_serves(tmp_path: Path, stageflow: Command) -> None:
+def test_starting_needs_a_running_cluster(tmp_path: Path, stageflow: Command) -> None:
     code, _, err = stageflow("start", "orders", "--data", tmp_path)
     assert code == 1
     assert f"nobody serves {tmp_path}" in err
@@ -264,7 +264,9 @@ def test_health_is_well_until_something_is_not(up: Up, stageflow: Command, monke
     )
 
 
-def test_nobody_is_not_well(tmp_path: Path, stageflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_without_a_cluster_is_not_healthy(
+    tmp_path: Path, stageflow: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stageflow_actors.runtime.health.PATIENCE", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
     assert (code, out) == (1, f"program: nobody serves {tmp_path}\n")

@@ -105,7 +105,7 @@ def test_a_data_directory_may_have_any_name(filled: Any, tmp_path: Path, run: Ru
         assert json.loads(ran.stdout)["data"] == str(tmp_path / f"any{BAD}"), "the very name, for programs"
 
 
-def test_a_damaged_journal_is_told_of_in_one_line_whatever_its_directory_is_called(
+def test_a_damaged_journal_is_reported_in_one_line_whatever_its_directory_is_called(
     filled: Any, tmp_path: Path, run: Run
 ) -> None:
     for number in range(3):

@@ -133,7 +133,7 @@ def test_a_dict_of_plain_values_comes_back_with_the_same_values_and_types(contex
         extra=plain,
     )
 )
-def test_a_typed_context_restores_what_its_annotations_say(order: Order) -> None:
+def test_a_typed_context_restores_the_types_of_its_annotations(order: Order) -> None:
     codec = ContextCodec(Order)
     data = codec.prepare(order)
     back = codec.decode(data)

@@ -99,7 +99,7 @@ def test_a_completed_instance_is_read_as_a_success() -> None:
     result.raise_for_status()
 
 
-def test_a_failed_instance_tells_what_was_compensated_and_what_was_not() -> None:
+def test_a_failed_instance_lists_what_was_compensated_and_what_was_not() -> None:
     result = result_of_outcome("i-1", outcome(**FAILED), CODEC, ["reserve", "mail", "pay", "ship"])
     assert [(s.stage_id, s.status) for s in result.stages] == [
         ("reserve", StageStatus.compensated),
@@ -143,7 +143,7 @@ def test_what_was_read_once_is_kept() -> None:
     assert result.stages is result.stages
 
 
-def test_results_are_equal_when_they_say_the_same() -> None:
+def test_results_are_equal_when_their_contents_are() -> None:
     one = result_of_outcome("i", outcome(), CODEC)
     assert one == result_of_outcome("i", Raw(outcome()), CODEC)
     assert one != result_of_outcome("j", outcome(), CODEC)
@@ -160,7 +160,7 @@ def test_a_result_and_its_error_survive_pickling() -> None:
     assert str(error) == str(WorkflowFailed(result))
 
 
-def test_its_repr_says_how_it_went() -> None:
+def test_its_repr_shows_the_outcome() -> None:
     assert repr(result_of_outcome("i", outcome(), CODEC)) == "WorkflowResult('i', 'orders', completed)"
     assert "failed_stage='ship'" in repr(result_of_outcome("i", outcome(**FAILED), CODEC))
 

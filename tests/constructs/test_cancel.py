@@ -57,7 +57,7 @@ def test_a_running_stage_is_killed_after_a_grace_and_what_completed_is_undone(
     assert runtime.instance(instance.id).status() == "cancelled"
 
 
-def test_a_stage_that_ends_by_itself_has_completed_and_is_undone(runtime: Runtime, gate: Path, eventually: Any) -> None:
+def test_a_stage_that_returns_early_has_completed_and_is_undone(runtime: Runtime, gate: Path, eventually: Any) -> None:
     instance = runtime.submit(heeding, {"gate": str(gate)})
     eventually(at_work(instance, "heeds"), "it is at work")
     assert instance.cancel() == "cancelled"
@@ -244,7 +244,7 @@ def test_a_parked_instance_can_be_cancelled(runtime: Runtime) -> None:
 parking = Workflow("parking", on_failure="park").add_stage(does("a"), **before).add_stage(does("b"), id="b")
 
 
-def test_who_cancels_what_is_compensating_is_told_so_and_it_goes_on(
+def test_cancelling_a_compensating_instance_returns_that_status_and_it_goes_on(
     runtime: Runtime, gate: Path, eventually: Any
 ) -> None:
     instance = runtime.submit(plain, {"fail": {"c": "raise", "undo-b": str(gate)}})
@@ -258,7 +258,7 @@ def test_who_cancels_what_is_compensating_is_told_so_and_it_goes_on(
 
 
 @pytest.mark.parametrize("end", ["completed", "compensated"])
-def test_who_cancels_what_has_ended_is_told_how(runtime: Runtime, end: str) -> None:
+def test_cancelling_a_finished_instance_returns_its_end(runtime: Runtime, end: str) -> None:
     instance = runtime.submit(plain, {} if end == "completed" else {"fail": {"c": "raise"}})
     instance.result(timeout=20)
     assert instance.cancel() == end
@@ -274,13 +274,13 @@ def test_cancelling_twice_changes_nothing(runtime: Runtime, eventually: Any) -> 
     assert undone(instance.id) == ["a"]
 
 
-def test_a_compensation_that_fails_while_cancelling_is_told(runtime: Runtime, eventually: Any) -> None:
+def test_a_compensation_that_fails_while_cancelling_is_reported(runtime: Runtime, eventually: Any) -> None:
     instance = runtime.submit(delayed, {"fail": {"undo-a": "raise"}})
     eventually(lambda: instance.status() == "waiting", "it waits")
     assert instance.cancel() == "compensation_failed"
 
 
-def test_nobody_can_be_cancelled_who_does_not_exist(runtime: Runtime) -> None:
+def test_an_unknown_instance_cannot_be_cancelled(runtime: Runtime) -> None:
     with pytest.raises(InstanceNotFound):
         runtime.instance("nobody")
 

@@ -19,7 +19,7 @@ from stageflow_actors import Config, Instance, InstanceNotFound, Runtime
 from stageflow_actors.testing import run
 
 
-def test_any_workflow_ends_in_this_process_as_its_description_says() -> None:
+def test_any_workflow_ends_in_this_process_as_its_description_requires() -> None:
     for seed in range(600):
         plan = Maker(Random(seed)).plan(longest=6)
         try:
@@ -30,7 +30,7 @@ def test_any_workflow_ends_in_this_process_as_its_description_says() -> None:
 
 
 @pytest.mark.parametrize("first", range(1000, 1400, 50))
-def test_any_workflow_ends_over_the_in_memory_broker_as_its_description_says(first: int) -> None:
+def test_any_workflow_ends_over_the_in_memory_broker_as_its_description_requires(first: int) -> None:
     seeds = range(first, first + 50)
     made = {f"w{seed}": Maker(Random(seed)).plan(longest=6) for seed in seeds}
     workflows = {name: build(plan, name) for name, plan in made.items()}
@@ -60,7 +60,7 @@ def plans() -> list[Plan]:
     return [Maker(Random(seed)).plan(longest=3) for seed in SEEDS]
 
 
-def test_the_random_workflows_say_everything_and_come_to_every_kind_of_end() -> None:
+def test_the_random_workflows_use_every_construct_and_come_to_every_kind_of_end() -> None:
     ends = {Meaning(plan).status for plan in plans()}
     assert ends == {"completed", "failed", "compensated", "compensation_failed", "parked"}
     kinds = {type(place) for plan in plans() for place in plan.places}
@@ -68,7 +68,7 @@ def test_the_random_workflows_say_everything_and_come_to_every_kind_of_end() -> 
 
 
 @pytest.mark.timeout(120)
-def test_any_workflow_ends_through_real_processes_as_its_description_says(tmp_path: Path) -> None:
+def test_any_workflow_ends_through_real_processes_as_its_description_requires(tmp_path: Path) -> None:
     made = plans()
     workflows = [build(plan, f"w{seed}") for seed, plan in zip(SEEDS, made, strict=True)]
     with Runtime(*workflows, data_dir=tmp_path / "data", config=Config(durability="write")) as runtime:

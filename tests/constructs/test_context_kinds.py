@@ -67,7 +67,7 @@ def test_branches_of_a_struct_that_travels_as_an_array_are_joined_by_field(execu
 
 
 @pytest.mark.parametrize("flow", [pair_clash, tagged_clash], ids=lambda flow: flow.id)
-def test_branches_at_odds_about_such_a_struct_are_told_by_the_name_of_the_field(
+def test_branches_that_conflict_about_such_a_struct_are_reported_by_field_name(
     execute: Any, flow: Workflow[Any]
 ) -> None:
     result = execute(flow, flow.context())

@@ -32,7 +32,7 @@ def test_an_attempt_is_about_those_that_failed_and_those_not_reached() -> None:
     assert (left(undoing), undoing.failed) == ([2, 1, 0], 0)
 
 
-def test_the_first_failure_of_the_attempt_is_told_with_how_many_there_are() -> None:
+def test_the_first_failure_of_the_attempt_is_reported_with_the_number_of_failures() -> None:
     undoing = ItemCompensationState.read(3, None)
     undoing.begin(0)
     for number in (2, 1, 0):
@@ -49,7 +49,7 @@ def test_the_first_failure_of_the_attempt_is_told_with_how_many_there_are() -> N
     assert undoing.described("m", 3) is None
 
 
-def test_who_ended_the_worker_is_found_out_the_second_time_and_the_attempt_goes_on() -> None:
+def test_the_message_that_ends_the_worker_is_found_the_second_time_and_the_attempt_goes_on() -> None:
     undoing = ItemCompensationState.read(6, None)
     undoing.begin(0)
     assert undoing.cut(0, DIED), "any of them may have"
@@ -64,7 +64,7 @@ def test_who_ended_the_worker_is_found_out_the_second_time_and_the_attempt_goes_
     assert (undoing.begin(3), left(undoing)) == (2, [4, 3, 2, 1, 0])
 
 
-def test_a_cut_that_is_told_twice_counts_once() -> None:
+def test_a_cut_that_is_reported_twice_counts_once() -> None:
     undoing = ItemCompensationState.read(6, None)
     undoing.begin(0)
     undoing.cut(0, DIED)

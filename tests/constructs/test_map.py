@@ -92,7 +92,7 @@ def test_an_item_without_a_result_has_none(execute: Any) -> None:
     assert stage_of(result, "picks").data == [None, 20]
 
 
-def test_each_item_is_retried_by_itself(execute: Any) -> None:
+def test_each_item_is_retried_alone(execute: Any) -> None:
     result = execute(picking, {"items": items("", ["raise"], "")})
     assert (result.status, result.context["picked"]) == ("completed", [0, 10, 20])
     assert sorted(words[:2] for words in noted(result.instance_id, "item")) == [
@@ -147,7 +147,7 @@ def test_an_item_that_has_been_undone_is_not_undone_again_when_another_fails_to_
     assert [words[0] for words in noted(result.instance_id, "put back")] == ["2", "1", "0", "1", "1"]
 
 
-def test_items_that_cannot_be_undone_are_told(execute: Any) -> None:
+def test_items_that_cannot_be_undone_are_reported(execute: Any) -> None:
     given = items(n=2)
     given[0]["undo"] = ["raise"] * 3
     result = execute(picking, {"items": given, "fail": {"after": "raise"}})
@@ -359,7 +359,7 @@ bills = (
 )
 
 
-def test_items_are_of_the_type_that_the_handler_says(execute: Any) -> None:
+def test_items_have_the_type_of_the_handlers_annotation(execute: Any) -> None:
     lines = [Line("a", Decimal("1.5")), Line("b", Decimal(2))]
     result = execute(bills, Bill(lines))
     assert result.status == "completed", result.error
@@ -372,7 +372,7 @@ def test_items_are_of_the_type_that_the_handler_says(execute: Any) -> None:
 plain_bills = Workflow("plain-bills").add_map("tax", tax, over=lambda bill: bill["lines"])
 
 
-def test_plain_items_become_what_the_handler_says(execute: Any) -> None:
+def test_plain_items_become_the_annotated_type_of_the_handler(execute: Any) -> None:
     result = execute(plain_bills, {"lines": [{"name": "a", "cost": "2"}]})
     assert result.failed_stage == "tax", "and a result without a typed field for it has to be plain"
     assert "a result of 'tax'" in result.error

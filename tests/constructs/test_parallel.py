@@ -365,7 +365,7 @@ parking = (
 
 
 @pytest.mark.parametrize("last", ["the one that fails", "the other one"])
-def test_a_branch_that_is_parked_is_told_when_nothing_else_is_in_work_and_resumes(
+def test_a_parked_branch_is_reported_when_nothing_else_is_in_work_and_resumes(
     runtime: Runtime, gate: Path, tmp_path: Path, eventually: Any, last: str
 ) -> None:
     switch = tmp_path / "switch"

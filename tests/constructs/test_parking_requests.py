@@ -27,7 +27,7 @@ def ask(context: dict[str, Any], ctx: StageContext) -> Any:
 unserved = Workflow("unserved", on_failure="park").add_stage(ask, id="ask")
 
 
-def test_whoever_waits_is_told_of_an_instance_parked_for_want_of_an_endpoint(runtime: Runtime) -> None:
+def test_a_waiting_caller_is_notified_of_an_instance_parked_for_lack_of_an_endpoint(runtime: Runtime) -> None:
     instance = runtime.submit(unserved, {})
     with pytest.raises(InstanceParked, match=r"endpoint 'nobody' did not answer within 0\.3 s"):
         instance.result(timeout=20)
@@ -76,7 +76,7 @@ def test_a_crash_before_the_parking_is_no_requeue() -> None:
     assert parking.deliver(attempts).outcome.outcome == DEAD
 
 
-def test_a_requeue_which_forgets_the_attempts_begins_the_stage_anew() -> None:
+def test_a_requeue_which_forgets_the_attempts_restarts_the_stage() -> None:
     parking = Parking()
     parking.deliver(0)
     parking.deliver(1)

@@ -155,7 +155,7 @@ def test_an_endpoint_may_answer_nothing(execute: Any) -> None:
     assert (result.status, result.context["got"]) == ("completed", None)
 
 
-def test_a_reply_that_cannot_travel_is_an_error_that_says_so(execute: Any) -> None:
+def test_a_reply_that_cannot_be_encoded_is_an_error_with_that_reason(execute: Any) -> None:
     result = execute(asking_once, {"command": {"do": "odd"}})
     assert result.failed_stage == "ask"
     assert "the reply of 'stock'" in result.error
@@ -342,7 +342,7 @@ def test_a_reply_that_cannot_be_taken_in_is_a_failure_that_the_policy_sees(execu
     assert "left" not in result.context
 
 
-def test_a_remote_stage_nobody_serves_has_its_own_timeout(execute: Any) -> None:
+def test_a_remote_stage_without_a_worker_has_its_own_timeout(execute: Any) -> None:
     result = execute(unserved, {})
     assert (result.status, result.failed_stage, stage_of(result, "nobody").attempts) == ("failed", "nobody", 2)
     assert result.error == "StageTimeout: endpoint 'nobody' did not answer within 0.05 s"
@@ -451,7 +451,7 @@ globals().update({f"somebody_{f.id}": f for f in SOMEBODY_NEXT.values()})
 
 
 @pytest.mark.parametrize("who", SOMEBODY_NEXT)
-def test_a_reply_is_the_payload_of_whoever_comes_next(execute: Any, who: str) -> None:
+def test_a_reply_is_the_payload_of_the_next_stage(execute: Any, who: str) -> None:
     result = execute(SOMEBODY_NEXT[who], {})
     assert (result.status, stage_of(result, "ask").data) == ("completed", None)
     assert result.context["taken"] == ["for ask", None]

@@ -283,7 +283,7 @@ def test_another_context_for_a_parked_branch_is_of_that_branch_alone(runtime: Ru
     assert instance.restart(context={}).result(timeout=20).status == "completed"
 
 
-def test_a_dead_letter_that_cannot_be_read_is_told_of(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_letter_that_cannot_be_read_is_reported(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = runtime.submit(parking, {"fail": {"b": "raise"}})
     parked(instance)
     group = runtime._query("inspect", [instance.id])[instance.id]
@@ -402,7 +402,7 @@ gathering = (
 )
 
 
-def test_a_signal_that_nobody_has_taken_outlives_a_restart(runtime: Runtime) -> None:
+def test_a_signal_that_no_stage_has_consumed_outlives_a_restart(runtime: Runtime) -> None:
     instance = runtime.submit(early, {"fail": {"a": "raise"}})
     parked(instance)
     instance.signal("s", "kept")

@@ -205,7 +205,7 @@ def test_on_timeout_decides_when_none_came_in_time(execute: Any) -> None:
     assert (result.status, result.error) == ("compensated", "TimeoutError: nobody cares")
 
 
-def test_a_signal_that_is_never_given_and_never_given_up_is_told_in_this_process() -> None:
+def test_a_signal_without_sender_or_timeout_is_reported_in_this_process() -> None:
     with pytest.raises(StageFlowError, match=r"waits for the signal 'answer'.*signals="):
         run(plain, {})
 
@@ -249,7 +249,7 @@ def test_equal_signals_are_several(runtime: Runtime) -> None:
     assert instance.result(timeout=20).success
 
 
-def test_a_signal_to_nobody_is_an_error(runtime: Runtime) -> None:
+def test_a_signal_to_an_unknown_instance_is_an_error(runtime: Runtime) -> None:
     finished = runtime.submit(nothing, {})
     finished.result(timeout=20)
     with pytest.raises(InstanceNotFound):

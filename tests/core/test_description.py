@@ -100,12 +100,12 @@ def test_one_that_is_being_undone_shows_what_has_been() -> None:
     assert [(c.stage_id, c.status, c.duration) for c in standing.compensations] == [("reserve", "completed", 0.5)]
 
 
-def test_one_that_waits_says_for_what() -> None:
+def test_a_waiting_instance_names_what_it_waits_for() -> None:
     standing = standing_of(group(gathers=[{"key": "checks", "need": 3, "arrived": 1}]))
     assert (standing.status, standing.waiting) == ("waiting", ["checks (1 of 3)"])
 
 
-def test_one_that_waits_for_a_signal_is_told_from_what_waits() -> None:
+def test_an_instance_that_waits_for_a_signal_is_described_from_the_waiting_message() -> None:
     joined = gather("checks", b"", need=None)
     early = gather("signal:other", b"", need=None, arrived=1)
     late = gather(":timeout", encode(60.0))
@@ -120,7 +120,7 @@ def test_one_that_waits_for_a_signal_is_told_from_what_waits() -> None:
     ]
 
 
-def test_of_several_that_wait_the_one_that_began_last_tells_most() -> None:
+def test_of_several_waiting_messages_the_newest_describes_the_instance() -> None:
     branch = encode(Envelope("orders", 3, "stock", raw({"n": 2}), TRAIL, 9.0))
     waits = [gather("reply:stock:7", branch, opened=21.0), gather("pay", envelope(), need=2, arrived=1)]
     standing = standing_of(group(gathers=waits))
@@ -143,7 +143,7 @@ def test_of_a_map_stage_its_context_is_shown_and_not_its_items() -> None:
     assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "failed")]
 
 
-def test_one_whose_command_is_at_an_endpoint_is_told_from_what_waits_for_the_reply() -> None:
+def test_an_instance_at_an_endpoint_is_described_from_the_message_that_waits_for_the_reply() -> None:
     command = message("stageflow.endpoint.bank", "bank", body=encode(Command("reply:pay:3", raw(1), "orders", "pay")))
     standing = standing_of(group(command, gathers=[gather("reply:pay:3", envelope())]))
     assert (standing.workflow_id, standing.stage, standing.waiting) == ("orders", "pay", ["reply to pay"])
@@ -163,7 +163,7 @@ def test_the_workflow_of_a_group_is_read_from_its_bodies() -> None:
     assert version_of(group() | {"heads": [envelope()[:4]]}) is None
 
 
-def test_one_that_has_ended_is_told_from_its_outcome() -> None:
+def test_a_finished_instance_is_described_from_its_outcome() -> None:
     standing = standing_of(group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"))
     assert (standing.status, standing.finished_at, standing.error) == ("compensated", 12.0, "ValueError: no")
 

@@ -59,7 +59,7 @@ def plain(value: Any) -> Any:
 
 
 @given(TRAILS)
-def test_a_trail_gives_back_the_records_in_the_order_they_were_appended(records: list[StageRecord]) -> None:
+def test_a_trail_returns_the_records_in_the_order_they_were_appended(records: list[StageRecord]) -> None:
     assert [plain(record) for record in decode_trail(make_trail(records))] == [plain(record) for record in records]
 
 

@@ -51,7 +51,7 @@ def test_a_text_that_is_too_long_is_cut() -> None:
 
 
 @given(st.text())
-def test_whatever_an_exception_says_can_be_attached_to_a_message(text: str) -> None:
+def test_any_exception_text_can_be_attached_to_a_message(text: str) -> None:
     failure = failure_of(ValueError(text))
     assert read_failure(write_failure(failure)) == failure
 
@@ -87,7 +87,7 @@ def test_deaths_timeouts_and_expiry_arrive_as_their_own_types(
     assert str(made) == text
 
 
-def test_what_the_broker_says_of_an_expired_message_is_a_failure() -> None:
+def test_an_expired_message_carries_a_failure_from_the_broker() -> None:
     failure = read_failure(EXPIRED)
     assert failure is not None
     assert failure.kind == "expired"
@@ -110,7 +110,7 @@ def test_a_failure_fits_where_there_is_little_room(text: str, error_type: str, s
     assert kept.message == text.partition(STDERR)[0] or kept.message.endswith(" …")
 
 
-def test_what_no_policy_has_decided_tells_the_failure_once_and_why() -> None:
+def test_a_failure_without_a_policy_decision_is_reported_once_with_the_reason() -> None:
     died = Failure("died", f"WorkerDied: exit code 3{STDERR}Traceback", "WorkerDied")
     told = undecided(brief(died, 1_000), "ran longer than a second")
     text = "WorkerDied: exit code 3 (and its retry policy ran longer than a second)"

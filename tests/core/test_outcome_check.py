@@ -68,11 +68,11 @@ def test_what_can_be_true_is_taken(outcome: Outcome) -> None:
         (ended("compensated", ("b", "completed"), ("b", "completed"), trail=DONE), "b, b, which is not the reverse"),
     ],
 )
-def test_what_cannot_be_true_is_told(outcome: Outcome, fault: str) -> None:
+def test_what_cannot_be_true_is_reported(outcome: Outcome, fault: str) -> None:
     assert fault in (judge(outcome) or "nothing")
 
 
-def test_what_cannot_be_read_is_told() -> None:
+def test_what_cannot_be_read_is_reported() -> None:
     whole = ended("completed")
     for outcome in (b"", b"\xc1", encode(whole)[:-1]):
         assert "its outcome cannot be read" in (untrue("orders", 2, "completed", None, None, outcome) or "nothing")
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_told() -> None:
     assert "ended at nan" in (judge(whole) or "nothing")
 
 
-def test_a_row_that_says_otherwise_than_its_outcome_is_told() -> None:
+def test_a_row_that_contradicts_its_outcome_is_reported() -> None:
     outcome = encode(ended("completed"))
     assert untrue("orders", 2, "completed", None, None, outcome) is None
     assert untrue("orders", 3, "completed", None, None, outcome) == "its row says version 3, its outcome 2"

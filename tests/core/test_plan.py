@@ -38,7 +38,7 @@ def sample() -> Workflow[dict[str, Any]]:
     )
 
 
-def test_a_plan_says_all_that_routing_and_pools_need() -> None:
+def test_a_plan_holds_all_that_routing_and_pools_need() -> None:
     plan = compile_plan(sample(), Naming(), default_ttl=9.0)
     assert (plan.id, plan.version, plan.on_failure) == ("orders", 3, "park")
     reserve, mail, ship = plan.stages
@@ -71,7 +71,7 @@ def test_a_workflow_without_compensations_still_names_its_queue() -> None:
 
 
 @given(st.text(min_size=1, max_size=8) | st.text("abz09._-", min_size=1, max_size=8))
-def test_no_id_of_a_stage_can_be_taken_for_a_label_of_ours(text: str) -> None:
+def test_no_stage_id_can_equal_an_internal_label(text: str) -> None:
     try:
         id = check_id(text, "a stage")
     except WorkflowDefinitionError:
@@ -81,7 +81,7 @@ def test_no_id_of_a_stage_can_be_taken_for_a_label_of_ours(text: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["required", "after", "compensation", "order", "park"])
-def test_the_fingerprint_tells_plans_apart_that_instances_in_flight_would_notice(change: str) -> None:
+def test_the_fingerprint_distinguishes_plans_that_instances_in_flight_would_notice(change: str) -> None:
     def build(changed: str | None) -> str:
         ids = ["b", "a"] if changed == "order" else ["a", "b"]
         flow = Workflow("flow", on_failure="park" if changed == "park" else "compensate")

@@ -67,7 +67,7 @@ def test_where_nothing_was_kept_nothing_is_taken_up() -> None:
     assert take_up_branches({"a step": b""}, packed({})) is None
 
 
-def test_more_than_a_message_may_be_is_not_kept_and_that_is_said() -> None:
+def test_more_than_a_message_may_be_is_not_kept_and_that_is_reported() -> None:
     assert bounded(None, 10) is None
     assert bounded({"a": b"12345", "b": b"12345"}, 10) == {"a": b"12345", "b": b"12345"}
     assert bounded({"a": b"12345", "b": b"123456"}, 10) == {TOO_LARGE: b""}

@@ -247,7 +247,7 @@ def test_a_dead_letter_of_a_compensation_counts_as_failed_and_the_others_go_on()
     ]
 
 
-def test_an_event_of_a_version_or_stage_that_nobody_registered_is_not_guessed_at() -> None:
+def test_an_event_of_an_unregistered_version_or_stage_is_not_guessed() -> None:
     plans = {("flow", 2): make_plan("a")}
     with pytest.raises(UnknownPlan, match="version 1 of workflow 'flow' is not registered"):
         decide(FAILED, encode(make_envelope("a")), None, 1, plans, NAMING, 9.0)

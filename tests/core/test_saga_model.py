@@ -209,7 +209,7 @@ def ending_of(result: WorkflowResult[Any]) -> Ending:
 
 @settings(max_examples=400, deadline=None)
 @given(st.randoms(use_true_random=False))
-def test_any_saga_ends_in_this_process_as_its_description_says(random: Random) -> None:
+def test_any_saga_ends_in_this_process_as_its_description_requires(random: Random) -> None:
     saga = make_saga(random)
     assert ending_of(run(build(saga), {"log": []})) == interpret(saga)
 
@@ -223,7 +223,7 @@ SEEDS = range(15)
 
 
 @pytest.mark.timeout(120)
-def test_any_saga_ends_through_real_processes_as_its_description_says(tmp_path: Path) -> None:
+def test_any_saga_ends_through_real_processes_as_its_description_requires(tmp_path: Path) -> None:
     sagas = [make_saga(Random(seed), longest=4) for seed in SEEDS]
     workflows = [build(saga, f"saga-{seed}") for seed, saga in enumerate(sagas)]
     with Runtime(*workflows, data_dir=tmp_path / "data", config=Config(durability="write")) as runtime:

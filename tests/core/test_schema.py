@@ -108,5 +108,5 @@ class Odd:
 
 
 @pytest.mark.parametrize("context", [dict, Listed, Odd])
-def test_of_other_contexts_nothing_is_told(context: Any) -> None:
+def test_other_contexts_have_no_schema(context: Any) -> None:
     assert shape_of(context) is None

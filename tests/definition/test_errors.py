@@ -88,7 +88,7 @@ def test_the_docstring_draws_every_error() -> None:
         ),
     ],
 )
-def test_messages_say_what_happened_and_where(error: StageFlowError, message: str) -> None:
+def test_messages_name_the_event_and_its_place(error: StageFlowError, message: str) -> None:
     assert str(error).startswith(message)
 
 
@@ -98,6 +98,6 @@ def test_a_timeout_made_of_a_message_claims_no_stage() -> None:
     assert WorkerDied("pay", "SIGSEGV", -11).exit_code == -11
 
 
-def test_a_stage_error_is_final_unless_it_says_otherwise() -> None:
+def test_a_stage_error_is_final_unless_it_is_marked_otherwise() -> None:
     assert StageError("no").retryable is False
     assert StageError("busy", retryable=True).retryable is True

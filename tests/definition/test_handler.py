@@ -115,7 +115,7 @@ def test_a_generator_is_refused_because_calling_it_runs_nothing() -> None:
         inspect_handler(handler, "stage 's'")
 
 
-def test_async_handlers_are_told_apart() -> None:
+def test_async_handlers_are_distinguished() -> None:
     assert inspect_handler(asynchronous, "s").is_async
     assert inspect_handler(functools.partial(asynchronous), "s").is_async
     assert inspect_handler(AsyncExecute(), "s").is_async

@@ -42,12 +42,12 @@ def test_a_single_attempt_is_never_followed_by_another() -> None:
     assert Retry.fixed(1, 0).next_delay(1, BOOM) is None
 
 
-def test_a_delay_of_nought_is_not_giving_up() -> None:
+def test_a_delay_of_zero_is_not_giving_up() -> None:
     assert Retry.fixed(2, 0).next_delay(1, BOOM) == 0
 
 
 @pytest.mark.parametrize(("drawn", "delay"), [(0.0, 4.0), (0.5, 3.0), (0.999999, 2.000002)])
-def test_jitter_takes_away_up_to_half_as_its_random_says(drawn: float, delay: float) -> None:
+def test_jitter_takes_away_up_to_half_by_its_random_number(drawn: float, delay: float) -> None:
     policy = Retry.exponential(9, 1, 30, random=lambda: drawn)
     assert policy.next_delay(3, BOOM) == pytest.approx(delay)
 

@@ -47,7 +47,7 @@ def ids(workflow: Workflow[Any]) -> list[str]:
     return [stage.id for stage in workflow.stages]
 
 
-def test_the_decorator_gives_back_the_very_function() -> None:
+def test_the_decorator_returns_the_same_function() -> None:
     workflow = Workflow("orders", context=Order)
     assert workflow.stage(ship) is ship
     assert workflow.stage(timeout=30, actors=4)(reserve_inventory) is reserve_inventory

@@ -32,7 +32,7 @@ def test_an_empty_directory_and_one_in_which_all_has_finished_are_sound(books: A
     assert report.said["checked"]["ended_in_journal"] == 2
 
 
-def test_a_directory_in_which_nothing_has_run_is_said_to_be_one(tmp_path: Path, doctor: Doctor) -> None:
+def test_a_directory_in_which_nothing_has_run_is_reported_as_such(tmp_path: Path, doctor: Doctor) -> None:
     report = doctor(tmp_path)
     assert report.code == 0
     assert "nothing has run" in report.one("info", "journal")["what"]
@@ -209,7 +209,7 @@ def test_after_a_repair_the_directory_is_sound_and_the_copies_are_named(
     assert "journal repair" in report.one("info", "copies")["what"]
 
 
-def test_a_torn_end_is_told_and_breaks_nothing(books: Any, doctor: Doctor, snapshot: Any) -> None:
+def test_a_torn_end_is_reported_and_breaks_nothing(books: Any, doctor: Doctor, snapshot: Any) -> None:
     books.publish("A")
     path = books.close()
     segment = path / "journal" / "0000000000000001.journal"
@@ -225,7 +225,7 @@ def test_a_torn_end_is_told_and_breaks_nothing(books: Any, doctor: Doctor, snaps
     assert snapshot(path) == before
 
 
-def test_clocks_that_were_set_back_are_told(books: Any, doctor: Doctor) -> None:
+def test_clocks_that_were_set_back_are_reported(books: Any, doctor: Doctor) -> None:
     books.publish("A")
     path = books.close()
     books.append((records.STARTED, 7), wall=time.time() + 7200)
@@ -234,7 +234,7 @@ def test_clocks_that_were_set_back_are_told(books: Any, doctor: Doctor) -> None:
     assert "ahead of this machine's clock" in report.one("warning", "clock")["what"]
 
 
-def test_files_that_others_may_write_are_told(books: Any, doctor: Doctor) -> None:
+def test_files_that_others_may_write_are_reported(books: Any, doctor: Doctor) -> None:
     path = books.close()
     path.chmod(0o777)
     report = doctor(path)
@@ -266,7 +266,7 @@ def test_something_in_the_place_of_the_sockets_is_found(
     assert "it is not a directory" in doctor(path).one("error", "sockets")["what"]
 
 
-def test_a_full_disk_is_told(books: Any, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(books: Any, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     path = books.close()
     usage = shutil.disk_usage(path)._replace(free=50 << 20)
     monkeypatch.setattr("stageflow_actors.runtime.premises.shutil.disk_usage", lambda _: usage)
@@ -275,7 +275,7 @@ def test_a_full_disk_is_told(books: Any, doctor: Doctor, monkeypatch: pytest.Mon
     assert "52 MB are free" in report.one("warning", "room")["what"]
 
 
-def test_messages_that_no_workflow_will_take_are_told(books: Any, doctor: Doctor) -> None:
+def test_messages_that_no_workflow_will_take_are_reported(books: Any, doctor: Doctor) -> None:
     books.publish("A", "stageflow.gone.stage0")
     books.ask.set_fact(SERVED_FACT, write_served(Served([], Naming(), 1 << 20)))
     found = doctor(books.close()).one("warning", "unserved")
@@ -290,13 +290,13 @@ def test_what_stands_still_on_purpose_is_named_with_its_command(books: Any, doct
     assert report.one("info", "paused")["advice"] == f"stageflow queue resume {FIRST}"
 
 
-def test_a_record_of_the_cluster_that_cannot_be_read_is_told(books: Any, doctor: Doctor) -> None:
+def test_a_record_of_the_cluster_that_cannot_be_read_is_reported(books: Any, doctor: Doctor) -> None:
     path = books.close()
     (path / "cluster.json").write_text("{")
     assert doctor(path).one("warning", "lock")["where"] == str(path / "cluster.json")
 
 
-def test_a_table_says_where_what_and_what_to_do(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_table_has_place_finding_and_advice(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
     from stageflow_actors.cli.main import main
 
     books.publish("A")

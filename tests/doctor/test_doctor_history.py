@@ -86,7 +86,7 @@ def test_an_index_that_has_lost_a_row_is_found(books: Any, doctor: Doctor) -> No
     assert any("instance_by_id" in one["what"] for one in doctor(path).errors())
 
 
-def test_a_history_out_of_wal_mode_is_told(books: Any, doctor: Doctor) -> None:
+def test_a_history_out_of_wal_mode_is_reported(books: Any, doctor: Doctor) -> None:
     books.finish("A")
     path = books.close()
     with sqlite3.connect(path / "history.db") as database:
@@ -104,7 +104,7 @@ def test_a_journal_that_is_gone_is_found(books: Any, doctor: Doctor) -> None:
     assert "the journal is missing" in doctor(path).one("error", "journal")["what"]
 
 
-def test_the_journal_of_another_cluster_is_told(books: Any, doctor: Doctor) -> None:
+def test_the_journal_of_another_cluster_is_reported(books: Any, doctor: Doctor) -> None:
     books.finish("A")
     books.ask.set_fact("history", "")
     path = books.close()
@@ -139,7 +139,7 @@ def test_a_row_that_cannot_be_true_is_found(books: Any, doctor: Doctor, column: 
     assert report.said["checked"]["ended"] == 3, "it goes on behind it"
 
 
-def test_how_many_ends_could_be_compared_is_said(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_compared_ends_is_reported(books: Any, capfd: pytest.CaptureFixture[str]) -> None:
     books.finish("A", "B")
     books.record("given back with its segment")
     assert main(["doctor", "--data", str(books.close())]) == 0

@@ -116,7 +116,7 @@ def test_books_that_agree_have_no_contradictions() -> None:
         (known_by_another_number, "message 1 is known as 99"),
     ],
 )
-def test_each_contradiction_is_told(mistake: Callable[[Any], None], sentence: str) -> None:
+def test_each_contradiction_is_reported(mistake: Callable[[Any], None], sentence: str) -> None:
     store = machine().store
     mistake(store)
     assert sentence in list(contradictions(store))
@@ -133,7 +133,7 @@ def test_a_lease_needs_a_process_that_lives() -> None:
     assert list(leases(audit, lambda pid: True)) == []
 
 
-def test_a_queue_that_waits_for_workers_is_told() -> None:
+def test_a_queue_that_waits_for_workers_is_reported() -> None:
     found = list(leases({"sessions": [], "awaited": {"q": 3}}, lambda pid: True))
     assert [(one.severity, one.where) for one in found] == [("warning", "q")]
     assert "3 workers" in found[0].what
@@ -160,10 +160,10 @@ def queue(name: str, **facts: Any) -> dict[str, Any]:
         (queue("served", breaker="closed"), True, []),
     ],
 )
-def test_what_is_told_of_a_queue(described: dict[str, Any], live: bool, found: list[tuple[str, str]]) -> None:
+def test_the_statistics_of_a_queue(described: dict[str, Any], live: bool, found: list[tuple[str, str]]) -> None:
     told = queues({"queues": [described]}, {"served"}, Naming(), live)
     assert [(one.check, one.where) for one in told] == found
 
 
-def test_where_nobody_knows_what_is_served_nothing_is_unserved() -> None:
+def test_without_a_manifest_no_message_counts_as_orphaned() -> None:
     assert list(queues({"queues": [queue("a", ready=1)]}, None, Naming(), False)) == []

@@ -30,18 +30,18 @@ def state_and_last_line(result: WorkflowResult[Report]) -> tuple[State, str, int
 
 
 @pytest.mark.parametrize(("amount", "levels"), [(1, 1), (500, 1), (501, 2), (5000, 2), (5001, 3)])
-def test_the_amount_says_how_many_are_asked(amount: int, levels: int) -> None:
+def test_the_amount_decides_how_many_are_asked(amount: int, levels: int) -> None:
     assert approval.levels_of(amount) == ("lead", "head", "finance")[:levels]
 
 
-def test_when_all_say_yes_it_is_paid() -> None:
+def test_when_all_approve_it_is_paid() -> None:
     result = decide(9000, lead=YES, head=YES, finance=YES)
     assert state_and_last_line(result) == (State.PAID, "paid", 0)
     assert result.success
 
 
 @pytest.mark.parametrize("refuser", ["lead", "head", "finance"])
-def test_whoever_says_no_ends_it_and_the_budget_is_released(refuser: str) -> None:
+def test_any_rejection_ends_it_and_the_budget_is_released(refuser: str) -> None:
     result = decide(9000, **{level: NO if level == refuser else YES for level in ("lead", "head", "finance")})
     assert result.status.value == "compensated"
     assert result.failed_stage == refuser
@@ -99,6 +99,6 @@ def test_the_example_runs_its_four_reports_through_their_approvals(tmp_path: Pat
     assert "refused: StageError: Katherine (finance) said no: not this year" in ran.stdout
 
 
-def test_its_help_says_what_it_does() -> None:
+def test_its_help_describes_it() -> None:
     ran = subprocess.run([sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=True)
     assert "one plain, one escalated, one refused, one forgotten" in " ".join(ran.stdout.split())

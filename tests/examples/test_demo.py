@@ -47,7 +47,7 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_kill_all_kills_a_program_and_its_descendants_and_nobody_else(
+def test_kill_all_kills_a_program_and_its_descendants_and_no_other_process(
     family: Family, bystander: subprocess.Popen[bytes]
 ) -> None:
     with subprocess.Popen(family.command) as program:
@@ -66,7 +66,7 @@ def test_nothing_is_left_of_a_run_that_is_broken_off(error: type[BaseException],
     assert all(run_demo.has_ended(process) for process in processes)
 
 
-def test_a_run_that_ends_by_itself_is_told_from_one_that_got_far_enough(bystander: subprocess.Popen[bytes]) -> None:
+def test_a_run_that_exits_is_distinguished_from_one_that_got_far_enough(bystander: subprocess.Popen[bytes]) -> None:
     with run_demo.started([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) as program:
         assert run_demo.wait(program) == 3
     looks = iter([False, False, True])

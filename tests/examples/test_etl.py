@@ -109,7 +109,7 @@ def test_a_folder_without_python_fails_at_once(tmp_path: Path) -> None:
     )
 
 
-def test_its_help_says_what_it_does() -> None:
+def test_its_help_describes_it() -> None:
     ran = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "etl.py"), "--help"], capture_output=True, text=True, check=True
     )

@@ -62,7 +62,7 @@ def test_the_orders_run_once_and_the_shop_balances_until_its_books_are_touched(f
     assert folder.audit().returncode == 1
 
 
-def test_one_order_can_be_run_alone_and_tells_its_stages(folder: Folder) -> None:
+def test_one_order_can_be_run_alone_and_lists_its_stages(folder: Folder) -> None:
     assert folder.example("init").returncode == 0
     order_id = folder.orders[0]["order_id"]
     ran = folder.example("order", order_id, "--input", "orders.jsonl")

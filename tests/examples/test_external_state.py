@@ -42,7 +42,7 @@ def test_each_stage_leaves_its_state_in_the_store(redis_url: str, client: Any, t
     assert state["context"]["reserved"] is False
 
 
-def test_the_example_runs_as_its_docstring_says(redis_url: str, client: Any, tmp_path: Path) -> None:
+def test_the_example_runs_as_its_docstring_describes(redis_url: str, client: Any, tmp_path: Path) -> None:
     example = Path(main.__code__.co_filename)
     done = subprocess.run(
         [sys.executable, str(example), redis_url], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True

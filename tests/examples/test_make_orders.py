@@ -15,7 +15,7 @@ def test_the_files_in_the_repository_are_what_the_script_makes() -> None:
         assert path.read_text("utf-8") == text, f"run scripts/make_orders.py: {path.name} is out of date"
 
 
-def test_check_says_which_file_differs(
+def test_check_names_the_file_that_differs(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(make_orders, "EXAMPLES", tmp_path)

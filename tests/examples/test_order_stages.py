@@ -69,7 +69,7 @@ def test_the_compensations_undo_all_of_it(order: Order, shop: Shop) -> None:
     assert shop.reserve("other", "O-2", {"TEA": 10, "POT": 2})
 
 
-def test_a_declined_card_is_told_by_its_stage(order: Order, shop: Shop) -> None:
+def test_a_declined_card_is_reported_by_its_stage(order: Order, shop: Shop) -> None:
     order.card, order.total = "tok_bad", 100
     ctx: Any = FakeContext()
     with pytest.raises(CardDeclined, match="card expired"):
@@ -105,7 +105,7 @@ def test_each_order_of_the_file_is_one() -> None:
     assert len({line["order_id"] for line in lines}) == len(lines) == 2000
 
 
-def test_the_shop_is_where_the_environment_says(shop_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shop_is_where_the_environment_variable_points(shop_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_DB", str(shop_db))
     shop = order_processing.open_shop()
     assert shop.email_of("C-1") == "ida@example.org"

@@ -22,7 +22,7 @@ BLOCKS = re.findall(
 
 
 @pytest.mark.parametrize(("code", "output"), BLOCKS, ids=[f"block {number}" for number in range(1, len(BLOCKS) + 1)])
-def test_a_block_of_the_readme_runs_and_prints_what_it_says(code: str, output: str, tmp_path: Path) -> None:
+def test_a_block_of_the_readme_runs_and_prints_what_it_shows(code: str, output: str, tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text(code, "utf-8")
     ran = subprocess.run(

@@ -208,7 +208,7 @@ def test_a_stage_that_keeps_failing_is_left_alone(name: str, example: Example) -
 
 
 @pytest.mark.parametrize("name", ["cancelled"])
-def test_a_stage_ends_by_itself_when_its_instance_is_cancelled(name: str, example: Example, eventually: Any) -> None:
+def test_a_stage_can_return_early_when_its_instance_is_cancelled(name: str, example: Example, eventually: Any) -> None:
     flow = example.read()
     with example.names["runtime"] as runtime:
         instance = runtime.submit(flow, {})
@@ -217,7 +217,7 @@ def test_a_stage_ends_by_itself_when_its_instance_is_cancelled(name: str, exampl
 
 
 @pytest.mark.parametrize("name", ["events"])
-def test_what_happens_is_told(name: str, example: Example, eventually: Any) -> None:
+def test_what_happens_is_in_the_history(name: str, example: Example, eventually: Any) -> None:
     flow = example.read()
     with example.names["runtime"] as runtime:
         runtime.execute(flow, {"id": 7}, timeout=30)
@@ -237,7 +237,7 @@ def test_the_state_of_each_stage_is_in_the_store(name: str, example: Example, re
 
 
 @pytest.mark.parametrize("name", PRINTING)
-def test_an_example_that_prints_says_how_it_ended(
+def test_an_example_that_prints_shows_how_it_ended(
     name: str, example: Example, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example.read()

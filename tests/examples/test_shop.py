@@ -125,7 +125,7 @@ def test_a_busy_gateway_has_charged_nothing(shop_db: Path) -> None:
     assert rows(shop_db, "SELECT * FROM ledger") == []
 
 
-def test_a_missing_shop_says_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_shop_is_an_error_that_explains_how_to_create_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"order_processing.py init"):
         Shop(tmp_path / "shop.db")
 

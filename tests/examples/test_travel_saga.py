@@ -88,6 +88,6 @@ def test_a_wish_that_makes_no_sense_is_refused_at_the_door(trip: Trip) -> None:
         run(travel_saga.travel("http://127.0.0.1:1"), trip, services={"desk": lambda: None})
 
 
-def test_its_help_says_what_it_does() -> None:
+def test_its_help_describes_it() -> None:
     ran = subprocess.run([sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=True)
     assert "all of each or nothing" in ran.stdout

@@ -270,7 +270,7 @@ def test_damage_in_the_middle_is_named_when_it_is_met(path: Path) -> None:
         assert reader.check() != []
 
 
-def test_a_newer_format_says_upgrade(path: Path) -> None:
+def test_a_newer_format_is_an_error_that_advises_an_upgrade(path: Path) -> None:
     HistoryWriter.open(path, create=True).close()
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 99")
@@ -361,7 +361,7 @@ def test_a_history_that_others_can_read_is_closed_to_them_when_it_is_written_nex
         assert reader.get("a") is not None
 
 
-def test_a_history_of_somebody_else_keeps_its_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_history_of_another_user_keeps_its_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     HistoryWriter.open(path, create=True).close()
     path.chmod(0o644)
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)

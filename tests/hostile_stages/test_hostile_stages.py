@@ -377,7 +377,7 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("handler", DEATHS, ids=lambda handler: handler.__name__)
-def test_a_stage_that_ends_its_worker_is_a_death_that_says_how_it_died_and_what_was_written_last(
+def test_a_stage_that_ends_its_worker_is_a_death_with_its_exit_and_its_last_output(
     run: Callable[[Handler], WorkflowResult[Row]], handler: Handler
 ) -> None:
     result = run(handler)
@@ -479,7 +479,7 @@ def test_what_a_stage_changes_of_its_process_is_not_seen_by_other_stages(
     assert after["home"] == "here"
 
 
-def test_a_stage_that_kills_the_process_above_its_worker_is_run_again_and_nobody_is_charged(
+def test_a_stage_that_kills_the_process_above_its_worker_is_run_again_and_no_message_is_charged(
     runtime: Runtime, run: Callable[..., WorkflowResult[Row]]
 ) -> None:
     result = run(shoot_the_parent)
@@ -487,7 +487,7 @@ def test_a_stage_that_kills_the_process_above_its_worker_is_run_again_and_nobody
     assert result.stages[0].attempts == 1, "a zygote's death is no death of a worker"
 
 
-def test_all_in_all_the_other_stages_worked_as_they_do_without_those_from_hell(others: Any) -> None:
+def test_overall_the_other_stages_worked_as_they_do_without_the_hostile_ones(others: Any) -> None:
     others.all_in_all()
 
 

@@ -171,7 +171,7 @@ def test_what_a_worker_and_its_forks_share_counts_once(runtime: Runtime) -> None
     assert result.stages[0].data > 1.5 * LIMIT, "the sum of their RSS says too much"
 
 
-def test_a_worker_that_uses_too_much_when_idle_is_replaced_and_nobody_charged(
+def test_a_worker_that_uses_too_much_when_idle_is_replaced_and_no_message_charged(
     runtime: Runtime, eventually: Callable[..., Any]
 ) -> None:
     first = runtime.execute(bombs[swell_afterwards], {}, timeout=60).stages[0].data
@@ -182,7 +182,7 @@ def test_a_worker_that_uses_too_much_when_idle_is_replaced_and_nobody_charged(
     assert result.stages[0].data != first
 
 
-def test_a_limit_that_no_worker_can_keep_pauses_the_pool_and_says_so(
+def test_a_limit_that_no_worker_can_keep_pauses_the_pool_with_that_reason(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], eventually: Callable[..., Any]
 ) -> None:
     runtime = Runtime(cramped, data_dir=tmp_path / "data").start()
@@ -212,7 +212,7 @@ def test_when_memory_runs_out_the_kernel_would_rather_end_a_worker_than_the_node
     assert worker > max(map(int, kept_up)) or worker == 1000
 
 
-def test_memory_over_tells_how_much_there_is_and_nothing_of_processes_that_are_gone() -> None:
+def test_memory_over_reports_sizes_and_skips_processes_that_have_exited() -> None:
     assert memory_over(os.getpid(), 1 << 40) == 0
     assert memory_over(os.getpid(), 1 << 20) > 1 << 20
     ended = subprocess.Popen(["true"])

@@ -53,13 +53,11 @@ Extension modules: msgspec._core, zmq.backend.cython._zmq (total: 2)
         ),
     ],
 )
-def test_of_what_a_worker_wrote_a_few_lines_are_told_and_of_a_crash_those_nearest_to_it(
-    written: bytes, told: str
-) -> None:
+def test_the_last_lines_of_a_worker_are_kept_and_of_a_crash_those_nearest_to_it(written: bytes, told: str) -> None:
     assert last_lines(written) == told
 
 
-def test_an_error_whose_text_leaves_the_process_is_told_of_like_any_other() -> None:
+def test_an_error_whose_text_exits_the_process_is_reported_like_any_other() -> None:
     class Leaving(Exception):
         def __str__(self) -> str:
             raise SystemExit
@@ -104,7 +102,7 @@ def test_each_process_that_the_kernel_has_counted_is_claimed_once() -> None:
     assert kills.claim() is None
 
 
-def test_a_kill_is_laid_at_the_door_of_memory_only_if_the_kernel_says_so() -> None:
+def test_a_kill_is_attributed_to_memory_only_if_the_kernel_reports_it() -> None:
     assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL (out of memory, or killed by hand)"
     assert "out of memory" in describe_exit(-signal.SIGKILL, out_of_memory=True)
     assert "out of memory" not in describe_exit(-signal.SIGKILL, out_of_memory=False)

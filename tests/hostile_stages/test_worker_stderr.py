@@ -134,7 +134,7 @@ def test_what_a_worker_wrote_last_is_known_when_it_has_ended_and_still_passed_on
     eventually(lambda: pipe.has(b"two\nwithout an end"), "the rest")
 
 
-def test_nobody_who_asks_for_the_last_words_waits_for_a_program_that_does_not_read_its_stderr(
+def test_reading_the_last_stderr_lines_does_not_wait_for_a_program_that_does_not_read_its_stderr(
     relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
 ) -> None:
     loud, theirs = relay.open()
@@ -173,7 +173,7 @@ def test_a_program_without_stderr_holds_up_no_worker(relay: StderrRelay, pipe: P
     pipe.ours = os.open(os.devnull, os.O_RDONLY)
 
 
-def test_what_a_worker_has_left_behind_is_heard_too_and_no_more_descriptors_are_kept_than_for_some(
+def test_output_that_a_worker_has_left_behind_is_relayed_too_with_a_bounded_number_of_descriptors(
     relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
 ) -> None:
     before = descriptors()
@@ -192,7 +192,7 @@ def test_what_a_worker_has_left_behind_is_heard_too_and_no_more_descriptors_are_
     eventually(lambda: descriptors() == before, "all ends closed")
 
 
-def test_a_worker_that_is_buried_late_takes_nothing_from_the_one_that_has_got_its_descriptor(
+def test_a_late_exit_of_a_worker_does_not_affect_the_worker_that_reuses_its_descriptor(
     relay: StderrRelay, eventually: Any
 ) -> None:
     first, theirs = relay.open()

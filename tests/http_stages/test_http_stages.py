@@ -108,7 +108,7 @@ def test_a_field_that_is_none_is_refused(server: Server) -> None:
     assert error == "StageError: the url needs charge, which is None"
 
 
-def test_a_dict_context_without_the_field_says_which(server: Server) -> None:
+def test_a_dict_context_without_the_field_names_it(server: Server) -> None:
     workflow = Workflow("plain").add_http_stage("get", url=server.url + "/{sku}", method="get")
     assert failed(run(workflow, {})) == "StageError: the url needs sku, which the context does not have"
     known = failed(run(workflow, {"sku": "TEA"}))
@@ -210,7 +210,7 @@ def test_any_other_answer_is_final(status: int, server: Server) -> None:
     assert len(server.asked) == 1
 
 
-def test_the_error_shows_the_beginning_of_what_the_server_said_and_no_query(server: Server) -> None:
+def test_the_error_shows_the_beginning_of_the_answer_and_no_query_string(server: Server) -> None:
     url = server.on("/charges", raw(402, b"card\n  declined " + b"x" * 1000))
     error = failed(run(charge(url + "?token=secret"), Order()))
     assert error.startswith(f"StageError: POST {url} answered 402 Payment Required: card declined xxx")
@@ -289,7 +289,7 @@ def test_a_redirect_within_the_server_that_keeps_the_method_is_followed(status: 
     assert server.asked[1][2]["idempotency-key"]
 
 
-def test_a_post_that_is_done_and_says_see_other_is_followed_by_a_get(server: Server) -> None:
+def test_a_post_answered_with_see_other_is_followed_by_a_get(server: Server) -> None:
     server.on("/receipt", reply(200, "ok"))
     result = run(charge(server.on("/pay", reply(303, None, location="/receipt"))), Order())
     assert result.stages[0].data == "ok"
@@ -297,7 +297,7 @@ def test_a_post_that_is_done_and_says_see_other_is_followed_by_a_get(server: Ser
 
 
 @pytest.mark.parametrize("status", [301, 302])
-def test_a_redirect_that_would_turn_a_post_into_a_get_is_not_taken_for_a_success(status: int, server: Server) -> None:
+def test_a_redirect_that_would_turn_a_post_into_a_get_does_not_count_as_a_success(status: int, server: Server) -> None:
     server.on("/charges/", reply(200, []))
     url = server.on("/charges", reply(status, None, location="/charges/"))
     assert "which POST does not follow" in failed(run(charge(url, retry=RETRY), Order()))
@@ -321,7 +321,7 @@ def test_redirects_in_a_circle_end(server: Server) -> None:
 # definitions
 
 
-def test_without_httpx_the_definition_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_httpx_the_definition_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(WorkflowDefinitionError, match=r"pip install 'stageflow-actors\[http\]'"):
         charge("http://x/")

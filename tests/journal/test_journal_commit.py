@@ -58,7 +58,7 @@ def test_extreme_values_survive(bench: Any) -> None:
     assert bench.replayed == [(1, -1.5, bench.kept(records))]
 
 
-def test_bodies_that_hold_journal_bytes_confuse_nobody(bench: Any) -> None:
+def test_bodies_that_hold_journal_bytes_are_not_read_as_records(bench: Any) -> None:
     with bench.open() as journal:
         bench.fill(journal, 3)
         salt = struct.unpack_from("<Q", bench.content(1), 24)[0]
@@ -105,7 +105,7 @@ def test_commit_does_not_change_the_length_of_the_file(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 5000, 300_000])
-def test_a_body_is_read_back_from_where_commit_and_replay_say(real: Any, size: int) -> None:
+def test_a_body_is_read_back_from_the_place_that_commit_and_replay_return(real: Any, size: int) -> None:
     with real.open(segment_bytes=1 << 20) as journal:
         places: list[tuple[BatchPlace, list[Record]]] = []
         for number in range(1, 9):
@@ -166,7 +166,7 @@ def test_a_segment_may_be_filled_to_its_last_byte(bench: Any, spare: int) -> Non
     assert bench.replayed == said
 
 
-def test_segments_say_what_is_in_them(bench: Any) -> None:
+def test_segments_lists_their_contents(bench: Any) -> None:
     journal = bench.open()
     bench.fill(journal, 2)
     journal.seal()
@@ -383,7 +383,7 @@ def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_
     assert bench.replayed == said
 
 
-def test_a_full_disk_that_is_freed_by_someone_else_clears_by_itself(make_bench: Any) -> None:
+def test_a_full_disk_that_another_process_frees_clears_automatically(make_bench: Any) -> None:
     bench = make_bench(room=20 << 10)
     journal = bench.open()
     assert journal.room_low
@@ -393,7 +393,7 @@ def test_a_full_disk_that_is_freed_by_someone_else_clears_by_itself(make_bench: 
     assert journal.room.ready
 
 
-def test_a_disk_without_room_for_the_first_segment_is_said_so(make_bench: Any) -> None:
+def test_a_disk_without_room_for_the_first_segment_is_reported(make_bench: Any) -> None:
     bench = make_bench(room=4 << 10)
     with pytest.raises(JournalFull, match="free some space"):
         bench.open()
@@ -434,7 +434,7 @@ def test_a_second_journal_in_the_same_directory_is_refused_by_name(bench: Any) -
     bench.open()
 
 
-def test_a_closed_journal_says_so(bench: Any) -> None:
+def test_a_closed_journal_raises_an_error_that_names_it(bench: Any) -> None:
     journal = bench.open()
     journal.close()
     for call in (journal.seal, journal.drop_oldest, journal.prepare, lambda: bench.fill(journal, 1)):

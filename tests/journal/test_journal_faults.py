@@ -164,7 +164,7 @@ def test_whatever_call_fails_nothing_acknowledged_is_lost_and_nothing_follows_a_
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("spare", ["there", "none"])
-def test_a_failed_sync_of_the_spare_is_the_end_whatever_it_says(code: int, spare: str) -> None:
+def test_a_failed_sync_of_the_spare_segment_stops_the_journal_whatever_the_error(code: int, spare: str) -> None:
     disk = MemoryFiles()
     journal = Story(disk).open()
     if spare == "none":
@@ -242,7 +242,7 @@ def test_after_a_failed_commit_no_commit_succeeds_though_the_disk_works_again(na
     assert story.open().last_batch == 1
 
 
-def test_what_a_failed_sync_left_in_memory_is_not_taken_for_what_is_on_disk() -> None:
+def test_what_a_failed_sync_left_in_memory_does_not_count_as_on_disk() -> None:
     """The pages of a failed sync are clean and can be read; a machine that stops later would prove them wrong."""
     disk = MemoryFiles()
     story = Story(disk)
@@ -367,7 +367,7 @@ def test_a_journal_that_leaves_one_kind_of_sync_out_is_found_out(mutant: type[Me
         stop_at_each_call(lambda step: mutant(seed=step), chances=8)
 
 
-def test_a_new_segment_is_in_its_directory_for_good_before_a_batch_goes_into_it() -> None:
+def test_a_new_segment_is_durable_in_its_directory_before_a_batch_goes_into_it() -> None:
     """The mutant without a directory fsync, alone: the name of the new segment is gone, with what was acknowledged."""
     for make, survives in ((MemoryFiles, True), (WithoutDirectorySync, False)):
         disk = make()
@@ -387,7 +387,7 @@ def test_a_new_segment_is_in_its_directory_for_good_before_a_batch_goes_into_it(
                 story.open()
 
 
-def test_a_dropped_segment_is_gone_for_good_before_its_bytes_are_used_again() -> None:
+def test_a_dropped_segment_is_deleted_durably_before_its_bytes_are_used_again() -> None:
     for make, survives in ((MemoryFiles, True), (WithoutDirectorySync, False)):
         disk = make()
         story = Story(disk)

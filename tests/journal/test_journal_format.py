@@ -69,7 +69,7 @@ def test_names_of_segments_sort_as_their_numbers_do() -> None:
     assert sorted(map(fmt.file_name, reversed(numbers))) == [fmt.file_name(number) for number in numbers]
 
 
-def test_a_payload_beyond_what_its_length_can_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_payload_longer_than_its_length_field_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fmt, "MAX_PAYLOAD", 1000)
     with pytest.raises(PayloadTooLarge, match="commit them in several batches") as caught:
         fmt.encode_payload([Record(0, 0, 0, b"", b"x" * 1000)], 0)

@@ -95,7 +95,7 @@ def test_there_must_be_a_journal_to_look_at(bench: Any, real: Any) -> None:
             call(real.directory, files=None)
 
 
-def test_looking_at_a_newer_format_says_so(bench: Any) -> None:
+def test_reading_a_newer_format_reports_it(bench: Any) -> None:
     filled(bench)
     content = bench.content(2)
     bench.disk.damage(bench.path(2), of_version(9, content))
@@ -156,7 +156,7 @@ def test_scan_and_verify_beside_a_busy_writer_see_no_damage(make_bench: Any, see
     assert set(range(oldest, before + 1)) <= set(numbers)
 
 
-def test_a_batch_in_the_making_is_not_taken_for_damage(bench: Any) -> None:
+def test_a_batch_in_the_making_does_not_count_as_damage(bench: Any) -> None:
     journal = bench.open()
     bench.disk.living.add(os.getpid())
     bench.fill(journal, 2)
@@ -206,7 +206,7 @@ def headers_of(batch: Batch) -> list[str]:
     return [bytes(record.header).decode(errors="replace") for record in batch.records]
 
 
-def test_repair_says_where_each_damaged_batch_was_and_what_can_still_be_read_of_it(bench: Any) -> None:
+def test_repair_reports_where_each_damaged_batch_was_and_what_can_still_be_read_of_it(bench: Any) -> None:
     filled(bench, 6, 6)
     length = span(read_header(bench.content(1), SECTOR).length)
     begin = [SECTOR + at * length for at in range(6)]
@@ -226,7 +226,7 @@ def test_repair_says_where_each_damaged_batch_was_and_what_can_still_be_read_of_
 
 
 @pytest.mark.parametrize("size", [0, 10, SECTOR, 3 * SECTOR])
-def test_repair_says_that_a_whole_segment_was_given_up_with_whatever_it_held(bench: Any, size: int) -> None:
+def test_repair_reports_that_a_whole_segment_was_given_up_with_its_contents(bench: Any, size: int) -> None:
     filled(bench, 2)
     bench.disk.damage(bench.path(1), bytes(size))
     report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
@@ -236,7 +236,7 @@ def test_repair_says_that_a_whole_segment_was_given_up_with_whatever_it_held(ben
     assert "all of it" in bench.disk.content(report.listed).decode()
 
 
-def test_what_a_file_held_in_an_earlier_life_is_not_said_to_be_given_up(bench: Any) -> None:
+def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: Any) -> None:
     filled(bench, 4, 4)
     earlier = bench.content(1)
     bench.disk = MemoryFiles(seed=7)  # where segments get another salt
@@ -252,7 +252,7 @@ def test_what_a_file_held_in_an_earlier_life_is_not_said_to_be_given_up(bench: A
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_the_damage_is_repair_ends_and_tells_places_within_the_file(bench: Any, seed: int) -> None:
+def test_whatever_the_damage_is_repair_ends_and_reports_places_within_the_file(bench: Any, seed: int) -> None:
     chance = random.Random(seed)
     filled(bench, 6, 3)
     for number in (1, 2):
@@ -268,7 +268,7 @@ def test_whatever_the_damage_is_repair_ends_and_tells_places_within_the_file(ben
         assert 0 <= lost.offset <= lost.offset + lost.length <= bench.segment_bytes
 
 
-def test_repair_writes_a_damaged_header_anew_and_gives_up_nothing_for_it(bench: Any) -> None:
+def test_repair_rewrites_a_damaged_header_and_gives_up_nothing_for_it(bench: Any) -> None:
     said = filled(bench, 9, 3)
     for number in (1, 2, 3):
         flip(bench, number, 30)
@@ -382,7 +382,7 @@ def test_a_flipped_bit_of_the_version_is_damage_and_is_mended(bench: Any, at: in
 
 
 @pytest.mark.parametrize("sectors", [0, 1])
-def test_a_last_segment_that_says_nothing_any_more_is_refused_and_removed_by_repair(bench: Any, sectors: int) -> None:
+def test_a_last_segment_without_readable_records_is_refused_and_removed_by_repair(bench: Any, sectors: int) -> None:
     said = filled(bench)
     bench.disk.damage(bench.path(3), bytes(sectors * bench.segment_bytes))
     (finding,) = look(bench)
@@ -460,7 +460,7 @@ def test_a_repair_killed_after_its_first_unlink_leaves_nothing_alive_behind_the_
     assert bench.replayed == []
 
 
-def test_a_header_written_anew_lasts_before_repair_says_so(bench: Any) -> None:
+def test_a_rewritten_header_is_durable_before_repair_reports_it(bench: Any) -> None:
     said = filled(bench)
     flip(bench, 2, 30)
     repair(bench.directory, files=bench.disk)
@@ -470,7 +470,7 @@ def test_a_header_written_anew_lasts_before_repair_says_so(bench: Any) -> None:
     assert bench.replayed == said
 
 
-def test_what_repair_cuts_off_is_gone_for_good_before_it_says_so(bench: Any) -> None:
+def test_what_repair_cuts_off_is_durably_gone_before_it_reports_it(bench: Any) -> None:
     said = filled(bench, 2)
     flip(bench, 1, second(bench, 1) + 41)
     repair(bench.directory, files=bench.disk)
@@ -483,7 +483,7 @@ def test_what_repair_cuts_off_is_gone_for_good_before_it_says_so(bench: Any) -> 
 
 @pytest.mark.parametrize("segment", [1, 2, 3])
 @pytest.mark.parametrize("sector", [0, 1, 2])
-def test_an_unreadable_sector_is_damage_with_a_place_and_repair_says_what_it_could_not_copy(
+def test_an_unreadable_sector_is_damage_with_a_place_and_repair_reports_what_it_could_not_copy(
     bench: Any, segment: int, sector: int
 ) -> None:
     said = filled(bench)
@@ -555,7 +555,7 @@ def test_a_sector_that_cannot_be_read_once_is_read_again(bench: Any) -> None:
     assert bench.replayed == said
 
 
-def test_a_journal_that_may_not_be_read_is_said_so(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_without_read_permission_is_reported(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(bench)
 
     def refuse(path: Path, *, create: bool = False, write: bool = True) -> int:

@@ -113,7 +113,7 @@ def padding(content: bytes, start: int, end: int) -> set[int]:
     return free
 
 
-def test_a_flip_in_the_last_batch_is_taken_for_a_torn_write_and_said(bench: Any) -> None:
+def test_a_flip_in_the_last_batch_counts_as_a_torn_write_and_is_reported(bench: Any) -> None:
     said, starts, content = committed(bench)
     for at in range(starts[2], starts[2] + 40 + read_header(content, starts[2]).length):
         broken = bytearray(content)
@@ -179,7 +179,7 @@ def test_a_recycled_segment_cut_anywhere_never_brings_back_old_batches(bench: An
         assert len(bench.warnings) == 1
 
 
-def test_batches_of_another_journal_in_the_spare_are_never_taken_for_ours(make_bench: Any) -> None:
+def test_batches_of_another_journal_in_the_spare_segment_are_never_replayed(make_bench: Any) -> None:
     """A backup was restored beside a younger spare: numbers, sizes and places agree, only the salt tells."""
     other = make_bench(seed=1)
     filled = other.open()
@@ -292,7 +292,7 @@ def test_a_segment_cut_within_its_first_sector_is_refused(bench: Any, number: in
     assert (caught.value.file, caught.value.offset) == (file_name(number), 0)
 
 
-def test_the_newest_segment_missing_is_refused_and_said_where(bench: Any) -> None:
+def test_a_missing_newest_segment_is_refused_with_its_place(bench: Any) -> None:
     said = three_segments(bench)
     bench.disk.remove(bench.path(3))
     with pytest.raises(JournalCorrupt, match="the segment behind it is missing") as caught:
@@ -302,7 +302,7 @@ def test_the_newest_segment_missing_is_refused_and_said_where(bench: Any) -> Non
 
 
 @pytest.mark.parametrize("marked", [1, 2])
-def test_segments_that_do_not_say_yet_that_they_are_followed_do_after_the_next_start(bench: Any, marked: int) -> None:
+def test_segments_not_yet_marked_as_followed_are_marked_after_the_next_start(bench: Any, marked: int) -> None:
     """A crash came between the next segment and the mark; or an earlier release wrote them."""
     said = three_segments(bench)
     for number in range(marked, 3):

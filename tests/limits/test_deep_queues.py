@@ -16,7 +16,7 @@ def test_bodies_of_deep_queues_leave_memory_and_recovery_is_linear() -> None:
     assert per_message < 1000, ran.stdout
 
 
-def test_a_broken_bound_is_said() -> None:
+def test_a_broken_limit_is_reported() -> None:
     ran = run_script("limits", "-n", "2000", "--memory", "1", "--slack", "1000")
     assert ran.returncode == 1
     assert "broken: memory is over 1 MB" in ran.stdout

@@ -109,7 +109,7 @@ def test_stages_whose_results_make_instances_larger_all_end_on_a_disk_that_is_fu
         assert again.result(timeout=60).success
 
 
-def test_where_results_grow_beyond_what_was_kept_work_waits_who_asks_is_answered_and_it_clears(
+def test_where_results_grow_beyond_the_reserve_work_waits_queries_are_answered_and_it_clears(
     small_disk: Path, tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     gate, ballast = tmp_path / "gate", small_disk / "ballast"

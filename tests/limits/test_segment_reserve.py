@@ -39,7 +39,7 @@ def test_where_there_is_no_room_for_a_whole_spare_a_smaller_one_is_kept() -> Non
         assert (opened.room.spare, opened.room.low) == (4 * MB, False)
 
 
-def test_what_nobody_needs_yet_takes_half_of_what_is_free_at_most() -> None:
+def test_the_reserve_takes_at_most_half_of_the_free_space() -> None:
     disk = MemoryFiles(room=64 * MB)
     with journal(disk) as opened:
         while opened.segments()[-1].number < 4:
@@ -50,7 +50,7 @@ def test_what_nobody_needs_yet_takes_half_of_what_is_free_at_most() -> None:
         assert opened.prepare(opened.room.spare + MB), "work in hand may take more"
 
 
-def test_a_spare_leaves_some_room_to_those_who_share_the_disk() -> None:
+def test_a_spare_segment_leaves_room_to_other_users_of_the_disk() -> None:
     disk = MemoryFiles(room=8 * MB + 100)
     with journal(disk) as opened:
         assert (opened.room.spare, opened.room.low) == (0, True)
@@ -61,7 +61,7 @@ def test_a_spare_leaves_some_room_to_those_who_share_the_disk() -> None:
         assert opened.segments()[-1].number == 2
 
 
-def test_a_journal_takes_as_much_as_there_is_before_it_says_that_it_is_full() -> None:
+def test_a_journal_uses_all_free_space_before_it_reports_that_it_is_full() -> None:
     disk = MemoryFiles(room=7 * MB)
     with journal(disk) as opened:
         with pytest.raises(JournalFull, match="no room for a segment of"):

@@ -160,7 +160,7 @@ def test_what_waits_for_ever_is_kept_while_the_rest_goes_on_in_little_room() -> 
     assert tight.engine.machine.store.queue("waits").ready_count == waiting
 
 
-def test_one_frame_larger_than_the_disk_is_refused_and_stops_nobody() -> None:
+def test_one_frame_larger_than_the_disk_is_refused_and_stops_no_other_peer() -> None:
     tight = Tight(16 << 20)
     assert tight.start(10)
     assert not tight.start(10_000), "ten megabytes, with four in the open segment and eight in the spare"
@@ -237,7 +237,7 @@ def test_a_compaction_that_does_not_fit_gives_up_and_loses_nothing() -> None:
     assert tight.ended == tight.started
 
 
-def test_without_any_room_at_all_what_came_waits_as_it_came_and_who_asks_is_answered() -> None:
+def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> None:
     tight = Tight(16 << 20)
     tight.start(1, queue="waits")
     body = bytes(3 << 20)
@@ -271,7 +271,7 @@ def test_without_any_room_at_all_what_came_waits_as_it_came_and_who_asks_is_answ
     assert tight.engine.machine.store.queue("waits").ready_count == 9
 
 
-def test_who_says_hello_again_sends_again_what_waited_for_room() -> None:
+def test_a_new_hello_sends_again_what_waited_for_room() -> None:
     tight = Tight(16 << 20)
     body = bytes(3 << 20)
     for each in range(8):
@@ -293,7 +293,7 @@ def test_who_says_hello_again_sends_again_what_waited_for_room() -> None:
     assert store.queue("waits").ready_count == 8
 
 
-def test_what_the_broker_has_decided_by_itself_is_still_to_be_said_when_there_is_no_room() -> None:
+def test_the_brokers_own_decisions_are_sent_later_when_there_is_no_room() -> None:
     tight = Tight(16 << 20)
     for each in range(3):
         tight.say(wire.PUBLISH, [("waits", "more")], [(0, 10, f"event{each}", 1)], blob=bytes(10))

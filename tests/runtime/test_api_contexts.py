@@ -196,7 +196,7 @@ def test_nan_survives_in_context_and_result(runtime: Runtime) -> None:
     assert math.isnan(result.stages[0].data[0])
 
 
-def test_results_of_earlier_stages_that_are_none_or_false_are_told_apart(runtime: Runtime) -> None:
+def test_results_of_earlier_stages_that_are_none_or_false_are_distinguished(runtime: Runtime) -> None:
     results = [runtime.execute(echoes, {"value": v}, timeout=20).stages[0].data for v in (None, False, 0, "", [])]
     assert list(map(repr, results)) == ["None", "False", "0", "''", "[]"]
 

@@ -204,7 +204,7 @@ def test_after_a_failed_optional_stage_exactly_the_completed_ones_are_compensate
     assert statuses(result) == {"a": "compensated", "b": "failed", "c": "compensated", "d": "completed", "e": "failed"}
 
 
-def test_failed_is_said_where_there_was_nothing_to_compensate(runtime: Runtime) -> None:
+def test_the_status_is_failed_where_there_was_nothing_to_compensate(runtime: Runtime) -> None:
     first, _, undid = run(runtime, orders, a="raise")
     assert (first.status, first.failed_stage, first.compensations, undid) == ("failed", "a", [], [])
     later, did, _ = run(runtime, bare, e="raise")
@@ -315,7 +315,7 @@ def test_a_compensation_may_replace_the_context_and_one_that_spoils_it_has_faile
     assert result.context == {"replaced": ["done", "fail"]}
 
 
-def test_an_error_that_is_no_text_is_told_all_the_same(runtime: Runtime) -> None:
+def test_an_error_whose_text_cannot_be_made_is_still_reported(runtime: Runtime) -> None:
     results = {kind: runtime.execute(odd, {"kind": kind}, timeout=20) for kind in ("bytes", "long", "rude", "empty")}
     assert results["bytes"].error == "OSError: no file caf\\udce9"
     assert results["long"].error.startswith("ValueError: xxxx")

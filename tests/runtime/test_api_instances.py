@@ -218,7 +218,7 @@ def test_an_id_given_twice_in_one_call_is_one_instance_or_a_conflict(runtime: Ru
     assert not noted("shipped", "t2")
 
 
-def test_submit_many_says_what_is_wrong_with_its_arguments(runtime: Runtime) -> None:
+def test_submit_many_names_the_wrong_argument(runtime: Runtime) -> None:
     with pytest.raises(ValueError, match="10000"):
         runtime.submit_many(orders, [Order("x")] * 10_001)
     with pytest.raises(ValueError, match="2 contexts were given 1 instance_ids"):
@@ -285,7 +285,7 @@ def test_awaiting_can_be_given_up(runtime: Runtime, gate: Path) -> None:
     assert instance.result(timeout=20).success
 
 
-def test_several_handles_of_one_instance_all_hear_its_end(runtime: Runtime, gate: Path) -> None:
+def test_several_handles_of_one_instance_all_receive_its_end(runtime: Runtime, gate: Path) -> None:
     first = runtime.submit(gated, {"gate": str(gate)}, instance_id="shared")
     handles = [first, runtime.instance("shared"), runtime.submit(gated, {"gate": str(gate)}, instance_id="shared")]
     results: list[Any] = []
@@ -338,7 +338,7 @@ def test_what_has_ended_is_listed_at_once(runtime: Runtime) -> None:
         assert runtime.instance(f"at-once-{n}").status() == "completed"
 
 
-def test_queues_tell_what_waits_and_what_is_in_work(runtime: Runtime, gate: Path, eventually: Any) -> None:
+def test_queues_show_what_waits_and_what_is_in_work(runtime: Runtime, gate: Path, eventually: Any) -> None:
     eventually(lambda: counts(runtime) == 0, "empty queues")
     instances = runtime.submit_many(gated, [{"gate": str(gate)}] * 5)
 
@@ -355,7 +355,7 @@ def test_queues_tell_what_waits_and_what_is_in_work(runtime: Runtime, gate: Path
     eventually(lambda: counts(runtime) == 0, "empty queues")
 
 
-def test_what_is_done_is_told_while_its_neighbour_in_the_same_worker_takes_long(
+def test_a_completed_message_is_settled_while_its_neighbour_in_the_same_worker_takes_long(
     runtime: Runtime, gate: Path, tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
@@ -411,7 +411,7 @@ def test_a_full_first_queue_refuses_new_starts_and_takes_them_again_later(serve:
     assert sum(1 for r in runtime.map(gated, [{"gate": str(gate)}] * 30) if r.success) == 30
 
 
-def test_stats_tell_of_broker_and_history(runtime: Runtime) -> None:
+def test_stats_cover_broker_and_history(runtime: Runtime) -> None:
     runtime.execute(orders, Order("s"), timeout=20)
     stats = runtime.stats()
     assert stats["finished"]["completed"] >= 1

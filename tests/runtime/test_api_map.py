@@ -223,7 +223,7 @@ def test_a_key_function_that_raises_is_that_contexts_error(runtime: Runtime) -> 
     assert next(results).instance_id == "div-5"
 
 
-def test_retry_failed_runs_anew_what_failed_and_nothing_else(runtime: Runtime, tmp_path: Path) -> None:
+def test_retry_failed_runs_again_what_failed_and_nothing_else(runtime: Runtime, tmp_path: Path) -> None:
     mended = tmp_path / "mended"
     contexts = [{"name": f"flaky-{n}", "fail": n % 3 == 0, "mended": str(mended)} for n in range(30)]
     first = list(runtime.map(flakies, contexts, key="name"))

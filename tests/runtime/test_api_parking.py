@@ -67,7 +67,7 @@ def requeue(runtime: Runtime, instance_id: str) -> None:
     runtime._query("requeue", f"dlq.{QUEUE}", [letter["id"]])
 
 
-def test_a_parked_instance_says_where_its_dead_letter_is_and_why(runtime: Runtime, switch: Path) -> None:
+def test_a_parked_instance_names_its_dead_letter_and_the_reason(runtime: Runtime, switch: Path) -> None:
     instance = runtime.submit(parking, {"switch": str(switch)}, instance_id="where")
     with pytest.raises(InstanceParked) as parked:
         instance.result(timeout=20)

@@ -165,7 +165,7 @@ def test_what_a_failed_attempt_did_to_its_context_is_gone(runtime: Runtime) -> N
         ("default", ["hang"], 2, "completed"),
     ],
 )
-def test_the_policy_decides_who_is_tried_again(
+def test_the_policy_decides_which_failure_is_retried(
     runtime: Runtime, name: str, plan: list[str], attempts: int, status: str
 ) -> None:
     result, tries = run(runtime, name, *plan)

@@ -56,7 +56,9 @@ def test_what_is_being_published_is_never_asked_after_in_a_hello() -> None:
     assert watcher.watched == ["new"]
 
 
-def test_a_start_says_how_much_had_left_when_the_history_was_read_and_not_when_it_is_sent() -> None:
+def test_a_start_carries_the_count_of_finished_instances_from_when_the_history_was_read_not_from_when_it_is_sent() -> (
+    None
+):
     program: Any = Client()
     sent: list[int] = []
 

@@ -149,7 +149,7 @@ exec({SAGA + USE!r}, fresh.__dict__)
     assert run("-c", script) == EXPECTED
 
 
-def test_where_annotations_cannot_be_looked_up_the_error_says_so(run: Any) -> None:
+def test_annotations_that_cannot_be_resolved_are_an_error_with_that_reason(run: Any) -> None:
     """In a namespace that is no module nobody can find out what a name in a string means."""
     script = f"""
 try:
@@ -238,7 +238,7 @@ def test_functions_redefined_between_runs_of_a_notebook_take_effect(run: Any) ->
     assert run("-c", textwrap.dedent(script)) == "1\n2\n"
 
 
-def test_a_cell_that_is_run_again_while_the_runtime_runs_is_told_of(run: Any) -> None:
+def test_a_notebook_cell_that_runs_again_while_the_runtime_runs_is_reported(run: Any) -> None:
     script = """
     from dataclasses import dataclass
     from stageflow_actors import Runtime, Workflow
@@ -259,7 +259,7 @@ def test_a_cell_that_is_run_again_while_the_runtime_runs_is_told_of(run: Any) ->
     assert out.startswith("StageFlowError workflow 'flow' was registered here with another class as its context")
 
 
-def test_a_program_that_reads_its_stdin_shares_it_with_nobody(run: Any) -> None:
+def test_a_program_that_reads_its_stdin_does_not_share_it(run: Any) -> None:
     script = """
     import sys
     from stageflow_actors import Runtime, Workflow

@@ -141,7 +141,7 @@ def runtime(serve: Any) -> Runtime:
     return serve(telling, attempting, booking, marking, stepping)
 
 
-def test_the_stage_context_tells_where_a_handler_runs(runtime: Runtime) -> None:
+def test_the_stage_context_shows_where_a_handler_runs(runtime: Runtime) -> None:
     result = runtime.execute(telling, {}, instance_id="told-1", timeout=20)
     told = result.stages[2].data
     left = told.pop("left")
@@ -161,7 +161,7 @@ def test_the_stage_context_tells_where_a_handler_runs(runtime: Runtime) -> None:
     assert result.stages[3].data is True
 
 
-def test_each_attempt_is_numbered_keeps_its_key_and_is_told_what_befell_the_one_before(runtime: Runtime) -> None:
+def test_each_attempt_is_numbered_keeps_its_key_and_receives_the_failure_of_the_one_before(runtime: Runtime) -> None:
     result = runtime.execute(attempting, {}, instance_id="a", timeout=20)
     assert result.success
     assert result.stages[0].attempts == 4

@@ -189,7 +189,7 @@ def stopped_runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     return runtime
 
 
-def test_a_waiting_thread_is_told_when_the_runtime_stops(data_dir: Path, gate: Path, eventually: Any) -> None:
+def test_a_waiting_thread_is_notified_when_the_runtime_stops(data_dir: Path, gate: Path, eventually: Any) -> None:
     runtime = Runtime(flow(), data_dir=data_dir).start()
     instance = runtime.submit("flow", {"gate": str(gate)}, instance_id="told")
     results = runtime.map("flow", [{"gate": str(gate)}] * 2)
@@ -250,7 +250,7 @@ def test_a_start_that_fails_leaves_nothing_and_may_be_tried_again(data_dir: Path
         assert runtime.execute("flow", {"gate": str(gate)}, timeout=20).success
 
 
-def test_a_runtime_without_workflows_says_so(data_dir: Path) -> None:
+def test_a_runtime_without_workflows_is_an_error_with_that_reason(data_dir: Path) -> None:
     with pytest.raises(WorkflowDefinitionError, match="no workflows"):
         Runtime(data_dir=data_dir).start()
     assert not data_dir.exists()

@@ -290,7 +290,7 @@ def test_async_handlers_of_one_actor_run_together_on_one_loop(runtime: Runtime) 
     assert len({(each["pid"], each["loop"]) for each in data}) == 1
 
 
-def test_no_more_run_at_once_than_concurrency_says(runtime: Runtime) -> None:
+def test_no_more_run_at_once_than_concurrency_allows(runtime: Runtime) -> None:
     assert max(run_all(runtime, counting, [{} for _ in range(60)])) == 3
 
 
@@ -309,7 +309,7 @@ def test_an_async_handler_past_its_timeout_is_cancelled_and_its_worker_lives_on(
     assert first.stages[0].data == after.stages[0].data
 
 
-def test_a_policy_is_asked_about_the_timeout_and_the_next_attempt_told_of_it(runtime: Runtime) -> None:
+def test_a_policy_receives_the_timeout_and_so_does_the_next_attempt(runtime: Runtime) -> None:
     result = runtime.execute(retried_flow, {"late": True, "id": "again"}, timeout=20)
     assert result.stages[0].attempts == 2
     assert result.stages[0].data.split()[1] == StageTimeout.__name__
@@ -385,7 +385,7 @@ def test_what_was_running_when_a_worker_died_is_charged_and_what_waited_is_not(r
     assert waiting == "1 NoneType"
 
 
-def test_who_runs_beside_a_poisoned_message_outlives_it(serve: Callable[..., Runtime]) -> None:
+def test_a_message_that_runs_beside_a_poisoned_one_outlives_it(serve: Callable[..., Runtime]) -> None:
     runtime = serve(poisoned)
     contexts = [{"poison": number == 1} for number in range(6)]
     results = [instance.result(30) for instance in runtime.submit_many(poisoned, contexts)]

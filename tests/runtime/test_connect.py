@@ -176,20 +176,20 @@ def test_what_is_registered_later_is_served_at_once(runtime: Runtime, client: Cl
     assert client.execute("late", {}, timeout=20).success
 
 
-def test_the_environment_of_workers_is_not_told_to_clients(serve: Any) -> None:
+def test_the_environment_of_workers_is_not_sent_to_clients(serve: Any) -> None:
     secret = Workflow("secret").add_stage(count, env={"TOKEN": "do-not-tell"})
     runtime = serve(secret)
     assert "do-not-tell" not in runtime._query("fact", "served", None)
 
 
-def test_nobody_serves_an_unknown_or_quiet_directory(tmp_path: Path) -> None:
+def test_an_unknown_or_idle_directory_has_no_cluster(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(BrokerUnavailable, match=r"nobody serves .*`stageflow up MODULE:RUNTIME --data ") as error:
             Runtime.connect(path)
         assert str(path) in str(error.value)
 
 
-def test_a_client_is_told_when_its_cluster_stops_and_finds_the_next_one(serve: Any, tmp_path: Path) -> None:
+def test_a_client_is_notified_when_its_cluster_stops_and_finds_the_next_one(serve: Any, tmp_path: Path) -> None:
     first = serve(counts, data_dir=tmp_path)
     with Runtime.connect(tmp_path) as client:
         assert client.execute("counts", {}, timeout=20).success
@@ -204,7 +204,7 @@ def test_a_client_is_told_when_its_cluster_stops_and_finds_the_next_one(serve: A
             client.submit("counts", {})
 
 
-def test_whoever_waits_is_told_when_the_cluster_is_gone(
+def test_a_waiting_caller_is_notified_when_the_cluster_is_gone(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stageflow_actors.runtime.connection.GRACE_SECONDS", 0.1)
@@ -216,7 +216,7 @@ def test_whoever_waits_is_told_when_the_cluster_is_gone(
             waiting.result()
 
 
-def test_a_closed_client_says_so(runtime: Runtime) -> None:
+def test_a_closed_client_raises_an_error_that_names_it(runtime: Runtime) -> None:
     client = Runtime.connect(runtime.data_dir)
     client.close()
     client.close()

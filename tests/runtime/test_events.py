@@ -90,7 +90,7 @@ def heard(runtime: Runtime) -> Any:
 Eventually = Callable[..., Any]
 
 
-def test_each_stage_and_the_end_are_told_in_order(runtime: Runtime, heard: Heard, eventually: Eventually) -> None:
+def test_each_stage_and_the_end_are_reported_in_order(runtime: Runtime, heard: Heard, eventually: Eventually) -> None:
     result = runtime.submit(flow, {}, instance_id="plain").result(timeout=20)
     eventually(lambda: len(heard.of("plain")) == 3, "three events")
     assert heard.told("plain") == ["one", "two", "WorkflowCompleted"]
@@ -103,7 +103,7 @@ def test_each_stage_and_the_end_are_told_in_order(runtime: Runtime, heard: Heard
     assert end.duration == result.duration
 
 
-def test_failures_and_compensations_are_told_as_what_they_are(
+def test_failures_and_compensations_are_reported_as_what_they_are(
     runtime: Runtime, heard: Heard, eventually: Eventually
 ) -> None:
     runtime.submit(flow, {"fail": True}, instance_id="undone")
@@ -122,7 +122,7 @@ def test_failures_and_compensations_are_told_as_what_they_are(
     assert (str(stuck.status), str(failed.status)) == ("compensation_failed", "failed")
 
 
-def test_every_construct_is_told_once(runtime: Runtime, heard: Heard, eventually: Eventually) -> None:
+def test_every_construct_is_documented_once(runtime: Runtime, heard: Heard, eventually: Eventually) -> None:
     instance = runtime.submit(wide, {}, instance_id="wide")
     eventually(lambda: instance.status() == "waiting", "the signal to be waited for")
     eventually(lambda: "arm" in heard.told("wide"), "all before the signal to be told while it is waited for")
@@ -148,7 +148,7 @@ def test_a_client_in_another_process_hears_of_instances_that_others_submit(
         assert all(heard.told(id) == ["one", "two", "WorkflowCompleted"] for id in ids)
 
 
-def test_a_callback_that_raises_is_logged_and_the_others_are_told(
+def test_a_callback_that_raises_is_logged_and_the_others_are_notified(
     runtime: Runtime, heard: Heard, eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(event: Event) -> None:
@@ -194,7 +194,7 @@ def test_a_slow_callback_holds_nothing_up_and_what_was_dropped_is_counted(
     end()
 
 
-def test_nobody_is_told_anything_once_nobody_listens(runtime: Runtime, eventually: Eventually) -> None:
+def test_no_event_is_sent_once_there_is_no_listener(runtime: Runtime, eventually: Eventually) -> None:
     heard = Heard()
     end = runtime.on_event(heard)
     end()
@@ -243,14 +243,14 @@ def moved(trail: bytes) -> bytes:
     return encode(Envelope("flow", 1, "next", NIL, trail, 1.0))
 
 
-def test_what_completed_before_anybody_listened_is_not_told() -> None:
+def test_what_completed_before_there_was_a_listener_is_not_sent() -> None:
     teller = Teller(100.0, lambda workflow_id, version: None)
     events = teller.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0))))
     assert [e.stage_id for e in events if isinstance(e, StageCompleted)] == ["b", "c"]
     assert teller.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0)))) == []
 
 
-def test_what_was_told_of_an_instance_that_is_forgotten_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_of_a_forgotten_instance_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telling, "REMEMBERED", 2)
     teller = Teller(0.0, lambda workflow_id, version: None)
     for number, name in enumerate("abc"):

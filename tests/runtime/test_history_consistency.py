@@ -85,7 +85,7 @@ def test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten(
     assert "finished by the history" not in capfd.readouterr().err
 
 
-def test_an_instance_that_was_begun_anew_is_none_that_has_finished(days: Days) -> None:
+def test_an_instance_that_was_restarted_is_not_a_finished_one(days: Days) -> None:
     with Runtime(flow, data_dir=days.data) as runtime:
         runtime.instance("i7").restart()
     restarted = Path(shutil.copytree(days.data, days.data.with_name("restarted")))

@@ -56,7 +56,7 @@ def lines(instance: Instance[Any]) -> list[tuple[str, str]]:
     return [(moment.what, moment.stage_id) for moment in history]
 
 
-def test_a_finished_instance_tells_all_of_it(runtime: Runtime) -> None:
+def test_a_finished_instance_has_its_whole_history(runtime: Runtime) -> None:
     instance = runtime.submit(saga, {}, instance_id="told")
     result = instance.result(timeout=20)
     expected = [
@@ -73,7 +73,7 @@ def test_a_finished_instance_tells_all_of_it(runtime: Runtime) -> None:
     assert (history[1].data, history[2].attempt, history[3].error) == ("B-1", 2, "ValueError: no")
 
 
-def test_one_that_waits_says_for_what(runtime: Runtime, eventually: Any) -> None:
+def test_a_waiting_instance_names_what_it_waits_for(runtime: Runtime, eventually: Any) -> None:
     instance = runtime.submit(waits, {})
     eventually(lambda: instance.status() == "waiting", "the signal to be waited for")
     assert lines(instance) == [("submitted", ""), ("completed", "book"), ("waiting", "signal:go")]
@@ -82,7 +82,7 @@ def test_one_that_waits_says_for_what(runtime: Runtime, eventually: Any) -> None
     assert lines(instance)[-2:] == [("completed", "go"), ("ended: completed", "")]
 
 
-def test_branches_that_are_done_are_told_while_others_run(runtime: Runtime, eventually: Any, tmp_path: Path) -> None:
+def test_completed_branches_are_reported_while_others_run(runtime: Runtime, eventually: Any, tmp_path: Path) -> None:
     switch = tmp_path / "on"
     instance = runtime.submit(wide, {"switch": str(switch)})
     eventually(lambda: ("completed", "quick") in lines(instance), "the quick branch")
@@ -94,7 +94,9 @@ def test_branches_that_are_done_are_told_while_others_run(runtime: Runtime, even
     assert sorted(lines(instance)[1:-1]) == [("completed", name) for name in ("book", "both", "quick", "slow")]
 
 
-def test_a_parked_one_says_why_and_goes_on_telling_after_its_requeue(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_parked_instance_has_its_reason_and_a_continued_history_after_its_requeue(
+    runtime: Runtime, tmp_path: Path
+) -> None:
     switch = tmp_path / "on"
     instance = runtime.submit(parks, {"switch": str(switch)})
     runtime.drain(timeout=20)
@@ -105,7 +107,7 @@ def test_a_parked_one_says_why_and_goes_on_telling_after_its_requeue(runtime: Ru
     assert lines(instance)[-1] == ("ended: completed", "")
 
 
-def test_an_unknown_one_has_none_and_that_is_said_at_once(runtime: Runtime) -> None:
+def test_an_unknown_instance_has_no_history_and_that_is_reported_at_once(runtime: Runtime) -> None:
     began = time.monotonic()
     for ask in (Instance.history, Instance.status, Instance.done, Instance.result, Instance.retry, Instance.cancel):
         with pytest.raises(InstanceNotFound, match="'unheard-of'"):

@@ -22,7 +22,7 @@ def use(context: dict[str, Any], *, shop: Any) -> None: ...
 broken = Workflow("broken").add_stage(use)
 
 
-def test_how_its_workers_ended_is_said_and_told_apart_from_a_persons_pause(
+def test_the_exits_of_its_workers_are_reported_and_distinguished_from_a_manual_pause(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "PATIENCE", 0.0)

@@ -91,7 +91,7 @@ def test_a_cluster_that_is_killed_in_its_stop_is_not_on_record_any_more(
         (lambda path, aside: aside.mkdir(mode=0o700) or path.symlink_to(aside), "it is a symbolic link"),
     ],
 )
-def test_sockets_that_would_not_be_private_are_told_of_to_the_caller(
+def test_sockets_that_would_not_be_private_are_reported_to_the_caller(
     tmp_path: Path, sockets: Path, capfd: pytest.CaptureFixture[str], spoil: Any, why: str
 ) -> None:
     aside = tmp_path / "aside"
@@ -106,7 +106,7 @@ def test_sockets_that_would_not_be_private_are_told_of_to_the_caller(
 
 
 @pytest.mark.parametrize("name", ["lock", "cluster.json"])
-def test_a_directory_in_place_of_a_file_is_told_of_with_advice(tmp_path: Path, sockets: Path, name: str) -> None:
+def test_a_directory_in_place_of_a_file_is_reported_with_advice(tmp_path: Path, sockets: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(DataDirUnusable, match=rf"{name} cannot be (opened|written).*move it away") as caught:
         Runtime(waits, data_dir=tmp_path).start()

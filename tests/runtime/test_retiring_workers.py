@@ -68,7 +68,7 @@ def fails_twice(context: dict[str, Any], ctx: StageContext) -> None:
         raise ValueError("not yet")
 
 
-def test_a_recycled_worker_whose_messages_had_all_failed_is_not_taken_for_dead(serve: Any) -> None:
+def test_a_recycled_worker_whose_messages_had_all_failed_does_not_count_as_dead(serve: Any) -> None:
     flow = Workflow("recycled-failing").add_stage(fails_twice, id="s", max_tasks=1, retry=Retry.fixed(3, 0))
     runtime: Runtime = serve(flow)
     results = list(runtime.map(flow, [{"n": n} for n in range(10)]))

@@ -19,7 +19,7 @@ def fuzzing() -> Any:
     return fuzzing
 
 
-def test_frames_from_anywhere_harm_nobody_who_works_meanwhile() -> None:
+def test_arbitrary_frames_harm_no_peer_that_works_at_the_same_time() -> None:
     run = run_script("fuzz", "-n", "30000", "--seed", "11", "--output", "json")
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     figures = json.loads(run.stdout)

@@ -38,7 +38,7 @@ def test_a_broker_listens_in_no_directory_that_others_have_access_to(open_door: 
     assert list(open_door.iterdir()) == []
 
 
-def test_a_client_says_nothing_to_a_socket_in_a_directory_that_others_have_access_to(open_door: Path) -> None:
+def test_a_client_sends_nothing_to_a_socket_in_a_directory_that_others_can_access(open_door: Path) -> None:
     with socket.socket(socket.AF_UNIX) as trap:
         trap.bind(str(open_door / "broker"))
         trap.listen()

@@ -32,6 +32,6 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_what_was_found_once_is_not_found_again(name: str) -> None:
+def test_a_bug_found_once_is_not_found_again(name: str) -> None:
     seed = SEEDS[name]
     simulate(seed.number, wild=seed.wild)

@@ -17,13 +17,13 @@ PART = 40
 
 
 @pytest.mark.parametrize("first", range(TAME.start, TAME.stop, PART))
-def test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_says(first: int) -> None:
+def test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_requires(first: int) -> None:
     for seed in range(first, first + PART):
         simulate(seed, wild=False)
 
 
 @pytest.mark.parametrize("first", range(WILD.start, WILD.stop, PART))
-def test_whoever_is_killed_cancelled_or_late_each_result_is_true(first: int) -> None:
+def test_whatever_is_killed_cancelled_or_late_each_result_is_true(first: int) -> None:
     for seed in range(first, first + PART):
         simulate(seed, wild=True)
 

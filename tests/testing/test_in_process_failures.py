@@ -191,7 +191,7 @@ def test_a_retryable_stage_error_asks_the_policy_and_is_final_without_one() -> N
 
 
 @pytest.mark.parametrize("delay", ["soon", object(), [1], -1, float("inf"), float("nan")])
-def test_a_policy_that_answers_nonsense_fails_the_stage_and_says_so(delay: Any) -> None:
+def test_a_policy_that_answers_nonsense_fails_the_stage_with_that_reason(delay: Any) -> None:
     class Odd:
         def next_delay(self, attempt: int, error: Exception) -> Any:
             return delay
@@ -203,7 +203,7 @@ def test_a_policy_that_answers_nonsense_fails_the_stage_and_says_so(delay: Any) 
     assert result.error.startswith("ZeroDivisionError: division by zero (and its retry policy failed: ")
 
 
-def test_a_policy_that_raises_fails_the_compensation_and_says_so() -> None:
+def test_a_policy_that_raises_fails_the_compensation_with_that_reason() -> None:
     class Broken:
         def next_delay(self, attempt: int, error: Exception) -> float | None:
             raise LookupError("no such policy")

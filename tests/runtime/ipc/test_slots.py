@@ -9,7 +9,7 @@ import pytest
 from stageflow_actors.runtime.slots import SLOT_BYTES, WORDS_BYTES, Slot, SlotTable
 
 
-def test_a_slot_tells_what_is_running_and_since_when() -> None:
+def test_a_slot_shows_what_is_running_and_since_when() -> None:
     table = SlotTable.create(4)
     slot = table[3]
     assert not slot.read().busy
@@ -79,7 +79,7 @@ def test_a_cleared_slot_is_as_new() -> None:
     table.close()
 
 
-def test_while_a_policy_is_asked_the_slot_says_about_what_and_its_time_begins_anew() -> None:
+def test_while_a_policy_decides_the_slot_names_the_message_and_its_time_restarts() -> None:
     table = SlotTable.create(2)
     slot = table[0]
     slot.allow(1_000)

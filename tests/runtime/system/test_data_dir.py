@@ -81,7 +81,7 @@ while True:
 """
 
 
-def test_a_process_that_opens_and_closes_files_meanwhile_is_seen_to_hold_the_lock(tmp_path: Path) -> None:
+def test_a_process_that_opens_and_closes_files_concurrently_is_seen_to_hold_the_lock(tmp_path: Path) -> None:
     data = DataDir(tmp_path)
     fd = data.acquire(os.getpid())
     command = [sys.executable, "-c", OPENING_AND_CLOSING, str(fd)]

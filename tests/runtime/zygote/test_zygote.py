@@ -219,14 +219,14 @@ def test_killing_a_worker_takes_its_children_with_it(node: Node) -> None:
     assert node.exited("w").status == -signal.SIGKILL
 
 
-def test_children_of_a_worker_that_ends_by_itself_are_gone_when_it_is_reported(node: Node) -> None:
+def test_children_of_a_worker_that_exits_are_gone_when_it_is_reported(node: Node) -> None:
     node.spawn("w", "leave_children", node.talk)
     _, *children = [int(pid) for pid in node.line().split()]
     assert node.exited("w").status == 4
     assert all(is_dead(pid) for pid in children)
 
 
-def test_killing_a_group_twice_or_late_harms_nobody(node: Node) -> None:
+def test_killing_a_group_twice_or_late_harms_no_other_process(node: Node) -> None:
     node.spawn("w", "hang", node.talk)
     spawned = node.spawned("w")
     kill_group(spawned.pid, spawned.pidfd)
@@ -307,7 +307,7 @@ def test_a_worker_writes_its_slot(tmp_path: Path) -> None:
     assert idle.started == 0
 
 
-def test_a_zygote_whose_imports_fail_says_so_by_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_zygote_whose_imports_fail_reports_it_by_its_exit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "needy.py").write_text("import not_installed")
     node = Node(path=str(tmp_path), preload=["needy"])
     node.until(lambda: ZygoteGone(1) in node.heard)
