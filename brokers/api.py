@@ -191,9 +191,6 @@ class Broker(Protocol):
     def consume(self, queue: str, prefetch: int) -> None:
         """Take messages of `queue`, at most `prefetch` at once, from now on and after each reconnect."""
 
-    def query(self, name: str, *args: Any) -> Future[Any]:
-        """Ask by name; see the queries of the broker core. Fails with `Refused`."""
-
     def close(self, timeout: float = 5.0) -> None:
         """Send what is waiting, take leave, and end."""
 

@@ -162,9 +162,6 @@ class PeerClient(ABC):
         self._consuming[queue] = prefetch
         self._query("consume", queue, prefetch)
 
-    def query(self, name: str, *args: Any) -> Future[Any]:
-        return self._query(name, *args)
-
     def _query(self, name: str, /, *args: Any) -> Future[Any]:
         """Send a query frame, by its name on the wire."""
         future: Future[Any] = Future()

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from brokers import api as port
-from brokers.api import Broker, Listener
+from brokers.api import Broker, BrokerAdmin, Listener
 from brokers.points import reach
 from stageflow_actors.core.plan import (
     Naming,
@@ -28,6 +28,8 @@ from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.waiters import Waiter, Waiters
 
 __all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
+
+T = TypeVar("T")
 
 ANSWER_SECONDS = 60.0
 """How long a call waits for the broker, restarts of it included."""
@@ -104,19 +106,20 @@ class Asking:
             raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
         return self._broker
 
-    def _query(self, name: str, *args: Any) -> Any:
-        """What the broker answers. Raises `ValueError` for text that cannot be sent; nothing is sent then."""
+    def _ask(self, operation: Callable[[BrokerAdmin], Future[T]]) -> T:
+        """Perform an operation of the broker and return its answer.
+
+        Raises `ValueError` for text that cannot be sent; nothing is sent then.
+        """
         try:
-            future = self._port().query(name, *args)
+            future = operation(self._port().admin)
         except port.BrokerError as error:
             raise in_our_words(error) from None
         except UnicodeEncodeError as error:
             raise no_text(error) from None
         return self._await(future)
 
-    def _await(
-        self, future: Future[Any], timeout: float = ANSWER_SECONDS, check: Callable[[], None] | None = None
-    ) -> Any:
+    def _await(self, future: Future[T], timeout: float = ANSWER_SECONDS, check: Callable[[], None] | None = None) -> T:
         deadline = time.monotonic() + timeout
         poll = 0.5 if check is None else 0.05
         while True:
@@ -142,7 +145,7 @@ class Asking:
         """Have `waiter` told how an instance ends, whoever started it."""
         self._waiters.add(instance_id, waiter)
         try:
-            self._query("watch", [instance_id])
+            self._ask(lambda admin: admin.watch([instance_id]))
         except BaseException:
             self._waiters.remove(instance_id, waiter)
             raise
@@ -154,7 +157,7 @@ class Asking:
         deadline = time.monotonic() + CATCH_UP_SECONDS
         due = None
         while True:
-            queues = self._query("stats", self._naming.finished)["queues"]
+            queues = self._ask(lambda admin: admin.stats(self._naming.finished))["queues"]
             if not queues:
                 return
             queue = queues[0]
@@ -174,7 +177,7 @@ class Asking:
         return None if reader is None else reader.get(instance_id)
 
     def _lookup(self, ids: list[str]) -> dict[str, Any]:
-        answer = self._query("lookup", ids)
+        answer = self._ask(lambda admin: admin.lookup(ids))
         self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
         groups: dict[str, Any] = answer["groups"]
         return groups

@@ -43,7 +43,8 @@ class AtRest(Client):
             raise InstanceNotFound(instance_id)
         status = self.instance(instance_id).status()
         if not status.terminal and status != WorkflowStatus.compensating:
-            self._query("cancel", instance_id, f"cancelled: {reason}" if reason else "cancelled", list(CANCELLABLE))
+            text = f"cancelled: {reason}" if reason else "cancelled"
+            self._ask(lambda admin: admin.cancel(instance_id, text, list(CANCELLABLE)))
         return status
 
 

@@ -197,7 +197,7 @@ class Client(Asking):
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
             most = min(max(limit, 0), port.MOST_LISTED) if wanted is None and workflow_id is None else MOST_SEARCHED
-            for group in self._query("groups", "", most):
+            for group in self._ask(lambda admin: admin.list_groups("", most)):
                 if len(found) >= limit:
                     break
                 if wanted is not None and status_of(group) != wanted:
@@ -222,11 +222,12 @@ class Client(Asking):
 
     def queues(self, prefix: str = "") -> list[QueueInfo]:
         """Figures of each queue whose name begins with `prefix`."""
-        return queue_infos(self._query("stats", prefix))
+        return queue_infos(self._ask(lambda admin: admin.stats(prefix)))
 
     def stats(self) -> dict[str, Any]:
         """Figures of the broker and the history."""
-        figures = dict(self._query("stats", ""))
+        stats = self._ask(lambda admin: admin.stats(""))
+        figures: dict[str, Any] = {**stats}
         reader = self._reader()
         figures["finished"] = {} if reader is None else reader.count()
         return figures
@@ -238,11 +239,11 @@ class Client(Asking):
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from a queue until it is resumed; survives restarts."""
-        pause(lambda operation: self._await(operation(self._port().admin)), queue)
+        pause(self._ask, queue)
 
     def resume(self, queue: str) -> None:
         """Deliver from a paused queue again."""
-        self._query("resume", queue)
+        self._ask(lambda admin: admin.resume(queue))
 
     def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
         """Run a stage with another number of worker processes from now on; of a map stage, what handles its items.
@@ -260,7 +261,7 @@ class Client(Asking):
         self._scale(planned.queue, actors)
 
     def _scale(self, queue: str, actors: int) -> None:
-        if not self._query("tell", "scale", [queue, actors]):
+        if not self._ask(lambda admin: admin.notify_supervisor("scale", [queue, actors])):
             raise BrokerUnavailable("the node of this cluster is being started again; try again")
 
     def on_event(self, callback: Callback) -> Callable[[], None]:

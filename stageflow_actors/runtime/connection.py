@@ -109,7 +109,7 @@ class Connection(Client):
 
     def _learn(self) -> Served:
         self._renewed = False
-        served = read_served(self._query("fact", SERVED_FACT, None))
+        served = read_served(self._ask(lambda admin: admin.get_fact(SERVED_FACT)))
         if served is None:
             raise StageFlowError(f"the cluster of {self._path} does not say what it serves: is it of another release?")
         self._served = served

@@ -89,7 +89,7 @@ class Instance(Generic[C]):
         Each entry has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
         """
         if self._outcome is None:
-            group = self._client._query("inspect", [self.id]).get(self.id)
+            group = self._client._ask(lambda admin: admin.inspect([self.id])).get(self.id)
             if group is not None:
                 return timeline_of_group(group)
         return timeline_of_outcome(self._outcome or self._from_history())
@@ -224,7 +224,7 @@ class Instance(Generic[C]):
 
     def _parked_result(self) -> WorkflowResult[C]:
         """What `map` yields of a parked instance."""
-        group = self._client._query("inspect", [self.id]).get(self.id) or {}
+        group = self._client._ask(lambda admin: admin.inspect([self.id])).get(self.id) or {}
         for message in group.get("messages", ()):
             if message["state"] != "dead" or "body" not in message:
                 continue

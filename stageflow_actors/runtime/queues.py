@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from brokers.types import BrokerStats
 
 __all__ = ["QueueInfo", "queue_infos"]
 
@@ -46,7 +47,7 @@ class QueueInfo:
     breaker: str = ""
 
 
-def queue_infos(stats: dict[str, Any]) -> list[QueueInfo]:
+def queue_infos(stats: BrokerStats) -> list[QueueInfo]:
     """Return the queues in a broker's statistics."""
     return [
         QueueInfo(

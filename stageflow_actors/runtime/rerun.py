@@ -59,7 +59,7 @@ def cancel(client: Client, instance: Instance[Any], reason: str) -> WorkflowStat
     if status.terminal or status == WorkflowStatus.compensating:
         return status
     try:
-        client._query("cancel", instance.id, text, list(CANCELLABLE))
+        client._ask(lambda admin: admin.cancel(instance.id, text, list(CANCELLABLE)))
     except StageFlowError:
         return instance.status()  # it has left the broker meanwhile
     if instance._parked:
@@ -89,7 +89,7 @@ def _hand_over(client: Client, instance_id: str) -> None:
     ]
     if waiting:
         try:
-            client._query("hand-over", instance_id, waiting[:HANDED_OVER], COORDINATOR, CANCELLED)
+            client._ask(lambda admin: admin.hand_over(instance_id, waiting[:HANDED_OVER], COORDINATOR, CANCELLED))
         except StageFlowError:
             pass  # it has ended meanwhile
 
@@ -110,9 +110,9 @@ def retry(client: Client, instance: Instance[Any], context: Any) -> Instance[Any
                     )
                 envelope.context = Raw(known.codec.prepare(context))
             for queue, message_id, envelope in dead:  # all of them, once none is refused
-                client._query("replace", queue, message_id, encode(envelope))
+                _replace(client, queue, message_id, envelope)
         for queue, message_id, _ in dead:
-            client._query("requeue", queue, [message_id])
+            _requeue(client, queue, message_id)
         return _again(client, instance)
     row = _row(client, instance, status)
     outcome = decode_outcome(row.outcome)
@@ -168,7 +168,7 @@ def restart(client: Client, instance: Instance[Any], context: Any) -> Instance[A
         first = Envelope(
             envelope.workflow_id, envelope.version, known.first, data, EMPTY_TRAIL, time.time(), digest=envelope.digest
         )
-        client._query("restart", instance.id, known.target.queue, known.target.label, encode(first))
+        client._ask(lambda admin: admin.restart(instance.id, known.target.queue, known.target.label, encode(first)))
         return _again(client, instance)
     row = _row(client, instance, status)
     known = _known(client, row.workflow_id, row.version)
@@ -196,9 +196,17 @@ def _known(client: Client, workflow_id: str, version: int) -> Known:
     return known
 
 
+def _replace(client: Client, queue: str, message_id: int, envelope: Envelope) -> None:
+    client._ask(lambda admin: admin.replace(queue, message_id, encode(envelope)))
+
+
+def _requeue(client: Client, queue: str, message_id: int) -> None:
+    client._ask(lambda admin: admin.requeue(queue, [message_id]))
+
+
 def _dead_letters(client: Client, instance: Instance[Any]) -> list[tuple[str, int, Envelope]]:
     """(queue, id, envelope) of each: of several branches or items, several may be parked."""
-    group = client._query("inspect", [instance.id]).get(instance.id) or {}
+    group = client._ask(lambda admin: admin.inspect([instance.id])).get(instance.id) or {}
     found = []
     for message in group.get("messages", ()):
         if message["state"] != "dead" or message["evidence"]:

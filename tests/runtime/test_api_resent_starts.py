@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from brokers.api import CHECK, PublishAnswer
+from brokers.query_admin import QueryAdmin
 from stageflow_actors import Client, Workflow, WorkflowResult
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Outcome, decode_envelope, encode
 from stageflow_actors.history.rows import HistoryRow
@@ -20,6 +21,7 @@ class ForgetfulBroker:
 
     def __init__(self, history: dict[str, HistoryRow], ended: bool) -> None:
         self.starts: list[tuple[str, bool]] = []
+        self.admin = QueryAdmin(self._query)
         self.history = history
         self.ended = ended
 
@@ -40,7 +42,7 @@ class ForgetfulBroker:
         answered.set_result(PublishAnswer(7, refused))
         return answered
 
-    def query(self, name: str, *args: Any) -> Future[Any]:
+    def _query(self, name: str, *args: Any) -> Future[Any]:
         """Nothing is live any more."""
         assert name == "lookup"
         answered: Future[Any] = Future()

@@ -179,7 +179,7 @@ def test_what_is_registered_later_is_served_at_once(runtime: Runtime, client: Cl
 def test_the_environment_of_workers_is_not_sent_to_clients(serve: Any) -> None:
     secret = Workflow("secret").add_stage(count, env={"TOKEN": "do-not-tell"})
     runtime = serve(secret)
-    assert "do-not-tell" not in runtime._query("fact", "served", None)
+    assert "do-not-tell" not in runtime._ask(lambda admin: admin.get_fact("served"))
 
 
 def test_an_unknown_or_idle_directory_has_no_cluster(tmp_path: Path) -> None:

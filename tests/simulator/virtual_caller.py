@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from virtual_world import World
 
+from brokers.admin import BrokerAdmin
 from brokers.api import BrokerError
+from brokers.query_admin import QueryAdmin
 from stageflow_actors.core.envelope import decode_outcome
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.core.standing import status_of
@@ -119,10 +121,13 @@ class VirtualCaller:
     def _port(self) -> VirtualClient:
         return self._client
 
-    def _query(self, name: str, *args: Any) -> Any:
+    def _ask(self, operation: Callable[[BrokerAdmin], Future[Any]]) -> Any:
+        return self._await(operation(QueryAdmin(self._send)))
+
+    def _send(self, name: str, *args: Any) -> Future[Any]:
         if name == "requeue":
             self._requeued(args[1][0])
-        return self._await(self._client.query(name, *args))
+        return self._client._query(name, *args)
 
     def _await(self, future: Future[Any]) -> Any:
         if not future.done():
@@ -134,7 +139,7 @@ class VirtualCaller:
             raise in_our_words(error) from None
 
     def _lookup(self, ids: list[str]) -> dict[str, Any]:
-        answer = self._query("lookup", ids)
+        answer = self._ask(lambda admin: admin.lookup(ids))
         self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
         groups: dict[str, Any] = answer["groups"]
         return groups
