@@ -1,7 +1,7 @@
-"""The actors of a worker process: they take messages from the mailbox, do their work and send off the settlements.
+"""`WorkActor`: takes messages from the mailbox, executes them and sends the settlements.
 
-An actor's loop runs in the process's main thread, where signals, C libraries and event loops want user code to be. This
-one does one message after the other; `lanes` has those that do several at once.
+An actor's loop runs in the main thread of the process, because signals, C libraries and event loops expect user code
+there. This actor runs one message after the other; `lanes` has actors that run several concurrently.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from stageflow_actors.runtime.slots import Slot
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 
 MAX_BATCH_SETTLEMENTS = 128
-"""Settlements sent at once at most; fewer when the inbox runs dry or `FLUSH_INTERVAL_SECONDS` have passed."""
+"""The most settlements of one frame; fewer if the inbox is empty or `FLUSH_INTERVAL_SECONDS` have passed."""
+
 FLUSH_INTERVAL_SECONDS = 0.002
+"""The longest time that a finished message waits for its settlement while others run."""
+
 MAX_PREFETCH = 256
-"""Most messages held at once, by stages that take microseconds."""
+"""The most messages that a worker holds: for stages that take microseconds."""
+
 PREFETCH_WORK_SECONDS = 0.02
-"""How much work a worker may hold: stages that take longer hold exactly one message."""
+"""The work that a worker holds, in time. A worker whose stage takes longer holds exactly one message."""
 
 
 class WorkActor(pykka.ThreadingActor):
-    """An actor whose loop runs in the thread that calls `serve`: the process's main thread.
+    """An actor whose loop runs in the thread that calls `serve`: the main thread of the process.
 
-    `min_prefetch` is how many messages it holds at least, in work or ready to be.
+    `min_prefetch` is the least number of messages that it holds, in work or waiting.
     """
 
     min_prefetch = 1
 
     def __init__(
-        self, work: Callable[[DeliveryItem, bytes], Any], mailbox: Mailbox, given: WorkerPayload, slot: Slot
+        self, execute: Callable[[DeliveryItem, bytes], Any], mailbox: Mailbox, payload: WorkerPayload, slot: Slot
     ) -> None:
         super().__init__()
-        self._work = work
+        self._execute = execute
         self._mailbox = mailbox
         self._slot = slot
-        self._queue = given.queue
-        self._targets: list[Target] = list(work.targets)  # type: ignore[attr-defined]
+        self._queue = payload.queue
+        self._targets: list[Target] = list(execute.targets)  # type: ignore[attr-defined]
         self._plain_targets = len(self._targets)
         self._moves: list[tuple[int, int, int, int, str]] = []
         self._bodies: list[bytes] = []
@@ -57,19 +61,19 @@ class WorkActor(pykka.ThreadingActor):
         self._ran = 0
         self._current: tuple[int, int] | None = None
         self._prefetch = 1
-        self._remaining = given.max_tasks
-        self._limited = given.max_tasks > 0
+        self._remaining = payload.max_tasks
+        self._limited = payload.max_tasks > 0
 
     def _start_actor_loop(self) -> None:
-        """Started by `serve`, in the caller's thread."""
+        """Do nothing: `serve` runs the loop in the thread of its caller."""
 
     def serve(self) -> None:
-        """Handle messages until stopped."""
+        """Handle messages until the actor is stopped."""
         pykka.ActorRegistry.register(self.actor_ref)
         self._actor_loop()
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work, or that no more is to be done."""
+        """Execute the deliveries in the inbox, or retire."""
         if message == WORK:
             self._drain()
         elif message == RETIRE:
@@ -77,11 +81,11 @@ class WorkActor(pykka.ThreadingActor):
                 self._retire()
 
     def on_failure(self, *args: Any) -> None:
-        """What the actor itself gets wrong must not leave a worker that looks alive and does nothing."""
+        """End the process: an error in the actor itself must not leave a worker that looks alive and does nothing."""
         end_now(EXIT_UNHANDLED)
 
     def held_leases(self) -> list[tuple[int, int]]:
-        """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
+        """Return the leases in work, or finished and not settled. The mailbox's lock is held."""
         held = [] if self._current is None else [self._current]
         held += [(move[0], move[1]) for move in self._moves]
         for other in self._others:
@@ -89,26 +93,26 @@ class WorkActor(pykka.ThreadingActor):
         return held
 
     def settle_finished(self) -> None:
-        """Settle what is done while another message is in work, and hold no more than that one. The lock is taken."""
+        """Settle the finished messages while another one is in work, and hold only that one. The lock is held."""
         self._prefetch = self.min_prefetch
         self._flush()
 
     def stop_taking(self) -> None:
-        """Begin no other message than those in work. The lock is taken."""
+        """Start no further message. The mailbox's lock is held."""
         self._limited, self._remaining = True, 0
 
     def _drain(self) -> None:
         mailbox = self._mailbox
         inbox = mailbox.inbox
         lock = mailbox.lock
-        work = self._work
+        execute = self._execute
         moves, bodies = self._moves, self._bodies
         mailbox.signalled = False
         reach("worker.delivered")
         clock = time.perf_counter
         began = flushed = clock()
         count = 0
-        lock.acquire()  # and let go of only for the work itself: once per message, not once per step
+        lock.acquire()  # released only while a message runs: once per message
         try:
             while inbox:
                 if self._limited and self._remaining <= 0:
@@ -120,7 +124,7 @@ class WorkActor(pykka.ThreadingActor):
                 self._current = (item.id, item.lease)
                 lock.release()
                 try:
-                    result = work(item, body)
+                    result = execute(item, body)
                 finally:
                     lock.acquire()
                 count += 1
@@ -150,7 +154,7 @@ class WorkActor(pykka.ThreadingActor):
                         self._adapt(clock() - began, count)
                     self._flush()
                     flushed = clock()
-            self._flush()  # what is done must not wait when what came last was not ours any more
+            self._flush()  # the last deliveries may have been lost: finished messages must not wait for more
         finally:
             lock.release()
 
@@ -186,14 +190,14 @@ class WorkActor(pykka.ThreadingActor):
             del self._targets[self._plain_targets :]
 
     def _release(self, item: DeliveryItem) -> None:
-        """This worker's successor knows what to do with it: more is not taken here."""
+        """Release a message for this worker's successor, which has its version, and take no more."""
         broker = self._mailbox.broker
         assert broker is not None
         broker.release([(item.id, item.lease)], self._queue, 0)
         self.stop_taking()
 
     def _retire(self) -> None:
-        """This worker has handled all the messages it was made for, or knows; what it has not begun goes back."""
+        """Settle the finished messages, release the waiting ones, and stop."""
         self._flush()
         broker = self._mailbox.broker
         assert broker is not None
@@ -204,8 +208,8 @@ class WorkActor(pykka.ThreadingActor):
 
 
 class StageActor(WorkActor):
-    """Runs the messages of one stage queue."""
+    """The actor of one stage queue."""
 
 
 class CompensationActor(WorkActor):
-    """Runs the messages of one compensation queue."""
+    """The actor of one compensation queue."""

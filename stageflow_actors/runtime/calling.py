@@ -1,4 +1,4 @@
-"""Calling what may be async: run to its end, on a loop that its thread keeps."""
+"""Blocking calls of async user code, on an event loop that each thread keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bind_blocking(
     services: Mapping[str, Any],
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> BoundCall:
-    """A handler as a plain function of (context, ctx); an async one runs to its end on a loop that its thread keeps."""
+    """Return a handler as a blocking function of (context, ctx)."""
     bound = call.bind(services)
     return as_blocking(bound, loop) if call.is_async else bound
 
@@ -26,8 +26,10 @@ def bind_blocking(
 def as_blocking(
     bound: BoundCall, loop: Callable[[], asyncio.AbstractEventLoop], timeout: float | None = None, what: str = ""
 ) -> BoundCall:
-    """See `bind_blocking`, for a handler that is async. After `timeout` seconds it is cancelled, and `what` has
-    failed by a `StageTimeout`."""
+    """Return an async handler as a blocking function that runs it on the event loop of the calling thread.
+
+    After `timeout` seconds the handler is cancelled, and the function raises a `StageTimeout` that names `what`.
+    """
     kept = threading.local()
 
     async def finished(awaitable: Awaitable[Any]) -> Any:

@@ -1,4 +1,7 @@
-"""A branch: the selector says which arm is run. What it said is recorded as the branch's result."""
+"""`BranchExecutor`: calls the selector of a branch and continues with the arm that it names.
+
+The name of the arm is recorded as the result of the branch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ __all__ = ["BranchExecutor"]
 
 
 class BranchExecutor(Executor):
-    """Chooses the arm of one branch."""
+    """Executes one branch."""
 
     def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
@@ -42,9 +45,9 @@ class BranchExecutor(Executor):
             record = StageRecord(
                 self.planned.id, StageStatus.completed.value, attempt, started, took, None, Raw(encode(chosen))
             )
-            # The first stage of the arm is the next one: what was handed on is for it.
+            # The first stage of the arm receives the payload, as the next stage would.
             first, payload = self.planned.arms[chosen], opened.payload
             return self._complete_stage(item, opened, record, payload=payload, to=first)
         except BaseException as error:  # noqa: BLE001 - the selector is user code
             self._on_error(error)
-            return self._failed(item, opened, attempt, started, self._wall() - started, error)
+            return self._handle_failure(item, opened, attempt, started, self._wall() - started, error)

@@ -1,6 +1,6 @@
-"""One compensation at work: runs the next of the plan, and passes the rest on, or the end.
+"""`CompensationExecutor`: runs the next compensation of an instance and publishes the rest, or the outcome.
 
-A compensation that fails for good, hangs or kills its worker does not stop the others; the outcome names it.
+A compensation that fails finally, hangs or kills its worker does not stop the others; the outcome names it.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from stageflow_actors.runtime.context import StageContext, check_no_request
 from stageflow_actors.runtime.interception import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.programs import CompensationProgram
 from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
-from stageflow_actors.runtime.undoing import ItemCompensationState
+from stageflow_actors.runtime.undoing import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.work import CANCEL_GRACE_NS, ExecutorEnvironment, ask_policy, lost_attempt_failure
 
 __all__ = ["CompensationExecutor"]
 
 UNDO_STATE = ":undone"
-"""The step that says how far the items of a map stage are undone; no step of a user's can be taken for it, for those
-that are kept while an item is undone begin with its number."""
+"""The step that stores the `ItemCompensationState`. No user step has this name: item steps begin with a number."""
 
 UNDO_FLUSH_SECONDS = 0.05
-"""How much undoing of items may be done again after a crash: what was done before that is durable."""
+"""The interval at which the state becomes durable: after a crash, compensations of this time may run again."""
 
 ITEM_CHECKPOINT_SECONDS = 0.25
-"""How much undoing is done with each item said beforehand, once one of them has ended a worker: several times what
-may be done again, for that one is among those."""
+"""The time for which each item is stored before it begins, after an item ended a worker.
+
+It is several times `UNDO_FLUSH_SECONDS`: the item that ended the worker is among those that run again."""
 
 
 class CompensationExecutor:
-    """Runs the compensations of one workflow version. `limits`: async ones are cancelled at their timeouts."""
+    """Executes the compensations of one workflow version."""
 
     first_target = 0
 
@@ -59,7 +59,7 @@ class CompensationExecutor:
         self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
         self._arounds = around_methods(program.interceptors, AROUND_COMPENSATION)
         self._limits_itself = environment.limits_compensations
-        self._calls = {stage_id: self._bind(undo, environment) for stage_id, undo in program.compensations.items()}
+        self._bound = {stage_id: self._bind(undo, environment) for stage_id, undo in program.compensations.items()}
         self._slot = environment.slot
         self._store = environment.step_store
         self._limit = environment.max_message_bytes
@@ -104,15 +104,15 @@ class CompensationExecutor:
     def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
-        if (undo := _items_to_undo(envelope, stage_id)) is not None:
-            return self._undo_items(item, envelope, stage_id, undo)
+        if (undo := _completed_items(envelope, stage_id)) is not None:
+            return self._compensate_items(item, envelope, stage_id, undo)
         if extra is not None and extra.fresh:
             failure = lost_attempt_failure(extra.failure)
-            return self._failed(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
+            return self._handle_failure(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
         clock = time.perf_counter()
         try:
             context = self.codec.decode(envelope.context)
-            value = self._calls[stage_id](context, self._context_of(item, envelope, stage_id, attempt))
+            value = self._bound[stage_id](context, self._stage_context(item, envelope, stage_id, attempt))
             if self._arounds:
                 value, context = value
             check_no_request(value, f"the compensation of stage {stage_id!r}")
@@ -122,7 +122,7 @@ class CompensationExecutor:
                 context = value
             encoded = self.codec.encode(context, stage=f"compensation of {stage_id}")
             given = len(envelope.context)
-            # What branches made too large together was none of its doing: it may still say what it has undone.
+            # A context that joined branches made larger than the limit is not the compensation's fault.
             if len(encoded) > self._limit + (given if given > self._limit else 0):
                 raise PayloadTooLarge(
                     f"the compensation of stage {stage_id!r} made the context {len(encoded)} bytes large, over "
@@ -133,71 +133,75 @@ class CompensationExecutor:
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             took = time.perf_counter() - clock
-            return self._failed(item, envelope, stage_id, attempt, failure, asked, took).tried()
+            return self._handle_failure(item, envelope, stage_id, attempt, failure, asked, took).tried()
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
-        return self._on(item, envelope, record).tried()
+        return self._continue(item, envelope, record).tried()
 
-    def _undo_items(
+    def _compensate_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
     ) -> Settled:
-        """The items of a map stage, last one first, each with a time of its own. One that fails stops no other, and
-        each attempt is about those which are left."""
+        """Compensate the items of a map stage in descending order, each under its own timeout.
+
+        A failed item stops no other. Each attempt tries the items that are not compensated yet.
+        """
         clock = time.perf_counter()
         made = 0 if item.extra is None else item.extra.attempts
-        ctx = self._context_of(item, envelope, stage_id, made + 1)
-        undoing = ItemCompensationState.read(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
-        ctx.attempt = undoing.begin(made)
+        ctx = self._stage_context(item, envelope, stage_id, made + 1)
+        state = ItemCompensationState.restore(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
+        ctx.attempt = state.begin(made)
         if item.extra is not None and item.extra.fresh:
             failure = lost_attempt_failure(item.extra.failure)
-            told = write_failure(failure)
+            encoded = write_failure(failure)
             if failure.kind == UNDECIDED:
-                if undoing.first is not None:
-                    undoing.first = undoing.first[0], told
-                known = undoing.described(stage_id, len(undo)) or ""
-                return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0, known)
-            if not undoing.cut(made, told):
-                return self._failed(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
-            ctx.store_step_result(UNDO_STATE, undoing.state())
-            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, told), [], [])
+                if state.first_failure is not None:
+                    state.first_failure = state.first_failure[0], encoded
+                known = state.describe_failures(stage_id, len(undo)) or ""
+                return self._handle_failure(
+                    item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0, known
+                )
+            if not state.record_death(made, encoded):
+                return self._handle_failure(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
+            ctx.store_step_result(UNDO_STATE, state.dump())
+            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, encoded), [], [])
         first: BaseException | None = None
-        for number, failed in self._each_item(item, ctx, stage_id, undo, undoing):
+        for number, failed in self._compensate_each(item, ctx, stage_id, undo, state):
             first = first or failed
-            undoing.tried(number, None if failed is None else write_failure(failure_of(failed)))
+            state.record(number, None if failed is None else write_failure(failure_of(failed)))
         duration = time.perf_counter() - clock
-        text = undoing.described(stage_id, len(undo))
-        if text is None or undoing.first is None:
+        text = state.describe_failures(stage_id, len(undo))
+        if text is None or state.first_failure is None:
             done = CompensationRecord(stage_id, StageStatus.completed.value, None, duration)
-            return self._on(item, envelope, done).tried()
-        ctx.store_step_result(UNDO_STATE, undoing.state())
-        failure = lost_attempt_failure(undoing.first[1])
+            return self._continue(item, envelope, done).tried()
+        ctx.store_step_result(UNDO_STATE, state.dump())
+        failure = lost_attempt_failure(state.first_failure[1])
         asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
-        return self._failed(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text).tried()
+        return self._handle_failure(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text).tried()
 
-    def _each_item(
+    def _compensate_each(
         self,
         item: DeliveryItem,
         ctx: StageContext,
         stage_id: str,
         undo: list[tuple[int, Raw, Any]],
-        undoing: ItemCompensationState,
+        state: ItemCompensationState,
     ) -> Iterator[tuple[int, BaseException | None]]:
-        """Undo what is left, one by one: its number, and what it raised. What was done is kept every now and then."""
-        codec, call = self._items[stage_id], self._calls[stage_id]
+        """Compensate each pending item; yield its number and exception. Store the state at intervals."""
+        codec, call = self._items[stage_id], self._bound[stage_id]
         timeout = int((self._compensations[stage_id].timeout or 0) * 1e9)
         results = ctx.results
         began = kept = time.monotonic()
         for number, data, result in reversed(undo):
-            if not undoing.is_left(number):
+            if not state.is_pending(number):
                 continue
             now = time.monotonic()
-            if undoing.careful and now - began > ITEM_CHECKPOINT_SECONDS:
-                undoing.careful, kept = False, 0.0
-            if undoing.careful or now - kept > UNDO_FLUSH_SECONDS:
-                undoing.at = number if undoing.careful else -1
+            if state.one_by_one and now - began > ITEM_CHECKPOINT_SECONDS:
+                state.one_by_one, kept = False, 0.0
+            if state.one_by_one or now - kept > UNDO_FLUSH_SECONDS:
+                state.current = number if state.one_by_one else NO_ITEM
                 self._slot.begin(item.id, 0, time.monotonic_ns())
                 ctx._exit_item()
-                ctx.store_step_result(UNDO_STATE, undoing.state())
+                ctx.store_step_result(UNDO_STATE, state.dump())
                 kept = time.monotonic()
             deadline = now + timeout / 1e9 if timeout else None
             ctx._enter_item(number, deadline, {**results, stage_id: result})
@@ -212,7 +216,7 @@ class CompensationExecutor:
             yield number, failed
         ctx._exit_item()
 
-    def _context_of(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
+    def _stage_context(self, item: DeliveryItem, envelope: Envelope, stage_id: str, attempt: int) -> StageContext:
         extra = item.extra
         return StageContext._create(
             envelope=envelope,
@@ -229,7 +233,7 @@ class CompensationExecutor:
             slot=self._slot,
         )
 
-    def _failed(
+    def _handle_failure(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -240,7 +244,7 @@ class CompensationExecutor:
         duration: float,
         text: str = "",
     ) -> Settled:
-        """The attempt has failed: once more, as the policy says, or for good, which is told as `text`."""
+        """Retry by the policy, or record the compensation as failed with `text`."""
         text = text or failure.message
         compensation = self._compensations[stage_id]
         timeout = int((compensation.timeout or 0) * 1e9)
@@ -251,20 +255,18 @@ class CompensationExecutor:
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:
-            again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
-            return Settled(again, [], [])
-        return self._on(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
+            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
+        return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
-    def _on(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settled:
+    def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settled:
         step = after_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
         done = SettleItem([(item.id, item.lease)], DONE)
         return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
-def _items_to_undo(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
-    """(number, item as encoded, result) of each item that a map stage handled well, in their order; None for a stage of
-    any other kind."""
+def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
+    """Return (number, encoded item, result) of each completed item of a map stage, in order; None for other stages."""
     for record in reversed(decode_trail(envelope.trail)):
         if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
             return _decode_undo(record.undo)

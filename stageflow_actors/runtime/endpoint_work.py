@@ -1,4 +1,7 @@
-"""An endpoint at work: a command in, a reply to whoever asked. It belongs to no workflow and sees no context."""
+"""`EndpointExecutor`: runs an endpoint's handler on a command and replies to the stage that sent the request.
+
+An endpoint belongs to no workflow and receives no context.
+"""
 
 from __future__ import annotations
 
@@ -28,29 +31,29 @@ from stageflow_actors.runtime.work import lost_attempt_failure
 __all__ = ["EndpointExecutor"]
 
 REPLY_SLOT = "reply"
-"""The one slot of a reply's gather: a second reply to the same request changes nothing."""
+"""The one slot in the gather of a request: a second reply changes nothing."""
 
 
 class EndpointExecutor(HandlerExecutor):
-    """Serves one endpoint."""
+    """Executes the commands to one endpoint."""
 
     kind = "endpoint"
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
-        asked = decode_command(body)
+        command = decode_command(body)
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.cancelled is not None:
-            return self._send_reply(item, asked, Reply(NIL, extra.cancelled))
+            return self._send_reply(item, command, Reply(NIL, extra.cancelled))
         if extra is not None and extra.fresh:
             failure = lost_attempt_failure(extra.failure)
-            return self._retry_or_reply_error(item, asked, attempt, failure, None)
+            return self._retry_or_reply_error(item, command, attempt, failure, None)
         try:
-            ctx = self._stage_context(item, self._as_envelope(asked), attempt) if self._wants_ctx else None
-            value = self._call(decode_value(asked.command), ctx)
+            ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
+            value = self._call(decode_value(command.command), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
-            return self._handler_failed(item, asked, attempt, 0.0, 0.0, error)
-        return self._then(item, asked, attempt, 0.0, 0.0, None, value)
+            return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
+        return self._then(item, command, attempt, 0.0, 0.0, None, value)
 
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
@@ -70,15 +73,15 @@ class EndpointExecutor(HandlerExecutor):
         return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).failed()
 
     def _retry_or_reply_error(
-        self, item: DeliveryItem, asked: Command, attempt: int, failure: Failure, error: Exception | None
+        self, item: DeliveryItem, command: Command, attempt: int, failure: Failure, error: Exception | None
     ) -> Settled:
         delay, failure = self._ask_policy(attempt, failure, error)
         if delay is not None:
             return self._retry(item, delay, failure)
-        return self._send_reply(item, asked, Reply(NIL, failure.message))
+        return self._send_reply(item, command, Reply(NIL, failure.message))
 
-    def _send_reply(self, item: DeliveryItem, asked: Command, reply: Reply) -> Settled:
-        return self._settle(item, Moves(arrivals=[Arrive(asked.key, REPLY_SLOT, encode(reply))]))
+    def _send_reply(self, item: DeliveryItem, command: Command, reply: Reply) -> Settled:
+        return self._settle(item, Moves(arrivals=[Arrive(command.key, REPLY_SLOT, encode(reply))]))
 
-    def _as_envelope(self, asked: Command) -> Envelope:
-        return Envelope(asked.workflow_id, 1, asked.stage_id, NIL, EMPTY_TRAIL, 0.0, run=asked.run)
+    def _as_envelope(self, command: Command) -> Envelope:
+        return Envelope(command.workflow_id, 1, command.stage_id, NIL, EMPTY_TRAIL, 0.0, run=command.run)

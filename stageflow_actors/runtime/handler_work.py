@@ -1,7 +1,7 @@
-"""Executor that is one call of a handler of the user's: bound, wrap_handler, and awaited where it is async.
+"""`HandlerExecutor`: the base of executors that call one handler, blocking or async, with or without interceptors.
 
-A subclass does in `_run` what comes before the call and in `_on_result` what follows it, so that whoever runs an event
-loop can wait in between for many at once. Handlers that are not async go through without a stop.
+A subclass prepares the call in `_run` and settles its result in `_on_result`, so that an actor with an event loop can
+await many handlers between the two. A blocking handler runs through both without a stop.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ __all__ = ["HandlerExecutor", "PendingCall"]
 
 
 class PendingCall:
-    """A handler that has been called and has not returned: `awaitable` gives what `returned` takes."""
+    """A call of an async handler that has not returned: await `awaitable` and pass its result to `complete`."""
 
-    __slots__ = ("_slot", "_state", "_work", "awaitable")
+    __slots__ = ("_executor", "_slot", "_state", "awaitable")
 
-    def __init__(self, work: HandlerExecutor, awaitable: Awaitable[Any], state: Any) -> None:
+    def __init__(self, executor: HandlerExecutor, awaitable: Awaitable[Any], state: Any) -> None:
         self.awaitable = awaitable
-        self._work = work
-        self._slot = work._slot
+        self._executor = executor
+        self._slot = executor._slot
         self._state: Any = state
 
-    def returned(self, value: Any) -> Result:
-        """It has returned."""
-        work, state = self._work, self._state
-        work._slot = self._slot  # others have been started since
-        return work._after(*state, value)
+    def complete(self, value: Any) -> Result:
+        """Return the settlement for the handler's result."""
+        executor, state = self._executor, self._state
+        executor._slot = self._slot  # other calls of this executor have started since
+        return executor._after(*state, value)
 
-    def broke(self, error: BaseException) -> Result:
-        """It has raised, or was cancelled for this reason."""
+    def fail(self, error: BaseException) -> Result:
+        """Return the settlement for the handler's exception, or for the reason of its cancellation."""
         item, envelope, attempt, started, clock, _ = self._state
-        self._work._slot = self._slot
-        return self._work._handler_failed(item, envelope, attempt, started, clock, error)
+        self._executor._slot = self._slot
+        return self._executor._handler_failed(item, envelope, attempt, started, clock, error)
 
 
 class HandlerExecutor(Executor):
-    """The work of a place with a handler. `tasks`: whoever calls `start` awaits async handlers (see `PendingCall`).
+    """Executes a place with a handler.
 
-    `awaits` says whether there is anything to be awaited then. What a handler gives is handed to `_then`.
+    `awaits`: `start` returns a `PendingCall` for each call, because the handler is async and the environment awaits
+    handlers. `_then` receives the return value of the handler.
     """
 
     kind = "stage"
@@ -79,34 +80,34 @@ class HandlerExecutor(Executor):
         self._then: Callable[..., Result] = self._suspend if self.awaits else self._after
 
     @property
-    def what(self) -> str:
-        """What is run here, for errors."""
+    def display_name(self) -> str:
+        """The name of the stage or endpoint for error messages."""
         name = self.planned.joins if self.kind == "item" else self.planned.id
         return f"{'endpoint' if self.kind == 'endpoint' else 'stage'} {name!r}"
 
     @property
     def timeout_ns(self) -> int:
-        """What one attempt may take, nanoseconds; nought for any time."""
+        """The time limit of one attempt; 0 is no limit."""
         return self._timeout_ns
 
     @property
     def threads(self) -> bool:
-        """Whether several threads may run it at once."""
+        """True if several threads may call the handler concurrently."""
         return not self.stage.spec.is_async
 
-    def of(self, body: bytes) -> HandlerExecutor:
-        """The work of a message: where there is one version only, this."""
+    def executor_for(self, body: bytes) -> HandlerExecutor:
+        """Return the executor of a message: with one version, this one."""
         return self
 
-    def lane(self, slot: Stopwatch) -> Self:
-        """The same work for a thread of its own, which shows in `slot` what it runs."""
-        lane = copy.copy(self)
-        lane._slot = slot
-        lane._bind()
-        return lane
+    def copy_for(self, slot: Stopwatch) -> Self:
+        """Return a copy of this executor for a thread with its own slot."""
+        executor = copy.copy(self)
+        executor._slot = slot
+        executor._bind()
+        return executor
 
     def start(self, item: DeliveryItem, body: bytes, slot: Stopwatch) -> Result | PendingCall:
-        """Do the work of one delivery as far as it goes without waiting; whoever calls keeps `slot`."""
+        """Execute one delivery until its handler awaits; the caller writes begin and end into `slot`."""
         self._slot = slot
         try:
             return self._run(item, body)
@@ -116,15 +117,15 @@ class HandlerExecutor(Executor):
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
-        """The handler gave `value`, and left `context` behind."""
+        """Return the settlement for the handler's result `value` and the context it left."""
         raise NotImplementedError
 
     def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settled:
-        """The handler, or what is done with its result, has failed."""
+        """Return the settlement for an exception of the handler, or of the encoding of its result."""
         self._on_error(error)
-        return self._failed(item, envelope, attempt, started, time.perf_counter() - clock, error)
+        return self._handle_failure(item, envelope, attempt, started, time.perf_counter() - clock, error)
 
     def _on_intercepted_result(
         self,
@@ -136,10 +137,10 @@ class HandlerExecutor(Executor):
         context: Any,
         given: tuple[Any, Any],
     ) -> Result:
-        """Interceptors give the context along with the result."""
+        """Divide the (result, context) that a handler with interceptors returns."""
         value, context = given
         return self._on_result(item, envelope, attempt, started, clock, context, value)
 
     def _suspend(self, *state: Any) -> Any:
-        """In place of the result: only `start` has it from here, and knows."""
+        """Return the pending call in place of a settlement; only `start` receives it."""
         return PendingCall(self, state[-1], state[:-1])

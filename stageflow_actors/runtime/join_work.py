@@ -1,7 +1,7 @@
-"""The join of a parallel stage: all branches are over; their changes become one context, or the reason why not.
+"""`JoinExecutor`: joins the branches of a parallel stage after all have ended, and merges their contexts into one.
 
-It runs in a worker because `merge` is the user's code. What the branches did is in their envelopes, in the order in
-which they ended; the context before them is in the base.
+It runs in a worker because `merge` is user code. The arrivals are the envelopes of the branches in the order in which
+they ended; the base holds the context from before the branches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["JoinExecutor"]
 
 
 class JoinExecutor(Executor):
-    """Joins the branches of one parallel stage."""
+    """Executes the join of one parallel stage."""
 
     def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
@@ -41,7 +41,7 @@ class JoinExecutor(Executor):
         if not self._belongs_here(envelope):
             return self._forward_or_park(item, envelope, body)
         before = envelope.context
-        # From here on it is as whoever has to undo the branches needs it.
+        # From here on the envelope contains the branches' results: compensations need them.
         joined = join_branches(self.plan, envelope, arrivals)
         if extra is not None and extra.cancelled is not None:
             return self._skip_cancelled(item, envelope)
@@ -57,15 +57,15 @@ class JoinExecutor(Executor):
             return self._complete_stage(item, envelope, record, context)
         except BaseException as error:  # noqa: BLE001 - merge is user code
             self._on_error(error)
-            return self._failed(item, envelope, attempt, started, self._wall() - started, error)
+            return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
 
     def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settled:
-        """A required branch has failed."""
+        """Report a failed required branch to the coordinator."""
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Moves([Step(self.naming.coordinator, FAILED, encode(envelope))]))
 
     def _joined(self, before: Raw, merged: Raw, joined: Joined) -> bytes:
-        """The context from that before the branches, and theirs; `merged` is what comes of it field by field."""
+        """Return the encoded joined context; `merged` is the field-wise merge of all branches."""
         contexts = {name: branch.context for name, branch in joined.ended.items()}
         if self._merge is not None:
             context = self.codec.decode(before)
@@ -75,7 +75,7 @@ class JoinExecutor(Executor):
             return self.codec.encode(context if given is None else given, stage=self.planned.id)
         clash = joined.clash
         if clash is not None:
-            # A set that nobody touched may be in another order: then they are not at odds.
+            # An unchanged set may be encoded in another order: compare canonical forms before reporting a conflict.
             ordered = {name: self.codec.canonical(one) for name, one in contexts.items()}
             base, known = self.codec.canonical(before), {n: one for n, one in ordered.items() if one is not None}
             if base is not None and len(known) == len(ordered):

@@ -1,7 +1,7 @@
-"""Actors that work on several messages at once: async handlers on one running event loop, or threads for blocking ones.
+"""Actors that run several messages concurrently: async handlers on one event loop, or blocking ones in threads.
 
-Each message in work has a lane, which is a slot: the node sees each of them, with its own start and timeout. What is
-done is settled by the actor alone, in batches as everywhere.
+Each message in work has a lane, which is a slot: the node sees each message with its own start and timeout. Only the
+actor settles finished messages, in batches.
 """
 
 from __future__ import annotations
@@ -33,57 +33,59 @@ from stageflow_actors.runtime.work import CANCEL_GRACE_NS
 __all__ = ["TaskActor", "ThreadActor"]
 
 CANCEL_POLL_SECONDS = 0.05
-"""Seconds between looks whether what is in work has been cancelled."""
+"""The interval at which the actor checks its lanes for cancellations."""
 
 
 class _ConcurrentActor(WorkActor):
-    """What both have in common: taking as many messages as there are lanes, and settling what is done."""
+    """The base of both: takes as many messages as there are lanes, and settles finished ones."""
 
     def __init__(
-        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+        self, executor: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, payload: WorkerPayload, slot: Slot
     ) -> None:
-        super().__init__(work, mailbox, given, slot)
-        self._handler = work
-        self._lanes = slot.lanes(given.lanes)
+        super().__init__(executor, mailbox, payload, slot)
+        self._executor = executor
+        self._lanes = slot.lanes(payload.lanes)
         self.min_prefetch = self._prefetch = len(self._lanes)
         self._running: set[tuple[int, int]] = set()
-        self._last_chance = given.max_deaths - 1
-        self._alone = False
+        self._deaths_before_last = payload.max_deaths - 1
+        self._exclusive = False
 
     def held_leases(self) -> list[tuple[int, int]]:
-        """What the actor holds: in work, or done and not handed on. The mailbox's lock is taken."""
+        """Return the leases in work, or finished and not settled. The mailbox's lock is held."""
         return [*self._running, *super().held_leases()]
 
     def _start_waiting(self) -> None:
-        """Give each lane that is free a message that waits; to one that may not cause another death, all of them."""
+        """Start waiting messages on free lanes; a message before its last allowed death runs without others."""
         mailbox = self._mailbox
         mailbox.signalled = False
-        self._alone = self._alone and bool(self._running)
+        self._exclusive = self._exclusive and bool(self._running)
         while (
-            len(self._running) < self.min_prefetch and not self._alone and not (self._limited and self._remaining <= 0)
+            len(self._running) < self.min_prefetch
+            and not self._exclusive
+            and not (self._limited and self._remaining <= 0)
         ):
             with mailbox.lock:
                 if not mailbox.inbox:
                     return
                 item, body = mailbox.inbox[0]
-                # Its neighbours would be charged with the death that it may cause, and it with one of theirs.
-                alone = item.extra is not None and 0 < self._last_chance <= item.extra.deaths
-                if alone and self._running:
+                # A death would count against all messages in work, so that each could be dead-lettered for another.
+                exclusive = item.extra is not None and 0 < self._deaths_before_last <= item.extra.deaths
+                if exclusive and self._running:
                     return
                 mailbox.inbox.popleft()
                 if mailbox.lost and (item.id, item.lease) in mailbox.lost:
                     continue
                 self._running.add((item.id, item.lease))
-                self._alone = alone
+                self._exclusive = exclusive
                 self._remaining -= 1
             self._begin(item, body)
 
     @abstractmethod
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
-        """Have a lane work on it; `_on_done` is to follow."""
+        """Start the message on a lane, which calls `_on_done` at its end."""
 
     def _on_done(self, item: DeliveryItem, result: Result, seconds: float) -> None:
-        """A message is done with. It is settled at the next flush."""
+        """Record a finished message for the next flush."""
         with self._mailbox.lock:
             self._running.discard((item.id, item.lease))
             if type(result) is tuple:
@@ -96,12 +98,12 @@ class _ConcurrentActor(WorkActor):
                     self._release(item)
                 else:
                     self._add(result)
-            # As much more as all lanes together do in a moment.
+            # Beside the messages in work, as many as all lanes finish within PREFETCH_WORK_SECONDS.
             fitting = int(self.min_prefetch * PREFETCH_WORK_SECONDS / max(seconds, 1e-6))
             self._prefetch = self.min_prefetch + min(fitting, self._prefetch * 4, MAX_PREFETCH)
 
-    def _settle_finished(self) -> None:
-        """Settle what is done; when that was the last message this worker was made for, end it."""
+    def _flush_or_retire(self) -> None:
+        """Settle the finished messages; retire after the last message that this worker may take."""
         with self._mailbox.lock:
             if self._limited and self._remaining <= 0 and not self._running:
                 self._retire()
@@ -110,7 +112,7 @@ class _ConcurrentActor(WorkActor):
 
 
 class _Attempt:
-    """One handler being awaited. `reason` is why it was cancelled by us."""
+    """One handler being awaited. `reason` is set if the actor cancelled it."""
 
     __slots__ = ("reason", "task")
 
@@ -119,39 +121,39 @@ class _Attempt:
         self.reason: Exception | None = None
 
     def cancel(self, reason: Exception) -> None:
-        """End it for this reason, unless it is being ended already."""
+        """Cancel the handler for this reason; only the first reason counts."""
         if self.reason is None:
             self.reason = reason
             self.task.cancel()
 
 
 class _LoopInbox:
-    """A pykka inbox that is an event loop: what is put in is handled there, between the steps of tasks."""
+    """A pykka inbox over an event loop: the loop handles each message between the turns of its tasks."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.handle: Callable[[Any], None] = lambda envelope: None
 
     def put(self, envelope: Any) -> None:
-        """From any thread."""
+        """Schedule the message on the loop; callable from any thread."""
         self.loop.call_soon_threadsafe(lambda: self.handle(envelope))
 
     def get(self) -> Any:
-        """Nobody waits for messages here: they are handed over."""
+        """Not used: the loop passes messages to the handler."""
         raise NotImplementedError
 
     def empty(self) -> bool:
-        """Nothing is ever kept."""
+        """Return True: the loop holds all messages."""
         return True
 
 
 class TaskActor(_ConcurrentActor):
-    """Runs the messages of a stage whose handler is async: a task each, on one loop that never stops in between."""
+    """Runs the messages of a stage with an async handler: one task each, on one event loop."""
 
     def __init__(
-        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+        self, executor: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, payload: WorkerPayload, slot: Slot
     ) -> None:
-        super().__init__(work, mailbox, given, slot)
+        super().__init__(executor, mailbox, payload, slot)
         inbox: Any = self.actor_inbox
         inbox.handle = self._handle
         self._loop: asyncio.AbstractEventLoop = inbox.loop
@@ -171,22 +173,22 @@ class TaskActor(_ConcurrentActor):
             try:
                 self._loop.run_forever()
             except (SystemExit, KeyboardInterrupt):
-                traceback.print_exc()  # of a task that a handler had started and left behind: nobody's failure
+                traceback.print_exc()  # from a task that a handler started and did not await: no attempt fails by it
 
     def _handle(self, envelope: Any) -> None:
         try:
             self._handle_receive(envelope.message)
-        except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
+        except BaseException:  # noqa: BLE001 - the loop would only log it and go on
             self._exit_on_bug()
         if self.actor_stopped.is_set():
             self._loop.stop()
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work, or that no more is to be begun."""
+        """Start waiting messages, or settle and start no more."""
         if message == WORK:
             self._start_waiting()
         elif message == RETIRE:
-            self._settle_finished()
+            self._flush_or_retire()
 
     def _exit_on_bug(self) -> None:
         end_now(EXIT_UNHANDLED, traceback.format_exc())
@@ -194,11 +196,11 @@ class TaskActor(_ConcurrentActor):
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         lane = self._free.pop()
         began = time.monotonic_ns()
-        handler = self._handler.of(body)
-        lane.begin(item.id, handler.timeout_ns, began)
-        result = handler.start(item, body, lane)
+        executor = self._executor.executor_for(body)
+        lane.begin(item.id, executor.timeout_ns, began)
+        result = executor.start(item, body, lane)
         if isinstance(result, PendingCall):
-            task = self._loop.create_task(self._await_handler(handler, item, lane, result, began))
+            task = self._loop.create_task(self._await_handler(executor, item, lane, result, began))
             self._attempts[lane] = _Attempt(task)
             if not self._polling:
                 self._polling = True
@@ -207,29 +209,29 @@ class TaskActor(_ConcurrentActor):
             self._finish(item, lane, result, began)
 
     async def _await_handler(
-        self, handler: HandlerExecutor, item: DeliveryItem, lane: Slot, paused: PendingCall, began: int
+        self, executor: HandlerExecutor, item: DeliveryItem, lane: Slot, pending: PendingCall, began: int
     ) -> None:
         attempt = self._attempts[lane]
         timer: asyncio.TimerHandle | None = None
-        if handler.timeout_ns:
-            seconds = handler.timeout_ns / 1e9
-            late = StageTimeout(f"{handler.what} ran longer than its timeout of {seconds:g} s")
+        if executor.timeout_ns:
+            seconds = executor.timeout_ns / 1e9
+            late = StageTimeout(f"{executor.display_name} ran longer than its timeout of {seconds:g} s")
             timer = self._loop.call_later(seconds, attempt.cancel, late)
         error: BaseException | None
         value: Any = None
         try:
-            value = await paused.awaitable
+            value = await pending.awaitable
             error = attempt.reason
         except BaseException as raised:  # noqa: BLE001 - SystemExit of a handler is its failure
             error = attempt.reason or raised
         if timer is not None:
             timer.cancel()
         try:
-            result = paused.returned(value) if error is None else paused.broke(error)
+            result = pending.complete(value) if error is None else pending.fail(error)
             del self._attempts[lane]
             self._finish(item, lane, result, began)
             self._start_waiting()
-        except BaseException:  # noqa: BLE001 - no handler of the user's: nothing here may fail
+        except BaseException:  # noqa: BLE001 - not user code: an error here is ours
             self._exit_on_bug()
 
     def _finish(self, item: DeliveryItem, lane: Slot, result: Result, began: int) -> None:
@@ -237,15 +239,15 @@ class TaskActor(_ConcurrentActor):
         self._free.append(lane)
         self._on_done(item, result, (time.monotonic_ns() - began) / 1e9)
         if not self._flushing:
-            # Behind all that are done by now: they go in one frame.
+            # After the tasks that are finished by now: one frame settles them all.
             self._flushing = True
             self._loop.call_soon(self._flush_soon)
 
     def _flush_soon(self) -> None:
         self._flushing = False
         try:
-            self._settle_finished()
-        except BaseException:  # noqa: BLE001 - the loop would log it and go on as if nothing had happened
+            self._flush_or_retire()
+        except BaseException:  # noqa: BLE001 - the loop would only log it and go on
             self._exit_on_bug()
 
     def _poll_cancels(self) -> None:
@@ -258,7 +260,7 @@ class TaskActor(_ConcurrentActor):
 
 
 class _Finished:
-    """A thread has done its message."""
+    """The message of a thread to the actor: a delivery is finished."""
 
     __slots__ = ("item", "result", "seconds")
 
@@ -269,26 +271,26 @@ class _Finished:
 
 
 class ThreadActor(_ConcurrentActor):
-    """Runs the messages of a stage whose handler blocks: a thread per lane, started when it is needed first."""
+    """Runs the messages of a stage with a blocking handler: one thread per lane, started on its first use."""
 
     def __init__(
-        self, work: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, given: WorkerPayload, slot: Slot
+        self, executor: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, payload: WorkerPayload, slot: Slot
     ) -> None:
-        super().__init__(work, mailbox, given, slot)
+        super().__init__(executor, mailbox, payload, slot)
         self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes]] = queue.SimpleQueue()
         self._threads = 0
 
     def on_receive(self, message: Any) -> None:
-        """A word that there is work, or that no more is to be begun, or what has been done."""
+        """Start waiting messages, record a finished one, or settle and start no more."""
         if isinstance(message, _Finished):
             self._on_done(message.item, message.result, message.seconds)
             self._start_waiting()
             if self.actor_inbox.empty() or len(self._moves) >= MAX_BATCH_SETTLEMENTS:
-                self._settle_finished()
+                self._flush_or_retire()
         elif message == WORK:
             self._start_waiting()
         elif message == RETIRE:
-            self._settle_finished()
+            self._flush_or_retire()
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         if self._threads < len(self._running):
@@ -300,13 +302,13 @@ class ThreadActor(_ConcurrentActor):
 
     def _serve_lane(self, slot: Slot) -> None:
         try:
-            work = self._handler.lane(slot)
+            execute = self._executor.copy_for(slot)
             while True:
                 item, body = self._jobs.get()
                 began = time.perf_counter()
-                result = work(item, body)
+                result = execute(item, body)
                 self.actor_ref.tell(_Finished(item, result, time.perf_counter() - began))
         except pykka.ActorDeadError:
-            return  # the worker is at its end
-        except BaseException:  # noqa: BLE001 - handlers are caught further in: a lane that is gone must not go unnoticed
+            return  # the worker is ending
+        except BaseException:  # noqa: BLE001 - the executor catches user errors: this one is ours, and would lose a lane
             end_now(EXIT_UNHANDLED, traceback.format_exc())

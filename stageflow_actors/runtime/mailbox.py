@@ -1,7 +1,7 @@
-"""Between the connection's thread of a worker and its actor: what has arrived and is not begun, and steps on their way.
+"""`Mailbox`: the deliveries of a worker between its connection's thread and its actor, and the steps on their way back.
 
-No user code runs on the connection's thread, and it waits for nobody but for the lock, which is never held for longer
-than a message takes to change hands.
+No user code runs on the connection's thread. The thread waits only for the lock, which is held no longer than one
+message takes to change its place. The mailbox must not import the actor: it knows a `MailboxActor`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, Protoco
 from stageflow_actors.errors import StageFlowError
 
 __all__ = ["RETIRE", "WORK", "Mailbox", "MailboxActor"]
+
+logger = logging.getLogger("stageflow_actors.worker")
 
 WORK = "work"
 """The message to an actor: the inbox holds deliveries."""
@@ -45,10 +47,11 @@ class MailboxActor(Protocol):
 
 
 class Mailbox(Listener):
-    """Between the connection's thread and the actor's: what has arrived and is not begun.
+    """The deliveries that have arrived and are not in work.
 
-    `lock` guards the way of a message from here through the actor's hands into the connection: whoever has it sees
-    each message that this worker holds in one place at least.
+    `lock` guards the way of a message from the inbox through the actor into the connection: its holder sees each
+    message of this worker in at least one place. `signalled`: the actor was notified and has not read the inbox since.
+    `lost` are the (id, lease) of deliveries that this worker no longer holds.
     """
 
     def __init__(self, queue: str) -> None:
@@ -61,23 +64,23 @@ class Mailbox(Listener):
         self._queue = queue
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
-        """Lay them ready; one word to the actor is enough for the batch."""
+        """Add the deliveries to the inbox and notify the actor once per batch."""
         self.inbox.extend(zip(items, bodies, strict=True))
         if not self.signalled and self.actor is not None:
             self.signalled = True
             self._notify(self.actor, WORK)
 
     def _notify(self, actor: MailboxActor, message: str) -> None:
-        """A worker that retires has no actor any more while its last settlements are on their way; what comes to it
-        then goes back with its end."""
+        """Notify the actor. A retired one has stopped; the broker releases later deliveries when the worker exits."""
         try:
             actor.actor_ref.tell(message)
         except pykka.ActorDeadError:
             pass
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """Hand on what is done and return what has not begun, when asked to: the message in work takes long, or this
-        worker is to end.
+        """Settle finished messages and release waiting ones, on a recall or when the worker is to retire.
+
+        The broker recalls deliveries when the message in work takes long.
         """
         if word in ("recall", RETIRE) and self.broker is not None and self.actor is not None:
             retiring = word == RETIRE
@@ -91,31 +94,31 @@ class Mailbox(Listener):
             if retiring:
                 self._notify(self.actor, RETIRE)
         elif word == "malformed":
-            logging.getLogger("stageflow.worker").error("the broker refused a frame: %s", detail)
+            logger.error("the broker refused a frame: %s", detail)
 
     def on_lost(self, ids: list[int]) -> None:
-        """What is not ours any more is not begun. The same message may well come again, under another lease."""
+        """Mark deliveries that must not start. The same message may arrive again under another lease."""
         gone = set(ids)
         with self.lock:
             self.lost = {(item.id, item.lease) for item, _ in self.inbox if item.id in gone}
 
     def on_stale(self, ids: list[int]) -> None:
-        """A settlement was refused: somebody else has these messages now."""
-        logging.getLogger("stageflow.worker").warning("settlements of %s were refused: no longer held", ids)
+        """Log settlements that were refused: another worker holds these messages now."""
+        logger.warning("settlements of %s were refused: no longer held", ids)
 
     def holding(self) -> list[tuple[int, int]]:
-        """Everything delivered and not yet settled."""
+        """Return (id, lease) of each message that was delivered and is not settled."""
         with self.lock:
             held = [(item.id, item.lease) for item, _ in self.inbox]
             return held + self.actor.held_leases() if self.actor is not None else held
 
     def steps_of(self, item: DeliveryItem) -> _Steps:
-        """Where the steps of one delivery are kept."""
+        """Return the step store of one delivery."""
         return _Steps(self, item)
 
 
 class _Steps:
-    """Keeps steps with the message in the broker, durable on return."""
+    """A step store in the broker: each step is stored with its message, durable on return."""
 
     __slots__ = ("_item", "_mailbox")
 
@@ -124,16 +127,16 @@ class _Steps:
         self._item = item
 
     def keep(self, name: str, value: bytes) -> None:
-        """See `StepStore.keep`. Raises `StageFlowError` when this worker no longer holds the message."""
+        """See `StepStore.keep`. Raise `StageFlowError` if this worker no longer holds the message."""
         broker = self._mailbox.broker
         assert broker is not None
         try:
             broker.checkpoint(self._item.id, self._item.lease, name, value).result()
         except (Refused, PayloadTooLarge, ProtocolError) as error:
-            raise StageFlowError(f"step {name!r} cannot be kept: {error}") from None
+            raise StageFlowError(f"step {name!r} cannot be stored: {error}") from None
 
     def report(self, progress: bytes) -> None:
-        """See `StepStore.report`. Whether it arrives is nobody's concern."""
+        """See `StepStore.report`. The answer is ignored."""
         broker = self._mailbox.broker
         assert broker is not None
         broker.admin.report_progress(self._item.id, self._item.lease, progress)

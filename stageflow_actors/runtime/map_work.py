@@ -1,7 +1,8 @@
-"""A map stage: split into one message per item, handle each, join the results in order.
+"""`MapExecutor` and `ItemExecutor`: split a map stage into one message per item, run each, join the results in order.
 
-No envelope of an item carries its siblings, and the context waits once, in the gather. Many items are published in
-chunks, each with the message that brings the rest: a crash in between resumes at the chunk it hit.
+An item's envelope contains neither its siblings nor the context, which waits once in the gather. Many items are
+published in chunks; each chunk includes a carrier message with the remaining items, so that after a crash the split
+resumes at the current chunk.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ __all__ = ["ItemExecutor", "MapExecutor"]
 _NO_ITEMS = Raw(encode([]))
 
 MIN_CHUNK_ITEMS = 2_000
-"""Fewest items of a chunk; of more than eight chunks each is larger, so that the rest is not rewritten too often."""
+"""The least items of a chunk. Larger maps use larger chunks, about eight: each chunk rewrites the remaining items."""
 
 MAX_CHUNK_ITEMS = 100_000
-"""Most items of a chunk: one settlement has to hold them all."""
+"""The most items of a chunk: one settlement holds them all."""
 
 BUILTIN_COLLECTIONS = (list, tuple, dict, set, frozenset, range)
-"""What `over` may give that runs no more code of the user's, and comes to an end."""
+"""Return types of `over` whose iteration is finite and runs no user code."""
 
 
 class MapExecutor(Executor):
-    """Splits and joins. What is done here with a million items takes seconds, which are not taken from the user's."""
+    """Executes the split and the join of a map stage. Encoding a million items must not count against the timeout."""
 
     limits_whole_run = False
 
@@ -92,7 +93,7 @@ class MapExecutor(Executor):
         if isinstance(opened, Settled):
             return opened
         if is_carrier(opened):
-            return self._settle(item, self._publish_chunk(opened, decode_rest(opened.payload)))
+            return self._settle(item, self._next_chunk(opened, decode_rest(opened.payload)))
         return self._split(item, opened)
 
     def _split(self, item: DeliveryItem, envelope: Envelope) -> Settled:
@@ -113,12 +114,12 @@ class MapExecutor(Executor):
             self._set_time_limit(0)
         except BaseException as error:  # noqa: BLE001 - `over` is user code
             self._on_error(error)
-            return self._failed(item, envelope, attempt, started, self._wall() - started, error)
+            return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
         if not items:
             return self._join(item, envelope, [])
         envelope.since, envelope.attempts = started, attempt - 1
         moves = Moves(opens=[self._open_gather(envelope, len(items))])
-        moves.steps = self._publish_chunk(envelope, Rest(0, items)).steps
+        moves.steps = self._next_chunk(envelope, Rest(0, items)).steps
         return self._settle(item, moves)
 
     def _item(self, number: int, value: Any) -> Raw:
@@ -129,14 +130,14 @@ class MapExecutor(Executor):
         return Raw(data)
 
     def _set_time_limit(self, timeout_ns: int) -> None:
-        """From now on, for code of the user's; nought when it is over."""
+        """Set the time limit for the user code that follows; 0 after it."""
         self._slot.limit(timeout_ns, time.monotonic_ns())
 
     def _open_gather(self, envelope: Envelope, need: int) -> Open:
         return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
 
     def _cancel_items(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settled:
-        """The instance has been cancelled: items not published yet count as ended, those done can be undone."""
+        """Settle a cancelled map: unpublished items count as ended, completed ones can be compensated."""
         assert item.extra is not None
         if item.extra.parts is None and is_carrier(envelope):
             return self._settle(item, end_rest(self.planned, envelope, reason))
@@ -144,13 +145,13 @@ class MapExecutor(Executor):
         return self._skip_cancelled(item, envelope)
 
     def _record_done_items(self, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> None:
-        """The items that are done are undone as if they were a stage that completed."""
+        """Record the completed items like a completed stage, so that compensation undoes them."""
         undo = undo_items(self.planned, ended, self._wall())
         if undo is not None:
             envelope.trail = append_record(envelope.trail, undo)
 
-    def _publish_chunk(self, envelope: Envelope, rest: Rest) -> Moves:
-        """Messages for the next items, and one for the rest of them."""
+    def _next_chunk(self, envelope: Envelope, rest: Rest) -> Moves:
+        """Return the messages for the next items, and a carrier for the rest."""
         place = self._place
         now, later = rest.split(max(MIN_CHUNK_ITEMS, min(len(rest.items) // 8, MAX_CHUNK_ITEMS)))
         head = (envelope.workflow_id, envelope.version)
@@ -187,11 +188,11 @@ class MapExecutor(Executor):
                 f"max_failures={self._max_failures}; the first was item {number}: {text}"
             )
             if self._parks and attempt == 1:
-                # A crash between the mark and the parking would be taken for a requeue, which forgets the attempt.
+                # Count an attempt first: a marked message without attempts is taken for a requeued one.
                 return self._retry(item, 0.0, failure_of(why))
             if self._parks and not marked:
                 self._store(item).keep(PARK_MARK, b"")
-            # For good, whatever a policy says: each item has been tried as often as it may be.
+            # Final without the policy: it has already limited the attempts of each item.
             took = self._wall() - started
             return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).failed()
         try:
@@ -218,20 +219,20 @@ class MapExecutor(Executor):
             )
             envelope.trail = before
             return self._complete_stage(item, envelope, record, encoded)
-        except BaseException as error:  # noqa: BLE001 - a property of the user's may raise anything
+        except BaseException as error:  # noqa: BLE001 - a property of the context is user code
             self._on_error(error)
             envelope.trail = undone
-            return self._failed(item, envelope, attempt, started, self._wall() - started, error)
+            return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
 
     def _retry_failed_items(self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> Settled:
-        """It was parked for the items that failed, and requeued: those are done once more, the others wait for them."""
-        again = [(number, one) for number, one in ended if one.error is not None]
+        """Publish the failed items of a requeued map again; the completed ones wait in a new gather."""
+        failed = [(number, one) for number, one in ended if one.error is not None]
         moves = Moves(opens=[self._open_gather(envelope, len(ended))])
         moves.arrivals = [
             Arrive(self.planned.id, str(number), encode(one)) for number, one in ended if one.error is None
         ]
-        rest = Rest(0, [one.item for _, one in again], [n for n, _ in again], [one.steps for _, one in again])
-        moves.steps = self._publish_chunk(envelope, rest).steps
+        rest = Rest(0, [one.item for _, one in failed], [n for n, _ in failed], [one.steps for _, one in failed])
+        moves.steps = self._next_chunk(envelope, rest).steps
         return self._settle(item, moves)
 
     def _fail_stage(
@@ -243,7 +244,7 @@ class MapExecutor(Executor):
 
 
 class ItemExecutor(HandlerExecutor):
-    """Handles one item."""
+    """Executes one item of a map stage."""
 
     kind = "item"
 
@@ -288,11 +289,11 @@ class ItemExecutor(HandlerExecutor):
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settled:
-        """The join decides how many items may fail; where none may, and failures are parked, the item is parked."""
+        """Send the failure to the join, which counts failed items; park the item if none may fail."""
         if self._none_may_fail and self._parks:
             return self._park(item, failure)
         end = ItemEnd(NIL, failure.message)
-        if self._parks:  # it may be tried once more
+        if self._parks:  # a requeue runs the item again
             end.item, end.steps = envelope.context, steps_of(envelope, item)
         return self._arrive(item, envelope, end)
 

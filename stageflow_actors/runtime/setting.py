@@ -1,4 +1,4 @@
-"""Setting one field of a context, whatever kind of object it is: also of one that cannot be changed."""
+"""Set one field of a context of any supported type, frozen ones included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["with_field"]
 
 
 def with_field(context: Any, name: str, value: Any) -> Any:
-    """`context` with the field set: itself where that can be changed, else a copy. Raises what setting it raises."""
+    """Return `context` with the field set; a copy if it is frozen. Raises each exception of the assignment."""
     if isinstance(context, dict):
         context[name] = value
         return context
@@ -20,7 +20,7 @@ def with_field(context: Any, name: str, value: Any) -> Any:
     if isinstance(context, msgspec.Struct) and context.__struct_config__.frozen:
         return msgspec.structs.replace(context, **{name: value})
     if dataclasses.is_dataclass(context) and kind.__dataclass_params__.frozen:
-        # Not by its constructor, which may want more than its fields.
+        # Not `dataclasses.replace`: the constructor may require more than the fields.
         changed = copy.copy(context)
         object.__setattr__(changed, name, value)
         return changed

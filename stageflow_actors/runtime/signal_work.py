@@ -1,4 +1,4 @@
-"""A signal stage whose signal, or its absence, is dealt with by code of the user's."""
+"""`SignalExecutor`: passes a signal, or its absence, to user code (`on_signal`, `on_timeout`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["SignalExecutor"]
 
 
 class SignalExecutor(Executor):
-    """Takes in a signal, or the news that none came in time."""
+    """Executes a signal stage after the signal arrived or its time expired."""
 
     def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
@@ -34,17 +34,17 @@ class SignalExecutor(Executor):
         base, arrivals = split_parts(item, body)
         extra = item.extra
         if extra is not None and not arrivals and extra.failure == EXPIRED:
-            extra.fresh = False  # nothing failed: the time is up, which is what this stage is asked about
+            extra.fresh = False  # the expiry is the event that this stage handles, not a failed attempt
         opened = self._open(item, base, body)
         if isinstance(opened, Settled):
             return opened
         if extra is not None and not arrivals and extra.failure is None:
-            # Neither a signal nor the news that none came: it was parked, and waits anew.
+            # Neither a signal nor an expiry: the message was parked and requeued, and waits again.
             return self._settle(item, enter(self.plan, self.planned.id, opened, self.naming, self._wall()))
         started = self._wall() if opened.since is None else opened.since
         attempt = 1 if extra is None else extra.attempts + 1
         if not arrivals and self._on_timeout is None:
-            # For good, whatever a policy says: trying once more would not bring it.
+            # Final without the policy: another attempt would not bring the signal.
             late = StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
             return self._fail_stage(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
@@ -65,6 +65,6 @@ class SignalExecutor(Executor):
                 self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data
             )
             return self._complete_stage(item, opened, record, encoded)
-        except BaseException as error:  # noqa: BLE001 - what is given here is user code
+        except BaseException as error:  # noqa: BLE001 - on_signal and on_timeout are user code
             self._on_error(error)
-            return self._failed(item, opened, attempt, started, self._wall() - started, error)
+            return self._handle_failure(item, opened, attempt, started, self._wall() - started, error)

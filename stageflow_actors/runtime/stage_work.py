@@ -1,4 +1,4 @@
-"""One stage at work: the hot path. A handful of calls from delivery to settlement."""
+"""`StageExecutor`: runs the handler of one stage. This is the hot path: few calls from delivery to settlement."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ __all__ = ["StageExecutor"]
 
 
 class StageExecutor(HandlerExecutor):
-    """Runs one stage. `targets[0]` is where the happy path leads, where that is a plain one."""
+    """Executes one stage. `targets[0]` is the next queue if the happy path is one plain message."""
 
     def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
-        # Looked up for each message: one step instead of two.
+        # Read for each message: one attribute lookup instead of two.
         self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
         self._when = self.stage.when
         following = plan.following(self.planned)
@@ -52,7 +52,7 @@ class StageExecutor(HandlerExecutor):
         else:
             self.targets = [Target(following.queue, following.id)]
         self._passes_payload = hands_on(plan, self.planned)
-        # A plain happy path is one message to one queue, and nothing else.
+        # The happy path is plain if it is one message to one queue.
         self._plain = not self.planned.joins and (
             following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
         )
@@ -138,7 +138,7 @@ class StageExecutor(HandlerExecutor):
             done = encode(envelope)
         if len(done) > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
-            return self._failed(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
+            return self._handle_failure(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
         return self.first_target, done
 
     def _complete_with_moves(
@@ -151,16 +151,19 @@ class StageExecutor(HandlerExecutor):
         before: Raw,
         trail: bytes,
     ) -> Settled:
-        """The happy path where it is not one plain message."""
+        """Complete the stage where the happy path is more than one plain message."""
         context, envelope.context, envelope.trail = envelope.context, before, trail
         try:
             return self._complete_stage(item, envelope, record, context)
         except PayloadTooLarge as error:
-            return self._failed(item, envelope, attempt, started, record.duration, error)
+            return self._handle_failure(item, envelope, attempt, started, record.duration, error)
 
     def _park_on_arrival(self, item: DeliveryItem, envelope: Envelope) -> Settled:
-        """A message that was published in order to be parked: an attempt is counted first, then it is marked, and only
-        then parked. A crash in between leaves the attempt; a requeue forgets it, and leaves the mark."""
+        """Park a message that was published to be parked.
+
+        The broker counts an attempt first, then the message is marked, and only then parked: a crash between leaves the
+        attempt, while a requeue resets the attempts and leaves the mark.
+        """
         extra = item.extra
         marked = extra is not None and extra.steps is not None and PARK_MARK in extra.steps
         failure = read_failure(envelope.failure) or Failure("exception", "")
@@ -185,7 +188,7 @@ class StageExecutor(HandlerExecutor):
         context: Any,
         request: Request,
     ) -> Settled:
-        """The handler wants to ask: what it did to the context waits, with the context as delivered, in a gather."""
+        """Send the request; the changed context and the delivered one wait for the reply in a gather."""
         stage_id = self.planned.id
         command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
         encoded = self.codec.encode(context, stage=stage_id)
@@ -197,11 +200,11 @@ class StageExecutor(HandlerExecutor):
         asked = Asked(attempt, started, request.endpoint, request.timeout, before, payload, steps)
         sent = encode(Command(key, command, envelope.workflow_id, stage_id, envelope.run))
         if len(sent) > self._limit:
-            raise self._too_large(len(sent), f"what it asks endpoint {request.endpoint!r} is")
+            raise self._too_large(len(sent), f"the request to endpoint {request.endpoint!r} is")
         envelope.context, envelope.payload = Raw(encoded), Raw(encode(asked))
         waits = encode(envelope)
         envelope.context, envelope.payload = before, payload
-        size = len(waits) - len(before)  # which waits beside the new one, and goes no further
+        size = len(waits) - len(before)  # the delivered context only waits in the gather and is never sent on
         if size > self._limit:
             raise self._too_large(size)
         step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
@@ -217,7 +220,7 @@ class StageExecutor(HandlerExecutor):
         payload: Raw,
         context: bytes | None = None,
     ) -> Settled:
-        """On to the next stage, which is given `payload`; where there is none to take it, it is this one's result."""
+        """Complete the stage with `payload` for the next one, or as its own result if no next stage takes it."""
         data, handed = (NIL, payload) if self._passes_payload else (payload, NIL)
         record = StageRecord(self.planned.id, "completed", attempt, started, duration, None, data)
         return self._complete_stage(item, envelope, record, context, payload=handed)
@@ -235,7 +238,7 @@ class StageExecutor(HandlerExecutor):
             if extra.cancelled is not None:
                 return self._skip_cancelled(item, envelope)
             if extra.fresh and arrivals:
-                # A worker died of the reply, which is still here: nobody has to be asked again.
+                # A worker died at the reply. The message still contains it: no new request is needed.
                 return self._handle_lost_attempt(item, envelope, asked.attempt)
         if not arrivals:
             last = read_failure(extra.failure) if extra is not None and extra.fresh else None
@@ -260,7 +263,7 @@ class StageExecutor(HandlerExecutor):
     def _apply_reply(
         self, item: DeliveryItem, envelope: Envelope, asked: Asked, value: Raw, remote: RemoteCall, duration: float
     ) -> Settled:
-        """A remote stage's reply, by its `on_reply`."""
+        """Complete a remote stage with its reply, through `on_reply`."""
         data, encoded = value, None
         if remote.on_reply is not None:
             context = self.codec.decode(envelope.context)
@@ -272,11 +275,11 @@ class StageExecutor(HandlerExecutor):
         return self._complete_stage(item, envelope, record, encoded)
 
     def _request_failed(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settled:
-        """The request has failed: another attempt under a new message, with the context as the stage was given it."""
+        """Publish another attempt with the delivered context, or fail the stage."""
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         delay, failure = self._ask_policy(asked.attempt, failure, None)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
-            # The message in hand holds a reply that nobody wants: a new one is parked in its place.
+            # This message contains an obsolete reply: a new message is parked in its place.
             envelope.attempts, delay = -1, 0.0
         elif delay is not None:
             envelope.attempts = asked.attempt
@@ -290,5 +293,5 @@ class StageExecutor(HandlerExecutor):
 
 
 def _clear_attempts(envelope: Envelope) -> None:
-    """The stage is over: what was kept for another attempt at it is of no use to the next one."""
+    """Remove the attempts, failure and steps of a completed stage from the envelope."""
     envelope.attempts, envelope.failure, envelope.steps = 0, None, None

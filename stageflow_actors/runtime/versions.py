@@ -1,6 +1,7 @@
-"""The work of one queue where several versions of a workflow are registered: each message is done by its own version.
+"""`VersionedExecutor`: the executor of a queue that serves several versions of a workflow.
 
-Only the head of a message is looked at here; what no version knows is parked by the work that is asked.
+It reads only the head of a message and passes the message to the executor of its version. The latest version receives
+messages of unknown versions, and parks them.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ __all__ = ["VersionedExecutor"]
 
 
 class VersionedExecutor:
-    """Several works as one, in order of their versions, no two of the same one.
+    """Several executors as one, in ascending order of their versions.
 
-    `awaits`: each is the call of an async handler, so that they can be awaited together; `threads`: each is that of a
-    blocking one, so that several can run at once. Otherwise it is one after the other.
+    `awaits`: all handlers are async, and one event loop awaits them together. `threads`: all handlers block, and
+    several threads may run them. Otherwise messages run one after the other.
     """
 
-    def __init__(self, works: list[Any]) -> None:
+    def __init__(self, executors: list[Any]) -> None:
         self.targets: list[Target] = []
-        self._by_version = {work.plan.version: work for work in works}
-        self._latest = works[-1]
-        for work in works:
-            work.first_target = len(self.targets)
-            self.targets.extend(work.targets)
-        handlers = all(isinstance(work, HandlerExecutor) for work in works)
-        self.awaits = handlers and all(work.awaits for work in works)
-        self.threads = handlers and all(work.threads for work in works)
+        self._by_version = {executor.plan.version: executor for executor in executors}
+        self._latest = executors[-1]
+        for executor in executors:
+            executor.first_target = len(self.targets)
+            self.targets.extend(executor.targets)
+        handlers = all(isinstance(executor, HandlerExecutor) for executor in executors)
+        self.awaits = handlers and all(executor.awaits for executor in executors)
+        self.threads = handlers and all(executor.threads for executor in executors)
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Result:
-        """Have the work of the message's version do it."""
-        result: Result = self.of(body)(item, body)
+        """Execute a delivery with the executor of its version."""
+        result: Result = self.executor_for(body)(item, body)
         return result
 
-    def of(self, body: bytes) -> Any:
-        """The work of a message; for one of an unknown version the latest, which says so."""
+    def executor_for(self, body: bytes) -> Any:
+        """Return the executor of a message's version; for an unknown version the latest, which parks it."""
         head = head_of(body)
         return self._latest if head is None else self._by_version.get(head[1], self._latest)
 
-    def lane(self, slot: Stopwatch) -> Self:
-        """The same works for a thread of its own, which show in `slot` what they run."""
-        lane = copy.copy(self)
-        lane._by_version = {version: work.lane(slot) for version, work in self._by_version.items()}
-        lane._latest = lane._by_version[self._latest.plan.version]
-        return lane
+    def copy_for(self, slot: Stopwatch) -> Self:
+        """Return a copy of these executors for a thread with its own slot."""
+        copied = copy.copy(self)
+        copied._by_version = {version: executor.copy_for(slot) for version, executor in self._by_version.items()}
+        copied._latest = copied._by_version[self._latest.plan.version]
+        return copied

@@ -1,7 +1,8 @@
-"""What all work has in common: the slot, the context, failures and what a policy says of them, settlements.
+"""`Executor`: the base of all executors, with their environment, failures, retry policies and settlements.
 
-No socket and no queue here: the actor around it hands in deliveries and sends off settlements, and the in-process test
-runner does the same without either. Whatever user code raises becomes the stage's failure.
+An executor turns one delivery into one settlement. It has no socket and no queue: an actor passes deliveries to it and
+sends the settlements, and the in-process test runner does the same without a broker. Each exception of user code
+becomes the stage's failure.
 """
 
 from __future__ import annotations
@@ -67,58 +68,58 @@ __all__ = [
 
 
 PARK_MARK = ":park"
-"""The step that marks a message which was published, or is, to be parked: delivered once more, it has been requeued."""
+"""The step that marks a message as parked, or about to be parked. A marked message without attempts was requeued."""
 
 SLOT_FAILURE_BYTES = WORDS_BYTES - 2
-"""Bytes of a failure that a slot can hold."""
+"""The bytes of a failure that a slot can hold."""
 
 CANCEL_GRACE_NS = 1_000_000_000
-"""What an async handler gets to end by itself once it has been cancelled, before its worker is killed."""
+"""The time in which a cancelled async handler has to end. After it, the node kills the worker."""
 
 
 class Stopwatch(Protocol):
-    """The worker's slot: says which message is being run, and for how long it may be."""
+    """The part of a slot that executors write: the message in work and its time limit, for the node to watch."""
 
     def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
-        """The handler starts."""
+        """Record that user code begins on a message; `timeout_ns` of 0 is no limit."""
 
     def end(self) -> None:
-        """The handler is over."""
+        """Record that no user code runs."""
 
     def limit(self, timeout_ns: int, now_ns: int) -> None:
-        """From now on what is in work may take so long; nought for any time."""
+        """Replace the time limit of the message in work, counted from now; 0 is no limit."""
 
     def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
-        """The handler has failed, and its policy is asked about that from now on."""
+        """Record that the handler failed and its retry policy begins, with a time limit of its own."""
 
     def answered(self) -> None:
-        """The policy has answered."""
+        """Record that the retry policy returned."""
 
     def allow(self, grace_ns: int) -> None:
-        """Handlers that are over their time are ended by the worker itself, and get so much longer for it."""
+        """Extend each time limit by `grace_ns`, in which the worker itself cancels the handler."""
 
     def is_cancelled(self) -> bool:
-        """Whether the message being run is to be ended."""
+        """Return True if the message in work is to end."""
 
 
 def retry_delay(
     policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None
 ) -> float | None:
-    """Seconds until the next attempt after `attempt` failed, or None: it has failed for good.
+    """Return the seconds until the attempt after `attempt`, or None if the failure is final.
 
-    Without a policy a death is tried again at once, and everything else is final: also a `StageError` that may be
-    retried, because nobody has said how often. Raises whatever the policy raises, and `ValueError` for a time that
-    nobody can wait.
+    Without a policy, the death of a worker is retried immediately and every other failure is final; a `StageError` with
+    `retryable=True` too, because only a policy limits the number of attempts. Raises each exception of the policy, and
+    `ValueError` if its delay is negative or not finite.
     """
     if failure.kind == UNDECIDED:
-        return None  # the last worker that asked about it did not outlive that
+        return None  # the policy itself ended the worker that asked it last
     if policy is not None:
         delay = policy.next_delay(attempt, error or exception_of(failure))
         if delay is None:
             return None
         seconds = float(delay)
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"next_delay gave {delay!r}, and only 0 seconds or more can be waited (None: give up)")
+            raise ValueError(f"next_delay returned {delay!r}: return a number of seconds from 0, or None to give up")
         return seconds
     return 0.0 if failure.kind == "died" else None
 
@@ -131,9 +132,9 @@ def ask_policy(
     failure: Failure,
     error: Exception | None,
 ) -> float | None:
-    """`retry_delay`, while the slot says that it is the policy which takes the time: so much as an attempt, from now.
+    """Return `retry_delay`, with the slot showing that the policy runs, under the time limit of an attempt.
 
-    A worker that is killed for it, or dies of it, has its successor give up. It would ask the same once more.
+    If the policy ends the worker, the next worker takes the failure as final: the same question would end it too.
     """
     if policy is None:
         return retry_delay(None, attempt, failure)
@@ -150,7 +151,7 @@ def lost_attempt_failure(failure: bytes | None) -> Failure:
 
 
 def ignore_error(error: BaseException) -> None:
-    """Nobody else wants to know."""
+    """Do nothing with an exception of user code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +209,7 @@ class Executor:
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Result:
-        """Do the work of one delivery."""
+        """Execute one delivery and return its settlement."""
         self._slot.begin(item.id, self._timeout_ns if self.limits_whole_run else 0, time.monotonic_ns())
         try:
             return self._run(item, body)
@@ -221,9 +222,9 @@ class Executor:
         raise NotImplementedError
 
     def _open(self, item: DeliveryItem, body: bytes, whole: bytes | None = None) -> Envelope | Settled:
-        """The envelope of a delivery that is in its place and to be run; or how it is settled without that.
+        """Return the envelope of a delivery if it is to run here, otherwise its settlement.
 
-        Of one that was gathered `body` is the base, and `whole` all of it.
+        For a gathered message, `body` is the base and `whole` the message with all arrivals.
         """
         envelope = decode_envelope(body)
         if not self._belongs_here(envelope):
@@ -240,7 +241,7 @@ class Executor:
         return envelope.stage_id == self.planned.id and envelope.version == self.plan.version
 
     def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope) -> Settled:
-        """The instance has been cancelled: nothing is begun here any more."""
+        """Settle a delivery of a cancelled instance without running it."""
         assert item.extra is not None
         reason = item.extra.cancelled or ""
         return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
@@ -255,10 +256,10 @@ class Executor:
         payload: Raw = NIL,
         to: str | None = None,
     ) -> Settled:
-        """The stage is over, with `context` where it made another one: on to the place behind it, or to `to`.
+        """Record the stage and publish the envelope to the next place, or to place `to`.
 
-        Raises `PayloadTooLarge`. The envelope is then as it was: a stage that fails by the size of what it made has not
-        completed, and changed nothing.
+        `context` replaces the context if the stage changed it. Raises `PayloadTooLarge` and restores the envelope: a
+        stage whose result is too large has not completed and must not change the context.
         """
         before = envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps
         if context is not None:
@@ -285,7 +286,7 @@ class Executor:
         )
 
     def _split_result(self, context: Any, value: Any) -> tuple[Any, Raw]:
-        """What a function of the user's beside the handler gave: the context it leaves, and the result to be kept."""
+        """Return the context and the encoded result that a user function other than the handler returned."""
         if type(value) is Replace:
             return value.value, NIL
         if not self._is_dict and isinstance(value, self._context_type):
@@ -296,7 +297,7 @@ class Executor:
 
     # failures
 
-    def _failed(
+    def _handle_failure(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -306,14 +307,14 @@ class Executor:
         error: BaseException,
     ) -> Settled:
         failure = failure_of(error)
-        asked = error if isinstance(error, Exception) else exception_of(failure)
-        delay, failure = self._ask_policy(attempt, failure, asked)
+        known = error if isinstance(error, Exception) else exception_of(failure)
+        delay, failure = self._ask_policy(attempt, failure, known)
         if delay is not None:
             return self._retry(item, delay, failure).failed()
         return self._fail_stage(item, envelope, failure, attempt, started, duration).failed()
 
     def _ask_policy(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
-        """What the policy says; one that raises has given up, and says why."""
+        """Return the delay and the failure; a policy that raises makes the failure final and is named in it."""
         try:
             return ask_policy(self._slot, self._timeout_ns, self.retry, attempt, failure, error), failure
         except BaseException as broken:  # noqa: BLE001 - a policy is user code
@@ -322,7 +323,7 @@ class Executor:
             return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
 
     def _handle_lost_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settled:
-        """The attempt before ended without a word (death, timeout, expiry): the policy is asked about it first."""
+        """Ask the policy about the previous attempt, which ended without a result (death, timeout, expiry)."""
         assert item.extra is not None
         failure = lost_attempt_failure(item.extra.failure)
         delay, failure = self._ask_policy(attempt, failure, None)
@@ -332,8 +333,7 @@ class Executor:
         return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
 
     def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
-        again = SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure))
-        return Settled(again, [], [])
+        return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
@@ -364,7 +364,7 @@ class Executor:
         return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
 
     def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settled:
-        """Routing goes by id and version: forward what another queue runs, park what nobody here knows."""
+        """Forward a message whose place has another queue now; park one of a place or version unknown here."""
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
             return forward(item, body, known)
@@ -372,7 +372,7 @@ class Executor:
 
     def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
         settled = settle_moves(item, moves)
-        # What comes back to this very place has been asked for, or split, by its code.
+        # A gather that returns to this place was opened by user code: by a request or by a split.
         return settled.tried() if any(one.queue == self.planned.queue for one in moves.opens) else settled
 
     def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:

@@ -1,9 +1,9 @@
 """The worker process: one actor in the main thread, the broker connection in another.
 
-The zygote forks it and calls `main`. User code runs in the main thread, where signals, C libraries and event loops want
-it (blocking handlers of which several run at once have threads of their own); the connection's thread lays deliveries
-into a deque and tells the actor once per batch. It ends when its process is killed, or with `EXIT_RECYCLED` when it has
-done the work it was made for.
+The zygote forks the process and calls `main`. User code runs in the main thread, because signals, C libraries and event
+loops expect it there; only blocking handlers that run concurrently have threads of their own. The connection's thread
+adds deliveries to the mailbox and notifies the actor once per batch. The process ends when it is killed, or with
+`EXIT_RECYCLED` after its last message (`max_tasks`) or when it is to retire.
 """
 
 from __future__ import annotations
@@ -46,69 +46,69 @@ from stageflow_actors.runtime.works import EXECUTORS
 __all__ = ["main"]
 
 MIN_OWN_DESCRIPTOR = 200
-"""Our own descriptors have numbers from here on where we choose them: handlers close the low ones, for reasons of their
-own, and open others in their place."""
+"""The least number of our own descriptors, where we choose it: handlers close low descriptors and open others."""
 
 CLOSE_TIMEOUT_SECONDS = 60.0
-"""How long a worker that has done its share waits for its settlements to be durable: a broker restarts in that time."""
+"""The time in which a retired worker waits for durable settlements: a broker restarts within it."""
 
 
-def main(payload: bytes, slot: Slot | None) -> int:
-    """Entry of the forked process."""
+def main(data: bytes, slot: Slot | None) -> int:
+    """Run the worker and return its exit code: the entry of the forked process."""
     reach("worker.born")
-    given = msgspec.msgpack.decode(payload, type=WorkerPayload)
+    payload = msgspec.msgpack.decode(data, type=WorkerPayload)
     stderr = _own_stderr()
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=given.log_level, format=form, stream=stderr)
-    # Where it was when it crashed is the last that a worker writes.
+    logging.basicConfig(level=payload.log_level, format=form, stream=stderr)
+    # A worker that crashes writes the traceback of the crash.
     faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
-    mailbox = _WorkerMailbox(given.queue)
+    mailbox = _WorkerMailbox(payload.queue)
     try:
-        work = _load(given, slot, mailbox, _DescriptorCheck(stderr))
+        executor = _load_executor(payload, slot, mailbox, _DescriptorCheck(stderr))
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
-        sys.stderr.write(f"stageflow: worker {given.worker_id} cannot start: {describe_error(error)}\n")
+        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
     reach("worker.loaded")
-    mailbox.low = _occupy_low_descriptors()
-    actor: WorkActor = _actor_for(work, given.lanes)(work, mailbox, given, slot)
+    mailbox.placeholders = _occupy_low_descriptors()
+    actor: WorkActor = _actor_for(executor, payload.lanes)(executor, mailbox, payload, slot)
     mailbox.actor = actor
-    mailbox.broker = connect(given.address, mailbox, peer=given.peer, role="worker", name=given.worker_id)
-    mailbox.broker.consume(given.queue, actor.min_prefetch)
+    mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
+    mailbox.broker.consume(payload.queue, actor.min_prefetch)
     reach("worker.consuming")
     actor.serve()
-    mailbox.leaving = True
+    mailbox.closing = True
     if actor.held_leases():
-        return EXIT_UNHANDLED  # something has made the actor stop in the middle of it
+        return EXIT_UNHANDLED  # the actor stopped although messages are in work
     mailbox.broker.close(timeout=CLOSE_TIMEOUT_SECONDS)
     return EXIT_RECYCLED
 
 
 class _WorkerMailbox(Mailbox):
-    """A mailbox whose worker begins with its connection, and ends with it.
+    """A mailbox that ends the worker when its connection is lost permanently.
 
-    `low` are descriptors that are given back once all of the connection's own are open.
+    `placeholders` are descriptors to close once the connection has opened its own. `closing`: the worker itself closes
+    the connection.
     """
 
     def __init__(self, queue: str) -> None:
         super().__init__(queue)
-        self.low: list[int] = []
-        self.leaving = False
+        self.placeholders: list[int] = []
+        self.closing = False
 
     def on_connected(self, broker_epoch: int) -> None:
-        """The connection has all its descriptors."""
-        while self.low:
-            os.close(self.low.pop())
+        """Close the placeholders: the connection has all its descriptors."""
+        while self.placeholders:
+            os.close(self.placeholders.pop())
 
     def on_closed(self, reason: str) -> None:
-        """A worker that nobody can reach must not look alive: what it holds would wait for ever."""
-        if not self.leaving:
+        """End the process: a worker without a connection must not look alive and hold its messages forever."""
+        if not self.closing:
             end_now(EXIT_CUT_OFF, f"stageflow: this worker ends: {reason}\n")
 
 
 def _occupy_low_descriptors() -> list[int]:
-    """Have what is opened next get high numbers. A handler that closes 0 to 50 then hits nothing of ours."""
+    """Occupy low descriptors, so that our next ones get high numbers; a handler that closes 0 to 50 hits none."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4 * MIN_OWN_DESCRIPTOR:
         return []
     taken = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]
@@ -118,19 +118,19 @@ def _occupy_low_descriptors() -> list[int]:
 
 
 def _own_stderr() -> TextIO:
-    """What still leads to stderr when handlers have closed `sys.stderr` or descriptor 2."""
+    """Return a stderr that works after handlers have closed `sys.stderr` or descriptor 2."""
     try:
         fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, MIN_OWN_DESCRIPTOR)
     except OSError:
-        return sys.stderr  # fewer descriptors are allowed than that
+        return sys.stderr  # the limit of open files is lower
     return open(fd, "w", buffering=1, errors="backslashreplace")
 
 
 class _DescriptorCheck:
-    """Told of each failure of a handler: where a descriptor from 0 to 2 is closed, it may not be of its own making.
+    """Ends the worker after a failure of user code if a descriptor from 0 to 2 is closed.
 
-    An earlier message has closed it, and everything that writes to it would fail from then on. The worker ends instead,
-    and the message is delivered to a sound one.
+    An earlier message may have closed it, so that each later message that writes to it fails. The broker delivers the
+    message to another worker instead.
     """
 
     def __init__(self, stderr: TextIO) -> None:
@@ -145,30 +145,30 @@ class _DescriptorCheck:
                 end_now(EXIT_DAMAGED, text, self._stderr)
 
 
-def _actor_for(work: Executor | CompensationExecutor | VersionedExecutor, lanes: int) -> Any:
-    """The kind of actor that does such work: async handlers are awaited together, blocking ones have threads."""
-    if isinstance(work, (HandlerExecutor, VersionedExecutor)):
-        if work.awaits:
+def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, lanes: int) -> Any:
+    """Return the actor class for an executor: async handlers share an event loop, blocking ones use threads."""
+    if isinstance(executor, (HandlerExecutor, VersionedExecutor)):
+        if executor.awaits:
             return TaskActor
-        if lanes > 1 and work.threads:
+        if lanes > 1 and executor.threads:
             return ThreadActor
-    return CompensationActor if isinstance(work, CompensationExecutor) else StageActor
+    return CompensationActor if isinstance(executor, CompensationExecutor) else StageActor
 
 
-def _load(
-    given: WorkerPayload, slot: Slot, mailbox: Mailbox, on_error: Callable[[BaseException], None]
+def _load_executor(
+    payload: WorkerPayload, slot: Slot, mailbox: Mailbox, on_error: Callable[[BaseException], None]
 ) -> Executor | CompensationExecutor | VersionedExecutor:
-    """The work of this worker's queue, for each version that is registered."""
-    programs = [(one.plan, loads(one.code)) for one in given.programs]
+    """Return the executor of this worker's queue, for all registered versions."""
+    programs = [(one.plan, loads(one.code)) for one in payload.programs]
     factories = {name: factory for _, program in programs for name, factory in program.factories.items()}
     services = {name: factory() for name, factory in factories.items()}
-    compensates = given.kind == "compensation"
+    compensates = payload.kind == "compensation"
     environment = ExecutorEnvironment(
-        naming=given.naming,
+        naming=payload.naming,
         services=services,
         slot=slot,
         step_store=mailbox.steps_of,
-        max_message_bytes=given.max_message_bytes,
+        max_message_bytes=payload.max_message_bytes,
         on_error=on_error,
         # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.
         awaits_handlers=not compensates

@@ -1,4 +1,4 @@
-"""Which work is done at which kind of place: one table, for workers and for the in-process runner."""
+"""The registry of executors: one table for workers and the in-process test runner."""
 
 from __future__ import annotations
 
@@ -22,3 +22,4 @@ EXECUTORS: dict[str, type[Executor]] = {
     SIGNAL: SignalExecutor,
     ENDPOINT: EndpointExecutor,
 }
+"""The executor for each kind of place in a plan."""

@@ -287,14 +287,14 @@ class _Instance(Generic[C]):
             on_error=self._told,
         )
         context = workflow.context
-        self._works: dict[str, AnyExecutor] = {}
+        self._executors: dict[str, AnyExecutor] = {}
         for program, planned in stage_programs(workflow, plan):
             program.interceptors = tuple(interceptors)
-            self._works[planned.queue] = EXECUTORS[planned.kind](program, plan, environment)
+            self._executors[planned.queue] = EXECUTORS[planned.kind](program, plan, environment)
         for stage in endpoints:
             served, place = endpoint_program(stage, naming, {})
             served.interceptors = tuple(interceptors)
-            self._works[naming.endpoint(stage.id)] = EXECUTORS[place.stages[0].kind](served, place, environment)
+            self._executors[naming.endpoint(stage.id)] = EXECUTORS[place.stages[0].kind](served, place, environment)
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
             undoing = CompensationProgram(
@@ -305,7 +305,7 @@ class _Instance(Generic[C]):
                 interceptors=tuple(interceptors),
                 items=undone_items(workflow),
             )
-            self._works[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
+            self._executors[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
 
     def finish(self, first: _Message) -> WorkflowResult[C]:
         """Deliver messages until one of them is the end."""
@@ -318,13 +318,13 @@ class _Instance(Generic[C]):
                 return result_of_outcome(self._id, message.body, self._known.codec, self._known.order)
             if message.queue == self._naming.coordinator:
                 result: tuple[int, bytes] | Settled = self._coordinate(message)
-            elif message.queue in self._works:
-                result = self._deliver(self._works[message.queue], message)
+            elif message.queue in self._executors:
+                result = self._deliver(self._executors[message.queue], message)
             else:
                 continue  # a request to an endpoint that nobody serves
             if not isinstance(result, Settled):
                 place, body = result
-                target = self._works[message.queue].targets[place]
+                target = self._executors[message.queue].targets[place]
                 waiting.append(_Message(target.queue, target.label, body))
                 continue
             outcome = result.outcome
@@ -367,9 +367,9 @@ class _Instance(Generic[C]):
             return late
         raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
 
-    def _deliver(self, work: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settled:
+    def _deliver(self, executor: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settled:
         self._current = message
-        return work(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
+        return executor(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
 
     def _coordinate(self, message: _Message) -> Settled:
         item = DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra())

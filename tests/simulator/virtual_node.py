@@ -162,7 +162,7 @@ class VirtualWorker:
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
         self.mailbox = _WatchedMailbox(given.queue, node)
-        work = worker_module._load(given, pausing, self.mailbox, ignore_error)
+        work = worker_module._load_executor(given, pausing, self.mailbox, ignore_error)
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
         self.client = VirtualClient(
