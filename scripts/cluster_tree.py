@@ -19,7 +19,7 @@ def add_node(node: psutil.Process, found: Found) -> None:
         found.setdefault(kind, [])
     found["node"].append(node)
     for child in node.children():
-        if any("brokers.zeromq.process" in word for word in child.cmdline()):
+        if any("stageflow_brokers.zeromq.process" in word for word in child.cmdline()):
             found["broker"].append(child)
         else:
             found["zygote"].append(child)

@@ -21,8 +21,8 @@ import psutil
 
 from argument_types import above_zero, from_one
 from broker_launcher import start_broker
-from brokers.api import START, Listener, PublishItem, Target
-from brokers.zeromq.client import ZmqClient
+from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.zeromq.client import ZmqClient
 
 EPILOG = """
 A broker process is filled with messages that nobody takes, each an instance of its own, in two sizes: a quarter of -n,

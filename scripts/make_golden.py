@@ -17,25 +17,6 @@ from pathlib import Path
 
 from msgspec import Raw
 
-from brokers.api import (
-    AGAIN,
-    DEAD,
-    DONE,
-    LEAVE,
-    START,
-    TERMINAL,
-    Arrival,
-    DeliveryItem,
-    GatherOpen,
-    Listener,
-    PublishItem,
-    QueueOptions,
-    SettleItem,
-    Target,
-)
-from brokers.client import PeerClient
-from brokers.engine import Engine
-from brokers.memory import MemoryBroker
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     NIL,
@@ -54,6 +35,25 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_brokers.api import (
+    AGAIN,
+    DEAD,
+    DONE,
+    LEAVE,
+    START,
+    TERMINAL,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    Listener,
+    PublishItem,
+    QueueOptions,
+    SettleItem,
+    Target,
+)
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.memory import MemoryBroker
 
 WALL = 1_700_000_000.0
 CONTEXT = {"order_id": "A-1", "total": 99.5, "raw": b"\x00\xff", "big": 2**64 - 1, "none": None}

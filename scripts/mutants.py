@@ -41,11 +41,11 @@ MUTANTS = (
         "what a round decided leaves before it is on disk",
         (
             (
-                "brokers/engine.py",
+                "brokers/stageflow_brokers/engine.py",
                 "        written = self._commit()\n",
                 "        early = machine.dispatch()\n        written = self._commit()\n",
             ),
-            ("brokers/engine.py", "        return machine.dispatch()\n", "        return early\n"),
+            ("brokers/stageflow_brokers/engine.py", "        return machine.dispatch()\n", "        return early\n"),
         ),
         ("tests/brokers/test_commit_before_effect.py::test_a_confirmation_and_a_delivery_leave_after_their_sync",),
     ),
@@ -53,8 +53,16 @@ MUTANTS = (
         "no-fence",
         "a settlement counts whatever lease it names",
         (
-            ("brokers/core/settling.py", "if message is None or message.lease != lease:", "if message is None:"),
-            ("brokers/core/leases.py", "if message is None or message.lease != lease:", "if message is None:"),
+            (
+                "brokers/stageflow_brokers/core/settling.py",
+                "if message is None or message.lease != lease:",
+                "if message is None:",
+            ),
+            (
+                "brokers/stageflow_brokers/core/leases.py",
+                "if message is None or message.lease != lease:",
+                "if message is None:",
+            ),
         ),
         (
             "tests/brokers/test_contract.py::TestBrokers::test_an_old_lease_is_refused_though_its_holder_has_the_message_again[memory]",
@@ -65,7 +73,7 @@ MUTANTS = (
         "a new segment's name is not made durable",
         (
             (
-                "brokers/journal/supply.py",
+                "brokers/stageflow_brokers/journal/supply.py",
                 (
                     "            files.rename(source, self._directory / file_name(number))\n"
                     "            files.fsync_dir(self._directory)\n"
@@ -79,8 +87,16 @@ MUTANTS = (
         "segment-out-of-order",
         "the newest sealed segment is given back instead of the oldest",
         (
-            ("brokers/journal/journal.py", "        oldest = self._sealed[0]\n", "        oldest = self._sealed[-1]\n"),
-            ("brokers/journal/journal.py", "        del self._sealed[0]\n", "        del self._sealed[-1]\n"),
+            (
+                "brokers/stageflow_brokers/journal/journal.py",
+                "        oldest = self._sealed[0]\n",
+                "        oldest = self._sealed[-1]\n",
+            ),
+            (
+                "brokers/stageflow_brokers/journal/journal.py",
+                "        del self._sealed[0]\n",
+                "        del self._sealed[-1]\n",
+            ),
         ),
         ("tests/journal/test_journal_commit.py::test_only_the_oldest_sealed_segment_can_be_dropped",),
     ),
@@ -89,7 +105,7 @@ MUTANTS = (
         "a segment is given back though messages in it are alive",
         (
             (
-                "brokers/reclaim.py",
+                "brokers/stageflow_brokers/reclaim.py",
                 "        if self._machine.ledger.copy_forward(",
                 "        if False and self._machine.ledger.copy_forward(",
             ),
@@ -102,9 +118,13 @@ MUTANTS = (
         "join-counts-duplicates",
         "an arrival that comes twice fills two slots of a join",
         (
-            ("brokers/core/gather.py", "        if slot in self.seen:\n            return False\n", ""),
             (
-                "brokers/core/gather.py",
+                "brokers/stageflow_brokers/core/gather.py",
+                "        if slot in self.seen:\n            return False\n",
+                "",
+            ),
+            (
+                "brokers/stageflow_brokers/core/gather.py",
                 "self.arrivals[slot] = body",
                 'self.arrivals[f"{slot}{len(self.arrivals)}"] = body',
             ),
@@ -128,7 +148,7 @@ MUTANTS = (
         "an error of fdatasync is passed over",
         (
             (
-                "brokers/journal/journal.py",
+                "brokers/stageflow_brokers/journal/journal.py",
                 "                self._files.fdatasync(self._fd)\n",
                 (
                     "                try:\n                    self._files.fdatasync(self._fd)\n"
@@ -143,13 +163,13 @@ MUTANTS = (
     Mutant(
         "epoch-not-durable",
         "a broker that starts does not write down its new epoch",
-        (("brokers/core/machine.py", "        self.ledger.keep_epoch()\n", ""),),
+        (("brokers/stageflow_brokers/core/machine.py", "        self.ledger.keep_epoch()\n", ""),),
         ("tests/brokers/test_broker_killed.py::test_whatever_was_in_the_broker_is_in_it_again",),
     ),
     Mutant(
         "roster-not-awaited",
         "after a restart queues open before the workers have said what they hold",
-        (("brokers/core/machine.py", "rostered=not supervised,", "rostered=True,"),),
+        (("brokers/stageflow_brokers/core/machine.py", "rostered=not supervised,", "rostered=True,"),),
         ("tests/brokers/test_contract.py::TestBrokers::test_nothing_is_delivered_before_the_roster_is_known[memory]",),
     ),
     Mutant(
@@ -157,7 +177,7 @@ MUTANTS = (
         "a frame that was sent again is taken again",
         (
             (
-                "brokers/core/machine.py",
+                "brokers/stageflow_brokers/core/machine.py",
                 "        if frame <= session.last_frame:\n            return SEEN\n",
                 "",
             ),
@@ -169,7 +189,7 @@ MUTANTS = (
         "a step is confirmed and never recorded",
         (
             (
-                "brokers/core/settling.py",
+                "brokers/stageflow_brokers/core/settling.py",
                 "        self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)\n",
                 "",
             ),
@@ -305,7 +325,7 @@ MUTANTS = (
     Mutant(
         "greeting-taken-twice",
         "a greeting that comes twice takes back what was delivered since",
-        (("brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
+        (("brokers/stageflow_brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
         (
             "tests/brokers/test_connection_accidents.py::test_a_hello_that_arrives_twice_takes_nothing_back",
             "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[greeting-twice]",
@@ -316,7 +336,7 @@ MUTANTS = (
         "an answer that comes with the welcome is thrown away",
         (
             (
-                "brokers/client.py",
+                "brokers/stageflow_brokers/client.py",
                 "                        self._heard_notice(other, more)\n                return True\n",
                 (
                     "                        self._heard_notice(other, more)\n"
@@ -331,7 +351,7 @@ MUTANTS = (
         "a peer that has greeted greets again for each frame that it sent before",
         (
             (
-                "brokers/client.py",
+                "brokers/stageflow_brokers/client.py",
                 (
                     "            # `hello` answers what was sent before ours, which is on its way: "
                     "another one would only be told the same.\n"
@@ -351,7 +371,7 @@ MUTANTS = (
         "a start that is sent again is answered, and its end never told",
         (
             (
-                "brokers/core/machine.py",
+                "brokers/stageflow_brokers/core/machine.py",
                 "                self.publishing.watch_again(session, frame)\n",
                 "                pass\n",
             ),
@@ -365,7 +385,7 @@ MUTANTS = (
         "the epoch is not stated anew before the segment goes that told of it",
         (
             (
-                "brokers/core/ledger.py",
+                "brokers/stageflow_brokers/core/ledger.py",
                 "list(frames.items())))\n        self.keep_epoch()\n",
                 "list(frames.items())))\n",
             ),
@@ -377,7 +397,7 @@ MUTANTS = (
         "how far a peer has been heard is not stated anew before the segment goes that told of it",
         (
             (
-                "brokers/core/ledger.py",
+                "brokers/stageflow_brokers/core/ledger.py",
                 "        self.record(records.SESSIONS, 0, records.encode(list(frames.items())))\n",
                 "",
             ),
@@ -387,7 +407,7 @@ MUTANTS = (
     Mutant(
         "missing-segments-not-missed",
         "a journal begins with whatever segment is there",
-        (("brokers/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
+        (("brokers/stageflow_brokers/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
         (
             (
                 "tests/brokers/test_damaged_journal.py"
@@ -400,7 +420,7 @@ MUTANTS = (
         "a body is read back without its batch being checked",
         (
             (
-                "brokers/journal/journal.py",
+                "brokers/stageflow_brokers/journal/journal.py",
                 "        if wrong:\n            raise self._unreadable(segment, batch, wrong)\n",
                 "",
             ),
@@ -415,7 +435,13 @@ MUTANTS = (
     Mutant(
         "steps-weigh-nothing",
         "what messages keep of their steps is not thought of when space is given back",
-        (("brokers/reclaim.py", "store.live_bytes + store.step_bytes + store.fact_bytes", "store.live_bytes"),),
+        (
+            (
+                "brokers/stageflow_brokers/reclaim.py",
+                "store.live_bytes + store.step_bytes + store.fact_bytes",
+                "store.live_bytes",
+            ),
+        ),
         ("tests/brokers/test_compaction.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
     ),
     Mutant(
@@ -423,7 +449,7 @@ MUTANTS = (
         "a death that is told again after a restart is charged again",
         (
             (
-                "brokers/core/supervision.py",
+                "brokers/stageflow_brokers/core/supervision.py",
                 "message.extra is not None and message.extra.killed == death.peer:",
                 "message.extra is not None and message.extra.killed == -1:",
             ),
@@ -437,7 +463,7 @@ MUTANTS = (
         "a delayed message that has been delivered is delayed again where the clock is set back",
         (
             (
-                "brokers/core/machine.py",
+                "brokers/stageflow_brokers/core/machine.py",
                 "        self.ledger.mark(message)\n        message.queue.delayed -= 1\n",
                 "        message.queue.delayed -= 1\n",
             ),
@@ -454,7 +480,7 @@ MUTANTS = (
         "a peer is answered though it has not read what it asked for before",
         (
             (
-                "brokers/core/machine.py",
+                "brokers/stageflow_brokers/core/machine.py",
                 "if op == wire.QUERY and session.unread > MOST_UNREAD:",
                 "if False:",
             ),
@@ -471,7 +497,7 @@ MUTANTS = (
         "everything that a dead worker held is charged with its death",
         (
             (
-                "brokers/core/leases.py",
+                "brokers/stageflow_brokers/core/leases.py",
                 "else [m for m in consumer.held.values() if m.id in guilty]",
                 "else list(consumer.held.values())",
             ),
@@ -592,7 +618,7 @@ def survived(mutant: Mutant) -> list[str]:
                 shutil.copy(source, place / name)
         plant(mutant, place)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *mutant.killers]
-        env = {**os.environ, "PYTHONPATH": str(place)}
+        env = {**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{place / 'brokers'}"}
         run = subprocess.run(
             command, cwd=place, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
         )

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from brokers.core import wire
-from brokers.errors import ProtocolError
 from fuzzing.frames import Frames
+from stageflow_brokers.core import wire
+from stageflow_brokers.errors import ProtocolError
 
 __all__ = ["ANSWERS", "HELD", "attack"]
 

@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from brokers.core import wire
-from brokers.types import AGAIN, CHECK, DEAD, DONE, LEAVE, START, WATCH
+from stageflow_brokers.core import wire
+from stageflow_brokers.types import AGAIN, CHECK, DEAD, DONE, LEAVE, START, WATCH
 
 __all__ = ["Frames"]
 

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, DeliveryItem, Listener, SettleItem, Target
-from brokers.contract.harness import Answers
-from brokers.zeromq.client import ZmqClient
+from stageflow_brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, DeliveryItem, Listener, SettleItem, Target
+from stageflow_brokers.contract.harness import Answers
+from stageflow_brokers.zeromq.client import ZmqClient
 
 __all__ = ["QUEUES", "Honest", "Judge"]
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from brokers.errors import JournalCorrupt
-from brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
-from brokers.journal.inspect import repair, scan, verify
-from brokers.journal.testing import MemoryFiles
+from stageflow_brokers.errors import JournalCorrupt
+from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
+from stageflow_brokers.journal.inspect import repair, scan, verify
+from stageflow_brokers.journal.testing import MemoryFiles
 from torturing.sample_journal import Kept, Outcome, Specimen, Spot, keep, open_journal
 from torturing.workload import DIRECTORY
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
-from brokers.core import wire
-from brokers.journal.format import (
+from stageflow_brokers.core import wire
+from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     SECTOR,
     Batch,
@@ -25,11 +25,11 @@ from brokers.journal.format import (
     read_header,
     span,
 )
-from brokers.journal.format import Record as JournalRecord
-from brokers.journal.inspect import scan
-from brokers.journal.journal import Journal
-from brokers.journal.testing import MemoryFiles
-from brokers.types import START
+from stageflow_brokers.journal.format import Record as JournalRecord
+from stageflow_brokers.journal.inspect import scan
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.types import START
 from torturing.workload import DIRECTORY, Picture, Plant, replayed
 
 __all__ = ["Kept", "Outcome", "Specimen", "Spot", "keep", "open_journal"]

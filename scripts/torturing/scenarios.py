@@ -12,12 +12,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from brokers.core import wire
-from brokers.errors import BrokerError, JournalFailed
-from brokers.journal.format import SECTOR, Batch, file_name
-from brokers.journal.inspect import repair, scan, verify
-from brokers.journal.journal import Journal
-from brokers.journal.testing import MemoryFiles
+from stageflow_brokers.core import wire
+from stageflow_brokers.errors import BrokerError, JournalFailed
+from stageflow_brokers.journal.format import SECTOR, Batch, file_name
+from stageflow_brokers.journal.inspect import repair, scan, verify
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import MemoryFiles
 from torturing.workload import DIRECTORY, Picture, Plant, replayed
 
 __all__ = ["SCENES", "Disk", "RepairScene", "Scene"]

@@ -10,13 +10,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from brokers.core import records, wire
-from brokers.core.machine import Machine
-from brokers.core.replay import Replay
-from brokers.engine import Engine, Outgoing, replay_batch
-from brokers.journal.format import Batch
-from brokers.journal.testing import MemoryFiles
-from brokers.types import (
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.core.machine import Machine
+from stageflow_brokers.core.replay import Replay
+from stageflow_brokers.engine import Engine, Outgoing, replay_batch
+from stageflow_brokers.journal.format import Batch
+from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.types import (
     AGAIN,
     DEAD,
     DONE,

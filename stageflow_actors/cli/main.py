@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import click
 import msgspec
 
-from brokers.errors import BrokerError
 from stageflow_actors.cli.commands import export, instance_runs, signal  # noqa: F401 - add to `instances`
 from stageflow_actors.cli.commands.cluster import health, scale
 from stageflow_actors.cli.commands.dlq import dlq
@@ -28,6 +27,7 @@ from stageflow_actors.cli.commands.start import start
 from stageflow_actors.cli.commands.stats import stats
 from stageflow_actors.cli.commands.up import up
 from stageflow_actors.errors import StageFlowError
+from stageflow_brokers.errors import BrokerError
 
 __all__ = ["cli", "main"]
 

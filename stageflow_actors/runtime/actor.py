@@ -12,14 +12,14 @@ from typing import Any
 
 import pykka
 
-from brokers.api import DeliveryItem, SettleItem, Target
-from brokers.points import reach
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.processes import end_now
 from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.settled import Settled, numbered
 from stageflow_actors.runtime.slots import Slot
+from stageflow_brokers.api import DeliveryItem, SettleItem, Target
+from stageflow_brokers.points import reach
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 

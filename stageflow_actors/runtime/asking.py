@@ -11,9 +11,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from brokers import api as port
-from brokers.api import Broker, BrokerAdmin, Listener
-from brokers.points import reach
 from stageflow_actors.core.plan import (
     Naming,
 )
@@ -26,6 +23,9 @@ from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.waiters import Waiter, Waiters
+from stageflow_brokers import api as port
+from stageflow_brokers.api import Broker, BrokerAdmin, Listener
+from stageflow_brokers.points import reach
 
 __all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
 

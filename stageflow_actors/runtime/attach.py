@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from brokers.accounts import offline
-from brokers.api import Broker, BrokerAdmin, Listener
-from brokers.core.machine import Limits
-from brokers.memory import MemoryBroker
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
+from stageflow_brokers.accounts import offline
+from stageflow_brokers.api import Broker, BrokerAdmin, Listener
+from stageflow_brokers.core.machine import Limits
+from stageflow_brokers.memory import MemoryBroker
 
 __all__ = ["Attached", "attach", "existing", "live_address"]
 
@@ -51,7 +51,7 @@ class Attached:
         return self.broker.admin
 
     def wait(self, answer: Future[T], timeout: float = PATIENCE) -> T:
-        """Return the answer of an operation. Raises `BrokerUnavailable`, or `brokers.errors.Refused`."""
+        """Return the answer of an operation. Raises `BrokerUnavailable`, or `stageflow_brokers.errors.Refused`."""
         try:
             return answer.result(timeout)
         except FutureTimeout:

@@ -24,7 +24,7 @@ logger = logging.getLogger("stageflow.broker")
 _BOOTSTRAP = """\
 import sys
 sys.path[:] = sys.argv[2:]
-from brokers.zeromq.process import main
+from stageflow_brokers.zeromq.process import main
 sys.exit(main(sys.argv[1]))
 """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from msgspec import Raw
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import StageRecord, encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.status import StageStatus
@@ -15,6 +14,7 @@ from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["BranchExecutor"]
 

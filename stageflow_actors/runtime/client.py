@@ -15,9 +15,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from brokers import api as port
-from brokers.api import Arrival
-from brokers.points import reach
 from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import (
@@ -48,6 +45,9 @@ from stageflow_actors.runtime.mapping import Mapping, as_completed
 from stageflow_actors.runtime.pausing import pause
 from stageflow_actors.runtime.queues import QueueInfo, queue_infos
 from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_brokers import api as port
+from stageflow_brokers.api import Arrival
+from stageflow_brokers.points import reach
 
 __all__ = ["Client"]
 

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, write_failure
@@ -30,6 +29,7 @@ from stageflow_actors.runtime.programs import CompensationProgram
 from stageflow_actors.runtime.settled import TERMINAL, Settled, park_unknown, park_unreadable
 from stageflow_actors.runtime.undoing import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.work import CANCEL_GRACE_NS, ExecutorEnvironment, ask_policy, lost_attempt_failure
+from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 
 __all__ = ["CompensationExecutor"]
 

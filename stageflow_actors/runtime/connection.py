@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from brokers.api import Broker
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import live_address
@@ -22,6 +21,7 @@ from stageflow_actors.runtime.datadir import DataDir
 from stageflow_actors.runtime.feed import Feed
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.served import SERVED_FACT, Served, read_served
+from stageflow_brokers.api import Broker
 
 __all__ = ["Connection"]
 

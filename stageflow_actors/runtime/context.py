@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
-from brokers.api import DeliveryExtra, DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
+from stageflow_brokers.api import DeliveryExtra, DeliveryItem
 
 __all__ = ["CancelFlag", "RememberedSteps", "Request", "StageContext", "StepStore", "check_no_request"]
 

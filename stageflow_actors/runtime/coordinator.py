@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 import pykka
 
-from brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
-from brokers.points import reach
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_envelope, decode_outcome, encode, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
@@ -31,6 +29,8 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.keeping import WRITTEN_FACT
 from stageflow_actors.runtime.settled import Settled, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.unserved import send_on
+from stageflow_brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
+from stageflow_brokers.points import reach
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 

@@ -22,9 +22,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from brokers.private import why_not_private
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.processes import start_ticks
+from stageflow_brokers.private import why_not_private
 
 __all__ = [
     "ClusterRecord",

@@ -9,7 +9,6 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
@@ -27,6 +26,7 @@ from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.settled import Result, Settled
 from stageflow_actors.runtime.work import lost_attempt_failure
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["EndpointExecutor"]
 

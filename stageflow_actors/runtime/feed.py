@@ -14,10 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from brokers.api import Broker, Listener
 from stageflow_actors.events import Event
 from stageflow_actors.runtime.telling import FormOf, Teller
 from stageflow_actors.runtime.transport import connect
+from stageflow_brokers.api import Broker, Listener
 
 __all__ = ["Callback", "Feed"]
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import psutil
 
-from brokers.errors import BrokerError
-from brokers.types import QueueStats
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
@@ -23,6 +21,8 @@ from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
 from stageflow_actors.runtime.zygote_protocol import ZYGOTE_NAME
+from stageflow_brokers.errors import BrokerError
+from stageflow_brokers.types import QueueStats
 
 __all__ = ["Fault", "examine"]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import Envelope, StageRecord, decode_envelope, encode
 from stageflow_actors.core.gathered import Joined, join_branches
 from stageflow_actors.core.merging import merge_fields
@@ -23,6 +22,7 @@ from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, split_parts
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["JoinExecutor"]
 

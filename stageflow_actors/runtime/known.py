@@ -9,7 +9,6 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import CHECK, START, WATCH, PublishItem, Target
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import (
@@ -25,6 +24,7 @@ from stageflow_actors.errors import (
     InvalidContext,
     PayloadTooLarge,
 )
+from stageflow_brokers.api import CHECK, START, WATCH, PublishItem, Target
 
 __all__ = ["Known", "Prepared", "new_instance_id"]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pykka
 
-from brokers.api import DeliveryItem
 from stageflow_actors.errors import StageError, StageTimeout
 from stageflow_actors.runtime.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
 from stageflow_actors.runtime.handler_work import HandlerExecutor, PendingCall
@@ -29,6 +28,7 @@ from stageflow_actors.runtime.settled import Result
 from stageflow_actors.runtime.slots import Slot
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import CANCEL_GRACE_NS
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["TaskActor", "ThreadActor"]
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from brokers.points import reach
 from stageflow_actors import errors
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
@@ -25,6 +24,7 @@ from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_ru
 from stageflow_actors.runtime.intensity import Intensity
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
 from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
+from stageflow_brokers.points import reach
 
 __all__ = ["NodeHandle", "withdraw"]
 

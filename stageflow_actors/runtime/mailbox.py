@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import pykka
 
-from brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, ProtocolError, Refused
 from stageflow_actors.errors import StageFlowError
+from stageflow_brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, ProtocolError, Refused
 
 __all__ = ["RETIRE", "WORK", "Mailbox", "MailboxActor"]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     NIL,
@@ -46,6 +45,7 @@ from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.setting import with_field
 from stageflow_actors.runtime.settled import Result, Settled, split_parts, steps_of
 from stageflow_actors.runtime.work import PARK_MARK, Executor, ExecutorEnvironment
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["ItemExecutor", "MapExecutor"]
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from brokers import api as port
-from brokers.api import PublishAnswer
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_brokers import api as port
+from stageflow_brokers.api import PublishAnswer
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client import Client

@@ -21,8 +21,6 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from brokers.api import Broker, DeliveryItem, Listener
-from brokers.points import reach
 from stageflow_actors.core.counted import counted
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
@@ -44,6 +42,8 @@ from stageflow_actors.runtime.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.unserved import Unserved
 from stageflow_actors.runtime.zygote import ZygoteGone, ZygoteHandle
+from stageflow_brokers.api import Broker, DeliveryItem, Listener
+from stageflow_brokers.points import reach
 
 __all__ = ["main"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from brokers.api import BrokerAdmin
+from stageflow_brokers.api import BrokerAdmin
 
 __all__ = ["PAUSED_FACT", "WHY_FACT", "pause"]
 

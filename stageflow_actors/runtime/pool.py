@@ -19,8 +19,6 @@ import msgspec
 import pykka
 from msgspec import structs
 
-from brokers.client import new_peer
-from brokers.points import reach
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import STDERR, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
@@ -34,6 +32,8 @@ from stageflow_actors.runtime.processes import kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import SlotState
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteHandle
+from stageflow_brokers.client import new_peer
+from stageflow_brokers.points import reach
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 

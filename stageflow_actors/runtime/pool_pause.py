@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from brokers.api import Broker
 from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
+from stageflow_brokers.api import Broker
 
 __all__ = ["PoolPause"]
 

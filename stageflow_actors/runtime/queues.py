@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brokers.types import BrokerStats
+from stageflow_brokers.types import BrokerStats
 
 __all__ = ["QueueInfo", "queue_infos"]
 

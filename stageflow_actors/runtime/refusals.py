@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from brokers import api as port
 from stageflow_actors.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, StageFlowError
+from stageflow_brokers import api as port
 
 __all__ = ["in_our_words"]
 

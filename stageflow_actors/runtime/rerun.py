@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import DecodeError, Raw
 
-from brokers.api import CHECK, START, WATCH, Target
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     Envelope,
@@ -27,6 +26,7 @@ from stageflow_actors.core.retrying import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+from stageflow_brokers.api import CHECK, START, WATCH, Target
 
 if TYPE_CHECKING:
     from stageflow_actors.history.rows import HistoryRow

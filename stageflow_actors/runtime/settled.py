@@ -5,7 +5,16 @@ Nothing here runs user code, and nothing is sent: that is the actor's.
 
 from __future__ import annotations
 
-from brokers.api import (
+from stageflow_actors.core.envelope import (
+    Envelope,
+    Failure,
+    decode_envelope,
+    encode,
+)
+from stageflow_actors.core.failures import describe_error, write_failure
+from stageflow_actors.core.plan import FAILED, StagePlan
+from stageflow_actors.core.routing import Arrive, Moves, Open, Step
+from stageflow_brokers.api import (
     ATTEMPT_FAILED,
     ATTEMPT_WORKED,
     DEAD,
@@ -17,15 +26,6 @@ from brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_actors.core.envelope import (
-    Envelope,
-    Failure,
-    decode_envelope,
-    encode,
-)
-from stageflow_actors.core.failures import describe_error, write_failure
-from stageflow_actors.core.plan import FAILED, StagePlan
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step
 
 __all__ = [
     "TERMINAL",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.codec import decode_value
 from stageflow_actors.core.envelope import StageRecord
 from stageflow_actors.core.failures import EXPIRED, failure_of
@@ -17,6 +16,7 @@ from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import Result, Settled, split_parts
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["SignalExecutor"]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from msgspec import Raw
 
-from brokers.api import DeliveryItem, Target
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
     NIL,
@@ -33,6 +32,7 @@ from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.programs import StageProgram
 from stageflow_actors.runtime.settled import TERMINAL, Result, Settled, split_parts
 from stageflow_actors.runtime.work import PARK_MARK, ExecutorEnvironment
+from stageflow_brokers.api import DeliveryItem, Target
 
 __all__ = ["StageExecutor"]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pykka
 
-from brokers.api import QueueOptions
 from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.intensity import Intensity
@@ -25,6 +24,7 @@ from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.processes import describe_exit
 from stageflow_actors.runtime.programs import PoolSpec
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle
+from stageflow_brokers.api import QueueOptions
 
 __all__ = ["AddPools", "Supervisor", "queue_options"]
 

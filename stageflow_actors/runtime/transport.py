@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from brokers.api import Broker, Listener
-from brokers.errors import SocketNotPrivate
-from brokers.zeromq.client import ZmqClient
 from stageflow_actors.runtime.datadir import DataDirUnusable
+from stageflow_brokers.api import Broker, Listener
+from stageflow_brokers.errors import SocketNotPrivate
+from stageflow_brokers.zeromq.client import ZmqClient
 
 __all__ = ["connect"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from typing import Any, Self
 
-from brokers.api import DeliveryItem, Target
 from stageflow_actors.core.envelope import head_of
 from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.settled import Result
 from stageflow_actors.runtime.work import Stopwatch
+from stageflow_brokers.api import DeliveryItem, Target
 
 __all__ = ["VersionedExecutor"]
 

@@ -17,13 +17,6 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw
 
-from brokers.api import (
-    AGAIN,
-    DEAD,
-    DeliveryItem,
-    SettleItem,
-    Target,
-)
 from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import (
     NIL,
@@ -53,6 +46,13 @@ from stageflow_actors.runtime.settled import (
     steps_of,
 )
 from stageflow_actors.runtime.slots import WORDS_BYTES
+from stageflow_brokers.api import (
+    AGAIN,
+    DEAD,
+    DeliveryItem,
+    SettleItem,
+    Target,
+)
 
 __all__ = [
     "CANCEL_GRACE_NS",

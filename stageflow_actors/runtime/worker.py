@@ -20,7 +20,6 @@ from typing import Any, TextIO
 
 import msgspec
 
-from brokers.points import reach
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.pickling import loads
 from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
@@ -42,6 +41,7 @@ from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_brokers.points import reach
 
 __all__ = ["main"]
 

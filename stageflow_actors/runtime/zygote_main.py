@@ -26,7 +26,6 @@ from typing import NoReturn
 import msgspec
 from msgspec import Struct
 
-from brokers.points import reach
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.processes import (
     kill_group,
@@ -47,6 +46,7 @@ from stageflow_actors.runtime.zygote_protocol import (
     ZygoteConfig,
     read_config,
 )
+from stageflow_brokers.points import reach
 
 __all__ = ["ZygoteServer", "main"]
 

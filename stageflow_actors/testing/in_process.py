@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
 from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import NIL, decode_envelope
@@ -38,6 +37,7 @@ from stageflow_actors.runtime.programs import CompensationProgram, endpoint_prog
 from stageflow_actors.runtime.settled import Settled, settle_moves, split_parts
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
 
 __all__ = ["run"]
 

@@ -220,7 +220,7 @@ def _has(kind: type[Any], name: str) -> bool:
 
 def _is_error(name: str) -> bool:
     found: Any = getattr(builtins, name, None) or getattr(stageflow_actors.errors, name, None)
-    for module in ("stageflow_brokers.errors", "brokers.errors", "msgspec"):
+    for module in ("stageflow_brokers.errors", "stageflow_brokers.errors", "msgspec"):
         if found is None and module in sys.modules:
             found = getattr(sys.modules[module], name.removeprefix("msgspec."), None)
     return isinstance(found, type) and issubclass(found, BaseException)

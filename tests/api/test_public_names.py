@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-import brokers
-import brokers.errors
 import stageflow_actors
 import stageflow_actors.errors
 import stageflow_actors.history.errors
 import stageflow_actors.testing
-from brokers import api
+import stageflow_brokers
+import stageflow_brokers.errors
 from stageflow_actors import events, testing
+from stageflow_brokers import api
 
 STAGEFLOW = """
     Breaker BrokerUnavailable Client Compensation CompensationResult Config Instance InstanceConflict InstanceNotFound
@@ -137,7 +137,7 @@ def test_every_public_object_has_a_docstring(name: str, value: Any) -> None:
         assert vars(value)["__doc__"]
 
 
-@pytest.mark.parametrize("package", [stageflow_actors, brokers], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [stageflow_actors, stageflow_brokers], ids=lambda package: package.__name__)
 def test_every_module_has_a_docstring(package: ModuleType) -> None:
     names = [found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
     assert len(names) > 10
@@ -147,16 +147,16 @@ def test_every_module_has_a_docstring(package: ModuleType) -> None:
 
 def error_classes() -> list[type[Exception]]:
     """Each error class of both packages, subclasses in whatever module included."""
-    for package in (stageflow_actors, brokers):
+    for package in (stageflow_actors, stageflow_brokers):
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             importlib.import_module(found.name)
     kinds: dict[type[Exception], None] = {}
-    todo: list[type[Exception]] = [stageflow_actors.errors.StageFlowError, brokers.errors.BrokerError]
+    todo: list[type[Exception]] = [stageflow_actors.errors.StageFlowError, stageflow_brokers.errors.BrokerError]
     while todo:
         kind = todo.pop()
         kinds[kind] = None
         todo.extend(kind.__subclasses__())
-    return [kind for kind in kinds if kind.__module__.partition(".")[0] in ("stageflow_actors", "brokers")]
+    return [kind for kind in kinds if kind.__module__.partition(".")[0] in ("stageflow_actors", "stageflow_brokers")]
 
 
 def an_example_of(kind: type[Exception]) -> Exception:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from brokers.admin import BrokerAdmin
-from brokers.api import Listener, QueueOptions
-from brokers.core.machine import Machine
-from brokers.memory import MemoryBroker
-from brokers.query_admin import QueryAdmin
+from stageflow_brokers.admin import BrokerAdmin
+from stageflow_brokers.api import Listener, QueueOptions
+from stageflow_brokers.core.machine import Machine
+from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.query_admin import QueryAdmin
 
 OPTIONS = [QueueOptions("q")]
 

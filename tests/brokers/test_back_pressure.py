@@ -15,17 +15,17 @@ import pytest
 import zmq
 from broker_process import BrokerProcess
 
-from brokers import client as brokers_client
-from brokers.api import TERMINAL, Listener, PublishAnswer, Target
-from brokers.core import wire
-from brokers.core.machine import Limits
-from brokers.engine import Engine
-from brokers.errors import BrokerUnavailable, PayloadTooLarge
-from brokers.memory import MemoryBroker
-from brokers.testing import PATIENCE, Peer
-from brokers.types import PublishItem
-from brokers.zeromq import server as zeromq_server
-from brokers.zeromq.client import ZmqClient
+from stageflow_brokers import client as brokers_client
+from stageflow_brokers.api import TERMINAL, Listener, PublishAnswer, Target
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.machine import Limits
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.errors import BrokerUnavailable, PayloadTooLarge
+from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.testing import PATIENCE, Peer
+from stageflow_brokers.types import PublishItem
+from stageflow_brokers.zeromq import server as zeromq_server
+from stageflow_brokers.zeromq.client import ZmqClient
 
 ROOM = 1 << 20
 BODY = bytes(100_000)

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from broker_fixtures import Peer, World, check_whole
 
-from brokers.core import gather, looking, machine, watching, wire
-from brokers.core.bounds import Limits
-from brokers.types import LEAVE, MOST_LISTED, START, TERMINAL, QueueOptions
+from stageflow_brokers.core import gather, looking, machine, watching, wire
+from stageflow_brokers.core.bounds import Limits
+from stageflow_brokers.types import LEAVE, MOST_LISTED, START, TERMINAL, QueueOptions
 
 MOST = 1_000
 

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from brokers.core.breaker import CLOSED, HALF_OPEN, OPEN, Breaker
-from brokers.types import (
+from stageflow_brokers.core.breaker import CLOSED, HALF_OPEN, OPEN, Breaker
+from stageflow_brokers.types import (
     AGAIN,
     ATTEMPT_FAILED,
     ATTEMPT_WORKED,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from broker_process import BrokerProcess
 
-from brokers.accounts import settlements
-from brokers.api import (
+from stageflow_brokers.accounts import settlements
+from stageflow_brokers.api import (
     AGAIN,
     DEAD,
     DONE,
@@ -28,7 +28,7 @@ from brokers.api import (
     SettleItem,
     Target,
 )
-from brokers.testing import PATIENCE, Peer
+from stageflow_brokers.testing import PATIENCE, Peer
 
 
 @pytest.fixture

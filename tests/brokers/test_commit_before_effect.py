@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from brokers.core import wire
-from brokers.engine import Engine, Outgoing
-from brokers.errors import JournalFailed, JournalFull
-from brokers.journal.testing import MemoryFiles
-from brokers.types import START, TERMINAL, WATCH
+from stageflow_brokers.core import wire
+from stageflow_brokers.engine import Engine, Outgoing
+from stageflow_brokers.errors import JournalFailed, JournalFull
+from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.types import START, TERMINAL, WATCH
 
 DIRECTORY = Path("/journal")
 

@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 from broker_fixtures import assert_same, check_whole, picture
 
-from brokers import reclaim
-from brokers.core import store, wire
-from brokers.core.machine import Machine
-from brokers.core.message import Place
-from brokers.core.replay import Replay
-from brokers.engine import Engine, Outgoing
-from brokers.journal.format import Record
-from brokers.journal.journal import BatchPlace
-from brokers.journal.testing import MemoryFiles
-from brokers.types import AGAIN, DEAD, DONE, LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, SettleItem
+from stageflow_brokers import reclaim
+from stageflow_brokers.core import store, wire
+from stageflow_brokers.core.machine import Machine
+from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.replay import Replay
+from stageflow_brokers.engine import Engine, Outgoing
+from stageflow_brokers.journal.format import Record
+from stageflow_brokers.journal.journal import BatchPlace
+from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.types import (
+    AGAIN,
+    DEAD,
+    DONE,
+    LEAVE,
+    START,
+    TERMINAL,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    SettleItem,
+)
 
 SEGMENT = 32 << 10
 DIRECTORY = Path("/journal")

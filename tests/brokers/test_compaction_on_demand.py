@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from brokers.api import START, Listener, PublishItem, Target
-from brokers.client import PeerClient
-from brokers.engine import Engine
-from brokers.memory import MemoryBroker
+from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.memory import MemoryBroker
 
 SEGMENT = 1 << 20
 

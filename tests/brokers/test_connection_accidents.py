@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from broker_fixtures import World
 
-from brokers.api import DONE, Listener
-from brokers.client import PeerClient
-from brokers.core import wire
-from brokers.types import START, TERMINAL, WATCH
+from stageflow_brokers.api import DONE, Listener
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.core import wire
+from stageflow_brokers.types import START, TERMINAL, WATCH
 
 ITEM = (0, 1, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")
 

@@ -12,14 +12,14 @@ import pytest
 import zmq
 from broker_process import BrokerProcess
 
-from brokers.api import BrokerUnavailable, DeliveryItem, Listener
-from brokers.core import wire
-from brokers.core.store import FRAMES_KEPT
-from brokers.engine import Engine, Frame, Outgoing
-from brokers.memory import MemoryBroker
-from brokers.testing import PATIENCE, Peer
-from brokers.zeromq import server as zeromq_server
-from brokers.zeromq.client import ZmqClient
+from stageflow_brokers.api import BrokerUnavailable, DeliveryItem, Listener
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.store import FRAMES_KEPT
+from stageflow_brokers.engine import Engine, Frame, Outgoing
+from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.testing import PATIENCE, Peer
+from stageflow_brokers.zeromq import server as zeromq_server
+from stageflow_brokers.zeromq.client import ZmqClient
 
 
 class Failing(Peer):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from broker_process import BrokerProcess
 
-from brokers.core.machine import Limits
-from brokers.memory import MemoryBroker
-from brokers.testing import LARGEST, BrokerContract, Hub
+from stageflow_brokers.core.machine import Limits
+from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.testing import LARGEST, BrokerContract, Hub
 
 KINDS = ["memory", "process"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from brokers.accounts import departures, offline, settlements
-from brokers.core import records, wire
-from brokers.core import store as store_module
-from brokers.engine import Engine
-from brokers.errors import JournalCorrupt
-from brokers.journal.format import Record
-from brokers.journal.inspect import verify
-from brokers.journal.journal import Journal
-from brokers.types import START
+from stageflow_brokers.accounts import departures, offline, settlements
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.core import store as store_module
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.errors import JournalCorrupt
+from stageflow_brokers.journal.format import Record
+from stageflow_brokers.journal.inspect import verify
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.types import START
 
 SEGMENT = 16 << 10
 

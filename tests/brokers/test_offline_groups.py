@@ -7,10 +7,10 @@ import random
 import msgspec
 import pytest
 
-from brokers.core import records, wire
-from brokers.journal.format import Batch, Record
-from brokers.named import groups_in, groups_perhaps_in
-from brokers.types import PublishItem, Target
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.journal.format import Batch, Record
+from stageflow_brokers.named import groups_in, groups_perhaps_in
+from stageflow_brokers.types import PublishItem, Target
 
 NAMES = [f"order-{number}" for number in range(200)]
 

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from broker_fixtures import Peer, World, assert_same, check_whole, picture
 
-from brokers.core import wire
-from brokers.core.bounds import Limits
-from brokers.core.wire import MAX_HEADER
-from brokers.types import DEAD, DONE, MAX_ITEMS, MAX_NAME, START, TERMINAL, QueueOptions
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.bounds import Limits
+from stageflow_brokers.core.wire import MAX_HEADER
+from stageflow_brokers.types import DEAD, DONE, MAX_ITEMS, MAX_NAME, START, TERMINAL, QueueOptions
 
 
 def world(**limits: int) -> World:

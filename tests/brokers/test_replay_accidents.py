@@ -6,10 +6,21 @@ from typing import Any
 
 from broker_fixtures import Peer, World, assert_same, check_whole, picture
 
-from brokers.core import wire
-from brokers.core.machine import Limits
-from brokers.core.message import LEASED
-from brokers.types import AGAIN, DONE, LEAVE, START, TERMINAL, WATCH, Arrival, PublishItem, QueueOptions, SettleItem
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.machine import Limits
+from stageflow_brokers.core.message import LEASED
+from stageflow_brokers.types import (
+    AGAIN,
+    DONE,
+    LEAVE,
+    START,
+    TERMINAL,
+    WATCH,
+    Arrival,
+    PublishItem,
+    QueueOptions,
+    SettleItem,
+)
 
 TARGETS = [("q", "a"), ("next", "b"), ("fin", ":end", TERMINAL)]
 

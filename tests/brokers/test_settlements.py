@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from brokers.accounts import settlements
-from brokers.api import Target
-from brokers.errors import JournalCorrupt, JournalError
 from stageflow_actors.core.envelope import Failure
+from stageflow_brokers.accounts import settlements
+from stageflow_brokers.api import Target
+from stageflow_brokers.errors import JournalCorrupt, JournalError
 
 FIRST, PAY = "stageflow.orders.stage0", "stageflow.orders.stage1"
 

@@ -12,9 +12,9 @@ from broker_fixtures import Peer, World, assert_same, check_whole, picture
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from brokers.core import wire
-from brokers.core.wire import MAX_NUMBER
-from brokers.types import AGAIN, DONE, LEAVE, START, QueueOptions
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.wire import MAX_NUMBER
+from stageflow_brokers.types import AGAIN, DONE, LEAVE, START, QueueOptions
 
 VICTIM, ATTACKER = 1, 2
 

@@ -16,10 +16,10 @@ from broker_process import BrokerProcess
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from brokers.core import wire
-from brokers.errors import PayloadTooLarge
-from brokers.testing import Peer
-from brokers.types import START, WATCH
+from stageflow_brokers.core import wire
+from stageflow_brokers.errors import PayloadTooLarge
+from stageflow_brokers.testing import Peer
+from stageflow_brokers.types import START, WATCH
 
 VICTIM, ATTACKER = 1, 2
 

@@ -16,7 +16,6 @@ import psutil
 import pytest
 from programs import launch
 
-from brokers.query_admin import QueryAdmin
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming, compile_plan
@@ -29,6 +28,7 @@ from stageflow_actors.runtime.pool_worker import PooledWorker
 from stageflow_actors.runtime.programs import PoolSpec, Program
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.zygote import Exited, Spawned
+from stageflow_brokers.query_admin import QueryAdmin
 
 __all__ = ["cluster", "effects", "launch", "nursery"]
 
@@ -71,7 +71,7 @@ class Cluster:
                 continue
             self.nodes.append(node)
             for child in _children(node):
-                if "brokers.zeromq.process" in _words(child):
+                if "stageflow_brokers.zeromq.process" in _words(child):
                     self.brokers.append(child)
                 else:
                     self.zygotes.append(child)

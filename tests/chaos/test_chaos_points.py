@@ -7,7 +7,7 @@ import re
 import pytest
 from script_runner import SCRIPTS, run_script
 
-from brokers.points import POINTS
+from stageflow_brokers.points import POINTS
 
 SAMPLE = (
     ("broker.committed", "kill"),

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from brokers.accounts import settlements
-from brokers.api import Listener
 from stageflow_actors import Runtime, Workflow
 from stageflow_actors.runtime.transport import connect
+from stageflow_brokers.accounts import settlements
+from stageflow_brokers.api import Listener
 
 Row = dict[str, Any]
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pykka
 import pytest
 
-from brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 from stageflow_actors.runtime.actor import StageActor
 from stageflow_actors.runtime.mailbox import WORK, Mailbox
 from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import Slot, SlotTable
+from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 
 
 class Recorder:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from brokers.api import Listener, PublishItem, Target
-from brokers.errors import Refused
 from stageflow_actors.errors import BrokerUnavailable, JournalLocked
 from stageflow_actors.runtime import attach as module
 from stageflow_actors.runtime.attach import attach
@@ -17,6 +15,8 @@ from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, DataDirUnusable, runtime_dir
 from stageflow_actors.runtime.processes import start_ticks
 from stageflow_actors.runtime.transport import connect
+from stageflow_brokers.api import Listener, PublishItem, Target
+from stageflow_brokers.errors import Refused
 
 
 def test_a_living_cluster_is_asked_not_its_files(filled: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from brokers.api import Target
 from stageflow_actors.history import HistoryWriter
+from stageflow_brokers.api import Target
 
 Said = tuple[int, str, str]
 SECTOR = 512

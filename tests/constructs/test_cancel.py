@@ -11,7 +11,6 @@ import pytest
 from constructs_fixtures import does, done, note, noted, statuses, undoes, undone, wait_for_file
 from msgspec import Raw
 
-from brokers.api import DONE, DeliveryExtra, DeliveryItem
 from stageflow_actors import (
     Instance,
     InstanceNotFound,
@@ -29,6 +28,7 @@ from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_actors.testing import in_process, run
+from stageflow_brokers.api import DONE, DeliveryExtra, DeliveryItem
 
 
 def at_work(instance: Instance[Any], *names: str) -> Any:

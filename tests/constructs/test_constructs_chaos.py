@@ -19,8 +19,8 @@ import psutil
 import pytest
 from constructs_fixtures import note, noted, wait_for_file
 
-from brokers.accounts import settlements
 from stageflow_actors import Config, Runtime, Stage, StageContext, Workflow, WorkflowResult
+from stageflow_brokers.accounts import settlements
 
 KINDS = ("worker", "worker", "broker", "zygote", "node")
 
@@ -106,7 +106,7 @@ def victims(runtime: Runtime, kind: str) -> list[psutil.Process]:
         if kind == "node":
             return [node]
         below = node.children()
-        brokers = [one for one in below if any("brokers.zeromq.process" in word for word in one.cmdline())]
+        brokers = [one for one in below if any("stageflow_brokers.zeromq.process" in word for word in one.cmdline())]
         zygotes = [one for one in below if one not in brokers]
         return {"broker": brokers, "zygote": zygotes}.get(kind) or [w for z in zygotes for w in z.children()]
     except psutil.Error:

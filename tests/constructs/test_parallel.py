@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from constructs_fixtures import does, done, note, noted, stage_of, statuses, trouble, undoes, undone, wait_for_file
 
-from brokers.api import Arrival
 from stageflow_actors import (
     InstanceParked,
     Replace,
@@ -23,6 +22,7 @@ from stageflow_actors import (
     WorkflowDefinitionError,
 )
 from stageflow_actors.testing import run
+from stageflow_brokers.api import Arrival
 
 
 def branch(name: str, **options: Any) -> Stage:

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from brokers.api import AGAIN, DEAD, DONE, DeliveryItem
-from brokers.types import DeliveryExtra
 from stageflow_actors import InstanceParked, Runtime, StageContext, Workflow, WorkflowStatus
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, decode_envelope, encode
 from stageflow_actors.core.failures import write_failure
@@ -18,6 +16,8 @@ from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_brokers.api import AGAIN, DEAD, DONE, DeliveryItem
+from stageflow_brokers.types import DeliveryExtra
 
 
 def ask(context: dict[str, Any], ctx: StageContext) -> Any:

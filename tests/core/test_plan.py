@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.core.looking import DLQ
 from stageflow_actors import Compensation, Workflow
 from stageflow_actors.core.plan import (
     COMPENSATE,
@@ -23,6 +22,7 @@ from stageflow_actors.core.plan import (
 )
 from stageflow_actors.definition.stage import check_id
 from stageflow_actors.errors import WorkflowDefinitionError
+from stageflow_brokers.core.looking import DLQ
 
 
 def nothing(context: dict[str, Any]) -> None:

@@ -12,18 +12,28 @@ from typing import Any
 import pytest
 from programs import launch
 
-from brokers.api import LEAVE, START, TERMINAL, Arrival, DeliveryItem, GatherOpen, Listener, PublishItem, Target
-from brokers.contract.harness import Answers
-from brokers.core import records
-from brokers.engine import Engine
-from brokers.journal.format import Record
-from brokers.journal.journal import Journal
-from brokers.memory import MemoryBroker
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Outcome, encode, raw
 from stageflow_actors.core.plan import FINISHED
 from stageflow_actors.history import HistoryRow, HistoryWriter
 from stageflow_actors.runtime import checkup
 from stageflow_actors.runtime.datadir import DataDir
+from stageflow_brokers.api import (
+    LEAVE,
+    START,
+    TERMINAL,
+    Arrival,
+    DeliveryItem,
+    GatherOpen,
+    Listener,
+    PublishItem,
+    Target,
+)
+from stageflow_brokers.contract.harness import Answers
+from stageflow_brokers.core import records
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.journal.format import Record
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.memory import MemoryBroker
 
 __all__ = ["books", "doctor", "launch", "snapshot"]
 

@@ -193,8 +193,8 @@ def test_nothing_is_wrong_with_a_cluster_under_load(cluster: Runtime, doctor: Do
 
 GHOST = """
 import sys, time
-from brokers.api import Listener
-from brokers.zeromq.client import ZmqClient
+from stageflow_brokers.api import Listener
+from stageflow_brokers.zeromq.client import ZmqClient
 
 
 class Taker(Listener):
@@ -220,8 +220,8 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     assert ghost.stdout.readline() == "consuming\n"  # or the node might take the message, as one that nobody serves
     publisher = (
         "import sys\n"
-        "from brokers.api import Listener, PublishItem, Target\n"
-        "from brokers.zeromq.client import ZmqClient\n"
+        "from stageflow_brokers.api import Listener, PublishItem, Target\n"
+        "from stageflow_brokers.zeromq.client import ZmqClient\n"
         "client = ZmqClient(sys.argv[1], Listener(), role='client', name='planter')\n"
         "target, item = Target('stageflow.ghost.stage0', 'x'), PublishItem(0, 1, '', 0)\n"
         "client.publish([target], [item], [b'x']).result(10)\n"

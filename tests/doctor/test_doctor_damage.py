@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from brokers.api import START
-from brokers.core import records
-from brokers.journal.format import SECTOR
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
 from stageflow_actors.runtime.datadir import runtime_path
 from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
+from stageflow_brokers.api import START
+from stageflow_brokers.core import records
+from stageflow_brokers.journal.format import SECTOR
 
 Doctor = Callable[[Path], Any]
 FIRST = "stageflow.orders.stage0"

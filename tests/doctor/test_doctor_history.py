@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from brokers.core import records
 from stageflow_actors.cli.main import main
 from stageflow_actors.history import HistoryWriter
+from stageflow_brokers.core import records
 
 Doctor = Callable[[Path], Any]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from brokers.core.sessions import Session
-from brokers.engine import Engine, Frame, Outgoing
 from stageflow_actors.core.invariants import contradictions, instances
 from stageflow_actors.core.plan import Naming
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.engine import Engine, Frame, Outgoing
 
 HERE = Path(__file__).resolve().parent
 NONE = b"\x90"

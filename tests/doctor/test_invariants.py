@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from brokers.core.audit import contradictions
-from brokers.core.machine import Machine
-from brokers.core.message import Place
-from brokers.core.sessions import Consumer, Session
 from stageflow_actors.core.invariants import leases, queues
 from stageflow_actors.core.plan import Naming
+from stageflow_brokers.core.audit import contradictions
+from stageflow_brokers.core.machine import Machine
+from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.sessions import Consumer, Session
 
 
 def machine() -> Machine:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from brokers.journal import Journal, Record, scan, verify
-from brokers.journal.segment import SegmentReader
+from stageflow_brokers.journal import Journal, Record, scan, verify
+from stageflow_brokers.journal.segment import SegmentReader
 
 
 def test_a_journal_that_grows_as_fast_as_it_is_read_is_read_to_an_end(

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("package", ["stageflow_actors", "brokers"])
+@pytest.mark.parametrize("package", ["stageflow_actors", "stageflow_brokers"])
 def test_a_type_checker_may_trust_the_package(package: str) -> None:
     assert resources.files(package).joinpath("py.typed").is_file()
 

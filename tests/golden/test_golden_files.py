@@ -14,22 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from brokers.api import Listener
-from brokers.client import PeerClient
-from brokers.core.records import NAMES
-from brokers.engine import Engine
-from brokers.journal import scan, verify
-from brokers.journal.format import (
-    SECTOR,
-    Record,
-    encode_end,
-    encode_header,
-    encode_payload,
-    encode_segment,
-    read_segment,
-    span,
-)
-from brokers.memory import MemoryBroker
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import (
     Command,
@@ -54,6 +38,22 @@ from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
+from stageflow_brokers.api import Listener
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.core.records import NAMES
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.journal import scan, verify
+from stageflow_brokers.journal.format import (
+    SECTOR,
+    Record,
+    encode_end,
+    encode_header,
+    encode_payload,
+    encode_segment,
+    read_segment,
+    span,
+)
+from stageflow_brokers.memory import MemoryBroker
 
 GOLDEN = Path(__file__).parent / "v1"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from brokers.journal.files import OsFiles
-from brokers.journal.format import Batch, Record, file_name
-from brokers.journal.journal import Journal
-from brokers.journal.testing import MemoryFiles
+from stageflow_brokers.journal.files import OsFiles
+from stageflow_brokers.journal.format import Batch, Record, file_name
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import MemoryFiles
 
 Kept = list[tuple[int, int, int, bytes, bytes]]
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from brokers import errors
+from stageflow_brokers import errors
 
 EXAMPLES = [
     errors.BrokerError("m"),

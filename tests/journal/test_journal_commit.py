@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
-from brokers.journal import journal as journal_module
-from brokers.journal import supply as supply_module
-from brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
-from brokers.journal.journal import BatchPlace, Journal
-from brokers.journal.supply import Supply
-from brokers.journal.testing import MemoryFiles
+from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
+from stageflow_brokers.journal import journal as journal_module
+from stageflow_brokers.journal import supply as supply_module
+from stageflow_brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
+from stageflow_brokers.journal.journal import BatchPlace, Journal
+from stageflow_brokers.journal.supply import Supply
+from stageflow_brokers.journal.testing import MemoryFiles
 
 
 def test_every_committed_batch_is_replayed_in_order(bench: Any) -> None:

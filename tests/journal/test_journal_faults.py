@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
-from brokers.journal.files import write_at
-from brokers.journal.format import Batch, Record
-from brokers.journal.journal import Journal
-from brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
+from stageflow_brokers.journal.files import write_at
+from stageflow_brokers.journal.format import Batch, Record
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import Crash, MemoryFiles
 
 DIRECTORY = Path("/data/journal")
 SEGMENT = 8 << 10

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import PayloadTooLarge
-from brokers.journal import format as fmt
-from brokers.journal.format import Record, SegmentHeader
+from stageflow_brokers.errors import PayloadTooLarge
+from stageflow_brokers.journal import format as fmt
+from stageflow_brokers.journal.format import Record, SegmentHeader
 
 HEADER = (
     "42524f4b45524a0a" "01000000" "00000000" "0300000000000000" "efcdab8967452301" "0700000000000000"

@@ -12,11 +12,11 @@ from zlib import crc32
 
 import pytest
 
-from brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
-from brokers.journal.format import SECTOR, Batch, file_name, read_header, span
-from brokers.journal.inspect import LISTS, Finding, Lost, RepairReport, repair, scan, verify
-from brokers.journal.journal import Journal
-from brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
+from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
+from stageflow_brokers.journal.inspect import LISTS, Finding, Lost, RepairReport, repair, scan, verify
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import Crash, MemoryFiles
 
 
 def filled(bench: Any, batches: int = 6, per_segment: int = 2) -> list[Any]:

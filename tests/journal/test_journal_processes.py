@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import JournalLocked
-from brokers.journal.inspect import verify
+from stageflow_brokers.errors import JournalLocked
+from stageflow_brokers.journal.inspect import verify
 
 WRITER = """
 import sys
 from pathlib import Path
-from brokers.journal.journal import Journal
-from brokers.journal.format import Record
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.format import Record
 
 journal = Journal.open(Path(sys.argv[1]), replay=lambda batch: None, segment_bytes=1 << 20)
 number = journal.last_batch

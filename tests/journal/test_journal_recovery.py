@@ -7,8 +7,8 @@ from zlib import crc32
 
 import pytest
 
-from brokers.errors import JournalCorrupt, JournalVersion
-from brokers.journal.format import (
+from stageflow_brokers.errors import JournalCorrupt, JournalVersion
+from stageflow_brokers.journal.format import (
     SECTOR,
     Record,
     encode_end,
@@ -18,7 +18,7 @@ from brokers.journal.format import (
     read_header,
     span,
 )
-from brokers.journal.testing import Crash
+from stageflow_brokers.journal.testing import Crash
 
 
 def committed(bench: Any, count: int = 3, **options: Any) -> tuple[list[Any], list[int], bytes]:

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from brokers.errors import JournalError
-from brokers.journal.format import Batch, Record
-from brokers.journal.inspect import scan, verify
-from brokers.journal.journal import BatchPlace, Journal
-from brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.errors import JournalError
+from stageflow_brokers.journal.format import Batch, Record
+from stageflow_brokers.journal.inspect import scan, verify
+from stageflow_brokers.journal.journal import BatchPlace, Journal
+from stageflow_brokers.journal.testing import Crash, MemoryFiles
 
 DIRECTORY = Path("/journal")
 

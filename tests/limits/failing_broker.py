@@ -10,9 +10,9 @@ import errno
 import sys
 from pathlib import Path
 
-from brokers.journal import journal
-from brokers.journal.files import OsFiles
-from brokers.zeromq.process import main
+from stageflow_brokers.journal import journal
+from stageflow_brokers.journal.files import OsFiles
+from stageflow_brokers.zeromq.process import main
 
 
 class FailingFiles(OsFiles):

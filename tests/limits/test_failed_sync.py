@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from broker_process import BrokerProcess
 
-from brokers.api import START, Listener, PublishItem, Target
-from brokers.zeromq.client import ZmqClient
-from brokers.zeromq.process import EXIT_JOURNAL
+from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.zeromq.client import ZmqClient
+from stageflow_brokers.zeromq.process import EXIT_JOURNAL
 
 ENTRY = Path(__file__).with_name("failing_broker.py")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from brokers.errors import JournalFull
-from brokers.journal.format import Record
-from brokers.journal.journal import Journal
-from brokers.journal.testing import MemoryFiles
+from stageflow_brokers.errors import JournalFull
+from stageflow_brokers.journal.format import Record
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.testing import MemoryFiles
 
 DIRECTORY = Path("/journal")
 MB = 1 << 20

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from brokers.core import wire
-from brokers.engine import Engine
-from brokers.errors import JournalFull
-from brokers.journal.testing import MemoryFiles
-from brokers.types import LEAVE, START, TERMINAL, DeliveryItem
+from stageflow_brokers.core import wire
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.errors import JournalFull
+from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.types import LEAVE, START, TERMINAL, DeliveryItem
 
 DIRECTORY = Path("/journal")
 CONTEXT = 1000

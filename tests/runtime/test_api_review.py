@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from brokers.api import Listener, PublishItem, Target
-from brokers.client import PeerClient
-from brokers.core import wire
-from brokers.types import START, WATCH
 from stageflow_actors import InstanceNotFound, Runtime, Workflow
 from stageflow_actors.runtime.client import Client
+from stageflow_brokers.api import Listener, PublishItem, Target
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.core import wire
+from stageflow_brokers.types import START, WATCH
 
 flow = Workflow("flow").add_stage(lambda context: None, id="only")
 waits = Workflow("waits").add_signal("go")

@@ -222,7 +222,7 @@ def test_events_go_on_after_the_broker_was_killed(serve: Any, eventually: Eventu
 def broker_pids(node: int) -> list[int]:
     import psutil
 
-    return [p.pid for p in psutil.Process(node).children() if "brokers.zeromq" in " ".join(p.cmdline())]
+    return [p.pid for p in psutil.Process(node).children() if "stageflow_brokers.zeromq" in " ".join(p.cmdline())]
 
 
 def subscribed_again(runtime: Runtime, eventually: Eventually) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from brokers.types import DeliveryExtra, DeliveryItem
 from stageflow_actors import Retry, StageContext, Workflow
 from stageflow_actors.core.envelope import Command, CompensationTask, decode_envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
@@ -22,6 +21,7 @@ from stageflow_actors.runtime.settled import Settled
 from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_brokers.types import DeliveryExtra, DeliveryItem
 
 Flow = Workflow[Any]
 FIRST = None

@@ -18,17 +18,8 @@ import msgspec
 import pytest
 from broker_process import BrokerProcess
 
-import brokers
 import stageflow_actors
-from brokers.api import DEAD, START, TERMINAL, Arrival, BrokerError, GatherOpen, Listener, SettleItem, Target
-from brokers.core import records, wire
-from brokers.engine import Engine
-from brokers.errors import JournalError
-from brokers.journal.format import Record
-from brokers.journal.journal import Journal
-from brokers.testing import Peer
-from brokers.types import PublishItem
-from brokers.zeromq.client import ZmqClient
+import stageflow_brokers
 from stageflow_actors import Config, Runtime, StageFlowError, Workflow
 from stageflow_actors.core import envelope as envelopes
 from stageflow_actors.core.failures import read_failure
@@ -36,6 +27,15 @@ from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.datadir import DataDir
+from stageflow_brokers.api import DEAD, START, TERMINAL, Arrival, BrokerError, GatherOpen, Listener, SettleItem, Target
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.errors import JournalError
+from stageflow_brokers.journal.format import Record
+from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.testing import Peer
+from stageflow_brokers.types import PublishItem
+from stageflow_brokers.zeromq.client import ZmqClient
 
 PATIENCE = 30.0
 ROOT = Path(stageflow_actors.__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ UNPACKERS = {"stageflow_actors.runtime.worker"}
 def modules() -> list[tuple[str, ast.Module]]:
     """All modules of both packages, parsed."""
     found = []
-    for package in (brokers, stageflow_actors):
+    for package in (stageflow_actors, stageflow_brokers):
         root = Path(package.__file__).parent
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root.parent).with_suffix("").parts
@@ -153,7 +153,7 @@ def test_what_is_unpacked_came_from_the_parent_and_no_further(monkeypatch: pytes
 
 
 def test_the_brokers_process_never_even_loads_cloudpickle() -> None:
-    code = "import sys, brokers.zeromq.process; print('cloudpickle' in sys.modules)"
+    code = "import sys, stageflow_brokers.zeromq.process; print('cloudpickle' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout == "False\n"
 

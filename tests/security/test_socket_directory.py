@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from brokers.api import Listener
-from brokers.engine import Engine
-from brokers.errors import SocketNotPrivate
-from brokers.zeromq import door
-from brokers.zeromq.client import ZmqClient
-from brokers.zeromq.door import check_address, check_listener
-from brokers.zeromq.server import Server
 from stageflow_actors.runtime import datadir
 from stageflow_actors.runtime.datadir import DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
+from stageflow_brokers.api import Listener
+from stageflow_brokers.engine import Engine
+from stageflow_brokers.errors import SocketNotPrivate
+from stageflow_brokers.zeromq import door
+from stageflow_brokers.zeromq.client import ZmqClient
+from stageflow_brokers.zeromq.door import check_address, check_listener
+from stageflow_brokers.zeromq.server import Server
 
 
 @pytest.fixture

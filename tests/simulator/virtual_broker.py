@@ -13,16 +13,16 @@ from typing import Any
 from virtual_waits import Waits
 from virtual_world import Frame, Link, World
 
-from brokers import engine as engine_module
-from brokers.api import DeliveryItem, Listener
-from brokers.client import PeerClient
-from brokers.core.message import Message
-from brokers.core.replay import Replay
-from brokers.core.store import Store
-from brokers.engine import Engine, replay_batch
-from brokers.errors import JournalFailed
-from brokers.journal.format import Batch
-from brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers import engine as engine_module
+from stageflow_brokers.api import DeliveryItem, Listener
+from stageflow_brokers.client import PeerClient
+from stageflow_brokers.core.message import Message
+from stageflow_brokers.core.replay import Replay
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.engine import Engine, replay_batch
+from stageflow_brokers.errors import JournalFailed
+from stageflow_brokers.journal.format import Batch
+from stageflow_brokers.journal.testing import Crash, MemoryFiles
 
 JOURNAL = Path("/journal")
 ROUND = 0.002

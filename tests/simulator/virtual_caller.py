@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from virtual_world import World
 
-from brokers.admin import BrokerAdmin
-from brokers.api import BrokerError
-from brokers.query_admin import QueryAdmin
 from stageflow_actors.core.envelope import decode_outcome
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.core.standing import status_of
@@ -24,6 +21,9 @@ from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import rerun
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_brokers.admin import BrokerAdmin
+from stageflow_brokers.api import BrokerError
+from stageflow_brokers.query_admin import QueryAdmin
 
 if TYPE_CHECKING:
     from virtual_broker import VirtualClient

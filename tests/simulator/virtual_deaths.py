@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import DEAD, UNANSWERED
+from stageflow_brokers.api import DeliveryItem
 
 DIED = "WorkerDied: the worker died while running "
 

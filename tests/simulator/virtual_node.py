@@ -19,7 +19,6 @@ from pykka import messages
 from virtual_broker import VirtualBroker, VirtualClient
 from virtual_deaths import Deaths
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
@@ -36,6 +35,7 @@ from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.supervisor import queue_options
 from stageflow_actors.runtime.work import ignore_error
 from stageflow_actors.runtime.zygote import Exited, Spawned
+from stageflow_brokers.api import DeliveryItem
 
 NAMING = Naming()
 TICK = 0.02

@@ -14,11 +14,11 @@ from virtual_broker import VirtualBroker, VirtualClient
 from virtual_caller import VirtualCaller
 from virtual_node import LIMIT, History
 
-from brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
-from brokers.errors import BrokerUnavailable
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.routing import CANCELLABLE, signal_key
 from stageflow_actors.runtime.known import Known
+from stageflow_brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
+from stageflow_brokers.errors import BrokerUnavailable
 
 
 class Job:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from virtual_world import World
 
-from brokers.api import DeliveryItem
 from stageflow_actors.core.envelope import decode_envelope
 from stageflow_actors.core.failures import EXPIRED, read_failure
+from stageflow_brokers.api import DeliveryItem
 
 SLACK = 1e-5
 """Seconds by which two clocks may disagree that add up the same in another order."""

@@ -198,8 +198,8 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
     """Live instances, newest first."""
-    from brokers.api import MOST_LISTED
     from stageflow_actors.core.standing import status_of
+    from stageflow_brokers.api import MOST_LISTED
 
     some = status is not None or workflow is not None
     most = min(limit, MOST_LISTED)  # `stageflow instances export` gives all

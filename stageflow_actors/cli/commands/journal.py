@@ -14,9 +14,9 @@ from stageflow_actors.cli.output import Column, count, emit, print_facts, print_
 from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
-    from brokers.accounts import Settled
-    from brokers.errors import JournalCorrupt
     from stageflow_actors.runtime.datadir import DataDir
+    from stageflow_brokers.accounts import Settled
+    from stageflow_brokers.errors import JournalCorrupt
 
 __all__ = ["journal"]
 
@@ -54,9 +54,9 @@ def verify(data: Path, output: str) -> int:
     \b
     stageflow journal verify --data /var/lib/orders
     """
-    from brokers.journal.inspect import Finding
-    from brokers.journal.inspect import verify as findings_of
     from stageflow_actors.runtime.attach import existing
+    from stageflow_brokers.journal.inspect import Finding
+    from stageflow_brokers.journal.inspect import verify as findings_of
 
     directory = existing(data).journal
     findings = findings_of(directory)
@@ -103,8 +103,8 @@ def stats(data: Path, output: str) -> None:
     stageflow journal stats
     stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
     """
-    from brokers.accounts import settlements
     from stageflow_actors.runtime.attach import existing
+    from stageflow_brokers.accounts import settlements
 
     accounts = settlements(existing(data).journal)
     segments = [
@@ -178,8 +178,8 @@ def compact(data: Path) -> None:
 
 def _not_understood(directory: Path) -> JournalCorrupt | None:
     """What is wrong with what the batches say, where they are whole."""
-    from brokers.accounts import settlements
-    from brokers.errors import JournalCorrupt
+    from stageflow_brokers.accounts import settlements
+    from stageflow_brokers.errors import JournalCorrupt
 
     try:
         settlements(directory)
@@ -206,11 +206,11 @@ def repair(yes: bool, data: Path) -> int:
     \b
     stageflow journal repair --data /var/lib/orders
     """
-    from brokers.journal.inspect import LISTS
-    from brokers.journal.inspect import repair as mend
-    from brokers.journal.inspect import verify as findings_of
-    from brokers.named import groups_in, groups_perhaps_in
     from stageflow_actors.runtime.attach import existing
+    from stageflow_brokers.journal.inspect import LISTS
+    from stageflow_brokers.journal.inspect import repair as mend
+    from stageflow_brokers.journal.inspect import verify as findings_of
+    from stageflow_brokers.named import groups_in, groups_perhaps_in
 
     data_dir = existing(data)
     directory = data_dir.journal
@@ -259,8 +259,8 @@ def _named(names: Sequence[str]) -> str:
 
 def _what_next(data_dir: DataDir, left: bool) -> int:
     """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
-    from brokers.accounts import offline
     from stageflow_actors.runtime.keeping import HISTORY_FACT
+    from stageflow_brokers.accounts import offline
 
     if not data_dir.history.exists():
         if not left:

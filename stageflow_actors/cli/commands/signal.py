@@ -32,10 +32,10 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
     \b
     stageflow instances signal ORDER-17 approval --json '{"by": "me"}'
     """
-    from brokers.api import Arrival
     from stageflow_actors.core.codec import encode_value
     from stageflow_actors.core.routing import signal_key
     from stageflow_actors.runtime.attach import attach
+    from stageflow_brokers.api import Arrival
 
     if not name:
         raise click.BadParameter("a signal has a name", param_hint="NAME")

@@ -1,0 +1,201 @@
+"""A hub to connect to, and a peer that remembers what it hears. For tests; nothing here waits for time to pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from stageflow_brokers.api import START, WATCH, Broker, BrokerAdmin, DeliveryItem, Listener, Target
+
+__all__ = ["PATIENCE", "Answers", "Hub", "Peer", "Received"]
+
+PATIENCE = 20.0
+"""Seconds until something that has to happen counts as not happening."""
+
+T = TypeVar("T")
+
+
+class Hub(Protocol):
+    """A running broker, empty at first."""
+
+    def connect(self, listener: Listener, *, role: str = "client", name: str = "") -> Broker:
+        """A new connection."""
+
+
+class Answers:
+    """Performs operations of a `BrokerAdmin` and waits for each answer: `peer.ask.stats("q")`."""
+
+    def __init__(self, admin: BrokerAdmin, timeout: float = PATIENCE) -> None:
+        self._admin = admin
+        self._timeout = timeout
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        send = getattr(self._admin, operation)
+
+        def ask(*args: Any) -> Any:
+            return send(*args).result(self._timeout)
+
+        return ask
+
+
+class Received:
+    """One delivery: its queue, item and body."""
+
+    def __init__(self, queue: str, item: DeliveryItem, body: bytes) -> None:
+        self.queue = queue
+        self.item = item
+        self.body = body
+
+    @property
+    def lease(self) -> tuple[int, int]:
+        """(id, lease)"""
+        return self.item.id, self.item.lease
+
+
+class Peer(Listener):
+    """A connection with a memory. What it holds it holds until `drop`, `ack` or another settlement of its own."""
+
+    def __init__(self, hub: Hub, *, role: str = "client", name: str = "") -> None:
+        self._news = threading.Condition()
+        self.deliveries: list[Received] = []
+        self.pushes: list[tuple[str, str, bytes]] = []
+        self.notices: list[tuple[str, Any]] = []
+        self.stale: list[int] = []
+        self.lost: list[int] = []
+        self.closed: list[str] = []
+        self.epochs: list[int] = []
+        self.held: dict[int, Received] = {}
+        self.watched: list[str] = []
+        self.broker: Broker = hub.connect(self, role=role, name=name)
+        self.ask = Answers(self.broker.admin)
+
+    # what it hears
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        """Remember and hold them."""
+        with self._news:
+            for item, body in zip(items, bodies, strict=True):
+                received = Received(queue, item, body)
+                self.deliveries.append(received)
+                self.held[item.id] = received
+            self._news.notify_all()
+
+    def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        """Remember them."""
+        self._hear(self.pushes, pushes)
+
+    def on_notice(self, word: str, detail: Any) -> None:
+        """Remember it."""
+        self._hear(self.notices, [(word, detail)])
+
+    def on_stale(self, ids: list[int]) -> None:
+        """Remember them."""
+        self._hear(self.stale, ids)
+
+    def on_lost(self, ids: list[int]) -> None:
+        """Hold them no longer."""
+        for id in ids:
+            self.held.pop(id, None)
+        self._hear(self.lost, ids)
+
+    def on_connected(self, broker_epoch: int) -> None:
+        """Remember it."""
+        self._hear(self.epochs, [broker_epoch])
+
+    def on_closed(self, reason: str) -> None:
+        """Remember it."""
+        self._hear(self.closed, [reason])
+
+    def holding(self) -> list[tuple[int, int]]:
+        """What was delivered and not settled."""
+        with self._news:
+            return [received.lease for received in self.held.values()]
+
+    def watching(self) -> list[str]:
+        """What a test said is of interest."""
+        return self.watched
+
+    def _hear(self, heard: list[T], more: Sequence[T]) -> None:
+        with self._news:
+            heard.extend(more)
+            self._news.notify_all()
+
+    # what it waits for
+
+    def until(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait for something heard to make `condition` true."""
+        with self._news:
+            assert self._news.wait_for(condition, PATIENCE), f"{what}: heard {self!r}"
+
+    def receive(self, count: int = 1) -> list[Received]:
+        """The next `count` deliveries that no `receive` has returned before."""
+        self.until(lambda: len(self.deliveries) >= count, f"{count} deliveries")
+        with self._news:
+            taken, self.deliveries[:count] = self.deliveries[:count], []
+        return taken
+
+    def quiet(self) -> bool:
+        """Whether nothing has been delivered, by a round trip after which it would have been."""
+        self.ask.ping()
+        return not self.deliveries
+
+    def query(self, name: str, *args: Any) -> Any:
+        """Return the answer to a query frame that no method of `BrokerAdmin` would send."""
+        connection: Any = self.broker
+        return connection._query(name, *args).result(PATIENCE)
+
+    # what it does
+
+    def publish(self, queue: str, *bodies: bytes, **fields: Any) -> list[tuple[int, str, str]]:
+        """Publish messages to a queue, alike but for their bodies; what was refused of them."""
+        return self.publish_items([(queue, body, fields) for body in bodies])
+
+    def publish_items(self, items: Sequence[tuple[str, bytes, dict[str, Any]]]) -> list[tuple[int, str, str]]:
+        """Publish (queue, body, fields of the item) each."""
+        names = list(dict.fromkeys(queue for queue, _, _ in items))
+        fields = [
+            (
+                names.index(queue),
+                len(body),
+                more.get("group", ""),
+                more.get("epoch", 1 if more.get("group") else 0),
+                more.get("flags", 0),
+                more.get("priority", 0),
+                more.get("delay", 0.0),
+                more.get("ttl", 0.0),
+                more.get("digest"),
+                more.get("seen", 0),
+            )
+            for queue, body, more in items
+        ]
+        answer = self.broker.publish([Target(name, "new") for name in names], fields, [body for _, body, _ in items])
+        return answer.result(PATIENCE).refused
+
+    def start(self, queue: str, group: str, body: bytes = b"start", *, watch: bool = False, **more: Any) -> Any:
+        """Start a group with one message; what was refused."""
+        flags = START | (WATCH if watch else 0) | more.pop("flags", 0)
+        return self.publish(queue, body, group=group, flags=flags, **more)
+
+    def move(self, received: Received, queue: str, body: bytes, *, label: str = "moved", flags: int = 0) -> None:
+        """Settle one message with another that follows."""
+        item = received.item
+        self.drop(received)
+        moves = [(item.id, item.lease, 0, len(body), item.group)]
+        self.broker.settle([Target(queue, label, flags)], moves, [], [], [body])
+
+    def ack(self, *messages: Received, flags: int = 0) -> None:
+        """Settle messages with nothing that follows."""
+        self.drop(*messages)
+        acks = [(m.item.id, m.item.lease, flags, m.item.group) for m in messages]
+        self.broker.settle([], [], acks, [], [])
+
+    def drop(self, *messages: Received) -> None:
+        """Hold them no longer."""
+        with self._news:
+            for received in messages:
+                self.held.pop(received.item.id, None)
+
+    def __repr__(self) -> str:
+        got = [(received.queue, received.body) for received in self.deliveries]
+        return f"deliveries {got}, pushes {self.pushes}, notices {self.notices}, stale {self.stale}, lost {self.lost}"

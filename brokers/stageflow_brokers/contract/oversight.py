@@ -1,0 +1,235 @@
+"""Oversight: what the supervisor says of deaths and rosters, and what follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stageflow_brokers.api import DONE, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
+from stageflow_brokers.contract.harness import Hub, Peer
+
+__all__ = ["OversightContract"]
+
+
+class OversightContract:
+    """Expects a fixture `supervised_hub`, a broker that waits for its supervisor."""
+
+    def _supervise(self, hub: Hub, *options: QueueOptions) -> Peer:
+        supervisor = Peer(hub, role="supervisor", name="supervisor")
+        supervisor.ask.declare(list(options))
+        supervisor.ask.set_roster([])
+        return supervisor
+
+    def _die(self, supervisor: Peer, dead: Peer, guilty: int = 0, *, charge: bool = True, failure: bytes = b"") -> None:
+        supervisor.ask.report_death(dead.broker.peer, guilty, charge, False, failure)
+
+    def test_nothing_is_delivered_before_the_roster_is_known(self, supervised_hub: Hub) -> None:
+        supervisor, worker = Peer(supervised_hub, role="supervisor"), Peer(supervised_hub, role="worker")
+        worker.broker.consume("q", 1)
+        worker.publish("q", b"1")
+        assert worker.quiet()
+        assert worker.ask.stats("q")["queues"][0]["state"] == "closed"
+        supervisor.ask.set_roster([])
+        assert worker.receive()[0].body == b"1"
+
+    def test_a_queue_waits_for_the_consumers_that_are_alive(self, supervised_hub: Hub) -> None:
+        supervisor, worker = Peer(supervised_hub, role="supervisor"), Peer(supervised_hub, role="worker")
+        worker.broker.consume("q", 1)
+        worker.broker.consume("free", 1)
+        worker.publish("q", b"1")
+        worker.publish("free", b"2")
+        supervisor.ask.set_roster([(12345, ["q"])])
+        assert worker.receive()[0].body == b"2"
+        assert worker.quiet()
+        supervisor.ask.report_death(12345, 0, False, False, b"")
+        assert worker.receive()[0].body == b"1"
+
+    def test_only_the_supervisor_speaks_of_deaths(self, supervised_hub: Hub) -> None:
+        peer = Peer(supervised_hub)
+        queries: list[tuple[Any, ...]] = [
+            ("dead", peer.broker.peer, 0, False, False, b""),
+            ("roster", []),
+            ("hold", True),
+            ("leave", ["g"]),
+            ("recall", peer.broker.peer),
+            ("retire", peer.broker.peer),
+        ]
+        for query in queries:
+            with pytest.raises(Refused, match="supervisor"):
+                peer.query(*query)
+
+    def test_only_the_responsible_message_is_charged(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=3))
+        dying, next_one = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1", b"2", b"3", b"4")
+        dying.broker.consume("q", 3)
+        guilty = dying.receive(3)[0]
+        self._die(supervisor, dying, guilty.item.id, failure=b"SIGSEGV")
+        next_one.broker.consume("q", 9)
+        received = next_one.receive(4)
+        assert [each.body for each in received] == [b"1", b"2", b"3", b"4"]
+        first = received[0].item.extra
+        assert first is not None
+        assert (first.deaths, first.attempts, first.failure, first.fresh) == (1, 0, b"SIGSEGV", True)
+        assert [each.item.extra for each in received[1:]] == [None, None, None]
+
+    def test_a_death_without_fault_charges_nobody(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=1))
+        dying, next_one = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1", b"2")
+        dying.broker.consume("q", 2)
+        guilty = dying.receive(2)[0]
+        self._die(supervisor, dying, guilty.item.id, charge=False)
+        next_one.broker.consume("q", 9)
+        assert [each.item.extra for each in next_one.receive(2)] == [None, None]
+
+    def test_what_was_settled_before_the_death_stays_settled(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=1))
+        dying = Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1", b"2")
+        dying.broker.consume("q", 2)
+        one, two = dying.receive(2)
+        dying.ack(one)
+        self._die(supervisor, dying, one.item.id)
+        stats = supervisor.ask.stats("q")["queues"][0]
+        assert (stats["ready"], stats["dead"], stats["leased"]) == (1, 0, 0)
+        # Not so dead: what it says from now on counts for nothing, for its lease ended with the news.
+        dying.ack(two)
+        dying.until(lambda: dying.lost == [two.item.id] and dying.stale == [two.item.id], "the dead one refused")
+        assert dying.receive()[0].item.id == two.item.id
+
+    def test_a_message_that_kills_too_often_becomes_a_dead_letter(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub, QueueOptions("q", max_deaths=2))
+        supervisor.start("q", "g", b"bad", watch=True)
+        supervisor.publish("q", b"good")
+        for _ in range(2):
+            worker = Peer(supervised_hub, role="worker")
+            worker.broker.consume("q", 2)
+            received = worker.receive(2)
+            assert [each.body for each in received] == [b"bad", b"good"]
+            self._die(supervisor, worker, received[0].item.id, failure=b"SIGKILL")
+        supervisor.until(lambda: ("parked", "g") in supervisor.notices, "the halt of its group")
+        (letter,) = supervisor.ask.peek("dlq.q", 0, 9)
+        assert (letter["body"], letter["deaths"], letter["reason"]) == (b"bad", 2, b"SIGKILL")
+        worker = Peer(supervised_hub, role="worker")
+        worker.broker.consume("q", 2)
+        (good,) = worker.receive()
+        assert (good.body, good.item.extra) == (b"good", None)
+        assert supervisor.ask.requeue("dlq.q", [letter["id"]])["requeued"] == 1
+        assert worker.receive()[0].body == b"bad"
+
+    def test_the_consumer_notified_of_a_dead_letter_takes_over_and_it_is_evidence(self, supervised_hub: Hub) -> None:
+        options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
+        supervisor = self._supervise(supervised_hub, options)
+        supervisor.start("q", "g", b"bad", watch=True)
+        worker = Peer(supervised_hub, role="worker")
+        worker.broker.consume("q", 1)
+        (guilty,) = worker.receive()
+        worker.broker.checkpoint(*guilty.lease, "step", b"done").result(20)
+        self._die(supervisor, worker, guilty.item.id, failure=b"OOM")
+        supervisor.broker.consume("coordinator", 1)
+        (told,) = supervisor.receive()
+        extra = told.item.extra
+        assert extra is not None
+        assert (told.body, told.item.group, extra.label, extra.failure, extra.deaths, extra.steps) == (
+            b"bad",
+            "g",
+            "dead-letter",
+            b"OOM",
+            1,
+            {"step": b"done"},
+        )
+        assert ("parked", "g") not in supervisor.notices
+        (letter,) = supervisor.ask.peek("dlq.q", 0, 9)
+        assert letter["evidence"] is True
+        with pytest.raises(Refused, match="evidence"):
+            supervisor.ask.requeue("dlq.q", [letter["id"]])
+        assert supervisor.ask.requeue("dlq.q", []) == {"requeued": 0, "refused": [letter["id"]]}
+        # The group leaves, and the evidence stays until somebody purges it.
+        supervisor.ack(told, flags=1)
+        supervisor.ask.ping()
+        assert supervisor.ask.lookup(["g"])["groups"] == {}
+        assert len(supervisor.ask.peek("dlq.q", 0, 9)) == 1
+        assert supervisor.ask.purge("dlq.q", [])["purged"] == 1
+        assert supervisor.ask.stats("")["messages"] == 0
+
+    def test_the_consumer_notified_of_a_gathered_dead_letter_receives_its_parts(self, supervised_hub: Hub) -> None:
+        options = QueueOptions("q", max_deaths=1, evidence=True, notify_queue="coordinator", notify_label="dead-letter")
+        supervisor = self._supervise(supervised_hub, options)
+        supervisor.start("before", "g", b"start")
+        worker = Peer(supervised_hub, role="worker")
+        worker.broker.consume("before", 1)
+        (begun,) = worker.receive()
+        joined = SettleItem(
+            [begun.lease], DONE, opens=[GatherOpen("k", 2, 0, 4)], arrivals=[Arrival("k", "a", 1), Arrival("k", "b", 2)]
+        )
+        worker.broker.settle([Target("q", "join")], [], [], [joined], [b"base", b"A", b"BB"])
+        worker.broker.consume("q", 1)
+        (guilty,) = worker.receive()
+        self._die(supervisor, worker, guilty.item.id, failure=b"OOM")
+        supervisor.broker.consume("coordinator", 1)
+        (told,) = supervisor.receive()
+        assert told.item.extra is not None
+        assert (told.body, told.item.extra.label) == (b"baseABB", "dead-letter")
+        assert [tuple(part) for part in told.item.extra.parts or ()] == [("", 4), ("a", 1), ("b", 2)]
+
+    def test_a_worker_that_left_without_settling_is_waited_for(self, supervised_hub: Hub) -> None:
+        """It may be at it still: only its death is an end."""
+        supervisor = self._supervise(supervised_hub)
+        worker, other = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1", b"2")
+        worker.broker.consume("q", 1)
+        worker.receive()
+        worker.broker.close()
+        other.broker.consume("q", 9)
+        assert other.receive()[0].body == b"2"
+        assert other.quiet()
+        self._die(supervisor, worker)
+        assert other.receive()[0].body == b"1"
+
+    def test_held_back_nothing_is_delivered_but_to_the_supervisor(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub)
+        worker = Peer(supervised_hub, role="worker")
+        worker.broker.consume("q", 1)
+        worker.ask.ping()
+        supervisor.broker.consume("own", 1)
+        supervisor.ask.hold(True)
+        worker.until(lambda: ("recall", None) in worker.notices, "the recall")
+        supervisor.publish("q", b"1")
+        supervisor.publish("own", b"2")
+        assert supervisor.receive()[0].body == b"2"
+        assert worker.quiet()
+        supervisor.ask.hold(False)
+        assert worker.receive()[0].body == b"1"
+
+    def test_a_consumer_that_is_to_retire_is_notified_and_given_nothing_more(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub)
+        worker, heir = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1")
+        worker.broker.consume("q", 3)
+        (one,) = worker.receive()
+        worker.ask.ping()  # its greeting may have asked for messages too: it has asked for the last time now
+        assert supervisor.ask.retire(worker.broker.peer) is True
+        worker.until(lambda: ("retire", None) in worker.notices, "the notice")
+        supervisor.publish("q", b"2")
+        assert worker.quiet(), "it is given nothing more"
+        worker.ack(one)
+        worker.ask.ping()
+        assert supervisor.ask.stats("q")["queues"][0]["leased"] == 0
+        heir.broker.consume("q", 1)
+        assert heir.receive()[0].body == b"2"
+        assert supervisor.ask.retire(987654321) is False, "nobody of that number is there"
+
+    def test_a_consumer_with_more_than_it_works_on_can_be_recalled(self, supervised_hub: Hub) -> None:
+        supervisor = self._supervise(supervised_hub)
+        worker, other = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
+        supervisor.publish("q", b"1", b"2", b"3")
+        worker.broker.consume("q", 3)
+        _, two, three = worker.receive(3)
+        supervisor.ask.recall(worker.broker.peer)
+        worker.until(lambda: ("recall", None) in worker.notices, "the recall")
+        worker.drop(two, three)
+        worker.broker.release([two.lease, three.lease], "q", 1)
+        other.broker.consume("q", 3)
+        assert [each.body for each in other.receive(2)] == [b"2", b"3"]

@@ -1,0 +1,426 @@
+"""Everything a peer may ask of the broker that is not hot: named queries with typed arguments.
+
+Each answer is plain data. What changes state is recorded like any other change, so that the answer leaves only
+once it is true on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from stageflow_brokers.core import records
+from stageflow_brokers.core.audit import Audit
+from stageflow_brokers.core.bounds import Bounds
+from stageflow_brokers.core.gathering import Gathering
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.looking import DLQ, Looking, named
+from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
+from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.settling import Settling
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.supervision import Supervision
+from stageflow_brokers.core.watching import Watching
+from stageflow_brokers.core.wire import MAX_NUMBER, check_consume
+from stageflow_brokers.errors import ProtocolError, Refused
+from stageflow_brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text
+
+__all__ = ["Admin", "Status"]
+
+
+TOLD_BYTES = 64 << 10
+"""Most bytes of what is passed on to the supervisor."""
+
+_T = TypeVar("_T")
+_Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
+"""What each live group may have to be compared with."""
+
+
+class Status:
+    """The condition of one broker that is no part of its state, for its machine, its shell and who asks.
+
+    `malformed` counts frames that made no sense. `compacting` is True from the request for a compaction until the shell
+    has ended it.
+    """
+
+    __slots__ = ("compacting", "malformed")
+
+    def __init__(self) -> None:
+        self.malformed = 0
+        self.compacting = False
+
+
+class Admin:
+    """The queries of one machine. `part` ends the session of a peer that leaves."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        *,
+        bounds: Bounds,
+        leases: Leases,
+        gathering: Gathering,
+        publishing: Publishing,
+        settling: Settling,
+        supervision: Supervision,
+        watching: Watching,
+        status: Status,
+        part: Callable[[Session], None],
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._bounds = bounds
+        self._leases = leases
+        self._gathering = gathering
+        self._publishing = publishing
+        self._settling = settling
+        self._supervision = supervision
+        self._watching = watching
+        self._status = status
+        self._part = part
+        looking = self._looking = Looking(store, ledger, leases)
+        self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
+            "consume": (tuple[Name, int], self._consume),
+            "watch": (tuple[list[Name]], self._watch),
+            "subscribe": (tuple[bool], watching.subscribe),
+            "lookup": (tuple[list[Name]], self._lookup),
+            "inspect": (tuple[list[Name]], self._inspect),
+            "groups": (tuple[Name, int], looking.groups),
+            "live": (tuple[()], looking.live),
+            "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], looking.tally),
+            "audit": (tuple[()], Audit(store, leases, looking).audit),
+            "progress": (tuple[int, int, bytes], looking.progress),
+            "declare": (tuple[list[QueueOptions]], self._declare),
+            "stats": (tuple[Name], self._stats),
+            "peek": (tuple[Name, int, int], looking.peek),
+            "pause": (tuple[Name], self._pause),
+            "resume": (tuple[Name], self._resume),
+            "requeue": (tuple[Name, list[int]], self._requeue),
+            "purge": (tuple[Name, list[int]], self._purge),
+            "raise-epoch": (tuple[Name, int, Name, Name], self._raise_epoch),
+            "cancel": (tuple[Name, Text, list[Name]], self._cancel),
+            "hand-over": (tuple[Name, list[int], Name, Name], self._hand_over),
+            "replace": (tuple[Name, int, bytes], self._replace),
+            "restart": (tuple[Name, Name, Name, bytes], self._restart),
+            "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.dead),
+            "roster": (tuple[list[tuple[int, list[Name]]]], supervision.roster),
+            "hold": (tuple[bool], supervision.hold),
+            "leave": (tuple[list[Name]], supervision.leave),
+            "recall": (tuple[int], supervision.recall),
+            "retire": (tuple[int], supervision.retire),
+            "tell": (tuple[Name, Any], supervision.tell),
+            "fact": (tuple[Name, str | None], self._fact),
+            "bye": (tuple[()], self._bye),
+            "compact": (tuple[bool], self._compact),
+            "ping": (tuple[()], self._ping),
+        }
+
+    def call(self, session: Session, name: str, args: msgspec.Raw) -> Any:
+        """Answer one query. Raises `ProtocolError` for a wrong shape, `Refused` for what cannot be done."""
+        known = self._queries.get(name)
+        if known is None:
+            raise ProtocolError(f"unknown query {name[:40]!r}")
+        kind, method = known
+        if name == "tell" and len(args) > TOLD_BYTES:
+            raise Refused(f"tell: {len(args)} bytes, {TOLD_BYTES} are the most")
+        try:
+            values = msgspec.msgpack.decode(args, type=kind)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+            raise ProtocolError(f"query {name}: {error}") from None
+        return method(session, *values)
+
+    # consuming
+
+    def _consume(self, session: Session, queue: str, prefetch: int) -> None:
+        check_consume(queue, prefetch)
+        self._bounds.queues((queue,))
+        self._leases.consume(session, queue, prefetch)
+
+    # groups
+
+    def _watch(self, session: Session, ids: list[str]) -> list[str]:
+        self._bounds.looked_up(ids)
+        return self._watching.watch(session, ids)
+
+    def _lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        self._bounds.looked_up(ids)
+        return self._looking.lookup(session, ids)
+
+    def _inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
+        self._bounds.looked_up(ids, bodies=True)
+        return self._looking.inspect(session, ids)
+
+    def _bye(self, session: Session) -> None:
+        """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
+        self._part(session)
+
+    # the broker as a whole
+
+    def _stats(self, session: Session, prefix: str) -> dict[str, Any]:
+        store = self._store
+        return {
+            "epoch": store.epoch,
+            "queues": self._looking.queues(prefix),
+            "messages": len(store.messages),
+            "groups": len(store.groups),
+            "sessions": sum(1 for s in store.sessions.values() if s.connected),
+            "live_bytes": store.live_bytes,
+            "left_seq": store.left_seq,
+            "malformed": self._status.malformed,
+            "refusing": self._publishing.refusing,
+        }
+
+    def _fact(self, session: Session, name: str, value: str | None) -> str | None:
+        """Read a fact, or keep one."""
+        facts = self._store.facts
+        if value is not None and facts.get(name) != value:
+            limits = self._bounds.limits
+            if name not in facts and len(facts) >= limits.max_facts:
+                raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
+            self._bounds.body(value.encode())
+            size = self._store.fact_bytes + len(value)
+            if size > limits.max_facts_bytes:
+                raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
+            self._store.keep_fact(name, value)
+            self._ledger.record(records.FACT, 0, records.encode((name, value)))
+        return facts.get(name)
+
+    def _compact(self, session: Session, begin: bool) -> bool:
+        """Have the space of all that is not alive given back, whether worthwhile or not; whether it still goes on."""
+        if begin:
+            self._status.compacting = True
+        return self._status.compacting
+
+    def _ping(self, session: Session) -> dict[str, Any]:
+        return {"epoch": self._store.epoch, "open": self._leases.rostered}
+
+    # changing queues
+
+    def _declare(self, session: Session, options: list[QueueOptions]) -> None:
+        for option in options:
+            if not option.name or option.name.startswith(DLQ):
+                raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
+            if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME:
+                raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME} characters at most")
+            if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
+                raise ProtocolError("declare: a breaker with impossible failures or reset")
+        self._bounds.queues([option.name for option in options])
+        for option in options:
+            queue = self._store.queue(option.name)
+            queue.owner = session
+            if queue.options != option:
+                self._store.declare(option)
+                self._store.touched[queue] = None
+                self._ledger.keep_queue(queue)
+
+    def _pause(self, session: Session, name: str) -> None:
+        self._set_paused(name, True)
+
+    def _resume(self, session: Session, name: str) -> None:
+        self._set_paused(name, False)
+
+    def _set_paused(self, name: str, paused: bool) -> None:
+        queue, dead = named(self._store, name)
+        if dead:
+            raise Refused(f"{name} holds dead letters; pause {queue.name} instead")
+        if queue.paused != paused:
+            queue.paused = paused
+            self._ledger.keep_queue(queue)
+            self._store.touched[queue] = None
+
+    def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
+        queue, _ = named(self._store, name)
+        chosen = self._dead_letters(queue, ids)
+        refused = [m.id for m in chosen if m.extra is not None and m.extra.evidence]
+        if refused and ids:
+            raise Refused(
+                f"dead letter {refused[0]} of {queue.name} is evidence of an instance that went on without it "
+                "(it was compensated, or the stage was optional); start the instance anew instead"
+            )
+        evidence = set(refused)
+        revived = [message for message in chosen if message.id not in evidence]
+        for message in revived:
+            self._revive(message)
+        answer = {"requeued": len(revived), "refused": refused}
+        session.remember(session.heard, answer)
+        return answer
+
+    def _revive(self, message: Message) -> None:
+        queue = message.queue
+        del queue.dead[message.id]
+        extra = message.details()
+        extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
+        extra.attempts = extra.deaths = 0
+        extra.failure, extra.fresh = None, False
+        extra.expires = extra.expires_wall = 0.0
+        self._ledger.mark(message)
+        self._store.enqueue(message)
+        self._store.touched[queue] = None
+
+    def _dead_letters(self, queue: Queue, ids: list[int]) -> list[Message]:
+        if not ids:
+            return list(queue.dead.values())
+        missing = [id for id in ids if id not in queue.dead]
+        if missing:
+            raise Refused(f"no dead letter {missing[0]} in {DLQ}{queue.name}")
+        return [queue.dead[id] for id in dict.fromkeys(ids)]
+
+    def _purge(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
+        queue, dead = named(self._store, name)
+        if dead:
+            chosen = self._dead_letters(queue, ids)
+        else:
+            wanted = set(ids)
+            chosen = [message for message in queue.waiting() if not wanted or message.id in wanted]
+        for message in chosen:
+            self._store.remove(message)
+        if chosen:
+            self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in chosen])))
+        groups = {group.id: group for message in chosen if (group := message.group) is not None}
+        self._settling.close(list(groups.values()))
+        ended = [id for id, group in groups.items() if self._store.groups.get(id) is not group]
+        answer = {"purged": len(chosen), "instances": ended}
+        session.remember(session.heard, answer)
+        return answer
+
+    # epochs
+
+    def _raise_epoch(self, session: Session, id: str, epoch: int, queue: str, label: str) -> dict[str, Any]:
+        """Older messages of the group go to (queue, label) from now on; the same epoch once more changes nothing.
+
+        A group that has ended keeps its epoch, and the answer says how it ended.
+        """
+        group = self._store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        if not queue or not 0 <= epoch < MAX_NUMBER:
+            raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
+        self._bounds.queues((queue,))
+        if epoch > group.epoch and not group.ended:
+            group.epoch = epoch
+            group.divert = (queue, label)
+            self._ledger.keep_group(group)
+            for message in group.messages():
+                if message.overtaken and message.state() != LEASED:
+                    self._leases.divert(self._store.replace(message))
+            self._gathering.overtake(group)
+        leased = [message.id for message in group.messages() if message.state() == LEASED]
+        return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
+
+    def _cancel(self, session: Session, id: str, reason: str, prefixes: list[str]) -> dict[str, Any]:
+        """Raise the epoch of a group; its older messages are delivered where they are, to be passed through unworked.
+
+        Nothing of it waits any longer: what is delayed or parked is ready, and the open gathers whose key begins with
+        one of `prefixes` publish what they have. What cannot be passed through is parked again, until it is requeued.
+        Once more changes nothing; a group that has ended keeps its end.
+        """
+        group = self._store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        if group.cancelled is None and not group.ended:
+            group.cancelled = reason
+            group.released = tuple(prefixes)
+            group.warned = self._store.next_lease
+            group.epoch += 1
+            self._ledger.keep_group(group)
+            for message in group.messages():
+                state = message.state()
+                if state == READY and message.queue.breaker is not None:
+                    self._store.enqueue(self._store.replace(message))
+                    self._store.touched[message.queue] = None
+                elif state in (DELAYED, PARKED):
+                    again = self._store.replace(message)
+                    extra = again.details()
+                    extra.due = extra.due_wall = extra.delay = 0.0
+                    extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
+                    self._ledger.mark(again)
+                    self._store.enqueue(again)
+                    self._store.touched[again.queue] = None
+            self._gathering.release(group)
+            self._supervision.cancel(group)
+        return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
+
+    def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:
+        """Messages of a cancelled group that wait for their turn go to `queue`, whose consumer passes them through in
+        place of their own, which may be busy for long. Those in work, and those that were gathered, stay. Returns how
+        many went.
+        """
+        store, leases = self._store, self._leases
+        group = store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        if not queue:
+            raise ProtocolError("hand-over: needs a queue")
+        self._bounds.queues((queue,))
+        count = 0
+        for message_id in dict.fromkeys(ids):
+            message = store.messages.get(message_id)
+            if message is None or message.group is not group or not message.unwanted or message.state() != READY:
+                continue
+            gathered = message.extra is not None and message.extra.parts is not None
+            # After a restart somebody may still be at it who has not said so yet.
+            if not gathered and leases.rostered and not message.queue.awaiting:
+                leases.send_elsewhere(store.replace(message), queue, label)
+                count += 1
+        session.remember(session.heard, count)
+        return count
+
+    def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
+        """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
+        queue, _ = named(self._store, name)
+        message = queue.dead.get(id)
+        if message is None:
+            raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
+        extra = message.details()
+        if extra.evidence:
+            raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
+        self._bounds.body(body)
+        if extra.parts is not None:
+            (_, size), *arrived = extra.parts
+            extra.parts = [("", len(body)), *arrived]
+            body += self._ledger.body(message)[size:]
+        self._store.live_bytes += len(body) - message.size
+        message.body, message.size = body, len(body)
+        self._ledger.copy(message)
+        return {"epoch": message.epoch}
+
+    def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
+        """Begin a parked group anew, in the next epoch, with this one message: nothing is left of what it had, but
+        what arrived at gathers that nobody has opened."""
+        store = self._store
+        group = store.groups.get(id)
+        if group is None:
+            raise Refused(f"{id} is not live")
+        messages = group.messages()
+        if group.ended or not any(message.state() == PARKED for message in messages):
+            raise Refused(f"{id} is not parked")
+        working = [message for message in messages if message.state() == LEASED]
+        if working:
+            raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
+        self._bounds.queues((queue,))
+        self._bounds.body(body)
+        for message in messages:
+            store.remove(message)
+        self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
+        group.epoch += 1
+        group.cancelled, group.released = None, ()
+        self._ledger.keep_group(group)
+        for gather in (group.gathers or {}).values():
+            store.live_bytes -= gather.weight
+            gather.begin_anew()
+            store.live_bytes += gather.weight
+            self._ledger.keep_gather(group, gather)
+        target = store.queue(queue)
+        first = store.put(target, group, group.epoch, label, 0, body, len(body), Place(store.wall), 0)
+        self._ledger.copy(first)
+        store.enqueue(first)
+        store.touched[target] = None
+        answer = {"epoch": group.epoch}
+        session.remember(session.heard, answer)
+        return answer

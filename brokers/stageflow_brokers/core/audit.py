@@ -1,0 +1,196 @@
+"""An audit: all that the broker knows in one consistent picture, small enough to be sent, and whether its books agree.
+
+It knows nothing of workflows: instances are told apart by their shape (which messages and gathers they consist of), and
+whoever asks judges the shapes. Between two records every group is whole, so a picture taken between two frames needs no
+second one. Nothing changes here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.looking import Looking
+from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Group, Message
+from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.store import GONE, Store
+from stageflow_brokers.core.wire import FIRST_EPOCH
+
+__all__ = ["Audit", "contradictions"]
+
+IDS_SHOWN = 20
+"""Most groups of one shape that are named."""
+
+FAULTS_SHOWN = 100
+"""Most contradictions of the broker's own books that are told."""
+
+_NUMBER = re.compile(r":\d+$")
+"""The end of a gather's key that tells it from others of its kind: shapes are of kinds."""
+
+
+class Audit:
+    """The auditor of one machine."""
+
+    def __init__(self, store: Store, leases: Leases, looking: Looking) -> None:
+        self._store = store
+        self._leases = leases
+        self._looking = looking
+
+    def audit(self, session: Session) -> dict[str, Any]:
+        """The picture.
+
+        `shapes`: what groups consist of, how many are like that, and the ids of the first. `live`: the ids of all
+        groups that have not ended, `epochs` theirs where that is not the first. `sessions`: the peers, and how much
+        each holds. `awaited`: queues that are closed until peers have announced themselves. `faults`: where the books
+        contradict one another. Takes about 2 µs per message and group, during which nobody else is served.
+        """
+        store = self._store
+        shapes: dict[tuple[Any, ...], list[Any]] = {}
+        live: list[str] = []
+        epochs: dict[str, int] = {}
+        for group in store.groups.values():
+            known = shapes.setdefault(_shape(group), [0, []])
+            known[0] += 1
+            if known[0] <= IDS_SHOWN:
+                known[1].append(group.id)
+            if not group.ended:
+                live.append(group.id)
+                if group.epoch != FIRST_EPOCH:
+                    epochs[group.id] = group.epoch
+        faults = []
+        for fault in contradictions(store):
+            faults.append(fault)
+            if len(faults) >= FAULTS_SHOWN:
+                break
+        return {
+            "epoch": store.epoch,
+            "wall": store.wall,
+            "messages": len(store.messages),
+            "groups": len(store.groups),
+            "live": live,
+            "epochs": epochs,
+            "shapes": [[*shape, count, ids] for shape, (count, ids) in shapes.items()],
+            "sessions": [_session(known) for known in store.sessions.values()],
+            "awaited": {queue.name: len(queue.awaiting) for queue in store.queues.values() if queue.awaiting},
+            "rostered": self._leases.rostered,
+            "queues": self._looking.queues(""),
+            "facts": dict(store.facts),
+            "faults": faults,
+        }
+
+
+def _shape(group: Group) -> tuple[Any, ...]:
+    """(ended, messages as (queue, label, state, count), gathers as (key, need, arrived, queue, has a deadline))."""
+    if group.more:
+        counts = Counter((m.queue.name, m.label, m.state()) for m in group.messages())
+        messages = tuple(sorted((*kind, count) for kind, count in counts.items()))
+    elif group.one is not None:
+        one = group.one
+        messages = ((one.queue.name, one.label, one.state(), 1),)
+    else:
+        messages = ()
+    gathers: tuple[Any, ...] = ()
+    if group.gathers:
+        gathers = tuple(
+            (_NUMBER.sub(":", g.key), g.need, len(g.arrivals), g.queue if g.need is not None else "", g.due > 0)
+            for g in group.gathers.values()
+            if g.need is not None or g.arrivals
+        )
+    return group.ended, messages, gathers
+
+
+def _session(session: Session) -> dict[str, Any]:
+    return {
+        "peer": session.peer,
+        "name": session.name,
+        "role": session.role,
+        "pid": session.pid,
+        "connected": session.connected,
+        "held": sum(len(consumer.held) for consumer in session.consumers.values()),
+        "queues": sorted(session.consumers),
+    }
+
+
+# the books
+
+
+def contradictions(store: Store) -> Iterator[str]:
+    """Where the books of a broker contradict one another; nothing, for as long as it has no bug."""
+    states: dict[Queue, Counter[str]] = {queue: Counter() for queue in store.queues.values()}
+    alarms = store.alarms()
+    grouped = size = 0
+    for id, message in store.messages.items():
+        state = message.state()
+        size += message.size
+        states.setdefault(message.queue, Counter())[state] += 1
+        if message.id != id:
+            yield f"message {message.id} is known as {id}"
+        group = message.group
+        evidence = message.extra is not None and message.extra.evidence
+        if group is not None and not evidence:
+            grouped += 1
+            if store.groups.get(group.id) is not group:
+                yield f"message {id} in {message.queue.name} belongs to {group.id}, which is not live"
+        if state == LEASED:
+            yield from _lease_faults(store, message)
+        elif message.lease:
+            yield f"message {id} in {message.queue.name} has lease {message.lease}, and nobody holds it"
+        if state == DELAYED:
+            assert message.extra is not None
+            if (message.extra.due, id, "", "") not in alarms:
+                yield f"message {id} in {message.queue.name} is delayed, and no timer will wake it"
+        elif state == PARKED and message.queue.dead.get(id) is not message:
+            yield f"message {id} is a dead letter that {message.queue.name} does not know of"
+    linked = 0
+    for group in store.groups.values():
+        linked += (group.one is not None) + len(group.more or ())
+        for gather in (group.gathers or {}).values():
+            size += gather.weight
+            if store.gathers.get((group.id, gather.key)) is not group:
+                yield f"gather {gather.key} of {group.id} is not among the gathers"
+            if gather.need is not None and gather.due and (gather.due, 0, group.id, gather.key) not in alarms:
+                yield f"gather {gather.key} of {group.id} has a deadline, and no timer will end it"
+    if linked != grouped:
+        yield f"{grouped} messages belong to groups, and groups have {linked}"
+    kept = sum(0 if m.extra is None else m.extra.step_bytes for m in store.messages.values())
+    if kept != store.step_bytes:
+        yield f"all steps have {kept} bytes, and {store.step_bytes} are accounted for"
+    if size != store.live_bytes:
+        yield f"all bodies have {size} bytes, and {store.live_bytes} are accounted for"
+    for queue, counted in states.items():
+        yield from _queue_faults(store, queue, counted)
+
+
+def _lease_faults(store: Store, message: Message) -> Iterator[str]:
+    holder = message.holder
+    assert holder is not None
+    where = f"message {message.id} in {message.queue.name}"
+    if holder is GONE:
+        yield f"{where} has been replaced, and is still known"
+    elif store.sessions.get(holder.session.peer) is not holder.session:
+        yield f"{where} is held by {holder.session.name or holder.session.peer}, which is no peer any more"
+    elif holder.held.get(message.id) is not message:
+        yield f"{where} is held by {holder.session.name or holder.session.peer}, which does not know of it"
+    elif not message.lease:
+        yield f"{where} is held by {holder.session.name or holder.session.peer} without a lease"
+
+
+def _queue_faults(store: Store, queue: Queue, counted: Counter[str]) -> Iterator[str]:
+    figures: Iterable[tuple[str, int, int]] = (
+        (READY, counted[READY], queue.ready_count),
+        ("to be delivered", counted[READY], sum(1 for m in queue.waiting() if _lies_right(store, queue, m))),
+        (LEASED, counted[LEASED], sum(len(consumer.held) for consumer in queue.consumers)),
+        (DELAYED, counted[DELAYED], queue.delayed),
+        (PARKED, counted[PARKED], len(queue.dead)),
+    )
+    for what, real, known in figures:
+        if real != known:
+            yield f"{queue.name} counts {known} messages as {what}, and there are {real}"
+
+
+def _lies_right(store: Store, queue: Queue, message: Message) -> bool:
+    return message.queue is queue and store.messages.get(message.id) is message

@@ -1,0 +1,134 @@
+"""Gathers of the live broker: what opens, arrives, completes, runs out of time, or is overtaken by a new epoch.
+
+What completes is recorded as the message that it makes and the gather that remains, behind all that the frame itself
+makes: a replay takes the frame for its openings and arrivals only.
+"""
+
+from __future__ import annotations
+
+from stageflow_brokers.core.leases import EXPIRED, Leases
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.message import Group, Place
+from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.types import Arrival, GatherOpen
+
+__all__ = ["Gathering", "Resolved"]
+
+Resolved = list[tuple[Queue | None, str, int]]
+"""The targets of a frame: queue (None: push only), label, flags."""
+
+
+class Gathering:
+    """The gathers of one machine. `changed`: what the frame in hand has touched, by group and key."""
+
+    def __init__(self, store: Store, ledger: Ledger, leases: Leases) -> None:
+        self.store = store
+        self._ledger = ledger
+        self._leases = leases
+        self.changed: list[tuple[Group, str]] = []
+
+    def take(
+        self,
+        opens: list[GatherOpen],
+        arrivals: list[Arrival],
+        targets: Resolved,
+        blob: bytes,
+        at: int,
+        place: Place,
+        priority: int = 0,
+    ) -> bool:
+        """Openings and arrivals, whose bodies begin at `at`. False when some belong to no group, and were dropped.
+
+        An opening makes its group; an arrival does not, for it may be a late one, and its group would never end.
+        """
+        store = self.store
+        whole = True
+        for opening in opens:
+            group = store.group(opening.group, opening.epoch, place)
+            base = blob[at : at + opening.size]
+            at += opening.size
+            if group is None:
+                whole = False
+                continue
+            queue, label, _ = targets[opening.target]
+            assert queue is not None
+            store.open(group, opening, queue.name, label, base, place, priority)
+            due = store.gather(group, opening.key, place).due
+            if due:
+                store.timer(due, 0, group.id, opening.key)
+            self.changed.append((group, opening.key))
+        for arrival in arrivals:
+            group = store.groups.get(arrival.group)
+            if group is None:
+                whole = False
+            else:
+                store.arrive(group, arrival.key, arrival.slot, blob[at : at + arrival.size], place)
+                self.changed.append((group, arrival.key))
+            at += arrival.size
+        if priority:
+            # A replay knows it by the message that opened the gather, which may be gone with its segment by then.
+            for opening in opens:
+                group = store.groups.get(opening.group)
+                if group is not None:
+                    self._ledger.keep_gather(group, store.gather(group, opening.key, place))
+        return whole
+
+    def complete(self) -> list[tuple[Group, str]]:
+        """Publish what has become complete in this frame. Returns all gathers that the frame has changed."""
+        changed = self.changed
+        if changed:
+            self.changed = []
+            for group, key in changed:
+                self._settle(group, key)
+        return changed
+
+    def due(self, due: float, id: str, key: str) -> None:
+        """The deadline that was `due` has passed."""
+        group = self.store.groups.get(id)
+        gather = None if group is None or group.gathers is None else group.gathers.get(key)
+        if group is not None and gather is not None and gather.need is not None and gather.due == due:
+            self._publish(group, key, failure=EXPIRED)
+
+    def overtake(self, group: Group) -> None:
+        """The epoch of the group was raised: what waits in its open gathers goes to whoever raised it."""
+        for key in list(group.gathers or ()):
+            self._settle(group, key)
+
+    def release(self, group: Group) -> None:
+        """The group was cancelled: publish what waits in the open gathers that it does not wait for any more."""
+        for key in list(group.gathers or ()):
+            if group.gathers is not None and group.gathers[key].need is not None and key.startswith(group.released):
+                self._publish(group, key, failure=EXPIRED)
+
+    def _settle(self, group: Group, key: str) -> None:
+        if self.store.groups.get(group.id) is not group or group.gathers is None:
+            return
+        gather = group.gathers[key]
+        while gather.complete:
+            self._publish(group, key)
+        if gather.need is not None and gather.epoch < group.epoch:
+            if group.divert is not None:
+                self._publish(group, key)
+            elif group.cancelled is not None and key.startswith(group.released):
+                self._publish(group, key, failure=EXPIRED)
+
+    def _publish(self, group: Group, key: str, *, failure: bytes | None = None) -> None:
+        store = self.store
+        assert group.gathers is not None
+        gather = group.gathers[key]
+        queue, label, epoch = store.queue(gather.queue), gather.label, gather.epoch
+        before = gather.weight
+        body, parts = gather.take()
+        store.live_bytes += gather.weight - before
+        message = store.put(queue, group, epoch, label, gather.priority, body, len(body), gather.place, 0)
+        extra = message.details()
+        extra.parts = parts
+        extra.failure, extra.fresh = failure, failure is not None
+        self._ledger.keep_gather(group, gather)
+        if message.overtaken:
+            self._leases.divert(message)
+            return
+        self._ledger.copy(message)
+        store.enqueue(message)
+        store.touched[queue] = None

@@ -1,0 +1,329 @@
+"""Who holds what: credit, delivery, return, adoption after a restart, and what becomes of the messages of the dead.
+
+A lease names the epoch of the broker and a sequence number; only the current one counts. Delivery happens after the
+commit, and is not recorded: after a crash whoever holds a message says so, and everything else is ready again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from stageflow_brokers.core.breaker import CLOSED, Breaker
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.message import READY, Extra, Message
+from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.sessions import Consumer, Session
+from stageflow_brokers.core.store import BREAKER_TIMER, Store
+from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.types import DeliveryExtra
+
+__all__ = ["Leases"]
+
+DELIVERED_BYTES = 4 << 20
+"""A delivery to one consumer ends with the body that reaches this many bytes, whatever its credit."""
+
+EXPIRED = b"expired"
+"""The failure of a message that waited longer than its time to live, or of a gather that passed its deadline."""
+
+
+class Leases:
+    """Deliveries of one machine. `rostered`: it is known who may hold messages. `held_back`: none but the supervisor
+    is given any."""
+
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk, *, rostered: bool, max_prefetch: int) -> None:
+        self.store = store
+        self._ledger = ledger
+        self._talk = talk
+        self._max_prefetch = max_prefetch
+        self.rostered = rostered
+        self.held_back = False
+        self.overtaken: list[Message] = []
+
+    def held(self, session: Session, id: int, lease: int) -> Message | None:
+        """The message, if this session holds it under this lease."""
+        message = self.store.messages.get(id)
+        if message is None or message.lease != lease:
+            return None
+        holder = message.holder
+        if holder is None or holder.session is not session:
+            return None
+        return message
+
+    def let_go(self, message: Message) -> None:
+        """Its holder has settled it and has room for another."""
+        holder = message.holder
+        if holder is not None:
+            del holder.held[message.id]
+            self.store.touched[holder.queue] = None
+        message.holder, message.lease = None, 0
+
+    def done_with(self, session: Session, ids: Iterable[int]) -> None:
+        """The peer has settled or returned these, which were not its own any more: there is room for others."""
+        for consumer in session.consumers.values():
+            if consumer.gone and not consumer.gone.isdisjoint(ids):
+                consumer.gone.difference_update(ids)
+                self.store.touched[consumer.queue] = None
+
+    def give_back(self, message: Message) -> None:
+        """It was not begun, or nobody knows: to the head of its queue, uncharged. It must be in no lane."""
+        self.let_go(message)
+        if message.overtaken:
+            self.divert(message)
+        else:
+            message.queue.push_front(message)
+            self.store.touched[message.queue] = None
+
+    def again(self, message: Message, seconds: float = 0.0) -> None:
+        """Deliver once more, after a delay or at once at the head. It must be in no lane, and nobody's."""
+        store = self.store
+        store.delay(message.details(), seconds)
+        if message.overtaken:
+            self.divert(message)
+        else:
+            store.enqueue(message, front=not seconds)
+            store.touched[message.queue] = None
+
+    def failed(self, message: Message) -> None:
+        """An attempt at it has failed, in the queue it is in: too many in a row, and that queue waits."""
+        queue, now = message.queue, self.store.now
+        breaker = queue.breaker
+        if breaker is None or not breaker.failed(message.id, now):
+            return
+        self.store.timer(breaker.until, BREAKER_TIMER, "", queue.name)
+        for consumer in queue.consumers:
+            if len(consumer.held) > 1:
+                self._talk.notice(consumer.session, "recall", None)
+
+    def look_again(self, name: str) -> None:
+        """The time of an open breaker is over."""
+        self.store.touched[self.store.queue(name)] = None
+
+    def divert(self, message: Message) -> None:
+        """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
+        group = message.group
+        assert group is not None
+        assert group.divert is not None
+        self.send_elsewhere(message, *group.divert)
+
+    def send_elsewhere(self, message: Message, name: str, label: str) -> None:
+        """To another queue, under another label, with all that has happened to it. It must be in no lane."""
+        message.queue = self.store.queue(name)
+        message.label = label
+        extra = message.extra
+        if extra is not None:
+            extra.due = extra.due_wall = extra.delay = 0.0
+            extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
+            extra.expires = extra.expires_wall = 0.0
+        self._ledger.copy(message)
+        self.store.enqueue(message)
+        self.store.touched[message.queue] = None
+
+    # consumers
+
+    def consume(self, session: Session, name: str, prefetch: int) -> None:
+        """`session` takes messages of a queue, `prefetch` at once."""
+        consumer = session.consumers.get(name)
+        if consumer is None:
+            queue = self.store.queue(name)
+            consumer = session.consumers[name] = Consumer(session, queue, prefetch)
+            queue.consumers.append(consumer)
+        consumer.prefetch = min(prefetch, self._max_prefetch)
+        self.store.touched[consumer.queue] = None
+
+    def announce(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
+        """What a peer says that it holds: what it was given and does not name never reached it. The ids that it must
+        drop are returned."""
+        named = set(holding)
+        for consumer in session.consumers.values():
+            consumer.gone.clear()
+            for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
+                self.give_back(message)
+        return [id for id, lease in holding if not self._adopt(session, id, lease)]
+
+    def _adopt(self, session: Session, id: int, lease: int) -> bool:
+        """Give a worker that outlived a broker the lease it had; False when the message is not its own any more."""
+        message = self.store.messages.get(id)
+        if message is None:
+            return False
+        holder = message.holder
+        if holder is not None and holder.session is session and message.lease == lease:
+            return True
+        consumer = session.consumers.get(message.queue.name)
+        if consumer is None or not 0 < lease < self.store.epoch << 40:
+            return False
+        if holder is not None:
+            # Two claim it from before the restart: the later lease made the earlier one void.
+            if message.lease >= lease:
+                return False
+            self.let_go(message)
+        elif message.state() != READY:
+            return False
+        else:
+            message = self.store.replace(message)
+        message.holder, message.lease = consumer, lease
+        consumer.held[id] = message
+        return True
+
+    def bury(
+        self, session: Session, *, guilty: Sequence[int] = (), blame: Callable[[Message], None] | None = None
+    ) -> None:
+        """The session is over: what it held goes back to the head of its queue, in order, uncharged.
+
+        `blame` is given the messages it was running, in place of putting them back.
+        """
+        for consumer in session.consumers.values():
+            consumer.queue.consumers.remove(consumer)
+            culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in guilty]
+            for message in reversed(list(consumer.held.values())):
+                if message not in culprits:
+                    self.give_back(message)
+            if blame is not None:
+                for culprit in reversed(culprits):  # each to the head of the queue: the first one last
+                    self.let_go(culprit)
+                    blame(culprit)
+        session.consumers.clear()
+        session.connected = False
+        self.store.sessions.pop(session.peer, None)
+
+    def heard_of(self, peer: int) -> None:
+        """The peer has announced what it holds, or is dead: no queue waits for it any longer."""
+        for queue in self.store.queues.values():
+            if peer in queue.awaiting:
+                queue.awaiting.discard(peer)
+                self.store.touched[queue] = None
+
+    def divert_overtaken(self) -> None:
+        """Messages that were in work when their epoch was raised, and that nobody claims after a restart, go to
+        whoever raised it, as soon as all who might have claimed them have spoken."""
+        waiting = []
+        for message in self.overtaken:
+            if self.store.messages.get(message.id) is not message or message.state() != READY:
+                continue
+            if message.queue.awaiting or not self.rostered:
+                waiting.append(message)
+            elif message.overtaken:
+                self.divert(self.store.replace(message))
+        self.overtaken = waiting
+
+    # deliveries
+
+    def deliver(self) -> None:
+        """Give what is ready in the queues that were touched to those who have room for it."""
+        touched = self.store.touched
+        if not touched:
+            return
+        paging, deep = self.store.paging, self.store.deep
+        for queue in touched:
+            if self.rostered and queue.consumers and not queue.paused and not queue.awaiting:
+                if queue.breaker is None:
+                    self._pump(queue)
+                else:
+                    self._pump_guarded(queue, queue.breaker)
+            if paging and queue.depth > deep:
+                queue.page_out(deep)
+        touched.clear()
+
+    def _free(self, queue: Queue) -> list[Consumer]:
+        free = [c for c in queue.consumers if c.room > 0 and c.session.connected]
+        if self.held_back:
+            free = [c for c in free if c.session.role == "supervisor"]
+        return free
+
+    def _pump_guarded(self, queue: Queue, breaker: Breaker) -> None:
+        """As `_pump`, as far as the breaker lets it."""
+        free = self._free(queue)
+        while free and queue.next_unwanted():
+            self._deliver(queue, free[0], 1)
+            if free[0].room <= 0:
+                free.pop(0)
+        if breaker.waits(self.store.now):
+            return
+        if breaker.state == CLOSED:
+            while free and queue.next_lane():
+                share = -(-max(1, queue.ready_count) // len(free))
+                consumer = free.pop(0)
+                room = min(consumer.room, breaker.most - len(consumer.held))
+                if room > 0:
+                    self._deliver(queue, consumer, min(share, room))
+            return
+        probe = self.store.messages.get(breaker.probe)
+        if free and (probe is None or probe.holder is None or probe.queue is not queue):
+            consumer = min(free, key=lambda each: len(each.held))
+            held = len(consumer.held)
+            self._deliver(queue, consumer, 1)
+            if len(consumer.held) > held:
+                breaker.probe = next(reversed(consumer.held))
+
+    def _pump(self, queue: Queue) -> None:
+        free = self._free(queue)
+        while free and queue.next_lane():
+            share = -(-max(1, queue.ready_count) // len(free))
+            consumer = free.pop(0)
+            self._deliver(queue, consumer, min(share, consumer.room))
+        if len(queue.consumers) > 1:
+            queue.consumers.append(queue.consumers.pop(0))
+
+    def _deliver(self, queue: Queue, consumer: Consumer, count: int) -> None:
+        session = consumer.session
+        held = consumer.held
+        now = self.store.now
+        lease = self.store.next_lease
+        items: list[tuple[Any, ...]] = []
+        bodies = session.bodies
+        room = DELIVERED_BYTES
+        while count > 0 and room > 0 and (lane := queue.next_lane()):
+            message = lane.popleft()
+            if message.holder is not None:
+                queue.skip -= 1
+                continue
+            message.lease = lease
+            message.holder = consumer
+            held[message.id] = message
+            body = message.body
+            if body is None:
+                body = message.body = self._ledger.body(message)
+            bodies.append(body)
+            room -= message.size
+            group = message.group
+            extra = message.extra
+            items.append(
+                (
+                    message.id,
+                    lease,
+                    message.size,
+                    "" if group is None else group.id,
+                    message.epoch,
+                    None
+                    if extra is None and not message.priority and (group is None or group.cancelled is None)
+                    else _as_delivered(message, now),
+                )
+            )
+            lease += 1
+            count -= 1
+        self.store.next_lease = lease
+        if items:
+            queue.delivered += len(items)
+            session.deliveries.append((queue.name, items))
+            self._talk.dirty[session] = None
+
+
+def _as_delivered(message: Message, now: float) -> DeliveryExtra:
+    extra = message.extra or Extra()
+    failure, fresh = extra.failure, extra.fresh
+    if extra.expires and extra.expires <= now and not fresh:
+        failure, fresh = EXPIRED, True
+    group = message.group
+    cancelled = None if group is None or message.epoch >= group.epoch else group.cancelled
+    return DeliveryExtra(
+        extra.attempts,
+        extra.deaths,
+        failure,
+        fresh,
+        extra.steps,
+        extra.parts,
+        message.label,
+        message.priority,
+        cancelled,
+        0 if group is None else group.epoch,
+    )

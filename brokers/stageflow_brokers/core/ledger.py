@@ -1,0 +1,190 @@
+"""The ledger: what is to be written in this round, and where it lies once it has been.
+
+Every change of state that must outlive the process passes here. Nothing is decided here, and nothing is read but bodies
+that have left memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TypeVar
+
+from stageflow_brokers.core import records
+from stageflow_brokers.core.gather import Gather
+from stageflow_brokers.core.message import DELAYED, PARKED, Group, Message, Place
+from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.records import Record
+from stageflow_brokers.core.store import Store
+
+__all__ = ["Ledger", "ReadBody"]
+
+ReadBody = Callable[[int, int, int, int], bytes]
+"""(segment, batch, offset, size) of a body that has been written, to be read back; at `batch` its batch begins."""
+
+COPIED = 128
+"""About how many bytes a copied state takes beside the body."""
+
+_T = TypeVar("_T")
+
+
+class Ledger:
+    """Collects the records of one round after the other."""
+
+    def __init__(self, store: Store, read_body: ReadBody | None) -> None:
+        self.store = store
+        self.records: list[Record] = []
+        self._read_body = read_body
+        self._places: list[Place] = []
+        self._paged: list[Message] = []
+
+    def take(self) -> list[Record]:
+        """The records of this round, to be made durable before anything is dispatched."""
+        taken = self.records
+        self.records = []
+        return taken
+
+    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+        """Where the blobs of the records just taken lie, and the batch of them all."""
+        for place, offset in zip(self._places, offsets, strict=True):
+            place.segment = segment
+            place.batch = batch
+            place.offset = offset
+        self._places.clear()
+        for message in self._paged:
+            if message.holder is None:
+                message.body = None
+        self._paged.clear()
+        waiting = self.store.waiting
+        if waiting:
+            if self.store.paging:
+                for message in waiting:
+                    if message.state() in (DELAYED, PARKED) and message.place.segment >= 0:
+                        message.body = None
+            waiting.clear()
+
+    def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> Place:
+        """One more record of this round; its place is known once it has been written."""
+        store = self.store
+        place = Place(store.wall)
+        self.records.append((kind, store.next_id, peer, header, blob))
+        self._places.append(place)
+        return place
+
+    def body(self, message: Message) -> bytes:
+        """The body, from memory or read back."""
+        if message.body is not None:
+            return message.body
+        place = message.place
+        if self._read_body is None or place.segment < 0:
+            raise RuntimeError(f"message {message.id} has neither a body nor a place")
+        return self._read_body(place.segment, place.batch, place.offset + message.at, message.size)
+
+    def head(self, message: Message, size: int) -> bytes:
+        """How the body begins: its first `size` bytes, or all of it."""
+        if message.body is not None:
+            return message.body[:size]
+        place = message.place
+        if self._read_body is None or place.segment < 0:
+            raise RuntimeError(f"message {message.id} has neither a body nor a place")
+        return self._read_body(place.segment, place.batch, place.offset + message.at, min(size, message.size))
+
+    def mark(self, message: Message) -> None:
+        """Record the state of a message that the journal knows already."""
+        self.record(records.MARK, 0, records.encode(records.message_state(message)))
+
+    def copy(self, message: Message) -> None:
+        """Record a message whole; it lies there from now on."""
+        if message.body is None:
+            # Until the record is on disk nobody could read it there.
+            message.body = self.body(message)
+            self._paged.append(message)
+        wall = message.place.wall
+        place = self.record(records.COPY, 0, records.encode(records.message_state(message)), message.body)
+        place.wall = wall
+        self.store.relocate(message, place)
+
+    def keep_group(self, group: Group) -> None:
+        """Record the state of a group; it lies there from now on."""
+        place = self.record(records.GROUP, 0, records.encode(records.group_state(group)))
+        self.store.relocate_group(group, place)
+
+    def keep_gather(self, group: Group, gather: Gather) -> None:
+        """Record the state of a gather; it lies there from now on."""
+        place = self.record(records.GATHER, 0, records.encode(records.gather_state(group, gather)))
+        self.store.relocate_gather(group, gather, place)
+
+    def keep_queue(self, queue: Queue) -> None:
+        """Record how a queue is declared and whether it is paused."""
+        self.record(records.QUEUE, 0, records.encode(records.QueueState(queue.options, queue.paused)))
+
+    def keep_epoch(self) -> None:
+        """Record the epoch of the broker."""
+        self.record(records.STARTED, 0, records.encode(self.store.epoch))
+
+    def keep_oldest(self, segment: int) -> None:
+        """Record that the segments from this one on must be there."""
+        self.record(records.OLDEST, 0, records.encode(segment))
+
+    def left(self, groups: Iterable[str]) -> None:
+        """Record that these groups have ended, and all that was theirs."""
+        self.record(records.LEFT, 0, records.encode(list(groups)))
+
+    def copy_forward(self, segment: int, budget: int) -> bool:
+        """Record again what lies in `segment` or before it and is alive, until that takes `budget` bytes.
+
+        False when nothing does any more. To be called between rounds, when all that was recorded has its place.
+        """
+        store = self.store
+        most = budget // COPIED + 1
+        for group in _lying_in(segment, store.groups.values(), lambda group: group.place, most):
+            self.keep_group(group)
+            budget -= COPIED
+            if budget < 0:
+                return True
+        for message in _lying_in(segment, store.messages.values(), lambda message: message.place, most):
+            self.copy(message)
+            budget -= COPIED + message.weight
+            if budget < 0:
+                return True
+        gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
+        for group, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, most):
+            self.keep_gather(group, gather)
+            budget -= COPIED + gather.weight
+            if budget < 0:
+                return True
+        return bool(self.records)
+
+    def weigh(self, segment: int) -> int:
+        """About how many bytes `copy_forward` would record of what lies in `segment` or before it."""
+        store = self.store
+        groups, messages = len(store.groups), len(store.messages)
+        weight = COPIED * len(_lying_in(segment, store.groups.values(), lambda group: group.place, groups))
+        for message in _lying_in(segment, store.messages.values(), lambda message: message.place, messages):
+            weight += COPIED + message.weight
+        gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
+        for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, len(store.gathers)):
+            weight += COPIED + gather.weight
+        return weight
+
+    def restate(self, oldest: int = 0) -> None:
+        """Record anew what lies in no particular segment, so that any may go; all before `oldest` will have gone."""
+        store = self.store
+        if oldest:
+            self.keep_oldest(oldest)
+        for queue in store.queues.values():
+            self.keep_queue(queue)
+        for fact in store.facts.items():
+            self.record(records.FACT, 0, records.encode(fact))
+        frames = store.last_frames | {s.peer: s.last_frame for s in store.sessions.values()}
+        self.record(records.SESSIONS, 0, records.encode(list(frames.items())))
+        self.keep_epoch()
+
+
+def _lying_in(segment: int, things: Iterable[_T], place: Callable[[_T], Place], most: int) -> list[_T]:
+    found = []
+    for thing in islice(things, most):
+        if place(thing).segment > segment:
+            break
+        found.append(thing)
+    return found

@@ -1,0 +1,406 @@
+"""The broker as a machine without sockets, files or clocks: frames and time in, records and frames out.
+
+A round is: `begin(now, wall)`, any number of `receive`, `tick`, then `take_records` (which the caller makes durable),
+`placed` with where they lie, and only then `dispatch`, which gives what may leave. Nothing leaves before the record
+that caused it is on disk: `receive` never produces output, it only lays it ready. No peer can make it raise: a frame
+that makes no sense is counted, and answered with a notice.
+
+The machine itself keeps the talk in order (who is known, which frame comes next); what frames mean is decided in
+`publishing`, `settling`, `gathering`, `leases`, `supervision` and `admin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from stageflow_brokers.core import wire
+from stageflow_brokers.core.admin import Admin, Status
+from stageflow_brokers.core.bounds import Bounds, Limits
+from stageflow_brokers.core.gathering import Gathering
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.ledger import Ledger, ReadBody
+from stageflow_brokers.core.message import READY
+from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.records import Record
+from stageflow_brokers.core.replay import Replay
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.settling import Settling
+from stageflow_brokers.core.store import BREAKER_TIMER, Store
+from stageflow_brokers.core.supervision import Supervision
+from stageflow_brokers.core.talk import MOST_UNREAD, Outgoing, Talk
+from stageflow_brokers.core.watching import Watching
+from stageflow_brokers.errors import ProtocolError, Refused
+
+__all__ = ["Limits", "Machine"]
+
+NOT_NOW, NEW, SEEN = range(3)
+
+MOST_WAITING = 10_000
+"""Frames that may wait for a peer to read what it has asked for; who sends more is cut off."""
+
+
+class Machine:
+    """The one decision-maker. `read_body(segment, batch, offset, size)` fetches a body that has left memory."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        supervised: bool = False,
+        paging: bool = False,
+        read_body: ReadBody | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.supervised = supervised
+        self._status = Status()
+        self._waiting: dict[Session, None] = {}
+        store = self.store = Store(paging=paging)
+        self.bounds = Bounds(store, self.limits)
+        self.ledger = Ledger(store, read_body)
+        self.talk = Talk(store, max_unread_bytes=self.limits.max_unread_bytes)
+        self.watching = Watching(store, self.ledger, self.talk)
+        self.leases = Leases(
+            store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch
+        )
+        self.gathering = Gathering(store, self.ledger, self.leases)
+        self.publishing = Publishing(
+            store,
+            self.ledger,
+            self.talk,
+            self.leases,
+            self.gathering,
+            bounds=self.bounds,
+            watch=self.watching.watch,
+        )
+        self.settling = Settling(
+            store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds
+        )
+        self.supervision = Supervision(store, self.ledger, self.talk, self.leases)
+        self.admin = Admin(
+            store,
+            self.ledger,
+            bounds=self.bounds,
+            leases=self.leases,
+            gathering=self.gathering,
+            publishing=self.publishing,
+            settling=self.settling,
+            supervision=self.supervision,
+            watching=self.watching,
+            status=self._status,
+            part=self.part,
+        )
+        self._handlers: dict[bytes, Callable[[Session, bytes, bytes], None]] = {
+            wire.PUBLISH: self._publish,
+            wire.SETTLE: self._settle,
+            wire.CHECKPOINT: self._checkpoint,
+            wire.RELEASE: self._release,
+            wire.QUERY: self._query,
+            wire.HEARD: self._heard,
+        }
+
+    @property
+    def malformed(self) -> int:
+        """How many frames made no sense."""
+        return self._status.malformed
+
+    @malformed.setter
+    def malformed(self, count: int) -> None:
+        self._status.malformed = count
+
+    @property
+    def compacting(self) -> bool:
+        """True from the request for a compaction until its end."""
+        return self._status.compacting
+
+    @compacting.setter
+    def compacting(self, going_on: bool) -> None:
+        self._status.compacting = going_on
+
+    @property
+    def refusing(self) -> str:
+        """Why nothing new is started at present; empty when all is well."""
+        return self.publishing.refusing
+
+    @refusing.setter
+    def refusing(self, why: str) -> None:
+        self.publishing.refusing = why
+
+    def started(self, now: float, wall: float) -> None:
+        """After the replay: a new broker epoch, to be made durable before anybody is answered."""
+        store = self.store
+        Replay(store).finish(now, wall)
+        self.ledger.keep_epoch()
+        self.leases.overtaken = [
+            message
+            for group in store.groups.values()
+            if group.divert is not None
+            for message in group.messages()
+            if message.overtaken and message.state() == READY
+        ]
+
+    # a round
+
+    def begin(self, now: float, wall: float) -> None:
+        """Time for the round: `now` monotonic, `wall` since the Unix epoch, seconds."""
+        self.store.now = now
+        self.store.wall = wall
+
+    def receive(self, peer: int, op: bytes, header: bytes, blob: bytes) -> None:
+        """One frame of a peer."""
+        session = self.store.sessions.get(peer)
+        try:
+            if len(header) > wire.MAX_HEADER:
+                raise ProtocolError(f"a header of {len(header)} bytes, {wire.MAX_HEADER} are the most")
+            if op == wire.HELLO:
+                self._hello(peer, header)
+            elif session is None or not session.connected:
+                self.talk.notice_stranger(peer, "hello", None)
+            elif session.waiting and op != wire.HEARD:
+                self._put_aside(session, op, header, blob)
+            else:
+                self._handle(session, op, header, blob)
+        except ProtocolError as error:
+            self.malformed += 1
+            if session is None or not session.connected:
+                self.talk.notice_stranger(peer, "refused", str(error))
+            else:
+                self._refuse(session, header, error)
+
+    def _handle(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
+        handler = self._handlers.get(op)
+        if handler is None:
+            raise ProtocolError(f"unknown operation {op[:8]!r}")
+        if op == wire.QUERY and session.unread > MOST_UNREAD:
+            self._put_aside(session, op, header, blob)
+        else:
+            handler(session, header, blob)
+
+    def _put_aside(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
+        """A peer that asks and does not read is answered when it has read, and all that it sends meanwhile waits."""
+        session.wait(op, header, blob)
+        self._waiting[session] = None
+        crowded = len(session.waiting) > MOST_WAITING or session.waiting_bytes > MOST_UNREAD
+        if crowded and session not in self.talk.deaf:
+            self.talk.deaf.append(session)
+
+    def _go_on(self) -> None:
+        """Take the frames that have waited until their peers had read enough."""
+        for session in list(self._waiting):
+            while session.waiting and session.unread <= MOST_UNREAD:
+                op, header, blob = session.go_on()
+                try:
+                    self._handle(session, op, header, blob)
+                except ProtocolError as error:
+                    self.malformed += 1
+                    self._refuse(session, header, error)
+            if not session.waiting:
+                del self._waiting[session]
+        for session in list(self.watching.behind):
+            self.watching.go_on(session)
+
+    def tick(self, *, more: bool = False) -> None:
+        """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
+        for due, id, group_id, key in self.store.due_timers():
+            if id > 0:
+                self._message_due(due, id)
+            elif id == BREAKER_TIMER:
+                self.leases.look_again(key)
+            else:
+                self.gathering.due(due, group_id, key)
+        if not more:
+            self.supervision.tick()
+        if self.leases.overtaken:
+            self.leases.divert_overtaken()
+        if self._waiting or self.watching.behind:
+            self._go_on()
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next, on the monotonic clock."""
+        timer, death = self.store.next_timer(), self.supervision.next_deadline
+        if timer is None or death is None:
+            return timer if death is None else death
+        return min(timer, death)
+
+    def take_records(self) -> list[Record]:
+        """The records of this round, to be made durable before anything is dispatched."""
+        return self.ledger.take()
+
+    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+        """Where the blobs of the records just taken lie, and the batch of them all."""
+        self.ledger.placed(segment, batch, offsets)
+
+    def dispatch(self) -> list[Outgoing]:
+        """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
+        self.leases.deliver()
+        spoken = self.talk.spoken()
+        if self.talk.deaf:
+            for session in self.talk.deaf:
+                self.disconnect(session.peer)
+                spoken.append(self.talk.parting_word(session))
+            self.talk.deaf.clear()
+        return spoken
+
+    def probe(self) -> None:
+        """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
+        for session in self.store.sessions.values():
+            if session.connected:
+                self.talk.dirty[session] = None
+
+    def _message_due(self, due: float, id: int) -> None:
+        message = self.store.messages.get(id)
+        if message is None or message.extra is None or message.extra.due != due or message.holder is not None:
+            return
+        message.extra.due = message.extra.due_wall = 0.0
+        # Whoever is given it now holds it, also after a restart with a clock that was set back meanwhile.
+        self.ledger.mark(message)
+        message.queue.delayed -= 1
+        message.queue.push(message)
+        self.store.touched[message.queue] = None
+
+    # sessions
+
+    def _hello(self, peer: int, header: bytes) -> None:
+        hello = wire.decode_hello(header)
+        store = self.store
+        session = store.sessions.get(peer)
+        if hello.consume:
+            try:
+                self.bounds.queues(name for name, _ in hello.consume)
+            except Refused as error:
+                raise ProtocolError(str(error)) from None
+        if session is None:
+            if sum(1 for known in store.sessions.values() if known.connected) >= self.limits.max_peers:
+                raise ProtocolError(
+                    f"more than {self.limits.max_peers} peers (max_peers): let others close their connections first"
+                )
+            session = store.sessions[peer] = Session(peer)
+            session.last_frame = store.last_frames.pop(peer, 0)
+        elif hello.talk <= session.talk:
+            return  # it came twice, or late: what has been said since would be taken back
+        session.talk = hello.talk
+        session.connected = True
+        self._wait_no_more(session)
+        session.parting = False
+        session.role, session.name, session.pid = hello.role, hello.name, hello.pid
+        session.heard = hello.next_frame - 1
+        session.last_frame = max(session.last_frame, session.heard)
+        session.deferred = [frame for frame in session.deferred if frame > session.heard]
+        session.answers = {frame: answer for frame, answer in session.answers.items() if frame > session.heard}
+        # Whatever was laid ready for the talk before is said anew, or is no longer true.
+        session.forget_talk()
+        for name, prefetch in hello.consume:
+            self.leases.consume(session, name, prefetch)
+        lost = self.leases.announce(session, hello.holding)
+        self.leases.heard_of(peer)
+        self.talk.notice(session, "welcome", (hello.talk, lost))
+        if hello.watching:
+            self.watching.watch(session, hello.watching)
+
+    def disconnect(self, peer: int) -> None:
+        """The peer cannot be reached. What a supervised worker holds stays its own until its death is confirmed."""
+        session = self.store.sessions.get(peer)
+        if session is not None:
+            self._wait_no_more(session)
+            self.store.remember_peer(peer, session.last_frame)
+            self._gone(session)
+
+    def _wait_no_more(self, session: Session) -> None:
+        session.wait_no_more()
+        self._waiting.pop(session, None)
+        self.watching.behind.pop(session, None)
+
+    def part(self, session: Session) -> None:
+        """The peer says that it is leaving; it is answered once more."""
+        session.parting = True
+        self._gone(session)
+
+    def _gone(self, session: Session) -> None:
+        if self.supervised and session.holds:
+            session.connected = False
+        else:
+            self.leases.bury(session)
+
+    # frames that are numbered
+
+    def _take(self, session: Session, broker_epoch: int, frame: int) -> int:
+        """Whether this frame is NEW, or was SEEN before its sender said hello again, or is NOT_NOW to be taken."""
+        self.talk.dirty[session] = None
+        if broker_epoch != self.store.epoch:
+            self.talk.notice(session, "hello", None)
+            return NOT_NOW
+        if frame != session.heard + 1:
+            if frame > session.heard:
+                self.talk.notice(session, "resend", session.heard + 1)
+            return NOT_NOW
+        session.heard = frame
+        if frame <= session.last_frame:
+            return SEEN
+        session.last_frame = frame
+        return NEW
+
+    def _answered(self, session: Session, frame: int) -> bool:
+        """Whether what is known of this frame's answer is all there is to say."""
+        if frame not in session.answers:
+            return False
+        self.talk.result(session, frame, session.answers[frame])
+        return True
+
+    def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
+        """A frame that makes no sense is answered as far as it can be: its sender would send it for ever otherwise."""
+        self.talk.notice(session, "malformed", str(error))
+        number = wire.numbered(header)
+        if number is not None and self._take(session, *number) != NOT_NOW:
+            self.talk.result(session, number[1], {"error": "ProtocolError", "message": str(error)})
+
+    def _publish(self, session: Session, header: bytes, blob: bytes) -> None:
+        frame = wire.decode_publish(header, blob)
+        taken = self._take(session, frame.broker_epoch, frame.frame)
+        if taken == NEW:
+            self.publishing.take(session, frame, header, blob)
+        elif taken == SEEN:
+            if self._answered(session, frame.frame):
+                self.publishing.watch_again(session, frame)
+            else:
+                self.publishing.answer_again(session, frame)
+
+    def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
+        frame = wire.decode_settle(header, blob)
+        taken = self._take(session, frame.broker_epoch, frame.frame)
+        if taken == NEW:
+            self.settling.take(session, frame, header, blob)
+        elif taken == SEEN:
+            self._answered(session, frame.frame)
+            self.settling.seen(session, frame)
+
+    def _checkpoint(self, session: Session, header: bytes, blob: bytes) -> None:
+        frame = wire.decode_checkpoint(header)
+        taken = self._take(session, frame.broker_epoch, frame.frame)
+        if taken == NEW:
+            self.settling.checkpoint(session, frame, header, blob)
+        elif taken == SEEN and not self._answered(session, frame.frame):
+            self.settling.checkpoint_seen(session, frame, blob)
+
+    def _release(self, session: Session, header: bytes, blob: bytes) -> None:
+        release = wire.decode_release(header)
+        if self._take(session, release.broker_epoch, release.frame) == NOT_NOW:
+            return
+        if release.queue in session.consumers and release.prefetch >= 0:
+            self.leases.consume(session, release.queue, release.prefetch)
+        self.settling.release(session, release.leases)
+
+    def _heard(self, session: Session, header: bytes, blob: bytes) -> None:
+        session.confirm(wire.decode_heard(header))
+
+    def _query(self, session: Session, header: bytes, blob: bytes) -> None:
+        query = wire.decode_query(header)
+        taken = self._take(session, query.broker_epoch, query.frame)
+        if taken == NOT_NOW or (taken == SEEN and self._answered(session, query.frame)):
+            return
+        try:
+            answer = self.admin.call(session, query.name, query.args)
+        except Refused as error:
+            answer = {"refused": str(error)}
+        except ProtocolError as error:
+            self.malformed += 1
+            answer = {"refused": str(error)}
+        self.talk.answer(session, query.frame, answer)

@@ -1,0 +1,270 @@
+"""Messages, groups and where they lie in the journal: the values of the broker core.
+
+Hot values have slots and no behaviour. A message that has never failed, waited or been checkpointed carries no
+`Extra`: a million queued messages pay for what happened to them and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stageflow_brokers.core.gather import Gather
+    from stageflow_brokers.core.queue import Queue
+    from stageflow_brokers.core.sessions import Consumer, Session
+
+__all__ = ["DELAYED", "LEASED", "PARKED", "READY", "Extra", "Group", "Message", "Place"]
+
+READY, LEASED, DELAYED, PARKED = "ready", "leased", "delayed", "dead"
+
+
+class Place:
+    """Where the blob of one record lies in the journal, once it has been written; shared by all its messages.
+
+    `batch` is where the batch begins in which it was written.
+    """
+
+    __slots__ = ("batch", "offset", "segment", "wall")
+
+    def __init__(self, wall: float, segment: int = -1, offset: int = -1, batch: int = -1) -> None:
+        self.wall = wall
+        self.segment = segment
+        self.offset = offset
+        self.batch = batch
+
+
+class Extra:
+    """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
+
+    `steps` are set by `Store.keep_steps`, which counts their bytes. `killed` is the peer whose end it was last blamed
+    for, so that it is not blamed for that again when the news is told again.
+    """
+
+    __slots__ = (
+        "attempts",
+        "deaths",
+        "delay",
+        "due",
+        "due_wall",
+        "evidence",
+        "expires",
+        "expires_wall",
+        "failure",
+        "fresh",
+        "killed",
+        "parked",
+        "parked_wall",
+        "parts",
+        "reason",
+        "step_bytes",
+        "steps",
+    )
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.deaths = 0
+        self.failure: bytes | None = None
+        self.fresh = False
+        self.killed = 0
+        self.steps: dict[str, bytes] | None = None
+        self.step_bytes = 0
+        self.parts: list[tuple[str, int]] | None = None
+        self.due = 0.0
+        self.due_wall = 0.0
+        self.delay = 0.0
+        self.expires = 0.0
+        self.expires_wall = 0.0
+        self.parked = False
+        self.parked_wall = 0.0
+        self.evidence = False
+        self.reason: bytes | None = None
+
+
+class Message:
+    """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None.
+
+    `body` is None while it lies on disk only, `at` bytes behind the beginning of the blob at `place`.
+    """
+
+    __slots__ = (
+        "at",
+        "body",
+        "epoch",
+        "extra",
+        "group",
+        "holder",
+        "id",
+        "label",
+        "lease",
+        "place",
+        "priority",
+        "queue",
+        "size",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        queue: Queue,
+        group: Group | None,
+        epoch: int,
+        label: str,
+        priority: int,
+        body: bytes | None,
+        size: int,
+        place: Place,
+        at: int,
+    ) -> None:
+        self.id = id
+        self.queue = queue
+        self.group = group
+        self.epoch = epoch
+        self.label = label
+        self.priority = priority
+        self.body = body
+        self.size = size
+        self.place = place
+        self.at = at
+        self.lease = 0
+        self.holder: Consumer | None = None
+        self.extra: Extra | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the body and of what is kept with it."""
+        extra = self.extra
+        if extra is None:
+            return self.size
+        return self.size + extra.step_bytes + len(extra.failure or b"") + len(extra.reason or b"")
+
+    def details(self) -> Extra:
+        """The extra of this message, made on first use."""
+        if self.extra is None:
+            self.extra = Extra()
+        return self.extra
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the epoch of its group has gone on, and somebody waits for what belongs to the one before."""
+        group = self.group
+        return group is not None and self.epoch < group.epoch and group.divert is not None
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether its group was cancelled and it is of before: to be passed through, and not to wait for anything."""
+        group = self.group
+        return group is not None and group.cancelled is not None and self.epoch < group.epoch
+
+    @property
+    def unwarned(self) -> bool:
+        """Whether it is unwanted, and was given to its holder before it was: it has yet to be passed through."""
+        group = self.group
+        return self.unwanted and group is not None and self.lease < group.warned
+
+    def stale(self, now: float) -> bool:
+        """Whether it has waited for longer than it was to, and still waits."""
+        extra = self.extra
+        return extra is not None and 0 < extra.expires <= now and self.holder is None and not extra.due
+
+    def state(self) -> str:
+        """One of READY, LEASED, DELAYED, PARKED."""
+        if self.holder is not None:
+            return LEASED
+        extra = self.extra
+        if extra is not None:
+            if extra.parked:
+                return PARKED
+            if extra.due:
+                return DELAYED
+        return READY
+
+
+class Group:
+    """Messages that belong together (an instance, to those who know of such): one epoch, one end.
+
+    Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
+    `ended` is the label of its terminal message once that has been published. `cancelled` says why its older messages
+    are to be passed through unworked, None where they are not; `released` how the keys of gathers begin that it does
+    not wait for any more then; `warned` the first lease that was given out since: whoever has one of before does not
+    know of it.
+    """
+
+    __slots__ = (
+        "cancelled",
+        "digest",
+        "divert",
+        "ended",
+        "epoch",
+        "gathers",
+        "id",
+        "more",
+        "one",
+        "place",
+        "released",
+        "started",
+        "warned",
+        "watchers",
+    )
+
+    def __init__(self, id: str, epoch: int, place: Place) -> None:
+        self.id = id
+        self.epoch = epoch
+        self.place = place
+        self.digest: bytes | None = None
+        self.started = False
+        self.ended = ""
+        self.one: Message | None = None
+        self.more: dict[int, Message] | None = None
+        self.gathers: dict[str, Gather] | None = None
+        self.watchers: list[Session] | None = None
+        self.divert: tuple[str, str] | None = None
+        self.cancelled: str | None = None
+        self.released: tuple[str, ...] = ()
+        self.warned = 0
+
+    def link(self, message: Message) -> None:
+        """`message` belongs to this group from now on."""
+        if self.one is None:
+            self.one = message
+        elif self.more is None:
+            self.more = {message.id: message}
+        else:
+            self.more[message.id] = message
+
+    def unlink(self, message: Message) -> None:
+        """`message` belongs to this group no longer."""
+        if self.one is message:
+            self.one = None
+            if self.more:
+                _, self.one = self.more.popitem()
+        elif self.more is not None:
+            self.more.pop(message.id, None)
+
+    def relink(self, old_id: int, message: Message) -> None:
+        """`message` keeps its place under a new id."""
+        if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
+            self.more[message.id] = message
+
+    def halted(self, now: float) -> bool:
+        """Whether it has dead letters and nothing else that anybody waits for: what has expired unread is no work."""
+        found, parked = self.messages(), False
+        for message in found:
+            if message.state() == PARKED:
+                parked = True
+            elif not message.stale(now):
+                return False
+        return parked
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left that could ever go on: no message, and no gather that is open or has arrivals."""
+        if self.one is not None or self.more:
+            return False
+        return not self.gathers or not any(g.need is not None or g.arrivals for g in self.gathers.values())
+
+    def messages(self) -> list[Message]:
+        """All messages of the group, in no particular order."""
+        found = [] if self.one is None else [self.one]
+        if self.more:
+            found.extend(self.more.values())
+        return found

@@ -1,0 +1,269 @@
+"""Publishing: which new messages are taken, which are refused and why, and what those taken make of the state.
+
+What is refused leaves no trace in the journal: the frame is kept without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.core.bounds import Bounds
+from stageflow_brokers.core.gathering import Gathering, Resolved
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.message import Group, Message, Place
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.wire import PublishFrame
+from stageflow_brokers.errors import PayloadTooLarge, QueueFull, Refused, StorageFull
+from stageflow_brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target
+
+__all__ = ["Publishing"]
+
+EXISTS, CONFLICT, LOOK_AGAIN, GONE = "exists", "conflict", "look-again", "gone"
+
+Watch = Callable[[Session, list[str]], Any]
+
+
+class Publishing:
+    """What comes into one machine from outside. `refusing` says why starts are refused at present, if they are."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        talk: Talk,
+        leases: Leases,
+        gathering: Gathering,
+        *,
+        bounds: Bounds,
+        watch: Watch,
+    ) -> None:
+        self.store = store
+        self.refusing = ""
+        self.ended_by_old: list[Group] = []
+        self._ledger = ledger
+        self._talk = talk
+        self._leases = leases
+        self._gathering = gathering
+        self._bounds = bounds
+        self._watch = watch
+
+    def take(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
+        """A frame that is new."""
+        try:
+            refused = self._judge(session, frame)
+        except (QueueFull, PayloadTooLarge, Refused) as error:
+            self._answer(session, frame, wire.refusal(error))
+            return
+        if refused:
+            self._answer(session, frame, self._refusals(refused))
+            if frame.atomic and any(why != EXISTS for _, why, _ in refused):
+                return
+            frame, blob = _without(frame, blob, {index for index, _, _ in refused})
+            header = wire.encode(frame)
+        if not frame.items and not frame.opens and not frame.arrivals:
+            return
+        place = self._ledger.record(records.KEPT_PUBLISH, session.peer, header, blob)
+        at = 0
+        targets = self.resolve(frame.targets)
+        for item in frame.items:
+            self.put(item, targets, blob, at, place, session)
+            at += item.size
+        if frame.opens or frame.arrivals:
+            self._gathering.take(frame.opens, frame.arrivals, targets, blob, at, place)
+            self._gathering.complete()
+        if self.ended_by_old:
+            self.correct_ends()
+
+    def correct_ends(self) -> None:
+        """A replay takes for ended whatever has an end published, for it does not know of epochs: behind a frame in
+        which an end came too late, how the group stands is recorded."""
+        groups, self.ended_by_old = self.ended_by_old, []
+        for group in dict.fromkeys(groups):
+            if self.store.groups.get(group.id) is group:
+                self._ledger.keep_group(group)
+
+    def answer_again(self, session: Session, frame: PublishFrame) -> None:
+        """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""
+        if self._refuse_size(session, frame):
+            return
+        again = []
+        for index, item in enumerate(frame.items):
+            if item.flags & START:
+                group = self.store.groups.get(item.group)
+                if group is None:
+                    again.append((index, LOOK_AGAIN, item.group))
+                elif group.digest != item.digest:
+                    again.append((index, CONFLICT, item.group))
+                elif item.flags & WATCH:
+                    self._watch(session, [item.group])
+        if again:
+            self._talk.result(session, frame.frame, self._refusals(again) | {"again": True})
+
+    def watch_again(self, session: Session, frame: PublishFrame) -> None:
+        """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
+        refused = {index: why for index, why, _ in session.answers[frame.frame].get("items", ())}
+        if frame.atomic and any(why != EXISTS for why in refused.values()):
+            return
+        for index, item in enumerate(frame.items):
+            if item.flags & START and item.flags & WATCH and refused.get(index, EXISTS) == EXISTS:
+                self._watch(session, [item.group])
+
+    def _refuse_size(self, session: Session, frame: PublishFrame) -> bool:
+        try:
+            self._check_sizes(frame)
+        except PayloadTooLarge as error:
+            self._talk.result(session, frame.frame, wire.refusal(error))
+            return True
+        return False
+
+    def _answer(self, session: Session, frame: PublishFrame, answer: dict[str, Any]) -> None:
+        session.remember(frame.frame, answer)
+        self._talk.result(session, frame.frame, answer)
+
+    def _refusals(self, refused: list[tuple[int, str, str]]) -> dict[str, Any]:
+        return {"left_seq": self.store.left_seq, "epoch": self.store.epoch, "items": refused}
+
+    # judging
+
+    def _check_sizes(self, frame: PublishFrame) -> None:
+        limit = self._bounds.limits.max_message_bytes
+        for part in (frame.items, frame.opens, frame.arrivals):
+            for item in part:
+                if item.size > limit:
+                    raise PayloadTooLarge(f"a message of {item.size} bytes is over max_message_bytes={limit}")
+
+    def _judge(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
+        """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
+        self._check_sizes(frame)
+        self._bounds.queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
+        if frame.arrivals:
+            self._bounds.arrivals(frame.arrivals)
+        refused: list[tuple[int, str, str]] = []
+        groups = self.store.groups
+        incoming: dict[int, int] = {}
+        fresh: dict[str, bytes | None] = {}
+        for index, item in enumerate(frame.items):
+            name = item.group
+            if not item.flags & START:
+                continue
+            if self.refusing:
+                raise StorageFull(self.refusing)
+            group = groups.get(name)
+            if group is not None or name in fresh:
+                digest = fresh[name] if group is None else group.digest
+                if digest != item.digest:
+                    refused.append((index, CONFLICT, name))
+                else:
+                    refused.append((index, EXISTS, name))
+                    if item.flags & WATCH and group is not None:
+                        self._watch(session, [name])
+            elif item.flags & CHECK and self._may_have_left(item):
+                refused.append((index, LOOK_AGAIN, name))
+            else:
+                fresh[name] = item.digest
+                incoming[item.target] = incoming.get(item.target, 0) + 1
+        for target, count in incoming.items():
+            self._check_room(frame.targets[target].queue, count)
+        if frame.arrivals:
+            refused.extend(self._late_arrivals(frame, {index for index, _, _ in refused}))
+        return refused
+
+    def _check_room(self, name: str, count: int) -> None:
+        queue = self.store.queues.get(name)
+        if queue is None or not queue.options.max_length:
+            return
+        most = queue.options.max_length
+        waiting = queue.ready_count + queue.delayed
+        if waiting + count > most:
+            raise QueueFull(f"queue {name} has {waiting} messages waiting, its max_queue_length is {most}")
+
+    def _may_have_left(self, item: PublishItem) -> bool:
+        store = self.store
+        epoch, seen = divmod(item.seen, 1 << 40)
+        if epoch != store.epoch:
+            return True
+        return seen < store.left_floor or store.left.get(item.group, 0) > seen
+
+    def _late_arrivals(self, frame: PublishFrame, dropped: set[int]) -> list[tuple[int, str, str]]:
+        groups = self.store.groups
+        made = {
+            item.group
+            for index, item in enumerate(frame.items)
+            if index not in dropped and not frame.targets[item.target].flags & PUSH_ONLY
+        }
+        made.update(opening.group for opening in frame.opens)
+        first = len(frame.items)
+        return [
+            (first + index, GONE, arrival.group)
+            for index, arrival in enumerate(frame.arrivals)
+            if arrival.group not in groups and arrival.group not in made
+        ]
+
+    # taking
+
+    def resolve(self, targets: list[Target]) -> Resolved:
+        """The queues of a frame's targets; something will happen in each of them."""
+        queue = self.store.queue
+        touched = self.store.touched
+        resolved: Resolved = []
+        for target in targets:
+            found = None if target.flags & PUSH_ONLY else queue(target.queue)
+            if found is not None:
+                touched[found] = None
+            resolved.append((found, target.label, target.flags))
+        return resolved
+
+    def put(
+        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, place: Place, session: Session
+    ) -> Message | None:
+        """One new message, to where it belongs."""
+        queue, label, flags = targets[item.target]
+        body = blob[at : at + item.size]
+        group, message = self.store.admit(item, queue, label, body, place, at)
+        if group is None:
+            if message is not None:
+                self.store.enqueue(message)
+            return message
+        if item.flags & START and item.flags & WATCH:
+            group.watchers = [session]
+        if message is None:
+            self._talk.push(group, label, body)
+            return None
+        if message.overtaken:
+            self._leases.divert(message)
+            if flags & TERMINAL:
+                self.ended_by_old.append(group)
+            return message
+        if flags & TERMINAL:
+            group.ended = label
+            self._talk.push(group, label, body)
+        if message.extra is not None and message.extra.due and message.unwanted:
+            self.store.delay(message.extra, 0.0)
+            self._ledger.mark(message)
+        self.store.enqueue(message)
+        return message
+
+
+def _without(frame: PublishFrame, blob: bytes, dropped: set[int]) -> tuple[PublishFrame, bytes]:
+    """The frame and its bodies without some of its items and, numbered behind them, arrivals."""
+    bodies: list[bytes] = []
+    at = 0
+    kept: list[list[Any]] = []
+    index = 0
+    for part, counted in ((frame.items, True), (frame.opens, False), (frame.arrivals, True)):
+        left = []
+        for item in part:
+            if not (counted and index in dropped):
+                left.append(item)
+                bodies.append(blob[at : at + item.size])
+            index += counted
+            at += item.size
+        kept.append(left)
+    items, opens, arrivals = kept
+    left_over = PublishFrame(frame.broker_epoch, frame.frame, frame.targets, items, frame.atomic, opens, arrivals)
+    return left_over, b"".join(bodies)

@@ -1,0 +1,436 @@
+"""Settling: messages end, and what follows from them begins, as one record.
+
+Each lease is checked by itself: what is not held is refused, the rest of the frame is taken. The record of a frame
+that was taken in part is replaced by what came of it, for a replay checks no leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.core.bounds import Bounds
+from stageflow_brokers.core.breaker import Breaker
+from stageflow_brokers.core.gathering import Gathering, Resolved
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.message import PARKED, Group, Message, Place
+from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.wire import FIRST_EPOCH, Checkpoint, SettleFrame
+from stageflow_brokers.errors import Refused
+from stageflow_brokers.types import (
+    AGAIN,
+    ATTEMPT_FAILED,
+    ATTEMPT_WORKED,
+    DONE,
+    LEAVE,
+    START,
+    Ack,
+    Arrival,
+    GatherOpen,
+    Move,
+    PublishItem,
+    SettleItem,
+)
+
+__all__ = ["Settling"]
+
+
+class Settling:
+    """Settlements and checkpoints of one machine."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        talk: Talk,
+        leases: Leases,
+        publishing: Publishing,
+        gathering: Gathering,
+        bounds: Bounds,
+    ) -> None:
+        self.store = store
+        self._ledger = ledger
+        self._talk = talk
+        self._leases = leases
+        self._publishing = publishing
+        self._gathering = gathering
+        self._bounds = bounds
+
+    def take(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
+        """A frame that is new."""
+        if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
+            self._leases.consume(session, frame.queue, frame.prefetch)
+        if self._bounds.crowded and not self._holds_some(session, frame):
+            # Whoever has nothing in hand makes no queues by naming them.
+            stale = [id for id, _ in _leases(frame)]
+            self._leases.done_with(session, stale)
+            self._refuse(session, frame.frame, {"stale": stale})
+            return
+        if frame.others and self._name_groups(session, frame.others):
+            header = wire.encode(frame)
+        targets = self._publishing.resolve(frame.targets)
+        index = len(self._ledger.records)
+        first_id = self.store.next_id
+        place = self._ledger.record(records.KEPT_SETTLE, session.peer, header, blob)
+        guarded = _guarded(session, frame.moves) if self.store.guarded else None
+        refused_moves = self._move(session, frame.moves, targets, blob, place) if frame.moves else []
+        if guarded:
+            stale_ids = {frame.moves[index][0] for index in refused_moves}
+            for breaker, ids in guarded:
+                if ids := ids - stale_ids:
+                    breaker.worked(ids)
+        emptied: list[Group] = []
+        refused_acks = self._acknowledge(session, frame.acks, emptied) if frame.acks else []
+        refused_others: list[int] = []
+        whole = True
+        if frame.others:
+            at = sum(move[3] for move in frame.moves)
+            for position, other in enumerate(frame.others):
+                held = [self._leases.held(session, id, lease) for id, lease in other.leases]
+                messages = [message for message in held if message is not None]
+                if len(messages) == len(held):
+                    whole &= self._settle(session, other, messages, targets, blob, at, place, emptied)
+                else:
+                    refused_others.append(position)
+                at += _size(other)
+        if len(self._ledger.records) > index + 1 and _leaves(frame):
+            # What was concluded on the way here may be of a group that left after all.
+            whole = False
+        changed = self._gathering.complete()
+        if refused_moves or refused_acks or refused_others or not whole:
+            self._restate(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
+            stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
+            stale += [id for i in refused_others for id, _ in frame.others[i].leases]
+            if stale:
+                self._leases.done_with(session, stale)
+                self._refuse(session, frame.frame, {"stale": stale})
+        if self._publishing.ended_by_old:
+            self._publishing.correct_ends()
+        if emptied:
+            self.close(emptied)
+        if self._talk.subscribers:
+            self._tell(first_id, frame, set(refused_others), blob)
+
+    def _holds_some(self, session: Session, frame: SettleFrame) -> bool:
+        return any(self._leases.held(session, id, lease) is not None for id, lease in _leases(frame))
+
+    def _refuse(self, session: Session, frame: int, answer: Mapping[str, object]) -> None:
+        session.remember(frame, answer)
+        self._talk.result(session, frame, answer)
+
+    def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
+        """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
+        told: list[tuple[str, int, str, bytes]] = []
+        for id in range(first_id, self.store.next_id):
+            message = self.store.messages.get(id)
+            if message is not None and message.group is not None:
+                told.append((message.group.id, message.epoch, message.label, self._ledger.body(message)))
+        at = sum(move[3] for move in frame.moves)
+        for position, other in enumerate(frame.others):
+            at += sum(publish.size for publish in other.publishes)
+            gathered: list[GatherOpen | Arrival] = [*other.opens, *other.arrivals]
+            for each in gathered:
+                if position not in refused_others:
+                    told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
+                at += each.size
+        if told:
+            self._talk.settled(told)
+
+    def seen(self, session: Session, frame: SettleFrame) -> None:
+        """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
+        longer, even where the message still is (it was to be delivered again)."""
+        self.release(session, _leases(frame))
+
+    def release(self, session: Session, leases: list[tuple[int, int]]) -> None:
+        """Messages that were not begun: back to the head of their queue, in order, uncharged."""
+        for id, lease in reversed(leases):
+            message = self._leases.held(session, id, lease)
+            if message is not None:
+                self._leases.give_back(message)
+            else:
+                self._leases.done_with(session, (id,))
+
+    def checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
+        """Keep the result of a step with the message it belongs to."""
+        message = self._leases.held(session, frame.id, frame.lease)
+        if message is None:
+            answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
+            self._refuse(session, frame.frame, answer)
+            return
+        try:
+            self._bounds.step(message, frame.name, blob)
+        except Refused as error:
+            self._refuse(session, frame.frame, {"refused": str(error)})
+            return
+        self.store.keep_step(message, frame.name, blob)
+        self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
+
+    def checkpoint_seen(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
+        """A checkpoint sent again: whether it was taken shows."""
+        message = self._leases.held(session, frame.id, frame.lease)
+        steps = None if message is None or message.extra is None else message.extra.steps
+        if steps is None or steps.get(frame.name) != blob:
+            answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
+            self._talk.result(session, frame.frame, answer)
+
+    def close(self, groups: list[Group]) -> None:
+        """Groups of which nothing is left have ended, though nobody said so."""
+        store = self.store
+        idle = {group.id: None for group in groups if group.idle and store.groups.get(group.id) is group}
+        for id in idle:
+            store.leave(id)
+        if idle:
+            self._ledger.left(idle)
+
+    def _name_groups(self, session: Session, others: list[SettleItem]) -> bool:
+        """What follows from a message belongs to its group and epoch unless it says otherwise, and the record has to
+        say so by itself. Whether anything was filled in."""
+        named = False
+        for other in others:
+            message = self._leases.held(session, *other.leases[0])
+            if message is None:
+                continue
+            following: list[PublishItem | GatherOpen | Arrival]
+            following = [*other.publishes, *other.opens, *other.arrivals]
+            for each in following:
+                if not each.group and (message.group is not None or each.epoch != message.epoch):
+                    each.group = "" if message.group is None else message.group.id
+                    each.epoch = message.epoch
+                    named = True
+        return named
+
+    # the shapes of a settlement
+
+    def _move(self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, place: Place) -> list[int]:
+        """The happy path, once per stage of each instance: the message settled becomes the one that follows."""
+        store = self.store
+        messages = store.messages
+        next_id = store.next_id
+        touched = store.touched
+        push = self._talk.push
+        at = 0
+        grown = 0
+        stale: list[int] = []
+        odd: list[Message] = []
+        diverted: list[tuple[Message, int]] = []
+        for index, (id, lease, target, size, group_id) in enumerate(moves):
+            message = messages.get(id)
+            if message is None or message.lease != lease:
+                stale.append(index)
+                at += size
+                continue
+            holder = message.holder
+            group = message.group
+            if holder is None or holder.session is not session or group_id != ("" if group is None else group.id):
+                stale.append(index)
+                at += size
+                continue
+            del messages[id]
+            del holder.held[id]
+            old = holder.queue
+            old.settled += 1
+            touched[old] = None
+            queue, label, flags = targets[target]
+            assert queue is not None
+            body = blob[at : at + size]
+            grown += size - message.size
+            message.id = next_id
+            message.queue = queue
+            message.label = label
+            message.priority = 0
+            message.body = body
+            message.size = size
+            message.place = place
+            message.at = at
+            message.lease = 0
+            message.holder = None
+            if message.extra is not None:
+                store.step_bytes -= message.extra.step_bytes
+                message.extra = None
+            messages[next_id] = message
+            next_id += 1
+            at += size
+            if group is None:
+                if message.epoch:
+                    odd.append(message)
+            else:
+                if group.more is not None:
+                    group.relink(id, message)
+                if group.epoch != FIRST_EPOCH or message.epoch != FIRST_EPOCH:
+                    if message.overtaken:
+                        diverted.append((message, flags))
+                        continue
+                    if message.epoch != FIRST_EPOCH:
+                        odd.append(message)
+                    if queue.breaker is not None and message.unwanted:
+                        queue.push(message)
+                        continue
+                if flags:
+                    group.ended = label
+                    if group.watchers is not None:
+                        push(group, label, body)
+            queue.ready.append(message)
+        store.next_id = next_id
+        store.live_bytes += grown
+        for message in odd:
+            self._ledger.mark(message)
+        for message, flags in diverted:
+            self._leases.divert(message)
+            if flags and message.group is not None:
+                self._publishing.ended_by_old.append(message.group)
+        return stale
+
+    def _acknowledge(self, session: Session, acks: list[Ack], emptied: list[Group]) -> list[int]:
+        store = self.store
+        held = self._leases.held
+        refused: list[int] = []
+        for index, (id, lease, flags, group_id) in enumerate(acks):
+            message = held(session, id, lease)
+            group = None if message is None else message.group
+            if message is None or (flags & LEAVE and (group is None or group_id != group.id)):
+                refused.append(index)
+                continue
+            message.queue.settled += 1
+            if message.queue.breaker is not None:
+                message.queue.breaker.worked((id,))
+            store.remove(message)
+            if group is None:
+                continue
+            if flags & LEAVE:
+                store.leave(group_id)
+            elif group.one is None:
+                emptied.append(group)
+        return refused
+
+    def _settle(
+        self,
+        session: Session,
+        item: SettleItem,
+        messages: list[Message],
+        targets: Resolved,
+        blob: bytes,
+        at: int,
+        place: Place,
+        emptied: list[Group],
+    ) -> bool:
+        """False when some of what follows was not taken: it belongs to a group that is not live, or that is already."""
+        store = self.store
+        whole = True
+        parked: list[Group] = []
+        for message in messages:
+            message.queue.settled += 1
+            group = message.group
+            if message.queue.breaker is not None:
+                if item.verdict == ATTEMPT_FAILED:
+                    self._leases.failed(message)
+                elif item.verdict == ATTEMPT_WORKED:
+                    message.queue.breaker.worked((message.id,))
+            if item.outcome == DONE:
+                store.remove(message)
+                if group is None:
+                    continue
+                if group.one is None:
+                    emptied.append(group)
+                elif group.one.state() == PARKED or group.one.stale(store.now):
+                    parked.append(group)  # what is left of it, perhaps
+                continue
+            unwarned = message.unwarned
+            self._leases.let_go(message)
+            store.fail(message, item.failure)
+            if unwarned:
+                # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
+                self._leases.again(message)
+                self._ledger.mark(message)
+            elif item.outcome == AGAIN or message.overtaken:
+                self._leases.again(message, item.delay)
+            else:
+                store.park(message, reason=item.failure, evidence=False)
+                if group is not None:
+                    parked.append(group)
+        for publish in item.publishes:
+            if publish.flags & START and publish.group in store.groups:
+                whole = False
+            else:
+                self._publishing.put(publish, targets, blob, at, place, session)
+            at += publish.size
+        if item.opens or item.arrivals:
+            whole &= self._gathering.take(
+                item.opens, item.arrivals, targets, blob, at, place, messages[0].priority if messages else 0
+            )
+        if item.leave:
+            store.leave(item.leave)
+        for group in parked:
+            if group.halted(store.now):
+                self._talk.notify(group, "parked")
+        return whole
+
+    def _restate(
+        self,
+        index: int,
+        frame: SettleFrame,
+        refused_moves: set[int],
+        refused_acks: set[int],
+        refused_others: set[int],
+        changed: list[tuple[Group, str]],
+    ) -> None:
+        """Replace the record of a frame by what came of it, where a replay of it would come to something else."""
+        store, ledger = self.store, self._ledger
+        _, first_id, peer, _, _ = ledger.records[index]
+        acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
+        others = [other for i, other in enumerate(frame.others) if i not in refused_others]
+        gone = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
+        gone += [id for other in others if other.outcome == DONE for id, _ in other.leases]
+        ledger.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
+        if left := [ack[3] for ack in acks if ack[2] & LEAVE] + [other.leave for other in others if other.leave]:
+            ledger.left(left)
+        groups: dict[str, Group] = {}
+        for id in range(first_id, store.next_id):
+            message = store.messages.get(id)
+            if message is not None:
+                ledger.copy(message)
+                if message.group is not None:
+                    groups[message.group.id] = message.group
+        for other in others:
+            for id, _ in other.leases:
+                if other.outcome != DONE and id in store.messages:
+                    ledger.mark(store.messages[id])
+        groups.update((group.id, group) for group, _ in changed)
+        for group in groups.values():
+            if store.groups.get(group.id) is group:
+                ledger.keep_group(group)
+        for group, key in dict.fromkeys(changed):
+            if store.groups.get(group.id) is group and group.gathers is not None:
+                ledger.keep_gather(group, group.gathers[key])
+
+
+def _leases(frame: SettleFrame) -> list[tuple[int, int]]:
+    """All that a frame settles."""
+    leases = [(move[0], move[1]) for move in frame.moves] + [(ack[0], ack[1]) for ack in frame.acks]
+    return leases + [lease for other in frame.others for lease in other.leases]
+
+
+def _leaves(frame: SettleFrame) -> bool:
+    """Whether a group ends with this frame."""
+    return any(ack[2] & LEAVE for ack in frame.acks) or any(other.leave for other in frame.others)
+
+
+def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:
+    """The breakers that are told of these moves, and which of them each."""
+    found = []
+    for consumer in session.consumers.values():
+        breaker = consumer.queue.breaker
+        if breaker is not None:
+            found.append((breaker, {move[0] for move in moves if move[0] in consumer.held}))
+    return found
+
+
+def _size(item: SettleItem) -> int:
+    return (
+        sum(publish.size for publish in item.publishes)
+        + sum(opening.size for opening in item.opens)
+        + sum(arrival.size for arrival in item.arrivals)
+    )

@@ -1,0 +1,242 @@
+"""Supervision: what only the supervisor may say. Who has died, who is alive, and whether anything is to be delivered.
+
+Death is news from whoever saw the process exit. What that process sent before may still be on its way here, so its
+consequences wait a moment, and the supervisor is answered when they are recorded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stageflow_brokers.core.leases import Leases
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.message import READY, Group, Message
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.errors import Refused
+
+__all__ = ["Supervision"]
+
+LAST_WORDS = 0.005
+"""Seconds between the news of a death and its consequences; a settlement that arrives in between counts first."""
+
+
+class _Death:
+    """What the supervisor said of one process, until it has its consequences."""
+
+    __slots__ = ("attempt", "charge", "due", "failure", "frame", "guilty", "peer", "session")
+
+    def __init__(
+        self,
+        session: Session,
+        peer: int,
+        guilty: tuple[int, ...],
+        charge: bool,
+        attempt: bool,
+        failure: bytes,
+        due: float,
+    ) -> None:
+        self.session = session
+        self.frame = session.heard
+        self.peer = peer
+        self.guilty = guilty
+        self.charge = charge
+        self.attempt = attempt
+        self.failure = failure
+        self.due = due
+
+
+class Supervision:
+    """The supervisor's part of one machine."""
+
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk, leases: Leases) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._talk = talk
+        self._leases = leases
+        self._deaths: list[_Death] = []
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next."""
+        return self._deaths[0].due if self._deaths else None
+
+    def _check(self, session: Session) -> None:
+        if session.role != "supervisor":
+            raise Refused("only the supervisor may say this")
+
+    def dead(
+        self, session: Session, peer: int, guilty: int | list[int], charge: bool, attempt: bool, failure: bytes
+    ) -> None:
+        """The process of `peer` has ended. `guilty` is the message it was running, or all that it was running at
+        once; 0 for none or for nobody's fault.
+
+        `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
+        """
+        self._check(session)
+        due = self._store.now + LAST_WORDS
+        culprits = tuple(guilty) if isinstance(guilty, list) else (guilty,)
+        self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
+        session.deferred.append(session.heard)
+
+    def tick(self) -> None:
+        """Let deaths have their consequences whose last words have been heard."""
+        while self._deaths and self._deaths[0].due <= self._store.now:
+            death = self._deaths.pop(0)
+            self._happen(death)
+            if death.frame in death.session.deferred:
+                death.session.deferred.remove(death.frame)
+                self._talk.dirty[death.session] = None
+
+    def _happen(self, death: _Death) -> None:
+        store, leases = self._store, self._leases
+        innocent = not (death.charge or death.attempt or death.failure)
+        unclaimed = self._unclaimed(death)
+        session = store.sessions.get(death.peer)
+        if session is not None:
+            leases.bury(
+                session, guilty=death.guilty, blame=None if innocent else lambda message: self._blame(message, death)
+            )
+        if not innocent:
+            for message in reversed(unclaimed):
+                self._blame(store.replace(message), death)
+        store.last_frames.pop(death.peer, None)
+        leases.heard_of(death.peer)
+
+    def _unclaimed(self, death: _Death) -> list[Message]:
+        """Guilty messages, if the broker began anew since their worker got them, and nobody has had them since."""
+        found = []
+        for id in death.guilty:
+            message = self._store.messages.get(id)
+            if message is None or message.state() != READY:
+                continue
+            if message.extra is not None and message.extra.killed == death.peer:
+                continue  # the broker has ended before it could say that it knows
+            if not self._leases.rostered or death.peer in message.queue.awaiting:
+                found.append(message)
+        return found
+
+    def _blame(self, message: Message, death: _Death) -> None:
+        if not message.overtaken:
+            self._leases.failed(message)
+        extra = message.details()
+        extra.deaths += death.charge
+        extra.attempts += death.attempt
+        extra.failure, extra.fresh, extra.killed = death.failure, True, death.peer
+        extra.expires = extra.expires_wall = 0.0
+        most = message.queue.options.max_deaths
+        if death.charge and most and extra.deaths >= most and not message.overtaken:
+            self._bury_message(message, death.failure)
+        else:
+            self._leases.again(message)
+            self._ledger.mark(message)
+
+    def _bury_message(self, message: Message, reason: bytes) -> None:
+        """It has killed as many as it may: a dead letter, and whoever is to be told gets a copy."""
+        store = self._store
+        options = message.queue.options
+        group = message.group
+        store.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
+        self._ledger.mark(message)
+        if not options.notify_queue:
+            if group is not None:
+                self._talk.notify(group, "parked")
+            return
+        queue = store.queue(options.notify_queue)
+        body = self._ledger.body(message)
+        told = store.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.place, 0)
+        known, extra = message.details(), told.details()
+        extra.failure, extra.fresh = reason, True
+        extra.attempts, extra.deaths, extra.parts = known.attempts, known.deaths, known.parts
+        store.keep_steps(told, known.steps)
+        self._ledger.copy(told)
+        store.enqueue(told)
+        store.touched[queue] = None
+
+    def roster(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
+        """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
+        self._check(session)
+        store, leases = self._store, self._leases
+        if leases.rostered:
+            return
+        for peer, queues in peers:
+            known = store.sessions.get(peer)
+            if known is None or not known.connected:
+                for name in queues:
+                    store.queue(name).awaiting.add(peer)
+        for death in self._deaths:
+            # It has been told of already, and not had its consequences: nobody is given what it was at before.
+            for id in death.guilty:
+                message = store.messages.get(id)
+                if message is not None and message.state() == READY:
+                    message.queue.awaiting.add(death.peer)
+        leases.rostered = True
+        store.touched.update(dict.fromkeys(store.queues.values()))
+
+    def hold(self, session: Session, held: bool) -> None:
+        """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
+        self._check(session)
+        self._leases.held_back = held
+        if not held:
+            self._store.touched.update(dict.fromkeys(self._store.queues.values()))
+            return
+        for other in self._store.sessions.values():
+            if other.consumers and other is not session:
+                self._talk.notice(other, "recall", None)
+
+    def leave(self, session: Session, ids: list[str]) -> int:
+        """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
+        self._check(session)
+        live = [id for id in dict.fromkeys(ids) if id in self._store.groups]
+        for id in live:
+            self._store.leave(id)
+        if live:
+            self._ledger.left(live)
+        return len(live)
+
+    def cancel(self, group: Group) -> None:
+        """Tell the supervisor which of its workers are at messages of a group that has been cancelled. Those that may
+        not have begun them, because they hold others, too, are asked to return what waits."""
+        running = []
+        several: dict[Session, None] = {}
+        for message in group.messages():
+            holder = message.holder
+            if holder is not None and message.epoch < group.epoch:
+                running.append((holder.session.peer, message.id))
+                if len(holder.held) > 1:
+                    several[holder.session] = None
+        for session in several:
+            self._talk.notice(session, "recall", None)
+        if running:
+            for session in self._store.sessions.values():
+                if session.role == "supervisor":
+                    self._talk.notice(session, "cancel", running)
+
+    def recall(self, session: Session, peer: int) -> None:
+        """Ask a consumer to return what it has not begun: the message it is at takes long."""
+        self._check(session)
+        other = self._store.sessions.get(peer)
+        if other is not None and any(len(c.held) + len(c.gone) > 1 for c in other.consumers.values()):
+            self._talk.notice(other, "recall", None)
+
+    def retire(self, session: Session, peer: int) -> bool:
+        """Deliver nothing more to a consumer, and ask it to end once it is done with what it is at; whether it can be
+        asked now. What it does with that is its own affair: nothing is kept, and nothing is taken from it."""
+        self._check(session)
+        other = self._store.sessions.get(peer)
+        if other is None or not other.connected:
+            return False
+        for consumer in other.consumers.values():
+            consumer.prefetch = 0
+        self._talk.notice(other, "retire", None)
+        return True
+
+    def tell(self, session: Session, word: str, detail: Any) -> bool:
+        """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
+        told = False
+        for other in self._store.sessions.values():
+            if other.role == "supervisor" and other.connected:
+                self._talk.notice(other, "told", (word, detail))
+                told = True
+        return told

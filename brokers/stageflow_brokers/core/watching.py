@@ -1,0 +1,70 @@
+"""Watching: peers that want to be told how a group ends, that it came to a halt, or all that happens to all groups."""
+
+from __future__ import annotations
+
+from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.sessions import Session
+from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.talk import MOST_UNREAD, Talk
+
+__all__ = ["Watching"]
+
+
+class Watching:
+    """Who watches what. A watch is of a session: it does not outlive it, and is asked for again after a restart.
+
+    `behind`: sessions that have asked for more ends than they have read yet.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger, talk: Talk) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._talk = talk
+        self.behind: dict[Session, None] = {}
+
+    def subscribe(self, session: Session, wanted: bool) -> None:
+        """Tell `session` of each settlement from now on what follows from it, or no more. It ends with the session."""
+        if wanted:
+            self._talk.subscribers[session] = None
+        else:
+            self._talk.subscribers.pop(session, None)
+
+    def watch(self, session: Session, ids: list[str]) -> list[str]:
+        """Tell `session` how these groups end; those that are not live are returned and announced as gone.
+
+        How those have ended that are still here is told as fast as it is read: see `go_on`.
+        """
+        gone = []
+        for id in dict.fromkeys(ids):
+            group = self._store.groups.get(id)
+            if group is None:
+                gone.append(id)
+                self._talk.notice(session, "gone", id)
+                continue
+            if group.watchers is None:
+                group.watchers = [session]
+            elif session not in group.watchers:
+                group.watchers = [w for w in group.watchers if w.connected] + [session]
+            if group.ended:
+                session.to_push[id] = None
+            elif group.halted(self._store.now):
+                self._talk.notice(session, "parked", id)
+        self.go_on(session)
+        return gone
+
+    def go_on(self, session: Session) -> None:
+        """Push ends that a session has asked for, until it has enough to read. What has left meanwhile is gone."""
+        if session.to_push:
+            self.behind[session] = None
+        while session.to_push and session.unread <= MOST_UNREAD:
+            id = next(iter(session.to_push))
+            del session.to_push[id]
+            group = self._store.groups.get(id)
+            if group is None:
+                self._talk.notice(session, "gone", id)
+                continue
+            for message in group.messages():
+                if message.label == group.ended:
+                    self._talk.push_to(session, group, message.label, self._ledger.body(message))
+        if not session.to_push:
+            self.behind.pop(session, None)

@@ -1,0 +1,225 @@
+"""The one seam between the journal and the operating system.
+
+All of the journal reaches files through `Files`, so that a test can put a disk in its place that fails, tears and
+forgets. Nothing here retries a sync or hides an error: an OSError goes up as it came.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from stageflow_brokers.journal.format import SECTOR, Buffer
+
+__all__ = ["Files", "OsFiles", "is_full", "is_unreadable", "read_around", "read_at", "write_at"]
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
+_IOV_MAX = 1024  # what Linux takes in one call
+
+
+class Files(Protocol):
+    """What the journal asks of an operating system. Descriptors are small integers; sizes and offsets are bytes."""
+
+    def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
+        """A descriptor for reading, and for writing too unless `write` is false; `create` makes a missing file."""
+
+    def close(self, fd: int) -> None: ...
+
+    def size(self, fd: int) -> int: ...
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Up to `size` bytes; fewer at the end of the file, and perhaps elsewhere."""
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        """The number of bytes written, which may be fewer than were given."""
+
+    def fdatasync(self, fd: int) -> None: ...
+
+    def fsync(self, fd: int) -> None: ...
+
+    def fallocate(self, fd: int, size: int) -> None:
+        """Blocks for the first `size` bytes, and the file at least that long."""
+
+    def free(self, path: Path) -> int:
+        """Bytes that this user can still have on the disk that holds the directory, as far as is known."""
+
+    def rename(self, source: Path, target: Path) -> None: ...
+
+    def unlink(self, path: Path) -> None: ...
+
+    def fsync_dir(self, path: Path) -> None:
+        """Make what was created, renamed and unlinked in this directory last."""
+
+    def listdir(self, path: Path) -> list[str]: ...
+
+    def mkdir(self, path: Path) -> None:
+        """Make the directory and its parents, private to their owner, and let that last; nothing if it is there."""
+
+    def lock(self, fd: int) -> bool:
+        """Take the exclusive lock of an open file, without waiting; false if another has it."""
+
+    def alive(self, pid: int) -> bool: ...
+
+    def forget_cache(self, fd: int) -> None:
+        """Let the next read come from the disk: after a failed sync, memory holds what the disk does not."""
+
+    def random(self) -> int:
+        """An unsigned 64-bit number."""
+
+
+class OsFiles:
+    """The real thing, on Linux."""
+
+    def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
+        flags = os.O_RDWR if write else os.O_RDONLY
+        fd = os.open(path, flags | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        # A directory can be opened for reading, and the first read of it fails without a name.
+        if not write and stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        return fd
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        return os.pread(fd, size, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fallocate(self, fd: int, size: int) -> None:
+        os.posix_fallocate(fd, 0, size)
+
+    def free(self, path: Path) -> int:
+        disk = os.statvfs(path)
+        return disk.f_bavail * disk.f_frsize
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def fsync_dir(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def listdir(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+    def mkdir(self, path: Path) -> None:
+        if path.is_dir():
+            return
+        self.mkdir(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        self.fsync_dir(path.parent)
+
+    def lock(self, fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def alive(self, pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def forget_cache(self, fd: int) -> None:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def random(self) -> int:
+        return int.from_bytes(os.urandom(8), "little")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the error says that there is no room, rather than that something is broken."""
+    return error.errno in _FULL
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether a read fails because of what it was to read: a bad sector, or a checksum of the file system."""
+    return error.errno in _UNREADABLE
+
+
+def read_at(files: Files, fd: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset`, or what there is of them before the end of the file."""
+    data = files.pread(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    pieces = [data]
+    got = len(data)
+    while got < size and (data := files.pread(fd, size - got, offset + got)):
+        pieces.append(data)
+        got += len(data)
+    return b"".join(pieces)
+
+
+def read_around(files: Files, fd: int, size: int, offset: int) -> tuple[bytes, list[int]]:
+    """As `read_at`, with zeros in the place of sectors that cannot be read; and where these begin."""
+    try:
+        return read_at(files, fd, size, offset), []
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+    middle = (offset + size // 2) // SECTOR * SECTOR
+    if middle <= offset:
+        middle = (offset // SECTOR + 1) * SECTOR
+    if middle >= offset + size:
+        return bytes(max(0, min(size, files.size(fd) - offset))), [offset // SECTOR * SECTOR]
+    front, bad = read_around(files, fd, middle - offset, offset)
+    if len(front) < middle - offset:
+        return front, bad
+    back, more = read_around(files, fd, offset + size - middle, middle)
+    return front + back, bad + more
+
+
+def write_at(files: Files, fd: int, buffers: Sequence[Buffer], size: int, offset: int) -> None:
+    """Write all `size` bytes of the buffers, in one call if the system takes them in one.
+
+    A short write is continued, which is how the reason for it (a full disk, say) comes out as the next call's error.
+    """
+    if len(buffers) <= _IOV_MAX:
+        try:
+            if files.pwritev(fd, buffers, offset) == size:
+                return
+        except InterruptedError:
+            pass
+        # Begin again from the front: writing the same bytes to the same place twice changes nothing.
+    left = [memoryview(piece) for piece in buffers if len(piece)]
+    first = 0
+    while first < len(left):
+        try:
+            written = files.pwritev(fd, left[first : first + _IOV_MAX], offset)
+        except InterruptedError:
+            continue
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        offset += written
+        while first < len(left) and written >= len(left[first]):
+            written -= len(left[first])
+            first += 1
+        if written:
+            left[first] = left[first][written:]

@@ -1,0 +1,303 @@
+"""The bytes of the journal, and nothing but the bytes: no file is opened here, no clock read.
+
+A journal is a directory of *segments*, ``{number:016d}.journal``, numbered without a gap; numbers are little-endian.
+Everything starts at a multiple of 512 bytes (a *sector*), so that no write touches a sector which holds something that
+was acknowledged before.
+
+Segment
+    Sector 0 holds the segment header, the batches follow from byte 512, and the file is as long as ``size`` says from
+    the moment it has its name: an append never changes the length of the file.
+
+    ======  ====  =======================================================================
+    offset  size  segment header
+    ======  ====  =======================================================================
+    0       8     magic, ``BROKERJ\\n``
+    8       4     format version (1). Magic and version stay where they are in all versions
+    12      4     zero
+    16      8     number of the segment
+    24      8     salt: random, another one for each segment
+    32      8     number of the first batch
+    40      8     size of the file in bytes
+    48      12    zero
+    60      4     CRC-32 of bytes 0 to 59
+    ======  ====  =======================================================================
+
+Batch
+    What one commit wrote. Numbers go up by one, across segments too, and a batch lies whole in one segment.
+
+    ======  ====  =======================================================================
+    offset  size  batch header
+    ======  ====  =======================================================================
+    0       4     marker
+    4       8     number of the batch
+    12      8     salt of the segment
+    20      8     wall time, seconds since 1970 (float)
+    28      4     length of the payload
+    32      4     count of records
+    36      4     CRC-32 of bytes 0 to 35, continued over the payload
+    40            payload: the records; then zeros up to the next sector
+    ======  ====  =======================================================================
+
+Record
+    ``kind`` u8, ``first_id`` u64, ``peer`` u64, length of header u32, length of blob u32; then header, then blob. What
+    they mean is the business of whoever wrote them.
+
+End mark
+    Behind the last batch, written with it and overwritten by the next one, stands a sector with an *end mark*: a batch
+    header with a marker of its own, the number of the batch before it, no time and no payload. It tells a clean end
+    from a lost one: segments are recycled, so what follows may be batches of an earlier life. Those carry an earlier
+    salt and are taken for nothing. The last sector of a segment is kept for it; one of an earlier release may be filled
+    to its last byte, and has none.
+
+    Once the next segment is in its directory for good, and before a batch goes into that, another end mark takes the
+    place of this one, with a second marker: *followed*. So the newest segment cannot be lost without a trace. An
+    earlier release takes it for no end mark, which a segment that is not the last one can do without.
+
+How it is read
+    Batch after batch while each is whole: marker, salt, the expected number, a length that fits into the file, the CRC.
+    Where that stops there is either the end mark (the clean end), or damage. Damage with nothing whole behind it, in
+    the last segment, is a write that was torn by a crash, and was never acknowledged; the end mark of the very batch
+    that is not whole belongs to that write. Damage followed by a whole batch or an end mark of a higher number, by the
+    mark of a followed segment, or by a segment that begins with a higher number, lies in what was acknowledged, because
+    batch n + 1 is never written before n is synced. So does a damaged header: it was synced before the file got its
+    name. A last segment shorter than its header says, without an end mark, ends like a torn one: nothing can tell what
+    stood there.
+"""
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+from stageflow_brokers.errors import PayloadTooLarge
+
+__all__ = [
+    "BATCH_HEADER",
+    "BATCH_MARKER",
+    "END_MARKERS",
+    "FOLLOWED_MARKER",
+    "MAX_PAYLOAD",
+    "SECTOR",
+    "SUFFIX",
+    "VERSION",
+    "Batch",
+    "BatchHeader",
+    "Buffer",
+    "Record",
+    "SegmentHeader",
+    "encode_end",
+    "encode_header",
+    "encode_payload",
+    "encode_segment",
+    "file_name",
+    "is_batch",
+    "is_end",
+    "parse_records",
+    "read_header",
+    "read_segment",
+    "readable_records",
+    "span",
+]
+
+Buffer = bytes | memoryview
+
+MAGIC = b"BROKERJ\n"
+VERSION = 1
+SECTOR = 512
+SUFFIX = ".journal"
+BATCH_HEADER = 40
+MAX_PAYLOAD = 0xFFFFFFFF
+
+# High bytes that neither ASCII nor UTF-8 text contains in this order, so that a search for them rarely stops in vain.
+BATCH_MARKER = b"\xd3\xf7\xb1\xff"
+END_MARKER = b"\xd3\xf7\xe2\xff"
+FOLLOWED_MARKER = b"\xd3\xf7\xe4\xff"
+END_MARKERS = (END_MARKER, FOLLOWED_MARKER)
+
+_SEGMENT = struct.Struct("<8sI4xQQQQ12x")
+_BATCH = struct.Struct("<4sQQdII")
+_RECORD = struct.Struct("<BQQII")
+_U32 = struct.Struct("<I")
+
+
+class Record(NamedTuple):
+    """One command as it is kept. `header` and `blob` are opaque; `first_id` and `peer` are unsigned 64-bit numbers.
+
+    Memoryviews must be contiguous and of single bytes.
+    """
+
+    kind: int
+    first_id: int
+    peer: int
+    header: Buffer
+    blob: Buffer
+
+
+class Batch(NamedTuple):
+    """A batch read back. `blob_offsets[i]` is where in the file of `segment` the blob of `records[i]` begins, `offset`
+    where the batch does.
+
+    Blobs are views into a shared buffer of up to several megabytes: copy what is to be kept. Headers are bytes.
+    """
+
+    number: int
+    segment: int
+    wall: float
+    records: list[Record]
+    blob_offsets: list[int]
+    offset: int = 0
+
+
+class SegmentHeader(NamedTuple):
+    """What sector 0 says: `first` is the number of the first batch, `size` the length of the file in bytes."""
+
+    number: int
+    salt: int
+    first: int
+    size: int
+
+
+class BatchHeader(NamedTuple):
+    """The fields in front of a batch, or of an end mark; none of them has been checked against the CRC."""
+
+    marker: bytes
+    number: int
+    salt: int
+    wall: float
+    length: int
+    records: int
+    crc: int
+
+
+def file_name(number: int) -> str:
+    """The name of a segment; names sort as numbers do."""
+    return f"{number:016d}{SUFFIX}"
+
+
+def span(length: int) -> int:
+    """Bytes that a batch with a payload of `length` bytes takes up, padding included."""
+    return -(-(BATCH_HEADER + length) // SECTOR) * SECTOR
+
+
+def encode_segment(header: SegmentHeader) -> bytes:
+    """Sector 0."""
+    fields = _SEGMENT.pack(MAGIC, VERSION, header.number, header.salt, header.first, header.size)
+    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
+
+
+def read_segment(sector: bytes) -> SegmentHeader | int | str:
+    """The header; or the version, when it is a newer one; or what is wrong with it, in words."""
+    if len(sector) < SECTOR:
+        return "the file ends inside the segment header"
+    magic, version, number, salt, first, size = _SEGMENT.unpack_from(sector)
+    if magic != MAGIC:
+        return "the file does not begin like a segment"
+    crc = _U32.unpack_from(sector, _SEGMENT.size)[0]
+    if version > VERSION:
+        if crc == crc32(sector[12 : _SEGMENT.size], crc32(sector[:8] + _U32.pack(VERSION))):
+            return "the format version in the segment header is damaged"
+        return int(version)  # before the CRC, which a newer format may keep elsewhere
+    if crc != crc32(sector[: _SEGMENT.size]):
+        return "the checksum of the segment header does not match"
+    return SegmentHeader(number, salt, first, size)
+
+
+def encode_payload(records: Sequence[Record], offset: int) -> tuple[list[Buffer], int, list[int]]:
+    """The pieces of a payload that is to begin at `offset`, its length, and the offset of each record's blob.
+
+    Raises PayloadTooLarge, or struct.error for a number out of its range; either before anything is written.
+    """
+    pieces: list[Buffer] = []
+    offsets: list[int] = []
+    add, place, pack, start = pieces.append, offsets.append, _RECORD.pack, offset
+    for kind, first_id, peer, header, blob in records:
+        header_length, blob_length = len(header), len(blob)
+        add(pack(kind, first_id, peer, header_length, blob_length))
+        add(header)
+        add(blob)
+        offset += 25 + header_length
+        place(offset)
+        offset += blob_length
+    length = offset - start
+    if length > MAX_PAYLOAD:
+        raise PayloadTooLarge(
+            f"one commit holds at most {MAX_PAYLOAD} bytes, these {len(records)} records take {length}: "
+            "commit them in several batches",
+            size=length,
+            limit=MAX_PAYLOAD,
+        )
+    return pieces, length, offsets
+
+
+def encode_header(number: int, salt: int, wall: float, payload: Iterable[Buffer], length: int, count: int) -> bytes:
+    """The header of a batch with this payload, given in pieces of `length` bytes together."""
+    fields = _BATCH.pack(BATCH_MARKER, number, salt, wall, length, count)
+    crc = crc32(fields)
+    for piece in payload:
+        crc = crc32(piece, crc)
+    return fields + _U32.pack(crc)
+
+
+def encode_end(number: int, salt: int, *, followed: bool = False) -> bytes:
+    """The sector that says: batch `number` is the last one; and, when `followed`, that there is a next segment."""
+    fields = _BATCH.pack(FOLLOWED_MARKER if followed else END_MARKER, number, salt, 0.0, 0, 0)
+    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
+
+
+def read_header(buffer: Buffer, at: int = 0) -> BatchHeader:
+    """The 40 bytes at `at`, taken apart and not yet believed."""
+    return BatchHeader(*_BATCH.unpack_from(buffer, at), *_U32.unpack_from(buffer, at + _BATCH.size))
+
+
+def is_batch(header: BatchHeader, buffer: memoryview) -> bool:
+    """Whether `buffer`, header and payload, is what was written."""
+    head = _BATCH.size
+    return header.crc == crc32(buffer[BATCH_HEADER:], crc32(buffer[:head]))
+
+
+def is_end(header: BatchHeader, number: int, salt: int) -> bool:
+    """Whether this is the end mark behind batch `number`, of either kind."""
+    if header.marker not in END_MARKERS or header.number != number or header.salt != salt:
+        return False
+    return header.crc == crc32(_BATCH.pack(*header[:6]))
+
+
+def parse_records(payload: memoryview, count: int, offset: int) -> tuple[list[Record], list[int]]:
+    """Undo `encode_payload`. Raises ValueError when `count` records do not fill the payload exactly."""
+    records: list[Record] = []
+    offsets: list[int] = []
+    unpack, at, end = _RECORD.unpack_from, 0, len(payload)
+    if count * _RECORD.size > end:
+        raise ValueError(f"{count} records do not fit into {end} bytes")
+    for _ in range(count):
+        if at + 25 > end:
+            raise ValueError("a record is cut short")
+        kind, first_id, peer, header_length, blob_length = unpack(payload, at)
+        blob = at + 25 + header_length
+        following = blob + blob_length
+        if following > end:
+            raise ValueError("a record reaches past the end of its batch")
+        records.append(Record(kind, first_id, peer, bytes(payload[at + 25 : blob]), payload[blob:following]))
+        offsets.append(offset + blob)
+        at = following
+    if at != end:
+        raise ValueError(f"{end - at} bytes are left over behind the last record")
+    return records, offsets
+
+
+def readable_records(payload: memoryview, count: int | None) -> list[Record]:
+    """As much of `parse_records` as can be had of a payload that is damaged, `count` records at most, if that is known.
+
+    The last one may be cut short, or be no record at all.
+    """
+    records: list[Record] = []
+    at, end = 0, len(payload)
+    while at + 25 <= end and (count is None or len(records) < count):
+        kind, first_id, peer, header_length, blob_length = _RECORD.unpack_from(payload, at)
+        if not kind and not header_length and not blob_length:
+            break  # zeros go on for ever
+        blob = at + 25 + header_length
+        following = blob + blob_length
+        records.append(Record(kind, first_id, peer, bytes(payload[at + 25 : blob]), payload[blob:following]))
+        at = following
+    return records

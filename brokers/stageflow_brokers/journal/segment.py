@@ -1,0 +1,260 @@
+"""One segment, read: what stands at an offset, and where the next whole batch is. Nothing here writes.
+
+A length is believed only after it has been checked against the size of the file, so no damage makes this allocate more
+than the file holds.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+from zlib import crc32
+
+from stageflow_brokers.errors import JournalVersion
+from stageflow_brokers.journal.files import Files, read_around, read_at
+from stageflow_brokers.journal.format import (
+    BATCH_HEADER,
+    BATCH_MARKER,
+    END_MARKERS,
+    FOLLOWED_MARKER,
+    SECTOR,
+    VERSION,
+    Batch,
+    BatchHeader,
+    SegmentHeader,
+    file_name,
+    is_batch,
+    is_end,
+    parse_records,
+    read_header,
+    read_segment,
+)
+
+__all__ = ["Broken", "End", "Later", "SegmentReader", "check_batch"]
+
+WINDOW = 4 << 20
+_PIECE = 1 << 20
+
+
+class End(NamedTuple):
+    """A clean end. `marked` is false where a full segment of an earlier release ends without an end mark; `followed`:
+    the mark says that there is a next segment."""
+
+    marked: bool
+    followed: bool = False
+
+
+class Broken(NamedTuple):
+    """Neither a whole batch nor a clean end. `torn` is where a batch that claims to begin here would end, or None.
+
+    `unreadable`: the disk does not give back what is here, so nothing can be said of it. `cut`: the file is shorter
+    than it was made, which no crash does.
+    """
+
+    reason: str
+    torn: int | None = None
+    unreadable: bool = False
+    cut: bool = False
+
+
+class Later(NamedTuple):
+    """Where to go on behind damage, and what shows that it is damage: the batch of this number, or the end mark behind
+    the one before it, is whole."""
+
+    offset: int
+    number: int
+    salt: int
+
+
+class SegmentReader:
+    """An open segment. Raises FileNotFoundError if it is not there, JournalVersion if it is of a newer format."""
+
+    def __init__(self, files: Files, directory: Path, number: int) -> None:
+        self.number = number
+        self.name = file_name(number)
+        self._files = files
+        self._bad: set[int] = set()
+        self._fd = files.open(directory / self.name, write=False)
+        try:
+            self.size = files.size(self._fd)
+            self.header = self._read_header()
+        except BaseException:
+            files.close(self._fd)
+            raise
+        self._start = 0
+        self._window = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close(self._fd)
+
+    def _read_header(self) -> SegmentHeader | Broken:
+        header = read_segment(self._read(SECTOR, 0))
+        if broken := self._unreadable(0, SECTOR):
+            return broken
+        if isinstance(header, int):
+            raise JournalVersion(
+                f"{self.name} has format version {header}, this program reads versions up to {VERSION}: "
+                "use the program that wrote it, or a newer one",
+                file=self.name,
+                found=header,
+                supported=VERSION,
+            )
+        if isinstance(header, str):
+            return Broken(header)
+        if header.number != self.number:
+            return Broken(f"the file holds segment {header.number}")
+        return header
+
+    def batch(self, offset: int, number: int, segment: SegmentHeader) -> Batch | End | Broken:
+        """What stands at `offset`, where batch `number` would follow. `segment` says what the file was made to be."""
+        left = self.size - offset
+        if left <= 0 and offset >= segment.size:
+            return End(marked=False)
+        if left < BATCH_HEADER:
+            return self._short(number, segment)
+        header = read_header(self._view(offset, BATCH_HEADER))
+        if broken := self._unreadable(offset, offset + BATCH_HEADER):
+            return broken
+        if is_end(header, number - 1, segment.salt):
+            return End(marked=True, followed=header.marker == FOLLOWED_MARKER)
+        if header.marker != BATCH_MARKER:
+            return Broken("neither a batch nor an end mark is here")
+        if header.salt != segment.salt:
+            return Broken("the batch here belongs to an earlier life of this file")
+        if header.number != number:
+            return Broken(f"batch {header.number} is here instead of batch {number}")
+        if BATCH_HEADER + header.length > left:
+            if self.size < segment.size:
+                return self._short(number, segment)
+            return Broken(f"the length of batch {number} reaches past the end of the file", self.size)
+        return self._whole(offset, header)
+
+    def _short(self, number: int, segment: SegmentHeader) -> Broken:
+        lost = f"what was written behind batch {number - 1} is lost" if number > 1 else "what was written to it is lost"
+        return Broken(
+            f"the file is {self.size} bytes long where {segment.size} were allocated: {lost}", self.size, cut=True
+        )
+
+    def _whole(self, offset: int, header: BatchHeader) -> Batch | Broken:
+        """The batch whose header is at `offset` and fits into the file."""
+        view = self._view(offset, BATCH_HEADER + header.length)
+        torn = offset + len(view)
+        if broken := self._unreadable(offset, torn):
+            return broken
+        if not is_batch(header, view):
+            return Broken(f"the checksum of batch {header.number} does not match", torn)
+        try:
+            records, offsets = parse_records(view[BATCH_HEADER:], header.records, offset + BATCH_HEADER)
+        except ValueError as error:
+            return Broken(f"the records of batch {header.number} make no sense: {error}", torn)
+        return Batch(header.number, self.number, header.wall, records, offsets, offset)
+
+    def later(self, offset: int, number: int, salt: int | None) -> tuple[Later | None, int]:
+        """What shows, at `offset` or behind it, that batch `number` was acknowledged, or that there are later ones.
+
+        A whole batch of that number or a higher one; the end mark of a higher one; or the mark of a followed segment.
+        With `salt` None, whole batches of any salt. The end mark of that very batch shows only that its write began:
+        where it ends is the second value, 0 if there is none.
+        """
+        mark = 0
+        while offset < self.size:
+            chunk = self._read(WINDOW, offset)
+            if not chunk:
+                break
+            for at in range(0, len(chunk), SECTOR):
+                marker = chunk[at : at + 4]
+                if marker == BATCH_MARKER:
+                    if found := self._later_batch(offset + at, number, salt):
+                        return found, mark
+                elif marker in END_MARKERS and len(chunk) - at >= BATCH_HEADER and salt is not None:
+                    end = read_header(chunk, at)
+                    if end.number < number or not is_end(end, end.number, salt):
+                        continue
+                    if end.number > number or marker == FOLLOWED_MARKER:
+                        return Later(offset + at, end.number + 1, salt), mark
+                    mark = offset + at + BATCH_HEADER
+            offset += len(chunk)
+        return None, mark
+
+    def _later_batch(self, offset: int, number: int, salt: int | None) -> Later | None:
+        left = self.size - offset
+        if left < BATCH_HEADER:
+            return None
+        header = read_header(self._view(offset, BATCH_HEADER))
+        if header.number < number or (salt is not None and header.salt != salt) or BATCH_HEADER + header.length > left:
+            return None
+        if isinstance(self._whole(offset, header), Broken):
+            return None
+        return Later(offset, header.number, header.salt)
+
+    def guess_header(self) -> SegmentHeader | None:
+        """What a damaged header must have said, by the batch or the end mark behind it."""
+        if self.size < SECTOR + BATCH_HEADER:
+            return None
+        header = read_header(self._view(SECTOR, BATCH_HEADER))
+        if is_end(header, header.number, header.salt):
+            return SegmentHeader(self.number, header.salt, header.number + 1, self.size)
+        if header.marker == BATCH_MARKER and self._later_batch(SECTOR, header.number, header.salt):
+            return SegmentHeader(self.number, header.salt, header.number, self.size)
+        return None
+
+    def refresh(self) -> None:
+        """Forget what was read ahead: a writer may have gone on since."""
+        self._window = b""
+        self._bad.clear()
+        self.size = self._files.size(self._fd)
+
+    def used(self, offset: int) -> int:
+        """Where the last byte from `offset` on ends that is not zero; `offset` if there is none."""
+        used = at = offset
+        while at < self.size and (chunk := self._read(WINDOW, at)):
+            if content := chunk.rstrip(b"\0"):
+                used = at + len(content)
+            at += len(chunk)
+        return used
+
+    def _view(self, offset: int, size: int) -> memoryview:
+        """`size` bytes at `offset`, which the caller has compared with the size of the file."""
+        start = offset - self._start
+        if start < 0 or start + size > len(self._window):
+            self._window = self._read(max(size, min(WINDOW, self.size - offset)), offset)
+            self._start, start = offset, 0
+            if len(self._window) < size:  # cut off since we looked; zeros are not whole either
+                self._window = self._window.ljust(size, b"\0")
+        return memoryview(self._window)[start : start + size]
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """What is there; sectors that cannot be read are zeros, and remembered."""
+        data, bad = read_around(self._files, self._fd, size, offset)
+        self._bad.update(bad)
+        return data
+
+    def _unreadable(self, start: int, end: int) -> Broken | None:
+        """What is wrong with these bytes, if the disk would not give them all back."""
+        if not self._bad:
+            return None
+        bad = min((sector for sector in self._bad if start < sector + SECTOR and sector < end), default=None)
+        return None if bad is None else Broken(f"the sector at offset {bad} cannot be read", end, unreadable=True)
+
+
+def check_batch(files: Files, fd: int, offset: int, salt: int) -> tuple[int, str]:
+    """Where the batch at `offset` ends, and what is wrong with it ("" if nothing is); read in pieces.
+
+    Raises the OSError of a read.
+    """
+    head = read_at(files, fd, BATCH_HEADER, offset)
+    if len(head) < BATCH_HEADER:
+        return offset, "the file ends inside a batch header"
+    header = read_header(head)
+    if header.marker != BATCH_MARKER or header.salt != salt:
+        return offset, "no batch of this segment is here"
+    at, end = offset + BATCH_HEADER, offset + BATCH_HEADER + header.length
+    crc = crc32(head[:-4])
+    while at < end and (piece := read_at(files, fd, min(_PIECE, end - at), at)):
+        crc = crc32(piece, crc)
+        at += len(piece)
+    return end, "" if at == end and crc == header.crc else f"the checksum of batch {header.number} does not match"

@@ -1,0 +1,111 @@
+"""Which groups the records of a batch speak of; of a damaged batch, which they may speak of.
+
+It only looks: what a record does to a group is the business of a replay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from stageflow_brokers.core import records, wire
+from stageflow_brokers.errors import ProtocolError
+from stageflow_brokers.journal.format import Batch
+from stageflow_brokers.types import MAX_NAME
+
+__all__ = ["groups_in", "groups_perhaps_in"]
+
+LOOKED_THROUGH = 32 << 20
+"""Bytes of a damaged header that are looked through for names."""
+
+_ARRAY = re.compile(rb"[\x92-\x9f\xdc]")
+_SHAPES = {
+    records.KEPT_PUBLISH: ("iis", "siiis", "ssis"),
+    records.KEPT_SETTLE: ("iis", "iiis", "iiiis", "siiis", "ssis"),
+    records.COPY: ("iss",),
+    records.MARK: ("iss",),
+    records.GROUP: ("s",),
+    records.GATHER: ("s",),
+}
+"""How arrays begin that name a group, by the kind of record: integers and strings, of which the last is the group."""
+
+
+def groups_in(batch: Batch) -> dict[str, None]:
+    """The groups that the records of a batch speak of, in that order; those that cannot be understood are left out."""
+    named: dict[str, None] = {}
+    for kind, _, _, header, blob in batch.records:
+        try:
+            named.update(dict.fromkeys(_groups_of(kind, bytes(header), bytes(blob))))
+        except (ProtocolError, msgspec.MsgspecError):
+            continue
+    named.pop("", None)
+    return named
+
+
+def groups_perhaps_in(batch: Batch) -> dict[str, None]:
+    """The groups of which the records of a damaged batch may speak: what stands where a name would stand."""
+    named: dict[str, None] = {}
+    for kind, _, _, header, blob in batch.records:
+        try:
+            found = _groups_of(kind, bytes(header), bytes(blob))
+        except (ProtocolError, msgspec.MsgspecError, RecursionError, ValueError):
+            found = list(_guessed(kind, bytes(header[:LOOKED_THROUGH])))
+        named.update((name, None) for name in found if name.isprintable() and len(name) <= MAX_NAME)
+    named.pop("", None)
+    return named
+
+
+def _guessed(kind: int, header: bytes) -> Iterator[str]:
+    for array in _ARRAY.finditer(header):
+        at = array.end() + 2 * (array[0] == b"\xdc")
+        shape, last = "", ""
+        while len(shape) < 5:
+            sort, last, at = _value(header, at)
+            shape += sort
+            if shape in _SHAPES.get(kind, ()):
+                yield last
+            if not sort:
+                break
+
+
+def _value(data: bytes, at: int) -> tuple[str, str, int]:
+    """What stands there in msgpack, "i"nteger or "s"tring; that string; where it ends. Nothing if neither."""
+    first = data[at] if at < len(data) else 0xC1
+    if first < 0x80:
+        return "i", "", at + 1
+    if 0xCC <= first <= 0xCF:
+        return "i", "", at + 1 + (1 << (first - 0xCC))
+    if 0xA0 <= first <= 0xBF:
+        begin, length = at + 1, first - 0xA0
+    elif first in (0xD9, 0xDA):
+        begin = at + first - 0xD7
+        length = int.from_bytes(data[at + 1 : begin], "big")
+    else:
+        return "", "", at
+    text = data[begin : begin + length]
+    try:
+        return ("s", text.decode(), begin + length) if len(text) == length else ("", "", at)
+    except UnicodeDecodeError:
+        return "", "", at
+
+
+def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
+    if kind == records.KEPT_PUBLISH:
+        publish = wire.decode_publish(header, blob)
+        return [each.group for part in (publish.items, publish.opens, publish.arrivals) for each in part]
+    if kind == records.KEPT_SETTLE:
+        settle = wire.decode_settle(header, blob)
+        named = [move[4] for move in settle.moves] + [ack[3] for ack in settle.acks]
+        for other in settle.others:
+            named += [each.group for part in (other.publishes, other.opens, other.arrivals) for each in part]
+            named.append(other.leave)
+        return named
+    if kind in (records.COPY, records.MARK):
+        return [records.decode_message(header).group]
+    if kind == records.GROUP:
+        return [records.decode_group(header).id]
+    if kind == records.GATHER:
+        return [records.decode_gather(header).group]
+    return list(records.decode_names(header)) if kind == records.LEFT else []
