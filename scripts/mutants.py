@@ -54,7 +54,7 @@ MUTANTS = (
         "a settlement counts whatever lease it names",
         (
             (
-                "brokers/stageflow_brokers/core/settling.py",
+                "brokers/stageflow_brokers/core/settle.py",
                 "if message is None or message.lease != lease:",
                 "if message is None:",
             ),
@@ -189,7 +189,7 @@ MUTANTS = (
         "a step is confirmed and never recorded",
         (
             (
-                "brokers/stageflow_brokers/core/settling.py",
+                "brokers/stageflow_brokers/core/settle.py",
                 "        self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)\n",
                 "",
             ),
@@ -385,7 +385,7 @@ MUTANTS = (
         "the epoch is not stated anew before the segment goes that told of it",
         (
             (
-                "brokers/stageflow_brokers/core/ledger.py",
+                "brokers/stageflow_brokers/core/record_writer.py",
                 "list(frames.items())))\n        self.keep_epoch()\n",
                 "list(frames.items())))\n",
             ),
@@ -397,7 +397,7 @@ MUTANTS = (
         "how far a peer has been heard is not stated anew before the segment goes that told of it",
         (
             (
-                "brokers/stageflow_brokers/core/ledger.py",
+                "brokers/stageflow_brokers/core/record_writer.py",
                 "        self.record(records.SESSIONS, 0, records.encode(list(frames.items())))\n",
                 "",
             ),

@@ -23,7 +23,7 @@ from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.engine import Engine, check_oldest, replay_batch
 from stageflow_brokers.journal.files import OsFiles
 from stageflow_brokers.journal.format import Batch, file_name

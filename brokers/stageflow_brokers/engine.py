@@ -14,8 +14,8 @@ import msgspec
 
 from stageflow_brokers.core.machine import Limits, Machine
 from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.outbox import Outgoing
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.core.talk import Outgoing
 from stageflow_brokers.errors import JournalCorrupt, JournalFailed, JournalFull, ProtocolError
 from stageflow_brokers.journal.files import Files
 from stageflow_brokers.journal.format import Batch, Record, file_name

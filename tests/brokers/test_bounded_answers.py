@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from broker_fixtures import Peer, World, check_whole
 
-from stageflow_brokers.core import gather, looking, machine, watching, wire
-from stageflow_brokers.core.bounds import Limits
+from stageflow_brokers.core import gather, inspector, machine, watches, wire
+from stageflow_brokers.core.limits import Limits
 from stageflow_brokers.types import LEAVE, MOST_LISTED, START, TERMINAL, QueueOptions
 
 MOST = 1_000
@@ -37,7 +37,7 @@ class Reader(Peer):
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> World:
     """A broker that answers nobody who has more than `MOST` bytes to read."""
-    for module in (machine, watching):
+    for module in (machine, watches):
         monkeypatch.setattr(module, "MOST_UNREAD", MOST)
     return World(limits=msgspec.structs.replace(Limits(), max_unread_bytes=24 * MOST // 10))
 
@@ -168,7 +168,7 @@ def test_one_whose_answer_cannot_be_made_is_cut_off_and_the_others_are_served(
 
 
 def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "ANSWER_BYTES", 1_000)
+    monkeypatch.setattr(inspector, "ANSWER_BYTES", 1_000)
     monkeypatch.setattr(machine, "MOST_UNREAD", 1 << 20)
     peer = here.peer(1)
     peer.publish([("q", "")], [(0, 400, f"g{number}", 1, START) for number in range(4)], [bytes(400)] * 4)

@@ -10,7 +10,8 @@ import pytest
 from broker_fixtures import assert_same, check_whole, picture
 
 from stageflow_brokers import reclaim
-from stageflow_brokers.core import store, wire
+from stageflow_brokers.core import state as store
+from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.message import Place
 from stageflow_brokers.core.replay import Replay

@@ -14,7 +14,7 @@ from broker_process import BrokerProcess
 
 from stageflow_brokers.api import BrokerUnavailable, DeliveryItem, Listener
 from stageflow_brokers.core import wire
-from stageflow_brokers.core.store import FRAMES_KEPT
+from stageflow_brokers.core.state import FRAMES_KEPT
 from stageflow_brokers.engine import Engine, Frame, Outgoing
 from stageflow_brokers.memory import MemoryBroker
 from stageflow_brokers.testing import PATIENCE, Peer

@@ -10,7 +10,7 @@ import pytest
 
 from stageflow_brokers.accounts import departures, offline, settlements
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core import store as store_module
+from stageflow_brokers.core import state as store_module
 from stageflow_brokers.engine import Engine
 from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import Record

@@ -9,7 +9,7 @@ import pytest
 from broker_fixtures import Peer, World, assert_same, check_whole, picture
 
 from stageflow_brokers.core import wire
-from stageflow_brokers.core.bounds import Limits
+from stageflow_brokers.core.limits import Limits
 from stageflow_brokers.core.wire import MAX_HEADER
 from stageflow_brokers.types import DEAD, DONE, MAX_ITEMS, MAX_NAME, START, TERMINAL, QueueOptions
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from stageflow_brokers.core import store, wire
+from stageflow_brokers.core import state as store
+from stageflow_brokers.core import wire
 from stageflow_brokers.types import (
     AGAIN,
     CHECK,

@@ -22,7 +22,7 @@ from stageflow_actors.core.plan import (
 )
 from stageflow_actors.definition.stage import check_id
 from stageflow_actors.errors import WorkflowDefinitionError
-from stageflow_brokers.core.looking import DLQ
+from stageflow_brokers.core.inspector import DLQ
 
 
 def nothing(context: dict[str, Any]) -> None:

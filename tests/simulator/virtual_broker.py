@@ -18,7 +18,7 @@ from stageflow_brokers.api import DeliveryItem, Listener
 from stageflow_brokers.client import PeerClient
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.engine import Engine, replay_batch
 from stageflow_brokers.errors import JournalFailed
 from stageflow_brokers.journal.format import Batch

@@ -13,19 +13,19 @@ import msgspec
 
 from stageflow_brokers.core import records
 from stageflow_brokers.core.audit import Audit
-from stageflow_brokers.core.bounds import Bounds
-from stageflow_brokers.core.gathering import Gathering
+from stageflow_brokers.core.gathers import Gathering
+from stageflow_brokers.core.inspector import DLQ, Looking, named
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger
-from stageflow_brokers.core.looking import DLQ, Looking, named
+from stageflow_brokers.core.limits import Bounds
 from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
-from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.publish import Publishing
 from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.settling import Settling
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.settle import Settling
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.core.supervision import Supervision
-from stageflow_brokers.core.watching import Watching
+from stageflow_brokers.core.watches import Watching
 from stageflow_brokers.core.wire import MAX_NUMBER, check_consume
 from stageflow_brokers.errors import ProtocolError, Refused
 from stageflow_brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text

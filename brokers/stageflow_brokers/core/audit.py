@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from stageflow_brokers.core.inspector import Looking
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.looking import Looking
 from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Group, Message
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import GONE, Store
+from stageflow_brokers.core.state import GONE, Store
 from stageflow_brokers.core.wire import FIRST_EPOCH
 
 __all__ = ["Audit", "contradictions"]

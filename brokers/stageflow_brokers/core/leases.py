@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stageflow_brokers.core.breaker import CLOSED, Breaker
-from stageflow_brokers.core.ledger import Ledger
 from stageflow_brokers.core.message import READY, Extra, Message
+from stageflow_brokers.core.outbox import Talk
 from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Consumer, Session
-from stageflow_brokers.core.store import BREAKER_TIMER, Store
-from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.state import BREAKER_TIMER, Store
 from stageflow_brokers.types import DeliveryExtra
 
 __all__ = ["Leases"]

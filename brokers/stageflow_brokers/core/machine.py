@@ -15,20 +15,20 @@ from collections.abc import Callable, Sequence
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.admin import Admin, Status
-from stageflow_brokers.core.bounds import Bounds, Limits
-from stageflow_brokers.core.gathering import Gathering
+from stageflow_brokers.core.gathers import Gathering
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger, ReadBody
+from stageflow_brokers.core.limits import Bounds, Limits
 from stageflow_brokers.core.message import READY
-from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.outbox import MOST_UNREAD, Outgoing, Talk
+from stageflow_brokers.core.publish import Publishing
+from stageflow_brokers.core.record_writer import Ledger, ReadBody
 from stageflow_brokers.core.records import Record
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.settling import Settling
-from stageflow_brokers.core.store import BREAKER_TIMER, Store
+from stageflow_brokers.core.settle import Settling
+from stageflow_brokers.core.state import BREAKER_TIMER, Store
 from stageflow_brokers.core.supervision import Supervision
-from stageflow_brokers.core.talk import MOST_UNREAD, Outgoing, Talk
-from stageflow_brokers.core.watching import Watching
+from stageflow_brokers.core.watches import Watching
 from stageflow_brokers.errors import ProtocolError, Refused
 
 __all__ = ["Limits", "Machine"]

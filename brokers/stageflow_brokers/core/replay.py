@@ -12,7 +12,7 @@ from stageflow_brokers.core import records, wire
 from stageflow_brokers.core.message import Extra, Group, Message, Place
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.records import MessageState
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.core.wire import Buffer
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.types import (

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger
 from stageflow_brokers.core.message import READY, Group, Message
+from stageflow_brokers.core.outbox import Talk
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
-from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.errors import Refused
 
 __all__ = ["Supervision"]

@@ -15,7 +15,7 @@ from stageflow_brokers.core.gather import Gather
 from stageflow_brokers.core.message import DELAYED, PARKED, Group, Message, Place
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.records import Record
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 
 __all__ = ["Ledger", "ReadBody"]
 

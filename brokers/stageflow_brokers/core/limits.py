@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from stageflow_brokers.core.message import Message
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.errors import Refused
 from stageflow_brokers.types import Arrival
 

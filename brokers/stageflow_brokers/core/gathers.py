@@ -7,10 +7,10 @@ makes: a replay takes the frame for its openings and arrivals only.
 from __future__ import annotations
 
 from stageflow_brokers.core.leases import EXPIRED, Leases
-from stageflow_brokers.core.ledger import Ledger
 from stageflow_brokers.core.message import Group, Place
 from stageflow_brokers.core.queue import Queue
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.types import Arrival, GatherOpen
 
 __all__ = ["Gathering", "Resolved"]

@@ -8,11 +8,11 @@ from typing import Any
 
 from stageflow_brokers.core.gather import Gather
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger
 from stageflow_brokers.core.message import Group, Message
 from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.core.wire import MAX_NUMBER
 from stageflow_brokers.errors import ProtocolError, Refused
 from stageflow_brokers.types import MOST_LISTED

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.outbox import MOST_UNREAD, Talk
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
-from stageflow_brokers.core.talk import MOST_UNREAD, Talk
+from stageflow_brokers.core.state import Store
 
 __all__ = ["Watching"]
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core.bounds import Bounds
-from stageflow_brokers.core.gathering import Gathering, Resolved
+from stageflow_brokers.core.gathers import Gathering, Resolved
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.limits import Bounds
 from stageflow_brokers.core.message import Group, Message, Place
+from stageflow_brokers.core.outbox import Talk
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
-from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.core.wire import PublishFrame
 from stageflow_brokers.errors import PayloadTooLarge, QueueFull, Refused, StorageFull
 from stageflow_brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core.bounds import Bounds
 from stageflow_brokers.core.breaker import Breaker
-from stageflow_brokers.core.gathering import Gathering, Resolved
+from stageflow_brokers.core.gathers import Gathering, Resolved
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.ledger import Ledger
+from stageflow_brokers.core.limits import Bounds
 from stageflow_brokers.core.message import PARKED, Group, Message, Place
-from stageflow_brokers.core.publishing import Publishing
+from stageflow_brokers.core.outbox import Talk
+from stageflow_brokers.core.publish import Publishing
+from stageflow_brokers.core.record_writer import Ledger
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
-from stageflow_brokers.core.talk import Talk
+from stageflow_brokers.core.state import Store
 from stageflow_brokers.core.wire import FIRST_EPOCH, Checkpoint, SettleFrame
 from stageflow_brokers.errors import Refused
 from stageflow_brokers.types import (

@@ -12,7 +12,7 @@ import msgspec
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.message import Group
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.store import Store
+from stageflow_brokers.core.state import Store
 
 __all__ = ["MOST_UNREAD", "Outgoing", "Talk"]
 
