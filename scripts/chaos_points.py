@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """SIGKILL, SIGSTOP and SIGTERM at named points: each in a small saga run, which is then run to its end and audited.
 
-The points and what is true at each are in `stageflow_brokers.points`. The audit is that of `scripts/chaos.py`: effect log,
+The points and what is true at each are in `stageflow_brokers.failpoints`. The audit is that of `scripts/chaos.py`: effect log,
 settlements counted from the journal, and history must agree.
 """
 
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import click
 
 import chaos
-from stageflow_brokers.points import POINTS, VARIABLE
+from stageflow_brokers.failpoints import POINTS, VARIABLE
 
 SIGNALS = ("kill", "stop", "term")
 LIMIT_SECONDS = 60.0

@@ -51,8 +51,8 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.client import PeerClient
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
 
 WALL = 1_700_000_000.0

@@ -41,11 +41,15 @@ MUTANTS = (
         "what a round decided leaves before it is on disk",
         (
             (
-                "brokers/stageflow_brokers/engine.py",
+                "brokers/stageflow_brokers/engine/engine.py",
                 "        written = self._commit()\n",
                 "        early = machine.dispatch()\n        written = self._commit()\n",
             ),
-            ("brokers/stageflow_brokers/engine.py", "        return machine.dispatch()\n", "        return early\n"),
+            (
+                "brokers/stageflow_brokers/engine/engine.py",
+                "        return machine.dispatch()\n",
+                "        return early\n",
+            ),
         ),
         ("tests/brokers/test_commit_before_effect.py::test_a_confirmation_and_a_delivery_leave_after_their_sync",),
     ),
@@ -73,7 +77,7 @@ MUTANTS = (
         "a new segment's name is not made durable",
         (
             (
-                "brokers/stageflow_brokers/journal/supply.py",
+                "brokers/stageflow_brokers/journal/segment_allocator.py",
                 (
                     "            files.rename(source, self._directory / file_name(number))\n"
                     "            files.fsync_dir(self._directory)\n"
@@ -105,7 +109,7 @@ MUTANTS = (
         "a segment is given back though messages in it are alive",
         (
             (
-                "brokers/stageflow_brokers/reclaim.py",
+                "brokers/stageflow_brokers/engine/compaction.py",
                 "        if self._machine.ledger.copy_forward(",
                 "        if False and self._machine.ledger.copy_forward(",
             ),
@@ -336,7 +340,7 @@ MUTANTS = (
         "an answer that comes with the welcome is thrown away",
         (
             (
-                "brokers/stageflow_brokers/client.py",
+                "brokers/stageflow_brokers/client/connection.py",
                 "                        self._heard_notice(other, more)\n                return True\n",
                 (
                     "                        self._heard_notice(other, more)\n"
@@ -351,7 +355,7 @@ MUTANTS = (
         "a peer that has greeted greets again for each frame that it sent before",
         (
             (
-                "brokers/stageflow_brokers/client.py",
+                "brokers/stageflow_brokers/client/connection.py",
                 (
                     "            # `hello` answers what was sent before ours, which is on its way: "
                     "another one would only be told the same.\n"
@@ -407,7 +411,7 @@ MUTANTS = (
     Mutant(
         "missing-segments-not-missed",
         "a journal begins with whatever segment is there",
-        (("brokers/stageflow_brokers/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
+        (("brokers/stageflow_brokers/engine/engine.py", "    if 0 < replay.oldest < first:\n", "    if False:\n"),),
         (
             (
                 "tests/brokers/test_damaged_journal.py"
@@ -437,7 +441,7 @@ MUTANTS = (
         "what messages keep of their steps is not thought of when space is given back",
         (
             (
-                "brokers/stageflow_brokers/reclaim.py",
+                "brokers/stageflow_brokers/engine/compaction.py",
                 "store.live_bytes + store.step_bytes + store.fact_bytes",
                 "store.live_bytes",
             ),

@@ -12,9 +12,9 @@ import threading
 from typing import Any
 
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client import MAX_UNCONFIRMED_BYTES, PeerClient
+from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, PeerClient
 from stageflow_brokers.core.machine import Limits
-from stageflow_brokers.engine import Engine, Frame
+from stageflow_brokers.engine.engine import Engine, Frame
 from stageflow_brokers.errors import BrokerUnavailable
 
 __all__ = ["MemoryBroker"]

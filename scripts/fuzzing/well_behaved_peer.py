@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, DeliveryItem, Listener, SettleItem, Target
-from stageflow_brokers.contract.harness import Answers
+from stageflow_brokers.testing.harness import Answers
 from stageflow_brokers.zeromq.client import ZmqClient
 
 __all__ = ["QUEUES", "Honest", "Judge"]

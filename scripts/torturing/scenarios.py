@@ -15,9 +15,9 @@ from pathlib import Path
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerError, JournalFailed
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name
-from stageflow_brokers.journal.inspect import repair, scan, verify
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.journal.repair import repair, scan, verify
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from torturing.workload import DIRECTORY, Picture, Plant, replayed
 
 __all__ = ["SCENES", "Disk", "RepairScene", "Scene"]

@@ -13,9 +13,9 @@ from typing import Any
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.engine import Engine, Outgoing, replay_batch
+from stageflow_brokers.engine.engine import Engine, Outgoing, replay_batch
 from stageflow_brokers.journal.format import Batch
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import (
     AGAIN,
     DEAD,

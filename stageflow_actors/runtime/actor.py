@@ -19,7 +19,7 @@ from stageflow_actors.runtime.programs import WorkerPayload
 from stageflow_actors.runtime.settled import Settled, numbered
 from stageflow_actors.runtime.slots import Slot
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 

@@ -25,7 +25,7 @@ from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.waiters import Waiter, Waiters
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
 

@@ -22,10 +22,10 @@ from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
-from stageflow_brokers.accounts import offline
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.offline.settlements import offline
 
 __all__ = ["Attached", "attach", "existing", "live_address"]
 

@@ -36,8 +36,8 @@ from stageflow_actors.runtime.keeping import HISTORY_FACT
 from stageflow_actors.runtime.premises import premises
 from stageflow_actors.runtime.processes import start_ticks
 from stageflow_actors.runtime.served import SERVED_FACT, read_served
-from stageflow_brokers.accounts import Departures, departures
 from stageflow_brokers.errors import BrokerError, JournalCorrupt
+from stageflow_brokers.offline.settlements import Departures, departures
 
 __all__ = ["Checkup", "check_up"]
 

@@ -47,7 +47,7 @@ from stageflow_actors.runtime.queues import QueueInfo, queue_infos
 from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Arrival
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["Client"]
 

@@ -30,7 +30,7 @@ from stageflow_actors.runtime.keeping import WRITTEN_FACT
 from stageflow_actors.runtime.settled import Settled, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.unserved import send_on
 from stageflow_brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 

@@ -24,7 +24,7 @@ from msgspec import Meta, Struct
 
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.processes import start_ticks
-from stageflow_brokers.private import why_not_private
+from stageflow_brokers.zeromq.private_dir import why_not_private
 
 __all__ = [
     "ClusterRecord",

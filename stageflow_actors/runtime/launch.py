@@ -24,7 +24,7 @@ from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_ru
 from stageflow_actors.runtime.intensity import Intensity
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
 from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["NodeHandle", "withdraw"]
 

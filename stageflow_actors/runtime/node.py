@@ -43,7 +43,7 @@ from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.unserved import Unserved
 from stageflow_actors.runtime.zygote import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["main"]
 

@@ -32,8 +32,8 @@ from stageflow_actors.runtime.processes import kill_group, wait_dead
 from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.slots import SlotState
 from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteHandle
-from stageflow_brokers.client import new_peer
-from stageflow_brokers.points import reach
+from stageflow_brokers.client.connection import new_peer
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 

@@ -41,7 +41,7 @@ from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["main"]
 

@@ -46,7 +46,7 @@ from stageflow_actors.runtime.zygote_protocol import (
     ZygoteConfig,
     read_config,
 )
-from stageflow_brokers.points import reach
+from stageflow_brokers.failpoints import reach
 
 __all__ = ["ZygoteServer", "main"]
 

@@ -10,9 +10,9 @@ import pytest
 
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import Listener, QueueOptions
+from stageflow_brokers.client.query_admin import QueryAdmin
 from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.query_admin import QueryAdmin
 
 OPTIONS = [QueueOptions("q")]
 

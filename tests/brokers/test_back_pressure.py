@@ -15,14 +15,14 @@ import pytest
 import zmq
 from broker_process import BrokerProcess
 
-from stageflow_brokers import client as brokers_client
 from stageflow_brokers.api import TERMINAL, Listener, PublishAnswer, Target
+from stageflow_brokers.client import connection as brokers_client
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Limits
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerUnavailable, PayloadTooLarge
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing import PATIENCE, Peer
+from stageflow_brokers.testing.contract import PATIENCE, Peer
 from stageflow_brokers.types import PublishItem
 from stageflow_brokers.zeromq import server as zeromq_server
 from stageflow_brokers.zeromq.client import ZmqClient

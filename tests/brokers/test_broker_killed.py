@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from broker_process import BrokerProcess
 
-from stageflow_brokers.accounts import settlements
 from stageflow_brokers.api import (
     AGAIN,
     DEAD,
@@ -28,7 +27,8 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.testing import PATIENCE, Peer
+from stageflow_brokers.offline.settlements import settlements
+from stageflow_brokers.testing.contract import PATIENCE, Peer
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from stageflow_brokers.core import wire
-from stageflow_brokers.engine import Engine, Outgoing
+from stageflow_brokers.engine.engine import Engine, Outgoing
 from stageflow_brokers.errors import JournalFailed, JournalFull
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import START, TERMINAL, WATCH
 
 DIRECTORY = Path("/journal")

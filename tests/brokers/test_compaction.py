@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from broker_fixtures import assert_same, check_whole, picture
 
-from stageflow_brokers import reclaim
 from stageflow_brokers.core import state as store
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.message import Place
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.engine import Engine, Outgoing
+from stageflow_brokers.engine import compaction
+from stageflow_brokers.engine.engine import Engine, Outgoing
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import BatchPlace
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import (
     AGAIN,
     DEAD,
@@ -301,7 +301,7 @@ def test_facts_count_as_alive_too() -> None:
 
 
 def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reclaim, "SLICE", 20_000)
+    monkeypatch.setattr(compaction, "SLICE", 20_000)
     plant = Plant()
     for number in range(40):
         plant.start(f"g{number}", size=10)

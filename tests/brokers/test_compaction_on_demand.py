@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stageflow_brokers.api import START, Listener, PublishItem, Target
-from stageflow_brokers.client import PeerClient
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
 
 SEGMENT = 1 << 20

@@ -12,7 +12,7 @@ import pytest
 from broker_fixtures import World
 
 from stageflow_brokers.api import DONE, Listener
-from stageflow_brokers.client import PeerClient
+from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core import wire
 from stageflow_brokers.types import START, TERMINAL, WATCH
 

@@ -15,9 +15,9 @@ from broker_process import BrokerProcess
 from stageflow_brokers.api import BrokerUnavailable, DeliveryItem, Listener
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.state import FRAMES_KEPT
-from stageflow_brokers.engine import Engine, Frame, Outgoing
+from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing import PATIENCE, Peer
+from stageflow_brokers.testing.contract import PATIENCE, Peer
 from stageflow_brokers.zeromq import server as zeromq_server
 from stageflow_brokers.zeromq.client import ZmqClient
 

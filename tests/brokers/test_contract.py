@@ -10,7 +10,7 @@ from broker_process import BrokerProcess
 
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing import LARGEST, BrokerContract, Hub
+from stageflow_brokers.testing.contract import LARGEST, BrokerContract, Hub
 
 KINDS = ["memory", "process"]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from stageflow_brokers.accounts import departures, offline, settlements
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core import state as store_module
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import Record
-from stageflow_brokers.journal.inspect import verify
 from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.journal.repair import verify
+from stageflow_brokers.offline.settlements import departures, offline, settlements
 from stageflow_brokers.types import START
 
 SEGMENT = 16 << 10

@@ -9,7 +9,7 @@ import pytest
 
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.named import groups_in, groups_perhaps_in
+from stageflow_brokers.offline.groups import groups_in, groups_perhaps_in
 from stageflow_brokers.types import PublishItem, Target
 
 NAMES = [f"order-{number}" for number in range(200)]

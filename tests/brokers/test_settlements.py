@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_brokers.accounts import settlements
 from stageflow_brokers.api import Target
 from stageflow_brokers.errors import JournalCorrupt, JournalError
+from stageflow_brokers.offline.settlements import settlements
 
 FIRST, PAY = "stageflow.orders.stage0", "stageflow.orders.stage1"
 

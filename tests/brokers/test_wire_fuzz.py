@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import PayloadTooLarge
-from stageflow_brokers.testing import Peer
+from stageflow_brokers.testing.contract import Peer
 from stageflow_brokers.types import START, WATCH
 
 VICTIM, ATTACKER = 1, 2

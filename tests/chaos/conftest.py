@@ -28,7 +28,7 @@ from stageflow_actors.runtime.pool_worker import PooledWorker
 from stageflow_actors.runtime.programs import PoolSpec, Program
 from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.zygote import Exited, Spawned
-from stageflow_brokers.query_admin import QueryAdmin
+from stageflow_brokers.client.query_admin import QueryAdmin
 
 __all__ = ["cluster", "effects", "launch", "nursery"]
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from script_runner import SCRIPTS, run_script
 
-from stageflow_brokers.points import POINTS
+from stageflow_brokers.failpoints import POINTS
 
 SAMPLE = (
     ("broker.committed", "kill"),

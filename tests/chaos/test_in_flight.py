@@ -14,8 +14,8 @@ import psutil
 
 from stageflow_actors import Runtime, Workflow
 from stageflow_actors.runtime.transport import connect
-from stageflow_brokers.accounts import settlements
 from stageflow_brokers.api import Listener
+from stageflow_brokers.offline.settlements import settlements
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ import pytest
 from constructs_fixtures import note, noted, wait_for_file
 
 from stageflow_actors import Config, Runtime, Stage, StageContext, Workflow, WorkflowResult
-from stageflow_brokers.accounts import settlements
+from stageflow_brokers.offline.settlements import settlements
 
 KINDS = ("worker", "worker", "broker", "zygote", "node")
 

@@ -28,12 +28,12 @@ from stageflow_brokers.api import (
     PublishItem,
     Target,
 )
-from stageflow_brokers.contract.harness import Answers
 from stageflow_brokers.core import records
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.memory import MemoryBroker
+from stageflow_brokers.testing.harness import Answers
 
 __all__ = ["books", "doctor", "launch", "snapshot"]
 

@@ -14,7 +14,7 @@ import pytest
 from stageflow_actors.core.invariants import contradictions, instances
 from stageflow_actors.core.plan import Naming
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.engine import Engine, Frame, Outgoing
+from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
 
 HERE = Path(__file__).resolve().parent
 NONE = b"\x90"

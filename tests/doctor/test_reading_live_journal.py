@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.journal import Journal, Record, scan, verify
-from stageflow_brokers.journal.segment import SegmentReader
+from stageflow_brokers.journal.segment_reader import SegmentReader
 
 
 def test_a_journal_that_grows_as_fast_as_it_is_read_is_read_to_an_end(

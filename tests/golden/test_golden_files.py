@@ -39,9 +39,9 @@ from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client import PeerClient
+from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core.records import NAMES
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.journal import scan, verify
 from stageflow_brokers.journal.format import (
     SECTOR,

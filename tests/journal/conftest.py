@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from stageflow_brokers.journal.files import OsFiles
+from stageflow_brokers.journal.filesystem import OsFiles
 from stageflow_brokers.journal.format import Batch, Record, file_name
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 
 Kept = list[tuple[int, int, int, bytes, bytes]]
 

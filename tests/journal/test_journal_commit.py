@@ -8,11 +8,11 @@ import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
 from stageflow_brokers.journal import journal as journal_module
-from stageflow_brokers.journal import supply as supply_module
+from stageflow_brokers.journal import segment_allocator as supply_module
 from stageflow_brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
 from stageflow_brokers.journal.journal import BatchPlace, Journal
-from stageflow_brokers.journal.supply import Supply
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.journal.segment_allocator import Supply
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 
 
 def test_every_committed_batch_is_replayed_in_order(bench: Any) -> None:

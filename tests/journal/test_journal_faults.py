@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
-from stageflow_brokers.journal.files import write_at
+from stageflow_brokers.journal.filesystem import write_at
 from stageflow_brokers.journal.format import Batch, Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 DIRECTORY = Path("/data/journal")
 SEGMENT = 8 << 10

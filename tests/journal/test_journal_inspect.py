@@ -14,9 +14,9 @@ import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
-from stageflow_brokers.journal.inspect import LISTS, Finding, Lost, RepairReport, repair, scan, verify
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.journal.repair import LISTS, Finding, Lost, RepairReport, repair, scan, verify
+from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 
 def filled(bench: Any, batches: int = 6, per_segment: int = 2) -> list[Any]:

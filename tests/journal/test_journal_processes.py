@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.errors import JournalLocked
-from stageflow_brokers.journal.inspect import verify
+from stageflow_brokers.journal.repair import verify
 
 WRITER = """
 import sys

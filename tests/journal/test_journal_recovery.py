@@ -18,7 +18,7 @@ from stageflow_brokers.journal.format import (
     read_header,
     span,
 )
-from stageflow_brokers.journal.testing import Crash
+from stageflow_brokers.testing.simulated_disk import Crash
 
 
 def committed(bench: Any, count: int = 3, **options: Any) -> tuple[list[Any], list[int], bytes]:

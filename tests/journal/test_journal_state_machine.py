@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stageflow_brokers.errors import JournalError
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.journal.inspect import scan, verify
 from stageflow_brokers.journal.journal import BatchPlace, Journal
-from stageflow_brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.journal.repair import scan, verify
+from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 DIRECTORY = Path("/journal")
 

@@ -106,9 +106,9 @@ def test_names_that_were_not_synced_are_found_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_repair_that_cuts_before_it_copies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stageflow_brokers.journal import inspect
+    from stageflow_brokers.journal.repair import _Repair
 
-    monkeypatch.setattr(inspect._Repair, "_copy", lambda self, name: None)
+    monkeypatch.setattr(_Repair, "_copy", lambda self, name: None)
     scene = RepairScene()
     disk = scene.set(1)
     scene.act()
@@ -120,7 +120,7 @@ def test_a_repair_that_cuts_before_it_copies_is_found_out(monkeypatch: pytest.Mo
 def test_damage_that_is_dropped_without_a_word_is_found_out(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stageflow_brokers.journal.segment import SegmentReader
+    from stageflow_brokers.journal.segment_reader import SegmentReader
 
     monkeypatch.setattr(SegmentReader, "later", lambda self, offset, number, salt: (None, 0))
     with pytest.raises(AssertionError):
@@ -128,7 +128,7 @@ def test_damage_that_is_dropped_without_a_word_is_found_out(
 
 
 def test_a_broker_that_goes_on_after_a_failure_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stageflow_brokers.engine import Engine
+    from stageflow_brokers.engine.engine import Engine
 
     monkeypatch.setattr(Engine, "round", lambda self, frames, more=False: self._round(frames, more))
     with pytest.raises(AssertionError, match="acknowledged after a failed one"):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from stageflow_brokers.journal import journal
-from stageflow_brokers.journal.files import OsFiles
+from stageflow_brokers.journal.filesystem import OsFiles
 from stageflow_brokers.zeromq.process import main
 
 

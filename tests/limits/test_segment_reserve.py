@@ -9,7 +9,7 @@ import pytest
 from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 
 DIRECTORY = Path("/journal")
 MB = 1 << 20

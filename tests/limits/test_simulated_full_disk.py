@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from stageflow_brokers.core import wire
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalFull
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import LEAVE, START, TERMINAL, DeliveryItem
 
 DIRECTORY = Path("/journal")

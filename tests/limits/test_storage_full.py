@@ -13,11 +13,11 @@ import pytest
 from stageflow_actors import QueueFull, StageFlowError
 from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_brokers.api import START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
+from stageflow_brokers.client.unconfirmed import Pending, resolve
 from stageflow_brokers.core import wire
-from stageflow_brokers.engine import Engine
-from stageflow_brokers.journal.testing import MemoryFiles
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.pending import Pending, resolve
+from stageflow_brokers.testing.simulated_disk import MemoryFiles
 
 IDS = ("disk-42", "order-42")
 PATIENCE = 20.0

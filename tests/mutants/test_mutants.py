@@ -46,6 +46,6 @@ def test_a_change_that_is_no_mistake_lives() -> None:
 
 
 def test_a_mistake_that_cannot_be_planted_is_an_error_and_no_death() -> None:
-    stale = MUTANTS[0]._replace(edits=(("brokers/stageflow_brokers/engine.py", "what is not there", ""),))
+    stale = MUTANTS[0]._replace(edits=(("brokers/stageflow_brokers/engine/engine.py", "what is not there", ""),))
     with pytest.raises(SystemExit, match="has 0 times, not once"):
         survived(stale)

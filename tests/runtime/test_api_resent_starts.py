@@ -11,7 +11,7 @@ from stageflow_actors import Client, Workflow, WorkflowResult
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Outcome, decode_envelope, encode
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_brokers.api import CHECK, PublishAnswer
-from stageflow_brokers.query_admin import QueryAdmin
+from stageflow_brokers.client.query_admin import QueryAdmin
 
 flow = Workflow("flow").add_stage(lambda context: None, id="only")
 

@@ -12,7 +12,7 @@ import pytest
 from stageflow_actors import InstanceNotFound, Runtime, Workflow
 from stageflow_actors.runtime.client import Client
 from stageflow_brokers.api import Listener, PublishItem, Target
-from stageflow_brokers.client import PeerClient
+from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core import wire
 from stageflow_brokers.types import START, WATCH
 

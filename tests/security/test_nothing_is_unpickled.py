@@ -29,11 +29,11 @@ from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.datadir import DataDir
 from stageflow_brokers.api import DEAD, START, TERMINAL, Arrival, BrokerError, GatherOpen, Listener, SettleItem, Target
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalError
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.testing import Peer
+from stageflow_brokers.testing.contract import Peer
 from stageflow_brokers.types import PublishItem
 from stageflow_brokers.zeromq.client import ZmqClient
 

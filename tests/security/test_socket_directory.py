@@ -14,11 +14,11 @@ from stageflow_actors.runtime import datadir
 from stageflow_actors.runtime.datadir import DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
 from stageflow_brokers.api import Listener
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import SocketNotPrivate
-from stageflow_brokers.zeromq import door
+from stageflow_brokers.zeromq import access
+from stageflow_brokers.zeromq.access import check_address, check_listener
 from stageflow_brokers.zeromq.client import ZmqClient
-from stageflow_brokers.zeromq.door import check_address, check_listener
 from stageflow_brokers.zeromq.server import Server
 
 
@@ -66,7 +66,7 @@ def test_a_symbolic_link_in_place_of_the_directory_is_refused_on_both_sides(tmp_
 def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     me = os.geteuid()
-    monkeypatch.setattr(door.os, "geteuid", lambda: me + 1)
+    monkeypatch.setattr(access.os, "geteuid", lambda: me + 1)
     with pytest.raises(SocketNotPrivate, match=f"belongs to the user with id {me}, and this is {me + 1}"):
         check_address(f"ipc://{tmp_path}/broker")
 
@@ -96,7 +96,7 @@ def test_a_listener_of_another_user_is_found_out_by_its_connection(
         connection.connect(str(tmp_path / "s"))
         check_listener(connection.fileno())
         me = os.geteuid()
-        monkeypatch.setattr(door.os, "geteuid", lambda: me + 1)
+        monkeypatch.setattr(access.os, "geteuid", lambda: me + 1)
         with pytest.raises(SocketNotPrivate, match=f"process {os.getpid()} of the user with id {me}"):
             check_listener(connection.fileno())
         gone = connection.detach()

@@ -13,16 +13,16 @@ from typing import Any
 from virtual_waits import Waits
 from virtual_world import Frame, Link, World
 
-from stageflow_brokers import engine as engine_module
 from stageflow_brokers.api import DeliveryItem, Listener
-from stageflow_brokers.client import PeerClient
+from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.state import Store
-from stageflow_brokers.engine import Engine, replay_batch
+from stageflow_brokers.engine import engine as engine_module
+from stageflow_brokers.engine.engine import Engine, replay_batch
 from stageflow_brokers.errors import JournalFailed
 from stageflow_brokers.journal.format import Batch
-from stageflow_brokers.journal.testing import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 JOURNAL = Path("/journal")
 ROUND = 0.002

@@ -23,7 +23,7 @@ from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.refusals import in_our_words
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import BrokerError
-from stageflow_brokers.query_admin import QueryAdmin
+from stageflow_brokers.client.query_admin import QueryAdmin
 
 if TYPE_CHECKING:
     from virtual_broker import VirtualClient

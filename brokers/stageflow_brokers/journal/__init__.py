@@ -17,8 +17,8 @@ Imports point down that list, except that `inspect` stands beside `journal`.
 """
 
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.journal.inspect import Finding, RepairReport, repair, scan, verify
 from stageflow_brokers.journal.journal import BatchPlace, Journal, Room, SegmentInfo
+from stageflow_brokers.journal.repair import Finding, RepairReport, repair, scan, verify
 
 __all__ = [
     "Batch",

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Literal, NamedTuple, NoReturn, Self
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
-from stageflow_brokers.journal.files import Files, OsFiles, is_full, read_at, write_at
+from stageflow_brokers.failpoints import reach
+from stageflow_brokers.journal.filesystem import Files, OsFiles, is_full, read_at, write_at
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     SECTOR,
@@ -30,9 +31,8 @@ from stageflow_brokers.journal.format import (
 )
 from stageflow_brokers.journal.lock import DirectoryLock
 from stageflow_brokers.journal.recovery import recover, remove_leftovers
-from stageflow_brokers.journal.segment import check_batch
-from stageflow_brokers.journal.supply import Supply
-from stageflow_brokers.points import reach
+from stageflow_brokers.journal.segment_allocator import Supply
+from stageflow_brokers.journal.segment_reader import check_batch
 
 __all__ = ["BatchPlace", "Durability", "Journal", "Room", "SegmentInfo"]
 

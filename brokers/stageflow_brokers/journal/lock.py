@@ -7,7 +7,7 @@ The file is never removed: whoever had opened it before would then hold the lock
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalLocked
-from stageflow_brokers.journal.files import Files, read_at, write_at
+from stageflow_brokers.journal.filesystem import Files, read_at, write_at
 
 __all__ = ["DirectoryLock", "writer_of"]
 

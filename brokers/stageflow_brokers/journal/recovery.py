@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalCorrupt, JournalFull
-from stageflow_brokers.journal.files import Files, is_full, read_around, write_at
+from stageflow_brokers.journal.filesystem import Files, is_full, read_around, write_at
 from stageflow_brokers.journal.format import SECTOR, Batch, encode_end, file_name
-from stageflow_brokers.journal.supply import TEMPORARY, Supply
-from stageflow_brokers.journal.survey import Damage, Found, Survey, segment_numbers
+from stageflow_brokers.journal.scanner import Damage, Found, Survey, segment_numbers
+from stageflow_brokers.journal.segment_allocator import TEMPORARY, Supply
 
 __all__ = ["clear_end", "copy_aside", "corrupt", "recover", "remove_leftovers", "unused"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stageflow_brokers.journal.files import Files, read_around
+from stageflow_brokers.journal.filesystem import Files, read_around
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     BATCH_MARKER,
@@ -22,7 +22,7 @@ from stageflow_brokers.journal.format import (
     readable_records,
     span,
 )
-from stageflow_brokers.journal.survey import Damage
+from stageflow_brokers.journal.scanner import Damage
 
 __all__ = ["Lost", "salvage"]
 

@@ -17,9 +17,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client import MAX_UNCONFIRMED_BYTES, PeerClient
+from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, PeerClient
 from stageflow_brokers.errors import BrokerUnavailable, SocketNotPrivate
-from stageflow_brokers.zeromq.door import check_address, check_listener
+from stageflow_brokers.zeromq.access import check_address, check_listener
 
 __all__ = ["ZmqClient"]
 

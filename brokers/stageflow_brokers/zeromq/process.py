@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from stageflow_brokers.core.machine import Limits
-from stageflow_brokers.engine import Engine
+from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerError, JournalCorrupt, JournalError
 from stageflow_brokers.zeromq.server import Server
 

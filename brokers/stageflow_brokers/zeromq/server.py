@@ -13,9 +13,9 @@ from collections.abc import Callable
 import zmq
 
 from stageflow_brokers.core.wire import MAX_FRAME
-from stageflow_brokers.engine import Engine, Frame, Outgoing
-from stageflow_brokers.points import reach
-from stageflow_brokers.zeromq.door import check_address
+from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
+from stageflow_brokers.failpoints import reach
+from stageflow_brokers.zeromq.access import check_address
 
 __all__ = ["Server"]
 

@@ -15,8 +15,8 @@ from stageflow_actors.core.counted import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.datadir import DataDir
-    from stageflow_brokers.accounts import Settled
     from stageflow_brokers.errors import JournalCorrupt
+    from stageflow_brokers.offline.settlements import Settled
 
 __all__ = ["journal"]
 
@@ -55,8 +55,8 @@ def verify(data: Path, output: str) -> int:
     stageflow journal verify --data /var/lib/orders
     """
     from stageflow_actors.runtime.attach import existing
-    from stageflow_brokers.journal.inspect import Finding
-    from stageflow_brokers.journal.inspect import verify as findings_of
+    from stageflow_brokers.journal.repair import Finding
+    from stageflow_brokers.journal.repair import verify as findings_of
 
     directory = existing(data).journal
     findings = findings_of(directory)
@@ -104,7 +104,7 @@ def stats(data: Path, output: str) -> None:
     stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
     """
     from stageflow_actors.runtime.attach import existing
-    from stageflow_brokers.accounts import settlements
+    from stageflow_brokers.offline.settlements import settlements
 
     accounts = settlements(existing(data).journal)
     segments = [
@@ -178,8 +178,8 @@ def compact(data: Path) -> None:
 
 def _not_understood(directory: Path) -> JournalCorrupt | None:
     """What is wrong with what the batches say, where they are whole."""
-    from stageflow_brokers.accounts import settlements
     from stageflow_brokers.errors import JournalCorrupt
+    from stageflow_brokers.offline.settlements import settlements
 
     try:
         settlements(directory)
@@ -207,10 +207,10 @@ def repair(yes: bool, data: Path) -> int:
     stageflow journal repair --data /var/lib/orders
     """
     from stageflow_actors.runtime.attach import existing
-    from stageflow_brokers.journal.inspect import LISTS
-    from stageflow_brokers.journal.inspect import repair as mend
-    from stageflow_brokers.journal.inspect import verify as findings_of
-    from stageflow_brokers.named import groups_in, groups_perhaps_in
+    from stageflow_brokers.journal.repair import LISTS
+    from stageflow_brokers.journal.repair import repair as mend
+    from stageflow_brokers.journal.repair import verify as findings_of
+    from stageflow_brokers.offline.groups import groups_in, groups_perhaps_in
 
     data_dir = existing(data)
     directory = data_dir.journal
@@ -260,7 +260,7 @@ def _named(names: Sequence[str]) -> str:
 def _what_next(data_dir: DataDir, left: bool) -> int:
     """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
     from stageflow_actors.runtime.keeping import HISTORY_FACT
-    from stageflow_brokers.accounts import offline
+    from stageflow_brokers.offline.settlements import offline
 
     if not data_dir.history.exists():
         if not left:

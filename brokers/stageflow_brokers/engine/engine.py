@@ -16,13 +16,13 @@ from stageflow_brokers.core.machine import Limits, Machine
 from stageflow_brokers.core.message import Place
 from stageflow_brokers.core.outbox import Outgoing
 from stageflow_brokers.core.replay import Replay
+from stageflow_brokers.engine.compaction import Reclaim
+from stageflow_brokers.engine.disk_space import LARGEST_ROUND, NEARLY_FULL, Frame, RoomKeeper
 from stageflow_brokers.errors import JournalCorrupt, JournalFailed, JournalFull, ProtocolError
-from stageflow_brokers.journal.files import Files
+from stageflow_brokers.failpoints import reach
+from stageflow_brokers.journal.filesystem import Files
 from stageflow_brokers.journal.format import Batch, Record, file_name
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.points import reach
-from stageflow_brokers.reclaim import Reclaim
-from stageflow_brokers.room import LARGEST_ROUND, NEARLY_FULL, Frame, RoomKeeper
 
 __all__ = ["Engine", "Frame", "Outgoing", "check_oldest", "replay_batch"]
 

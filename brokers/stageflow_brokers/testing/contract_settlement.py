@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stageflow_brokers.api import AGAIN, DEAD, DONE, PublishItem, Refused, SettleItem, Target
-from stageflow_brokers.contract.harness import PATIENCE, Hub, Peer, Received
+from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["SettlementContract"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stageflow_brokers.api import DONE, LEAVE, Arrival, GatherOpen, SettleItem, Target
-from stageflow_brokers.contract.harness import PATIENCE, Hub, Peer, Received
+from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["GatherContract"]
 

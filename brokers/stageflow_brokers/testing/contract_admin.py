@@ -21,7 +21,7 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.contract.harness import PATIENCE, Hub, Peer
+from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
 
 __all__ = ["OperationContract"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.api import DONE, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
-from stageflow_brokers.contract.harness import Hub, Peer
+from stageflow_brokers.testing.harness import Hub, Peer
 
 __all__ = ["OversightContract"]
 

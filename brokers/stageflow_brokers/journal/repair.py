@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stageflow_brokers.errors import JournalError, JournalFailed
-from stageflow_brokers.journal.files import Files, OsFiles, write_at
+from stageflow_brokers.journal.filesystem import Files, OsFiles, write_at
 from stageflow_brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
 from stageflow_brokers.journal.lock import DirectoryLock, writer_of
 from stageflow_brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
 from stageflow_brokers.journal.salvage import Lost, salvage
-from stageflow_brokers.journal.supply import TEMPORARY
-from stageflow_brokers.journal.survey import Damage, Found, Survey, segment_numbers
+from stageflow_brokers.journal.scanner import Damage, Found, Survey, segment_numbers
+from stageflow_brokers.journal.segment_allocator import TEMPORARY
 
 __all__ = ["LISTS", "Finding", "Lost", "RepairReport", "repair", "scan", "verify"]
 

@@ -7,7 +7,7 @@ from concurrent.futures import wait
 import pytest
 
 from stageflow_brokers.api import BrokerUnavailable, Target
-from stageflow_brokers.contract.harness import PATIENCE, Hub, Peer
+from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
 
 __all__ = ["DeliveryContract"]
 

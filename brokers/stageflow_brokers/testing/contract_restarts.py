@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.api import AGAIN, DEAD, DONE, Arrival, GatherOpen, PublishItem, Refused, SettleItem, Target
-from stageflow_brokers.contract.gathering import parts_of
-from stageflow_brokers.contract.harness import Hub, Peer, Received
+from stageflow_brokers.testing.contract_gathers import parts_of
+from stageflow_brokers.testing.harness import Hub, Peer, Received
 
 __all__ = ["RerunContract"]
 

@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 
 from stageflow_brokers.errors import SocketNotPrivate
-from stageflow_brokers.private import why_not_private
+from stageflow_brokers.zeromq.private_dir import why_not_private
 
 __all__ = ["check_address", "check_listener"]
 

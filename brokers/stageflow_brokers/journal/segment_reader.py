@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 from zlib import crc32
 
 from stageflow_brokers.errors import JournalVersion
-from stageflow_brokers.journal.files import Files, read_around, read_at
+from stageflow_brokers.journal.filesystem import Files, read_around, read_at
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     BATCH_MARKER,

@@ -23,10 +23,10 @@ import msgspec
 
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import Listener, PublishAnswer
+from stageflow_brokers.client.query_admin import QueryAdmin
+from stageflow_brokers.client.unconfirmed import Pending, groups_in, leases_in, resolve
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerUnavailable, PayloadTooLarge
-from stageflow_brokers.pending import Pending, groups_in, leases_in, resolve
-from stageflow_brokers.query_admin import QueryAdmin
 from stageflow_brokers.types import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
 
 __all__ = ["PeerClient", "new_peer"]

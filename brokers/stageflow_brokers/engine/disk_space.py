@@ -15,10 +15,10 @@ from itertools import islice
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
+from stageflow_brokers.engine.compaction import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Reclaim
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.supply import SMALLEST
-from stageflow_brokers.reclaim import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Reclaim
+from stageflow_brokers.journal.segment_allocator import SMALLEST
 from stageflow_brokers.types import START
 
 __all__ = ["NEARLY_FULL", "Frame", "RoomKeeper"]

@@ -24,11 +24,11 @@ from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import Store
-from stageflow_brokers.engine import Engine, check_oldest, replay_batch
-from stageflow_brokers.journal.files import OsFiles
+from stageflow_brokers.engine.engine import Engine, check_oldest, replay_batch
+from stageflow_brokers.journal.filesystem import OsFiles
 from stageflow_brokers.journal.format import Batch, file_name
-from stageflow_brokers.journal.inspect import scan
 from stageflow_brokers.journal.lock import writer_of
+from stageflow_brokers.journal.repair import scan
 
 __all__ = ["Accounts", "Departures", "SegmentUse", "Settled", "departures", "offline", "settlements"]
 

@@ -11,14 +11,14 @@ sleeps or knows how a broker works inside.
 
 from __future__ import annotations
 
-from stageflow_brokers.contract.delivery import DeliveryContract
-from stageflow_brokers.contract.gathering import GatherContract
-from stageflow_brokers.contract.grouping import GroupContract
-from stageflow_brokers.contract.harness import PATIENCE, Hub, Peer, Received
-from stageflow_brokers.contract.operation import LARGEST, OperationContract
-from stageflow_brokers.contract.oversight import OversightContract
-from stageflow_brokers.contract.rerunning import RerunContract
-from stageflow_brokers.contract.settlement import SettlementContract
+from stageflow_brokers.testing.contract_admin import LARGEST, OperationContract
+from stageflow_brokers.testing.contract_delivery import DeliveryContract
+from stageflow_brokers.testing.contract_gathers import GatherContract
+from stageflow_brokers.testing.contract_groups import GroupContract
+from stageflow_brokers.testing.contract_restarts import RerunContract
+from stageflow_brokers.testing.contract_settlement import SettlementContract
+from stageflow_brokers.testing.contract_supervision import OversightContract
+from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["LARGEST", "PATIENCE", "BrokerContract", "Hub", "Peer", "Received"]
 

@@ -11,7 +11,7 @@ before the next, whatever the durability of commits.
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalFull
-from stageflow_brokers.journal.files import Files, is_full, write_at
+from stageflow_brokers.journal.filesystem import Files, is_full, write_at
 from stageflow_brokers.journal.format import SECTOR, SegmentHeader, encode_end, encode_segment, file_name
 
 __all__ = ["SMALLEST", "SPARE", "TEMPORARY", "Supply"]

@@ -9,9 +9,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stageflow_brokers.journal.files import Files
+from stageflow_brokers.journal.filesystem import Files
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, SUFFIX, Batch, SegmentHeader, file_name
-from stageflow_brokers.journal.segment import Broken, End, Later, SegmentReader
+from stageflow_brokers.journal.segment_reader import Broken, End, Later, SegmentReader
 
 __all__ = ["Damage", "Found", "Survey", "segment_numbers"]
 
