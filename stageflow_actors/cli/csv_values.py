@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.models import is_model
+from stageflow_actors.core.pydantic_codec import is_model
 
 __all__ = ["row_reader"]
 

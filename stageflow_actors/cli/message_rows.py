@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from stageflow_actors.core.codec import json_view
+from stageflow_actors.core.description import failure_text
 from stageflow_actors.core.envelope import Envelope, decode_envelope, decode_outcome
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, FINISHED
-from stageflow_actors.core.standing import failure_text
 
 __all__ = ["envelope_of", "message_row"]
 

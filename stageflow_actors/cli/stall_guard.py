@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stageflow_actors.cli.options import DEFAULT_DATA
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.faithful import Fault, field_items, find_difference, find_unencodable
-from stageflow_actors.core.models import ModelForm, explain_validation, is_model
+from stageflow_actors.core.pydantic_codec import ModelForm, explain_validation, is_model
+from stageflow_actors.core.roundtrip import Fault, field_items, find_difference, find_unencodable
 from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 

@@ -21,7 +21,7 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
-from stageflow_actors.core.gathered import (
+from stageflow_actors.core.gather_results import (
     Arrivals,
     decode_asked,
     end_rest,

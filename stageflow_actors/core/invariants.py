@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import DLQ_PREFIX, TIMEOUT, UNANSWERED, Naming, WorkflowPlan
+from stageflow_actors.core.plural import counted
 
 __all__ = [
     "ERROR",

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from stageflow_actors.core.shapes import shape_of
+from stageflow_actors.core.schema import shape_of
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow

@@ -40,7 +40,7 @@ from stageflow_actors.core.plan import (
     StagePlan,
     WorkflowPlan,
 )
-from stageflow_actors.core.retrying import ended_branch, steps_of_branch
+from stageflow_actors.core.resume_state import ended_branch, steps_of_branch
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from stageflow_actors.core.codec import decode_value
+from stageflow_actors.core.description import failure_text
 from stageflow_actors.core.envelope import (
     CompensationRecord,
     Envelope,
@@ -24,7 +25,6 @@ from stageflow_actors.core.envelope import (
     head_of,
 )
 from stageflow_actors.core.plan import COMPENSATE, ITEM_SUFFIX, TIMEOUT
-from stageflow_actors.core.standing import failure_text
 
 __all__ = ["TimelineEntry", "timeline_of_group", "timeline_of_outcome"]
 

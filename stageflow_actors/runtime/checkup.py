@@ -14,7 +14,6 @@ from typing import Any
 
 from msgspec import Struct
 
-from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.invariants import (
     ERROR,
     INFO,
@@ -26,6 +25,7 @@ from stageflow_actors.core.invariants import (
     queues,
     serving,
 )
+from stageflow_actors.core.outcome_check import untrue
 from stageflow_actors.core.plan import FINISHED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history import HistoryError, HistoryReader

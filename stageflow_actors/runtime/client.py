@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stageflow_actors.core.codec import ContextCodec, encode_value
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.description import status_of, version_of
 from stageflow_actors.core.plan import (
     ITEM,
     compile_plan,
     item_id,
 )
+from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
-from stageflow_actors.core.standing import status_of, version_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import MAX_ACTORS

@@ -18,7 +18,7 @@ from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, 
 from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import after_compensation
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.core.values import ValueCodec
+from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge

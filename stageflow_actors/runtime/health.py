@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import psutil
 
-from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import Attached, attach
 from stageflow_actors.runtime.datadir import DataDir

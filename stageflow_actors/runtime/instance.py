@@ -12,11 +12,11 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.description import progress_of, status_of
 from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
-from stageflow_actors.core.standing import progress_of, status_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
 from stageflow_actors.definition.duration import Duration, timeout_seconds

@@ -12,8 +12,8 @@ from typing import Any
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import Envelope, StageRecord, decode_envelope, encode
-from stageflow_actors.core.gathered import Joined, join_branches
-from stageflow_actors.core.merging import merge_fields
+from stageflow_actors.core.gather_results import Joined, join_branches
+from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.plan import FAILED, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.core.status import StageStatus

@@ -7,7 +7,7 @@ journal still holds for live. Only what was copied or mended apart comes to that
 
 from __future__ import annotations
 
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 from stageflow_actors.history import HistoryMissing, HistoryOutdated, HistoryWriter, JournalMissing
 from stageflow_actors.runtime.datadir import DataDir
 from stageflow_brokers.api import BrokerAdmin

@@ -19,7 +19,7 @@ from stageflow_actors.core.plan import (
     STAGE,
     WorkflowPlan,
 )
-from stageflow_actors.core.shapes import ShapedCodec
+from stageflow_actors.core.schema import ShapedCodec
 from stageflow_actors.errors import (
     InvalidContext,
     PayloadTooLarge,

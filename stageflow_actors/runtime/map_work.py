@@ -25,7 +25,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import failure_of
-from stageflow_actors.core.gathered import (
+from stageflow_actors.core.gather_results import (
     Arrivals,
     Rest,
     decode_rest,
@@ -37,7 +37,7 @@ from stageflow_actors.core.gathered import (
 from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, unmet
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.core.values import ValueCodec
+from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor

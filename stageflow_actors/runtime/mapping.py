@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance

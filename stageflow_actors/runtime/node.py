@@ -21,9 +21,9 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from stageflow_actors.core.counted import counted
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
+from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.broker_process import BrokerProcess
 from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop

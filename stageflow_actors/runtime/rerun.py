@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, MAP, PARALLEL, STAGE
-from stageflow_actors.core.retrying import TOO_LARGE, take_up_branches
+from stageflow_actors.core.resume_state import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError

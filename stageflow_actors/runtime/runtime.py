@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
+from stageflow_actors.core.plural import counted
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import Stage

@@ -21,7 +21,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
-from stageflow_actors.core.gathered import Asked, decode_asked
+from stageflow_actors.core.gather_results import Asked, decode_asked
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
 from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
 from stageflow_actors.definition.remote import RemoteCall

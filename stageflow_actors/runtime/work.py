@@ -28,7 +28,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import UNDECIDED, brief, exception_of, failure_of, read_failure, write_failure
 from stageflow_actors.core.plan import ITEM, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.retrying import bounded
+from stageflow_actors.core.resume_state import bounded
 from stageflow_actors.core.routing import Moves, enter, give_up, item_slot, leave, pass_through
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.retry import RetryPolicy

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors.core.codec import decode_value
+from stageflow_actors.core.description import failure_text, standing_of, status_of, trail_stages, version_of
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     Command,
@@ -18,7 +19,6 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.standing import failure_text, standing_of, status_of, trail_stages, version_of
 
 FIRST, SECOND, UNDO = "stageflow.orders.stage0", "stageflow.orders.stage1", "stageflow.compensation.orders"
 TRAIL = append_record(EMPTY_TRAIL, StageRecord("reserve", "completed", 2, 10.0, 0.5, None, raw({"kept": 1})))

@@ -24,7 +24,7 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.gathered import Asked, Rest, decode_rest
+from stageflow_actors.core.gather_results import Asked, Rest, decode_rest
 from stageflow_actors.core.plan import COMPENSATE, DEAD, Naming, compile_plan
 from stageflow_actors.core.routing import Moves
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import raw
-from stageflow_actors.core.merging import merge_fields
+from stageflow_actors.core.merge import merge_fields
 
 
 def merged(base: Any, **branches: Any) -> tuple[Any, Any]:

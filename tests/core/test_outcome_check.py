@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     CompensationRecord,
@@ -17,6 +16,7 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
+from stageflow_actors.core.outcome_check import untrue
 
 
 def trail_of(*stage_ids: str) -> bytes:

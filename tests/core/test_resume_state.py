@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, StageRecord, append_record, decode_envelope, encode
-from stageflow_actors.core.retrying import (
+from stageflow_actors.core.resume_state import (
     TOO_LARGE,
     bounded,
     ended_branch,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.shapes import ShapedCodec, shape_of
+from stageflow_actors.core.schema import ShapedCodec, shape_of
 from stageflow_actors.errors import InvalidContext
 
 

@@ -28,8 +28,8 @@ from virtual_program import Job
 from wider_plans import as_plain, giver
 
 from stageflow_actors import WorkflowResult
-from stageflow_actors.core.endings import untrue
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
+from stageflow_actors.core.outcome_check import untrue
 from stageflow_actors.core.result import result_of_outcome
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from virtual_world import World
 
+from stageflow_actors.core.description import status_of
 from stageflow_actors.core.envelope import decode_outcome
 from stageflow_actors.core.plan import Naming
-from stageflow_actors.core.standing import status_of
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, StageFlowError
 from stageflow_actors.history.rows import HistoryRow

@@ -12,8 +12,8 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option, output_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
-from stageflow_actors.core.counted import counted
 from stageflow_actors.core.plan import DLQ_PREFIX
+from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.attach import Attached
@@ -90,7 +90,7 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
     stageflow dlq show ORDER-17 --output json
     """
     from stageflow_actors.cli.message_rows import envelope_of, message_row
-    from stageflow_actors.core.standing import trail_stages
+    from stageflow_actors.core.description import trail_stages
     from stageflow_actors.runtime.attach import attach
 
     with attach(data) as attached:

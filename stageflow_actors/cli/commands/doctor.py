@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stageflow_actors.cli.options import data_option
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.core.invariants import Finding

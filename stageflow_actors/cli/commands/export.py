@@ -12,10 +12,10 @@ import click
 
 from stageflow_actors.cli.commands.instances import LIVE, STATUSES, _described, instances
 from stageflow_actors.cli.options import data_option
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
-    from stageflow_actors.core.standing import Standing
+    from stageflow_actors.core.description import Standing
 
 __all__ = ["export"]
 
@@ -59,7 +59,7 @@ def _opened(target: str) -> Iterator[IO[str]]:
 
 
 def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[Standing]:
-    from stageflow_actors.core.standing import ended
+    from stageflow_actors.core.description import ended
 
     seen: set[str] = set()
     # Also when only finished ones are wanted: some have ended, and are on their way into the history.

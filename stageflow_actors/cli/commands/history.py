@@ -9,7 +9,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option
 from stageflow_actors.cli.output import size, when
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 
 __all__ = ["history"]
 

@@ -14,7 +14,7 @@ from stageflow_actors.cli.output import Column, ago, clip, count, emit, print_fa
 from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
-    from stageflow_actors.core.standing import Standing
+    from stageflow_actors.core.description import Standing
     from stageflow_actors.runtime.attach import Attached
 
 __all__ = ["instances"]
@@ -198,7 +198,7 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
     """Live instances, newest first."""
-    from stageflow_actors.core.standing import status_of
+    from stageflow_actors.core.description import status_of
     from stageflow_brokers.api import MOST_LISTED
 
     some = status is not None or workflow is not None
@@ -210,7 +210,7 @@ def _live(attached: Attached, status: str | None, workflow: str | None, limit: i
 
 def _described(attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None) -> Iterator[Standing]:
     """Those of these instances that are live, of that status and workflow, looked at a page at a time."""
-    from stageflow_actors.core.standing import standing_of
+    from stageflow_actors.core.description import standing_of
 
     rest = iter(ids)
     while page := list(islice(rest, PAGE)):
@@ -228,7 +228,7 @@ def _described(attached: Attached, ids: Iterable[str], status: str | None, workf
 
 
 def _standing(attached: Attached, instance_id: str) -> Standing:
-    from stageflow_actors.core.standing import ended, standing_of
+    from stageflow_actors.core.description import ended, standing_of
 
     group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
     if group is not None:

@@ -10,7 +10,7 @@ import click
 
 from stageflow_actors.cli.options import confirmed, data_option, output_option
 from stageflow_actors.cli.output import Column, clip, count, emit, plain, size, span
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.attach import Attached

@@ -9,7 +9,7 @@ import click
 
 from stageflow_actors.cli.options import data_option, output_option
 from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 
 __all__ = ["stats"]
 

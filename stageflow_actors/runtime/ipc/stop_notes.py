@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from stageflow_actors.core.counted import counted
+from stageflow_actors.core.plural import counted
 from stageflow_actors.runtime.processes import is_stopped
 from stageflow_actors.runtime.slots import Slot
 

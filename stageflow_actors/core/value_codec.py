@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core.codec import decode_value, encode_value
-from stageflow_actors.core.faithful import find_difference
+from stageflow_actors.core.roundtrip import find_difference
 from stageflow_actors.errors import InvalidContext
 
 __all__ = ["ValueCodec"]

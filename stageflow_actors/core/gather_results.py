@@ -21,9 +21,9 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.merging import Clash, merge_fields
+from stageflow_actors.core.merge import Clash, merge_fields
 from stageflow_actors.core.plan import StagePlan, WorkflowPlan, item_id
-from stageflow_actors.core.retrying import keep_branches
+from stageflow_actors.core.resume_state import keep_branches
 from stageflow_actors.core.routing import Arrive, Moves
 from stageflow_actors.core.status import StageStatus
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.faithful import Fault, find_unencodable
+from stageflow_actors.core.roundtrip import Fault, find_unencodable
 
 __all__ = ["ModelForm", "explain_validation", "is_model"]
 

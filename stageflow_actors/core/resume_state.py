@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import Envelope, decode_envelope, decode_trail, encode
-from stageflow_actors.core.merging import merge_fields
+from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.status import StageStatus
 
 __all__ = ["TOO_LARGE", "bounded", "ended_branch", "keep_branches", "steps_of_branch", "take_up_branches"]
