@@ -29,7 +29,7 @@ from rich.table import Table
 from cluster_tree import BELOW_A_PROGRAM, add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 from stageflow_actors.core.invariants import ERROR
-from stageflow_actors.runtime.checkup import check_up
+from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.runtime.datadir import DataDir
 
 STAGES = ("reserve", "charge", "ship")

@@ -34,8 +34,8 @@ from argument_types import above_zero
 from soaking import judge, load
 from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO
+from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.history import HistoryWriter
-from stageflow_actors.runtime.checkup import check_up
 from stageflow_actors.runtime.datadir import DataDir
 
 STOP_SECONDS = 180.0

@@ -14,8 +14,8 @@ from programs import launch
 
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Outcome, encode, raw
 from stageflow_actors.core.plan import FINISHED
+from stageflow_actors.diagnostics import doctor as doctor_module
 from stageflow_actors.history import HistoryRow, HistoryWriter
-from stageflow_actors.runtime import checkup
 from stageflow_actors.runtime.datadir import DataDir
 from stageflow_brokers.api import (
     LEAVE,
@@ -74,7 +74,7 @@ def doctor(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     from stageflow_actors.cli.main import main
 
     monkeypatch.delenv("STAGEFLOW_DATA", raising=False)
-    monkeypatch.setattr(checkup, "PATIENCE", 20.0)  # on a busy machine workers take their time to start
+    monkeypatch.setattr(doctor_module, "PATIENCE", 20.0)  # on a busy machine workers take their time to start
 
     def examine(data: Path) -> Report:
         capfd.readouterr()

@@ -14,8 +14,8 @@ import pytest
 
 from stageflow_actors import Client, Runtime, Workflow
 from stageflow_actors.core.envelope import Outcome, encode, raw
+from stageflow_actors.diagnostics import doctor as doctor_module
 from stageflow_actors.history import HistoryRow, HistoryWriter
-from stageflow_actors.runtime import checkup
 from stageflow_actors.runtime.datadir import DataDir
 
 Doctor = Callable[[Path], Any]
@@ -232,7 +232,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     assert doctor(data_of(cluster)).alarms() == []
     ghost.kill()
     ghost.wait(20)
-    monkeypatch.setattr(checkup, "PATIENCE", 0.5)
+    monkeypatch.setattr(doctor_module, "PATIENCE", 0.5)
     report = doctor(data_of(cluster))
     found = report.one("error", "lease")
     assert found["where"] == f"ghost (pid {ghost.pid})"

@@ -269,7 +269,7 @@ def test_something_in_the_place_of_the_sockets_is_found(
 def test_a_full_disk_is_reported(books: Any, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     path = books.close()
     usage = shutil.disk_usage(path)._replace(free=50 << 20)
-    monkeypatch.setattr("stageflow_actors.runtime.premises.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("stageflow_actors.diagnostics.environment.shutil.disk_usage", lambda _: usage)
     report = doctor(path)
     assert report.code == 0
     assert "52 MB are free" in report.one("warning", "room")["what"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stageflow_actors import Runtime, StageContext, Workflow
+from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.history import HistoryOutdated
-from stageflow_actors.runtime.checkup import check_up
 from stageflow_actors.runtime.datadir import DataDir
 
 IDS = [f"i{number}" for number in range(30)]

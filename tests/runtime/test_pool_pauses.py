@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime import health
+from stageflow_actors.diagnostics import health
 
 
 def end() -> object:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from stageflow_actors import Runtime, Workflow
+from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import launch
-from stageflow_actors.runtime.checkup import check_up
 from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, runtime_path
 
 waits = Workflow("waits").add_signal("go")

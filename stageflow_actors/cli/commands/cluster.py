@@ -41,7 +41,7 @@ def health(output: str, data: Path) -> int:
     stageflow health --output json
     """
     from stageflow_actors.cli.output import print_json
-    from stageflow_actors.runtime.health import examine
+    from stageflow_actors.diagnostics.health import examine
 
     faults = examine(data)
     if output == "json":

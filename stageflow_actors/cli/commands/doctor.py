@@ -37,7 +37,7 @@ def doctor(output: str, data: Path) -> int:
     """
     from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.invariants import ERROR, INFO
-    from stageflow_actors.runtime.checkup import check_up
+    from stageflow_actors.diagnostics.doctor import check_up
     from stageflow_actors.runtime.datadir import DataDir
 
     directory = DataDir(data, create=False)
