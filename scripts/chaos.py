@@ -30,7 +30,7 @@ from cluster_tree import BELOW_A_PROGRAM, add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 from stageflow_actors.core.invariants import ERROR
 from stageflow_actors.diagnostics.doctor import check_up
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 STAGES = ("reserve", "charge", "ship")
 COMPENSATED = ("charge", "reserve")

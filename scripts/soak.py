@@ -36,7 +36,7 @@ from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO
 from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.history import HistoryWriter
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 STOP_SECONDS = 180.0
 """How long the program gets to finish what it has begun."""

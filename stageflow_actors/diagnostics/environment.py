@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
-from stageflow_actors.runtime.datadir import ClusterRecord, DataDir, DataDirUnusable, runtime_path
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_path
 
 __all__ = ["premises"]
 

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
-from stageflow_actors.runtime.intensity import Intensity
-from stageflow_actors.runtime.processes import describe_exit, wait_dead
+from stageflow_actors.runtime.system.processes import describe_exit, wait_dead
+from stageflow_actors.runtime.system.restart_limit import Intensity
 
 __all__ = ["BrokerProcess"]
 

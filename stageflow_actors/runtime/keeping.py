@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from stageflow_actors.core.plural import counted
 from stageflow_actors.history import HistoryMissing, HistoryOutdated, HistoryWriter, JournalMissing
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import BrokerAdmin
 
 __all__ = ["HISTORY_FACT", "WRITTEN_FACT", "check_journal", "forget_finished", "open_history"]

@@ -19,11 +19,11 @@ from stageflow_actors import errors
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import errors as history_errors
-from stageflow_actors.runtime.control import Channel, NodeConfig, Register, Report, Scale, Stop
-from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
-from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
-from stageflow_actors.runtime.processes import describe_exit, is_stopped, let_go_on, wait_dead
+from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, let_go_on, wait_dead
+from stageflow_actors.runtime.system.restart_limit import Intensity
 from stageflow_brokers.failpoints import reach
 
 __all__ = ["NodeHandle", "withdraw"]

@@ -41,7 +41,7 @@ from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor
-from stageflow_actors.runtime.programs import StageProgram
+from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.setting import with_field
 from stageflow_actors.runtime.settled import Result, Settled, split_parts, steps_of
 from stageflow_actors.runtime.work import PARK_MARK, Executor, ExecutorEnvironment

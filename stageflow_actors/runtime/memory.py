@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from stageflow_actors.runtime.processes import descendants
+from stageflow_actors.runtime.system.processes import descendants
 
 __all__ = ["OomKills", "counted_oom_kills", "memory_over"]
 

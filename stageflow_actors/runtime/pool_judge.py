@@ -14,10 +14,10 @@ from msgspec import Struct
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import UNDECIDED, undecided
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
+from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.pool_worker import Kill
-from stageflow_actors.runtime.processes import describe_exit
-from stageflow_actors.runtime.programs import PoolSpec
-from stageflow_actors.runtime.slots import SlotState
+from stageflow_actors.runtime.system.processes import describe_exit
 
 __all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time", "overdue"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.runtime.slots import Slot, SlotState
+from stageflow_actors.runtime.ipc.slots import Slot, SlotState
 from stageflow_actors.runtime.stderr import WorkerStderr
 from stageflow_actors.runtime.zygote import ZygoteHandle
 

@@ -21,12 +21,12 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.config import Config
-from stageflow_actors.runtime.control import NodeConfig, Register
-from stageflow_actors.runtime.datadir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.interception import check_interceptors
+from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
 from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.launch import NodeHandle, withdraw
-from stageflow_actors.runtime.programs import PoolSpec, endpoint_spec, merged, pool_specs
+from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 
 __all__ = ["Runtime"]
 

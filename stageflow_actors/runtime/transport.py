@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stageflow_actors.runtime.datadir import DataDirUnusable
+from stageflow_actors.runtime.system.data_dir import DataDirUnusable
 from stageflow_brokers.api import Broker, Listener
 from stageflow_brokers.errors import SocketNotPrivate
 from stageflow_brokers.zeromq.client import ZmqClient

@@ -35,7 +35,8 @@ from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
-from stageflow_actors.runtime.programs import StageProgram
+from stageflow_actors.runtime.ipc.pool_spec import StageProgram
+from stageflow_actors.runtime.ipc.slots import WORDS_BYTES
 from stageflow_actors.runtime.settled import (
     Result,
     Settled,
@@ -45,7 +46,6 @@ from stageflow_actors.runtime.settled import (
     settle_moves,
     steps_of,
 )
-from stageflow_actors.runtime.slots import WORDS_BYTES
 from stageflow_brokers.api import (
     AGAIN,
     DEAD,

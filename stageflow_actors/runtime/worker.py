@@ -32,11 +32,11 @@ from stageflow_actors.runtime.ipc.exit_codes import (
     EXIT_UNHANDLED,
     EXIT_UNLOADABLE,
 )
+from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
+from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.lanes import TaskActor, ThreadActor
 from stageflow_actors.runtime.mailbox import Mailbox
-from stageflow_actors.runtime.processes import end_now
-from stageflow_actors.runtime.programs import WorkerPayload
-from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.system.processes import end_now
 from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment

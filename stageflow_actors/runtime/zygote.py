@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from msgspec import Struct
 
-from stageflow_actors.runtime.processes import describe_exit, is_stopped
-from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.ipc.slots import SlotTable
+from stageflow_actors.runtime.system.processes import describe_exit, is_stopped
 from stageflow_actors.runtime.zygote_protocol import (
     EXITED,
     FAILED,

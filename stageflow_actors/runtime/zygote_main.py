@@ -27,7 +27,8 @@ import msgspec
 from msgspec import Struct
 
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
-from stageflow_actors.runtime.processes import (
+from stageflow_actors.runtime.ipc.slots import SlotTable
+from stageflow_actors.runtime.system.processes import (
     kill_group,
     kill_groups,
     name_process,
@@ -35,7 +36,6 @@ from stageflow_actors.runtime.processes import (
     parent_death_fd,
     set_pdeathsig,
 )
-from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.zygote_protocol import (
     EXITED,
     FAILED,

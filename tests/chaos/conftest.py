@@ -22,11 +22,11 @@ from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime import pool_judge
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
+from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.pool import Pool
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import PooledWorker
-from stageflow_actors.runtime.programs import PoolSpec, Program
-from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.zygote import Exited, Spawned
 from stageflow_brokers.client.query_admin import QueryAdmin
 

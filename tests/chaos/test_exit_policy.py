@@ -12,6 +12,8 @@ from stageflow_actors.core.failures import UNDECIDED, brief
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
+from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.pool_judge import (
     BACK_OFF,
     DEATHS_IN_A_ROW,
@@ -25,8 +27,6 @@ from stageflow_actors.runtime.pool_judge import (
     overdue,
 )
 from stageflow_actors.runtime.pool_worker import Kill
-from stageflow_actors.runtime.programs import PoolSpec, Program
-from stageflow_actors.runtime.slots import SlotState
 
 NOW = 1_000.0
 LATE = Failure("timeout", "StageTimeout: too long", "StageTimeout")

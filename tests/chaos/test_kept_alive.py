@@ -17,7 +17,7 @@ import pytest
 
 from stageflow_actors import JournalCorrupt, Runtime, StageFlowError, Workflow
 from stageflow_actors.errors import BrokerUnavailable
-from stageflow_actors.runtime.intensity import Intensity
+from stageflow_actors.runtime.system.restart_limit import Intensity
 
 Row = dict[str, Any]
 

@@ -17,8 +17,8 @@ from stageflow_actors import Runtime, Workflow
 from stageflow_actors.diagnostics import health
 from stageflow_actors.runtime import launch
 from stageflow_actors.runtime.ipc import stop_notes
+from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.pool import UNREPORTED
-from stageflow_actors.runtime.slots import SlotTable
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

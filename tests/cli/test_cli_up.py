@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 Command = Callable[..., tuple[int, str, str]]
 

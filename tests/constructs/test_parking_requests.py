@@ -11,9 +11,9 @@ from stageflow_actors import InstanceParked, Runtime, StageContext, Workflow, Wo
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, decode_envelope, encode
 from stageflow_actors.core.failures import write_failure
 from stageflow_actors.core.plan import Naming, compile_plan
-from stageflow_actors.runtime.programs import stage_programs
+from stageflow_actors.runtime.ipc.pool_spec import stage_programs
+from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.settled import Settled
-from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_brokers.api import AGAIN, DEAD, DONE, DeliveryItem

@@ -16,7 +16,7 @@ from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Outcome, encod
 from stageflow_actors.core.plan import FINISHED
 from stageflow_actors.diagnostics import doctor as doctor_module
 from stageflow_actors.history import HistoryRow, HistoryWriter
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import (
     LEAVE,
     START,

@@ -16,7 +16,7 @@ from stageflow_actors import Client, Runtime, Workflow
 from stageflow_actors.core.envelope import Outcome, encode, raw
 from stageflow_actors.diagnostics import doctor as doctor_module
 from stageflow_actors.history import HistoryRow, HistoryWriter
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 Doctor = Callable[[Path], Any]
 

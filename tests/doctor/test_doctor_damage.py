@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
-from stageflow_actors.runtime.datadir import runtime_path
 from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
+from stageflow_actors.runtime.system.data_dir import runtime_path
 from stageflow_brokers.api import START
 from stageflow_brokers.core import records
 from stageflow_brokers.journal.format import SECTOR
@@ -345,7 +345,9 @@ def test_a_directory_on_a_network_file_system_is_refused_with_advice(
     from stageflow_actors.cli.main import main
 
     path = books.close()
-    monkeypatch.setattr("stageflow_actors.runtime.datadir.file_system_of", lambda path, mounts: ("nfs4", "/mnt"))
+    monkeypatch.setattr(
+        "stageflow_actors.runtime.system.data_dir.file_system_of", lambda path, mounts: ("nfs4", "/mnt")
+    )
     assert main(["doctor", "--data", str(path)]) == 1
     said = capfd.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)

@@ -22,7 +22,7 @@ import pytest
 from script_runner import run_script
 
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowResult
-from stageflow_actors.runtime.processes import session_members
+from stageflow_actors.runtime.system.processes import session_members
 
 Row = dict[str, Any]
 Handler = Callable[[Row], Any]

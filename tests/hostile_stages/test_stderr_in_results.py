@@ -9,7 +9,7 @@ import pytest
 
 from stageflow_actors.core.failures import describe_error, last_lines
 from stageflow_actors.runtime.memory import OomKills, counted_oom_kills
-from stageflow_actors.runtime.processes import describe_exit
+from stageflow_actors.runtime.system.processes import describe_exit
 
 DUMP = b"""\
 long before: Fatal Python error: of somebody's log

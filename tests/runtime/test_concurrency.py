@@ -26,7 +26,7 @@ from stageflow_actors import (
     WorkflowStatus,
 )
 from stageflow_actors.core.plan import StagePlan
-from stageflow_actors.runtime.programs import bounded
+from stageflow_actors.runtime.ipc.pool_spec import bounded
 
 Context = dict[str, Any]
 

@@ -12,7 +12,7 @@ import pytest
 from stageflow_actors import Runtime, StageContext, Workflow
 from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.history import HistoryOutdated
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 
 IDS = [f"i{number}" for number in range(30)]
 

@@ -15,10 +15,10 @@ from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.runtime.compensation_work import CompensationExecutor
 from stageflow_actors.runtime.endpoint_work import EndpointExecutor
+from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs
+from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.programs import CompensationProgram, endpoint_program, stage_programs
 from stageflow_actors.runtime.settled import Settled
-from stageflow_actors.runtime.slots import SlotTable
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_brokers.types import DeliveryExtra, DeliveryItem

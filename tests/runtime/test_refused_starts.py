@@ -14,7 +14,7 @@ from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import launch
-from stageflow_actors.runtime.datadir import DataDir, DataDirUnusable, runtime_path
+from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, runtime_path
 
 waits = Workflow("waits").add_signal("go")
 

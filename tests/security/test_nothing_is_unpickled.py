@@ -26,7 +26,7 @@ from stageflow_actors.core.failures import read_failure
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
-from stageflow_actors.runtime.datadir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import DEAD, START, TERMINAL, Arrival, BrokerError, GatherOpen, Listener, SettleItem, Target
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.engine.engine import Engine

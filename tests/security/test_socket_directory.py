@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stageflow_actors.runtime import datadir
-from stageflow_actors.runtime.datadir import DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system import data_dir
+from stageflow_actors.runtime.system.data_dir import DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.transport import connect
 from stageflow_brokers.api import Listener
 from stageflow_brokers.engine.engine import Engine
@@ -177,9 +177,9 @@ def test_a_sockets_directory_of_another_user_is_refused(
 ) -> None:
     path = runtime_dir(tmp_path)
     me = os.geteuid()
-    monkeypatch.setattr(datadir.os, "geteuid", lambda: me + 1)
+    monkeypatch.setattr(data_dir.os, "geteuid", lambda: me + 1)
     with pytest.raises(DataDirUnusable, match=f"belongs to the user with id {me}"):
-        datadir._check_private(path)
+        data_dir._check_private(path)
 
 
 def test_a_file_in_place_of_the_sockets_directory_is_refused(base: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_file_in_place_of_the_sockets_directory_is_refused(base: Path, tmp_pat
         runtime_dir(tmp_path)
 
 
-@pytest.mark.parametrize("kind", sorted(datadir.NETWORK_FILE_SYSTEMS))
+@pytest.mark.parametrize("kind", sorted(data_dir.NETWORK_FILE_SYSTEMS))
 def test_no_data_directory_on_a_network_file_system_is_taken(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,10 +201,10 @@ def test_no_data_directory_on_a_network_file_system_is_taken(
     )
     data = tmp_path / "data"
     with pytest.raises(DataDirUnusable, match=rf"network file system \({kind}, mounted at .*local disk and copy"):
-        datadir.DataDir(data)
+        data_dir.DataDir(data)
 
 
 def test_the_types_of_file_systems_that_are_known_to_be_remote_are_all_there() -> None:
     known = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "lustre", "gpfs", "ceph", "afs", "glusterfs"}
-    assert known <= datadir.NETWORK_FILE_SYSTEMS
-    assert not {"ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs"} & datadir.NETWORK_FILE_SYSTEMS
+    assert known <= data_dir.NETWORK_FILE_SYSTEMS
+    assert not {"ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs"} & data_dir.NETWORK_FILE_SYSTEMS

@@ -26,12 +26,12 @@ from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime import worker as worker_module
 from stageflow_actors.runtime.coordinator import Coordinator, Flush
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
+from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.node import _NodeListener
 from stageflow_actors.runtime.pool import Cancelled, Pool, Tick
 from stageflow_actors.runtime.pool_services import PoolServices
-from stageflow_actors.runtime.programs import PoolSpec, WorkerPayload
-from stageflow_actors.runtime.slots import Slot, SlotTable
 from stageflow_actors.runtime.supervisor import queue_options
 from stageflow_actors.runtime.work import ignore_error
 from stageflow_actors.runtime.zygote import Exited, Spawned

@@ -12,7 +12,7 @@ from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
     from stageflow_actors.core.invariants import Finding
-    from stageflow_actors.runtime.datadir import DataDir
+    from stageflow_actors.runtime.system.data_dir import DataDir
 
 __all__ = ["doctor"]
 
@@ -38,7 +38,7 @@ def doctor(output: str, data: Path) -> int:
     from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.invariants import ERROR, INFO
     from stageflow_actors.diagnostics.doctor import check_up
-    from stageflow_actors.runtime.datadir import DataDir
+    from stageflow_actors.runtime.system.data_dir import DataDir
 
     directory = DataDir(data, create=False)
     journal = _of_journal(directory)

@@ -14,7 +14,7 @@ from stageflow_actors.cli.output import Column, count, emit, print_facts, print_
 from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.datadir import DataDir
+    from stageflow_actors.runtime.system.data_dir import DataDir
     from stageflow_brokers.errors import JournalCorrupt
     from stageflow_brokers.offline.settlements import Settled
 

@@ -287,7 +287,7 @@ def _set_aside(path: Path) -> None:
     """Renames the data directory. Raises `JournalLocked` while a cluster has it, `click.UsageError` if it is none."""
     import os
 
-    from stageflow_actors.runtime.datadir import DataDir
+    from stageflow_actors.runtime.system.data_dir import DataDir
 
     if not path.exists():
         return

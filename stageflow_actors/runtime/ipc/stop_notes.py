@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from stageflow_actors.core.plural import counted
-from stageflow_actors.runtime.processes import is_stopped
-from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.ipc.slots import Slot
+from stageflow_actors.runtime.system.processes import is_stopped
 
 __all__ = ["StopNotes", "describe_silent", "describe_work"]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from stageflow_actors.runtime.slots import SLOT_BYTES, WORDS_BYTES, Slot, SlotTable
+from stageflow_actors.runtime.ipc.slots import SLOT_BYTES, WORDS_BYTES, Slot, SlotTable
 
 
 def test_a_slot_shows_what_is_running_and_since_when() -> None:

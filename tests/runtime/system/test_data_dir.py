@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from stageflow_actors.errors import JournalLocked
-from stageflow_actors.runtime import datadir
-from stageflow_actors.runtime.datadir import (
+from stageflow_actors.runtime.system import data_dir
+from stageflow_actors.runtime.system.data_dir import (
     ClusterRecord,
     DataDir,
     DataDirUnusable,
@@ -22,7 +22,7 @@ from stageflow_actors.runtime.datadir import (
     remove_runtime_dir,
     runtime_dir,
 )
-from stageflow_actors.runtime.processes import start_ticks
+from stageflow_actors.runtime.system.processes import start_ticks
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_program_that_is_a_zombie_does_not_live(tmp_path: Path) -> None:
     process = subprocess.Popen(["true"])
     pidfd = os.pidfd_open(process.pid)
     record = ClusterRecord(program=process.pid)
-    from stageflow_actors.runtime.processes import wait_dead
+    from stageflow_actors.runtime.system.processes import wait_dead
 
     assert wait_dead(pidfd, 20)
     os.close(pidfd)
@@ -206,13 +206,13 @@ def test_the_file_system_is_that_of_the_longest_mount_point(path: str, kind: str
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs", "lustre", "ceph", "glusterfs", "afs"])
 def test_a_network_file_system_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"network file system \({kind}.*local disk"):
-        datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize("kind", ["vboxsf", "prl_fs", "vmhgfs", "fuse.vmhgfs-fuse"])
 def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"shared folder .*\({kind}.*local disk"):
-        datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_p
 )
 def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"not known to be local \({kind}, .*local disk"):
-        datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice
     ],
 )
 def test_a_local_file_system_is_taken(kind: str, tmp_path: Path) -> None:
-    datadir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+    data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(("part", "word"), [("journal", "journal"), ("history.db", "history")])
@@ -251,11 +251,11 @@ def test_a_journal_or_history_that_lies_elsewhere_is_looked_at_too(part: str, wo
     share.mkdir()
     linked = f"x / ext4 rw 0 0\ny {share} nfs4 rw 0 0\n"
     mounted = f"x / ext4 rw 0 0\ny {data / part} nfs4 rw 0 0\n"
-    datadir._refuse_network(data, linked)
+    data_dir._refuse_network(data, linked)
     (data / part).touch()
     for mounts in (mounted, linked):
         with pytest.raises(DataDirUnusable, match=rf"the {word} .*network file system \(nfs4") as caught:
-            datadir._refuse_network(data, mounts)
+            data_dir._refuse_network(data, mounts)
         assert caught.value.path == data / part
         (data / part).unlink()
         (data / part).symlink_to(share / "not-there-yet")
@@ -326,7 +326,7 @@ def test_the_parents_death_is_seen_by_a_child() -> None:
     watch = (
         "import os, subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', '''\n"
-        "from stageflow_actors.runtime.processes import parent_death_fd, wait_dead\n"
+        "from stageflow_actors.runtime.system.processes import parent_death_fd, wait_dead\n"
         "fd = parent_death_fd()\n"
         "print('watching', flush=True)\n"
         "print(wait_dead(fd, 20), flush=True)\n"

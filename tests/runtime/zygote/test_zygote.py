@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import stageflow_actors
-from stageflow_actors.runtime.processes import kill_group, wait_dead
-from stageflow_actors.runtime.slots import SlotTable
+from stageflow_actors.runtime.ipc.slots import SlotTable
+from stageflow_actors.runtime.system.processes import kill_group, wait_dead
 from stageflow_actors.runtime.zygote import Event, Exited, Spawned, ZygoteGone, ZygoteHandle, describe_exit
 
 HERE = str(Path(__file__).parent)

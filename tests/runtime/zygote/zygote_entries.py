@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from stageflow_actors.runtime.slots import Slot
+from stageflow_actors.runtime.ipc.slots import Slot
 
 
 def entry(payload: bytes, slot: Slot | None) -> int | None:

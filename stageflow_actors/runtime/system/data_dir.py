@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from stageflow_actors.errors import JournalLocked, StageFlowError
-from stageflow_actors.runtime.processes import start_ticks
+from stageflow_actors.runtime.system.processes import start_ticks
 from stageflow_brokers.zeromq.private_dir import why_not_private
 
 __all__ = [

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
-from stageflow_actors.runtime.programs import PoolSpec
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 
 __all__ = ["Channel", "NodeConfig", "Register", "Report", "Scale", "Stop"]
 
