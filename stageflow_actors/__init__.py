@@ -61,7 +61,7 @@ from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.context import StageContext
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.interception import StageCall
-from stageflow_actors.runtime.queues import QueueInfo
+from stageflow_actors.runtime.messaging.queue_info import QueueInfo
 from stageflow_actors.runtime.runtime import Runtime
 
 __all__ = [

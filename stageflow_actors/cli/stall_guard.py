@@ -16,7 +16,7 @@ from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.queues import QueueInfo
+    from stageflow_actors.runtime.messaging.queue_info import QueueInfo
     from stageflow_actors.runtime.runtime import Runtime
 
 __all__ = ["Watch"]

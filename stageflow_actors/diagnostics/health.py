@@ -16,11 +16,11 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.attach import Attached, attach
-from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
-from stageflow_actors.runtime.served import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import is_stopped, start_ticks
-from stageflow_actors.runtime.zygote_protocol import ZYGOTE_NAME
+from stageflow_actors.runtime.zygote.protocol import ZYGOTE_NAME
 from stageflow_brokers.errors import BrokerError
 from stageflow_brokers.types import QueueStats
 

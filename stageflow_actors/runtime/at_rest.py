@@ -17,7 +17,7 @@ from stageflow_actors.runtime.attach import Attached, attach, live_address
 from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.connection import Connection
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.served import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
 from stageflow_actors.runtime.system.data_dir import DataDir
 
 __all__ = ["AtRest", "steered"]

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
-from stageflow_actors.runtime.broker_process import BrokerProcess
+from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
+from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
-from stageflow_actors.runtime.transport import connect
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker

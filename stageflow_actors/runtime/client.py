@@ -42,9 +42,9 @@ from stageflow_actors.runtime.feed import Callback, Feed
 from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.known import Known, Prepared
 from stageflow_actors.runtime.mapping import Mapping, as_completed
-from stageflow_actors.runtime.pausing import pause
-from stageflow_actors.runtime.queues import QueueInfo, queue_infos
-from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.pauses import pause
+from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Arrival
 from stageflow_brokers.failpoints import reach

@@ -19,7 +19,7 @@ from stageflow_actors.runtime.attach import live_address
 from stageflow_actors.runtime.client import Client
 from stageflow_actors.runtime.feed import Feed
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.served import SERVED_FACT, Served, read_served
+from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, read_served
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import Broker
 

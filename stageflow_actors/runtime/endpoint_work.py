@@ -24,7 +24,7 @@ from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.routing import Arrive, Moves
 from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor
-from stageflow_actors.runtime.settled import Result, Settled
+from stageflow_actors.runtime.messaging.settlements import Result, Settled
 from stageflow_actors.runtime.work import lost_attempt_failure
 from stageflow_brokers.api import DeliveryItem
 

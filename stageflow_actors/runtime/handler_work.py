@@ -17,7 +17,7 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.runtime.calling import as_blocking
 from stageflow_actors.runtime.interception import AROUND_STAGE, around_methods, wrap_handler
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.settled import Result, Settled, park_unreadable
+from stageflow_actors.runtime.messaging.settlements import Result, Settled, park_unreadable
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment, Stopwatch
 from stageflow_brokers.api import DeliveryItem
 

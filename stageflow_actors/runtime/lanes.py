@@ -24,7 +24,7 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
-from stageflow_actors.runtime.settled import Result
+from stageflow_actors.runtime.messaging.settlements import Result
 from stageflow_actors.runtime.system.processes import end_now
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import CANCEL_GRACE_NS

@@ -42,8 +42,8 @@ from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
+from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts, steps_of
 from stageflow_actors.runtime.setting import with_field
-from stageflow_actors.runtime.settled import Result, Settled, split_parts, steps_of
 from stageflow_actors.runtime.work import PARK_MARK, Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 

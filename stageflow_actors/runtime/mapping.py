@@ -18,7 +18,7 @@ from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.instance import Instance
-from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
 

@@ -31,7 +31,7 @@ from stageflow_actors.runtime.pool_pause import PoolPause
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
-from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteHandle
+from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
 from stageflow_brokers.client.connection import new_peer
 from stageflow_brokers.failpoints import reach
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
-from stageflow_actors.runtime.zygote import ZygoteHandle
+from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
 __all__ = ["Cancelled", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 

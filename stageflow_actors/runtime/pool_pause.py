@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from stageflow_actors.runtime.pausing import PAUSED_FACT, WHY_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
 from stageflow_brokers.api import Broker
 
 __all__ = ["PoolPause"]

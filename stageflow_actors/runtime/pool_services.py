@@ -12,7 +12,7 @@ from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.memory import OomKills
 from stageflow_actors.runtime.stderr import StderrRelay
-from stageflow_actors.runtime.zygote import ZygoteHandle
+from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
 
 __all__ = ["PoolServices"]

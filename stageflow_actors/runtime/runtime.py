@@ -25,7 +25,7 @@ from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.launch import NodeHandle, withdraw
+from stageflow_actors.runtime.node_handle import NodeHandle, withdraw
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 
 __all__ = ["Runtime"]

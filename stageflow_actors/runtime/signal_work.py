@@ -14,7 +14,7 @@ from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.calling import bind_blocking
 from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.settled import Result, Settled, split_parts
+from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 

@@ -30,7 +30,7 @@ from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.context import Request, check_no_request
 from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.settled import TERMINAL, Result, Settled, split_parts
+from stageflow_actors.runtime.messaging.settlements import TERMINAL, Result, Settled, split_parts
 from stageflow_actors.runtime.work import PARK_MARK, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem, Target
 

@@ -23,7 +23,7 @@ from stageflow_actors.runtime.pool import Cancelled, Pool, Respec, Retire, Scale
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.system.processes import describe_exit
 from stageflow_actors.runtime.system.restart_limit import Intensity
-from stageflow_actors.runtime.zygote import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle
+from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import QueueOptions
 
 __all__ = ["AddPools", "Supervisor", "queue_options"]

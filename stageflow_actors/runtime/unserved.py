@@ -15,7 +15,7 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
 from stageflow_actors.core.routing import Moves, Step
-from stageflow_actors.runtime.settled import Settled, forward, park_unknown, settle_moves
+from stageflow_actors.runtime.messaging.settlements import Settled, forward, park_unknown, settle_moves
 from stageflow_brokers.api import Broker, DeliveryItem
 
 __all__ = ["Unserved", "send_on"]

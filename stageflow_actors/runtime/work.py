@@ -37,7 +37,7 @@ from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.ipc.slots import WORDS_BYTES
-from stageflow_actors.runtime.settled import (
+from stageflow_actors.runtime.messaging.settlements import (
     Result,
     Settled,
     forward,

@@ -36,8 +36,8 @@ from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.lanes import TaskActor, ThreadActor
 from stageflow_actors.runtime.mailbox import Mailbox
+from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.processes import end_now
-from stageflow_actors.runtime.transport import connect
 from stageflow_actors.runtime.versions import VersionedExecutor
 from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS

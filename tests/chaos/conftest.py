@@ -27,7 +27,7 @@ from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.pool import Pool
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.pool_worker import PooledWorker
-from stageflow_actors.runtime.zygote import Exited, Spawned
+from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.client.query_admin import QueryAdmin
 
 __all__ = ["cluster", "effects", "launch", "nursery"]

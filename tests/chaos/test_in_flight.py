@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime.transport import connect
+from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_brokers.api import Listener
 from stageflow_brokers.offline.settlements import settlements
 

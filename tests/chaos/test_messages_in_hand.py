@@ -12,7 +12,7 @@ import pytest
 from stageflow_actors.runtime.actor import StageActor
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.mailbox import WORK, Mailbox
-from stageflow_actors.runtime.settled import Settled
+from stageflow_actors.runtime.messaging.settlements import Settled
 from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 
 

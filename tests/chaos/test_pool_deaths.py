@@ -10,7 +10,7 @@ import pytest
 
 from stageflow_actors.runtime import pool as pool_module
 from stageflow_actors.runtime import pool_judge, pool_pause
-from stageflow_actors.runtime.pausing import PAUSED_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
 from stageflow_actors.runtime.pool import Cancelled, Tick, ZygoteLost
 
 FACT = f"{PAUSED_FACT}q"

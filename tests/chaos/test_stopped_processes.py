@@ -15,7 +15,7 @@ import pytest
 
 from stageflow_actors import Runtime, Workflow
 from stageflow_actors.diagnostics import health
-from stageflow_actors.runtime import launch
+from stageflow_actors.runtime import node_handle
 from stageflow_actors.runtime.ipc import stop_notes
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.pool import UNREPORTED
@@ -155,7 +155,7 @@ def test_a_stop_with_a_grace_ends_whatever_is_stopped(
     kind: str,
 ) -> None:
     if kind == "nodes":
-        monkeypatch.setattr(launch, "STOP_MARGIN", 1.0)  # nobody but the program can know then
+        monkeypatch.setattr(node_handle, "STOP_MARGIN", 1.0)  # nobody but the program can know then
     instance = runtime.submit(lengthy, {"log": effects.path})
     eventually(lambda: effects("run"), "work")
     alive = cluster(data=data)

@@ -11,10 +11,10 @@ import pytest
 from stageflow_actors.errors import BrokerUnavailable, JournalLocked
 from stageflow_actors.runtime import attach as module
 from stageflow_actors.runtime.attach import attach
-from stageflow_actors.runtime.broker_process import BrokerProcess
+from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
+from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_dir
 from stageflow_actors.runtime.system.processes import start_ticks
-from stageflow_actors.runtime.transport import connect
 from stageflow_brokers.api import Listener, PublishItem, Target
 from stageflow_brokers.errors import Refused
 

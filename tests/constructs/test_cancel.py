@@ -24,7 +24,7 @@ from stageflow_actors import (
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import stage_programs
-from stageflow_actors.runtime.settled import Settled
+from stageflow_actors.runtime.messaging.settlements import Settled
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_actors.testing import in_process, run

@@ -13,7 +13,7 @@ from stageflow_actors.core.failures import write_failure
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import stage_programs
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.settled import Settled
+from stageflow_actors.runtime.messaging.settlements import Settled
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_brokers.api import AGAIN, DEAD, DONE, DeliveryItem

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
-from stageflow_actors.runtime.served import SERVED_FACT, Served, write_served
+from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.system.data_dir import runtime_path
 from stageflow_brokers.api import START
 from stageflow_brokers.core import records

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from stageflow_actors import QueueFull, StageFlowError
-from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers.api import START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
 from stageflow_brokers.client.unconfirmed import Pending, resolve
 from stageflow_brokers.core import wire

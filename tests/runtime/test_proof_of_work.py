@@ -18,7 +18,7 @@ from stageflow_actors.runtime.endpoint_work import EndpointExecutor
 from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.settled import Settled
+from stageflow_actors.runtime.messaging.settlements import Settled
 from stageflow_actors.runtime.work import ExecutorEnvironment
 from stageflow_actors.runtime.works import EXECUTORS
 from stageflow_brokers.types import DeliveryExtra, DeliveryItem

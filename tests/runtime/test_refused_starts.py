@@ -13,7 +13,7 @@ from stageflow_actors import Runtime, Workflow
 from stageflow_actors.diagnostics.doctor import check_up
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
-from stageflow_actors.runtime import launch
+from stageflow_actors.runtime import node_handle
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, runtime_path
 
 waits = Workflow("waits").add_signal("go")
@@ -78,7 +78,7 @@ def test_a_cluster_that_is_killed_in_its_stop_is_not_on_record_any_more(
         raise KeyboardInterrupt
 
     runtime = Runtime(waits, data_dir=tmp_path).start()
-    monkeypatch.setattr(launch, "wait_dead", interrupted)
+    monkeypatch.setattr(node_handle, "wait_dead", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runtime.stop()
     assert not DataDir(tmp_path).cluster.exists()

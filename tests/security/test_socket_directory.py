@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system import data_dir
 from stageflow_actors.runtime.system.data_dir import DataDirUnusable, remove_runtime_dir, runtime_dir
-from stageflow_actors.runtime.transport import connect
 from stageflow_brokers.api import Listener
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import SocketNotPrivate

@@ -20,7 +20,7 @@ from stageflow_actors.errors import InstanceNotFound, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime import rerun
 from stageflow_actors.runtime.known import Known
-from stageflow_actors.runtime.refusals import in_our_words
+from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import BrokerError
 from stageflow_brokers.client.query_admin import QueryAdmin

@@ -34,7 +34,7 @@ from stageflow_actors.runtime.pool import Cancelled, Pool, Tick
 from stageflow_actors.runtime.pool_services import PoolServices
 from stageflow_actors.runtime.supervisor import queue_options
 from stageflow_actors.runtime.work import ignore_error
-from stageflow_actors.runtime.zygote import Exited, Spawned
+from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.api import DeliveryItem
 
 NAMING = Naming()

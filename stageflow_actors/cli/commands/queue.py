@@ -170,7 +170,7 @@ def pause(name: str, data: Path) -> None:
     stageflow queue pause stageflow.orders.stage1
     """
     from stageflow_actors.runtime.attach import attach
-    from stageflow_actors.runtime.pausing import pause
+    from stageflow_actors.runtime.messaging.pauses import pause
 
     with attach(data, write=True) as attached:
         pause(lambda operation: attached.wait(operation(attached.admin)), name)

@@ -56,7 +56,7 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
 def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | None:
     """The workflow of a live instance as it was last served here; None where nobody knows."""
     from stageflow_actors.core.description import version_of
-    from stageflow_actors.runtime.served import SERVED_FACT, read_served
+    from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
 
     served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
     version = version_of(group)

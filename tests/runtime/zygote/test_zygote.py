@@ -18,7 +18,7 @@ import pytest
 import stageflow_actors
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
-from stageflow_actors.runtime.zygote import Event, Exited, Spawned, ZygoteGone, ZygoteHandle, describe_exit
+from stageflow_actors.runtime.zygote.handle import Event, Exited, Spawned, ZygoteGone, ZygoteHandle, describe_exit
 
 HERE = str(Path(__file__).parent)
 PACKAGES = [HERE, str(Path(stageflow_actors.__file__).parents[1]), *sys.path]
@@ -334,7 +334,7 @@ def test_a_preload_that_is_not_installed_is_not_needed() -> None:
 
 NODE = """
 import json, os, signal, sys
-from stageflow_actors.runtime.zygote import ZygoteHandle
+from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 read, write = os.pipe()
 zygote = ZygoteHandle("zygote_entries:entry", keep_fds=[write], sys_path=sys.path)
 zygote.start()

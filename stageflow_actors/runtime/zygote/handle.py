@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.system.processes import describe_exit, is_stopped
-from stageflow_actors.runtime.zygote_protocol import (
+from stageflow_actors.runtime.zygote.protocol import (
     EXITED,
     FAILED,
     MAX_DATAGRAM_BYTES,
@@ -37,7 +37,7 @@ PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.w
 _BOOTSTRAP = """\
 import sys
 sys.path[:] = sys.argv[2:]
-from stageflow_actors.runtime.zygote_main import main
+from stageflow_actors.runtime.zygote.main import main
 main(int(sys.argv[1]))
 """
 

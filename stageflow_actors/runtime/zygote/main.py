@@ -36,7 +36,7 @@ from stageflow_actors.runtime.system.processes import (
     parent_death_fd,
     set_pdeathsig,
 )
-from stageflow_actors.runtime.zygote_protocol import (
+from stageflow_actors.runtime.zygote.protocol import (
     EXITED,
     FAILED,
     MAX_DATAGRAM_BYTES,
