@@ -56,10 +56,10 @@ from stageflow_actors.errors import (
     WorkflowDefinitionError,
     WorkflowFailed,
 )
-from stageflow_actors.runtime.client import Client
+from stageflow_actors.runtime.client.client import Client
+from stageflow_actors.runtime.client.instance import Instance
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.context import StageContext
-from stageflow_actors.runtime.instance import Instance
 from stageflow_actors.runtime.interception import StageCall
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo
 from stageflow_actors.runtime.runtime import Runtime

@@ -31,7 +31,7 @@ from stageflow_actors.diagnostics.environment import premises
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history import HistoryError, HistoryReader
 from stageflow_actors.history.schema import in_wal_mode
-from stageflow_actors.runtime.attach import Attached, attach, live_address
+from stageflow_actors.runtime.client.attach import Attached, attach, live_address
 from stageflow_actors.runtime.keeping import HISTORY_FACT
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
 from stageflow_actors.runtime.system.data_dir import DataDir

@@ -15,7 +15,7 @@ import psutil
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
-from stageflow_actors.runtime.attach import Attached, attach
+from stageflow_actors.runtime.client.attach import Attached, attach
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir

@@ -19,12 +19,12 @@ from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
-from stageflow_actors.runtime.client import Client
+from stageflow_actors.runtime.client.client import Client
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
-from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.node_handle import NodeHandle, withdraw
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 
@@ -164,7 +164,7 @@ class Runtime(Client):
         Close it, or use it in a `with` block; what was submitted goes on. Raises `BrokerUnavailable` when nobody
         serves the directory.
         """
-        from stageflow_actors.runtime.connection import Connection
+        from stageflow_actors.runtime.client.remote_client import Connection
 
         return Connection(data_dir)
 

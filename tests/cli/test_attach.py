@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stageflow_actors.errors import BrokerUnavailable, JournalLocked
-from stageflow_actors.runtime import attach as module
-from stageflow_actors.runtime.attach import attach
+from stageflow_actors.runtime.client import attach as module
+from stageflow_actors.runtime.client.attach import attach
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_dir

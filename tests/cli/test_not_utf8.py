@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.runtime.at_rest import steered
-from stageflow_actors.runtime.client import Client
+from stageflow_actors.runtime.client.client import Client
+from stageflow_actors.runtime.client.offline_client import steered
 
 Said = tuple[int, str, str]
 Run = Callable[..., subprocess.CompletedProcess[str]]

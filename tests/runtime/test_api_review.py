@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import InstanceNotFound, Runtime, Workflow
-from stageflow_actors.runtime.client import Client
+from stageflow_actors.runtime.client.client import Client
 from stageflow_brokers.api import Listener, PublishItem, Target
 from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core import wire

@@ -207,7 +207,7 @@ def test_a_client_is_notified_when_its_cluster_stops_and_finds_the_next_one(serv
 def test_a_waiting_caller_is_notified_when_the_cluster_is_gone(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stageflow_actors.runtime.connection.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("stageflow_actors.runtime.client.remote_client.GRACE_SECONDS", 0.1)
     runtime = serve(waits, data_dir=tmp_path)
     with Runtime.connect(tmp_path) as client:
         waiting = client.submit("waits", {})

@@ -20,8 +20,8 @@ from stageflow_actors.events import (
     WorkflowCompleted,
     WorkflowFailed,
 )
-from stageflow_actors.runtime import telling
-from stageflow_actors.runtime.telling import Teller
+from stageflow_actors.runtime.client import event_decoder
+from stageflow_actors.runtime.client.event_decoder import Teller
 
 
 def one(context: dict[str, Any]) -> int:
@@ -168,7 +168,7 @@ def test_a_callback_that_raises_is_logged_and_the_others_are_notified(
 def test_a_slow_callback_holds_nothing_up_and_what_was_dropped_is_counted(
     runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    monkeypatch.setattr("stageflow_actors.runtime.feed.ROOM_BYTES", 20_000)
+    monkeypatch.setattr("stageflow_actors.runtime.client.event_stream.ROOM_BYTES", 20_000)
     gate, begun = threading.Event(), threading.Event()
     heard = Heard()
 
@@ -251,7 +251,7 @@ def test_what_completed_before_there_was_a_listener_is_not_sent() -> None:
 
 
 def test_events_of_a_forgotten_instance_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "REMEMBERED", 2)
+    monkeypatch.setattr(event_decoder, "REMEMBERED", 2)
     teller = Teller(0.0, lambda workflow_id, version: None)
     for number, name in enumerate("abc"):
         assert len(teller.events(name, 1, "next", moved(trail(("s", float(number)))))) == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import InstanceNotFound, Retry, Runtime, Stage, Workflow
-from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.client.instance import Instance
 
 
 def book(context: dict[str, Any]) -> str:

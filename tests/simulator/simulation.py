@@ -32,8 +32,8 @@ from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen
 from stageflow_actors import Workflow
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
 from stageflow_actors.core.plan import compile_plan
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, pool_specs
-from stageflow_actors.runtime.known import Known
 from stageflow_actors.runtime.pool import ScaleTo
 from stageflow_brokers.core.message import PARKED
 

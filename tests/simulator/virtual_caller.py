@@ -18,8 +18,8 @@ from stageflow_actors.core.plan import Naming
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.runtime import rerun
-from stageflow_actors.runtime.known import Known
+from stageflow_actors.runtime.client import reruns
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import BrokerError
@@ -85,9 +85,9 @@ class VirtualCaller:
         try:
             if not self.dead:
                 if self._restart:
-                    rerun.restart(caller, caller, {})
+                    reruns.restart(caller, caller, {})
                 else:
-                    rerun.retry(caller, caller, None)
+                    reruns.retry(caller, caller, None)
         except Gone:
             pass
         except StageFlowError as error:

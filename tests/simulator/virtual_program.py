@@ -16,7 +16,7 @@ from virtual_node import LIMIT, History
 
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.routing import CANCELLABLE, signal_key
-from stageflow_actors.runtime.known import Known
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
 from stageflow_brokers.errors import BrokerUnavailable
 

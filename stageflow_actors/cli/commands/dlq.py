@@ -16,7 +16,7 @@ from stageflow_actors.core.plan import DLQ_PREFIX
 from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.attach import Attached
+    from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["dlq"]
 
@@ -67,7 +67,7 @@ def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
     stageflow dlq list --queue stageflow.orders.stage1 --output json
     """
     from stageflow_actors.cli.message_rows import message_row
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         total = sum(dead for _, dead in _queues(attached, queue))
@@ -91,7 +91,7 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
     """
     from stageflow_actors.cli.message_rows import envelope_of, message_row
     from stageflow_actors.core.description import trail_stages
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         found = _find(attached, (letter,), queue)[0]
@@ -134,7 +134,7 @@ def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) 
     stageflow dlq requeue --queue stageflow.orders.stage1
     stageflow dlq requeue --all
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     _chosen(letters, queue, everything)
     done = refused = 0
@@ -163,7 +163,7 @@ def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, dat
     stageflow dlq purge 4711 --yes
     stageflow dlq purge --queue stageflow.orders.stage1 --yes
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     _chosen(letters, queue, everything)
     confirmed("throw away " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)

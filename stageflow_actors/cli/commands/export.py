@@ -35,7 +35,7 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
     stageflow instances export all.jsonl
     stageflow instances export --workflow orders --status failed failed.csv
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
     with attach(data) as attached, _opened(target) as file:

@@ -51,7 +51,7 @@ def prune(older_than: float, yes: bool, data: Path) -> None:
     stageflow history prune --older-than 90d --yes
     """
     from stageflow_actors.history import HistoryWriter
-    from stageflow_actors.runtime.attach import existing
+    from stageflow_actors.runtime.client.attach import existing
 
     path = existing(data).history
     before = time.time() - older_than
@@ -70,7 +70,7 @@ def vacuum(data: Path) -> None:
     stageflow history vacuum
     """
     from stageflow_actors.history import HistoryWriter
-    from stageflow_actors.runtime.attach import existing
+    from stageflow_actors.runtime.client.attach import existing
 
     path = existing(data).history
     with HistoryWriter.open(path, create=False) as writer:

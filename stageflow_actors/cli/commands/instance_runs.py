@@ -14,7 +14,7 @@ from stageflow_actors.cli.options import data_option
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.instance import Instance
+    from stageflow_actors.runtime.client.instance import Instance
 
 __all__ = ["cancel", "restart", "retry"]
 
@@ -36,7 +36,7 @@ def cancel(instance_id: str, reason: str, data: Path) -> int:
     stageflow instances cancel ORDER-17 --reason "changed my mind"
     """
     from stageflow_actors.core.status import WorkflowStatus
-    from stageflow_actors.runtime.at_rest import AtRest, steered
+    from stageflow_actors.runtime.client.offline_client import AtRest, steered
 
     with steered(data) as client:
         if isinstance(client, AtRest):
@@ -101,7 +101,7 @@ def _run(
     data: Path,
     again: Callable[[Instance[Any], dict[str, Any] | None], Instance[Any]],
 ) -> int:
-    from stageflow_actors.runtime.at_rest import AtRest, steered
+    from stageflow_actors.runtime.client.offline_client import AtRest, steered
 
     context = None if text is None else context_of(text)
     with steered(data) as client:

@@ -15,7 +15,7 @@ from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
     from stageflow_actors.core.description import Standing
-    from stageflow_actors.runtime.attach import Attached
+    from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["instances"]
 
@@ -91,7 +91,7 @@ def list_instances(status: str | None, workflow: str | None, limit: int, data: P
     stageflow instances list --status parked
     stageflow instances list --workflow orders --limit 1000 --output csv
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         found: dict[str, dict[str, Any]] = {}
@@ -127,7 +127,7 @@ def show(instance_id: str, data: Path, output: str) -> None:
     stageflow instances show ORDER-17 --output json
     """
     from stageflow_actors.core.codec import json_view
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         standing = _standing(attached, instance_id)

@@ -54,7 +54,7 @@ def verify(data: Path, output: str) -> int:
     \b
     stageflow journal verify --data /var/lib/orders
     """
-    from stageflow_actors.runtime.attach import existing
+    from stageflow_actors.runtime.client.attach import existing
     from stageflow_brokers.journal.repair import Finding
     from stageflow_brokers.journal.repair import verify as findings_of
 
@@ -103,7 +103,7 @@ def stats(data: Path, output: str) -> None:
     stageflow journal stats
     stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
     """
-    from stageflow_actors.runtime.attach import existing
+    from stageflow_actors.runtime.client.attach import existing
     from stageflow_brokers.offline.settlements import settlements
 
     accounts = settlements(existing(data).journal)
@@ -162,7 +162,7 @@ def compact(data: Path) -> None:
     """
     import time
 
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data, write=True) as attached:
         directory = attached.data_dir.journal
@@ -206,7 +206,7 @@ def repair(yes: bool, data: Path) -> int:
     \b
     stageflow journal repair --data /var/lib/orders
     """
-    from stageflow_actors.runtime.attach import existing
+    from stageflow_actors.runtime.client.attach import existing
     from stageflow_brokers.journal.repair import LISTS
     from stageflow_brokers.journal.repair import repair as mend
     from stageflow_brokers.journal.repair import verify as findings_of

@@ -13,7 +13,7 @@ from stageflow_actors.cli.output import Column, clip, count, emit, plain, size, 
 from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.attach import Attached
+    from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["queue"]
 
@@ -72,7 +72,7 @@ def list_queues(prefix: str, data: Path, output: str) -> None:
     stageflow queue list
     stageflow queue list --prefix stageflow.orders --output json
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         rows = _rows(attached, prefix)
@@ -93,7 +93,7 @@ def stats_of_queues(name: str, prefix: str, seconds: float, data: Path, output: 
     \b
     stageflow queue stats stageflow.orders.stage0 --seconds 5
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         rows = _rates(attached, name or prefix, seconds if attached.live else 0.0)
@@ -122,7 +122,7 @@ def watch(name: str, prefix: str, interval: float, times: int, data: Path, outpu
     from rich.live import Live
 
     from stageflow_actors.cli.output import table
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     columns = (*COLUMNS, RATE)
     looks = range(times) if times else iter(int, 1)
@@ -153,7 +153,7 @@ def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
     stageflow queue peek stageflow.orders.stage0 --limit 3 --output json
     """
     from stageflow_actors.cli.message_rows import message_row
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         rows = [message_row(found) for found in attached.wait(attached.admin.peek(name, offset, limit))]
@@ -169,7 +169,7 @@ def pause(name: str, data: Path) -> None:
     \b
     stageflow queue pause stageflow.orders.stage1
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
     from stageflow_actors.runtime.messaging.pauses import pause
 
     with attach(data, write=True) as attached:
@@ -186,7 +186,7 @@ def resume(name: str, data: Path) -> None:
     \b
     stageflow queue resume stageflow.orders.stage1
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data, write=True) as attached:
         attached.wait(attached.admin.resume(name))
@@ -203,7 +203,7 @@ def purge(name: str, yes: bool, data: Path) -> None:
     \b
     stageflow queue purge stageflow.orders.stage0 --yes
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     confirmed(f"throw away all that is ready in {name}", yes)
     with attach(data, write=True) as attached:

@@ -16,7 +16,7 @@ from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
     from stageflow_actors.core.plan import WorkflowPlan
-    from stageflow_actors.runtime.attach import Attached
+    from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["signal"]
 
@@ -34,7 +34,7 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
     """
     from stageflow_actors.core.codec import encode_value
     from stageflow_actors.core.routing import signal_key
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
     from stageflow_brokers.api import Arrival
 
     if not name:

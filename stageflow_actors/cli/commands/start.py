@@ -11,7 +11,7 @@ import click
 from stageflow_actors.cli.options import data_option
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.instance import Instance
+    from stageflow_actors.runtime.client.instance import Instance
 
 __all__ = ["context_of", "finished", "json_of", "start"]
 

@@ -24,7 +24,7 @@ def stats(data: Path, output: str) -> None:
     stageflow stats
     stageflow stats --output json
     """
-    from stageflow_actors.runtime.attach import attach
+    from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         broker = attached.wait(attached.admin.stats(""))

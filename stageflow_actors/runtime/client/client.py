@@ -37,11 +37,11 @@ from stageflow_actors.errors import (
     StageFlowError,
 )
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.runtime.asking import STOPPED, Asking, no_text
-from stageflow_actors.runtime.feed import Callback, Feed
-from stageflow_actors.runtime.instance import Instance
-from stageflow_actors.runtime.known import Known, Prepared
-from stageflow_actors.runtime.mapping import Mapping, as_completed
+from stageflow_actors.runtime.client.event_stream import Callback, Feed
+from stageflow_actors.runtime.client.instance import Instance
+from stageflow_actors.runtime.client.map_iterator import Mapping, as_completed
+from stageflow_actors.runtime.client.session import STOPPED, Asking, no_text
+from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
 from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_actors.runtime.messaging.pauses import pause
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos

@@ -20,9 +20,9 @@ from stageflow_actors.errors import (
 )
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime.client.waiters import Waiter, Waiters
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.errors import in_our_words
-from stageflow_actors.runtime.waiters import Waiter, Waiters
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.failpoints import reach

@@ -13,10 +13,10 @@ from pathlib import Path
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound
-from stageflow_actors.runtime.attach import Attached, attach, live_address
-from stageflow_actors.runtime.client import Client
-from stageflow_actors.runtime.connection import Connection
-from stageflow_actors.runtime.known import Known
+from stageflow_actors.runtime.client.attach import Attached, attach, live_address
+from stageflow_actors.runtime.client.client import Client
+from stageflow_actors.runtime.client.remote_client import Connection
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
 from stageflow_actors.runtime.system.data_dir import DataDir
 

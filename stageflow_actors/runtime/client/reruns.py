@@ -30,9 +30,9 @@ from stageflow_brokers.api import CHECK, START, WATCH, Target
 
 if TYPE_CHECKING:
     from stageflow_actors.history.rows import HistoryRow
-    from stageflow_actors.runtime.client import Client
-    from stageflow_actors.runtime.instance import Instance
-    from stageflow_actors.runtime.known import Known
+    from stageflow_actors.runtime.client.client import Client
+    from stageflow_actors.runtime.client.instance import Instance
+    from stageflow_actors.runtime.client.workflow_ref import Known
 
 __all__ = ["cancel", "restart", "retry"]
 

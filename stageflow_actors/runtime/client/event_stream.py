@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from stageflow_actors.events import Event
+from stageflow_actors.runtime.client.event_decoder import FormOf, Teller
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.telling import FormOf, Teller
 from stageflow_brokers.api import Broker, Listener
 
 __all__ = ["Callback", "Feed"]

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
-from stageflow_actors.runtime.instance import Instance
+from stageflow_actors.runtime.client.instance import Instance
 from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.client import Client
-    from stageflow_actors.runtime.known import Known, Prepared
-    from stageflow_actors.runtime.waiters import Waiters
+    from stageflow_actors.runtime.client.client import Client
+    from stageflow_actors.runtime.client.waiters import Waiters
+    from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
 
 __all__ = ["Mapping", "as_completed"]
 

@@ -21,11 +21,11 @@ from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
-from stageflow_actors.runtime.rerun import cancel, restart, retry
+from stageflow_actors.runtime.client.reruns import cancel, restart, retry
 
 if TYPE_CHECKING:
-    from stageflow_actors.runtime.client import Client
-    from stageflow_actors.runtime.known import Known
+    from stageflow_actors.runtime.client.client import Client
+    from stageflow_actors.runtime.client.workflow_ref import Known
 
 __all__ = ["Instance"]
 

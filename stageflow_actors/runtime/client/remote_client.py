@@ -15,10 +15,10 @@ from typing import Any
 
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
-from stageflow_actors.runtime.attach import live_address
-from stageflow_actors.runtime.client import Client
-from stageflow_actors.runtime.feed import Feed
-from stageflow_actors.runtime.known import Known
+from stageflow_actors.runtime.client.attach import live_address
+from stageflow_actors.runtime.client.client import Client
+from stageflow_actors.runtime.client.event_stream import Feed
+from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, read_served
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import Broker

@@ -1,0 +1,16 @@
+"""What a program holds: a client of the cluster, and its instances.
+
+==================  ==============================================================
+`client`            `Client`: submit, execute, map, queues, instances
+`session`           one connection to the broker and history that all of these share
+`instance`          `Instance`: status, result, cancel, retry, signal
+`reruns`            retry and restart of instances
+`map_iterator`      `map` and `map_unordered`: a bounded number in flight
+`waiters`           waits for results
+`workflow_ref`      a workflow as object or id, and a start request
+`event_stream`      events of the cluster; `event_decoder` makes them of frames
+`remote_client`     a client of a cluster that another process runs
+`attach`            finds the running cluster of a data directory
+`offline_client`    a client of a data directory at rest
+==================  ==============================================================
+"""
