@@ -205,7 +205,7 @@ MUTANTS = (
         "the broker forgets an instance before its row is durable",
         (
             (
-                "stageflow_actors/runtime/coordinator.py",
+                "stageflow_actors/runtime/node/coordinator.py",
                 "        try:\n            self._history.write(rows)\n",
                 (
                     "        acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]\n"
@@ -247,7 +247,7 @@ MUTANTS = (
         "a worker that is not needed any more is killed, whatever it is at",
         (
             (
-                "stageflow_actors/runtime/pool.py",
+                "stageflow_actors/runtime/node/pool.py",
                 "        self._services.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
                 (
                     "        if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):\n"
@@ -263,7 +263,13 @@ MUTANTS = (
     Mutant(
         "recycled-taken-for-dead",
         "a worker that has done its share is charged like one that died",
-        (("stageflow_actors/runtime/pool_judge.py", "(status in (None, EXIT_RECYCLED) and", "(status is None and"),),
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "(status in (None, EXIT_RECYCLED) and",
+                "(status is None and",
+            ),
+        ),
         (
             "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_does_not_count_as_dead",
             "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[recycled]",
@@ -284,13 +290,13 @@ MUTANTS = (
     Mutant(
         "outdated-history-taken",
         "a history that lacks rows which the journal knows to be written is taken for whole",
-        (("stageflow_actors/runtime/keeping.py", "history.written < int(told)", "False"),),
+        (("stageflow_actors/runtime/node/history_consistency.py", "history.written < int(told)", "False"),),
         ("tests/runtime/test_history_consistency.py::test_a_history_older_than_the_journal_is_refused",),
     ),
     Mutant(
         "finished-run-again",
         "what a newer history knows to have finished is run again by an older journal",
-        (("stageflow_actors/runtime/keeping.py", "admin.forget_groups(over).result()", "pass"),),
+        (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(over).result()", "pass"),),
         (
             "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
         ),
@@ -513,7 +519,7 @@ MUTANTS = (
         "deaths count in a row though messages were settled well in between",
         (
             (
-                "stageflow_actors/runtime/pool_judge.py",
+                "stageflow_actors/runtime/node/exit_policy.py",
                 "        if states[0].settled:\n            self._deaths = 0\n",
                 "",
             ),
@@ -523,7 +529,13 @@ MUTANTS = (
     Mutant(
         "failed-starts-never-forgotten",
         "failed starts count in a row though workers have worked in between",
-        (("stageflow_actors/runtime/pool_judge.py", "        if started:\n            self._failed_starts = 0\n", ""),),
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        if started:\n            self._failed_starts = 0\n",
+                "",
+            ),
+        ),
         (
             "tests/chaos/test_pool_deaths.py::test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again",
         ),
@@ -533,7 +545,7 @@ MUTANTS = (
         "a worker that dies again and again is started again at once",
         (
             (
-                "stageflow_actors/runtime/pool_judge.py",
+                "stageflow_actors/runtime/node/exit_policy.py",
                 "        if self._deaths > 1:\n            self.wait(self._deaths - 1, now)\n",
                 "",
             ),
@@ -545,7 +557,7 @@ MUTANTS = (
         "a queue that was resumed is still said to be paused by its pool",
         (
             (
-                "stageflow_actors/runtime/pool_pause.py",
+                "stageflow_actors/runtime/node/pool_pause.py",
                 '        self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")\n',
                 "",
             ),
@@ -557,7 +569,7 @@ MUTANTS = (
     Mutant(
         "compensation-cancelled",
         "a compensation is ended when its instance is cancelled",
-        (("stageflow_actors/runtime/pool.py", ' and self._spec.kind != "compensation":', ":"),),
+        (("stageflow_actors/runtime/node/pool.py", ' and self._spec.kind != "compensation":', ":"),),
         (
             "tests/chaos/test_pool_deaths.py::test_a_stage_in_work_is_notified_of_its_cancellation_and_a_compensation_is_not",
         ),
@@ -573,7 +585,7 @@ MUTANTS = (
         "a worker that has died is killed, and judged, for what it seems to run still",
         (
             (
-                "stageflow_actors/runtime/pool.py",
+                "stageflow_actors/runtime/node/pool.py",
                 "        if self._services.has_exited(worker.pidfd):\n            return  # its",
                 "        if False:\n            return  # its",
             ),

@@ -55,7 +55,7 @@ def _processes(program: int) -> dict[str, list[psutil.Process]]:
     found: dict[str, list[psutil.Process]] = {kind: [] for kind in KINDS}
     found["program"].append(psutil.Process(program))
     for node in found["program"][0].children():
-        if not any("stageflow_actors.runtime.node" in word for word in node.cmdline()):
+        if not any("stageflow_actors.runtime.node.main" in word for word in node.cmdline()):
             continue
         add_node(node, found)
     return found

@@ -32,8 +32,8 @@ from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history import HistoryError, HistoryReader
 from stageflow_actors.history.schema import in_wal_mode
 from stageflow_actors.runtime.client.attach import Attached, attach, live_address
-from stageflow_actors.runtime.keeping import HISTORY_FACT
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import start_ticks
 from stageflow_brokers.errors import BrokerError, JournalCorrupt

@@ -31,7 +31,7 @@ __all__ = ["NodeHandle", "withdraw"]
 _BOOTSTRAP = """\
 import sys
 sys.path[:] = sys.argv[2:]
-from stageflow_actors.runtime.node import main
+from stageflow_actors.runtime.node.main import main
 main(int(sys.argv[1]))
 """
 

@@ -20,13 +20,13 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
-from stageflow_actors.runtime import pool as pool_module
-from stageflow_actors.runtime import pool_judge
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.pool import Pool
-from stageflow_actors.runtime.pool_services import PoolServices
-from stageflow_actors.runtime.pool_worker import PooledWorker
+from stageflow_actors.runtime.node import exit_policy
+from stageflow_actors.runtime.node import pool as pool_module
+from stageflow_actors.runtime.node.pool import Pool
+from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.worker_handle import PooledWorker
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.client.query_admin import QueryAdmin
 
@@ -67,7 +67,7 @@ class Cluster:
         others: list[psutil.Process] = []
         wanted = None if data is None else json.loads((data / "cluster.json").read_text()).get("node")
         for node in psutil.Process(program).children():
-            if wanted not in (None, node.pid) or "stageflow_actors.runtime.node" not in _words(node):
+            if wanted not in (None, node.pid) or "stageflow_actors.runtime.node.main" not in _words(node):
                 continue
             self.nodes.append(node)
             for child in _children(node):
@@ -231,7 +231,7 @@ class Nursery:
 
     def pause(self) -> None:
         """As many deaths as it takes."""
-        for _ in range(pool_judge.DEATHS_IN_A_ROW):
+        for _ in range(exit_policy.DEATHS_IN_A_ROW):
             self.pool._judge.not_before = 0.0
             self.pool._fill()
             self.death()

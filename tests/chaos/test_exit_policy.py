@@ -14,7 +14,7 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
 from stageflow_actors.runtime.ipc.slots import SlotState
-from stageflow_actors.runtime.pool_judge import (
+from stageflow_actors.runtime.node.exit_policy import (
     BACK_OFF,
     DEATHS_IN_A_ROW,
     FAILED_STARTS,
@@ -26,7 +26,7 @@ from stageflow_actors.runtime.pool_judge import (
     over_time,
     overdue,
 )
-from stageflow_actors.runtime.pool_worker import Kill
+from stageflow_actors.runtime.node.worker_handle import Kill
 
 NOW = 1_000.0
 LATE = Failure("timeout", "StageTimeout: too long", "StageTimeout")

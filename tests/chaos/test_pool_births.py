@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from stageflow_actors.runtime.pool import Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool import Tick, ZygoteLost
 
 
 def test_a_zygote_that_is_closed_already_is_asked_once_per_worker_until_its_end_is_reported(nursery: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.runtime import pool as pool_module
-from stageflow_actors.runtime import pool_judge, pool_pause
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
-from stageflow_actors.runtime.pool import Cancelled, Tick, ZygoteLost
+from stageflow_actors.runtime.node import exit_policy, pool_pause
+from stageflow_actors.runtime.node import pool as pool_module
+from stageflow_actors.runtime.node.pool import Cancelled, Tick, ZygoteLost
 
 FACT = f"{PAUSED_FACT}q"
 
@@ -29,16 +29,16 @@ def test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not(alone: An
     assert len(alone.zygote.asked) == 2
     alone.death()
     assert len(alone.zygote.asked) == 2
-    assert time.monotonic() < alone.pool._judge.not_before <= time.monotonic() + pool_judge.BACK_OFF
+    assert time.monotonic() < alone.pool._judge.not_before <= time.monotonic() + exit_policy.BACK_OFF
     alone.pool._judge.not_before = 0.0
     alone.pool.on_receive(Tick())
     assert len(alone.zygote.asked) == 3
     alone.death()
-    assert alone.pool._judge.not_before > time.monotonic() + pool_judge.BACK_OFF, "longer each time"
+    assert alone.pool._judge.not_before > time.monotonic() + exit_policy.BACK_OFF, "longer each time"
 
 
 def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: Any) -> None:
-    for number in range(2 * pool_judge.DEATHS_IN_A_ROW):
+    for number in range(2 * exit_policy.DEATHS_IN_A_ROW):
         alone.death(settled=1)
         assert len(alone.zygote.asked) == number + 2
     assert not alone.broker.paused
@@ -46,7 +46,7 @@ def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: 
 
 
 def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again(alone: Any) -> None:
-    for _ in range(pool_judge.FAILED_STARTS):
+    for _ in range(exit_policy.FAILED_STARTS):
         alone.idle_end()
         alone.death(settled=1)
     assert not alone.broker.paused
@@ -56,7 +56,7 @@ def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_on
 
 
 def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
-    for _ in range(pool_judge.FAILED_STARTS):
+    for _ in range(exit_policy.FAILED_STARTS):
         alone.pool._judge.not_before = 0.0
         alone.pool._fill()
         alone.idle_end()
@@ -83,7 +83,7 @@ def test_a_pool_reports_its_pause_once_however_many_workers_die_of_what_they_had
     many = nursery(actors=6)
     many.pool.on_start()
     ids = [many.birth(id) for id in list(many.zygote.asked)]
-    many.pool._judge._deaths = pool_judge.DEATHS_IN_A_ROW - 1
+    many.pool._judge._deaths = exit_policy.DEATHS_IN_A_ROW - 1
     for number, id in enumerate(ids):
         many.lane(id).begin(number, 0, time.monotonic_ns())
         many.end(id, -6)
@@ -96,7 +96,7 @@ def test_a_death_just_after_a_manual_resume_does_not_pause_the_queue_again(nurse
     two.pool.on_start()
     straggler = two.birth(two.zygote.asked[0])
     two.lane(straggler).begin(1, 0, time.monotonic_ns())
-    two.pool._judge._deaths = pool_judge.DEATHS_IN_A_ROW - 1
+    two.pool._judge._deaths = exit_policy.DEATHS_IN_A_ROW - 1
     two.death()
     assert two.broker.paused
     two.broker.admin.resume("q")

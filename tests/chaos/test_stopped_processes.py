@@ -18,7 +18,7 @@ from stageflow_actors.diagnostics import health
 from stageflow_actors.runtime import node_handle
 from stageflow_actors.runtime.ipc import stop_notes
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.pool import UNREPORTED
+from stageflow_actors.runtime.node.pool import UNREPORTED
 
 Row = dict[str, Any]
 

@@ -18,7 +18,7 @@ import pytest
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowDefinitionError
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, merged, pool_specs
-from stageflow_actors.runtime.memory import memory_over
+from stageflow_actors.runtime.node.memory_limits import memory_over
 
 Row = dict[str, Any]
 Handler = Callable[[Row], Any]

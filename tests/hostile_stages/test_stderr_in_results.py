@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stageflow_actors.core.failures import describe_error, last_lines
-from stageflow_actors.runtime.memory import OomKills, counted_oom_kills
+from stageflow_actors.runtime.node.memory_limits import OomKills, counted_oom_kills
 from stageflow_actors.runtime.system.processes import describe_exit
 
 DUMP = b"""\

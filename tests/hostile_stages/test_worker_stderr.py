@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime.stderr import CHUNK, LEFT_BEHIND, StderrRelay
+from stageflow_actors.runtime.node.stderr_relay import CHUNK, LEFT_BEHIND, StderrRelay
 
 Row = dict[str, Any]
 

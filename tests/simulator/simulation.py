@@ -34,7 +34,7 @@ from stageflow_actors.core.envelope import decode_outcome, decode_trail
 from stageflow_actors.core.plan import compile_plan
 from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, pool_specs
-from stageflow_actors.runtime.pool import ScaleTo
+from stageflow_actors.runtime.node.pool import ScaleTo
 from stageflow_brokers.core.message import PARKED
 
 LONGEST = 300.0

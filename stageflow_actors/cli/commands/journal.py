@@ -259,7 +259,7 @@ def _named(names: Sequence[str]) -> str:
 
 def _what_next(data_dir: DataDir, left: bool) -> int:
     """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
-    from stageflow_actors.runtime.keeping import HISTORY_FACT
+    from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
     from stageflow_brokers.offline.settlements import offline
 
     if not data_dir.history.exists():

@@ -24,12 +24,12 @@ from stageflow_actors.core.failures import STDERR, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import SlotState
-from stageflow_actors.runtime.memory import memory_over
-from stageflow_actors.runtime.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
-from stageflow_actors.runtime.pool_judge import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time, overdue
-from stageflow_actors.runtime.pool_pause import PoolPause
-from stageflow_actors.runtime.pool_services import PoolServices
-from stageflow_actors.runtime.pool_worker import Kill, PooledWorker
+from stageflow_actors.runtime.node.exit_policy import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time, overdue
+from stageflow_actors.runtime.node.memory_limits import memory_over
+from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool_pause import PoolPause
+from stageflow_actors.runtime.node.worker_handle import Kill, PooledWorker
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
 from stageflow_brokers.client.connection import new_peer

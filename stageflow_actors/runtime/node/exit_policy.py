@@ -16,7 +16,7 @@ from stageflow_actors.core.failures import UNDECIDED, undecided
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.ipc.slots import SlotState
-from stageflow_actors.runtime.pool_worker import Kill
+from stageflow_actors.runtime.node.worker_handle import Kill
 from stageflow_actors.runtime.system.processes import describe_exit
 
 __all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time", "overdue"]

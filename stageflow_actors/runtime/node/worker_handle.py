@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.runtime.ipc.slots import Slot, SlotState
-from stageflow_actors.runtime.stderr import WorkerStderr
+from stageflow_actors.runtime.node.stderr_relay import WorkerStderr
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
 __all__ = ["Kill", "PooledWorker"]

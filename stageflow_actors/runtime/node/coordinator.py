@@ -26,9 +26,9 @@ from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
-from stageflow_actors.runtime.keeping import WRITTEN_FACT
 from stageflow_actors.runtime.messaging.settlements import Settled, numbered, park_unknown, settle_moves, split_parts
-from stageflow_actors.runtime.unserved import send_on
+from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
+from stageflow_actors.runtime.node.orphans import send_on
 from stageflow_brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import reach
 

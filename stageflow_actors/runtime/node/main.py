@@ -25,22 +25,22 @@ from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import StageFlowError
-from stageflow_actors.runtime.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent, describe_work
-from stageflow_actors.runtime.keeping import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, write_served
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
-from stageflow_actors.runtime.pool import Cancelled, Retire, ScaleTo, Tick
-from stageflow_actors.runtime.pool_services import PoolServices
-from stageflow_actors.runtime.stderr import StderrRelay
-from stageflow_actors.runtime.supervisor import AddPools, Supervisor
+from stageflow_actors.runtime.node.coordinator import Coordinator, Delivered, Flush, Plan
+from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
+from stageflow_actors.runtime.node.orphans import Unserved
+from stageflow_actors.runtime.node.pool import Cancelled, Retire, ScaleTo, Tick
+from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.stderr_relay import StderrRelay
+from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, runtime_dir
 from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead
-from stageflow_actors.runtime.unserved import Unserved
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
 from stageflow_brokers.failpoints import reach

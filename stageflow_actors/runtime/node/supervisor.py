@@ -19,8 +19,8 @@ from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
-from stageflow_actors.runtime.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
-from stageflow_actors.runtime.pool_services import PoolServices
+from stageflow_actors.runtime.node.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool_context import PoolServices
 from stageflow_actors.runtime.system.processes import describe_exit
 from stageflow_actors.runtime.system.restart_limit import Intensity
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.memory import OomKills
-from stageflow_actors.runtime.stderr import StderrRelay
+from stageflow_actors.runtime.node.memory_limits import OomKills
+from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
 
