@@ -280,7 +280,7 @@ MUTANTS = (
         "a stage that lacks what it needs is said to have been tried once, however often that was",
         (
             (
-                "stageflow_actors/runtime/work.py",
+                "stageflow_actors/runtime/worker/executors/base.py",
                 "self._fail_stage(item, envelope, failure, attempt, self._wall(), 0.0)",
                 "self._fail_stage(item, envelope, failure, 1, self._wall(), 0.0)",
             ),
@@ -306,7 +306,7 @@ MUTANTS = (
         "a request that nobody serves outlives its timeout, and keeps its instance from being told to be parked",
         (
             (
-                "stageflow_actors/runtime/stage_work.py",
+                "stageflow_actors/runtime/worker/executors/stage.py",
                 "request.endpoint, sent, ttl=request.timeout)",
                 "request.endpoint, sent)",
             ),
@@ -321,7 +321,7 @@ MUTANTS = (
         "a crash between the mark of a message to be parked and its parking is taken for a requeue",
         (
             (
-                "stageflow_actors/runtime/stage_work.py",
+                "stageflow_actors/runtime/worker/executors/stage.py",
                 "            if not marked:\n                return self._retry(item, 0.0, failure)\n",
                 (
                     "            if not marked:\n"
@@ -577,7 +577,13 @@ MUTANTS = (
     Mutant(
         "judging-counts-as-work",
         "a worker that only finds out how another one died has settled something well",
-        (("stageflow_actors/runtime/actor.py", "        self._ran += settled.ran\n", "        self._ran += 1\n"),),
+        (
+            (
+                "stageflow_actors/runtime/worker/actor.py",
+                "        self._ran += settled.ran\n",
+                "        self._ran += 1\n",
+            ),
+        ),
         ("tests/chaos/test_messages_in_hand.py::test_only_what_ran_here_counts_as_a_success",),
     ),
     Mutant(

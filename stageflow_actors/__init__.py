@@ -59,10 +59,10 @@ from stageflow_actors.errors import (
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.instance import Instance
 from stageflow_actors.runtime.config import Config
-from stageflow_actors.runtime.context import StageContext
-from stageflow_actors.runtime.interception import StageCall
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo
 from stageflow_actors.runtime.runtime import Runtime
+from stageflow_actors.runtime.worker.interceptors import StageCall
+from stageflow_actors.runtime.worker.stage_context import StageContext
 
 __all__ = [
     "Breaker",

@@ -22,11 +22,11 @@ from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowD
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.config import Config
-from stageflow_actors.runtime.interception import check_interceptors
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
 from stageflow_actors.runtime.node_handle import NodeHandle, withdraw
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.worker.interceptors import check_interceptors
 
 __all__ = ["Runtime"]
 

@@ -31,12 +31,17 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
-from stageflow_actors.runtime.compensation_work import CompensationExecutor
-from stageflow_actors.runtime.interception import AROUND_COMPENSATION, AROUND_STAGE, around_methods, check_interceptors
 from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs, undone_items
 from stageflow_actors.runtime.messaging.settlements import Settled, settle_moves, split_parts
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
-from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
+from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
+from stageflow_actors.runtime.worker.interceptors import (
+    AROUND_COMPENSATION,
+    AROUND_STAGE,
+    around_methods,
+    check_interceptors,
+)
 from stageflow_brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
 
 __all__ = ["run"]

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pykka
 import pytest
 
-from stageflow_actors.runtime.actor import StageActor
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.mailbox import WORK, Mailbox
 from stageflow_actors.runtime.messaging.settlements import Settled
+from stageflow_actors.runtime.worker.actor import StageActor
+from stageflow_actors.runtime.worker.mailbox import WORK, Mailbox
 from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 
 

@@ -25,8 +25,8 @@ from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import stage_programs
 from stageflow_actors.runtime.messaging.settlements import Settled
-from stageflow_actors.runtime.work import ExecutorEnvironment
-from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.testing import in_process, run
 from stageflow_brokers.api import DONE, DeliveryExtra, DeliveryItem
 

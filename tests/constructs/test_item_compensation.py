@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import write_failure
-from stageflow_actors.runtime.undoing import ItemCompensationState
+from stageflow_actors.runtime.worker.executors.item_compensation import ItemCompensationState
 
 LOST = write_failure(Failure("exception", "ValueError: no", "ValueError"))
 DIED = write_failure(Failure("died", "WorkerDied: the worker process died"))

@@ -8,7 +8,7 @@ import pytest
 from constructs_fixtures import note, noted
 
 from stageflow_actors import StageContext, Workflow
-from stageflow_actors.runtime.context import Request
+from stageflow_actors.runtime.worker.stage_context import Request
 
 
 def refund(command: Any) -> None:

@@ -14,8 +14,8 @@ from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import stage_programs
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.messaging.settlements import Settled
-from stageflow_actors.runtime.work import ExecutorEnvironment
-from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_brokers.api import AGAIN, DEAD, DONE, DeliveryItem
 from stageflow_brokers.types import DeliveryExtra
 

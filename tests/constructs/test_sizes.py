@@ -8,7 +8,7 @@ import pytest
 from constructs_fixtures import does, note, noted, statuses, undoes, undone
 
 from stageflow_actors import Config, Retry, Runtime, Stage, StageContext, Workflow, WorkflowResult
-from stageflow_actors.runtime.work import ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
 
 LIMIT = 100_000
 

@@ -20,7 +20,7 @@ Current thread 0x00007f0a (most recent call first):
   File "/usr/lib/python3.11/ctypes/__init__.py", line 519 in string_at
   File "/srv/orders/stages.py", line 8 in charge
   File "/usr/lib/stageflow_actors/definition/handler.py", line 97 in <lambda>
-  File "/usr/lib/stageflow_actors/runtime/work.py", line 189 in __call__
+  File "/usr/lib/stageflow_actors/runtime/worker/executors/base.py", line 189 in __call__
   File "/usr/lib/a.py", line 1 in one
   File "/usr/lib/b.py", line 2 in two
   File "/usr/lib/c.py", line 3 in three

@@ -14,13 +14,13 @@ from stageflow_actors.core.envelope import Command, CompensationTask, decode_env
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.runtime.client.workflow_ref import Known
-from stageflow_actors.runtime.compensation_work import CompensationExecutor
-from stageflow_actors.runtime.endpoint_work import EndpointExecutor
 from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.messaging.settlements import Settled
-from stageflow_actors.runtime.work import ExecutorEnvironment
-from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
+from stageflow_actors.runtime.worker.executors.endpoint import EndpointExecutor
+from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_brokers.types import DeliveryExtra, DeliveryItem
 
 Flow = Workflow[Any]

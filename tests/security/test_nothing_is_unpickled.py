@@ -79,7 +79,7 @@ UNPICKLING = {"recv_pyobj", "recv_serialized", "allow_pickle", "Unpickler", "enc
 PICKLING = "stageflow_actors.definition.pickling"
 ALLOWED = {PICKLING: {"pickle", "cloudpickle"}}
 """Modules that may import one: definitions on their way from parent to child process."""
-UNPACKERS = {"stageflow_actors.runtime.worker"}
+UNPACKERS = {"stageflow_actors.runtime.worker.main"}
 """Modules that may call `pickling.loads`: the worker, on what its parent gave it at its birth."""
 
 
@@ -134,7 +134,7 @@ def test_only_the_shipping_of_definitions_knows_pickle_and_only_the_worker_unpac
 
 def test_what_is_unpacked_came_from_the_parent_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one function that unpickles is called in the worker's birth, before it connects to anything."""
-    tree = dict(modules())["stageflow_actors.runtime.worker"]
+    tree = dict(modules())["stageflow_actors.runtime.worker.main"]
     callers = [
         node.name
         for node in ast.walk(tree)

@@ -22,18 +22,18 @@ from virtual_deaths import Deaths
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.runtime import worker as worker_module
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.node import pool as pool_module
 from stageflow_actors.runtime.node.coordinator import Coordinator, Flush
 from stageflow_actors.runtime.node.main import _NodeListener
 from stageflow_actors.runtime.node.pool import Cancelled, Pool, Tick
 from stageflow_actors.runtime.node.pool_context import PoolServices
 from stageflow_actors.runtime.node.supervisor import queue_options
-from stageflow_actors.runtime.work import ignore_error
+from stageflow_actors.runtime.worker import main as worker_module
+from stageflow_actors.runtime.worker.executors.base import ignore_error
+from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.api import DeliveryItem
 

@@ -325,7 +325,7 @@ class Node:
     def _make_zygote(self) -> ZygoteHandle:
         config = self._config
         zygote = ZygoteHandle(
-            "stageflow_actors.runtime.worker:main",
+            "stageflow_actors.runtime.worker.main:main",
             slots=self._slots,
             keep_fds=(config.lock_fd,),
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],

@@ -30,7 +30,7 @@ from stageflow_actors.runtime.zygote.protocol import (
 
 __all__ = ["Event", "Exited", "SpawnFailed", "Spawned", "ZygoteGone", "ZygoteHandle", "describe_exit"]
 
-PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.worker")
+PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.worker.main")
 """What every worker imports. None of these starts a thread or opens a socket when it is imported."""
 
 # `-c` and not `-m`: the program's own sys.path, not the working directory, says where this package lies.

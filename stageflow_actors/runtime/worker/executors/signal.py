@@ -11,11 +11,11 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageTimeout
-from stageflow_actors.runtime.calling import bind_blocking
-from stageflow_actors.runtime.context import check_no_request
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.async_call import bind_blocking
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["SignalExecutor"]

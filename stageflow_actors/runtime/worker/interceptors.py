@@ -14,7 +14,7 @@ from typing import Any
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import WorkflowDefinitionError
-from stageflow_actors.runtime.context import StageContext
+from stageflow_actors.runtime.worker.stage_context import StageContext
 
 __all__ = ["AROUND_COMPENSATION", "AROUND_STAGE", "StageCall", "around_methods", "check_interceptors", "wrap_handler"]
 

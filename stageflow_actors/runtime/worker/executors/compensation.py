@@ -22,13 +22,18 @@ from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.calling import as_blocking
-from stageflow_actors.runtime.context import StageContext, check_no_request
-from stageflow_actors.runtime.interception import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram
 from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settled, park_unknown, park_unreadable
-from stageflow_actors.runtime.undoing import NO_ITEM, ItemCompensationState
-from stageflow_actors.runtime.work import CANCEL_GRACE_NS, ExecutorEnvironment, ask_policy, lost_attempt_failure
+from stageflow_actors.runtime.worker.executors.async_call import as_blocking
+from stageflow_actors.runtime.worker.executors.base import (
+    CANCEL_GRACE_NS,
+    ExecutorEnvironment,
+    ask_policy,
+    lost_attempt_failure,
+)
+from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
+from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
+from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request
 from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
 
 __all__ = ["CompensationExecutor"]

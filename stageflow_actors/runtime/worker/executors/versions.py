@@ -10,9 +10,9 @@ import copy
 from typing import Any, Self
 
 from stageflow_actors.core.envelope import head_of
-from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.messaging.settlements import Result
-from stageflow_actors.runtime.work import Stopwatch
+from stageflow_actors.runtime.worker.executors.base import Stopwatch
+from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_brokers.api import DeliveryItem, Target
 
 __all__ = ["VersionedExecutor"]

@@ -15,9 +15,9 @@ import pykka
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
-from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.messaging.settlements import Settled, numbered
 from stageflow_actors.runtime.system.processes import end_now
+from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import reach
 

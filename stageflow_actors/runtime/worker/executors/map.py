@@ -39,12 +39,12 @@ from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, 
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.context import check_no_request
-from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts, steps_of
-from stageflow_actors.runtime.setting import with_field
-from stageflow_actors.runtime.work import PARK_MARK, Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
+from stageflow_actors.runtime.worker.executors.set_field import with_field
+from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["ItemExecutor", "MapExecutor"]

@@ -21,7 +21,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["JoinExecutor"]

@@ -14,11 +14,11 @@ from typing import Any, Self
 import msgspec
 
 from stageflow_actors.core.plan import WorkflowPlan
-from stageflow_actors.runtime.calling import as_blocking
-from stageflow_actors.runtime.interception import AROUND_STAGE, around_methods, wrap_handler
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.messaging.settlements import Result, Settled, park_unreadable
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment, Stopwatch
+from stageflow_actors.runtime.worker.executors.async_call import as_blocking
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment, Stopwatch
+from stageflow_actors.runtime.worker.interceptors import AROUND_STAGE, around_methods, wrap_handler
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["HandlerExecutor", "PendingCall"]

@@ -18,16 +18,16 @@ from typing import Any
 import pykka
 
 from stageflow_actors.errors import StageError, StageTimeout
-from stageflow_actors.runtime.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
-from stageflow_actors.runtime.handler_work import HandlerExecutor, PendingCall
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
-from stageflow_actors.runtime.mailbox import RETIRE, WORK, Mailbox
 from stageflow_actors.runtime.messaging.settlements import Result
 from stageflow_actors.runtime.system.processes import end_now
-from stageflow_actors.runtime.versions import VersionedExecutor
-from stageflow_actors.runtime.work import CANCEL_GRACE_NS
+from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
+from stageflow_actors.runtime.worker.executors.base import CANCEL_GRACE_NS
+from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor, PendingCall
+from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
+from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["TaskActor", "ThreadActor"]

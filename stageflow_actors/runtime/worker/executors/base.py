@@ -34,7 +34,6 @@ from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
-from stageflow_actors.runtime.context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.ipc.slots import WORDS_BYTES
 from stageflow_actors.runtime.messaging.settlements import (
@@ -46,6 +45,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     settle_moves,
     steps_of,
 )
+from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_brokers.api import (
     AGAIN,
     DEAD,

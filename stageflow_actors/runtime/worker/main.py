@@ -22,9 +22,6 @@ import msgspec
 
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.pickling import loads
-from stageflow_actors.runtime.actor import CompensationActor, StageActor, WorkActor
-from stageflow_actors.runtime.compensation_work import CompensationExecutor
-from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.ipc.exit_codes import (
     EXIT_CUT_OFF,
     EXIT_DAMAGED,
@@ -34,13 +31,16 @@ from stageflow_actors.runtime.ipc.exit_codes import (
 )
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
-from stageflow_actors.runtime.lanes import TaskActor, ThreadActor
-from stageflow_actors.runtime.mailbox import Mailbox
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.processes import end_now
-from stageflow_actors.runtime.versions import VersionedExecutor
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
-from stageflow_actors.runtime.works import EXECUTORS
+from stageflow_actors.runtime.worker.actor import CompensationActor, StageActor, WorkActor
+from stageflow_actors.runtime.worker.concurrent_actors import TaskActor, ThreadActor
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
+from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
+from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
+from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
+from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_brokers.failpoints import reach
 
 __all__ = ["main"]

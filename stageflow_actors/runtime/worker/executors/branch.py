@@ -13,7 +13,7 @@ from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageProgram
 from stageflow_actors.runtime.messaging.settlements import Result, Settled
-from stageflow_actors.runtime.work import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["BranchExecutor"]

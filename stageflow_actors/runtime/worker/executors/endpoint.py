@@ -22,10 +22,10 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.routing import Arrive, Moves
-from stageflow_actors.runtime.context import check_no_request
-from stageflow_actors.runtime.handler_work import HandlerExecutor
 from stageflow_actors.runtime.messaging.settlements import Result, Settled
-from stageflow_actors.runtime.work import lost_attempt_failure
+from stageflow_actors.runtime.worker.executors.base import lost_attempt_failure
+from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
+from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["EndpointExecutor"]
