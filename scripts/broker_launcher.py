@@ -19,7 +19,7 @@ def start_broker(
 ) -> subprocess.Popen[Any]:
     """Return the running process. Raises RuntimeError if it does not report that it is ready.
 
-    `options` are those of `stageflow_brokers.zeromq.process`, `arguments` follow them on the command line, and `popen` goes to
+    `options` are those of `stageflow_brokers.zeromq.process`, `arguments` follow on the command line, `popen` goes to
     `subprocess.Popen`.
     """
     reading, writing = os.pipe()

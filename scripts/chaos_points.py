@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """SIGKILL, SIGSTOP and SIGTERM at named points: each in a small saga run, which is then run to its end and audited.
 
-The points and what is true at each are in `stageflow_brokers.failpoints`. The audit is that of `scripts/chaos.py`: effect log,
+The points and their meaning are in `stageflow_brokers.failpoints`. The audit is that of `scripts/chaos.py`: effect log,
 settlements counted from the journal, and history must agree.
 """
 

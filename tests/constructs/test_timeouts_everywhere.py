@@ -13,7 +13,7 @@ from constructs_fixtures import does, note, noted, undoes, undone
 
 from stageflow_actors import Retry, Runtime, Stage, Workflow
 from stageflow_actors.core.plan import MAP, Naming, compile_plan
-from stageflow_actors.runtime.worker.executors import map
+from stageflow_actors.runtime.worker.executors import map as map_executor
 from stageflow_actors.testing import in_process, run
 
 LIMIT = 0.4
@@ -167,8 +167,8 @@ def test_what_is_done_with_the_items_of_a_list_is_not_taken_from_the_time_of_ove
         seen["encoding"] = limits[-1]
         return real(work, number, value)
 
-    real = map.MapExecutor._item
-    monkeypatch.setattr(map.MapExecutor, "_item", encode)
+    real = map_executor.MapExecutor._item
+    monkeypatch.setattr(map_executor.MapExecutor, "_item", encode)
     monkeypatch.setattr(in_process._NoSlot, "limit", lambda self, ns, now: limits.append(ns))
     workflow = Workflow("timed").add_map("m", same, over=over, into="got", timeout=1)
     assert run(workflow, {}).context["got"] == [1, 2]

@@ -5,9 +5,9 @@ one behind the other. Headers are decoded into the structs below, which checks e
 against the blob here. Bodies are never looked into. Every frame of a peer carries the broker epoch that
 the peer believes in and a frame number that rises by one, so that a frame sent again after a reconnect is recognised.
 
-Whom the broker trusts: every peer is a process of the user whose broker it is (the directory of its socket is closed
-to all others, see `stageflow_brokers.zeromq.access`), and what a peer says that it is, a role or a number, is believed. Roles tell
-who does what, they are no rights: only a `supervisor` may say who is dead or alive, so that no other does by mistake.
+Trust: every peer is a process of the user who owns the broker (the directory of its socket is closed to all others,
+see `stageflow_brokers.zeromq.access`), and the broker believes the role and the number that a peer states. A role is
+no right: only a `supervisor` may report a worker dead or alive, so that no other peer does so by mistake.
 What is defended against is error, not the user himself: no frame, however wrong, makes the broker end, forget or grow
 without bound, and none settles, returns or marks a message but by the lease that its sender itself holds.
 """

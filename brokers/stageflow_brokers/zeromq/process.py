@@ -1,6 +1,6 @@
 """The broker process: journal, engine, socket; says when it is ready, ends when told or when its parent is gone.
 
-`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. What it has to say about its start goes to the file
+`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. The report of its start goes to the file
 descriptor `ready_fd` as one line of JSON. It runs no user code, unpickles nothing and starts no thread but those of
 ZeroMQ.
 """
