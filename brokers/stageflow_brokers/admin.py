@@ -38,6 +38,9 @@ class BrokerAdmin(Protocol):
         """Return the broker's epoch, and whether its queues are open.
 
         The answer comes behind everything that this connection sent before.
+
+        Returns:
+            A future of the epoch, and whether the queues are open.
         """
 
     @abstractmethod
@@ -46,22 +49,31 @@ class BrokerAdmin(Protocol):
 
         Args:
             prefix: Only queues whose name begins with it are listed; empty for all.
+
+        Returns:
+            A future of the figures.
         """
 
     @abstractmethod
     def audit(self) -> Future[dict[str, Any]]:
-        """Return one consistent picture of the broker, and where its books contradict one another.
+        """Return one consistent picture of the broker, and its contradictions.
 
         Keys: `epoch`, `wall`, `messages`, `groups`, `live` (ids of groups that have not ended), `epochs`, `shapes`,
         `sessions`, `awaited`, `rostered`, `queues`, `facts`, `faults`. Takes about 2 µs per message and group.
+
+        Returns:
+            A future of the picture, by key.
         """
 
     @abstractmethod
     def compact(self, begin: bool) -> Future[bool]:
-        """Compact the journal: rewrite live records and delete old segments. Return True while it goes on.
+        """Compact the journal: rewrite live records and delete old segments.
 
         Args:
             begin: True to start, False to ask only whether it still goes on.
+
+        Returns:
+            A future; True while the compaction goes on.
         """
 
     @abstractmethod
@@ -70,6 +82,9 @@ class BrokerAdmin(Protocol):
 
         Args:
             name: The name of the fact, at most `MAX_NAME` characters.
+
+        Returns:
+            A future of the text, or None.
         """
 
     @abstractmethod
@@ -80,18 +95,24 @@ class BrokerAdmin(Protocol):
             name: The name of the fact, at most `MAX_NAME` characters.
             value: The text; it replaces what was kept before.
 
+        Returns:
+            A future of the text.
+
         Raises:
             Refused: From the future, when as many facts or bytes of them are kept as may be.
         """
 
     @abstractmethod
     def subscribe(self, on: bool) -> Future[Any]:
-        """Have this connection notified (`settled`) of what follows from settlements, or not any longer.
+        """Subscribe to the notices `settled`, or end the subscription.
 
         A subscription ends with its broker: call again after each `Listener.on_connected`.
 
         Args:
             on: True to begin, False to end.
+
+        Returns:
+            A future; its value has no meaning.
         """
 
     # queues
@@ -109,12 +130,17 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def peek(self, queue: str, offset: int, limit: int) -> Future[list[dict[str, Any]]]:
-        """Return ready messages of a queue in their order, or its dead letters; bodies up to 16 MiB in all.
+        """Return ready messages of a queue in their order, or its dead letters.
+
+        An answer has up to 16 MiB of bodies.
 
         Args:
             queue: The name of the queue; `dlq.` before it for its dead letters.
             offset: How many messages to skip.
             limit: Most messages to return, 0 to 10,000.
+
+        Returns:
+            A future of one dict per message.
 
         Raises:
             Refused: From the future, for an unknown queue or an impossible offset or limit.
@@ -150,6 +176,9 @@ class BrokerAdmin(Protocol):
             queue: The name of the queue, with or without `dlq.`.
             ids: Numbers of the dead letters; empty for all that are no evidence.
 
+        Returns:
+            A future of the number of requeued messages, and the ids of those that are evidence.
+
         Raises:
             Refused: From the future, for an unknown queue or number, or a letter that is evidence.
         """
@@ -161,6 +190,9 @@ class BrokerAdmin(Protocol):
         Args:
             queue: The name of the queue; `dlq.` before it for its dead letters.
             ids: Numbers of the messages; empty for all.
+
+        Returns:
+            A future of the number of deleted messages, and the ids of the groups that ended with them.
 
         Raises:
             Refused: From the future, for an unknown queue or dead letter.
@@ -175,6 +207,9 @@ class BrokerAdmin(Protocol):
             id: The number of the dead letter.
             body: The new body; of a gathered message the new base, before the arrivals.
 
+        Returns:
+            A future of the epoch of the group.
+
         Raises:
             Refused: From the future, for an unknown letter, one that is evidence, or too large a body.
         """
@@ -183,10 +218,13 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def watch(self, ids: Sequence[str]) -> Future[list[str]]:
-        """Have this connection notified of how groups end. Return the ids of those that are not live.
+        """Watch groups: this connection receives their end.
 
         Args:
             ids: Ids of groups.
+
+        Returns:
+            A future of the ids that are not live.
 
         Raises:
             Refused: From the future, for more ids than one query may name.
@@ -199,16 +237,24 @@ class BrokerAdmin(Protocol):
         Args:
             ids: Ids of groups.
 
+        Returns:
+            A future of the descriptions by id.
+
         Raises:
             Refused: From the future, for more ids than one query may name.
         """
 
     @abstractmethod
     def inspect(self, ids: Sequence[str]) -> Future[dict[str, dict[str, Any]]]:
-        """Return descriptions of live groups by id, with bodies as far as one answer has room for them.
+        """Return descriptions of live groups by id, with bodies.
+
+        Bodies that exceed the size of an answer are left out.
 
         Args:
             ids: Ids of groups, a few at a time.
+
+        Returns:
+            A future of the descriptions by id.
 
         Raises:
             Refused: From the future, for more ids than one query may inspect.
@@ -222,13 +268,20 @@ class BrokerAdmin(Protocol):
             queue_prefix: Only groups with a message in a queue whose name begins with it; empty for all.
             limit: Most groups to return, 0 to `MOST_LISTED`.
 
+        Returns:
+            A future of one dict per group.
+
         Raises:
             Refused: From the future, for an impossible limit.
         """
 
     @abstractmethod
     def live_ids(self) -> Future[list[str]]:
-        """Return the ids of all live groups, the latest last."""
+        """Return the ids of all live groups, the latest last.
+
+        Returns:
+            A future of the ids.
+        """
 
     @abstractmethod
     def tally(self, shared: Sequence[str], marks: Sequence[bytes], at: Sequence[int]) -> Future[TallyResult]:
@@ -238,6 +291,9 @@ class BrokerAdmin(Protocol):
             shared: Queues whose groups are counted by mark instead; those without any mark are not counted.
             marks: Byte strings to look for in the bodies there; the first that is found counts.
             at: Offsets in a body at which a mark may be.
+
+        Returns:
+            A future of the counts.
         """
 
     @abstractmethod
@@ -252,18 +308,26 @@ class BrokerAdmin(Protocol):
             queue: The queue that takes older messages.
             label: The label that they get.
 
+        Returns:
+            A future of the epoch, the messages in work, and the label of the end.
+
         Raises:
             Refused: From the future, for a group that is not live.
         """
 
     @abstractmethod
     def cancel(self, group: str, reason: str, prefixes: Sequence[str]) -> Future[CancelResult]:
-        """Cancel a group: its older messages are delivered where they are, to be passed through without work.
+        """Cancel a group.
+
+        Its older messages stay in their queues, and consumers pass them through without work.
 
         Args:
             group: The id of the group.
             reason: The text that consumers get, at most `MAX_TEXT` characters.
             prefixes: Open gathers whose key begins with one of these publish what they have.
+
+        Returns:
+            A future of the epoch, the label of the end, and the reason of the cancellation.
 
         Raises:
             Refused: From the future, for a group that is not live.
@@ -271,7 +335,7 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def hand_over(self, group: str, ids: Sequence[int], queue: str, label: str) -> Future[int]:
-        """Move ready messages of a cancelled group to another queue. Return how many were moved.
+        """Move ready messages of a cancelled group to another queue.
 
         Args:
             group: The id of the group.
@@ -279,19 +343,27 @@ class BrokerAdmin(Protocol):
             queue: The queue whose consumer passes them through.
             label: The label that they get.
 
+        Returns:
+            A future of the number of moved messages.
+
         Raises:
             Refused: From the future, for a group that is not live.
         """
 
     @abstractmethod
     def restart(self, group: str, queue: str, label: str, body: bytes) -> Future[EpochResult]:
-        """Start a parked group again, in the next epoch, with one message in place of all that it had.
+        """Start a parked group again, in the next epoch.
+
+        One message replaces all messages of the group.
 
         Args:
             group: The id of the group.
             queue: The queue of the first message.
             label: The label of the first message.
             body: The body of the first message.
+
+        Returns:
+            A future of the new epoch.
 
         Raises:
             Refused: From the future, for a group that is not live, not parked, or in work.
@@ -311,11 +383,16 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def notify_supervisor(self, word: str, detail: Any) -> Future[bool]:
-        """Pass a word on to the supervisor, as the notice `told`. Return whether one is connected; it is not kept.
+        """Send a word to the supervisor, as the notice `told`.
+
+        The word is not stored: without a supervisor it is lost.
 
         Args:
             word: What is asked.
             detail: Anything that can be encoded, at most 64 KiB.
+
+        Returns:
+            A future; True if a supervisor is connected.
         """
 
     # the supervisor alone: other roles are refused
@@ -336,7 +413,9 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def set_roster(self, peers: Sequence[tuple[int, Sequence[str]]]) -> Future[None]:
-        """Name the consumers that are alive: a queue opens when each of its own has announced what it holds.
+        """Set the consumers that are alive.
+
+        A queue opens when each of its consumers has reported the messages that it holds.
 
         Args:
             peers: (number of the connection, names of its queues) of each.
@@ -352,10 +431,13 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def forget_groups(self, ids: Sequence[str]) -> Future[int]:
-        """Delete groups that are known to have ended, with all their messages. Return how many were live.
+        """Delete groups that are known to have ended, with all their messages.
 
         Args:
             ids: Ids of groups.
+
+        Returns:
+            A future of the number of groups that were live.
         """
 
     @abstractmethod
@@ -368,8 +450,11 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def retire(self, peer: int) -> Future[bool]:
-        """Deliver nothing more to a consumer and ask it to end. Return whether it could be asked.
+        """Stop deliveries to a consumer and ask it to end.
 
         Args:
             peer: The number of its connection.
+
+        Returns:
+            A future; True if the consumer was connected.
         """

@@ -1,8 +1,8 @@
-"""The broker port: what the runtime may ask of any broker, whatever carries the messages.
+"""The port: the operations that the runtime needs of a broker.
 
-A `Broker` here is one peer's connection. Everything that changes state is asynchronous and numbered: it is sent again
-by itself after a broker restart, is taken once, and its future resolves when it is durable. Batches are the unit:
-`publish` and `settle` take many messages in one call, with their bodies beside them.
+A `Broker` is one connection. Operations that change state are asynchronous and numbered: a frame is sent again
+after a restart of the broker, and performed once; its future resolves when the change is durable. `publish` and
+`settle` take batches of messages, with the bodies in a list of their own.
 """
 
 from __future__ import annotations
@@ -88,11 +88,19 @@ __all__ = [
 
 
 class PublishAnswer:
-    """What a publish was answered. `refused` is (index, why, group) for items not taken; all others are durable.
+    """The answer to a publish. All items are durable, except those in `refused`.
 
-    Why is `exists` (the same input under this id is live), `conflict` (another input is), `look-again` (the id may have
-    left the broker since `seen`: consult the history, then send again with this `seen`), or `gone` (an arrival for a
-    group that is not live; arrivals are numbered behind the items).
+    Args:
+        seen: Number of groups that had left the broker, for `PublishItem.seen`. Default: 0.
+        refused: (index, reason, group) for each item that was not taken. Arrivals are numbered after the items.
+            The reason is `exists` (a live group has this id and the same input), `conflict` (a live group has this
+            id and another input), `look-again` (the group may have left the broker since `seen`: look it up in the
+            history, then publish again with the new `seen`), or `gone` (an arrival for a group that is not live).
+
+    Example:
+        >>> from brokers.api import PublishAnswer
+        >>> PublishAnswer(seen=7, refused=[(0, "exists", "order-1")]).refused
+        [(0, 'exists', 'order-1')]
     """
 
     __slots__ = ("refused", "seen")
@@ -103,46 +111,127 @@ class PublishAnswer:
 
 
 class Listener:
-    """What a connection tells its owner, from its own thread. Override what is of interest; none may block."""
+    """The callbacks of a connection. Override those of interest.
+
+    The thread of the connection calls them; none of them may block.
+
+    Example:
+        >>> from brokers.api import Listener
+        >>> class Bodies(Listener):
+        ...     def __init__(self):
+        ...         self.received = []
+        ...     def on_deliveries(self, queue, items, bodies):
+        ...         self.received += bodies
+        >>> listener = Bodies()
+        >>> listener.on_deliveries("orders", [], [b"one", b"two"])
+        >>> listener.received, listener.holding()
+        ([b'one', b'two'], [])
+    """
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
-        """Messages to work on."""
+        """Receive messages of a queue that this connection consumes.
+
+        Args:
+            queue: The name of the queue.
+            items: The messages.
+            bodies: Their bodies, in the same order.
+        """
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        """How watched groups ended, as (group, label, body)."""
+        """Receive the end of groups that this connection watches.
+
+        Args:
+            pushes: (group, label, body) of each.
+        """
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """`gone` and `parked` (a watched group), `settled` (to those who have subscribed: what follows from
-        settlements, as (group, epoch, label or key, body)), `told` (to the supervisor: a word passed on), `cancel` (to
-        the supervisor), `recall` (return what has not begun), `retire` (likewise, and end when done with what has),
-        `malformed` (a frame made no sense and changed nothing), `refused` (the broker will not talk to this peer)."""
+        """Receive a notice of the broker.
+
+        Args:
+            word: `gone` or `parked` (a watched group), `settled` (to subscribers: messages that follow from
+                settlements, as (group, epoch, label or key, body)), `told` (to the supervisor: a word from another
+                connection), `cancel` (to the supervisor), `recall` (release the messages that have not begun),
+                `retire` (as `recall`, then close when the others are settled), `malformed` (the broker ignored a
+                frame that it could not read), `refused` (the broker does not accept this connection).
+            detail: The details, by the kind of notice.
+        """
 
     def on_lost(self, ids: list[int]) -> None:
-        """After a broker restart: these messages are not held any more; drop them."""
+        """Drop messages that are not leased to this connection any more.
+
+        This follows a restart of the broker.
+
+        Args:
+            ids: Numbers of the messages.
+        """
 
     def on_connected(self, broker_epoch: int) -> None:
-        """A broker has said welcome: the first time, or after a restart."""
+        """Notice that a broker has accepted the connection, also after a restart.
+
+        Args:
+            broker_epoch: Number of starts of this broker.
+        """
 
     def on_stale(self, ids: list[int]) -> None:
-        """Settlements that were refused, because another holds these messages now."""
+        """Notice that settlements were refused.
+
+        These messages are leased to another connection.
+
+        Args:
+            ids: Numbers of the messages.
+        """
 
     def on_closed(self, reason: str) -> None:
-        """The connection has ended and will not come back: it was closed, or its thread failed."""
+        """Notice the end of the connection: it was closed, or its thread failed.
+
+        It does not reconnect.
+
+        Args:
+            reason: Why it ended.
+        """
 
     def holding(self) -> list[tuple[int, int]]:
-        """(id, lease) of every message delivered and not yet settled."""
+        """Return the messages that were delivered and are not settled yet.
+
+        Returns:
+            (id, lease) of each message.
+        """
         return []
 
     def watching(self) -> list[str]:
-        """Groups whose end is still of interest."""
+        """Return the groups whose end is still of interest.
+
+        After a restart of the broker they are watched again.
+
+        Returns:
+            Ids of groups.
+        """
         return []
 
 
 class Broker(Protocol):
-    """One connection to a broker. Thread-safe."""
+    """One connection to a broker. Thread-safe.
+
+    Example:
+        >>> from queue import SimpleQueue
+        >>> from brokers.api import Listener, PublishItem, Target
+        >>> from brokers.memory import MemoryBroker
+        >>> inbox = SimpleQueue()
+        >>> class Inbox(Listener):
+        ...     def on_deliveries(self, queue, items, bodies):
+        ...         inbox.put(bodies)
+        >>> hub = MemoryBroker()
+        >>> broker = hub.connect(Inbox())
+        >>> broker.consume("orders", prefetch=1)
+        >>> broker.publish([Target("orders")], [PublishItem(target=0, size=4)], [b"body"]).result(5).refused
+        []
+        >>> inbox.get(timeout=5)
+        [b'body']
+        >>> hub.close()
+    """
 
     peer: int
-    """Who this connection is to the broker."""
+    """The number of this connection."""
 
     admin: BrokerAdmin
     """The operations that are not hot: `broker.admin.stats("").result()`."""
@@ -159,14 +248,27 @@ class Broker(Protocol):
         taken: Callable[[], None] | None = None,
         waiting: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
-        """New messages; resolves when they are durable. Fails with `QueueFull`, `PayloadTooLarge`, `Refused`.
+        """Publish new messages; the future resolves when they are durable.
 
-        Waits, before anything is sent, while too much of what was published on this connection is unconfirmed: so a
-        program that publishes faster than its broker keeps is slowed down. `waiting` is called every half second then
-        and may raise to give up. Within a listener or the callback of a future of this connection nobody waits.
+        The call waits, before anything is sent, while too many bytes of this connection are unconfirmed. So a program
+        cannot publish faster than its broker writes. In the thread of the connection it never waits.
 
-        `taken` is called in the same instant in which the frame is: who begins there to watch the groups that the
-        frame starts is never told that they are gone, whenever the connection is made anew. It must not block.
+        Args:
+            targets: Queues and labels; items name them by position.
+            items: The messages, or their fields as tuples.
+            bodies: One body for each item, then one for each of `opens`, then one for each of `arrivals`.
+            atomic: True to refuse all items if one is refused. Default: False.
+            opens: Gathers to open. Default: none.
+            arrivals: Arrivals at gathers. Default: none.
+            taken: Called at the moment when the frame is numbered; it must not block. Groups that are watched from then
+                on are never reported as gone before the frame starts them. Default: none.
+            waiting: Called every half second while the call waits; it may raise to stop. Default: none.
+
+        Returns:
+            A future of the answer. It fails with `QueueFull`, `PayloadTooLarge` or `Refused`.
+
+        Raises:
+            BrokerUnavailable: If the connection is closed.
         """
 
     def settle(
@@ -180,19 +282,56 @@ class Broker(Protocol):
         queue: str = "",
         prefetch: int = -1,
     ) -> None:
-        """Acknowledge messages and publish what follows, one transition each; bodies in the order moves, others."""
+        """Settle messages and publish those that follow.
+
+        Each settlement is one transition.
+
+        Args:
+            targets: Queues and labels; moves and settlements name them by position.
+            moves: Messages that are done, each followed by one message.
+            acks: Messages that are done and followed by none.
+            others: Settlements of any other form.
+            bodies: The bodies of the moves, then those of the other settlements.
+            queue: The queue whose `prefetch` changes. Default: none.
+            prefetch: The new limit of messages of `queue` that this connection holds; -1 for no change. Default: -1.
+        """
 
     def checkpoint(self, id: int, lease: int, name: str, value: bytes) -> Future[None]:
-        """Keep the result of a step with the message; resolves when it is durable. Fails with `Refused`."""
+        """Store the result of a step with its message.
+
+        Args:
+            id: Number of the message.
+            lease: The lease under which this connection holds it.
+            name: Name of the step.
+            value: The encoded result.
+
+        Returns:
+            A future that resolves when the result is durable; it fails with `Refused`.
+        """
 
     def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
-        """Return messages that were not begun."""
+        """Release leased messages that were not begun.
+
+        Args:
+            leases: (id, lease) of each message.
+            queue: Their queue.
+            prefetch: The new limit of messages of that queue that this connection holds.
+        """
 
     def consume(self, queue: str, prefetch: int) -> None:
-        """Take messages of `queue`, at most `prefetch` at once, from now on and after each reconnect."""
+        """Consume a queue, from now on and after each reconnect.
+
+        Args:
+            queue: The name of the queue.
+            prefetch: Number of messages that this connection holds at most; 0 to stop.
+        """
 
     def close(self, timeout: float = 5.0) -> None:
-        """Send what is waiting, take leave, and end."""
+        """Send the waiting frames, then close the connection.
+
+        Args:
+            timeout: Seconds to wait for confirmations. Default: 5.
+        """
 
 
 OpenConnection = Callable[[Listener], Broker]

@@ -3,22 +3,22 @@
 ::
 
     BrokerError
-    ├── JournalError            something is wrong with the files of the journal
+    ├── JournalError            the journal cannot be used
     │   ├── JournalCorrupt      acknowledged data is damaged: names file and offset
-    │   ├── JournalLocked       another process has the directory
-    │   ├── JournalVersion      written by a newer program
-    │   ├── JournalFull         no room for the next segment; nothing was written, free some and go on
+    │   ├── JournalLocked       another process uses the directory
+    │   ├── JournalVersion      a newer program wrote it
+    │   ├── JournalFull         no disk space for the next segment; nothing was written
     │   └── JournalFailed       a write or a sync failed: this process must end
-    ├── BrokerUnavailable       no broker answers
-    ├── SocketNotPrivate        others than this user have access to where the broker listens
+    ├── BrokerUnavailable       the broker does not answer
+    ├── SocketNotPrivate        other users have access to the directory of the socket
     ├── QueueFull               the queue has reached its limit
-    ├── PayloadTooLarge         a body, or a batch of them, beyond the limit
-    ├── ProtocolError           a frame that is not of this protocol
-    └── Refused                 the broker understood, and declined
-        └── StorageFull         it starts nothing new: the disk that holds its journal is nearly full
+    ├── PayloadTooLarge         a body, or a batch of bodies, exceeds the limit
+    ├── ProtocolError           a frame does not follow the protocol
+    └── Refused                 the broker declined the request
+        └── StorageFull         it accepts no new groups: the disk of the journal is nearly full
 
-Fields are given by keyword and survive pickling. This module must import nothing of the project: everything else may
-import it.
+Errors have their details as attributes, which survive pickling. This module must not import other modules of the
+project: each of them may import it.
 """
 
 from os import PathLike, fspath
@@ -49,7 +49,7 @@ def _rebuild(kind: type["BrokerError"], args: tuple[Any, ...], fields: dict[str,
 
 
 class BrokerError(Exception):
-    """The root: catch it to catch whatever a broker may raise."""
+    """The base class of all errors of a broker."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are rebuilt from args alone by default, which drops keyword fields and fails on required ones.
@@ -57,13 +57,17 @@ class BrokerError(Exception):
 
 
 class JournalError(BrokerError):
-    """Something is wrong with the files of the journal, or with how it was used."""
+    """The journal cannot be used, or was used in a wrong way."""
 
 
 class JournalCorrupt(JournalError):
-    """Data that was acknowledged cannot be read; nothing has been changed.
+    """Acknowledged data cannot be read. Nothing was changed.
 
-    `file` is the name of the segment, `offset` the byte in it where the damage begins, `reason` what is wrong there.
+    Args:
+        message: What is damaged.
+        file: Name of the segment.
+        offset: Offset of the damage in bytes.
+        reason: What is wrong there.
     """
 
     def __init__(self, message: str, *, file: str, offset: int, reason: str) -> None:
@@ -74,7 +78,13 @@ class JournalCorrupt(JournalError):
 
 
 class JournalLocked(JournalError):
-    """Another process has this journal. `pid` is that process, None when it did not leave its name."""
+    """Another process uses the journal.
+
+    Args:
+        message: Which journal.
+        path: Path of its directory.
+        pid: Process id of its owner, None if it is not known.
+    """
 
     def __init__(self, message: str, *, path: str | PathLike[str], pid: int | None) -> None:
         super().__init__(message)
@@ -83,7 +93,14 @@ class JournalLocked(JournalError):
 
 
 class JournalVersion(JournalError):
-    """The journal was written in a format newer than this program reads; nothing has been changed."""
+    """A newer program wrote the journal. Nothing was changed.
+
+    Args:
+        message: Which journal, and the fix.
+        file: Name of the segment.
+        found: Version of its format.
+        supported: Newest version that this program reads.
+    """
 
     def __init__(self, message: str, *, file: str, found: int, supported: int) -> None:
         super().__init__(message)
@@ -93,9 +110,11 @@ class JournalVersion(JournalError):
 
 
 class JournalFull(JournalError):
-    """The disk has no room for the next segment. Nothing was written; the journal is whole and may be used again.
+    """The disk has no space for the next segment. Nothing was written, and the journal is intact.
 
-    `needed` is the size of that segment in bytes.
+    Args:
+        message: Which disk.
+        needed: Size of the segment in bytes.
     """
 
     def __init__(self, message: str, *, needed: int) -> None:
@@ -111,11 +130,16 @@ class JournalFailed(JournalError):
 
 
 class BrokerUnavailable(BrokerError):
-    """No broker answers: it is starting, restarting or gone."""
+    """The broker does not answer: it starts, restarts, or has ended."""
 
 
 class SocketNotPrivate(BrokerError):
-    """Others may have access to where the broker listens, or it is another user's. `path` is that directory."""
+    """Other users may have access to the directory of the socket, or it belongs to another user.
+
+    Args:
+        message: What is wrong.
+        path: Path of the directory.
+    """
 
     def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
         super().__init__(message)
@@ -123,7 +147,13 @@ class SocketNotPrivate(BrokerError):
 
 
 class QueueFull(BrokerError):
-    """The queue holds as many messages as it may. `limit` is that number."""
+    """The queue holds as many messages as its limit allows.
+
+    Args:
+        message: Which queue.
+        queue: The name of the queue. Default: not known.
+        limit: The limit. Default: not known.
+    """
 
     def __init__(self, message: str, *, queue: str = "", limit: int | None = None) -> None:
         super().__init__(message)
@@ -132,7 +162,13 @@ class QueueFull(BrokerError):
 
 
 class PayloadTooLarge(BrokerError):
-    """More bytes than are allowed. `size` is what came, `limit` what may come."""
+    """A body, or a batch of bodies, exceeds the limit.
+
+    Args:
+        message: Which limit.
+        size: The size in bytes. Default: not known.
+        limit: The limit in bytes. Default: not known.
+    """
 
     def __init__(self, message: str, *, size: int | None = None, limit: int | None = None) -> None:
         super().__init__(message)
@@ -141,12 +177,12 @@ class PayloadTooLarge(BrokerError):
 
 
 class ProtocolError(BrokerError):
-    """A frame that is not of this protocol: wrong count, size, type or version."""
+    """A frame does not follow the protocol: wrong count, size, type or version."""
 
 
 class Refused(BrokerError):
-    """The broker understood the request and declined it; the message says why."""
+    """The broker declined the request; the message says why."""
 
 
 class StorageFull(Refused):
-    """The disk that holds the journal is nearly full, so the broker starts nothing new until there is room again."""
+    """The broker accepts no new groups until the disk of its journal has space again."""

@@ -59,43 +59,43 @@ __all__ = [
 ]
 
 MAX_ITEMS = 1_000_000
-"""Most entries of any list in a header: items, leases, settlements, names."""
+"""Limit of entries of a list in a header: items, leases, settlements, names."""
 
 MAX_NAME = 1024
-"""Most characters of any name: of a queue, a group, a gather and its slots, a label, a step."""
+"""Limit of characters of a name: of a queue, a group, a gather and its slots, a label, a step."""
 
 MOST_LISTED = 100_000
-"""Most groups of one answer."""
+"""Limit of groups in one answer."""
 
 MAX_TEXT = 64 << 10
-"""Most characters of a reason that somebody gives."""
+"""Limit of characters of a reason that a caller gives."""
 
 MAX_FAILURE = 1 << 20
-"""Most bytes of what is said of a failure."""
+"""Limit of bytes of an encoded failure."""
 
 MAX_PRIORITY = 1_000
-"""Priorities lie between this and as much below zero: each is a lane of its own."""
+"""Priorities lie between -MAX_PRIORITY and this; each has a lane of its own."""
 
 TERMINAL = 1
-"""Target flag: the body is how the group ends, so it is pushed to whoever watches the group."""
+"""Target flag: the body is the end of the group, so it is pushed to the watchers of the group."""
 PUSH_ONLY = 2
 """Target flag: the body goes to watchers of the group and to no queue."""
 
 START = 1
 """Publish flag: the group must not be live yet."""
 WATCH = 2
-"""Publish flag: the sender wants to be told how the group ends."""
+"""Publish flag: the sender watches the group."""
 CHECK = 4
-"""Publish flag: the id was chosen by a user, so the history may know it; refuse if something left since `seen`."""
+"""Publish flag: a user chose the id, so the history may contain it; refuse if a group left since `seen`."""
 
 LEAVE = 1
-"""Ack flag: the group has ended; forget its id and purge what it left behind."""
+"""Ack flag: the group has ended; delete its id and its remaining messages."""
 
 DONE, AGAIN, DEAD = 0, 1, 2
 """Outcomes of a settlement."""
 
 NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
-"""Verdicts of a settlement on the attempt, for the breaker of the queue; a move says that it worked."""
+"""Verdicts of a settlement on the attempt, for the breaker of the queue; a move counts as worked."""
 
 Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -107,7 +107,13 @@ Leases = Annotated[list[tuple[int, int]], Many]
 
 
 class Target(Struct, array_like=True, gc=False):
-    """Where bodies go: named once per frame, referred to by position."""
+    """A destination of bodies: named once per frame, referred to by position.
+
+    Attributes:
+        queue: The name of the queue.
+        label: The label of the messages. Default: empty.
+        flags: `TERMINAL`, `PUSH_ONLY`, or 0. Default: 0.
+    """
 
     queue: Name
     label: Name = ""
@@ -115,9 +121,19 @@ class Target(Struct, array_like=True, gc=False):
 
 
 class PublishItem(Struct, array_like=True, gc=False):
-    """One new message. `delay` and `ttl` in seconds, 0 for none.
+    """One new message.
 
-    In a settlement an empty group stands for that of the message settled, and its epoch.
+    Attributes:
+        target: Position of its target in the frame.
+        size: Size of its body in bytes.
+        group: The id of its group; in a settlement empty for the group and epoch of the settled message.
+        epoch: The epoch of the group. Default: 0.
+        flags: `START`, `WATCH`, `CHECK`, combined. Default: 0.
+        priority: From -1,000 to 1,000; higher ones are delivered first. Default: 0.
+        delay: Seconds until it is ready. Default: 0.
+        ttl: Seconds that it may wait in the queue; 0 for no limit. Default: 0.
+        digest: Hash of the input, to recognise the same start. Default: None.
+        seen: The `PublishAnswer.seen` that the sender knows, for `CHECK`. Default: 0.
     """
 
     target: int
@@ -133,7 +149,19 @@ class PublishItem(Struct, array_like=True, gc=False):
 
 
 class GatherOpen(Struct, array_like=True, gc=False):
-    """Wait for `need` arrivals under `key`, then publish `size` bytes of base body and the arrivals to `target`."""
+    """Wait for arrivals, then publish one message.
+
+    Its body is the base body, followed by the bodies of the arrivals.
+
+    Attributes:
+        key: The name of the gather in its group.
+        need: Number of arrivals.
+        target: Position of the target of that message in the frame.
+        size: Size of the base body in bytes.
+        group: The id of the group; in a settlement empty for that of the settled message.
+        epoch: The epoch of the group. Default: 0.
+        deadline: Seconds after which the message is published with the arrivals so far; 0 for no limit. Default: 0.
+    """
 
     key: Name
     need: int
@@ -145,7 +173,15 @@ class GatherOpen(Struct, array_like=True, gc=False):
 
 
 class Arrival(Struct, array_like=True, gc=False):
-    """One arrival at the gather `key`; a slot counts once."""
+    """One arrival at a gather. A slot counts once.
+
+    Attributes:
+        key: The name of the gather.
+        slot: The name of the arrival.
+        size: Size of its body in bytes.
+        group: The id of the group; in a settlement empty for that of the settled message.
+        epoch: The epoch of the group. Default: 0.
+    """
 
     key: Name
     slot: Name
@@ -161,9 +197,18 @@ Ack = tuple[int, int, int, Name]
 
 
 class SettleItem(Struct, array_like=True):
-    """A settlement of any other shape: all of its leases count, or none.
+    """A settlement of any form. Either all of its leases count, or none.
 
-    `delay` in seconds, before an AGAIN; `failure` opaque bytes, kept with the message; `verdict`: how the attempt went.
+    Attributes:
+        leases: (id, lease) of the messages.
+        outcome: `DONE`, `AGAIN` (another attempt) or `DEAD` (dead letter).
+        publishes: Messages that follow. Default: none.
+        delay: Seconds before the next attempt. Default: 0.
+        failure: Opaque bytes, kept with the message. Default: None.
+        opens: Gathers to open. Default: none.
+        arrivals: Arrivals at gathers. Default: none.
+        leave: The id of the group if it has ended. Default: empty.
+        verdict: `ATTEMPT_WORKED`, `ATTEMPT_FAILED` or 0, for the breaker of the queue. Default: 0.
     """
 
     leases: Leases
@@ -178,7 +223,16 @@ class SettleItem(Struct, array_like=True):
 
 
 class DeliveryItem(Struct, array_like=True, gc=False):
-    """One message as delivered. `extra` (None on the first attempt) is attempts, deaths, failure and so on."""
+    """One delivered message.
+
+    Attributes:
+        id: Number of the message.
+        lease: Number of the lease, for its settlement.
+        size: Size of its body in bytes.
+        group: The id of its group.
+        epoch: The epoch of the group.
+        extra: State of a message that is not new and plain; None otherwise. Default: None.
+    """
 
     id: int
     lease: int
@@ -189,8 +243,20 @@ class DeliveryItem(Struct, array_like=True, gc=False):
 
 
 class DeliveryExtra(Struct, array_like=True):
-    """What has happened to a message before this delivery. `fresh`: no worker has judged the failure yet.
-    `cancelled`: why the message is to be passed through unworked; what follows belongs to `epoch_now`."""
+    """State of a message from before this delivery.
+
+    Attributes:
+        attempts: Number of failed attempts.
+        deaths: Number of consumers that died while they handled it.
+        failure: The last failure, opaque bytes, or None.
+        fresh: True if no worker has judged that failure yet.
+        steps: Results of steps by name, or None.
+        parts: (slot, size) of the parts of a gathered body, or None.
+        label: The label of the message.
+        priority: Its priority.
+        cancelled: Reason of a cancellation: pass the message through without work. None if not cancelled.
+        epoch_now: The present epoch of the group, to which the following messages belong.
+    """
 
     attempts: int = 0
     deaths: int = 0
@@ -207,10 +273,20 @@ class DeliveryExtra(Struct, array_like=True):
 class QueueOptions(Struct, array_like=True, frozen=True):
     """How a queue treats its messages.
 
-    `max_deaths`: a message that has killed this many consumers becomes a dead letter (0: never). `evidence`: such a
-    dead letter is kept to be looked at and cannot be requeued, because whoever is told of it at `notify_queue`
-    takes over. `max_length`: how many messages may wait in it before new starts are refused (0: any number).
-    `breaker_failures` attempts that fail in a row stop deliveries for `breaker_reset` seconds (0: never).
+    Attributes:
+        name: The name of the queue.
+        max_deaths: Number of consumers that a message may kill before it becomes a dead letter; 0 for no limit.
+        evidence: True if such a dead letter cannot be requeued, because the receiver at `notify_queue` takes over.
+        notify_queue: The queue that is notified of such dead letters; empty for none.
+        notify_label: The label of that message.
+        max_length: Number of waiting messages from which on new starts are refused; 0 for no limit.
+        breaker_failures: Number of failed attempts in a row that stop deliveries; 0 for no breaker.
+        breaker_reset: Seconds until one message is tried.
+
+    Example:
+        >>> from brokers.api import QueueOptions
+        >>> QueueOptions("orders", max_deaths=3).max_length
+        0
     """
 
     name: str
