@@ -34,7 +34,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
@@ -151,7 +151,7 @@ def test_outcomes_are_read_as_they_were_written_and_written_as_they_were() -> No
 
 def test_a_stored_outcome_makes_the_same_result_as_ever() -> None:
     data = golden("outcome-compensation-failed")
-    result: WorkflowResult[Any] = WorkflowResult("b", data, ContextCodec(dict), ["reserve", "mail", "gift", "pay"])
+    result: WorkflowResult[Any] = result_of_outcome("b", data, ContextCodec(dict), ["reserve", "mail", "gift", "pay"])
     assert (str(result.status), result.error, result.failed_stage) == (
         "compensation_failed",
         "ValueError: boom failed",
