@@ -92,6 +92,20 @@ def version_of(group: Described) -> tuple[str, int] | None:
     return None
 
 
+def _is_at_first_stage(group: Described, queue: str) -> bool:
+    """Return True if a queue is one of the first stage, or of a branch or item of it.
+
+    The ids of workflows and stages may hold `.stage0` too, so the number is read behind the workflow's own id.
+    """
+    if not _FIRST.search(queue):
+        return False
+    version = version_of(group)
+    if version is None:
+        return True
+    _, _, place = queue.partition(f"{version[0]}.stage")
+    return not place or place.partition(".")[0] == "0"
+
+
 def status_of(group: Described) -> WorkflowStatus:
     """The status of the live instance whose group this is, as `lookup` or `groups` describes it."""
     messages: Sequence[Described] = group["messages"]
@@ -108,7 +122,7 @@ def status_of(group: Described) -> WorkflowStatus:
     if not messages:
         return WorkflowStatus.waiting if group["gathers"] else WorkflowStatus.running
     if all(_untouched(message) for message in messages):
-        if all(message["label"] == BEGIN or _FIRST.search(message["queue"]) for message in messages):
+        if all(message["label"] == BEGIN or _is_at_first_stage(group, message["queue"]) for message in messages):
             return WorkflowStatus.pending
         if all(message["state"] == "delayed" for message in messages):
             return WorkflowStatus.waiting

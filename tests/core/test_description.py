@@ -75,6 +75,24 @@ def test_the_status_follows_from_the_messages(described: dict[str, Any], status:
     assert status_of(described) == status
 
 
+@pytest.mark.parametrize(
+    ("workflow_id", "queue", "status"),
+    [
+        ("orders.stage0", "stageflow.orders.stage0.stage0", "pending"),
+        ("orders.stage0", "stageflow.orders.stage0.stage2", "running"),
+        ("orders.stage0", "stageflow.orders.stage0.stage2.pay", "running"),
+        ("orders.stage2", "stageflow.orders.stage2.stage0", "pending"),
+        ("orders", "stageflow.orders.stage3.stage0", "running"),
+        ("orders", "stageflow.orders.stage0.stage3", "pending"),
+    ],
+)
+def test_an_id_that_looks_like_a_first_stage_does_not_change_the_status(
+    workflow_id: str, queue: str, status: str
+) -> None:
+    head = encode(Envelope(workflow_id, 1, "pay", raw({}), TRAIL, 9.0))[:200]
+    assert status_of(group(message(queue, "pay")) | {"heads": [head]}) == status
+
+
 def test_a_stage_that_is_retried_shows_its_attempt_and_what_failed_it() -> None:
     standing = standing_of(group(message(SECOND, "pay", "leased", attempts=1, failure=DECLINED, body=envelope())))
     assert (standing.workflow_id, standing.version, standing.started_at) == ("orders", 3, 9.0)
