@@ -98,7 +98,7 @@ class PublishAnswer:
             history, then publish again with the new `seen`), or `gone` (an arrival for a group that is not live).
 
     Example:
-        >>> from brokers.api import PublishAnswer
+        >>> from stageflow_brokers.api import PublishAnswer
         >>> PublishAnswer(seen=7, refused=[(0, "exists", "order-1")]).refused
         [(0, 'exists', 'order-1')]
     """
@@ -116,7 +116,7 @@ class Listener:
     The thread of the connection calls them; none of them may block.
 
     Example:
-        >>> from brokers.api import Listener
+        >>> from stageflow_brokers.api import Listener
         >>> class Bodies(Listener):
         ...     def __init__(self):
         ...         self.received = []
@@ -214,8 +214,8 @@ class Broker(Protocol):
 
     Example:
         >>> from queue import SimpleQueue
-        >>> from brokers.api import Listener, PublishItem, Target
-        >>> from brokers.memory import MemoryBroker
+        >>> from stageflow_brokers.api import Listener, PublishItem, Target
+        >>> from stageflow_brokers.memory import MemoryBroker
         >>> inbox = SimpleQueue()
         >>> class Inbox(Listener):
         ...     def on_deliveries(self, queue, items, bodies):

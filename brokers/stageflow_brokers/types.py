@@ -284,7 +284,7 @@ class QueueOptions(Struct, array_like=True, frozen=True):
         breaker_reset: Seconds until one message is tried.
 
     Example:
-        >>> from brokers.api import QueueOptions
+        >>> from stageflow_brokers.api import QueueOptions
         >>> QueueOptions("orders", max_deaths=3).max_length
         0
     """

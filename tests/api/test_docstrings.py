@@ -29,7 +29,7 @@ import stageflow_actors.events
 import stageflow_actors.testing
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ["stageflow_actors", "stageflow_actors.events", "stageflow_actors.testing", "brokers.api"]
+MODULES = ["stageflow_actors", "stageflow_actors.events", "stageflow_actors.testing", "stageflow_brokers.api"]
 
 MADE_BY_STAGEFLOW = frozenset({"Client", "Instance", "StageCall", "StageContext", "WorkflowResult"})
 """Classes whose constructor users do not call: their docstring describes no parameters."""
@@ -204,7 +204,7 @@ def _difference(what: str, real: set[str], described: set[str], section: str) ->
 
 def _is_ours(function: Any) -> bool:
     module = getattr(function, "__module__", "") or ""
-    return module.partition(".")[0] in ("stageflow_actors", "stageflow_brokers", "brokers", __name__.partition(".")[0])
+    return module.partition(".")[0] in ("stageflow_actors", "stageflow_brokers", __name__.partition(".")[0])
 
 
 def _is_protocol(kind: type[Any]) -> bool:

@@ -38,7 +38,7 @@ BROKERS_API = """
     PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem StorageFull Target
 """.split()
 
-OURS = ("stageflow_actors", "brokers", "stageflow_brokers")
+OURS = ("stageflow_actors", "stageflow_brokers")
 
 FROZEN = Path(__file__).with_name("public_api.txt")
 """One line for each public name, with its signature. After an intended change run this file as a program."""
