@@ -1,0 +1,85 @@
+"""A data directory that release 0.1 left behind when all of its processes were killed.
+
+`data-0.1.tar.xz` holds journal and history of `golden_workflows.py`: 20 completed and 5 compensated instances, 5 that
+wait for a signal, 4 parked ones, and 6 that retry their second stage with a completed step. The file is never made
+again: each later release opens it, resumes it, and verifies it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stageflow_actors import InstanceConflict, Runtime, StageStatus, WorkflowStatus
+from stageflow_actors.cli.main import main as stageflow
+from stageflow_brokers.journal import verify
+
+HERE = Path(__file__).parent
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    with tarfile.open(HERE / "data-0.1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that ends the troubles of the workflows, once it exists; they are importable meanwhile."""
+    monkeypatch.setenv("GOLDEN_GATE", str(tmp_path / "gate"))
+    monkeypatch.syspath_prepend(str(HERE))
+    yield tmp_path / "gate"
+    sys.modules.pop("golden_workflows", None)
+
+
+def test_a_killed_directory_of_release_0_1_verifies(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [finding for finding in verify(data / "journal") if finding.damage] == []
+    for command in (["journal", "verify"], ["doctor"]):
+        assert stageflow([*command, "--data", str(data)]) == 0, capsys.readouterr()
+
+
+def test_a_killed_directory_of_release_0_1_resumes_and_repeats_nothing(data: Path, gate: Path) -> None:
+    from golden_workflows import Parcel, parcels, parked, signed
+
+    gate.touch()
+    with Runtime(parcels, parked, signed, data_dir=data) as runtime:
+        for number in range(20):
+            done = runtime.submit(parcels, Parcel(number), instance_id=f"done-{number}").result(WAIT_SECONDS)
+            assert (done.status, done.context) == (
+                WorkflowStatus.completed,
+                Parcel(number, "", [number], True),
+            )
+            assert [stage.data for stage in done.stages] == [{"label": f"label-{number}"}, f"sent-{number}"]
+        with pytest.raises(InstanceConflict):
+            runtime.submit(parcels, Parcel(99), instance_id="done-0")
+        for number in range(5):
+            lost = runtime.instance(f"lost-{number}").result(WAIT_SECONDS)
+            assert lost.status == WorkflowStatus.compensated
+            assert lost.error == "ValueError: the parcel is lost"
+            assert [(undone.stage_id, undone.status) for undone in lost.compensations] == [("pack", "completed")]
+        for number in range(6):
+            held = runtime.instance(f"held-{number}").result(WAIT_SECONDS)
+            assert held.status == WorkflowStatus.completed
+            assert held.context == Parcel(number, "held", [number], True)
+            assert held.stages[1].attempts > 1
+        for number in range(5):
+            waiting = runtime.instance(f"unsigned-{number}")
+            assert waiting.status() == WorkflowStatus.waiting
+            waiting.signal("receipt", {"by": "post"})
+            assert waiting.result(WAIT_SECONDS).context == Parcel(number, "unsigned", [], True)
+        for number in range(4):
+            heavy = runtime.instance(f"heavy-{number}")
+            assert heavy.status() == WorkflowStatus.parked
+            heavy.retry()
+            result = heavy.result(WAIT_SECONDS)
+            assert (result.status, result.stages[0].status) == (WorkflowStatus.completed, StageStatus.completed)
+        ended = Counter(one.status() for one in runtime.instances(limit=1000))
+        assert ended == {WorkflowStatus.completed: 35, WorkflowStatus.compensated: 5}
+    assert verify(data / "journal") == []
