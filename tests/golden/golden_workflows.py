@@ -51,7 +51,6 @@ def send(parcel: Parcel, ctx: StageContext) -> str:
     return f"sent-{parcel.number}"
 
 
-
 def note_receipt(parcel: Parcel, payload: Any) -> None:
     parcel.sent = bool(payload)
 
