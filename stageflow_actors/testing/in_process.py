@@ -48,7 +48,7 @@ __all__ = ["run"]
 
 C = TypeVar("C")
 
-logger = logging.getLogger("stageflow.testing")
+logger = logging.getLogger("stageflow_actors.testing")
 
 AnyExecutor = Executor | CompensationExecutor
 
@@ -67,7 +67,7 @@ def run(
     Contexts are serialised after each stage, and failures are retried, compensated or parked, as in production. Delays
     are skipped. A parked instance is a result with the status `parked`. Handlers run in the calling thread and are
     not pickled, so breakpoints work and handlers may use mocks of the test. A KeyboardInterrupt, and quitting a
-    debugger, end the run. Exceptions of handlers are logged with their traceback by the logger `stageflow.testing`
+    debugger, end the run. Exceptions of handlers are logged with their traceback by the logger `stageflow_actors.testing`
     at level INFO.
 
     Timeouts (`ctx.deadline` is set, but not enforced), `ttl`, `env` and the death of a worker have no effect here.
@@ -106,24 +106,24 @@ def run(
     """
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
-    factories = _checked(services or {})
+    factories = _check_factories(services or {})
     workflow.validate(factories)
     given = list(signals.items() if isinstance(signals, Mapping) else signals or ())
     _check_signals(workflow, [name for name, _ in given])
     around = check_interceptors(interceptors)
     served = [stage if isinstance(stage, Stage) else Stage(stage, id=name) for name, stage in (endpoints or {}).items()]
     _check_thread(workflow, served, around)
-    door = _Door()
-    known, prepared, body = door.admit(workflow, context)
+    client = _Client()
+    known, prepared, body = client.admit(workflow, context)
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
     needed = needed.union(*(stage.services for stage in served))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(door, workflow, known, prepared.id, made, loop, given, served, around)
+        instance: _Instance[C] = _Instance(client, workflow, known, prepared.id, made, loop, given, served, around)
         return instance.finish(_Message(known.target.queue, known.target.label, body))
 
 
-def _checked(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable[[], Any]]:
+def _check_factories(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable[[], Any]]:
     for name, factory in services.items():
         if not callable(factory):
             raise WorkflowDefinitionError(
@@ -139,13 +139,13 @@ def _check_signals(workflow: Workflow[Any], signals: Iterable[str]) -> None:
     for name in signals:
         if name not in awaited:
             raise WorkflowDefinitionError(
-                f"workflow {workflow.id!r} was given the signal {name!r} and waits for none of that name"
+                f"workflow {workflow.id!r} does not wait for the signal {name!r}"
                 + (f": it waits for {', '.join(map(repr, awaited))}" if awaited else "")
             )
 
 
 def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], interceptors: Sequence[Any]) -> None:
-    """An event loop cannot run inside another one of its thread."""
+    """Raise if async handlers would need an event loop inside a running one of this thread."""
     stages = [*workflow.stages, *endpoints]
     undoing = [stage.compensation.spec for stage in stages if stage.compensation is not None]
     arounds = [
@@ -165,23 +165,23 @@ def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], intercept
     )
 
 
-class _Door(Client):
-    """The door of a client: what is refused there is refused here."""
+class _Client(Client):
+    """A client without a connection: it validates contexts as a real one does."""
 
     def admit(self, workflow: Workflow[Any], context: Any) -> tuple[Known, Prepared, bytes]:
-        """The workflow as clients know it, the accepted context, and the first message."""
+        """Return the workflow as clients know it, the prepared context, and the first message."""
         known = self._adopt(workflow)
         prepared = known.prepare(context)
         return known, prepared, known.body(prepared, time.time(), self._max_message_bytes)
 
     @property
     def naming(self) -> Naming:
-        """How queues are called."""
+        """The names of queues."""
         return self._naming
 
 
 class _Message:
-    """One message in the deque, and what the broker would remember of it."""
+    """One message in the deque, with the state that a broker keeps of it."""
 
     __slots__ = ("attempts", "body", "failure", "label", "parts", "queue", "steps")
 
@@ -199,17 +199,17 @@ class _Message:
         self.steps[name] = value
 
     def report(self, progress: bytes) -> None:
-        """Nobody looks."""
+        """Ignore the progress: there is no observer."""
 
     def extra(self) -> DeliveryExtra | None:
-        """What comes along with a delivery that is not the first."""
+        """Return the state of a message that is not new and plain."""
         if not self.attempts and self.parts is None and not self.label.startswith(":"):
             return None
         return DeliveryExtra(self.attempts, 0, self.failure, False, dict(self.steps) or None, self.parts, self.label, 0)
 
 
 class _Gather:
-    """What the broker keeps of one key."""
+    """The state of one gather, as a broker keeps it."""
 
     def __init__(self) -> None:
         self.target: Target | None = None
@@ -219,11 +219,11 @@ class _Gather:
 
     @property
     def complete(self) -> bool:
-        """Whether it is open, and all it needs is there."""
+        """True if it is open and all arrivals are there."""
         return self.target is not None and len(self.arrivals) >= self.need
 
     def take(self) -> _Message:
-        """The message of the gather, complete or given up."""
+        """Return the message of the gather, with the arrivals so far."""
         assert self.target is not None
         slots = list(self.arrivals)[: self.need]
         bodies = [self.base, *(self.arrivals.pop(slot) for slot in slots)]
@@ -232,14 +232,14 @@ class _Gather:
         return _Message(target.queue, target.label, b"".join(bodies), parts)
 
 
-class _NoSlot:
-    """Nobody watches the clock of an attempt."""
+class _NullSlot:
+    """A slot without a clock: attempts have no time limit here."""
 
     def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
-        """The handler starts."""
+        """See `Slot.begin`."""
 
     def end(self) -> None:
-        """The handler is over."""
+        """See `Slot.end`."""
 
     def limit(self, timeout_ns: int, now_ns: int) -> None:
         """See `Stopwatch.limit`."""
@@ -254,7 +254,7 @@ class _NoSlot:
         """See `Stopwatch.allow`."""
 
     def is_cancelled(self) -> bool:
-        """Nobody cancels here."""
+        """Return False: an instance cannot be cancelled here."""
         return False
 
 
@@ -263,7 +263,7 @@ class _Instance(Generic[C]):
 
     def __init__(
         self,
-        door: _Door,
+        client: _Client,
         workflow: Workflow[C],
         known: Known,
         instance_id: str,
@@ -273,7 +273,7 @@ class _Instance(Generic[C]):
         endpoints: Sequence[Stage],
         interceptors: Sequence[Any],
     ) -> None:
-        plan, naming = known.plan, door.naming
+        plan, naming = known.plan, client.naming
         self._id = instance_id
         self._known = known
         self._naming = naming
@@ -286,10 +286,10 @@ class _Instance(Generic[C]):
         environment = ExecutorEnvironment(
             naming=naming,
             services=services,
-            slot=_NoSlot(),
+            slot=_NullSlot(),
             step_store=self._steps,
             loop=loop.get_loop,
-            on_error=self._told,
+            on_error=self._on_error,
         )
         context = workflow.context
         self._executors: dict[str, AnyExecutor] = {}
@@ -313,11 +313,11 @@ class _Instance(Generic[C]):
             self._executors[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
 
     def finish(self, first: _Message) -> WorkflowResult[C]:
-        """Deliver messages until one of them is the end."""
+        """Deliver messages until the instance ends, and return its result."""
         waiting = deque([first])
         while True:
             if not waiting:
-                waiting.append(self._give_up_waiting())
+                waiting.append(self._expire_gather())
             message = waiting.popleft()
             if message.queue == self._naming.finished:
                 return result_of_outcome(self._id, message.body, self._known.codec, self._known.order)
@@ -326,7 +326,7 @@ class _Instance(Generic[C]):
             elif message.queue in self._executors:
                 result = self._deliver(self._executors[message.queue], message)
             else:
-                continue  # a request to an endpoint that nobody serves
+                continue  # a request to an endpoint that is not served
             if not isinstance(result, Settled):
                 place, body = result
                 target = self._executors[message.queue].targets[place]
@@ -339,10 +339,10 @@ class _Instance(Generic[C]):
                 message.attempts += 1
                 message.failure = outcome.failure
                 waiting.appendleft(message)
-            waiting.extend(self._what_follows(result))
+            waiting.extend(self._following(result))
 
-    def _what_follows(self, settled: Settled) -> list[_Message]:
-        """The messages a settlement publishes, and those of the gathers that it completes."""
+    def _following(self, settled: Settled) -> list[_Message]:
+        """Return the messages that a settlement publishes, and those of the gathers that it completes."""
         bodies = iter(settled.bodies)
         follow = [_Message(target.queue, target.label, next(bodies)) for target, _ in settled.publishes]
         touched = []
@@ -356,8 +356,8 @@ class _Instance(Generic[C]):
             touched.append(gather)
         return follow + [gather.take() for gather in touched if gather.complete]
 
-    def _give_up_waiting(self) -> _Message:
-        """Nothing is under way: whoever waits for what will not come is told that the time is up."""
+    def _expire_gather(self) -> _Message:
+        """Return the message of an open gather as expired: no other message is left."""
         for key, gather in self._gathers.items():
             if gather.target is None or key == TIMEOUT:
                 continue
@@ -365,12 +365,12 @@ class _Instance(Generic[C]):
             if stage is not None and stage.kind == SIGNAL and not stage.seconds:
                 raise StageFlowError(
                     f"stage {stage.id!r} of workflow {self._known.plan.id!r} waits for the signal {stage.signal!r} "
-                    f"without a timeout: give it, as in signals={{{stage.signal!r}: payload}}"
+                    f"without a timeout: pass it, as in signals={{{stage.signal!r}: payload}}"
                 )
             late = gather.take()
             late.failure = EXPIRED
             return late
-        raise StageFlowError(f"nothing is left to be done for {self._id}, and it has not ended: please report this")
+        raise StageFlowError(f"instance {self._id!r} has no message left and has not ended: please report this")
 
     def _deliver(self, executor: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settled:
         self._current = message
@@ -388,7 +388,7 @@ class _Instance(Generic[C]):
     def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
         body = message.body if message.parts is None else message.body[: message.parts[0][1]]
         envelope = decode_envelope(body)
-        one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
+        one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context is in the gather
         failure = read_failure(outcome.failure)
         return parked_result(
             self._id,
@@ -407,8 +407,8 @@ class _Instance(Generic[C]):
     def _steps(self, item: DeliveryItem) -> _Message:
         return self._current
 
-    def _told(self, error: BaseException) -> None:
-        """Somebody at the keyboard wants out; everything else is the stage's failure, as in production."""
+    def _on_error(self, error: BaseException) -> None:
+        """Re-raise Ctrl-C and the end of a debugger; log other errors, which are failures of the stage."""
         if isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
             raise error
         message = self._current

@@ -383,7 +383,7 @@ def test_the_traceback_of_a_failed_handler_is_logged(caplog: pytest.LogCaptureFi
     def breaks(context: dict[str, Any]) -> None:
         raise ValueError("boom")
 
-    with caplog.at_level(logging.INFO, "stageflow.testing"):
+    with caplog.at_level(logging.INFO, "stageflow_actors.testing"):
         run(Workflow("flow").add_stage(breaks), {})
     (record,) = caplog.records
     assert record.getMessage() == "breaks failed in attempt 1"
