@@ -67,8 +67,8 @@ def run(
     Contexts are serialised after each stage, and failures are retried, compensated or parked, as in production. Delays
     are skipped. A parked instance is a result with the status `parked`. Handlers run in the calling thread and are
     not pickled, so breakpoints work and handlers may use mocks of the test. A KeyboardInterrupt, and quitting a
-    debugger, end the run. Exceptions of handlers are logged with their traceback by the logger `stageflow_actors.testing`
-    at level INFO.
+    debugger, end the run. Exceptions of handlers are logged with their traceback at level INFO, by the logger
+    `stageflow_actors.testing`.
 
     Timeouts (`ctx.deadline` is set, but not enforced), `ttl`, `env` and the death of a worker have no effect here.
 

@@ -9,7 +9,7 @@ from stageflow_brokers.types import BrokerStats
 __all__ = ["QueueInfo", "queue_infos"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QueueInfo:
     """The state of one queue, as `Client.queues` returns it.
 
@@ -30,7 +30,10 @@ class QueueInfo:
         >>> from stageflow_actors import QueueInfo
         >>> def overloaded(queues: list[QueueInfo]) -> list[str]:
         ...     return [queue.name for queue in queues if queue.oldest > 60]
-        >>> queue = QueueInfo("stageflow.orders.stage1", 9, 2, 0, 0, 75.0, 2, 2, "open")
+        >>> queue = QueueInfo(
+        ...     name="stageflow.orders.stage1", ready=9, leased=2, delayed=0, dead=0, oldest=75.0,
+        ...     actors=2, busy=2, state="open",
+        ... )
         >>> overloaded([queue])
         ['stageflow.orders.stage1']
     """
@@ -51,16 +54,16 @@ def queue_infos(stats: BrokerStats) -> list[QueueInfo]:
     """Return the queues in a broker's statistics."""
     return [
         QueueInfo(
-            queue["name"],
-            queue["ready"],
-            queue["leased"],
-            queue["delayed"],
-            queue["dead"],
-            queue["oldest"],
-            queue["consumers"],
-            queue["busy"],
-            queue["state"],
-            queue["breaker"],
+            name=queue["name"],
+            ready=queue["ready"],
+            leased=queue["leased"],
+            delayed=queue["delayed"],
+            dead=queue["dead"],
+            oldest=queue["oldest"],
+            actors=queue["consumers"],
+            busy=queue["busy"],
+            state=queue["state"],
+            breaker=queue["breaker"],
         )
         for queue in stats["queues"]
     ]
