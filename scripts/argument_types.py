@@ -1,14 +1,19 @@
-"""Numbers on the command lines of these scripts: a run that would try nothing is refused, not called well."""
+"""Command lines of the scripts: their parser, and number types that refuse a run of zero trials."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["above_zero", "from_one", "share"]
+__all__ = ["above_zero", "from_one", "script_parser", "share"]
+
+
+def script_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with the docstring of the script, as it is."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def from_one(text: str) -> int:
-    """A whole number from 1."""
+    """Return a whole number of at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -19,7 +24,7 @@ def from_one(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """A number above 0."""
+    """Return a number above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -30,7 +35,7 @@ def above_zero(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number above 0, up to 1."""
+    """Return a number above 0 and up to 1."""
     number = above_zero(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"must be at most 1, not {text!r}")

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""What three no-op stages cost through the Runtime: throughput, latency, and CPU by piece.
+"""Measure throughput, latency and CPU of three no-op stages.
 
-Throughput counts from the first submit until every result has been delivered and every row of the history is
-committed. With `--against SCRIPT` a yardstick that prints one JSON line with `workflows_per_s` and `latency_p50_ms`
-(and takes `-n`) is run in turn with it, and the ratios are printed: absolute figures of a shared machine mean nothing.
+Throughput counts from the first submit until each result has been delivered
+and each row of the history is committed. With `--against SCRIPT` a yardstick
+runs in turn with it, and the ratios are printed: absolute figures of a shared
+machine mean nothing. The yardstick takes `-n` and prints one JSON line with
+`workflows_per_s` and `latency_p50_ms`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def _cpu(process: psutil.Process) -> float:
 
 
 def _pieces(runtime: Runtime) -> dict[str, list[psutil.Process]]:
-    """The processes of the cluster by what they are for."""
+    """Return the processes of the cluster by role."""
     found: dict[str, list[psutil.Process]] = {}
     add_node(psutil.Process(runtime.node_pid), found)
     return {
@@ -58,7 +60,7 @@ def _pieces(runtime: Runtime) -> dict[str, list[psutil.Process]]:
 
 
 def run_once(count: int, singles: int, durability: Any) -> dict[str, Any]:
-    """One run on a fresh data directory."""
+    """Run once on a new data directory."""
     with tempfile.TemporaryDirectory(prefix="stageflow-bench-") as folder:
         config = Config(durability=durability)
         with Runtime(bench, data_dir=folder, config=config) as runtime:
@@ -106,12 +108,12 @@ def _await_history(runtime: Runtime, count: int) -> None:
     help="Workflows of the latency part, one at a time.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs, each in turn with the yardstick."
+    "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Rounds, in turn with the yardstick."
 )
 @click.option("--durability", default="fsync", show_default=True, type=click.Choice(["fsync", "write", "memory"]))
-@click.option("--against", type=click.Path(exists=True, dir_okay=False), help="A yardstick to run in turn.")
+@click.option("--against", type=click.Path(exists=True, dir_okay=False), help="Yardstick script to run in turn.")
 def main(count: int, singles: int, rounds: int, durability: str, against: str | None) -> None:
-    """See the module."""
+    """Run the benchmark."""
     throughput, latency = [], []
     for _ in range(rounds):
         ours = run_once(count, singles, durability)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Chaos: a saga over hundreds of instances while its processes are SIGKILLed at random, and an audit of the outcome.
+"""Kill a saga's processes at random and audit the outcome.
 
-The judge asks three witnesses that know nothing of each other: the effect log that the stages append to, the
-settlements counted from the journal on disk, and what the history says at the end; then the doctor looks. It
-kills nothing but the program that it started and that program's descendants.
+A saga runs over hundreds of instances while SIGKILLs hit its program, node,
+broker, zygote and workers. The audit compares three independent witnesses: the
+effect log that the stages append to, the settlements counted from the journal
+on disk, and the history at the end; then the doctor examines the directory.
+The script kills only the program that it started and its descendants.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from stageflow_actors.runtime.system.data_dir import DataDir
 
 STAGES = ("reserve", "charge", "ship")
 COMPENSATED = ("charge", "reserve")
-"""What a failed instance has to undo, in this order: the reverse of what it completed."""
+"""The compensations of a failed instance, in order: the reverse of its completed stages."""
 KINDS = ("program", *BELOW_A_PROGRAM)
 FAILING = 5
 """One instance in so many fails at its last stage."""
 COMMAND = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
 VOLLEY_SECONDS = 0.6
-"""How soon after a kill another one may hit a cluster that is just recovering."""
+"""Seconds within which a second kill may hit a cluster that still recovers from the first."""
 STALL_SECONDS = 20.0
 """Longest time without any effect before the run counts as stuck."""
 
@@ -48,7 +50,7 @@ STALL_SECONDS = 20.0
 
 
 def note(instance: str, what: str, attempt: int) -> None:
-    """One line, written whole, by whoever does it and however often."""
+    """Append one line with a single write."""
     fd = os.open(os.environ["CHAOS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(fd, f"{instance} {what} {attempt} {os.getpid()}\n".encode())
@@ -89,7 +91,7 @@ def make_workflow(work: float, actors: int) -> Workflow[dict[str, Any]]:
 
 
 def run_program(data: str, out: str, instances: int, work: float, actors: int) -> None:
-    """What a user's script does: map with a key, so that the same call goes on where a dead one left off."""
+    """Run the user's script: map with a key, so that a new run resumes where a killed one stopped."""
     saga = make_workflow(work, actors)
     orders = [{"id": f"order-{i:05d}", "fails": i % FAILING == 0} for i in range(instances)]
     rows = []
@@ -114,7 +116,7 @@ def run_program(data: str, out: str, instances: int, work: float, actors: int) -
 
 @dataclass
 class Attack:
-    """What was done to the cluster, and how it took it."""
+    """The kills of one run and their effects."""
 
     kills: Counter[str] = field(default_factory=Counter)
     starts: int = 0
@@ -124,23 +126,23 @@ class Attack:
 
 
 def victims(program: psutil.Popen) -> dict[str, list[psutil.Process]]:
-    """The living processes of the cluster by kind, all of them descendants of `program`."""
+    """Return the live descendants of `program` by kind."""
     found: dict[str, list[psutil.Process]] = {kind: [] for kind in KINDS}
     try:
         found["program"].append(psutil.Process(program.pid))
         for node in program.children():
             add_node(node, found)
     except psutil.Error:
-        pass  # it has ended while we were looking
+        pass  # the process has ended in between
     return found
 
 
 def attack(
     chance: random.Random, command: list[str], log: Path, out: Path, instances: int, kills: int, seconds: float
 ) -> Attack:
-    """Run the program until it is done, killing something each time that the work has come a step further.
+    """Run the program to its end; kill one process each time that the work has progressed by a step.
 
-    One kill in three is followed by another while the cluster still recovers from it.
+    One kill in three is followed by another one while the cluster still recovers from it.
     """
     done = Attack()
     began = time.monotonic()
@@ -166,7 +168,7 @@ def attack(
             if lines != seen:
                 moved, seen = now, lines
             if now - moved > STALL_SECONDS:
-                done.problems.append(f"nothing has happened for {STALL_SECONDS:g} s after {lines} effects")
+                done.problems.append(f"no effect for {STALL_SECONDS:g} s after {lines} effects")
                 return done
             if kinds and now - began < seconds and (lines >= steps[0] * expected or now >= volley):
                 targets = victims(program)[kinds[0]]
@@ -187,7 +189,7 @@ def attack(
 
 
 def kill(process: psutil.Process, kind: str, done: Attack) -> None:
-    """SIGKILL; psutil makes sure that the number still means the same process."""
+    """Send SIGKILL; psutil checks that the pid still means the same process."""
     try:
         process.kill()
     except psutil.NoSuchProcess:
@@ -197,7 +199,7 @@ def kill(process: psutil.Process, kind: str, done: Attack) -> None:
 
 
 def count_lines(log: Path) -> int:
-    """Effects so far."""
+    """Return the number of effects so far."""
     try:
         return log.read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -208,7 +210,7 @@ def count_lines(log: Path) -> int:
 
 
 def judge(instances: int, log: Path, out: Path, data: Path) -> tuple[list[str], int, int]:
-    """(what is wrong, effects in all, effects that were repetitions)."""
+    """Return (violations, number of effects, number of repeated effects)."""
     wrong: list[str] = []
     report = json.loads(out.read_text())
     ids = [f"order-{i:05d}" for i in range(instances)]
@@ -224,7 +226,7 @@ def judge(instances: int, log: Path, out: Path, data: Path) -> tuple[list[str], 
     for id in ids:
         _judge_effects(id, id in failing, effects.pop(id, []), wrong)
     if effects:
-        wrong.append(f"effects of instances that nobody started: {sorted(effects)[:5]}")
+        wrong.append(f"effects of instances that were never started: {sorted(effects)[:5]}")
     _judge_journal(ids, failing, data, wrong)
     found = check_up(DataDir(data, create=False)).findings
     wrong += [f"doctor: {one.where}: {one.what}" for one in found if one.severity == ERROR]
@@ -254,7 +256,7 @@ def _judge_ends(ids: list[str], failing: set[str], report: dict[str, Any], wrong
 
 
 def _judge_effects(id: str, fails: bool, seen: list[str], wrong: list[str]) -> None:
-    """Each effect at least once, and none begins before the one that it follows from has been seen."""
+    """Check that each effect occurs, and none before the effect that it follows from."""
     expected = list(STAGES)
     if fails:
         expected += [f"undo-{stage}" for stage in COMPENSATED]
@@ -266,7 +268,7 @@ def _judge_effects(id: str, fails: bool, seen: list[str], wrong: list[str]) -> N
     for what in seen:
         place = expected.index(what)
         if place < at:
-            # A settled stage never runs again: whatever follows it was delivered because it had been settled.
+            # A settled stage never runs again: its successor was delivered only because it had been settled.
             wrong.append(f"{id}: {what} ran again after {expected[at]}: {seen}")
             return
         at = place
@@ -314,21 +316,22 @@ def _judge_journal(ids: list[str], failing: set[str], data: Path, wrong: list[st
     type=click.IntRange(0),
     default=25,
     show_default=True,
-    help="SIGKILLs, spread over the work and all kinds.",
+    help="SIGKILLs, spread over the run and all kinds of processes.",
 )
-@click.option("--seconds", default=300.0, show_default=True, help="Kill nothing more after so long.")
-@click.option("--work", default=0.02, show_default=True, help="Mean seconds that a stage takes.")
+@click.option("--seconds", default=300.0, show_default=True, help="Stop killing after this many seconds.")
+@click.option("--work", default=0.02, show_default=True, help="Mean seconds per stage.")
 @click.option("--actors", type=click.IntRange(1), default=2, show_default=True, help="Worker processes per stage.")
-@click.option("--seed", type=int, default=None, help="The same seed makes the same plan of kills.")
-@click.option("--keep", is_flag=True, help="Leave data directory and effect log in place.")
+@click.option("--seed", type=int, default=None, help="Seed of the plan of kills.")
+@click.option("--keep", is_flag=True, help="Keep the data directory and the effect log.")
 @click.pass_context
 def main(
     context: click.Context, instances: int, kills: int, seconds: float, work: float, actors: int, seed: int, keep: bool
 ) -> None:
-    """Kill program, node, broker, zygote and workers of a running saga at random, then audit every transition.
+    """Kill the processes of a saga run at random and audit the outcome.
 
-    Exit code 0 when each instance has exactly one terminal state, each transition was accepted exactly once, and
-    compensations ran in reverse of completion.
+    Exit code 0 if each instance has exactly one terminal state, each
+    transition was accepted exactly once, and compensations ran in reverse
+    order of completion; else 1.
     """
     if context.invoked_subcommand is not None:
         return
@@ -346,14 +349,14 @@ def main(
         if not keep:
             shutil.rmtree(place, ignore_errors=True)
     table = Table(title=f"{instances} instances, seed {seed}" + (f", kept in {place}" if keep else ""))
-    table.add_column("what")
-    table.add_column("figure", justify="right")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
     table.add_row("seconds", f"{done.seconds:.1f}")
     table.add_row("SIGKILLs", str(done.kills.total()))
     for kind in KINDS:
         table.add_row(f"  {kind}", str(done.kills[kind]))
     table.add_row("program starts", str(done.starts))
-    table.add_row("  that ended badly", str(len(done.ended_badly)))
+    table.add_row("  with a bad exit code", str(len(done.ended_badly)))
     table.add_row("effects", str(effects))
     table.add_row("  repeated", str(repeated))
     table.add_row("violations", str(len(wrong)))
@@ -371,7 +374,7 @@ def main(
 @click.argument("work", type=float)
 @click.argument("actors", type=int)
 def program(data: str, out: str, instances: int, work: float, actors: int) -> None:
-    """The program under attack; started by this script."""
+    """Run the program under attack; started by this script."""
     run_program(data, out, instances, work, actors)
 
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""SIGKILL, SIGSTOP and SIGTERM at named points: each in a small saga run, which is then run to its end and audited.
+"""Signal a saga's processes at each failpoint and audit.
 
-The points and their meaning are in `stageflow_brokers.failpoints`. The audit is that of `scripts/chaos.py`: effect log,
-settlements counted from the journal, and history must agree.
+Each run gets one SIGKILL, SIGSTOP or SIGTERM at one point, is then run to its
+end, and is audited as by `scripts/chaos.py`: effect log, settlements counted
+from the journal, and history must agree. The points and their meaning are in
+`stageflow_brokers.failpoints`.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from stageflow_brokers.failpoints import POINTS, VARIABLE
 
 SIGNALS = ("kill", "stop", "term")
 LIMIT_SECONDS = 60.0
-"""Longest time that one start of the program may take."""
+"""Seconds that one start of the program may take at most."""
 STARTS = 6
-"""Starts after which a run counts as one that does not end."""
+"""Starts after which a run counts as endless."""
 
 
 class Run:
-    """One point with one signal: how it went."""
+    """The outcome of one signal at one point."""
 
     def __init__(self, point: str, signal: str, nth: int) -> None:
         self.point, self.signal, self.nth = point, signal, nth
@@ -93,20 +95,20 @@ def _try_in(place: Path, run: Run, instances: int) -> None:
 )
 @click.option("--point", "points", multiple=True, metavar="NAME", help="Only these points (default: all).")
 @click.option("--signal", "signals", multiple=True, type=click.Choice(SIGNALS), help="Only these (default: all).")
-@click.option("--hours", default=0.0, help="Go round again and again for so long, with other counts each time.")
-@click.option("--seed", default=1, show_default=True, help="Which time each point is reached counts by it.")
-@click.option("--list", "listing", is_flag=True, help="Say which points there are, and end.")
+@click.option("--hours", default=0.0, help="Repeat for this many hours, with other counts each time.")
+@click.option("--seed", default=1, show_default=True, help="Seed that picks at which pass a point fires.")
+@click.option("--list", "listing", is_flag=True, help="List the points and exit.")
 def main(
     instances: int, points: tuple[str, ...], signals: tuple[str, ...], hours: float, seed: int, listing: bool
 ) -> None:
-    """Kill, stop and end the processes of a saga at each named point, and audit every transition afterwards.
+    """Signal the processes of a saga at each named point, then audit the run.
 
-    Exit code 0 when each instance had exactly one terminal state in each run, each transition was accepted exactly
-    once, and each point was reached.
+    Exit code 0 if in each run each instance had exactly one terminal state,
+    each transition was accepted exactly once, and each point was reached.
     """
     unknown = sorted(set(points) - POINTS.keys())
     if unknown:
-        raise click.UsageError(f"there is no point {unknown[0]!r}; --list says which there are")
+        raise click.UsageError(f"unknown point {unknown[0]!r}; see --list")
     if listing:
         for name, meaning in POINTS.items():
             click.echo(f"{name:28} {meaning}")
@@ -140,7 +142,7 @@ def main(
 
 
 def runs_often(point: str) -> bool:
-    """Whether a point is reached many times by each process that gets there."""
+    """Return True if each process that reaches the point reaches it many times."""
     return point.partition(".")[0] in ("client", "coordinator", "broker", "journal", "worker") and point not in (
         "worker.born",
         "worker.loaded",

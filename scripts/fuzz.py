@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""Throw wrong frames at a real broker process, by the million, while honest peers work.
+"""Send millions of wrong frames while well-behaved peers work.
 
-Attackers are processes of their own with raw ZeroMQ sockets. Their frames lie about sizes and numbers, lack their
-end, come twice, name leases that others hold, claim what they are not; some sockets never read what they are told,
-all are closed without a word in the end. Meanwhile honest peers publish, work and settle, and every group of theirs has
-to end exactly once, with a body that only its own workers have touched. The broker must neither end nor grow.
+Attackers are processes with raw ZeroMQ sockets. Their frames lie about sizes
+and numbers, lack their end, arrive twice, name leases of other peers and claim
+false roles; some sockets never read, and all close without a goodbye. At the
+same time well-behaved peers publish, work and settle. Each of their groups
+must end exactly once, with a body that only its own workers changed. The
+broker must neither end nor grow.
 
-    ./scripts/prove fuzz                         # 200,000 frames
-    ./scripts/prove fuzz -n 2000000 --seed 7     # two million, others than last time
+    ./scripts/prove fuzz                      # 200,000 frames
+    ./scripts/prove fuzz -n 2000000 --seed 7  # two million others
 
-Exit status 1 if anything was lost, doubled or stolen, or if the broker ended or grew.
+Exit code 1 if a message was lost, doubled or stolen, or if the broker ended or
+grew; else 0.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from argument_types import from_one
+from argument_types import from_one, script_parser
 from broker_launcher import start_broker
 from fuzzing.attacker import ANSWERS, HELD, attack
 from fuzzing.well_behaved_peer import QUEUES, Honest
@@ -41,22 +43,24 @@ LIMITS = {
     "max_early": 50,
     "max_unread_bytes": 8 << 20,
 }
-"""Small ones, so that they are met."""
+"""Small limits, so that the frames reach them."""
 
-LOOK = 0.5
-"""Seconds between looks at the broker's memory and descriptors."""
-GROWTH = 24 << 20
-"""Bytes by which the broker may have grown from its first quarter to its last: its allocator's play."""
-MORE_FDS = 8
+SAMPLE_SECONDS = 0.5
+"""Seconds between two samples of the broker's memory and descriptors."""
+GROWTH_BYTES = 24 << 20
+"""Growth allowed from the first quarter to the last: the allocator's slack."""
+MORE_DESCRIPTORS = 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("-n", type=from_one, default=200_000, metavar="N", help="frames to send (default: 200000)")
-    parser.add_argument("--seed", type=int, default=1, help="of the frames (default: 1); the rest is the schedule's")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the frames (default: 1)")
     parser.add_argument("--attackers", type=from_one, default=2, metavar="N", help="attacking processes (default: 2)")
-    parser.add_argument("--durability", choices=("fsync", "write"), default="write", help="of the journal")
-    parser.add_argument("--data", type=Path, help="where the journal lies (default: a directory that is removed)")
+    parser.add_argument(
+        "--durability", choices=("fsync", "write"), default="write", help="of the journal (default: write)"
+    )
+    parser.add_argument("--data", type=Path, help="directory for the journal (default: a temporary one)")
     parser.add_argument("--output", choices=("text", "json"), default="text")
     given = parser.parse_args()
     with TemporaryDirectory(prefix="fuzz-", dir=given.data, ignore_cleanup_errors=True) as directory:
@@ -72,7 +76,7 @@ def main() -> int:
 
 
 def run(directory: Path, count: int, seed: int, attackers: int, durability: str) -> tuple[dict[str, Any], list[str]]:
-    """Send `count` frames; figures, and all that went wrong."""
+    """Send `count` frames. Return the figures and the violations."""
     address = f"ipc://{directory}/broker"
     options = {
         "address": address,
@@ -110,7 +114,7 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
         while any(process.is_alive() for process in processes) and broker.poll() is None:
             honest.tidy()
             seen.append((sent.value, watched.memory_info().rss, watched.num_fds()))
-            processes[0].join(LOOK)
+            processes[0].join(SAMPLE_SECONDS)
             if sys.stderr.isatty():
                 print(f"\r{sent.value} frames", end="", file=sys.stderr)
         seconds = time.monotonic() - began
@@ -130,24 +134,24 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
     wrongs += [f"{name} holds {q['ready']} messages" for name, q in left.items() if q["ready"] or q["leased"]]
     broker.terminate()
     status = broker.wait(30)
-    said = (directory / "stderr").read_text()
-    if status != 0 or "Traceback" in said:
-        wrongs.append(f"the broker ended with {status}: {said[-2000:]}")
+    errors = (directory / "stderr").read_text()
+    if status != 0 or "Traceback" in errors:
+        wrongs.append(f"the broker ended with {status}: {errors[-2000:]}")
     quarter = max(1, len(seen) // 4)
     first, last = seen[:quarter], seen[-quarter:]
     memory = [max(rss for _, rss, _ in part) for part in (first, last)]
     fds = [max(count for _, _, count in part) for part in (first, last)]
-    if memory[1] > memory[0] + GROWTH:
+    if memory[1] > memory[0] + GROWTH_BYTES:
         wrongs.append(f"the broker grew from {memory[0] >> 20} to {memory[1] >> 20} MiB")
-    if fds[1] > fds[0] + MORE_FDS:
+    if fds[1] > fds[0] + MORE_DESCRIPTORS:
         wrongs.append(f"the broker's descriptors went from {fds[0]} to {fds[1]}")
     figures = {
         "frames sent": sent.value,
         "seconds": round(seconds, 1),
         "frames a second": round(sent.value / seconds),
         "malformed, counted by the broker": stats["malformed"],
-        "told to attackers": ", ".join(f"{n} {kind}" for kind, n in zip(ANSWERS, answers[:], strict=True)),
-        "honest groups ended": len(honest.judge.ended),
+        "answers to attackers": ", ".join(f"{n} {kind}" for kind, n in zip(ANSWERS, answers[:], strict=True)),
+        "well-behaved groups ended": len(honest.judge.ended),
         "broker's memory, first quarter": f"{memory[0] >> 20} MiB",
         "broker's memory, last quarter": f"{memory[1] >> 20} MiB",
         "broker's descriptors": f"{fds[0]}, then {fds[1]}",

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Run every stage from hell of the tests, and measure what another stage gets done meanwhile.
+"""Run hostile stages and measure a calm stage beside them.
 
-Each stage does to its worker what should not be done: it crashes, hangs, closes descriptors, fills the memory. It is
-run again and again for some seconds, beside a stage that does nothing but be run. Printed are the rate of that other
-stage without and with it, and what the result of the bad one says. The rate shares the machine's cores with what the
-bad stage burns, and with the replacing of its workers.
+Each of these stages harms its own worker: it crashes, hangs, closes
+descriptors or fills the memory. It runs repeatedly for some seconds beside a
+calm stage. Printed are the rate of the calm stage without and with it, and the
+last result of the hostile stage. The rate shares the cores of the machine with
+the work of the hostile stage and with the replacement of its workers.
 
-    ./scripts/prove hostile_stages                          # all of them, some minutes
-    ./scripts/prove hostile_stages --only segfault leave    # two
+    ./scripts/prove hostile_stages                        # all: some minutes
+    ./scripts/prove hostile_stages --only segfault leave  # two of them
     ./scripts/prove hostile_stages --list
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import os
@@ -29,23 +29,23 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from argument_types import above_zero
+from argument_types import above_zero, script_parser
 from stageflow_actors import Runtime, Stage, Workflow
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 T = TypeVar("T")
-PATIENCE = 120.0
-LEAST = 0.1
-"""The other stage must get at least this part of its usual work done."""
-USUAL = 50.0
-"""Instances a second that the other stage gets done on any machine, when nothing disturbs it."""
+PATIENCE_SECONDS = 120.0
+LEAST_SHARE = 0.1
+"""The calm stage must keep at least this share of its usual rate."""
+USUAL_RATE = 50.0
+"""Instances per second that the calm stage reaches undisturbed on any machine."""
 HURTS_ALL = "shoot_the_parent"
-"""It kills the process that all workers are forked from, and they end with it: all pools are started again."""
+"""Kills the process that all workers are forked from: they end with it, and all pools start again."""
 
 
 def hold_the_interpreter_for_20_s(context: Row) -> None:
-    """In C, with the GIL held."""
+    """Sleep in C with the GIL held."""
     ctypes.PyDLL(None).sleep(20)
 
 
@@ -55,11 +55,11 @@ def ten_megabytes_on_stderr(context: Row) -> None:
 
 
 def calm(context: Row) -> None:
-    """The other stage."""
+    """Do nothing: the stage that is measured."""
 
 
 def stages() -> dict[str, Workflow[Row]]:
-    """All stages from hell, by name: those of the tests but the one that leaves daemons, and two that take longer."""
+    """Return all hostile stages by name: those of the tests except the one that leaves daemons, and two longer ones."""
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("hostile_stages", "fixtures")]
     of_tests: Any = importlib.import_module("test_hostile_stages")
     memory: Any = importlib.import_module("test_max_memory")
@@ -67,12 +67,12 @@ def stages() -> dict[str, Workflow[Row]]:
     del found["daemonise"]
     found["memory_bomb"] = memory.bombs[memory.swell]
     for handler in (hold_the_interpreter_for_20_s, ten_megabytes_on_stderr):
-        found[handler.__name__] = Workflow(handler.__name__).add_stage(Stage(handler, id="hell"))
+        found[handler.__name__] = Workflow(handler.__name__).add_stage(Stage(handler, id="hostile"))
     return found
 
 
-class Other:
-    """Has instances of the calm stage run, one after the other, and counts them."""
+class CalmLoad:
+    """Runs instances of the calm stage one after the other and counts them."""
 
     def __init__(self, runtime: Runtime, workflow: Workflow[Row]) -> None:
         self.done = 0
@@ -83,17 +83,17 @@ class Other:
         self._thread.start()
 
     def rate(self, during: Callable[[], T]) -> tuple[float, T]:
-        """Instances a second while this is called, and what it gave."""
+        """Call `during`. Return the instances per second in that time, and the result of the call."""
         began, before = time.monotonic(), self.done
         given = during()
         return (self.done - before) / (time.monotonic() - began), given
 
     def go_on(self) -> None:
-        """Wait until it works as usual: whoever is being started, or started again, takes its time."""
+        """Wait until the usual rate is reached again: processes that start take their time."""
         for _ in range(100):
-            if self.rate(lambda: time.sleep(0.2))[0] > USUAL:
+            if self.rate(lambda: time.sleep(0.2))[0] > USUAL_RATE:
                 return
-        raise SystemExit("the other stage does nothing at all")
+        raise SystemExit("the calm stage makes no progress")
 
     def stop(self) -> None:
         self._stopping.set()
@@ -101,7 +101,7 @@ class Other:
 
     def _work(self) -> None:
         while not self._stopping.is_set():
-            result = self._runtime.execute(self._workflow, {}, timeout=PATIENCE)
+            result = self._runtime.execute(self._workflow, {}, timeout=PATIENCE_SECONDS)
             if result.success:
                 self.done += 1
             else:
@@ -109,21 +109,19 @@ class Other:
 
 
 def main() -> int:
-    """Run what was asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the chosen stages and print the table."""
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these (default: all)")
-    parser.add_argument(
-        "--seconds", type=above_zero, default=2.0, help="for how long each is run, at least (default: 2)"
-    )
-    parser.add_argument("--list", action="store_true", help="say which there are, and end")
-    parser.add_argument("--noise", action="store_true", help="show what the stages write to stderr")
+    parser.add_argument("--seconds", type=above_zero, default=2.0, help="seconds per stage at least (default: 2)")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
+    parser.add_argument("--noise", action="store_true", help="show the stderr of the stages")
     given = parser.parse_args()
     known = stages()
     if given.list:
         print("\n".join(known))
         return 0
     if unknown := sorted(set(given.only or ()) - known.keys()):
-        parser.error(f"there is no stage {unknown[0]!r}; --list says which there are")
+        parser.error(f"unknown stage {unknown[0]!r}; see --list")
     wanted = {name: known[name] for name in given.only or known}
     console = Console()
     with TemporaryDirectory(prefix="stageflow-hostile-", ignore_cleanup_errors=True) as directory:
@@ -135,50 +133,50 @@ def main() -> int:
 
 
 def run(wanted: dict[str, Workflow[Row]], seconds: float, place: Path, console: Console) -> int:
-    """One stage after the other beside the calm one; 1 if that one stood still, or failed."""
-    table = Table("stage from hell", "runs", "other, alone", "beside it", "ratio", "what its last result says")
+    """Run one stage after the other beside the calm one. Return 1 if the calm one stood still or failed."""
+    table = Table("hostile stage", "runs", "calm, alone", "beside it", "ratio", "last result")
     for column in table.columns[1:5]:
         column.justify = "right"
     others = Workflow("calm").add_stage(calm)
     wrong: list[str] = []
     runtime = Runtime(*wanted.values(), others, data_dir=place / "data")
     runtime.start()
-    other = Other(runtime, others)
+    other = CalmLoad(runtime, others)
     try:
         for name, workflow in wanted.items():
             other.go_on()
             alone, _ = other.rate(lambda: time.sleep(1.0))
-            beside, said = other.rate(partial(again_and_again, runtime, workflow, seconds, place))
+            beside, results = other.rate(partial(run_repeatedly, runtime, workflow, seconds, place))
             ratio = beside / alone
-            if ratio < LEAST and name != HURTS_ALL:
-                wrong.append(f"beside {name} the other stage got {ratio:.0%} of its work done")
-            figures = (str(len(said)), f"{alone:,.0f}/s", f"{beside:,.0f}/s", f"{ratio:.2f}")
-            table.add_row(name, *figures, what(said[-1]))
+            if ratio < LEAST_SHARE and name != HURTS_ALL:
+                wrong.append(f"beside {name} the calm stage kept {ratio:.0%} of its rate")
+            figures = (str(len(results)), f"{alone:,.0f}/s", f"{beside:,.0f}/s", f"{ratio:.2f}")
+            table.add_row(name, *figures, reason(results[-1]))
     finally:
         other.stop()
         runtime.stop(grace=0.0)
     console.print(table)
     wrong += other.wrong
-    console.print(
-        "\n".join(wrong) or f"{len(wanted)} stages from hell; the other one went on, {other.done:,} instances"
-    )
+    console.print("\n".join(wrong) or f"{len(wanted)} hostile stages; the calm stage went on, {other.done:,} instances")
     return 1 if wrong else 0
 
 
-def what(error: str) -> str:
-    """The end of what a result says, which is what differs."""
+def reason(error: str) -> str:
+    """Return the end of an error, which is the part that differs."""
     first = error.splitlines()[0]
-    return first.rpartition("'hell': ")[2][:60]
+    return first.rpartition("'hostile': ")[2][:60]
 
 
-def again_and_again(runtime: Runtime, workflow: Workflow[Row], seconds: float, place: Path) -> list[str]:
-    """What the results of a bad stage say that is run for so long, or once if that takes longer."""
-    said: list[str] = []
+def run_repeatedly(runtime: Runtime, workflow: Workflow[Row], seconds: float, place: Path) -> list[str]:
+    """Run a hostile stage for so many seconds, at least once. Return its errors."""
+    results: list[str] = []
     deadline = time.monotonic() + seconds
-    while not said or time.monotonic() < deadline:
-        result = runtime.execute(workflow, {"mark": str(place / f"{workflow.id}-{len(said)}")}, timeout=PATIENCE)
-        said.append(result.error or result.status.value)
-    return said
+    while not results or time.monotonic() < deadline:
+        result = runtime.execute(
+            workflow, {"mark": str(place / f"{workflow.id}-{len(results)}")}, timeout=PATIENCE_SECONDS
+        )
+        results.append(result.error or result.status.value)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 #!/usr/bin/env python
-"""Bounds of a real broker: memory with deep queues, the time it takes to recover them, and whether that is linear.
+"""Measure memory and recovery of a broker with deep queues.
 
-See `--help`.
+A broker process is filled with messages that no worker takes, each an instance
+of its own: first a quarter of -n, then -n. Its memory (RSS) is read when all
+are durable; then it is killed and started again, and its recovery time and
+memory are measured. Checked: memory, recovery time, and that a message of the
+larger backlog costs at most --slack times the time of one of the smaller.
+
+  ./scripts/prove limits                        # 1,000,000 messages of 1,000
+                                                # bytes: 1.5 GB, two minutes
+  ./scripts/prove limits -n 50000 --memory 120  # a small one
+
+Exit code 1 if a limit is broken, else 0.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -19,31 +28,21 @@ from typing import Any
 
 import psutil
 
-from argument_types import above_zero, from_one
+from argument_types import above_zero, from_one, script_parser
 from broker_launcher import start_broker
 from stageflow_brokers.api import START, Listener, PublishItem, Target
 from stageflow_brokers.zeromq.client import ZmqClient
-
-EPILOG = """
-A broker process is filled with messages that nobody takes, each an instance of its own, in two sizes: a quarter of -n,
-then -n. Its memory (RSS) is read when all are durable; then it is killed, started again, and the time until it is ready
-is taken, and its memory once more. What is asserted: memory, recovery, and that a message of the larger backlog costs
-no more time than --slack times one of the smaller. Exit code 1 if a bound is broken.
-
-  ./scripts/prove limits                              a million of 1,000 bytes: 1.5 GB of disk, about two minutes
-  ./scripts/prove limits -n 50000 --memory 120        a small one
-"""
 
 BATCH = 1000
 
 
 class Filled:
-    """What one backlog took: `memory` and `memory_recovered` in bytes, times in seconds, `journal` bytes on disk."""
+    """Figures of one backlog: `memory`, `memory_recovered` and `journal` in bytes, times in seconds."""
 
     def __init__(self, count: int, size: int, where: Path | None) -> None:
         self.count = count
         temporary = tempfile.TemporaryDirectory
-        with temporary(prefix="bounds-", dir=where) as journal, temporary(prefix="sf-") as sockets:
+        with temporary(prefix="limits-", dir=where) as journal, temporary(prefix="sf-") as sockets:
             self._run(Path(journal) / "journal", Path(sockets), size)
 
     def _run(self, journal: Path, sockets: Path, size: int) -> None:
@@ -60,14 +59,14 @@ class Filled:
         broker, self.recovery = timed_start(journal, address)
         try:
             self.memory_recovered = psutil.Process(broker.pid).memory_info().rss
-            client = ZmqClient(address, Listener(), role="client", name="bounds")
+            client = ZmqClient(address, Listener(), role="client", name="limits")
             self.recovered = client.admin.stats("").result(60)["messages"]
             client.close(timeout=1)
         finally:
             end(broker, signal.SIGTERM)
 
     def _publish(self, address: str, size: int) -> None:
-        client = ZmqClient(address, Listener(), role="client", name="bounds")
+        client = ZmqClient(address, Listener(), role="client", name="limits")
         body = os.urandom(size)
         waiting: list[Future[Any]] = []
         for first in range(0, self.count, BATCH):
@@ -82,29 +81,27 @@ class Filled:
 
 
 def timed_start(journal: Path, address: str) -> tuple[subprocess.Popen[bytes], float]:
-    """A broker process, ready; and how many seconds that took, the start of Python included."""
+    """Return a ready broker process and the seconds of its start, that of Python included."""
     began = time.monotonic()
     process = start_broker({"address": address, "journal": str(journal), "supervised": False})
     return process, time.monotonic() - began
 
 
 def end(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send the signal and see it end."""
+    """Send a signal and wait for the end."""
     process.send_signal(number)
     process.wait(60)
 
 
 def main() -> int:
-    """Measure, print, judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-n", type=from_one, default=1_000_000, help="messages in the larger backlog (1,000,000)")
-    parser.add_argument("--bytes", type=from_one, default=1000, help="size of a body (default: 1000)")
-    parser.add_argument("--memory", type=above_zero, default=700, help="most MB of RSS (default: 700)")
-    parser.add_argument("--recovery", type=above_zero, default=10, help="most seconds to recover (default: 10)")
-    parser.add_argument("--slack", type=above_zero, default=2, help="how far from linear it may be (default: 2)")
-    parser.add_argument("--directory", type=Path, default=None, help="where the journals go (default: the temp dir)")
+    """Measure, print and check."""
+    parser = script_parser(__doc__)
+    parser.add_argument("-n", type=from_one, default=1_000_000, help="messages in the larger backlog (1000000)")
+    parser.add_argument("--bytes", type=from_one, default=1000, help="bytes per body (default: 1000)")
+    parser.add_argument("--memory", type=above_zero, default=700, help="RSS at most, in MB (default: 700)")
+    parser.add_argument("--recovery", type=above_zero, default=10, help="seconds of recovery at most (default: 10)")
+    parser.add_argument("--slack", type=above_zero, default=2, help="factor above linear at most (default: 2)")
+    parser.add_argument("--directory", type=Path, default=None, help="directory for the journals (default: temporary)")
     args = parser.parse_args()
     small, large = (Filled(count, args.bytes, args.directory) for count in (max(args.n // 4, 1), args.n))
     for run in (small, large):
@@ -126,7 +123,7 @@ def main() -> int:
         }.items()
         if fails
     ]
-    print("all bounds hold" if not broken else "broken: " + "; ".join(broken))
+    print("all limits hold" if not broken else "broken: " + "; ".join(broken))
     return 1 if broken else 0
 
 

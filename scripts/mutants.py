@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Plant mistakes, one at a time, into a copy of the code, and show which named test kills each.
+"""Plant mistakes and show which named test kills each.
 
-A test that nothing can fail proves nothing. Each mutant here is a mistake that a broker, a journal or a saga runtime
-can plausibly have; it dies when each test named beside it fails. The working tree is only read.
+Each mutant is a plausible mistake of a broker, a journal or a saga runtime,
+planted into a copy of the code. It dies when each test named beside it fails:
+a test that nothing can fail proves nothing. The working tree is only read.
 
-    ./scripts/prove mutants              # all of them, some minutes
-    ./scripts/prove mutants no-fence     # one
+    ./scripts/prove mutants           # all of them: some minutes
+    ./scripts/prove mutants no-fence  # one
     ./scripts/prove mutants --list
+    ./scripts/prove mutants --check   # only check that each can be planted
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -21,13 +22,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from argument_types import script_parser
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("brokers", "stageflow_actors", "tests", "examples", "scripts", "pyproject.toml", "README.md")
 LIMIT_SECONDS = 300.0
 
 
 class Mutant(NamedTuple):
-    """`edits` are (file, what is there, what is put in its place), each found once; `killers` are ids of tests."""
+    """`edits` are (file, text, replacement), each text found exactly once; `killers` are test ids."""
 
     name: str
     mistake: str
@@ -602,20 +605,24 @@ MUTANTS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="MUTANT", help="only these (default: all)")
-    parser.add_argument("--list", action="store_true", help="say which there are, and end")
+    parser.add_argument("--list", action="store_true", help="list the mutants and exit")
+    parser.add_argument("--check", action="store_true", help="check that each can be planted, and exit")
     given = parser.parse_args()
     known = {mutant.name: mutant for mutant in MUTANTS}
     for name in given.names:
         if name not in known:
-            parser.error(f"there is no mutant {name!r}; --list says which there are")
+            parser.error(f"unknown mutant {name!r}; see --list")
     if given.list:
         for mutant in MUTANTS:
             print(f"{mutant.name:28} {mutant.mistake}")
         return 0
     for mutant in MUTANTS:
         plant(mutant, ROOT, dry=True)
+    if given.check:
+        print(f"all {len(MUTANTS)} mutants can be planted")
+        return 0
     alive = []
     for mutant in [known[name] for name in given.names] or MUTANTS:
         began = time.monotonic()
@@ -629,7 +636,7 @@ def main() -> int:
 
 
 def survived(mutant: Mutant) -> list[str]:
-    """Those of its killers that pass, or do not come to an end, with the mistake in place."""
+    """Return the killers that pass, or do not end, with the mistake in place."""
     with TemporaryDirectory(prefix="stageflow-mutant-", ignore_cleanup_errors=True) as directory:
         place = Path(directory)
         for name in COPIED:
@@ -650,9 +657,9 @@ def survived(mutant: Mutant) -> list[str]:
 
 
 def plant(mutant: Mutant, place: Path, *, dry: bool = False) -> None:
-    """Make the mistake in the copy. Ends the script where the code is not as it was when the mutant was thought of.
+    """Make the mistake in the copy. Ends the script if the text to replace is not found exactly once.
 
-    `dry`: only look whether it could be made.
+    `dry`: only check whether it can be made.
     """
     for file, there, instead in mutant.edits:
         path = place / file

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Scale: a map of 100,000 items, and 10,000 instances that wait, with figures of time and memory.
+"""Measure a map of 100,000 items and 10,000 waiting instances.
 
-`map`: once undisturbed, once with everything SIGKILLed in the middle: only the items in work then may run again.
-`waiting`: instances waiting for a signal or in a delay; what the cluster takes more of memory for them; all still wait
-after a restart, and can be signalled. It kills nothing but the program that it started.
+`map` runs one map undisturbed, and one in which every process gets a SIGKILL
+half-way: only the items in work may run again. `waiting` measures the memory
+for instances that wait for a signal or in a delay; all still wait after a
+restart and can be signalled. Only the program started here is killed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from stageflow_actors import Runtime, StageContext, Workflow
 
 MEGABYTE = 1 << 20
 PREFIX = "stageflow-scale-"
-PATIENCE = 120.0
-"""Seconds after which something that should happen is given up on."""
+PATIENCE_SECONDS = 120.0
+"""Seconds to wait for an expected state."""
 
 # ── what is run ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -42,7 +43,7 @@ def no_op(item: int) -> int:
 
 
 def noted(item: int, ctx: StageContext) -> int:
-    """One item that leaves its number in a file of its worker's own."""
+    """One item that appends its number to a file of its worker."""
     with open(f"{os.environ['SCALE_LOG']}.{os.getpid()}", "ab", buffering=0) as log:
         log.write(b"%d\n" % item)
     return item
@@ -55,11 +56,11 @@ delayed = Workflow("delayed").add_delay("pause", 86_400).add_stage(lambda contex
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of `condition`."""
-    deadline = time.monotonic() + PATIENCE
+    """Return the first true value of `condition`."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise click.ClickException(f"{what} has not come true within {PATIENCE:g} s")
+            raise click.ClickException(f"{what} has not come true within {PATIENCE_SECONDS:g} s")
         time.sleep(0.01)
     return value
 
@@ -68,14 +69,14 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def processes(node_pid: int) -> dict[str, list[psutil.Process]]:
-    """The processes of a cluster by kind."""
+    """Return the processes of a cluster by kind."""
     found: dict[str, list[psutil.Process]] = {}
     add_node(psutil.Process(node_pid), found)
     return found
 
 
 def memory(node_pid: int) -> dict[str, float]:
-    """Megabytes that the processes of a cluster have for themselves, by kind."""
+    """Return the unshared memory of the processes of a cluster in MB, by kind."""
     sizes = {}
     for kind, group in processes(node_pid).items():
         total = 0
@@ -83,13 +84,13 @@ def memory(node_pid: int) -> dict[str, float]:
             try:
                 total += process.memory_full_info().uss
             except psutil.Error:
-                pass  # it has ended while we were looking
+                pass  # the process has ended in between
         sizes[kind] = total / MEGABYTE
     return sizes
 
 
 def peak(node_pid: int) -> float:
-    """Megabytes of resident memory that the broker had at most."""
+    """Return the peak resident memory of the broker in MB."""
     (broker,) = processes(node_pid)["broker"]
     for line in Path(f"/proc/{broker.pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -101,7 +102,7 @@ def peak(node_pid: int) -> float:
 
 
 def measure_map(data: Path, items: int) -> dict[str, float]:
-    """One undisturbed map."""
+    """Run one map undisturbed."""
     with Runtime(plain, data_dir=data) as runtime:
         before = peak(runtime.node_pid)
         began = time.monotonic()
@@ -113,7 +114,7 @@ def measure_map(data: Path, items: int) -> dict[str, float]:
 
 
 def run_counted(data: str, out: str, items: int) -> None:
-    """The program that is killed, and started again: the same id goes on where it was."""
+    """Run the program that is killed and started again: the same id resumes."""
     with Runtime(counted, data_dir=data) as runtime:
         Path(f"{out}.node").write_text(str(runtime.node_pid))
         result = runtime.execute(counted, {"n": items}, instance_id="the-map", timeout=600)
@@ -121,7 +122,7 @@ def run_counted(data: str, out: str, items: int) -> None:
 
 
 def seen(log: Path) -> Counter[int]:
-    """How often each item was begun."""
+    """Return how often each item was begun."""
     found: Counter[int] = Counter()
     for path in log.parent.glob(f"{log.name}.*"):
         found.update(int(line) for line in path.read_bytes().split(b"\n") if line)
@@ -129,7 +130,7 @@ def seen(log: Path) -> Counter[int]:
 
 
 def measure_killed_map(place: Path, items: int) -> dict[str, float]:
-    """A map whose every process is killed at about half of its items, and what ran twice for it."""
+    """Kill all processes of a map at about half of its items, and count the items that ran twice."""
     log, out = place / "items", place / "result.json"
     command = [sys.executable, __file__, "program", str(place / "data"), str(out), str(items)]
     environment = {**os.environ, "SCALE_LOG": str(log)}
@@ -161,7 +162,7 @@ def measure_killed_map(place: Path, items: int) -> dict[str, float]:
 
 
 def measure_waiting(data: Path, workflow: Workflow[Any], instances: int) -> dict[str, float]:
-    """Start them, let them wait, start the cluster again, have some go on."""
+    """Start instances, let them wait, restart the cluster, and signal some."""
     runtime = Runtime(workflow, data_dir=data).start()
     try:
         before = memory(runtime.node_pid)
@@ -201,7 +202,7 @@ def measure_waiting(data: Path, workflow: Workflow[Any], instances: int) -> dict
 
 
 def count_waiting(runtime: Runtime, most: int) -> int:
-    """How many instances wait."""
+    """Return the number of waiting instances."""
     return len(runtime.instances("waiting", limit=most + 1))
 
 
@@ -209,10 +210,10 @@ def count_waiting(runtime: Runtime, most: int) -> int:
 
 
 def show(title: str, figures: dict[str, float]) -> None:
-    """One table."""
+    """Print one table."""
     table = Table(title=title)
-    table.add_column("what")
-    table.add_column("figure", justify="right")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
     for name, figure in figures.items():
         table.add_row(name, f"{figure:,.1f}" if isinstance(figure, float) else f"{figure:,}")
     Console().print(table)
@@ -220,13 +221,13 @@ def show(title: str, figures: dict[str, float]) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Figures of large maps and of many instances that wait."""
+    """Measure large maps and many waiting instances."""
 
 
 @main.command("map")
 @click.option("-n", "--items", type=click.IntRange(1), default=100_000, show_default=True)
 def map_(items: int) -> None:
-    """A map of a no-op, undisturbed; then one whose every process is killed in the middle."""
+    """Run a map undisturbed; then kill all processes in the middle of one."""
     with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
         show(f"a map of {items:,} items", measure_map(Path(place) / "data", items))
     with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
@@ -236,7 +237,7 @@ def map_(items: int) -> None:
 @main.command()
 @click.option("-n", "--instances", type=click.IntRange(1), default=10_000, show_default=True)
 def waiting(instances: int) -> None:
-    """Instances that wait for a signal, and instances in a delay."""
+    """Measure instances that wait for a signal or in a delay."""
     for workflow in (signalled, delayed):
         with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
             show(f"{instances:,} instances, {workflow.id}", measure_waiting(Path(place) / "data", workflow, instances))
@@ -247,7 +248,7 @@ def waiting(instances: int) -> None:
 @click.argument("out")
 @click.argument("items", type=int)
 def program(data: str, out: str, items: int) -> None:
-    """The program that is killed; started by this script."""
+    """Run the program that is killed; started by this script."""
     run_counted(data, out, items)
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Run the deterministic simulator for as many seeds as there is time for.
+"""Run the deterministic simulator for many seeds.
 
-Each seed is a whole cluster in one thread — the production broker core and journal, coordinator, pools, actors and
-clients — under a virtual clock, a disk that loses what was not synced, and a network that breaks off. What breaks a law
-is printed with its seed; the same seed gives the same run again.
+Each seed is a whole cluster in one thread: the production broker core and
+journal, coordinator, pools, actors and clients, under a virtual clock, on a
+disk that loses unsynced writes, and over a network that breaks. A violation is
+printed with its seed; the same seed repeats the same run.
 
-    ./scripts/prove simulate -n 10000                 # 10,000 tame and 10,000 wild seeds
-    ./scripts/prove simulate --from 183 -n 1 --wild   # one seed again, with what happened in it
+    ./scripts/prove simulate -n 10000                # 10,000 tame, 10,000 wild
+    ./scripts/prove simulate --from 183 -n 1 --wild  # one seed in detail
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 import multiprocessing
@@ -21,21 +21,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from argument_types import from_one
+from argument_types import from_one, script_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 50
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("-n", type=from_one, default=1_000, metavar="N", help="seeds of each kind (default: 1000)")
-    parser.add_argument("--from", dest="first", type=int, default=0, metavar="SEED", help="the first one (default: 0)")
+    parser.add_argument("--from", dest="first", type=int, default=0, metavar="SEED", help="first seed (default: 0)")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--tame", action="store_true", help="only accidents that no result may show")
-    kinds.add_argument("--wild", action="store_true", help="only those with killed workers, cancels and scaling")
+    kinds.add_argument("--tame", action="store_true", help="only runs whose accidents no result may show")
+    kinds.add_argument("--wild", action="store_true", help="only runs with killed workers, cancels and scaling")
     parser.add_argument("--jobs", type=from_one, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
-    parser.add_argument("--most-failures", type=from_one, default=5, metavar="N", help="stop after so many (5)")
+    parser.add_argument("--most-failures", type=from_one, default=5, metavar="N", help="stop after N failures (5)")
     given = parser.parse_args()
     wilds = [True] if given.wild else [False] if given.tame else [False, True]
     last = given.first + given.n
@@ -64,12 +64,12 @@ def main() -> int:
 
 
 def run(part: tuple[int, int, bool]) -> tuple[int, list[str], dict[str, int]]:
-    """The seeds of one part: how many there were, what went wrong, and how often what happened in them."""
+    """Run the seeds of one part. Return their number, the violations, and the accidents by kind."""
     for folder in ("tests/simulator", "tests/fixtures", ""):
         path = str(ROOT / folder)
         if path not in sys.path:
             sys.path.insert(0, path)
-    logging.disable(logging.WARNING)  # what is wrong here is a law that is broken, and nothing else
+    logging.disable(logging.WARNING)  # only violations are reported
     simulate: Any = importlib.import_module("simulation").simulate
     first, last, wild = part
     told = []

@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""Mixed load for a given time, to show that nothing grows but the history.
+"""Run mixed load and check that only the history grows.
 
-A program with a runtime runs sagas (one in five fails; some retry, some lose their worker or an optional stage),
-parallel branches, maps, delays, signals, requests, parked and cancelled instances, and clients that attach and go, at a
-steady pace, beside instances that live for the whole run. Memory, descriptors, threads and processes of program, node,
-broker, zygote and workers, the journal, what lies in temporary places and the latency of a one-stage instance are
-sampled. The medians of the first third, once it is warm, are compared with those of the last. At the end every
-instance has to have ended as it should, and `stageflow doctor` finds the directory sound.
+A program runs sagas at a steady pace (one in five fails; some retry, some lose
+their worker or an optional stage), parallel branches, maps, delays, signals,
+requests, parked and cancelled instances, clients that attach and leave, and
+instances that live for the whole run. Sampled are memory, descriptors, threads
+and processes of program, node, broker, zygote and workers, the size of the
+journal, temporary files, and the latency of a one-stage instance. After a
+warm-up the medians of the first third are compared with those of the last. At
+the end each instance must have ended as expected, and `stageflow doctor` must
+find the directory sound.
 
     ./scripts/prove soak --seconds 600              # ten minutes
-    ./scripts/prove soak --seconds 36000 --rate 20  # a night, gently
+    ./scripts/prove soak --seconds 36000 --rate 20  # one night, gently
 
-Exit code 0 when all stays within its bound (the column `most`), else 1. Nothing is killed but the program started here.
+Exit code 0 if each figure stays within its limit (column `most`), else 1. The
+script ends only the program that it started.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import signal
@@ -30,7 +33,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from argument_types import above_zero
+from argument_types import above_zero, script_parser
 from soaking import judge, load
 from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO
@@ -39,22 +42,26 @@ from stageflow_actors.history import HistoryWriter
 from stageflow_actors.runtime.system.data_dir import DataDir
 
 STOP_SECONDS = 180.0
-"""How long the program gets to finish what it has begun."""
+"""Seconds that the program gets to finish its work."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=above_zero, default=600.0, metavar="N", help="how long the load lasts (600)")
+    parser = script_parser(__doc__)
+    parser.add_argument("--seconds", type=above_zero, default=600.0, metavar="N", help="duration of the load (600)")
     parser.add_argument(
-        "--rate", type=above_zero, default=40.0, metavar="N", help="sagas a second; of all else half (40)"
+        "--rate",
+        type=above_zero,
+        default=40.0,
+        metavar="N",
+        help="sagas per second; half as much of the rest (40)",
     )
     parser.add_argument(
         "--every", type=above_zero, default=None, metavar="N", help="seconds between samples (1/120 of all)"
     )
-    parser.add_argument("--warm", type=float, default=None, metavar="N", help="seconds left out at first (60, or 1/5)")
-    parser.add_argument("--ignore-latency", action="store_true", help="on a machine that is busy with other things")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all samples there, too")
-    parser.add_argument("--keep", action="store_true", help="leave the data directory in place")
+    parser.add_argument("--warm", type=float, default=None, metavar="N", help="seconds of warm-up (60, at most 1/5)")
+    parser.add_argument("--ignore-latency", action="store_true", help="do not check latency, for a busy machine")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write all samples to FILE")
+    parser.add_argument("--keep", action="store_true", help="keep the data directory")
     given = parser.parse_args()
     every = given.every or min(5.0, max(0.2, given.seconds / 120))
     place = Path(tempfile.mkdtemp(prefix="soak-"))
@@ -70,7 +77,7 @@ def main() -> int:
 def soak(
     place: Path, seconds: float, rate: float, every: float, warm: float | None, ignore_latency: bool, dump: Path | None
 ) -> int:
-    """Run the load, take samples, print the table; the exit code."""
+    """Run the load, take samples, print the table. Return the exit code."""
     data, out, log = place / "data", place / "report.json", place / "probes"
     words = [sys.executable, __file__, "program", str(data), str(rate), str(out), str(log)]
     program = subprocess.Popen(words, start_new_session=True)
@@ -83,7 +90,7 @@ def soak(
     if program.returncode or not out.exists():
         wrong.append(f"the program ended with {program.returncode}")
     if sockets is not None and sockets.exists():
-        wrong.append(f"{sockets} is left behind")
+        wrong.append(f"{sockets} still exists after the end")
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"ended": {}, "mistakes": []}
     wrong += report["mistakes"] + _doctor(data)
     probes = [(float(at), float(took)) for at, took in (line.split() for line in log.read_text().splitlines())]
@@ -109,9 +116,9 @@ def soak(
 def _watch(
     program: subprocess.Popen[bytes], data: Path, seconds: float, every: float, wrong: list[str]
 ) -> tuple[list[Sample], float, float]:
-    """The samples of `seconds` from when the cluster stands, and when that began and ended.
+    """Return the samples of `seconds` from the start of the cluster, with the times of begin and end.
 
-    The doctor is asked three times on the way; what it finds goes to `wrong`.
+    The doctor runs three times in between; its findings go to `wrong`.
     """
     deadline = time.monotonic() + 60
     while (first := take(program.pid, data) if _sockets(data) is not None else None) is None:
@@ -133,7 +140,7 @@ def _watch(
 
 
 def _stop(program: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, and give it time to finish what it has begun."""
+    """Ask the program to end, and give it time to finish its work."""
     try:
         if program.poll() is None:
             program.send_signal(signal.SIGTERM)
@@ -149,7 +156,7 @@ def _doctor(data: Path) -> list[str]:
 
 
 def _sockets(data: Path) -> Path | None:
-    """Where the sockets of the cluster lie, once it stands."""
+    """Return the directory of the cluster's sockets, or None before it runs."""
     record = DataDir(data, create=False).read_cluster() if data.is_dir() else None
     return None if record is None or record.address is None else Path(record.address.removeprefix("ipc://")).parent
 

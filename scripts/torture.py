@@ -1,18 +1,41 @@
 #!/usr/bin/env python
-"""Torture of the journal: cut it at every byte, flip its bits, fail its disk at every call, lose what was not synced.
+"""Damage journals in every way: nothing acknowledged is lost.
 
-See `--help`; what is done and how it is judged is in `torturing/`.
+The parts, each on a disk in memory (code and checks are in `torturing/`):
+  cuts      a journal of some 200 records in 20 segments, cut at every byte:
+            as the end of everything (refused within the header, nothing lost
+            behind the end mark, elsewhere recovered up to the last whole batch
+            with a warning), and with the later segments in place (refused with
+            file and offset); each segment deleted
+  sectors   each 512-byte sector of the last batch zeroed, set, garbled or left
+            as before, and sets of them; sectors of earlier batches (refused);
+            each sector unreadable
+  flips     each bit of each header, and a share of all other bits, flipped;
+            some of these journals are repaired
+  faults    each disk call fails once and permanently: EIO, ENOSPC, EINTR,
+            short writes; in the scenarios first creation, append and rotation,
+            compaction, recovery, repair; and each read of the last two
+  crashes   at each call of the same scenarios, each subset of the unsynced
+            writes is lost (up to --states subsets)
+
+The law: what was acknowledged survives; damage in it is refused, never
+dropped; after a failed write or sync nothing is acknowledged. The first
+violation ends the run and prints the seed that repeats it.
+
+  ./scripts/prove torture               # everything once: minutes on one core
+  ./scripts/prove torture --bodies 1    # all bits of the bodies too: one hour
+  ./scripts/prove torture --share 0.02  # one in fifty
+  ./scripts/prove torture --only faults crashes --seeds 100
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import time
 from collections import Counter
 
-from argument_types import from_one, share
+from argument_types import from_one, script_parser, share
 from torturing.crashes import crash_at_every_call
 from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read
 from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
@@ -21,30 +44,9 @@ from torturing.scenarios import SCENES
 
 PARTS = ("cuts", "sectors", "flips", "faults", "crashes")
 
-EPILOG = """
-The parts:
-  cuts      a journal of some two hundred records in twenty segments, cut at every byte: once as the end of everything
-            (in the header refused, behind the end mark nothing lost, elsewhere recovered up to the last whole batch,
-            with a warning), once with the later segments in place (refused: file and offset); each segment deleted
-  sectors   every 512-byte sector of the last batch zeroed, set, garbled, or left as it was before; and sets of them;
-            sectors of batches before it, with the rest or only the end mark left (refused); each sector unreadable
-  flips     every bit of every header, and a share of all other bits; some of the journals are repaired then
-  faults    every call of the disk fails, once and for ever: EIO, ENOSPC, EINTR, short writes; in the scenes
-            first creation, append and rotation, compaction, recovery, repair; and every read of the last two
-  crashes   at every call of the same scenes, every subset of what was not synced is lost (up to --states of them)
-
-The law: what was acknowledged survives; damage in it is refused, never dropped; after a failed write or sync nothing
-is acknowledged. The first violation ends the run with the seed that repeats it.
-
-  ./scripts/prove torture                       all of it, once: some minutes on one core
-  ./scripts/prove torture --bodies 1            each bit of the bodies flipped too: an hour
-  ./scripts/prove torture --share 0.02          one in fifty
-  ./scripts/prove torture --only faults crashes --seeds 100
-"""
-
 
 def run(seed: int, parts: list[str], share: float, bodies: float, states: int, figures: Counter[str]) -> None:
-    """All parts with one seed. Raises AssertionError at the first violation of the law."""
+    """Run all parts with one seed. Raises AssertionError at the first violation of the law."""
     chance = random.Random(f"torture {seed}")
     if {"cuts", "sectors", "flips"} & set(parts):
         specimen = Specimen.grow(seed, 160)
@@ -71,16 +73,16 @@ def run(seed: int, parts: list[str], share: float, bodies: float, states: int, f
 
 
 def main() -> int:
-    """Run what was asked for and print the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the chosen parts and print the figures."""
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="default: all"
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (default: all)")
-    parser.add_argument("--seeds", type=from_one, default=1, help="how many journals and lives (default: 1)")
-    parser.add_argument("--first-seed", type=int, default=0, help="where seeds begin; to repeat a violation")
-    parser.add_argument("--share", type=share, default=1.0, help="share of the bytes, bits, calls tried (default: 1)")
-    parser.add_argument("--bodies", type=share, default=0.01, help="share of the bits outside headers (default: 0.01)")
-    parser.add_argument("--states", type=from_one, default=64, help="most crash states at one call (default: 64)")
+    parser.add_argument("--seeds", type=from_one, default=1, help="number of seeds (default: 1)")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed, to repeat a violation (default: 0)")
+    parser.add_argument("--share", type=share, default=1.0, help="share of bytes, bits and calls tried (default: 1)")
+    parser.add_argument("--bodies", type=share, default=0.01, help="share of bits outside headers (default: 0.01)")
+    parser.add_argument("--states", type=from_one, default=64, help="crash states per call at most (default: 64)")
     args = parser.parse_args()
     figures: Counter[str] = Counter()
     began = time.monotonic()

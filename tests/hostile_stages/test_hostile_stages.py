@@ -177,11 +177,11 @@ def error_of_ten_megabytes(context: Row) -> None:
 
 
 FAILURES: dict[Handler, tuple[str, ...]] = {
-    huge_result: ("PayloadTooLarge", "'hell'", "max_message_bytes"),
-    huge_context: ("PayloadTooLarge", "'hell'", "max_message_bytes"),
-    unserialisable_result: ("'hell'", "Unserialisable"),
-    socket_in_the_context: ("'hell'", "connection"),
-    result_in_itself: ("'hell'",),
+    huge_result: ("PayloadTooLarge", "'hostile'", "max_message_bytes"),
+    huge_context: ("PayloadTooLarge", "'hostile'", "max_message_bytes"),
+    unserialisable_result: ("'hostile'", "Unserialisable"),
+    socket_in_the_context: ("'hostile'", "connection"),
+    result_in_itself: ("'hostile'",),
     system_exit: ("SystemExit: enough",),
     interrupted: ("KeyboardInterrupt",),
     interrupts_itself: ("KeyboardInterrupt",),
@@ -319,7 +319,7 @@ def shoot_the_parent(context: Row) -> None:
 def where_am_i(context: Row) -> dict[str, Any]:
     umask = os.umask(0o022)
     os.umask(umask)
-    return {"cwd": os.getcwd(), "umask": umask, "home": os.environ.get("HELL_HOME")}
+    return {"cwd": os.getcwd(), "umask": umask, "home": os.environ.get("HOSTILE_HOME")}
 
 
 def nothing(context: Row) -> None:
@@ -327,7 +327,7 @@ def nothing(context: Row) -> None:
 
 
 def workflow_of(handler: Handler, name: str = "", **options: Any) -> Workflow[Row]:
-    return Workflow(name or handler.__name__.replace("_", "-")).add_stage(Stage(handler, id="hell", **options))
+    return Workflow(name or handler.__name__.replace("_", "-")).add_stage(Stage(handler, id="hostile", **options))
 
 
 WORKFLOWS: dict[Handler, Workflow[Row]] = {
@@ -343,10 +343,10 @@ others_work: Workflow[Row] = Workflow("others").add_stage(nothing)
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    os.environ["HELL_HOME"] = "here"
+    os.environ["HOSTILE_HOME"] = "here"
     runtime = Runtime(*WORKFLOWS.values(), others_work, data_dir=tmp_path_factory.mktemp("data"))
     runtime.start()
-    del os.environ["HELL_HOME"]
+    del os.environ["HOSTILE_HOME"]
     yield runtime
     began = time.monotonic()
     runtime.stop(grace=0.0)
@@ -382,10 +382,10 @@ def test_a_stage_that_ends_its_worker_is_a_death_with_its_exit_and_its_last_outp
 ) -> None:
     result = run(handler)
     assert result.status == "failed"
-    assert result.failed_stage == "hell"
+    assert result.failed_stage == "hostile"
     assert result.stages[0].attempts == 3
     assert result.error is not None
-    assert result.error.startswith("WorkerDied: the worker died while running stage 'hell': ")
+    assert result.error.startswith("WorkerDied: the worker died while running stage 'hostile': ")
     for words in DEATHS[handler]:
         assert words in result.error
 
@@ -439,7 +439,7 @@ def test_of_children_that_go_on_having_children_none_is_left(
 
 def test_a_stage_that_stops_its_process_is_ended_at_its_timeout(run: Callable[..., WorkflowResult[Row]]) -> None:
     result = run(stop_itself)
-    assert result.error == "StageTimeout: stage 'hell' ran longer than its timeout of 0.5 s"
+    assert result.error == "StageTimeout: stage 'hostile' ran longer than its timeout of 0.5 s"
 
 
 def test_a_stage_that_hangs_in_c_is_ended_with_children_that_have_sessions_of_their_own(
@@ -448,7 +448,8 @@ def test_a_stage_that_hangs_in_c_is_ended_with_children_that_have_sessions_of_th
     result = run(hang_with_children)
     assert result.status == "failed"
     assert result.error == (
-        "StageTimeout: stage 'hell' ran longer than its timeout of 0.5 s; the last on its stderr:\nwaiting for nothing"
+        "StageTimeout: stage 'hostile' ran longer than its timeout of 0.5 s; "
+        "the last on its stderr:\nwaiting for nothing"
     )
     away = int((tmp_path / "mark").read_text())
     eventually(lambda: is_gone(away), "the end of a child in a session of its own")
@@ -460,12 +461,12 @@ def test_a_daemon_that_a_stage_has_made_outlives_its_worker_and_holds_up_nothing
     daemon = run(daemonise).stages[0].data
     try:
         queue = "stageflow.daemonise.stage0"
-        runtime.scale("daemonise", "hell", 0)
+        runtime.scale("daemonise", "hostile", 0)
         eventually(lambda: runtime.queues(queue)[0].actors == 0, "the end of the worker")
         assert not is_gone(daemon), "who has left the worker's session on purpose is let live"
     finally:
         os.kill(daemon, signal.SIGKILL)
-    runtime.scale("daemonise", "hell", 1)
+    runtime.scale("daemonise", "hostile", 1)
 
 
 def test_what_a_stage_changes_of_its_process_is_not_seen_by_other_stages(
@@ -494,5 +495,5 @@ def test_overall_the_other_stages_worked_as_they_do_without_the_hostile_ones(oth
 def test_the_script_measures_the_other_stage_beside_each() -> None:
     run = run_script("hostile_stages", "--only", "leave", "system_exit", "--seconds", "0.3")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "2 stages from hell; the other one went on" in run.stdout
+    assert "2 hostile stages; the calm stage went on" in run.stdout
     assert "exit code 9" in run.stdout

@@ -26,8 +26,8 @@ def test_arbitrary_frames_harm_no_peer_that_works_at_the_same_time() -> None:
     assert figures["wrongs"] == []
     assert figures["frames sent"] == 30_000
     assert figures["malformed, counted by the broker"] > 1_000
-    assert figures["honest groups ended"] > 100
-    told = {kind: int(count) for count, kind in (each.split() for each in figures["told to attackers"].split(", "))}
+    assert figures["well-behaved groups ended"] > 100
+    told = {kind: int(count) for count, kind in (each.split() for each in figures["answers to attackers"].split(", "))}
     assert told["stale"] > 50, "what others hold was named, and refused"
 
 
