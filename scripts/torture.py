@@ -75,9 +75,7 @@ def run(seed: int, parts: list[str], share: float, bodies: float, states: int, f
 def main() -> int:
     """Run the chosen parts and print the figures."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="default: all"
-    )
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--seeds", type=from_one, default=1, help="number of seeds (default: 1)")
     parser.add_argument("--first-seed", type=int, default=0, help="first seed, to repeat a violation (default: 0)")
     parser.add_argument("--share", type=share, default=1.0, help="share of bytes, bits and calls tried (default: 1)")
