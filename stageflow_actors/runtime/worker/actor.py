@@ -1,7 +1,7 @@
 """`WorkActor`: takes messages from the mailbox, executes them and sends the settlements.
 
 An actor's loop runs in the main thread of the process, because signals, C libraries and event loops expect user code
-there. This actor runs one message after the other; `lanes` has actors that run several concurrently.
+there. This actor runs one message after the other; the actors in `concurrent_actors` run several concurrently.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """One executor for each kind of message: from the delivery to the settlement.
 
-=====================  ==================================================
-`registry`             which executor handles which kind
-`base`                 what all executors share
+=====================  =====================================================
+`registry`             `EXECUTORS`: the executor for each kind of place
+`base`                 `Executor` and `ExecutorEnvironment`, which all share
 `handler`              calls a handler with its services and its context
 `stage`                a plain stage
-`branch`               chooses a branch
-`join`                 joins the branches of a parallel group
+`branch`               chooses an arm of a branch
+`join`                 joins the branches of a parallel stage
 `map`                  splits a map into items and joins them
-`signal`               a signal or a delay that has arrived
-`endpoint`             a request to an endpoint
-`compensation`         a compensation; `item_compensation` those of a map
-`versions`             which version of a workflow a message belongs to
-`async_call`           calls coroutines on the worker's event loop
-`set_field`            writes one field of a context
-=====================  ==================================================
+`signal`               a signal that has arrived, or has timed out
+`endpoint`             a command to an endpoint
+`compensation`         a compensation, or those of the items of a map
+`item_compensation`    the durable progress of those
+`versions`             one executor for several versions of a workflow
+`async_call`           blocking calls of async user code
+`set_field`            sets one field of a context
+=====================  =====================================================
 """
