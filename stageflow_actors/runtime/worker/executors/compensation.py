@@ -133,7 +133,7 @@ class CompensationExecutor:
                     f"the compensation of stage {stage_id!r} made the context {len(encoded)} bytes large, over "
                     f"max_message_bytes={self._limit}"
                 )
-        except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
+        except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
             self._on_error(error)
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
@@ -215,7 +215,7 @@ class CompensationExecutor:
             try:
                 value = call(codec.decode(data), ctx)
                 check_no_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
-            except BaseException as error:  # noqa: BLE001 - whatever a compensation raises is its failure
+            except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
                 self._on_error(error)
                 failed = error
             yield number, failed

@@ -61,7 +61,7 @@ class EndpointExecutor(HandlerExecutor):
         try:
             check_no_request(value, f"endpoint {self.planned.id!r}")
             reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
-        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+        except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._send_reply(item, envelope, reply).worked()
 

@@ -280,7 +280,7 @@ class ItemExecutor(HandlerExecutor):
             result = NIL if value is None else Raw(self._results.encode(value, what=what))
             if len(bytes(result)) > self._limit:
                 raise self._too_large(len(bytes(result)), f"the result of item {item_slot(envelope)} is")
-        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+        except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._arrive(
             item, envelope, ItemEnd(result, None, envelope.context if self._keeps_items else NIL)

@@ -105,7 +105,7 @@ class StageExecutor(HandlerExecutor):
                 else:
                     data = Raw(encode_value(value, what=f"the result of stage {stage_id!r}"))
             encoded = self.codec.encode(context, stage=stage_id)
-        except BaseException as error:  # noqa: BLE001 - what cannot be encoded may raise whatever it likes
+        except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         record = StageRecord(stage_id, "completed", attempt, started, time.perf_counter() - clock, None, data)
         before, trail = envelope.context, envelope.trail
