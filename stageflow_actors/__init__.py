@@ -10,6 +10,7 @@
 `testing`         workflows in the calling thread, for unit tests
 `events`          the events of `Client.on_event`
 `errors`          the tree of errors
+`diagnostics`     health, doctor and the environment check
 `cli`             the command `stageflow`
 ================  =====================================================================
 

@@ -1,15 +1,16 @@
-"""Messages and queues; nothing here has heard of a workflow.
+"""Brokers of messages and queues. This package knows nothing of workflows.
 
-==============  =====================================================================
-`api`           the port: what anybody may ask of a broker
-`memory`        a broker in this process
-`zeromq`        a broker process, and its client
-`client`        a peer's side of the talk, without a transport
-`engine`        one round: drain, commit, dispatch; `reclaim` space coming back
-`core`          every decision, without I/O
-`journal`       bytes that survive
-`accounts`      what a journal at rest testifies to; `named` whom a batch of it speaks of
-`testing`       the contract that every broker passes
-`errors`        what may go wrong
-==============  =====================================================================
+============  ==================================================================
+`api`         the port: `Broker`, `Listener`; `admin` its administrative half
+`types`       messages, settlements and options of the port; `errors` its errors
+`memory`      a broker in the process of the caller
+`zeromq`      a broker in a process of its own, and its client
+`client`      the client side of the protocol, without a transport
+`engine`      core and journal together: receive, decide, commit, dispatch
+`core`        the decisions, without I/O
+`journal`     the log on disk, which survives crashes
+`offline`     readers of a journal while no broker runs
+`testing`     the contract that every broker passes, and a simulated disk
+`failpoints`  points at which a test stops or kills a process
+============  ==================================================================
 """

@@ -1,1 +1,14 @@
-"""The `stageflow` command: click commands over the runtime's client, and nothing that decides."""
+"""The command `stageflow`: click commands over `Client` and the journal. It decides nothing itself.
+
+==============  ===============================================================================
+`main`          the entry point: finds the command, turns errors into one line and an exit code
+`commands`      the commands, one file each
+`options`       options that several commands share
+`output`        rows as a table, JSON or CSV; `message_rows` makes rows of messages
+`progress`      the progress of a run on stderr
+`importer`      imports MODULE:NAME
+`input_file`    the input of `run`; `csv_values` converts the cells of a CSV file
+`results_file`  the results of `run`
+`stall_guard`   ends a run that waits for a queue without workers
+==============  ===============================================================================
+"""

@@ -1,7 +1,14 @@
 """The durable store of finished instances and their results: one SQLite file, one row per instance.
 
-`HistoryWriter` (the coordinator, alone) · `HistoryReader` (anybody) · `HistoryRow` (what both speak of) · the errors
-below `HistoryError`. It is the authority for idempotent starts once an instance has finished.
+========  ========================================================
+`writer`  `HistoryWriter`: the coordinator alone writes
+`reader`  `HistoryReader`: any process reads
+`rows`    `HistoryRow`: one finished instance
+`schema`  the format of the file, and how it is created and opened
+`errors`  the errors below `HistoryError`
+========  ========================================================
+
+The history decides whether a start is a duplicate once its instance has finished.
 """
 
 from stageflow_actors.history.errors import (

@@ -1,20 +1,23 @@
 """The broker without I/O: commands and the time go in, records and replies come out.
 
-===============  ======================================================================================
-`machine`        one round: who is known, which frame comes next; puts the parts below together
-`publishing`     what comes in from outside, and what is refused
-`settling`       what ends, and what follows from it
-`bounds`         how much one peer may ask for
-`gathering`      joins, signals, deadlines
-`leases`         credit, delivery, return, adoption after a restart
-`supervision`    deaths, roster, hold, recall and retire
-`admin`          named queries that change something; `looking` those that do not; `watching` who is told
-`ledger`         the records of a round and where they lie; `records` what they are
-`talk`           what peers are to be told, until it may leave; `sessions` what is known of them
+===============  =======================================================================
+`machine`        one round: identifies peers, orders frames, calls the handlers below
+`publish`        new messages: accepts or refuses them
+`settle`         settlements, and the messages that follow from them
+`gathers`        joins, signals, deadlines; `gather` is one of them
+`leases`         credit, delivery, release, adoption after a restart
+`supervision`    deaths, roster, suspended deliveries, recall and retire
+`admin`          queries that change state; `inspector` those that do not
+`watches`        peers that are notified of the end of groups
+`outbox`         frames to peers, held until their records are durable
+`sessions`       the state of each peer
+`limits`         limits of what one peer may send
+`state`          messages, groups, queues, gathers, facts, and their primitive changes
+`queue`          one queue; `breaker` its circuit breaker
+`message`        messages and groups, and their location in the journal
+`record_writer`  the records of a round; `records` their format
 `replay`         from records back to state
-`store`          the state, and the primitive changes that live broker and replay share
-`queue`          one queue; `breaker` when it rests
-`message`        messages and groups; `gather` one gather
-`wire`           the grammar of frames
-===============  ======================================================================================
+`audit`          a consistent picture of the state, and its contradictions
+`wire`           the format of frames
+===============  =======================================================================
 """

@@ -1,19 +1,18 @@
-"""The journal: bytes that were acknowledged, kept through any crash. It knows nothing of queues or messages.
+"""The journal: acknowledged bytes that survive a crash. It knows nothing of queues or messages.
 
-================  ====================================================================================
-`format`          the bytes, and how they are read: the specification
-`journal`         `Journal`: open, commit, read, seal, drop_oldest
-`recovery`        from what is on disk to a journal that can be written again
-`supply`          segments to come: preallocation, the spare, recycling
-`survey`          all segments in their order, past damage too; underneath everything that reads
-`segment`         one segment, read
-`inspect`         from outside: verify, scan, repair; `salvage` what can still be read of what is damaged
-`lock`            one writer to a directory
-`files`           the one seam to the operating system
-`testing`         a disk in memory that fails, tears and forgets
-================  ====================================================================================
+===================  =====================================================================
+`journal`            `Journal`: open, commit, read, seal, drop_oldest
+`recovery`           opens an existing journal for writing
+`repair`             verify, scan and repair from outside; `salvage` reads damaged batches
+`scanner`            all segments in order, past damage too
+`segment_allocator`  future segments: preallocation, the spare, recycling
+`segment_reader`     reads one segment
+`lock`               one writer per directory
+`filesystem`         the interface to the operating system
+`format`             the bytes: the specification
+===================  =====================================================================
 
-Imports point down that list, except that `inspect` stands beside `journal`.
+Imports point down that list, except that `repair` stands beside `journal`.
 """
 
 from stageflow_brokers.journal.format import Batch, Record

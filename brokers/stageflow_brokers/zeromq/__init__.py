@@ -1,1 +1,10 @@
-"""The broker as a process of its own behind one ZeroMQ ROUTER, and its client. `door`: who may come to its socket."""
+"""The broker as a process of its own behind a ZeroMQ ROUTER socket, and its client.
+
+=============  =====================================================
+`process`      the broker process: journal, engine, socket
+`server`       the broker on its ROUTER socket: one thread, one loop
+`client`       a connection over a DEALER socket
+`access`       who may connect to the socket
+`private_dir`  whether a directory belongs to this user alone
+=============  =====================================================
+"""

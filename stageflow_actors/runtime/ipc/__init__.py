@@ -1,4 +1,12 @@
-"""What the processes of a node share: exit codes, control channel, slots, pool specs.
+"""Data that the processes of a node exchange.
 
-Imports nothing of client, node or worker.
+=================  ===============================================================
+`control_channel`  messages between program and node over a socket pair
+`exit_codes`       exit codes of the processes
+`pool_spec`        the specification of a pool, and the code that its workers load
+`slots`            shared memory in which a worker publishes its current message
+`stop_notes`       notices of a slow stop
+=================  ===============================================================
+
+This package must not import client, node or worker.
 """
