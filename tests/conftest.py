@@ -1,5 +1,6 @@
-"""What all tests share: generated examples are not timed, because a busy machine is no failure; waiting for what a
-process will do by itself.
+"""Shared setup: import paths, hypothesis without deadlines, and `eventually`.
+
+Generated examples have no deadline, because a busy machine is no failure.
 """
 
 from __future__ import annotations

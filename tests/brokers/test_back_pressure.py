@@ -1,4 +1,4 @@
-"""Who publishes faster than is confirmed is slowed down; nobody else is, and nobody waits for himself."""
+"""Back pressure: a client that publishes faster than the broker confirms is slowed down, and no other client is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However much a peer asks for, the broker lays no more ready than that peer can read, and serves the others."""
+"""Answers to one peer are bounded: the broker queues no more than the peer can read, and serves the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The breaker of a queue: when it opens, what it lets through, and that nothing leaves it stuck."""
+"""The breaker of a queue: when it opens, which messages it lets through, and that it never stays stuck."""
 
 from __future__ import annotations
 

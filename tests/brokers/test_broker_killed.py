@@ -1,4 +1,4 @@
-"""A broker process that is killed and started again: what was in it is in it, and its peers go on by themselves."""
+"""A broker process that is killed and started again keeps its state, and its peers reconnect automatically."""
 
 from __future__ import annotations
 

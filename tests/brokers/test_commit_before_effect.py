@@ -1,4 +1,4 @@
-"""Nothing leaves the broker before the record that caused it is on disk, and nothing at all once a sync has failed."""
+"""No answer or delivery leaves the broker before its record is on disk, and none at all after a failed sync."""
 
 from __future__ import annotations
 

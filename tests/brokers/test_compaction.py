@@ -1,4 +1,4 @@
-"""Space comes back: the journal of a steady state does not grow, whatever lives in it, and nothing is lost by it."""
+"""Compaction: the journal of a steady state does not grow, and no live message is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compaction on demand: every sealed segment goes, and nothing that is alive is lost."""
+"""Compaction on demand deletes every sealed segment and loses no live message."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A talk that is torn, doubled or begun anew at a bad moment: nobody waits for what was said already.
+"""Sessions that break, double or restart at a bad moment: no caller waits for an answer that was already sent.
 
-Each of these was found by the simulator, and is told here step by step.
+The simulator found each of these; here each one is reproduced step by step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Connections that break: nobody waits for ever, and nobody who has gone is remembered for ever."""
+"""Broken connections: no call waits forever, and no state is kept of a peer that has gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of the port, kept by the broker in this process and by the broker process alike."""
+"""The contract of the port, on the in-memory broker and on the broker process alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is missing at the front of a journal, makes no sense, or has changed on the disk is refused."""
+"""A journal that lacks its beginning, contradicts itself or was changed on disk is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which groups a batch speaks of; and which a damaged one may speak of."""
+"""The groups that a batch names, and those that a damaged batch may name."""
 
 from __future__ import annotations
 

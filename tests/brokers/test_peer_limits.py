@@ -1,4 +1,4 @@
-"""What a peer may ask for, and what it is told when it asks for more. Work in hand is settled all the same."""
+"""Limits of one peer, and its notices when it exceeds them; work in hand is settled all the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accidents with a name: what a restart, a lost answer or a segment given back must not do."""
+"""Named accidents of restarts, lost answers and deleted segments, and the state that must survive each."""
 
 from __future__ import annotations
 

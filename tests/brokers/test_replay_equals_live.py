@@ -1,4 +1,4 @@
-"""Whatever is done to a broker, a replay of its journal makes the same state, whichever old segments are gone."""
+"""After any commands, a replay of the journal gives the live state, whichever old segments are deleted."""
 
 from __future__ import annotations
 

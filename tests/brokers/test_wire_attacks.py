@@ -1,4 +1,4 @@
-"""Attacks one by one: frames cut anywhere, lengths that lie, replays, claims of a role, and queries with any value."""
+"""Attacks one by one: truncated frames, false lengths, replays, claimed roles, and queries with any value."""
 
 from __future__ import annotations
 

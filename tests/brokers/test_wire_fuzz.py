@@ -1,4 +1,4 @@
-"""Frames from anywhere: the broker takes none for what it is not, never fails, and protects what each peer holds."""
+"""Arbitrary frames: the broker accepts only valid ones, never fails, and protects the leases of each peer."""
 
 from __future__ import annotations
 

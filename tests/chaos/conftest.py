@@ -1,5 +1,7 @@
-"""Real clusters to be broken: how they are started, looked at from outside, and known to have ended. And a pool with
-nothing around it, of which each step can be looked at."""
+"""Real clusters to break: how tests start them, inspect their processes and wait for their end.
+
+`nursery` makes a pool without processes, so that a test can look at each of its steps.
+"""
 
 from __future__ import annotations
 

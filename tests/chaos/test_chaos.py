@@ -1,4 +1,4 @@
-"""A few rounds of `scripts/chaos.py`; the script itself is for hours."""
+"""A few rounds of `scripts/chaos.py`, and its judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sample of `scripts/chaos_points.py`: a process killed, stopped or told to end at a named point costs nothing."""
+"""A sample of `scripts/chaos_points.py`: a process killed, stopped or ended at a failpoint loses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages that crash, hang, hold the interpreter or take long: who is charged, who is told, and who is not disturbed."""
+"""Stages that crash, hang, hold the interpreter or run long: which message is charged, and which is unaffected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a cluster ends — killed, interrupted, stopped — and that it takes everything up again where it was."""
+"""A cluster that is killed, interrupted or stopped resumes where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the end of a worker means, by facts alone: no clock, no process, no broker."""
+"""The meaning of a worker's exit, from facts alone: no clock, no process, no broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in work when a broker goes, and who may settle it: nobody but the worker that holds it."""
+"""Messages in work when the broker goes: only the worker that holds one may settle it."""
 
 from __future__ import annotations
 

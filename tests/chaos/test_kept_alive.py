@@ -1,4 +1,4 @@
-"""Each process of a cluster is killed while its program lives: it is started again, and the work goes on as if."""
+"""Each process of a cluster is killed while its program lives: it is started again, and work continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker holds, from its arrival to its settlement: nothing is dropped, run twice or kept back on the way."""
+"""The messages that a worker holds, from delivery to settlement: none is dropped, run twice or delayed."""
 
 from __future__ import annotations
 

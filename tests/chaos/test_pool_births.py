@@ -1,4 +1,4 @@
-"""A pool and its zygotes: workers that cannot be asked for, and zygotes that go while others are made."""
+"""A pool and its zygotes: workers that cannot be started, and zygotes that end while others are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pool makes of the ends of its workers: who is to blame, when the next one is started, when it stops trying."""
+"""A pool and the exits of its workers: which message is responsible, when it restarts one, when it gives up."""
 
 from __future__ import annotations
 

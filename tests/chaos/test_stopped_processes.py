@@ -1,4 +1,4 @@
-"""Processes of a cluster that are stopped (SIGSTOP) and not dead: what depends on them is done without, or ends."""
+"""Processes of a cluster that are stopped by SIGSTOP: their dependents continue without them, or end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attaching to a directory: live, at rest, held by something else, or no such thing."""
+"""Attaching to a data directory: live, at rest, locked by another process, or missing."""
 
 import os
 import subprocess

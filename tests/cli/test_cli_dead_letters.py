@@ -1,4 +1,4 @@
-"""`stageflow dlq`: reasons, and back into work."""
+"""`stageflow dlq`: reasons of dead letters, and their requeue."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""MODULE:NAME: found, or one sentence that says why not."""
+"""MODULE:NAME is imported, or the error is one sentence with the reason."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`stageflow instances`: live and finished ones side by side."""
+"""`stageflow instances`: live and finished instances side by side."""
 
 import json
 from collections.abc import Callable

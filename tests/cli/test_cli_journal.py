@@ -1,4 +1,4 @@
-"""`stageflow journal`: sound or not, and what is in it."""
+"""`stageflow journal`: verification and contents."""
 
 import json
 import os

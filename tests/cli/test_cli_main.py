@@ -1,4 +1,4 @@
-"""Help, usage, and what a mistake looks like."""
+"""Help, usage errors, and the form of error messages."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

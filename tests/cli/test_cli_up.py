@@ -1,4 +1,4 @@
-"""`stageflow up`, and what is done to the cluster that it serves: start, signal, scale, health, export, compact."""
+"""`stageflow up`, and commands on a running cluster: start, signal, scale, health, export, compact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A record of a cluster that no runtime has written, or that leads nowhere: one line, and nobody waits for ever."""
+"""A cluster record that no runtime wrote, or with a dead address: one line of error, and no endless wait."""
 
 from __future__ import annotations
 

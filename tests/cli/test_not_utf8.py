@@ -1,4 +1,4 @@
-"""Text that is none is refused at the door, by the command line and by clients alike; files may have any name."""
+"""Text that is not UTF-8 is refused by the command line and by clients; file names may be any bytes."""
 
 from __future__ import annotations
 

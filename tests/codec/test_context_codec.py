@@ -1,4 +1,4 @@
-"""Contexts come back equal, or are refused by stage and field."""
+"""Contexts survive a round trip unchanged, or are refused with stage and field."""
 
 from __future__ import annotations
 

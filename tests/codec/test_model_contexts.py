@@ -1,4 +1,4 @@
-"""Pydantic models as contexts: what comes back, what is validated when, and what is refused in which words."""
+"""Pydantic models as contexts: round trips, when they are validated, and the texts of refusals."""
 
 from __future__ import annotations
 

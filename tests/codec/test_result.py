@@ -1,4 +1,4 @@
-"""A workflow's result, read from the bytes that ended it."""
+"""A workflow's result, decoded from the bytes of its outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cancelling at any point, and workflows that run out of time: what has not begun never does, the rest is undone."""
+"""Cancelling at any point, and workflow timeouts: no new stage starts, and completed stages are undone."""
 
 from __future__ import annotations
 

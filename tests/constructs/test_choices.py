@@ -1,4 +1,4 @@
-"""Conditional stages and branches: what is not run is recorded as skipped, and what was chosen is recorded too."""
+"""Conditional stages and branches: skipped stages and chosen branches are recorded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Deaths at every point of a workflow of every construct, and an audit by witnesses that know nothing of each other.
+"""Deaths at every point of a workflow of every construct, audited by independent witnesses.
 
-The effect log says what was done, the journal on disk how often each transition was accepted, the history how each
-instance ended.
+The effect log shows the calls, the journal on disk the number of accepted transitions, and the history the end of each
+instance.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Random workflows of every construct against a plain interpreter of what they mean: in this process, over the
-in-memory broker, and through real processes.
+"""Random workflows of every construct against a plain interpreter of their meaning.
+
+They run in this process, over the in-memory broker, and through real processes.
 """
 
 from __future__ import annotations

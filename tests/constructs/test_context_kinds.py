@@ -1,4 +1,4 @@
-"""Contexts of every kind are joined field by field, and given what a map makes, also those that cannot be changed."""
+"""Contexts of every kind are merged field by field and take the results of maps, even frozen ones."""
 
 from __future__ import annotations
 

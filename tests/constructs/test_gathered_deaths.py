@@ -1,7 +1,7 @@
-"""Workers that die at what was gathered: a join, a signal, a reply, the items of a map. Nothing of it is lost.
+"""Workers that die at a gathered message (join, signal, reply, map items) lose nothing.
 
-At its death limit such a message has failed its stage like any other: what was completed on the way to it is undone,
-and an optional stage goes on. Deaths are of real processes; there are none in this one.
+At its death limit such a message has failed its stage like any other: completed stages are undone, and an optional
+stage goes on. Deaths are of real processes; there are none in this one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Retry policies that do not answer: they hang, or end their worker. The failure they were asked about is final then.
+"""Retry policies that hang or end their worker: the failure they were asked about becomes final.
 
-A policy has the time of an attempt for itself, and no worker asks once more what the one before did not outlive.
+A policy has the time of one attempt, and no second worker asks a policy that ended the first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Instances are found by what they are, wherever they wait: the coordinator's queue is shared by all workflows."""
+"""Instances are found by workflow and status, wherever they wait: all workflows share the coordinator's queue."""
 
 from __future__ import annotations
 

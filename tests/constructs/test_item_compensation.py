@@ -1,4 +1,4 @@
-"""How far the items of a map are undone, over attempts, deaths and restarts: by hand, without any worker."""
+"""How far the items of a map are compensated over attempts, deaths and restarts, without any worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Map stages: one message per item, results in order, failures counted, items undone."""
+"""Map stages: one message per item, results in order, failures counted, items compensated."""
 
 from __future__ import annotations
 

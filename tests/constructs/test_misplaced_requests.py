@@ -1,4 +1,4 @@
-"""A request that is returned where nobody would be asked is an error, and not a step that seems to have worked."""
+"""A request returned where it cannot be sent is an error, not a step that seems to have worked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallel stages: branches at the same time, one join, and what becomes of their contexts and failures."""
+"""Parallel stages: concurrent branches, one join, and the merge of their contexts and failures."""
 
 from __future__ import annotations
 

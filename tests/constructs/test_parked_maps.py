@@ -1,4 +1,4 @@
-"""A map that is parked because too many of its items failed does those once more when it is requeued, and no other."""
+"""A map parked because too many items failed runs only those again when it is requeued."""
 
 from __future__ import annotations
 

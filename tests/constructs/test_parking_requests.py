@@ -1,4 +1,4 @@
-"""Requests that fail in workflows that park: whoever waits is told, and only a requeue makes them be asked again."""
+"""Requests that fail in workflows that park: waiting callers are notified, and only a requeue asks again."""
 
 from __future__ import annotations
 

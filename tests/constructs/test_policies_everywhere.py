@@ -1,4 +1,4 @@
-"""A retry policy decides wherever code of the user's fails in a stage, also where that is not the stage's handler."""
+"""A retry policy decides wherever user code fails in a stage, not only in its handler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests, their replies, endpoints, and stages that are nothing but a request."""
+"""Requests, replies, endpoints, and remote stages."""
 
 from __future__ import annotations
 

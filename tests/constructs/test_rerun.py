@@ -1,4 +1,4 @@
-"""Retry from the failed stage, restart from the first, and what of it is not possible."""
+"""Retry from the failed stage, restart from the first, and the reruns that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is larger than a message may be fails the stage that made it, and that stage has then not completed."""
+"""A value larger than the message limit fails the stage that made it, which then has not completed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No function of the user's outlives its time, whatever it is called for: its worker is killed, and its stage fails."""
+"""User code never outlives its timeout, wherever it is called: its worker is killed, and its stage fails."""
 
 from __future__ import annotations
 

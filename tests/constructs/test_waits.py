@@ -1,4 +1,4 @@
-"""Delays and signals: instances that wait cost no actor, keep what arrives early, and outlive a restart."""
+"""Delays and signals: waiting instances occupy no actor, keep early signals, and survive a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a group of messages means for its instance."""
+"""The description of an instance, from the messages of its group."""
 
 from typing import Any
 

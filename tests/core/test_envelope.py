@@ -1,4 +1,4 @@
-"""What travels, as bytes: the trail grows without being read, and formats may grow at their end."""
+"""Envelopes as bytes: the trail grows without being decoded, and formats may grow at their end."""
 
 from __future__ import annotations
 

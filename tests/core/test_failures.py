@@ -1,4 +1,4 @@
-"""Failures as values: what is kept of an exception, and what a policy is given back."""
+"""Failures as values: which parts of an exception are kept, and the exception that a policy receives."""
 
 from __future__ import annotations
 

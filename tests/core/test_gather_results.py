@@ -1,4 +1,4 @@
-"""What becomes of a gathered message that was dead-lettered, decided without a worker."""
+"""The decision about a dead-lettered gathered message, without a worker."""
 
 from __future__ import annotations
 

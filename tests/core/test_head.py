@@ -1,4 +1,4 @@
-"""The head of a message is read without the rest, whatever follows it."""
+"""The head of a message is decoded without the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of branches become one context, as the encoded fields say."""
+"""The changes of branches are merged into one context by encoded field."""
 
 from __future__ import annotations
 

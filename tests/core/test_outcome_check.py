@@ -1,4 +1,4 @@
-"""How an instance ended, as it is kept: what cannot be read, contradicts itself or cannot be true is told."""
+"""Stored outcomes: unreadable, contradictory and impossible ones are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workflow as data: complete, without code, and the same after a journey."""
+"""A workflow as data: complete, without code, and equal after encoding."""
 
 from __future__ import annotations
 

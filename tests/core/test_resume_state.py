@@ -1,4 +1,4 @@
-"""What a retry goes on from: steps within bounds, and branches that are taken up where each of them was."""
+"""The state that a retry resumes from: bounded steps, and the position of each branch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows a stage or a compensation, decided without a clock, a queue or a process."""
+"""The transition after a stage or a compensation, decided without a clock, a queue or a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random sagas against a plain interpreter of what a saga means, in this process and through real ones.
+"""Random sagas against a plain interpreter of their meaning, in this process and through real ones.
 
 The interpreter below is written from the description, with lists and loops, and shares no code with the runtime.
 """

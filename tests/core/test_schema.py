@@ -1,4 +1,4 @@
-"""A client without the class of a context refuses what the class would."""
+"""A client without the class of a context refuses what the class would refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that are no handlers are inspected where the workflow is defined."""
+"""Functions other than handlers are inspected where the workflow is defined."""
 
 from __future__ import annotations
 

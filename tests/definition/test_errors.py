@@ -1,4 +1,4 @@
-"""The tree of errors: one root, fields that survive pickling, messages that advise."""
+"""The tree of errors: one root, fields that survive pickling, messages with advice."""
 
 from __future__ import annotations
 

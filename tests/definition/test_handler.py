@@ -1,4 +1,4 @@
-"""What handlers may look like, and how they are called."""
+"""The accepted forms of handlers, and how they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workflow as Mermaid text: each construct has its shape, and each arrow goes where instances go."""
+"""A workflow as Mermaid text: a shape for each construct, and an arrow for each transition."""
 
 from __future__ import annotations
 

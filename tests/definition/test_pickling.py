@@ -1,4 +1,4 @@
-"""Definitions of a program's `__main__` arrive in a child process with their types."""
+"""Definitions of a program's `__main__` keep their types in a child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retry policies: when the next attempt comes, and when none does."""
+"""Retry policies: the time of the next attempt, or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building workflows, and the mistakes that building one refuses."""
+"""Building workflows, and the mistakes that are refused at build time."""
 
 from __future__ import annotations
 

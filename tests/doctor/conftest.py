@@ -1,4 +1,4 @@
-"""Data directories in every state, sound and damaged, and the doctor who looks at them."""
+"""Data directories in every state, sound and damaged, and the doctor that examines them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor and a real cluster: no false alarms in any state, at work or killed; what is planted in one is found."""
+"""The doctor on a real cluster: no false alarms in any state, and each planted fault is found."""
 
 from __future__ import annotations
 

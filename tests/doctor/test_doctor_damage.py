@@ -1,4 +1,4 @@
-"""Whatever is wrong with a data directory at rest is found and explained; nothing is changed by looking."""
+"""Each damage of a data directory at rest is found and explained; the examination changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journal and history of a directory at rest: what is wrong with either, or between them, is found and explained."""
+"""Journal and history of a directory at rest: faults in either, or between them, are found and explained."""
 
 from __future__ import annotations
 

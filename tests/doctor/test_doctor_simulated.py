@@ -1,6 +1,6 @@
-"""The invariants hold after every round of the broker, whatever breaks: the simulator's seeds, and the doctor at each.
+"""The invariants hold after every round of the broker, in every state of the simulator's seeds.
 
-It is the other way round, too: in none of the states that a cluster goes through does the doctor see what is not there.
+And in none of these states does the doctor raise a false alarm.
 """
 
 from __future__ import annotations

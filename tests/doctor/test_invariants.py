@@ -1,4 +1,4 @@
-"""Whether a broker's books agree, and what its audit means for leases and queues: each mistake has its sentence."""
+"""The invariants of the broker's audit for leases and queues: each violation has its sentence."""
 
 from __future__ import annotations
 

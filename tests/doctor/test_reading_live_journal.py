@@ -1,4 +1,4 @@
-"""Reading a journal beside its writer comes to an end, however busy the writer is."""
+"""Reading a journal beside its writer ends, however busy the writer is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What earlier releases wrote is read for ever: each golden file says the same today as on the day it was made.
+"""Files of earlier releases stay readable: each golden file decodes today as on the day it was made.
 
-A format that changes fails here. Then it needs a new version of its own beside the old one, which goes on being read,
-and golden files of its own (scripts/make_golden.py); those that exist are never made anew.
+A format that changes fails here. It then needs a new version beside the old one, which stays readable, and golden files
+of its own (scripts/make_golden.py); existing ones are never written again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The history: what is written is there, for other processes too, and trouble has a name."""
+"""The history: written rows are readable, by other processes too, and each failure has its error type."""
 
 from __future__ import annotations
 

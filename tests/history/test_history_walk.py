@@ -1,4 +1,4 @@
-"""The history from its beginning to its end, a page at a time."""
+"""The history read from beginning to end, one page at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all stages from hell are measured against: other stages that go on working meanwhile."""
+"""The load that hostile stages are measured against: other stages that work at the same time."""
 
 from __future__ import annotations
 

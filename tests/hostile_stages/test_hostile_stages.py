@@ -1,4 +1,4 @@
-"""Stages that do to their process what should not be done: each is told of truly, and no other stage is disturbed."""
+"""Stages that harm their own process: each result states the true cause, and no other stage is disturbed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage with a `max_memory` is ended when it uses more, and the message that it is at is charged."""
+"""A worker above the `max_memory` of its stage is ended, and the message in work is charged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a death is told: what the worker wrote last, and whether the kernel ended it for want of memory."""
+"""The text of a death: the last stderr of the worker, and whether the kernel's OOM killer ended it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers write to stderr reaches the program's, whole, and holds up nobody."""
+"""The stderr of workers reaches the program's stderr completely and blocks no process."""
 
 from __future__ import annotations
 

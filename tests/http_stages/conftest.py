@@ -1,4 +1,4 @@
-"""Tests of HTTP stages ask the server in `scripted_server.py`."""
+"""The server of the tests of HTTP stages."""
 
 from __future__ import annotations
 

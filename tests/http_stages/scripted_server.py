@@ -1,4 +1,4 @@
-"""A real HTTP server on a free port of this machine, which does as it is told and remembers what it was asked."""
+"""A real HTTP server on a free port that answers by script and records its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP stages against a real server: what is sent, what is taken in, and what each kind of answer means."""
+"""HTTP stages against a real server: the request, the accepted answer, and the meaning of each status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors carry fields, and keep them on their way between processes."""
+"""Errors have fields, and keep them between processes."""
 
 import copy
 import pickle

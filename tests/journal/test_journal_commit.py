@@ -1,4 +1,4 @@
-"""What goes in comes out again, and where it went."""
+"""Committed batches are replayed, and their places are known."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A disk that fails at the n-th call, for each n; a machine that stops there; and what must be left."""
+"""A disk that fails at the n-th call, or a machine that stops there, for each n: nothing acknowledged is lost."""
 
 import errno
 import random

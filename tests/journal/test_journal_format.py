@@ -1,4 +1,4 @@
-"""The bytes themselves. What version 1 wrote is read for ever: these bytes must never be changed here."""
+"""The bytes of format version 1. They must stay readable: never change them here."""
 
 import struct
 from typing import Any

@@ -1,4 +1,4 @@
-"""Looking from outside: what verify, scan and repair say, also beside a broker that writes."""
+"""verify, scan and repair from outside, also beside a broker that writes."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The journal among real processes: who holds it, and what a SIGKILL leaves."""
+"""The journal and real processes: its lock, and its state after a SIGKILL."""
 
 import signal
 import subprocess

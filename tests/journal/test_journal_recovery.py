@@ -1,4 +1,4 @@
-"""Damage on disk: a torn end is cut, anything acknowledged is replayed or the start refused."""
+"""Damage on disk: a torn end is cut off; acknowledged batches are replayed, or the start is refused."""
 
 import random
 import struct

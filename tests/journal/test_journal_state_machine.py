@@ -1,4 +1,4 @@
-"""Any order of commits, seals, drops, crashes and starts, against a list."""
+"""Any order of commits, seals, drops, crashes and starts, compared with a list."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A sample of `scripts/torture.py`, seeded: a real broker's journal cut, garbled, flipped, failed and crashed."""
+"""A sample of `scripts/torture.py`: the journal of a real broker cut, garbled, flipped, failed and crashed."""
 
 from __future__ import annotations
 

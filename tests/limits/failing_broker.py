@@ -1,7 +1,7 @@
-"""A broker process whose disk fails when a file says so: `python failing_broker.py OPTIONS FILE`.
+"""A broker process whose disk fails on demand: `python failing_broker.py OPTIONS FILE`.
 
-The broker is the real one; only its seam to the operating system is another. Each line of FILE is a call, such as
-`fdatasync`, that fails with EIO from then on, in this process, once it has been there.
+Only its seam to the operating system differs from a real broker. Each line of FILE names a call, such as `fdatasync`,
+that fails with EIO once.
 """
 
 from __future__ import annotations

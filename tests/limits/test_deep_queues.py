@@ -1,4 +1,4 @@
-"""`scripts/limits.py` on a small backlog: memory per message, and recovery in proportion. The script does a million."""
+"""`scripts/limits.py` on a small backlog: memory per message, and recovery in proportion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real cluster on a small disk that fills up: starts are refused, work in hand ends, the history waits, it clears."""
+"""A real cluster on a disk that fills up: starts are refused, work in hand ends, the history waits, it recovers."""
 
 from __future__ import annotations
 

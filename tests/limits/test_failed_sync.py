@@ -1,4 +1,4 @@
-"""A real broker process whose sync fails: it ends, says why, has acknowledged nothing, and recovers when it returns."""
+"""A broker process whose sync fails ends with the reason, acknowledges nothing, and recovers when restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reserve of segments to come: grown where it is, smaller where there is little, and with room left to others."""
+"""The reserve of segments: it grows where there is space, and leaves space to other users of the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk with little room, in memory: starts are refused in time, what is under way ends, and it clears by itself."""
+"""A small disk in memory: starts are refused in time, work in hand ends, and the broker recovers."""
 
 from __future__ import annotations
 

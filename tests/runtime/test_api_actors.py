@@ -1,4 +1,4 @@
-"""How many worker processes one stage may be asked to have."""
+"""The limits of `actors`, the worker processes of one stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`breaker=`: a stage that keeps failing is left alone, its messages wait, and it comes back by itself."""
+"""`breaker=`: a stage that keeps failing is paused, its messages wait, and it recovers automatically."""
 
 from __future__ import annotations
 

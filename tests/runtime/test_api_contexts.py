@@ -1,4 +1,4 @@
-"""Contexts and results on their way through real processes: what comes back equal, and what is refused by name."""
+"""Contexts and results through real processes: equal values come back, others are refused by field."""
 
 from __future__ import annotations
 

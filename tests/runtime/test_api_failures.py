@@ -1,4 +1,4 @@
-"""What becomes of an instance whose stage fails: compensations, optional stages, `after`, and truthful ends."""
+"""An instance whose stage fails: compensations, optional stages, `after`, and its final status."""
 
 from __future__ import annotations
 

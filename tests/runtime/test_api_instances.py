@@ -1,4 +1,4 @@
-"""Starting instances, waiting for them, finding them again."""
+"""Starting, awaiting and finding instances."""
 
 from __future__ import annotations
 

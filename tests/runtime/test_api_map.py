@@ -1,4 +1,4 @@
-"""`map` and its kin: any number of contexts, a bounded number in flight, and nothing run twice."""
+"""`map` and `map_unordered`: any number of contexts, a bounded number in flight, and no input run twice."""
 
 from __future__ import annotations
 

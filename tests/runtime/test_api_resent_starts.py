@@ -1,4 +1,4 @@
-"""Starts that a broker heard of before it was killed: what has run and left meanwhile is not run a second time."""
+"""Starts sent again after a broker was killed: a finished instance is not run a second time."""
 
 from __future__ import annotations
 

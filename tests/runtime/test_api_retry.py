@@ -1,4 +1,4 @@
-"""Retry policies at work: who is tried again, when, and with what."""
+"""Retry policies at work: which failures are retried, when, and with which context."""
 
 from __future__ import annotations
 

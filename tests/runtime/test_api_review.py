@@ -1,4 +1,4 @@
-"""What a reader of the whole found: starts that race with a hello, histories read too early, leftovers."""
+"""Regressions from a code review: starts that race with a hello, histories read too early, leftover files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's script of 25 lines, the ways people run one: a file, `python -c`, a notebook, a prompt, and under `if`."""
+"""A user's script as a file, `python -c`, a notebook, a prompt, and under `if __name__`."""
 
 from __future__ import annotations
 

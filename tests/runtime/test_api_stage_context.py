@@ -1,4 +1,4 @@
-"""`StageContext`: what a handler is told, and its steps, which run once per instance and stage whatever happens."""
+"""`StageContext`: its fields, and its steps, which run once per instance and stage."""
 
 from __future__ import annotations
 

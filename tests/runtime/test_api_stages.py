@@ -1,4 +1,4 @@
-"""Stages as users write them: handlers of every kind, options, services."""
+"""Stages as users write them: all kinds of handlers, options, services."""
 
 from __future__ import annotations
 

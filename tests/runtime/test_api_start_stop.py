@@ -1,4 +1,4 @@
-"""Starting, leaving, stopping and starting again: what is waited for, what resumes, and what is left behind."""
+"""Start, leave, stop and start again: what a stop waits for, what resumes, and which files remain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several messages of one actor at once: tasks of one loop, threads, their timeouts, and whom a death is charged to."""
+"""Several messages of one actor at once: tasks of one loop, threads, timeouts, and the message charged by a death."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Runtime.connect`: the same calls from another process, by the data directory alone."""
+"""`Runtime.connect`: the same calls from another process, through the data directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`on_event`: stages that complete and instances that end, told to whoever listens, in whichever process."""
+"""`on_event`: completed stages and ended instances are sent to listeners in any process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journal and history of different days: what has finished by the one is never run again because of the other."""
+"""Journal and history of different age: an instance that finished in one is never run again by the other."""
 
 from __future__ import annotations
 

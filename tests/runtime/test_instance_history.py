@@ -1,4 +1,4 @@
-"""`Instance.history()`: what happened, with times, while it happens and afterwards."""
+"""`Instance.history()`: the events of an instance with their times, live and finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interceptors: code of the user's around each handler, in the worker, and the same in `testing.run`."""
+"""Interceptors: user code around each handler, in the worker and in `testing.run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A data directory that has lost its journal is not begun anew without a word: live instances were in it."""
+"""A data directory that lost its journal is refused: it held live instances."""
 
 from __future__ import annotations
 

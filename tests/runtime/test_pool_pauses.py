@@ -1,4 +1,4 @@
-"""A pool that gives up says why, at once and whenever somebody asks."""
+"""A pool that gives up reports the reason, at once and when asked later."""
 
 from __future__ import annotations
 

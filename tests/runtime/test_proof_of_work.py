@@ -1,4 +1,4 @@
-"""A worker has shown that it can work once code of the user's has returned, or raised, in it; and by nothing else."""
+"""A worker counts as working once user code has returned or raised in it, and by nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A start that is refused says why in one line, to whoever has asked for it, and leaves nothing behind."""
+"""A refused start raises one line with the reason in the caller, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that end because nobody needs them any more: nothing that they have done is done again."""
+"""Workers that retire because they are no longer needed: none of their work is repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of a workflow: an instance finishes on the one it started with, whatever else is registered meanwhile."""
+"""Versions of a workflow: an instance finishes on the version it started with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sample of `scripts/mutants.py`: each mistake can still be planted, each killer is there, and they do kill."""
+"""A sample of `scripts/mutants.py`: each mistake can be planted, each killer exists, and killers kill."""
 
 from __future__ import annotations
 

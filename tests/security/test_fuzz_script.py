@@ -1,4 +1,4 @@
-"""A few seconds of `scripts/fuzz.py`; the script itself is for millions. And its judge does see what is wrong."""
+"""A few seconds of `scripts/fuzz.py`, and its judge, which must notice each fault."""
 
 from __future__ import annotations
 

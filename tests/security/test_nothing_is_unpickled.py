@@ -1,4 +1,4 @@
-"""Nothing off a socket or a disk is unpickled: by the code, and by trying in every place with what would show."""
+"""No data from a socket or a disk is unpickled: checked in the code, and by sending pickles everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of the sockets is the door: it is this user's alone, on the broker's side and on the client's."""
+"""The socket directory must be private to this user; broker and client both check it."""
 
 from __future__ import annotations
 

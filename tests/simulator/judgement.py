@@ -1,7 +1,7 @@
-"""Whether a simulated cluster has kept the laws, once all of its instances have ended or are parked.
+"""Check that a simulated cluster obeyed the laws, once all its instances have ended or are parked.
 
-It only looks: at what the program was told, what is written in the history, what is left in the broker, and at the
-books that were kept meanwhile. What it must not find is raised as an `AssertionError`.
+It reads the results of the program, the history, the broker and the records kept during the run, and changes nothing. A
+violation is an `AssertionError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The laws that the results and the effects of a run must obey, whatever has happened in it."""
+"""The laws that results and effects of any run must obey."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A whole cluster under one seed: random workflows, random accidents, and the laws that must hold whatever happens.
+"""A whole cluster under one seed: random workflows, random accidents, and the laws that must hold.
 
-Tame runs have accidents that must not be seen in any result (crashes of the broker, the node, the program, the machine;
-broken connections; stopped processes; a full history; paused queues; instances that are run again), so each instance
-must end exactly as a plain interpreter of its workflow says. Wild runs also kill single workers, cancel and scale, and
-their workflows may run for so long only: there each result must be true to itself, and deaths are counted. In two
-seeds of three some stages ask endpoints, and some messages expire (see `wider_plans`).
+Tame runs have accidents that no result may show (crashes of broker, node, program or machine; broken connections;
+stopped processes; a full history; paused queues; reruns), so each instance must end exactly as a plain interpreter of
+its workflow predicts. Wild runs also kill single workers, cancel and scale, and their workflows have a timeout: there
+each result must be consistent, and deaths are counted. In two seeds of three some stages ask endpoints, and some
+messages expire (see `wider_plans`).
 """
 
 from __future__ import annotations

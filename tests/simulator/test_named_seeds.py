@@ -1,9 +1,9 @@
-"""Bugs that the simulator has found, by a seed that finds them.
+"""Bugs that the simulator has found, each with a seed that finds it.
 
-A change of the simulator, or of what it drives, makes another run of a seed. So each bug is also a mutant of
-`scripts/mutants.py`, which plants it again and shows that the seed named here still finds it; where it does not,
-another one has to be looked for. Those that none of some thousand seeds finds any more are told step by step, with the
-others, in `tests/brokers/test_connection_accidents.py`, `tests/brokers/test_replay_accidents.py` and
+A change of the simulator, or of the code it drives, changes the run of a seed. So each bug is also a mutant of
+`scripts/mutants.py`, which plants it again and shows that the seed named here still finds it; otherwise another seed
+must be found. Bugs that no seed finds any more are reproduced step by step in
+`tests/brokers/test_connection_accidents.py`, `tests/brokers/test_replay_accidents.py` and
 `tests/runtime/test_retiring_workers.py`.
 """
 

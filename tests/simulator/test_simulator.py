@@ -1,7 +1,7 @@
 """The whole cluster under a virtual clock: hundreds of seeds of accidents.
 
-`scripts/simulate.py` runs as many more as one has time for. What a seed has found is told step by step where it
-belongs: a change of the simulator would make another run of the seed (see `tests/brokers/test_connection_accidents.py`,
+`scripts/simulate.py` runs more of them. A bug found by a seed is also reproduced step by step, because a change of the
+simulator changes the run of the seed (see `tests/brokers/test_connection_accidents.py`,
 `tests/runtime/test_retiring_workers.py`).
 """
 

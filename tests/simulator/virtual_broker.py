@@ -1,4 +1,4 @@
-"""The broker of a simulated cluster: the production engine, machine and journal, on a disk and a network that fail."""
+"""The broker of a simulated cluster: production engine, machine and journal, on a failing disk and network."""
 
 from __future__ import annotations
 

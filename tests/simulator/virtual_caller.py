@@ -1,6 +1,6 @@
-"""Somebody in the user's program who runs an instance once more: the production code of retry and restart.
+"""A caller that reruns an instance: the production code of retry and restart.
 
-That code waits for answers, so it has a thread of its own, which hands control back while it waits.
+That code waits for answers, so it has a thread of its own, which returns control while it waits.
 """
 
 from __future__ import annotations

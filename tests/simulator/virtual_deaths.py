@@ -1,6 +1,6 @@
-"""Who has died while running what: the simulated node's own book of deaths, against which the broker's counts are held.
+"""The deaths of the simulated node by message, to compare with the broker's counts.
 
-Nothing here asks the broker: a worker's death is entered when it dies, and struck out where nobody may be charged.
+The broker is never asked: a death is entered when a worker dies, and removed if no message may be charged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The node process of a simulated cluster, with its workers: production parts, and no process.
+"""The node process of a simulated cluster with its workers: production parts without processes.
 
-A worker is the production mailbox, actor and work; its handlers run in a thread of their own that hands control back
-whenever time has to pass, so that it can be killed there. The node is the production coordinator and pools over a
-zygote that is none. Nothing here decides what becomes of a message or an instance: it only carries, delays and dies.
+A worker is the production mailbox, actor and executors; its handlers run in a thread that returns control whenever time
+has to pass, so that the worker can be killed there. The node has the production coordinator and pools, and a fake
+zygote. This module decides nothing about messages or instances: it only carries, delays and kills.
 """
 
 from __future__ import annotations

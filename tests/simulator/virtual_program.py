@@ -1,7 +1,7 @@
-"""The user's program in a simulated cluster: it wants some instances, asks for them again after a crash, and waits.
+"""The user's program in a simulated cluster: it starts instances, asks again after a crash, and waits.
 
-It follows the production client step by step and must get the same answers whatever has happened; an answer that
-contradicts another is a crime. It never looks into the broker: what it knows it was told, or has read in the history.
+It follows the production client step by step and must get consistent answers in every run. It never reads the broker:
+its knowledge comes from notices, answers and the history.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How long each message has waited where its time to live is bounded: a book against which expiry is held.
+"""The waiting times of messages with a time to live, to compare with the broker's expiry.
 
-Nothing here asks the broker: a message is entered when its record is on disk, and looked at when a worker is given it.
+The broker is never asked: a message is entered when its record is on disk, and checked when it is delivered.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A clock, a calendar of what is to happen, and a network, all virtual: the same seed gives the same run.
+"""A virtual clock, schedule and network: the same seed gives the same run.
 
-Nothing here knows brokers or workflows. One thread runs at a time; whoever else lives in a thread of its own hands
-control back before anything else happens.
+Nothing here knows brokers or workflows. One thread runs at a time, and each thread returns control before the next
+event.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the simulated workflows have beyond random plans: stages that ask an endpoint, and messages that expire.
+"""Additions to random plans: stages that ask an endpoint, and messages that expire.
 
-Drawn from a chance of their own, so that a seed whose plans stay as they are is the run that it always was. What a
-plan means does not change: what a stage asks for is the result that it would have given, and it fails in the attempts
-in which it would have failed. Nothing here looks at a run; what must hold of one is told in `laws`.
+They are drawn from a random source of their own, so that the runs of unchanged plans stay the same. The meaning of a
+plan does not change: the endpoint returns the result that the stage would have returned, and fails in the same
+attempts. This module inspects no run; the laws of a run are in `laws`.
 """
 
 from __future__ import annotations

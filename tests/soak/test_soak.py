@@ -1,4 +1,4 @@
-"""A moment of `scripts/soak.py`, which is for minutes and hours; and its judge, who has to notice what grows."""
+"""A few seconds of `scripts/soak.py`, and its judge, which must notice growth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`stageflow_actors.testing.run`: what production does, in the thread that calls."""
+"""`stageflow_actors.testing.run`: the behaviour of production in the calling thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slot says what a worker runs, and never a message with another one's start."""
+"""A slot shows the message in work, never with the start time of another one."""
 
 from __future__ import annotations
 

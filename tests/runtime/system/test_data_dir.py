@@ -1,4 +1,4 @@
-"""Who may use a data directory, and when."""
+"""Ownership and locking of a data directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real workers, really killed."""
+"""Real workers of a real zygote, started and killed."""
 
 from __future__ import annotations
 

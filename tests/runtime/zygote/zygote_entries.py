@@ -1,4 +1,4 @@
-"""What the workers of these tests run. The payload is a JSON list: a name of a function here, then arguments."""
+"""Entry points of the workers of these tests. The payload is a JSON list: a function name, then its arguments."""
 
 from __future__ import annotations
 
