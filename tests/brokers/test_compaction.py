@@ -12,7 +12,7 @@ from broker_fixtures import assert_same, check_whole, picture
 from stageflow_brokers.core import state as store
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
-from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.message import RecordLocation
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.engine import compaction
 from stageflow_brokers.engine.engine import Engine, Outgoing
@@ -90,7 +90,12 @@ class Plant:
         for segment, wall, records in self.committed:
             for record in records:
                 replay.apply(
-                    record.kind, record.first_id, record.peer, record.header, record.blob, Place(wall, segment, 0)
+                    record.kind,
+                    record.first_id,
+                    record.peer,
+                    record.header,
+                    record.blob,
+                    RecordLocation(wall, segment, 0),
                 )
         recovered.begin(self.wall, self.wall)
         recovered.started(self.wall, self.wall)

@@ -11,7 +11,7 @@ from stageflow_actors.core.invariants import leases, queues
 from stageflow_actors.core.plan import Naming
 from stageflow_brokers.core.audit import contradictions
 from stageflow_brokers.core.machine import Machine
-from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.message import RecordLocation
 from stageflow_brokers.core.sessions import Consumer, Session
 
 
@@ -23,7 +23,7 @@ def machine() -> Machine:
     queue = store.queue("q")
     messages = []
     for name in ("ready", "later", "leased", "dead", "other"):
-        place = Place(1000.0)
+        place = RecordLocation(1000.0)
         group = store.group(name, 1, place)
         messages.append(store.put(queue, group, 1, "x", 0, b"body", 4, place, 0))
     ready, later, leased, dead, other = messages
@@ -37,9 +37,9 @@ def machine() -> Machine:
     queue.consumers.append(consumer)
     leased.holder, leased.lease = consumer, 9
     consumer.held[leased.id] = leased
-    waiting = store.group("waiting", 1, Place(1000.0))
+    waiting = store.group("waiting", 1, RecordLocation(1000.0))
     assert waiting is not None
-    gather = store.gather(waiting, "k", Place(1000.0))
+    gather = store.gather(waiting, "k", RecordLocation(1000.0))
     gather.need, gather.due = 1, 200.0
     store.timer(200.0, 0, "waiting", "k")
     return made

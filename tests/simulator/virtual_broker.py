@@ -17,7 +17,7 @@ from stageflow_brokers.api import DeliveryItem, Listener
 from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.engine import engine as engine_module
 from stageflow_brokers.engine.engine import Engine, replay_batch
 from stageflow_brokers.errors import JournalFailed
@@ -44,7 +44,7 @@ class Accounts:
         self.settled: Counter[tuple[str, int, str]] = Counter()
         self.waits: Waits | None = None
         self._last = 0
-        self._replay = Replay(Store(paging=True), on_settled=self._on_settled)
+        self._replay = Replay(BrokerState(paging=True), on_settled=self._on_settled)
 
     def take(self, batch: Batch, *, recovered: bool = False) -> None:
         """A batch that is on disk, each once, whoever says so; `recovered`: it is only known since a restart."""
@@ -305,7 +305,7 @@ class VirtualClient(PeerClient):
         self.on_heard()
 
 
-def leftovers(store: Store) -> Iterator[str]:
+def leftovers(store: BrokerState) -> Iterator[str]:
     """What is left of groups that have left."""
     for message in store.messages.values():
         group = message.group

@@ -13,19 +13,19 @@ import msgspec
 
 from stageflow_brokers.core import records
 from stageflow_brokers.core.audit import Audit
-from stageflow_brokers.core.gathers import Gathering
-from stageflow_brokers.core.inspector import DLQ, Looking, named
+from stageflow_brokers.core.gathers import GatherManager
+from stageflow_brokers.core.inspector import DLQ, Inspector, named
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.limits import Bounds
-from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, Place
-from stageflow_brokers.core.publish import Publishing
+from stageflow_brokers.core.limits import LimitChecker
+from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, RecordLocation
+from stageflow_brokers.core.publish import PublishHandler
 from stageflow_brokers.core.queue import Queue
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.settle import Settling
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.settle import SettleHandler
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.supervision import Supervision
-from stageflow_brokers.core.watches import Watching
+from stageflow_brokers.core.watches import Watches
 from stageflow_brokers.core.wire import MAX_NUMBER, check_consume
 from stageflow_brokers.errors import ProtocolError, Refused
 from stageflow_brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text
@@ -60,16 +60,16 @@ class Admin:
 
     def __init__(
         self,
-        store: Store,
-        ledger: Ledger,
+        store: BrokerState,
+        ledger: RecordWriter,
         *,
-        bounds: Bounds,
+        bounds: LimitChecker,
         leases: Leases,
-        gathering: Gathering,
-        publishing: Publishing,
-        settling: Settling,
+        gathering: GatherManager,
+        publishing: PublishHandler,
+        settling: SettleHandler,
         supervision: Supervision,
-        watching: Watching,
+        watching: Watches,
         status: Status,
         part: Callable[[Session], None],
     ) -> None:
@@ -84,7 +84,7 @@ class Admin:
         self._watching = watching
         self._status = status
         self._part = part
-        looking = self._looking = Looking(store, ledger, leases)
+        looking = self._looking = Inspector(store, ledger, leases)
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[Name, int], self._consume),
             "watch": (tuple[list[Name]], self._watch),
@@ -417,7 +417,7 @@ class Admin:
             store.live_bytes += gather.weight
             self._ledger.keep_gather(group, gather)
         target = store.queue(queue)
-        first = store.put(target, group, group.epoch, label, 0, body, len(body), Place(store.wall), 0)
+        first = store.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(store.wall), 0)
         self._ledger.copy(first)
         store.enqueue(first)
         store.touched[target] = None

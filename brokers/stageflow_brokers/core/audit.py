@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from stageflow_brokers.core.inspector import Looking
+from stageflow_brokers.core.inspector import Inspector
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Group, Message
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import GONE, Store
+from stageflow_brokers.core.state import GONE, BrokerState
 from stageflow_brokers.core.wire import FIRST_EPOCH
 
 __all__ = ["Audit", "contradictions"]
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r":\d+$")
 class Audit:
     """The auditor of one machine."""
 
-    def __init__(self, store: Store, leases: Leases, looking: Looking) -> None:
+    def __init__(self, store: BrokerState, leases: Leases, looking: Inspector) -> None:
         self._store = store
         self._leases = leases
         self._looking = looking
@@ -118,7 +118,7 @@ def _session(session: Session) -> dict[str, Any]:
 # the books
 
 
-def contradictions(store: Store) -> Iterator[str]:
+def contradictions(store: BrokerState) -> Iterator[str]:
     """Where the books of a broker contradict one another; nothing, for as long as it has no bug."""
     states: dict[Queue, Counter[str]] = {queue: Counter() for queue in store.queues.values()}
     alarms = store.alarms()
@@ -165,7 +165,7 @@ def contradictions(store: Store) -> Iterator[str]:
         yield from _queue_faults(store, queue, counted)
 
 
-def _lease_faults(store: Store, message: Message) -> Iterator[str]:
+def _lease_faults(store: BrokerState, message: Message) -> Iterator[str]:
     holder = message.holder
     assert holder is not None
     where = f"message {message.id} in {message.queue.name}"
@@ -179,7 +179,7 @@ def _lease_faults(store: Store, message: Message) -> Iterator[str]:
         yield f"{where} is held by {holder.session.name or holder.session.peer} without a lease"
 
 
-def _queue_faults(store: Store, queue: Queue, counted: Counter[str]) -> Iterator[str]:
+def _queue_faults(store: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
     figures: Iterable[tuple[str, int, int]] = (
         (READY, counted[READY], queue.ready_count),
         ("to be delivered", counted[READY], sum(1 for m in queue.waiting() if _lies_right(store, queue, m))),
@@ -192,5 +192,5 @@ def _queue_faults(store: Store, queue: Queue, counted: Counter[str]) -> Iterator
             yield f"{queue.name} counts {known} messages as {what}, and there are {real}"
 
 
-def _lies_right(store: Store, queue: Queue, message: Message) -> bool:
+def _lies_right(store: BrokerState, queue: Queue, message: Message) -> bool:
     return message.queue is queue and store.messages.get(message.id) is message

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.message import RecordLocation
 
 __all__ = ["MAX_GATHERED", "Gather"]
 
@@ -39,7 +39,7 @@ class Gather:
         "weight",
     )
 
-    def __init__(self, key: str, place: Place) -> None:
+    def __init__(self, key: str, place: RecordLocation) -> None:
         self.key = key
         self.place = place
         self.need: int | None = None

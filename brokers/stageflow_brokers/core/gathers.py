@@ -7,22 +7,22 @@ makes: a replay takes the frame for its openings and arrivals only.
 from __future__ import annotations
 
 from stageflow_brokers.core.leases import EXPIRED, Leases
-from stageflow_brokers.core.message import Group, Place
+from stageflow_brokers.core.message import Group, RecordLocation
 from stageflow_brokers.core.queue import Queue
-from stageflow_brokers.core.record_writer import Ledger
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.record_writer import RecordWriter
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.types import Arrival, GatherOpen
 
-__all__ = ["Gathering", "Resolved"]
+__all__ = ["GatherManager", "Resolved"]
 
 Resolved = list[tuple[Queue | None, str, int]]
 """The targets of a frame: queue (None: push only), label, flags."""
 
 
-class Gathering:
+class GatherManager:
     """The gathers of one machine. `changed`: what the frame in hand has touched, by group and key."""
 
-    def __init__(self, store: Store, ledger: Ledger, leases: Leases) -> None:
+    def __init__(self, store: BrokerState, ledger: RecordWriter, leases: Leases) -> None:
         self.store = store
         self._ledger = ledger
         self._leases = leases
@@ -35,7 +35,7 @@ class Gathering:
         targets: Resolved,
         blob: bytes,
         at: int,
-        place: Place,
+        place: RecordLocation,
         priority: int = 0,
     ) -> bool:
         """Openings and arrivals, whose bodies begin at `at`. False when some belong to no group, and were dropped.

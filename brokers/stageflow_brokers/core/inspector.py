@@ -10,14 +10,14 @@ from stageflow_brokers.core.gather import Gather
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.message import Group, Message
 from stageflow_brokers.core.queue import Queue
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import MAX_NUMBER
 from stageflow_brokers.errors import ProtocolError, Refused
 from stageflow_brokers.types import MOST_LISTED
 
-__all__ = ["DLQ", "Looking", "named"]
+__all__ = ["DLQ", "Inspector", "named"]
 
 DLQ = "dlq."
 """Prefix under which the dead letters of a queue are named."""
@@ -42,7 +42,7 @@ SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
 
 
-def named(store: Store, name: str) -> tuple[Queue, bool]:
+def named(store: BrokerState, name: str) -> tuple[Queue, bool]:
     """The queue of that name, and whether its dead letters are meant. Raises `Refused` if there is none."""
     if name in store.queues:
         return store.queues[name], False
@@ -51,10 +51,10 @@ def named(store: Store, name: str) -> tuple[Queue, bool]:
     raise Refused(f"no queue is named {name!r}")
 
 
-class Looking:
+class Inspector:
     """The view into one machine."""
 
-    def __init__(self, store: Store, ledger: Ledger, leases: Leases) -> None:
+    def __init__(self, store: BrokerState, ledger: RecordWriter, leases: Leases) -> None:
         self._store = store
         self._ledger = ledger
         self._leases = leases

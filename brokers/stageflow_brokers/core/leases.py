@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stageflow_brokers.core.breaker import CLOSED, Breaker
-from stageflow_brokers.core.message import READY, Extra, Message
-from stageflow_brokers.core.outbox import Talk
+from stageflow_brokers.core.message import READY, DeliveryState, Message
+from stageflow_brokers.core.outbox import Outbox
 from stageflow_brokers.core.queue import Queue
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Consumer, Session
-from stageflow_brokers.core.state import BREAKER_TIMER, Store
+from stageflow_brokers.core.state import BREAKER_TIMER, BrokerState
 from stageflow_brokers.types import DeliveryExtra
 
 __all__ = ["Leases"]
@@ -31,7 +31,9 @@ class Leases:
     """Deliveries of one machine. `rostered`: it is known who may hold messages. `held_back`: none but the supervisor
     is given any."""
 
-    def __init__(self, store: Store, ledger: Ledger, talk: Talk, *, rostered: bool, max_prefetch: int) -> None:
+    def __init__(
+        self, store: BrokerState, ledger: RecordWriter, talk: Outbox, *, rostered: bool, max_prefetch: int
+    ) -> None:
         self.store = store
         self._ledger = ledger
         self._talk = talk
@@ -309,7 +311,7 @@ class Leases:
 
 
 def _as_delivered(message: Message, now: float) -> DeliveryExtra:
-    extra = message.extra or Extra()
+    extra = message.extra or DeliveryState()
     failure, fresh = extra.failure, extra.fresh
     if extra.expires and extra.expires <= now and not fresh:
         failure, fresh = EXPIRED, True

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from stageflow_brokers.core.message import Message
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.errors import Refused
 from stageflow_brokers.types import Arrival
 
-__all__ = ["Bounds", "Limits"]
+__all__ = ["LimitChecker", "Limits"]
 
 
 class Limits(Struct, frozen=True):
@@ -47,10 +47,10 @@ class Limits(Struct, frozen=True):
     max_unread_bytes: int = 256 << 20
 
 
-class Bounds:
+class LimitChecker:
     """The limits of one machine, held against what is in its store. Each method raises `Refused`."""
 
-    def __init__(self, store: Store, limits: Limits) -> None:
+    def __init__(self, store: BrokerState, limits: Limits) -> None:
         self.limits = limits
         self._store = store
 

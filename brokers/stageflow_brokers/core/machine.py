@@ -15,20 +15,20 @@ from collections.abc import Callable, Sequence
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.admin import Admin, Status
-from stageflow_brokers.core.gathers import Gathering
+from stageflow_brokers.core.gathers import GatherManager
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.limits import Bounds, Limits
+from stageflow_brokers.core.limits import LimitChecker, Limits
 from stageflow_brokers.core.message import READY
-from stageflow_brokers.core.outbox import MOST_UNREAD, Outgoing, Talk
-from stageflow_brokers.core.publish import Publishing
-from stageflow_brokers.core.record_writer import Ledger, ReadBody
+from stageflow_brokers.core.outbox import MOST_UNREAD, Outbox, Outgoing
+from stageflow_brokers.core.publish import PublishHandler
+from stageflow_brokers.core.record_writer import ReadBody, RecordWriter
 from stageflow_brokers.core.records import Record
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.settle import Settling
-from stageflow_brokers.core.state import BREAKER_TIMER, Store
+from stageflow_brokers.core.settle import SettleHandler
+from stageflow_brokers.core.state import BREAKER_TIMER, BrokerState
 from stageflow_brokers.core.supervision import Supervision
-from stageflow_brokers.core.watches import Watching
+from stageflow_brokers.core.watches import Watches
 from stageflow_brokers.errors import ProtocolError, Refused
 
 __all__ = ["Limits", "Machine"]
@@ -54,16 +54,16 @@ class Machine:
         self.supervised = supervised
         self._status = Status()
         self._waiting: dict[Session, None] = {}
-        store = self.store = Store(paging=paging)
-        self.bounds = Bounds(store, self.limits)
-        self.ledger = Ledger(store, read_body)
-        self.talk = Talk(store, max_unread_bytes=self.limits.max_unread_bytes)
-        self.watching = Watching(store, self.ledger, self.talk)
+        store = self.store = BrokerState(paging=paging)
+        self.bounds = LimitChecker(store, self.limits)
+        self.ledger = RecordWriter(store, read_body)
+        self.talk = Outbox(store, max_unread_bytes=self.limits.max_unread_bytes)
+        self.watching = Watches(store, self.ledger, self.talk)
         self.leases = Leases(
             store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch
         )
-        self.gathering = Gathering(store, self.ledger, self.leases)
-        self.publishing = Publishing(
+        self.gathering = GatherManager(store, self.ledger, self.leases)
+        self.publishing = PublishHandler(
             store,
             self.ledger,
             self.talk,
@@ -72,7 +72,7 @@ class Machine:
             bounds=self.bounds,
             watch=self.watching.watch,
         )
-        self.settling = Settling(
+        self.settling = SettleHandler(
             store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds
         )
         self.supervision = Supervision(store, self.ledger, self.talk, self.leases)

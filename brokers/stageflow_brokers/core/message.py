@@ -1,7 +1,7 @@
 """Messages, groups and where they lie in the journal: the values of the broker core.
 
 Hot values have slots and no behaviour. A message that has never failed, waited or been checkpointed carries no
-`Extra`: a million queued messages pay for what happened to them and nothing else.
+`DeliveryState`: a million queued messages pay for what happened to them and nothing else.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from stageflow_brokers.core.queue import Queue
     from stageflow_brokers.core.sessions import Consumer, Session
 
-__all__ = ["DELAYED", "LEASED", "PARKED", "READY", "Extra", "Group", "Message", "Place"]
+__all__ = ["DELAYED", "LEASED", "PARKED", "READY", "DeliveryState", "Group", "Message", "RecordLocation"]
 
 READY, LEASED, DELAYED, PARKED = "ready", "leased", "delayed", "dead"
 
 
-class Place:
+class RecordLocation:
     """Where the blob of one record lies in the journal, once it has been written; shared by all its messages.
 
     `batch` is where the batch begins in which it was written.
@@ -33,11 +33,11 @@ class Place:
         self.batch = batch
 
 
-class Extra:
+class DeliveryState:
     """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
 
-    `steps` are set by `Store.keep_steps`, which counts their bytes. `killed` is the peer whose end it was last blamed
-    for, so that it is not blamed for that again when the news is told again.
+    `steps` are set by `BrokerState.keep_steps`, which counts their bytes. `killed` is the peer whose death was last
+    charged to the message, so that a repeated report of this death is not charged again.
     """
 
     __slots__ = (
@@ -112,7 +112,7 @@ class Message:
         priority: int,
         body: bytes | None,
         size: int,
-        place: Place,
+        place: RecordLocation,
         at: int,
     ) -> None:
         self.id = id
@@ -127,7 +127,7 @@ class Message:
         self.at = at
         self.lease = 0
         self.holder: Consumer | None = None
-        self.extra: Extra | None = None
+        self.extra: DeliveryState | None = None
 
     @property
     def weight(self) -> int:
@@ -137,10 +137,10 @@ class Message:
             return self.size
         return self.size + extra.step_bytes + len(extra.failure or b"") + len(extra.reason or b"")
 
-    def details(self) -> Extra:
+    def details(self) -> DeliveryState:
         """The extra of this message, made on first use."""
         if self.extra is None:
-            self.extra = Extra()
+            self.extra = DeliveryState()
         return self.extra
 
     @property
@@ -206,7 +206,7 @@ class Group:
         "watchers",
     )
 
-    def __init__(self, id: str, epoch: int, place: Place) -> None:
+    def __init__(self, id: str, epoch: int, place: RecordLocation) -> None:
         self.id = id
         self.epoch = epoch
         self.place = place

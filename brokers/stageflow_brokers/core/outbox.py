@@ -12,9 +12,9 @@ import msgspec
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.message import Group
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 
-__all__ = ["MOST_UNREAD", "Outgoing", "Talk"]
+__all__ = ["MOST_UNREAD", "Outbox", "Outgoing"]
 
 MARK_BYTES = 4 << 20
 """How much is said to a peer between marks, which it answers as it reads them."""
@@ -26,10 +26,10 @@ Outgoing = tuple[int, bytes, bytes]
 """(peer, header, blob) to be sent."""
 
 
-class Talk:
+class Outbox:
     """The broker's side of all conversations. `deaf`: sessions that have left more than `max_unread_bytes` unread."""
 
-    def __init__(self, store: Store, *, max_unread_bytes: int) -> None:
+    def __init__(self, store: BrokerState, *, max_unread_bytes: int) -> None:
         self._store = store
         self._max_unread_bytes = max_unread_bytes
         self._mark_bytes = min(MARK_BYTES, max_unread_bytes // 4)

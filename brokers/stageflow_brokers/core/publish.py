@@ -9,37 +9,37 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core.gathers import Gathering, Resolved
+from stageflow_brokers.core.gathers import GatherManager, Resolved
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.limits import Bounds
-from stageflow_brokers.core.message import Group, Message, Place
-from stageflow_brokers.core.outbox import Talk
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.limits import LimitChecker
+from stageflow_brokers.core.message import Group, Message, RecordLocation
+from stageflow_brokers.core.outbox import Outbox
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import PublishFrame
 from stageflow_brokers.errors import PayloadTooLarge, QueueFull, Refused, StorageFull
 from stageflow_brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target
 
-__all__ = ["Publishing"]
+__all__ = ["PublishHandler"]
 
 EXISTS, CONFLICT, LOOK_AGAIN, GONE = "exists", "conflict", "look-again", "gone"
 
 Watch = Callable[[Session, list[str]], Any]
 
 
-class Publishing:
+class PublishHandler:
     """What comes into one machine from outside. `refusing` says why starts are refused at present, if they are."""
 
     def __init__(
         self,
-        store: Store,
-        ledger: Ledger,
-        talk: Talk,
+        store: BrokerState,
+        ledger: RecordWriter,
+        talk: Outbox,
         leases: Leases,
-        gathering: Gathering,
+        gathering: GatherManager,
         *,
-        bounds: Bounds,
+        bounds: LimitChecker,
         watch: Watch,
     ) -> None:
         self.store = store
@@ -219,7 +219,7 @@ class Publishing:
         return resolved
 
     def put(
-        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, place: Place, session: Session
+        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, place: RecordLocation, session: Session
     ) -> Message | None:
         """One new message, to where it belongs."""
         queue, label, flags = targets[item.target]

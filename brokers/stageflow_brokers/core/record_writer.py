@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from stageflow_brokers.core import records
 from stageflow_brokers.core.gather import Gather
-from stageflow_brokers.core.message import DELAYED, PARKED, Group, Message, Place
+from stageflow_brokers.core.message import DELAYED, PARKED, Group, Message, RecordLocation
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.records import Record
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 
-__all__ = ["Ledger", "ReadBody"]
+__all__ = ["ReadBody", "RecordWriter"]
 
 ReadBody = Callable[[int, int, int, int], bytes]
 """(segment, batch, offset, size) of a body that has been written, to be read back; at `batch` its batch begins."""
@@ -28,14 +28,14 @@ COPIED = 128
 _T = TypeVar("_T")
 
 
-class Ledger:
+class RecordWriter:
     """Collects the records of one round after the other."""
 
-    def __init__(self, store: Store, read_body: ReadBody | None) -> None:
+    def __init__(self, store: BrokerState, read_body: ReadBody | None) -> None:
         self.store = store
         self.records: list[Record] = []
         self._read_body = read_body
-        self._places: list[Place] = []
+        self._places: list[RecordLocation] = []
         self._paged: list[Message] = []
 
     def take(self) -> list[Record]:
@@ -63,10 +63,10 @@ class Ledger:
                         message.body = None
             waiting.clear()
 
-    def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> Place:
+    def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> RecordLocation:
         """One more record of this round; its place is known once it has been written."""
         store = self.store
-        place = Place(store.wall)
+        place = RecordLocation(store.wall)
         self.records.append((kind, store.next_id, peer, header, blob))
         self._places.append(place)
         return place
@@ -181,7 +181,7 @@ class Ledger:
         self.keep_epoch()
 
 
-def _lying_in(segment: int, things: Iterable[_T], place: Callable[[_T], Place], most: int) -> list[_T]:
+def _lying_in(segment: int, things: Iterable[_T], place: Callable[[_T], RecordLocation], most: int) -> list[_T]:
     found = []
     for thing in islice(things, most):
         if place(thing).segment > segment:

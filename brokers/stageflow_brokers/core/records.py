@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from stageflow_brokers.core.gather import Gather
-from stageflow_brokers.core.message import Extra, Group, Message
+from stageflow_brokers.core.message import DeliveryState, Group, Message
 from stageflow_brokers.types import QueueOptions
 
 __all__ = [
@@ -146,7 +146,7 @@ decode_oldest = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=1)]).deco
 
 def message_state(message: Message) -> MessageState:
     """The state of a message as a record states it."""
-    extra = message.extra or Extra()
+    extra = message.extra or DeliveryState()
     return MessageState(
         message.id,
         message.queue.name,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core.message import Extra, Group, Message, Place
+from stageflow_brokers.core.message import DeliveryState, Group, Message, RecordLocation
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.records import MessageState
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import Buffer
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.types import (
@@ -40,12 +40,12 @@ class Replay:
     `oldest`: the segments from this one on must be there; 0 where nothing is said of it.
     """
 
-    def __init__(self, store: Store, *, on_settled: OnSettled | None = None) -> None:
+    def __init__(self, store: BrokerState, *, on_settled: OnSettled | None = None) -> None:
         self.store = store
         self.oldest = 0
         store.replaying = True
         self._on_settled = on_settled
-        self._kinds: dict[int, Callable[[int, Buffer, Buffer, Place], None]] = {
+        self._kinds: dict[int, Callable[[int, Buffer, Buffer, RecordLocation], None]] = {
             records.KEPT_PUBLISH: self._publish,
             records.KEPT_SETTLE: self._settle,
             records.KEPT_CHECKPOINT: self._checkpoint,
@@ -62,7 +62,7 @@ class Replay:
             records.OLDEST: self._oldest,
         }
 
-    def apply(self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def apply(self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         """One record, in the order of the journal. Raises `ProtocolError` and msgspec's errors for one that makes no
         sense."""
         store = self.store
@@ -120,7 +120,7 @@ class Replay:
 
     # frames
 
-    def _publish(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _publish(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         frame = wire.decode_publish(header, blob)
         self.store.remember_peer(peer, frame.frame)
         at = 0
@@ -130,7 +130,7 @@ class Replay:
         if frame.opens or frame.arrivals:
             self._gathering(frame.opens, frame.arrivals, frame.targets, blob, at, place)
 
-    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, place: Place) -> None:
+    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, place: RecordLocation) -> None:
         store = self.store
         target = targets[item.target]
         pushed = target.flags & PUSH_ONLY
@@ -140,7 +140,7 @@ class Replay:
         if target.flags & TERMINAL and not pushed and group is not None:
             group.ended = target.label
 
-    def _settle(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _settle(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         frame = wire.decode_settle(header, blob)
         store = self.store
         store.remember_peer(peer, frame.frame)
@@ -177,7 +177,7 @@ class Replay:
         for other in frame.others:
             at = self._other(other, frame.targets, blob, at, place)
 
-    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, place: Place) -> int:
+    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, place: RecordLocation) -> int:
         store = self.store
         priority = None
         for id, _ in item.leases:
@@ -207,7 +207,7 @@ class Replay:
         if self._on_settled is not None:
             self._on_settled(message, group_id, "" if message is None else message.label)
 
-    def _checkpoint(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _checkpoint(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         frame = wire.decode_checkpoint(header)
         self.store.remember_peer(peer, frame.frame)
         message = self.store.messages.get(frame.id)
@@ -221,7 +221,7 @@ class Replay:
         targets: list[Target],
         blob: Buffer,
         at: int,
-        place: Place,
+        place: RecordLocation,
         priority: int = 0,
     ) -> int:
         store = self.store
@@ -241,7 +241,7 @@ class Replay:
 
     # facts
 
-    def _copy(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _copy(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         state = records.decode_message(header)
         store = self.store
         known = store.messages.get(state.id)
@@ -259,7 +259,7 @@ class Replay:
         store.next_id = max(kept, state.id + 1)
         self._restore(message, state)
 
-    def _mark(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _mark(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         state = records.decode_message(header)
         message = self.store.messages.get(state.id)
         if message is None:
@@ -276,7 +276,7 @@ class Replay:
         if state == plain:
             message.extra = None
             return
-        known, extra = message.details(), Extra()
+        known, extra = message.details(), DeliveryState()
         extra.steps, extra.step_bytes = known.steps, known.step_bytes
         extra.attempts, extra.deaths = state.attempts, state.deaths
         extra.failure, extra.fresh = state.failure, state.fresh
@@ -288,7 +288,7 @@ class Replay:
         extra.killed = state.killed
         message.extra = extra
 
-    def _forget(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _forget(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         frame, ids = records.decode_forgotten(header)
         if peer:
             self.store.remember_peer(peer, frame)
@@ -299,7 +299,7 @@ class Replay:
             if message is not None:
                 self.store.forget(message)
 
-    def _group(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _group(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         state = records.decode_group(header)
         store = self.store
         group = store.group(state.id, state.epoch, place)
@@ -309,11 +309,11 @@ class Replay:
             group.released = state.released
             store.relocate_group(group, place)
 
-    def _left(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _left(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         for id in records.decode_names(header):
             self.store.leave(id)
 
-    def _gather(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _gather(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         state = records.decode_gather(header)
         store = self.store
         group = store.group(state.group, state.epoch, place)
@@ -328,20 +328,20 @@ class Replay:
         store.live_bytes += gather.weight
         store.relocate_gather(group, gather, place)
 
-    def _queue(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _queue(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         state = records.decode_queue(header)
         self.store.declare(state.options).paused = state.paused
 
-    def _fact(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _fact(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         name, value = records.decode_fact(header)
         self.store.keep_fact(name, value)
 
-    def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         for known, frame in records.decode_sessions(header):
             self.store.remember_peer(known, frame)
 
-    def _oldest(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _oldest(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         self.oldest = max(self.oldest, records.decode_oldest(header))
 
-    def _started(self, peer: int, header: Buffer, blob: Buffer, place: Place) -> None:
+    def _started(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
         self.store.epoch = max(self.store.epoch, records.decode_epoch(header))

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core.breaker import Breaker
-from stageflow_brokers.core.gathers import Gathering, Resolved
+from stageflow_brokers.core.gathers import GatherManager, Resolved
 from stageflow_brokers.core.leases import Leases
-from stageflow_brokers.core.limits import Bounds
-from stageflow_brokers.core.message import PARKED, Group, Message, Place
-from stageflow_brokers.core.outbox import Talk
-from stageflow_brokers.core.publish import Publishing
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.limits import LimitChecker
+from stageflow_brokers.core.message import PARKED, Group, Message, RecordLocation
+from stageflow_brokers.core.outbox import Outbox
+from stageflow_brokers.core.publish import PublishHandler
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import FIRST_EPOCH, Checkpoint, SettleFrame
 from stageflow_brokers.errors import Refused
 from stageflow_brokers.types import (
@@ -36,21 +36,21 @@ from stageflow_brokers.types import (
     SettleItem,
 )
 
-__all__ = ["Settling"]
+__all__ = ["SettleHandler"]
 
 
-class Settling:
+class SettleHandler:
     """Settlements and checkpoints of one machine."""
 
     def __init__(
         self,
-        store: Store,
-        ledger: Ledger,
-        talk: Talk,
+        store: BrokerState,
+        ledger: RecordWriter,
+        talk: Outbox,
         leases: Leases,
-        publishing: Publishing,
-        gathering: Gathering,
-        bounds: Bounds,
+        publishing: PublishHandler,
+        gathering: GatherManager,
+        bounds: LimitChecker,
     ) -> None:
         self.store = store
         self._ledger = ledger
@@ -205,7 +205,9 @@ class Settling:
 
     # the shapes of a settlement
 
-    def _move(self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, place: Place) -> list[int]:
+    def _move(
+        self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, place: RecordLocation
+    ) -> list[int]:
         """The happy path, once per stage of each instance: the message settled becomes the one that follows."""
         store = self.store
         messages = store.messages
@@ -314,7 +316,7 @@ class Settling:
         targets: Resolved,
         blob: bytes,
         at: int,
-        place: Place,
+        place: RecordLocation,
         emptied: list[Group],
     ) -> bool:
         """False when some of what follows was not taken: it belongs to a group that is not live, or that is already."""

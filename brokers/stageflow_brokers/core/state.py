@@ -15,12 +15,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from stageflow_brokers.core.gather import Gather
-from stageflow_brokers.core.message import Extra, Group, Message, Place
+from stageflow_brokers.core.message import DeliveryState, Group, Message, RecordLocation
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Consumer, Session
 from stageflow_brokers.types import START, GatherOpen, PublishItem, QueueOptions
 
-__all__ = ["BREAKER_TIMER", "GONE", "Store"]
+__all__ = ["BREAKER_TIMER", "GONE", "BrokerState"]
 
 BREAKER_TIMER = -1
 """In the place of a message's id: the timer is that of a queue, whose name is the key."""
@@ -44,7 +44,7 @@ LONG = 1.0
 """Seconds of a delay from which on the body is not kept in memory meanwhile."""
 
 
-class Store:
+class BrokerState:
     """Everything the broker knows. Public attributes: this is the inside of one machine.
 
     `replaying`: the journal is being read, and nothing is in a lane yet. `paging`: bodies can be read back from it.
@@ -112,7 +112,7 @@ class Store:
         self.guarded = any(known.breaker is not None for known in self.queues.values())
         return queue
 
-    def group(self, id: str, epoch: int, place: Place) -> Group | None:
+    def group(self, id: str, epoch: int, place: RecordLocation) -> Group | None:
         """The group of that id, made on first use; None for the empty id."""
         if not id:
             return None
@@ -139,7 +139,7 @@ class Store:
         priority: int,
         body: bytes | None,
         size: int,
-        place: Place,
+        place: RecordLocation,
         at: int,
     ) -> Message:
         """A new message under the next id, in no lane yet."""
@@ -152,7 +152,7 @@ class Store:
         return message
 
     def admit(
-        self, item: PublishItem, queue: Queue | None, label: str, body: bytes | None, place: Place, at: int
+        self, item: PublishItem, queue: Queue | None, label: str, body: bytes | None, place: RecordLocation, at: int
     ) -> tuple[Group | None, Message | None]:
         """What a published item makes of its group, and its message, in no lane yet (None without a queue)."""
         if queue is None:
@@ -239,7 +239,7 @@ class Store:
             group.link(fresh)
         return fresh
 
-    def relocate(self, message: Message, place: Place) -> None:
+    def relocate(self, message: Message, place: RecordLocation) -> None:
         """Its record lies at `place` from now on, with the body at the beginning of the blob."""
         message.place, message.at = place, 0
         self.messages[message.id] = self.messages.pop(message.id)
@@ -289,7 +289,7 @@ class Store:
         if evidence and message.group is not None:
             message.group.unlink(message)
 
-    def delay(self, extra: Extra, seconds: float) -> None:
+    def delay(self, extra: DeliveryState, seconds: float) -> None:
         """Not before `seconds` from now."""
         extra.delay = seconds
         extra.due = self.now + seconds if seconds > 0 else 0.0
@@ -320,7 +320,7 @@ class Store:
 
     # gathers
 
-    def gather(self, group: Group, key: str, place: Place) -> Gather:
+    def gather(self, group: Group, key: str, place: RecordLocation) -> Gather:
         """The gather of that key, made on first use."""
         if group.gathers is None:
             group.gathers = {}
@@ -337,7 +337,7 @@ class Store:
         queue: str,
         label: str,
         base: bytes,
-        place: Place,
+        place: RecordLocation,
         priority: int,
     ) -> None:
         """A gather begins to wait."""
@@ -349,19 +349,19 @@ class Store:
             gather.due = self.now + opening.deadline
             gather.due_wall = self.wall + opening.deadline
 
-    def arrive(self, group: Group, key: str, slot: str, body: bytes, place: Place) -> None:
+    def arrive(self, group: Group, key: str, slot: str, body: bytes, place: RecordLocation) -> None:
         """Something arrives at a gather, for the first time or once more."""
         gather = self.gather(group, key, place)
         before = gather.weight
         gather.arrive(slot, body)
         self.live_bytes += gather.weight - before
 
-    def relocate_gather(self, group: Group, gather: Gather, place: Place) -> None:
+    def relocate_gather(self, group: Group, gather: Gather, place: RecordLocation) -> None:
         """Its record lies at `place` from now on."""
         gather.place = place
         self.gathers[group.id, gather.key] = self.gathers.pop((group.id, gather.key))
 
-    def relocate_group(self, group: Group, place: Place) -> None:
+    def relocate_group(self, group: Group, place: RecordLocation) -> None:
         """Its record lies at `place` from now on."""
         group.place = place
         self.groups[group.id] = self.groups.pop(group.id)

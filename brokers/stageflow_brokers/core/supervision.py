@@ -10,10 +10,10 @@ from typing import Any
 
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.message import READY, Group, Message
-from stageflow_brokers.core.outbox import Talk
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.outbox import Outbox
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.errors import Refused
 
 __all__ = ["Supervision"]
@@ -50,7 +50,7 @@ class _Death:
 class Supervision:
     """The supervisor's part of one machine."""
 
-    def __init__(self, store: Store, ledger: Ledger, talk: Talk, leases: Leases) -> None:
+    def __init__(self, store: BrokerState, ledger: RecordWriter, talk: Outbox, leases: Leases) -> None:
         self._store = store
         self._ledger = ledger
         self._talk = talk

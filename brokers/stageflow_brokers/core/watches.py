@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from stageflow_brokers.core.outbox import MOST_UNREAD, Talk
-from stageflow_brokers.core.record_writer import Ledger
+from stageflow_brokers.core.outbox import MOST_UNREAD, Outbox
+from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 
-__all__ = ["Watching"]
+__all__ = ["Watches"]
 
 
-class Watching:
+class Watches:
     """Who watches what. A watch is of a session: it does not outlive it, and is asked for again after a restart.
 
     `behind`: sessions that have asked for more ends than they have read yet.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, talk: Talk) -> None:
+    def __init__(self, store: BrokerState, ledger: RecordWriter, talk: Outbox) -> None:
         self._store = store
         self._ledger = ledger
         self._talk = talk

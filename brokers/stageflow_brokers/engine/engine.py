@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from stageflow_brokers.core.machine import Limits, Machine
-from stageflow_brokers.core.message import Place
+from stageflow_brokers.core.message import RecordLocation
 from stageflow_brokers.core.outbox import Outgoing
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.engine.compaction import Reclaim
@@ -48,7 +48,7 @@ FULL_RETRY = 0.2
 def replay_batch(replay: Replay, batch: Batch) -> None:
     """Give each record of a batch to a replay. Raises `JournalCorrupt` where one makes no sense."""
     for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
-        place = Place(batch.wall, batch.segment, offset, batch.offset)
+        place = RecordLocation(batch.wall, batch.segment, offset, batch.offset)
         try:
             replay.apply(record.kind, record.first_id, record.peer, record.header, record.blob, place)
         except _SENSELESS as error:

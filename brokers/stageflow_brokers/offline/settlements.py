@@ -23,7 +23,7 @@ from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import Store
+from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.engine.engine import Engine, check_oldest, replay_batch
 from stageflow_brokers.journal.filesystem import OsFiles
 from stageflow_brokers.journal.format import Batch, file_name
@@ -89,7 +89,7 @@ def settlements(journal: Path) -> Accounts:
         else:
             settled["" if message.group is None else message.group.id, message.epoch, label] += 1
 
-    store = Store(paging=True)  # bodies are not looked at, so none is kept
+    store = BrokerState(paging=True)  # bodies are not looked at, so none is kept
     replay = Replay(store, on_settled=on_settled)
     use = SegmentUse("")
     for batch in _scan(journal, replay):
