@@ -188,7 +188,8 @@ class Stage:
             (`charge_card` becomes `charge-card`); a lambda in a workflow is called `stage-N`.
         compensation: The function or `Compensation` that undoes the stage. Default: the method `compensate` of the
             handler, if it has one.
-        retry: Policy for failed attempts. Default: that of the workflow, or else one attempt.
+        retry: Policy for failed attempts. Default: that of the workflow, or else one attempt; the death of a worker is
+            retried at once in any case, up to `Config.max_stage_retries` times.
         timeout: Seconds (or a `timedelta`) for one attempt. Default: `stage_timeout` of the workflow, or else no
             limit.
         actors: Number of worker processes, 1 to 1,000. Default: 1.

@@ -46,7 +46,8 @@ class Workflow(Generic[C]):
         context: Type of the context: dict, a dataclass, a msgspec Struct or a pydantic model. Default: dict.
         version: Version of the definition, from 1. Instances in flight finish on the version that they started with.
             Default: 1.
-        timeout: Seconds (or a `timedelta`) from submit to end of an instance, after which it fails. Default: no limit.
+        timeout: Seconds (or a `timedelta`) from submit to end of an instance, after which it is cancelled and
+            compensated. Default: no limit.
         on_failure: `compensate` to undo the completed stages of a failed instance, `park` to keep its message as a
             dead letter, from which it can be resumed. Default: compensate.
         retry: Policy of stages that have none. Default: one attempt.
