@@ -79,11 +79,11 @@ def _plain(given: Any) -> Any:
 
 def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]) -> None:
     called = f"it is called with {' and '.join(takes) or 'nothing'}"
-    beyond = 0
+    count = 0
     for parameter in signature.parameters.values():
         if parameter.kind in _POSITIONAL:
-            beyond += 1
-            if beyond <= len(takes):
+            count += 1
+            if count <= len(takes):
                 continue
         if parameter.name == "ctx" and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             raise WorkflowDefinitionError(f"{what} asks for ctx, and only handlers receive a StageContext: {called}")

@@ -24,7 +24,7 @@ def check_context_type(context: Any, what: str) -> type[Any]:
     if isinstance(context, type):
         named = f"the class {context.__name__}"
     else:
-        named = f"{context!r} (give the type, not an instance)" if not callable(context) else repr(context)
+        named = f"{context!r} (use the type, not an instance)" if not callable(context) else repr(context)
     raise WorkflowDefinitionError(
         f"the context of {what} must be dict, a dataclass, a msgspec Struct or a pydantic model, not {named}"
     )

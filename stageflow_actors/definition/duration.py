@@ -11,7 +11,7 @@ __all__ = ["Duration", "optional_seconds", "seconds", "timeout_seconds"]
 
 Duration = int | float | timedelta
 
-NO_LIMIT = "leave it out, or give None, for no limit"
+NO_LIMIT = "leave it out, or use None, for no limit"
 
 
 def seconds(value: Duration, what: str, *, zero: bool = True, endless: str = "") -> float:

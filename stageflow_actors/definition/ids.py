@@ -17,7 +17,7 @@ def check_id(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise WorkflowDefinitionError(f"the id of {what} must be a string, not {value!r}")
     if not value:
-        raise WorkflowDefinitionError(f"the id of {what} is empty: give it a name such as 'reserve-inventory'")
+        raise WorkflowDefinitionError(f"the id of {what} is empty: choose a name such as 'reserve-inventory'")
     if len(value) > MAX_ID_LENGTH:
         raise WorkflowDefinitionError(
             f"the id of {what} has {len(value)} characters, the limit is {MAX_ID_LENGTH}: {value[:60]!r}…"

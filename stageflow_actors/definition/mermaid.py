@@ -98,16 +98,16 @@ class _Chart:
         if not stage.required:
             self._styles["optional"].append(node)
         if isinstance(stage.handler, RemoteCall):
-            self._asks(node, stage.handler.endpoint)
+            self._request_arrow(node, stage.handler.endpoint)
         elif isinstance(stage.handler, HttpCall):
-            self._asks(node, f"HTTP {stage.handler.method}")
+            self._request_arrow(node, f"HTTP {stage.handler.method}")
         if stage.compensation is not None:
             undo = self.node("[{}]", getattr(stage.compensation.function, "__name__", f"undo {stage.id}"))
             self._styles["undo"].append(undo)
             self._arrows.append(f"{node} -.->|undone by| {undo}")
         return [(node, ""), *past]
 
-    def _asks(self, node: str, endpoint: str) -> None:
+    def _request_arrow(self, node: str, endpoint: str) -> None:
         if endpoint not in self._endpoints:
             self._endpoints[endpoint] = self.node("[({})]", endpoint)
         self._arrows.append(f"{node} -.->|asks| {self._endpoints[endpoint]}")

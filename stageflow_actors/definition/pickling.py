@@ -144,7 +144,7 @@ def _key(kind: type[Any]) -> str:
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer)
-        self._findable: dict[str, bool] = {"__main__": True}
+        self._importable_modules: dict[str, bool] = {"__main__": True}
         self._by_value: list[ModuleType] = []
 
     def release(self) -> None:
@@ -157,7 +157,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self._check_module(obj.__module__)
         elif isinstance(obj, ModuleType):
             self._check_module(obj.__name__)
-        if isinstance(obj, type) and not _importable(obj):
+        if isinstance(obj, type) and not _is_importable_class(obj):
             if "__msgspec_cache__" in obj.__dict__:
                 # The cache that msgspec keeps on a dataclass cannot be pickled. Existing codecs keep their own
                 # reference, and the next codec makes the cache again.
@@ -169,10 +169,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _check_module(self, name: Any) -> None:
         """Register a module to be pickled by value if a child process cannot import it."""
         module = sys.modules.get(name) if isinstance(name, str) else None
-        if module is None or name in self._findable:
+        if module is None or name in self._importable_modules:
             return
-        self._findable[name] = _findable(name, module)
-        if not self._findable[name] and name not in cloudpickle.list_registry_pickle_by_value():
+        self._importable_modules[name] = _is_importable_module(name, module)
+        if not self._importable_modules[name] and name not in cloudpickle.list_registry_pickle_by_value():
             cloudpickle.register_pickle_by_value(module)
             self._by_value.append(module)
 
@@ -181,7 +181,7 @@ _HEAP_TYPE = 1 << 9
 """`Py_TPFLAGS_HEAPTYPE`: classes written in Python have it."""
 
 
-def _findable(name: str, module: ModuleType) -> bool:
+def _is_importable_module(name: str, module: ModuleType) -> bool:
     """Return True if `import name` finds this module in a process with the same import path."""
     path: Any = None
     spec = None
@@ -202,7 +202,7 @@ def _findable(name: str, module: ModuleType) -> bool:
         return True
 
 
-def _importable(kind: type[Any]) -> bool:
+def _is_importable_class(kind: type[Any]) -> bool:
     """Return True if a child process finds the class by its name."""
     by_value = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
     if any(kind.__module__ == name or kind.__module__.startswith(f"{name}.") for name in by_value):

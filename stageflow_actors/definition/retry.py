@@ -264,7 +264,7 @@ class Retry:
         Returns:
             Seconds from 0 to `maximum`, or None to give up.
         """
-        if attempt >= self.max_attempts or not self._wants(error):
+        if attempt >= self.max_attempts or not self._is_retried(error):
             return None
         delay = min(_DELAYS[self._kind](self, attempt), self.maximum)
         if self.jitter:
@@ -273,13 +273,13 @@ class Retry:
             delay *= 1.0 - (self._random or _random)() / 2
         return delay
 
-    def _wants(self, error: Exception) -> bool:
+    def _is_retried(self, error: Exception) -> bool:
         if any(_matches(condition, error) for condition in self._abort):
             return False
         if isinstance(error, StageError):
             if error.retryable:
                 return True
-            return any(_matches(c, error) for c in self._retry if not _covers_stage_error(c))
+            return any(_matches(c, error) for c in self._retry if not _is_base_of_stage_error(c))
         return any(_matches(condition, error) for condition in self._retry)
 
     def __repr__(self) -> str:
@@ -337,6 +337,6 @@ def _matches(condition: Any, error: Exception) -> bool:
     return bool(condition(error))
 
 
-def _covers_stage_error(condition: Any) -> bool:
+def _is_base_of_stage_error(condition: Any) -> bool:
     """Return True if a type is a proper base class of `StageError`, as `Exception` is."""
     return isinstance(condition, type) and issubclass(StageError, condition) and condition is not StageError

@@ -263,39 +263,38 @@ class Stage:
         max_tasks: int | None = None,
     ) -> None:
         if isinstance(handler, Stage):
-            raise WorkflowDefinitionError(f"Stage(...) was given the stage {handler.id!r}: give it the handler itself")
+            raise WorkflowDefinitionError(f"Stage(...) got the stage {handler.id!r}: pass the handler itself")
         name = default_id(handler) if id is None else id
         self.id: str = name if id is None and not name else check_id(name, f"the stage of {handler!r}")
         what = f"stage {self.id!r}" if self.id else "stage of a lambda"
         self.handler = handler
         self.spec: HandlerSpec = inspect_handler(handler, what)
-        self.compensation: Compensation | None = _compensation(compensation, self.spec, what)
+        self.compensation: Compensation | None = _check_compensation(compensation, self.spec, what)
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.actors: int = check_count(actors, f"actors of {what}", MAX_ACTORS)
         self.concurrency: int = check_count(concurrency, f"concurrency of {what}")
         self.required: bool = required if isinstance(required, bool) else _refuse_bool(required, what)
-        self.after: tuple[str, ...] = _after(after, what)
+        self.after: tuple[str, ...] = _check_after(after, what)
         self.when: Callable[[Any], Any] | None = None if when is None else check_function(when, f"when of {what}")
         self.ttl: float | None = optional_seconds(ttl, f"the ttl of {what}")
-        self.env: dict[str, str] = _environment(env, what)
+        self.env: dict[str, str] = _check_environment(env, what)
         self.breaker: Breaker | None = check_breaker(breaker, f"the breaker of {what}")
-        self.max_memory: int | None = _memory(max_memory, what)
+        self.max_memory: int | None = _check_memory(max_memory, what)
         self.max_tasks: int | None = None if max_tasks is None else check_count(max_tasks, f"max_tasks of {what}")
 
     @property
     def services(self) -> frozenset[str]:
         """The names of the services that the handler and its constructor take."""
-        own = self.spec
-        return frozenset(own.services) | frozenset(own.constructor_services)
+        return frozenset(self.spec.services) | frozenset(self.spec.constructor_services)
 
     @property
     def compensation_services(self) -> frozenset[str]:
         """The names of the services that the compensation takes."""
         if self.compensation is None:
             return frozenset()
-        call = self.compensation.spec
-        return frozenset(call.services) | frozenset(call.constructor_services)
+        spec = self.compensation.spec
+        return frozenset(spec.services) | frozenset(spec.constructor_services)
 
     @classmethod
     def http(
@@ -442,7 +441,7 @@ MIN_MEMORY_BYTES = 1 << 20
 """An idle worker uses many times as much: a smaller number is most likely meant in megabytes."""
 
 
-def _memory(value: object, what: str) -> int | None:
+def _check_memory(value: object, what: str) -> int | None:
     if value is None:
         return None
     count = check_count(value, f"max_memory of {what}")
@@ -458,9 +457,9 @@ def _refuse_bool(value: object, what: str) -> NoReturn:
     raise WorkflowDefinitionError(f"required of {what} must be True or False, not {value!r}")
 
 
-def _compensation(given: Any, call: HandlerSpec, what: str) -> Compensation | None:
+def _check_compensation(given: Any, spec: HandlerSpec, what: str) -> Compensation | None:
     if given is None:
-        return None if call.compensate is None else _own_compensation(call.compensate)
+        return None if spec.compensate is None else _own_compensation(spec.compensate)
     if isinstance(given, Compensation):
         return given
     if isinstance(given, Stage) or not callable(given):
@@ -478,7 +477,7 @@ def _own_compensation(spec: HandlerSpec) -> Compensation:
     return made
 
 
-def _after(given: Any, what: str) -> tuple[str, ...]:
+def _check_after(given: Any, what: str) -> tuple[str, ...]:
     if isinstance(given, str):
         raise WorkflowDefinitionError(f"after of {what} takes several stage ids: write after=[{given!r}]")
     try:
@@ -490,7 +489,7 @@ def _after(given: Any, what: str) -> tuple[str, ...]:
     return ids
 
 
-def _environment(given: Any, what: str) -> dict[str, str]:
+def _check_environment(given: Any, what: str) -> dict[str, str]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):

@@ -38,9 +38,9 @@ class Parallel:
         merge: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     ) -> None:
         self.id: str = check_id(id, "the parallel stage")
-        self.branches: tuple[Stage, ...] = _stages(branches, f"parallel stage {id!r}")
+        self.branches: tuple[Stage, ...] = _check_stages(branches, f"parallel stage {id!r}")
         if not self.branches:
-            raise WorkflowDefinitionError(f"parallel stage {id!r} has no branches: give it a list of stages")
+            raise WorkflowDefinitionError(f"parallel stage {id!r} has no branches: pass a list of stages")
         self.merge: Callable[[Any, Mapping[str, Any]], Any] | None = None
         if merge is not None:
             self.merge = check_function(merge, f"merge of {id!r}", ("base", "branches"))
@@ -78,7 +78,7 @@ class Branch:
             if not isinstance(key, str):
                 raise WorkflowDefinitionError(f"the arms of {what} have strings as keys, not {key!r}")
         self.arms: dict[str, tuple[Stage, ...]] = {
-            key: _stages(stages, f"arm {key!r} of {what}") for key, stages in arms.items()
+            key: _check_stages(stages, f"arm {key!r} of {what}") for key, stages in arms.items()
         }
         if default is not None and default not in self.arms:
             raise WorkflowDefinitionError(
@@ -223,26 +223,24 @@ def shape_of(step: Step) -> list[Any]:
 
 def _on_timeout_spec(given: Any, what: str) -> HandlerSpec:
     """Return how to call `on_timeout`: like a handler, async or not, but without ctx and services."""
-    call = inspect_handler(given, what)
-    if call.wants_ctx:
+    spec = inspect_handler(given, what)
+    if spec.wants_ctx:
         raise WorkflowDefinitionError(
             f"{what} has the parameter ctx, and receives only the context: remove the parameter"
         )
-    if call.all_services:
+    if spec.all_services:
         raise WorkflowDefinitionError(
-            f"{what} asks for the service {min(call.all_services)!r}, and receives only the context: note the timeout "
+            f"{what} asks for the service {min(spec.all_services)!r}, and receives only the context: note the timeout "
             "in the context, and use the service in a later stage"
         )
-    return call
+    return spec
 
 
-def _stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:
+def _check_stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise WorkflowDefinitionError(f"{what} takes a list of stages, not {given!r}")
     stages = tuple(one if isinstance(one, Stage) else Stage(one) for one in given)
     for stage in stages:
         if not stage.id:
-            raise WorkflowDefinitionError(
-                f"{what} has a lambda, which has no name: wrap it as Stage(lambda ..., id=...)"
-            )
+            raise WorkflowDefinitionError(f"{what} has a lambda, which has no name: write Stage(lambda ..., id=...)")
     return stages
