@@ -1,8 +1,8 @@
-"""Stages that ask a server over HTTP: JSON out, JSON in, one exchange per attempt.
+"""`HttpCall`: the handler of a stage that sends an HTTP request. JSON out, JSON in, one exchange per attempt.
 
-`HttpCall` is a handler like any other. It is checked where it is made; httpx (the extra `http`) is imported in the
-worker that first sends something. What a server answers is never trusted: sizes are bounded, and a redirect to another
-origin is not followed, because it would carry the request's headers along.
+Its constructor validates it; httpx (the extra `http`) is imported in the worker that sends the first request. Answers
+are never trusted: their size is limited, and a redirect to another origin is not followed, because the headers of the
+request would be sent there.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinition
 __all__ = ["SECONDS", "HttpCall", "kill_after", "shown_url"]
 
 SECONDS = 30.0
-"""How long an attempt may take where neither the stage nor its workflow says."""
+"""Time limit of an attempt where neither the stage nor its workflow sets one."""
 
 MAX_BYTES = 10 << 20
-"""Largest body of a response that is read."""
+"""Limit of the body of a response."""
 
 MAX_REDIRECTS = 5
 SHOWN = 200
-"""Characters of a response's body that an error shows."""
+"""Number of characters of a response's body that an error shows."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -45,17 +45,22 @@ _making = threading.Lock()
 
 
 class HttpCall:
-    """One request to a server and what is made of its answer.
+    """A request to a server, and the handling of its answer.
 
-    `url` is a string, in which `{field}` stands for a field of the context (percent-encoded; `{address.city}` goes
-    deeper), or a function of the context. `request(context)` gives the JSON to send. `on_response(context, response)`
-    takes the JSON of the answer in and returns what a handler may return; without it the JSON is the stage's result
-    (None for an empty body). `headers` is a mapping, or a function of the context. With `undo`, the `Idempotency-Key`
-    is that of the stage's compensation.
+    An answer 5xx or 429 and a network failure raise `StageError(retryable=True)`; no answer in time raises
+    `StageTimeout`; every other answer than a success raises `StageError(retryable=False)`.
 
-    Answers of 500 and above, 429, and whatever goes wrong on the network raise `StageError(retryable=True)`, a server
-    that takes longer than `timeout` seconds `StageTimeout`; other answers that are no success raise
-    `StageError(retryable=False)`.
+    Args:
+        url: The URL, in which `{field}` stands for a field of the context (percent-encoded; `{address.city}` for a
+            nested one); or a function of the context.
+        what: Name of the stage in errors.
+        method: The HTTP method.
+        request: Function of the context that returns the JSON to send.
+        on_response: Called as `on_response(context, response)` with the JSON of the answer; returns what a handler may
+            return. Without it the JSON is the result of the stage (None for an empty body).
+        headers: A dict, or a function of the context.
+        timeout: Seconds to wait for the answer.
+        undo: True for a compensation: its `Idempotency-Key` differs from that of the stage.
     """
 
     __slots__ = ("__weakref__", "_client", "headers", "method", "on_response", "request", "timeout", "undo", "url")
@@ -95,12 +100,12 @@ class HttpCall:
         self._client: Any = None
 
     def execute(self, context: Any, ctx: Any) -> Any:
-        """One exchange, and what the handler makes of it."""
+        """Send the request and return the result of the stage."""
         answer = self._exchange(context, ctx)
         return answer if self.on_response is None else self.on_response(context, answer)
 
     def fields(self) -> list[str]:
-        """The fields of the context that the url names."""
+        """Return the fields of the context that the url names."""
         return self.url.fields if isinstance(self.url, _Template) else []
 
     # one exchange
@@ -144,7 +149,7 @@ class HttpCall:
             raise StageError(f"{at} could not be asked: {text}", retryable=True) from error
 
     def _seconds(self, ctx: Any) -> float:
-        """How long the exchange may take: less than the attempt, whose end kills the process."""
+        """Return the time limit of the exchange: shorter than the attempt, whose timeout kills the process."""
         if self.timeout is not None:
             return self.timeout
         if ctx.deadline is None:
@@ -153,7 +158,7 @@ class HttpCall:
 
     def _headers(self, context: Any, key: str) -> dict[str, str]:
         if self.undo:
-            key += ":undo"  # a server that knows the key of the stage would answer with what the stage was told
+            key += ":undo"  # with the key of the stage, the server would repeat its answer to the stage
         made = {
             "Accept": "application/json",
             "User-Agent": "stageflow-actors",
@@ -166,7 +171,7 @@ class HttpCall:
         return {name: value for name, value in made.items() if name.lower() not in own} | dict(given)
 
     def _redirected(self, first: Any, response: Any) -> Any:
-        """The request that a redirect asks for; None if it is none. Raises `StageError` for one not to be followed."""
+        """Return the request of a redirect, None for other answers; raise `StageError` if it must not be followed."""
         following = response.next_request
         if following is None:
             return None
@@ -174,18 +179,18 @@ class HttpCall:
         if _origin(following.url) != _origin(first.url):
             raise StageError(f"{at}, which is another server and is not asked: give the url that is meant")
         if following.method != response.request.method and response.status_code != 303:
-            # A POST that becomes a GET would be reported as done, and has not been.
+            # A POST that becomes a GET would be reported as done without having been performed.
             raise StageError(f"{at}, which {response.request.method} does not follow: give the url that is meant")
         return following
 
     def _open(self) -> Any:
-        """The client of this process, which keeps connections open; made on first use."""
+        """Return the client of this process, made on first use; it keeps connections open."""
         with _making:
             if self._client is None:
                 import httpx
 
                 self._client = httpx.Client()
-                # What one instance is given must not be sent along with the next.
+                # A cookie for one instance must not be sent with the request of the next.
                 self._client.cookies = _NoCookies()
                 weakref.finalize(self, self._client.close)
             return self._client
@@ -197,7 +202,7 @@ class HttpCall:
         for name, value in state.items():
             setattr(self, name, value)
         self._client = None
-        # This is a worker that has just been born: what takes long the first time is not to be taken from an attempt.
+        # A worker has just started: the slow import must not count against the time of an attempt.
         self._open()
 
     def __repr__(self) -> str:
@@ -205,11 +210,11 @@ class HttpCall:
 
 
 def kill_after(timeout: float | None) -> float | None:
-    """The timeout of an attempt whose exchange may take `timeout` seconds: for what can only be ended by force."""
+    """Return the timeout of an attempt whose exchange may take `timeout` seconds; its end kills the process."""
     return None if timeout is None else 2 * timeout + 1
 
 
-def _NoCookies() -> Any:  # noqa: N802 - stands where a class would
+def _NoCookies() -> Any:  # noqa: N802 - used like a class
     from http.cookiejar import CookieJar, DefaultCookiePolicy
 
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
@@ -219,7 +224,7 @@ def _NoCookies() -> Any:  # noqa: N802 - stands where a class would
 
 
 class _Template:
-    """`https://host/orders/{id}`: a url with fields of a context, each percent-encoded."""
+    """A url with fields of a context, each percent-encoded, as `https://host/orders/{id}`."""
 
     __slots__ = ("_parts", "_text")
 
@@ -234,7 +239,7 @@ class _Template:
 
     @property
     def fields(self) -> list[str]:
-        """The fields of the context that it names."""
+        """The fields of the context that the url names."""
         return [path[0] for _, path in self._parts if path]
 
     def __call__(self, context: Any) -> str:
@@ -253,7 +258,7 @@ class _Template:
 
 
 def _parsed(text: str, what: str) -> Iterator[tuple[str, list[str]]]:
-    """(literal, path of the field behind it); the path is empty behind the last."""
+    """Return (literal, path of the field after it) for each part; the last path is empty."""
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -299,7 +304,7 @@ def _place(request: Any) -> str:
 
 
 def shown_url(url: str) -> str:
-    """A url without user, password, query and fragment: they may hold what is not for a log or a history."""
+    """Return a url without user, password, query and fragment: they may be secret, and logs are not."""
     scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     place = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = place.partition("/")
@@ -320,7 +325,7 @@ def _json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What orjson does not know: a Struct, a pydantic model."""
+    """Return a Struct or a pydantic model as plain data for orjson."""
     if isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
     dump = getattr(value, "model_dump", None)
@@ -346,7 +351,7 @@ def _holds_non_finite(value: Any) -> bool:
 
 
 def _body(response: Any, ends: float) -> bytes:
-    """The body, of which neither size nor duration is up to the server."""
+    """Return the body; raise if it exceeds the limits of size or time."""
     at = _place(response.request)
     announced = response.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > MAX_BYTES and response.request.method != "HEAD":
@@ -362,7 +367,7 @@ def _body(response: Any, ends: float) -> bytes:
 
 
 def _judged(request: Any, response: Any, body: bytes) -> Any:
-    """The JSON of a success; anything else is raised."""
+    """Return the JSON of a success; raise `StageError` for other answers."""
     status = response.status_code
     if not 200 <= status < 300:
         text = f"{_place(request)} answered {status} {response.reason_phrase}".rstrip()
