@@ -336,7 +336,7 @@ def test_what_no_branch_can_have_is_refused_when_it_is_written() -> None:
         Workflow("w").add_parallel("none", [])
     with pytest.raises(WorkflowDefinitionError, match="already"):
         Workflow("w").add_stage(does("x"), id="x").add_parallel("p", [Stage(does("x"), id="x")])
-    with pytest.raises(WorkflowDefinitionError, match="'a' in after, which comes later"):
+    with pytest.raises(WorkflowDefinitionError, match="'a' in after, which runs later"):
         Workflow("w").add_parallel("p", [Stage(does("a"), id="a"), Stage(does("b"), id="b", after=["a"])]).validate()
 
 
