@@ -1,4 +1,4 @@
-"""The processes of a cluster by kind, as the tree below its node shows them. Looks, and does nothing to them."""
+"""The processes of a cluster by kind, from the process tree below its node. Read-only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ BELOW_A_PROGRAM = ("node", "broker", "zygote", "worker")
 
 
 def add_node(node: psutil.Process, found: Found) -> None:
-    """Put a node, and what is below it, into `found`. Raises `psutil.Error` where a process ends meanwhile; what was
-    seen before is in `found` then."""
+    """Add a node and its descendants to `found`.
+
+    Raises `psutil.Error` if a process ends in between; those found before are in `found`.
+    """
     for kind in BELOW_A_PROGRAM:
         found.setdefault(kind, [])
     found["node"].append(node)

@@ -30,8 +30,8 @@ import psutil
 
 from argument_types import from_one, script_parser
 from broker_launcher import start_broker
-from fuzzing.attacker import ANSWERS, HELD, attack
-from fuzzing.well_behaved_peer import QUEUES, Honest
+from fuzzing.attacker import ANSWERS, SHARED_LEASES, attack
+from fuzzing.well_behaved_peer import QUEUES, WellBehavedPeers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,15 +91,15 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
     with (directory / "stderr").open("wb") as stderr:
         broker = start_broker(options, stderr=stderr, cwd=ROOT)
     spawn = multiprocessing.get_context("spawn")
-    held = spawn.Array("Q", 2 * HELD, lock=False)
+    held = spawn.Array("Q", 2 * SHARED_LEASES, lock=False)
     sent, answers = spawn.Value("q", 0), spawn.Array("q", len(ANSWERS))
     began = time.monotonic()
-    honest = Honest(address, held, seed)
+    well_behaved = WellBehavedPeers(address, held, seed)
     share = [count // attackers + (number < count % attackers) for number in range(attackers)]
     processes = [
         spawn.Process(
             target=attack,
-            args=(address, seed * 1_000 + number, part, held, honest.peers, sent, answers),
+            args=(address, seed * 1_000 + number, part, held, well_behaved.peers, sent, answers),
             daemon=True,
         )
         for number, part in enumerate(share)
@@ -112,24 +112,24 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
     stats: dict[str, Any] = {"queues": [], "malformed": 0}
     try:
         while any(process.is_alive() for process in processes) and broker.poll() is None:
-            honest.tidy()
+            well_behaved.tidy()
             seen.append((sent.value, watched.memory_info().rss, watched.num_fds()))
             processes[0].join(SAMPLE_SECONDS)
             if sys.stderr.isatty():
                 print(f"\r{sent.value} frames", end="", file=sys.stderr)
         seconds = time.monotonic() - began
         wrongs += [f"an attacker has failed with {p.exitcode}" for p in processes if p.exitcode not in (0, None)]
-        honest.stop()
-        honest.tidy()
-        stats = honest.ask.stats("")
+        well_behaved.stop()
+        well_behaved.tidy()
+        stats = well_behaved.ask.stats("")
     except TimeoutError:
         seconds = time.monotonic() - began
         wrongs.append("the broker does not answer any more")
     finally:
         for process in processes:
             process.kill()
-    wrongs += honest.judge.wrongs
-    honest.close()
+    wrongs += well_behaved.judge.wrongs
+    well_behaved.close()
     left = {queue["name"]: queue for queue in stats["queues"] if queue["name"] in QUEUES}
     wrongs += [f"{name} holds {q['ready']} messages" for name, q in left.items() if q["ready"] or q["leased"]]
     broker.terminate()
@@ -151,7 +151,7 @@ def run(directory: Path, count: int, seed: int, attackers: int, durability: str)
         "frames a second": round(sent.value / seconds),
         "malformed, counted by the broker": stats["malformed"],
         "answers to attackers": ", ".join(f"{n} {kind}" for kind, n in zip(ANSWERS, answers[:], strict=True)),
-        "well-behaved groups ended": len(honest.judge.ended),
+        "well-behaved groups ended": len(well_behaved.judge.ended),
         "broker's memory, first quarter": f"{memory[0] >> 20} MiB",
         "broker's memory, last quarter": f"{memory[1] >> 20} MiB",
         "broker's descriptors": f"{fds[0]}, then {fds[1]}",

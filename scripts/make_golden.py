@@ -185,7 +185,7 @@ def _moved() -> list[tuple[str, int, bytes]]:
 
 
 def _requeue_last(peer: PeerClient, id: int) -> None:
-    """Last, so that nobody is there to whom it would be delivered."""
+    """Publish last, so that no consumer is there to receive it."""
     peer.consume(FIRST.queue, 0)
     peer.admin.requeue(f"dlq.{FIRST.queue}", [id]).result(10)
 
@@ -223,7 +223,7 @@ def main() -> int:
         return 2
     target = Path(sys.argv[1])
     if target.exists() and any(target.iterdir()):
-        print(f"{target} holds golden files already; they are never written anew", file=sys.stderr)
+        print(f"{target} holds golden files already; they are never overwritten", file=sys.stderr)
         return 1
     target.mkdir(parents=True, exist_ok=True)
     for name, sample in SAMPLES.items():

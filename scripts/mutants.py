@@ -41,7 +41,7 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "dispatch-before-fsync",
-        "what a round decided leaves before it is on disk",
+        "the decisions of a round leave before they are on disk",
         (
             (
                 "brokers/stageflow_brokers/engine/engine.py",
@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "segment-out-of-order",
-        "the newest sealed segment is given back instead of the oldest",
+        "the newest sealed segment is deleted instead of the oldest",
         (
             (
                 "brokers/stageflow_brokers/journal/journal.py",
@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "segment-not-copied-forward",
-        "a segment is given back though messages in it are alive",
+        "a segment is deleted although messages in it are live",
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "join-counts-duplicates",
-        "an arrival that comes twice fills two slots of a join",
+        "an arrival sent twice fills two slots of a join",
         (
             (
                 "brokers/stageflow_brokers/core/gather.py",
@@ -152,7 +152,7 @@ MUTANTS = (
     ),
     Mutant(
         "failed-fsync-ignored",
-        "an error of fdatasync is passed over",
+        "an error of fdatasync is ignored",
         (
             (
                 "brokers/stageflow_brokers/journal/journal.py",
@@ -169,19 +169,19 @@ MUTANTS = (
     ),
     Mutant(
         "epoch-not-durable",
-        "a broker that starts does not write down its new epoch",
+        "a broker that starts does not record its new epoch",
         (("brokers/stageflow_brokers/core/machine.py", "        self.ledger.keep_epoch()\n", ""),),
         ("tests/brokers/test_broker_killed.py::test_whatever_was_in_the_broker_is_in_it_again",),
     ),
     Mutant(
         "roster-not-awaited",
-        "after a restart queues open before the workers have said what they hold",
+        "after a restart queues open before the workers have reported their leases",
         (("brokers/stageflow_brokers/core/machine.py", "rostered=not supervised,", "rostered=True,"),),
         ("tests/brokers/test_contract.py::TestBrokers::test_nothing_is_delivered_before_the_roster_is_known[memory]",),
     ),
     Mutant(
         "frames-taken-twice",
-        "a frame that was sent again is taken again",
+        "a frame that was sent again is accepted again",
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
@@ -223,7 +223,7 @@ MUTANTS = (
     ),
     Mutant(
         "failed-stage-undone",
-        "a stage that failed counts as completed when it comes to undoing",
+        "a failed stage counts as completed for compensation",
         (
             (
                 "stageflow_actors/core/routing.py",
@@ -235,7 +235,7 @@ MUTANTS = (
     ),
     Mutant(
         "failed-compensation-hidden",
-        "an instance is called compensated though a compensation failed",
+        "an instance has the status compensated although a compensation failed",
         (
             (
                 "stageflow_actors/core/routing.py",
@@ -247,7 +247,7 @@ MUTANTS = (
     ),
     Mutant(
         "retiring-by-kill",
-        "a worker that is not needed any more is killed, whatever it is at",
+        "a worker that is no longer needed is killed in the middle of its work",
         (
             (
                 "stageflow_actors/runtime/node/pool.py",
@@ -265,7 +265,7 @@ MUTANTS = (
     ),
     Mutant(
         "recycled-taken-for-dead",
-        "a worker that has done its share is charged like one that died",
+        "a recycled worker is charged like one that died",
         (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
@@ -280,7 +280,7 @@ MUTANTS = (
     ),
     Mutant(
         "unmet-in-the-first-attempt",
-        "a stage that lacks what it needs is said to have been tried once, however often that was",
+        "a stage with unmet dependencies is reported with one attempt, whatever the number",
         (
             (
                 "stageflow_actors/runtime/worker/executors/base.py",
@@ -292,13 +292,13 @@ MUTANTS = (
     ),
     Mutant(
         "outdated-history-taken",
-        "a history that lacks rows which the journal knows to be written is taken for whole",
+        "a history that lacks rows which the journal records as written counts as complete",
         (("stageflow_actors/runtime/node/history_consistency.py", "history.written < int(told)", "False"),),
         ("tests/runtime/test_history_consistency.py::test_a_history_older_than_the_journal_is_refused",),
     ),
     Mutant(
         "finished-run-again",
-        "what a newer history knows to have finished is run again by an older journal",
+        "an instance that finished by a newer history is run again by an older journal",
         (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(over).result()", "pass"),),
         (
             "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
@@ -306,7 +306,7 @@ MUTANTS = (
     ),
     Mutant(
         "request-waits-for-ever",
-        "a request that nobody serves outlives its timeout, and keeps its instance from being told to be parked",
+        "a request without a worker outlives its timeout, and its instance is not reported as parked",
         (
             (
                 "stageflow_actors/runtime/worker/executors/stage.py",
@@ -321,7 +321,7 @@ MUTANTS = (
     ),
     Mutant(
         "marked-before-counted",
-        "a crash between the mark of a message to be parked and its parking is taken for a requeue",
+        "a crash between the mark of a message to be parked and its parking counts as a requeue",
         (
             (
                 "stageflow_actors/runtime/worker/executors/stage.py",
@@ -337,7 +337,7 @@ MUTANTS = (
     ),
     Mutant(
         "greeting-taken-twice",
-        "a greeting that comes twice takes back what was delivered since",
+        "a hello that arrives twice takes back later deliveries",
         (("brokers/stageflow_brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
         (
             "tests/brokers/test_connection_accidents.py::test_a_hello_that_arrives_twice_takes_nothing_back",
@@ -346,7 +346,7 @@ MUTANTS = (
     ),
     Mutant(
         "answer-with-welcome-lost",
-        "an answer that comes with the welcome is thrown away",
+        "an answer that comes with the welcome is dropped",
         (
             (
                 "brokers/stageflow_brokers/client/connection.py",
@@ -361,7 +361,7 @@ MUTANTS = (
     ),
     Mutant(
         "greeting-for-each-frame",
-        "a peer that has greeted greets again for each frame that it sent before",
+        "a peer sends hello again for each frame that it sent before its hello",
         (
             (
                 "brokers/stageflow_brokers/client/connection.py",
@@ -381,7 +381,7 @@ MUTANTS = (
     ),
     Mutant(
         "not-watched-again",
-        "a start that is sent again is answered, and its end never told",
+        "a start that is sent again is answered, and its end never sent",
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
@@ -395,7 +395,7 @@ MUTANTS = (
     ),
     Mutant(
         "epoch-lost-with-its-segment",
-        "the epoch is not stated anew before the segment goes that told of it",
+        "the epoch is not recorded again before its segment is deleted",
         (
             (
                 "brokers/stageflow_brokers/core/record_writer.py",
@@ -407,7 +407,7 @@ MUTANTS = (
     ),
     Mutant(
         "frames-lost-with-their-segment",
-        "how far a peer has been heard is not stated anew before the segment goes that told of it",
+        "the last frame of a peer is not recorded again before its segment is deleted",
         (
             (
                 "brokers/stageflow_brokers/core/record_writer.py",
@@ -459,7 +459,7 @@ MUTANTS = (
     ),
     Mutant(
         "death-charged-twice",
-        "a death that is told again after a restart is charged again",
+        "a death that is reported again after a restart is charged again",
         (
             (
                 "brokers/stageflow_brokers/core/supervision.py",
@@ -507,7 +507,7 @@ MUTANTS = (
     ),
     Mutant(
         "neighbours-charged",
-        "everything that a dead worker held is charged with its death",
+        "all messages of a dead worker are charged with its death",
         (
             (
                 "brokers/stageflow_brokers/core/leases.py",
@@ -545,7 +545,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-back-off",
-        "a worker that dies again and again is started again at once",
+        "a worker that dies repeatedly is restarted without a delay",
         (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
@@ -557,7 +557,7 @@ MUTANTS = (
     ),
     Mutant(
         "pause-of-a-pool-never-over",
-        "a queue that was resumed is still said to be paused by its pool",
+        "a resumed queue is still reported as paused by its pool",
         (
             (
                 "stageflow_actors/runtime/node/pool_pause.py",
@@ -579,7 +579,7 @@ MUTANTS = (
     ),
     Mutant(
         "judging-counts-as-work",
-        "a worker that only finds out how another one died has settled something well",
+        "a worker that only settles the death of another one counts as successful",
         (
             (
                 "stageflow_actors/runtime/worker/actor.py",
@@ -591,7 +591,7 @@ MUTANTS = (
     ),
     Mutant(
         "dead-killed-once-more",
-        "a worker that has died is killed, and judged, for what it seems to run still",
+        "a dead worker is killed and classified by the message that it seems to run",
         (
             (
                 "stageflow_actors/runtime/node/pool.py",

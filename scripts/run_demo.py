@@ -24,20 +24,20 @@ import psutil
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLE = EXAMPLES / "order_processing.py"
 LOOK_EVERY = 0.05  # seconds between two looks at the shop
-GRACE = 5.0  # seconds that a run gets to end by itself after a Ctrl-C, and a process to be gone after a SIGKILL
+GRACE = 5.0  # seconds for a run to end after a Ctrl-C, and for a process to be gone after a SIGKILL
 GIVE_UP_AFTER = 300.0  # seconds that a run may take; it takes about ten
 
 
 class DemoFailed(Exception):
-    """Something did not go as it has to; the message is for the person at the terminal."""
+    """The demo did not go as expected; the message is for the terminal."""
 
 
-def say(text: str) -> None:
+def print_step(text: str) -> None:
     print(f"\n── {text}", file=sys.stderr, flush=True)
 
 
 def descendants(root: int) -> list[psutil.Process]:
-    """The process `root` and all below it; nothing if it has ended. By parent: each worker has a session of its own."""
+    """Return the process `root` and its descendants, or nothing if it has ended."""
     try:
         program = psutil.Process(root)
         return [program, *program.children(recursive=True)]
@@ -46,7 +46,7 @@ def descendants(root: int) -> list[psutil.Process]:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether it runs no more. A zombie does not: who reaps it, and when, is not ours to say in a container."""
+    """Return True if the process has ended. A zombie has: in a container nothing may reap it."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -54,7 +54,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def still_alive(processes: list[psutil.Process], grace: float) -> list[psutil.Process]:
-    """Those that have not ended within `grace` seconds."""
+    """Return the processes that have not ended within `grace` seconds."""
     deadline = time.monotonic() + grace
     while alive := [process for process in processes if not has_ended(process)]:
         if time.monotonic() >= deadline:
@@ -64,9 +64,9 @@ def still_alive(processes: list[psutil.Process], grace: float) -> list[psutil.Pr
 
 
 def kill_all(root: int) -> int:
-    """SIGKILLs a program with everything that it started, and returns how many processes that were.
+    """Send SIGKILL to a program and its descendants. Return the number of processes.
 
-    Stopped first, so that none can start another, or settle its affairs, while the others are found and killed.
+    They are stopped first, so that none starts another one or finishes its work while the others are found.
     """
     victims: dict[int, psutil.Process] = {}
     while found := [process for process in descendants(root) if process.pid not in victims]:
@@ -78,19 +78,19 @@ def kill_all(root: int) -> int:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     if alive := still_alive(list(victims.values()), GRACE):
-        raise DemoFailed(f"these outlived a SIGKILL: {', '.join(str(process.pid) for process in alive)}")
+        raise DemoFailed(f"processes that survived a SIGKILL: {', '.join(str(process.pid) for process in alive)}")
     return len(victims)
 
 
 @contextmanager
 def started(command: list[str], environment: dict[str, str], grace: float = GRACE) -> Iterator[subprocess.Popen[bytes]]:
-    """A running program, of which nothing is left afterwards."""
+    """Run a program; none of its processes is left afterwards."""
     with subprocess.Popen(command, env=environment) as program:
         try:
             yield program
         except KeyboardInterrupt:
-            # The terminal has sent the program a Ctrl-C as well: it gets a moment to end by itself. Who belongs to it
-            # is found out before, since orphans cannot be told from strangers.
+            # The terminal has sent the program a Ctrl-C as well: it gets a moment to end. Its processes
+            # are listed before, because orphans cannot be distinguished from other processes.
             for process in still_alive(descendants(program.pid), grace):
                 kill_all(process.pid)
             raise
@@ -100,7 +100,7 @@ def started(command: list[str], environment: dict[str, str], grace: float = GRAC
 
 
 def wait(program: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: False) -> int | None:
-    """Waits for the program to end (returns its exit code) or for `until` to become true (returns None)."""
+    """Wait for the program to end and return its exit code, or None if `until` becomes true before."""
     looks = 0
     while not until():
         try:
@@ -113,16 +113,16 @@ def wait(program: subprocess.Popen[bytes], until: Callable[[], bool] = lambda: F
 
 
 def confirmed(shop: Path) -> int:
-    """Orders whose last stage has done its work, by the shop's books."""
+    """Return the number of orders whose last stage is in the books of the shop."""
     with closing(sqlite3.connect(shop, timeout=10)) as db:
         (count,) = db.execute("SELECT count(*) FROM confirmations").fetchone()
     return int(count)
 
 
 def demo(folder: Path, orders: Path) -> int:
-    """Returns the exit code of the audit."""
+    """Run the demo. Return the exit code of the audit."""
     shop, results = folder / "shop.db", folder / "results.jsonl"
-    # The sockets of a run that was killed stay behind, and go with the folder.
+    # The sockets of a killed run remain, and are deleted with the folder.
     environment = dict(os.environ, SHOP_DB=str(shop), XDG_RUNTIME_DIR=str(folder))
     environment.pop("STAGEFLOW_DATA", None)
     stageflow = str(Path(sys.executable).with_name("stageflow"))
@@ -130,28 +130,28 @@ def demo(folder: Path, orders: Path) -> int:
     run += ["--results", str(results), "--data", str(folder / "data")]
     total = sum(1 for line in orders.read_text("utf-8").splitlines() if line.strip())
 
-    say(f"A shop, and {total:,} orders for it")
+    print_step(f"A shop, and {total:,} orders for it")
     subprocess.run([sys.executable, str(EXAMPLE), "init"], env=environment, check=True)
 
-    say(f"stageflow run {EXAMPLE.relative_to(EXAMPLES.parent)}:runtime --input {orders.name} --key order_id …")
+    print_step(f"stageflow run {EXAMPLE.relative_to(EXAMPLES.parent)}:runtime --input {orders.name} --key order_id …")
     with started(run, environment) as program:
         code = wait(program, until=lambda: confirmed(shop) >= total * 2 // 5)
         if code is not None:
-            raise DemoFailed(f"the run ended by itself (exit code {code}) before it could be killed")
+            raise DemoFailed(f"the run ended (exit code {code}) before it could be killed")
         through = confirmed(shop)
         killed = kill_all(program.pid)
-    say(f"{through:,} orders were through when all {killed} processes got a SIGKILL. The same command again:")
+    print_step(f"{through:,} orders were done when all {killed} processes got a SIGKILL. The same command again:")
 
     with started(run, environment) as program:
         code = wait(program)
-    # 1 says that some orders did not complete, as it has to be: some cards are declined.
+    # 1 means that some orders did not complete: some cards are declined.
     if code not in (0, 1):
         raise DemoFailed(f"the second run failed with exit code {code}")
 
-    say("And the audit:")
+    print_step("And the audit:")
     audit = [sys.executable, str(EXAMPLE), "audit", "--input", str(orders), "--results", str(results)]
     code = subprocess.run(audit, env=environment, check=False).returncode
-    say("The shop balances." if code == 0 else "The shop does NOT balance.")
+    print_step("The shop balances." if code == 0 else "The shop does NOT balance.")
     return code
 
 

@@ -44,11 +44,11 @@ def main() -> int:
     done = failures = 0
     accidents: dict[str, int] = {}
     with multiprocessing.get_context("spawn").Pool(min(given.jobs, len(work))) as pool:
-        for count, told, happened in pool.imap_unordered(run, work):
+        for count, violations, happened in pool.imap_unordered(run, work):
             done += count
             for name, times in happened.items():
                 accidents[name] = accidents.get(name, 0) + times
-            for text in told:
+            for text in violations:
                 failures += 1
                 print(f"\r{text}\n", file=sys.stderr)
             if sys.stderr.isatty():
@@ -72,17 +72,17 @@ def run(part: tuple[int, int, bool]) -> tuple[int, list[str], dict[str, int]]:
     logging.disable(logging.WARNING)  # only violations are reported
     simulate: Any = importlib.import_module("simulation").simulate
     first, last, wild = part
-    told = []
+    violations = []
     accidents: dict[str, int] = {}
     for seed in range(first, last):
         try:
             ran = simulate(seed, wild=wild)
         except AssertionError as error:
-            told.append(str(error))
+            violations.append(str(error))
             continue
         for name, times in ran.tally().items():
             accidents[name] = accidents.get(name, 0) + times
-    return last - first, told, accidents
+    return last - first, violations, accidents
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from argument_types import from_one, script_parser, share
 from torturing.crashes import crash_at_every_call
 from torturing.faults import FAULTS, LASTING, READING, fail_every_call, fail_every_read
 from torturing.journal_at_rest import cut_everywhere, flip_bits, lose_files, lose_sectors, spoil_sectors
-from torturing.sample_journal import Specimen
-from torturing.scenarios import SCENES
+from torturing.sample_journal import SampleJournal
+from torturing.scenarios import SCENARIOS
 
 PARTS = ("cuts", "sectors", "flips", "faults", "crashes")
 
@@ -49,27 +49,27 @@ def run(seed: int, parts: list[str], share: float, bodies: float, states: int, f
     """Run all parts with one seed. Raises AssertionError at the first violation of the law."""
     chance = random.Random(f"torture {seed}")
     if {"cuts", "sectors", "flips"} & set(parts):
-        specimen = Specimen.grow(seed, 160)
-        figures["states compared with those in memory"] += specimen.check_states()
-        figures["records in journals"] += specimen.records
-        figures["bytes of journals"] += specimen.size
+        sample = SampleJournal.grow(seed, 160)
+        figures["states compared with those in memory"] += sample.check_states()
+        figures["records in journals"] += sample.records
+        figures["bytes of journals"] += sample.size
         if "sectors" in parts:
-            lose_sectors(specimen, figures, rounds=round(400 * share) + 2, chance=chance)
-            spoil_sectors(specimen, figures, share=share, chance=chance)
+            lose_sectors(sample, figures, rounds=round(400 * share) + 2, chance=chance)
+            spoil_sectors(sample, figures, share=share, chance=chance)
         if "cuts" in parts:
-            cut_everywhere(specimen, figures, share=share, chance=chance)
-            lose_files(specimen, figures)
+            cut_everywhere(sample, figures, share=share, chance=chance)
+            lose_files(sample, figures)
         if "flips" in parts:
-            flip_bits(specimen, figures, share=share, bodies=min(bodies, share), chance=chance)
-    for scene in SCENES:
+            flip_bits(sample, figures, share=share, bodies=min(bodies, share), chance=chance)
+    for scenario in SCENARIOS:
         if "faults" in parts:
             for code, name in FAULTS:
                 for for_ever in (False, True) if name in LASTING else (False,):
-                    fail_every_call(scene, code, figures, for_ever=for_ever, share=share, chance=chance, seed=seed)
-            if scene in READING:
-                fail_every_read(scene, figures, share=share, chance=chance, seed=seed)
+                    fail_every_call(scenario, code, figures, for_ever=for_ever, share=share, chance=chance, seed=seed)
+            if scenario in READING:
+                fail_every_read(scenario, figures, share=share, chance=chance, seed=seed)
         if "crashes" in parts:
-            crash_at_every_call(scene, figures, most=max(4, round(states * share)), chance=chance, seed=seed)
+            crash_at_every_call(scenario, figures, most=max(4, round(states * share)), chance=chance, seed=seed)
 
 
 def main() -> int:

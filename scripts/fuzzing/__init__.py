@@ -1,5 +1,5 @@
-"""What `scripts/fuzz.py` throws at a broker, and how it judges whether anybody was harmed.
+"""The parts of `scripts/fuzz.py`.
 
-`frames`: wrong frames without end, of a seed · `attacker`: processes that send them over raw sockets · `honest`:
-peers that publish, work and settle meanwhile, and the judge of what they saw.
+`frames`: seeded wrong frames · `attacker`: processes that send them over raw sockets · `well_behaved_peer`: peers that
+publish, work and settle at the same time, and the judge of their results.
 """

@@ -1,4 +1,4 @@
-"""A process that attacks: raw DEALER sockets, some of which read what they are told and some never do."""
+"""An attacking process: raw DEALER sockets, some of which never read."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fuzzing.frames import Frames
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import ProtocolError
 
-__all__ = ["ANSWERS", "HELD", "attack"]
+__all__ = ["ANSWERS", "SHARED_LEASES", "attack"]
 
 ANSWERS = ("malformed", "stale", "refused", "error", "items", "resend", "hello")
-"""What attackers are told, and how often: notices, and answers of these kinds."""
+"""Kinds of notices and answers to attackers that are counted."""
 
-HELD = 64
-"""Leases of honest peers that are shared with the attackers."""
+SHARED_LEASES = 64
+"""Number of leases of well-behaved peers that are shared with the attackers."""
 
 SOCKETS = 4
-LIFE = 4_000
-"""Frames after which a socket is closed without a word and another one opened."""
-TALK = 60
-"""Frames between hellos: whoever is out of step may talk again."""
+FRAMES_PER_SOCKET = 4_000
+"""Frames after which a socket is closed without a goodbye and another one opened."""
+FRAMES_PER_HELLO = 60
+"""Frames between hellos, which bring a socket back into step."""
 
 
 class _Attacker:
-    """One socket and what it remembers of its talk."""
+    """One socket and the state of its session."""
 
     def __init__(self, context: zmq.Context[Any], address: str, frames: Frames, *, reads: bool, number: int) -> None:
         self.frames = frames
@@ -47,7 +47,7 @@ class _Attacker:
         self.socket.send_multipart(parts)
 
     def listen(self) -> None:
-        """Follow the talk, as far as it is one."""
+        """Read the answers and follow the session."""
         while True:
             try:
                 header = self.socket.recv_multipart(zmq.NOBLOCK)[0]
@@ -66,13 +66,16 @@ class _Attacker:
 
 
 def attack(address: str, seed: int, count: int, held: Any, peers: list[int], sent: Any, answers: Any) -> None:
-    """Send `count` frames. `held`: shared ids and leases of honest peers, in turn; `sent` counts along; what came back
-    is counted in `answers`, as in ANSWERS."""
+    """Send `count` frames.
+
+    `held`: shared ids and leases of well-behaved peers, alternating; `sent` counts the frames; `answers` counts the
+    answers by ANSWERS.
+    """
     chance = random.Random(seed)
     context: zmq.Context[Any] = zmq.Context()
 
     def someones() -> tuple[int, int]:
-        place = 2 * chance.randrange(HELD)
+        place = 2 * chance.randrange(SHARED_LEASES)
         return held[place], held[place + 1]
 
     born = 0
@@ -81,7 +84,7 @@ def attack(address: str, seed: int, count: int, held: Any, peers: list[int], sen
         nonlocal born
         born += 1
         frames = Frames(random.Random(chance.random()), someones, peers)
-        # The epoch of the broker is no secret: a hello is answered with it.
+        # The epoch of the broker is public: it answers each hello with it.
         return _Attacker(context, address, frames, reads=born % SOCKETS != 0, number=seed % 10_000 * 1_000_000 + born)
 
     def leave(attacker: _Attacker) -> None:
@@ -95,10 +98,10 @@ def attack(address: str, seed: int, count: int, held: Any, peers: list[int], sen
     for number in range(count):
         place = number % SOCKETS
         attacker = attackers[place]
-        if number // SOCKETS % LIFE == LIFE - 1:
+        if number // SOCKETS % FRAMES_PER_SOCKET == FRAMES_PER_SOCKET - 1:
             leave(attacker)
             attacker = attackers[place] = another()
-        elif number // SOCKETS % TALK == TALK - 1:
+        elif number // SOCKETS % FRAMES_PER_HELLO == FRAMES_PER_HELLO - 1:
             attacker.send(attacker.frames.hello())
         try:
             attacker.send(attacker.frames.next())

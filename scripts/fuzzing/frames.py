@@ -1,8 +1,8 @@
-"""Frames that no peer should send, as many as are wanted, each the same for the same seed.
+"""Frames that no peer should send, seeded.
 
-Most speak the language well enough to be decoded: they lie about sizes and numbers, name what another peer holds, come
-twice, or lack their end. What any peer may do to all others (publish into their queues, pause or purge them) is
-done to names of the attackers' own only: that is the right of the user whose broker it is, and no attack.
+Most can be decoded: they lie about sizes and numbers, name the leases of another peer, arrive twice, or lack their end.
+Operations that any peer may do to all others (publish into their queues, pause or purge them) only use names of the
+attackers: they are permitted, and no attack.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ GROUPS = tuple(f"a{number}" for number in range(24))
 KEYS = ("k0", "k1", "k2")
 LONG = "n" * 1_100
 ROLES = ("client", "worker", "", "supervisor?", LONG)
-ENOUGH = 64
-"""How many frames are remembered to be sent again, cut or bent."""
+FRAMES_REMEMBERED = 64
+"""Frames remembered, to send again, truncated or corrupted."""
 
 Parts = list[bytes]
 
 
 class Frames:
-    """One attacker's frames. `held()` gives (id, lease) that an honest peer holds at present, `peers` their numbers."""
+    """The frames of one attacker. `held()` returns (id, lease) of a well-behaved peer, `peers` are their numbers."""
 
     def __init__(self, chance: random.Random, held: Callable[[], tuple[int, int]], peers: Sequence[int]) -> None:
         self.epoch = 1
@@ -39,24 +39,24 @@ class Frames:
         self._chance = chance
         self._held = held
         self._peers = list(peers) or [1]
-        self._said: list[Parts] = []
+        self._sent: list[Parts] = []
         self._kinds = (
             [self.steal] * 5
             + [self.publish] * 4
             + [self.ask] * 3
-            + [self.cut] * 3
-            + [self.bend] * 3
-            + [self.again] * 2
-            + [self.mumble] * 2
-            + [self.step, self.give_back, self.heard, self.out_of_turn]
+            + [self.truncate] * 3
+            + [self.corrupt] * 3
+            + [self.repeat] * 2
+            + [self.noise] * 2
+            + [self.step, self.release, self.answer_ping, self.out_of_turn]
         )
 
     def next(self) -> Parts:
-        """The next frame's parts."""
+        """Return the parts of the next frame."""
         return self._chance.choice(self._kinds)()
 
     def hello(self) -> Parts:
-        """A hello that is right in the main: it claims what others hold, and watches what is not its own."""
+        """Return a mostly valid hello: it claims leases of others, and watches foreign groups."""
         self.talk += 1
         chance = self._chance
         consume = [(chance.choice(QUEUES), chance.choice((0, 1, 100, 2**40)))] if chance.random() < 0.2 else []
@@ -66,10 +66,10 @@ class Frames:
         fields = (wire.PROTOCOL, role, "attacker", 1, self.frame + 1, consume, holding, watching, self.talk)
         return [wire.HELLO, wire.encode(fields), b""]
 
-    # what it does
+    # operations
 
     def steal(self) -> Parts:
-        """Settle what another holds."""
+        """Settle messages that another peer holds."""
         chance = self._chance
         moves: list[Any] = []
         acks: list[Any] = []
@@ -102,7 +102,7 @@ class Frames:
         return self._frame(wire.SETTLE, fields, bytes(size if chance.random() < 0.9 else size + 1))
 
     def publish(self) -> Parts:
-        """Publish into queues of its own, with sizes, targets and times that may be anything."""
+        """Publish into its own queues with arbitrary sizes, targets and times."""
         chance = self._chance
         items = [self._item(chance.randrange(0, 40)) for _ in range(chance.randrange(0, 5))]
         opens, arrivals = [], []
@@ -123,16 +123,16 @@ class Frames:
         return self._frame(wire.PUBLISH, (targets, items, chance.random() < 0.3, opens, arrivals), blob)
 
     def step(self) -> Parts:
-        """Keep a step with what another holds."""
+        """Record a step on a message of another peer."""
         return self._frame(wire.CHECKPOINT, (*self._lease(), self._chance.choice(("step", LONG))), b"evil")
 
-    def give_back(self) -> Parts:
-        """Return what another holds."""
+    def release(self) -> Parts:
+        """Release messages that another peer holds."""
         leases = [self._lease() for _ in range(self._chance.randrange(1, 4))]
         return self._frame(wire.RELEASE, (leases, self._chance.choice(QUEUES), self._chance.choice(NUMBERS)), b"")
 
     def ask(self) -> Parts:
-        """A query with arguments that may or may not be of the right shape."""
+        """Send a query with arguments that may be malformed."""
         chance = self._chance
         group, queue, peer = chance.choice(GROUPS), chance.choice(QUEUES), chance.choice(self._peers)
         id, lease = self._lease()
@@ -155,7 +155,7 @@ class Frames:
                 ("restart", (group, queue, "x", b"anew")),
                 ("fact", (f"f{chance.randrange(200)}", chance.choice((None, "value")))),
                 ("stats", (queue,)),
-                # What only the supervisor may say, of peers that live and work.
+                # Queries reserved to the supervisor, about live peers.
                 ("dead", (peer, id, True, True, b"dead")),
                 ("roster", ([(peer, [queue])],)),
                 ("hold", (True,)),
@@ -168,40 +168,40 @@ class Frames:
             args = (*args, chance.choice(NUMBERS))
         return self._frame(wire.QUERY, (name, args), b"")
 
-    def heard(self) -> Parts:
-        """Answer a mark that was never made."""
+    def answer_ping(self) -> Parts:
+        """Answer a ping that was never sent."""
         return [wire.HEARD, wire.encode(self._chance.choice(NUMBERS)), b""]
 
     def out_of_turn(self) -> Parts:
-        """A frame of another number, or of another broker's time."""
+        """Return a frame with a wrong number or epoch."""
         fields = ([(QUEUES[0], "x")], [self._item(1)])
         number, epoch = self._chance.choice(NUMBERS), self._chance.choice((*NUMBERS, self.epoch))
         return [wire.PUBLISH, wire.encode((epoch, number, *fields)), b"1"]
 
-    # what becomes of what it has said before
+    # variations of earlier frames
 
-    def cut(self) -> Parts:
-        """A frame that lacks its end, or whose header does."""
-        parts = list(self._chance.choice(self._said)) if self._said else self.mumble()
+    def truncate(self) -> Parts:
+        """Return an earlier frame without its end, or without that of its header."""
+        parts = list(self._chance.choice(self._sent)) if self._sent else self.noise()
         place = self._chance.randrange(len(parts))
         parts[place] = parts[place][: self._chance.randrange(len(parts[place]) + 1)]
         return parts
 
-    def bend(self) -> Parts:
-        """A frame with some bytes of its header turned into others."""
-        parts = list(self._chance.choice(self._said)) if self._said else self.mumble()
+    def corrupt(self) -> Parts:
+        """Return an earlier frame with some bytes of its header changed."""
+        parts = list(self._chance.choice(self._sent)) if self._sent else self.noise()
         header = bytearray(parts[1] if len(parts) > 1 else b"\x90")
         for _ in range(self._chance.randrange(1, 4)):
             if header:
                 header[self._chance.randrange(len(header))] = self._chance.choice((0xDD, 0xC1, 0xFF, 0x91, 0, 0xDF))
         return [parts[0], bytes(header), *parts[2:]]
 
-    def again(self) -> Parts:
-        """A frame that was sent before."""
-        return self._chance.choice(self._said) if self._said else self.mumble()
+    def repeat(self) -> Parts:
+        """Return an earlier frame."""
+        return self._chance.choice(self._sent) if self._sent else self.noise()
 
-    def mumble(self) -> Parts:
-        """Anything, in any number of parts."""
+    def noise(self) -> Parts:
+        """Return random bytes in any number of parts."""
         chance = self._chance
         parts = [chance.randbytes(chance.choice((0, 1, 8, 60))) for _ in range(chance.choice((1, 2, 3, 3, 4, 7)))]
         if chance.random() < 0.7:
@@ -227,8 +227,8 @@ class Frames:
     def _frame(self, op: bytes, fields: tuple[Any, ...], blob: bytes) -> Parts:
         self.frame += 1
         parts = [op, wire.encode((self.epoch, self.frame, *fields)), blob]
-        if len(self._said) < ENOUGH:
-            self._said.append(parts)
+        if len(self._sent) < FRAMES_REMEMBERED:
+            self._sent.append(parts)
         else:
-            self._said[self._chance.randrange(ENOUGH)] = parts
+            self._sent[self._chance.randrange(FRAMES_REMEMBERED)] = parts
         return parts

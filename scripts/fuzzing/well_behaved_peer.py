@@ -1,7 +1,7 @@
-"""Peers that mean well, and the judge of what becomes of their work while others attack.
+"""Well-behaved peers, and the judge of their work while others attack.
 
-Groups are published into `work`, worked on there and in `more`, and end in `fin`, each with a body that tells who has
-had it in hand. Some messages are kept for a while with a step, some are given back or fail once. The judge counts.
+Groups are published into `work`, worked on there and in `more`, and end in `fin`; the body names each worker. Some
+messages are held for a while with a step, some are released or fail once. The judge counts.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from stageflow_brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, Delivery
 from stageflow_brokers.testing.harness import Answers
 from stageflow_brokers.zeromq.client import ZmqClient
 
-__all__ = ["QUEUES", "Honest", "Judge"]
+__all__ = ["QUEUES", "Judge", "WellBehavedPeers"]
 
 QUEUES = ("work", "more", "fin")
 IN_FLIGHT = 300
-BREATH = 0.002
-"""Seconds that a worker keeps what it holds, so that there is something to be stolen."""
-PATIENCE = 120.0
+HOLD_SECONDS = 0.002
+"""Seconds that a worker holds its messages, so that there is something to steal."""
+TIMEOUT_SECONDS = 120.0
 
 Connect = Callable[..., ZmqClient]
 
 
 class Judge:
-    """What was published, what came of it, and every wrong."""
+    """The published groups, their ends, and each violation."""
 
     def __init__(self) -> None:
         self.published: dict[str, bytes] = {}
@@ -41,16 +41,16 @@ class Judge:
 
     @property
     def open(self) -> int:
-        """Groups that have been published and have not ended."""
+        """The number of published groups that have not ended."""
         return len(self.published) - len(self.ended)
 
     def publish(self, group: str, body: bytes) -> None:
-        """A group begins."""
+        """Record the start of a group."""
         with self.news:
             self.published[group] = body
 
     def end(self, group: str, body: bytes) -> None:
-        """A group has come to `fin`."""
+        """Record that a group has reached `fin`."""
         with self.news:
             self.ended[group] += 1
             if self.ended[group] > 1:
@@ -59,36 +59,36 @@ class Judge:
             self.news.notify_all()
 
     def push(self, group: str, body: bytes) -> None:
-        """Its publisher was told how it ended."""
+        """Record that the publisher was notified of the end."""
         with self.news:
             self.pushed[group] += 1
             if self.pushed[group] > 1:
-                self.wrong(f"the end of {group} was told {self.pushed[group]} times")
+                self.wrong(f"the end of {group} was sent {self.pushed[group]} times")
             self._compare(group, body)
             self.news.notify_all()
 
     def _compare(self, group: str, body: bytes) -> None:
         if body != self.published.get(group, b"") + b"|work|more":
-            self.wrong(f"the body of {group} is not what its workers made of it: {body[:80]!r}")
+            self.wrong(f"the body of {group} is not that of its workers: {body[:80]!r}")
 
     def wrong(self, what: str) -> None:
-        """Something that must not be."""
+        """Record a violation."""
         if len(self.wrongs) < 50:
             self.wrongs.append(what)
 
     def finish(self) -> None:
-        """All that was published has ended, and its publisher was told. To be asked when nothing is under way."""
+        """Check that each group has ended and its publisher was notified. Call it when nothing is under way."""
         for group in self.published:
             if not self.ended[group]:
                 self.wrong(f"group {group} was lost")
             elif not self.pushed[group]:
-                self.wrong(f"the end of {group} was never told")
+                self.wrong(f"the end of {group} was never sent")
         for group in self.ended.keys() - self.published.keys():
             self.wrong(f"group {group} ended and was never published")
 
 
 class _Peer(Listener):
-    """A connection that is never refused, cut off or told that what it held is another's."""
+    """A connection that must never be refused, disconnected or deprived of a lease."""
 
     def __init__(self, judge: Judge, name: str) -> None:
         self.judge = judge
@@ -98,13 +98,13 @@ class _Peer(Listener):
 
     def on_notice(self, word: str, detail: Any) -> None:
         if word in ("malformed", "refused", "gone", "recall", "retire", "parked"):
-            self.judge.wrong(f"{self.name} is told {word}: {detail!r}")
+            self.judge.wrong(f"{self.name} received {word}: {detail!r}")
 
     def on_stale(self, ids: list[int]) -> None:
-        self.judge.wrong(f"{self.name} has lost {ids} to somebody else")
+        self.judge.wrong(f"{self.name} has lost {ids} to another peer")
 
     def on_lost(self, ids: list[int]) -> None:
-        self.judge.wrong(f"{self.name} is to drop {ids}")
+        self.judge.wrong(f"{self.name} must drop {ids}")
 
     def on_closed(self, reason: str) -> None:
         if not self.leaving:
@@ -129,7 +129,7 @@ class _Collector(_Peer):
 
 
 class _Worker(_Peer):
-    """Holds what it is given for a moment, then settles it in one of several ways."""
+    """Holds each delivery for a moment, then settles it in one of several ways."""
 
     def __init__(self, judge: Judge, queue: str, target: Target, held: Any, seed: int) -> None:
         super().__init__(judge, f"worker of {queue}")
@@ -167,7 +167,7 @@ class _Worker(_Peer):
         super().close()
 
     def _work(self) -> None:
-        while not self._ended.wait(BREATH):
+        while not self._ended.wait(HOLD_SECONDS):
             with self._lock:
                 taken, self._inbox = self._inbox, []
             moves, others, bodies, back = [], [], [], []
@@ -181,7 +181,7 @@ class _Worker(_Peer):
                         back.append((item.id, item.lease))
                     case _:
                         if item.extra is not None and item.extra.steps not in (None, {"step": b"mine"}):
-                            self.judge.wrong(f"somebody has kept a step of {item.group}: {item.extra.steps}")
+                            self.judge.wrong(f"another peer recorded a step of {item.group}: {item.extra.steps}")
                         bodies.append(body + b"|" + self._queue.encode())
                         moves.append((item.id, item.lease, 0, len(bodies[-1]), item.group))
             with self._lock:
@@ -193,8 +193,8 @@ class _Worker(_Peer):
                 self.client.release(back, self._queue, -1)
 
 
-class Honest:
-    """A publisher, two workers of each queue and a collector at work, until `stop`."""
+class WellBehavedPeers:
+    """A publisher, two workers per queue and a collector, at work until `stop`."""
 
     def __init__(self, address: str, held: Any, seed: int) -> None:
         self.judge = Judge()
@@ -220,10 +220,10 @@ class Honest:
     @property
     def ask(self) -> Answers:
         """Performs an operation of a well-behaved peer and waits for its answer."""
-        return Answers(self._publisher.client.admin, PATIENCE)
+        return Answers(self._publisher.client.admin, TIMEOUT_SECONDS)
 
     def tidy(self) -> None:
-        """Throw away what attackers have published: nobody else would, and it would lie there by right."""
+        """Purge the messages of the attackers: no worker consumes them, so they would stay."""
         for queue in self.ask.stats("")["queues"]:
             name = queue["name"]
             if name not in QUEUES:
@@ -232,18 +232,18 @@ class Honest:
                     self.ask.purge("dlq." + name, [])
 
     def stop(self) -> None:
-        """Publish no more, wait until all has ended, and judge."""
+        """Stop publishing, wait for all ends, and judge."""
         self._stopping.set()
         self._thread.join()
         judge = self.judge
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         with judge.news:
             while (judge.open or len(judge.pushed) < len(judge.published)) and time.monotonic() < deadline:
                 judge.news.wait(0.2)
         judge.finish()
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connections."""
         for peer in self._peers:
             peer.close()
 
@@ -256,12 +256,12 @@ class Honest:
                     judge.news.wait(0.2)
             items, bodies = [], []
             for _ in range(20):
-                group = f"honest-{number}"
+                group = f"good-{number}"
                 number += 1
                 body = group.encode() + os.urandom(8)
                 judge.publish(group, body)
                 items.append((0, len(body), group, 1, START | WATCH))
                 bodies.append(body)
-            answer = self._publisher.client.publish([Target("work", "new")], items, bodies).result(PATIENCE)
+            answer = self._publisher.client.publish([Target("work", "new")], items, bodies).result(TIMEOUT_SECONDS)
             if answer.refused:
-                judge.wrong(f"honest groups were refused: {answer.refused[:3]}")
+                judge.wrong(f"valid groups were refused: {answer.refused[:3]}")

@@ -1,4 +1,4 @@
-"""What stays flat: the first third of a soak against its last third, once it is warm, and the bounds of each figure."""
+"""Compare the first third of a soak with its last third, after the warm-up, by a bound for each figure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SEGMENT = 64 << 20
 
 @dataclass(frozen=True)
 class Bound:
-    """The most by which a figure may grow: `more`, and the `share` of what it was; or, with a `ceiling`, anything up to
-    that. `why`: what grows by design."""
+    """The growth allowed for a figure: `more`, plus a `share` of its first value; or anything up to a `ceiling`.
+
+    `why`: the growth by design.
+    """
 
     more: float = 0.0
     share: float = 0.0
@@ -25,25 +27,25 @@ class Bound:
     ceiling: float = 0.0
 
     def most(self, before: float) -> float:
-        """The most that it may be at the end."""
+        """Return the maximum at the end."""
         return self.ceiling or before * (1 + self.share) + self.more
 
 
 BOUNDS: dict[tuple[str, str], Bound] = {
     **{("rss", kind): Bound(8 * MB, 0.05) for kind in KINDS},
-    ("rss", "broker"): Bound(16 * MB, 0.05, "it remembers the last 50,000 ids that have left"),
+    ("rss", "broker"): Bound(16 * MB, 0.05, "it remembers the last 50,000 finished ids"),
     ("rss", "node"): Bound(72 * MB, 0.05, "the page cache of the history grows to 64 MB"),
     **{("descriptors", kind): Bound(3) for kind in KINDS},
     **{("threads", kind): Bound(2) for kind in KINDS},
     **{("processes", kind): Bound(1) for kind in KINDS},
-    ("disk", "journal"): Bound(ceiling=6 * SEGMENT, why="of 3 segments of 64 MiB and more the oldest goes"),
+    ("disk", "journal"): Bound(ceiling=6 * SEGMENT, why="the oldest of 3 or more segments of 64 MiB is deleted"),
     ("entries", "sockets"): Bound(1),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: its medians in the first and the last third, the most allowed (None: it grows by design)."""
+    """One figure: its medians in the first and last third, and its maximum (None: it grows by design)."""
 
     what: str
     which: str
@@ -54,19 +56,19 @@ class Row:
 
     @property
     def grown(self) -> bool:
-        """Whether it is over its bound."""
+        """True if it is over its bound."""
         return self.most is not None and self.last > self.most
 
 
 def thirds(began: float, ended: float, warm: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(from, to) of the first and of the last third of what follows the first `warm` seconds."""
+    """Return (from, to) of the first and of the last third of the time after `warm` seconds."""
     begin = began + warm
     third = (ended - begin) / 3
     return (begin, begin + third), (ended - third, ended)
 
 
 def compare(samples: Sequence[Sample], first: tuple[float, float], last: tuple[float, float]) -> list[Row]:
-    """A row for each figure that there is a bound for. Raises `ValueError` where a third has no sample."""
+    """Return a row per bounded figure. Raises `ValueError` if a third has no sample."""
     early = [sample.figures for sample in samples if first[0] <= sample.at <= first[1]]
     late = [sample.figures for sample in samples if last[0] <= sample.at <= last[1]]
     if not early or not late:
@@ -82,7 +84,7 @@ def compare(samples: Sequence[Sample], first: tuple[float, float], last: tuple[f
 def latencies(
     probes: Sequence[tuple[float, float]], first: tuple[float, float], last: tuple[float, float]
 ) -> list[Row]:
-    """Rows of p50 and p95 of the probes (at, seconds). What else the machine does shows in them."""
+    """Return rows for p50 and p95 of the probes (at, seconds). Other load of the machine shows in them."""
     early = [took for at, took in probes if first[0] <= at <= first[1]]
     late = [took for at, took in probes if last[0] <= at <= last[1]]
     if len(early) < 2 or len(late) < 2:

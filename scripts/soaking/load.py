@@ -1,8 +1,8 @@
-"""The program that is soaked: a runtime under mixed load at a steady pace, until it is told to end.
+"""The program under load: a runtime with mixed work at a steady pace, until SIGTERM.
 
 Sagas of which some fail, retry, lose an optional stage or their worker; parallel branches, maps, signals, delays,
-requests; cancels, parked instances that are retried; clients that attach and go; and instances that live all the time.
-Whatever ends otherwise than it should is a mistake, told in the report. It must keep nothing that grows with time.
+requests; cancels, parked instances that are retried; clients that attach and leave; and instances that live for the
+whole run. An unexpected end is a mistake in the report. The program must keep no state that grows with time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MISTAKES_KEPT = 20
 
 
 def reserve(order: dict[str, Any], ctx: StageContext) -> None:
-    """Fails once in ten instances, and takes its worker along once in 300."""
+    """Fail once in ten instances, and end the worker once in 300."""
     if ctx.attempt == 1 and order["n"] % 300 == 17:
         os._exit(9)
     if ctx.attempt == 1 and order["n"] % 10 == 3:
@@ -37,18 +37,18 @@ def reserve(order: dict[str, Any], ctx: StageContext) -> None:
 
 
 def release(order: dict[str, Any]) -> None:
-    """Undoes `reserve`."""
+    """Undo `reserve`."""
     order["released"] = True
 
 
 def advise(order: dict[str, Any]) -> None:
-    """Optional, and fails once in seven instances."""
+    """Fail once in seven instances; the stage is optional."""
     if order["n"] % 7 == 2:
         raise ValueError("no advice")
 
 
 def charge(order: dict[str, Any], ctx: StageContext) -> dict[str, int]:
-    """Fails for good once in five instances."""
+    """Fail permanently once in five instances."""
     ctx.step("authorise", lambda: order["n"])
     if order["n"] % 5 == 0:
         raise ValueError("declined")
@@ -56,7 +56,7 @@ def charge(order: dict[str, Any], ctx: StageContext) -> dict[str, int]:
 
 
 def nothing(context: dict[str, Any]) -> None:
-    """As it says."""
+    """Do nothing."""
 
 
 def twice(item: int) -> int:
@@ -70,24 +70,24 @@ def answer(command: Any) -> Any:
 
 
 def ask(context: dict[str, Any], ctx: StageContext) -> Any:
-    """Asks the endpoint."""
+    """Send a request to the endpoint."""
     return ctx.request("echo", context["n"], timeout=60)
 
 
 def refuse_once(context: dict[str, Any], ctx: StageContext) -> None:
-    """Fails until it is told that it has been mended."""
+    """Fail until the context is mended."""
     if not context["mended"]:
         raise ValueError("not yet")
 
 
 def last_long(context: dict[str, Any], ctx: StageContext) -> None:
-    """In work until the soak is over."""
+    """Work until the end of the run."""
     while not os.path.exists(context["end"]):
         time.sleep(0.2)
 
 
 def workflows() -> dict[str, Workflow[dict[str, Any]]]:
-    """Everything that is run, by id."""
+    """Return all workflows by id."""
     made: list[Workflow[dict[str, Any]]] = [
         Workflow("saga")
         .add_stage(reserve, compensation=release, retry=Retry.fixed(max_attempts=4, delay=0.02))
@@ -108,7 +108,7 @@ def workflows() -> dict[str, Workflow[dict[str, Any]]]:
 
 
 class Load:
-    """The threads that make the load. `rate`: sagas a second; of all else there is about as much again together."""
+    """The threads of the load. `rate`: sagas per second; the rest together is about as much."""
 
     def __init__(self, runtime: Runtime, data: Path, rate: float, log: Path) -> None:
         self.runtime = runtime
@@ -123,7 +123,7 @@ class Load:
         self._number = 0
 
     def run(self, over: threading.Event) -> None:
-        """Until `over` is set, and all that was begun has ended."""
+        """Run until `over` is set and all started instances have ended."""
         self._over = over
         end = self._data.parent / "end"
         residents = [self.runtime.submit(self.flows["wait"], {}, instance_id=f"resident-{n}") for n in range(RESIDENTS)]
@@ -160,7 +160,7 @@ class Load:
             due = max(due + 1 / rate, time.monotonic() - 1)
             try:
                 work()
-            except Exception:  # noqa: BLE001 - whatever it is, it is a mistake, and the load goes on
+            except Exception:  # noqa: BLE001 - any error is a mistake, and the load goes on
                 self._mistake(traceback.format_exc(limit=3))
 
     def _orders(self) -> Iterator[dict[str, Any]]:
@@ -185,7 +185,7 @@ class Load:
         result = self.runtime.execute(self.flows["map"], {}, timeout=60)
         self._expect("completed", result)
         if result.context["got"] != [2 * n for n in range(20)]:
-            self._mistake(f"a map came to {result.context}")
+            self._mistake(f"a map returned {result.context}")
 
     def _wait(self) -> None:
         instance = self.runtime.submit(self.flows["wait"], {})
@@ -200,7 +200,7 @@ class Load:
         instance = self.runtime.submit(self.flows["park"], {"mended": False})
         try:
             instance.result(60)
-            self._mistake("what should have been parked was not")
+            self._mistake("an instance that should be parked was not")
         except InstanceParked:
             self._expect("completed", instance.retry({"mended": True}).result(60))
 

@@ -1,4 +1,4 @@
-"""One look at a cluster from outside: what its processes, its journal and its places for temporary files take."""
+"""One sample of a cluster from outside: its processes, its journal and its temporary files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sample:
 
 
 def take(program: int, data: Path) -> Sample | None:
-    """A look at the cluster of a program; None while it is not whole, as just after a death."""
+    """Return a sample of the cluster of a program, or None while it is incomplete, as just after a death."""
     sample = Sample(time.monotonic())
     figures = sample.figures
     try:
@@ -65,7 +65,7 @@ def _bytes(path: Path) -> int:
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
-        return 0  # given back meanwhile
+        return 0  # deleted in between
 
 
 def _ours(place: Path, beginning: str) -> list[Path]:
@@ -77,7 +77,7 @@ def _ours(place: Path, beginning: str) -> list[Path]:
 
 
 def _is_ours(path: Path, program: int, data: Path) -> bool:
-    """Whether it is the directory of this cluster's sockets, and not of another's on the same machine."""
+    """Return True if it is the socket directory of this cluster, not of another on the same machine."""
     try:
         return path.is_dir() and str(path) in (data / "cluster.json").read_text()
     except OSError:

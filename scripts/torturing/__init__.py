@@ -1,6 +1,6 @@
-"""What `scripts/torture.py` and the tests of the journal do to a journal, and how they judge what is left of it.
+"""The parts of `scripts/torture.py` and of the tests of the journal: damage to a journal, and checks of the result.
 
-`plant`: a real broker engine that makes the journal · `bytes`: cuts, lost sectors and flipped bits of a journal at
-rest · `faults`: a disk that fails at its n-th call · `crashes`: every order in which a crash may lose what was not
-synced. All of it on disks in memory; nothing here touches a file.
+`workload`: a real broker engine that writes the journal · `sample_journal`: a finished journal, to copy and damage ·
+`journal_at_rest`: cuts, lost sectors and flipped bits · `scenarios`, `faults`: a disk that fails at its n-th call ·
+`crashes`: each order in which a crash may lose unsynced writes. All disks are in memory; no file is touched.
 """

@@ -1,4 +1,4 @@
-"""A disk whose n-th call fails, or all from the n-th on, for every n, in every scene.
+"""A disk whose n-th call fails, or all from the n-th on, for each n, in each scenario.
 
 The error is the one a disk or a kernel gives; a write may also stop half-way without one. Afterwards the process ends
 (what it wrote is still to come to the disk) or the whole machine does (any part of it is lost).
@@ -11,14 +11,14 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from torturing.scenarios import SCENES, Disk
+from torturing.scenarios import SCENARIOS, Disk
 
 __all__ = ["FAULTS", "LASTING", "READING", "fail_every_call", "fail_every_read"]
 
 SHORT = 0
 FAULTS = [(errno.EIO, "EIO"), (errno.ENOSPC, "ENOSPC"), (errno.EINTR, "EINTR"), (SHORT, "short writes")]
 LASTING = ("EIO", "ENOSPC", "short writes")
-"""Those that may last for ever; an interruption is over when it has come."""
+"""Faults that may be permanent; an interruption is over at once."""
 READING = ("recovery", "repair")
 """Scenes in which the journal is read."""
 
@@ -26,21 +26,21 @@ READING = ("recovery", "repair")
 def fail_every_call(
     name: str, code: int, figures: Counter[str], *, for_ever: bool, share: float, chance: random.Random, seed: int = 0
 ) -> None:
-    """Play scene `name` with a fault at call n, for every n (a `share` of them)."""
+    """Play scenario `name` with a fault at call n, for every n (a `share` of them)."""
     step = 0
     while True:
         for machine_too in (False, True):
             if step and chance.random() >= share:
                 continue
-            scene = SCENES[name]()
-            disk = scene.set(seed)
+            scenario = SCENARIOS[name]()
+            disk = scenario.set(seed)
             hit = _arm(disk, step, code, for_ever=for_ever)
-            scene.act()
+            scenario.act()
             if machine_too:
                 disk.crash(random.Random(f"{seed} {step}"))
             else:
                 disk.kill()
-            scene.judge(disk)
+            scenario.judge(disk)
             figures["faults injected"] += len(hit)
             figures.update(f"  first at {call}" for call in hit[:1])
         step += 1
@@ -49,7 +49,7 @@ def fail_every_call(
 
 
 def fail_every_read(name: str, figures: Counter[str], *, share: float, chance: random.Random, seed: int = 0) -> None:
-    """Play scene `name` with EIO at read n, for every n (a `share` of them).
+    """Play scenario `name` with EIO at read n, for every n (a `share` of them).
 
     Once: then it is as if nothing had been, for a second try is made. And for ever, of that place; what was refused for
     that is there again when the place can be read again. A repair would give it up: `resting` sees to that.
@@ -69,14 +69,14 @@ def fail_every_read(name: str, figures: Counter[str], *, share: float, chance: r
         for for_ever in (False, True):
             if (for_ever and name == "repair") or (reads and chance.random() >= share):
                 continue
-            scene = SCENES[name]()
-            disk = scene.set(seed)
+            scenario = SCENARIOS[name]()
+            disk = scenario.set(seed)
             left = reads
             disk.on_read = on_read
-            scene.act()
+            scenario.act()
             disk.kill()
             disk.heal()
-            scene.judge(disk)
+            scenario.judge(disk)
             figures["reads failed"] += left < 0
             if not for_ever and left >= 0:
                 return
@@ -87,12 +87,12 @@ _CALLS: dict[tuple[str, int], int] = {}
 
 
 def _calls(name: str, seed: int) -> int:
-    """How many calls the scene makes when none fails; the way on after a failure is judged, not counted."""
+    """How many calls the scenario makes when none fails; the way on after a failure is judged, not counted."""
     if (name, seed) not in _CALLS:
-        scene = SCENES[name]()
-        disk = scene.set(seed)
+        scenario = SCENARIOS[name]()
+        disk = scenario.set(seed)
         disk.calls.clear()
-        scene.act()
+        scenario.act()
         _CALLS[name, seed] = len(disk.calls)
     return _CALLS[name, seed]
 

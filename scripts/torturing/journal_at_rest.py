@@ -1,9 +1,8 @@
-"""What can happen to a journal at rest: cut at any byte, files or sectors lost, sectors unreadable, bits flipped.
+"""Damage to a journal at rest: cut at any byte, files or sectors lost, sectors unreadable, bits flipped.
 
-The law, for each: what is whole and has nothing damaged before it is recovered, byte for byte; damage in what was
-acknowledged is refused with file and offset, and nothing on the disk is changed by the refusal; a torn end is cut off
-with a warning, and the journal goes on. Whatever does not come back, there was a refusal or a warning; and nothing is
-said where nothing was lost.
+The law for each: whole batches before the damage are recovered byte for byte; damage in acknowledged batches is refused
+with file and offset, and the refusal changes nothing on disk; a torn end is cut off with a warning. Each loss comes
+with a refusal or a warning, and there is no warning without a loss.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
 from stageflow_brokers.journal.repair import repair, scan, verify
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
-from torturing.sample_journal import Kept, Outcome, Specimen, Spot, keep, open_journal
+from torturing.sample_journal import Kept, Outcome, SampleJournal, Spot, keep, open_journal
 from torturing.workload import DIRECTORY
 
 __all__ = ["cut_everywhere", "flip_bits", "lose_files", "lose_sectors", "spoil_sectors"]
@@ -23,127 +22,129 @@ __all__ = ["cut_everywhere", "flip_bits", "lose_files", "lose_sectors", "spoil_s
 SEGMENT_HEADER = 64
 RECORD_HEADER = 25
 REPAIRED = 0.1
-"""Share of the refused journals that are repaired, too."""
+"""Share of the refused journals that are also repaired."""
 LATER = [Record(1, 1, 0, b"header", b"a batch that comes after")]
 
 
 def cut_everywhere(
-    everything: Specimen, figures: Counter[str], *, share: float, edges: float = 1.0, chance: random.Random
+    everything: SampleJournal, figures: Counter[str], *, share: float, edges: float = 1.0, chance: random.Random
 ) -> None:
-    """Cut each segment at each byte, once as the end of all, once with the later segments in place.
+    """Cut each segment at each byte, once as the end of the journal, once with the later segments in place.
 
-    Tried are a `share` of all bytes, and a share of those at `edges`, where a batch, an end mark or the header begins
-    or ends; with the neighbours of the segment, for the others mean nothing for it. As the end of all a segment says
-    that it is not followed. A cut in the header is refused; one behind it loses nothing, with nothing said, when the
-    end mark is still there, and is warned of when it is not.
+    Tried are a `share` of all bytes, and a share `edges` of those where a batch, an end mark or the header begins or
+    ends. Only the neighbours of the segment are present, because the others do not affect it. A segment at the end of
+    the journal is marked as not followed. A cut in the header is refused; a later one loses nothing, without a warning,
+    if the end mark is still there, and gives a warning otherwise.
     """
     last = max(everything.files)
     for number, content in everything.files.items():
-        specimen = everything.around(number)
-        spots = [spot for spot in specimen.spots if spot.segment == number]
+        sample = everything.around(number)
+        spots = [spot for spot in sample.spots if spot.segment == number]
         end = spots[-1].following
         ends = [edge for spot in spots for edge in (spot.start, spot.end, spot.following)]
         near = {at for edge in (*ends, end + BATCH_HEADER, SEGMENT_HEADER, SECTOR) for at in (edge - 1, edge)}
-        alone = specimen.unfollowed(number)
+        alone = sample.unfollowed(number)
         for at in range(min(len(content), end + SECTOR) + 1):
             if chance.random() >= (edges if at in near else share):
                 continue
             figures["bytes cut"] += 1
-            whole = specimen.whole_until(number, at)
-            disk = specimen.disk(until=number, changed={number: alone[:at]})
+            whole = sample.whole_until(number, at)
+            disk = sample.disk(until=number, changed={number: alone[:at]})
             if at < SECTOR:
                 figures["  in the header: refused"] += 1
-                _refused(disk, specimen, whole, number, 0)
+                _refused(disk, sample, whole, number, 0)
                 if chance.random() < REPAIRED:
                     figures["journals repaired"] += 1
-                    _repairs(disk, specimen, (number, 0), specimen.said[:whole], [], alone[:at], until=number)
+                    _repairs(disk, sample, (number, 0), sample.decoded[:whole], [], alone[:at], until=number)
             else:
                 silent = at >= end + BATCH_HEADER
-                figures["  behind the end mark: nothing lost" if silent else "  before it: warned of"] += 1
+                figures["  behind the end mark: nothing lost" if silent else "  before it: warning"] += 1
                 found = verify(DIRECTORY, files=disk)
                 place = next((spot.start for spot in spots if at < spot.end), end)
                 assert [(each.file, each.offset, each.damage) for each in found] == (
                     [] if silent else [(file_name(number), place, False)]
                 )
-                _recovers(disk, specimen.said[:whole], again=chance.random() < 0.2, warned=not silent)
+                _recovers(disk, sample.decoded[:whole], again=chance.random() < 0.2, warned=not silent)
             if number == last:
                 continue
-            disk = specimen.disk(changed={number: content[:at]})
+            disk = sample.disk(changed={number: content[:at]})
             if at >= spots[-1].end:
-                _recovers(disk, specimen.said, again=False)
+                _recovers(disk, sample.decoded, again=False)
                 continue
             torn = next(spot for spot in spots if at < spot.end)
             offset = 0 if at < SECTOR else torn.start
-            _refused(disk, specimen, whole, number, offset)
+            _refused(disk, sample, whole, number, offset)
             if chance.random() < REPAIRED:
                 figures["journals repaired"] += 1
                 behind = [
-                    said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number
+                    decoded for decoded, spot in zip(sample.decoded, sample.spots, strict=True) if spot.segment > number
                 ]
-                _repairs(disk, specimen, (number, offset), specimen.said[:whole], behind, content[:at])
+                _repairs(disk, sample, (number, offset), sample.decoded[:whole], behind, content[:at])
 
 
-def lose_files(everything: Specimen, figures: Counter[str]) -> None:
-    """Each segment deleted. The first is not missed here; one in the middle is, and so is the last."""
+def lose_files(everything: SampleJournal, figures: Counter[str]) -> None:
+    """Delete each segment. The first is not missed here; one in the middle is, and so is the last."""
     numbers = sorted(everything.files)
     for number in numbers:
-        specimen = everything.around(number)
-        disk = specimen.disk()
+        sample = everything.around(number)
+        disk = sample.disk()
         disk.remove(DIRECTORY / file_name(number))
         figures["segments deleted"] += 1
-        behind = [said for said, spot in zip(specimen.said, specimen.spots, strict=True) if spot.segment > number]
+        behind = [decoded for decoded, spot in zip(sample.decoded, sample.spots, strict=True) if spot.segment > number]
         if number == numbers[0]:
             _recovers(disk, behind)
             continue
-        before = specimen.whole_until(number, 0)
-        place = (number, 0) if number < numbers[-1] else (number - 1, specimen.spots[before - 1].following)
-        _refused(disk, specimen, before, *place)
+        before = sample.whole_until(number, 0)
+        place = (number, 0) if number < numbers[-1] else (number - 1, sample.spots[before - 1].following)
+        _refused(disk, sample, before, *place)
         report = repair(DIRECTORY, files=disk)
         assert ((report.file, report.offset), report.batches) == ((file_name(place[0]), place[1]), len(behind))
-        _recovers(disk, specimen.said[:before])
+        _recovers(disk, sample.decoded[:before])
 
 
-def spoil_sectors(everything: Specimen, figures: Counter[str], *, share: float, chance: random.Random) -> None:
-    """Each sector (a `share` of them) is one that the disk does not give back.
+def spoil_sectors(everything: SampleJournal, figures: Counter[str], *, share: float, chance: random.Random) -> None:
+    """Make each sector (a `share` of them) unreadable.
 
-    In a batch or a header that is refused, in the last batch too: it may all be there. Repair goes on without it.
+    In a batch or a header that is refused, in the last batch too, which may be complete. Repair goes on without it.
     """
     for number, content in everything.files.items():
-        specimen = everything.around(number)
-        spots = [spot for spot in specimen.spots if spot.segment == number]
+        sample = everything.around(number)
+        spots = [spot for spot in sample.spots if spot.segment == number]
         for at in range(0, spots[-1].following + SECTOR, SECTOR):
             if at >= len(content) or chance.random() >= share:
                 continue
             figures["sectors made unreadable"] += 1
-            disk = specimen.disk()
+            disk = sample.disk()
             disk.spoil(DIRECTORY / file_name(number), at)
             spot = next((spot for spot in spots if spot.start <= at < spot.following), None)
-            if at >= SECTOR and spot is None and number < max(specimen.files):
-                _recovers(disk, specimen.said)  # an end mark, and the next segment says as much
+            if at >= SECTOR and spot is None and number < max(sample.files):
+                _recovers(disk, sample.decoded)  # an end mark, and the next segment says as much
                 continue
             offset = 0 if at < SECTOR else spots[-1].following if spot is None else spot.start
-            whole = specimen.whole_until(number, offset)
-            _refused(disk, specimen, whole, number, offset)
+            whole = sample.whole_until(number, offset)
+            _refused(disk, sample, whole, number, offset)
             (found, *_) = verify(DIRECTORY, files=disk)
             assert f"the sector at offset {at} cannot be read" in found.reason
             if chance.random() < 0.5:
                 disk.heal()
-                _recovers(disk, specimen.said)
+                _recovers(disk, sample.decoded)
                 continue
             report = repair(DIRECTORY, files=disk)
             assert (report.file, report.offset, report.unreadable) == (file_name(number), offset, SECTOR)
             copied = {path.name: disk.content(path) for path in report.copies}
             assert copied[file_name(number)] == content[:at] + bytes(SECTOR) + content[at + SECTOR :]
             assert verify(DIRECTORY, files=disk) == []
-            _recovers(disk, specimen.said if at < SECTOR else specimen.said[:whole])
+            _recovers(disk, sample.decoded if at < SECTOR else sample.decoded[:whole])
 
 
-def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chance: random.Random) -> None:
-    """Each sector of the last, unsynced batch zeroed, set, garbled, or as it was before; then any sets of them; then
-    sectors of batches before it in the same segment, which were acknowledged."""
-    _lose_acknowledged(specimen, figures, rounds, chance)
-    spot = specimen.spots[-1]
-    content = specimen.files[spot.segment]
+def lose_sectors(sample: SampleJournal, figures: Counter[str], *, rounds: int, chance: random.Random) -> None:
+    """Zero, set, garble or restore each sector of the last, unsynced batch; then sets of them; then acknowledged ones.
+
+    The acknowledged sectors are those of earlier batches in the same segment.
+    """
+    _lose_acknowledged(sample, figures, rounds, chance)
+    spot = sample.spots[-1]
+    content = sample.files[spot.segment]
     sectors = list(range(spot.start, min(spot.following + SECTOR, len(content)), SECTOR))
     losses: list[tuple[int, ...]] = [(each,) for each in sectors]
     losses += [tuple(each for each in sectors if chance.random() < 0.5) for _ in range(rounds)]
@@ -152,24 +153,24 @@ def lose_sectors(specimen: Specimen, figures: Counter[str], *, rounds: int, chan
             damaged = bytearray(content)
             for at in lost:
                 garbled = chance.randbytes(SECTOR)
-                before = specimen.before[at : at + SECTOR]
+                before = sample.before[at : at + SECTOR]
                 damaged[at : at + SECTOR] = (bytes(SECTOR), b"\xff" * SECTOR, garbled, before)[fate]
             figures["sectors lost"] += len(lost)
             intact = damaged[spot.start : spot.end] == content[spot.start : spot.end]
-            disk = specimen.disk(changed={spot.segment: bytes(damaged)})
+            disk = sample.disk(changed={spot.segment: bytes(damaged)})
             unwritten = bytes(damaged[spot.start : spot.following + SECTOR]) in (
-                specimen.before[spot.start : spot.following + SECTOR],
+                sample.before[spot.start : spot.following + SECTOR],
                 content[spot.start : spot.following + SECTOR],
             )
             warned = None if fate == 3 else not unwritten
-            _recovers(disk, specimen.said if intact else specimen.said[:-1], warned=warned)
+            _recovers(disk, sample.decoded if intact else sample.decoded[:-1], warned=warned)
 
 
-def _lose_acknowledged(specimen: Specimen, figures: Counter[str], rounds: int, chance: random.Random) -> None:
-    """With the rest intact, be that only the end mark."""
-    segment = specimen.spots[-1].segment
-    spots = [spot for spot in specimen.spots if spot.segment == segment]
-    content = specimen.files[segment]
+def _lose_acknowledged(sample: SampleJournal, figures: Counter[str], rounds: int, chance: random.Random) -> None:
+    """Damage acknowledged batches with the rest intact, even if that is only the end mark."""
+    segment = sample.spots[-1].segment
+    spots = [spot for spot in sample.spots if spot.segment == segment]
+    content = sample.files[segment]
     runs = [(first, last) for first in range(len(spots) - 1) for last in range(first, len(spots))]
     for first, last in runs if len(runs) <= rounds else chance.sample(runs, rounds):
         for fate in range(3):
@@ -179,48 +180,48 @@ def _lose_acknowledged(specimen: Specimen, figures: Counter[str], rounds: int, c
             for at in sectors if chance.random() < 0.5 else (sectors[0], *chance.sample(sectors, 1)):
                 damaged[at : at + SECTOR] = (bytes(SECTOR), b"\xff" * SECTOR, chance.randbytes(SECTOR))[fate]
             figures["acknowledged batches lost"] += last - first + 1
-            disk = specimen.disk(changed={segment: bytes(damaged)})
-            index = specimen.spots.index(spots[first])
-            _refused(disk, specimen, index, segment, spots[first].start)
+            disk = sample.disk(changed={segment: bytes(damaged)})
+            index = sample.spots.index(spots[first])
+            _refused(disk, sample, index, segment, spots[first].start)
 
 
 def flip_bits(
-    everything: Specimen, figures: Counter[str], *, share: float, bodies: float, chance: random.Random
+    everything: SampleJournal, figures: Counter[str], *, share: float, bodies: float, chance: random.Random
 ) -> None:
-    """Flip each bit (a `share` of them) of all headers, and a share `bodies` of those of what stands between."""
+    """Flip each bit (a `share` of them) of all headers, and a share `bodies` of the bits in between."""
     for number, content in everything.files.items():
-        specimen = everything.around(number)
-        spots = [spot for spot in specimen.spots if spot.segment == number]
+        sample = everything.around(number)
+        spots = [spot for spot in sample.spots if spot.segment == number]
         for at in range(min(spots[-1].following + BATCH_HEADER, len(content))):
-            headers, spot = _what_is_at(specimen, spots, at)
+            headers, spot = _what_is_at(sample, spots, at)
             for bit in range(8):
                 if chance.random() >= (share if headers else bodies):
                     continue
                 figures["bits flipped"] += 1
                 flipped = bytearray(content)
                 flipped[at] ^= 1 << bit
-                disk = specimen.disk(changed={number: bytes(flipped)})
+                disk = sample.disk(changed={number: bytes(flipped)})
                 if at < SEGMENT_HEADER:
-                    _refused(disk, specimen, specimen.whole_until(number, 0), number, 0)
+                    _refused(disk, sample, sample.whole_until(number, 0), number, 0)
                     if chance.random() < REPAIRED:
                         figures["headers repaired"] += 1
-                        _mends_header(disk, specimen, number, bytes(flipped))
+                        _mends_header(disk, sample, number, bytes(flipped))
                 elif spot is None:
-                    # Padding means nothing, and the end mark of a sealed segment nothing that the next one does not.
-                    _recovers(disk, specimen.said)
-                elif spot is specimen.spots[-1]:
-                    _recovers(disk, specimen.said[:-1])
+                    # Padding has no meaning, and the next segment repeats the meaning of the end mark of a sealed one.
+                    _recovers(disk, sample.decoded)
+                elif spot is sample.spots[-1]:
+                    _recovers(disk, sample.decoded[:-1])
                 else:
-                    index = specimen.spots.index(spot)
-                    _refused(disk, specimen, index, number, spot.start)
+                    index = sample.spots.index(spot)
+                    _refused(disk, sample, index, number, spot.start)
                     if chance.random() < REPAIRED:
                         figures["journals repaired"] += 1
-                        kept, behind = specimen.said[:index], specimen.said[index + 1 :]
-                        _repairs(disk, specimen, (number, spot.start), kept, behind, bytes(flipped))
+                        kept, behind = sample.decoded[:index], sample.decoded[index + 1 :]
+                        _repairs(disk, sample, (number, spot.start), kept, behind, bytes(flipped))
 
 
-def _what_is_at(specimen: Specimen, spots: list[Spot], at: int) -> tuple[bool, Spot | None]:
-    """Whether the byte is one of a header, and which batch it is in."""
+def _what_is_at(sample: SampleJournal, spots: list[Spot], at: int) -> tuple[bool, Spot | None]:
+    """Return (True if the byte belongs to a header, the batch that holds it)."""
     if at < SECTOR:
         return at < SEGMENT_HEADER, None
     spot = next((spot for spot in spots if spot.start <= at < spot.end), None)
@@ -229,23 +230,23 @@ def _what_is_at(specimen: Specimen, spots: list[Spot], at: int) -> tuple[bool, S
     at -= spot.start + BATCH_HEADER
     if at < 0:
         return True, spot
-    for _, _, _, header, blob in specimen.said[specimen.spots.index(spot)][1]:
+    for _, _, _, header, blob in sample.decoded[sample.spots.index(spot)][1]:
         if at < RECORD_HEADER:
             return True, spot
         at -= RECORD_HEADER + len(header) + len(blob)
         if at < 0:
             return False, spot
-    raise AssertionError("a batch has bytes that are of none of its records")
+    raise AssertionError("a batch has bytes that belong to none of its records")
 
 
 def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True, warned: bool | None = None) -> None:
-    """It opens with exactly these batches, goes on, and (if it is tried `again`) opens again without a word.
+    """Check that it opens with exactly these batches, goes on, and (if tried `again`) opens again without a warning.
 
-    `warned`: whether something must be said, or must not, at the first opening; None if either will do.
+    `warned`: True if the first opening must give a warning, False if it must not, None for either.
     """
     outcome = Outcome()
     with open_journal(disk, outcome) as journal:
-        assert outcome.replayed == expected, "other batches were recovered than are whole"
+        assert outcome.replayed == expected, "the recovered batches are not the whole ones"
         assert warned is None or bool(outcome.warnings) is warned, f"warnings: {outcome.warnings}"
         journal.commit(LATER, 1.0)
     if not again:
@@ -254,11 +255,11 @@ def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True, wa
     with open_journal(disk, second):
         assert second.replayed[:-1] == expected
         assert second.replayed[-1][1] == [(1, 1, 0, b"header", b"a batch that comes after")]
-        assert second.warnings == [], "what was torn is cut off once"
+        assert second.warnings == [], "a torn end is cut off once"
 
 
-def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, offset: int) -> None:
-    """It does not open, says where and why, has replayed no more than what comes before, and has changed nothing."""
+def _refused(disk: MemoryFiles, sample: SampleJournal, whole: int, segment: int, offset: int) -> None:
+    """Check that it is refused with place and reason, has replayed only earlier batches, and has changed nothing."""
     before = {name: disk.content(DIRECTORY / name) for name in disk.listdir(DIRECTORY)}
     outcome = Outcome()
     refusal: JournalCorrupt | None = None
@@ -266,10 +267,10 @@ def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, of
         open_journal(disk, outcome)
     except JournalCorrupt as error:
         refusal = error
-    assert refusal is not None, "damage in what was acknowledged was dropped without a word"
+    assert refusal is not None, "damage in acknowledged batches was dropped silently"
     assert (refusal.file, refusal.offset) == (file_name(segment), offset)
     assert refusal.reason
-    assert outcome.replayed == specimen.said[:whole]
+    assert outcome.replayed == sample.decoded[:whole]
     after = {name: disk.content(DIRECTORY / name) for name in disk.listdir(DIRECTORY) if name != "lock"}
     assert after == {name: content for name, content in before.items() if name != "lock"}
     damage = [(found.file, found.offset) for found in verify(DIRECTORY, files=disk) if found.damage]
@@ -278,7 +279,7 @@ def _refused(disk: MemoryFiles, specimen: Specimen, whole: int, segment: int, of
 
 def _repairs(
     disk: MemoryFiles,
-    specimen: Specimen,
+    sample: SampleJournal,
     at: tuple[int, int],
     kept: list[Kept],
     given_up: list[Kept],
@@ -286,7 +287,7 @@ def _repairs(
     *,
     until: int | None = None,
 ) -> None:
-    """Repair keeps what comes before the damage, copies the rest aside, and says and lists what it gave up."""
+    """Check that repair keeps the batches before the damage, copies the rest aside, and lists the lost ones."""
     number, offset = at
     report = repair(DIRECTORY, files=disk, names=lambda batch: [f"batch {batch.number}"])
     assert (report.file, report.offset) == (file_name(number), offset)
@@ -296,16 +297,16 @@ def _repairs(
     assert report.lost[0][:2] == (file_name(number), offset)
     assert lines[len(report.lost) :] == [f"batch {batch}" for batch, _ in given_up] == report.names
     copied = {path.name: disk.content(path) for path in report.copies}
-    originals = {file_name(n): c for n, c in specimen.files.items() if n >= number and (until is None or n <= until)}
+    originals = {file_name(n): c for n, c in sample.files.items() if n >= number and (until is None or n <= until)}
     assert copied == {**originals, file_name(number): damaged}
     assert verify(DIRECTORY, files=disk) == []
     assert [keep(batch) for batch in scan(DIRECTORY, files=disk)] == kept
     _recovers(disk, kept)
 
 
-def _mends_header(disk: MemoryFiles, specimen: Specimen, number: int, damaged: bytes) -> None:
-    """What a segment's header said is told by the batches behind it: it is written anew, and nothing is given up."""
+def _mends_header(disk: MemoryFiles, sample: SampleJournal, number: int, damaged: bytes) -> None:
+    """Check that repair rewrites a header from the batches behind it and gives up nothing."""
     report = repair(DIRECTORY, files=disk)
     assert (report.file, report.offset, report.batches, report.listed) == (file_name(number), 0, 0, None)
     assert [disk.content(path) for path in report.copies] == [damaged]
-    _recovers(disk, specimen.said)
+    _recovers(disk, sample.decoded)

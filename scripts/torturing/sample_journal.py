@@ -1,7 +1,7 @@
-"""A journal at rest, made by a plant: its files, where each batch of it lies, and what each batch says.
+"""A journal at rest, written by a workload: its files, and the place and contents of each batch.
 
-The journal has been lived in: its segments are recycled ones, and half of its bodies quote journals, this one among
-them. It is never changed; damage is done to copies.
+Its segments are recycled ones, and half of its bodies quote journals, itself included. It is never changed; damage is
+done to copies.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import scan
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import START
-from torturing.workload import DIRECTORY, Picture, Plant, replayed
+from torturing.workload import DIRECTORY, Picture, Workload, replayed
 
-__all__ = ["Kept", "Outcome", "Specimen", "Spot", "keep", "open_journal"]
+__all__ = ["Kept", "Outcome", "SampleJournal", "Spot", "keep", "open_journal"]
 
 SEGMENT = 8 << 10
 Kept = tuple[int, list[tuple[int, int, int, bytes, bytes]]]
@@ -40,20 +40,20 @@ Kept = tuple[int, list[tuple[int, int, int, bytes, bytes]]]
 
 
 def keep(batch: Batch) -> Kept:
-    """What a batch says, in values of its own."""
+    """Return the contents of a batch as copies."""
     return batch.number, [(r.kind, r.first_id, r.peer, bytes(r.header), bytes(r.blob)) for r in batch.records]
 
 
 @dataclass
 class Outcome:
-    """What an opening gave: the batches replayed, the warnings said."""
+    """The result of an opening: replayed batches and warnings."""
 
     replayed: list[Kept] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def open_journal(disk: MemoryFiles, outcome: Outcome) -> Journal:
-    """Open what is on the disk. Raises what the journal raises, with `outcome` filled as far as it came."""
+    """Open the journal on the disk. Its errors pass through; `outcome` holds the batches replayed before."""
     return Journal.open(
         DIRECTORY,
         replay=lambda batch: outcome.replayed.append(keep(batch)),
@@ -65,7 +65,7 @@ def open_journal(disk: MemoryFiles, outcome: Outcome) -> Journal:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where one batch lies: from `start` to `end` in the file of `segment`; padding up to `following`."""
+    """The place of one batch: from `start` to `end` in the file of `segment`; padding up to `following`."""
 
     segment: int
     start: int
@@ -74,42 +74,42 @@ class Spot:
 
 
 @dataclass
-class Specimen:
-    """`files` are the segments by number; `before` is the last of them as it was before the last batch.
+class SampleJournal:
+    """`files` are the segments by number; `before` is the last segment as it was before the last batch.
 
-    `pictures` say what the broker had in memory, and when, after batches of these numbers.
+    `pictures` are the states in memory, with their times, after batches of these numbers.
     """
 
     files: dict[int, bytes]
     spots: list[Spot]
-    said: list[Kept]
+    decoded: list[Kept]
     before: bytes
     pictures: dict[int, tuple[Picture, float]]
 
     @classmethod
     def grow(cls, seed: int, rounds: int) -> Self:
-        """Work a plant for so many rounds. The last batch is a large one: ten sectors and more."""
+        """Work a workload for so many rounds. The last batch is a large one: ten sectors and more."""
         disk = MemoryFiles(seed=seed)
-        plant = Plant(disk, seed, segment_bytes=SEGMENT)
-        plant.begin()
+        workload = Workload(disk, seed, segment_bytes=SEGMENT)
+        workload.begin()
         chance = random.Random(seed)
-        plant.quotes = list(_forged(chance))
-        plant.work(rounds // 4)
-        engine = plant.engine
+        workload.quotes = list(_forged(chance))
+        workload.work(rounds // 4)
+        engine = workload.engine
         assert engine is not None
         journal = engine.journal
         assert journal is not None
         for info in journal.segments():
             content = disk.content(DIRECTORY / file_name(info.number))
-            plant.quotes += [content[at:][: 3 * SECTOR] for at in (0, 1, SECTOR, SECTOR + 487)]
-        plant.compact()
-        plant.work(rounds - rounds // 4)
-        bodies = [chance.choice(plant.quotes).ljust(1300, b"z")[:1300] for _ in range(2)]
+            workload.quotes += [content[at:][: 3 * SECTOR] for at in (0, 1, SECTOR, SECTOR + 487)]
+        workload.compact()
+        workload.work(rounds - rounds // 4)
+        bodies = [chance.choice(workload.quotes).ljust(1300, b"z")[:1300] for _ in range(2)]
         for attempt in range(50):
             segment = journal.segments()[-1].number
             before = disk.content(DIRECTORY / file_name(segment))
             items = [(0, 1300, f"last{attempt}.{n}", 1, START, 0, 0.0, 0.0, b"d") for n in range(2)]
-            plant.say(wire.PUBLISH, [("unread", "a")], items, False, blob=b"".join(bodies))
+            workload.send(wire.PUBLISH, [("unread", "a")], items, False, blob=b"".join(bodies))
             if journal.segments()[-1].number == segment:
                 break
         else:
@@ -124,20 +124,20 @@ class Specimen:
                     length = read_header(content, at).length
                     spots.append(Spot(number, at, at + BATCH_HEADER + length, at + span(length)))
                     at += span(length)
-        return cls(files, spots, [keep(batch) for batch in batches], before, plant.pictures)
+        return cls(files, spots, [keep(batch) for batch in batches], before, workload.pictures)
 
     @cached_property
     def records(self) -> int:
-        """How many records there are in all."""
-        return sum(len(records) for _, records in self.said)
+        """The number of records."""
+        return sum(len(records) for _, records in self.decoded)
 
     @property
     def size(self) -> int:
-        """Bytes up to the end of the last batch, in all segments."""
+        """The bytes up to the end of the last batch, in all segments."""
         return sum(max(s.following for s in self.spots if s.segment == number) for number in self.files)
 
     def disk(self, *, until: int | None = None, changed: dict[int, bytes] | None = None) -> MemoryFiles:
-        """A disk with a copy: without the segments behind `until`, and with others in the place of some."""
+        """Return a disk with a copy: without the segments after `until`, and with the `changed` ones."""
         disk = MemoryFiles(seed=1)
         disk.mkdir(DIRECTORY)
         for number, content in {**self.files, **(changed or {})}.items():
@@ -146,27 +146,29 @@ class Specimen:
         return disk
 
     def unfollowed(self, number: int) -> bytes:
-        """That segment as it is while it is the newest."""
-        spot, said = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment == number][-1]
+        """Return a segment as it was while it was the newest."""
+        spot, decoded = [pair for pair in zip(self.spots, self.decoded, strict=True) if pair[0].segment == number][-1]
         content = self.files[number]
         salt = read_header(content, spot.start).salt
-        return content[: spot.following] + encode_end(said[0], salt) + content[spot.following + SECTOR :]
+        return content[: spot.following] + encode_end(decoded[0], salt) + content[spot.following + SECTOR :]
 
-    def around(self, number: int) -> Specimen:
-        """That segment with its neighbours: a journal too, whose other segments were given back or not yet made."""
+    def around(self, number: int) -> SampleJournal:
+        """Return a journal of that segment and its neighbours; the others count as deleted or not yet made."""
         near = (number - 1, number, number + 1)
-        told = [pair for pair in zip(self.spots, self.said, strict=True) if pair[0].segment in near]
+        near_batches = [pair for pair in zip(self.spots, self.decoded, strict=True) if pair[0].segment in near]
         files = {n: content for n, content in self.files.items() if n in near}
         if number + 1 in files and number + 2 in self.files:
             files[number + 1] = self.unfollowed(number + 1)
-        return Specimen(files, [spot for spot, _ in told], [said for _, said in told], self.before, {})
+        return SampleJournal(
+            files, [spot for spot, _ in near_batches], [decoded for _, decoded in near_batches], self.before, {}
+        )
 
     def whole_until(self, segment: int, at: int) -> int:
-        """How many batches are whole when there is nothing from byte `at` of `segment` on."""
+        """Return the number of whole batches if the journal ends at byte `at` of `segment`."""
         return sum(1 for spot in self.spots if (spot.segment, spot.end) <= (segment, at))
 
     def check_states(self) -> int:
-        """Replay every beginning of the journal and compare with what the broker had in memory then; how many."""
+        """Replay each prefix of the journal and compare with the state in memory then. Return their number."""
         batches = list(scan(DIRECTORY, files=self.disk()))
         for number, (expected, wall) in self.pictures.items():
             found = replayed([batch for batch in batches if batch.number <= number], wall)
@@ -176,7 +178,7 @@ class Specimen:
 
 
 def _forged(chance: random.Random) -> list[bytes]:
-    """Bodies that are journals: every header, marker and whole batch that one could wish for, under other salts."""
+    """Return bodies that hold journal bytes: headers, markers and whole batches, under other salts."""
     forged = []
     for number in (1, 50, 10_000, 1 << 40):
         salt = chance.getrandbits(64)

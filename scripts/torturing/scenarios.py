@@ -1,8 +1,8 @@
-"""What a journal goes through while its disk fails or its machine stops: scenes, each with a law to be judged by.
+"""Scenarios for a journal whose disk fails or whose machine stops, each with a check of the result.
 
-A scene is set on a disk that works, acted on one that does not, and judged on what is left of it. The law: what was
-acknowledged is recovered, with at most the one round more that was under way; nothing is acknowledged after a failure;
-what a repair gives up has been copied aside before.
+A scenario is set up on a working disk, runs on a failing one, and is checked on the disk left over. The law: what was
+acknowledged is recovered, with at most the one round that was under way; nothing is acknowledged after a failure; a
+repair copies aside what it gives up.
 """
 
 from __future__ import annotations
@@ -18,129 +18,131 @@ from stageflow_brokers.journal.format import SECTOR, Batch, file_name
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import repair, scan, verify
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
-from torturing.workload import DIRECTORY, Picture, Plant, replayed
+from torturing.workload import DIRECTORY, Picture, Workload, replayed
 
-__all__ = ["SCENES", "Disk", "RepairScene", "Scene"]
+__all__ = ["SCENARIOS", "Disk", "RepairScenario", "Scenario"]
 
 SEGMENT = 4 << 10
 
 
 class Disk(MemoryFiles):
-    """One on which opening a file may fail as well."""
+    """A disk on which opening a file may fail as well."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
-        """As any disk does."""
+        """Open a file; may fail by injection."""
         if path in self._names:
             self._note("open", path)
         return super().open(path, create=create, write=write)
 
 
-class Scene:
-    """A plant at work: `acting` is what it does when the disk fails."""
+class Scenario:
+    """A workload; `acting` is its part while the disk fails."""
 
-    def __init__(self, acting: Callable[[Plant], None], *, before: int = 0, torn: bool = False) -> None:
+    def __init__(self, acting: Callable[[Workload], None], *, before: int = 0, torn: bool = False) -> None:
         self._acting = acting
         self._before = before
         self._torn = torn
 
     def set(self, seed: int) -> Disk:
-        """The disk as it is before anything fails."""
+        """Return the disk as it is before the failure."""
         self.disk = Disk(seed=seed)
         self.attempted: tuple[Picture, float] | None = None
-        self.plant = Plant(self.disk, seed, segment_bytes=SEGMENT)
+        self.workload = Workload(self.disk, seed, segment_bytes=SEGMENT)
         if self._before:
-            self.plant.begin()
-            self.plant.work(self._before)
+            self.workload.begin()
+            self.workload.work(self._before)
         if self._torn:
             self._tear()
         return self.disk
 
     def act(self) -> None:
-        """Do what there is to do, and after an error go on, as no broker should."""
-        plant = self.plant
+        """Run the workload; after an error continue, as no broker should."""
+        workload = self.workload
         try:
-            self._acting(plant)
+            self._acting(workload)
         except BrokerError:
             self.disk.on_call = lambda name, path: None
             self.disk.on_read = lambda path, offset: None
             self.disk.heal()
-            if plant.failed:
-                self.attempted = plant.now(), plant.wall
-                self._insist(plant)
+            if workload.failed:
+                self.attempted = workload.now(), workload.wall
+                self._insist(workload)
 
     def judge(self, disk: MemoryFiles) -> None:
-        """Recover from this disk, and compare. Raises AssertionError where the law is broken."""
+        """Recover from this disk and compare. Raises AssertionError if the law is broken."""
         try:
             self._judge(disk)
         except BrokerError as error:
             raise AssertionError(f"what was acknowledged is not what was recovered: {error}") from error
 
     def _judge(self, disk: MemoryFiles) -> None:
-        plant = self.plant
+        workload = self.workload
         batches: list[Batch] = []
-        # Looked at before a broker goes on with it: what was in work is dealt with by its first round already.
+        # Compare before a broker continues: its first round already handles the messages in work.
         Journal.open(
             DIRECTORY, replay=batches.append, files=disk, segment_bytes=SEGMENT, warn=lambda text: None
         ).close()
-        possible: list[tuple[Picture, float]] = [(plant.acknowledged or {"facts": (), "bytes": 0}, plant.said_at)]
+        possible: list[tuple[Picture, float]] = [
+            (workload.acknowledged or {"facts": (), "bytes": 0}, workload.acknowledged_at)
+        ]
         if self.attempted is not None:
             possible.append(self.attempted)
-        elif plant.engine is not None and not plant.failed and self.disk is not disk:
-            possible.append((plant.now(), plant.wall))  # the machine stops in the middle of a round
+        elif workload.engine is not None and not workload.failed and self.disk is not disk:
+            possible.append((workload.now(), workload.wall))  # the machine stops in the middle of a round
         different = [_difference(replayed(batches, wall), expected) for expected, wall in possible]
         assert "" in different, "what was acknowledged is not what was recovered: " + " or ".join(different)
-        recovered = Plant(disk, segment_bytes=SEGMENT)
-        recovered.wall = plant.wall
+        recovered = Workload(disk, segment_bytes=SEGMENT)
+        recovered.wall = workload.wall
         recovered.begin()
-        recovered.say(wire.QUERY, "fact", ("goes", "on"))
+        recovered.send(wire.QUERY, "fact", ("goes", "on"))
 
-    def _insist(self, plant: Plant) -> None:
+    def _insist(self, workload: Workload) -> None:
         for _ in range(2):
             try:
-                plant.say(wire.QUERY, "fact", ("after", "failure"))
+                workload.send(wire.QUERY, "fact", ("after", "failure"))
             except JournalFailed:
                 continue
             raise AssertionError("a round was acknowledged after a failed one")
 
     def _tear(self) -> None:
-        """The process dies in the middle of its last write."""
-        plant = self.plant
+        """Kill the process in the middle of its last write."""
+        workload = self.workload
 
         def on_call(name: str, path: str) -> int | None:
             if name == "fdatasync":
                 raise OSError(errno.EIO, "the end")
             return 2 * SECTOR + 100 if name == "pwritev" else None
 
-        plant.chance = random.Random(1)
+        workload.chance = random.Random(1)
         self.disk.on_call = on_call
         try:
             while True:
-                plant.start()
+                workload.start()
         except JournalFailed:
             pass
-        assert plant.engine is not None
-        assert plant.engine.journal is not None
-        torn = plant.engine.journal.segments()[-1]
+        assert workload.engine is not None
+        assert workload.engine.journal is not None
+        torn = workload.engine.journal.segments()[-1]
         self.disk.kill()
         journal = DIRECTORY / file_name(torn.number)
         content = bytearray(self.disk.content(journal))
-        content[torn.used + 60] ^= 1  # whatever of it arrived, not all did
+        content[torn.used + 60] ^= 1  # the write is incomplete, whatever part arrived
         self.disk.damage(journal, bytes(content))
-        plant.engine, plant.failed = None, False
-        plant.wall = plant.said_at
+        workload.engine, workload.failed = None, False
+        workload.wall = workload.acknowledged_at
 
 
-class RepairScene(Scene):
+class RepairScenario(Scenario):
     """A journal damaged in two places, and its repair."""
 
     def __init__(self) -> None:
-        super().__init__(lambda plant: None, before=30)
+        super().__init__(lambda workload: None, before=30)
 
     def set(self, seed: int) -> Disk:
-        """A header and a batch are damaged; what the files were, and which batches come before, is remembered."""
+        """Damage a header and a batch; remember the files and the batches before."""
         disk = super().set(seed)
-        assert self.plant.engine is not None
-        self.plant.engine.close()
+        assert self.workload.engine is not None
+        self.workload.engine.close()
         before = list(scan(DIRECTORY, files=disk))
         numbers = sorted({batch.segment for batch in before})
         first, second = numbers[0], numbers[len(numbers) // 2]
@@ -159,7 +161,7 @@ class RepairScene(Scene):
             pass
 
     def _judge(self, disk: MemoryFiles) -> None:
-        # Repaired again, nothing but what follows the damage is gone, and every byte of that is somewhere.
+        # After a second repair only the batches behind the damage are gone, and each of their bytes is in a copy.
         repair(DIRECTORY, files=disk)
         assert verify(DIRECTORY, files=disk) == []
         assert [batch.number for batch in scan(DIRECTORY, files=disk)] == self.expected
@@ -173,25 +175,25 @@ class RepairScene(Scene):
         self.disk.damage(path, bytes(content))
 
 
-def _work(plant: Plant) -> None:
-    plant.work(12)
+def _work(workload: Workload) -> None:
+    workload.work(12)
 
 
-def _restart(plant: Plant) -> None:
-    plant.begin()
-    plant.work(2)
+def _restart(workload: Workload) -> None:
+    workload.begin()
+    workload.work(2)
 
 
-SCENES: dict[str, Callable[[], Scene]] = {
-    "first creation": lambda: Scene(_restart),
-    "append and rotation": lambda: Scene(_work, before=10),
-    "compaction": lambda: Scene(Plant.compact, before=25),
-    "recovery": lambda: Scene(_restart, before=12, torn=True),
-    "repair": RepairScene,
+SCENARIOS: dict[str, Callable[[], Scenario]] = {
+    "first creation": lambda: Scenario(_restart),
+    "append and rotation": lambda: Scenario(_work, before=10),
+    "compaction": lambda: Scenario(Workload.compact, before=25),
+    "recovery": lambda: Scenario(_restart, before=12, torn=True),
+    "repair": RepairScenario,
 }
 
 
 def _difference(found: Picture, expected: Picture) -> str:
     keys = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-    told = [f"{key} is {str(found.get(key))[:200]} instead of {str(expected.get(key))[:200]}" for key in keys]
-    return "; ".join(told)
+    lines = [f"{key} is {str(found.get(key))[:200]} instead of {str(expected.get(key))[:200]}" for key in keys]
+    return "; ".join(lines)

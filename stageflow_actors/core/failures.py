@@ -126,7 +126,7 @@ LONGEST_LINE = 200
 FATAL = "Fatal Python error: "
 """How the interpreter begins its last words; its traceback, most recent call first, follows."""
 
-_OURS = re.compile(r'^ *File ".*/(stageflow_actors/(runtime|definition)|stageflow_brokers/zeromq)/[a-z_]+\.py", line ')
+_OURS = re.compile(r'^ *File ".*/(stageflow_actors/(runtime|definition)|stageflow_brokers/zeromq)/[a-z_/]+\.py", line ')
 """Frames between the worker's loop and a handler, which tell nobody anything."""
 _HEADINGS = ("Extension modules:", "Current thread 0x", "Stack (most recent call first)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")

@@ -6,7 +6,7 @@ Where another module shows that one cannot happen, it is named here and not show
 a compensation picks the wrong stage after an          here, and `runtime/test_api_failures`: "after a failed optional
 optional failure or a skip                             stage exactly the completed ones are compensated",
                                                        `core/test_routing`: "compensation by index would undo …",
-                                                       `language/test_choices`: "a skipped stage is not undone"
+                                                       `test_choices`: "a skipped stage is not undone"
 a required failure both compensates and redelivers     here
 a required stage with unmet dependencies vanishes      `runtime/test_api_failures`: "an unmet required after fails the
                                                        instance and compensates"; `test_api_parking`: "… parks"

@@ -41,12 +41,12 @@ def test_the_same_seed_makes_the_same_frames(fuzzing: Any) -> None:
 
 
 def test_the_judge_sees_what_is_lost_doubled_stolen_or_never_published(fuzzing: Any) -> None:
-    def judged(*ends: tuple[str, bytes], told: tuple[tuple[str, bytes], ...] | None = None) -> list[str]:
+    def judged(*ends: tuple[str, bytes], sent: tuple[tuple[str, bytes], ...] | None = None) -> list[str]:
         judge = fuzzing.well_behaved_peer.Judge()
         judge.publish("g", b"body")
         for end in ends:
             judge.end(*end)
-        for push in ends if told is None else told:
+        for push in ends if sent is None else sent:
             judge.push(*push)
         judge.finish()
         wrongs: list[str] = judge.wrongs
@@ -55,8 +55,8 @@ def test_the_judge_sees_what_is_lost_doubled_stolen_or_never_published(fuzzing: 
     whole = ("g", b"body|work|more")
     assert judged(whole) == []
     assert judged() == ["group g was lost"]
-    assert judged(whole, told=()) == ["the end of g was never told"]
-    assert "group g ended 2 times" in judged(whole, whole, told=(whole,))
-    assert "the end of g was told 2 times" in judged(whole, told=(whole, whole))
-    assert "not what its workers made of it" in judged(("g", b"bad"))[0]
+    assert judged(whole, sent=()) == ["the end of g was never sent"]
+    assert "group g ended 2 times" in judged(whole, whole, sent=(whole,))
+    assert "the end of g was sent 2 times" in judged(whole, sent=(whole, whole))
+    assert "is not that of its workers" in judged(("g", b"bad"))[0]
     assert "group h ended and was never published" in judged(whole, ("h", b"|work|more"))
