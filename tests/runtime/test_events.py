@@ -185,7 +185,7 @@ def test_a_slow_callback_holds_nothing_up_and_what_was_dropped_is_counted(
     assert feed is not None
     eventually(lambda: feed._dropped, "something to be dropped")
     gate.set()
-    with caplog.at_level(logging.WARNING, "stageflow.events"):
+    with caplog.at_level(logging.WARNING, "stageflow_actors.client.event_stream"):
         eventually(
             lambda: "were not told: callbacks of on_event are too slow" in caplog.text, "the number to be logged"
         )

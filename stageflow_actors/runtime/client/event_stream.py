@@ -21,7 +21,7 @@ from stageflow_brokers.api import Broker, Listener
 
 __all__ = ["Callback", "Feed"]
 
-logger = logging.getLogger("stageflow.events")
+logger = logging.getLogger("stageflow_actors.client.event_stream")
 
 ROOM_BYTES = 64 << 20
 """How much may wait for slow callbacks."""

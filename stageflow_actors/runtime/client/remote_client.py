@@ -25,7 +25,7 @@ from stageflow_brokers.api import Broker
 
 __all__ = ["Connection"]
 
-logger = logging.getLogger("stageflow.client")
+logger = logging.getLogger("stageflow_actors.client.remote_client")
 
 LOOK_SECONDS = 0.5
 """How long what was read of who serves the directory is believed."""

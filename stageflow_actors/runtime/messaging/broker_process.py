@@ -19,7 +19,7 @@ from stageflow_actors.runtime.system.restart_limit import Intensity
 
 __all__ = ["BrokerProcess"]
 
-logger = logging.getLogger("stageflow.broker")
+logger = logging.getLogger("stageflow_actors.messaging.broker_process")
 
 _BOOTSTRAP = """\
 import sys

@@ -34,7 +34,7 @@ from stageflow_brokers.failpoints import reach
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
-logger = logging.getLogger("stageflow.coordinator")
+logger = logging.getLogger("stageflow_actors.node.coordinator")
 
 BULK = 2_000
 """Rows in one transaction."""

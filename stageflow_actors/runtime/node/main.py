@@ -47,7 +47,7 @@ from stageflow_brokers.failpoints import reach
 
 __all__ = ["main"]
 
-logger = logging.getLogger("stageflow.node")
+logger = logging.getLogger("stageflow_actors.node")
 
 T = TypeVar("T")
 

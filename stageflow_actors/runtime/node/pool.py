@@ -37,7 +37,7 @@ from stageflow_brokers.failpoints import reach
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
-logger = logging.getLogger("stageflow.pool")
+logger = logging.getLogger("stageflow_actors.node.pool")
 
 LONG = 50_000_000
 """Nanoseconds after which a message in work is long: what its worker holds beyond it is recalled."""

@@ -28,7 +28,7 @@ from stageflow_brokers.api import QueueOptions
 
 __all__ = ["AddPools", "Supervisor", "queue_options"]
 
-logger = logging.getLogger("stageflow.supervisor")
+logger = logging.getLogger("stageflow_actors.node.supervisor")
 
 ROLL_CALL = 50
 """Ticks after which also pools that have nothing to do are told of one: a worker may have died of itself."""
