@@ -1,53 +1,42 @@
-"""How far a run is, on stderr: a bar on a terminal, otherwise a plain line every two seconds."""
+"""The progress of a run on stderr: a bar on a terminal, otherwise a line every two seconds."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from stageflow_actors.runtime.client.progress_bar import ProgressBar
+
 __all__ = ["Progress"]
 
-EVERY = 2.0
-"""Seconds between two lines where there is no terminal."""
+LINE_SECONDS = 2.0
+"""Seconds between two lines without a terminal."""
 
-REDRAW = 0.1
-"""Seconds between two updates of the bar: telling it of each of thousands a second would cost more than it shows."""
+REDRAW_SECONDS = 0.1
+"""Seconds between two updates of the bar: thousands of updates a second would cost more than they show."""
 
 
 class Progress:
-    """A context manager. `total` may be None, where nobody knows how much will come."""
+    """Context manager that shows progress. `total` is None if the number of instances is unknown."""
 
-    def __init__(self, what: str, total: int | None) -> None:
-        self._what = what
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label = label
         self._total = total
         self._began = self._next = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: ProgressBar | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+            from stageflow_actors.runtime.client.progress_bar import ProgressBar
 
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total, note="")
+            self._bar = ProgressBar(self._label, self._total, transient=True)
         else:
-            self._next += EVERY
+            self._next += LINE_SECONDS
         return self
 
     def __exit__(
@@ -56,29 +45,27 @@ class Progress:
         self.stop()
 
     def stop(self) -> None:
-        """Takes the bar away; later lines stand alone. May be called twice."""
+        """Erase the bar; later lines stand alone. A second call does nothing."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
             self._bar = None
 
-    def update(self, done: int, note: str, *, total: int | None = None) -> None:
-        """`done` of the total are through; `note` says more. Cheap: most calls only look at the clock."""
+    def update(self, done: int, note: str) -> None:
+        """Show that `done` instances are finished. Cheap: most calls only read the clock."""
         now = time.monotonic()
         if now < self._next:
             return
-        if total is not None:
-            self._total = total
         if self._bar is not None:
-            self._next = now + REDRAW
-            self._bar.update(self._task, completed=done, total=self._total, note=note)
+            self._next = now + REDRAW_SECONDS
+            self._bar.update(done, note)
         else:
-            self._next = now + EVERY
+            self._next = now + LINE_SECONDS
             of = f" of {self._total:,}" if self._total is not None else ""
-            click.echo(f"{self._what}: {done:,}{of} after {now - self._began:.0f} s, {note}", err=True)
+            click.echo(f"{self._label}: {done:,}{of} after {now - self._began:.0f} s, {note}", err=True)
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+    def print(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.print(text)
         else:
             click.echo(text, err=True)

@@ -266,7 +266,7 @@ class _Run:
         )
 
     def _say(self, text: str) -> None:
-        self._progress.say(text)
+        self._progress.print(text)
 
 
 def _workflow_of(runtime: Runtime, target: str, workflow_id: str | None) -> Workflow[Any]:

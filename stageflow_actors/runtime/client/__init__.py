@@ -6,6 +6,7 @@
 `instance`          `Instance`: status, result, cancel, retry, signal
 `reruns`            retry and restart of instances
 `map_iterator`      `map` and `map_unordered`: a bounded number in flight
+`progress_bar`      the progress bar of `map` and `stageflow run`
 `waiters`           waits for results
 `workflow_ref`      a workflow as object or id, and a start request
 `event_stream`      events of the cluster; `event_decoder` makes them of frames

@@ -18,6 +18,7 @@ from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.client.instance import Instance
+from stageflow_actors.runtime.client.progress_bar import ProgressBar
 from stageflow_actors.runtime.messaging.errors import in_our_words
 from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
@@ -411,35 +412,8 @@ class _Inbox:
         self.event.set()
 
 
-class _Bar:
-    """A progress bar on stderr."""
-
-    def __init__(self, total: int | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("instances", total=total)
-        self._progress.start()
-
-    def advance(self) -> None:
-        self._progress.advance(self._task)
-
-    def refresh(self) -> None:
-        self._progress.refresh()
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-def _bar(contexts: Iterable[Any]) -> _Bar:
-    return _Bar(len(contexts) if isinstance(contexts, Sized) else None)
+def _bar(contexts: Iterable[Any]) -> ProgressBar:
+    return ProgressBar("instances", len(contexts) if isinstance(contexts, Sized) else None)
 
 
 def _key_function(key: Callable[[Any], Any] | str | None) -> Callable[[Any], Any] | None:
