@@ -113,8 +113,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
-                "        if self._machine.ledger.copy_forward(",
-                "        if False and self._machine.ledger.copy_forward(",
+                "        if self._machine.writer.copy_forward(",
+                "        if False and self._machine.writer.copy_forward(",
             ),
         ),
         (
@@ -170,7 +170,7 @@ MUTANTS = (
     Mutant(
         "epoch-not-durable",
         "a broker that starts does not record its new epoch",
-        (("brokers/stageflow_brokers/core/machine.py", "        self.ledger.keep_epoch()\n", ""),),
+        (("brokers/stageflow_brokers/core/machine.py", "        self.writer.keep_epoch()\n", ""),),
         ("tests/brokers/test_broker_killed.py::test_whatever_was_in_the_broker_is_in_it_again",),
     ),
     Mutant(
@@ -197,7 +197,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/settle.py",
-                "        self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)\n",
+                "        self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)\n",
                 "",
             ),
         ),
@@ -338,7 +338,7 @@ MUTANTS = (
     Mutant(
         "greeting-taken-twice",
         "a hello that arrives twice takes back later deliveries",
-        (("brokers/stageflow_brokers/core/machine.py", "elif hello.talk <= session.talk:", "elif False:"),),
+        (("brokers/stageflow_brokers/core/machine.py", "elif hello.number <= session.hello_number:", "elif False:"),),
         (
             "tests/brokers/test_connection_accidents.py::test_a_hello_that_arrives_twice_takes_nothing_back",
             "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[greeting-twice]",
@@ -385,7 +385,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "                self.publishing.watch_again(session, frame)\n",
+                "                self.publish_handler.watch_again(session, frame)\n",
                 "                pass\n",
             ),
         ),
@@ -451,8 +451,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
-                "store.live_bytes + store.step_bytes + store.fact_bytes",
-                "store.live_bytes",
+                "state.live_bytes + state.step_bytes + state.fact_bytes",
+                "state.live_bytes",
             ),
         ),
         ("tests/brokers/test_compaction.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
@@ -463,8 +463,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/supervision.py",
-                "message.extra is not None and message.extra.killed == death.peer:",
-                "message.extra is not None and message.extra.killed == -1:",
+                "message.delivery_state is not None and message.delivery_state.killed == death.peer:",
+                "message.delivery_state is not None and message.delivery_state.killed == -1:",
             ),
         ),
         (
@@ -477,7 +477,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "        self.ledger.mark(message)\n        message.queue.delayed -= 1\n",
+                "        self.writer.mark(message)\n        message.queue.delayed -= 1\n",
                 "        message.queue.delayed -= 1\n",
             ),
         ),

@@ -41,13 +41,13 @@ Picture = dict[str, Any]
 
 def picture(machine: Machine) -> Picture:
     """Return the durable state, in the form of journal records. Leases are not durable."""
-    store = machine.store
+    store = machine.state
     found: Picture = {"facts": tuple(sorted(store.facts.items())), "bytes": store.live_bytes}
     for id, message in store.messages.items():
         state = records.message_state(message)
         if state.due_wall <= store.wall:
             state.due_wall = 0.0
-        found[f"message {id}"] = wire.encode(state), bytes(machine.ledger.body(message))
+        found[f"message {id}"] = wire.encode(state), bytes(machine.writer.body(message))
     for group in store.groups.values():
         found[f"group {group.id}"] = wire.encode(records.group_state(group))
         for gather in (group.gathers or {}).values():
@@ -63,7 +63,7 @@ def picture(machine: Machine) -> Picture:
 def replayed(batches: list[Batch], wall: float) -> Picture:
     """Return the state of a broker that replays these batches and begins at `wall`."""
     machine = Machine()
-    replay = Replay(machine.store)
+    replay = Replay(machine.state)
     for batch in batches:
         replay_batch(replay, batch)
     machine.begin(wall, wall)
@@ -129,7 +129,7 @@ class Workload:
         """Send the next numbered frame."""
         assert self.engine is not None
         self.frame += 1
-        self.round(op, wire.encode((self.engine.machine.store.epoch, self.frame, *fields)), blob)
+        self.round(op, wire.encode((self.engine.machine.state.epoch, self.frame, *fields)), blob)
 
     def now(self) -> Picture:
         """Return the state in memory; after a failed round, the state that the round would have made."""

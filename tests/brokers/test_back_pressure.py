@@ -221,20 +221,20 @@ def test_a_subscriber_that_never_reads_is_cut_off_and_hears_so_when_it_reads(
     deaf.setsockopt(zmq.LINGER, 0)
     deaf.connect(address)
     deaf.send_multipart([wire.HELLO, wire.encode((wire.PROTOCOL, "client", "deaf", 1, 1, [], [], [], 1)), b""])
-    deaf.send_multipart([wire.QUERY, wire.encode((engine.machine.store.epoch, 1, "subscribe", (True,))), b""])
+    deaf.send_multipart([wire.QUERY, wire.encode((engine.machine.state.epoch, 1, "subscribe", (True,))), b""])
     number = int.from_bytes(deaf.getsockopt(zmq.ROUTING_ID), "big")
-    session = eventually(lambda: engine.machine.store.sessions.get(number), "a session")
-    eventually(lambda: session in engine.machine.talk.subscribers, "a subscription")
+    session = eventually(lambda: engine.machine.state.sessions.get(number), "a session")
+    eventually(lambda: session in engine.machine.outbox.subscribers, "a subscription")
     worker = Peer(Hub(address))
     worker.broker.consume("q", 100)
     published = 0
-    while number in engine.machine.store.sessions:
+    while number in engine.machine.state.sessions:
         worker.publish("q", bytes(2_000), group=f"g{published}")
         (received,) = worker.receive()
         worker.move(received, "out", bytes(2_000))
         published += 1
         assert published < 20_000, "it is never cut off"
-    assert session not in engine.machine.talk.subscribers or not session.connected
+    assert session not in engine.machine.outbox.subscribers or not session.connected
     # It reads at last: what was said before, and then that it has to say hello.
     words: list[str] = []
     while "hello" not in words:

@@ -115,13 +115,13 @@ def test_questions_wait_until_the_answers_before_have_been_read_and_are_answered
     assert 2 <= len(first) <= 3
     assert here.peer(3).query("ping")["open"], "others are served meanwhile"
     here.round([peer.frame_of(wire.PUBLISH, ([("q", "")], [(0, 1)], False), b"1")])
-    assert here.machine.store.queues["q"].ready_count == 1, "what comes behind a question waits with it"
+    assert here.machine.state.queues["q"].ready_count == 1, "what comes behind a question waits with it"
     answered = len(first)
     while peer.read():
         assert len(peer.results) - answered <= 3
         answered = len(peer.results)
     assert sorted(peer.results) == list(range(1, 11))
-    assert here.machine.store.queues["q"].ready_count == 2
+    assert here.machine.state.queues["q"].ready_count == 2
 
 
 def test_unanswered_queries_are_sent_again_after_a_new_hello(here: World) -> None:
@@ -129,7 +129,7 @@ def test_unanswered_queries_are_sent_again_after_a_new_hello(here: World) -> Non
     peer = reader(here)
     frames = [peer.frame_of(wire.QUERY, ("peek", ("q", 0, 1))) for _ in range(10)]
     here.round(frames)
-    session = here.machine.store.sessions[2]
+    session = here.machine.state.sessions[2]
     assert session.waiting
     peer.hello(next_frame=max(peer.results) + 1)
     assert not session.waiting
@@ -144,7 +144,7 @@ def test_a_peer_that_keeps_asking_and_reads_nothing_is_disconnected(
     peer = reader(here)
     here.round([peer.frame_of(wire.QUERY, ("peek", ("q", 0, 1))) for _ in range(40)])
     assert ("hello", None) in peer.notices
-    assert 2 not in here.machine.store.sessions
+    assert 2 not in here.machine.state.sessions
     assert here.peer(3).query("ping")["open"]
 
 
@@ -208,7 +208,7 @@ def test_lanes_that_are_empty_are_not_kept() -> None:
     items = [(0, 1, "", 0, 0, priority) for priority in range(1, 500)]
     peer.publish([("q", "")], items, [b"1"] * len(items))
     here.peer(2, consume={"q": 1000})
-    queue = here.machine.store.queues["q"]
+    queue = here.machine.state.queues["q"]
     assert queue.ready_count == 0
     assert not queue.next_lane()
     assert queue._high == []
@@ -220,7 +220,7 @@ def test_a_second_greeting_makes_no_more_queues_than_a_first_one() -> None:
     peer.consuming |= {f"more{number}": 0 for number in range(5)}
     peer.hello()
     assert any("max_queues is 3" in str(detail) for _, detail in peer.notices)
-    assert list(here.machine.store.queues) == ["one"]
+    assert list(here.machine.state.queues) == ["one"]
 
 
 def test_unused_queues_make_room_for_others() -> None:
@@ -233,7 +233,7 @@ def test_unused_queues_make_room_for_others() -> None:
     junk.query("bye")
     here.pass_time(2.0)
     assert peer.query("declare", [QueueOptions("new")]) is None
-    assert sorted(here.machine.store.queues) == ["consumed", "full", "mine", "new"]
+    assert sorted(here.machine.state.queues) == ["consumed", "full", "mine", "new"]
     check_whole(here.machine)
 
 

@@ -46,7 +46,7 @@ class Cluster:
         self.supervisor.query("declare", [QueueOptions("q", 3, breaker_failures=failures, breaker_reset=reset)])
 
     def publish(self, count: int, priority: int = 0) -> None:
-        names = [f"g{self.world.machine.store.next_id + place}" for place in range(count)]
+        names = [f"g{self.world.machine.state.next_id + place}" for place in range(count)]
         items = [(0, 1, name, 1, 0, priority) for name in names]
         self.publisher.publish([("q", "a")], items, [b"x"] * count)
 
@@ -56,7 +56,7 @@ class Cluster:
 
     @property
     def breaker(self) -> Breaker:
-        breaker = self.world.machine.store.queue("q").breaker
+        breaker = self.world.machine.state.queue("q").breaker
         assert breaker is not None
         return breaker
 
@@ -126,7 +126,7 @@ def test_a_success_in_between_resets_the_count() -> None:
         else:
             cluster.say(item, ATTEMPT_WORKED, DONE)
     assert cluster.state() == CLOSED
-    assert cluster.breaker.count == 0
+    assert cluster.breaker.failure_count == 0
 
 
 def test_a_settlement_that_is_no_attempt_does_not_count() -> None:
@@ -134,7 +134,7 @@ def test_a_settlement_that_is_no_attempt_does_not_count() -> None:
     cluster.publish(3)
     cluster.fail(2)
     cluster.say(next(iter(cluster.worker.held.values())), NEITHER, DONE)
-    assert cluster.breaker.count == 2
+    assert cluster.breaker.failure_count == 2
 
 
 def test_a_refused_settlement_counts_as_neither_success_nor_failure() -> None:
@@ -143,7 +143,7 @@ def test_a_refused_settlement_counts_as_neither_success_nor_failure() -> None:
     cluster.fail(2)
     [item, *_] = cluster.worker.held.values()
     cluster.worker.settle([("next", "b")], moves=[(item.id, item.lease + 1, 0, 1, item.group)], bodies=[b"y"])
-    assert cluster.breaker.count == 2
+    assert cluster.breaker.failure_count == 2
 
 
 def test_deaths_and_timeouts_are_failures_over_all_workers() -> None:
@@ -162,7 +162,7 @@ def test_a_worker_that_is_stopped_prints_nothing() -> None:
     cluster.fail(2)
     cluster.supervisor.query("dead", cluster.worker.number, 0, False, False, b"")
     cluster.world.pass_time(0.01)
-    assert cluster.breaker.count == 2
+    assert cluster.breaker.failure_count == 2
 
 
 def test_the_more_has_failed_the_fewer_a_worker_is_given_in_advance() -> None:
@@ -318,7 +318,7 @@ def test_what_is_cancelled_does_not_wait_for_the_breaker() -> None:
     cluster = Cluster()
     cluster.open()
     cluster.publish(1, priority=5)
-    ready, *_ = [message for message in cluster.world.machine.store.queue("q").waiting() if message.priority == 0]
+    ready, *_ = [message for message in cluster.world.machine.state.queue("q").waiting() if message.priority == 0]
     assert ready.group is not None
     assert cancelled(cluster, ready.group.id)
     assert cluster.state() == OPEN
@@ -328,7 +328,7 @@ def test_what_is_cancelled_does_not_wait_for_the_breaker() -> None:
 def test_what_is_cancelled_does_not_wait_for_the_probe() -> None:
     cluster = Cluster()
     probe = cluster.half_open()
-    waiting = next(cluster.world.machine.store.queue("q").waiting())
+    waiting = next(cluster.world.machine.state.queue("q").waiting())
     assert waiting.group is not None
     assert cancelled(cluster, waiting.group.id)
     assert list(cluster.worker.held) == [probe.id]
@@ -389,7 +389,7 @@ class RandomTimes(RuleBasedStateMachine):
         return self.cluster.workers[place % len(self.cluster.workers)]
 
     def _delivered(self) -> int:
-        return self.cluster.world.machine.store.queue("q").delivered
+        return self.cluster.world.machine.state.queue("q").delivered
 
     @rule(count=st.integers(1, 4))
     def publish(self, count: int) -> None:
@@ -433,7 +433,7 @@ class RandomTimes(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
-        live = list(self.cluster.world.machine.store.groups)
+        live = list(self.cluster.world.machine.state.groups)
         if live:
             self.cluster.publisher.query("cancel", live[which % len(live)], "no more", [])
 
@@ -445,11 +445,11 @@ class RandomTimes(RuleBasedStateMachine):
     def open_delivers_nothing_and_half_open_one_at_a_time(self) -> None:
         breaker, world = self.cluster.breaker, self.cluster.world
         # What is cancelled goes through whatever the breaker says.
-        assert not world.machine.store.queue("q").next_unwanted() or all(
+        assert not world.machine.state.queue("q").has_cancelled_next() or all(
             len(worker.held) >= self.cluster.prefetch for worker in self.cluster.workers
         )
         before = self._delivered()
-        world.machine.store.touched[world.machine.store.queue("q")] = None
+        world.machine.state.touched[world.machine.state.queue("q")] = None
         world.round()
         if breaker.state == OPEN:
             assert self._delivered() == before

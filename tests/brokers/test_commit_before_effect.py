@@ -30,7 +30,7 @@ class Talk:
 
     def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> list[Outgoing]:
         self.frame += 1
-        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        header = wire.encode((self.engine.machine.state.epoch, self.frame, *fields))
         return self.engine.round([(self.peer, op, header, blob)])
 
     def publish(self) -> list[Outgoing]:
@@ -73,7 +73,7 @@ def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None
     # What the process is ended for is recovered from the disk, where the first publish may or may not be.
     files.kill()
     recovered = Engine(journal_dir=DIRECTORY, files=files)
-    assert len(recovered.machine.store.messages) in (0, 1)
+    assert len(recovered.machine.state.messages) in (0, 1)
 
 
 def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
@@ -85,12 +85,12 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
     while wire.decode_out(answers[0][1]).acked == talk.frame:
         answers = talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 6000)], blob=bytes(6000)) or answers
         assert talk.frame < 100
-    taken = len(engine.machine.store.messages)
+    taken = len(engine.machine.state.messages)
     assert engine.round([]) == []
     files.room = None
     answers = engine.round([])
     assert wire.decode_out(answers[0][1]).acked == talk.frame
-    assert len(engine.machine.store.messages) == taken + 1
+    assert len(engine.machine.state.messages) == taken + 1
 
 
 def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> None:
@@ -107,7 +107,7 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=giving_up)
     talk = Talk(engine)
     files.room = files.used()
-    engine.machine.ledger.record(11, 0, wire.encode(("much", "x" * 40_000)))
+    engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     answers = talk.publish()
     assert looks == 2
     assert wire.decode_out(answers[0][1]).acked == talk.frame
@@ -140,6 +140,6 @@ def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
     talk = Talk(engine)
     files.room = files.used()
-    engine.machine.ledger.record(11, 0, wire.encode(("much", "x" * 40_000)))
+    engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     with pytest.raises(JournalFull):
         talk.publish()

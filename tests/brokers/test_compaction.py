@@ -86,7 +86,7 @@ class Plant:
         """What is left on disk makes the state that is in memory."""
         live = self.engine.machine
         recovered = Machine()
-        replay = Replay(recovered.store)
+        replay = Replay(recovered.state)
         for segment, wall, records in self.committed:
             for record in records:
                 replay.apply(
@@ -105,7 +105,7 @@ class Plant:
     def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
         self.frame += 1
         self.wall += 0.001
-        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        header = wire.encode((self.engine.machine.state.epoch, self.frame, *fields))
         self.hear(self.engine.round([(7, op, header, blob)]))
 
     def hear(self, outgoing: list[Outgoing]) -> None:
@@ -196,7 +196,7 @@ def test_a_gather_keeps_its_priority_when_the_message_that_opened_it_goes_with_i
     plant.check()
     plant.files.crash()
     recovered = Engine(journal_dir=DIRECTORY, files=plant.files, monotonic=lambda: 0.0, wall=lambda: plant.wall)
-    (gather,) = (recovered.machine.store.groups["urgent"].gathers or {}).values()
+    (gather,) = (recovered.machine.state.groups["urgent"].gathers or {}).values()
     assert gather.priority == 5
 
 
@@ -225,7 +225,7 @@ def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
     for number in range(200):
         plant.work(f"w{number}")
     assert plant.used() < most / 2
-    assert plant.engine.machine.store.messages == {}
+    assert plant.engine.machine.state.messages == {}
     plant.check()
 
 
@@ -234,13 +234,13 @@ def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkey
     plant = Plant()
     for number in range(50):
         plant.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=30)
-    queue = plant.engine.machine.store.queue("unread")
+    queue = plant.engine.machine.state.queue("unread")
     for number in range(600):
         plant.work(f"w{number}")
     assert len(plant.dropped) > 5
     plant.start("last", queue="unread")
     assert sum(message.body is not None for message in queue.ready) <= 100
-    assert plant.engine.machine.ledger.body(queue.ready[-2]) == bytes(30)
+    assert plant.engine.machine.writer.body(queue.ready[-2]) == bytes(30)
 
 
 @pytest.mark.parametrize(("priority", "delay"), [(1, 0.0), (-1, 0.0), (0, 3600.0)])
@@ -251,9 +251,9 @@ def test_bodies_of_every_lane_and_of_what_is_delayed_leave_memory(
     plant = Plant()
     for number in range(100):
         plant.start(f"g{number}", queue="unread", size=30, priority=priority, delay=delay)
-    messages = plant.engine.machine.store.messages.values()
+    messages = plant.engine.machine.state.messages.values()
     assert sum(message.body is not None for message in messages) <= 21
-    assert all(plant.engine.machine.ledger.body(message) == bytes(30) for message in messages)
+    assert all(plant.engine.machine.writer.body(message) == bytes(30) for message in messages)
     plant.check()
 
 
@@ -262,7 +262,7 @@ def test_the_bodies_of_large_messages_leave_memory_sooner(monkeypatch: pytest.Mo
     plant = Plant()
     for number in range(200):
         plant.start(f"g{number}", queue="unread", size=1_000)
-    messages = plant.engine.machine.store.messages.values()
+    messages = plant.engine.machine.state.messages.values()
     assert sum(message.body is not None for message in messages) <= 101
 
 
@@ -271,9 +271,9 @@ def test_a_dead_letters_body_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> N
     plant.start("g")
     ((id, item),) = plant.held.items()
     plant.settle([], others=[SettleItem([(id, item.lease)], DEAD, [], 0.0, b"hopeless")])
-    (message,) = plant.engine.machine.store.messages.values()
+    (message,) = plant.engine.machine.state.messages.values()
     assert message.body is None
-    assert plant.engine.machine.ledger.body(message) == bytes(200)
+    assert plant.engine.machine.writer.body(message) == bytes(200)
     plant.say(wire.QUERY, "requeue", ("q", []))
     assert [item.id for item in plant.held.values()] == [id]
 
@@ -328,10 +328,10 @@ def test_epoch_and_frames_outlive_the_segments_that_recorded_them() -> None:
     for number in range(300):
         plant.work(f"w{number}")
     assert len(plant.dropped) > 3
-    epoch, frame = plant.engine.machine.store.epoch, plant.frame
+    epoch, frame = plant.engine.machine.state.epoch, plant.frame
     plant.engine.close()
     plant.begin()
-    store_now = plant.engine.machine.store
+    store_now = plant.engine.machine.state
     assert store_now.epoch == epoch + 1
     again = wire.encode((store_now.epoch, frame, [("q", "a")], [(0, 1, "again", 1, START)]))
     hello = wire.encode((wire.PROTOCOL, "client", "", 1, frame, [], [], [], 2))
@@ -341,7 +341,7 @@ def test_epoch_and_frames_outlive_the_segments_that_recorded_them() -> None:
 
 def test_frames_of_a_peer_that_sent_nothing_since_are_remembered() -> None:
     plant = Plant()
-    header = wire.encode((plant.engine.machine.store.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
+    header = wire.encode((plant.engine.machine.state.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
     hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
     plant.engine.round([(9, wire.HELLO, hello, b""), (9, wire.PUBLISH, header, b"x")])
     plant.hear([])
@@ -350,4 +350,4 @@ def test_frames_of_a_peer_that_sent_nothing_since_are_remembered() -> None:
     assert len(plant.dropped) > 3
     plant.engine.close()
     plant.begin()
-    assert plant.engine.machine.store.last_frames[9] == 1
+    assert plant.engine.machine.state.last_frames[9] == 1

@@ -33,7 +33,7 @@ def test_a_hello_that_arrives_twice_takes_nothing_back() -> None:
     assert len(worker.delivered) == 1, "it is not delivered again"
     (id,) = worker.held
     worker.settle([], others=[([(id, lease)], DONE)])
-    assert world.machine.store.messages == {}
+    assert world.machine.state.messages == {}
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -150,10 +150,10 @@ def test_a_peer_that_vanishes_is_forgotten_and_its_messages_return(probing: tupl
     assert peer.receive()[0].body == b"1"
     assert peer.ask.stats("")["sessions"] == 1
     # It may come back with frames that were taken, so its last number is kept, for so many and no more.
-    assert len(engine.machine.store.last_frames) == 1
+    assert len(engine.machine.state.last_frames) == 1
     for number in range(FRAMES_KEPT + 10):
-        engine.machine.store.remember_peer(number + 1, 1)
-    assert len(engine.machine.store.last_frames) == FRAMES_KEPT
+        engine.machine.state.remember_peer(number + 1, 1)
+    assert len(engine.machine.state.last_frames) == FRAMES_KEPT
     peer.broker.close()
 
 
@@ -166,8 +166,8 @@ def test_no_state_is_kept_of_a_peer_that_says_goodbye(probing: tuple[str, Engine
         leaving.broker.close()
     while staying.ask.stats("")["sessions"] != 1:
         pass
-    assert list(engine.machine.store.sessions) == [staying.broker.peer]
-    assert engine.machine.store.last_frames == {}
+    assert list(engine.machine.state.sessions) == [staying.broker.peer]
+    assert engine.machine.state.last_frames == {}
     staying.broker.close()
 
 

@@ -32,7 +32,7 @@ class Life:
 
     def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
         self.frame += 1
-        header = wire.encode((self.engine.machine.store.epoch, self.frame, *fields))
+        header = wire.encode((self.engine.machine.state.epoch, self.frame, *fields))
         self.engine.round([(7, op, header, blob)])
 
     def publish(self, count: int, size: int = 1000) -> None:

@@ -75,7 +75,7 @@ def test_a_name_has_so_many_characters_and_no_more(op: bytes, fields: Any, blob:
     assert answer["error"] == "ProtocolError"
     assert f"length <= {MAX_NAME}" in answer["message"]
     assert here.machine.malformed == 1
-    assert not here.machine.store.messages
+    assert not here.machine.state.messages
     peer.send(op, named(fields, "n" * MAX_NAME), blob)
     assert here.machine.malformed == 1
 
@@ -117,7 +117,7 @@ def test_a_peer_makes_no_more_queues_than_there_may_be() -> None:
     ]
     for refused in refusals:
         assert refused == "there are 3 queues, and max_queues is 3: 'four' cannot be made"
-    assert sorted(here.machine.store.queues) == ["one", "three", "two"]
+    assert sorted(here.machine.state.queues) == ["one", "three", "two"]
     assert peer.publish([("two", "")], [(0, 1)], [b"1"]) is None
     other = Peer(here, 5, consume={"five": 1})
     here.peers[5] = other
@@ -132,9 +132,9 @@ def test_what_work_in_hand_settles_makes_the_queue_it_needs_and_what_is_not_held
     worker, (id, lease) = holding_one(here)
     stranger = here.peer(3)
     assert stranger.settle([("stolen", "")], [(id, lease, 0, 1, "g")], bodies=[b"!"]) == {"stale": [id]}
-    assert list(here.machine.store.queues) == ["work"]
+    assert list(here.machine.state.queues) == ["work"]
     assert worker.settle([("next", "")], [(id, lease, 0, 1, "g")], bodies=[b"2"]) is None
-    assert here.machine.store.queues["next"].ready_count == 1
+    assert here.machine.state.queues["next"].ready_count == 1
     whole(here)
 
 
@@ -185,7 +185,7 @@ def test_a_bounded_number_of_unexpected_arrivals_is_kept_at_a_gather() -> None:
     opened = [([(id, lease)], DONE, [(0, 1, "g", 1)], 0.0, None, [("k", 4, 0, 1, "g", 1)], [("k", "3", 1, "g", 1)])]
     assert worker.settle([("done", "")], others=opened, bodies=[b"xyz"]) is None
     assert arrive(("k", "4", 1)) is None
-    assert here.machine.store.queues["done"].ready_count == 2
+    assert here.machine.state.queues["done"].ready_count == 2
     whole(here)
 
 
@@ -250,9 +250,9 @@ def test_a_peer_that_reads_nothing_is_disconnected_and_may_reconnect() -> None:
     watcher.hear = lambda header, blob: said.append(len(header) + len(blob))  # type: ignore[method-assign]
     for group in groups:
         publisher.publish([("fin", "end", TERMINAL)], [(0, 500, group, 1)], [bytes(500)])
-    assert 1 not in here.machine.store.sessions
+    assert 1 not in here.machine.state.sessions
     assert sum(said) < 10_000 + 4_000, "it is told no more"
-    assert here.machine.store.queues["q"].ready_count == 4, "and what it was given is another's"
+    assert here.machine.state.queues["q"].ready_count == 4, "and what it was given is another's"
     # As soon as it reads again it finds that it was cut off, and says hello.
     watcher.hear = heard  # type: ignore[method-assign]
     here.round([(1, wire.QUERY, wire.encode((watcher.epoch, 1, "ping", ())), b"")])
@@ -274,7 +274,7 @@ def test_a_peer_that_answers_pings_is_never_disconnected() -> None:
                 here.round([(1, wire.HEARD, wire.encode(detail), b"")])
         reader.notices.clear()
     assert marks > 10
-    session = here.machine.store.sessions[1]
+    session = here.machine.state.sessions[1]
     assert session.connected
     # A mark that was never made, or something else altogether, confirms nothing.
     read = session.read
@@ -294,11 +294,11 @@ def test_a_disconnected_worker_keeps_what_it_holds_until_it_reconnects() -> None
     worker.hear = lambda header, blob: None  # type: ignore[method-assign]
     for _ in range(40):
         supervisor.query("pause", "work")
-        here.machine.talk.notice(here.machine.store.sessions[2], "recall", "x" * 300)
+        here.machine.outbox.notice(here.machine.state.sessions[2], "recall", "x" * 300)
         here.round()
-    assert not here.machine.store.sessions[2].connected
+    assert not here.machine.state.sessions[2].connected
     worker.hear = deaf  # type: ignore[method-assign]
     worker.hello()
     assert worker.settle([("next", "")], [(id, lease, 0, 1, "g")], bodies=[b"2"]) is None
-    assert here.machine.store.queues["next"].ready_count == 1
-    assert here.machine.store.sessions[2].connected
+    assert here.machine.state.queues["next"].ready_count == 1
+    assert here.machine.state.sessions[2].connected

@@ -56,7 +56,7 @@ def test_a_move_from_a_segment_that_is_gone_keeps_its_epoch() -> None:
     peer.settle(TARGETS, moves(peer), bodies=[b"m"])
     world.reclaim()
     same_after_replay(world)
-    (message,) = world.recover().store.messages.values()
+    (message,) = world.recover().state.messages.values()
     assert (message.epoch, message.queue.name) == (3, "next")
 
 
@@ -69,7 +69,7 @@ def test_what_follows_from_a_message_of_a_segment_that_is_gone_stays_in_its_grou
     peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], DONE, [PublishItem(1, 2)])], bodies=[b"xy"])
     world.reclaim()
     same_after_replay(world)
-    group = world.recover().store.groups["g"]
+    group = world.recover().state.groups["g"]
     assert [message.queue.name for message in group.messages()] == ["next"]
 
 
@@ -87,7 +87,7 @@ def test_a_settled_message_does_not_come_back_when_the_segment_of_its_settlement
     same_after_replay(world)
     world.reclaim()
     same_after_replay(world)
-    assert list(world.recover().store.messages) == [long.id]
+    assert list(world.recover().state.messages) == [long.id]
 
 
 def test_a_long_lived_message_survives_any_number_of_segments() -> None:
@@ -106,7 +106,11 @@ def test_a_long_lived_message_survives_any_number_of_segments() -> None:
     (again,) = peer.held.values()
     assert (again.id, peer.bodies[again.id]) == (item.id, b"body")
     assert again.extra is not None
-    assert (again.extra.attempts, again.extra.failure, again.extra.steps) == (1, b"boom", {"paid": b"42"})
+    assert (again.extra.attempts, again.extra.failure, again.extra.steps) == (
+        1,
+        b"boom",
+        {"paid": b"42"},
+    )
 
 
 # ends and epochs
@@ -119,7 +123,7 @@ def test_an_end_published_in_an_old_epoch_ends_nothing() -> None:
     peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
     peer.publish(TARGETS, [(2, 3, "g", 1)], [b"end"])
     assert peer.pushes == []
-    assert world.machine.store.groups["g"].ended == ""
+    assert world.machine.state.groups["g"].ended == ""
     same_after_replay(world)
 
 
@@ -131,7 +135,7 @@ def test_of_two_ends_in_one_call_the_one_of_the_present_epoch_counts() -> None:
         peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
         peer.publish(TARGETS, [(2, 1, "g", epoch) for epoch in epochs], [b"%d" % epoch for epoch in epochs])
         assert peer.pushes == [("g", ":end", b"2")]
-        assert world.machine.store.groups["g"].ended == ":end"
+        assert world.machine.state.groups["g"].ended == ":end"
         same_after_replay(world)
 
 
@@ -149,7 +153,7 @@ def test_evidence_of_a_group_that_left_is_not_part_of_its_namesake() -> None:
     give_back_oldest(world)
     start(supervisor, "g", epoch=1, queue="elsewhere")
     same_after_replay(world)
-    group = world.recover().store.groups["g"]
+    group = world.recover().state.groups["g"]
     assert (group.epoch, [message.queue.name for message in group.messages()]) == (1, ["elsewhere"])
     world.restart()
     supervisor.hello()
@@ -171,7 +175,7 @@ def test_messages_in_hand_when_their_epoch_was_raised_are_diverted_if_no_worker_
     alive, dying = workers
     (lost,) = dying.held.values()
     alive.hello()
-    coordinator = world.machine.store.queue("coordinator")
+    coordinator = world.machine.state.queue("coordinator")
     assert coordinator.ready_count == 0
     supervisor.query("dead", dying.number, 0, False, False, b"")
     world.pass_time(0.01)
@@ -188,7 +192,7 @@ def test_what_was_diverted_does_not_outlive_a_group_that_leaves_with_the_same_se
     moved, left = peer.held.values()
     peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
     peer.settle(TARGETS, [(moved.id, moved.lease, 2, 1, "g")], [(left.id, left.lease, LEAVE, "g")], bodies=[b"m"])
-    assert world.machine.store.messages == {}
+    assert world.machine.state.messages == {}
     same_after_replay(world)
     start(peer, "g")
     same_after_replay(world)
@@ -206,7 +210,7 @@ def test_what_arrives_with_a_settlement_that_was_taken_in_part_is_kept() -> None
     peer.settle([], acks=[(one.id, one.lease - 1, 0, "g")], others=[_arrive(two)], bodies=[b"here"])
     assert peer.results[peer.frame] == {"stale": [one.id]}
     same_after_replay(world)
-    gathers = world.recover().store.groups["h"].gathers
+    gathers = world.recover().state.groups["h"].gathers
     assert gathers is not None
     assert gathers["k"].arrivals == {"s": b"here"}
 
@@ -223,8 +227,8 @@ def test_a_settlement_starts_a_group_only_if_it_is_not_live() -> None:
     again = PublishItem(1, 3, "child", 1, START, 0, 0.0, 0.0, b"other")
     fresh = PublishItem(1, 3, "new", 1, START, 0, 0.0, 0.0, b"d")
     peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], AGAIN, [again, fresh])], bodies=[b"old", b"new"])
-    assert world.machine.store.groups["child"].digest == b"d"
-    assert [message.group.id for message in world.machine.store.queue("next").waiting() if message.group] == ["new"]
+    assert world.machine.state.groups["child"].digest == b"d"
+    assert [message.group.id for message in world.machine.state.queue("next").waiting() if message.group] == ["new"]
     same_after_replay(world)
 
 
@@ -255,8 +259,8 @@ def test_a_settlement_taken_before_the_crash_and_sent_again_leaves_nothing_held(
             )
         ]
     )
-    (message,) = world.machine.store.messages.values()
-    assert message.details().attempts == 1
+    (message,) = world.machine.state.messages.values()
+    assert message.ensure_delivery_state().attempts == 1
     holders = [p for p in (peer, other) if item.id in p.held and p.held[item.id].lease == message.lease]
     assert len(holders) == 1
 
@@ -275,8 +279,8 @@ def test_messages_released_before_the_crash_are_released_again() -> None:
     world.restart()
     peer.hello(next_frame=peer.frame - 1)
     world.round([(1, wire.RELEASE, wire.encode((peer.epoch, peer.frame - 1, [(item.id, item.lease)], "q", 0)), b"")])
-    assert world.machine.store.queue("q").ready_count == 1
-    assert world.machine.store.queue("next").ready_count == 1
+    assert world.machine.state.queue("q").ready_count == 1
+    assert world.machine.state.queue("next").ready_count == 1
 
 
 def test_what_was_delivered_and_never_arrived_is_delivered_again() -> None:
@@ -321,7 +325,7 @@ def test_an_answer_that_was_lost_is_sent_again_within_an_epoch() -> None:
         world.round([(1, op, wire.encode((peer.epoch, first + number, *fields)), blob)])
         assert peer.acked >= first + number
         assert peer.results.get(first + number) == answers[number]
-    assert world.machine.store.queue("q").ready_count == 2
+    assert world.machine.state.queue("q").ready_count == 2
 
 
 def test_of_two_that_claim_a_message_after_a_restart_the_later_lease_counts() -> None:
@@ -340,7 +344,7 @@ def test_of_two_that_claim_a_message_after_a_restart_the_later_lease_counts() ->
         world.restart()
         for number in order:
             peers[number].hello()
-        assert world.machine.store.messages[item.id].lease == peers[2].held[item.id].lease
+        assert world.machine.state.messages[item.id].lease == peers[2].held[item.id].lease
         assert peers[1].settle([], acks=[(item.id, item.lease, 0, "g")]) == {"stale": [item.id]}
         assert peers[2].settle([], acks=[(item.id, peers[2].held[item.id].lease, 0, "g")]) is None
 
@@ -354,8 +358,8 @@ def test_a_wall_clock_that_was_set_back_makes_no_delay_longer_than_it_was() -> N
     due = world.machine.next_deadline()
     assert due is not None
     assert due - world.now <= 60.0
-    (waiting,) = world.machine.store.queue("q").waiting()
-    assert waiting.details().expires - world.now <= 30.0
+    (waiting,) = world.machine.state.queue("q").waiting()
+    assert waiting.ensure_delivery_state().expires - world.now <= 30.0
 
 
 def test_a_death_that_is_reported_again_after_a_restart_is_charged_once() -> None:
@@ -369,13 +373,13 @@ def test_a_death_that_is_reported_again_after_a_restart_is_charged_once() -> Non
     supervisor.query("dead", *death)
     world.pass_time(0.01)
     told = supervisor.frame
-    assert world.machine.store.messages[id].extra.deaths == 1  # type: ignore[union-attr]
+    assert world.machine.state.messages[id].delivery_state.deaths == 1  # type: ignore[union-attr]
     del world.peers[2]
     world.restart()
     supervisor.hello(next_frame=told)
     world.round([(1, wire.QUERY, wire.encode((supervisor.epoch, told, "dead", death)), b"")])
     world.pass_time(0.01)
-    extra = world.machine.store.messages[id].extra
+    extra = world.machine.state.messages[id].delivery_state
     assert extra is not None
     assert (extra.deaths, extra.failure) == (1, b"SIGSEGV")
     check_whole(world.machine)
@@ -392,5 +396,5 @@ def test_a_delayed_message_that_has_been_delivered_stays_its_holders_though_the_
     world.restart()
     peer.hello()
     assert list(peer.held) == [id]
-    assert world.machine.store.messages[id].state() == LEASED
+    assert world.machine.state.messages[id].state() == LEASED
     assert peer.settle([], acks=[(id, item.lease, 0, "g")]) is None

@@ -285,14 +285,14 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         self._welcomed(1).query("hand-over", group, ids, "coord", "passed")
 
     def _dead_queues(self) -> list[str]:
-        return sorted(queue.name for queue in self.world.machine.store.queues.values() if queue.dead)
+        return sorted(queue.name for queue in self.world.machine.state.queues.values() if queue.dead)
 
     @precondition(lambda self: self._dead_queues())
     @rule(choice=st.integers(0, 5), body=bodies)
     def replace_dead_letter(self, choice: int, body: bytes) -> None:
         queues = self._dead_queues()
         queue = queues[choice % len(queues)]
-        dead = list(self.world.machine.store.queue(queue).dead)
+        dead = list(self.world.machine.state.queue(queue).dead)
         self._welcomed(1).query("replace", f"dlq.{queue}", dead[0] if dead else 0, body)
 
     @rule(group=groups, queue=queues, body=bodies)
@@ -304,12 +304,12 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def requeue(self, choice: int, some: bool) -> None:
         queues = self._dead_queues()
         queue = queues[choice % len(queues)]
-        dead = list(self.world.machine.store.queue(queue).dead)
+        dead = list(self.world.machine.state.queue(queue).dead)
         self._welcomed(1).query("requeue", f"dlq.{queue}", dead[:1] if some else [])
 
     @rule(queue=queues, dead=st.booleans(), some=st.booleans())
     def purge(self, queue: str, dead: bool, some: bool) -> None:
-        known = self.world.machine.store.queue(queue)
+        known = self.world.machine.state.queue(queue)
         ids = list(known.dead) if dead else [message.id for message in known.waiting()]
         self._welcomed(1).query("purge", f"dlq.{queue}" if dead else queue, ids[:1] if some else [])
 
@@ -354,8 +354,8 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         check_whole(recovered)
         agree = world.clocks_agree
         assert_same(picture(recovered, clocks_agree=agree), picture(world.machine, clocks_agree=agree))
-        frames = {session.peer: session.last_frame for session in world.machine.store.sessions.values()}
-        for peer, frame in recovered.store.last_frames.items():
+        frames = {session.peer: session.last_frame for session in world.machine.state.sessions.values()}
+        for peer, frame in recovered.state.last_frames.items():
             assert frame <= frames.get(peer, frame)
 
 

@@ -40,7 +40,7 @@ def unharmed(world: World, victim: Peer) -> None:
     moves = [(item.id, item.lease, 0, 1, item.group) for item in mine]
     assert victim.settle([("next", "b")], moves, bodies=[b"!"] * 3) is None
     assert victim.query("ping")["epoch"] == victim.epoch
-    assert world.machine.store.queues["next"].ready_count == 3
+    assert world.machine.state.queues["next"].ready_count == 3
 
 
 def sound_frames(peer: Peer, victim: Peer) -> list[Frame]:
@@ -82,7 +82,7 @@ def test_a_header_or_a_body_may_end_anywhere(number: int) -> None:
         world.round([(peer, op, header, blob[:cut]), (peer, op, header, blob + bytes(cut + 1))])
     # Only a header that ends where optional fields begin makes sense without them, and then not with these bodies.
     assert world.machine.malformed >= len(header)
-    assert set(world.machine.store.queues) <= {"q"}
+    assert set(world.machine.state.queues) <= {"q"}
     unharmed(world, victim)
 
 
@@ -150,7 +150,7 @@ def test_sizes_that_lie_are_refused_also_where_they_add_up(size: int) -> None:
             continue
         world.round([frame])
         assert attacker.results[attacker.frame]["error"] == "ProtocolError"
-    assert not world.machine.store.queues.keys() - {"q"}
+    assert not world.machine.state.queues.keys() - {"q"}
     unharmed(world, victim)
 
 
@@ -160,11 +160,11 @@ def test_frames_of_another_peer_replayed_by_a_stranger_settle_nothing() -> None:
     attacker.hello()
     for _, op, header, blob in sound_frames(victim, victim):
         world.round([(ATTACKER, op, header, blob)])
-    store = world.machine.store
+    store = world.machine.state
     assert store.queues["r"].ready_count == 1, "what it published is its own"
     assert store.queues["r"].delayed == 1
     assert "fin" not in store.queues or not store.queues["fin"].ready_count
-    assert all(store.messages[id].details().steps is None for id in victim.held)
+    assert all(store.messages[id].ensure_delivery_state().steps is None for id in victim.held)
     victim.frame -= 5  # it has not said them itself
     unharmed(world, victim)
 
@@ -183,7 +183,7 @@ def test_a_frame_sent_again_in_another_session_or_epoch_is_accepted_once() -> No
         world.round([frame])
         old = wire.encode((attacker.epoch - 1, attacker.frame + 1, [("r", "b")], [(0, 1)]))
         world.round([(ATTACKER, wire.PUBLISH, old, b"1")])
-    assert world.machine.store.queues["r"].ready_count == 1
+    assert world.machine.state.queues["r"].ready_count == 1
     unharmed(world, victim)
 
 
@@ -272,7 +272,7 @@ def test_no_query_with_values_of_the_right_types_ends_the_broker(asked: list[tup
     held = {id: item.lease for id, item in victim.held.items()}
     asker = world.peer(5, role=role)
     for name, args in asked:
-        if not asker.welcomed or 5 not in world.machine.store.sessions:
+        if not asker.welcomed or 5 not in world.machine.state.sessions:
             asker.hello()
         asker.query(name, *args)
         world.pass_time(0.1)
@@ -280,7 +280,7 @@ def test_no_query_with_values_of_the_right_types_ends_the_broker(asked: list[tup
     assert_same(picture(world.recover(), clocks_agree=True), picture(world.machine, clocks_agree=True))
     told = {name for name, _ in asked} & {"dead", "restart", "purge"}
     for id, lease in held.items():
-        message = world.machine.store.messages.get(id)
+        message = world.machine.state.messages.get(id)
         if role == "client" and not told:
             assert message is not None
             assert message.lease == lease

@@ -146,12 +146,12 @@ def test_no_frame_harms_the_machine_or_another_peer(sent: list[tuple[bytes, Any,
             if not attacker.welcomed:
                 attacker.hello()
             # One that was not taken left the number to the next.
-            session = world.machine.store.sessions[ATTACKER]
+            session = world.machine.state.sessions[ATTACKER]
             attacker.frame = session.heard
             attacker.send(op, said, fitting(op, said, blob))
         check_whole(world.machine)
     for id, lease in held.items():
-        message = world.machine.store.messages[id]
+        message = world.machine.state.messages[id]
         assert message.holder is not None
         assert (message.holder.session.peer, message.lease) == (VICTIM, lease)
     assert_same(picture(world.recover(), clocks_agree=True), picture(world.machine, clocks_agree=True))
@@ -159,7 +159,7 @@ def test_no_frame_harms_the_machine_or_another_peer(sent: list[tuple[bytes, Any,
     mine = list(victim.held.values())
     victim.settle([("r", "b")], [(item.id, item.lease, 0, 1, item.group) for item in mine], bodies=[b"!"] * 3)
     assert victim.query("ping")["epoch"] == victim.epoch
-    assert not any(item.id in world.machine.store.messages for item in mine)
+    assert not any(item.id in world.machine.state.messages for item in mine)
 
 
 def test_a_frame_that_makes_no_sense_is_counted_answered_and_not_asked_for_again() -> None:
@@ -177,11 +177,11 @@ def test_a_frame_is_taken_once_and_a_gap_is_noticed() -> None:
     frame = peer.frame_of(wire.PUBLISH, ([("r", "a")], [(0, 1)]), b"1")
     world.round([frame, frame])
     world.round([frame])
-    assert world.machine.store.queue("r").ready_count == 1
+    assert world.machine.state.queue("r").ready_count == 1
     peer.frame += 1
     peer.send(wire.PUBLISH, ([("r", "a")], [(0, 1)]), b"2")
     assert ("resend", peer.frame - 1) in peer.notices
-    assert world.machine.store.queue("r").ready_count == 1
+    assert world.machine.state.queue("r").ready_count == 1
 
 
 def test_a_peer_of_another_protocol_is_notified() -> None:

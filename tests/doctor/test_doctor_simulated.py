@@ -59,7 +59,7 @@ def test_an_instance_that_loses_its_message_is_noticed(
 
     def lose_and_look(self: Engine, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
         said = rounds(self, frames, more=more)
-        store = self.machine.store
+        store = self.machine.state
         group = next((g for g in store.groups.values() if g.one is not None and not g.more and not g.gathers), None)
         if group is not None and group.one is not None:
             store.remove(group.one)

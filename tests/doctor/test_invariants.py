@@ -18,7 +18,7 @@ from stageflow_brokers.core.sessions import Consumer, Session
 def machine() -> Machine:
     """Two ready messages and a delayed one, one leased, one dead, and a gather with a deadline, each of a group."""
     made = Machine()
-    store = made.store
+    store = made.state
     made.begin(100.0, 1000.0)
     queue = store.queue("q")
     messages = []
@@ -27,7 +27,7 @@ def machine() -> Machine:
         group = store.group(name, 1, place)
         messages.append(store.put(queue, group, 1, "x", 0, b"body", 4, place, 0))
     ready, later, leased, dead, other = messages
-    store.delay(later.details(), 5.0)
+    store.delay(later.ensure_delivery_state(), 5.0)
     for message in (ready, later, other):
         store.enqueue(message)
     store.park(dead, reason=None, evidence=False)
@@ -94,7 +94,7 @@ def known_by_another_number(store: Any) -> None:
 
 
 def test_books_that_agree_have_no_contradictions() -> None:
-    assert list(contradictions(machine().store)) == []
+    assert list(contradictions(machine().state)) == []
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_books_that_agree_have_no_contradictions() -> None:
     ],
 )
 def test_each_contradiction_is_reported(mistake: Callable[[Any], None], sentence: str) -> None:
-    store = machine().store
+    store = machine().state
     mistake(store)
     assert sentence in list(contradictions(store))
 

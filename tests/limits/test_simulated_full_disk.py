@@ -59,7 +59,7 @@ class Tight:
 
     def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> Any:
         self.frame += 1
-        self.round([(7, op, wire.encode((self.engine.machine.store.epoch, self.frame, *fields)), blob)])
+        self.round([(7, op, wire.encode((self.engine.machine.state.epoch, self.frame, *fields)), blob)])
         return self.answers.pop(self.frame, None)
 
     def start(self, count: int, *, queue: str = "q0") -> bool:
@@ -157,7 +157,7 @@ def test_what_waits_for_ever_is_kept_while_the_rest_goes_on_in_little_room() -> 
     assert len(tight.started) - len(tight.ended) == waiting
     tight.files.kill()
     tight.begin()
-    assert tight.engine.machine.store.queue("waits").ready_count == waiting
+    assert tight.engine.machine.state.queue("waits").ready_count == waiting
 
 
 def test_one_frame_larger_than_the_disk_is_refused_and_stops_no_other_peer() -> None:
@@ -199,7 +199,7 @@ def test_work_ends_while_others_hold_all_that_was_free_and_the_history_waits(roo
     tight.files.room = tight.files.used()
     while tight.work(history=False):
         pass
-    store = tight.engine.machine.store
+    store = tight.engine.machine.state
     assert store.queue("q0").ready_count == store.queue("q1").ready_count == 0
     assert len(store.groups) == len(tight.started), "all of them wait for the history"
     tight.files.room = room << 20
@@ -243,7 +243,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     body = bytes(3 << 20)
     for each in range(8):
         tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
-    store = tight.engine.machine.store
+    store = tight.engine.machine.state
     taken = store.queue("waits").ready_count
     assert 1 < taken < 9
     heard = store.sessions[7].heard
@@ -268,7 +268,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     assert tight.answers.pop(tight.frame)["messages"] == 9
     tight.files.kill()
     tight.begin()
-    assert tight.engine.machine.store.queue("waits").ready_count == 9
+    assert tight.engine.machine.state.queue("waits").ready_count == 9
 
 
 def test_a_new_hello_sends_again_what_waited_for_room() -> None:
@@ -276,7 +276,7 @@ def test_a_new_hello_sends_again_what_waited_for_room() -> None:
     body = bytes(3 << 20)
     for each in range(8):
         tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
-    store = tight.engine.machine.store
+    store = tight.engine.machine.state
     heard = store.sessions[7].heard
     assert heard < tight.frame
     hello = wire.encode((wire.PROTOCOL, "client", "", 2, heard + 1, []))
@@ -300,13 +300,13 @@ def test_the_brokers_own_decisions_are_sent_later_when_there_is_no_room() -> Non
     tight.files.room = tight.files.used()
     assert tight.engine.journal is not None
     room = tight.engine.journal.room
-    tight.engine.machine.ledger.record(11, 0, wire.encode(("much", "x" * (room.left + room.spare))))
+    tight.engine.machine.writer.record(11, 0, wire.encode(("much", "x" * (room.left + room.spare))))
     with pytest.raises(JournalFull):  # it was asked to give up, or it would wait
         tight.round([])
     tight.files.kill()
     tight.files.room = 64 << 20
     tight.begin()
-    assert tight.engine.machine.store.queue("waits").ready_count == 3
+    assert tight.engine.machine.state.queue("waits").ready_count == 3
 
 
 @pytest.mark.parametrize("room", [16, 24, 64])
@@ -323,11 +323,11 @@ def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
     assert len(tight.started) > 200
     for _ in range(3000):
         tight.work(history=False)
-        if not any(tight.engine.machine.store.queue(name).ready_count for name in ("q0", "q1")) and not any(
+        if not any(tight.engine.machine.state.queue(name).ready_count for name in ("q0", "q1")) and not any(
             queue != "fin" for queue, _ in tight.held.values()
         ):
             break
-    store = tight.engine.machine.store
+    store = tight.engine.machine.state
     assert sum(1 for group in store.groups.values() if group.ended) == len(tight.started)
     tight.files.room = room << 20
     tight.clock += 1
@@ -347,7 +347,7 @@ def test_instances_that_grow_beyond_all_bounds_wait_for_room_and_end_when_there_
         pass
     for _ in range(300):
         tight.work(history=False)
-    store = tight.engine.machine.store
+    store = tight.engine.machine.state
     assert sum(1 for group in store.groups.values() if group.ended) < len(tight.started)
     tight.files.kill()
     tight.begin()

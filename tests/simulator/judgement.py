@@ -46,8 +46,8 @@ class Judgement:
         """Raise `AssertionError` where a law is broken."""
         engine = self.run.broker.engine
         assert engine is not None
-        for message in engine.machine.store.messages.values():
-            extra = message.extra
+        for message in engine.machine.state.messages.values():
+            extra = message.delivery_state
             if extra is not None and extra.parked and (extra.evidence or extra.fresh):
                 self.run.deaths.parked(message.id, extra.deaths, extra.reason)
         assert self.run.crimes == [], "; ".join(self.run.crimes[:5])
@@ -81,11 +81,11 @@ class Judgement:
 
     def _nothing_is_left(self) -> None:
         assert self.run.broker.engine is not None
-        store = self.run.broker.engine.machine.store
+        store = self.run.broker.engine.machine.state
         parked = {job.id for job in self.run.jobs if job.parked and job.outcome is None}
         assert set(store.groups) <= parked, f"live groups that nobody waits for: {set(store.groups) - parked}"
         for message in store.messages.values():
-            evidence = message.extra is not None and message.extra.evidence
+            evidence = message.delivery_state is not None and message.delivery_state.evidence
             assert evidence or (message.group is not None and message.group.id in parked)
 
     def _ended_well(self, job: Job) -> None:

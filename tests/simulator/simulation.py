@@ -155,7 +155,7 @@ class Simulation:
         engine = self.broker.engine
         if engine is None:
             return False
-        store = engine.machine.store
+        store = engine.machine.state
         if any(job.outcome is None and job.id not in store.groups for job in self.jobs):
             return False  # it was parked, and has been cancelled since: how it ended is on its way
         unserved = NAMING.endpoint(NOBODY)
@@ -276,7 +276,7 @@ class Simulation:
 
         def paused(answer: Future[Any]) -> None:
             if self.broker.engine is not None and queue in self._pausing and answer.exception() is None:
-                self.broker.paused[queue] = self.broker.engine.machine.store.next_lease
+                self.broker.paused[queue] = self.broker.engine.machine.state.next_lease
 
         self.program.client.admin.pause(queue).add_done_callback(paused)
         self.world.soon(1.0, lambda: self._resume(queue))
@@ -379,7 +379,7 @@ class Simulation:
             for job in self.jobs
         ]
         if self.broker.engine is not None:
-            store = self.broker.engine.machine.store
+            store = self.broker.engine.machine.state
             for message in store.messages.values():
                 group = "" if message.group is None else message.group.id
                 lines.append(f"message {message.id} {message.state()} in {message.queue.name} of {group}")

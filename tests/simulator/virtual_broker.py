@@ -51,7 +51,7 @@ class Accounts:
         if batch.number <= self._last:
             return
         self._last = batch.number
-        store = self._replay.store
+        store = self._replay.state
         first = store.next_id
         replay_batch(self._replay, batch)
         if self.waits is not None:
@@ -62,14 +62,14 @@ class Accounts:
 
     def deaths_of(self, message_id: int) -> int | None:
         """How many deaths a message has on disk; None where there is no such message."""
-        message = self._replay.store.messages.get(message_id)
+        message = self._replay.state.messages.get(message_id)
         if message is None:
             return None
-        return 0 if message.extra is None else message.extra.deaths
+        return 0 if message.delivery_state is None else message.delivery_state.deaths
 
     def _on_settled(self, message: Message | None, group_id: str, label: str) -> None:
         if message is not None:
-            if message.extra is not None and message.extra.parts is not None:
+            if message.delivery_state is not None and message.delivery_state.parts is not None:
                 label = GATHERED + label
             self.settled["" if message.group is None else message.group.id, message.epoch, label] += 1
 
@@ -194,9 +194,9 @@ class VirtualBroker:
         except (Crash, JournalFailed) as error:
             self._died(repr(error))
             return
-        if engine.machine.store.left_seq != self._left:
-            self._left = engine.machine.store.left_seq
-            self.crimes.extend(leftovers(engine.machine.store))
+        if engine.machine.state.left_seq != self._left:
+            self._left = engine.machine.state.left_seq
+            self.crimes.extend(leftovers(engine.machine.state))
         for peer, header, blob in outgoing:
             client = self.clients.get(peer)
             if client is None or (client.link.broken and self.world.random.random() < 0.5):
@@ -309,7 +309,7 @@ def leftovers(store: BrokerState) -> Iterator[str]:
     """What is left of groups that have left."""
     for message in store.messages.values():
         group = message.group
-        evidence = message.extra is not None and message.extra.evidence
+        evidence = message.delivery_state is not None and message.delivery_state.evidence
         if group is not None and not evidence and store.groups.get(group.id) is not group:
             yield f"{group.id} has left, and message {message.id} ({message.label}) is still there"
     for (id, key), group in store.gathers.items():

@@ -60,45 +60,45 @@ class Admin:
 
     def __init__(
         self,
-        store: BrokerState,
-        ledger: RecordWriter,
+        state: BrokerState,
+        writer: RecordWriter,
         *,
-        bounds: LimitChecker,
+        limit_checker: LimitChecker,
         leases: Leases,
-        gathering: GatherManager,
-        publishing: PublishHandler,
-        settling: SettleHandler,
+        gather_manager: GatherManager,
+        publish_handler: PublishHandler,
+        settle_handler: SettleHandler,
         supervision: Supervision,
-        watching: Watches,
+        watches: Watches,
         status: Status,
         part: Callable[[Session], None],
     ) -> None:
-        self._store = store
-        self._ledger = ledger
-        self._bounds = bounds
+        self._state = state
+        self._writer = writer
+        self._limit_checker = limit_checker
         self._leases = leases
-        self._gathering = gathering
-        self._publishing = publishing
-        self._settling = settling
+        self._gather_manager = gather_manager
+        self._publish_handler = publish_handler
+        self._settle_handler = settle_handler
         self._supervision = supervision
-        self._watching = watching
+        self._watches = watches
         self._status = status
         self._part = part
-        looking = self._looking = Inspector(store, ledger, leases)
+        inspector = self._inspector = Inspector(state, writer, leases)
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[Name, int], self._consume),
             "watch": (tuple[list[Name]], self._watch),
-            "subscribe": (tuple[bool], watching.subscribe),
+            "subscribe": (tuple[bool], watches.subscribe),
             "lookup": (tuple[list[Name]], self._lookup),
             "inspect": (tuple[list[Name]], self._inspect),
-            "groups": (tuple[Name, int], looking.groups),
-            "live": (tuple[()], looking.live),
-            "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], looking.tally),
-            "audit": (tuple[()], Audit(store, leases, looking).audit),
-            "progress": (tuple[int, int, bytes], looking.progress),
+            "groups": (tuple[Name, int], inspector.groups),
+            "live": (tuple[()], inspector.live),
+            "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], inspector.tally),
+            "audit": (tuple[()], Audit(state, leases, inspector).audit),
+            "progress": (tuple[int, int, bytes], inspector.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
             "stats": (tuple[Name], self._stats),
-            "peek": (tuple[Name, int, int], looking.peek),
+            "peek": (tuple[Name, int, int], inspector.peek),
             "pause": (tuple[Name], self._pause),
             "resume": (tuple[Name], self._resume),
             "requeue": (tuple[Name, list[int]], self._requeue),
@@ -139,22 +139,22 @@ class Admin:
 
     def _consume(self, session: Session, queue: str, prefetch: int) -> None:
         check_consume(queue, prefetch)
-        self._bounds.queues((queue,))
+        self._limit_checker.check_queues((queue,))
         self._leases.consume(session, queue, prefetch)
 
     # groups
 
     def _watch(self, session: Session, ids: list[str]) -> list[str]:
-        self._bounds.looked_up(ids)
-        return self._watching.watch(session, ids)
+        self._limit_checker.check_lookup(ids)
+        return self._watches.watch(session, ids)
 
     def _lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        self._bounds.looked_up(ids)
-        return self._looking.lookup(session, ids)
+        self._limit_checker.check_lookup(ids)
+        return self._inspector.lookup(session, ids)
 
     def _inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        self._bounds.looked_up(ids, bodies=True)
-        return self._looking.inspect(session, ids)
+        self._limit_checker.check_lookup(ids, bodies=True)
+        return self._inspector.inspect(session, ids)
 
     def _bye(self, session: Session) -> None:
         """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
@@ -163,32 +163,32 @@ class Admin:
     # the broker as a whole
 
     def _stats(self, session: Session, prefix: str) -> dict[str, Any]:
-        store = self._store
+        state = self._state
         return {
-            "epoch": store.epoch,
-            "queues": self._looking.queues(prefix),
-            "messages": len(store.messages),
-            "groups": len(store.groups),
-            "sessions": sum(1 for s in store.sessions.values() if s.connected),
-            "live_bytes": store.live_bytes,
-            "left_seq": store.left_seq,
+            "epoch": state.epoch,
+            "queues": self._inspector.queues(prefix),
+            "messages": len(state.messages),
+            "groups": len(state.groups),
+            "sessions": sum(1 for s in state.sessions.values() if s.connected),
+            "live_bytes": state.live_bytes,
+            "left_seq": state.left_seq,
             "malformed": self._status.malformed,
-            "refusing": self._publishing.refusing,
+            "refusing": self._publish_handler.refusing,
         }
 
     def _fact(self, session: Session, name: str, value: str | None) -> str | None:
         """Read a fact, or keep one."""
-        facts = self._store.facts
+        facts = self._state.facts
         if value is not None and facts.get(name) != value:
-            limits = self._bounds.limits
+            limits = self._limit_checker.limits
             if name not in facts and len(facts) >= limits.max_facts:
                 raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
-            self._bounds.body(value.encode())
-            size = self._store.fact_bytes + len(value)
+            self._limit_checker.check_body(value.encode())
+            size = self._state.fact_bytes + len(value)
             if size > limits.max_facts_bytes:
                 raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
-            self._store.keep_fact(name, value)
-            self._ledger.record(records.FACT, 0, records.encode((name, value)))
+            self._state.keep_fact(name, value)
+            self._writer.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
 
     def _compact(self, session: Session, begin: bool) -> bool:
@@ -198,7 +198,7 @@ class Admin:
         return self._status.compacting
 
     def _ping(self, session: Session) -> dict[str, Any]:
-        return {"epoch": self._store.epoch, "open": self._leases.rostered}
+        return {"epoch": self._state.epoch, "open": self._leases.workers_known}
 
     # changing queues
 
@@ -210,14 +210,14 @@ class Admin:
                 raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME} characters at most")
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
                 raise ProtocolError("declare: a breaker with impossible failures or reset")
-        self._bounds.queues([option.name for option in options])
+        self._limit_checker.check_queues([option.name for option in options])
         for option in options:
-            queue = self._store.queue(option.name)
+            queue = self._state.queue(option.name)
             queue.owner = session
             if queue.options != option:
-                self._store.declare(option)
-                self._store.touched[queue] = None
-                self._ledger.keep_queue(queue)
+                self._state.declare(option)
+                self._state.touched[queue] = None
+                self._writer.keep_queue(queue)
 
     def _pause(self, session: Session, name: str) -> None:
         self._set_paused(name, True)
@@ -226,18 +226,18 @@ class Admin:
         self._set_paused(name, False)
 
     def _set_paused(self, name: str, paused: bool) -> None:
-        queue, dead = named(self._store, name)
+        queue, dead = named(self._state, name)
         if dead:
             raise Refused(f"{name} holds dead letters; pause {queue.name} instead")
         if queue.paused != paused:
             queue.paused = paused
-            self._ledger.keep_queue(queue)
-            self._store.touched[queue] = None
+            self._writer.keep_queue(queue)
+            self._state.touched[queue] = None
 
     def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
-        queue, _ = named(self._store, name)
+        queue, _ = named(self._state, name)
         chosen = self._dead_letters(queue, ids)
-        refused = [m.id for m in chosen if m.extra is not None and m.extra.evidence]
+        refused = [m.id for m in chosen if m.delivery_state is not None and m.delivery_state.evidence]
         if refused and ids:
             raise Refused(
                 f"dead letter {refused[0]} of {queue.name} is evidence of an instance that went on without it "
@@ -254,14 +254,14 @@ class Admin:
     def _revive(self, message: Message) -> None:
         queue = message.queue
         del queue.dead[message.id]
-        extra = message.details()
-        extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
-        extra.attempts = extra.deaths = 0
-        extra.failure, extra.fresh = None, False
-        extra.expires = extra.expires_wall = 0.0
-        self._ledger.mark(message)
-        self._store.enqueue(message)
-        self._store.touched[queue] = None
+        delivery_state = message.ensure_delivery_state()
+        delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
+        delivery_state.attempts = delivery_state.deaths = 0
+        delivery_state.failure, delivery_state.fresh = None, False
+        delivery_state.expires = delivery_state.expires_wall = 0.0
+        self._writer.mark(message)
+        self._state.enqueue(message)
+        self._state.touched[queue] = None
 
     def _dead_letters(self, queue: Queue, ids: list[int]) -> list[Message]:
         if not ids:
@@ -272,19 +272,19 @@ class Admin:
         return [queue.dead[id] for id in dict.fromkeys(ids)]
 
     def _purge(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
-        queue, dead = named(self._store, name)
+        queue, dead = named(self._state, name)
         if dead:
             chosen = self._dead_letters(queue, ids)
         else:
             wanted = set(ids)
             chosen = [message for message in queue.waiting() if not wanted or message.id in wanted]
         for message in chosen:
-            self._store.remove(message)
+            self._state.remove(message)
         if chosen:
-            self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in chosen])))
+            self._writer.record(records.FORGET, 0, records.encode((0, [message.id for message in chosen])))
         groups = {group.id: group for message in chosen if (group := message.group) is not None}
-        self._settling.close(list(groups.values()))
-        ended = [id for id, group in groups.items() if self._store.groups.get(id) is not group]
+        self._settle_handler.close(list(groups.values()))
+        ended = [id for id, group in groups.items() if self._state.groups.get(id) is not group]
         answer = {"purged": len(chosen), "instances": ended}
         session.remember(session.heard, answer)
         return answer
@@ -296,20 +296,20 @@ class Admin:
 
         A group that has ended keeps its epoch, and the answer says how it ended.
         """
-        group = self._store.groups.get(id)
+        group = self._state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if not queue or not 0 <= epoch < MAX_NUMBER:
             raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
-        self._bounds.queues((queue,))
+        self._limit_checker.check_queues((queue,))
         if epoch > group.epoch and not group.ended:
             group.epoch = epoch
             group.divert = (queue, label)
-            self._ledger.keep_group(group)
+            self._writer.keep_group(group)
             for message in group.messages():
-                if message.overtaken and message.state() != LEASED:
-                    self._leases.divert(self._store.replace(message))
-            self._gathering.overtake(group)
+                if message.is_stale_epoch and message.state() != LEASED:
+                    self._leases.divert(self._state.replace(message))
+            self._gather_manager.overtake(group)
         leased = [message.id for message in group.messages() if message.state() == LEASED]
         return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
 
@@ -320,29 +320,29 @@ class Admin:
         one of `prefixes` publish what they have. What cannot be passed through is parked again, until it is requeued.
         Once more changes nothing; a group that has ended keeps its end.
         """
-        group = self._store.groups.get(id)
+        group = self._state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if group.cancelled is None and not group.ended:
             group.cancelled = reason
             group.released = tuple(prefixes)
-            group.warned = self._store.next_lease
+            group.warned = self._state.next_lease
             group.epoch += 1
-            self._ledger.keep_group(group)
+            self._writer.keep_group(group)
             for message in group.messages():
                 state = message.state()
                 if state == READY and message.queue.breaker is not None:
-                    self._store.enqueue(self._store.replace(message))
-                    self._store.touched[message.queue] = None
+                    self._state.enqueue(self._state.replace(message))
+                    self._state.touched[message.queue] = None
                 elif state in (DELAYED, PARKED):
-                    again = self._store.replace(message)
-                    extra = again.details()
-                    extra.due = extra.due_wall = extra.delay = 0.0
-                    extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
-                    self._ledger.mark(again)
-                    self._store.enqueue(again)
-                    self._store.touched[again.queue] = None
-            self._gathering.release(group)
+                    again = self._state.replace(message)
+                    delivery_state = again.ensure_delivery_state()
+                    delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
+                    delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
+                    self._writer.mark(again)
+                    self._state.enqueue(again)
+                    self._state.touched[again.queue] = None
+            self._gather_manager.release(group)
             self._supervision.cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
 
@@ -351,50 +351,50 @@ class Admin:
         place of their own, which may be busy for long. Those in work, and those that were gathered, stay. Returns how
         many went.
         """
-        store, leases = self._store, self._leases
-        group = store.groups.get(id)
+        state, leases = self._state, self._leases
+        group = state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if not queue:
             raise ProtocolError("hand-over: needs a queue")
-        self._bounds.queues((queue,))
+        self._limit_checker.check_queues((queue,))
         count = 0
         for message_id in dict.fromkeys(ids):
-            message = store.messages.get(message_id)
-            if message is None or message.group is not group or not message.unwanted or message.state() != READY:
+            message = state.messages.get(message_id)
+            if message is None or message.group is not group or not message.is_cancelled or message.state() != READY:
                 continue
-            gathered = message.extra is not None and message.extra.parts is not None
+            gathered = message.delivery_state is not None and message.delivery_state.parts is not None
             # After a restart somebody may still be at it who has not said so yet.
-            if not gathered and leases.rostered and not message.queue.awaiting:
-                leases.send_elsewhere(store.replace(message), queue, label)
+            if not gathered and leases.workers_known and not message.queue.awaiting:
+                leases.move(state.replace(message), queue, label)
                 count += 1
         session.remember(session.heard, count)
         return count
 
     def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
         """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
-        queue, _ = named(self._store, name)
+        queue, _ = named(self._state, name)
         message = queue.dead.get(id)
         if message is None:
             raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
-        extra = message.details()
-        if extra.evidence:
+        delivery_state = message.ensure_delivery_state()
+        if delivery_state.evidence:
             raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
-        self._bounds.body(body)
-        if extra.parts is not None:
-            (_, size), *arrived = extra.parts
-            extra.parts = [("", len(body)), *arrived]
-            body += self._ledger.body(message)[size:]
-        self._store.live_bytes += len(body) - message.size
+        self._limit_checker.check_body(body)
+        if delivery_state.parts is not None:
+            (_, size), *arrived = delivery_state.parts
+            delivery_state.parts = [("", len(body)), *arrived]
+            body += self._writer.body(message)[size:]
+        self._state.live_bytes += len(body) - message.size
         message.body, message.size = body, len(body)
-        self._ledger.copy(message)
+        self._writer.copy(message)
         return {"epoch": message.epoch}
 
     def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
         """Begin a parked group anew, in the next epoch, with this one message: nothing is left of what it had, but
         what arrived at gathers that nobody has opened."""
-        store = self._store
-        group = store.groups.get(id)
+        state = self._state
+        group = state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         messages = group.messages()
@@ -403,24 +403,24 @@ class Admin:
         working = [message for message in messages if message.state() == LEASED]
         if working:
             raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
-        self._bounds.queues((queue,))
-        self._bounds.body(body)
+        self._limit_checker.check_queues((queue,))
+        self._limit_checker.check_body(body)
         for message in messages:
-            store.remove(message)
-        self._ledger.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
+            state.remove(message)
+        self._writer.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
         group.epoch += 1
         group.cancelled, group.released = None, ()
-        self._ledger.keep_group(group)
+        self._writer.keep_group(group)
         for gather in (group.gathers or {}).values():
-            store.live_bytes -= gather.weight
+            state.live_bytes -= gather.weight
             gather.begin_anew()
-            store.live_bytes += gather.weight
-            self._ledger.keep_gather(group, gather)
-        target = store.queue(queue)
-        first = store.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(store.wall), 0)
-        self._ledger.copy(first)
-        store.enqueue(first)
-        store.touched[target] = None
+            state.live_bytes += gather.weight
+            self._writer.keep_gather(group, gather)
+        target = state.queue(queue)
+        first = state.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(state.wall), 0)
+        self._writer.copy(first)
+        state.enqueue(first)
+        state.touched[target] = None
         answer = {"epoch": group.epoch}
         session.remember(session.heard, answer)
         return answer

@@ -35,10 +35,10 @@ _NUMBER = re.compile(r":\d+$")
 class Audit:
     """The auditor of one machine."""
 
-    def __init__(self, store: BrokerState, leases: Leases, looking: Inspector) -> None:
-        self._store = store
+    def __init__(self, state: BrokerState, leases: Leases, inspector: Inspector) -> None:
+        self._state = state
         self._leases = leases
-        self._looking = looking
+        self._inspector = inspector
 
     def audit(self, session: Session) -> dict[str, Any]:
         """The picture.
@@ -48,11 +48,11 @@ class Audit:
         each holds. `awaited`: queues that are closed until peers have announced themselves. `faults`: where the books
         contradict one another. Takes about 2 µs per message and group, during which nobody else is served.
         """
-        store = self._store
+        state = self._state
         shapes: dict[tuple[Any, ...], list[Any]] = {}
         live: list[str] = []
         epochs: dict[str, int] = {}
-        for group in store.groups.values():
+        for group in state.groups.values():
             known = shapes.setdefault(_shape(group), [0, []])
             known[0] += 1
             if known[0] <= IDS_SHOWN:
@@ -62,23 +62,23 @@ class Audit:
                 if group.epoch != FIRST_EPOCH:
                     epochs[group.id] = group.epoch
         faults = []
-        for fault in contradictions(store):
+        for fault in contradictions(state):
             faults.append(fault)
             if len(faults) >= FAULTS_SHOWN:
                 break
         return {
-            "epoch": store.epoch,
-            "wall": store.wall,
-            "messages": len(store.messages),
-            "groups": len(store.groups),
+            "epoch": state.epoch,
+            "wall": state.wall,
+            "messages": len(state.messages),
+            "groups": len(state.groups),
             "live": live,
             "epochs": epochs,
             "shapes": [[*shape, count, ids] for shape, (count, ids) in shapes.items()],
-            "sessions": [_session(known) for known in store.sessions.values()],
-            "awaited": {queue.name: len(queue.awaiting) for queue in store.queues.values() if queue.awaiting},
-            "rostered": self._leases.rostered,
-            "queues": self._looking.queues(""),
-            "facts": dict(store.facts),
+            "sessions": [_session(known) for known in state.sessions.values()],
+            "awaited": {queue.name: len(queue.awaiting) for queue in state.queues.values() if queue.awaiting},
+            "rostered": self._leases.workers_known,
+            "queues": self._inspector.queues(""),
+            "facts": dict(state.facts),
             "faults": faults,
         }
 
@@ -118,60 +118,60 @@ def _session(session: Session) -> dict[str, Any]:
 # the books
 
 
-def contradictions(store: BrokerState) -> Iterator[str]:
+def contradictions(state: BrokerState) -> Iterator[str]:
     """Where the books of a broker contradict one another; nothing, for as long as it has no bug."""
-    states: dict[Queue, Counter[str]] = {queue: Counter() for queue in store.queues.values()}
-    alarms = store.alarms()
+    states: dict[Queue, Counter[str]] = {queue: Counter() for queue in state.queues.values()}
+    alarms = state.alarms()
     grouped = size = 0
-    for id, message in store.messages.items():
-        state = message.state()
+    for id, message in state.messages.items():
+        message_state = message.state()
         size += message.size
-        states.setdefault(message.queue, Counter())[state] += 1
+        states.setdefault(message.queue, Counter())[message_state] += 1
         if message.id != id:
             yield f"message {message.id} is known as {id}"
         group = message.group
-        evidence = message.extra is not None and message.extra.evidence
+        evidence = message.delivery_state is not None and message.delivery_state.evidence
         if group is not None and not evidence:
             grouped += 1
-            if store.groups.get(group.id) is not group:
+            if state.groups.get(group.id) is not group:
                 yield f"message {id} in {message.queue.name} belongs to {group.id}, which is not live"
-        if state == LEASED:
-            yield from _lease_faults(store, message)
+        if message_state == LEASED:
+            yield from _lease_faults(state, message)
         elif message.lease:
             yield f"message {id} in {message.queue.name} has lease {message.lease}, and nobody holds it"
-        if state == DELAYED:
-            assert message.extra is not None
-            if (message.extra.due, id, "", "") not in alarms:
+        if message_state == DELAYED:
+            assert message.delivery_state is not None
+            if (message.delivery_state.due, id, "", "") not in alarms:
                 yield f"message {id} in {message.queue.name} is delayed, and no timer will wake it"
-        elif state == PARKED and message.queue.dead.get(id) is not message:
+        elif message_state == PARKED and message.queue.dead.get(id) is not message:
             yield f"message {id} is a dead letter that {message.queue.name} does not know of"
     linked = 0
-    for group in store.groups.values():
+    for group in state.groups.values():
         linked += (group.one is not None) + len(group.more or ())
         for gather in (group.gathers or {}).values():
             size += gather.weight
-            if store.gathers.get((group.id, gather.key)) is not group:
+            if state.gathers.get((group.id, gather.key)) is not group:
                 yield f"gather {gather.key} of {group.id} is not among the gathers"
             if gather.need is not None and gather.due and (gather.due, 0, group.id, gather.key) not in alarms:
                 yield f"gather {gather.key} of {group.id} has a deadline, and no timer will end it"
     if linked != grouped:
         yield f"{grouped} messages belong to groups, and groups have {linked}"
-    kept = sum(0 if m.extra is None else m.extra.step_bytes for m in store.messages.values())
-    if kept != store.step_bytes:
-        yield f"all steps have {kept} bytes, and {store.step_bytes} are accounted for"
-    if size != store.live_bytes:
-        yield f"all bodies have {size} bytes, and {store.live_bytes} are accounted for"
+    kept = sum(0 if m.delivery_state is None else m.delivery_state.step_bytes for m in state.messages.values())
+    if kept != state.step_bytes:
+        yield f"all steps have {kept} bytes, and {state.step_bytes} are accounted for"
+    if size != state.live_bytes:
+        yield f"all bodies have {size} bytes, and {state.live_bytes} are accounted for"
     for queue, counted in states.items():
-        yield from _queue_faults(store, queue, counted)
+        yield from _queue_faults(state, queue, counted)
 
 
-def _lease_faults(store: BrokerState, message: Message) -> Iterator[str]:
+def _lease_faults(state: BrokerState, message: Message) -> Iterator[str]:
     holder = message.holder
     assert holder is not None
     where = f"message {message.id} in {message.queue.name}"
     if holder is GONE:
         yield f"{where} has been replaced, and is still known"
-    elif store.sessions.get(holder.session.peer) is not holder.session:
+    elif state.sessions.get(holder.session.peer) is not holder.session:
         yield f"{where} is held by {holder.session.name or holder.session.peer}, which is no peer any more"
     elif holder.held.get(message.id) is not message:
         yield f"{where} is held by {holder.session.name or holder.session.peer}, which does not know of it"
@@ -179,10 +179,10 @@ def _lease_faults(store: BrokerState, message: Message) -> Iterator[str]:
         yield f"{where} is held by {holder.session.name or holder.session.peer} without a lease"
 
 
-def _queue_faults(store: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
+def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
     figures: Iterable[tuple[str, int, int]] = (
         (READY, counted[READY], queue.ready_count),
-        ("to be delivered", counted[READY], sum(1 for m in queue.waiting() if _lies_right(store, queue, m))),
+        ("to be delivered", counted[READY], sum(1 for m in queue.waiting() if _lies_right(state, queue, m))),
         (LEASED, counted[LEASED], sum(len(consumer.held) for consumer in queue.consumers)),
         (DELAYED, counted[DELAYED], queue.delayed),
         (PARKED, counted[PARKED], len(queue.dead)),
@@ -192,5 +192,5 @@ def _queue_faults(store: BrokerState, queue: Queue, counted: Counter[str]) -> It
             yield f"{queue.name} counts {known} messages as {what}, and there are {real}"
 
 
-def _lies_right(store: BrokerState, queue: Queue, message: Message) -> bool:
-    return message.queue is queue and store.messages.get(message.id) is message
+def _lies_right(state: BrokerState, queue: Queue, message: Message) -> bool:
+    return message.queue is queue and state.messages.get(message.id) is message

@@ -20,38 +20,38 @@ CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 class Breaker:
     """The breaker of one queue: `failures` in a row open it for `reset` seconds. `probe` is the id of a message."""
 
-    __slots__ = ("count", "failures", "probe", "reset", "state", "until")
+    __slots__ = ("failure_count", "failures", "probe", "reset", "state", "until")
 
     def __init__(self, failures: int, reset: float) -> None:
         self.failures = failures
         self.reset = reset
         self.state = CLOSED
-        self.count = 0
+        self.failure_count = 0
         self.until = 0.0
         self.probe = 0
 
     @property
     def most(self) -> int:
         """How many messages a consumer may hold while closed: what it has begun to fail at is not worth more."""
-        return max(1, self.failures - self.count)
+        return max(1, self.failures - self.failure_count)
 
-    def failed(self, id: int, now: float) -> bool:
+    def record_failure(self, id: int, now: float) -> bool:
         """An attempt at the message has failed. Whether that has opened the breaker, until `until`."""
         if self.state == CLOSED:
-            self.count += 1
-            if self.count < self.failures:
+            self.failure_count += 1
+            if self.failure_count < self.failures:
                 return False
         elif self.state == OPEN or id != self.probe:
             return False
         self.state, self.probe, self.until = OPEN, 0, now + self.reset
         return True
 
-    def worked(self, ids: Collection[int]) -> None:
+    def record_success(self, ids: Collection[int]) -> None:
         """Attempts at these messages have gone well."""
         if self.state == CLOSED:
-            self.count = 0
+            self.failure_count = 0
         elif self.state == HALF_OPEN and self.probe in ids:
-            self.state, self.count, self.probe = CLOSED, 0, 0
+            self.state, self.failure_count, self.probe = CLOSED, 0, 0
 
     def waits(self, now: float) -> bool:
         """Whether nothing is to be delivered now; an open one whose time has come is half-open from here on."""

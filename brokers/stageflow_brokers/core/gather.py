@@ -30,8 +30,8 @@ class Gather:
         "epoch",
         "key",
         "label",
+        "location",
         "need",
-        "place",
         "priority",
         "queue",
         "seen",
@@ -39,9 +39,9 @@ class Gather:
         "weight",
     )
 
-    def __init__(self, key: str, place: RecordLocation) -> None:
+    def __init__(self, key: str, location: RecordLocation) -> None:
         self.key = key
-        self.place = place
+        self.location = location
         self.need: int | None = None
         self.queue = ""
         self.label = ""
@@ -97,7 +97,7 @@ class Gather:
         self.seen = set(self.arrivals)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it is open and all it needs has arrived."""
         return self.need is not None and len(self.arrivals) >= self.need
 

@@ -22,9 +22,9 @@ Resolved = list[tuple[Queue | None, str, int]]
 class GatherManager:
     """The gathers of one machine. `changed`: what the frame in hand has touched, by group and key."""
 
-    def __init__(self, store: BrokerState, ledger: RecordWriter, leases: Leases) -> None:
-        self.store = store
-        self._ledger = ledger
+    def __init__(self, state: BrokerState, writer: RecordWriter, leases: Leases) -> None:
+        self.state = state
+        self._writer = writer
         self._leases = leases
         self.changed: list[tuple[Group, str]] = []
 
@@ -35,17 +35,17 @@ class GatherManager:
         targets: Resolved,
         blob: bytes,
         at: int,
-        place: RecordLocation,
+        location: RecordLocation,
         priority: int = 0,
     ) -> bool:
         """Openings and arrivals, whose bodies begin at `at`. False when some belong to no group, and were dropped.
 
         An opening makes its group; an arrival does not, for it may be a late one, and its group would never end.
         """
-        store = self.store
+        state = self.state
         whole = True
         for opening in opens:
-            group = store.group(opening.group, opening.epoch, place)
+            group = state.group(opening.group, opening.epoch, location)
             base = blob[at : at + opening.size]
             at += opening.size
             if group is None:
@@ -53,25 +53,25 @@ class GatherManager:
                 continue
             queue, label, _ = targets[opening.target]
             assert queue is not None
-            store.open(group, opening, queue.name, label, base, place, priority)
-            due = store.gather(group, opening.key, place).due
+            state.open(group, opening, queue.name, label, base, location, priority)
+            due = state.gather(group, opening.key, location).due
             if due:
-                store.timer(due, 0, group.id, opening.key)
+                state.timer(due, 0, group.id, opening.key)
             self.changed.append((group, opening.key))
         for arrival in arrivals:
-            group = store.groups.get(arrival.group)
+            group = state.groups.get(arrival.group)
             if group is None:
                 whole = False
             else:
-                store.arrive(group, arrival.key, arrival.slot, blob[at : at + arrival.size], place)
+                state.arrive(group, arrival.key, arrival.slot, blob[at : at + arrival.size], location)
                 self.changed.append((group, arrival.key))
             at += arrival.size
         if priority:
             # A replay knows it by the message that opened the gather, which may be gone with its segment by then.
             for opening in opens:
-                group = store.groups.get(opening.group)
+                group = state.groups.get(opening.group)
                 if group is not None:
-                    self._ledger.keep_gather(group, store.gather(group, opening.key, place))
+                    self._writer.keep_gather(group, state.gather(group, opening.key, location))
         return whole
 
     def complete(self) -> list[tuple[Group, str]]:
@@ -85,7 +85,7 @@ class GatherManager:
 
     def due(self, due: float, id: str, key: str) -> None:
         """The deadline that was `due` has passed."""
-        group = self.store.groups.get(id)
+        group = self.state.groups.get(id)
         gather = None if group is None or group.gathers is None else group.gathers.get(key)
         if group is not None and gather is not None and gather.need is not None and gather.due == due:
             self._publish(group, key, failure=EXPIRED)
@@ -102,10 +102,10 @@ class GatherManager:
                 self._publish(group, key, failure=EXPIRED)
 
     def _settle(self, group: Group, key: str) -> None:
-        if self.store.groups.get(group.id) is not group or group.gathers is None:
+        if self.state.groups.get(group.id) is not group or group.gathers is None:
             return
         gather = group.gathers[key]
-        while gather.complete:
+        while gather.is_complete:
             self._publish(group, key)
         if gather.need is not None and gather.epoch < group.epoch:
             if group.divert is not None:
@@ -114,21 +114,21 @@ class GatherManager:
                 self._publish(group, key, failure=EXPIRED)
 
     def _publish(self, group: Group, key: str, *, failure: bytes | None = None) -> None:
-        store = self.store
+        state = self.state
         assert group.gathers is not None
         gather = group.gathers[key]
-        queue, label, epoch = store.queue(gather.queue), gather.label, gather.epoch
+        queue, label, epoch = state.queue(gather.queue), gather.label, gather.epoch
         before = gather.weight
         body, parts = gather.take()
-        store.live_bytes += gather.weight - before
-        message = store.put(queue, group, epoch, label, gather.priority, body, len(body), gather.place, 0)
-        extra = message.details()
-        extra.parts = parts
-        extra.failure, extra.fresh = failure, failure is not None
-        self._ledger.keep_gather(group, gather)
-        if message.overtaken:
+        state.live_bytes += gather.weight - before
+        message = state.put(queue, group, epoch, label, gather.priority, body, len(body), gather.location, 0)
+        delivery_state = message.ensure_delivery_state()
+        delivery_state.parts = parts
+        delivery_state.failure, delivery_state.fresh = failure, failure is not None
+        self._writer.keep_gather(group, gather)
+        if message.is_stale_epoch:
             self._leases.divert(message)
             return
-        self._ledger.copy(message)
-        store.enqueue(message)
-        store.touched[queue] = None
+        self._writer.copy(message)
+        state.enqueue(message)
+        state.touched[queue] = None

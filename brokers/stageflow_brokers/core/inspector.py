@@ -42,21 +42,21 @@ SHOWN_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
 
 
-def named(store: BrokerState, name: str) -> tuple[Queue, bool]:
+def named(state: BrokerState, name: str) -> tuple[Queue, bool]:
     """The queue of that name, and whether its dead letters are meant. Raises `Refused` if there is none."""
-    if name in store.queues:
-        return store.queues[name], False
-    if name.startswith(DLQ) and name[len(DLQ) :] in store.queues:
-        return store.queues[name[len(DLQ) :]], True
+    if name in state.queues:
+        return state.queues[name], False
+    if name.startswith(DLQ) and name[len(DLQ) :] in state.queues:
+        return state.queues[name[len(DLQ) :]], True
     raise Refused(f"no queue is named {name!r}")
 
 
 class Inspector:
     """The view into one machine."""
 
-    def __init__(self, store: BrokerState, ledger: RecordWriter, leases: Leases) -> None:
-        self._store = store
-        self._ledger = ledger
+    def __init__(self, state: BrokerState, writer: RecordWriter, leases: Leases) -> None:
+        self._state = state
+        self._writer = writer
         self._leases = leases
         self._progress: dict[int, tuple[int, float, bytes]] = {}
 
@@ -64,24 +64,24 @@ class Inspector:
         """How far the holder of a message is, for whoever looks: in no journal, and gone with the lease."""
         if len(body) > PROGRESS_BYTES:
             raise ProtocolError(f"progress: {len(body)} bytes, {PROGRESS_BYTES} are the most")
-        if self._leases.held(session, id, lease) is None:
+        if self._leases.get_held(session, id, lease) is None:
             return
         known = self._progress
-        known[id] = (lease, self._store.wall, body)
+        known[id] = (lease, self._state.wall, body)
         if len(known) > PROGRESS_KEPT:
-            messages = self._store.messages
+            messages = self._state.messages
             self._progress = {id: it for id, it in known.items() if id in messages and messages[id].lease == it[0]}
 
     def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
-        store, room = self._store, _Room()
-        found = {id: self._group(group, room) for id in ids if (group := store.groups.get(id)) is not None}
-        return {"epoch": store.epoch, "left_seq": store.left_seq, "groups": found}
+        state, room = self._state, _Room()
+        found = {id: self._group(group, room) for id in ids if (group := state.groups.get(id)) is not None}
+        return {"epoch": state.epoch, "left_seq": state.left_seq, "groups": found}
 
     def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """The groups with the bodies of their messages, without those that have no room in one answer: to be looked at
         by people, a few at a time."""
-        groups, room = self._store.groups, _Room()
+        groups, room = self._state.groups, _Room()
         return {id: self._group(group, room, bodies=True) for id in ids if (group := groups.get(id)) is not None}
 
     def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ class Inspector:
             raise Refused(f"groups: a limit from 0 to {MOST_LISTED:,}, not {limit}")
         found: list[dict[str, Any]] = []
         room = _Room()
-        for group in reversed(self._store.groups.values()):
+        for group in reversed(self._state.groups.values()):
             if len(found) >= limit:
                 break
             if not queue_prefix or any(m.queue.name.startswith(queue_prefix) for m in group.messages()):
@@ -99,7 +99,7 @@ class Inspector:
 
     def live(self, session: Session) -> list[str]:
         """All groups by id, the latest last."""
-        return list(self._store.groups)
+        return list(self._state.groups)
 
     def _group(self, group: Group, room: _Room, *, bodies: bool = False) -> dict[str, Any]:
         ended = group.ended
@@ -120,7 +120,7 @@ class Inspector:
         """How the bodies of a group begin: of what its open gathers wait with, then of its messages."""
         heads = [gather.base[:HEAD_BYTES] for gather in (group.gathers or {}).values() if gather.need is not None]
         for message in islice(group.messages(), max(0, HEADS - len(heads))):
-            heads.append(self._ledger.head(message, HEAD_BYTES))
+            heads.append(self._writer.head(message, HEAD_BYTES))
         return heads[:HEADS]
 
     def tally(self, session: Session, shared: list[str], marks: list[bytes], at: list[int]) -> dict[str, Any]:
@@ -135,15 +135,20 @@ class Inspector:
         most = max(at, default=0) + max(map(len, marks), default=0)
         common = set(shared)
         known = _Marks(marks, at)
-        for group in self._store.groups.values():
+        for group in self._state.groups.values():
             if group.ended:
                 continue
             one = group.one
-            if one is not None and one.extra is None and group.gathers is None and one.queue.name not in common:
+            if (
+                one is not None
+                and one.delivery_state is None
+                and group.gathers is None
+                and one.queue.name not in common
+            ):
                 # Nearly all are so, and there may be a million of them.
                 queues[one.queue.name] = queues.get(one.queue.name, 0) + 1
                 continue
-            for name, head in self._places(group, most, common):
+            for name, head in self._locations(group, most, common):
                 if name not in common:
                     queues[name] = queues.get(name, 0) + 1
                     break
@@ -153,18 +158,18 @@ class Inspector:
                     break
         return {"queues": queues, "marks": counts}
 
-    def _places(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
+    def _locations(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
         """Where a group waits, and how the bodies there begin where the queue is a shared one."""
         for gather in (group.gathers or {}).values():
             if gather.need is not None:
                 yield gather.queue, gather.base[:most]
         for message in group.messages():
-            if message.extra is None or not message.extra.parked:
+            if message.delivery_state is None or not message.delivery_state.parked:
                 name = message.queue.name
-                yield name, self._ledger.head(message, most) if name in shared else b""
+                yield name, self._writer.head(message, most) if name in shared else b""
 
     def _message(self, message: Message, *, body: bool) -> dict[str, Any]:
-        extra = message.extra
+        delivery_state = message.delivery_state
         described: dict[str, Any] = {
             "id": message.id,
             "queue": message.queue.name,
@@ -173,14 +178,14 @@ class Inspector:
             "label": message.label,
             "state": message.state(),
             "size": message.size,
-            "enqueued": message.place.wall,
-            "attempts": 0 if extra is None else extra.attempts,
-            "deaths": 0 if extra is None else extra.deaths,
-            "failure": None if extra is None else extra.failure,
-            "due": 0.0 if extra is None else extra.due_wall,
-            "reason": None if extra is None else extra.reason,
-            "parked": 0.0 if extra is None else extra.parked_wall,
-            "evidence": False if extra is None else extra.evidence,
+            "enqueued": message.location.wall,
+            "attempts": 0 if delivery_state is None else delivery_state.attempts,
+            "deaths": 0 if delivery_state is None else delivery_state.deaths,
+            "failure": None if delivery_state is None else delivery_state.failure,
+            "due": 0.0 if delivery_state is None else delivery_state.due_wall,
+            "reason": None if delivery_state is None else delivery_state.reason,
+            "parked": 0.0 if delivery_state is None else delivery_state.parked_wall,
+            "evidence": False if delivery_state is None else delivery_state.evidence,
             "holder": "" if message.holder is None else message.holder.session.name,
         }
         progress = self._progress.get(message.id)
@@ -189,23 +194,23 @@ class Inspector:
         if body:
             # Of what was gathered the base: what has arrived for it is of no interest one by one.
             described["base"] = _base_size(message)
-            described["body"] = self._ledger.head(message, described["base"])
+            described["body"] = self._writer.head(message, described["base"])
         return described
 
     def queues(self, prefix: str) -> list[dict[str, Any]]:
         """The queues whose names begin so, by name, with what is in them."""
-        return [self._queue(q) for name, q in sorted(self._store.queues.items()) if name.startswith(prefix)]
+        return [self._queue(q) for name, q in sorted(self._state.queues.items()) if name.startswith(prefix)]
 
     def _queue(self, queue: Queue) -> dict[str, Any]:
         first = next(queue.waiting(), None)
-        closed = not self._leases.rostered or bool(queue.awaiting)
+        closed = not self._leases.workers_known or bool(queue.awaiting)
         return {
             "name": queue.name,
             "ready": queue.ready_count,
             "leased": sum(len(consumer.held) for consumer in queue.consumers),
             "delayed": queue.delayed,
             "dead": len(queue.dead),
-            "oldest": 0.0 if first is None else max(0.0, self._store.wall - first.place.wall),
+            "oldest": 0.0 if first is None else max(0.0, self._state.wall - first.location.wall),
             "consumers": len(queue.consumers),
             "busy": sum(1 for consumer in queue.consumers if consumer.held),
             "delivered": queue.delivered,
@@ -216,7 +221,7 @@ class Inspector:
 
     def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
         """Messages of a queue that are ready, in their order, or its dead letters; bodies up to 16 MiB in all."""
-        queue, dead = named(self._store, name)
+        queue, dead = named(self._state, name)
         if not 0 <= offset < MAX_NUMBER or not 0 <= limit <= 10_000:
             raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
         found: list[dict[str, Any]] = []
@@ -242,15 +247,15 @@ class _Room:
 
 
 def _base_size(message: Message) -> int:
-    extra = message.extra
-    return message.size if extra is None or extra.parts is None else extra.parts[0][1]
+    delivery_state = message.delivery_state
+    return message.size if delivery_state is None or delivery_state.parts is None else delivery_state.parts[0][1]
 
 
 class _Marks:
     """Finds which of many marks is at one of some places, however many there are."""
 
     def __init__(self, marks: list[bytes], at: list[int]) -> None:
-        self._at = sorted({place for place in at if place >= 0})
+        self._at = sorted({where for where in at if where >= 0})
         self._by_length: dict[int, dict[bytes, int]] = {}
         for number, mark in enumerate(marks):
             self._by_length.setdefault(len(mark), {}).setdefault(mark, number)
@@ -260,8 +265,8 @@ class _Marks:
         found = [
             number
             for length, numbers in self._by_length.items()
-            for place in self._at
-            if (number := numbers.get(head[place : place + length])) is not None
+            for where in self._at
+            if (number := numbers.get(head[where : where + length])) is not None
         ]
         return min(found, default=None)
 
@@ -273,5 +278,5 @@ def _gather(gather: Gather, room: _Room | None) -> dict[str, Any]:
         # What was gathered of many items is of no interest one by one.
         few = len(gather.arrivals) <= PARTS_SHOWN and room.has(gather.weight - len(gather.base))
         described["parts"] = list(gather.arrivals.values()) if few else []
-        described["opened"] = gather.place.wall
+        described["opened"] = gather.location.wall
     return described

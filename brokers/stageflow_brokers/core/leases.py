@@ -28,23 +28,26 @@ EXPIRED = b"expired"
 
 
 class Leases:
-    """Deliveries of one machine. `rostered`: it is known who may hold messages. `held_back`: none but the supervisor
-    is given any."""
+    """The leases and deliveries of one machine.
+
+    `workers_known` is True once the supervisor has reported which consumers may hold messages. While
+    `delivery_suspended` is True, only the supervisor receives messages.
+    """
 
     def __init__(
-        self, store: BrokerState, ledger: RecordWriter, talk: Outbox, *, rostered: bool, max_prefetch: int
+        self, state: BrokerState, writer: RecordWriter, outbox: Outbox, *, workers_known: bool, max_prefetch: int
     ) -> None:
-        self.store = store
-        self._ledger = ledger
-        self._talk = talk
+        self.state = state
+        self._writer = writer
+        self._outbox = outbox
         self._max_prefetch = max_prefetch
-        self.rostered = rostered
-        self.held_back = False
-        self.overtaken: list[Message] = []
+        self.workers_known = workers_known
+        self.delivery_suspended = False
+        self.stale_epoch_messages: list[Message] = []
 
-    def held(self, session: Session, id: int, lease: int) -> Message | None:
+    def get_held(self, session: Session, id: int, lease: int) -> Message | None:
         """The message, if this session holds it under this lease."""
-        message = self.store.messages.get(id)
+        message = self.state.messages.get(id)
         if message is None or message.lease != lease:
             return None
         holder = message.holder
@@ -52,74 +55,74 @@ class Leases:
             return None
         return message
 
-    def let_go(self, message: Message) -> None:
+    def end_lease(self, message: Message) -> None:
         """Its holder has settled it and has room for another."""
         holder = message.holder
         if holder is not None:
             del holder.held[message.id]
-            self.store.touched[holder.queue] = None
+            self.state.touched[holder.queue] = None
         message.holder, message.lease = None, 0
 
-    def done_with(self, session: Session, ids: Iterable[int]) -> None:
+    def free_credit(self, session: Session, ids: Iterable[int]) -> None:
         """The peer has settled or returned these, which were not its own any more: there is room for others."""
         for consumer in session.consumers.values():
             if consumer.gone and not consumer.gone.isdisjoint(ids):
                 consumer.gone.difference_update(ids)
-                self.store.touched[consumer.queue] = None
+                self.state.touched[consumer.queue] = None
 
-    def give_back(self, message: Message) -> None:
+    def release(self, message: Message) -> None:
         """It was not begun, or nobody knows: to the head of its queue, uncharged. It must be in no lane."""
-        self.let_go(message)
-        if message.overtaken:
+        self.end_lease(message)
+        if message.is_stale_epoch:
             self.divert(message)
         else:
             message.queue.push_front(message)
-            self.store.touched[message.queue] = None
+            self.state.touched[message.queue] = None
 
-    def again(self, message: Message, seconds: float = 0.0) -> None:
+    def redeliver(self, message: Message, seconds: float = 0.0) -> None:
         """Deliver once more, after a delay or at once at the head. It must be in no lane, and nobody's."""
-        store = self.store
-        store.delay(message.details(), seconds)
-        if message.overtaken:
+        state = self.state
+        state.delay(message.ensure_delivery_state(), seconds)
+        if message.is_stale_epoch:
             self.divert(message)
         else:
-            store.enqueue(message, front=not seconds)
-            store.touched[message.queue] = None
+            state.enqueue(message, front=not seconds)
+            state.touched[message.queue] = None
 
-    def failed(self, message: Message) -> None:
+    def record_failure(self, message: Message) -> None:
         """An attempt at it has failed, in the queue it is in: too many in a row, and that queue waits."""
-        queue, now = message.queue, self.store.now
+        queue, now = message.queue, self.state.now
         breaker = queue.breaker
-        if breaker is None or not breaker.failed(message.id, now):
+        if breaker is None or not breaker.record_failure(message.id, now):
             return
-        self.store.timer(breaker.until, BREAKER_TIMER, "", queue.name)
+        self.state.timer(breaker.until, BREAKER_TIMER, "", queue.name)
         for consumer in queue.consumers:
             if len(consumer.held) > 1:
-                self._talk.notice(consumer.session, "recall", None)
+                self._outbox.notice(consumer.session, "recall", None)
 
-    def look_again(self, name: str) -> None:
+    def wake_queue(self, name: str) -> None:
         """The time of an open breaker is over."""
-        self.store.touched[self.store.queue(name)] = None
+        self.state.touched[self.state.queue(name)] = None
 
     def divert(self, message: Message) -> None:
         """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
         group = message.group
         assert group is not None
         assert group.divert is not None
-        self.send_elsewhere(message, *group.divert)
+        self.move(message, *group.divert)
 
-    def send_elsewhere(self, message: Message, name: str, label: str) -> None:
+    def move(self, message: Message, name: str, label: str) -> None:
         """To another queue, under another label, with all that has happened to it. It must be in no lane."""
-        message.queue = self.store.queue(name)
+        message.queue = self.state.queue(name)
         message.label = label
-        extra = message.extra
-        if extra is not None:
-            extra.due = extra.due_wall = extra.delay = 0.0
-            extra.parked, extra.parked_wall, extra.reason = False, 0.0, None
-            extra.expires = extra.expires_wall = 0.0
-        self._ledger.copy(message)
-        self.store.enqueue(message)
-        self.store.touched[message.queue] = None
+        delivery_state = message.delivery_state
+        if delivery_state is not None:
+            delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
+            delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
+            delivery_state.expires = delivery_state.expires_wall = 0.0
+        self._writer.copy(message)
+        self.state.enqueue(message)
+        self.state.touched[message.queue] = None
 
     # consumers
 
@@ -127,47 +130,47 @@ class Leases:
         """`session` takes messages of a queue, `prefetch` at once."""
         consumer = session.consumers.get(name)
         if consumer is None:
-            queue = self.store.queue(name)
+            queue = self.state.queue(name)
             consumer = session.consumers[name] = Consumer(session, queue, prefetch)
             queue.consumers.append(consumer)
         consumer.prefetch = min(prefetch, self._max_prefetch)
-        self.store.touched[consumer.queue] = None
+        self.state.touched[consumer.queue] = None
 
-    def announce(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
+    def reconcile(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
         """What a peer says that it holds: what it was given and does not name never reached it. The ids that it must
         drop are returned."""
         named = set(holding)
         for consumer in session.consumers.values():
             consumer.gone.clear()
             for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
-                self.give_back(message)
+                self.release(message)
         return [id for id, lease in holding if not self._adopt(session, id, lease)]
 
     def _adopt(self, session: Session, id: int, lease: int) -> bool:
         """Give a worker that outlived a broker the lease it had; False when the message is not its own any more."""
-        message = self.store.messages.get(id)
+        message = self.state.messages.get(id)
         if message is None:
             return False
         holder = message.holder
         if holder is not None and holder.session is session and message.lease == lease:
             return True
         consumer = session.consumers.get(message.queue.name)
-        if consumer is None or not 0 < lease < self.store.epoch << 40:
+        if consumer is None or not 0 < lease < self.state.epoch << 40:
             return False
         if holder is not None:
             # Two claim it from before the restart: the later lease made the earlier one void.
             if message.lease >= lease:
                 return False
-            self.let_go(message)
+            self.end_lease(message)
         elif message.state() != READY:
             return False
         else:
-            message = self.store.replace(message)
+            message = self.state.replace(message)
         message.holder, message.lease = consumer, lease
         consumer.held[id] = message
         return True
 
-    def bury(
+    def release_all(
         self, session: Session, *, guilty: Sequence[int] = (), blame: Callable[[Message], None] | None = None
     ) -> None:
         """The session is over: what it held goes back to the head of its queue, in order, uncharged.
@@ -179,45 +182,45 @@ class Leases:
             culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in guilty]
             for message in reversed(list(consumer.held.values())):
                 if message not in culprits:
-                    self.give_back(message)
+                    self.release(message)
             if blame is not None:
                 for culprit in reversed(culprits):  # each to the head of the queue: the first one last
-                    self.let_go(culprit)
+                    self.end_lease(culprit)
                     blame(culprit)
         session.consumers.clear()
         session.connected = False
-        self.store.sessions.pop(session.peer, None)
+        self.state.sessions.pop(session.peer, None)
 
-    def heard_of(self, peer: int) -> None:
+    def stop_awaiting(self, peer: int) -> None:
         """The peer has announced what it holds, or is dead: no queue waits for it any longer."""
-        for queue in self.store.queues.values():
+        for queue in self.state.queues.values():
             if peer in queue.awaiting:
                 queue.awaiting.discard(peer)
-                self.store.touched[queue] = None
+                self.state.touched[queue] = None
 
-    def divert_overtaken(self) -> None:
+    def divert_stale_epochs(self) -> None:
         """Messages that were in work when their epoch was raised, and that nobody claims after a restart, go to
         whoever raised it, as soon as all who might have claimed them have spoken."""
         waiting = []
-        for message in self.overtaken:
-            if self.store.messages.get(message.id) is not message or message.state() != READY:
+        for message in self.stale_epoch_messages:
+            if self.state.messages.get(message.id) is not message or message.state() != READY:
                 continue
-            if message.queue.awaiting or not self.rostered:
+            if message.queue.awaiting or not self.workers_known:
                 waiting.append(message)
-            elif message.overtaken:
-                self.divert(self.store.replace(message))
-        self.overtaken = waiting
+            elif message.is_stale_epoch:
+                self.divert(self.state.replace(message))
+        self.stale_epoch_messages = waiting
 
     # deliveries
 
     def deliver(self) -> None:
         """Give what is ready in the queues that were touched to those who have room for it."""
-        touched = self.store.touched
+        touched = self.state.touched
         if not touched:
             return
-        paging, deep = self.store.paging, self.store.deep
+        paging, deep = self.state.paging, self.state.deep
         for queue in touched:
-            if self.rostered and queue.consumers and not queue.paused and not queue.awaiting:
+            if self.workers_known and queue.consumers and not queue.paused and not queue.awaiting:
                 if queue.breaker is None:
                     self._pump(queue)
                 else:
@@ -228,18 +231,18 @@ class Leases:
 
     def _free(self, queue: Queue) -> list[Consumer]:
         free = [c for c in queue.consumers if c.room > 0 and c.session.connected]
-        if self.held_back:
+        if self.delivery_suspended:
             free = [c for c in free if c.session.role == "supervisor"]
         return free
 
     def _pump_guarded(self, queue: Queue, breaker: Breaker) -> None:
         """As `_pump`, as far as the breaker lets it."""
         free = self._free(queue)
-        while free and queue.next_unwanted():
+        while free and queue.has_cancelled_next():
             self._deliver(queue, free[0], 1)
             if free[0].room <= 0:
                 free.pop(0)
-        if breaker.waits(self.store.now):
+        if breaker.waits(self.state.now):
             return
         if breaker.state == CLOSED:
             while free and queue.next_lane():
@@ -249,7 +252,7 @@ class Leases:
                 if room > 0:
                     self._deliver(queue, consumer, min(share, room))
             return
-        probe = self.store.messages.get(breaker.probe)
+        probe = self.state.messages.get(breaker.probe)
         if free and (probe is None or probe.holder is None or probe.queue is not queue):
             consumer = min(free, key=lambda each: len(each.held))
             held = len(consumer.held)
@@ -269,8 +272,8 @@ class Leases:
     def _deliver(self, queue: Queue, consumer: Consumer, count: int) -> None:
         session = consumer.session
         held = consumer.held
-        now = self.store.now
-        lease = self.store.next_lease
+        now = self.state.now
+        lease = self.state.next_lease
         items: list[tuple[Any, ...]] = []
         bodies = session.bodies
         room = DELIVERED_BYTES
@@ -284,11 +287,11 @@ class Leases:
             held[message.id] = message
             body = message.body
             if body is None:
-                body = message.body = self._ledger.body(message)
+                body = message.body = self._writer.body(message)
             bodies.append(body)
             room -= message.size
             group = message.group
-            extra = message.extra
+            delivery_state = message.delivery_state
             items.append(
                 (
                     message.id,
@@ -297,33 +300,33 @@ class Leases:
                     "" if group is None else group.id,
                     message.epoch,
                     None
-                    if extra is None and not message.priority and (group is None or group.cancelled is None)
+                    if delivery_state is None and not message.priority and (group is None or group.cancelled is None)
                     else _as_delivered(message, now),
                 )
             )
             lease += 1
             count -= 1
-        self.store.next_lease = lease
+        self.state.next_lease = lease
         if items:
             queue.delivered += len(items)
             session.deliveries.append((queue.name, items))
-            self._talk.dirty[session] = None
+            self._outbox.dirty[session] = None
 
 
 def _as_delivered(message: Message, now: float) -> DeliveryExtra:
-    extra = message.extra or DeliveryState()
-    failure, fresh = extra.failure, extra.fresh
-    if extra.expires and extra.expires <= now and not fresh:
+    delivery_state = message.delivery_state or DeliveryState()
+    failure, fresh = delivery_state.failure, delivery_state.fresh
+    if delivery_state.expires and delivery_state.expires <= now and not fresh:
         failure, fresh = EXPIRED, True
     group = message.group
     cancelled = None if group is None or message.epoch >= group.epoch else group.cancelled
     return DeliveryExtra(
-        extra.attempts,
-        extra.deaths,
+        delivery_state.attempts,
+        delivery_state.deaths,
         failure,
         fresh,
-        extra.steps,
-        extra.parts,
+        delivery_state.steps,
+        delivery_state.parts,
         message.label,
         message.priority,
         cancelled,

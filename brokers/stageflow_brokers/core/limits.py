@@ -50,33 +50,33 @@ class Limits(Struct, frozen=True):
 class LimitChecker:
     """The limits of one machine, held against what is in its store. Each method raises `Refused`."""
 
-    def __init__(self, store: BrokerState, limits: Limits) -> None:
+    def __init__(self, state: BrokerState, limits: Limits) -> None:
         self.limits = limits
-        self._store = store
+        self._state = state
 
     @property
-    def crowded(self) -> bool:
+    def is_queue_limit_reached(self) -> bool:
         """Whether there are as many queues as there may be, and all of them in use."""
-        if len(self._store.queues) < self.limits.max_queues:
+        if len(self._state.queues) < self.limits.max_queues:
             return False
-        self._store.forget_idle_queues()
-        return len(self._store.queues) >= self.limits.max_queues
+        self._state.forget_idle_queues()
+        return len(self._state.queues) >= self.limits.max_queues
 
-    def queues(self, names: Iterable[str]) -> None:
+    def check_queues(self, names: Iterable[str]) -> None:
         """These may be made, where they are not there yet."""
-        store = self._store
-        made = {name for name in names if name not in store.queues}
-        if made and len(store.queues) + len(made) > self.limits.max_queues:
-            store.forget_idle_queues()
-        if made and len(store.queues) + len(made) > self.limits.max_queues:
+        state = self._state
+        made = {name for name in names if name not in state.queues}
+        if made and len(state.queues) + len(made) > self.limits.max_queues:
+            state.forget_idle_queues()
+        if made and len(state.queues) + len(made) > self.limits.max_queues:
             raise Refused(
-                f"there are {len(store.queues)} queues, and max_queues is {self.limits.max_queues}: "
+                f"there are {len(state.queues)} queues, and max_queues is {self.limits.max_queues}: "
                 f"{next(iter(made))[:80]!r} cannot be made"
             )
 
-    def arrivals(self, arrivals: list[Arrival]) -> None:
+    def check_arrivals(self, arrivals: list[Arrival]) -> None:
         """There is room for what comes to gathers from outside."""
-        limits, groups = self.limits, self._store.groups
+        limits, groups = self.limits, self._state.groups
         coming: dict[tuple[str, str], tuple[int, int]] = {}
         opened: dict[str, set[str]] = {}
         for arrival in arrivals:
@@ -91,9 +91,9 @@ class LimitChecker:
                         f"group {arrival.group[:80]} has {len(gathers or ())} gathers, and max_gathers is "
                         f"{limits.max_gathers}: {arrival.key[:80]!r} cannot be made"
                     )
-            place = (arrival.group, arrival.key)
-            if place in coming:
-                count, size = coming[place]
+            slot = (arrival.group, arrival.key)
+            if slot in coming:
+                count, size = coming[slot]
             else:
                 count, size = (0, 0) if gather is None else (len(gather.arrivals), gather.weight)
             if count >= limits.max_early and (gather is None or gather.need is None or count >= gather.need):
@@ -106,34 +106,34 @@ class LimitChecker:
                     f"{size} bytes lie at {arrival.key[:80]!r} of group {arrival.group[:80]} that nobody has waited "
                     f"for, and max_early_bytes is {limits.max_early_bytes}"
                 )
-            coming[place] = (count + 1, size + arrival.size)
+            coming[slot] = (count + 1, size + arrival.size)
 
-    def step(self, message: Message, name: str, value: bytes) -> None:
+    def check_step(self, message: Message, name: str, value: bytes) -> None:
         """A step of this message may be kept."""
         limits = self.limits
-        extra = message.extra
-        known = None if extra is None else extra.steps
+        delivery_state = message.delivery_state
+        known = None if delivery_state is None else delivery_state.steps
         if len(value) > limits.max_message_bytes:
             raise Refused(f"its value is {len(value)} bytes, and max_message_bytes is {limits.max_message_bytes}")
-        if extra is None or not known:
+        if delivery_state is None or not known:
             return
         if name not in known and len(known) >= limits.max_steps:
             raise Refused(f"{len(known)} steps are kept of this message, and max_steps is {limits.max_steps}")
-        kept = extra.step_bytes + (len(name) if name not in known else -len(known[name]))
+        kept = delivery_state.step_bytes + (len(name) if name not in known else -len(known[name]))
         if kept + len(value) > limits.max_steps_bytes:
             raise Refused(
                 f"the steps of this message would take {kept + len(value)} bytes, and max_steps_bytes is "
                 f"{limits.max_steps_bytes}"
             )
 
-    def looked_up(self, ids: list[str], *, bodies: bool = False) -> None:
+    def check_lookup(self, ids: list[str], *, bodies: bool = False) -> None:
         """So many groups may be asked for at once."""
         most = self.limits.max_inspected if bodies else self.limits.max_looked_up
         if len(ids) > most:
             name = "max_inspected" if bodies else "max_looked_up"
             raise Refused(f"{len(ids)} groups in one query, and {name} is {most}: ask for fewer at once")
 
-    def body(self, body: bytes) -> None:
+    def check_body(self, body: bytes) -> None:
         """A body that takes the place of another is no larger than one that is published."""
         if len(body) > self.limits.max_message_bytes:
             raise Refused(f"a body of {len(body)} bytes is over max_message_bytes={self.limits.max_message_bytes}")

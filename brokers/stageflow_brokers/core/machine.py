@@ -6,7 +6,7 @@ that caused it is on disk: `receive` never produces output, it only lays it read
 that makes no sense is counted, and answered with a notice.
 
 The machine itself keeps the talk in order (who is known, which frame comes next); what frames mean is decided in
-`publishing`, `settling`, `gathering`, `leases`, `supervision` and `admin`.
+`publish_handler`, `settle_handler`, `gather_manager`, `leases`, `supervision` and `admin`.
 """
 
 from __future__ import annotations
@@ -54,38 +54,38 @@ class Machine:
         self.supervised = supervised
         self._status = Status()
         self._waiting: dict[Session, None] = {}
-        store = self.store = BrokerState(paging=paging)
-        self.bounds = LimitChecker(store, self.limits)
-        self.ledger = RecordWriter(store, read_body)
-        self.talk = Outbox(store, max_unread_bytes=self.limits.max_unread_bytes)
-        self.watching = Watches(store, self.ledger, self.talk)
+        state = self.state = BrokerState(paging=paging)
+        self.limit_checker = LimitChecker(state, self.limits)
+        self.writer = RecordWriter(state, read_body)
+        self.outbox = Outbox(state, max_unread_bytes=self.limits.max_unread_bytes)
+        self.watches = Watches(state, self.writer, self.outbox)
         self.leases = Leases(
-            store, self.ledger, self.talk, rostered=not supervised, max_prefetch=self.limits.max_prefetch
+            state, self.writer, self.outbox, workers_known=not supervised, max_prefetch=self.limits.max_prefetch
         )
-        self.gathering = GatherManager(store, self.ledger, self.leases)
-        self.publishing = PublishHandler(
-            store,
-            self.ledger,
-            self.talk,
+        self.gather_manager = GatherManager(state, self.writer, self.leases)
+        self.publish_handler = PublishHandler(
+            state,
+            self.writer,
+            self.outbox,
             self.leases,
-            self.gathering,
-            bounds=self.bounds,
-            watch=self.watching.watch,
+            self.gather_manager,
+            limit_checker=self.limit_checker,
+            watch=self.watches.watch,
         )
-        self.settling = SettleHandler(
-            store, self.ledger, self.talk, self.leases, self.publishing, self.gathering, self.bounds
+        self.settle_handler = SettleHandler(
+            state, self.writer, self.outbox, self.leases, self.publish_handler, self.gather_manager, self.limit_checker
         )
-        self.supervision = Supervision(store, self.ledger, self.talk, self.leases)
+        self.supervision = Supervision(state, self.writer, self.outbox, self.leases)
         self.admin = Admin(
-            store,
-            self.ledger,
-            bounds=self.bounds,
+            state,
+            self.writer,
+            limit_checker=self.limit_checker,
             leases=self.leases,
-            gathering=self.gathering,
-            publishing=self.publishing,
-            settling=self.settling,
+            gather_manager=self.gather_manager,
+            publish_handler=self.publish_handler,
+            settle_handler=self.settle_handler,
             supervision=self.supervision,
-            watching=self.watching,
+            watches=self.watches,
             status=self._status,
             part=self.part,
         )
@@ -119,42 +119,42 @@ class Machine:
     @property
     def refusing(self) -> str:
         """Why nothing new is started at present; empty when all is well."""
-        return self.publishing.refusing
+        return self.publish_handler.refusing
 
     @refusing.setter
     def refusing(self, why: str) -> None:
-        self.publishing.refusing = why
+        self.publish_handler.refusing = why
 
     def started(self, now: float, wall: float) -> None:
         """After the replay: a new broker epoch, to be made durable before anybody is answered."""
-        store = self.store
-        Replay(store).finish(now, wall)
-        self.ledger.keep_epoch()
-        self.leases.overtaken = [
+        state = self.state
+        Replay(state).finish(now, wall)
+        self.writer.keep_epoch()
+        self.leases.stale_epoch_messages = [
             message
-            for group in store.groups.values()
+            for group in state.groups.values()
             if group.divert is not None
             for message in group.messages()
-            if message.overtaken and message.state() == READY
+            if message.is_stale_epoch and message.state() == READY
         ]
 
     # a round
 
     def begin(self, now: float, wall: float) -> None:
         """Time for the round: `now` monotonic, `wall` since the Unix epoch, seconds."""
-        self.store.now = now
-        self.store.wall = wall
+        self.state.now = now
+        self.state.wall = wall
 
     def receive(self, peer: int, op: bytes, header: bytes, blob: bytes) -> None:
         """One frame of a peer."""
-        session = self.store.sessions.get(peer)
+        session = self.state.sessions.get(peer)
         try:
             if len(header) > wire.MAX_HEADER:
                 raise ProtocolError(f"a header of {len(header)} bytes, {wire.MAX_HEADER} are the most")
             if op == wire.HELLO:
                 self._hello(peer, header)
             elif session is None or not session.connected:
-                self.talk.notice_stranger(peer, "hello", None)
+                self.outbox.notice_stranger(peer, "hello", None)
             elif session.waiting and op != wire.HEARD:
                 self._put_aside(session, op, header, blob)
             else:
@@ -162,7 +162,7 @@ class Machine:
         except ProtocolError as error:
             self.malformed += 1
             if session is None or not session.connected:
-                self.talk.notice_stranger(peer, "refused", str(error))
+                self.outbox.notice_stranger(peer, "refused", str(error))
             else:
                 self._refuse(session, header, error)
 
@@ -180,8 +180,8 @@ class Machine:
         session.wait(op, header, blob)
         self._waiting[session] = None
         crowded = len(session.waiting) > MOST_WAITING or session.waiting_bytes > MOST_UNREAD
-        if crowded and session not in self.talk.deaf:
-            self.talk.deaf.append(session)
+        if crowded and session not in self.outbox.deaf:
+            self.outbox.deaf.append(session)
 
     def _go_on(self) -> None:
         """Take the frames that have waited until their peers had read enough."""
@@ -195,89 +195,94 @@ class Machine:
                     self._refuse(session, header, error)
             if not session.waiting:
                 del self._waiting[session]
-        for session in list(self.watching.behind):
-            self.watching.go_on(session)
+        for session in list(self.watches.behind):
+            self.watches.go_on(session)
 
     def tick(self, *, more: bool = False) -> None:
         """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
-        for due, id, group_id, key in self.store.due_timers():
+        for due, id, group_id, key in self.state.due_timers():
             if id > 0:
                 self._message_due(due, id)
             elif id == BREAKER_TIMER:
-                self.leases.look_again(key)
+                self.leases.wake_queue(key)
             else:
-                self.gathering.due(due, group_id, key)
+                self.gather_manager.due(due, group_id, key)
         if not more:
             self.supervision.tick()
-        if self.leases.overtaken:
-            self.leases.divert_overtaken()
-        if self._waiting or self.watching.behind:
+        if self.leases.stale_epoch_messages:
+            self.leases.divert_stale_epochs()
+        if self._waiting or self.watches.behind:
             self._go_on()
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next, on the monotonic clock."""
-        timer, death = self.store.next_timer(), self.supervision.next_deadline
+        timer, death = self.state.next_timer(), self.supervision.next_deadline
         if timer is None or death is None:
             return timer if death is None else death
         return min(timer, death)
 
     def take_records(self) -> list[Record]:
         """The records of this round, to be made durable before anything is dispatched."""
-        return self.ledger.take()
+        return self.writer.take()
 
     def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
         """Where the blobs of the records just taken lie, and the batch of them all."""
-        self.ledger.placed(segment, batch, offsets)
+        self.writer.placed(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
         """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
         self.leases.deliver()
-        spoken = self.talk.spoken()
-        if self.talk.deaf:
-            for session in self.talk.deaf:
+        spoken = self.outbox.spoken()
+        if self.outbox.deaf:
+            for session in self.outbox.deaf:
                 self.disconnect(session.peer)
-                spoken.append(self.talk.parting_word(session))
-            self.talk.deaf.clear()
+                spoken.append(self.outbox.parting_word(session))
+            self.outbox.deaf.clear()
         return spoken
 
     def probe(self) -> None:
         """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
-        for session in self.store.sessions.values():
+        for session in self.state.sessions.values():
             if session.connected:
-                self.talk.dirty[session] = None
+                self.outbox.dirty[session] = None
 
     def _message_due(self, due: float, id: int) -> None:
-        message = self.store.messages.get(id)
-        if message is None or message.extra is None or message.extra.due != due or message.holder is not None:
+        message = self.state.messages.get(id)
+        if (
+            message is None
+            or message.delivery_state is None
+            or message.delivery_state.due != due
+            or message.holder is not None
+        ):
             return
-        message.extra.due = message.extra.due_wall = 0.0
+        message.delivery_state.due = message.delivery_state.due_wall = 0.0
         # Whoever is given it now holds it, also after a restart with a clock that was set back meanwhile.
-        self.ledger.mark(message)
+        self.writer.mark(message)
         message.queue.delayed -= 1
         message.queue.push(message)
-        self.store.touched[message.queue] = None
+        self.state.touched[message.queue] = None
 
     # sessions
 
     def _hello(self, peer: int, header: bytes) -> None:
         hello = wire.decode_hello(header)
-        store = self.store
-        session = store.sessions.get(peer)
+        state = self.state
+        session = state.sessions.get(peer)
         if hello.consume:
             try:
-                self.bounds.queues(name for name, _ in hello.consume)
+                self.limit_checker.check_queues(name for name, _ in hello.consume)
             except Refused as error:
                 raise ProtocolError(str(error)) from None
         if session is None:
-            if sum(1 for known in store.sessions.values() if known.connected) >= self.limits.max_peers:
+            if sum(1 for known in state.sessions.values() if known.connected) >= self.limits.max_peers:
                 raise ProtocolError(
                     f"more than {self.limits.max_peers} peers (max_peers): let others close their connections first"
                 )
-            session = store.sessions[peer] = Session(peer)
-            session.last_frame = store.last_frames.pop(peer, 0)
-        elif hello.talk <= session.talk:
+            session = state.sessions[peer] = Session(peer)
+            session.last_frame = state.last_frames.pop(peer, 0)
+        elif hello.number <= session.hello_number:
             return  # it came twice, or late: what has been said since would be taken back
-        session.talk = hello.talk
+        session.hello_number = hello.number
         session.connected = True
         self._wait_no_more(session)
         session.parting = False
@@ -290,24 +295,24 @@ class Machine:
         session.forget_talk()
         for name, prefetch in hello.consume:
             self.leases.consume(session, name, prefetch)
-        lost = self.leases.announce(session, hello.holding)
-        self.leases.heard_of(peer)
-        self.talk.notice(session, "welcome", (hello.talk, lost))
+        lost = self.leases.reconcile(session, hello.holding)
+        self.leases.stop_awaiting(peer)
+        self.outbox.notice(session, "welcome", (hello.number, lost))
         if hello.watching:
-            self.watching.watch(session, hello.watching)
+            self.watches.watch(session, hello.watching)
 
     def disconnect(self, peer: int) -> None:
         """The peer cannot be reached. What a supervised worker holds stays its own until its death is confirmed."""
-        session = self.store.sessions.get(peer)
+        session = self.state.sessions.get(peer)
         if session is not None:
             self._wait_no_more(session)
-            self.store.remember_peer(peer, session.last_frame)
+            self.state.remember_peer(peer, session.last_frame)
             self._gone(session)
 
     def _wait_no_more(self, session: Session) -> None:
         session.wait_no_more()
         self._waiting.pop(session, None)
-        self.watching.behind.pop(session, None)
+        self.watches.behind.pop(session, None)
 
     def part(self, session: Session) -> None:
         """The peer says that it is leaving; it is answered once more."""
@@ -318,19 +323,19 @@ class Machine:
         if self.supervised and session.holds:
             session.connected = False
         else:
-            self.leases.bury(session)
+            self.leases.release_all(session)
 
     # frames that are numbered
 
     def _take(self, session: Session, broker_epoch: int, frame: int) -> int:
         """Whether this frame is NEW, or was SEEN before its sender said hello again, or is NOT_NOW to be taken."""
-        self.talk.dirty[session] = None
-        if broker_epoch != self.store.epoch:
-            self.talk.notice(session, "hello", None)
+        self.outbox.dirty[session] = None
+        if broker_epoch != self.state.epoch:
+            self.outbox.notice(session, "hello", None)
             return NOT_NOW
         if frame != session.heard + 1:
             if frame > session.heard:
-                self.talk.notice(session, "resend", session.heard + 1)
+                self.outbox.notice(session, "resend", session.heard + 1)
             return NOT_NOW
         session.heard = frame
         if frame <= session.last_frame:
@@ -342,43 +347,43 @@ class Machine:
         """Whether what is known of this frame's answer is all there is to say."""
         if frame not in session.answers:
             return False
-        self.talk.result(session, frame, session.answers[frame])
+        self.outbox.result(session, frame, session.answers[frame])
         return True
 
     def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
         """A frame that makes no sense is answered as far as it can be: its sender would send it for ever otherwise."""
-        self.talk.notice(session, "malformed", str(error))
+        self.outbox.notice(session, "malformed", str(error))
         number = wire.numbered(header)
         if number is not None and self._take(session, *number) != NOT_NOW:
-            self.talk.result(session, number[1], {"error": "ProtocolError", "message": str(error)})
+            self.outbox.result(session, number[1], {"error": "ProtocolError", "message": str(error)})
 
     def _publish(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_publish(header, blob)
         taken = self._take(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.publishing.take(session, frame, header, blob)
+            self.publish_handler.take(session, frame, header, blob)
         elif taken == SEEN:
             if self._answered(session, frame.frame):
-                self.publishing.watch_again(session, frame)
+                self.publish_handler.watch_again(session, frame)
             else:
-                self.publishing.answer_again(session, frame)
+                self.publish_handler.answer_again(session, frame)
 
     def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_settle(header, blob)
         taken = self._take(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.settling.take(session, frame, header, blob)
+            self.settle_handler.take(session, frame, header, blob)
         elif taken == SEEN:
             self._answered(session, frame.frame)
-            self.settling.seen(session, frame)
+            self.settle_handler.seen(session, frame)
 
     def _checkpoint(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_checkpoint(header)
         taken = self._take(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.settling.checkpoint(session, frame, header, blob)
+            self.settle_handler.checkpoint(session, frame, header, blob)
         elif taken == SEEN and not self._answered(session, frame.frame):
-            self.settling.checkpoint_seen(session, frame, blob)
+            self.settle_handler.checkpoint_seen(session, frame, blob)
 
     def _release(self, session: Session, header: bytes, blob: bytes) -> None:
         release = wire.decode_release(header)
@@ -386,7 +391,7 @@ class Machine:
             return
         if release.queue in session.consumers and release.prefetch >= 0:
             self.leases.consume(session, release.queue, release.prefetch)
-        self.settling.release(session, release.leases)
+        self.settle_handler.release(session, release.leases)
 
     def _heard(self, session: Session, header: bytes, blob: bytes) -> None:
         session.confirm(wire.decode_heard(header))
@@ -403,4 +408,4 @@ class Machine:
         except ProtocolError as error:
             self.malformed += 1
             answer = {"refused": str(error)}
-        self.talk.answer(session, query.frame, answer)
+        self.outbox.answer(session, query.frame, answer)

@@ -83,20 +83,20 @@ class DeliveryState:
 class Message:
     """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None.
 
-    `body` is None while it lies on disk only, `at` bytes behind the beginning of the blob at `place`.
+    `body` is None while it lies on disk only, `at` bytes behind the beginning of the blob at `location`.
     """
 
     __slots__ = (
         "at",
         "body",
+        "delivery_state",
         "epoch",
-        "extra",
         "group",
         "holder",
         "id",
         "label",
         "lease",
-        "place",
+        "location",
         "priority",
         "queue",
         "size",
@@ -112,7 +112,7 @@ class Message:
         priority: int,
         body: bytes | None,
         size: int,
-        place: RecordLocation,
+        location: RecordLocation,
         at: int,
     ) -> None:
         self.id = id
@@ -123,58 +123,68 @@ class Message:
         self.priority = priority
         self.body = body
         self.size = size
-        self.place = place
+        self.location = location
         self.at = at
         self.lease = 0
         self.holder: Consumer | None = None
-        self.extra: DeliveryState | None = None
+        self.delivery_state: DeliveryState | None = None
 
     @property
     def weight(self) -> int:
         """Bytes of the body and of what is kept with it."""
-        extra = self.extra
-        if extra is None:
+        delivery_state = self.delivery_state
+        if delivery_state is None:
             return self.size
-        return self.size + extra.step_bytes + len(extra.failure or b"") + len(extra.reason or b"")
+        return (
+            self.size
+            + delivery_state.step_bytes
+            + len(delivery_state.failure or b"")
+            + len(delivery_state.reason or b"")
+        )
 
-    def details(self) -> DeliveryState:
+    def ensure_delivery_state(self) -> DeliveryState:
         """The extra of this message, made on first use."""
-        if self.extra is None:
-            self.extra = DeliveryState()
-        return self.extra
+        if self.delivery_state is None:
+            self.delivery_state = DeliveryState()
+        return self.delivery_state
 
     @property
-    def overtaken(self) -> bool:
+    def is_stale_epoch(self) -> bool:
         """Whether the epoch of its group has gone on, and somebody waits for what belongs to the one before."""
         group = self.group
         return group is not None and self.epoch < group.epoch and group.divert is not None
 
     @property
-    def unwanted(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether its group was cancelled and it is of before: to be passed through, and not to wait for anything."""
         group = self.group
         return group is not None and group.cancelled is not None and self.epoch < group.epoch
 
     @property
-    def unwarned(self) -> bool:
+    def is_cancel_unannounced(self) -> bool:
         """Whether it is unwanted, and was given to its holder before it was: it has yet to be passed through."""
         group = self.group
-        return self.unwanted and group is not None and self.lease < group.warned
+        return self.is_cancelled and group is not None and self.lease < group.warned
 
-    def stale(self, now: float) -> bool:
+    def is_expired(self, now: float) -> bool:
         """Whether it has waited for longer than it was to, and still waits."""
-        extra = self.extra
-        return extra is not None and 0 < extra.expires <= now and self.holder is None and not extra.due
+        delivery_state = self.delivery_state
+        return (
+            delivery_state is not None
+            and 0 < delivery_state.expires <= now
+            and self.holder is None
+            and not delivery_state.due
+        )
 
     def state(self) -> str:
         """One of READY, LEASED, DELAYED, PARKED."""
         if self.holder is not None:
             return LEASED
-        extra = self.extra
-        if extra is not None:
-            if extra.parked:
+        delivery_state = self.delivery_state
+        if delivery_state is not None:
+            if delivery_state.parked:
                 return PARKED
-            if extra.due:
+            if delivery_state.due:
                 return DELAYED
         return READY
 
@@ -197,19 +207,19 @@ class Group:
         "epoch",
         "gathers",
         "id",
+        "location",
         "more",
         "one",
-        "place",
         "released",
         "started",
         "warned",
         "watchers",
     )
 
-    def __init__(self, id: str, epoch: int, place: RecordLocation) -> None:
+    def __init__(self, id: str, epoch: int, location: RecordLocation) -> None:
         self.id = id
         self.epoch = epoch
-        self.place = place
+        self.location = location
         self.digest: bytes | None = None
         self.started = False
         self.ended = ""
@@ -245,18 +255,18 @@ class Group:
         if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
             self.more[message.id] = message
 
-    def halted(self, now: float) -> bool:
+    def is_halted(self, now: float) -> bool:
         """Whether it has dead letters and nothing else that anybody waits for: what has expired unread is no work."""
         found, parked = self.messages(), False
         for message in found:
             if message.state() == PARKED:
                 parked = True
-            elif not message.stale(now):
+            elif not message.is_expired(now):
                 return False
         return parked
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is left that could ever go on: no message, and no gather that is open or has arrivals."""
         if self.one is not None or self.more:
             return False

@@ -29,8 +29,8 @@ Outgoing = tuple[int, bytes, bytes]
 class Outbox:
     """The broker's side of all conversations. `deaf`: sessions that have left more than `max_unread_bytes` unread."""
 
-    def __init__(self, store: BrokerState, *, max_unread_bytes: int) -> None:
-        self._store = store
+    def __init__(self, state: BrokerState, *, max_unread_bytes: int) -> None:
+        self._state = state
         self._max_unread_bytes = max_unread_bytes
         self._mark_bytes = min(MARK_BYTES, max_unread_bytes // 4)
         self.deaf: list[Session] = []
@@ -86,11 +86,11 @@ class Outbox:
     def parting_word(self, session: Session) -> Outgoing:
         """What is said to a session that is cut off: once it has read so far, it says hello anew."""
         session.read = session.marked = session.said
-        return session.peer, wire.encode((self._store.epoch, -1, (), (), (), (("hello", None),))), b""
+        return session.peer, wire.encode((self._state.epoch, -1, (), (), (), (("hello", None),))), b""
 
     def spoken(self) -> list[Outgoing]:
         """All that may leave now."""
-        epoch = self._store.epoch
+        epoch = self._state.epoch
         out = []
         for session in self.dirty:
             if not session.connected and not session.parting:

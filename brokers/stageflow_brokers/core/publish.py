@@ -33,23 +33,23 @@ class PublishHandler:
 
     def __init__(
         self,
-        store: BrokerState,
-        ledger: RecordWriter,
-        talk: Outbox,
+        state: BrokerState,
+        writer: RecordWriter,
+        outbox: Outbox,
         leases: Leases,
-        gathering: GatherManager,
+        gather_manager: GatherManager,
         *,
-        bounds: LimitChecker,
+        limit_checker: LimitChecker,
         watch: Watch,
     ) -> None:
-        self.store = store
+        self.state = state
         self.refusing = ""
         self.ended_by_old: list[Group] = []
-        self._ledger = ledger
-        self._talk = talk
+        self._writer = writer
+        self._outbox = outbox
         self._leases = leases
-        self._gathering = gathering
-        self._bounds = bounds
+        self._gather_manager = gather_manager
+        self._limit_checker = limit_checker
         self._watch = watch
 
     def take(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
@@ -67,15 +67,15 @@ class PublishHandler:
             header = wire.encode(frame)
         if not frame.items and not frame.opens and not frame.arrivals:
             return
-        place = self._ledger.record(records.KEPT_PUBLISH, session.peer, header, blob)
+        location = self._writer.record(records.KEPT_PUBLISH, session.peer, header, blob)
         at = 0
         targets = self.resolve(frame.targets)
         for item in frame.items:
-            self.put(item, targets, blob, at, place, session)
+            self.put(item, targets, blob, at, location, session)
             at += item.size
         if frame.opens or frame.arrivals:
-            self._gathering.take(frame.opens, frame.arrivals, targets, blob, at, place)
-            self._gathering.complete()
+            self._gather_manager.take(frame.opens, frame.arrivals, targets, blob, at, location)
+            self._gather_manager.complete()
         if self.ended_by_old:
             self.correct_ends()
 
@@ -84,8 +84,8 @@ class PublishHandler:
         which an end came too late, how the group stands is recorded."""
         groups, self.ended_by_old = self.ended_by_old, []
         for group in dict.fromkeys(groups):
-            if self.store.groups.get(group.id) is group:
-                self._ledger.keep_group(group)
+            if self.state.groups.get(group.id) is group:
+                self._writer.keep_group(group)
 
     def answer_again(self, session: Session, frame: PublishFrame) -> None:
         """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""
@@ -94,7 +94,7 @@ class PublishHandler:
         again = []
         for index, item in enumerate(frame.items):
             if item.flags & START:
-                group = self.store.groups.get(item.group)
+                group = self.state.groups.get(item.group)
                 if group is None:
                     again.append((index, LOOK_AGAIN, item.group))
                 elif group.digest != item.digest:
@@ -102,7 +102,7 @@ class PublishHandler:
                 elif item.flags & WATCH:
                     self._watch(session, [item.group])
         if again:
-            self._talk.result(session, frame.frame, self._refusals(again) | {"again": True})
+            self._outbox.result(session, frame.frame, self._refusals(again) | {"again": True})
 
     def watch_again(self, session: Session, frame: PublishFrame) -> None:
         """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
@@ -117,21 +117,21 @@ class PublishHandler:
         try:
             self._check_sizes(frame)
         except PayloadTooLarge as error:
-            self._talk.result(session, frame.frame, wire.refusal(error))
+            self._outbox.result(session, frame.frame, wire.refusal(error))
             return True
         return False
 
     def _answer(self, session: Session, frame: PublishFrame, answer: dict[str, Any]) -> None:
         session.remember(frame.frame, answer)
-        self._talk.result(session, frame.frame, answer)
+        self._outbox.result(session, frame.frame, answer)
 
     def _refusals(self, refused: list[tuple[int, str, str]]) -> dict[str, Any]:
-        return {"left_seq": self.store.left_seq, "epoch": self.store.epoch, "items": refused}
+        return {"left_seq": self.state.left_seq, "epoch": self.state.epoch, "items": refused}
 
     # judging
 
     def _check_sizes(self, frame: PublishFrame) -> None:
-        limit = self._bounds.limits.max_message_bytes
+        limit = self._limit_checker.limits.max_message_bytes
         for part in (frame.items, frame.opens, frame.arrivals):
             for item in part:
                 if item.size > limit:
@@ -140,11 +140,11 @@ class PublishHandler:
     def _judge(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
         """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
         self._check_sizes(frame)
-        self._bounds.queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
+        self._limit_checker.check_queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
         if frame.arrivals:
-            self._bounds.arrivals(frame.arrivals)
+            self._limit_checker.check_arrivals(frame.arrivals)
         refused: list[tuple[int, str, str]] = []
-        groups = self.store.groups
+        groups = self.state.groups
         incoming: dict[int, int] = {}
         fresh: dict[str, bytes | None] = {}
         for index, item in enumerate(frame.items):
@@ -174,7 +174,7 @@ class PublishHandler:
         return refused
 
     def _check_room(self, name: str, count: int) -> None:
-        queue = self.store.queues.get(name)
+        queue = self.state.queues.get(name)
         if queue is None or not queue.options.max_length:
             return
         most = queue.options.max_length
@@ -183,14 +183,14 @@ class PublishHandler:
             raise QueueFull(f"queue {name} has {waiting} messages waiting, its max_queue_length is {most}")
 
     def _may_have_left(self, item: PublishItem) -> bool:
-        store = self.store
+        state = self.state
         epoch, seen = divmod(item.seen, 1 << 40)
-        if epoch != store.epoch:
+        if epoch != state.epoch:
             return True
-        return seen < store.left_floor or store.left.get(item.group, 0) > seen
+        return seen < state.left_floor or state.left.get(item.group, 0) > seen
 
     def _late_arrivals(self, frame: PublishFrame, dropped: set[int]) -> list[tuple[int, str, str]]:
-        groups = self.store.groups
+        groups = self.state.groups
         made = {
             item.group
             for index, item in enumerate(frame.items)
@@ -208,8 +208,8 @@ class PublishHandler:
 
     def resolve(self, targets: list[Target]) -> Resolved:
         """The queues of a frame's targets; something will happen in each of them."""
-        queue = self.store.queue
-        touched = self.store.touched
+        queue = self.state.queue
+        touched = self.state.touched
         resolved: Resolved = []
         for target in targets:
             found = None if target.flags & PUSH_ONLY else queue(target.queue)
@@ -219,33 +219,33 @@ class PublishHandler:
         return resolved
 
     def put(
-        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, place: RecordLocation, session: Session
+        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, location: RecordLocation, session: Session
     ) -> Message | None:
         """One new message, to where it belongs."""
         queue, label, flags = targets[item.target]
         body = blob[at : at + item.size]
-        group, message = self.store.admit(item, queue, label, body, place, at)
+        group, message = self.state.admit(item, queue, label, body, location, at)
         if group is None:
             if message is not None:
-                self.store.enqueue(message)
+                self.state.enqueue(message)
             return message
         if item.flags & START and item.flags & WATCH:
             group.watchers = [session]
         if message is None:
-            self._talk.push(group, label, body)
+            self._outbox.push(group, label, body)
             return None
-        if message.overtaken:
+        if message.is_stale_epoch:
             self._leases.divert(message)
             if flags & TERMINAL:
                 self.ended_by_old.append(group)
             return message
         if flags & TERMINAL:
             group.ended = label
-            self._talk.push(group, label, body)
-        if message.extra is not None and message.extra.due and message.unwanted:
-            self.store.delay(message.extra, 0.0)
-            self._ledger.mark(message)
-        self.store.enqueue(message)
+            self._outbox.push(group, label, body)
+        if message.delivery_state is not None and message.delivery_state.due and message.is_cancelled:
+            self.state.delay(message.delivery_state, 0.0)
+            self._writer.mark(message)
+        self.state.enqueue(message)
         return message
 
 

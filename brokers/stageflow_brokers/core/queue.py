@@ -75,7 +75,7 @@ class Queue:
 
     def push(self, message: Message) -> None:
         """Behind all of the same priority."""
-        if self.breaker is not None and message.unwanted:
+        if self.breaker is not None and message.is_cancelled:
             self._lane(FIRST).append(message)
         elif message.priority == 0:
             self.ready.append(message)
@@ -84,7 +84,7 @@ class Queue:
 
     def push_front(self, message: Message) -> None:
         """Before all of the same priority."""
-        if self.breaker is not None and message.unwanted:
+        if self.breaker is not None and message.is_cancelled:
             self._lane(FIRST).append(message)
         elif message.priority == 0:
             self.ready.appendleft(message)
@@ -100,7 +100,7 @@ class Queue:
         self._high.sort(key=lambda pair: -pair[0])
         return new
 
-    def next_unwanted(self) -> bool:
+    def has_cancelled_next(self) -> bool:
         """Whether the next message is one that no breaker holds up."""
         if not self._high or self._high[0][0] != FIRST:
             return False
@@ -131,7 +131,7 @@ class Queue:
                     yield message
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is in it, and nobody wants anything of it."""
         owned = self.owner is not None and self.owner.connected
         used = self.consumers or self.awaiting or self.paused or self.delayed or self.dead or self.ready_count
@@ -154,7 +154,7 @@ class Queue:
             for message in islice(reversed(lane), excess):
                 if message.body is None:
                     break  # those before it in this lane have left already
-                if message.holder is None and message.place.segment >= 0:
+                if message.holder is None and message.location.segment >= 0:
                     message.body = None
             excess -= len(lane)
 

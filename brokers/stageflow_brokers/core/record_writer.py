@@ -31,11 +31,11 @@ _T = TypeVar("_T")
 class RecordWriter:
     """Collects the records of one round after the other."""
 
-    def __init__(self, store: BrokerState, read_body: ReadBody | None) -> None:
-        self.store = store
+    def __init__(self, state: BrokerState, read_body: ReadBody | None) -> None:
+        self.state = state
         self.records: list[Record] = []
         self._read_body = read_body
-        self._places: list[RecordLocation] = []
+        self._locations: list[RecordLocation] = []
         self._paged: list[Message] = []
 
     def take(self) -> list[Record]:
@@ -46,48 +46,48 @@ class RecordWriter:
 
     def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
         """Where the blobs of the records just taken lie, and the batch of them all."""
-        for place, offset in zip(self._places, offsets, strict=True):
-            place.segment = segment
-            place.batch = batch
-            place.offset = offset
-        self._places.clear()
+        for location, offset in zip(self._locations, offsets, strict=True):
+            location.segment = segment
+            location.batch = batch
+            location.offset = offset
+        self._locations.clear()
         for message in self._paged:
             if message.holder is None:
                 message.body = None
         self._paged.clear()
-        waiting = self.store.waiting
+        waiting = self.state.waiting
         if waiting:
-            if self.store.paging:
+            if self.state.paging:
                 for message in waiting:
-                    if message.state() in (DELAYED, PARKED) and message.place.segment >= 0:
+                    if message.state() in (DELAYED, PARKED) and message.location.segment >= 0:
                         message.body = None
             waiting.clear()
 
     def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> RecordLocation:
         """One more record of this round; its place is known once it has been written."""
-        store = self.store
-        place = RecordLocation(store.wall)
-        self.records.append((kind, store.next_id, peer, header, blob))
-        self._places.append(place)
-        return place
+        state = self.state
+        location = RecordLocation(state.wall)
+        self.records.append((kind, state.next_id, peer, header, blob))
+        self._locations.append(location)
+        return location
 
     def body(self, message: Message) -> bytes:
         """The body, from memory or read back."""
         if message.body is not None:
             return message.body
-        place = message.place
-        if self._read_body is None or place.segment < 0:
-            raise RuntimeError(f"message {message.id} has neither a body nor a place")
-        return self._read_body(place.segment, place.batch, place.offset + message.at, message.size)
+        location = message.location
+        if self._read_body is None or location.segment < 0:
+            raise RuntimeError(f"message {message.id} has neither a body nor a location")
+        return self._read_body(location.segment, location.batch, location.offset + message.at, message.size)
 
     def head(self, message: Message, size: int) -> bytes:
         """How the body begins: its first `size` bytes, or all of it."""
         if message.body is not None:
             return message.body[:size]
-        place = message.place
-        if self._read_body is None or place.segment < 0:
-            raise RuntimeError(f"message {message.id} has neither a body nor a place")
-        return self._read_body(place.segment, place.batch, place.offset + message.at, min(size, message.size))
+        location = message.location
+        if self._read_body is None or location.segment < 0:
+            raise RuntimeError(f"message {message.id} has neither a body nor a location")
+        return self._read_body(location.segment, location.batch, location.offset + message.at, min(size, message.size))
 
     def mark(self, message: Message) -> None:
         """Record the state of a message that the journal knows already."""
@@ -99,20 +99,20 @@ class RecordWriter:
             # Until the record is on disk nobody could read it there.
             message.body = self.body(message)
             self._paged.append(message)
-        wall = message.place.wall
-        place = self.record(records.COPY, 0, records.encode(records.message_state(message)), message.body)
-        place.wall = wall
-        self.store.relocate(message, place)
+        wall = message.location.wall
+        location = self.record(records.COPY, 0, records.encode(records.message_state(message)), message.body)
+        location.wall = wall
+        self.state.relocate(message, location)
 
     def keep_group(self, group: Group) -> None:
         """Record the state of a group; it lies there from now on."""
-        place = self.record(records.GROUP, 0, records.encode(records.group_state(group)))
-        self.store.relocate_group(group, place)
+        location = self.record(records.GROUP, 0, records.encode(records.group_state(group)))
+        self.state.relocate_group(group, location)
 
     def keep_gather(self, group: Group, gather: Gather) -> None:
         """Record the state of a gather; it lies there from now on."""
-        place = self.record(records.GATHER, 0, records.encode(records.gather_state(group, gather)))
-        self.store.relocate_gather(group, gather, place)
+        location = self.record(records.GATHER, 0, records.encode(records.gather_state(group, gather)))
+        self.state.relocate_gather(group, gather, location)
 
     def keep_queue(self, queue: Queue) -> None:
         """Record how a queue is declared and whether it is paused."""
@@ -120,7 +120,7 @@ class RecordWriter:
 
     def keep_epoch(self) -> None:
         """Record the epoch of the broker."""
-        self.record(records.STARTED, 0, records.encode(self.store.epoch))
+        self.record(records.STARTED, 0, records.encode(self.state.epoch))
 
     def keep_oldest(self, segment: int) -> None:
         """Record that the segments from this one on must be there."""
@@ -135,20 +135,20 @@ class RecordWriter:
 
         False when nothing does any more. To be called between rounds, when all that was recorded has its place.
         """
-        store = self.store
+        state = self.state
         most = budget // COPIED + 1
-        for group in _lying_in(segment, store.groups.values(), lambda group: group.place, most):
+        for group in _lying_in(segment, state.groups.values(), lambda group: group.location, most):
             self.keep_group(group)
             budget -= COPIED
             if budget < 0:
                 return True
-        for message in _lying_in(segment, store.messages.values(), lambda message: message.place, most):
+        for message in _lying_in(segment, state.messages.values(), lambda message: message.location, most):
             self.copy(message)
             budget -= COPIED + message.weight
             if budget < 0:
                 return True
-        gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
-        for group, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, most):
+        gathers = ((group, group.gathers[key]) for (_, key), group in state.gathers.items() if group.gathers)
+        for group, gather in _lying_in(segment, gathers, lambda pair: pair[1].location, most):
             self.keep_gather(group, gather)
             budget -= COPIED + gather.weight
             if budget < 0:
@@ -157,34 +157,34 @@ class RecordWriter:
 
     def weigh(self, segment: int) -> int:
         """About how many bytes `copy_forward` would record of what lies in `segment` or before it."""
-        store = self.store
-        groups, messages = len(store.groups), len(store.messages)
-        weight = COPIED * len(_lying_in(segment, store.groups.values(), lambda group: group.place, groups))
-        for message in _lying_in(segment, store.messages.values(), lambda message: message.place, messages):
+        state = self.state
+        groups, messages = len(state.groups), len(state.messages)
+        weight = COPIED * len(_lying_in(segment, state.groups.values(), lambda group: group.location, groups))
+        for message in _lying_in(segment, state.messages.values(), lambda message: message.location, messages):
             weight += COPIED + message.weight
-        gathers = ((group, group.gathers[key]) for (_, key), group in store.gathers.items() if group.gathers)
-        for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].place, len(store.gathers)):
+        gathers = ((group, group.gathers[key]) for (_, key), group in state.gathers.items() if group.gathers)
+        for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].location, len(state.gathers)):
             weight += COPIED + gather.weight
         return weight
 
     def restate(self, oldest: int = 0) -> None:
         """Record anew what lies in no particular segment, so that any may go; all before `oldest` will have gone."""
-        store = self.store
+        state = self.state
         if oldest:
             self.keep_oldest(oldest)
-        for queue in store.queues.values():
+        for queue in state.queues.values():
             self.keep_queue(queue)
-        for fact in store.facts.items():
+        for fact in state.facts.items():
             self.record(records.FACT, 0, records.encode(fact))
-        frames = store.last_frames | {s.peer: s.last_frame for s in store.sessions.values()}
+        frames = state.last_frames | {s.peer: s.last_frame for s in state.sessions.values()}
         self.record(records.SESSIONS, 0, records.encode(list(frames.items())))
         self.keep_epoch()
 
 
-def _lying_in(segment: int, things: Iterable[_T], place: Callable[[_T], RecordLocation], most: int) -> list[_T]:
+def _lying_in(segment: int, things: Iterable[_T], location: Callable[[_T], RecordLocation], most: int) -> list[_T]:
     found = []
     for thing in islice(things, most):
-        if place(thing).segment > segment:
+        if location(thing).segment > segment:
             break
         found.append(thing)
     return found

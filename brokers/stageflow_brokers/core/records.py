@@ -146,7 +146,7 @@ decode_oldest = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=1)]).deco
 
 def message_state(message: Message) -> MessageState:
     """The state of a message as a record states it."""
-    extra = message.extra or DeliveryState()
+    delivery_state = message.delivery_state or DeliveryState()
     return MessageState(
         message.id,
         message.queue.name,
@@ -154,21 +154,21 @@ def message_state(message: Message) -> MessageState:
         message.epoch,
         message.label,
         message.priority,
-        message.place.wall,
-        extra.attempts,
-        extra.deaths,
-        extra.failure,
-        extra.fresh,
-        extra.steps,
-        extra.parts,
-        extra.due_wall,
-        extra.delay,
-        extra.expires_wall,
-        extra.parked,
-        extra.parked_wall,
-        extra.evidence,
-        extra.reason,
-        extra.killed,
+        message.location.wall,
+        delivery_state.attempts,
+        delivery_state.deaths,
+        delivery_state.failure,
+        delivery_state.fresh,
+        delivery_state.steps,
+        delivery_state.parts,
+        delivery_state.due_wall,
+        delivery_state.delay,
+        delivery_state.expires_wall,
+        delivery_state.parked,
+        delivery_state.parked_wall,
+        delivery_state.evidence,
+        delivery_state.reason,
+        delivery_state.killed,
     )
 
 

@@ -40,10 +40,10 @@ class Replay:
     `oldest`: the segments from this one on must be there; 0 where nothing is said of it.
     """
 
-    def __init__(self, store: BrokerState, *, on_settled: OnSettled | None = None) -> None:
-        self.store = store
+    def __init__(self, state: BrokerState, *, on_settled: OnSettled | None = None) -> None:
+        self.state = state
         self.oldest = 0
-        store.replaying = True
+        state.replaying = True
         self._on_settled = on_settled
         self._kinds: dict[int, Callable[[int, Buffer, Buffer, RecordLocation], None]] = {
             records.KEPT_PUBLISH: self._publish,
@@ -62,19 +62,21 @@ class Replay:
             records.OLDEST: self._oldest,
         }
 
-    def apply(self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def apply(
+        self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, location: RecordLocation
+    ) -> None:
         """One record, in the order of the journal. Raises `ProtocolError` and msgspec's errors for one that makes no
         sense."""
-        store = self.store
-        if store.next_id < first_id:
+        state = self.state
+        if state.next_id < first_id:
             if first_id >= wire.MAX_NUMBER:
                 raise ProtocolError(f"messages are numbered from {first_id} on")
-            store.next_id = first_id
-        store.wall = place.wall
+            state.next_id = first_id
+        state.wall = location.wall
         method = self._kinds.get(kind)
         if method is None:
             raise ProtocolError(f"a record of kind {kind}, of which this release knows nothing")
-        method(peer, header, blob, place)
+        method(peer, header, blob, location)
 
     def finish(self, now: float, wall: float) -> None:
         """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for.
@@ -82,74 +84,74 @@ class Replay:
         A queue is in the order in which its messages were made. That differs from the order of before only for those
         that had been put back at its end.
         """
-        store = self.store
-        store.replaying = False
-        store.now, store.wall = now, wall
-        for queue in store.queues.values():
+        state = self.state
+        state.replaying = False
+        state.now, state.wall = now, wall
+        for queue in state.queues.values():
             queue.empty()
-        for message in sorted(store.messages.values(), key=lambda message: message.id):
-            extra = message.extra
-            if extra is None:
+        for message in sorted(state.messages.values(), key=lambda message: message.id):
+            delivery_state = message.delivery_state
+            if delivery_state is None:
                 message.queue.push(message)
                 continue
-            if extra.parked:
+            if delivery_state.parked:
                 message.queue.dead[message.id] = message
                 continue
-            if extra.due_wall > wall:
-                extra.due = now + min(extra.due_wall - wall, extra.delay)
+            if delivery_state.due_wall > wall:
+                delivery_state.due = now + min(delivery_state.due_wall - wall, delivery_state.delay)
             else:
-                extra.due = extra.due_wall = 0.0
-            if extra.expires_wall:
-                most = extra.expires_wall - message.place.wall
-                extra.expires = now + min(max(extra.expires_wall - wall, 0.0), most)
-            store.enqueue(message)
-        for (_, key), group in store.gathers.items():
-            gather = store.gather(group, key, group.place)
+                delivery_state.due = delivery_state.due_wall = 0.0
+            if delivery_state.expires_wall:
+                most = delivery_state.expires_wall - message.location.wall
+                delivery_state.expires = now + min(max(delivery_state.expires_wall - wall, 0.0), most)
+            state.enqueue(message)
+        for (_, key), group in state.gathers.items():
+            gather = state.gather(group, key, group.location)
             if gather.due_wall:
                 gather.due = now + min(max(gather.due_wall - wall, 0.0), gather.wait)
-                store.timer(gather.due, 0, group.id, key)
-        for id in [group.id for group in store.groups.values() if group.idle]:
-            store.leave(id)
-        store.left.clear()
-        store.left_seq = store.left_floor = 0
-        store.epoch += 1
-        store.next_lease = (store.epoch << 40) + 1
-        for group in store.groups.values():
+                state.timer(gather.due, 0, group.id, key)
+        for id in [group.id for group in state.groups.values() if group.is_idle]:
+            state.leave(id)
+        state.left.clear()
+        state.left_seq = state.left_floor = 0
+        state.epoch += 1
+        state.next_lease = (state.epoch << 40) + 1
+        for group in state.groups.values():
             if group.cancelled is not None:
-                group.warned = store.next_lease
+                group.warned = state.next_lease
 
     # frames
 
-    def _publish(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _publish(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame = wire.decode_publish(header, blob)
-        self.store.remember_peer(peer, frame.frame)
+        self.state.remember_peer(peer, frame.frame)
         at = 0
         for item in frame.items:
-            self._item(item, frame.targets, blob, at, place)
+            self._item(item, frame.targets, blob, at, location)
             at += item.size
         if frame.opens or frame.arrivals:
-            self._gathering(frame.opens, frame.arrivals, frame.targets, blob, at, place)
+            self._apply_gathers(frame.opens, frame.arrivals, frame.targets, blob, at, location)
 
-    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, place: RecordLocation) -> None:
-        store = self.store
+    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, location: RecordLocation) -> None:
+        state = self.state
         target = targets[item.target]
         pushed = target.flags & PUSH_ONLY
-        queue = None if pushed else store.queue(target.queue)
-        body = None if store.paging else bytes(blob[at : at + item.size])
-        group, _ = store.admit(item, queue, target.label, body, place, at)
+        queue = None if pushed else state.queue(target.queue)
+        body = None if state.paging else bytes(blob[at : at + item.size])
+        group, _ = state.admit(item, queue, target.label, body, location, at)
         if target.flags & TERMINAL and not pushed and group is not None:
             group.ended = target.label
 
-    def _settle(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _settle(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame = wire.decode_settle(header, blob)
-        store = self.store
-        store.remember_peer(peer, frame.frame)
-        messages = store.messages
+        state = self.state
+        state.remember_peer(peer, frame.frame)
+        messages = state.messages
         at = 0
         resolved: list[tuple[Queue | None, str, int]] = [
-            (None if t.flags & PUSH_ONLY else store.queue(t.queue), t.label, t.flags) for t in frame.targets
+            (None if t.flags & PUSH_ONLY else state.queue(t.queue), t.label, t.flags) for t in frame.targets
         ]
-        paging = store.paging
+        paging = state.paging
         on_settled = self._on_settled
         for id, _, target, size, group_id in frame.moves:
             message = messages.get(id)
@@ -160,188 +162,190 @@ class Replay:
             epoch = wire.FIRST_EPOCH if group_id else 0
             if message is not None:
                 epoch = message.epoch
-                store.forget(message)
-            group = store.group(group_id, epoch, place)
+                state.forget(message)
+            group = state.group(group_id, epoch, location)
             if flags and group is not None:
                 group.ended = label
             body = None if paging else bytes(blob[at : at + size])
-            store.put(queue, group, epoch, label, 0, body, size, place, at)
+            state.put(queue, group, epoch, label, 0, body, size, location, at)
             at += size
         for id, _, flags, group_id in frame.acks:
             message = messages.get(id)
             self._settled(message, group_id)
             if message is not None:
-                store.forget(message)
+                state.forget(message)
             if flags & LEAVE and group_id:
-                store.leave(group_id)
+                state.leave(group_id)
         for other in frame.others:
-            at = self._other(other, frame.targets, blob, at, place)
+            at = self._other(other, frame.targets, blob, at, location)
 
-    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, place: RecordLocation) -> int:
-        store = self.store
+    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, location: RecordLocation) -> int:
+        state = self.state
         priority = None
         for id, _ in item.leases:
-            message = store.messages.get(id)
+            message = state.messages.get(id)
             if priority is None and message is not None:
                 priority = message.priority
             if item.outcome == DONE:
                 self._settled(message, "")
                 if message is not None:
-                    store.forget(message)
+                    state.forget(message)
             elif message is not None:
-                store.fail(message, item.failure)
+                state.fail(message, item.failure)
                 if item.outcome == AGAIN:
-                    store.delay(message.details(), item.delay)
+                    state.delay(message.ensure_delivery_state(), item.delay)
                 else:
-                    store.park(message, reason=item.failure, evidence=False)
+                    state.park(message, reason=item.failure, evidence=False)
         for publish in item.publishes:
-            self._item(publish, targets, blob, at, place)
+            self._item(publish, targets, blob, at, location)
             at += publish.size
         if item.opens or item.arrivals:
-            at = self._gathering(item.opens, item.arrivals, targets, blob, at, place, priority or 0)
+            at = self._apply_gathers(item.opens, item.arrivals, targets, blob, at, location, priority or 0)
         if item.leave:
-            store.leave(item.leave)
+            state.leave(item.leave)
         return at
 
     def _settled(self, message: Message | None, group_id: str) -> None:
         if self._on_settled is not None:
             self._on_settled(message, group_id, "" if message is None else message.label)
 
-    def _checkpoint(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _checkpoint(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame = wire.decode_checkpoint(header)
-        self.store.remember_peer(peer, frame.frame)
-        message = self.store.messages.get(frame.id)
+        self.state.remember_peer(peer, frame.frame)
+        message = self.state.messages.get(frame.id)
         if message is not None:
-            self.store.keep_step(message, frame.name, bytes(blob))
+            self.state.keep_step(message, frame.name, bytes(blob))
 
-    def _gathering(
+    def _apply_gathers(
         self,
         opens: list[GatherOpen],
         arrivals: list[Arrival],
         targets: list[Target],
         blob: Buffer,
         at: int,
-        place: RecordLocation,
+        location: RecordLocation,
         priority: int = 0,
     ) -> int:
-        store = self.store
+        state = self.state
         for opening in opens:
-            group = store.group(opening.group, opening.epoch, place)
+            group = state.group(opening.group, opening.epoch, location)
             base = bytes(blob[at : at + opening.size])
             at += opening.size
             if group is not None:
                 target = targets[opening.target]
-                store.open(group, opening, target.queue, target.label, base, place, priority)
+                state.open(group, opening, target.queue, target.label, base, location, priority)
         for arrival in arrivals:
-            group = store.group(arrival.group, arrival.epoch, place)
+            group = state.group(arrival.group, arrival.epoch, location)
             if group is not None:
-                store.arrive(group, arrival.key, arrival.slot, bytes(blob[at : at + arrival.size]), place)
+                state.arrive(group, arrival.key, arrival.slot, bytes(blob[at : at + arrival.size]), location)
             at += arrival.size
         return at
 
     # facts
 
-    def _copy(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        state = records.decode_message(header)
-        store = self.store
-        known = store.messages.get(state.id)
+    def _copy(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        record = records.decode_message(header)
+        state = self.state
+        known = state.messages.get(record.id)
         if known is not None:
-            store.forget(known)
-        place.wall = state.wall
+            state.forget(known)
+        location.wall = record.wall
         # Evidence belongs to its group in name only: the group may have left, and one of the same name have begun.
-        group = None if state.evidence else store.group(state.group, state.epoch, place)
-        kept, store.next_id = store.next_id, state.id
-        queue = store.queue(state.queue)
-        body = None if store.paging else bytes(blob)
-        message = store.put(queue, group, state.epoch, state.label, state.priority, body, len(blob), place, 0)
-        if state.evidence and state.group:
-            message.group = Group(state.group, state.epoch, place)
-        store.next_id = max(kept, state.id + 1)
-        self._restore(message, state)
+        group = None if record.evidence else state.group(record.group, record.epoch, location)
+        kept, state.next_id = state.next_id, record.id
+        queue = state.queue(record.queue)
+        body = None if state.paging else bytes(blob)
+        message = state.put(queue, group, record.epoch, record.label, record.priority, body, len(blob), location, 0)
+        if record.evidence and record.group:
+            message.group = Group(record.group, record.epoch, location)
+        state.next_id = max(kept, record.id + 1)
+        self._restore(message, record)
 
-    def _mark(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        state = records.decode_message(header)
-        message = self.store.messages.get(state.id)
+    def _mark(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        record = records.decode_message(header)
+        message = self.state.messages.get(record.id)
         if message is None:
             return
-        self._restore(message, state)
-        message.queue = self.store.queue(state.queue)
-        message.label, message.epoch = state.label, state.epoch
-        if state.evidence and message.group is not None:
+        self._restore(message, record)
+        message.queue = self.state.queue(record.queue)
+        message.label, message.epoch = record.label, record.epoch
+        if record.evidence and message.group is not None:
             message.group.unlink(message)
 
-    def _restore(self, message: Message, state: MessageState) -> None:
-        plain = MessageState(state.id, state.queue, state.group, state.epoch, state.label, state.priority, state.wall)
-        self.store.keep_steps(message, state.steps)
-        if state == plain:
-            message.extra = None
+    def _restore(self, message: Message, record: MessageState) -> None:
+        plain = MessageState(
+            record.id, record.queue, record.group, record.epoch, record.label, record.priority, record.wall
+        )
+        self.state.keep_steps(message, record.steps)
+        if record == plain:
+            message.delivery_state = None
             return
-        known, extra = message.details(), DeliveryState()
-        extra.steps, extra.step_bytes = known.steps, known.step_bytes
-        extra.attempts, extra.deaths = state.attempts, state.deaths
-        extra.failure, extra.fresh = state.failure, state.fresh
-        extra.parts = state.parts
-        extra.due_wall, extra.delay = state.due_wall, state.delay
-        extra.expires_wall = state.expires_wall
-        extra.parked, extra.parked_wall = state.parked, state.parked_wall
-        extra.evidence, extra.reason = state.evidence, state.reason
-        extra.killed = state.killed
-        message.extra = extra
+        known, delivery_state = message.ensure_delivery_state(), DeliveryState()
+        delivery_state.steps, delivery_state.step_bytes = known.steps, known.step_bytes
+        delivery_state.attempts, delivery_state.deaths = record.attempts, record.deaths
+        delivery_state.failure, delivery_state.fresh = record.failure, record.fresh
+        delivery_state.parts = record.parts
+        delivery_state.due_wall, delivery_state.delay = record.due_wall, record.delay
+        delivery_state.expires_wall = record.expires_wall
+        delivery_state.parked, delivery_state.parked_wall = record.parked, record.parked_wall
+        delivery_state.evidence, delivery_state.reason = record.evidence, record.reason
+        delivery_state.killed = record.killed
+        message.delivery_state = delivery_state
 
-    def _forget(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _forget(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame, ids = records.decode_forgotten(header)
         if peer:
-            self.store.remember_peer(peer, frame)
+            self.state.remember_peer(peer, frame)
         for id in ids:
-            message = self.store.messages.get(id)
+            message = self.state.messages.get(id)
             if peer:  # nobody in particular: somebody purged it, which is no settlement
                 self._settled(message, "")
             if message is not None:
-                self.store.forget(message)
+                self.state.forget(message)
 
-    def _group(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        state = records.decode_group(header)
-        store = self.store
-        group = store.group(state.id, state.epoch, place)
+    def _group(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        record = records.decode_group(header)
+        state = self.state
+        group = state.group(record.id, record.epoch, location)
         if group is not None:
-            group.epoch, group.digest, group.started = state.epoch, state.digest, state.started
-            group.ended, group.divert, group.cancelled = state.ended, state.divert, state.cancelled
-            group.released = state.released
-            store.relocate_group(group, place)
+            group.epoch, group.digest, group.started = record.epoch, record.digest, record.started
+            group.ended, group.divert, group.cancelled = record.ended, record.divert, record.cancelled
+            group.released = record.released
+            state.relocate_group(group, location)
 
-    def _left(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _left(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         for id in records.decode_names(header):
-            self.store.leave(id)
+            self.state.leave(id)
 
-    def _gather(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        state = records.decode_gather(header)
-        store = self.store
-        group = store.group(state.group, state.epoch, place)
+    def _gather(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        record = records.decode_gather(header)
+        state = self.state
+        group = state.group(record.group, record.epoch, location)
         if group is None:
             return
-        gather = store.gather(group, state.key, place)
-        store.live_bytes -= gather.weight
-        gather.need, gather.queue, gather.label = state.need, state.queue, state.label
-        gather.epoch = state.epoch
-        gather.restore(state.base, state.arrivals, state.seen)
-        gather.due, gather.due_wall, gather.wait, gather.priority = 0.0, state.due_wall, state.wait, state.priority
-        store.live_bytes += gather.weight
-        store.relocate_gather(group, gather, place)
+        gather = state.gather(group, record.key, location)
+        state.live_bytes -= gather.weight
+        gather.need, gather.queue, gather.label = record.need, record.queue, record.label
+        gather.epoch = record.epoch
+        gather.restore(record.base, record.arrivals, record.seen)
+        gather.due, gather.due_wall, gather.wait, gather.priority = 0.0, record.due_wall, record.wait, record.priority
+        state.live_bytes += gather.weight
+        state.relocate_gather(group, gather, location)
 
-    def _queue(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        state = records.decode_queue(header)
-        self.store.declare(state.options).paused = state.paused
+    def _queue(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        record = records.decode_queue(header)
+        self.state.declare(record.options).paused = record.paused
 
-    def _fact(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _fact(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         name, value = records.decode_fact(header)
-        self.store.keep_fact(name, value)
+        self.state.keep_fact(name, value)
 
-    def _sessions(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _sessions(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         for known, frame in records.decode_sessions(header):
-            self.store.remember_peer(known, frame)
+            self.state.remember_peer(known, frame)
 
-    def _oldest(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
+    def _oldest(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         self.oldest = max(self.oldest, records.decode_oldest(header))
 
-    def _started(self, peer: int, header: Buffer, blob: Buffer, place: RecordLocation) -> None:
-        self.store.epoch = max(self.store.epoch, records.decode_epoch(header))
+    def _started(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+        self.state.epoch = max(self.state.epoch, records.decode_epoch(header))

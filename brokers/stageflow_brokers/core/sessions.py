@@ -37,14 +37,20 @@ class Consumer:
 
 
 class Session:
-    """One peer. What it is to be told waits here for the commit.
+    """The state of one peer. Everything that is to be sent to it waits here for the commit.
 
-    `heard` is the last frame that came in since its last hello, `last_frame` the highest one that was ever taken: those
-    up to it are known and are not taken twice. `deferred` are frames whose consequences are still to come: neither
-    they nor what follows is confirmed before. `parting`: it is told one last thing, then forgotten. `talk` is the
-    number of its last hello. `said` counts the bytes that it was told, `marked` those up to the last mark, `read` those
-    up to the last mark that it has answered: the rest may lie unread. `owed` counts the bytes of what it has asked for
-    and is to be told in this round; `waiting` are frames that wait until it has read what it asked for before.
+    Attributes:
+        heard: The last frame that arrived since the last hello.
+        last_frame: The highest frame that was ever taken. Frames up to it are known, and are not taken twice.
+        deferred: Frames whose consequences are still to come. Neither they nor later frames are confirmed before.
+        parting: True if one last frame is sent to the peer before the session is forgotten.
+        hello_number: The number of the last hello.
+        said: How many bytes were sent to the peer.
+        marked: How many of these bytes came before the last mark.
+        read: How many of these bytes came before the last mark that the peer has answered; the rest may be unread.
+        owed: How many bytes of answers and pushes this round adds.
+        waiting: Frames that wait until the peer has read the answers to earlier ones.
+        to_push: Ids of ended groups whose end is still to be pushed.
     """
 
     __slots__ = (
@@ -55,6 +61,7 @@ class Session:
         "deferred",
         "deliveries",
         "heard",
+        "hello_number",
         "last_frame",
         "marked",
         "name",
@@ -69,7 +76,6 @@ class Session:
         "results",
         "role",
         "said",
-        "talk",
         "to_push",
         "waiting",
         "waiting_bytes",
@@ -82,7 +88,7 @@ class Session:
         self.pid = 0
         self.connected = False
         self.parting = False
-        self.talk = -1
+        self.hello_number = -1
         self.heard = 0
         self.last_frame = 0
         self.said = self.marked = self.read = 0

@@ -44,45 +44,45 @@ class SettleHandler:
 
     def __init__(
         self,
-        store: BrokerState,
-        ledger: RecordWriter,
-        talk: Outbox,
+        state: BrokerState,
+        writer: RecordWriter,
+        outbox: Outbox,
         leases: Leases,
-        publishing: PublishHandler,
-        gathering: GatherManager,
-        bounds: LimitChecker,
+        publish_handler: PublishHandler,
+        gather_manager: GatherManager,
+        limit_checker: LimitChecker,
     ) -> None:
-        self.store = store
-        self._ledger = ledger
-        self._talk = talk
+        self.state = state
+        self._writer = writer
+        self._outbox = outbox
         self._leases = leases
-        self._publishing = publishing
-        self._gathering = gathering
-        self._bounds = bounds
+        self._publish_handler = publish_handler
+        self._gather_manager = gather_manager
+        self._limit_checker = limit_checker
 
     def take(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
         """A frame that is new."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
             self._leases.consume(session, frame.queue, frame.prefetch)
-        if self._bounds.crowded and not self._holds_some(session, frame):
+        if self._limit_checker.is_queue_limit_reached and not self._holds_some(session, frame):
             # Whoever has nothing in hand makes no queues by naming them.
             stale = [id for id, _ in _leases(frame)]
-            self._leases.done_with(session, stale)
+            self._leases.free_credit(session, stale)
             self._refuse(session, frame.frame, {"stale": stale})
             return
         if frame.others and self._name_groups(session, frame.others):
             header = wire.encode(frame)
-        targets = self._publishing.resolve(frame.targets)
-        index = len(self._ledger.records)
-        first_id = self.store.next_id
-        place = self._ledger.record(records.KEPT_SETTLE, session.peer, header, blob)
-        guarded = _guarded(session, frame.moves) if self.store.guarded else None
-        refused_moves = self._move(session, frame.moves, targets, blob, place) if frame.moves else []
+        targets = self._publish_handler.resolve(frame.targets)
+        index = len(self._writer.records)
+        first_id = self.state.next_id
+        location = self._writer.record(records.KEPT_SETTLE, session.peer, header, blob)
+        guarded = _guarded(session, frame.moves) if self.state.guarded else None
+        refused_moves = self._move(session, frame.moves, targets, blob, location) if frame.moves else []
         if guarded:
             stale_ids = {frame.moves[index][0] for index in refused_moves}
             for breaker, ids in guarded:
                 if ids := ids - stale_ids:
-                    breaker.worked(ids)
+                    breaker.record_success(ids)
         emptied: list[Group] = []
         refused_acks = self._acknowledge(session, frame.acks, emptied) if frame.acks else []
         refused_others: list[int] = []
@@ -90,45 +90,45 @@ class SettleHandler:
         if frame.others:
             at = sum(move[3] for move in frame.moves)
             for position, other in enumerate(frame.others):
-                held = [self._leases.held(session, id, lease) for id, lease in other.leases]
+                held = [self._leases.get_held(session, id, lease) for id, lease in other.leases]
                 messages = [message for message in held if message is not None]
                 if len(messages) == len(held):
-                    whole &= self._settle(session, other, messages, targets, blob, at, place, emptied)
+                    whole &= self._settle(session, other, messages, targets, blob, at, location, emptied)
                 else:
                     refused_others.append(position)
                 at += _size(other)
-        if len(self._ledger.records) > index + 1 and _leaves(frame):
+        if len(self._writer.records) > index + 1 and _leaves(frame):
             # What was concluded on the way here may be of a group that left after all.
             whole = False
-        changed = self._gathering.complete()
+        changed = self._gather_manager.complete()
         if refused_moves or refused_acks or refused_others or not whole:
             self._restate(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
             stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
             stale += [id for i in refused_others for id, _ in frame.others[i].leases]
             if stale:
-                self._leases.done_with(session, stale)
+                self._leases.free_credit(session, stale)
                 self._refuse(session, frame.frame, {"stale": stale})
-        if self._publishing.ended_by_old:
-            self._publishing.correct_ends()
+        if self._publish_handler.ended_by_old:
+            self._publish_handler.correct_ends()
         if emptied:
             self.close(emptied)
-        if self._talk.subscribers:
+        if self._outbox.subscribers:
             self._tell(first_id, frame, set(refused_others), blob)
 
     def _holds_some(self, session: Session, frame: SettleFrame) -> bool:
-        return any(self._leases.held(session, id, lease) is not None for id, lease in _leases(frame))
+        return any(self._leases.get_held(session, id, lease) is not None for id, lease in _leases(frame))
 
     def _refuse(self, session: Session, frame: int, answer: Mapping[str, object]) -> None:
         session.remember(frame, answer)
-        self._talk.result(session, frame, answer)
+        self._outbox.result(session, frame, answer)
 
     def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
         """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
         told: list[tuple[str, int, str, bytes]] = []
-        for id in range(first_id, self.store.next_id):
-            message = self.store.messages.get(id)
+        for id in range(first_id, self.state.next_id):
+            message = self.state.messages.get(id)
             if message is not None and message.group is not None:
-                told.append((message.group.id, message.epoch, message.label, self._ledger.body(message)))
+                told.append((message.group.id, message.epoch, message.label, self._writer.body(message)))
         at = sum(move[3] for move in frame.moves)
         for position, other in enumerate(frame.others):
             at += sum(publish.size for publish in other.publishes)
@@ -138,7 +138,7 @@ class SettleHandler:
                     told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
                 at += each.size
         if told:
-            self._talk.settled(told)
+            self._outbox.settled(told)
 
     def seen(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
@@ -148,50 +148,50 @@ class SettleHandler:
     def release(self, session: Session, leases: list[tuple[int, int]]) -> None:
         """Messages that were not begun: back to the head of their queue, in order, uncharged."""
         for id, lease in reversed(leases):
-            message = self._leases.held(session, id, lease)
+            message = self._leases.get_held(session, id, lease)
             if message is not None:
-                self._leases.give_back(message)
+                self._leases.release(message)
             else:
-                self._leases.done_with(session, (id,))
+                self._leases.free_credit(session, (id,))
 
     def checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
         """Keep the result of a step with the message it belongs to."""
-        message = self._leases.held(session, frame.id, frame.lease)
+        message = self._leases.get_held(session, frame.id, frame.lease)
         if message is None:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
             self._refuse(session, frame.frame, answer)
             return
         try:
-            self._bounds.step(message, frame.name, blob)
+            self._limit_checker.check_step(message, frame.name, blob)
         except Refused as error:
             self._refuse(session, frame.frame, {"refused": str(error)})
             return
-        self.store.keep_step(message, frame.name, blob)
-        self._ledger.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
+        self.state.keep_step(message, frame.name, blob)
+        self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
 
     def checkpoint_seen(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
         """A checkpoint sent again: whether it was taken shows."""
-        message = self._leases.held(session, frame.id, frame.lease)
-        steps = None if message is None or message.extra is None else message.extra.steps
+        message = self._leases.get_held(session, frame.id, frame.lease)
+        steps = None if message is None or message.delivery_state is None else message.delivery_state.steps
         if steps is None or steps.get(frame.name) != blob:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
-            self._talk.result(session, frame.frame, answer)
+            self._outbox.result(session, frame.frame, answer)
 
     def close(self, groups: list[Group]) -> None:
         """Groups of which nothing is left have ended, though nobody said so."""
-        store = self.store
-        idle = {group.id: None for group in groups if group.idle and store.groups.get(group.id) is group}
+        state = self.state
+        idle = {group.id: None for group in groups if group.is_idle and state.groups.get(group.id) is group}
         for id in idle:
-            store.leave(id)
+            state.leave(id)
         if idle:
-            self._ledger.left(idle)
+            self._writer.left(idle)
 
     def _name_groups(self, session: Session, others: list[SettleItem]) -> bool:
         """What follows from a message belongs to its group and epoch unless it says otherwise, and the record has to
         say so by itself. Whether anything was filled in."""
         named = False
         for other in others:
-            message = self._leases.held(session, *other.leases[0])
+            message = self._leases.get_held(session, *other.leases[0])
             if message is None:
                 continue
             following: list[PublishItem | GatherOpen | Arrival]
@@ -206,14 +206,14 @@ class SettleHandler:
     # the shapes of a settlement
 
     def _move(
-        self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, place: RecordLocation
+        self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, location: RecordLocation
     ) -> list[int]:
         """The happy path, once per stage of each instance: the message settled becomes the one that follows."""
-        store = self.store
-        messages = store.messages
-        next_id = store.next_id
-        touched = store.touched
-        push = self._talk.push
+        state = self.state
+        messages = state.messages
+        next_id = state.next_id
+        touched = state.touched
+        push = self._outbox.push
         at = 0
         grown = 0
         stale: list[int] = []
@@ -246,13 +246,13 @@ class SettleHandler:
             message.priority = 0
             message.body = body
             message.size = size
-            message.place = place
+            message.location = location
             message.at = at
             message.lease = 0
             message.holder = None
-            if message.extra is not None:
-                store.step_bytes -= message.extra.step_bytes
-                message.extra = None
+            if message.delivery_state is not None:
+                state.step_bytes -= message.delivery_state.step_bytes
+                message.delivery_state = None
             messages[next_id] = message
             next_id += 1
             at += size
@@ -263,12 +263,12 @@ class SettleHandler:
                 if group.more is not None:
                     group.relink(id, message)
                 if group.epoch != FIRST_EPOCH or message.epoch != FIRST_EPOCH:
-                    if message.overtaken:
+                    if message.is_stale_epoch:
                         diverted.append((message, flags))
                         continue
                     if message.epoch != FIRST_EPOCH:
                         odd.append(message)
-                    if queue.breaker is not None and message.unwanted:
+                    if queue.breaker is not None and message.is_cancelled:
                         queue.push(message)
                         continue
                 if flags:
@@ -276,19 +276,19 @@ class SettleHandler:
                     if group.watchers is not None:
                         push(group, label, body)
             queue.ready.append(message)
-        store.next_id = next_id
-        store.live_bytes += grown
+        state.next_id = next_id
+        state.live_bytes += grown
         for message in odd:
-            self._ledger.mark(message)
+            self._writer.mark(message)
         for message, flags in diverted:
             self._leases.divert(message)
             if flags and message.group is not None:
-                self._publishing.ended_by_old.append(message.group)
+                self._publish_handler.ended_by_old.append(message.group)
         return stale
 
     def _acknowledge(self, session: Session, acks: list[Ack], emptied: list[Group]) -> list[int]:
-        store = self.store
-        held = self._leases.held
+        state = self.state
+        held = self._leases.get_held
         refused: list[int] = []
         for index, (id, lease, flags, group_id) in enumerate(acks):
             message = held(session, id, lease)
@@ -298,12 +298,12 @@ class SettleHandler:
                 continue
             message.queue.settled += 1
             if message.queue.breaker is not None:
-                message.queue.breaker.worked((id,))
-            store.remove(message)
+                message.queue.breaker.record_success((id,))
+            state.remove(message)
             if group is None:
                 continue
             if flags & LEAVE:
-                store.leave(group_id)
+                state.leave(group_id)
             elif group.one is None:
                 emptied.append(group)
         return refused
@@ -316,11 +316,11 @@ class SettleHandler:
         targets: Resolved,
         blob: bytes,
         at: int,
-        place: RecordLocation,
+        location: RecordLocation,
         emptied: list[Group],
     ) -> bool:
         """False when some of what follows was not taken: it belongs to a group that is not live, or that is already."""
-        store = self.store
+        state = self.state
         whole = True
         parked: list[Group] = []
         for message in messages:
@@ -328,46 +328,46 @@ class SettleHandler:
             group = message.group
             if message.queue.breaker is not None:
                 if item.verdict == ATTEMPT_FAILED:
-                    self._leases.failed(message)
+                    self._leases.record_failure(message)
                 elif item.verdict == ATTEMPT_WORKED:
-                    message.queue.breaker.worked((message.id,))
+                    message.queue.breaker.record_success((message.id,))
             if item.outcome == DONE:
-                store.remove(message)
+                state.remove(message)
                 if group is None:
                     continue
                 if group.one is None:
                     emptied.append(group)
-                elif group.one.state() == PARKED or group.one.stale(store.now):
+                elif group.one.state() == PARKED or group.one.is_expired(state.now):
                     parked.append(group)  # what is left of it, perhaps
                 continue
-            unwarned = message.unwarned
-            self._leases.let_go(message)
-            store.fail(message, item.failure)
-            if unwarned:
+            is_cancel_unannounced = message.is_cancel_unannounced
+            self._leases.end_lease(message)
+            state.fail(message, item.failure)
+            if is_cancel_unannounced:
                 # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
-                self._leases.again(message)
-                self._ledger.mark(message)
-            elif item.outcome == AGAIN or message.overtaken:
-                self._leases.again(message, item.delay)
+                self._leases.redeliver(message)
+                self._writer.mark(message)
+            elif item.outcome == AGAIN or message.is_stale_epoch:
+                self._leases.redeliver(message, item.delay)
             else:
-                store.park(message, reason=item.failure, evidence=False)
+                state.park(message, reason=item.failure, evidence=False)
                 if group is not None:
                     parked.append(group)
         for publish in item.publishes:
-            if publish.flags & START and publish.group in store.groups:
+            if publish.flags & START and publish.group in state.groups:
                 whole = False
             else:
-                self._publishing.put(publish, targets, blob, at, place, session)
+                self._publish_handler.put(publish, targets, blob, at, location, session)
             at += publish.size
         if item.opens or item.arrivals:
-            whole &= self._gathering.take(
-                item.opens, item.arrivals, targets, blob, at, place, messages[0].priority if messages else 0
+            whole &= self._gather_manager.take(
+                item.opens, item.arrivals, targets, blob, at, location, messages[0].priority if messages else 0
             )
         if item.leave:
-            store.leave(item.leave)
+            state.leave(item.leave)
         for group in parked:
-            if group.halted(store.now):
-                self._talk.notify(group, "parked")
+            if group.is_halted(state.now):
+                self._outbox.notify(group, "parked")
         return whole
 
     def _restate(
@@ -380,33 +380,33 @@ class SettleHandler:
         changed: list[tuple[Group, str]],
     ) -> None:
         """Replace the record of a frame by what came of it, where a replay of it would come to something else."""
-        store, ledger = self.store, self._ledger
-        _, first_id, peer, _, _ = ledger.records[index]
+        state, writer = self.state, self._writer
+        _, first_id, peer, _, _ = writer.records[index]
         acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
         others = [other for i, other in enumerate(frame.others) if i not in refused_others]
         gone = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
         gone += [id for other in others if other.outcome == DONE for id, _ in other.leases]
-        ledger.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
+        writer.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
         if left := [ack[3] for ack in acks if ack[2] & LEAVE] + [other.leave for other in others if other.leave]:
-            ledger.left(left)
+            writer.left(left)
         groups: dict[str, Group] = {}
-        for id in range(first_id, store.next_id):
-            message = store.messages.get(id)
+        for id in range(first_id, state.next_id):
+            message = state.messages.get(id)
             if message is not None:
-                ledger.copy(message)
+                writer.copy(message)
                 if message.group is not None:
                     groups[message.group.id] = message.group
         for other in others:
             for id, _ in other.leases:
-                if other.outcome != DONE and id in store.messages:
-                    ledger.mark(store.messages[id])
+                if other.outcome != DONE and id in state.messages:
+                    writer.mark(state.messages[id])
         groups.update((group.id, group) for group, _ in changed)
         for group in groups.values():
-            if store.groups.get(group.id) is group:
-                ledger.keep_group(group)
+            if state.groups.get(group.id) is group:
+                writer.keep_group(group)
         for group, key in dict.fromkeys(changed):
-            if store.groups.get(group.id) is group and group.gathers is not None:
-                ledger.keep_gather(group, group.gathers[key])
+            if state.groups.get(group.id) is group and group.gathers is not None:
+                writer.keep_gather(group, group.gathers[key])
 
 
 def _leases(frame: SettleFrame) -> list[tuple[int, int]]:

@@ -103,7 +103,7 @@ class BrokerState:
             return
         self._forget_again = self.now + 1.0
         touched = self.touched
-        self.queues = {name: q for name, q in self.queues.items() if q in touched or not q.idle}
+        self.queues = {name: q for name, q in self.queues.items() if q in touched or not q.is_idle}
 
     def declare(self, options: QueueOptions) -> Queue:
         """How the queue of that name treats its messages from now on."""
@@ -112,13 +112,13 @@ class BrokerState:
         self.guarded = any(known.breaker is not None for known in self.queues.values())
         return queue
 
-    def group(self, id: str, epoch: int, place: RecordLocation) -> Group | None:
+    def group(self, id: str, epoch: int, location: RecordLocation) -> Group | None:
         """The group of that id, made on first use; None for the empty id."""
         if not id:
             return None
         group = self.groups.get(id)
         if group is None:
-            group = self.groups[id] = Group(id, epoch, place)
+            group = self.groups[id] = Group(id, epoch, location)
         return group
 
     def remember_peer(self, peer: int, frame: int) -> None:
@@ -139,11 +139,11 @@ class BrokerState:
         priority: int,
         body: bytes | None,
         size: int,
-        place: RecordLocation,
+        location: RecordLocation,
         at: int,
     ) -> Message:
         """A new message under the next id, in no lane yet."""
-        message = Message(self.next_id, queue, group, epoch, label, priority, body, size, place, at)
+        message = Message(self.next_id, queue, group, epoch, label, priority, body, size, location, at)
         self.next_id += 1
         self.messages[message.id] = message
         if group is not None:
@@ -152,33 +152,33 @@ class BrokerState:
         return message
 
     def admit(
-        self, item: PublishItem, queue: Queue | None, label: str, body: bytes | None, place: RecordLocation, at: int
+        self, item: PublishItem, queue: Queue | None, label: str, body: bytes | None, location: RecordLocation, at: int
     ) -> tuple[Group | None, Message | None]:
         """What a published item makes of its group, and its message, in no lane yet (None without a queue)."""
         if queue is None:
             return self.groups.get(item.group), None
-        group = self.group(item.group, item.epoch, place)
+        group = self.group(item.group, item.epoch, location)
         if item.flags & START and group is not None:
             group.started = True
             group.digest = item.digest
             group.epoch = max(group.epoch, item.epoch)
-        message = self.put(queue, group, item.epoch, label, item.priority, body, item.size, place, at)
+        message = self.put(queue, group, item.epoch, label, item.priority, body, item.size, location, at)
         if item.delay or item.ttl:
-            extra = message.details()
-            self.delay(extra, item.delay)
+            delivery_state = message.ensure_delivery_state()
+            self.delay(delivery_state, item.delay)
             if item.ttl:
-                extra.expires = self.now + item.delay + item.ttl
-                extra.expires_wall = self.wall + item.delay + item.ttl
+                delivery_state.expires = self.now + item.delay + item.ttl
+                delivery_state.expires_wall = self.wall + item.delay + item.ttl
         return group, message
 
     def enqueue(self, message: Message, *, front: bool = False) -> None:
         """Into the lane of its queue, or among the delayed if it has a time to wait for."""
         queue = message.queue
-        extra = message.extra
-        if extra is not None and extra.due:
+        delivery_state = message.delivery_state
+        if delivery_state is not None and delivery_state.due:
             queue.delayed += 1
-            self.timer(extra.due, message.id, "", "")
-            if extra.delay >= LONG:
+            self.timer(delivery_state.due, message.id, "", "")
+            if delivery_state.delay >= LONG:
                 self.waiting.append(message)
         elif front:
             queue.push_front(message)
@@ -189,8 +189,8 @@ class BrokerState:
         """It is no more, and is in no lane."""
         del self.messages[message.id]
         self.live_bytes -= message.size
-        if message.extra is not None:
-            self.step_bytes -= message.extra.step_bytes
+        if message.delivery_state is not None:
+            self.step_bytes -= message.delivery_state.step_bytes
         if message.group is not None:
             message.group.unlink(message)
 
@@ -208,9 +208,9 @@ class BrokerState:
             if holder is not GONE:
                 del holder.held[message.id]
                 self.touched[holder.queue] = None
-        elif message.extra is not None and message.extra.parked:
+        elif message.delivery_state is not None and message.delivery_state.parked:
             del queue.dead[message.id]
-        elif message.extra is not None and message.extra.due:
+        elif message.delivery_state is not None and message.delivery_state.due:
             queue.delayed -= 1
         else:
             queue.skip += 1
@@ -228,10 +228,10 @@ class BrokerState:
             message.priority,
             message.body,
             message.size,
-            message.place,
+            message.location,
             message.at,
         )
-        fresh.extra = message.extra
+        fresh.delivery_state = message.delivery_state
         self.messages[fresh.id] = fresh
         group = message.group
         if group is not None:
@@ -239,27 +239,27 @@ class BrokerState:
             group.link(fresh)
         return fresh
 
-    def relocate(self, message: Message, place: RecordLocation) -> None:
-        """Its record lies at `place` from now on, with the body at the beginning of the blob."""
-        message.place, message.at = place, 0
+    def relocate(self, message: Message, location: RecordLocation) -> None:
+        """Its record lies at `location` from now on, with the body at the beginning of the blob."""
+        message.location, message.at = location, 0
         self.messages[message.id] = self.messages.pop(message.id)
 
     def keep_steps(self, message: Message, steps: dict[str, bytes] | None) -> None:
         """These are the steps of the message from now on."""
-        extra = message.details()
-        self.step_bytes -= extra.step_bytes
-        extra.steps = steps
-        extra.step_bytes = sum(map(len, steps)) + sum(map(len, steps.values())) if steps else 0
-        self.step_bytes += extra.step_bytes
+        delivery_state = message.ensure_delivery_state()
+        self.step_bytes -= delivery_state.step_bytes
+        delivery_state.steps = steps
+        delivery_state.step_bytes = sum(map(len, steps)) + sum(map(len, steps.values())) if steps else 0
+        self.step_bytes += delivery_state.step_bytes
 
     def keep_step(self, message: Message, name: str, value: bytes) -> None:
         """One more step of the message. What was said of it before refers to the others, so that they are not changed
         in place."""
-        extra = message.details()
-        known = extra.steps or {}
+        delivery_state = message.ensure_delivery_state()
+        known = delivery_state.steps or {}
         grown = len(value) - len(known[name]) if name in known else len(name) + len(value)
-        extra.steps = {**known, name: value}
-        extra.step_bytes += grown
+        delivery_state.steps = {**known, name: value}
+        delivery_state.step_bytes += grown
         self.step_bytes += grown
 
     def keep_fact(self, name: str, value: str) -> None:
@@ -270,30 +270,30 @@ class BrokerState:
 
     def fail(self, message: Message, failure: bytes | None) -> None:
         """An attempt has been made in vain. It does not expire any more: it has begun."""
-        extra = message.details()
-        extra.attempts += 1
-        extra.failure, extra.fresh = failure, False
-        extra.expires = extra.expires_wall = 0.0
+        delivery_state = message.ensure_delivery_state()
+        delivery_state.attempts += 1
+        delivery_state.failure, delivery_state.fresh = failure, False
+        delivery_state.expires = delivery_state.expires_wall = 0.0
 
     def park(self, message: Message, *, reason: bytes | None, evidence: bool) -> None:
         """A dead letter of its queue. It must have been detached, or be held by a consumer that lets go of it now."""
-        extra = message.details()
-        extra.parked = True
-        extra.parked_wall = self.wall
-        extra.evidence = evidence
-        extra.reason = reason
-        extra.due = extra.due_wall = extra.delay = 0.0
+        delivery_state = message.ensure_delivery_state()
+        delivery_state.parked = True
+        delivery_state.parked_wall = self.wall
+        delivery_state.evidence = evidence
+        delivery_state.reason = reason
+        delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
         message.holder, message.lease = None, 0
         message.queue.dead[message.id] = message
         self.waiting.append(message)
         if evidence and message.group is not None:
             message.group.unlink(message)
 
-    def delay(self, extra: DeliveryState, seconds: float) -> None:
+    def delay(self, delivery_state: DeliveryState, seconds: float) -> None:
         """Not before `seconds` from now."""
-        extra.delay = seconds
-        extra.due = self.now + seconds if seconds > 0 else 0.0
-        extra.due_wall = self.wall + seconds if seconds > 0 else 0.0
+        delivery_state.delay = seconds
+        delivery_state.due = self.now + seconds if seconds > 0 else 0.0
+        delivery_state.due_wall = self.wall + seconds if seconds > 0 else 0.0
 
     def leave(self, id: str) -> None:
         """The group has ended: forget it, and all it left behind save evidence."""
@@ -320,13 +320,13 @@ class BrokerState:
 
     # gathers
 
-    def gather(self, group: Group, key: str, place: RecordLocation) -> Gather:
+    def gather(self, group: Group, key: str, location: RecordLocation) -> Gather:
         """The gather of that key, made on first use."""
         if group.gathers is None:
             group.gathers = {}
         gather = group.gathers.get(key)
         if gather is None:
-            gather = group.gathers[key] = Gather(key, place)
+            gather = group.gathers[key] = Gather(key, location)
             self.gathers[group.id, key] = group
         return gather
 
@@ -337,11 +337,11 @@ class BrokerState:
         queue: str,
         label: str,
         base: bytes,
-        place: RecordLocation,
+        location: RecordLocation,
         priority: int,
     ) -> None:
         """A gather begins to wait."""
-        gather = self.gather(group, opening.key, place)
+        gather = self.gather(group, opening.key, location)
         self.live_bytes += len(base) - len(gather.base)
         gather.open(need=opening.need, queue=queue, label=label, epoch=opening.epoch, base=base, priority=priority)
         if opening.deadline:
@@ -349,21 +349,21 @@ class BrokerState:
             gather.due = self.now + opening.deadline
             gather.due_wall = self.wall + opening.deadline
 
-    def arrive(self, group: Group, key: str, slot: str, body: bytes, place: RecordLocation) -> None:
+    def arrive(self, group: Group, key: str, slot: str, body: bytes, location: RecordLocation) -> None:
         """Something arrives at a gather, for the first time or once more."""
-        gather = self.gather(group, key, place)
+        gather = self.gather(group, key, location)
         before = gather.weight
         gather.arrive(slot, body)
         self.live_bytes += gather.weight - before
 
-    def relocate_gather(self, group: Group, gather: Gather, place: RecordLocation) -> None:
-        """Its record lies at `place` from now on."""
-        gather.place = place
+    def relocate_gather(self, group: Group, gather: Gather, location: RecordLocation) -> None:
+        """Its record lies at `location` from now on."""
+        gather.location = location
         self.gathers[group.id, gather.key] = self.gathers.pop((group.id, gather.key))
 
-    def relocate_group(self, group: Group, place: RecordLocation) -> None:
-        """Its record lies at `place` from now on."""
-        group.place = place
+    def relocate_group(self, group: Group, location: RecordLocation) -> None:
+        """Its record lies at `location` from now on."""
+        group.location = location
         self.groups[group.id] = self.groups.pop(group.id)
 
     # timers

@@ -50,10 +50,10 @@ class _Death:
 class Supervision:
     """The supervisor's part of one machine."""
 
-    def __init__(self, store: BrokerState, ledger: RecordWriter, talk: Outbox, leases: Leases) -> None:
-        self._store = store
-        self._ledger = ledger
-        self._talk = talk
+    def __init__(self, state: BrokerState, writer: RecordWriter, outbox: Outbox, leases: Leases) -> None:
+        self._state = state
+        self._writer = writer
+        self._outbox = outbox
         self._leases = leases
         self._deaths: list[_Death] = []
 
@@ -75,124 +75,124 @@ class Supervision:
         `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
         """
         self._check(session)
-        due = self._store.now + LAST_WORDS
+        due = self._state.now + LAST_WORDS
         culprits = tuple(guilty) if isinstance(guilty, list) else (guilty,)
         self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
         session.deferred.append(session.heard)
 
     def tick(self) -> None:
         """Let deaths have their consequences whose last words have been heard."""
-        while self._deaths and self._deaths[0].due <= self._store.now:
+        while self._deaths and self._deaths[0].due <= self._state.now:
             death = self._deaths.pop(0)
             self._happen(death)
             if death.frame in death.session.deferred:
                 death.session.deferred.remove(death.frame)
-                self._talk.dirty[death.session] = None
+                self._outbox.dirty[death.session] = None
 
     def _happen(self, death: _Death) -> None:
-        store, leases = self._store, self._leases
+        state, leases = self._state, self._leases
         innocent = not (death.charge or death.attempt or death.failure)
         unclaimed = self._unclaimed(death)
-        session = store.sessions.get(death.peer)
+        session = state.sessions.get(death.peer)
         if session is not None:
-            leases.bury(
+            leases.release_all(
                 session, guilty=death.guilty, blame=None if innocent else lambda message: self._blame(message, death)
             )
         if not innocent:
             for message in reversed(unclaimed):
-                self._blame(store.replace(message), death)
-        store.last_frames.pop(death.peer, None)
-        leases.heard_of(death.peer)
+                self._blame(state.replace(message), death)
+        state.last_frames.pop(death.peer, None)
+        leases.stop_awaiting(death.peer)
 
     def _unclaimed(self, death: _Death) -> list[Message]:
         """Guilty messages, if the broker began anew since their worker got them, and nobody has had them since."""
         found = []
         for id in death.guilty:
-            message = self._store.messages.get(id)
+            message = self._state.messages.get(id)
             if message is None or message.state() != READY:
                 continue
-            if message.extra is not None and message.extra.killed == death.peer:
+            if message.delivery_state is not None and message.delivery_state.killed == death.peer:
                 continue  # the broker has ended before it could say that it knows
-            if not self._leases.rostered or death.peer in message.queue.awaiting:
+            if not self._leases.workers_known or death.peer in message.queue.awaiting:
                 found.append(message)
         return found
 
     def _blame(self, message: Message, death: _Death) -> None:
-        if not message.overtaken:
-            self._leases.failed(message)
-        extra = message.details()
-        extra.deaths += death.charge
-        extra.attempts += death.attempt
-        extra.failure, extra.fresh, extra.killed = death.failure, True, death.peer
-        extra.expires = extra.expires_wall = 0.0
+        if not message.is_stale_epoch:
+            self._leases.record_failure(message)
+        delivery_state = message.ensure_delivery_state()
+        delivery_state.deaths += death.charge
+        delivery_state.attempts += death.attempt
+        delivery_state.failure, delivery_state.fresh, delivery_state.killed = death.failure, True, death.peer
+        delivery_state.expires = delivery_state.expires_wall = 0.0
         most = message.queue.options.max_deaths
-        if death.charge and most and extra.deaths >= most and not message.overtaken:
+        if death.charge and most and delivery_state.deaths >= most and not message.is_stale_epoch:
             self._bury_message(message, death.failure)
         else:
-            self._leases.again(message)
-            self._ledger.mark(message)
+            self._leases.redeliver(message)
+            self._writer.mark(message)
 
     def _bury_message(self, message: Message, reason: bytes) -> None:
         """It has killed as many as it may: a dead letter, and whoever is to be told gets a copy."""
-        store = self._store
+        state = self._state
         options = message.queue.options
         group = message.group
-        store.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
-        self._ledger.mark(message)
+        state.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
+        self._writer.mark(message)
         if not options.notify_queue:
             if group is not None:
-                self._talk.notify(group, "parked")
+                self._outbox.notify(group, "parked")
             return
-        queue = store.queue(options.notify_queue)
-        body = self._ledger.body(message)
-        told = store.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.place, 0)
-        known, extra = message.details(), told.details()
-        extra.failure, extra.fresh = reason, True
-        extra.attempts, extra.deaths, extra.parts = known.attempts, known.deaths, known.parts
-        store.keep_steps(told, known.steps)
-        self._ledger.copy(told)
-        store.enqueue(told)
-        store.touched[queue] = None
+        queue = state.queue(options.notify_queue)
+        body = self._writer.body(message)
+        told = state.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.location, 0)
+        known, delivery_state = message.ensure_delivery_state(), told.ensure_delivery_state()
+        delivery_state.failure, delivery_state.fresh = reason, True
+        delivery_state.attempts, delivery_state.deaths, delivery_state.parts = known.attempts, known.deaths, known.parts
+        state.keep_steps(told, known.steps)
+        self._writer.copy(told)
+        state.enqueue(told)
+        state.touched[queue] = None
 
     def roster(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
         """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
         self._check(session)
-        store, leases = self._store, self._leases
-        if leases.rostered:
+        state, leases = self._state, self._leases
+        if leases.workers_known:
             return
         for peer, queues in peers:
-            known = store.sessions.get(peer)
+            known = state.sessions.get(peer)
             if known is None or not known.connected:
                 for name in queues:
-                    store.queue(name).awaiting.add(peer)
+                    state.queue(name).awaiting.add(peer)
         for death in self._deaths:
             # It has been told of already, and not had its consequences: nobody is given what it was at before.
             for id in death.guilty:
-                message = store.messages.get(id)
+                message = state.messages.get(id)
                 if message is not None and message.state() == READY:
                     message.queue.awaiting.add(death.peer)
-        leases.rostered = True
-        store.touched.update(dict.fromkeys(store.queues.values()))
+        leases.workers_known = True
+        state.touched.update(dict.fromkeys(state.queues.values()))
 
     def hold(self, session: Session, held: bool) -> None:
         """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
         self._check(session)
-        self._leases.held_back = held
+        self._leases.delivery_suspended = held
         if not held:
-            self._store.touched.update(dict.fromkeys(self._store.queues.values()))
+            self._state.touched.update(dict.fromkeys(self._state.queues.values()))
             return
-        for other in self._store.sessions.values():
+        for other in self._state.sessions.values():
             if other.consumers and other is not session:
-                self._talk.notice(other, "recall", None)
+                self._outbox.notice(other, "recall", None)
 
     def leave(self, session: Session, ids: list[str]) -> int:
         """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
         self._check(session)
-        live = [id for id in dict.fromkeys(ids) if id in self._store.groups]
+        live = [id for id in dict.fromkeys(ids) if id in self._state.groups]
         for id in live:
-            self._store.leave(id)
+            self._state.leave(id)
         if live:
-            self._ledger.left(live)
+            self._writer.left(live)
         return len(live)
 
     def cancel(self, group: Group) -> None:
@@ -207,36 +207,36 @@ class Supervision:
                 if len(holder.held) > 1:
                     several[holder.session] = None
         for session in several:
-            self._talk.notice(session, "recall", None)
+            self._outbox.notice(session, "recall", None)
         if running:
-            for session in self._store.sessions.values():
+            for session in self._state.sessions.values():
                 if session.role == "supervisor":
-                    self._talk.notice(session, "cancel", running)
+                    self._outbox.notice(session, "cancel", running)
 
     def recall(self, session: Session, peer: int) -> None:
         """Ask a consumer to return what it has not begun: the message it is at takes long."""
         self._check(session)
-        other = self._store.sessions.get(peer)
+        other = self._state.sessions.get(peer)
         if other is not None and any(len(c.held) + len(c.gone) > 1 for c in other.consumers.values()):
-            self._talk.notice(other, "recall", None)
+            self._outbox.notice(other, "recall", None)
 
     def retire(self, session: Session, peer: int) -> bool:
         """Deliver nothing more to a consumer, and ask it to end once it is done with what it is at; whether it can be
         asked now. What it does with that is its own affair: nothing is kept, and nothing is taken from it."""
         self._check(session)
-        other = self._store.sessions.get(peer)
+        other = self._state.sessions.get(peer)
         if other is None or not other.connected:
             return False
         for consumer in other.consumers.values():
             consumer.prefetch = 0
-        self._talk.notice(other, "retire", None)
+        self._outbox.notice(other, "retire", None)
         return True
 
     def tell(self, session: Session, word: str, detail: Any) -> bool:
         """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
         told = False
-        for other in self._store.sessions.values():
+        for other in self._state.sessions.values():
             if other.role == "supervisor" and other.connected:
-                self._talk.notice(other, "told", (word, detail))
+                self._outbox.notice(other, "told", (word, detail))
                 told = True
         return told

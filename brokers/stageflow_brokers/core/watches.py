@@ -16,18 +16,18 @@ class Watches:
     `behind`: sessions that have asked for more ends than they have read yet.
     """
 
-    def __init__(self, store: BrokerState, ledger: RecordWriter, talk: Outbox) -> None:
-        self._store = store
-        self._ledger = ledger
-        self._talk = talk
+    def __init__(self, state: BrokerState, writer: RecordWriter, outbox: Outbox) -> None:
+        self._state = state
+        self._writer = writer
+        self._outbox = outbox
         self.behind: dict[Session, None] = {}
 
     def subscribe(self, session: Session, wanted: bool) -> None:
         """Tell `session` of each settlement from now on what follows from it, or no more. It ends with the session."""
         if wanted:
-            self._talk.subscribers[session] = None
+            self._outbox.subscribers[session] = None
         else:
-            self._talk.subscribers.pop(session, None)
+            self._outbox.subscribers.pop(session, None)
 
     def watch(self, session: Session, ids: list[str]) -> list[str]:
         """Tell `session` how these groups end; those that are not live are returned and announced as gone.
@@ -36,10 +36,10 @@ class Watches:
         """
         gone = []
         for id in dict.fromkeys(ids):
-            group = self._store.groups.get(id)
+            group = self._state.groups.get(id)
             if group is None:
                 gone.append(id)
-                self._talk.notice(session, "gone", id)
+                self._outbox.notice(session, "gone", id)
                 continue
             if group.watchers is None:
                 group.watchers = [session]
@@ -47,8 +47,8 @@ class Watches:
                 group.watchers = [w for w in group.watchers if w.connected] + [session]
             if group.ended:
                 session.to_push[id] = None
-            elif group.halted(self._store.now):
-                self._talk.notice(session, "parked", id)
+            elif group.is_halted(self._state.now):
+                self._outbox.notice(session, "parked", id)
         self.go_on(session)
         return gone
 
@@ -59,12 +59,12 @@ class Watches:
         while session.to_push and session.unread <= MOST_UNREAD:
             id = next(iter(session.to_push))
             del session.to_push[id]
-            group = self._store.groups.get(id)
+            group = self._state.groups.get(id)
             if group is None:
-                self._talk.notice(session, "gone", id)
+                self._outbox.notice(session, "gone", id)
                 continue
             for message in group.messages():
                 if message.label == group.ended:
-                    self._talk.push_to(session, group, message.label, self._ledger.body(message))
+                    self._outbox.push_to(session, group, message.label, self._writer.body(message))
         if not session.to_push:
             self.behind.pop(session, None)

@@ -144,7 +144,7 @@ class Query(Struct, array_like=True):
 class Hello(Struct, array_like=True):
     """The first frame of a connection, and again after a broker restart: who I am and what I hold.
 
-    `next_frame` is the first frame that will follow: the oldest one unconfirmed. `talk` comes back in the welcome.
+    `next_frame` is the first frame that will follow: the oldest one unconfirmed. `number` comes back in the welcome.
     Whatever the broker says between a hello and its welcome is lost on the peer, and the broker knows it: a message
     that it has delivered and that is not in `holding` never arrived.
     """
@@ -157,7 +157,7 @@ class Hello(Struct, array_like=True):
     consume: Annotated[list[tuple[Name, int]], Many] = []
     holding: Leases = []
     watching: Annotated[list[Name], Many] = []
-    talk: int = 0
+    number: int = 0
 
 
 class Out(Struct, array_like=True):

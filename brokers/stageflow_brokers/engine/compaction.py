@@ -67,7 +67,7 @@ class Reclaim:
     @property
     def alive(self) -> int:
         """About how many bytes it takes to write all that is alive."""
-        store = self._machine.store
+        store = self._machine.state
         dead = sum(len(queue.dead) for queue in store.queues.values())
         bodies = store.live_bytes + store.step_bytes + store.fact_bytes
         return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
@@ -77,7 +77,7 @@ class Reclaim:
         bytes in the end (0: not known). Never less than by as much as there is; of a large backlog by a quarter, and
         some segments."""
         alive = self.alive
-        seen = int(len(self._machine.store.groups) * final) - alive
+        seen = int(len(self._machine.state.groups) * final) - alive
         return max(seen, min(alive, alive // 4 + 4 * self._segment_bytes))
 
     @property
@@ -131,10 +131,10 @@ class Reclaim:
         budget = max(SLICE, written)
         if pressed:
             budget = min(budget, max(journal.room.left // 4, SLICE // 16))
-        if self._machine.ledger.copy_forward(self._oldest, budget):
+        if self._machine.writer.copy_forward(self._oldest, budget):
             return
         if not self._restated:
-            self._machine.ledger.restate(self._oldest + 1)
+            self._machine.writer.restate(self._oldest + 1)
             self._restated = True
             return
         self._clean_to = self._oldest + 1
@@ -183,7 +183,7 @@ class Reclaim:
         """What is alive there, as it was some rounds ago at most."""
         of, weight, looks = self._weighed
         if of != segment or looks <= 0:
-            weight, looks = self._machine.ledger.weigh(segment), LOOKS_APART
+            weight, looks = self._machine.writer.weigh(segment), LOOKS_APART
         self._weighed = (segment, weight, looks - 1)
         return weight
 
@@ -192,7 +192,7 @@ class Reclaim:
         if self._look_in > 0:
             self._look_in -= 1
             return False
-        if self._machine.ledger.weigh(segment) * MARGIN <= self.have:
+        if self._machine.writer.weigh(segment) * MARGIN <= self.have:
             return True
         self._look_in = LOOKS_APART
         return False

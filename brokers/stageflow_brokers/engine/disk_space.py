@@ -129,7 +129,7 @@ class RoomKeeper:
         journal_free = self._journal.free
         beside = max(room.spare, self._reclaim.clean, 0 if room.spare else journal_free * 7 // 8)
         allowance = Allowance(room.left, beside, self._reclaim.have, self._reclaim.keep(), self._reclaim.slack)
-        for record in self._machine.ledger.records:
+        for record in self._machine.writer.records:
             if not allowance.take(len(record[3]) + len(record[4])):
                 break
         taken: list[Frame] = []
@@ -172,9 +172,9 @@ class RoomKeeper:
         size = self._bytes_aside[peer] = self._bytes_aside.get(peer, 0) + len(frame[2]) + len(frame[3])
         if len(waiting) > MOST_ASIDE or size > MOST_BYTES_ASIDE:
             self._forget(peer)
-            session = self._machine.store.sessions.get(peer)
-            if session is not None and session not in self._machine.talk.deaf:
-                self._machine.talk.deaf.append(session)
+            session = self._machine.state.sessions.get(peer)
+            if session is not None and session not in self._machine.outbox.deaf:
+                self._machine.outbox.deaf.append(session)
 
     def _forget(self, peer: int) -> None:
         self._aside.pop(peer, None)
@@ -187,7 +187,7 @@ class RoomKeeper:
             coming += len(frame[2]) + len(frame[3])
         self._unseen -= coming
         machine = self._machine
-        now = machine.store.now
+        now = machine.state.now
         if machine.refusing:
             if now < self._look_at:
                 return
@@ -238,7 +238,7 @@ class RoomKeeper:
 
     def _observe(self) -> None:
         """Learn what instances end with from those that have just ended, or wait for the history."""
-        for message in islice(reversed(self._machine.store.messages.values()), SAMPLE):
+        for message in islice(reversed(self._machine.state.messages.values()), SAMPLE):
             group = message.group
             if group is not None and group.ended == message.label and group.ended:
                 self._final_bytes += message.weight + PER_MESSAGE + PER_GROUP

@@ -107,7 +107,7 @@ class Engine:
         self._reclaim: Reclaim | None = None
         self._room: RoomKeeper | None = None
         if journal_dir is not None:
-            replay = Replay(self.machine.store)
+            replay = Replay(self.machine.state)
             self.journal = Journal.open(
                 journal_dir,
                 replay=lambda batch: replay_batch(replay, batch),
@@ -128,7 +128,7 @@ class Engine:
         self.machine.begin(now, wall_now)
         self.machine.started(now, wall_now)
         if self.journal is not None:
-            self.machine.ledger.keep_oldest(self.journal.segments()[0].number)
+            self.machine.writer.keep_oldest(self.journal.segments()[0].number)
         self._commit()
         reach("broker.started")
 
@@ -177,7 +177,7 @@ class Engine:
     def patience(self, most: float) -> float:
         """Seconds until the next round must be, if nothing arrives; at most `most`."""
         machine = self.machine
-        if machine.ledger.records or machine.store.touched or machine.compacting:
+        if machine.writer.records or machine.state.touched or machine.compacting:
             return 0.0
         if machine.refusing and self._reclaim is not None and self._reclaim.busy:
             return 0.0
@@ -206,7 +206,7 @@ class Engine:
         batch = [Record(*record) for record in records]
         while True:
             try:
-                place = self.journal.commit(batch, self.machine.store.wall)
+                place = self.journal.commit(batch, self.machine.state.wall)
                 break
             except JournalFull:
                 # Nothing was written and nothing has left: wait for room, with everything still to be said. What comes
@@ -221,7 +221,7 @@ class Engine:
         if place.segment != self._stated_in:
             # Said in each segment: whichever are lost, those that are left tell of it.
             if self._stated_in:
-                self.machine.ledger.keep_oldest(self.journal.segments()[0].number)
+                self.machine.writer.keep_oldest(self.journal.segments()[0].number)
             self._stated_in = place.segment
         if self.journal.room_low:
             self.machine.refusing = NEARLY_FULL

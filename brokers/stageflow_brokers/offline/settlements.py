@@ -132,16 +132,16 @@ def departures(journal: Path, label: str, *, picture: bool) -> Departures:
         if message is not None and message.label == label and message.group is not None:
             before = ended.get(message.group.id)
             if before is None or before[0] <= message.epoch:
-                ended[message.group.id] = (message.epoch, message.place.wall)
+                ended[message.group.id] = (message.epoch, message.location.wall)
 
     machine = Machine(paging=True)
-    store = machine.store
+    store = machine.state
     replay = Replay(store, on_settled=on_settled)
     latest = 0.0
     with _without_collecting():
         for batch in _scan(journal, replay):
             latest = batch.wall
-    idle = [group.id for group in store.groups.values() if group.idle]
+    idle = [group.id for group in store.groups.values() if group.is_idle]
     if picture:
         replay.finish(0.0, time.time())
     return Departures(ended, idle, latest, store.facts, _picture(machine) if picture else {})
@@ -181,7 +181,7 @@ def offline(journal: Path) -> Engine:
     What is changed in it is forgotten with it. Raises as `settlements` does.
     """
     engine = Engine(journal_dir=None)
-    store = engine.machine.store
+    store = engine.machine.state
     replay = Replay(store)
     for _ in _scan(journal, replay):
         pass

@@ -98,7 +98,7 @@ def main(argument: str) -> int:
             report |= {"file": error.file, "offset": error.offset, "reason": error.reason}
         _say(options.ready_fd, report)
         return 1
-    _say(options.ready_fd, {"ready": True, "epoch": engine.machine.store.epoch})
+    _say(options.ready_fd, {"ready": True, "epoch": engine.machine.state.epoch})
     try:
         server.run(stop)
     except JournalError as error:

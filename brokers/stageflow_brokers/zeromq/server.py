@@ -92,7 +92,7 @@ class Server:
                 engine.machine.probe()
                 for peer in self._cut_off:
                     # It hears that it was cut off as soon as it hears anything again.
-                    engine.machine.talk.notice_stranger(peer, "hello", None)
+                    engine.machine.outbox.notice_stranger(peer, "hello", None)
 
     def _mind_the_door(self) -> None:
         """Let in who asks for it, while there is room."""

@@ -266,7 +266,7 @@ def _what_next(data_dir: DataDir, left: bool) -> int:
         if not left:
             click.echo("nothing is left of the journal, and no history is there: the next start begins anew")
         return 0
-    if left and HISTORY_FACT in offline(data_dir.journal).machine.store.facts:
+    if left and HISTORY_FACT in offline(data_dir.journal).machine.state.facts:
         return 0
     lost = "does not know the history any more" if left else "has nothing left, while a history is there"
     click.echo(
