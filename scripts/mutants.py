@@ -176,7 +176,7 @@ MUTANTS = (
     Mutant(
         "roster-not-awaited",
         "after a restart queues open before the workers have reported their leases",
-        (("brokers/stageflow_brokers/core/machine.py", "rostered=not supervised,", "rostered=True,"),),
+        (("brokers/stageflow_brokers/core/machine.py", "workers_known=not supervised,", "workers_known=True,"),),
         ("tests/brokers/test_contract.py::TestBrokers::test_nothing_is_delivered_before_the_roster_is_known[memory]",),
     ),
     Mutant(
@@ -451,8 +451,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
-                "state.live_bytes + state.step_bytes + state.fact_bytes",
-                "state.live_bytes",
+                "store.live_bytes + store.step_bytes + store.fact_bytes",
+                "store.live_bytes",
             ),
         ),
         ("tests/brokers/test_compaction.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),
