@@ -1,4 +1,4 @@
-"""The README's table of the language: each construct has an example, and each example does what it is there for."""
+"""Each construct in the index of `examples/constructs.md` has an example, and each example does what it shows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import pytest
 from stageflow_actors import Runtime, Workflow, WorkflowResult
 from stageflow_actors.testing import run
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
-SECTION = README.partition("## The whole language\n")[2].partition("\n## ")[0]
-TABLE = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", SECTION, re.MULTILINE)[2:]
-PRELUDE = re.findall(r"^```python\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)[0]
-EXAMPLES = dict(re.findall(r"^\*\*(.+?)\*\*\n\n```python\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE))
+PAGE = (Path(__file__).resolve().parents[2] / "examples" / "constructs.md").read_text("utf-8")
+CONSTRUCTS = PAGE.partition("\n## Testing a workflow\n")[0]  # the block behind it is a program of its own
+INDEX = re.findall(r"^\| \[(.+?)\]\(#.+?\) \| [^|]+ \|$", CONSTRUCTS, re.MULTILINE)
+PRELUDE = re.findall(r"^```python\n(.*?)^```$", CONSTRUCTS, re.DOTALL | re.MULTILINE)[0]
+EXAMPLES = dict(
+    re.findall(r"^### ([^\n]+)\n(?:(?!^#)[^\n]*\n)*?```python\n(.*?)^```$", CONSTRUCTS, re.DOTALL | re.MULTILINE)
+)
 
 
 class Example:
@@ -28,7 +30,7 @@ class Example:
     def __init__(self, name: str, folder: Path) -> None:
         # As a script: what is defined here travels to workers by value.
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(PRELUDE, "README.md", "exec"), self.names)
+        exec(compile(PRELUDE, "constructs.md", "exec"), self.names)
         self.names["runtime"] = Runtime(self.flow, data_dir=folder / "data")
         self._name = name
 
@@ -37,7 +39,7 @@ class Example:
         code = EXAMPLES[self._name]
         for word, other in replacements.items():
             code = code.replace(word.replace("_", "."), other)
-        exec(compile(code, f"README.md: {self._name}", "exec"), self.names)
+        exec(compile(code, f"constructs.md: {self._name}", "exec"), self.names)
         return self.flow
 
     @property
@@ -62,10 +64,14 @@ def example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Examp
     return Example(name, tmp_path)
 
 
-def test_each_construct_of_the_table_has_an_example_and_each_example_is_in_the_table() -> None:
-    assert list(EXAMPLES) == TABLE
-    assert len(TABLE) >= 30
-    assert sorted(TABLE) == sorted([*IN_PROCESS, *SERVED, *OTHERS])
+def test_each_construct_of_the_index_has_an_example_and_each_example_is_in_the_index() -> None:
+    assert list(EXAMPLES) == INDEX
+    assert len(INDEX) >= 30
+    assert sorted(INDEX) == sorted([*IN_PROCESS, *SERVED, *OTHERS])
+
+
+def test_each_construct_has_one_block() -> None:
+    assert CONSTRUCTS.count("```python") == 1 + len(EXAMPLES)
 
 
 IN_PROCESS: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] = {
@@ -221,8 +227,8 @@ def test_what_happens_is_in_the_history(name: str, example: Example, eventually:
     flow = example.read()
     with example.names["runtime"] as runtime:
         runtime.execute(flow, {"id": 7}, timeout=30)
-        eventually(lambda: len(example.names["told"]) == 2, "both events to be told")
-    assert example.names["told"] == ["StageCompleted", "WorkflowCompleted"]
+        eventually(lambda: len(example.names["received"]) == 2, "both events to be told")
+    assert example.names["received"] == ["StageCompleted", "WorkflowCompleted"]
 
 
 @pytest.mark.parametrize("name", ["external persistence"])
