@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,10 @@ sys.path[:0] = [str(HERE / "fixtures"), str(HERE.parent / "scripts")]
 settings.register_profile("stageflow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stageflow")
 
-PATIENCE = 20.0
-"""Seconds after which something that should happen at once is given up on."""
-
-
-def wait_until(condition: Callable[[], Any], what: str = "the condition", patience: float = PATIENCE) -> Any:
-    """The first true value of `condition`; fails when it takes too long."""
-    deadline = time.monotonic() + patience
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not come true within {patience:g} s; it is {value!r}"
-        time.sleep(0.005)
+from polling import wait_until  # noqa: E402 - found by the line above
 
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
-    """`eventually(condition, what)` waits until the condition holds and gives its value."""
+    """`eventually(condition, what)` waits for the condition and returns its value."""
     return wait_until

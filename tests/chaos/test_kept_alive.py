@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from programs import STAGEFLOW
 
 from stageflow_actors import JournalCorrupt, Runtime, StageFlowError, Workflow
 from stageflow_actors.errors import BrokerUnavailable
@@ -57,8 +57,7 @@ def states(runtime: Runtime) -> dict[str, str]:
 
 
 def settlements(data: Path) -> dict[tuple[str, str], int]:
-    code = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "journal", "stats", "--data", str(data), "--output", "json"]
+    command = [*STAGEFLOW, "journal", "stats", "--data", str(data), "--output", "json"]
     report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     return {(row["instance"], row["stage"]): row["count"] for row in report["settlements"]}
 

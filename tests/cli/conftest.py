@@ -2,23 +2,18 @@
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filled_data_dir import filled
+from programs import STAGEFLOW, Command, Stageflow
 
 __all__ = ["filled"]
 
-STAGEFLOW = [sys.executable, "-c", "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"]
-
 
 @pytest.fixture
-def stageflow(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def stageflow(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Stageflow:
     """Runs a command in this process: exit code, stdout, stderr."""
     from stageflow_actors.cli.main import main
 
@@ -34,7 +29,7 @@ def stageflow(
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command(tmp_path: Path) -> Command:
     """Runs a command as a program of its own, in `tmp_path`."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

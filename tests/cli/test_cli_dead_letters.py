@@ -1,15 +1,14 @@
 """`stageflow dlq`: reasons of dead letters, and their requeue."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Stageflow
 
 from stageflow_actors.core.envelope import Failure
 
-Said = tuple[int, str, str]
 PAY = "stageflow.orders.stage1"
 
 
@@ -23,14 +22,14 @@ def parked(filled: Any) -> Path:
     return Path(filled.close())
 
 
-def listed(stageflow: Callable[..., Said], data: Path) -> list[dict[str, Any]]:
+def listed(stageflow: Stageflow, data: Path) -> list[dict[str, Any]]:
     code, out, _ = stageflow("dlq", "list", "--data", data, "--output", "json")
     assert code == 0
     found: list[dict[str, Any]] = json.loads(out)
     return found
 
 
-def test_list_shows_instance_stage_and_reason(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_list_shows_instance_stage_and_reason(stageflow: Stageflow, parked: Path) -> None:
     found = [(row["instance"], row["workflow"], row["stage"], row["reason"]) for row in listed(stageflow, parked)]
     assert found == [
         ("i1", "orders", "pay", "ValueError: card declined"),
@@ -39,7 +38,7 @@ def test_list_shows_instance_stage_and_reason(stageflow: Callable[..., Said], pa
     assert "card declined" in stageflow("dlq", "list", "--data", parked)[1]
 
 
-def test_a_parked_instance_is_shown_as_parked(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_a_parked_instance_is_shown_as_parked(stageflow: Stageflow, parked: Path) -> None:
     _, out, _ = stageflow("instances", "list", "--data", parked, "--status", "parked", "--output", "json")
     assert {(row["instance_id"], row["error"]) for row in json.loads(out)} == {
         ("i1", "ValueError: card declined"),
@@ -47,7 +46,7 @@ def test_a_parked_instance_is_shown_as_parked(stageflow: Callable[..., Said], pa
     }
 
 
-def test_show_prints_everything_by_number_or_by_instance(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_show_prints_everything_by_number_or_by_instance(stageflow: Stageflow, parked: Path) -> None:
     code, out, _ = stageflow("dlq", "show", "i1", "--data", parked, "--output", "json")
     row = json.loads(out)
     assert (code, row["context"], row["stages"][0]["stage_id"]) == (0, {"name": "i1"}, "reserve")
@@ -57,7 +56,7 @@ def test_show_prints_everything_by_number_or_by_instance(stageflow: Callable[...
     assert f"dlq.{PAY}" in out
 
 
-def test_requeue_puts_the_named_message_back(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_requeue_puts_the_named_message_back(stageflow: Stageflow, parked: Path) -> None:
     code, _, err = stageflow("dlq", "requeue", "i2", "--data", parked)
     assert (code, err) == (0, "1 requeued; they go on when a runtime starts on this directory\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i1"]
@@ -66,12 +65,12 @@ def test_requeue_puts_the_named_message_back(stageflow: Callable[..., Said], par
 
 
 @pytest.mark.parametrize("which", [("--all",), ("--queue", PAY), ("--queue", f"dlq.{PAY}")])
-def test_requeue_of_all_or_of_a_queue(stageflow: Callable[..., Said], parked: Path, which: tuple[str, ...]) -> None:
+def test_requeue_of_all_or_of_a_queue(stageflow: Stageflow, parked: Path, which: tuple[str, ...]) -> None:
     assert stageflow("dlq", "requeue", *which, "--data", parked)[2].startswith("2 requeued")
     assert listed(stageflow, parked) == []
 
 
-def test_purge_throws_away_only_what_is_named(stageflow: Callable[..., Said], parked: Path) -> None:
+def test_purge_throws_away_only_what_is_named(stageflow: Stageflow, parked: Path) -> None:
     code, _, err = stageflow("dlq", "purge", "i1", "--yes", "--data", parked)
     assert (code, err) == (0, "1 dead letter thrown away, 1 instance with them\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i2"]
@@ -90,7 +89,7 @@ def test_purge_throws_away_only_what_is_named(stageflow: Callable[..., Said], pa
     ],
 )
 def test_mistakes_are_one_line(
-    stageflow: Callable[..., Said], parked: Path, arguments: tuple[str, ...], code: int, word: str
+    stageflow: Stageflow, parked: Path, arguments: tuple[str, ...], code: int, word: str
 ) -> None:
     said = stageflow("dlq", *arguments, "--data", parked)
     assert (said[0], said[1], said[2].count("\n")) == (code, "", 1)
@@ -98,6 +97,6 @@ def test_mistakes_are_one_line(
     assert len(listed(stageflow, parked)) == 2
 
 
-def test_nothing_is_no_error(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_nothing_is_no_error(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {})
     assert stageflow("dlq", "list", "--data", filled.close()) == (0, "", "no dead letters\n")

@@ -1,11 +1,11 @@
 """`stageflow instances`: live and finished instances side by side."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Stageflow
 
 from stageflow_actors.core.envelope import (
     CompensationRecord,
@@ -18,7 +18,6 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.history import HistoryRow, HistoryWriter
 
-Said = tuple[int, str, str]
 TRAIL = append_record(
     append_record(
         b"\xdd\x00\x00\x00\x00", StageRecord("reserve", "completed", 1, 1_700_000_000.0, 0.5, None, raw("r"))
@@ -68,13 +67,13 @@ def data(filled: Any) -> Path:
     return Path(filled.close())
 
 
-def listed(stageflow: Callable[..., Said], data: Path, *options: object) -> dict[str, str]:
+def listed(stageflow: Stageflow, data: Path, *options: object) -> dict[str, str]:
     code, out, err = stageflow("instances", "list", "--data", data, "--output", "json", *options)
     assert (code, err) == (0, "")
     return {row["instance_id"]: row["status"] for row in json.loads(out)}
 
 
-def test_list_shows_live_and_finished_ones(stageflow: Callable[..., Said], data: Path) -> None:
+def test_list_shows_live_and_finished_ones(stageflow: Stageflow, data: Path) -> None:
     assert listed(stageflow, data) == {
         "undone": "compensating",
         "later": "running",
@@ -96,13 +95,11 @@ def test_list_shows_live_and_finished_ones(stageflow: Callable[..., Said], data:
         (("--limit", "1"), {"undone"}),
     ],
 )
-def test_list_can_be_narrowed(
-    stageflow: Callable[..., Said], data: Path, options: tuple[str, ...], found: set[str]
-) -> None:
+def test_list_can_be_narrowed(stageflow: Stageflow, data: Path, options: tuple[str, ...], found: set[str]) -> None:
     assert set(listed(stageflow, data, *options)) == found
 
 
-def test_show_prints_how_a_finished_instance_ended(stageflow: Callable[..., Said], data: Path) -> None:
+def test_show_prints_how_a_finished_instance_ended(stageflow: Stageflow, data: Path) -> None:
     code, out, _ = stageflow("instances", "show", "back", "--data", data, "--output", "json")
     shown = json.loads(out)
     assert (code, shown["status"], shown["failed_stage"]) == (0, "compensated", "pay")
@@ -119,7 +116,7 @@ def test_show_prints_how_a_finished_instance_ended(stageflow: Callable[..., Said
     assert '"name": "back"' in out
 
 
-def test_show_prints_where_a_live_instance_is(stageflow: Callable[..., Said], data: Path) -> None:
+def test_show_prints_where_a_live_instance_is(stageflow: Stageflow, data: Path) -> None:
     shown = json.loads(stageflow("instances", "show", "later", "--data", data, "--output", "json")[1])
     assert (shown["status"], shown["stage"], shown["queue"]) == ("running", "pay", "stageflow.orders.stage1")
     assert [(stage["stage"], stage["status"]) for stage in shown["stages"]] == [
@@ -134,13 +131,13 @@ def test_show_prints_where_a_live_instance_is(stageflow: Callable[..., Said], da
     )
 
 
-def test_an_unknown_instance_is_one_line(stageflow: Callable[..., Said], data: Path) -> None:
+def test_an_unknown_instance_is_one_line(stageflow: Stageflow, data: Path) -> None:
     code, out, err = stageflow("instances", "show", "nope", "--data", data)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "'nope'" in err
 
 
-def test_old_ones_can_be_forgotten(stageflow: Callable[..., Said], data: Path) -> None:
+def test_old_ones_can_be_forgotten(stageflow: Stageflow, data: Path) -> None:
     assert stageflow("history", "prune", "--older-than", "2w", "--data", data)[0] == 2
     code, _, err = stageflow("history", "prune", "--older-than", "2w", "--yes", "--data", data)
     assert code == 0

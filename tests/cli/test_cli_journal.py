@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Stageflow
 
 from stageflow_actors.history import HistoryWriter
 from stageflow_brokers.api import Target
 
-Said = tuple[int, str, str]
 SECTOR = 512
 
 
@@ -36,12 +35,12 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_sound_journal_is_ok(stageflow: Callable[..., Said], data: Path) -> None:
+def test_a_sound_journal_is_ok(stageflow: Stageflow, data: Path) -> None:
     assert stageflow("journal", "verify", "--data", data) == (0, f"ok: 1 segment in {data}/journal\n", "")
     assert stageflow("journal", "verify", "--data", data, "--output", "json") == (0, "[]\n", "")
 
 
-def test_damage_is_named_by_file_and_offset(stageflow: Callable[..., Said], data: Path) -> None:
+def test_damage_is_named_by_file_and_offset(stageflow: Stageflow, data: Path) -> None:
     flip(segment_of(data), 2 * SECTOR + 50)
     code, out, err = stageflow("journal", "verify", "--data", data)
     assert (code, out) == (1, "")
@@ -51,7 +50,7 @@ def test_damage_is_named_by_file_and_offset(stageflow: Callable[..., Said], data
     assert [(found["offset"], found["kind"]) for found in json.loads(out)] == [(2 * SECTOR, "damage")]
 
 
-def test_every_command_refuses_a_damaged_journal_in_one_line(stageflow: Callable[..., Said], data: Path) -> None:
+def test_every_command_refuses_a_damaged_journal_in_one_line(stageflow: Stageflow, data: Path) -> None:
     flip(segment_of(data), 2 * SECTOR + 50)
     for command in (["queue", "list"], ["dlq", "requeue", "--all"], ["journal", "stats"], ["instances", "show", "i1"]):
         code, out, err = stageflow(*command, "--data", data)
@@ -60,7 +59,7 @@ def test_every_command_refuses_a_damaged_journal_in_one_line(stageflow: Callable
         assert str(2 * SECTOR) in err
 
 
-def test_a_torn_end_is_no_damage(stageflow: Callable[..., Said], data: Path) -> None:
+def test_a_torn_end_is_no_damage(stageflow: Stageflow, data: Path) -> None:
     path = segment_of(data)
     content = path.read_bytes()
     last = content.rindex(b"\xd3\xf7\xb1\xff")
@@ -71,7 +70,7 @@ def test_a_torn_end_is_no_damage(stageflow: Callable[..., Said], data: Path) -> 
     assert "ok" in out
 
 
-def test_stats_count_accepted_settlements(stageflow: Callable[..., Said], data: Path) -> None:
+def test_stats_count_accepted_settlements(stageflow: Stageflow, data: Path) -> None:
     code, out, _ = stageflow("journal", "stats", "--data", data, "--output", "json")
     stats = json.loads(out)
     assert code == 0
@@ -85,7 +84,7 @@ def test_stats_count_accepted_settlements(stageflow: Callable[..., Said], data: 
     assert "accepted twice  none" in out
 
 
-def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Callable[..., Said], data: Path) -> None:
+def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Stageflow, data: Path) -> None:
     assert stageflow("journal", "repair", "--data", data)[1] == "nothing is wrong; nothing was changed\n"
     flip(segment_of(data), 2 * SECTOR + 50)
     before = segment_of(data).read_bytes()
@@ -98,9 +97,7 @@ def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Callable
     assert any(path.read_bytes() == before for path in (data / "journal").rglob("*") if path.is_file())
 
 
-def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(
-    stageflow: Callable[..., Said], data: Path
-) -> None:
+def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(stageflow: Stageflow, data: Path) -> None:
     content = segment_of(data).read_bytes()
     begin = content.index(b"i1") // SECTOR * SECTOR
     flip(segment_of(data), begin + 50)
@@ -122,9 +119,7 @@ def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(
     assert (code, json.loads(out)) == (0, [])
 
 
-def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(
-    stageflow: Callable[..., Said], data: Path
-) -> None:
+def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(stageflow: Stageflow, data: Path) -> None:
     begin = segment_of(data).read_bytes().index(b"i2") // SECTOR * SECTOR
     flip(segment_of(data), begin + 41)
     _, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
@@ -135,7 +130,7 @@ def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(
 
 @pytest.mark.parametrize("size", [0, 10])
 def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
-    stageflow: Callable[..., Said], data: Path, size: int
+    stageflow: Stageflow, data: Path, size: int
 ) -> None:
     os.truncate(segment_of(data), size)
     shutil.copytree(data, data.with_name("other"))
@@ -155,7 +150,7 @@ def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
     assert "--fresh" in err
 
 
-def test_a_missing_journal_beside_a_history_is_reported(stageflow: Callable[..., Said], data: Path) -> None:
+def test_a_missing_journal_beside_a_history_is_reported(stageflow: Stageflow, data: Path) -> None:
     shutil.rmtree(data / "journal")
     assert "nothing has run in it yet" in stageflow("journal", "verify", "--data", data)[2]
     HistoryWriter.open(data / "history.db", create=True).close()
@@ -166,7 +161,7 @@ def test_a_missing_journal_beside_a_history_is_reported(stageflow: Callable[...,
         assert "is missing, while the history" in err
 
 
-def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Callable[..., Said], data: Path) -> None:
+def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Stageflow, data: Path) -> None:
     flip(segment_of(data), segment_of(data).read_bytes().rindex(b"\xd3\xf7\xb1\xff") + 45)
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert code == 0
@@ -175,9 +170,7 @@ def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Callable[..., Sa
     assert stageflow("journal", "verify", "--data", data)[0] == 0
 
 
-def test_compact_gives_the_open_segment_back_too_and_keeps_what_is_alive(
-    stageflow: Callable[..., Said], data: Path
-) -> None:
+def test_compact_gives_the_open_segment_back_too_and_keeps_what_is_alive(stageflow: Stageflow, data: Path) -> None:
     def stats() -> Any:
         return json.loads(stageflow("journal", "stats", "--data", data, "--output", "json")[1])
 

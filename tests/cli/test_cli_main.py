@@ -1,15 +1,14 @@
 """Help, usage errors, and the form of error messages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from programs import Stageflow
 
 from stageflow_actors.cli.main import cli
-
-Said = tuple[int, str, str]
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -19,9 +18,7 @@ def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 @pytest.mark.parametrize(("path", "command"), list(commands(cli)), ids=lambda value: getattr(value, "name", value))
-def test_every_command_teaches_by_example(
-    stageflow: Callable[..., Said], path: tuple[str, ...], command: click.Command
-) -> None:
+def test_every_command_teaches_by_example(stageflow: Stageflow, path: tuple[str, ...], command: click.Command) -> None:
     code, out, err = stageflow(*path, "--help")
     assert (code, err) == (0, "")
     body = out.partition("\n")[2]
@@ -30,7 +27,7 @@ def test_every_command_teaches_by_example(
 
 
 def test_data_comes_from_the_environment_unless_it_is_given(
-    stageflow: Callable[..., Said], filled: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stageflow: Stageflow, filled: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     filled.start("i1", {})
     monkeypatch.chdir(tmp_path)
@@ -57,7 +54,7 @@ def test_data_comes_from_the_environment_unless_it_is_given(
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(
-    stageflow: Callable[..., Said],
+    stageflow: Stageflow,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     arguments: tuple[str, ...],
@@ -71,13 +68,13 @@ def test_a_mistake_is_one_line_on_stderr(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_command_the_help_is_shown(stageflow: Callable[..., Said]) -> None:
+def test_without_a_command_the_help_is_shown(stageflow: Stageflow) -> None:
     code, _, err = stageflow()
     assert code == 2
     assert "Commands:" in err
 
 
-def test_a_file_that_cannot_be_written_is_named_as_it_was_given(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {})
     code, out, err = stageflow("instances", "export", "no/such.csv", "--data", filled.close())
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -3,21 +3,19 @@
 import csv
 import io
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from programs import Stageflow
 
-Said = tuple[int, str, str]
 
-
-def rows(stageflow: Callable[..., Said], *arguments: object) -> Any:
+def rows(stageflow: Stageflow, *arguments: object) -> Any:
     code, out, err = stageflow(*arguments, "--output", "json")
     assert (code, err) == (0, "")
     return json.loads(out)
 
 
-def test_list_shows_what_waits_in_each_queue(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_list_shows_what_waits_in_each_queue(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     filled.start("i2", {"n": 2})
     filled.start("i3", {"n": 3}, stage="pay", queue="stageflow.orders.stage1")
@@ -28,7 +26,7 @@ def test_list_shows_what_waits_in_each_queue(stageflow: Callable[..., Said], fil
     assert [row["name"] for row in only] == ["stageflow.orders.stage1"]
 
 
-def test_a_table_and_csv_show_the_same(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_a_table_and_csv_show_the_same(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     code, out, _ = stageflow("queue", "list", "--data", data)
@@ -39,7 +37,7 @@ def test_a_table_and_csv_show_the_same(stageflow: Callable[..., Said], filled: A
     assert next(csv.DictReader(io.StringIO(out)))["ready"] == "1"
 
 
-def test_looking_leaves_a_directory_at_rest_as_it_was(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_looking_leaves_a_directory_at_rest_as_it_was(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
 
@@ -52,7 +50,7 @@ def test_looking_leaves_a_directory_at_rest_as_it_was(stageflow: Callable[..., S
     assert contents() == before
 
 
-def test_peek_shows_messages_with_their_contexts_and_takes_none(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_peek_shows_messages_with_their_contexts_and_takes_none(stageflow: Stageflow, filled: Any) -> None:
     for number in range(3):
         filled.start(f"i{number}", {"n": number})
     data = filled.close()
@@ -61,7 +59,7 @@ def test_peek_shows_messages_with_their_contexts_and_takes_none(stageflow: Calla
         assert [(row["instance"], row["context"]) for row in found] == [("i0", {"n": 0}), ("i1", {"n": 1})]
 
 
-def test_a_paused_queue_stays_paused_until_it_is_resumed(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_a_paused_queue_stays_paused_until_it_is_resumed(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     name = "stageflow.orders.stage0"
@@ -73,7 +71,7 @@ def test_a_paused_queue_stays_paused_until_it_is_resumed(stageflow: Callable[...
     assert not (data / "cluster.json").exists()
 
 
-def test_purge_asks_first_and_then_throws_away(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_purge_asks_first_and_then_throws_away(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     purge = ("queue", "purge", "stageflow.orders.stage0", "--data", data)
@@ -86,7 +84,7 @@ def test_purge_asks_first_and_then_throws_away(stageflow: Callable[..., Said], f
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 0
 
 
-def test_watch_refreshes_as_often_as_its_option_asks(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_watch_refreshes_as_often_as_its_option_asks(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     code, out, _ = stageflow("queue", "watch", "--data", data, "--interval", "0.1", "--count", "2")
@@ -95,7 +93,7 @@ def test_watch_refreshes_as_often_as_its_option_asks(stageflow: Callable[..., Sa
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "peek", "stats"])
-def test_a_queue_that_is_not_there_is_one_line(stageflow: Callable[..., Said], filled: Any, verb: str) -> None:
+def test_a_queue_that_is_not_there_is_one_line(stageflow: Stageflow, filled: Any, verb: str) -> None:
     filled.start("i1", {"n": 1})
     code, out, err = stageflow("queue", verb, "nope", "--data", filled.close())
     assert (code, out) == (1, "")
@@ -103,7 +101,7 @@ def test_a_queue_that_is_not_there_is_one_line(stageflow: Callable[..., Said], f
     assert err.count("\n") == 1
 
 
-def test_stats_of_a_cluster_at_rest(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_stats_of_a_cluster_at_rest(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {"n": 1})
     data = filled.close()
     figures = rows(stageflow, "stats", "--data", data)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+from programs import STAGEFLOW, Command
 
 from stageflow_actors.runtime.system.data_dir import DataDir
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 FLOWS = """
 import os, time
@@ -283,9 +281,8 @@ def test_a_wrong_command_is_one_line_and_starts_nothing(
     ("redirection", "what"), [("--input - <&-", "input"), ("--input /dev/null --results - >&-", "output")]
 )
 def test_a_standard_stream_that_is_closed_is_one_line(tmp_path: Path, redirection: str, what: str) -> None:
-    program = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
     done = subprocess.run(
-        ["sh", "-c", f'"$0" -c "$1" run flows.py:orders {redirection}', sys.executable, program],
+        ["sh", "-c", f'"$@" run flows.py:orders {redirection}', "sh", *STAGEFLOW],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -409,10 +406,7 @@ def test_a_line_that_is_no_utf8_is_reported_as_such(command: Command, tmp_path: 
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    program = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*STAGEFLOW, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

@@ -7,20 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from polling import wait_until
+from programs import STAGEFLOW, Stageflow
 
 from stageflow_actors import Runtime
 from stageflow_actors.runtime.system.data_dir import DataDir
-
-Command = Callable[..., tuple[int, str, str]]
-
-STAGEFLOW = [sys.executable, "-c", "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"]
 
 FLOWS = """
 import os, time
@@ -87,13 +83,6 @@ class Up:
                 pipe.close()
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     up = Up(tmp_path_factory.mktemp("up"))
@@ -112,7 +101,7 @@ def test_it_prints_in_one_line_that_it_is_ready(up: Up) -> None:
     assert up.said == "stageflow: serving orders, asked, parks, parcels from cluster\n"
 
 
-def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Command) -> None:
+def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Stageflow) -> None:
     code, out, err = stageflow(
         "start", "orders", "--json", '{"n": 1}', "--id", "A-1", "--wait", "--timeout", 20, "--data", up.data
     )
@@ -124,7 +113,7 @@ def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Command) -> No
     assert (code, json.loads(out)["error"]) == (1, "ValueError: no money")
 
 
-def test_without_wait_the_id_is_printed(up: Up, stageflow: Command) -> None:
+def test_without_wait_the_id_is_printed(up: Up, stageflow: Stageflow) -> None:
     code, out, _ = stageflow("start", "orders", "--id", "A-2", "--data", up.data)
     assert (code, out) == (0, "A-2\n")
     code, out, _ = stageflow("start", "orders", "--data", up.data)
@@ -144,7 +133,7 @@ def test_without_wait_the_id_is_printed(up: Up, stageflow: Command) -> None:
     ],
 )
 def test_what_cannot_be_started_is_one_line(
-    up: Up, stageflow: Command, arguments: list[str], code: int, said: str
+    up: Up, stageflow: Stageflow, arguments: list[str], code: int, said: str
 ) -> None:
     if "A-1" in arguments:
         stageflow("start", "orders", "--id", "A-1", "--json", '{"n": 1}', "--wait", "--data", up.data)
@@ -153,7 +142,7 @@ def test_what_cannot_be_started_is_one_line(
     assert said in err
 
 
-def test_an_instance_is_cancelled(up: Up, stageflow: Command) -> None:
+def test_an_instance_is_cancelled(up: Up, stageflow: Stageflow) -> None:
     stageflow("start", "asked", "--id", "K-1", "--data", up.data)
     code, out, err = stageflow("instances", "cancel", "K-1", "--reason", "too late", "--data", up.data)
     assert (code, out, err) == (0, "cancelled\n", "")
@@ -166,7 +155,7 @@ def test_an_instance_is_cancelled(up: Up, stageflow: Command) -> None:
     assert "'K-3'" in err
 
 
-def test_an_instance_is_run_again_from_its_failed_stage_or_from_the_first(up: Up, stageflow: Command) -> None:
+def test_an_instance_is_run_again_from_its_failed_stage_or_from_the_first(up: Up, stageflow: Stageflow) -> None:
     stageflow("start", "parks", "--id", "P-1", "--json", '{"poor": true}', "--data", up.data)
     wait_until(lambda: "parked" in stageflow("instances", "show", "P-1", "--data", up.data)[1])
     again = ("--json", '{"n": 1}', "--wait", "--timeout", 20, "--data", up.data)
@@ -182,7 +171,7 @@ def test_an_instance_is_run_again_from_its_failed_stage_or_from_the_first(up: Up
     assert stageflow("instances", "restart", "P-1", "--json", "[]", "--data", up.data)[0] == 2
 
 
-def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Command) -> None:
+def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Stageflow) -> None:
     at, show = ("--data", own_up.data), ("instances", "show")
     for workflow, name, context in (("asked", "K", "{}"), ("parks", "P", '{"poor": 1}'), ("orders", "R", "{}")):
         stageflow("start", workflow, "--id", name, "--json", context, *at)
@@ -212,14 +201,14 @@ def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Command) ->
         again.kill()
 
 
-def test_starting_needs_a_running_cluster(tmp_path: Path, stageflow: Command) -> None:
+def test_starting_needs_a_running_cluster(tmp_path: Path, stageflow: Stageflow) -> None:
     code, _, err = stageflow("start", "orders", "--data", tmp_path)
     assert code == 1
     assert f"nobody serves {tmp_path}" in err
     assert "stageflow up" in err
 
 
-def test_a_signal_is_sent(up: Up, stageflow: Command) -> None:
+def test_a_signal_is_sent(up: Up, stageflow: Stageflow) -> None:
     stageflow("start", "asked", "--id", "S-1", "--data", up.data)
     code, _, err = stageflow("instances", "signal", "S-1", "aproval", "--data", up.data)
     assert (code, err) == (
@@ -234,7 +223,7 @@ def test_a_signal_is_sent(up: Up, stageflow: Command) -> None:
     assert (code, err) == (1, "stageflow: no live instance has the id 'nobody'\n")
 
 
-def test_a_stage_is_scaled(up: Up, stageflow: Command) -> None:
+def test_a_stage_is_scaled(up: Up, stageflow: Stageflow) -> None:
     def actors() -> int:
         queues = json.loads(stageflow("queue", "list", "--output", "json", "--data", up.data)[1])
         return next(queue["actors"] for queue in queues if queue["name"] == "stageflow.orders.stage0")
@@ -247,7 +236,7 @@ def test_a_stage_is_scaled(up: Up, stageflow: Command) -> None:
     assert stageflow("scale", "orders", "pay", -1, "--data", up.data)[0] == 2
 
 
-def test_health_is_well_until_something_is_not(up: Up, stageflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_well_until_something_is_not(up: Up, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stageflow("health", "--data", up.data) == (0, "well\n", "")
     monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.2)
     stageflow("queue", "pause", "stageflow.orders.stage0", "--data", up.data)
@@ -265,7 +254,7 @@ def test_health_is_well_until_something_is_not(up: Up, stageflow: Command, monke
 
 
 def test_a_directory_without_a_cluster_is_not_healthy(
-    tmp_path: Path, stageflow: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
@@ -273,7 +262,7 @@ def test_a_directory_without_a_cluster_is_not_healthy(
     assert stageflow("health", "--data", tmp_path / "none")[0] == 1
 
 
-def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch) -> None:
     node = DataDir(own_up.data).read_cluster()
     assert node is not None
     assert node.node is not None
@@ -289,7 +278,7 @@ def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Command, monkey
         os.kill(node.node, signal.SIGCONT)
 
 
-def test_everything_is_exported(up: Up, stageflow: Command, tmp_path: Path) -> None:
+def test_everything_is_exported(up: Up, stageflow: Stageflow, tmp_path: Path) -> None:
     for name, poor in (("E-1", "false"), ("E-2", "true")):
         stageflow("start", "orders", "--id", name, "--json", f'{{"poor": {poor}}}', "--wait", "--data", up.data)
     stageflow("start", "asked", "--id", "E-3", "--data", up.data)
@@ -309,7 +298,7 @@ def test_everything_is_exported(up: Up, stageflow: Command, tmp_path: Path) -> N
     assert any(line.startswith("E-2,orders,1,failed,") for line in lines)
 
 
-def test_the_journal_is_compacted_while_the_cluster_runs(up: Up, stageflow: Command) -> None:
+def test_the_journal_is_compacted_while_the_cluster_runs(up: Up, stageflow: Stageflow) -> None:
     stageflow("start", "asked", "--id", "C-1", "--data", up.data)
     code, out, err = stageflow("journal", "compact", "--data", up.data)
     assert (code, out) == (0, "")
@@ -321,7 +310,7 @@ def test_the_journal_is_compacted_while_the_cluster_runs(up: Up, stageflow: Comm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_when_the_stages_in_work_are_done(own_up: Up, stageflow: Command, number: int) -> None:
+def test_a_signal_stops_it_when_the_stages_in_work_are_done(own_up: Up, stageflow: Stageflow, number: int) -> None:
     stageflow("start", "orders", "--id", "H-1", "--json", '{"hold": true}', "--data", own_up.data)
     wait_until((own_up.folder / "held").exists)
     own_up.process.send_signal(number)
@@ -333,7 +322,7 @@ def test_a_signal_stops_it_when_the_stages_in_work_are_done(own_up: Up, stageflo
     assert (code, json.loads(out)["status"]) == (0, "completed")
 
 
-def test_a_second_one_kills_what_is_in_work(own_up: Up, stageflow: Command) -> None:
+def test_a_second_one_kills_what_is_in_work(own_up: Up, stageflow: Stageflow) -> None:
     stageflow("start", "orders", "--id", "H-1", "--json", '{"hold": true}', "--data", own_up.data)
     wait_until((own_up.folder / "held").exists)
     own_up.process.send_signal(signal.SIGINT)
@@ -356,7 +345,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     assert "has no workflows" in done.stderr
 
 
-def test_a_workflow_is_drawn(tmp_path: Path, stageflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workflow_is_drawn(tmp_path: Path, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "drawn_flows.py").write_text(FLOWS + "\n\n@pay.compensation\ndef refund(order, *, bank): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

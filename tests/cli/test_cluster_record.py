@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-Said = tuple[int, str, str]
+from programs import Stageflow
 
 
 @pytest.mark.parametrize(
     "arguments", [("instances", "list"), ("queue", "pause", "stageflow.orders.stage0"), ("instances", "cancel", "i1")]
 )
-def test_a_socket_that_cannot_be_is_one_line(
-    stageflow: Callable[..., Said], filled: Any, arguments: tuple[str, ...]
-) -> None:
+def test_a_socket_that_cannot_be_is_one_line(stageflow: Stageflow, filled: Any, arguments: tuple[str, ...]) -> None:
     filled.start("i1", {})
     data: Path = filled.close()
     deep = data / ("d" * 120)
@@ -29,7 +25,7 @@ def test_a_socket_that_cannot_be_is_one_line(
     assert "cannot be reached" in err
 
 
-def test_a_record_with_a_nul_in_its_address_is_none(stageflow: Callable[..., Said], filled: Any) -> None:
+def test_a_record_with_a_nul_in_its_address_is_none(stageflow: Stageflow, filled: Any) -> None:
     filled.start("i1", {})
     data: Path = filled.close()
     (data / "cluster.json").write_text(json.dumps({"program": os.getpid(), "address": "ipc:///run/a\0b/broker"}))
@@ -44,7 +40,7 @@ def test_a_record_with_a_nul_in_its_address_is_none(stageflow: Callable[..., Sai
     ids=" ".join,
 )
 def test_a_directory_in_place_of_a_segment_is_named(
-    stageflow: Callable[..., Said], tmp_path: Path, command: tuple[str, ...]
+    stageflow: Stageflow, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     segment = tmp_path / "journal" / "0000000000000001.journal"
     segment.mkdir(parents=True)
@@ -54,7 +50,7 @@ def test_a_directory_in_place_of_a_segment_is_named(
     assert "Is a directory" in err
 
 
-def test_the_doctor_names_it_too(stageflow: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_doctor_names_it_too(stageflow: Stageflow, tmp_path: Path) -> None:
     segment = tmp_path / "journal" / "0000000000000001.journal"
     segment.mkdir(parents=True)
     code, out, err = stageflow("doctor", "--data", tmp_path, "--output", "json")

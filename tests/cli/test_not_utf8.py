@@ -5,34 +5,30 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import STAGEFLOW, Command, Stageflow
 
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.offline_client import steered
 
-Said = tuple[int, str, str]
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
 FLOW = "from stageflow_actors import Workflow\nflow = Workflow('flow').add_stage(lambda order: 'ok', id='one')\n"
-LINE = "import sys; from stageflow_actors.cli.main import main; sys.exit(main())"
 
 BAD = "\udcff"
 """What Python makes of the byte 0xff among the arguments."""
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Command:
     """Runs a command as a program of its own, with a stdout that takes nothing but UTF-8."""
 
     def start(*words: object, cwd: Path = tmp_path, env: dict[str, str] | None = None) -> Any:
         clean = {name: value for name, value in os.environ.items() if name != "STAGEFLOW_DATA"}
         return subprocess.run(
-            [sys.executable, "-c", LINE, *map(str, words)],
+            [*STAGEFLOW, *map(str, words)],
             cwd=cwd,
             env={**clean, "PYTHONIOENCODING": "utf-8:strict", **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -66,7 +62,7 @@ def run(tmp_path: Path) -> Run:
     ids=lambda value: "_".join(value[:2]) if isinstance(value, tuple) else None,
 )
 def test_an_argument_that_is_not_utf8_is_wrong_usage(
-    stageflow: Callable[..., Said], filled: Any, arguments: tuple[str, ...], names: str
+    stageflow: Stageflow, filled: Any, arguments: tuple[str, ...], names: str
 ) -> None:
     filled.start("i1", {})
     data = filled.close()
@@ -76,7 +72,7 @@ def test_an_argument_that_is_not_utf8_is_wrong_usage(
     assert "not valid UTF-8" in err
 
 
-def test_the_bytes_themselves_are_refused_in_one_line(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_the_bytes_themselves_are_refused_in_one_line(command: Command) -> None:
     ran = command("queue", "pause", BAD)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert len(ran.stderr.splitlines()) == 1
@@ -96,7 +92,7 @@ def test_the_bytes_themselves_are_refused_in_one_line(command: Callable[..., sub
     ],
     ids=" ".join,
 )
-def test_a_data_directory_may_have_any_name(filled: Any, tmp_path: Path, run: Run, words: tuple[str, ...]) -> None:
+def test_a_data_directory_may_have_any_name(filled: Any, tmp_path: Path, run: Command, words: tuple[str, ...]) -> None:
     filled.start("i1", {})
     filled.close().rename(tmp_path / f"any{BAD}")
     ran = run(*words, "--data", f"any{BAD}")
@@ -106,7 +102,7 @@ def test_a_data_directory_may_have_any_name(filled: Any, tmp_path: Path, run: Ru
 
 
 def test_a_damaged_journal_is_reported_in_one_line_whatever_its_directory_is_called(
-    filled: Any, tmp_path: Path, run: Run
+    filled: Any, tmp_path: Path, run: Command
 ) -> None:
     for number in range(3):
         filled.start(f"i{number}", {})
@@ -123,7 +119,7 @@ def test_a_damaged_journal_is_reported_in_one_line_whatever_its_directory_is_cal
         assert "offset" in ran.stderr
 
 
-def test_directories_modules_orders_and_results_may_have_any_name(tmp_path: Path, run: Run) -> None:
+def test_directories_modules_orders_and_results_may_have_any_name(tmp_path: Path, run: Command) -> None:
     home = tmp_path / f"home{BAD}"
     home.mkdir()
     (home / "flows.py").write_text(FLOW)
@@ -136,7 +132,7 @@ def test_directories_modules_orders_and_results_may_have_any_name(tmp_path: Path
     assert result["instance_id"] == r"orders\udcff.jsonl:1", "an id is text, and the same in each run"
 
 
-def test_a_table_is_printed_whatever_characters_the_terminal_knows(filled: Any, run: Run) -> None:
+def test_a_table_is_printed_whatever_characters_the_terminal_knows(filled: Any, run: Command) -> None:
     filled.start("Ünïcode→", {})
     ran = run("instances", "list", "--data", filled.close(), env={"PYTHONIOENCODING": "latin-1:strict"})
     assert ran.returncode == 0, ran.stderr

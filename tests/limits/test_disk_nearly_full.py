@@ -80,7 +80,7 @@ def test_a_disk_that_fills_up_refuses_starts_finishes_work_lets_the_history_wait
         eventually(
             lambda: sum(q.ready + q.leased for q in runtime.queues() if q.name.startswith("stageflow.orders.")) == 0,
             "all stages have done their work",
-            patience=60,
+            timeout=60,
         )
         with pytest.raises(QueueFull):
             runtime.submit(orders, {"n": -1, "note": "one more"})
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_refuses_starts_finishes_work_lets_the_history_wait
         results = [instance.result(timeout=60) for instance in accepted]
         assert all(result.status == WorkflowStatus.completed for result in results)
         assert [result.context["n"] for result in results] == list(range(len(accepted)))
-        again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", patience=60)
+        again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", timeout=60)
         assert again.result(timeout=60).success
 
 
@@ -101,11 +101,11 @@ def test_stages_whose_results_make_instances_larger_all_end_on_a_disk_that_is_fu
     with _as_many_as_go_in(small_disk, orders) as (runtime, accepted):
         assert len(accepted) >= 100
         gate.touch()
-        eventually(lambda: _at_work(runtime) == 0, "all stages have done their work", patience=60)
+        eventually(lambda: _at_work(runtime) == 0, "all stages have done their work", timeout=60)
         ballast.unlink()
         results = [instance.result(timeout=60) for instance in accepted]
         assert all(result.status == WorkflowStatus.completed for result in results)
-        again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", patience=60)
+        again = eventually(lambda: _submitted(runtime, orders), "a start is taken again", timeout=60)
         assert again.result(timeout=60).success
 
 
@@ -117,14 +117,14 @@ def test_where_results_grow_beyond_the_reserve_work_waits_queries_are_answered_a
     with _as_many_as_go_in(small_disk, orders) as (runtime, accepted):
         before = _at_work(runtime)
         gate.touch()
-        eventually(lambda: _finished(runtime) > 0 or _at_work(runtime) < before, "something is done", patience=60)
+        eventually(lambda: _finished(runtime) > 0 or _at_work(runtime) < before, "something is done", timeout=60)
         seen = [-1]
 
         def stands() -> bool:
             seen.append(sum(queue.ready for queue in runtime.queues()))
             return len(seen) > 50 and len(set(seen[-50:])) == 1
 
-        eventually(stands, "work waits for room", patience=60)
+        eventually(stands, "work waits for room", timeout=60)
         assert _at_work(runtime) > 0
         with pytest.raises(QueueFull, match="nearly full; free some space"):
             runtime.submit(orders, {"n": -1, "note": "one more"})

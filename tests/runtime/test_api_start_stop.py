@@ -383,7 +383,7 @@ def test_a_second_ctrl_c_kills_what_is_in_work(interrupted: Any, eventually: Any
     program.communicate(timeout=10)
     assert program.returncode != 0
     assert log.read_text() == "began a\n"
-    eventually(lambda: not any(psutil.pid_exists(pid) for pid in cluster), "the cluster to be gone", patience=3)
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in cluster), "the cluster to be gone", timeout=3)
 
 
 def _python(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
