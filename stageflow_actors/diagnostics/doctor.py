@@ -32,7 +32,7 @@ from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history import HistoryError, HistoryReader
 from stageflow_actors.history.schema import in_wal_mode
 from stageflow_actors.runtime.client.attach import Attached, attach, live_address
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import start_ticks
@@ -132,13 +132,13 @@ def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
 
 def _lasting(picture: dict[str, Any]) -> list[Finding]:
     """What the broker knows of instances is true at any one moment."""
-    served = read_served(picture["facts"].get(SERVED_FACT))
+    served = read_manifest(picture["facts"].get(MANIFEST_FACT))
     return [*instances(picture, Naming() if served is None else served.naming), *contradictions(picture)]
 
 
 def _passing(picture: dict[str, Any], *, live: bool) -> dict[tuple[str, str], Finding]:
     """What may be over in a moment: workers come and go, and it takes a moment to be known."""
-    served = read_served(picture["facts"].get(SERVED_FACT))
+    served = read_manifest(picture["facts"].get(MANIFEST_FACT))
     naming = Naming() if served is None else served.naming
     known = None if served is None else serving(served.plans, naming)
     found = [*leases(picture, _alive if live else lambda pid: True), *queues(picture, known, naming, live)]

@@ -16,7 +16,7 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.core.plural import counted
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import Attached, attach
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import is_stopped, start_ticks
@@ -84,7 +84,7 @@ def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
     stats = attached.wait(attached.admin.stats(""))
     faults = [Fault("broker", f"it refuses new instances: {stats['refusing']}")] if stats["refusing"] else []
     queues = {queue["name"]: queue for queue in stats["queues"]}
-    served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
+    served = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
     naming = Naming() if served is None else served.naming
     for name in (naming.finished, naming.coordinator):
         faults += _of_coordinator(name, queues.get(name), progress)

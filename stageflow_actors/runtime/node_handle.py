@@ -23,10 +23,10 @@ from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Re
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, let_go_on, wait_dead
-from stageflow_actors.runtime.system.restart_limit import Intensity
+from stageflow_actors.runtime.system.restart_limit import RestartLimit
 from stageflow_brokers.failpoints import reach
 
-__all__ = ["NodeHandle", "withdraw"]
+__all__ = ["NodeHandle", "remove_cluster_files"]
 
 _BOOTSTRAP = """\
 import sys
@@ -66,7 +66,7 @@ class NodeHandle:
         self._stopped = threading.Event()
         self._registered = threading.Condition()
         self._asked = self._answered = 0
-        self._intensity = Intensity("node process")
+        self._restart_limit = RestartLimit("node process")
         self.address = ""
         self.resuming: dict[str, int] = {}
 
@@ -184,7 +184,7 @@ class NodeHandle:
                         self._launch()
                 return
             except _Silent:
-                self._intensity.one_more()
+                self._restart_limit.record()
                 self._await_remains()
 
     def _launch(self) -> None:
@@ -263,7 +263,7 @@ class NodeHandle:
                 if verdict is not None:
                     raise _error(verdict)
                 self._notice(f"the node process has ended ({describe_exit(status)}); it is started again")
-                self._intensity.one_more()
+                self._restart_limit.record()
                 self._await_remains()
                 self._launch_surely()
                 self._all_registered(self._asked)  # the new node has it in its configuration
@@ -294,7 +294,7 @@ class NodeHandle:
         return status
 
 
-def withdraw(data: DataDir) -> None:
+def remove_cluster_files(data: DataDir) -> None:
     """A cluster that did not come to be leaves neither its record nor its sockets; what lives of it may need both."""
     if _remains(data):
         return

@@ -24,7 +24,7 @@ from stageflow_actors.runtime.client.workflow_ref import Known
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
-from stageflow_actors.runtime.node_handle import NodeHandle, withdraw
+from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
 
@@ -121,7 +121,7 @@ class Runtime(Client):
                 if self._node is not None:
                     self._node.kill()
                 self._node = None
-                withdraw(data)
+                remove_cluster_files(data)
                 data.release()
                 raise
         for workflow_id, count in node.resuming.items():

@@ -31,8 +31,8 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
-from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs, undone_items
-from stageflow_actors.runtime.messaging.settlements import Settled, settle_moves, split_parts
+from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes, undone_items
+from stageflow_actors.runtime.messaging.settlements import Settlement, settle_moves, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
@@ -293,16 +293,16 @@ class _Instance(Generic[C]):
         )
         context = workflow.context
         self._executors: dict[str, AnyExecutor] = {}
-        for program, planned in stage_programs(workflow, plan):
+        for program, planned in stage_codes(workflow, plan):
             program.interceptors = tuple(interceptors)
             self._executors[planned.queue] = EXECUTORS[planned.kind](program, plan, environment)
         for stage in endpoints:
-            served, place = endpoint_program(stage, naming, {})
+            served, place = endpoint_code(stage, naming, {})
             served.interceptors = tuple(interceptors)
             self._executors[naming.endpoint(stage.id)] = EXECUTORS[place.stages[0].kind](served, place, environment)
         undo = {stage.id: stage.compensation for stage in workflow.stages if stage.compensation is not None}
         if undo:
-            undoing = CompensationProgram(
+            undoing = CompensationCode(
                 workflow.id,
                 workflow.version,
                 context,
@@ -322,12 +322,12 @@ class _Instance(Generic[C]):
             if message.queue == self._naming.finished:
                 return result_of_outcome(self._id, message.body, self._known.codec, self._known.order)
             if message.queue == self._naming.coordinator:
-                result: tuple[int, bytes] | Settled = self._coordinate(message)
+                result: tuple[int, bytes] | Settlement = self._coordinate(message)
             elif message.queue in self._executors:
                 result = self._deliver(self._executors[message.queue], message)
             else:
                 continue  # a request to an endpoint that is not served
-            if not isinstance(result, Settled):
+            if not isinstance(result, Settlement):
                 place, body = result
                 target = self._executors[message.queue].targets[place]
                 waiting.append(_Message(target.queue, target.label, body))
@@ -341,7 +341,7 @@ class _Instance(Generic[C]):
                 waiting.appendleft(message)
             waiting.extend(self._following(result))
 
-    def _following(self, settled: Settled) -> list[_Message]:
+    def _following(self, settled: Settlement) -> list[_Message]:
         """Return the messages that a settlement publishes, and those of the gathers that it completes."""
         bodies = iter(settled.bodies)
         follow = [_Message(target.queue, target.label, next(bodies)) for target, _ in settled.publishes]
@@ -372,11 +372,11 @@ class _Instance(Generic[C]):
             return late
         raise StageFlowError(f"instance {self._id!r} has no message left and has not ended: please report this")
 
-    def _deliver(self, executor: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settled:
+    def _deliver(self, executor: AnyExecutor, message: _Message) -> tuple[int, bytes] | Settlement:
         self._current = message
         return executor(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
 
-    def _coordinate(self, message: _Message) -> Settled:
+    def _coordinate(self, message: _Message) -> Settlement:
         item = DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra())
         if message.parts is not None:
             base, arrivals = split_parts(item, message.body)

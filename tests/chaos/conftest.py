@@ -22,13 +22,13 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
-from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, VersionCode
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.node import exit_policy
 from stageflow_actors.runtime.node import pool as pool_module
 from stageflow_actors.runtime.node.pool import Pool
-from stageflow_actors.runtime.node.pool_context import PoolServices
-from stageflow_actors.runtime.node.worker_handle import PooledWorker
+from stageflow_actors.runtime.node.pool_context import PoolContext
+from stageflow_actors.runtime.node.worker_handle import WorkerHandle
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.client.query_admin import QueryAdmin
 
@@ -185,7 +185,7 @@ class Nursery:
         self._pid = 1 << 30
         workflow = Workflow("w").add_stage(lambda context: None, id="s")
         plan = compile_plan(workflow, Naming())
-        self.services = PoolServices(
+        self.services = PoolContext(
             slots=slots,
             zygote=lambda: cast(Any, self.zygote),
             broker=cast(Any, self.broker),
@@ -197,7 +197,7 @@ class Nursery:
             has_exited=lambda pidfd: pidfd in self.exited,
         )
         stage = "" if kind == "compensation" else "s"
-        self.pool = Pool(PoolSpec("q", "w", stage, kind, actors, {}, [Program(1, b"", plan)]), self.services)
+        self.pool = Pool(PoolSpec("q", "w", stage, kind, actors, {}, [VersionCode(1, b"", plan)]), self.services)
 
     def new_zygote(self, error: int = 0) -> Any:
         self.zygote = Zygote(error)
@@ -210,7 +210,7 @@ class Nursery:
         self.pool.on_receive(Spawned(id, self._pid, os.open(os.devnull, os.O_RDONLY)))
         return id
 
-    def worker(self, id: str) -> PooledWorker:
+    def worker(self, id: str) -> WorkerHandle:
         return self.pool._workers[id]
 
     def lane(self, id: str) -> Slot:
@@ -234,7 +234,7 @@ class Nursery:
     def pause(self) -> None:
         """As many deaths as it takes."""
         for _ in range(exit_policy.DEATHS_IN_A_ROW):
-            self.pool._judge.not_before = 0.0
+            self.pool._exit_policy.not_before = 0.0
             self.pool._fill()
             self.death()
 

@@ -12,16 +12,16 @@ from stageflow_actors.core.failures import UNDECIDED, brief
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
-from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, Program
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, VersionCode
 from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.exit_policy import (
     BACK_OFF,
     DEATHS_IN_A_ROW,
     FAILED_STARTS,
     LONGEST_BACK_OFF,
-    NOBODY,
-    Judge,
-    Verdict,
+    NO_CONSEQUENCE,
+    ExitDecision,
+    ExitPolicy,
     over_memory,
     over_time,
     overdue,
@@ -35,7 +35,7 @@ HUNGRY = Failure("died", "WorkerDied: too much", "WorkerDied")
 
 def spec(*, stage: str = "s", max_memory: int = 0) -> PoolSpec:
     plan = compile_plan(Workflow("w").add_stage(lambda context: None, id="s"), Naming())
-    return PoolSpec("q", "w", stage, "stage", 1, {}, [Program(1, b"", plan)], max_memory=max_memory)
+    return PoolSpec("q", "w", stage, "stage", 1, {}, [VersionCode(1, b"", plan)], max_memory=max_memory)
 
 
 def lane(message_id: int = 7, *, busy: bool = False, started: int = 0, settled: int = 0) -> SlotState:
@@ -48,23 +48,25 @@ DONE = lane(started=3)
 
 
 class Court:
-    """A judge, the kernel's counter that it is given, and a verdict at `NOW`."""
+    """A policy, the kernel's counter that it is given, and a decision at `NOW`."""
 
     def __init__(self) -> None:
         self.claims = 0
-        self.judge = Judge(self.claim)
+        self.policy = ExitPolicy(self.claim)
 
     def claim(self) -> bool:
         self.claims += 1
         return True
 
-    def __call__(self, status: int | None, *states: SlotState, of: PoolSpec | None = None, **facts: Any) -> Verdict:
-        return self.judge.ended(of or spec(), states, status, now=NOW, **facts)
+    def __call__(
+        self, status: int | None, *states: SlotState, of: PoolSpec | None = None, **facts: Any
+    ) -> ExitDecision:
+        return self.policy.ended(of or spec(), states, status, now=NOW, **facts)
 
     @property
     def waits(self) -> float:
         """Seconds before the next worker may be started."""
-        return max(0.0, self.judge.not_before - NOW)
+        return max(0.0, self.policy.not_before - NOW)
 
 
 @pytest.fixture
@@ -84,16 +86,16 @@ GUILTY = [
 
 
 @pytest.mark.parametrize(
-    ("status", "states", "guilty"), [case[1:] for case in GUILTY], ids=[case[0] for case in GUILTY]
+    ("status", "states", "responsible"), [case[1:] for case in GUILTY], ids=[case[0] for case in GUILTY]
 )
 def test_a_death_is_charged_to_what_was_running(
-    court: Court, status: int | None, states: list[SlotState], guilty: list[int]
+    court: Court, status: int | None, states: list[SlotState], responsible: list[int]
 ) -> None:
-    verdict = court(status, *states)
-    assert (verdict.guilty, verdict.charged, verdict.pause) == (guilty, True, "")
-    assert verdict.failure is not None
-    assert verdict.failure.kind == "died"
-    assert "while running stage 's'" in verdict.failure.message
+    decision = court(status, *states)
+    assert (decision.responsible, decision.counted, decision.pause) == (responsible, True, "")
+    assert decision.failure is not None
+    assert decision.failure.kind == "died"
+    assert "while running stage 's'" in decision.failure.message
 
 
 NOT_GUILTY = [
@@ -111,14 +113,14 @@ def test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted(
     court: Court, status: int | None, states: list[SlotState], expected: bool
 ) -> None:
     for _ in range(DEATHS_IN_A_ROW + FAILED_STARTS):
-        assert court(status, *states, expected=expected) == NOBODY
+        assert court(status, *states, expected=expected) == NO_CONSEQUENCE
     assert court.waits == 0
 
 
 def test_a_compensations_death_is_reported_as_such(court: Court) -> None:
-    verdict = court(1, BUSY, of=spec(stage=""))
-    assert verdict.failure is not None
-    assert "while running a compensation of 'w': exit code 1" in verdict.failure.message
+    decision = court(1, BUSY, of=spec(stage=""))
+    assert decision.failure is not None
+    assert "while running a compensation of 'w': exit code 1" in decision.failure.message
 
 
 def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(court: Court) -> None:
@@ -127,41 +129,41 @@ def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(cou
     court(-signal.SIGKILL, BUSY, expected=True)
     court(-signal.SIGKILL, BUSY, killed=Kill([7], LATE, False))
     assert court.claims == 0
-    verdict = court(-signal.SIGKILL, BUSY)
+    decision = court(-signal.SIGKILL, BUSY)
     assert court.claims == 1
-    assert verdict.failure is not None
-    assert "out of memory: the kernel chose it" in verdict.failure.message
+    assert decision.failure is not None
+    assert "out of memory: the kernel chose it" in decision.failure.message
 
 
 @pytest.mark.parametrize("status", [-signal.SIGKILL, None])
 def test_a_killed_worker_is_judged_by_why_it_was_killed(court: Court, status: int | None) -> None:
-    assert court(status, BUSY, killed=Kill([7], LATE, False)) == Verdict([7], LATE)
-    assert court(status, BUSY, killed=Kill([7], LATE, False), expected=True) == Verdict([7], LATE)
+    assert court(status, BUSY, killed=Kill([7], LATE, False)) == ExitDecision([7], LATE)
+    assert court(status, BUSY, killed=Kill([7], LATE, False), expected=True) == ExitDecision([7], LATE)
     assert court.waits == 0
 
 
 def test_a_killed_worker_that_had_already_exited_is_classified_by_its_own_exit(court: Court) -> None:
-    verdict = court(3, BUSY, killed=Kill([7], LATE, False))
-    assert verdict.charged
-    assert verdict.failure is not None
-    assert "exit code 3" in verdict.failure.message
+    decision = court(3, BUSY, killed=Kill([7], LATE, False))
+    assert decision.counted
+    assert decision.failure is not None
+    assert "exit code 3" in decision.failure.message
 
 
 def test_what_a_killed_worker_had_been_done_with_before_the_signal_came_is_not_blamed(court: Court) -> None:
-    assert court(-signal.SIGKILL, lane(8, busy=True), killed=Kill([7], LATE, False)).guilty == []
+    assert court(-signal.SIGKILL, lane(8, busy=True), killed=Kill([7], LATE, False)).responsible == []
 
 
 def test_kills_for_memory_count_as_deaths_in_a_row(court: Court) -> None:
     verdicts = [court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True)) for _ in range(DEATHS_IN_A_ROW)]
-    assert all((v.guilty, v.failure, v.charged) == ([7], HUNGRY, True) for v in verdicts)
-    assert [bool(verdict.pause) for verdict in verdicts] == [False] * (DEATHS_IN_A_ROW - 1) + [True]
+    assert all((v.responsible, v.failure, v.counted) == ([7], HUNGRY, True) for v in verdicts)
+    assert [bool(decision.pause) for decision in verdicts] == [False] * (DEATHS_IN_A_ROW - 1) + [True]
     assert "(the last: more memory than max_memory allows)" in verdicts[-1].pause
 
 
 def test_workers_that_need_too_much_memory_to_begin_with_pause_the_pool_with_that_reason(court: Court) -> None:
     for _ in range(FAILED_STARTS):
-        verdict = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
-    assert "(they need more than max_memory=5 to begin with)" in verdict.pause
+        decision = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
+    assert "(they need more than max_memory=5 to begin with)" in decision.pause
 
 
 def test_the_first_restart_is_immediate_and_later_ones_wait_twice_as_long_each_up_to_a_limit(court: Court) -> None:
@@ -199,26 +201,26 @@ def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(cou
 
 def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
     for status, how in ((13, "exit code 13"), (-signal.SIGSEGV, "killed by SIGSEGV (segmentation fault)")):
-        court.judge.forget()
+        court.policy.forget()
         for _ in range(FAILED_STARTS):
             pause = court(status, IDLE).pause
         assert pause.endswith(f"ended in a row before they did anything (the last: {how})")
 
 
 def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
-    assert court.judge.not_started(spec(), NOW) == NOBODY
+    assert court.policy.not_started(spec(), NOW) == NO_CONSEQUENCE
     assert court.waits == pytest.approx(BACK_OFF)
     for _ in range(FAILED_STARTS - 1):
-        verdict = court.judge.not_started(spec(), NOW)
-    assert f"{FAILED_STARTS} of its workers ended in a row" in verdict.pause
-    assert "no room for its process" in verdict.pause
+        decision = court.policy.not_started(spec(), NOW)
+    assert f"{FAILED_STARTS} of its workers ended in a row" in decision.pause
+    assert "no room for its process" in decision.pause
 
 
 def test_what_is_forgotten_counts_no_more(court: Court) -> None:
     for _ in range(DEATHS_IN_A_ROW - 1):
         court(1, BUSY)
-    court.judge.forget()
-    assert court.judge.not_before == 0
+    court.policy.forget()
+    assert court.policy.not_before == 0
     assert not court(1, BUSY).pause
     assert court.waits == 0
 
@@ -229,15 +231,15 @@ def asking(message_id: int, about: str, *, since: int = 1, grace: int = 0, timeo
 
 
 def test_a_death_while_a_policy_decides_leaves_the_failure_as_final(court: Court) -> None:
-    verdict = court(3, asking(7, "ValueError: x"))
-    assert (verdict.guilty, verdict.charged) == ([7], True)
+    decision = court(3, asking(7, "ValueError: x"))
+    assert (decision.responsible, decision.counted) == ([7], True)
     text = "ValueError: x (and its retry policy ended the worker: exit code 3)"
-    assert verdict.failure == Failure(UNDECIDED, text, "ValueError")
+    assert decision.failure == Failure(UNDECIDED, text, "ValueError")
     several = court(3, asking(7, "ValueError: x"), lane(8, busy=True))
     assert several.failure is not None
-    assert (several.guilty, several.failure.kind) == ([7, 8], "died"), "nobody knows whether it was the policy"
+    assert (several.responsible, several.failure.kind) == ([7, 8], "died"), "nobody knows whether it was the policy"
     looped = court(3, asking(7, "ValueError: x", grace=1), lane(8, busy=True))
-    assert looped.guilty == [7], "of an event loop nothing else can have gone on"
+    assert looped.responsible == [7], "of an event loop nothing else can have gone on"
     damaged = court(3, asking(7, ""))
     assert damaged.failure is not None
     assert damaged.failure.kind == "died"

@@ -17,7 +17,7 @@ from programs import STAGEFLOW
 
 from stageflow_actors import JournalCorrupt, Runtime, StageFlowError, Workflow
 from stageflow_actors.errors import BrokerUnavailable
-from stageflow_actors.runtime.system.restart_limit import Intensity
+from stageflow_actors.runtime.system.restart_limit import RestartLimit
 
 Row = dict[str, Any]
 
@@ -166,15 +166,15 @@ def test_a_cluster_that_cannot_be_kept_notifies_every_waiting_caller(
 
 def test_what_ends_again_and_again_is_given_up_with_an_error_that_names_it() -> None:
     now = [0.0]
-    intensity = Intensity("node process", most=3, period=10.0, clock=lambda: now[0])
+    intensity = RestartLimit("node process", most=3, period=10.0, clock=lambda: now[0])
     for _ in range(20):
         now[0] += 4.0
-        intensity.one_more()
+        intensity.record()
     now[0] += 20.0
     for _ in range(3):
-        intensity.one_more()
+        intensity.record()
     with pytest.raises(BrokerUnavailable, match="node process ended 4 times within 10 s"):
-        intensity.one_more()
+        intensity.record()
 
 
 LOOPS = """

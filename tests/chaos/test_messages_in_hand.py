@@ -10,7 +10,7 @@ import pykka
 import pytest
 
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.messaging.settlements import Settled
+from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.actor import StageActor
 from stageflow_actors.runtime.worker.mailbox import WORK, Mailbox
 from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
@@ -41,9 +41,9 @@ class Work:
     def __init__(self) -> None:
         self.ran: list[tuple[int, int]] = []
         self.during: Callable[[int], None] = lambda id: None
-        self.otherwise: dict[int, Settled] = {}
+        self.otherwise: dict[int, Settlement] = {}
 
-    def __call__(self, item: DeliveryItem, body: bytes) -> tuple[int, bytes] | Settled:
+    def __call__(self, item: DeliveryItem, body: bytes) -> tuple[int, bytes] | Settlement:
         self.ran.append((item.id, item.lease))
         self.during(item.id)
         return self.otherwise.get(item.id, (0, body))
@@ -130,8 +130,8 @@ def test_every_message_is_accounted_for_at_any_moment(hand: Hand) -> None:
 def test_only_what_ran_here_counts_as_a_success(hand: Hand) -> None:
     """A worker that has found out how others died, and dies itself, is one more in a row."""
 
-    def settled(id: int, outcome: int) -> Settled:
-        return Settled(SettleItem([(id, id + 10)], outcome), [], [])
+    def settled(id: int, outcome: int) -> Settlement:
+        return Settlement(SettleItem([(id, id + 10)], outcome), [], [])
 
     hand.work.otherwise = {1: settled(1, DONE), 2: settled(2, AGAIN)}
     hand.deliver((1, 11), (2, 12))

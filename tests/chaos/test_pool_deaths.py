@@ -29,12 +29,12 @@ def test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not(alone: An
     assert len(alone.zygote.asked) == 2
     alone.death()
     assert len(alone.zygote.asked) == 2
-    assert time.monotonic() < alone.pool._judge.not_before <= time.monotonic() + exit_policy.BACK_OFF
-    alone.pool._judge.not_before = 0.0
+    assert time.monotonic() < alone.pool._exit_policy.not_before <= time.monotonic() + exit_policy.BACK_OFF
+    alone.pool._exit_policy.not_before = 0.0
     alone.pool.on_receive(Tick())
     assert len(alone.zygote.asked) == 3
     alone.death()
-    assert alone.pool._judge.not_before > time.monotonic() + exit_policy.BACK_OFF, "longer each time"
+    assert alone.pool._exit_policy.not_before > time.monotonic() + exit_policy.BACK_OFF, "longer each time"
 
 
 def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: Any) -> None:
@@ -57,7 +57,7 @@ def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_on
 
 def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
     for _ in range(exit_policy.FAILED_STARTS):
-        alone.pool._judge.not_before = 0.0
+        alone.pool._exit_policy.not_before = 0.0
         alone.pool._fill()
         alone.idle_end()
     assert alone.broker.paused
@@ -83,7 +83,7 @@ def test_a_pool_reports_its_pause_once_however_many_workers_die_of_what_they_had
     many = nursery(actors=6)
     many.pool.on_start()
     ids = [many.birth(id) for id in list(many.zygote.asked)]
-    many.pool._judge._deaths = exit_policy.DEATHS_IN_A_ROW - 1
+    many.pool._exit_policy._deaths = exit_policy.DEATHS_IN_A_ROW - 1
     for number, id in enumerate(ids):
         many.lane(id).begin(number, 0, time.monotonic_ns())
         many.end(id, -6)
@@ -96,7 +96,7 @@ def test_a_death_just_after_a_manual_resume_does_not_pause_the_queue_again(nurse
     two.pool.on_start()
     straggler = two.birth(two.zygote.asked[0])
     two.lane(straggler).begin(1, 0, time.monotonic_ns())
-    two.pool._judge._deaths = exit_policy.DEATHS_IN_A_ROW - 1
+    two.pool._exit_policy._deaths = exit_policy.DEATHS_IN_A_ROW - 1
     two.death()
     assert two.broker.paused
     two.broker.admin.resume("q")
@@ -143,8 +143,8 @@ def test_a_stage_past_its_timeout_is_killed_and_judged_by_that(alone: Any) -> No
     alone.pool.on_receive(Tick())
     assert alone.killed == [alone.worker(id).pid]
     alone.end(id, -signal.SIGKILL)
-    ((guilty, charged, failure),) = alone.buried()
-    assert (guilty, charged, failure.kind) == ([7], False, "timeout")
+    ((responsible, counted, failure),) = alone.buried()
+    assert (responsible, counted, failure.kind) == ([7], False, "timeout")
 
 
 def test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still(alone: Any) -> None:
@@ -153,8 +153,8 @@ def test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still(alo
     alone.pool.on_receive(Tick())
     assert alone.killed == []
     alone.end(id, 3)
-    ((guilty, charged, failure),) = alone.buried()
-    assert (guilty, charged, failure.kind) == ([7], True, "died")
+    ((responsible, counted, failure),) = alone.buried()
+    assert (responsible, counted, failure.kind) == ([7], True, "died")
     assert "exit code 3" in failure.message
 
 
@@ -173,8 +173,8 @@ def test_a_worker_that_exited_before_the_kill_is_classified_by_its_own_exit(
     alone.pool.on_receive(Tick())
     assert alone.killed == [worker.pid]
     alone.end(id, 3)
-    ((guilty, charged, failure),) = alone.buried()
-    assert (guilty, charged, failure.kind) == ([7], True, "died")
+    ((responsible, counted, failure),) = alone.buried()
+    assert (responsible, counted, failure.kind) == ([7], True, "died")
     assert "exit code 3" in failure.message
 
 
@@ -214,8 +214,8 @@ def test_a_stage_killed_at_its_timeout_under_a_stopped_zygote_has_failed_by_that
     alone.pool._look_for_deaths(now)
     alone.pool._look_for_deaths(now + pool_module.UNREPORTED)
     alone.pool.on_receive(ZygoteLost(zygote))
-    ((guilty, _, failure),) = alone.buried()
-    assert (guilty, failure.kind) == ([7], "timeout")
+    ((responsible, _, failure),) = alone.buried()
+    assert (responsible, failure.kind) == ([7], "timeout")
 
 
 def test_a_zygote_that_is_not_stopped_and_reports_nothing_for_very_long_is_ended_too(alone: Any) -> None:

@@ -23,8 +23,8 @@ from stageflow_actors import (
 )
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
-from stageflow_actors.runtime.ipc.pool_spec import stage_programs
-from stageflow_actors.runtime.messaging.settlements import Settled
+from stageflow_actors.runtime.ipc.pool_spec import stage_codes
+from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.testing import in_process, run
@@ -393,13 +393,13 @@ busy_item = (
 def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_before_that() -> None:
     naming = Naming()
     plan = compile_plan(parking, naming)
-    program, planned = next(pair for pair in stage_programs(parking, plan) if pair[1].id == "b")
+    program, planned = next(pair for pair in stage_codes(parking, plan) if pair[1].id == "b")
     environment = ExecutorEnvironment(
         naming=naming, services={}, slot=in_process._NoSlot(), step_store=lambda item: pytest.fail("it is kept")
     )
     work = EXECUTORS[planned.kind](program, plan, environment)
     body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
     settled = work(DeliveryItem(7, 1, len(body), "one", 1, DeliveryExtra(cancelled="enough", epoch_now=2)), body)
-    assert isinstance(settled, Settled)
+    assert isinstance(settled, Settlement)
     assert settled.outcome.outcome == DONE
     assert [target.label for target, _ in settled.publishes] == [":cancelled"]

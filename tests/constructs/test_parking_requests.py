@@ -11,9 +11,9 @@ from stageflow_actors import InstanceParked, Runtime, StageContext, Workflow, Wo
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, Failure, decode_envelope, encode
 from stageflow_actors.core.failures import write_failure
 from stageflow_actors.core.plan import Naming, compile_plan
-from stageflow_actors.runtime.ipc.pool_spec import stage_programs
+from stageflow_actors.runtime.ipc.pool_spec import stage_codes
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.messaging.settlements import Settled
+from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_brokers.api import AGAIN, DEAD, DONE, DeliveryItem
@@ -40,7 +40,7 @@ class Parking:
 
     def __init__(self) -> None:
         plan = compile_plan(unserved, Naming())
-        program, planned = next(iter(stage_programs(unserved, plan)))
+        program, planned = next(iter(stage_codes(unserved, plan)))
         self.kept: dict[str, bytes] = {}
         self._slots = SlotTable.create(1)
         environment = ExecutorEnvironment(
@@ -54,11 +54,11 @@ class Parking:
     def keep(self, name: str, value: bytes) -> None:
         self.kept[name] = value
 
-    def deliver(self, attempts: int) -> Settled:
+    def deliver(self, attempts: int) -> Settlement:
         """How it is settled when it is delivered after so many attempts, with the steps that have been kept."""
         extra = DeliveryExtra(attempts=attempts, steps=dict(self.kept) or None) if attempts or self.kept else None
         settled = self._work(DeliveryItem(7, 1, len(self.body), "one", 1, extra), self.body)
-        assert isinstance(settled, Settled)
+        assert isinstance(settled, Settlement)
         return settled
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, write_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
 from stageflow_actors.runtime.system.data_dir import runtime_path
 from stageflow_brokers.api import START
 from stageflow_brokers.core import records
@@ -277,7 +277,7 @@ def test_a_full_disk_is_reported(books: Any, doctor: Doctor, monkeypatch: pytest
 
 def test_messages_that_no_workflow_will_take_are_reported(books: Any, doctor: Doctor) -> None:
     books.publish("A", "stageflow.gone.stage0")
-    books.ask.set_fact(SERVED_FACT, write_served(Served([], Naming(), 1 << 20)))
+    books.ask.set_fact(MANIFEST_FACT, write_manifest(ClusterManifest([], Naming(), 1 << 20)))
     found = doctor(books.close()).one("warning", "unserved")
     assert found["where"] == "stageflow.gone.stage0 (1)"
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from stageflow_actors import QueueFull, StageFlowError
-from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers.api import START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
 from stageflow_brokers.client.unconfirmed import Pending, resolve
 from stageflow_brokers.core import wire
@@ -57,7 +57,7 @@ def test_a_start_on_a_full_disk_gets_one_error_type_whatever_its_id(small_disk: 
     small_disk.fill()
     errors = {id: small_disk.start(id) for id in IDS}
     assert {id: type(error) for id, error in errors.items()} == dict.fromkeys(IDS, StorageFull)
-    ours = [in_our_words(error) for error in errors.values() if error is not None]
+    ours = [translate_error(error) for error in errors.values() if error is not None]
     assert [type(error) for error in ours] == [QueueFull, QueueFull]
     assert all("nearly full; free some space" in str(error) for error in ours)
 
@@ -69,7 +69,7 @@ def test_a_refusal_that_has_nothing_to_do_with_the_disk_gets_one_error_type_what
     assert {id: (type(error), str(error)) for id, error in errors.items()} == {
         id: (Refused, f"{id} is not live") for id in IDS
     }
-    assert [type(in_our_words(error)) for error in errors.values() if error is not None] == [StageFlowError] * 2
+    assert [type(translate_error(error)) for error in errors.values() if error is not None] == [StageFlowError] * 2
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_refusal_that_has_nothing_to_do_with_the_disk_gets_one_error_type_what
     ],
 )
 def test_the_type_of_a_refusal_decides_and_never_its_text(error: Refused, ours: type[StageFlowError]) -> None:
-    assert type(in_our_words(error)) is ours
+    assert type(translate_error(error)) is ours
 
 
 def answered(answer: Any) -> BaseException | None:

@@ -14,9 +14,9 @@ from stageflow_actors.core.envelope import Command, CompensationTask, decode_env
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.runtime.client.workflow_ref import Known
-from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram, endpoint_program, stage_programs
+from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.messaging.settlements import Settled
+from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
 from stageflow_actors.runtime.worker.executors.endpoint import EndpointExecutor
@@ -49,7 +49,7 @@ def environment(slots: SlotTable) -> ExecutorEnvironment:
 def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], None] = lambda envelope: None) -> bool:
     """Whether a delivery to the first place of `flow` counts, handed on plainly or otherwise."""
     plan = compile_plan(flow, Naming())
-    program, planned = next(iter(stage_programs(flow, plan)))
+    program, planned = next(iter(stage_codes(flow, plan)))
     known = Known(plan, dict)
     envelope = decode_envelope(known.body(known.prepare({"n": 1}), 0.0, 1 << 20))
     change(envelope)
@@ -59,7 +59,7 @@ def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], No
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
     del work
     slots.close()
-    return result.ran if isinstance(result, Settled) else True
+    return result.ran if isinstance(result, Settlement) else True
 
 
 def staged(handler: Any, **options: Any) -> Flow:
@@ -109,7 +109,7 @@ def test_a_compensation_counts_when_it_ran(handler: Any, retry: Retry | None, ex
     envelope.error, envelope.context = "no", Raw(encode({}))
     body = encode(envelope)
     slots = SlotTable.create(1)
-    program = CompensationProgram("w", 1, dict, {"s": undo})
+    program = CompensationCode("w", 1, dict, {"s": undo})
     work = CompensationExecutor(program, plan, environment(slots))
     assert work(DeliveryItem(1, 2, len(body), "g", 1, extra), body).ran == (extra is FIRST)
     del work
@@ -119,12 +119,12 @@ def test_a_compensation_counts_when_it_ran(handler: Any, retry: Retry | None, ex
 @pytest.mark.parametrize("handler", [well, badly])
 @pytest.mark.parametrize("extra", [FIRST, FRESH, CANCELLED], ids=["first", "fresh", "cancelled"])
 def test_an_endpoint_counts_when_it_ran(handler: Any, extra: DeliveryExtra | None) -> None:
-    program, plan = endpoint_program(Stage(handler, id="desk", retry=Retry.fixed(1, 0)), Naming(), {})
+    program, plan = endpoint_code(Stage(handler, id="desk", retry=Retry.fixed(1, 0)), Naming(), {})
     body = encode(Command("key", Raw(encode({})), "w", "s", 0))
     slots = SlotTable.create(1)
     work = EndpointExecutor(program, plan, environment(slots))
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
-    assert isinstance(result, Settled)
+    assert isinstance(result, Settlement)
     assert result.ran == (extra is FIRST)
     del work
     slots.close()

@@ -20,7 +20,7 @@ from stageflow_actors.errors import InstanceNotFound, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client import reruns
 from stageflow_actors.runtime.client.workflow_ref import Known
-from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import BrokerError
 from stageflow_brokers.client.query_admin import QueryAdmin
@@ -136,7 +136,7 @@ class VirtualCaller:
         try:
             return future.result(0)
         except BrokerError as error:
-            raise in_our_words(error) from None
+            raise translate_error(error) from None
 
     def _lookup(self, ids: list[str]) -> dict[str, Any]:
         answer = self._ask(lambda admin: admin.lookup(ids))

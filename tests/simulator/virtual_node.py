@@ -29,7 +29,7 @@ from stageflow_actors.runtime.node import pool as pool_module
 from stageflow_actors.runtime.node.coordinator import Coordinator, Flush
 from stageflow_actors.runtime.node.main import _NodeListener
 from stageflow_actors.runtime.node.pool import Cancelled, Pool, Tick
-from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.supervisor import queue_options
 from stageflow_actors.runtime.worker import main as worker_module
 from stageflow_actors.runtime.worker.executors.base import ignore_error
@@ -308,7 +308,7 @@ class VirtualNode:
         self.client = _NodeClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
         self.client.deaths = deaths
         zygote: Any = _Zygote(self)
-        self.services = PoolServices(
+        self.services = PoolContext(
             slots=SlotTable.create(256),
             zygote=lambda: zygote,
             broker=self.client,

@@ -56,8 +56,8 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
 def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | None:
     """The workflow of a live instance as it was last served here; None where nobody knows."""
     from stageflow_actors.core.description import version_of
-    from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+    from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 
-    served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
+    served = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
     version = version_of(group)
     return next((plan for plan in served.plans if (plan.id, plan.version) == version), None) if served else None

@@ -42,7 +42,7 @@ from stageflow_actors.runtime.client.instance import Instance
 from stageflow_actors.runtime.client.map_iterator import Mapping, as_completed
 from stageflow_actors.runtime.client.session import STOPPED, Asking, no_text
 from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
-from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_actors.runtime.messaging.pauses import pause
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos
 from stageflow_brokers import api as port
@@ -399,7 +399,7 @@ class Client(Asking):
             reach("client.published")
             return published
         except port.BrokerError as error:
-            raise in_our_words(error) from None
+            raise translate_error(error) from None
 
     def _start(
         self, known: Known, batch: list[Prepared], priority: int, within: tuple[float, float] | None = None

@@ -19,7 +19,7 @@ from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.client.instance import Instance
 from stageflow_actors.runtime.client.progress_bar import ProgressBar
-from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
 
@@ -327,7 +327,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             return
         if isinstance(answer, BaseException):
             for prepared in batch:
-                self._refuse(prepared.id, in_our_words(answer))
+                self._refuse(prepared.id, translate_error(answer))
             return
         by_id = {prepared.id: prepared for prepared in batch}
         look_again = []

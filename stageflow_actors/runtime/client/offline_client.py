@@ -17,7 +17,7 @@ from stageflow_actors.runtime.client.attach import Attached, attach, live_addres
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.remote_client import Connection
 from stageflow_actors.runtime.client.workflow_ref import Known
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, read_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 from stageflow_actors.runtime.system.data_dir import DataDir
 
 __all__ = ["AtRest", "steered"]
@@ -30,7 +30,7 @@ class AtRest(Client):
         super().__init__()
         self._broker = attached.broker
         self._history_path = attached.data_dir.history
-        served = read_served(attached.wait(attached.admin.get_fact(SERVED_FACT)))
+        served = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
         if served is not None:
             self._naming = served.naming
             self._max_message_bytes = served.max_message_bytes

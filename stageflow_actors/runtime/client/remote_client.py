@@ -19,7 +19,7 @@ from stageflow_actors.runtime.client.attach import live_address
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.event_stream import Feed
 from stageflow_actors.runtime.client.workflow_ref import Known
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, read_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, read_manifest
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import Broker
 
@@ -45,7 +45,7 @@ class Connection(Client):
         self._data = DataDir(self._path, create=False)
         self._history_path = self._data.history
         self._contexts: dict[tuple[str, int], type[Any]] = {}
-        self._served: Served | None = None
+        self._served: ClusterManifest | None = None
         self._renewed = True
         self._closed = False
         self._gate = threading.Lock()
@@ -107,9 +107,9 @@ class Connection(Client):
     def _connected(self) -> None:
         self._renewed = True  # another broker, perhaps of another program with other workflows
 
-    def _learn(self) -> Served:
+    def _learn(self) -> ClusterManifest:
         self._renewed = False
-        served = read_served(self._ask(lambda admin: admin.get_fact(SERVED_FACT)))
+        served = read_manifest(self._ask(lambda admin: admin.get_fact(MANIFEST_FACT)))
         if served is None:
             raise StageFlowError(f"the cluster of {self._path} does not say what it serves: is it of another release?")
         self._served = served

@@ -22,7 +22,7 @@ from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client.waiters import Waiter, Waiters
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.messaging.errors import in_our_words
+from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.failpoints import reach
@@ -114,7 +114,7 @@ class Asking:
         try:
             future = operation(self._port().admin)
         except port.BrokerError as error:
-            raise in_our_words(error) from None
+            raise translate_error(error) from None
         except UnicodeEncodeError as error:
             raise no_text(error) from None
         return self._await(future)
@@ -130,7 +130,7 @@ class Asking:
                 if time.monotonic() > deadline:
                     raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
             except port.BrokerError as error:
-                raise in_our_words(error) from None
+                raise translate_error(error) from None
 
     def _check_alive(self) -> None:
         if self._dead is not None:

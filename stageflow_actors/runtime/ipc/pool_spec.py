@@ -32,23 +32,23 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = [
-    "CompensationProgram",
+    "CompensationCode",
     "PoolSpec",
-    "Program",
-    "StageProgram",
+    "StageCode",
+    "VersionCode",
     "WorkerPayload",
     "bounded",
-    "endpoint_program",
+    "endpoint_code",
     "endpoint_spec",
     "merged",
     "pool_specs",
-    "stage_programs",
+    "stage_codes",
     "undone_items",
 ]
 
 
 @dataclass
-class StageProgram:
+class StageCode:
     """The code of one place of one version: pickled whole.
 
     `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a
@@ -67,7 +67,7 @@ class StageProgram:
 
 
 @dataclass
-class CompensationProgram:
+class CompensationCode:
     """The code of all compensations of one version: pickled whole. `items` are the types of what map stages undo."""
 
     workflow_id: str
@@ -79,7 +79,7 @@ class CompensationProgram:
     items: dict[str, Any] = field(default_factory=dict)
 
 
-class Program(Struct):
+class VersionCode(Struct):
     """What one version of a workflow has run at a queue: the code, opaque to the node, and the plan it routes by."""
 
     version: int
@@ -99,7 +99,7 @@ class PoolSpec(Struct):
     kind: str
     actors: int
     env: dict[str, str]
-    programs: list[Program]
+    programs: list[VersionCode]
     max_tasks: int = 0
     evidence: bool = True
     max_length: int = 0
@@ -117,7 +117,7 @@ class WorkerPayload(Struct):
     worker_id: str
     kind: str
     queue: str
-    programs: list[Program]
+    programs: list[VersionCode]
     naming: Naming
     max_message_bytes: int
     max_tasks: int = 0
@@ -138,7 +138,7 @@ def pool_specs(
 ) -> list[PoolSpec]:
     """The pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be sent to a process."""
     specs = []
-    for program, planned in stage_programs(workflow, plan):
+    for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
             program.factories = {name: services[name] for name in program.stage.services}
             program.stage = program.stage.replace(compensation=None)
@@ -152,7 +152,7 @@ def pool_specs(
                 "stage",
                 actors,
                 planned.env,
-                [Program(workflow.version, dumps(program, (workflow.context, *_types_of(program))), plan)],
+                [VersionCode(workflow.version, dumps(program, (workflow.context, *_types_of(program))), plan)],
                 planned.max_tasks or 0,
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
@@ -166,7 +166,7 @@ def pool_specs(
     if compensations:
         items = undone_items(workflow)
         names = {name for s in workflow.stages for name in s.compensation_services}
-        undo = CompensationProgram(
+        undo = CompensationCode(
             workflow.id,
             workflow.version,
             workflow.context,
@@ -184,7 +184,7 @@ def pool_specs(
                 "compensation",
                 plan.compensation.actors,
                 {},
-                [Program(workflow.version, dumps(undo, (workflow.context, *kinds)), plan)],
+                [VersionCode(workflow.version, dumps(undo, (workflow.context, *kinds)), plan)],
             )
         )
     return specs
@@ -235,7 +235,7 @@ def endpoint_spec(
             f"endpoint {stage.id!r} needs the service {missing[0]!r}, which is not provided: "
             f"add services={{{missing[0]!r}: factory}} to the Runtime, or give the parameter a default"
         )
-    program, plan = endpoint_program(stage, naming, services)
+    program, plan = endpoint_code(stage, naming, services)
     program.interceptors = tuple(interceptors)
     (place,) = plan.stages
     actors, concurrency = bounded(place, max_concurrency)
@@ -246,7 +246,7 @@ def endpoint_spec(
         "endpoint",
         actors,
         place.env,
-        [Program(1, dumps(program), plan)],
+        [VersionCode(1, dumps(program), plan)],
         stage.max_tasks or 0,
         concurrency=concurrency,
         most=max_concurrency or 0,
@@ -255,9 +255,9 @@ def endpoint_spec(
     )
 
 
-def endpoint_program(
+def endpoint_code(
     stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
-) -> tuple[StageProgram, WorkflowPlan]:
+) -> tuple[StageCode, WorkflowPlan]:
     """The program of an endpoint, without interceptors, and the plan of which it is the only place.
 
     Raises `WorkflowDefinitionError` for options that say something of a workflow, which an endpoint has none of.
@@ -284,10 +284,10 @@ def endpoint_program(
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
     factories = {name: services[name] for name in stage.services if name in services}
-    return StageProgram("endpoint", 1, dict, stage.id, stage, {}, factories), plan
+    return StageCode("endpoint", 1, dict, stage.id, stage, {}, factories), plan
 
 
-def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageProgram, StagePlan]]:
+def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:
     """The program of each place that workers embody, without the services' factories."""
     current = {stage.id: stage for stage in workflow.stages}
     steps = {step.id: step for step in workflow.steps}
@@ -300,7 +300,7 @@ def stage_programs(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tupl
             stage = current[planned.joins]
         elif planned.kind == STAGE:
             stage = current[planned.id]
-        program = StageProgram(
+        program = StageCode(
             workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step, workflow.context)
         )
         program.retry = current[planned.id].retry if planned.kind == MAP else workflow.retry
@@ -318,7 +318,7 @@ def undone_items(workflow: Workflow[Any]) -> dict[str, Any]:
     }
 
 
-def _types_of(program: StageProgram) -> list[type[Any]]:
+def _types_of(program: StageCode) -> list[type[Any]]:
     """The types beside the context that values travel as."""
     hints = [program.parts.get("item_type"), program.parts.get("result_type")]
     return [kind for hint in hints for kind in classes_in(hint)]

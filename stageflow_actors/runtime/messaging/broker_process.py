@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
 from stageflow_actors.runtime.system.processes import describe_exit, wait_dead
-from stageflow_actors.runtime.system.restart_limit import Intensity
+from stageflow_actors.runtime.system.restart_limit import RestartLimit
 
 __all__ = ["BrokerProcess"]
 
@@ -91,7 +91,7 @@ class BrokerProcess:
 
         Returns when it was asked to end. `failed` is told why it cannot be kept.
         """
-        intensity = Intensity("broker process")
+        restart_limit = RestartLimit("broker process")
         while True:
             wait_dead(self._pidfd, None)
             with self._lock:
@@ -102,7 +102,7 @@ class BrokerProcess:
                     "the broker process has ended (%s); it is started again", describe_exit(self._process.wait())
                 )
                 try:
-                    intensity.one_more()
+                    restart_limit.record()
                     self.start()
                     continue
                 except StageFlowError as error:

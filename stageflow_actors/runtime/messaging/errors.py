@@ -5,10 +5,10 @@ from __future__ import annotations
 from stageflow_actors.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, StageFlowError
 from stageflow_brokers import api as port
 
-__all__ = ["in_our_words"]
+__all__ = ["translate_error"]
 
 
-def in_our_words(error: BaseException) -> StageFlowError:
+def translate_error(error: BaseException) -> StageFlowError:
     """The error of ours that says what `error` of a broker says."""
     text = str(error)
     if isinstance(error, port.QueueFull):

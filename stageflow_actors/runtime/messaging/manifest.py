@@ -1,4 +1,4 @@
-"""`Served`: what a cluster runs, told to clients in other processes: plans, names and limits, none of the code.
+"""`ClusterManifest`: the plans, names and limits of a cluster, for clients in other processes. No code.
 
 The node keeps it in the broker as a fact, so that a client which reaches the broker knows what it may submit.
 """
@@ -10,12 +10,12 @@ from msgspec import Struct, structs
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 
-__all__ = ["SERVED_FACT", "Served", "read_served", "write_served"]
+__all__ = ["MANIFEST_FACT", "ClusterManifest", "read_manifest", "write_manifest"]
 
-SERVED_FACT = "served"
+MANIFEST_FACT = "served"
 
 
-class Served(Struct):
+class ClusterManifest(Struct):
     """One cluster as its clients see it. The environment of workers is left out of the plans: it may hold secrets."""
 
     plans: list[WorkflowPlan]
@@ -34,7 +34,7 @@ class Served(Struct):
         )
 
 
-def write_served(served: Served) -> str:
+def write_manifest(served: ClusterManifest) -> str:
     """As the fact is kept."""
     plans = [
         structs.replace(plan, stages=[structs.replace(stage, env={}) for stage in plan.stages]) for plan in served.plans
@@ -42,11 +42,11 @@ def write_served(served: Served) -> str:
     return msgspec.json.encode(structs.replace(served, plans=plans)).decode()
 
 
-def read_served(fact: str | None) -> Served | None:
+def read_manifest(fact: str | None) -> ClusterManifest | None:
     """What the fact says; None where there is none yet, or one of another release."""
     if fact is None:
         return None
     try:
-        return msgspec.json.decode(fact, type=Served)
+        return msgspec.json.decode(fact, type=ClusterManifest)
     except msgspec.MsgspecError:
         return None

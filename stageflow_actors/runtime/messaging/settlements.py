@@ -30,7 +30,7 @@ from stageflow_brokers.api import (
 __all__ = [
     "TERMINAL",
     "Result",
-    "Settled",
+    "Settlement",
     "forward",
     "numbered",
     "park_unknown",
@@ -43,7 +43,7 @@ __all__ = [
 TERMINAL = 1
 
 
-class Settled:
+class Settlement:
     """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
 
     Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
@@ -66,27 +66,27 @@ class Settled:
         self.opens = opens or []
         self.unknown = self.ran = False
 
-    def tried(self) -> Settled:
+    def tried(self) -> Settlement:
         """By code of the user's, which has returned or raised."""
         self.ran = True
         return self
 
-    def worked(self) -> Settled:
+    def worked(self) -> Settlement:
         """With the verdict that the attempt went well."""
         self.outcome.verdict = ATTEMPT_WORKED
         return self.tried()
 
-    def failed(self) -> Settled:
+    def failed(self) -> Settlement:
         """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
         self.outcome.verdict = ATTEMPT_FAILED
         return self.tried()
 
 
-Result = tuple[int, bytes] | Settled
+Result = tuple[int, bytes] | Settlement
 """(target, body) of the happy path, or a settlement of another shape."""
 
 
-def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
+def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
     """Send a message on to where its place is now: with the steps and attempts it has had, and all that it gathered."""
     extra = item.extra
     if extra is not None and extra.parts is not None:
@@ -104,19 +104,19 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settled:
     return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
 
 
-def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settled:
+def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
     """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
     text = (
         f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
         "when a runtime with that version is started, or registers it"
     )
     reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
-    parked = Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    parked = Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
     parked.unknown = True
     return parked
 
 
-def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
+def park_unreadable(item: DeliveryItem, error: Exception) -> Settlement:
     """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
     reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
     parts = None if item.extra is None else item.extra.parts
@@ -127,7 +127,7 @@ def park_unreadable(item: DeliveryItem, error: Exception) -> Settled:
             "PayloadTooLarge: what its branches or items have handed on is too much for one message; keep large data "
             "in files and pass their names",
         )
-    return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    return Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
 
 
 def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
@@ -138,7 +138,7 @@ def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
     return envelope.steps if own is None else {**envelope.steps, **own}
 
 
-def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:
+def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settlement:
     """The settlement that acknowledges a message and does what follows from it.
 
     What follows belongs to the epoch of the message, or to `epoch` where that is given.
@@ -170,10 +170,10 @@ def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settled:
     bodies += [one.base for one in moves.opens]
     bodies += [one.body for one in moves.arrivals]
     done = SettleItem([(item.id, item.lease)], DONE, arrivals=arrivals)
-    return Settled(done, publishes, bodies, opens)
+    return Settlement(done, publishes, bodies, opens)
 
 
-def numbered(settled: Settled, targets: list[Target]) -> SettleItem:
+def numbered(settled: Settlement, targets: list[Target]) -> SettleItem:
     """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
     item = settled.outcome
     item.publishes = []

@@ -26,7 +26,7 @@ from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
-from stageflow_actors.runtime.messaging.settlements import Settled, numbered, park_unknown, settle_moves, split_parts
+from stageflow_actors.runtime.messaging.settlements import Settlement, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
 from stageflow_actors.runtime.node.orphans import send_on
 from stageflow_brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
@@ -183,7 +183,7 @@ class Coordinator(pykka.ThreadingActor):
         reach("coordinator.decided")
         self._broker.settle(targets, [], [], settled, bodies)
 
-    def _handle(self, item: DeliveryItem, body: bytes) -> Settled:
+    def _handle(self, item: DeliveryItem, body: bytes) -> Settlement:
         extra = item.extra
         if extra is not None and extra.label == TIMEOUT:
             self._cancel_late(item, body)

@@ -1,6 +1,6 @@
-"""`Judge`: what the ends of one pool's workers mean — who is charged, when the next is started, when to stop trying.
+"""`ExitPolicy`: decides on exits of one pool's workers: messages responsible, next start, pause of the pool.
 
-Facts go in (exit status, what the lanes said, whether the pool had killed the worker), verdicts come out, and the pool
+Facts go in (exit status, what the lanes said, whether the pool had killed the worker), decisions come out, and the pool
 carries them out. No clock, no process and no broker here: `now` is handed in.
 """
 
@@ -19,7 +19,7 @@ from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.worker_handle import Kill
 from stageflow_actors.runtime.system.processes import describe_exit
 
-__all__ = ["CANCELLED", "NOBODY", "Judge", "Verdict", "over_memory", "over_time", "overdue"]
+__all__ = ["CANCELLED", "NO_CONSEQUENCE", "ExitDecision", "ExitPolicy", "over_memory", "over_time", "overdue"]
 
 DEATHS_IN_A_ROW = 16
 """Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
@@ -38,21 +38,21 @@ CANCELLED = Failure("cancelled", "StageError: the instance was cancelled", "Stag
 """Why a stage was killed that did not end when its instance had been cancelled."""
 
 
-class Verdict(Struct, frozen=True):
-    """`guilty`: the messages that carry `failure` from now on; `charged`: it counts as a death that they caused.
+class ExitDecision(Struct, frozen=True):
+    """`responsible`: the messages that carry `failure` from now on; `counted`: it counts as a death that they caused.
     `pause`: why the pool is to stop trying; empty while it is not."""
 
-    guilty: Sequence[int] = ()
+    responsible: Sequence[int] = ()
     failure: Failure | None = None
-    charged: bool = False
+    counted: bool = False
     pause: str = ""
 
 
-NOBODY = Verdict()
-"""Nobody is to blame, and nothing follows."""
+NO_CONSEQUENCE = ExitDecision()
+"""No message is responsible, and nothing follows."""
 
 
-class Judge:
+class ExitPolicy:
     """Counts what happens in a row. `out_of_memory` claims one process that the kernel has killed for want of memory:
     it is asked only about a death that it may explain, because each one explains no other.
 
@@ -74,7 +74,7 @@ class Judge:
         killed: Kill | None = None,
         expected: bool = False,
         now: float,
-    ) -> Verdict:
+    ) -> ExitDecision:
         """A worker has ended. `status` is None where the zygote was not there to find it out; `states` are its lanes as
         it left them, `killed` why its pool had killed it; `expected`: all workers of the pool are to end."""
         started = any(state.started for state in states)
@@ -86,22 +86,22 @@ class Judge:
         if killed is not None and status in (None, -signal.SIGKILL):
             return self._was_killed(spec, states, status, killed, now)
         if expected or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
-            return NOBODY
+            return NO_CONSEQUENCE
         if not started:
-            return Verdict(pause=self._ended_idle(spec, status, now))
-        # Also when its handler had returned: what it had settled is no longer its own, and is not charged.
+            return ExitDecision(pause=self._ended_idle(spec, status, now))
+        # Also when its handler had returned: what it had settled is no longer its own, and is not counted.
         busy = [state for state in states if state.busy]
         suspects = _holding_up(busy) or busy or [state for state in states if state.started]
         how = self._describe(status)
         died = Failure("died", f"WorkerDied: the worker died while running {_what(spec)}: {how}", "WorkerDied")
         if len(suspects) == 1 and suspects[0].asking:
             died = undecided(suspects[0].asking, f"ended the worker: {how}") or died
-        return Verdict([state.message_id for state in suspects], died, True, self._died(spec, how, now))
+        return ExitDecision([state.message_id for state in suspects], died, True, self._died(spec, how, now))
 
-    def not_started(self, spec: PoolSpec, now: float) -> Verdict:
+    def not_started(self, spec: PoolSpec, now: float) -> ExitDecision:
         """There was no room for a worker's process: at once is too soon even for the first one more."""
         self.wait(1, now)
-        return Verdict(pause=self._ended_idle(spec, NO_ROOM, now))
+        return ExitDecision(pause=self._ended_idle(spec, NO_ROOM, now))
 
     def wait(self, times: int, now: float) -> None:
         """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
@@ -114,16 +114,16 @@ class Judge:
 
     def _was_killed(
         self, spec: PoolSpec, states: Sequence[SlotState], status: int | None, killed: Kill, now: float
-    ) -> Verdict:
+    ) -> ExitDecision:
         # Not what it had been done with before the signal came.
         current = {state.message_id for state in states if state.started}
-        guilty = [id for id in killed.guilty if id in current]
+        responsible = [id for id in killed.responsible if id in current]
         pause = ""
-        if killed.charged and guilty:
+        if killed.counted and responsible:
             pause = self._died(spec, "more memory than max_memory allows", now)
-        elif killed.charged and not current:
+        elif killed.counted and not current:
             pause = self._ended_idle(spec, status, now)
-        return Verdict(guilty, killed.failure, killed.charged, pause)
+        return ExitDecision(responsible, killed.failure, killed.counted, pause)
 
     def _died(self, spec: PoolSpec, how: str, now: float) -> str:
         """One more death in a row; why the pool is to be paused, if it is."""

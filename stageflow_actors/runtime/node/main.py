@@ -30,13 +30,13 @@ from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.messaging.manifest import SERVED_FACT, Served, write_served
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
 from stageflow_actors.runtime.node.coordinator import Coordinator, Delivered, Flush, Plan
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
-from stageflow_actors.runtime.node.orphans import Unserved
+from stageflow_actors.runtime.node.orphans import OrphanedMessages
 from stageflow_actors.runtime.node.pool import Cancelled, Retire, ScaleTo, Tick
-from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, runtime_dir
@@ -77,7 +77,7 @@ class _NodeListener(Listener):
         self.broker: Broker | None = None
         self.coordinator: Any = None
         self.supervisor: Any = None
-        self.services: PoolServices | None = None
+        self.services: PoolContext | None = None
         self.told: Callable[[str, Any], None] = lambda word, detail: None
         self.holding_back = False
 
@@ -178,7 +178,7 @@ class Node:
         self._history = open_history(self._data, self._broker.admin, lasting=lasting)
         forgotten = forget_finished(self._history, self._broker.admin)
         reach("node.history-opened")
-        services = PoolServices(
+        services = PoolContext(
             slots=self._slots,
             zygote=self._current_zygote,
             broker=self._broker,
@@ -205,11 +205,11 @@ class Node:
         self._supervisor.tell(AddPools(config.pools))
         reach("node.pools-added")
         self._listener.told = self._told
-        self._unserved = Unserved(self._broker, config.naming)
-        self._unserved.serve(pool.queue for pool in config.pools)
+        self._orphans = OrphanedMessages(self._broker, config.naming)
+        self._orphans.serve(pool.queue for pool in config.pools)
         notices = self._compare(config.plans)
         self._publish_plans()
-        self._unserved.resume({(plan.id, plan.version): plan for plan in config.plans})
+        self._orphans.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
         resuming = self._unfinished()
         reach("node.before-roster")
@@ -285,8 +285,8 @@ class Node:
     def _publish_plans(self) -> None:
         """Have clients in other processes know what is served."""
         config = self._config
-        served = write_served(Served(config.plans, config.naming, config.max_message_bytes))
-        self._broker.admin.set_fact(SERVED_FACT, served).result()
+        served = write_manifest(ClusterManifest(config.plans, config.naming, config.max_message_bytes))
+        self._broker.admin.set_fact(MANIFEST_FACT, served).result()
 
     def _told(self, word: str, detail: Any) -> None:
         """What a client in another process has the broker pass on; on the connection's thread."""
@@ -359,14 +359,14 @@ class Node:
     def _register(self, message: Register) -> None:
         """More to serve. What was parked for want of it goes on, once nobody is left who would park it again."""
         self._supervisor.ask(AddPools(message.pools))
-        self._unserved.serve(pool.queue for pool in message.pools)
+        self._orphans.serve(pool.queue for pool in message.pools)
         for plan in message.plans:
             self._coordinator.ask(Plan(plan))
         for text in self._compare(message.plans):
             _tell(self._channel, Report("notice", text))
         self._config.plans.extend(message.plans)
         self._publish_plans()
-        self._unserved.resume({(plan.id, plan.version): plan for plan in self._config.plans})
+        self._orphans.resume({(plan.id, plan.version): plan for plan in self._config.plans})
 
     def _compare(self, plans: list[WorkflowPlan]) -> list[str]:
         """Warnings of definitions that have changed since they last ran here, under an unchanged version."""
@@ -405,7 +405,7 @@ class Node:
             self._coordinator.tell(Flush())
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_SECONDS
-            self._unserved.look()
+            self._orphans.look()
 
     # the end
 

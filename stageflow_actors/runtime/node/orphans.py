@@ -15,10 +15,10 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
 from stageflow_actors.core.routing import Moves, Step
-from stageflow_actors.runtime.messaging.settlements import Settled, forward, park_unknown, settle_moves
+from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown, settle_moves
 from stageflow_brokers.api import Broker, DeliveryItem
 
-__all__ = ["Unserved", "send_on"]
+__all__ = ["OrphanedMessages", "send_on"]
 
 PAGE = 1_000
 TAKEN_AT_ONCE = 200
@@ -27,7 +27,7 @@ UNKNOWN = "WorkflowDefinitionError"
 _STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
 
 
-class Unserved:
+class OrphanedMessages:
     """Keeps watch for one node."""
 
     def __init__(self, broker: Broker, naming: Naming) -> None:
@@ -96,7 +96,7 @@ class Unserved:
                 return found
 
 
-def send_on(item: DeliveryItem, body: bytes, plans: Plans) -> Settled:
+def send_on(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
     """What becomes of a message where nobody serves: to where its stage is now, or parked until its version is back."""
     head = head_of(body)
     if head is None:

@@ -1,7 +1,7 @@
 """`Pool`: the workers of one queue — started, watched, replaced, scaled.
 
-What a death means its `Judge` says from facts: the exit status, what the worker's lanes say it was running, and
-whether this pool killed it. Only what was running is charged, and the broker charges it only if the dead worker still
+Its `ExitPolicy` decides on an exit by facts: the exit status, what the worker's lanes say it was running, and
+whether this pool killed it. Only a running message is counted, and the broker counts it only if the dead worker still
 held it. No user code runs here.
 """
 
@@ -24,12 +24,20 @@ from stageflow_actors.core.failures import STDERR, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import SlotState
-from stageflow_actors.runtime.node.exit_policy import CANCELLED, NOBODY, Judge, Verdict, over_memory, over_time, overdue
+from stageflow_actors.runtime.node.exit_policy import (
+    CANCELLED,
+    NO_CONSEQUENCE,
+    ExitDecision,
+    ExitPolicy,
+    over_memory,
+    over_time,
+    overdue,
+)
 from stageflow_actors.runtime.node.memory_limits import memory_over
-from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.pool_events import Cancelled, Respec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.node.pool_pause import PoolPause
-from stageflow_actors.runtime.node.worker_handle import Kill, PooledWorker
+from stageflow_actors.runtime.node.worker_handle import Kill, WorkerHandle
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
 from stageflow_brokers.client.connection import new_peer
@@ -70,14 +78,14 @@ class Pool(pykka.ThreadingActor):
 
     use_daemon_thread = True
 
-    def __init__(self, spec: PoolSpec, services: PoolServices) -> None:
+    def __init__(self, spec: PoolSpec, services: PoolContext) -> None:
         super().__init__()
         self._spec = spec
         self._services = services
         self._wanted = spec.actors
-        self._workers: dict[str, PooledWorker] = {}
+        self._workers: dict[str, WorkerHandle] = {}
         self._serial = 0
-        self._judge = Judge(services.oom_kills.claim)
+        self._exit_policy = ExitPolicy(services.oom_kills.claim)
         self._pause = PoolPause(services.broker, spec.queue, services.notify)
         self._retiring = False
         self._ticks = 0
@@ -139,7 +147,7 @@ class Pool(pykka.ThreadingActor):
     def _fill(self) -> None:
         while len(self._workers) < self._wanted:
             # Asked anew for each: one that cannot be started makes the next wait.
-            if self._retiring or self._pause.lasts or time.monotonic() < self._judge.not_before:
+            if self._retiring or self._pause.lasts or time.monotonic() < self._exit_policy.not_before:
                 return
             slot = self._services.take_slots(self._spec.concurrency)
             if slot is None:
@@ -150,7 +158,7 @@ class Pool(pykka.ThreadingActor):
                     self._wanted,
                     len(self._services.slots),
                 )
-                self._judge.wait(8, time.monotonic())
+                self._exit_policy.wait(8, time.monotonic())
                 return
             self._start(slot)
 
@@ -159,7 +167,7 @@ class Pool(pykka.ThreadingActor):
         self._serial += 1
         zygote = services.zygote()
         lanes = services.slots.lanes(slot, spec.concurrency)
-        worker = PooledWorker(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
+        worker = WorkerHandle(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
         self._workers[worker.id] = worker
         services.live[worker.peer] = spec.queue
         for lane in lanes:
@@ -209,7 +217,7 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is not None:
             logger.error("pool %s: %s", self._spec.queue, event.reason)
-            self._carry_out(worker, self._judge.not_started(self._spec, time.monotonic()))
+            self._carry_out(worker, self._exit_policy.not_started(self._spec, time.monotonic()))
 
     # deaths
 
@@ -221,28 +229,30 @@ class Pool(pykka.ThreadingActor):
         self._ended(worker, event.status)
         self._fill()
 
-    def _ended(self, worker: PooledWorker, status: int | None) -> None:
+    def _ended(self, worker: WorkerHandle, status: int | None) -> None:
         states = [lane.read() for lane in worker.lanes]
-        verdict = self._judge.ended(
+        decision = self._exit_policy.ended(
             self._spec, states, status, killed=worker.killed, expected=self._retiring, now=time.monotonic()
         )
-        self._carry_out(worker, verdict)
+        self._carry_out(worker, decision)
 
-    def _carry_out(self, worker: PooledWorker, verdict: Verdict) -> None:
-        self._bury(worker, verdict)
-        if verdict.pause:
-            self._pause.begin(verdict.pause, time.monotonic())
+    def _carry_out(self, worker: WorkerHandle, decision: ExitDecision) -> None:
+        self._handle_exit(worker, decision)
+        if decision.pause:
+            self._pause.begin(decision.pause, time.monotonic())
 
-    def _bury(self, worker: PooledWorker, verdict: Verdict) -> None:
-        """Tell the broker, which gives back what the worker held; the guilty among it alone carry the failure."""
+    def _handle_exit(self, worker: WorkerHandle, decision: ExitDecision) -> None:
+        """Report the exit to the broker, which releases the messages; only the responsible ones carry the failure."""
         services = self._services
-        guilty, failure = list(verdict.guilty), verdict.failure
+        responsible, failure = list(decision.responsible), decision.failure
         if worker.stderr is not None:
             said = last_lines(worker.stderr.finish())
             if said and failure is not None and failure.kind != "cancelled":
                 failure = structs.replace(failure, message=f"{failure.message}{STDERR}{said}")
-        data = b"" if failure is None or not guilty else write_failure(failure)
-        services.broker.admin.report_death(worker.peer, guilty, verdict.charged and bool(guilty), False, data)
+        data = b"" if failure is None or not responsible else write_failure(failure)
+        services.broker.admin.report_death(
+            worker.peer, responsible, decision.counted and bool(responsible), False, data
+        )
         services.live.pop(worker.peer, None)
         services.give_slots(worker.slot, len(worker.lanes))
         if worker.pidfd >= 0:
@@ -276,7 +286,7 @@ class Pool(pykka.ThreadingActor):
             self._trim()
         self._fill()
 
-    def _look_at(self, worker: PooledWorker, running: list[SlotState], now: int) -> None:
+    def _look_at(self, worker: WorkerHandle, running: list[SlotState], now: int) -> None:
         """End a worker with a message past its time; recall what waits behind one that takes long."""
         if worker.cancelled:
             worker.remind(now)
@@ -326,11 +336,11 @@ class Pool(pykka.ThreadingActor):
             states = [lane.read() for lane in worker.lanes]
             running = [state for state in states if state.busy]
             if running or not any(state.started for state in states):
-                self._kill(worker, running, over_memory(self._spec, used), charged=True)
+                self._kill(worker, running, over_memory(self._spec, used), counted=True)
             elif not worker.retiring:
                 self._ask_to_retire(worker)
 
-    def _recall(self, worker: PooledWorker, message_id: int, now: int, age: int) -> None:
+    def _recall(self, worker: WorkerHandle, message_id: int, now: int, age: int) -> None:
         """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
         if worker.long != message_id:
             worker.long, worker.recall_at = message_id, now
@@ -344,15 +354,17 @@ class Pool(pykka.ThreadingActor):
             if worker.peer == event.peer and self._spec.kind != "compensation":
                 worker.cancel(event.message_id, time.monotonic_ns())
 
-    def _kill(self, worker: PooledWorker, guilty: list[SlotState], failure: Failure, *, charged: bool = False) -> None:
+    def _kill(
+        self, worker: WorkerHandle, responsible: list[SlotState], failure: Failure, *, counted: bool = False
+    ) -> None:
         if self._services.has_exited(worker.pidfd):
             return  # its lanes say what it was at when it died; how it did is on its way
-        worker.killed = Kill([state.message_id for state in guilty], failure, charged)
+        worker.killed = Kill([state.message_id for state in responsible], failure, counted)
         kill_group(worker.pid, worker.pidfd)
 
     def _resumed(self) -> None:
         if self._pause.end():
-            self._judge.forget()
+            self._exit_policy.forget()
             self._fill()
 
     # wishes
@@ -385,7 +397,7 @@ class Pool(pykka.ThreadingActor):
             self._ask_to_retire(worker)
         self._fill()
 
-    def _ask_to_retire(self, worker: PooledWorker) -> None:
+    def _ask_to_retire(self, worker: WorkerHandle) -> None:
         """Through the broker, never by a signal: it may have begun something, or be about to settle what it has done,
         and would be killed between the doing and the settling, so that all of that were done once more."""
         worker.retiring = True
@@ -405,8 +417,10 @@ class Pool(pykka.ThreadingActor):
                     kill_group(worker.pid, worker.pidfd)
 
     def _zygote_lost(self, zygote: ZygoteHandle) -> None:
-        """No report will come of its workers: end what is left of each; nobody is charged for a zygote's death, only
-        for one that came before and was never told."""
+        """End what is left of each of its workers, of which no report will come.
+
+        The death of a zygote counts for no message; an earlier death of a worker, not reported yet, does.
+        """
         for worker in [worker for worker in self._workers.values() if worker.zygote is zygote]:
             if worker.pidfd >= 0:
                 kill_group(worker.pid, worker.pidfd)
@@ -415,5 +429,5 @@ class Pool(pykka.ThreadingActor):
             if worker.forsaken:
                 self._ended(worker, None)
             else:
-                self._bury(worker, NOBODY)
+                self._handle_exit(worker, NO_CONSEQUENCE)
         self._fill()

@@ -15,10 +15,10 @@ from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
 
-__all__ = ["PoolServices"]
+__all__ = ["PoolContext"]
 
 
-class PoolServices:
+class PoolContext:
     """What all pools of a node share.
 
     `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,

@@ -20,9 +20,9 @@ from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.node.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
-from stageflow_actors.runtime.node.pool_context import PoolServices
+from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.system.processes import describe_exit
-from stageflow_actors.runtime.system.restart_limit import Intensity
+from stageflow_actors.runtime.system.restart_limit import RestartLimit
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import QueueOptions
 
@@ -51,7 +51,7 @@ class Supervisor(pykka.ThreadingActor):
     def __init__(
         self,
         make_zygote: Callable[[], ZygoteHandle],
-        services: PoolServices,
+        services: PoolContext,
         naming: Naming,
         max_deaths: int,
         fail: Callable[[StageFlowError], None],
@@ -63,7 +63,7 @@ class Supervisor(pykka.ThreadingActor):
         self._max_deaths = max_deaths
         self._fail = fail
         self._pools: dict[str, pykka.ActorRef[Pool]] = {}
-        self._zygotes = Intensity("zygote process")
+        self._zygotes = RestartLimit("zygote process")
         self._retiring = False
         self._ticks = 0
 
@@ -115,7 +115,7 @@ class Supervisor(pykka.ThreadingActor):
         if not self._retiring:
             logger.warning("the zygote process has ended (%s); it is started again", describe_exit(event.status))
             try:
-                self._zygotes.one_more()
+                self._zygotes.record()
                 self._make_zygote()
             except (StageFlowError, OSError) as error:
                 self._fail(StageFlowError(f"the zygote cannot be started again: {error}"))

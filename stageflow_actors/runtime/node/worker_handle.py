@@ -9,7 +9,7 @@ from stageflow_actors.runtime.ipc.slots import Slot, SlotState
 from stageflow_actors.runtime.node.stderr_relay import WorkerStderr
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
-__all__ = ["Kill", "PooledWorker"]
+__all__ = ["Kill", "WorkerHandle"]
 
 REMEMBERED = 60_000_000_000
 """Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
@@ -19,17 +19,17 @@ CANCEL_GRACE = 1_000_000_000
 
 
 class Kill:
-    """The messages for which this pool has killed a worker, and why; `charged`: it counts as a death they caused."""
+    """The messages for which this pool has killed a worker, and why; `counted`: it counts as a death they caused."""
 
-    __slots__ = ("charged", "failure", "guilty")
+    __slots__ = ("counted", "failure", "responsible")
 
-    def __init__(self, guilty: Sequence[int], failure: Failure, charged: bool) -> None:
-        self.guilty = guilty
+    def __init__(self, responsible: Sequence[int], failure: Failure, counted: bool) -> None:
+        self.responsible = responsible
         self.failure = failure
-        self.charged = charged
+        self.counted = counted
 
 
-class PooledWorker:
+class WorkerHandle:
     """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: why this pool has killed
     it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
     `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another

@@ -1,4 +1,4 @@
-"""`Intensity`: how often something may be started again before it counts as broken."""
+"""`RestartLimit`: how often something may be started again before it counts as broken."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable
 
-__all__ = ["MOST", "PERIOD", "Intensity"]
+__all__ = ["MAX_RESTARTS", "PERIOD_SECONDS", "RestartLimit"]
 
-MOST = 20
-"""Restarts within `PERIOD` seconds: far more than accidents make, far fewer than a loop of crashes does."""
-PERIOD = 60.0
+MAX_RESTARTS = 20
+"""Restarts within `PERIOD_SECONDS` seconds: far more than accidents make, far fewer than a loop of crashes does."""
+PERIOD_SECONDS = 60.0
 
 
-class Intensity:
+class RestartLimit:
     """Counts the restarts of one thing. `what` names it in the error."""
 
     def __init__(
-        self, what: str, *, most: int = MOST, period: float = PERIOD, clock: Callable[[], float] = time.monotonic
+        self,
+        what: str,
+        *,
+        most: int = MAX_RESTARTS,
+        period: float = PERIOD_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what = what
         self._most = most
@@ -26,7 +31,7 @@ class Intensity:
         self._clock = clock
         self._times: list[float] = []
 
-    def one_more(self) -> None:
+    def record(self) -> None:
         """It has ended and is to be started again. Raises `BrokerUnavailable` if that has happened too often."""
         now = self._clock()
         self._times = [at for at in self._times if now - at < self._period] + [now]

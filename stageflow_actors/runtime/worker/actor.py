@@ -15,7 +15,7 @@ import pykka
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
-from stageflow_actors.runtime.messaging.settlements import Settled, numbered
+from stageflow_actors.runtime.messaging.settlements import Settlement, numbered
 from stageflow_actors.runtime.system.processes import end_now
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
@@ -158,7 +158,7 @@ class WorkActor(pykka.ThreadingActor):
         finally:
             lock.release()
 
-    def _add(self, settled: Settled) -> None:
+    def _add(self, settled: Settlement) -> None:
         self._others.append(numbered(settled, self._targets))
         self._other_bodies.extend(settled.bodies)
         self._ran += settled.ran

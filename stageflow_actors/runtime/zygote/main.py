@@ -116,7 +116,7 @@ class ZygoteServer:
                 if fd == self._node:
                     self._end()
                 elif fd != connection:
-                    self._bury(fd)
+                    self._reap(fd)
                 else:
                     if event & select.POLLIN:
                         self._serve_request()
@@ -159,7 +159,7 @@ class ZygoteServer:
         reach("zygote.forked")
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
-    def _bury(self, pidfd: int) -> None:
+    def _reap(self, pidfd: int) -> None:
         """A worker has ended: its children follow, while its number is still its own; then it is reaped."""
         worker = self._workers.pop(pidfd)
         self._poller.unregister(pidfd)

@@ -34,11 +34,11 @@ from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.ipc.slots import WORDS_BYTES
 from stageflow_actors.runtime.messaging.settlements import (
     Result,
-    Settled,
+    Settlement,
     forward,
     park_unknown,
     park_unreadable,
@@ -188,7 +188,7 @@ class Executor:
     limits_whole_run = True
     """Whether the stage's timeout covers the whole run. If not, the executor sets the limit around user code."""
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         planned = plan.stage(program.place)
         assert planned is not None, f"stage {program.place} is not in its own plan"
         self.plan = plan
@@ -221,7 +221,7 @@ class Executor:
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         raise NotImplementedError
 
-    def _open(self, item: DeliveryItem, body: bytes, whole: bytes | None = None) -> Envelope | Settled:
+    def _open(self, item: DeliveryItem, body: bytes, whole: bytes | None = None) -> Envelope | Settlement:
         """Return the envelope of a delivery if it is to run here, otherwise its settlement.
 
         For a gathered message, `body` is the base and `whole` the message with all arrivals.
@@ -240,7 +240,7 @@ class Executor:
     def _belongs_here(self, envelope: Envelope) -> bool:
         return envelope.stage_id == self.planned.id and envelope.version == self.plan.version
 
-    def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         """Settle a delivery of a cancelled instance without running it."""
         assert item.extra is not None
         reason = item.extra.cancelled or ""
@@ -255,7 +255,7 @@ class Executor:
         *,
         payload: Raw = NIL,
         to: str | None = None,
-    ) -> Settled:
+    ) -> Settlement:
         """Record the stage and publish the envelope to the next place, or to place `to`.
 
         `context` replaces the context if the stage changed it. Raises `PayloadTooLarge` and restores the envelope: a
@@ -305,7 +305,7 @@ class Executor:
         started: float,
         duration: float,
         error: BaseException,
-    ) -> Settled:
+    ) -> Settlement:
         failure = failure_of(error)
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
@@ -322,7 +322,7 @@ class Executor:
             text = f"{failure.message} (and its retry policy failed: {failure_of(broken).message})"
             return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
 
-    def _handle_lost_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settled:
+    def _handle_lost_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settlement:
         """Ask the policy about the previous attempt, which ended without a result (death, timeout, expiry)."""
         assert item.extra is not None
         failure = lost_attempt_failure(item.extra.failure)
@@ -332,22 +332,22 @@ class Executor:
         now = self._wall()
         return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
 
-    def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settled:
-        return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
+    def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settlement:
+        return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
-    ) -> Settled:
+    ) -> Settlement:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
         envelope.steps = bounded(steps_of(envelope, item), self._limit)
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
         return self._settle(item, give_up(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
-    def _park(self, item: DeliveryItem, failure: Failure) -> Settled:
-        return Settled(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
+    def _park(self, item: DeliveryItem, failure: Failure) -> Settlement:
+        return Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
 
-    def _settle_unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settled:
+    def _settle_unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settlement:
         text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"
         if self.planned.required:
             failure = failure_of(StageError(text))
@@ -355,22 +355,22 @@ class Executor:
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall(), 0.0, text)
         return self._skip_with_record(item, envelope, record)
 
-    def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall())
         return self._skip_with_record(item, envelope, record).tried()
 
-    def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settled:
+    def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settlement:
         envelope.trail = append_record(envelope.trail, record)
         return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
 
-    def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settled:
+    def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settlement:
         """Forward a message whose place has another queue now; park one of a place or version unknown here."""
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
             return forward(item, body, known)
         return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
-    def _settle(self, item: DeliveryItem, moves: Moves) -> Settled:
+    def _settle(self, item: DeliveryItem, moves: Moves) -> Settlement:
         settled = settle_moves(item, moves)
         # A gather that returns to this place was opened by user code: by a request or by a split.
         return settled.tried() if any(one.queue == self.planned.queue for one in moves.opens) else settled

@@ -11,8 +11,8 @@ from stageflow_actors.core.envelope import StageRecord, encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import Result, Settled
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 
@@ -22,14 +22,14 @@ __all__ = ["BranchExecutor"]
 class BranchExecutor(Executor):
     """Executes one branch."""
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         self._selector = program.parts["selector"]
         self._default: str | None = program.parts["default"]
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         opened = self._open(item, body)
-        if isinstance(opened, Settled):
+        if isinstance(opened, Settlement):
             return opened
         started = self._wall()
         attempt = 1 if item.extra is None else item.extra.attempts + 1

@@ -22,8 +22,8 @@ from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.ipc.pool_spec import CompensationProgram
-from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settled, park_unknown, park_unreadable
+from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
+from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settlement, park_unknown, park_unreadable
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
     CANCEL_GRACE_NS,
@@ -55,7 +55,7 @@ class CompensationExecutor:
 
     first_target = 0
 
-    def __init__(self, program: CompensationProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: CompensationCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         self.plan = plan
         self.naming = environment.naming
         self.codec: ContextCodec[Any] = ContextCodec(program.context)
@@ -88,7 +88,7 @@ class CompensationExecutor:
             return bound
         return as_blocking(bound, environment.loop, timeout, f"a compensation of {self.plan.id!r}")
 
-    def __call__(self, item: DeliveryItem, body: bytes) -> Settled:
+    def __call__(self, item: DeliveryItem, body: bytes) -> Settlement:
         """Run one compensation."""
         try:
             envelope = decode_envelope(body)
@@ -106,7 +106,7 @@ class CompensationExecutor:
         finally:
             self._slot.end()
 
-    def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settled:
+    def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settlement:
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
         if (undo := _completed_items(envelope, stage_id)) is not None:
@@ -145,7 +145,7 @@ class CompensationExecutor:
 
     def _compensate_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
-    ) -> Settled:
+    ) -> Settlement:
         """Compensate the items of a map stage in descending order, each under its own timeout.
 
         A failed item stops no other. Each attempt tries the items that are not compensated yet.
@@ -168,7 +168,7 @@ class CompensationExecutor:
             if not state.record_death(made, encoded):
                 return self._handle_failure(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
             ctx.store_step_result(UNDO_STATE, state.dump())
-            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, encoded), [], [])
+            return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, encoded), [], [])
         first: BaseException | None = None
         for number, failed in self._compensate_each(item, ctx, stage_id, undo, state):
             first = first or failed
@@ -248,7 +248,7 @@ class CompensationExecutor:
         error: Exception,
         duration: float,
         text: str = "",
-    ) -> Settled:
+    ) -> Settlement:
         """Retry by the policy, or record the compensation as failed with `text`."""
         text = text or failure.message
         compensation = self._compensations[stage_id]
@@ -260,14 +260,14 @@ class CompensationExecutor:
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:
-            return Settled(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
+            return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
         return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
-    def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settled:
+    def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
         step = after_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
         done = SettleItem([(item.id, item.lease)], DONE)
-        return Settled(done, [(target, PublishItem(0, len(step.body)))], [step.body])
+        return Settlement(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
 def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:

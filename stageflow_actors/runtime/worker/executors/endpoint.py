@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.routing import Arrive, Moves
-from stageflow_actors.runtime.messaging.settlements import Result, Settled
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.executors.base import lost_attempt_failure
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import check_no_request
@@ -67,20 +67,20 @@ class EndpointExecutor(HandlerExecutor):
 
     def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
-    ) -> Settled:
+    ) -> Settlement:
         self._on_error(error)
         known = error if isinstance(error, Exception) else None
         return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).failed()
 
     def _retry_or_reply_error(
         self, item: DeliveryItem, command: Command, attempt: int, failure: Failure, error: Exception | None
-    ) -> Settled:
+    ) -> Settlement:
         delay, failure = self._ask_policy(attempt, failure, error)
         if delay is not None:
             return self._retry(item, delay, failure)
         return self._send_reply(item, command, Reply(NIL, failure.message))
 
-    def _send_reply(self, item: DeliveryItem, command: Command, reply: Reply) -> Settled:
+    def _send_reply(self, item: DeliveryItem, command: Command, reply: Reply) -> Settlement:
         return self._settle(item, Moves(arrivals=[Arrive(command.key, REPLY_SLOT, encode(reply))]))
 
     def _as_envelope(self, command: Command) -> Envelope:

@@ -14,8 +14,8 @@ from typing import Any, Self
 import msgspec
 
 from stageflow_actors.core.plan import WorkflowPlan
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import Result, Settled, park_unreadable
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, park_unreadable
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment, Stopwatch
 from stageflow_actors.runtime.worker.interceptors import AROUND_STAGE, around_methods, wrap_handler
@@ -57,7 +57,7 @@ class HandlerExecutor(Executor):
 
     kind = "stage"
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         stage = program.stage
         assert stage is not None
@@ -122,7 +122,7 @@ class HandlerExecutor(Executor):
 
     def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
-    ) -> Settled:
+    ) -> Settlement:
         """Return the settlement for an exception of the handler, or of the encoding of its result."""
         self._on_error(error)
         return self._handle_failure(item, envelope, attempt, started, time.perf_counter() - clock, error)

@@ -19,8 +19,8 @@ from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 
@@ -30,7 +30,7 @@ __all__ = ["JoinExecutor"]
 class JoinExecutor(Executor):
     """Executes the join of one parallel stage."""
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         self._merge: Callable[[Any, Mapping[str, Any]], Any] | None = program.parts["merge"]
 
@@ -59,7 +59,7 @@ class JoinExecutor(Executor):
             self._on_error(error)
             return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
 
-    def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settled:
+    def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settlement:
         """Report a failed required branch to the coordinator."""
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Moves([Step(self.naming.coordinator, FAILED, encode(envelope))]))

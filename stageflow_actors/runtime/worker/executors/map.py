@@ -39,8 +39,8 @@ from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, 
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts, steps_of
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts, steps_of
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.set_field import with_field
@@ -66,7 +66,7 @@ class MapExecutor(Executor):
 
     limits_whole_run = False
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         self._over = program.parts["over"]
         self._when = program.parts["when"]
@@ -90,13 +90,13 @@ class MapExecutor(Executor):
                 return self._forward_or_park(item, envelope, body)
             return self._join(item, envelope, arrivals)
         opened = self._open(item, body)
-        if isinstance(opened, Settled):
+        if isinstance(opened, Settlement):
             return opened
         if is_carrier(opened):
             return self._settle(item, self._next_chunk(opened, decode_rest(opened.payload)))
         return self._split(item, opened)
 
-    def _split(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _split(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         started = self._wall()
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         missing = unmet(self.planned.after, envelope.trail)
@@ -136,7 +136,7 @@ class MapExecutor(Executor):
     def _open_gather(self, envelope: Envelope, need: int) -> Open:
         return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
 
-    def _cancel_items(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settled:
+    def _cancel_items(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settlement:
         """Settle a cancelled map: unpublished items count as ended, completed ones can be compensated."""
         assert item.extra is not None
         if item.extra.parts is None and is_carrier(envelope):
@@ -166,7 +166,7 @@ class MapExecutor(Executor):
             steps.append(Step(self.planned.queue, self.planned.id, encode(carrier)))
         return Moves(steps)
 
-    def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals) -> Settled:
+    def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals) -> Settlement:
         extra = item.extra
         started = self._wall() if envelope.since is None else envelope.since
         attempt = 1 if extra is None else extra.attempts + 1
@@ -224,7 +224,9 @@ class MapExecutor(Executor):
             envelope.trail = undone
             return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
 
-    def _retry_failed_items(self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> Settled:
+    def _retry_failed_items(
+        self, item: DeliveryItem, envelope: Envelope, ended: list[tuple[int, ItemEnd]]
+    ) -> Settlement:
         """Publish the failed items of a requeued map again; the completed ones wait in a new gather."""
         failed = [(number, one) for number, one in ended if one.error is not None]
         moves = Moves(opens=[self._open_gather(envelope, len(ended))])
@@ -237,7 +239,7 @@ class MapExecutor(Executor):
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
-    ) -> Settled:
+    ) -> Settlement:
         if is_carrier(envelope) and not self._parks:
             return self._settle(item, end_rest(self.planned, envelope, failure.message))
         return super()._fail_stage(item, envelope, failure, attempt, started, duration)
@@ -248,7 +250,7 @@ class ItemExecutor(HandlerExecutor):
 
     kind = "item"
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         whole = self.plan.stage(self.planned.joins)
         self._keeps_items = whole is not None and whole.compensated
@@ -259,7 +261,7 @@ class ItemExecutor(HandlerExecutor):
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         opened = self._open(item, body)
-        if isinstance(opened, Settled):
+        if isinstance(opened, Settlement):
             return opened
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         started = self._wall()
@@ -288,7 +290,7 @@ class ItemExecutor(HandlerExecutor):
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
-    ) -> Settled:
+    ) -> Settlement:
         """Send the failure to the join, which counts failed items; park the item if none may fail."""
         if self._none_may_fail and self._parks:
             return self._park(item, failure)
@@ -297,5 +299,5 @@ class ItemExecutor(HandlerExecutor):
             end.item, end.steps = envelope.context, steps_of(envelope, item)
         return self._arrive(item, envelope, end)
 
-    def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settled:
+    def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settlement:
         return self._settle(item, Moves(arrivals=[Arrive(self.planned.joins, item_slot(envelope), encode(end))]))

@@ -11,8 +11,8 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageTimeout
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import Result, Settled, split_parts
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.async_call import bind_blocking
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.stage_context import check_no_request
@@ -24,7 +24,7 @@ __all__ = ["SignalExecutor"]
 class SignalExecutor(Executor):
     """Executes a signal stage after the signal arrived or its time expired."""
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         self._on_signal = program.parts["on_signal"]
         late = program.parts["on_timeout"]
@@ -36,7 +36,7 @@ class SignalExecutor(Executor):
         if extra is not None and not arrivals and extra.failure == EXPIRED:
             extra.fresh = False  # the expiry is the event that this stage handles, not a failed attempt
         opened = self._open(item, base, body)
-        if isinstance(opened, Settled):
+        if isinstance(opened, Settlement):
             return opened
         if extra is not None and not arrivals and extra.failure is None:
             # Neither a signal nor an expiry: the message was parked and requeued, and waits again.

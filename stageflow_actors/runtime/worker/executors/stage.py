@@ -27,8 +27,8 @@ from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
-from stageflow_actors.runtime.ipc.pool_spec import StageProgram
-from stageflow_actors.runtime.messaging.settlements import TERMINAL, Result, Settled, split_parts
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
+from stageflow_actors.runtime.messaging.settlements import TERMINAL, Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import Request, check_no_request
@@ -40,7 +40,7 @@ __all__ = ["StageExecutor"]
 class StageExecutor(HandlerExecutor):
     """Executes one stage. `targets[0]` is the next queue if the happy path is one plain message."""
 
-    def __init__(self, program: StageProgram, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         # Read for each message: one attribute lookup instead of two.
         self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
@@ -150,7 +150,7 @@ class StageExecutor(HandlerExecutor):
         record: StageRecord,
         before: Raw,
         trail: bytes,
-    ) -> Settled:
+    ) -> Settlement:
         """Complete the stage where the happy path is more than one plain message."""
         context, envelope.context, envelope.trail = envelope.context, before, trail
         try:
@@ -158,7 +158,7 @@ class StageExecutor(HandlerExecutor):
         except PayloadTooLarge as error:
             return self._handle_failure(item, envelope, attempt, started, record.duration, error)
 
-    def _park_on_arrival(self, item: DeliveryItem, envelope: Envelope) -> Settled:
+    def _park_on_arrival(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         """Park a message that was published to be parked.
 
         The broker counts an attempt first, then the message is marked, and only then parked: a crash between leaves the
@@ -187,7 +187,7 @@ class StageExecutor(HandlerExecutor):
         clock: float,
         context: Any,
         request: Request,
-    ) -> Settled:
+    ) -> Settlement:
         """Send the request; the changed context and the delivered one wait for the reply in a gather."""
         stage_id = self.planned.id
         command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
@@ -219,7 +219,7 @@ class StageExecutor(HandlerExecutor):
         duration: float,
         payload: Raw,
         context: bytes | None = None,
-    ) -> Settled:
+    ) -> Settlement:
         """Complete the stage with `payload` for the next one, or as its own result if no next stage takes it."""
         data, handed = (NIL, payload) if self._passes_payload else (payload, NIL)
         record = StageRecord(self.planned.id, "completed", attempt, started, duration, None, data)
@@ -262,7 +262,7 @@ class StageExecutor(HandlerExecutor):
 
     def _apply_reply(
         self, item: DeliveryItem, envelope: Envelope, asked: Asked, value: Raw, remote: RemoteCall, duration: float
-    ) -> Settled:
+    ) -> Settlement:
         """Complete a remote stage with its reply, through `on_reply`."""
         data, encoded = value, None
         if remote.on_reply is not None:
@@ -274,7 +274,7 @@ class StageExecutor(HandlerExecutor):
         record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
         return self._complete_stage(item, envelope, record, encoded)
 
-    def _request_failed(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settled:
+    def _request_failed(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settlement:
         """Publish another attempt with the delivered context, or fail the stage."""
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         delay, failure = self._ask_policy(asked.attempt, failure, None)
