@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
+from engine_peer import EnginePeer
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine, Outgoing
@@ -18,23 +18,15 @@ from stageflow_brokers.types import START, TERMINAL, WATCH
 DIRECTORY = Path("/journal")
 
 
-class Talk:
-    """One peer of an engine that is driven round by round."""
+class Publisher(EnginePeer):
+    """A peer that publishes to the queue it consumes."""
 
-    def __init__(self, engine: Engine, peer: int = 7) -> None:
-        self.engine = engine
-        self.peer = peer
-        self.frame = 0
-        self.hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [("q", 10), ("end", 10)], [], [], 1))
-        engine.round([(peer, wire.HELLO, self.hello, b"")])
-
-    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> list[Outgoing]:
-        self.frame += 1
-        header = wire.encode((self.engine.machine.state.epoch, self.frame, *fields))
-        return self.engine.round([(self.peer, op, header, blob)])
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.hello([("q", 10), ("end", 10)])
 
     def publish(self) -> list[Outgoing]:
-        return self.say(wire.PUBLISH, [("q", "a")], [(0, 4, f"g{self.frame}", 1, START | WATCH)], blob=b"body")
+        return self.send(wire.PUBLISH, [("q", "a")], [(0, 4, f"g{self.frame}", 1, START | WATCH)], blob=b"body")
 
 
 def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
@@ -44,9 +36,9 @@ def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
     order: list[str] = []
     files.on_call = lambda name, path: order.append(name)
     engine.machine.dispatch = lambda: order.append("dispatch") or dispatch()  # type: ignore[method-assign, func-returns-value]
-    talk = Talk(engine)
+    peer = Publisher(engine)
     order.clear()
-    ((_, header, _),) = talk.publish()
+    ((_, header, _),) = peer.publish()
     assert order == ["pwritev", "fdatasync", "dispatch"]
     out = wire.decode_out(header)
     assert out.acked == 1
@@ -57,7 +49,7 @@ def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
 def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None:
     files = MemoryFiles()
     engine = Engine(journal_dir=DIRECTORY, files=files)
-    talk = Talk(engine)
+    peer = Publisher(engine)
 
     def fail(name: str, path: str) -> None:
         if call in name:
@@ -65,11 +57,11 @@ def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None
 
     files.on_call = fail
     with pytest.raises(JournalFailed):
-        talk.publish()
+        peer.publish()
     files.on_call = lambda name, path: None
     # The disk may say that all is well now: what it holds is unknown all the same.
     with pytest.raises(JournalFailed):
-        talk.publish()
+        peer.publish()
     # What the process is ended for is recovered from the disk, where the first publish may or may not be.
     files.kill()
     recovered = Engine(journal_dir=DIRECTORY, files=files)
@@ -79,17 +71,17 @@ def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None
 def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
     files = MemoryFiles()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: 0.0)
-    talk = Talk(engine)
+    peer = Publisher(engine)
     files.room = files.used()
-    answers = talk.publish()
-    while wire.decode_out(answers[0][1]).acked == talk.frame:
-        answers = talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 6000)], blob=bytes(6000)) or answers
-        assert talk.frame < 100
+    answers = peer.publish()
+    while wire.decode_out(answers[0][1]).acked == peer.frame:
+        answers = peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 6000)], blob=bytes(6000)) or answers
+        assert peer.frame < 100
     taken = len(engine.machine.state.messages)
     assert engine.round([]) == []
     files.room = None
     answers = engine.round([])
-    assert wire.decode_out(answers[0][1]).acked == talk.frame
+    assert wire.decode_out(answers[0][1]).acked == peer.frame
     assert len(engine.machine.state.messages) == taken + 1
 
 
@@ -105,41 +97,41 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
         return False
 
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=giving_up)
-    talk = Talk(engine)
+    peer = Publisher(engine)
     files.room = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
-    answers = talk.publish()
+    answers = peer.publish()
     assert looks == 2
-    assert wire.decode_out(answers[0][1]).acked == talk.frame
+    assert wire.decode_out(answers[0][1]).acked == peer.frame
 
 
 def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     files = MemoryFiles()
     clock = iter(range(10_000))
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: float(next(clock)))
-    talk = Talk(engine)
-    ((_, header, _),) = talk.publish()
+    peer = Publisher(engine)
+    ((_, header, _),) = peer.publish()
     (item,) = wire.decode_out(header).deliveries[0][1]
     files.room = files.used()
-    refused = wire.decode_out(talk.publish()[0][1])
+    refused = wire.decode_out(peer.publish()[0][1])
     while not refused.results:
-        item_of = (0, 2000, f"more{talk.frame}", 1, START)
-        refused = wire.decode_out(talk.say(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1])
+        item_of = (0, 2000, f"more{peer.frame}", 1, START)
+        refused = wire.decode_out(peer.send(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1])
     assert "nearly full" in msgspec.msgpack.decode(refused.results[0][1])["message"]
     move = (item.id, item.lease, 0, 6, item.group)
-    settled = talk.say(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
+    settled = peer.send(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
     assert [queue for queue, _ in wire.decode_out(settled[0][1]).deliveries] == ["end"]
     files.room = None
-    talk.say(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
+    peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
     assert not engine.machine.refusing
-    assert not wire.decode_out(talk.publish()[0][1]).results
+    assert not wire.decode_out(peer.publish()[0][1]).results
 
 
 def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
     files = MemoryFiles()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
-    talk = Talk(engine)
+    peer = Publisher(engine)
     files.room = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     with pytest.raises(JournalFull):
-        talk.publish()
+        peer.publish()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from engine_peer import EnginePeer
 
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core import state as store_module
@@ -21,29 +21,17 @@ from stageflow_brokers.types import START
 SEGMENT = 16 << 10
 
 
-class Life:
-    """A broker on a real directory, with one peer that publishes."""
+class Publisher(EnginePeer):
+    """A peer that publishes to a broker on a real directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.engine = Engine(journal_dir=directory, segment_bytes=SEGMENT)
-        self.frame = 0
-        hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
-        self.engine.round([(7, wire.HELLO, hello, b"")])
-
-    def say(self, op: bytes, *fields: Any, blob: bytes = b"") -> None:
-        self.frame += 1
-        header = wire.encode((self.engine.machine.state.epoch, self.frame, *fields))
-        self.engine.round([(7, op, header, blob)])
+        super().__init__(Engine(journal_dir=directory, segment_bytes=SEGMENT))
+        self.hello()
 
     def publish(self, count: int, size: int = 1000) -> None:
         for _ in range(count):
             group = f"g{self.frame}"
-            self.say(wire.PUBLISH, [("q", "a")], [(0, size, group, 1, START)], blob=bytes(size))
-
-    def compact(self) -> None:
-        self.say(wire.QUERY, "compact", (True,))
-        while self.engine.machine.compacting:
-            self.say(wire.QUERY, "compact", (False,))
+            self.send(wire.PUBLISH, [("q", "a")], [(0, size, group, 1, START)], blob=bytes(size))
 
 
 def segments(directory: Path) -> list[Path]:
@@ -63,12 +51,12 @@ READERS: list[Callable[[Path], object]] = [
 def test_a_journal_whose_oldest_segments_are_missing_is_refused(
     tmp_path: Path, compacted: bool, read: Callable[[Path], object]
 ) -> None:
-    life = Life(tmp_path)
-    life.publish(60)
+    peer = Publisher(tmp_path)
+    peer.publish(60)
     if compacted:
-        life.compact()
-        life.publish(60)
-    life.engine.close()
+        peer.compact()
+        peer.publish(60)
+    peer.engine.close()
     assert len(segments(tmp_path)) > 3
     missing = segments(tmp_path)[0]
     for path in segments(tmp_path)[:2]:
@@ -79,12 +67,12 @@ def test_a_journal_whose_oldest_segments_are_missing_is_refused(
 
 
 def test_deleted_segments_are_not_missed(tmp_path: Path) -> None:
-    life = Life(tmp_path)
-    life.publish(60)
+    peer = Publisher(tmp_path)
+    peer.publish(60)
     first = segments(tmp_path)[0]
-    life.compact()
-    life.publish(5)
-    life.engine.close()
+    peer.compact()
+    peer.publish(5)
+    peer.engine.close()
     assert first not in segments(tmp_path)
     for read in READERS:
         read(tmp_path)
@@ -102,9 +90,9 @@ def test_deleted_segments_are_not_missed(tmp_path: Path) -> None:
     ids=["an unknown kind", "no msgpack", "an impossible epoch", "an impossible number", "a target that is not there"],
 )
 def test_a_record_that_makes_no_sense_is_refused_with_its_place(tmp_path: Path, record: Record) -> None:
-    life = Life(tmp_path)
-    life.publish(3)
-    life.engine.close()
+    peer = Publisher(tmp_path)
+    peer.publish(3)
+    peer.engine.close()
     journal = Journal.open(tmp_path, replay=lambda batch: None, segment_bytes=SEGMENT)
     place = journal.commit([record], 1.0)
     journal.close()
@@ -119,14 +107,14 @@ def test_a_body_that_has_changed_on_the_disk_is_neither_delivered_nor_copied_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "DEEP", 5)
-    life = Life(tmp_path)
-    life.publish(60)
+    peer = Publisher(tmp_path)
+    peer.publish(60)
     path = segments(tmp_path)[1]
     content = bytearray(path.read_bytes())
     content[1_000] ^= 1
     path.write_bytes(content)
     with pytest.raises(JournalCorrupt) as caught:
-        life.compact()
+        peer.compact()
     assert caught.value.file == path.name
     assert path in segments(tmp_path), "what tells of it is still there"
     assert [found.file for found in verify(tmp_path) if found.damage][:1] == [path.name]
