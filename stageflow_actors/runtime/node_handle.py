@@ -38,7 +38,7 @@ main(int(sys.argv[1]))
 READY_SECONDS = 180.0
 """How long a node may take: a large journal is read in that time."""
 REGISTER_SECONDS = 30.0
-STOP_MARGIN = 10.0
+STOP_MARGIN_SECONDS = 10.0
 """What a node gets beyond the grace to end all that is in work, and itself, before it is killed with its cluster."""
 REMAINS_SECONDS = 5.0
 """How long what is left of a dead node's cluster may take to follow it."""
@@ -111,7 +111,7 @@ class NodeHandle:
     def stop(self, grace: float | None) -> None:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it, and so does the
         grace when it has long been over: the node may be stopped, or wait for a broker that is."""
-        deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN
+        deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
         notes = StopNotes(self._notice)
         try:
             reach("program.leaving")

@@ -233,7 +233,7 @@ class Nursery:
 
     def pause(self) -> None:
         """As many deaths as it takes."""
-        for _ in range(exit_policy.DEATHS_IN_A_ROW):
+        for _ in range(exit_policy.MAX_DEATHS_IN_A_ROW):
             self.pool._exit_policy.not_before = 0.0
             self.pool._fill()
             self.death()

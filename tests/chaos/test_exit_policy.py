@@ -15,10 +15,10 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADAB
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, VersionCode
 from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.exit_policy import (
-    BACK_OFF,
-    DEATHS_IN_A_ROW,
-    FAILED_STARTS,
-    LONGEST_BACK_OFF,
+    BACK_OFF_SECONDS,
+    MAX_BACK_OFF_SECONDS,
+    MAX_DEATHS_IN_A_ROW,
+    MAX_FAILED_STARTS,
     NO_CONSEQUENCE,
     ExitDecision,
     ExitPolicy,
@@ -112,7 +112,7 @@ NOT_GUILTY = [
 def test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted(
     court: Court, status: int | None, states: list[SlotState], expected: bool
 ) -> None:
-    for _ in range(DEATHS_IN_A_ROW + FAILED_STARTS):
+    for _ in range(MAX_DEATHS_IN_A_ROW + MAX_FAILED_STARTS):
         assert court(status, *states, expected=expected) == NO_CONSEQUENCE
     assert court.waits == 0
 
@@ -154,14 +154,14 @@ def test_what_a_killed_worker_had_been_done_with_before_the_signal_came_is_not_b
 
 
 def test_kills_for_memory_count_as_deaths_in_a_row(court: Court) -> None:
-    verdicts = [court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True)) for _ in range(DEATHS_IN_A_ROW)]
+    verdicts = [court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True)) for _ in range(MAX_DEATHS_IN_A_ROW)]
     assert all((v.responsible, v.failure, v.counted) == ([7], HUNGRY, True) for v in verdicts)
-    assert [bool(decision.pause) for decision in verdicts] == [False] * (DEATHS_IN_A_ROW - 1) + [True]
+    assert [bool(decision.pause) for decision in verdicts] == [False] * (MAX_DEATHS_IN_A_ROW - 1) + [True]
     assert "(the last: more memory than max_memory allows)" in verdicts[-1].pause
 
 
 def test_workers_that_need_too_much_memory_to_begin_with_pause_the_pool_with_that_reason(court: Court) -> None:
-    for _ in range(FAILED_STARTS):
+    for _ in range(MAX_FAILED_STARTS):
         decision = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
     assert "(they need more than max_memory=5 to begin with)" in decision.pause
 
@@ -171,30 +171,40 @@ def test_the_first_restart_is_immediate_and_later_ones_wait_twice_as_long_each_u
     for _ in range(7):
         court(1, BUSY)
         waits.append(court.waits)
-    assert waits == pytest.approx([0, BACK_OFF, 2 * BACK_OFF, 4 * BACK_OFF, 8 * BACK_OFF, *2 * [LONGEST_BACK_OFF]])
+    assert waits == pytest.approx(
+        [
+            0,
+            BACK_OFF_SECONDS,
+            2 * BACK_OFF_SECONDS,
+            4 * BACK_OFF_SECONDS,
+            8 * BACK_OFF_SECONDS,
+            *2 * [MAX_BACK_OFF_SECONDS],
+        ]
+    )
 
 
 def test_deaths_in_a_row_pause_the_pool_and_the_reason_names_the_last(court: Court) -> None:
-    for _ in range(DEATHS_IN_A_ROW - 1):
+    for _ in range(MAX_DEATHS_IN_A_ROW - 1):
         assert not court(1, BUSY).pause
     pause = court(-signal.SIGABRT, BUSY).pause
     assert pause == (
-        f"{DEATHS_IN_A_ROW} of its workers died in a row while running stage 's' (the last: killed by SIGABRT (abort))"
+        f"{MAX_DEATHS_IN_A_ROW} of its workers died in a row while running stage 's' "
+        "(the last: killed by SIGABRT (abort))"
     )
 
 
 def test_a_message_settled_well_resets_the_count_of_deaths(court: Court) -> None:
-    for _ in range(3 * DEATHS_IN_A_ROW):
+    for _ in range(3 * MAX_DEATHS_IN_A_ROW):
         assert not court(1, lane(busy=True, settled=1)).pause
     assert court.waits == 0
 
 
 def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(court: Court) -> None:
     for _ in range(3):
-        for _ in range(FAILED_STARTS - 1):
+        for _ in range(MAX_FAILED_STARTS - 1):
             assert not court(1, IDLE).pause
         court(1, lane(busy=True, settled=1))
-    for _ in range(FAILED_STARTS):
+    for _ in range(MAX_FAILED_STARTS):
         pause = court(EXIT_UNLOADABLE, IDLE).pause
     assert pause.endswith("ended in a row before they did anything (its code or its services cannot be loaded)")
 
@@ -202,22 +212,22 @@ def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(cou
 def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
     for status, how in ((13, "exit code 13"), (-signal.SIGSEGV, "killed by SIGSEGV (segmentation fault)")):
         court.policy.forget()
-        for _ in range(FAILED_STARTS):
+        for _ in range(MAX_FAILED_STARTS):
             pause = court(status, IDLE).pause
         assert pause.endswith(f"ended in a row before they did anything (the last: {how})")
 
 
 def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
     assert court.policy.not_started(spec(), NOW) == NO_CONSEQUENCE
-    assert court.waits == pytest.approx(BACK_OFF)
-    for _ in range(FAILED_STARTS - 1):
+    assert court.waits == pytest.approx(BACK_OFF_SECONDS)
+    for _ in range(MAX_FAILED_STARTS - 1):
         decision = court.policy.not_started(spec(), NOW)
-    assert f"{FAILED_STARTS} of its workers ended in a row" in decision.pause
+    assert f"{MAX_FAILED_STARTS} of its workers ended in a row" in decision.pause
     assert "no room for its process" in decision.pause
 
 
 def test_what_is_forgotten_counts_no_more(court: Court) -> None:
-    for _ in range(DEATHS_IN_A_ROW - 1):
+    for _ in range(MAX_DEATHS_IN_A_ROW - 1):
         court(1, BUSY)
     court.policy.forget()
     assert court.policy.not_before == 0

@@ -29,16 +29,16 @@ def test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not(alone: An
     assert len(alone.zygote.asked) == 2
     alone.death()
     assert len(alone.zygote.asked) == 2
-    assert time.monotonic() < alone.pool._exit_policy.not_before <= time.monotonic() + exit_policy.BACK_OFF
+    assert time.monotonic() < alone.pool._exit_policy.not_before <= time.monotonic() + exit_policy.BACK_OFF_SECONDS
     alone.pool._exit_policy.not_before = 0.0
     alone.pool.on_receive(Tick())
     assert len(alone.zygote.asked) == 3
     alone.death()
-    assert alone.pool._exit_policy.not_before > time.monotonic() + exit_policy.BACK_OFF, "longer each time"
+    assert alone.pool._exit_policy.not_before > time.monotonic() + exit_policy.BACK_OFF_SECONDS, "longer each time"
 
 
 def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: Any) -> None:
-    for number in range(2 * exit_policy.DEATHS_IN_A_ROW):
+    for number in range(2 * exit_policy.MAX_DEATHS_IN_A_ROW):
         alone.death(settled=1)
         assert len(alone.zygote.asked) == number + 2
     assert not alone.broker.paused
@@ -46,7 +46,7 @@ def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: 
 
 
 def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again(alone: Any) -> None:
-    for _ in range(exit_policy.FAILED_STARTS):
+    for _ in range(exit_policy.MAX_FAILED_STARTS):
         alone.idle_end()
         alone.death(settled=1)
     assert not alone.broker.paused
@@ -56,7 +56,7 @@ def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_on
 
 
 def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
-    for _ in range(exit_policy.FAILED_STARTS):
+    for _ in range(exit_policy.MAX_FAILED_STARTS):
         alone.pool._exit_policy.not_before = 0.0
         alone.pool._fill()
         alone.idle_end()
@@ -83,7 +83,7 @@ def test_a_pool_reports_its_pause_once_however_many_workers_die_of_what_they_had
     many = nursery(actors=6)
     many.pool.on_start()
     ids = [many.birth(id) for id in list(many.zygote.asked)]
-    many.pool._exit_policy._deaths = exit_policy.DEATHS_IN_A_ROW - 1
+    many.pool._exit_policy._deaths = exit_policy.MAX_DEATHS_IN_A_ROW - 1
     for number, id in enumerate(ids):
         many.lane(id).begin(number, 0, time.monotonic_ns())
         many.end(id, -6)
@@ -96,7 +96,7 @@ def test_a_death_just_after_a_manual_resume_does_not_pause_the_queue_again(nurse
     two.pool.on_start()
     straggler = two.birth(two.zygote.asked[0])
     two.lane(straggler).begin(1, 0, time.monotonic_ns())
-    two.pool._exit_policy._deaths = exit_policy.DEATHS_IN_A_ROW - 1
+    two.pool._exit_policy._deaths = exit_policy.MAX_DEATHS_IN_A_ROW - 1
     two.death()
     assert two.broker.paused
     two.broker.admin.resume("q")
@@ -188,12 +188,12 @@ def test_a_stopped_zygote_that_owes_a_death_is_ended_and_the_dead_are_judged_all
     zygote = two.zygote
     now = time.monotonic_ns()
     two.pool._look_for_deaths(now)
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED)
+    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
     assert not zygote.killed, "one that is at work is given more time"
     zygote.stopped = True
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED - 1)
+    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS - 1)
     assert not zygote.killed
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED)
+    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
     assert zygote.killed
     two.new_zygote()
     two.pool.on_receive(ZygoteLost(zygote))
@@ -212,7 +212,7 @@ def test_a_stage_killed_at_its_timeout_under_a_stopped_zygote_has_failed_by_that
     zygote.stopped = True
     now = time.monotonic_ns()
     alone.pool._look_for_deaths(now)
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED)
+    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
     alone.pool.on_receive(ZygoteLost(zygote))
     ((responsible, _, failure),) = alone.buried()
     assert (responsible, failure.kind) == ([7], "timeout")
@@ -223,7 +223,7 @@ def test_a_zygote_that_is_not_stopped_and_reports_nothing_for_very_long_is_ended
     alone.exited.add(alone.worker(id).pidfd)
     now = time.monotonic_ns()
     alone.pool._look_for_deaths(now)
-    alone.pool._look_for_deaths(now + pool_module.LONGEST_UNREPORTED + 1)
+    alone.pool._look_for_deaths(now + pool_module.MAX_UNREPORTED_NS + 1)
     assert alone.zygote.killed
 
 
@@ -231,7 +231,7 @@ def test_a_stopped_zygote_that_owes_a_birth_is_ended(alone: Any) -> None:
     now = time.monotonic_ns()
     alone.pool._look_for_deaths(now)
     alone.zygote.stopped = True
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED)
+    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
     assert alone.zygote.killed
 
 
@@ -240,5 +240,5 @@ def test_a_worker_that_is_born_in_time_is_owed_nothing(alone: Any) -> None:
     alone.pool._look_for_deaths(now)
     alone.zygote.stopped = True
     alone.birth()
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED)
+    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
     assert not alone.zygote.killed

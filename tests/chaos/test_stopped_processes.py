@@ -18,7 +18,7 @@ from stageflow_actors.diagnostics import health
 from stageflow_actors.runtime import node_handle
 from stageflow_actors.runtime.ipc import stop_notes
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.node.pool import UNREPORTED
+from stageflow_actors.runtime.node.pool import UNREPORTED_NS
 
 Row = dict[str, Any]
 
@@ -99,7 +99,7 @@ def test_a_death_that_a_stopped_zygote_does_not_report_is_detected(
     began = time.monotonic()
     result = runtime.execute(brittle, {"log": effects.path}, timeout=PATIENT)
     assert (result.status, result.stages[0].attempts) == ("completed", 2), result.error
-    assert time.monotonic() - began > UNREPORTED / 1e9
+    assert time.monotonic() - began > UNREPORTED_NS / 1e9
     assert before.zygotes[0].pid not in [zygote.pid for zygote in cluster(data=data).zygotes]
     assert health.examine(data) == []
 
@@ -155,7 +155,7 @@ def test_a_stop_with_a_grace_ends_whatever_is_stopped(
     kind: str,
 ) -> None:
     if kind == "nodes":
-        monkeypatch.setattr(node_handle, "STOP_MARGIN", 1.0)  # nobody but the program can know then
+        monkeypatch.setattr(node_handle, "STOP_MARGIN_SECONDS", 1.0)  # nobody but the program can know then
     instance = runtime.submit(lengthy, {"log": effects.path})
     eventually(lambda: effects("run"), "work")
     alive = cluster(data=data)

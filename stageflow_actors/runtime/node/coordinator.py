@@ -36,13 +36,13 @@ __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
 logger = logging.getLogger("stageflow_actors.node.coordinator")
 
-BULK = 2_000
+MAX_ROWS = 2_000
 """Rows in one transaction."""
 
-BEHIND = 0.02
+WRITE_DELAY_SECONDS = 0.02
 """Seconds that a finished instance may wait for others before it is written."""
 
-FULL_RETRY = 1.0
+FULL_RETRY_SECONDS = 1.0
 """Seconds before another try when the history's disk is full."""
 
 
@@ -87,7 +87,7 @@ class Coordinator(pykka.ThreadingActor):
         self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
         self._since = 0.0
         self._not_before = 0.0
-        self._most = BULK
+        self._most = MAX_ROWS
         self._pruned = time.monotonic()
 
     def on_failure(self, *args: Any) -> None:
@@ -103,14 +103,14 @@ class Coordinator(pykka.ThreadingActor):
                 if not self._pending:
                     self._since = time.monotonic()
                 self._pending.extend(self._rows(message))
-                if len(self._pending) >= BULK:
+                if len(self._pending) >= MAX_ROWS:
                     self._write()
             else:
                 # Of a queue that nobody serves: what belongs to a version that is not registered.
                 self._coordinate(message, lost=message.queue != self._naming.coordinator)
         elif isinstance(message, Flush):
             now = time.monotonic()
-            if self._pending and now >= self._since + BEHIND:
+            if self._pending and now >= self._since + WRITE_DELAY_SECONDS:
                 self._write()
             if self._retention is not None and now - self._pruned > 60:
                 self._pruned = now
@@ -148,13 +148,13 @@ class Coordinator(pykka.ThreadingActor):
         except HistoryUnavailable as error:
             # The instances stay live in the broker, so nothing is lost and nothing can be started twice.
             logger.warning("the history waits: %s", error)
-            self._not_before = time.monotonic() + FULL_RETRY
+            self._not_before = time.monotonic() + FULL_RETRY_SECONDS
             # Part of it may find room, and lets the journal, which keeps all of it meanwhile, make some more.
             self._most = max(1, len(batch) // 2)
             return
         reach("coordinator.history-written")
         del self._pending[: len(batch)]
-        self._most = min(BULK, 2 * self._most)
+        self._most = min(MAX_ROWS, 2 * self._most)
         self._since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.

@@ -21,17 +21,17 @@ from stageflow_actors.runtime.system.processes import describe_exit
 
 __all__ = ["CANCELLED", "NO_CONSEQUENCE", "ExitDecision", "ExitPolicy", "over_memory", "over_time", "overdue"]
 
-DEATHS_IN_A_ROW = 16
+MAX_DEATHS_IN_A_ROW = 16
 """Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
 each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
 
-FAILED_STARTS = 10
+MAX_FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
 
 NO_ROOM = "there was no room for its process"
 
-BACK_OFF = 0.05
-LONGEST_BACK_OFF = 0.5
+BACK_OFF_SECONDS = 0.05
+MAX_BACK_OFF_SECONDS = 0.5
 """Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
 
 CANCELLED = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
@@ -105,7 +105,7 @@ class ExitPolicy:
 
     def wait(self, times: int, now: float) -> None:
         """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
-        self.not_before = now + min(LONGEST_BACK_OFF, BACK_OFF * 2 ** min(times - 1, 8))
+        self.not_before = now + min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** min(times - 1, 8))
 
     def forget(self) -> None:
         """The pool begins anew: whatever ailed it may have been mended."""
@@ -128,7 +128,7 @@ class ExitPolicy:
     def _died(self, spec: PoolSpec, how: str, now: float) -> str:
         """One more death in a row; why the pool is to be paused, if it is."""
         self._deaths += 1
-        if self._deaths >= DEATHS_IN_A_ROW:
+        if self._deaths >= MAX_DEATHS_IN_A_ROW:
             return f"{self._deaths} of its workers died in a row while running {_what(spec)} (the last: {how})"
         if self._deaths > 1:
             self.wait(self._deaths - 1, now)
@@ -137,7 +137,7 @@ class ExitPolicy:
     def _ended_idle(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
         """One more that has begun nothing; why the pool is to be paused, if it is."""
         self._failed_starts += 1
-        if self._failed_starts >= FAILED_STARTS:
+        if self._failed_starts >= MAX_FAILED_STARTS:
             if status == EXIT_UNLOADABLE:
                 hint = "its code or its services cannot be loaded"
             elif status == -signal.SIGKILL and spec.max_memory:

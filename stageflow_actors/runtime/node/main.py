@@ -51,23 +51,23 @@ logger = logging.getLogger("stageflow_actors.node")
 
 T = TypeVar("T")
 
-SLOTS = 65_536
-TICK = 0.02
+SLOT_COUNT = 65_536
+TICK_SECONDS = 0.02
 """Seconds between looks at the slots: how late a timeout may be noticed."""
 LOOK_SECONDS = 2.0
 """Seconds between looks at queues that nobody serves."""
 FIRST_FIELD = [1, 3]
 """Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
-STOP_POLL = 0.01
+STOP_POLL_SECONDS = 0.01
 ANSWER_SECONDS = 3.0
 """What a broker gets to answer in a stop that may not take for ever, however short the grace is: it answers within
 milliseconds unless it is stopped, or its disk hangs."""
 SILENT_STOP_SECONDS = 1.0
 """How long a broker that has not answered is asked to end before it is killed."""
 HISTORY_SECONDS = 30.0
-HISTORY_GRACE = 5.0
-"""How long ends that are not in the history yet are waited for: they are safe in the broker. `HISTORY_GRACE` in a stop
-that may not take for ever."""
+HISTORY_GRACE_SECONDS = 5.0
+"""The longest wait for ended instances that are not in the history yet; the grace is that of a stop with a deadline.
+They are safe in the broker until the next start."""
 
 
 class _NodeListener(Listener):
@@ -165,7 +165,7 @@ class Node:
         """
         config = self._config
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
-        self._slots = SlotTable.create(SLOTS)
+        self._slots = SlotTable.create(SLOT_COUNT)
         self._stderr = StderrRelay()
         self._make_zygote()
         lasting = config.durability != "memory"
@@ -237,7 +237,7 @@ class Node:
         """Hear the zygote and let time pass for the actors, until it is time to stop."""
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         while self._stopping is None:
-            self._round(TICK)
+            self._round(TICK_SECONDS)
         self._stop(self._stopping)
 
     def abandon(self, status: int) -> NoReturn:
@@ -269,7 +269,7 @@ class Node:
         late = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
-                return asked.result(STOP_POLL)
+                return asked.result(STOP_POLL_SECONDS)
             except TimeoutError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
@@ -400,7 +400,7 @@ class Node:
                     self._lost = zygote
                     zygote.close()
         if time.monotonic() >= self._next_tick:
-            self._next_tick = time.monotonic() + TICK
+            self._next_tick = time.monotonic() + TICK_SECONDS
             self._supervisor.tell(Tick())
             self._coordinator.tell(Flush())
         if time.monotonic() >= self._next_look:
@@ -445,7 +445,7 @@ class Node:
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                     break
                 self._notes.wait_for(lambda: describe_work(self._services.lanes, time.monotonic_ns()))
-                self._round(STOP_POLL)
+                self._round(STOP_POLL_SECONDS)
         except TimeoutError:
             return False
         return True
@@ -453,7 +453,7 @@ class Node:
     def _await_workers(self) -> None:
         deadline = time.monotonic() + 5
         while self._services.live and time.monotonic() < deadline:
-            self._round(STOP_POLL)
+            self._round(STOP_POLL_SECONDS)
 
     def _write_history(self, hurried: bool) -> bool:
         """Until every ended instance is in the history, or its disk has been full for too long: they wait then.
@@ -461,14 +461,14 @@ class Node:
         Whether the broker answers.
         """
         own = {self._config.naming.finished}
-        deadline = time.monotonic() + (HISTORY_GRACE if hurried else HISTORY_SECONDS)
+        deadline = time.monotonic() + (HISTORY_GRACE_SECONDS if hurried else HISTORY_SECONDS)
         try:
             while time.monotonic() < deadline:
                 queues = self._answer_within(deadline if hurried else None, self._broker.admin.stats(""))["queues"]
                 if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
                     break
                 self._notes.wait_for(lambda: "instances that have ended to be written to the history")
-                self._round(STOP_POLL)
+                self._round(STOP_POLL_SECONDS)
         except TimeoutError:
             return False
         return True

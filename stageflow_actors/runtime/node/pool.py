@@ -47,25 +47,25 @@ __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLo
 
 logger = logging.getLogger("stageflow_actors.node.pool")
 
-LONG = 50_000_000
+LONG_MESSAGE_NS = 50_000_000
 """Nanoseconds after which a message in work is long: what its worker holds beyond it is recalled."""
 
-LANES_A_TICK = 64
+LANES_PER_TICK = 64
 """Lanes of one worker that are looked at in each tick, about."""
 
-ASK_AGAIN = 50_000_000
+RETIRE_RETRY_NS = 50_000_000
 """Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
-REMIND = 2_000_000_000
+RETIRE_REPEAT_NS = 2_000_000_000
 """Nanoseconds before a worker that has been asked to end, and is still there, is asked once more: words get lost."""
 
-DEATH_LOOK = 100_000_000
+DEATH_CHECK_NS = 100_000_000
 """Nanoseconds between looks whether workers have ended of which the zygote has said nothing."""
-UNREPORTED = 2_000_000_000
+UNREPORTED_NS = 2_000_000_000
 """Nanoseconds in which a zygote reports a death; one that has been stopped meanwhile is ended, for nobody else will."""
-LONGEST_UNREPORTED = 15_000_000_000
+MAX_UNREPORTED_NS = 15_000_000_000
 """The same for a zygote that is not stopped: it may have much to kill of what its workers have left behind."""
 
-MEMORY_LOOK = 100_000_000
+MEMORY_CHECK_NS = 100_000_000
 """Nanoseconds between looks at the memory of workers that have a limit."""
 
 
@@ -266,17 +266,17 @@ class Pool(pykka.ThreadingActor):
         now = time.monotonic_ns()
         self._ticks += 1
         # Hundreds of lanes are looked at less often: most are of async stages, which are ended by their own worker.
-        if self._ticks % (1 + self._spec.concurrency // LANES_A_TICK) == 0:
+        if self._ticks % (1 + self._spec.concurrency // LANES_PER_TICK) == 0:
             for worker in self._workers.values():
                 if worker.pidfd >= 0 and worker.killed is None:
                     running = worker.running()
                     if running:
                         self._look_at(worker, running, now)
         if now >= self._death_look:
-            self._death_look = now + DEATH_LOOK
+            self._death_look = now + DEATH_CHECK_NS
             self._look_for_deaths(now)
         if self._spec.max_memory and now >= self._memory_look:
-            self._memory_look = now + MEMORY_LOOK
+            self._memory_look = now + MEMORY_CHECK_NS
             self._look_at_memory()
         self._pause.look(time.monotonic(), lambda: self.actor_ref.tell(_Resumed()))
         for worker in self._workers.values():
@@ -299,7 +299,7 @@ class Pool(pykka.ThreadingActor):
             self._kill(worker, late, over_time(self._spec, *late))
             return
         oldest = min(running, key=lambda state: state.since_ns)
-        if now - oldest.since_ns > LONG:
+        if now - oldest.since_ns > LONG_MESSAGE_NS:
             self._recall(worker, oldest.message_id, now, now - oldest.since_ns)
 
     def _look_for_deaths(self, now: int) -> None:
@@ -310,9 +310,9 @@ class Pool(pykka.ThreadingActor):
                 continue
             worker.missed_at = worker.missed_at or now
             missed = now - worker.missed_at
-            if missed < UNREPORTED or worker.forsaken:
+            if missed < UNREPORTED_NS or worker.forsaken:
                 continue
-            if worker.zygote.is_stopped() or (dead and missed > LONGEST_UNREPORTED):
+            if worker.zygote.is_stopped() or (dead and missed > MAX_UNREPORTED_NS):
                 logger.error("pool %s: the zygote process does not report: it is ended", self._spec.queue)
                 self._forsake(worker.zygote)
 
@@ -401,11 +401,11 @@ class Pool(pykka.ThreadingActor):
         """Through the broker, never by a signal: it may have begun something, or be about to settle what it has done,
         and would be killed between the doing and the settling, so that all of that were done once more."""
         worker.retiring = True
-        worker.ask_at = time.monotonic_ns() + REMIND
+        worker.ask_at = time.monotonic_ns() + RETIRE_REPEAT_NS
 
         def answered(asked: Future[Any]) -> None:
             if asked.exception() is not None or not asked.result():
-                worker.ask_at = time.monotonic_ns() + ASK_AGAIN
+                worker.ask_at = time.monotonic_ns() + RETIRE_RETRY_NS
 
         self._services.broker.admin.retire(worker.peer).add_done_callback(answered)
 

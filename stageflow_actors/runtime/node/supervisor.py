@@ -30,7 +30,7 @@ __all__ = ["AddPools", "Supervisor", "queue_options"]
 
 logger = logging.getLogger("stageflow_actors.node.supervisor")
 
-ROLL_CALL = 50
+ROLL_CALL_TICKS = 50
 """Ticks after which also pools that have nothing to do are told of one: a worker may have died of itself."""
 
 
@@ -76,7 +76,7 @@ class Supervisor(pykka.ThreadingActor):
         """One event."""
         if isinstance(message, Tick):
             self._ticks += 1
-            all_of_them = self._ticks % ROLL_CALL == 0
+            all_of_them = self._ticks % ROLL_CALL_TICKS == 0
             for name, pool in self._pools.items():
                 if all_of_them or self._services.is_restless(
                     name

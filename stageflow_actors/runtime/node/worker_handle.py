@@ -11,10 +11,10 @@ from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
 __all__ = ["Kill", "WorkerHandle"]
 
-REMEMBERED = 60_000_000_000
+CANCEL_MEMORY_NS = 60_000_000_000
 """Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
 
-CANCEL_GRACE = 1_000_000_000
+CANCEL_GRACE_NS = 1_000_000_000
 """Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
 
 
@@ -83,13 +83,13 @@ class WorkerHandle:
 
     def cancel(self, message_id: int, now: int) -> None:
         """The instance of this message has been cancelled: its handler is told, and gets a grace (`now` in ns)."""
-        self.cancelled[message_id] = now + CANCEL_GRACE
+        self.cancelled[message_id] = now + CANCEL_GRACE_NS
         self.remind(now)
 
     def remind(self, now: int) -> None:
         """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
         for message_id, until in list(self.cancelled.items()):
-            if now - until > REMEMBERED:
+            if now - until > CANCEL_MEMORY_NS:
                 del self.cancelled[message_id]
         for lane in self.lanes:
             state = lane.read()
