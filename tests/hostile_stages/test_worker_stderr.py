@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime.node.stderr_relay import CHUNK, LEFT_BEHIND, StderrRelay
+from stageflow_actors.runtime.node.stderr_relay import CHUNK_BYTES, MAX_ORPHANED_PIPES, StderrRelay
 
 Row = dict[str, Any]
 
@@ -139,7 +139,7 @@ def test_reading_the_last_stderr_lines_does_not_wait_for_a_program_that_does_not
 ) -> None:
     loud, theirs = relay.open()
     os.set_blocking(theirs, False)
-    eventually(lambda: fill(theirs) and unread(pipe.ours) == CHUNK, "a program's pipe that is full")
+    eventually(lambda: fill(theirs) and unread(pipe.ours) == CHUNK_BYTES, "a program's pipe that is full")
     silent, own = relay.open()
     os.write(own, b"the last words of another\n")
     os.close(own)
@@ -151,7 +151,7 @@ def test_reading_the_last_stderr_lines_does_not_wait_for_a_program_that_does_not
 
 def fill(fd: int) -> bool:
     try:
-        os.write(fd, b"x" * CHUNK)
+        os.write(fd, b"x" * CHUNK_BYTES)
     except BlockingIOError:
         return True
     return False
@@ -167,7 +167,7 @@ def test_a_program_without_stderr_holds_up_no_worker(relay: StderrRelay, pipe: P
     os.close(pipe.ours)
     stderr, theirs = relay.open()
     for _ in range(50):
-        os.write(theirs, b"x" * CHUNK)  # would wait for ever when nobody reads
+        os.write(theirs, b"x" * CHUNK_BYTES)  # would wait for ever when nobody reads
     os.close(theirs)
     assert stderr.finish().endswith(b"x")
     pipe.ours = os.open(os.devnull, os.O_RDONLY)
@@ -178,11 +178,11 @@ def test_output_that_a_worker_has_left_behind_is_relayed_too_with_a_bounded_numb
 ) -> None:
     before = descriptors()
     left: list[int] = []
-    for _ in range(2 * LEFT_BEHIND):
+    for _ in range(2 * MAX_ORPHANED_PIPES):
         stderr, theirs = relay.open()
         left.append(theirs)  # as a child has it that has outlived its worker
         stderr.finish()
-    eventually(lambda: descriptors() <= before + len(left) + LEFT_BEHIND, "the oldest ends closed")
+    eventually(lambda: descriptors() <= before + len(left) + MAX_ORPHANED_PIPES, "the oldest ends closed")
     with pytest.raises(BrokenPipeError):
         os.write(left[0], b"nobody hears this\n")
     os.write(left[-1], b"I am still here\n")

@@ -20,7 +20,7 @@ HISTORY_FACT = "history"
 WRITTEN_FACT = "history-written"
 """Under which the broker keeps how many rows had ever been written to that history when it was told of them."""
 
-AT_ONCE = 5_000
+LOOKUP_BATCH = 5_000
 """Instances asked for in one query."""
 
 
@@ -64,7 +64,7 @@ def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
     """
     told = admin.get_fact(WRITTEN_FACT).result() or "0"
     found: list[str] = []
-    for rows in history.written_since(int(told), AT_ONCE):
+    for rows in history.written_since(int(told), LOOKUP_BATCH):
         groups = admin.lookup(list(rows)).result()["groups"]
         over = [id for id, group in groups.items() if not group["ended"] and group["epoch"] <= rows[id]]
         if over:

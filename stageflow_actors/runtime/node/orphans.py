@@ -20,8 +20,8 @@ from stageflow_brokers.api import Broker, DeliveryItem
 
 __all__ = ["OrphanedMessages", "send_on"]
 
-PAGE = 1_000
-TAKEN_AT_ONCE = 200
+PAGE_SIZE = 1_000
+ORPHAN_CREDIT = 200
 UNKNOWN = "WorkflowDefinitionError"
 
 _STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
@@ -58,7 +58,7 @@ class OrphanedMessages:
             name = queue["name"]
             if (queue["ready"] or queue["delayed"]) and self._is_abandoned(name) and name not in self._taken:
                 self._taken.add(name)
-                self._broker.consume(name, TAKEN_AT_ONCE)
+                self._broker.consume(name, ORPHAN_CREDIT)
 
     def _is_abandoned(self, name: str) -> bool:
         if name in self._served or name.startswith(self._naming.endpoint("")):
@@ -80,7 +80,7 @@ class OrphanedMessages:
         found: list[int] = []
         offset = 0
         while True:
-            page = self._broker.admin.peek(name, offset, PAGE).result()
+            page = self._broker.admin.peek(name, offset, PAGE_SIZE).result()
             for letter in page:
                 if "body" not in letter:
                     break  # as many as there was room for; the next page begins here

@@ -18,19 +18,19 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 
 __all__ = ["StderrRelay", "WorkerStderr"]
 
-CHUNK = 65_536
+CHUNK_BYTES = 65_536
 """Bytes read at once: what a pipe holds."""
-KEPT = 32_768
+KEPT_BYTES = 32_768
 """Bytes at the end of what a worker wrote that are kept: room for a traceback of the interpreter's own."""
-REST = 0.005
+GATHER_SECONDS = 0.005
 """Seconds in which more may gather, so that a stage that writes line by line does not wake the node at each."""
-LONGEST_LINE = CHUNK
+MAX_LINE_BYTES = CHUNK_BYTES
 """Bytes of a line that are held back until its end comes."""
 LINE_SECONDS = 0.2
 """Seconds for which the first half of a line is held back: a worker may have to wait for its turn in between."""
-MOST_READS = 16
+MAX_READS = 16
 """Reads after a worker's end: a process that it has left behind may write for ever."""
-LEFT_BEHIND = 64
+MAX_ORPHANED_PIPES = 64
 """Most pipes kept open for what dead workers have left behind. The oldest are closed: who writes there is told so."""
 
 
@@ -55,14 +55,14 @@ class WorkerStderr:
             if self.at_end:
                 return 0
             try:
-                data = os.read(self.fd, CHUNK)
+                data = os.read(self.fd, CHUNK_BYTES)
             except BlockingIOError:
                 return 0
             if not data:
                 self.at_end = True
                 return 0
             self._waiting.append(data)
-            self._tail = data[-KEPT:] if len(data) >= KEPT else (self._tail + data)[-KEPT:]
+            self._tail = data[-KEPT_BYTES:] if len(data) >= KEPT_BYTES else (self._tail + data)[-KEPT_BYTES:]
             return len(data)
 
     def take(self) -> bytes:
@@ -76,7 +76,7 @@ class WorkerStderr:
             cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
             if cut or not self._since:
                 self._since = now
-            if self.at_end or (not cut and (len(data) > LONGEST_LINE or now - self._since > LINE_SECONDS)):
+            if self.at_end or (not cut and (len(data) > MAX_LINE_BYTES or now - self._since > LINE_SECONDS)):
                 cut = len(data)
             rest = data[cut:]
             self._waiting = [rest] if rest else []
@@ -97,7 +97,7 @@ class WorkerStderr:
 
     def finish(self) -> bytes:
         """The worker has ended: the end of what it wrote. The rest is still passed on."""
-        for _ in range(MOST_READS):
+        for _ in range(MAX_READS):
             if not self.read():
                 break
         self._relay.left(self)
@@ -172,17 +172,17 @@ class StderrRelay:
         for each in speaking:
             count = each.read()
             heard += count
-            full = full or count > CHUNK // 4
+            full = full or count > CHUNK_BYTES // 4
             self._write(each.take())
             if each.has_rest:
                 self._held.add(each)
         with self._lock:
             gone = [each for each in speaking if each.at_end]
-            gone += list(self._left.values())[: max(0, len(self._left) - LEFT_BEHIND)]
+            gone += list(self._left.values())[: max(0, len(self._left) - MAX_ORPHANED_PIPES)]
         for each in gone:
             self._forget(each)
         if not (closing or full):
-            time.sleep(REST)
+            time.sleep(GATHER_SECONDS)
         over = closing and (not heard or time.monotonic() > self._deadline)
         for each in list(self._held) if over else []:
             self._forget(each)
