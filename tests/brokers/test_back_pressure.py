@@ -235,7 +235,7 @@ def test_a_subscriber_that_never_reads_is_cut_off_and_hears_so_when_it_reads(
         published += 1
         assert published < 20_000, "it is never cut off"
     assert session not in engine.machine.outbox.subscribers or not session.connected
-    # It reads at last: what was said before, and then that it has to say hello.
+    # It reads at last: the earlier frames, and then the request for a hello.
     words: list[str] = []
     while "hello" not in words:
         assert deaf.poll(int(PATIENCE * 1000)), "the word that it was cut off"

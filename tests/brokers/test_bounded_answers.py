@@ -16,7 +16,7 @@ MOST = 1_000
 
 
 class Reader(Peer):
-    """A peer that answers marks when it is told to, and not before."""
+    """A peer that answers pings only on request."""
 
     def __init__(self, world: World, number: int, **options: Any) -> None:
         super().__init__(world, number, **options)
@@ -36,7 +36,7 @@ class Reader(Peer):
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A broker that answers nobody who has more than `MOST` bytes to read."""
+    """A broker that sends no answer to a peer with more than `MOST` unread bytes."""
     for module in (machine, watches):
         monkeypatch.setattr(module, "MOST_UNREAD", MOST)
     return World(limits=msgspec.structs.replace(Limits(), max_unread_bytes=24 * MOST // 10))
@@ -49,7 +49,7 @@ def reader(here: World, number: int = 2) -> Reader:
 
 
 def end(here: World, *groups: str, size: int = 400) -> None:
-    """Groups that have ended and whose end nobody has taken yet."""
+    """Groups that have ended, whose end no consumer has received yet."""
     peer = here.peers.get(1) or here.peer(1)
     items = [(0, size, group, 1, START) for group in groups]
     peer.publish([("finished", ":end", TERMINAL)], items, [bytes(size)] * len(groups))

@@ -164,7 +164,7 @@ def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervis
     dying.broker.consume("q", 1)
     (held,) = dying.receive()
     supervised.kill()
-    dying.broker.close(timeout=1.0)  # it never speaks again, as a process that was killed meanwhile
+    dying.broker.close(timeout=1.0)  # it never reconnects, like a killed process
     supervised.start()
     back(supervisor)
     heir = Peer(supervised, role="worker")
@@ -173,7 +173,7 @@ def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervis
     supervisor.ask.set_roster([(dying.broker.peer, ["q"])])
     assert heir.quiet()
     assert heir.ask.stats("q")["queues"][0]["state"] == "closed"
-    # What it was running when it died is known, and charged, though the broker began anew since.
+    # The message it ran when it died is known, and charged, although the broker has restarted since.
     supervisor.ask.report_death(dying.broker.peer, held.item.id, True, False, b"SIGKILL")
     first, second = heir.receive(2)
     assert (first.body, second.body) == (b"1", b"2")
@@ -277,7 +277,7 @@ def test_nothing_is_lost_or_doubled_while_the_broker_is_killed_again_and_again(b
     assert starter.all.wait(PATIENCE)
     for answer in answers:
         refused = answer.result(PATIENCE).refused
-        # A frame whose first answer was lost may only be told that its group is there, or was.
+        # A frame whose first answer was lost may only get the answer that its group exists, or existed.
         assert all(why in ("exists", "look-again") for _, why, _ in refused)
     assert starter.bodies == {b"b!!!"}
     stats = Peer(broker).ask.stats("")

@@ -43,7 +43,7 @@ def test_how_an_instance_ended_is_sent_again_when_that_was_lost_with_the_session
     if known:
         world.peer(3).publish([("q", "a")], [ITEM], [b"x"])
     start = client.frame_of(wire.PUBLISH, ([("q", "a")], [ITEM], True, [], []), b"x")
-    client.welcomed = False  # everything that is said to it from here on is lost
+    client.welcomed = False  # every later frame to it is lost
     world.round([start])
     (id,) = worker.held
     lease = worker.held[id].lease

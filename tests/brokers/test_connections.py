@@ -172,7 +172,7 @@ def test_no_state_is_kept_of_a_peer_that_says_goodbye(probing: tuple[str, Engine
 
 
 def test_more_connections_than_there_are_descriptors_end_no_peer(tmp_path: Path) -> None:
-    """Most of them say nothing: whoever is in works on, and who comes later is let in when others have left."""
+    """Most of them send nothing: connected peers work on, and later ones connect when others have left."""
     broker = BrokerProcess(tmp_path, descriptors=600)
     context = zmq.Context()
     try:

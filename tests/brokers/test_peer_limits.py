@@ -181,7 +181,7 @@ def test_a_bounded_number_of_unexpected_arrivals_is_kept_at_a_gather() -> None:
     assert "max_early_bytes is 100" in arrive(("l", "1", 101))
     assert arrive(("l", "1", 100)) is None
     assert "group g has 2 gathers, and max_gathers is 2: 'm' cannot be made" in arrive(("m", "1", 1))
-    # A worker's own arrivals are taken, and so is what somebody waits for.
+    # A worker's own arrivals are accepted, and so are those that a gather waits for.
     opened = [([(id, lease)], DONE, [(0, 1, "g", 1)], 0.0, None, [("k", 4, 0, 1, "g", 1)], [("k", "3", 1, "g", 1)])]
     assert worker.settle([("done", "")], others=opened, bodies=[b"xyz"]) is None
     assert arrive(("k", "4", 1)) is None

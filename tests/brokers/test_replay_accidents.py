@@ -243,7 +243,7 @@ def test_a_settlement_taken_before_the_crash_and_sent_again_leaves_nothing_held(
     frame = peer.frame_of(wire.SETTLE, (TARGETS, [], [], [SettleItem([(item.id, item.lease)], AGAIN)]))
     world.machine.begin(world.now, world.wall)
     world.machine.receive(*frame)
-    world.commit()  # it is on disk, and nobody was told
+    world.commit()  # it is on disk, and no peer was notified
     world.restart()
     other = world.peer(2, consume={"q": 1})
     # The peer does not know, so it says that it holds the message still, and sends the frame again.

@@ -321,7 +321,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def keep_fact(self, value: str) -> None:
         self._welcomed(1).query("fact", "name", value)
 
-    # what happens by itself
+    # operations without a peer
 
     @rule(seconds=st.sampled_from([0.5, 4.5, 8.0]), drift=st.sampled_from([0.0, 0.0, 1.5, -1.0]))
     def pass_time(self, seconds: float, drift: float) -> None:

@@ -165,7 +165,7 @@ def test_frames_of_another_peer_replayed_by_a_stranger_settle_nothing() -> None:
     assert store.queues["r"].delayed == 1
     assert "fin" not in store.queues or not store.queues["fin"].ready_count
     assert all(store.messages[id].ensure_delivery_state().steps is None for id in victim.held)
-    victim.frame -= 5  # it has not said them itself
+    victim.frame -= 5  # it has not sent them itself
     unharmed(world, victim)
 
 
@@ -202,7 +202,7 @@ def test_only_a_peer_in_the_supervisor_role_may_report_live_and_dead_workers(rol
     ):
         assert thief.query(name, *args) == {"refused": "only the supervisor may say this"}, name
     world.pass_time(1.0)
-    # A role is what was said last, and is no key to what another holds.
+    # The last hello decides the role, which gives no access to the leases of others.
     for later in ("worker", "supervisor"):
         thief.role = later
         thief.hello()

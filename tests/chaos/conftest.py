@@ -36,7 +36,7 @@ __all__ = ["cluster", "effects", "launch", "nursery"]
 
 
 class Effects:
-    """A file to which handlers append one line each; `path` is what they are told."""
+    """A file to which handlers append one line each; `path` is passed to them."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -147,7 +147,7 @@ class Zygote:
 
 
 class Broker:
-    """Notes what it is told, and knows its facts and whether the queue is paused."""
+    """Records its queries, and knows its facts and whether the queue is paused."""
 
     def __init__(self) -> None:
         self.admin = QueryAdmin(self.query)
@@ -239,7 +239,7 @@ class Nursery:
             self.death()
 
     def buried(self) -> list[tuple[list[int], bool, Failure | None]]:
-        """(the guilty, whether they are charged, why) of each worker of whose end the broker was told."""
+        """(responsible messages, True if charged, reason) of each worker whose end was reported to the broker."""
         told = [told for told in self.broker.told if told[0] == "dead"]
         return [(guilty, charged, read_failure(data) if data else None) for _, _, guilty, charged, _, data in told]
 

@@ -175,7 +175,7 @@ def test_a_stop_waits_for_stages_in_work_even_while_the_broker_is_killed(
     stopping = threading.Thread(target=runtime.stop)
     stopping.start()
     alive.brokers[0].kill()
-    # Once more when the first one's successor has heard that nothing more is to be delivered: the next has to be told.
+    # Again after the successor of the first one was notified that deliveries stop: the next one needs the notice too.
     second = eventually(lambda: next((p for p in cluster().brokers if p != alive.brokers[0]), None), "another broker")
     eventually(lambda: {queue.state for queue in runtime.queues()} == {"open"}, "its queues open")
     second.kill()

@@ -67,7 +67,7 @@ def test_a_broker_killed_in_the_middle_costs_no_message_and_runs_no_handler_twic
 ) -> None:
     rows = [{"log": effects.path, "n": n, "seconds": 1.0 if n < 2 else 0.0} for n in range(20)]
     instances = runtime.submit_many(steady, rows)
-    # Three workers are idle then: a broker that did not know who holds what would have somebody to give it to.
+    # Three workers are idle then: a broker that had lost its leases could deliver the messages to them.
     eventually(lambda: len(effects("begin")) == 20 and len(effects("after")) == 18, "only the long ones in work")
     before = cluster(data=data)
     busy = [psutil.Process(int(pid)) for n, pid in effects("begin") if int(n) < 2]

@@ -17,7 +17,7 @@ from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
 
 
 class Recorder:
-    """A broker that keeps what it is told."""
+    """A broker that records its calls."""
 
     def __init__(self) -> None:
         self.settled: list[tuple[int, int]] = []

@@ -155,7 +155,7 @@ def test_a_stop_with_a_grace_ends_whatever_is_stopped(
     kind: str,
 ) -> None:
     if kind == "nodes":
-        monkeypatch.setattr(node_handle, "STOP_MARGIN_SECONDS", 1.0)  # nobody but the program can know then
+        monkeypatch.setattr(node_handle, "STOP_MARGIN_SECONDS", 1.0)  # only the program can know then
     instance = runtime.submit(lengthy, {"log": effects.path})
     eventually(lambda: effects("run"), "work")
     alive = cluster(data=data)

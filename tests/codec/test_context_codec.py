@@ -65,7 +65,7 @@ class Parcel(msgspec.Struct):
 
 @dataclass
 class Unequal:
-    """Compares equal to anything, so that only a look at its fields tells."""
+    """Compares equal to anything, so that only its fields show a difference."""
 
     value: Any
 

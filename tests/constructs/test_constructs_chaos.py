@@ -122,7 +122,7 @@ def kill_one(runtime: Runtime, kind: str, chance: Random) -> bool:
 
 
 def audit(result: WorkflowResult[Any], fails: bool) -> None:
-    """What one instance did, as its effects and its history tell."""
+    """The actions of one instance, by its effects and its history."""
     firsts = list(dict.fromkeys(words[0] for words in noted(result.instance_id)))
     firsts = [what for what in firsts if what != "merge died"]
     forward = [what for what in firsts if not what.startswith("undo")]
@@ -158,7 +158,7 @@ def test_whatever_is_killed_each_construct_ends_once_and_each_transition_is_acce
     steps = sorted(chance.uniform(0.02, 0.9) for _ in kinds)
     signalled = 0
     for kind, step in zip(kinds, steps, strict=True):
-        # Some signals come before they are awaited, some while nobody is there to take them.
+        # Some signals come before they are awaited, some while no process is there to take them.
         while signalled < len(instances) * step:
             instances[signalled].signal("go", "go")
             signalled += 1

@@ -39,7 +39,7 @@ class Deadly:
 
 
 class Leaving:
-    """Leaves, which is no exception to what a policy that raises has said: no."""
+    """Exit the process: like a policy that raises, it means no retry."""
 
     def next_delay(self, attempt: int, error: Exception) -> float | None:
         raise SystemExit(4)

@@ -41,7 +41,7 @@ FAST = Config(durability="write")
 
 @pytest.fixture
 def waiting(serve: Any, tmp_path: Path, gate: Path, eventually: Any) -> Runtime:
-    """A cluster on which nothing happens any more until somebody sends a signal."""
+    """A cluster on which nothing happens until a signal is sent."""
     runtime: Runtime = serve(*every, data_dir=tmp_path / "data", config=FAST)
     for name, count in STARTED.items():
         for number in range(count):

@@ -453,7 +453,7 @@ def test_an_item_may_be_parked_alone_and_be_requeued(runtime: Runtime, gate: Pat
     instance = runtime.submit(parking, {"items": items("", ["raise"], "")})
     with pytest.raises(InstanceParked, match=r"dlq\.stageflow\.parking\.stage0\.picks"):
         instance.result(timeout=20)
-    # Attempts are counted anew by a requeue, so that this item would fail for ever: but not in a new run.
+    # A requeue resets the attempts, so that this item would fail forever: but not in a new run.
     with pytest.raises(Exception, match="item"):
         instance.retry(context={"items": []})
     instance.restart(context={"items": items("", "", "")})

@@ -26,7 +26,7 @@ from stageflow_actors.testing import run
 
 
 def stock(command: dict[str, Any], ctx: StageContext) -> Any:
-    """An endpoint that does as it is told."""
+    """An endpoint that acts as its command asks."""
     note("asked", command.get("who", ""), ctx.attempt, os.getpid())
     asked = len(noted("asked", command.get("who", "")))
     what = command.get("do", "answer")

@@ -44,7 +44,7 @@ def hang_once(context: dict[str, Any]) -> list[int]:
 
 @dataclass
 class Trap:
-    """Setting what a map makes takes for ever."""
+    """Setting the result of a map never ends."""
 
     undone: list[str] = field(default_factory=list)
     got: list[int] = field(default_factory=list)

@@ -120,7 +120,7 @@ def interpret(saga: Saga) -> Ending:
 
 
 def undo(completed: list[Part], stages: dict[str, Any], log: list[str], failed: str, error: str) -> Ending:
-    """The last completed is undone first; one that cannot be undone stops nobody."""
+    """The last completed stage is undone first; one that cannot be undone does not stop the others."""
     compensations: list[tuple[str, str, str | None]] = []
     for part in reversed([part for part in completed if part.undone]):
         if part.undo_fails < part.undo_attempts:

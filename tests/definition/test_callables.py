@@ -66,7 +66,7 @@ PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
 }
 
 CLASHES: dict[str, tuple[str, str, str]] = {
-    # what is given, with ARGS for what it should take; what is said of it
+    # the callable, with ARGS for its expected arguments; the message
     "async": ("async def given(ARGS): return False", "given", "its result is not awaited: use a plain function of "),
     "async generator": ("async def given(ARGS): yield 1", "given", "its result is not awaited"),
     "generator": ("def given(ARGS): yield 1", "given", "calling it would run nothing"),

@@ -41,7 +41,7 @@ FIRST = "stageflow.orders.stage0"
 
 
 class Report:
-    """What the doctor said, in JSON and by its exit code."""
+    """The report of the doctor, in JSON and by its exit code."""
 
     def __init__(self, code: int, out: str) -> None:
         self.code = code
@@ -199,7 +199,7 @@ def books(tmp_path: Path) -> Iterator[Books]:
 
 
 def contents(directory: Path) -> dict[str, tuple[str, int]]:
-    """Every file with its digest and time of change; SQLite's index of the log, which is made anew, is left out."""
+    """Every file with its digest and time of change; SQLite's index of the log, which is rebuilt, is left out."""
     return {
         str(path.relative_to(directory)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(directory.rglob("*"))

@@ -217,7 +217,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     assert record is not None
     address = record.address
     ghost = launch(GHOST, address)
-    assert ghost.stdout.readline() == "consuming\n"  # or the node might take the message, as one that nobody serves
+    assert ghost.stdout.readline() == "consuming\n"  # or the node might take the message as an orphaned one
     publisher = (
         "import sys\n"
         "from stageflow_brokers.api import Listener, PublishItem, Target\n"

@@ -32,7 +32,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file that ends the troubles of the workflows, once it exists; they are importable meanwhile."""
+    """The file that ends the troubles of the workflows, once it exists; they are importable in the test."""
     monkeypatch.setenv("GOLDEN_GATE", str(tmp_path / "gate"))
     monkeypatch.syspath_prepend(str(HERE))
     yield tmp_path / "gate"

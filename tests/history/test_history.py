@@ -84,7 +84,7 @@ def test_rows_survive_a_writer_that_is_killed(path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", die, str(path)]).returncode == -9
-    with HistoryReader.open(path) as reader:  # nobody else has it open: the log is replayed by the reader
+    with HistoryReader.open(path) as reader:  # no other process has it open: the reader replays the log
         assert reader.exists("a")
     with HistoryWriter.open(path, create=False) as writer:
         writer.write([row("b")])
