@@ -16,14 +16,15 @@ from stageflow_actors import Runtime, Workflow
 
 __all__ = ["launch", "others_of", "serve"]
 
-SHARE = 4
-"""A stage from hell may slow the others down to this part of what they do without it: what it burns is theirs."""
+SLOWDOWN = 4
+"""A hostile stage may slow the others down to this part of their usual rate: it takes their CPU time."""
 
-BLIP = 2.0
-"""Seconds for which anybody may stand still on a machine that has much to do, or while a process that all of them need
-is started again. All in all it must not show."""
+STANDSTILL_SECONDS = 2.0
+"""Seconds for which the load may stand still on a busy machine, or while a process that all need starts again.
 
-MEASURED = 0.5
+It must not show overall."""
+
+MEASURED_SECONDS = 0.5
 """Seconds over which the rate without disturbance is measured."""
 
 
@@ -53,7 +54,7 @@ class Others:
         seconds, done = time.monotonic() - began, self.completed - before
         assert not self._failed, f"another stage's instance ended like this: {self._failed[0]}"
         self._beside = (self._beside[0] + seconds, self._beside[1] + done)
-        self._compare(seconds, done, BLIP)
+        self._compare(seconds, done, STANDSTILL_SECONDS)
         self._await_one()
 
     def all_in_all(self) -> None:
@@ -61,7 +62,7 @@ class Others:
         self._compare(*self._beside, 0.0)
 
     def _compare(self, seconds: float, done: int, blip: float) -> None:
-        counted = max(0.0, seconds - blip) / SHARE
+        counted = max(0.0, seconds - blip) / SLOWDOWN
         if done < self.undisturbed * counted:
             # Somebody else on this machine may be at work now who was not when we began.
             self.undisturbed = min(self.undisturbed, self._measure())
@@ -71,7 +72,7 @@ class Others:
     def _measure(self) -> float:
         self._await_one()
         began, before = time.monotonic(), self.completed
-        self._stopping.wait(MEASURED)
+        self._stopping.wait(MEASURED_SECONDS)
         return (self.completed - before) / (time.monotonic() - began)
 
     def _await_one(self) -> None:

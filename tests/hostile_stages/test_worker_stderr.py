@@ -167,7 +167,7 @@ def test_a_program_without_stderr_holds_up_no_worker(relay: StderrRelay, pipe: P
     os.close(pipe.ours)
     stderr, theirs = relay.open()
     for _ in range(50):
-        os.write(theirs, b"x" * CHUNK_BYTES)  # would wait for ever when nobody reads
+        os.write(theirs, b"x" * CHUNK_BYTES)  # would wait forever without a reader
     os.close(theirs)
     assert stderr.finish().endswith(b"x")
     pipe.ours = os.open(os.devnull, os.O_RDONLY)
@@ -203,7 +203,7 @@ def test_a_late_exit_of_a_worker_does_not_affect_the_worker_that_reuses_its_desc
     try:
         assert second.fd == first.fd, "numbers are used again"
         assert first.finish() == b"of the first\n"
-        for _ in range(3):  # whoever is left is looked at in each round
+        for _ in range(3):  # each round looks at the remaining ones
             os.write(theirs, b"x\n")
             eventually(lambda: not select.select([second.fd], [], [], 0)[0], "it has been read")
         assert relay._open[second.fd] is second

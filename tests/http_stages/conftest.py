@@ -17,7 +17,7 @@ from scripted_server import Handler, Server
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server that answers 404 until told otherwise."""
+    """A server that answers 404 until it is scripted."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         listening.daemon_threads = True
         kept = Handler.kept = Server(listening.server_address[1])

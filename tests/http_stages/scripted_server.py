@@ -90,7 +90,7 @@ def keep_silent(handler: Handler) -> None:
 
 
 def drip(handler: Handler) -> None:
-    """One byte now and then, for ever."""
+    """Send one byte at intervals, forever."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -103,7 +103,7 @@ def drip(handler: Handler) -> None:
 
 
 def flood(handler: Handler) -> None:
-    """More than anybody wants, without having said how much."""
+    """Send too much, without a content length."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()

@@ -15,7 +15,7 @@ Kept = list[tuple[int, int, int, bytes, bytes]]
 
 
 class Bench:
-    """One directory on one disk; `open` fills `replayed` and `warnings` anew."""
+    """One directory on one disk; `open` refills `replayed` and `warnings`."""
 
     def __init__(self, disk: MemoryFiles | OsFiles, directory: Path, segment_bytes: int = 16 << 10) -> None:
         self.disk: Any = disk
@@ -40,7 +40,7 @@ class Bench:
 
     @staticmethod
     def records(number: int, count: int = 2, size: int = 100) -> list[Record]:
-        """Records that tell which batch they belong to."""
+        """Return records that name their batch."""
         return [
             Record(number % 256, number, each, b"header %d.%d" % (number, each), b"%d." % number * (size // 4))
             for each in range(count)

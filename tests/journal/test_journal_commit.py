@@ -373,7 +373,7 @@ def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_
     assert not journal.room.ready
     assert not journal.prepare()
     assert not [name for name in bench.disk.listdir(bench.directory) if name.endswith(".tmp")]
-    # Room again: nothing was lost, nothing has to be started anew.
+    # Room again: nothing was lost, and no restart is needed.
     journal.drop_oldest()
     assert not journal.room_low
     said = [each for each in said if each[0] >= journal.segments()[0].first]

@@ -20,13 +20,13 @@ Kept = list[tuple[int, bytes]]
 
 
 class Story:
-    """A life of a journal with everything in it, and what was said to whom while it lasted."""
+    """One run of a journal with every operation, and its acknowledgements."""
 
     def __init__(self, disk: MemoryFiles) -> None:
         self.disk = disk
         self.acked: dict[int, bytes] = {}
         self.tried: dict[int, bytes] = {}
-        self.dropped = 0  # batches up to this one were given back
+        self.dropped = 0  # batches up to this one were deleted
         self.dropping = 0  # or perhaps up to this one
         self.failed = False
         self.journal: Journal | None = None

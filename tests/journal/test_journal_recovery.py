@@ -180,7 +180,7 @@ def test_a_recycled_segment_cut_anywhere_never_brings_back_old_batches(bench: An
 
 
 def test_batches_of_another_journal_in_the_spare_segment_are_never_replayed(make_bench: Any) -> None:
-    """A backup was restored beside a younger spare: numbers, sizes and places agree, only the salt tells."""
+    """A backup was restored beside a newer spare: numbers, sizes and places agree, only the salt differs."""
     other = make_bench(seed=1)
     filled = other.open()
     other.fill(filled, 1)
@@ -273,7 +273,7 @@ def test_segments_that_changed_places_are_refused(bench: Any) -> None:
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"BROKERJ\n", b"x" * 1000])
 @pytest.mark.parametrize("number", [3, 4])
 def test_a_last_segment_without_a_header_is_refused(bench: Any, content: bytes, number: int) -> None:
-    """It had one, for good, before it got its name: so it held what was acknowledged."""
+    """Its header was durable before its name: so it held acknowledged batches."""
     three_segments(bench)
     bench.disk.damage(bench.path(number), content)
     with pytest.raises(JournalCorrupt) as caught:

@@ -23,7 +23,7 @@ class FailingFiles(OsFiles):
     def fdatasync(self, fd: int) -> None:
         """Fails if it is to fail."""
         if self.orders.exists() and "fdatasync" in self.orders.read_text().split():
-            self.orders.write_text("failed")  # the disk works again at once: that must help nobody
+            self.orders.write_text("failed")  # the disk works again at once: that must not matter
             raise OSError(errno.EIO, "Input/output error")
         super().fdatasync(fd)
 

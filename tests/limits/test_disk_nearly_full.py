@@ -84,7 +84,7 @@ def test_a_disk_that_fills_up_refuses_starts_finishes_work_lets_the_history_wait
         )
         with pytest.raises(QueueFull):
             runtime.submit(orders, {"n": -1, "note": "one more"})
-        # It clears by itself when there is room again, and nothing has been lost.
+        # It clears automatically when there is room again, and nothing has been lost.
         ballast.unlink()
         results = [instance.result(timeout=60) for instance in accepted]
         assert all(result.status == WorkflowStatus.completed for result in results)

@@ -112,7 +112,7 @@ def test_starts_are_refused_in_time_and_everything_started_ends_on_what_is_left(
     assert len(tight.started) * CONTEXT > (room << 20) // 16, "there was room for more"
     tight.work_off()
     assert tight.ended == tight.started
-    # And with nothing alive there is room again, though nobody has freed any.
+    # And with no live message there is room again, although no other process has freed any.
     tight.clock += 1
     for _ in range(20):
         tight.clock += 1
@@ -257,7 +257,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     assert "nearly full" in stats["refusing"]
     assert stats["messages"] == taken
     assert 0.0 < tight.engine.patience(60.0) <= 0.5, "it looks again, without hurry"
-    # A crash finds no more than was said.
+    # A crash finds no more than was acknowledged.
     tight.files.room = 64 << 20
     tight.clock += 1
     for _ in range(20):

@@ -52,7 +52,7 @@ def quick(context: dict[str, Any]) -> None:
 
 
 def flaky(context: dict[str, Any], ctx: StageContext) -> int:
-    """Fails until the file that it is told of exists."""
+    """Fail until the named file exists."""
     note("flaky", context["name"])
     if context["fail"] and not os.path.exists(context["mended"]):
         raise ConnectionError("down")

@@ -117,7 +117,7 @@ class SilentBroker(ForgetfulBroker):
 
 
 class FullBroker(ForgetfulBroker):
-    """Has no room for as long as anybody waits for it."""
+    """Has no room for as long as a caller waits for it."""
 
     def publish(self, *args: Any, waiting: Any, **options: Any) -> Future[PublishAnswer]:
         while True:

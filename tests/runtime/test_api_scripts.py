@@ -150,7 +150,7 @@ exec({SAGA + USE!r}, fresh.__dict__)
 
 
 def test_annotations_that_cannot_be_resolved_are_an_error_with_that_reason(run: Any) -> None:
-    """In a namespace that is no module nobody can find out what a name in a string means."""
+    """In a namespace that is no module, a name in a string cannot be resolved."""
     script = f"""
 try:
     exec({SAGA + USE!r}, {{"__name__": "__main__", "DATA": "data"}})

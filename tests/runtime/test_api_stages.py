@@ -94,7 +94,7 @@ class Refusing:
 
 
 def local_workflow() -> Workflow[dict[str, Any]]:
-    """Handlers that have no name anybody could import them by."""
+    """Handlers without an importable name."""
     step = 10
 
     def add(context: dict[str, Any]) -> None:

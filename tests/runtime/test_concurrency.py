@@ -152,7 +152,7 @@ undoing = (
 
 
 def wait_for(path: str) -> None:
-    """In a handler: until somebody has made this file."""
+    """Wait in a handler until this file exists."""
     while not Path(path).exists():
         time.sleep(0.002)
 

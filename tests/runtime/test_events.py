@@ -58,7 +58,7 @@ wide = (
 
 
 class Heard:
-    """A callback that keeps what it is told."""
+    """A callback that records its events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []

@@ -115,7 +115,7 @@ class Judgement:
             compare(plan, result, [tuple(map(str, effect.what)) for effect in mine if effect.word == "put back"])
 
     def _expired_truly(self, job: Job, epoch: int, result: WorkflowResult[Any]) -> None:
-        # What has failed in an epoch that was cancelled, or retried, is told of in the next one.
+        # A failure in a cancelled or retried epoch is reported in the next one.
         came_late: dict[str, int] = {}
         for place in job.known.plan.stages:
             epochs = [at for at in range(epoch + 1) if self.run.waits.expired[job.id, at, place.queue]]
@@ -199,7 +199,7 @@ class Judgement:
         assert not twice, f"done more than once: {twice}"
 
     def _kept_for_good(self) -> None:
-        """A step whose result was durable is never run again, unless all is begun anew."""
+        """A step whose result was durable is never run again, except after a restart of the instance."""
         kept = set()
         for _, id, word, where in self.run.effects:
             if word == "kept":

@@ -90,13 +90,13 @@ def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: 
 
 
 def _tried_enough(part: Part, attempts: int, deaths: int) -> None:
-    """Which attempt may have worked: none of those that fail, and none that nobody would have made."""
+    """Return the attempts that may have worked: those that do not fail and that the policy allows."""
     most = part.attempts if part.attempts > 1 else deaths
     assert part.fails < attempts <= max(most, 1), f"{part.name} has worked in attempt {attempts}"
 
 
 class _Reasons:
-    """What may be said of a failure: what has happened."""
+    """Return the failures that may be reported: those that happened."""
 
     def __init__(self, cancelled: str, wider: Wider) -> None:
         self._cancelled = cancelled
@@ -212,7 +212,7 @@ def not_done_over(effects: Iterable[Effect]) -> None:
 def expired_truly(
     plan: Plan, result: WorkflowResult[Any], came_late: set[str], lately: set[str], patient: set[str]
 ) -> None:
-    """What is said to have expired has come late, and what came late is not as if it had not.
+    """A message reported as expired came late, and a late message was not accepted.
 
     `lately`: in the run that the result is of, and nothing else can have been put in the place of that failure, as a
     death, a timeout, or a clock that is set may do.
@@ -240,7 +240,7 @@ def given_truly(instance: str, given: Given, giver: str | None) -> None:
 
 
 def served(effects: Iterable[Effect], answered: Iterable[tuple[str, str]]) -> None:
-    """An endpoint has worked for each (instance, stage) that was answered, and for nobody who had not asked."""
+    """An endpoint has worked for each answered (instance, stage), and for none without a request."""
     asked: set[tuple[str, object, object]] = set()
     worked: set[tuple[str, object]] = set()
     for effect in effects:

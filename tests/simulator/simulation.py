@@ -247,7 +247,7 @@ class Simulation:
                 client.break_off()
 
     def _freeze(self) -> None:
-        """SIGSTOP of whoever it may be, and SIGCONT after a while."""
+        """Send SIGSTOP to a random process, and SIGCONT after a while."""
         chance = self.world.random
         if self.node is not None and self.node.workers and chance.random() < 0.7:
             self.node.workers[chance.choice(sorted(self.node.workers))].freeze(chance.random())
@@ -296,7 +296,7 @@ class Simulation:
         def again() -> None:
             if not done:
                 if self.program is not None:
-                    self.broker.paused.pop(queue, None)  # somebody may have paused it once more meanwhile
+                    self.broker.paused.pop(queue, None)  # it may have been paused again in between
                     self.program.client.admin.resume(queue).add_done_callback(resumed)
                 self.world.after(0.5, again)
 
@@ -372,7 +372,7 @@ class Simulation:
         return +counts
 
     def standing(self) -> str:
-        """Where everything is, for whoever has to find out why."""
+        """Return the whole state, for diagnosis."""
         lines = [
             f"{job.id}: accepted {job.accepted}, parked {job.parked}, ended {job.outcome is not None}, "
             f"written {job.id in self.history.rows}"

@@ -37,7 +37,7 @@ GATHERED = "gathered: "
 class Accounts:
     """How often each transition was accepted, by what is on disk: an oracle that is fed records, not asked.
 
-    What came together in a gather is told apart by `GATHERED` before its label. `waits` is told of new messages.
+    Gathered messages have `GATHERED` before their label. `waits` receives new messages.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Accounts:
         self._replay = Replay(BrokerState(paging=True), on_settled=self._on_settled)
 
     def take(self, batch: Batch, *, recovered: bool = False) -> None:
-        """A batch that is on disk, each once, whoever says so; `recovered`: it is only known since a restart."""
+        """Record a durable batch once; `recovered`: it is known only since a restart."""
         if batch.number <= self._last:
             return
         self._last = batch.number
@@ -146,7 +146,7 @@ class VirtualBroker:
         self.files.on_call = on_call
 
     def lose_power(self, chance: Random) -> None:
-        """The whole machine goes: of what was not synced, any part is left. Nothing is started again by itself."""
+        """Stop the machine: any part of the unsynced data remains. Nothing restarts automatically."""
         self._end()
         self.files.crash(chance)
 
@@ -258,7 +258,7 @@ class VirtualClient(PeerClient):
         self.link.send((self.peer, op, header, blob))
 
     def say_hello(self) -> None:
-        """Again and again, until somebody says welcome."""
+        """Repeat until a welcome arrives."""
         self._greeting += 1
         greeting = self._greeting
         self.link.broken = False
@@ -292,7 +292,7 @@ class VirtualClient(PeerClient):
 
     @property
     def unconfirmed(self) -> int:
-        """Frames that the broker has not said to be durable."""
+        """Frames that the broker has not acknowledged."""
         return len(self._unconfirmed)
 
     def close(self, timeout: float = 5.0) -> None:

@@ -35,7 +35,7 @@ class Gone(BaseException):
 
 
 class VirtualCaller:
-    """One call, of `restart` or else of `retry`. `done` is told what it raised, or None.
+    """One call, of `restart` or else of `retry`. `done` receives its exception, or None.
 
     To that code it is the client, and its handle of the instance.
     """
@@ -92,7 +92,7 @@ class VirtualCaller:
             pass
         except StageFlowError as error:
             self._refused = error
-        except BaseException as error:  # told of in the other thread
+        except BaseException as error:  # reported in the other thread
             self._broken = error
         self._over = True
         self._back.release()

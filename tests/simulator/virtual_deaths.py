@@ -56,14 +56,14 @@ class Deaths:
         return self._of_group[group]
 
     def doubt(self, peer: int) -> None:
-        """That death need not be charged: whoever had to tell of it is gone, or had wanted it."""
+        """That death need not be charged: its reporter is gone, or killed the worker on purpose."""
         death = self._by_peer.get(peer)
         if death is not None and death.sure:
             death.sure = False
             self._sure[death.message_id] -= 1
 
     def confirmed(self, peer: int, on_disk: Callable[[int], int | None]) -> None:
-        """The broker has said that it knows: then that is on disk, unless the message is no more."""
+        """The broker has acknowledged the death: then it is on disk, unless the message is gone."""
         death = self._by_peer.pop(peer, None)
         if death is None or not death.sure:
             return
@@ -74,11 +74,11 @@ class Deaths:
             self._crimes.append(f"message {death.message_id} has {count} deaths on disk, and {most} were confirmed")
 
     def forgive(self, message_id: int) -> None:
-        """It is to be tried anew."""
+        """It is tried again from the start."""
         self._sure[message_id] = self._confirmed[message_id] = 0
 
     def delivered(self, items: Sequence[DeliveryItem]) -> None:
-        """What a worker is told of the messages that it is given."""
+        """Check the counts delivered to a worker."""
         for item in items:
             deaths = 0 if item.extra is None else item.extra.deaths
             least, most = self._sure[item.id], self._possible[item.id]
@@ -89,7 +89,7 @@ class Deaths:
                 self._crimes.append(f"message {item.id} is given to another worker after {deaths} deaths")
 
     def reported(self, items: Sequence[DeliveryItem]) -> None:
-        """What the coordinator is told of those that have been given up."""
+        """Check the counts of dead letters delivered to the coordinator."""
         for item in items:
             extra = item.extra
             if extra is None or extra.label not in (DEAD, UNANSWERED):
@@ -107,7 +107,7 @@ class Deaths:
         self.named(f"dead letter {message_id}", reason)
 
     def named(self, what: str, reason: bytes | None) -> None:
-        """A reason that is told must say what has happened."""
+        """A reported reason must match the event."""
         failure = read_failure(reason)
         if failure is None or failure.kind != "died" or not failure.message.startswith(DIED):
             self._crimes.append(f"{what} does not say who died of it: {failure}")

@@ -125,7 +125,7 @@ class _WatchedListener(_NodeListener):
 
 
 class _NodeClient(VirtualClient):
-    """The node's connection; the book of deaths is told which are known to the broker."""
+    """The node's connection; it enters the deaths that the broker knows."""
 
     deaths: Deaths
 
@@ -213,7 +213,7 @@ class VirtualWorker:
                     self.actor.on_receive(self._message)
             except Killed:
                 break
-            except BaseException as error:  # told of in the other thread
+            except BaseException as error:  # reported in the other thread
                 self._broken = error
             self._idle = True
             self._back.release()
@@ -286,7 +286,7 @@ class _Ref:
 
 
 class VirtualNode:
-    """The node process with its workers. `die` ends them all, and the broker is ended by whoever calls it."""
+    """The node process with its workers. `die` ends them all; its caller ends the broker."""
 
     def __init__(
         self,

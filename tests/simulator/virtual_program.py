@@ -22,7 +22,7 @@ from stageflow_brokers.errors import BrokerUnavailable
 
 
 class Job:
-    """One instance that the program wants to see through, with what it has been told of it."""
+    """One instance that the program awaits, with the notices about it."""
 
     def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]], priority: int = 0) -> None:
         self.id, self.known, self.signals, self.priority = id, known, signals, priority
@@ -73,7 +73,7 @@ class VirtualProgram(Listener):
             self.client.admin.cancel(job.id, "not wanted", list(CANCELLABLE))
 
     def run_again(self, job: Job, *, restart: bool, requeued: Callable[[int], None]) -> None:
-        """Retry or restart an instance that has ended or is parked; `requeued` is told of its dead letters."""
+        """Retry or restart an instance that has ended or is parked; `requeued` receives its dead letters."""
         job.calling, job.outcome, job.parked = True, None, False
         job.again += 1
         self._live.discard(job.id)

@@ -53,12 +53,12 @@ class Waits:
             self._waits[message_id] = Wait(wall - self._world.ahead, ttl, recovered)
 
     def forgive(self, message_id: int) -> None:
-        """It is to be tried anew, and waits for as long as it takes."""
+        """It is tried again, and waits without a limit."""
         if message_id in self._waits:
             self._waits[message_id] = self._waits[message_id]._replace(ttl=inf)
 
     def delivered(self, queue: str, items: Sequence[DeliveryItem], bodies: Sequence[bytes], decided: float) -> None:
-        """What a worker is told of the messages that it is given; the broker has decided that at that time."""
+        """Check the messages delivered to a worker, as the broker decided at that time."""
         if queue not in self.ttls:
             return
         for item, body in zip(items, bodies, strict=True):

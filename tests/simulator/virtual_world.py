@@ -25,7 +25,7 @@ class Stuck(AssertionError):
 
 
 class World:
-    """Virtual time, in seconds, and chance. `log` keeps the last that has happened, for whoever asks why."""
+    """Virtual time, in seconds, and chance. `log` keeps the last events, for diagnosis."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -81,7 +81,7 @@ class World:
 
     @contextmanager
     def time(self) -> Iterator[None]:
-        """Meanwhile the clocks of this process are this world's, and nobody may sleep."""
+        """Within it, the clocks of this process are virtual, and no code may sleep."""
         clocks: dict[str, Callable[..., Any]] = {
             "time": lambda: self.wall,
             "monotonic": lambda: self.now,

@@ -91,7 +91,7 @@ def _ask(chance: Random, followed: bool, wild: bool) -> Ask:
 
 
 def _as_told(place: Place, wider: Wider) -> Place:
-    """What is handed on is not kept as the result of whoever asked for it."""
+    """The value passed on is not kept as the result of the requesting stage."""
 
     def told(part: Part) -> Part:
         ask = wider.asks.get(part.name)
@@ -149,7 +149,7 @@ def endpoints(chance: Random, *, wild: bool) -> list[Stage]:
 
 
 def serve(command: dict[str, Any], ctx: Any) -> Any:
-    """An endpoint that does as it is told: notes it, in a step the first part of it, and answers or breaks."""
+    """An endpoint that acts as its command asks: it records the call, part of it in a step, and answers or fails."""
     asked = f"{command['stage']} at {command['at']}"
     words = (command["stage"], command["attempt"], command["at"], ctx.attempt)
     constructs_fixtures.note(ctx.instance_id, "served", *words)
@@ -198,7 +198,7 @@ def _asking(part: Part, ask: Ask) -> Any:
 
 
 class _NotedCall(RemoteCall):
-    """A remote stage that is told where it runs."""
+    """A remote stage that receives where it runs."""
 
     __slots__ = ("_handle",)
 
@@ -279,7 +279,7 @@ def _before(plan: Plan, name: str) -> list[str | None]:
 
 
 def as_plain(outcome: bytes, asks: Iterable[str]) -> bytes:
-    """The outcome with the failures of stages that ask told as if they had done it themselves."""
+    """Return the outcome with the failures of requesting stages as if they had worked themselves."""
     names, attempts = set(asks), dict[str, int]()
 
     def plain(name: str | None, error: str | None) -> str | None:

@@ -26,7 +26,7 @@ def soaking() -> Any:
 
 
 def samples(soaking: Any, **grown: float) -> list[Any]:
-    """100 seconds of a cluster in which nothing grows but what is named, from nought at the beginning to so much."""
+    """Return samples of 100 seconds in which only the named figures grow, from zero to the given value."""
     judge, measure = soaking
     made = []
     for second in range(101):

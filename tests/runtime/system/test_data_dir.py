@@ -263,7 +263,7 @@ def test_a_journal_or_history_that_lies_elsewhere_is_looked_at_too(part: str, wo
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """Nothing is left for anybody of what is made."""
+    """New files give other users no access."""
     before = os.umask(0o777)
     yield
     os.umask(before)

@@ -284,7 +284,7 @@ def test_a_zygote_ignores_what_is_meant_for_the_program(node: Node) -> None:
 @pytest.mark.timeout(60)
 def test_a_node_that_does_not_listen_for_a_while_does_not_block_the_zygote(node: Node) -> None:
     # Far more reports than the zygote's socket holds, and few requests in the node's: each side would wait for the
-    # other for ever if the zygote blocked.
+    # other forever if the zygote blocked.
     node.zygote._connection().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     for n in range(300):
         node.spawn(f"w{n}", "leave", 0)
