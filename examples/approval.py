@@ -2,10 +2,10 @@
 
     python examples/approval.py
 
-How many people are asked depends on the amount. Whoever says no ends it, and the budget that was reserved is released.
-Whoever says nothing in time is passed over: the report escalates to the next one above, and where there is none it is
-refused. A report that waits costs no process, survives restarts, and takes a decision that was sent before it was asked
-for. What may follow what is a table; everything else in this file asks the table.
+The amount decides how many people must approve. A refusal ends the workflow, and the reserved budget is released. If an
+approver does not answer in time, the report escalates to the next level; without a next level it is refused. A waiting
+report occupies no process, survives restarts, and accepts a decision that arrives before it is requested. One table
+lists the legal transitions, and every change of state goes through it.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 LEVELS = (("lead", 0), ("head", 500), ("finance", 5_000))
-"""Who is asked, and from which amount on."""
+"""The approvers, and the amount above which each of them must approve."""
 
 
 class IllegalTransition(Exception):
-    """The table has no such pair; nothing has changed."""
+    """The table has no such transition; the report is unchanged."""
 
 
 @dataclass
@@ -73,19 +73,19 @@ class Report:
 
     def validate(self) -> None:
         if self.amount <= 0:
-            raise ValueError(f"an expense is more than nothing, and not {self.amount}")
+            raise ValueError(f"the amount of an expense must be more than 0, not {self.amount}")
 
     def apply(self, event: Event, note: str) -> None:
-        """The one way to change `state`."""
+        """Change the state by the table; the only way to change `state`."""
         following = TRANSITIONS.get((self.state, event))
         if following is None:
-            raise IllegalTransition(f"{self.report_id} is {self.state}, which knows no {event!r}")
+            raise IllegalTransition(f"{self.report_id} is {self.state}, and {event!r} is not allowed there")
         self.state = following
         self.history.append(note)
 
 
 def levels_of(amount: int) -> tuple[str, ...]:
-    """Who has to approve it, from below."""
+    """Return the levels that must approve, lowest first."""
     return tuple(name for name, floor in LEVELS if amount > floor)
 
 
@@ -105,7 +105,7 @@ def pay(report: Report) -> None:
 
 
 def approval(levels: tuple[str, ...], patience: float) -> Workflow[Report]:
-    """The workflow that asks these people, one after the other; each may take `patience` seconds."""
+    """Return the workflow for these levels, one after the other, each with `patience` seconds to answer."""
     workflow = Workflow("approval-by-" + "-".join(levels), context=Report)
     workflow.add_stage(reserve_budget, compensation=release_budget)
     for level in levels:
@@ -118,7 +118,7 @@ def decision(level: str, last: bool) -> Any:
     def decided(report: Report, payload: dict[str, Any]) -> None:
         by = f"{payload['by']} ({level})"
         if not payload["approve"]:
-            raise StageError(f"{by} said no: {payload.get('reason', 'without a reason')}")
+            raise StageError(f"{by} refused: {payload.get('reason', 'no reason given')}")
         report.apply(Event.LAST_YES if last else Event.YES, f"approved by {by}")
 
     return decided
@@ -127,8 +127,8 @@ def decision(level: str, last: bool) -> Any:
 def silence(level: str, last: bool) -> Any:
     def waited(report: Report) -> None:
         if last:
-            raise StageError(f"the {level} said nothing in time, and there is nobody above")
-        report.apply(Event.SILENCE, f"the {level} said nothing in time: escalated")
+            raise StageError(f"the {level} did not answer in time, and there is no higher level")
+        report.apply(Event.SILENCE, f"the {level} did not answer in time: escalated")
 
     return waited
 
@@ -144,23 +144,23 @@ SCRIPT: list[tuple[Report, dict[str, dict[str, Any]]]] = [
             "finance": {"by": "Katherine", "approve": False, "reason": "not this year"},
         },
     ),
-    (Report("R-4", "Noah", 80, "a dinner"), {}),  # nobody ever looks at it
+    (Report("R-4", "Noah", 80, "a dinner"), {}),  # no answer
 ]
-"""What comes in, and what people will say to it."""
+"""The reports, and the decisions on them."""
 
 
 @click.command()
-@click.option("--patience", default=1.0, show_default=True, help="Seconds that each of them has to decide.")
+@click.option("--patience", default=1.0, show_default=True, help="Seconds that each approver has to answer.")
 def main(patience: float) -> None:
-    """Run four expense reports through their approvals: one plain, one escalated, one refused, one forgotten."""
+    """Run four expense reports through their approvals: approved, escalated, refused, unanswered."""
     chains = {levels: approval(levels, patience) for levels in {levels_of(report.amount) for report, _ in SCRIPT}}
     with tempfile.TemporaryDirectory() as folder, Runtime(*chains.values(), data_dir=folder) as runtime:
         instances = []
         for report, decisions in SCRIPT:
             chain = chains[levels_of(report.amount)]
             instance = runtime.submit(chain, report, instance_id=report.report_id)
-            for level, said in decisions.items():
-                instance.signal(level, said)  # kept until it is asked for
+            for level, answer in decisions.items():
+                instance.signal(level, answer)  # kept until the report waits for it
             instances.append(instance)
         for instance in instances:
             result = instance.result()

@@ -3,9 +3,9 @@
     python examples/etl.py                       # the library of the Python that runs this
     python examples/etl.py --folder src          # or any other folder of Python files
 
-Extract: list the files. Transform: parse and measure each, several at a time, in processes of their own; a file that
-does not parse (the library has some, to test its parser on) is recorded and stops nothing. Load: join all of it into a
-SQLite database. Kill it while it measures and run it again with the same `--data`: it goes on where it was.
+Extract: list the files. Transform: parse and measure each file, several at a time, in worker processes. A file that
+does not parse (the library has some, as tests of its parser) is recorded, and the survey continues. Load: write the
+results into a SQLite database. Kill the program while it measures and run it again with the same `--data`: it continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_OURS = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass
 class Module:
-    """What one file holds. `longest` is the length of its longest function, in lines."""
+    """The figures of one file. `longest` is the length of its longest function, in lines."""
 
     path: str
     lines: int
@@ -44,7 +44,7 @@ class Module:
 
 @dataclass
 class Survey:
-    """The context: which folder, its files, what was found in each (None: it does not parse), and the sums."""
+    """The context: the folder, its files, and the figures of each file (None: it does not parse)."""
 
     folder: str
     database: str
@@ -55,7 +55,7 @@ class Survey:
 
     def validate(self) -> None:
         if not Path(self.folder).is_dir():
-            raise ValueError(f"{self.folder} is no folder")
+            raise ValueError(f"{self.folder} is not a directory")
 
 
 survey = Workflow("python-survey", context=Survey)
@@ -67,15 +67,15 @@ def list_files(survey: Survey) -> None:
     found = (path.relative_to(folder) for path in folder.rglob("*.py"))
     survey.files = sorted(str(path) for path in found if not NOT_OURS & set(path.parts))
     if not survey.files:
-        raise StageError(f"there is no Python file below {folder}")
+        raise StageError(f"there are no Python files below {folder}")
 
 
 def measure(file: list[str]) -> dict[str, Any]:
-    """One file, as (folder, path below it). Raises whatever is wrong with it: that is its result."""
+    """Measure one file, given as (folder, path below it). Raises if it cannot be read or parsed."""
     folder, path = file
     source = Path(folder, path).read_bytes()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the compiler thinks of the style of others is not our subject
+        warnings.simplefilter("ignore")  # the compiler warns of the style of the files; the survey does not report it
         tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return {
@@ -89,7 +89,7 @@ def measure(file: list[str]) -> dict[str, Any]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The top-level modules that a file imports, wherever it does so."""
+    """Return the top-level modules that a file imports, at any place in it."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -112,7 +112,7 @@ survey.add_map(
 
 @survey.stage(timeout=120)
 def load(survey: Survey) -> None:
-    """All of it in one transaction, and the same however often it is done: a crash in between leaves nothing behind."""
+    """Write everything in one transaction that can be repeated: a crash in between leaves no partial result."""
     survey.unreadable = [path for path, found in zip(survey.files, survey.modules, strict=True) if found is None]
     rows = [Module(**found) for found in survey.modules if found is not None]
     with closing(sqlite3.connect(survey.database)) as db, db:
@@ -126,11 +126,11 @@ def load(survey: Survey) -> None:
         )
         db.executemany("INSERT INTO imports VALUES (?, ?)", [(row.path, name) for row in rows for name in row.imports])
     survey.loaded = len(rows)
-    survey.modules = []  # they are in the database now, and the result is easier to look at without them
+    survey.modules = []  # they are in the database now, and the result stays small
 
 
 def report(database: str | Path, result: Survey) -> Iterator[str]:
-    """The report, line by line, from what was loaded."""
+    """Yield the lines of the report, from the database."""
     with closing(sqlite3.connect(database)) as db:
         files, lines, functions, classes = db.execute(
             "SELECT count(*), sum(lines), sum(functions), sum(classes) FROM modules"
@@ -154,14 +154,14 @@ def report(database: str | Path, result: Survey) -> Iterator[str]:
     default=sysconfig.get_paths()["stdlib"],
     show_default=True,
     type=click.Path(exists=True, file_okay=False, resolve_path=True),
-    help="What to survey.",
+    help="The directory to survey.",
 )
-@click.option("--database", default="survey.db", show_default=True, help="SQLite file to load it into.")
+@click.option("--database", default="survey.db", show_default=True, help="SQLite file for the results.")
 @click.option(
-    "--data", default=None, help="Data directory of the cluster, to go on after a crash (default: temporary)."
+    "--data", default=None, help="Data directory of the cluster, to continue after a crash (default: temporary)."
 )
 def main(folder: str, database: str, data: str | None) -> None:
-    """Survey the Python files below a folder: parse each in worker processes, load the figures into SQLite, report."""
+    """Survey the Python files below a folder: parse them in worker processes, load the figures into SQLite, report."""
     with tempfile.TemporaryDirectory() as temporary, Runtime(survey, data_dir=data or temporary) as runtime:
         context = Survey(folder, str(Path(database).resolve()))
         result = runtime.execute(survey, context, instance_id=f"survey of {folder}")

@@ -1,10 +1,10 @@
-"""Each stage's state in a store of your own, here Redis: an interceptor writes it down, anybody may read it.
+"""The state of each stage in another store, here Redis, written by an interceptor.
 
     python examples/external_state.py redis://localhost:6379/0
 
-The journal stays the truth about what happens next; what is saved is a copy for dashboards, support desks and other
-services. It is written before the stage's transition is settled, under keys that a second attempt writes again: a crash
-in between leaves nothing that the next attempt does not put right. Needs the package `redis`.
+The journal decides what happens next; the saved state is a copy for dashboards, support desks and other services. It is
+written before the stage's transition is settled, under keys that a second attempt overwrites, so that the next attempt
+corrects the copy after a crash in between. Needs the package `redis`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger("external_state")
 
 
 class SaveState:
-    """Saves what each stage made of the context, what it returned, and how often it was tried.
+    """Save the context, the result and the attempt of each stage.
 
-    One hash per instance, `{prefix}:{workflow}:{instance}`: the field `context`, and one for each stage, which says how
-    its compensation went once there was one. Fields are JSON. `strict`: a store that cannot be reached fails the stage,
-    instead of a line in the log.
+    There is one hash per instance, `{prefix}:{workflow}:{instance}`, with a field `context` and one field per stage; a
+    compensation overwrites the field of its stage. Fields are JSON. With `strict`, an unreachable store fails the
+    stage; without it, the error is logged.
     """
 
     def __init__(self, url: str, *, prefix: str = "stageflow", strict: bool = False) -> None:
@@ -42,7 +42,7 @@ class SaveState:
         self._client: redis.Redis | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Travels to the workers without its connection: each makes its own.
+        # Sent to the workers without its connection: each worker opens its own.
         return _made, (self.url, self.prefix, self.strict)
 
     def around_stage(self, call: StageCall, next: Callable[[StageCall], Any]) -> Any:
@@ -59,7 +59,7 @@ class SaveState:
         except Exception as error:
             self._save(call, "failed", None, error)
             raise
-        if inspect.isawaitable(value):  # an async handler has only begun
+        if inspect.isawaitable(value):  # an async handler has only started
             return self._awaited(call, value, status)
         self._save(call, status, value)
         return value
@@ -75,7 +75,7 @@ class SaveState:
 
     def _save(self, call: StageCall, status: str, value: Any, error: Exception | None = None) -> None:
         if call.kind in ("item", "endpoint"):
-            return  # what they are given is no state of the instance
+            return  # items and commands are not the state of the instance
         stage = {
             "status": status,
             "attempt": call.attempt,
@@ -108,17 +108,17 @@ def _json(value: Any) -> str:
 
 
 def read_state(client: redis.Redis, workflow_id: str, instance_id: str, *, prefix: str = "stageflow") -> dict[str, Any]:
-    """What is saved of one instance, by field; empty when nothing is."""
+    """Return the saved fields of one instance; empty if there are none."""
     saved: Any = client.hgetall(f"{prefix}:{workflow_id}:{instance_id}")
     return {field: msgspec.json.decode(value) for field, value in saved.items()}
 
 
-# a workflow whose state is worth looking at
+# the workflow
 
 
 @dataclass
 class Order:
-    """One order on its way through the shop."""
+    """The context of one order."""
 
     order_id: str
     total: float
@@ -131,20 +131,20 @@ orders = Workflow("orders", context=Order)
 
 @orders.stage
 def reserve(order: Order) -> dict[str, int]:
-    """Take it from the shelf."""
+    """Take the goods from the shelf."""
     order.reserved = True
     return {"shelf": 7}
 
 
 @reserve.compensation
 def put_back(order: Order) -> None:
-    """Put it back on the shelf."""
+    """Put the goods back on the shelf."""
     order.reserved = False
 
 
 @orders.stage
 async def pay(order: Order) -> str:
-    """Charge the card, which does not cover everything."""
+    """Charge the card; it is declined above 1,000."""
     if order.total > 1_000:
         raise ValueError("the card was declined")
     order.paid = True
@@ -152,7 +152,7 @@ async def pay(order: Order) -> str:
 
 
 def main(url: str, data_dir: str = "stageflow-data") -> list[WorkflowResult[Order]]:
-    """Run two orders, and show what others see of them."""
+    """Run two orders, and print their state as saved in Redis."""
     with Runtime(orders, data_dir=data_dir, interceptors=[SaveState(url)]) as runtime:
         results = list(runtime.map(orders, [Order("ORDER-1", 99.5), Order("ORDER-2", 2_500.0)], key="order_id"))
     with redis.Redis.from_url(url, decode_responses=True) as client:

@@ -1,12 +1,12 @@
-"""An order-processing saga: validate, price, reserve inventory, pay, ship, confirm; undone in reverse when one fails.
+"""An order saga: validate, price, reserve, pay, ship, confirm; undone in reverse.
 
     python examples/order_processing.py init
     stageflow run examples/order_processing.py:runtime --input examples/orders.jsonl \\
         --key order_id --results results.jsonl
     python examples/order_processing.py audit --results results.jsonl
 
-Kill it at any moment and run the second line again: it goes on where it was, and the audit still balances, because each
-stage hands its `ctx.idempotency_key` to the shop. The shop's database is `shop.db`, or what the variable SHOP_DB says.
+Kill it at any moment and run the second command again: it continues, and the audit still balances, because each stage
+passes its `ctx.idempotency_key` to the shop. The shop's database is `shop.db`, or the file named by SHOP_DB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Item:
-    """So many pieces of one article."""
+    """A number of pieces of one article."""
 
     sku: str
     quantity: int
@@ -38,7 +38,7 @@ class Item:
 
 @dataclass
 class Order:
-    """An order as the shop receives it, and what its stages find out about it. Money in cents."""
+    """The context: an order as received, and the fields that its stages set. Money is in cents."""
 
     order_id: str
     customer_id: str
@@ -61,17 +61,17 @@ class Order:
                 raise ValueError(f"order {self.order_id}: {item.quantity} pieces of {item.sku}; 1 to 99 can be ordered")
 
     def quantities(self) -> dict[str, int]:
-        """Pieces per SKU; the same SKU may stand in several lines."""
+        """Return the pieces per SKU; one SKU may occur in several lines."""
         pieces: dict[str, int] = {}
         for item in self.items:
             pieces[item.sku] = pieces.get(item.sku, 0) + item.quantity
         return pieces
 
 
-# What may pass by itself. A stage that ran out of time or whose worker died may have done its work all the same;
-# trying again with the same idempotency key finds that out, giving up would leave it standing.
-PASSING = (StageTimeout, WorkerDied, sqlite3.OperationalError)
-PATIENT = Retry.exponential(max_attempts=5, initial=0.1, maximum=5, retry_on=PASSING)
+# Temporary errors. A stage that timed out or whose worker died may have completed its work: a retry with the same
+# idempotency key finds that out; without one the work would remain and not be compensated.
+TEMPORARY = (StageTimeout, WorkerDied, sqlite3.OperationalError)
+PATIENT = Retry.exponential(max_attempts=5, initial=0.1, maximum=5, retry_on=TEMPORARY)
 
 orders = Workflow("order-processing", context=Order, stage_timeout=20, retry=PATIENT)
 
@@ -100,7 +100,7 @@ def release_inventory(order: Order, ctx: StageContext, *, shop: Shop) -> None:
 @orders.stage(
     actors=2,
     timeout=30,
-    retry=Retry.exponential(max_attempts=6, initial=0.05, maximum=2, retry_on=(GatewayBusy, *PASSING)),
+    retry=Retry.exponential(max_attempts=6, initial=0.05, maximum=2, retry_on=(GatewayBusy, *TEMPORARY)),
 )
 def pay(order: Order, ctx: StageContext, *, shop: Shop) -> int:
     return shop.charge(ctx.idempotency_key, order.order_id, order.card, order.total)
@@ -119,7 +119,7 @@ def ship(order: Order, ctx: StageContext, *, shop: Shop) -> str:
 
 
 @ship.compensation
-def call_back(order: Order, ctx: StageContext, *, shop: Shop) -> None:
+def cancel_parcel(order: Order, ctx: StageContext, *, shop: Shop) -> None:
     shop.cancel_shipment(ctx.results["ship"])
     order.tracking = None
     order.undone.append("ship")
@@ -135,7 +135,7 @@ def shop_path() -> Path:
 
 
 def open_shop() -> Shop:
-    """Called once in each worker process: a connection of SQLite belongs to one process."""
+    """Open the shop, once in each worker process: an SQLite connection belongs to one process."""
     return Shop(shop_path(), gateway_busy=0.02)
 
 
@@ -144,26 +144,26 @@ runtime = Runtime(orders, services={"shop": open_shop}, data_dir=os.environ.get(
 
 @click.group()
 def main() -> None:
-    """The shop of the order-processing example."""
+    """Create, use and audit the shop of the order-processing example."""
 
 
 @main.command()
 @click.option("--data", "data_file", default=HERE / "shop.json", type=click.Path(exists=True, dir_okay=False))
 def init(data_file: Path) -> None:
-    """Make the shop's database: price list, stock, customers."""
+    """Create the shop's database: price list, stock, customers."""
     path = shop_path()
     try:
         Shop.create(path, load_data(data_file))
     except FileExistsError:
-        raise click.ClickException(f"there is a shop at {path} already; name another with SHOP_DB") from None
-    click.echo(f"A new shop at {path}.", err=True)
+        raise click.ClickException(f"a shop exists at {path}; name another file with SHOP_DB") from None
+    click.echo(f"Created the shop {path}.", err=True)
 
 
 @main.command("order")
 @click.argument("order_id")
 @click.option("--input", "orders_file", default=HERE / "orders.jsonl", type=click.Path(exists=True, dir_okay=False))
 def one_order(order_id: str, orders_file: Path) -> None:
-    """Run one order of the file through the saga."""
+    """Run one order of the input file."""
     for line in read_json_lines(orders_file):
         if line["order_id"] == order_id:
             order = msgspec.convert(line, Order)
@@ -181,7 +181,7 @@ def one_order(order_id: str, orders_file: Path) -> None:
 @click.option("--input", "orders_file", default=HERE / "orders.jsonl", type=click.Path(exists=True, dir_okay=False))
 @click.option("--results", "results_file", required=True, type=click.Path(exists=True, dir_okay=False))
 def audit_command(orders_file: Path, results_file: Path) -> None:
-    """Check that shop, orders and results agree; exit code 1 if they do not."""
+    """Check that shop, orders and results agree; exit code 1 if not."""
     if not shop_path().is_file():
         raise click.ClickException(f"no shop at {shop_path()}")
     checks = audit(shop_path(), read_json_lines(orders_file), read_json_lines(results_file))

@@ -1,11 +1,10 @@
 """The shop behind the order example: stock, payments ledger, shipments and customers in one SQLite file.
 
-It stands for the services a real shop would call, and like them it does each thing at most once per idempotency
-key: a call repeated with the same key changes nothing and returns what the first one returned. It must never
-import StageFlow: what a workflow calls has no need to know that it is called by one.
+It takes the place of the services that a real shop calls. Like them it acts at most once per idempotency key: a call
+repeated with the same key changes nothing and returns the first result. It must never import StageFlow: a service does
+not depend on its callers.
 
-Money is in integer cents. Each public method is one transaction; what it refuses raises a `Refused` and changes
-nothing.
+Money is in integer cents. Each public method is one transaction; a refused call raises a `Refused` and changes nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ __all__ = [
 
 
 class Refused(Exception):
-    """The shop says no, and will say so again: trying once more is of no use."""
+    """The shop refuses permanently: a retry fails too."""
 
 
 class UnknownCustomer(Refused):
@@ -46,11 +45,11 @@ class UnknownProduct(Refused):
 
 
 class OutOfStock(Refused):
-    """Fewer pieces left than were ordered."""
+    """The stock has fewer pieces than ordered."""
 
 
 class CardDeclined(Refused):
-    """The bank does not pay."""
+    """The bank declines the card."""
 
 
 class AddressRefused(Refused):
@@ -58,16 +57,16 @@ class AddressRefused(Refused):
 
 
 class AccountHeld(Refused):
-    """The fraud review, which runs beside the orders, wants nothing delivered to this customer."""
+    """The fraud review holds deliveries to this customer."""
 
 
 class GatewayBusy(Exception):
-    """The card gateway did not take the charge this time; nothing was charged."""
+    """The card gateway is temporarily unavailable; nothing was charged."""
 
 
 @dataclass
 class Address:
-    """Where a parcel goes. `country` is an ISO 3166 code of two letters."""
+    """The address of a parcel. `country` is an ISO 3166 code of two letters."""
 
     name: str
     street: str
@@ -110,21 +109,21 @@ PO_BOXES = ("postfach", "po box", "boîte postale", "postbus")
 class Shop:
     """One connection to the shop's database; each worker process opens its own.
 
-    `gateway_busy` is the share of charges that the card gateway turns away for the moment, from 0 to 1.
-    Raises `FileNotFoundError` when there is no shop at `path`.
+    `gateway_busy` is the share of charges that fail with `GatewayBusy`, from 0 to 1.
+    Raises `FileNotFoundError` if there is no shop at `path`.
     """
 
     def __init__(self, path: str | Path, *, gateway_busy: float = 0.0) -> None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no shop at {path}: make one with `python examples/order_processing.py init`")
-        # Autocommit: transactions are begun by hand, as writers from the start, so that none has to give way half-done.
+            raise FileNotFoundError(f"no shop at {path}: create one with `python examples/order_processing.py init`")
+        # Autocommit: transactions begin explicitly and as writers, so that none fails half-way at the write lock.
         self._db = sqlite3.connect(path, timeout=10, isolation_level=None)
         self._db.execute("PRAGMA synchronous = FULL")
         self._gateway_busy = gateway_busy
 
     @classmethod
     def create(cls, path: str | Path, data: Mapping[str, Any]) -> None:
-        """Makes a new shop from `data` (`customers`, `cards`, `products`). Raises `FileExistsError` if there is one."""
+        """Create a shop from `data` (`customers`, `cards`, `products`). Raises `FileExistsError` if there is one."""
         Path(path).touch(exist_ok=False)
         db = sqlite3.connect(path, isolation_level=None)
         try:
@@ -153,14 +152,14 @@ class Shop:
         self._db.execute("COMMIT")
 
     def email_of(self, customer_id: str) -> str:
-        """The customer's e-mail address. Raises `UnknownCustomer`."""
+        """Return the customer's e-mail address. Raises `UnknownCustomer`."""
         row = self._db.execute("SELECT email FROM customers WHERE customer_id = ?", (customer_id,)).fetchone()
         if row is None:
             raise UnknownCustomer(f"there is no customer {customer_id}")
         return str(row[0])
 
     def total(self, quantities: Mapping[str, int]) -> int:
-        """What so many pieces of each SKU cost, in cents. Raises `UnknownProduct`."""
+        """Return the price of these pieces, in cents. Raises `UnknownProduct`."""
         total = 0
         for sku, quantity in quantities.items():
             row = self._db.execute("SELECT price FROM products WHERE sku = ?", (sku,)).fetchone()
@@ -170,7 +169,7 @@ class Shop:
         return total
 
     def reserve(self, key: str, order_id: str, quantities: Mapping[str, int]) -> int:
-        """Takes the pieces from the stock, all or none; returns the reservation's id. Raises `OutOfStock`."""
+        """Take the pieces from the stock, all or none; return the reservation's id. Raises `OutOfStock`."""
         with self._transaction() as db:
             added = db.execute(
                 "INSERT INTO reservations (key, order_id) VALUES (?, ?) ON CONFLICT DO NOTHING", (key, order_id)
@@ -191,7 +190,7 @@ class Shop:
         self._db.execute("INSERT INTO reservation_lines VALUES (?, ?, ?)", (reservation, sku, quantity))
 
     def release(self, reservation: int) -> None:
-        """Puts the pieces of a reservation back, if they are not back already."""
+        """Return the pieces of a reservation to the stock, once."""
         with self._transaction() as db:
             released = db.execute(
                 "UPDATE reservations SET released = 1 WHERE reservation_id = ? AND released = 0", (reservation,)
@@ -204,7 +203,7 @@ class Shop:
                 )
 
     def charge(self, key: str, order_id: str, card: str, amount: int) -> int:
-        """Charges `amount` cents; returns the ledger entry. Raises `CardDeclined`, or `GatewayBusy`: try again."""
+        """Charge `amount` cents; return the ledger entry. Raises `CardDeclined`, `GatewayBusy` (temporary)."""
         if random.random() < self._gateway_busy:
             raise GatewayBusy("the card gateway is busy")
         with self._transaction() as db:
@@ -221,9 +220,9 @@ class Shop:
         return int(entry)
 
     def refund(self, key: str, charge: int) -> int:
-        """Pays a charge back, once; returns the ledger entry of the refund."""
+        """Refund a charge, once; return the ledger entry of the refund."""
         with self._transaction() as db:
-            # A charge has one refund at most, whatever the key: `refund_of` is unique too.
+            # A charge has at most one refund, with any key: `refund_of` is unique too.
             db.execute(
                 "INSERT INTO ledger (kind, key, order_id, amount, refund_of)"
                 " SELECT 'refund', ?, order_id, amount, entry_id FROM ledger WHERE entry_id = ? AND kind = 'charge'"
@@ -236,7 +235,7 @@ class Shop:
         return int(row[0])
 
     def book_shipment(self, key: str, order_id: str, address: Address) -> str:
-        """Books a parcel with the carrier; returns its tracking number. Raises `AddressRefused`."""
+        """Book a parcel with the carrier; return its tracking number. Raises `AddressRefused`."""
         if address.postcode in UNSERVED_POSTCODES:
             raise AddressRefused(f"no route to {address.postcode} {address.city}")
         if address.street.lower().startswith(PO_BOXES):
@@ -251,12 +250,12 @@ class Shop:
         return f"{address.country}{shipment:09d}"
 
     def cancel_shipment(self, tracking: str) -> None:
-        """Calls a parcel back before it is collected; one that is called back already stays so."""
+        """Cancel a parcel before it is collected; cancelling it again changes nothing."""
         with self._transaction() as db:
             db.execute("UPDATE shipments SET status = 'cancelled' WHERE shipment_id = ?", (int(tracking[2:]),))
 
     def confirm(self, key: str, order_id: str, customer_id: str, tracking: str) -> None:
-        """Tells the customer that the parcel is on its way. Raises `AccountHeld`."""
+        """Confirm to the customer that the parcel is on its way. Raises `AccountHeld`."""
         with self._transaction() as db:
             email, held = db.execute(
                 "SELECT email, held FROM customers WHERE customer_id = ?", (customer_id,)
@@ -270,6 +269,6 @@ class Shop:
 
 
 def load_data(path: str | Path) -> dict[str, Any]:
-    """The price list with its stock, the customers and their cards, from a JSON file."""
+    """Read the price list with its stock, the customers and their cards from a JSON file."""
     data: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
     return data

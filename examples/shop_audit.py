@@ -1,7 +1,7 @@
-"""Does the shop balance? Compares the orders that came in, what the workflows say became of them, and the shop's books.
+"""The audit of the shop: compare the orders, the results of the workflows, and the shop's books.
 
-It reads the database by itself and works sums out anew from the orders as they came in: it must never ask the shop's
-own functions, whose mistakes it is there to find.
+It reads the database directly and computes all sums from the orders: it must never call the shop's own functions, whose
+mistakes it is meant to find.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the audit: what has to hold, what was found, and where it does not hold (empty: it does)."""
+    """One line of the audit: the rule, the figures found, and the cases that break the rule."""
 
     name: str
     found: str
@@ -41,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class _Books:
-    """What the shop's database says."""
+    """The contents of the shop's database."""
 
     prices: dict[str, int]
     stock: dict[str, tuple[int, int]]  # initial, on hand
@@ -53,16 +53,16 @@ class _Books:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file."""
+    """Read the objects of a JSON Lines file."""
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
 def audit(shop_db: str | Path, orders: Iterable[Row], results: Iterable[Row]) -> list[Check]:
-    """Every check there is, the failed ones included.
+    """Run all checks and return them, passed or failed.
 
     `orders`: the lines of the input. `results`: one object per instance with `instance_id` (the order's id), `status`,
-    `error` and `context`. No order of the input may be in work while this is called.
+    `error` and `context`. No order of the input may be in work during the audit.
     """
     placed = {order["order_id"]: order for order in orders}
     ends: dict[str, list[Row]] = {}
@@ -73,13 +73,13 @@ def audit(shop_db: str | Path, orders: Iterable[Row], results: Iterable[Row]) ->
     due = {order: _total(placed[order], books.prices) for order in completed}
     return [
         _each_order_has_one_end(placed, ends),
-        _what_failed_says_why(ends),
+        _each_failure_has_a_reason(ends),
         _undone_in_reverse(ends),
         _stock_balances(books, [placed[order] for order in completed]),
         _totals_follow_the_price_list(ends, due),
         _ledger_balances(books, due),
         _each_order_paid_what_it_owes(books, due, placed),
-        _nobody_charged_twice(books),
+        _no_order_charged_twice(books),
         _refunds_match_their_charges(books),
         _stands_for_completed_only("parcels: one for each completed order, none for any other", books.parcels, due),
         _stands_for_completed_only("confirmations: the same", books.confirmations, due),
@@ -87,10 +87,10 @@ def audit(shop_db: str | Path, orders: Iterable[Row], results: Iterable[Row]) ->
 
 
 def print_audit(checks: Iterable[Check], console: Console | None = None) -> None:
-    """The audit as a table; of what does not hold, the first few cases."""
+    """Print the audit as a table, with the first cases of each broken rule."""
     table = Table(title="Audit of the shop", title_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column("what has to hold", overflow="fold")
+    table.add_column("rule", overflow="fold")
     table.add_column("found", overflow="fold")
     for check in checks:
         found = check.found
@@ -117,13 +117,13 @@ def _each_order_has_one_end(placed: Mapping[str, Row], ends: Mapping[str, list[R
     )
 
 
-def _what_failed_says_why(ends: Mapping[str, list[Row]]) -> Check:
+def _each_failure_has_a_reason(ends: Mapping[str, list[Row]]) -> Check:
     errors = {
         order: results[-1].get("error") for order, results in ends.items() if results[-1]["status"] != "completed"
     }
     reasons = Counter(str(error).partition(":")[0] for error in errors.values() if error)
     return Check(
-        name="what did not complete says why",
+        name="each order that did not complete has a reason",
         found=", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "nothing failed",
         broken=[f"{order}: no reason" for order, error in errors.items() if not error],
     )
@@ -164,9 +164,9 @@ def _stock_balances(books: _Books, completed: Iterable[Row]) -> Check:
 def _totals_follow_the_price_list(ends: Mapping[str, list[Row]], due: Mapping[str, int]) -> Check:
     broken = []
     for order, owed in due.items():
-        said = (ends[order][-1].get("context") or {}).get("total")
-        if said != owed:
-            broken.append(f"{order}: total {said}, by the price list {owed}")
+        total = (ends[order][-1].get("context") or {}).get("total")
+        if total != owed:
+            broken.append(f"{order}: total {total}, by the price list {owed}")
     return Check(name="totals are what the price list says", found=f"{len(due):,} orders", broken=broken)
 
 
@@ -190,8 +190,8 @@ def _each_order_paid_what_it_owes(books: _Books, due: Mapping[str, int], placed:
     return Check(name="the same, for each order", found=f"{len(books.charges):,} orders in the ledger", broken=broken)
 
 
-def _nobody_charged_twice(books: _Books) -> Check:
-    # Refunded ones aside: an order that failed may be placed anew.
+def _no_order_charged_twice(books: _Books) -> Check:
+    # Without refunded charges: a failed order may be placed again.
     standing = {order: len(charges) - len(books.refunds.get(order, ())) for order, charges in books.charges.items()}
     return Check(
         name="no order was charged twice",

@@ -1,11 +1,11 @@
-"""A travel agency: flight, hotel and car are booked at the same time, and all are given back when one is not to be had.
+"""A travel agency: flight, hotel and car are booked at the same time, or not at all.
 
     python examples/travel_saga.py
 
-The hotel is booked over HTTP, at a small server that this program starts on a free port of your machine and that is
-out of order now and then; flights and cars are kept in a SQLite file. Each booking is made under the stage's
-idempotency key, so that asking twice books once. At the end the books are audited: what is booked belongs to a trip
-that completed.
+The hotel is booked over HTTP, at a small server that this program starts on a free local port and that fails every
+third request; flights and cars are in a SQLite file. Each booking is made under the stage's idempotency key, so that a
+repeated request books once. If one booking fails, the others are cancelled. At the end an audit compares the bookings
+with the completed trips.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import click
 from stageflow_actors import Breaker, Compensation, Retry, Runtime, Stage, StageContext, StageError, Workflow
 
 ROOMS = {"Oslo": 120, "Rome": 90, "Kyoto": 210}
-"""What a night costs. The hotel knows no other places."""
+"""The price of a night; the hotel has no other places."""
 
 SEATS = {"Oslo": 180, "Rome": 140, "Kyoto": 890, "Atlantis": 20}
 CARS = {"Oslo": 60, "Rome": 35, "Atlantis": 5}
-"""Per day; there is none to be had in Kyoto."""
+"""The price per day; Kyoto has no cars."""
 
 
 @dataclass
 class Trip:
-    """The context: a wish, and what has been booked for it so far."""
+    """The context: the request for a trip, and its bookings so far."""
 
     trip_id: str
     place: str
@@ -50,9 +50,9 @@ class Trip:
 
     def validate(self) -> None:
         if self.place not in SEATS:
-            raise ValueError(f"we do not fly to {self.place}: there are {', '.join(SEATS)}")
+            raise ValueError(f"there are no flights to {self.place}, only to {', '.join(SEATS)}")
         if not 1 <= self.nights <= 30:
-            raise ValueError(f"1 to 30 nights can be booked, not {self.nights}")
+            raise ValueError(f"nights must be from 1 to 30, not {self.nights}")
 
     @property
     def total(self) -> int:
@@ -60,24 +60,24 @@ class Trip:
 
 
 class Desk:
-    """Bookings of flights and cars. A key books once, and is given back once."""
+    """Bookings of flights and cars; each key books once."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-        self._db.execute("CREATE TABLE IF NOT EXISTS bookings (key PRIMARY KEY, trip, kind, given_back DEFAULT 0)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS bookings (key PRIMARY KEY, trip, kind, cancelled DEFAULT 0)")
 
     def book(self, key: str, trip: str, kind: str) -> str:
         self._db.execute("INSERT OR IGNORE INTO bookings (key, trip, kind) VALUES (?, ?, ?)", (key, trip, kind))
         [(number,)] = self._db.execute("SELECT rowid FROM bookings WHERE key = ?", (key,))
         return f"{kind}-{number}"
 
-    def give_back(self, booking: str) -> None:
-        self._db.execute("UPDATE bookings SET given_back = 1 WHERE rowid = ?", (booking.rpartition("-")[2],))
+    def cancel(self, booking: str) -> None:
+        self._db.execute("UPDATE bookings SET cancelled = 1 WHERE rowid = ?", (booking.rpartition("-")[2],))
 
     def trips(self) -> dict[str, list[str]]:
-        """Which kinds are booked for each trip, and not given back."""
+        """Return the kinds of bookings of each trip that are not cancelled."""
         found: dict[str, list[str]] = {}
-        for trip, kind in self._db.execute("SELECT trip, kind FROM bookings WHERE NOT given_back ORDER BY kind"):
+        for trip, kind in self._db.execute("SELECT trip, kind FROM bookings WHERE NOT cancelled ORDER BY kind"):
             found.setdefault(trip, []).append(kind)
         return found
 
@@ -92,20 +92,20 @@ def book_flight(trip: Trip, ctx: StageContext, *, desk: Desk) -> None:
 
 def cancel_flight(trip: Trip, *, desk: Desk) -> None:
     if trip.flight is not None:
-        desk.give_back(trip.flight)
+        desk.cancel(trip.flight)
         trip.flight = None
 
 
 def rent_car(trip: Trip, ctx: StageContext, *, desk: Desk) -> None:
     if trip.place not in CARS:
-        raise StageError(f"no car is to be had in {trip.place}")
+        raise StageError(f"no car is available in {trip.place}")
     trip.car = desk.book(ctx.idempotency_key, trip.trip_id, "car")
     trip.car_price = CARS[trip.place] * trip.nights
 
 
 def return_car(trip: Trip, *, desk: Desk) -> None:
     if trip.car is not None:
-        desk.give_back(trip.car)
+        desk.cancel(trip.car)
         trip.car = None
 
 
@@ -115,11 +115,11 @@ def note_hotel(trip: Trip, response: dict[str, Any]) -> None:
 
 def within_budget(trip: Trip) -> None:
     if trip.total > trip.budget:
-        raise StageError(f"it costs {trip.total}, and {trip.budget} may be spent")
+        raise StageError(f"the trip costs {trip.total}, the budget is {trip.budget}")
 
 
 def travel(hotel_url: str) -> Workflow[Trip]:
-    """The workflow, for a hotel at this address."""
+    """Return the workflow, for a hotel at this address."""
     hotel = Stage.http(
         "hotel",
         url=f"{hotel_url}/bookings",
@@ -145,7 +145,7 @@ def travel(hotel_url: str) -> Workflow[Trip]:
 
 
 class Hotel(BaseHTTPRequestHandler):
-    """The hotel's web service. Every third request finds it out of order."""
+    """The hotel's web service; every third request fails with 503."""
 
     protocol_version = "HTTP/1.1"
     lock = threading.Lock()
@@ -155,12 +155,12 @@ class Hotel(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
-            if self._out_of_order():
+            if self._unavailable():
                 return
             if wish["place"] not in ROOMS:
                 self._answer(409, {"error": f"no hotel in {wish['place']}"})
                 return
-            # The same key asks for the room that it has already.
+            # A repeated key returns the room booked with it.
             known = [id for id, room in self.rooms.items() if room["key"] == self.headers["Idempotency-Key"]]
             number = known[0] if known else f"room-{len(self.rooms) + 1}"
             self.rooms[number] = {"trip": wish["trip"], "key": self.headers["Idempotency-Key"], "booked": True}
@@ -175,11 +175,11 @@ class Hotel(BaseHTTPRequestHandler):
                 room["booked"] = False
                 self._answer(204, None)
 
-    def _out_of_order(self) -> bool:
+    def _unavailable(self) -> bool:
         type(self).requests += 1
         if self.requests % 3:
             return False
-        self._answer(503, {"error": "out of order, please come again"})
+        self._answer(503, {"error": "temporarily unavailable"})
         return True
 
     def _answer(self, status: int, value: Any) -> None:
@@ -196,7 +196,7 @@ class Hotel(BaseHTTPRequestHandler):
 
 @contextmanager
 def open_hotel() -> Iterator[tuple[str, type[Hotel]]]:
-    """A hotel that is open while the block lasts: its address, and what it knows."""
+    """Serve a hotel during the block; yield its address and its books."""
     kind = type("ThisHotel", (Hotel,), {"rooms": {}, "requests": 0})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         server.daemon_threads = True
@@ -210,16 +210,16 @@ def open_hotel() -> Iterator[tuple[str, type[Hotel]]]:
 
 
 def trips(count: int) -> Iterator[Trip]:
-    """Wishes: most can be met; nobody has a car in Kyoto or a bed in Atlantis, and some trips cost too much."""
+    """Yield requests: most succeed; Kyoto has no cars, Atlantis has no hotel, and some trips exceed the budget."""
     for number in range(count):
         place = list(SEATS)[number % len(SEATS)]
         yield Trip(f"TRIP-{number + 1}", place, nights=1 + number % 4, budget=450 if number % 5 else 200)
 
 
 @click.command()
-@click.option("--trips", "count", default=20, show_default=True, help="How many trips are wished for.")
+@click.option("--trips", "count", default=20, show_default=True, help="Number of trips.")
 def main(count: int) -> None:
-    """Book trips, all of each or nothing: flight, hotel (over HTTP) and car at the same time."""
+    """Book trips, each completely or not at all: flight, hotel (over HTTP) and car at the same time."""
     with tempfile.TemporaryDirectory() as folder, open_hotel() as (url, hotel):
         books = Path(folder, "desk.db")
         workflow = travel(url)
@@ -240,16 +240,16 @@ def main(count: int) -> None:
 
 
 def audit(books: Path, hotel: type[Hotel], completed: set[str]) -> Iterator[str]:
-    """Compare the books of desk and hotel with the trips that completed. Raises `SystemExit` if they differ."""
+    """Compare the books of desk and hotel with the completed trips. Raises `SystemExit` if they differ."""
     with closing(Desk(books)) as desk:
         booked = desk.trips()
     rooms = [room["trip"] for room in hotel.rooms.values() if room["booked"]]
     whole = {trip for trip, kinds in booked.items() if kinds == ["car", "flight"]}
     yield f"{len(completed)} trips completed; {len(rooms)} rooms, {len(booked)} flights and cars are booked"
-    yield f"the hotel was asked {hotel.requests} times, and out of order {hotel.requests // 3} times"
+    yield f"the hotel received {hotel.requests} requests, and failed {hotel.requests // 3} of them"
     if not (completed == whole == set(booked) == set(rooms) and len(rooms) == len(completed)):
         raise SystemExit("the books do not agree")
-    yield "the books agree: all of a trip is booked, or nothing"
+    yield "the books agree: each trip is booked completely or not at all"
 
 
 if __name__ == "__main__":

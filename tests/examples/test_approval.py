@@ -45,7 +45,7 @@ def test_any_rejection_ends_it_and_the_budget_is_released(refuser: str) -> None:
     result = decide(9000, **{level: NO if level == refuser else YES for level in ("lead", "head", "finance")})
     assert result.status.value == "compensated"
     assert result.failed_stage == refuser
-    line = f"refused: StageError: Ada ({refuser}) said no: too dear"
+    line = f"refused: StageError: Ada ({refuser}) refused: too dear"
     assert state_and_last_line(result) == (State.REFUSED, line, 0)
 
 
@@ -54,7 +54,7 @@ def test_silence_escalates_to_the_next_one_above() -> None:
     assert result.success
     assert result.context is not None
     assert result.context.history[1:] == [
-        "the lead said nothing in time: escalated",
+        "the lead did not answer in time: escalated",
         "approved by Ada (head)",
         "paid",
     ]
@@ -63,7 +63,7 @@ def test_silence_escalates_to_the_next_one_above() -> None:
 def test_silence_of_the_last_one_refuses_it() -> None:
     result = decide(100)
     assert state_and_last_line(result)[0] == State.REFUSED
-    assert result.error == "StageError: the lead said nothing in time, and there is nobody above"
+    assert result.error == "StageError: the lead did not answer in time, and there is no higher level"
 
 
 def test_what_the_table_does_not_know_changes_nothing() -> None:
@@ -79,7 +79,7 @@ def test_what_the_table_does_not_know_changes_nothing() -> None:
 
 
 def test_an_expense_of_nothing_is_refused_at_the_door() -> None:
-    with pytest.raises(InvalidContext, match="more than nothing"):
+    with pytest.raises(InvalidContext, match="more than 0"):
         decide(-1 + 1)
 
 
@@ -96,9 +96,9 @@ def test_the_example_runs_its_four_reports_through_their_approvals(tmp_path: Pat
     ends = [line.rpartition("-> ")[2] for line in ran.stdout.splitlines() if line.startswith("R-")]
     assert ends == ["paid", "paid", "refused", "refused"]
     assert "escalated" in ran.stdout
-    assert "refused: StageError: Katherine (finance) said no: not this year" in ran.stdout
+    assert "refused: StageError: Katherine (finance) refused: not this year" in ran.stdout
 
 
 def test_its_help_describes_it() -> None:
     ran = subprocess.run([sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=True)
-    assert "one plain, one escalated, one refused, one forgotten" in " ".join(ran.stdout.split())
+    assert "approved, escalated, refused, unanswered" in " ".join(ran.stdout.split())

@@ -97,7 +97,7 @@ def test_too_many_files_that_do_not_parse_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused_at_the_door(tmp_path: Path) -> None:
-    with pytest.raises(InvalidContext, match="is no folder"):
+    with pytest.raises(InvalidContext, match="is not a directory"):
         run(etl.survey, etl.Survey(str(tmp_path / "none"), "db"))
 
 
@@ -105,7 +105,7 @@ def test_a_folder_without_python_fails_at_once(tmp_path: Path) -> None:
     result = run(etl.survey, etl.Survey(str(tmp_path), str(tmp_path / "db")))
     assert (result.failed_stage, result.error) == (
         "list-files",
-        f"StageError: there is no Python file below {tmp_path}",
+        f"StageError: there are no Python files below {tmp_path}",
     )
 
 

@@ -61,7 +61,7 @@ def test_a_saga_that_is_run_again_leaves_the_shop_as_it_was(order: Order, shop: 
 def test_the_compensations_undo_all_of_it(order: Order, shop: Shop) -> None:
     ctx: Any = run_all(order, shop)
     for _ in range(2):  # the second time as after a crash
-        order_processing.call_back(order, ctx, shop=shop)
+        order_processing.cancel_parcel(order, ctx, shop=shop)
         order_processing.refund(order, ctx, shop=shop)
         order_processing.release_inventory(order, ctx, shop=shop)
     assert order.tracking is None

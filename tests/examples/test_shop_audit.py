@@ -63,7 +63,7 @@ def test_a_shop_that_balances_passes(shop_db: Path, results: Results) -> None:
 
 
 ENDED = "each order ended once: completed, compensated or failed"
-WHY = "what did not complete says why"
+WHY = "each order that did not complete has a reason"
 REVERSE = "compensations ran once each, in reverse order"
 STOCK = "stock + what completed orders took = stock at the start, for each article"
 TOTALS = "totals are what the price list says"
