@@ -5,7 +5,8 @@
 
 Extract: list the files. Transform: parse and measure each file, several at a time, in worker processes. A file that
 does not parse (the library has some, as tests of its parser) is recorded, and the survey continues. Load: write the
-results into a SQLite database. Kill the program while it measures and run it again with the same `--data`: it continues.
+results into a SQLite database. Kill the program while it measures and run it again with the same `--data`: it
+continues.
 """
 
 from __future__ import annotations
