@@ -12,7 +12,8 @@ from collections import Counter
 
 from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
-from stageflow_brokers.journal.repair import repair, scan, verify
+from stageflow_brokers.journal.repair import repair
+from stageflow_brokers.journal.verify import scan, verify
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from torturing.sample_journal import Kept, Outcome, SampleJournal, Spot, keep, open_journal
 from torturing.workload import DIRECTORY

@@ -27,7 +27,7 @@ from stageflow_brokers.journal.format import (
 )
 from stageflow_brokers.journal.format import Record as JournalRecord
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.repair import scan
+from stageflow_brokers.journal.verify import scan
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import START
 from torturing.workload import DIRECTORY, Picture, Workload, replayed

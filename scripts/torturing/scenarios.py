@@ -16,7 +16,8 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerError, JournalFailed
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.repair import repair, scan, verify
+from stageflow_brokers.journal.repair import repair
+from stageflow_brokers.journal.verify import scan, verify
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from torturing.workload import DIRECTORY, Picture, Workload, replayed
 

@@ -14,7 +14,7 @@ from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.repair import verify
+from stageflow_brokers.journal.verify import verify
 from stageflow_brokers.offline.settlements import departures, offline, settlements
 from stageflow_brokers.types import START
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.errors import JournalLocked
-from stageflow_brokers.journal.repair import verify
+from stageflow_brokers.journal.verify import verify
 
 WRITER = """
 import sys

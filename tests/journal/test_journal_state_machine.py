@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stageflow_brokers.errors import JournalError
 from stageflow_brokers.journal.format import Batch, Record
 from stageflow_brokers.journal.journal import BatchPlace, Journal
-from stageflow_brokers.journal.repair import scan, verify
+from stageflow_brokers.journal.verify import scan, verify
 from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 DIRECTORY = Path("/journal")

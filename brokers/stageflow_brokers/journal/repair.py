@@ -1,41 +1,31 @@
-"""Looking at a journal from outside: verify, scan, repair.
+"""Repair of a damaged journal: keep everything before the first damage, list and give up the rest.
 
-`verify` and `scan` only read, and may run beside the broker that writes; `repair` needs the lock. It copies everything
-it touches aside before it cuts, and says what was given up.
+`repair` takes the lock of the journal. It copies everything that it changes before it changes it, and reports what is
+lost. It must never run beside a broker.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from stageflow_brokers.errors import JournalError, JournalFailed
-from stageflow_brokers.journal.filesystem import Files, OsFiles, write_at
+from stageflow_brokers.journal.filesystem import Files, write_at
 from stageflow_brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
-from stageflow_brokers.journal.lock import DirectoryLock, writer_of
-from stageflow_brokers.journal.recovery import clear_end, copy_aside, corrupt, remove_leftovers, unused
+from stageflow_brokers.journal.lock import DirectoryLock
+from stageflow_brokers.journal.recovery import clear_end, copy_aside, remove_leftovers, unused
 from stageflow_brokers.journal.salvage import Lost, salvage
 from stageflow_brokers.journal.scanner import Damage, Found, Survey, segment_numbers
 from stageflow_brokers.journal.segment_allocator import TEMPORARY
+from stageflow_brokers.journal.verify import require_journal
 
-__all__ = ["LISTS", "Finding", "Lost", "RepairReport", "repair", "scan", "verify"]
+__all__ = ["LISTS", "RepairReport", "repair"]
 
 LISTS = "given-up*.txt"
 """Beside the copies of a repair: each damaged place as a comment (``#``), then the names of what was given up, one a
 line, then as a part of its own those that may have been in what is damaged."""
-
-
-class Finding(NamedTuple):
-    """Something wrong at `offset` of `file`. If not `damage`, it is a torn end, which the next start cuts off. `cut`:
-    the file is shorter than it was made, so that what was acknowledged may be missing."""
-
-    file: str
-    offset: int
-    reason: str
-    damage: bool
-    cut: bool = False
 
 
 class RepairReport(NamedTuple):
@@ -62,42 +52,6 @@ class RepairReport(NamedTuple):
     left: bool = True
 
 
-def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
-    """Everything wrong with the journal in `directory`; an empty list if nothing is.
-
-    Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal or it may not
-    be read.
-    """
-    files = _existing(files, directory)
-    with _reading(directory):
-        findings = [
-            Finding(item.file, item.offset, item.reason, item.fatal, item.cut)
-            for item in Survey(files, directory).read()
-            if isinstance(item, Damage)
-        ]
-    if writer_of(files, directory) is not None:
-        return [finding for finding in findings if finding.damage]  # a batch in the making is not whole yet
-    return findings
-
-
-def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
-    """All whole batches in `directory`, in order, up to a torn end. Batches in the making may or may not be seen.
-
-    Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal or it may not
-    be read.
-    """
-    with closing(Survey(_existing(files, directory), directory).read()) as items:
-        while True:
-            with _reading(directory):
-                item = next(items, None)
-            if item is None:
-                return
-            if isinstance(item, Batch):
-                yield item
-            elif item.fatal:
-                raise corrupt(item, directory)
-
-
 def repair(
     directory: Path,
     *,
@@ -116,7 +70,7 @@ def repair(
     Raises JournalLocked while a broker runs, JournalFull without room for a copy (what has been cut by then has been
     copied), JournalVersion, and JournalError if there is no journal.
     """
-    files = _existing(files, directory)
+    files = require_journal(files, directory)
     try:
         lock = DirectoryLock(files, directory, os.getpid())
     except OSError as error:
@@ -281,20 +235,3 @@ class _Repair:
         """Let the file lie elsewhere on the disk, up to `end`: an unreadable sector may take no write either."""
         path = self._directory / name
         copy_aside(self._files, path, 0, end, path)
-
-
-@contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise JournalError(f"the journal in {directory} cannot be read: {error}") from error
-
-
-def _existing(files: Files | None, directory: Path) -> Files:
-    files = files if files is not None else OsFiles()
-    try:
-        files.listdir(directory)
-    except OSError as error:
-        raise JournalError(f"there is no journal in {directory}: {error}") from error
-    return files

@@ -28,7 +28,7 @@ from stageflow_brokers.engine.engine import Engine, check_oldest, replay_batch
 from stageflow_brokers.journal.filesystem import OsFiles
 from stageflow_brokers.journal.format import Batch, file_name
 from stageflow_brokers.journal.lock import writer_of
-from stageflow_brokers.journal.repair import scan
+from stageflow_brokers.journal.verify import scan
 
 __all__ = ["Accounts", "Departures", "SegmentUse", "Settled", "departures", "offline", "settlements"]
 

@@ -80,7 +80,7 @@ def _of_journal(data: DataDir) -> list[Finding]:
     """What verifying says: of damage the first places, and the torn end that a crash has left."""
     from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
     from stageflow_brokers.errors import JournalError
-    from stageflow_brokers.journal.repair import verify
+    from stageflow_brokers.journal.verify import verify
 
     if not any(data.journal.glob("*.journal")):
         return []

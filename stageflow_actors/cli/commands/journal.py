@@ -55,8 +55,8 @@ def verify(data: Path, output: str) -> int:
     stageflow journal verify --data /var/lib/orders
     """
     from stageflow_actors.runtime.client.attach import existing
-    from stageflow_brokers.journal.repair import Finding
-    from stageflow_brokers.journal.repair import verify as findings_of
+    from stageflow_brokers.journal.verify import Finding
+    from stageflow_brokers.journal.verify import verify as findings_of
 
     directory = existing(data).journal
     findings = findings_of(directory)
@@ -209,7 +209,7 @@ def repair(yes: bool, data: Path) -> int:
     from stageflow_actors.runtime.client.attach import existing
     from stageflow_brokers.journal.repair import LISTS
     from stageflow_brokers.journal.repair import repair as mend
-    from stageflow_brokers.journal.repair import verify as findings_of
+    from stageflow_brokers.journal.verify import verify as findings_of
     from stageflow_brokers.offline.groups import groups_in, groups_perhaps_in
 
     data_dir = existing(data)

@@ -15,7 +15,9 @@ import pytest
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.repair import LISTS, Finding, Lost, RepairReport, repair, scan, verify
+from stageflow_brokers.journal.repair import LISTS, RepairReport, repair
+from stageflow_brokers.journal.salvage import Lost
+from stageflow_brokers.journal.verify import Finding, scan, verify
 from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
 
 
