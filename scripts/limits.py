@@ -30,7 +30,7 @@ import psutil
 
 from argument_types import above_zero, from_one, script_parser
 from broker_launcher import start_broker
-from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.api import FLAG_START, Listener, PublishItem, Target
 from stageflow_brokers.zeromq.client import ZmqClient
 
 BATCH = 1000
@@ -71,7 +71,7 @@ class Filled:
         waiting: list[Future[Any]] = []
         for first in range(0, self.count, BATCH):
             names = range(first, min(first + BATCH, self.count))
-            items = [PublishItem(0, size, f"instance-{number:09d}", 1, START) for number in names]
+            items = [PublishItem(0, size, f"instance-{number:09d}", 1, FLAG_START) for number in names]
             waiting.append(client.publish([Target("deep", "stage")], items, [body] * len(items)))
             if len(waiting) > 8:
                 waiting.pop(0).result(60)

@@ -36,11 +36,11 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_brokers.api import (
-    AGAIN,
-    DEAD,
-    DONE,
-    LEAVE,
-    START,
+    ACK,
+    DEAD_LETTER,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    RETRY,
     TERMINAL,
     Arrival,
     DeliveryItem,
@@ -127,7 +127,7 @@ def make_journal(directory: Path) -> None:
     peer.admin.set_fact("history", "identity of the history").result(10)
     bodies = [encode(Envelope("orders", 1, "reserve", raw({"id": id}), EMPTY_TRAIL, WALL)) for id in IDS]
     items = [
-        PublishItem(0, len(body), id, 1, START, 0, 0.0, 0.0, DIGEST if id == IDS[0] else None)
+        PublishItem(0, len(body), id, 1, FLAG_START, 0, 0.0, 0.0, DIGEST if id == IDS[0] else None)
         for id, body in zip(IDS, bodies, strict=True)
     ]
     peer.publish([FIRST], items, bodies).result(10)
@@ -139,14 +139,14 @@ def make_journal(directory: Path) -> None:
     peer.checkpoint(*leases["order-2"][0], "charge", encode({"receipt": 7})).result(10)
     moves = [(*leases[id][0], place, len(body), id) for id, place, body in _moved()]
     others = [
-        SettleItem(leases["order-2"], AGAIN, [], 3600.0, failure),
-        SettleItem(leases["order-3"], DEAD, [], 0.0, failure),
+        SettleItem(leases["order-2"], RETRY, [], 3600.0, failure),
+        SettleItem(leases["order-3"], DEAD_LETTER, [], 0.0, failure),
         SettleItem(
-            leases["order-6"], DONE, opens=[GatherOpen("approval", 2, 0, 4)], arrivals=[Arrival("approval", "a", 3)]
+            leases["order-6"], ACK, opens=[GatherOpen("approval", 2, 0, 4)], arrivals=[Arrival("approval", "a", 3)]
         ),
-        SettleItem(leases["order-7"], DEAD, [], 0.0, failure),
-        SettleItem(leases["order-8"], DEAD, [], 0.0, failure),
-        SettleItem(leases["order-9"], AGAIN, [], 3600.0, failure),
+        SettleItem(leases["order-7"], DEAD_LETTER, [], 0.0, failure),
+        SettleItem(leases["order-8"], DEAD_LETTER, [], 0.0, failure),
+        SettleItem(leases["order-9"], RETRY, [], 3600.0, failure),
     ]
     moved = [body for _, _, body in _moved()]
     peer.settle([SECOND, END], moves, [], others, [*moved, b"base", b"yes"])
@@ -158,7 +158,7 @@ def make_journal(directory: Path) -> None:
     peer.admin.raise_epoch("order-9", 2, "stageflow.coordinator", ":cancelled").result(10)
     peer.consume(END.queue, 1)
     (ended,) = inbox.take(1).values()
-    peer.settle([], [], [(ended.id, ended.lease, LEAVE, ended.group)], [], [])
+    peer.settle([], [], [(ended.id, ended.lease, FLAG_CLOSE_GROUP, ended.group)], [], [])
     peer.admin.ping().result(10)
     _requeue_last(peer, dead["order-7"])
     peer.close()

@@ -211,7 +211,7 @@ MUTANTS = (
                 "stageflow_actors/runtime/node/coordinator.py",
                 "        try:\n            self._history.write(rows)\n",
                 (
-                    "        acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]\n"
+                    "        acks: list[Ack] = [(i.id, i.lease, FLAG_CLOSE_GROUP, i.group) for i, _ in batch]\n"
                     "        self._broker.settle([], [], acks, [], [])\n"
                     "        try:\n            self._history.write(rows)\n"
                 ),

@@ -81,7 +81,7 @@ class BrokerAdmin(Protocol):
         """Return the text kept under a name, None if there is none.
 
         Args:
-            name: The name of the fact, at most `MAX_NAME` characters.
+            name: The name of the fact, at most `MAX_NAME_CHARS` characters.
 
         Returns:
             A future of the text, or None.
@@ -92,7 +92,7 @@ class BrokerAdmin(Protocol):
         """Keep a text under a name, durably. Return that text.
 
         Args:
-            name: The name of the fact, at most `MAX_NAME` characters.
+            name: The name of the fact, at most `MAX_NAME_CHARS` characters.
             value: The text; it replaces what was kept before.
 
         Returns:
@@ -266,7 +266,7 @@ class BrokerAdmin(Protocol):
 
         Args:
             queue_prefix: Only groups with a message in a queue whose name begins with it; empty for all.
-            limit: Most groups to return, 0 to `MOST_LISTED`.
+            limit: Most groups to return, 0 to `MAX_LISTED_GROUPS`.
 
         Returns:
             A future of one dict per group.
@@ -323,7 +323,7 @@ class BrokerAdmin(Protocol):
 
         Args:
             group: The id of the group.
-            reason: The text that consumers get, at most `MAX_TEXT` characters.
+            reason: The text that consumers get, at most `MAX_TEXT_CHARS` characters.
             prefixes: Open gathers whose key begins with one of these publish what they have.
 
         Returns:
@@ -408,7 +408,7 @@ class BrokerAdmin(Protocol):
             guilty: Number, or numbers, of the messages that it was running; 0 or none if it was idle.
             charge: Whether the death counts for the guilty messages (`QueueOptions.max_deaths`).
             attempt: Whether it counts as a failed attempt of theirs.
-            failure: Opaque bytes kept with the guilty messages, at most `MAX_FAILURE`.
+            failure: Opaque bytes kept with the guilty messages, at most `MAX_FAILURE_BYTES`.
         """
 
     @abstractmethod

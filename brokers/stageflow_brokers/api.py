@@ -24,18 +24,18 @@ from stageflow_brokers.errors import (
     StorageFull,
 )
 from stageflow_brokers.types import (
-    AGAIN,
+    ACK,
     ATTEMPT_FAILED,
-    ATTEMPT_WORKED,
-    CHECK,
-    DEAD,
-    DONE,
-    LEAVE,
-    MOST_LISTED,
+    ATTEMPT_SUCCEEDED,
+    DEAD_LETTER,
+    FLAG_CHECK,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    FLAG_WATCH,
+    MAX_LISTED_GROUPS,
     PUSH_ONLY,
-    START,
+    RETRY,
     TERMINAL,
-    WATCH,
     Ack,
     Arrival,
     DeliveryExtra,
@@ -49,18 +49,18 @@ from stageflow_brokers.types import (
 )
 
 __all__ = [
-    "AGAIN",
+    "ACK",
     "ATTEMPT_FAILED",
-    "ATTEMPT_WORKED",
-    "CHECK",
-    "DEAD",
-    "DONE",
-    "LEAVE",
-    "MOST_LISTED",
+    "ATTEMPT_SUCCEEDED",
+    "DEAD_LETTER",
+    "FLAG_CHECK",
+    "FLAG_CLOSE_GROUP",
+    "FLAG_START",
+    "FLAG_WATCH",
+    "MAX_LISTED_GROUPS",
     "PUSH_ONLY",
-    "START",
+    "RETRY",
     "TERMINAL",
-    "WATCH",
     "Ack",
     "Arrival",
     "Broker",
@@ -91,22 +91,24 @@ class PublishAnswer:
     """The answer to a publish. All items are durable, except those in `refused`.
 
     Args:
-        seen: Number of groups that had left the broker, for `PublishItem.seen`. Default: 0.
+        history_sequence: Count of the groups that the broker has closed, for `PublishItem.history_sequence`.
+            Default: 0.
         refused: (index, reason, group) for each item that was not taken. Arrivals are numbered after the items.
             The reason is `exists` (a live group has this id and the same input), `conflict` (a live group has this
-            id and another input), `look-again` (the group may have left the broker since `seen`: look it up in the
-            history, then publish again with the new `seen`), or `gone` (an arrival for a group that is not live).
+            id and another input), `look-again` (the group may have been closed since the
+            `history_sequence` of the item: look it up in the history, then publish again with the new one), or
+            `gone` (an arrival for a group that is not live).
 
     Example:
         >>> from stageflow_brokers.api import PublishAnswer
-        >>> PublishAnswer(seen=7, refused=[(0, "exists", "order-1")]).refused
+        >>> PublishAnswer(history_sequence=7, refused=[(0, "exists", "order-1")]).refused
         [(0, 'exists', 'order-1')]
     """
 
-    __slots__ = ("refused", "seen")
+    __slots__ = ("history_sequence", "refused")
 
-    def __init__(self, seen: int = 0, refused: Sequence[tuple[int, str, str]] = ()) -> None:
-        self.seen = seen
+    def __init__(self, history_sequence: int = 0, refused: Sequence[tuple[int, str, str]] = ()) -> None:
+        self.history_sequence = history_sequence
         self.refused = list(refused)
 
 

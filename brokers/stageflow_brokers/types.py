@@ -11,24 +11,24 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta, Struct
 
 __all__ = [
-    "AGAIN",
+    "ACK",
     "ATTEMPT_FAILED",
-    "ATTEMPT_WORKED",
-    "CHECK",
-    "DEAD",
-    "DONE",
-    "LEAVE",
-    "MAX_FAILURE",
-    "MAX_ITEMS",
-    "MAX_NAME",
+    "ATTEMPT_SUCCEEDED",
+    "ATTEMPT_UNKNOWN",
+    "DEAD_LETTER",
+    "FLAG_CHECK",
+    "FLAG_CLOSE_GROUP",
+    "FLAG_START",
+    "FLAG_WATCH",
+    "MAX_FAILURE_BYTES",
+    "MAX_LISTED_GROUPS",
+    "MAX_LIST_ITEMS",
+    "MAX_NAME_CHARS",
     "MAX_PRIORITY",
-    "MAX_TEXT",
-    "MOST_LISTED",
-    "NEITHER",
+    "MAX_TEXT_CHARS",
     "PUSH_ONLY",
-    "START",
+    "RETRY",
     "TERMINAL",
-    "WATCH",
     "Ack",
     "Arrival",
     "BrokerStats",
@@ -58,19 +58,19 @@ __all__ = [
     "Text",
 ]
 
-MAX_ITEMS = 1_000_000
+MAX_LIST_ITEMS = 1_000_000
 """Limit of entries of a list in a header: items, leases, settlements, names."""
 
-MAX_NAME = 1024
+MAX_NAME_CHARS = 1024
 """Limit of characters of a name: of a queue, a group, a gather and its slots, a label, a step."""
 
-MOST_LISTED = 100_000
+MAX_LISTED_GROUPS = 100_000
 """Limit of groups in one answer."""
 
-MAX_TEXT = 64 << 10
+MAX_TEXT_CHARS = 64 << 10
 """Limit of characters of a reason that a caller gives."""
 
-MAX_FAILURE = 1 << 20
+MAX_FAILURE_BYTES = 1 << 20
 """Limit of bytes of an encoded failure."""
 
 MAX_PRIORITY = 1_000
@@ -81,28 +81,29 @@ TERMINAL = 1
 PUSH_ONLY = 2
 """Target flag: the body goes to watchers of the group and to no queue."""
 
-START = 1
+FLAG_START = 1
 """Publish flag: the group must not be live yet."""
-WATCH = 2
+FLAG_WATCH = 2
 """Publish flag: the sender watches the group."""
-CHECK = 4
-"""Publish flag: a user chose the id, so the history may contain it; refuse if a group left since `seen`."""
+FLAG_CHECK = 4
+"""Publish flag: a user chose the id, so the history may contain it. The item is refused with `look-again` if a group of
+this id may have been closed since `history_sequence`."""
 
-LEAVE = 1
-"""Ack flag: the group has ended; delete its id and its remaining messages."""
+FLAG_CLOSE_GROUP = 1
+"""Ack flag: the group has ended; the broker deletes its id and its remaining messages."""
 
-DONE, AGAIN, DEAD = 0, 1, 2
+ACK, RETRY, DEAD_LETTER = 0, 1, 2
 """Outcomes of a settlement."""
 
-NEITHER, ATTEMPT_FAILED, ATTEMPT_WORKED = 0, 1, 2
-"""Verdicts of a settlement on the attempt, for the breaker of the queue; a move counts as worked."""
+ATTEMPT_UNKNOWN, ATTEMPT_FAILED, ATTEMPT_SUCCEEDED = 0, 1, 2
+"""Result of the attempt, for the breaker of the queue; a move counts as succeeded."""
 
-Name = Annotated[str, Meta(max_length=MAX_NAME)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Failure = Annotated[bytes, Meta(max_length=MAX_FAILURE)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+Failure = Annotated[bytes, Meta(max_length=MAX_FAILURE_BYTES)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 Digest = Annotated[bytes, Meta(max_length=1024)]
-Many = Meta(max_length=MAX_ITEMS)
+Many = Meta(max_length=MAX_LIST_ITEMS)
 Leases = Annotated[list[tuple[int, int]], Many]
 
 
@@ -128,12 +129,12 @@ class PublishItem(Struct, array_like=True, gc=False):
         size: Size of its body in bytes.
         group: The id of its group; in a settlement empty for the group and epoch of the settled message.
         epoch: The epoch of the group. Default: 0.
-        flags: `START`, `WATCH`, `CHECK`, combined. Default: 0.
+        flags: `FLAG_START`, `FLAG_WATCH`, `FLAG_CHECK`, combined. Default: 0.
         priority: From -1,000 to 1,000; higher ones are delivered first. Default: 0.
         delay: Seconds until it is ready. Default: 0.
         ttl: Seconds that it may wait in the queue; 0 for no limit. Default: 0.
         digest: Hash of the input, to recognise the same start. Default: None.
-        seen: The `PublishAnswer.seen` that the sender knows, for `CHECK`. Default: 0.
+        history_sequence: The `PublishAnswer.history_sequence` that the sender knows, for `FLAG_CHECK`. Default: 0.
     """
 
     target: int
@@ -145,7 +146,7 @@ class PublishItem(Struct, array_like=True, gc=False):
     delay: float = 0.0
     ttl: float = 0.0
     digest: Digest | None = None
-    seen: int = 0
+    history_sequence: int = 0
 
 
 class GatherOpen(Struct, array_like=True, gc=False):
@@ -201,14 +202,14 @@ class SettleItem(Struct, array_like=True):
 
     Attributes:
         leases: (id, lease) of the messages.
-        outcome: `DONE`, `AGAIN` (another attempt) or `DEAD` (dead letter).
+        outcome: `ACK`, `RETRY` (another attempt) or `DEAD_LETTER` (dead letter).
         publishes: Messages that follow. Default: none.
         delay: Seconds before the next attempt. Default: 0.
         failure: Opaque bytes, kept with the message. Default: None.
         opens: Gathers to open. Default: none.
         arrivals: Arrivals at gathers. Default: none.
-        leave: The id of the group if it has ended. Default: empty.
-        verdict: `ATTEMPT_WORKED`, `ATTEMPT_FAILED` or 0, for the breaker of the queue. Default: 0.
+        close_group: The id of the group if it has ended. Default: empty.
+        attempt_result: `ATTEMPT_SUCCEEDED`, `ATTEMPT_FAILED` or 0, for the breaker of the queue. Default: 0.
     """
 
     leases: Leases
@@ -218,8 +219,8 @@ class SettleItem(Struct, array_like=True):
     failure: Failure | None = None
     opens: Annotated[list[GatherOpen], Many] = []
     arrivals: Annotated[list[Arrival], Many] = []
-    leave: Name = ""
-    verdict: int = NEITHER
+    close_group: Name = ""
+    attempt_result: int = ATTEMPT_UNKNOWN
 
 
 class DeliveryItem(Struct, array_like=True, gc=False):
@@ -331,7 +332,7 @@ class BrokerStats(TypedDict):
 
 
 class LookupResult(TypedDict):
-    """Descriptions of live groups by id. `left_seq` counts, in this broker epoch, the groups that have left."""
+    """Descriptions of live groups by id. `left_seq` counts the groups closed in this broker epoch."""
 
     epoch: int
     left_seq: int

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stageflow_brokers.core import wire
-from stageflow_brokers.types import AGAIN, CHECK, DEAD, DONE, LEAVE, START, WATCH
+from stageflow_brokers.types import ACK, DEAD_LETTER, FLAG_CHECK, FLAG_CLOSE_GROUP, FLAG_START, FLAG_WATCH, RETRY
 
 __all__ = ["Frames"]
 
@@ -83,12 +83,12 @@ class Frames:
                     moves.append((id, lease, 0, 3, group))
                     bodies.append(b"bad")
                 case 1:
-                    acks.append((id, lease, chance.choice((0, LEAVE, 7)), group))
+                    acks.append((id, lease, chance.choice((0, FLAG_CLOSE_GROUP, 7)), group))
                 case _:
                     others.append(
                         (
                             [(id, lease)],
-                            chance.choice((DONE, AGAIN, DEAD, 9)),
+                            chance.choice((ACK, RETRY, DEAD_LETTER, 9)),
                             [self._item(1)] if chance.random() < 0.5 else [],
                             chance.choice(SECONDS),
                             chance.choice((None, b"failure")),
@@ -211,7 +211,7 @@ class Frames:
     def _item(self, size: int) -> tuple[Any, ...]:
         chance = self._chance
         group = chance.choice((*GROUPS, "", ""))
-        flags = chance.choice((0, START, START | WATCH, START | CHECK, 8))
+        flags = chance.choice((0, FLAG_START, FLAG_START | FLAG_WATCH, FLAG_START | FLAG_CHECK, 8))
         digest = chance.choice((None, b"digest"))
         return (chance.randrange(2), size, group, 1, flags, chance.choice((0, 5)), chance.choice(SECONDS), 0.0, digest)
 

@@ -14,7 +14,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from stageflow_brokers.api import AGAIN, LEAVE, START, TERMINAL, WATCH, DeliveryItem, Listener, SettleItem, Target
+from stageflow_brokers.api import (
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    FLAG_WATCH,
+    RETRY,
+    TERMINAL,
+    DeliveryItem,
+    Listener,
+    SettleItem,
+    Target,
+)
 from stageflow_brokers.testing.harness import Answers
 from stageflow_brokers.zeromq.client import ZmqClient
 
@@ -125,7 +135,7 @@ class _Collector(_Peer):
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         for item, body in zip(items, bodies, strict=True):
             self.judge.end(item.group, body)
-        self.client.settle([], [], [(item.id, item.lease, LEAVE, item.group) for item in items], [], [])
+        self.client.settle([], [], [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item in items], [], [])
 
 
 class _Worker(_Peer):
@@ -176,7 +186,7 @@ class _Worker(_Peer):
                     self.client.checkpoint(item.id, item.lease, "step", b"mine")
                 match self._chance.randrange(50):
                     case 0 if item.extra is None:
-                        others.append(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, b"once more"))
+                        others.append(SettleItem([(item.id, item.lease)], RETRY, [], 0.0, b"once more"))
                     case 1:
                         back.append((item.id, item.lease))
                     case _:
@@ -260,7 +270,7 @@ class WellBehavedPeers:
                 number += 1
                 body = group.encode() + os.urandom(8)
                 judge.publish(group, body)
-                items.append((0, len(body), group, 1, START | WATCH))
+                items.append((0, len(body), group, 1, FLAG_START | FLAG_WATCH))
                 bodies.append(body)
             answer = self._publisher.client.publish([Target("work", "new")], items, bodies).result(TIMEOUT_SECONDS)
             if answer.refused:

@@ -29,7 +29,7 @@ from stageflow_brokers.journal.format import Record as JournalRecord
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.verify import scan
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
-from stageflow_brokers.types import START
+from stageflow_brokers.types import FLAG_START
 from torturing.workload import DIRECTORY, Picture, Workload, replayed
 
 __all__ = ["Kept", "Outcome", "SampleJournal", "Spot", "keep", "open_journal"]
@@ -108,7 +108,7 @@ class SampleJournal:
         for attempt in range(50):
             segment = journal.segments()[-1].number
             before = disk.content(DIRECTORY / file_name(segment))
-            items = [(0, 1300, f"last{attempt}.{n}", 1, START, 0, 0.0, 0.0, b"d") for n in range(2)]
+            items = [(0, 1300, f"last{attempt}.{n}", 1, FLAG_START, 0, 0.0, 0.0, b"d") for n in range(2)]
             workload.send(wire.PUBLISH, [("unread", "a")], items, False, blob=b"".join(bodies))
             if journal.segments()[-1].number == segment:
                 break

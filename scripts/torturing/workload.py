@@ -17,11 +17,11 @@ from stageflow_brokers.engine.engine import Engine, Outgoing, replay_batch
 from stageflow_brokers.journal.format import Batch
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import (
-    AGAIN,
-    DEAD,
-    DONE,
-    LEAVE,
-    START,
+    ACK,
+    DEAD_LETTER,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    RETRY,
     TERMINAL,
     Arrival,
     DeliveryItem,
@@ -164,7 +164,9 @@ class Workload:
             self.started += 1
             body = self.body()
             delay = self.chance.choice((0.0, 0.0, 0.0, 0.02, 1e6))
-            items.append((0, len(body), f"g{self.started}", 1, START, self.chance.randint(0, 2), delay, 0.0, b"digest"))
+            items.append(
+                (0, len(body), f"g{self.started}", 1, FLAG_START, self.chance.randint(0, 2), delay, 0.0, b"digest")
+            )
             bodies.append(body)
         self.send(
             wire.PUBLISH, [(self.chance.choice(("q", "q", "q", "unread")), "a")], items, False, blob=b"".join(bodies)
@@ -178,19 +180,19 @@ class Workload:
         lease = (item.id, item.lease)
         body = self.body()
         if queue == "fin":
-            return self.send(wire.SETTLE, [], [], [(*lease, LEAVE, item.group)], [])
+            return self.send(wire.SETTLE, [], [], [(*lease, FLAG_CLOSE_GROUP, item.group)], [])
         after = {"q": ("next", "b", 0), "next": ("fin", ":end", TERMINAL), "joined": ("fin", ":end", TERMINAL)}[queue]
         what = self.chance.choice(("move",) * 6 + ("again", "dead", "gather", "checkpoint"))
         if what == "checkpoint":
             self.held[item.id] = queue, item
             return self.send(wire.CHECKPOINT, *lease, self.chance.choice("xyz"), blob=body)
         if what == "again":
-            return self.send(wire.SETTLE, [], [], [], [SettleItem([lease], AGAIN, [], 0.01, b"boom")])
+            return self.send(wire.SETTLE, [], [], [], [SettleItem([lease], RETRY, [], 0.01, b"boom")])
         if what == "dead":
-            return self.send(wire.SETTLE, [], [], [], [SettleItem([lease], DEAD, [], 0.0, b"hopeless")])
+            return self.send(wire.SETTLE, [], [], [], [SettleItem([lease], DEAD_LETTER, [], 0.0, b"hopeless")])
         if what == "gather" and queue == "q":
             opening = GatherOpen("k", self.chance.randint(1, 3), 0, len(body), deadline=1e6)
-            settled = SettleItem([lease], DONE, opens=[opening])
+            settled = SettleItem([lease], ACK, opens=[opening])
             self.send(wire.SETTLE, [("joined", "j", 0)], [], [], [settled], blob=body)
             arrivals = [Arrival("k", slot, 20, item.group, 1) for slot in ("one", "two")]
             return self.send(wire.PUBLISH, [], [], False, [], arrivals, blob=bytes(40))

@@ -42,7 +42,7 @@ from stageflow_actors.runtime.worker.interceptors import (
     around_methods,
     check_interceptors,
 )
-from stageflow_brokers.api import AGAIN, DEAD, DeliveryExtra, DeliveryItem, SettleItem, Target
+from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryExtra, DeliveryItem, SettleItem, Target
 
 __all__ = ["run"]
 
@@ -333,9 +333,9 @@ class _Instance(Generic[C]):
                 waiting.append(_Message(target.queue, target.label, body))
                 continue
             outcome = result.outcome
-            if outcome.outcome == DEAD:
+            if outcome.outcome == DEAD_LETTER:
                 return self._parked(message, outcome)
-            if outcome.outcome == AGAIN:
+            if outcome.outcome == RETRY:
                 message.attempts += 1
                 message.failure = outcome.failure
                 waiting.appendleft(message)

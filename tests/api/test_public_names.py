@@ -32,10 +32,10 @@ STAGEFLOW = """
 """.split()
 
 BROKERS_API = """
-    AGAIN ATTEMPT_FAILED ATTEMPT_WORKED CHECK DEAD DONE LEAVE PUSH_ONLY START TERMINAL WATCH Ack Arrival Broker
-    BrokerAdmin BrokerError BrokerUnavailable DeliveryExtra DeliveryItem GatherOpen JournalCorrupt JournalLocked
-    Listener MOST_LISTED Move PayloadTooLarge ProtocolError
-    PublishAnswer PublishItem QueueFull QueueOptions Refused SettleItem StorageFull Target
+    ACK ATTEMPT_FAILED ATTEMPT_SUCCEEDED Ack Arrival Broker BrokerAdmin BrokerError BrokerUnavailable DEAD_LETTER
+    DeliveryExtra DeliveryItem FLAG_CHECK FLAG_CLOSE_GROUP FLAG_START FLAG_WATCH GatherOpen JournalCorrupt JournalLocked
+    Listener MAX_LISTED_GROUPS Move PUSH_ONLY PayloadTooLarge ProtocolError PublishAnswer PublishItem QueueFull
+    QueueOptions RETRY Refused SettleItem StorageFull TERMINAL Target
 """.split()
 
 OURS = ("stageflow_actors", "stageflow_brokers")

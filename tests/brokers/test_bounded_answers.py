@@ -10,7 +10,7 @@ from broker_fixtures import Peer, World, check_whole
 
 from stageflow_brokers.core import gather, inspector, machine, watches, wire
 from stageflow_brokers.core.limits import Limits
-from stageflow_brokers.types import LEAVE, MOST_LISTED, START, TERMINAL, QueueOptions
+from stageflow_brokers.types import FLAG_CLOSE_GROUP, FLAG_START, MAX_LISTED_GROUPS, TERMINAL, QueueOptions
 
 MOST = 1_000
 
@@ -51,7 +51,7 @@ def reader(here: World, number: int = 2) -> Reader:
 def end(here: World, *groups: str, size: int = 400) -> None:
     """Groups that have ended, whose end no consumer has received yet."""
     peer = here.peers.get(1) or here.peer(1)
-    items = [(0, size, group, 1, START) for group in groups]
+    items = [(0, size, group, 1, FLAG_START) for group in groups]
     peer.publish([("finished", ":end", TERMINAL)], items, [bytes(size)] * len(groups))
 
 
@@ -96,7 +96,7 @@ def test_an_instance_that_left_before_its_end_could_be_sent_is_gone(here: World)
     peer = reader(here)
     peer.query("watch", [f"g{number}" for number in range(10)])
     keeper = here.peer(4, consume={"finished": 20})
-    leaving = [(item.id, item.lease, LEAVE, item.group) for item in keeper.held.values()]
+    leaving = [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item in keeper.held.values()]
     keeper.settle([], acks=leaving)
     while peer.read():
         pass
@@ -171,7 +171,7 @@ def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeyp
     monkeypatch.setattr(inspector, "ANSWER_BYTES", 1_000)
     monkeypatch.setattr(machine, "MOST_UNREAD", 1 << 20)
     peer = here.peer(1)
-    peer.publish([("q", "")], [(0, 400, f"g{number}", 1, START) for number in range(4)], [bytes(400)] * 4)
+    peer.publish([("q", "")], [(0, 400, f"g{number}", 1, FLAG_START) for number in range(4)], [bytes(400)] * 4)
     described = peer.query("inspect", [f"g{number}" for number in range(4)])
     assert [["body" in message for message in described[f"g{number}"]["messages"]] for number in range(4)] == [
         [True],
@@ -183,7 +183,7 @@ def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeyp
 
 def test_no_more_groups_are_listed_than_one_answer_holds() -> None:
     peer = World().peer(1)
-    for limit in (-1, MOST_LISTED + 1, 1 << 60):
+    for limit in (-1, MAX_LISTED_GROUPS + 1, 1 << 60):
         assert "a limit from 0 to 100,000" in peer.query("groups", "", limit)["refused"]
 
 
@@ -259,5 +259,5 @@ def test_instances_are_counted_by_the_first_mark_that_their_bodies_bear() -> Non
     here = World()
     peer = here.peer(1)
     bodies = [b"..one...", b"..two...", b".one....", b"other..."]
-    peer.publish([("shared", "")], [(0, 8, f"g{n}", 1, START) for n in range(4)], bodies)
+    peer.publish([("shared", "")], [(0, 8, f"g{n}", 1, FLAG_START) for n in range(4)], bodies)
     assert peer.query("tally", ["shared"], [b"two", b"one"], [2, 1])["marks"] == [1, 2]

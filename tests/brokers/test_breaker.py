@@ -12,12 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from stageflow_brokers.core.breaker import CLOSED, HALF_OPEN, OPEN, Breaker
 from stageflow_brokers.types import (
-    AGAIN,
+    ACK,
     ATTEMPT_FAILED,
-    ATTEMPT_WORKED,
-    DEAD,
-    DONE,
-    NEITHER,
+    ATTEMPT_SUCCEEDED,
+    ATTEMPT_UNKNOWN,
+    DEAD_LETTER,
+    RETRY,
     DeliveryItem,
     QueueOptions,
     SettleItem,
@@ -64,9 +64,9 @@ class Cluster:
         [queue] = self.supervisor.query("stats", "q")["queues"]
         return str(queue["breaker"])
 
-    def say(self, item: DeliveryItem, verdict: int, outcome: int = AGAIN, worker: Peer | None = None) -> None:
-        said = SettleItem([(item.id, item.lease)], outcome, [], 0.0, b"no" if outcome != DONE else None)
-        said.verdict = verdict
+    def say(self, item: DeliveryItem, verdict: int, outcome: int = RETRY, worker: Peer | None = None) -> None:
+        said = SettleItem([(item.id, item.lease)], outcome, [], 0.0, b"no" if outcome != ACK else None)
+        said.attempt_result = verdict
         (worker or self.worker).settle([], others=[said])
 
     def fail(self, times: int = 1, **how: Any) -> None:
@@ -105,7 +105,7 @@ def test_failures_in_a_row_open_it_and_then_nothing_is_delivered_until_its_time_
     assert len(cluster.worker.held) == 1
 
 
-@pytest.mark.parametrize("outcome", [AGAIN, DEAD, DONE])
+@pytest.mark.parametrize("outcome", [RETRY, DEAD_LETTER, ACK])
 def test_a_failed_attempt_counts_however_it_is_settled(outcome: int) -> None:
     cluster = Cluster()
     cluster.publish(4)
@@ -117,14 +117,14 @@ def test_a_success_in_between_resets_the_count() -> None:
     cluster = Cluster(prefetch=1)
     cluster.publish(9)
     for settle in ("move", "ack", "other"):
-        cluster.fail(2, outcome=DONE)
+        cluster.fail(2, outcome=ACK)
         [item] = cluster.worker.held.values()
         if settle == "move":
             cluster.worker.settle([("next", "b")], moves=[(item.id, item.lease, 0, 1, item.group)], bodies=[b"y"])
         elif settle == "ack":
             cluster.worker.settle([], acks=[(item.id, item.lease, 0, item.group)])
         else:
-            cluster.say(item, ATTEMPT_WORKED, DONE)
+            cluster.say(item, ATTEMPT_SUCCEEDED, ACK)
     assert cluster.state() == CLOSED
     assert cluster.breaker.failure_count == 0
 
@@ -133,7 +133,7 @@ def test_a_settlement_that_is_no_attempt_does_not_count() -> None:
     cluster = Cluster()
     cluster.publish(3)
     cluster.fail(2)
-    cluster.say(next(iter(cluster.worker.held.values())), NEITHER, DONE)
+    cluster.say(next(iter(cluster.worker.held.values())), ATTEMPT_UNKNOWN, ACK)
     assert cluster.breaker.failure_count == 2
 
 
@@ -169,14 +169,14 @@ def test_the_more_has_failed_the_fewer_a_worker_is_given_in_advance() -> None:
     cluster = Cluster(prefetch=100)
     cluster.publish(50)
     assert len(cluster.worker.held) == FAILURES
-    cluster.fail(2, outcome=DONE)
+    cluster.fail(2, outcome=ACK)
     assert len(cluster.worker.held) == 1
 
 
 def test_what_a_worker_holds_in_advance_is_asked_back_when_it_opens() -> None:
     cluster = Cluster(workers=2, prefetch=4)
     cluster.publish(6)
-    cluster.fail(2, outcome=DONE)
+    cluster.fail(2, outcome=ACK)
     other = cluster.workers[1]
     assert len(other.held) == 3
     cluster.say(next(iter(other.held.values())), ATTEMPT_FAILED, worker=other)
@@ -190,10 +190,10 @@ def test_attempts_begun_before_it_opened_do_not_count() -> None:
     cluster = Cluster(workers=2, prefetch=2)
     cluster.publish(4)
     late, later = cluster.workers[1].held.values()
-    cluster.fail(2, outcome=DONE)
+    cluster.fail(2, outcome=ACK)
     cluster.publish(1)
     cluster.fail(1)
-    cluster.say(late, ATTEMPT_WORKED, DONE, worker=cluster.workers[1])
+    cluster.say(late, ATTEMPT_SUCCEEDED, ACK, worker=cluster.workers[1])
     assert cluster.state() == OPEN
     until = cluster.breaker.until
     cluster.world.pass_time(RESET / 2)
@@ -224,7 +224,7 @@ def test_a_probe_that_fails_opens_it_for_as_long_again() -> None:
 def test_half_open_with_nothing_to_do_it_waits_for_the_next_message() -> None:
     cluster = Cluster()
     cluster.publish(3)
-    cluster.fail(3, outcome=DONE)
+    cluster.fail(3, outcome=ACK)
     cluster.world.pass_time(RESET)
     cluster.publish(2)
     assert len(cluster.worker.held) == 1
@@ -244,16 +244,16 @@ def give_back(cluster: Cluster, probe: DeliveryItem) -> None:
 
 
 def park(cluster: Cluster, probe: DeliveryItem) -> None:
-    cluster.say(probe, NEITHER, DEAD)
+    cluster.say(probe, ATTEMPT_UNKNOWN, DEAD_LETTER)
 
 
 def purge(cluster: Cluster, probe: DeliveryItem) -> None:
-    cluster.say(probe, NEITHER, DEAD)
+    cluster.say(probe, ATTEMPT_UNKNOWN, DEAD_LETTER)
     cluster.publisher.query("purge", "dlq.q", [])
 
 
 def forward(cluster: Cluster, probe: DeliveryItem) -> None:
-    cluster.say(probe, NEITHER, DONE)
+    cluster.say(probe, ATTEMPT_UNKNOWN, ACK)
 
 
 def cancel(cluster: Cluster, probe: DeliveryItem) -> None:
@@ -297,7 +297,7 @@ def test_however_a_probe_ends_the_breaker_is_not_stuck(end: Any) -> None:
     cluster.world.pass_time(RESET)
     for _ in range(20):
         for item in list(cluster.worker.held.values()):
-            cluster.say(item, ATTEMPT_WORKED, DONE)
+            cluster.say(item, ATTEMPT_SUCCEEDED, ACK)
     assert cluster.state() == CLOSED
     [queue] = cluster.supervisor.query("stats", "q")["queues"]
     assert (queue["ready"], queue["leased"], queue["delayed"]) == (0, 0, 0)
@@ -310,7 +310,7 @@ def cancelled(cluster: Cluster, group: str) -> bool:
     for item in found:
         assert item.extra is not None
         assert item.extra.cancelled == "no more"
-        cluster.say(item, NEITHER, DONE)
+        cluster.say(item, ATTEMPT_UNKNOWN, ACK)
     return bool(found)
 
 
@@ -332,7 +332,7 @@ def test_what_is_cancelled_does_not_wait_for_the_probe() -> None:
     assert waiting.group is not None
     assert cancelled(cluster, waiting.group.id)
     assert list(cluster.worker.held) == [probe.id]
-    cluster.say(probe, ATTEMPT_WORKED, DONE)
+    cluster.say(probe, ATTEMPT_SUCCEEDED, ACK)
     assert cluster.state() == CLOSED
 
 
@@ -398,8 +398,8 @@ class RandomTimes(RuleBasedStateMachine):
     @rule(
         place=st.integers(0, 2),
         which=st.integers(0, 3),
-        verdict=st.sampled_from([ATTEMPT_FAILED, ATTEMPT_FAILED, ATTEMPT_WORKED, NEITHER]),
-        outcome=st.sampled_from([AGAIN, DEAD, DONE]),
+        verdict=st.sampled_from([ATTEMPT_FAILED, ATTEMPT_FAILED, ATTEMPT_SUCCEEDED, ATTEMPT_UNKNOWN]),
+        outcome=st.sampled_from([RETRY, DEAD_LETTER, ACK]),
     )
     def settle(self, place: int, which: int, verdict: int, outcome: int) -> None:
         worker = self._some(place)
@@ -468,7 +468,7 @@ class RandomTimes(RuleBasedStateMachine):
             if not held:
                 break
             for worker, item in held:
-                cluster.say(item, ATTEMPT_WORKED, DONE, worker)
+                cluster.say(item, ATTEMPT_SUCCEEDED, ACK, worker)
         [queue] = cluster.supervisor.query("stats", "q")["queues"]
         assert (queue["ready"], queue["leased"], queue["delayed"]) == (0, 0, 0)
 

@@ -12,12 +12,12 @@ import pytest
 from broker_process import BrokerProcess
 
 from stageflow_brokers.api import (
-    AGAIN,
-    DEAD,
-    DONE,
-    START,
+    ACK,
+    DEAD_LETTER,
+    FLAG_START,
+    FLAG_WATCH,
+    RETRY,
     TERMINAL,
-    WATCH,
     Arrival,
     DeliveryItem,
     GatherOpen,
@@ -84,9 +84,9 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
         [],
         [],
         [
-            SettleItem([leases["delayed"]], AGAIN, [], 3600.0, b"boom"),
-            SettleItem([leases["dead"]], DEAD, [], 0.0, b"hopeless"),
-            SettleItem([leases["gathering"]], DONE, opens=[GatherOpen("k", 2, 0, 4)]),
+            SettleItem([leases["delayed"]], RETRY, [], 3600.0, b"boom"),
+            SettleItem([leases["dead"]], DEAD_LETTER, [], 0.0, b"hopeless"),
+            SettleItem([leases["gathering"]], ACK, opens=[GatherOpen("k", 2, 0, 4)]),
         ],
         [b"base"],
     )
@@ -209,7 +209,7 @@ def test_a_watcher_is_notified_after_a_restart_too(broker: BrokerProcess) -> Non
     by_group = {received.item.group: received for received in peer.receive(3)}
     peer.move(by_group["ended"], "finished", b"end", label=":completed", flags=TERMINAL)
     peer.drop(by_group["parked"])
-    peer.broker.settle([], [], [], [SettleItem([by_group["parked"].lease], DEAD)], [])
+    peer.broker.settle([], [], [], [SettleItem([by_group["parked"].lease], DEAD_LETTER)], [])
     peer.ack(by_group["left"], flags=1)
     peer.ask.ping()
     peer.pushes.clear()
@@ -265,7 +265,7 @@ def test_nothing_is_lost_or_doubled_while_the_broker_is_killed_again_and_again(b
     answers = []
 
     def publish(number: int) -> None:
-        item = (0, 1, f"g{number}", 1, START | WATCH, 0, 0.0, 0.0, b"d")
+        item = (0, 1, f"g{number}", 1, FLAG_START | FLAG_WATCH, 0, 0.0, 0.0, b"d")
         answers.append(starter.connection.publish([Target("q0", "q0")], [item], [b"b"]))
 
     for kills in range(6):

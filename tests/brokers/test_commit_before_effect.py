@@ -13,7 +13,7 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine, Outgoing
 from stageflow_brokers.errors import JournalFailed, JournalFull
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
-from stageflow_brokers.types import START, TERMINAL, WATCH
+from stageflow_brokers.types import FLAG_START, FLAG_WATCH, TERMINAL
 
 DIRECTORY = Path("/journal")
 
@@ -26,7 +26,9 @@ class Publisher(EnginePeer):
         self.hello([("q", 10), ("end", 10)])
 
     def publish(self) -> list[Outgoing]:
-        return self.send(wire.PUBLISH, [("q", "a")], [(0, 4, f"g{self.frame}", 1, START | WATCH)], blob=b"body")
+        return self.send(
+            wire.PUBLISH, [("q", "a")], [(0, 4, f"g{self.frame}", 1, FLAG_START | FLAG_WATCH)], blob=b"body"
+        )
 
 
 def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
@@ -115,7 +117,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     files.room = files.used()
     refused = wire.decode_out(peer.publish()[0][1])
     while not refused.results:
-        item_of = (0, 2000, f"more{peer.frame}", 1, START)
+        item_of = (0, 2000, f"more{peer.frame}", 1, FLAG_START)
         refused = wire.decode_out(peer.send(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1])
     assert "nearly full" in msgspec.msgpack.decode(refused.results[0][1])["message"]
     move = (item.id, item.lease, 0, 6, item.group)

@@ -21,11 +21,11 @@ from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import BatchPlace
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
 from stageflow_brokers.types import (
-    AGAIN,
-    DEAD,
-    DONE,
-    LEAVE,
-    START,
+    ACK,
+    DEAD_LETTER,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    RETRY,
     TERMINAL,
     Arrival,
     DeliveryItem,
@@ -110,7 +110,7 @@ class RecordedPeer(EnginePeer):
         return outgoing
 
     def start(self, *groups: str, queue: str = "q", delay: float = 0.0, size: int = 200, priority: int = 0) -> None:
-        items = [(0, size, group, 1, START, priority, delay, 0.0, b"d") for group in groups]
+        items = [(0, size, group, 1, FLAG_START, priority, delay, 0.0, b"d") for group in groups]
         self.send(wire.PUBLISH, [(queue, "a")], items, blob=bytes(size) * len(groups))
 
     def settle(self, targets: Any, moves: Any = (), acks: Any = (), others: Any = (), blob: bytes = b"") -> None:
@@ -125,7 +125,7 @@ class RecordedPeer(EnginePeer):
             (item,) = [item for item in self.held.values() if item.group == group]
             self.settle([target], moves=[(item.id, item.lease, 0, 300, group)], blob=bytes(300))
         (item,) = [item for item in self.held.values() if item.group == group]
-        self.settle([], acks=[(item.id, item.lease, LEAVE, group)])
+        self.settle([], acks=[(item.id, item.lease, FLAG_CLOSE_GROUP, group)])
 
     def used(self) -> int:
         assert self.engine.journal is not None
@@ -140,9 +140,9 @@ class RecordedPeer(EnginePeer):
         self.settle(
             [("joined", "j", 0)],
             others=[
-                SettleItem([by_group["delayed"]], AGAIN, [], 1e6, b"boom"),
-                SettleItem([by_group["dead"]], DEAD, [], 0.0, b"hopeless"),
-                SettleItem([by_group["gathering"]], DONE, opens=[opening]),
+                SettleItem([by_group["delayed"]], RETRY, [], 1e6, b"boom"),
+                SettleItem([by_group["dead"]], DEAD_LETTER, [], 0.0, b"hopeless"),
+                SettleItem([by_group["gathering"]], ACK, opens=[opening]),
             ],
             blob=bytes(50),
         )
@@ -184,7 +184,7 @@ def test_a_gather_keeps_its_priority_when_the_message_that_opened_it_goes_with_i
     assert journal is not None
     assert journal.segments()[-1].number > 1
     opening = GatherOpen("k", 2, 0, 50, deadline=1e6)
-    others = [SettleItem([(item.id, item.lease)], DONE, opens=[opening])]
+    others = [SettleItem([(item.id, item.lease)], ACK, opens=[opening])]
     peer.settle([("joined", "j", 0)], others=others, blob=bytes(50))
     peer.send(wire.QUERY, "compact", (True,))
     while not peer.dropped:
@@ -217,7 +217,7 @@ def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
     most = peer.used()
     while peer.held:
         batch = list(peer.held.values())
-        peer.settle([], acks=[(item.id, item.lease, LEAVE, item.group) for item in batch])
+        peer.settle([], acks=[(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item in batch])
     for number in range(200):
         peer.work(f"w{number}")
     assert peer.used() < most / 2
@@ -266,7 +266,7 @@ def test_a_dead_letters_body_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> N
     peer = RecordedPeer()
     peer.start("g")
     ((id, item),) = peer.held.items()
-    peer.settle([], others=[SettleItem([(id, item.lease)], DEAD, [], 0.0, b"hopeless")])
+    peer.settle([], others=[SettleItem([(id, item.lease)], DEAD_LETTER, [], 0.0, b"hopeless")])
     (message,) = peer.engine.machine.state.messages.values()
     assert message.body is None
     assert peer.engine.machine.writer.body(message) == bytes(200)
@@ -327,7 +327,7 @@ def test_epoch_and_frames_outlive_the_segments_that_recorded_them() -> None:
     peer.begin()
     store_now = peer.engine.machine.state
     assert store_now.epoch == epoch + 1
-    again = wire.encode((store_now.epoch, frame, [("q", "a")], [(0, 1, "again", 1, START)]))
+    again = wire.encode((store_now.epoch, frame, [("q", "a")], [(0, 1, "again", 1, FLAG_START)]))
     hello = wire.encode((wire.PROTOCOL, "client", "", 1, frame, [], [], [], 2))
     peer.engine.round([(7, wire.HELLO, hello, b""), (7, wire.PUBLISH, again, b"x")])
     assert "again" not in store_now.groups
@@ -335,7 +335,7 @@ def test_epoch_and_frames_outlive_the_segments_that_recorded_them() -> None:
 
 def test_frames_of_a_peer_that_sent_nothing_since_are_remembered() -> None:
     peer = RecordedPeer()
-    header = wire.encode((peer.engine.machine.state.epoch, 1, [("q", "a")], [(0, 1, "once", 1, START)]))
+    header = wire.encode((peer.engine.machine.state.epoch, 1, [("q", "a")], [(0, 1, "once", 1, FLAG_START)]))
     hello = wire.encode((wire.PROTOCOL, "client", "", 1, 1, [], [], [], 1))
     peer.engine.round([(9, wire.HELLO, hello, b""), (9, wire.PUBLISH, header, b"x")])
     for number in range(300):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.api import FLAG_START, Listener, PublishItem, Target
 from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
@@ -24,7 +24,7 @@ class Hub:
 
     def fill(self, first: int, count: int) -> None:
         bodies = [b"x" * 20_000] * count
-        items = [PublishItem(0, len(body), f"g{first + n}", 1, START) for n, body in enumerate(bodies)]
+        items = [PublishItem(0, len(body), f"g{first + n}", 1, FLAG_START) for n, body in enumerate(bodies)]
         self.peer.publish([Target("q", "label")], items, bodies).result(20)
 
     def compact(self) -> None:

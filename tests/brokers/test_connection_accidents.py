@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from broker_fixtures import World
 
-from stageflow_brokers.api import DONE, Listener
+from stageflow_brokers.api import ACK, Listener
 from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core import wire
-from stageflow_brokers.types import START, TERMINAL, WATCH
+from stageflow_brokers.types import FLAG_START, FLAG_WATCH, TERMINAL
 
-ITEM = (0, 1, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")
+ITEM = (0, 1, "g", 1, FLAG_START | FLAG_WATCH, 0, 0.0, 0.0, b"d")
 
 
 def test_a_hello_that_arrives_twice_takes_nothing_back() -> None:
@@ -32,7 +32,7 @@ def test_a_hello_that_arrives_twice_takes_nothing_back() -> None:
     assert [item.lease for item in worker.held.values()] == [lease]
     assert len(worker.delivered) == 1, "it is not delivered again"
     (id,) = worker.held
-    worker.settle([], others=[([(id, lease)], DONE)])
+    worker.settle([], others=[([(id, lease)], ACK)])
     assert world.machine.state.messages == {}
 
 
@@ -47,7 +47,7 @@ def test_how_an_instance_ended_is_sent_again_when_that_was_lost_with_the_session
     world.round([start])
     (id,) = worker.held
     lease = worker.held[id].lease
-    worker.settle([("finished", ":end", TERMINAL)], others=[([(id, lease)], DONE, [(0, 3)])], bodies=[b"end"])
+    worker.settle([("finished", ":end", TERMINAL)], others=[([(id, lease)], ACK, [(0, 3)])], bodies=[b"end"])
     client.hello(next_frame=1)
     world.round([start])
     assert client.acked == 1

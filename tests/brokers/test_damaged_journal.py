@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from engine_peer import EnginePeer
 
+from stageflow_brokers.api import FLAG_START
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core import state as store_module
 from stageflow_brokers.engine.engine import Engine
@@ -16,7 +17,6 @@ from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.verify import verify
 from stageflow_brokers.offline.settlements import departures, offline, settlements
-from stageflow_brokers.types import START
 
 SEGMENT = 16 << 10
 
@@ -31,7 +31,7 @@ class Publisher(EnginePeer):
     def publish(self, count: int, size: int = 1000) -> None:
         for _ in range(count):
             group = f"g{self.frame}"
-            self.send(wire.PUBLISH, [("q", "a")], [(0, size, group, 1, START)], blob=bytes(size))
+            self.send(wire.PUBLISH, [("q", "a")], [(0, size, group, 1, FLAG_START)], blob=bytes(size))
 
 
 def segments(directory: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from broker_fixtures import Peer, World, assert_same, check_whole, picture
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.limits import Limits
 from stageflow_brokers.core.wire import MAX_HEADER
-from stageflow_brokers.types import DEAD, DONE, MAX_ITEMS, MAX_NAME, START, TERMINAL, QueueOptions
+from stageflow_brokers.types import ACK, DEAD_LETTER, FLAG_START, MAX_LIST_ITEMS, MAX_NAME_CHARS, TERMINAL, QueueOptions
 
 
 def world(**limits: int) -> World:
@@ -26,7 +26,7 @@ def whole(here: World) -> None:
 def holding_one(here: World, queue: str = "work") -> tuple[Peer, tuple[int, int]]:
     """A worker, and the lease of the message that it holds, of group g."""
     worker = here.peer(2, consume={queue: 1}, role="worker")
-    worker.publish([(queue, "a")], [(0, 1, "g", 1, START)], [b"1"])
+    worker.publish([(queue, "a")], [(0, 1, "g", 1, FLAG_START)], [b"1"])
     ((id, item),) = worker.held.items()
     return worker, (id, item.lease)
 
@@ -71,19 +71,19 @@ def test_a_name_has_so_many_characters_and_no_more(op: bytes, fields: Any, blob:
 
     here = world()
     peer = here.peer(1)
-    answer = peer.send(op, named(fields, "n" * (MAX_NAME + 1)), blob)
+    answer = peer.send(op, named(fields, "n" * (MAX_NAME_CHARS + 1)), blob)
     assert answer["error"] == "ProtocolError"
-    assert f"length <= {MAX_NAME}" in answer["message"]
+    assert f"length <= {MAX_NAME_CHARS}" in answer["message"]
     assert here.machine.malformed == 1
     assert not here.machine.state.messages
-    peer.send(op, named(fields, "n" * MAX_NAME), blob)
+    peer.send(op, named(fields, "n" * MAX_NAME_CHARS), blob)
     assert here.machine.malformed == 1
 
 
 def test_a_list_that_declares_more_items_than_allowed_is_refused_before_it_is_read() -> None:
     here = world()
     peer = here.peer(1)
-    lying = b"\xdd" + (MAX_ITEMS + 1).to_bytes(4, "big")
+    lying = b"\xdd" + (MAX_LIST_ITEMS + 1).to_bytes(4, "big")
     for op, before in (
         (wire.PUBLISH, b"\x94\x01\x01" + lying),
         (wire.PUBLISH, b"\x94\x01\x01\x90" + lying),
@@ -92,7 +92,9 @@ def test_a_list_that_declares_more_items_than_allowed_is_refused_before_it_is_re
         (wire.RELEASE, b"\x93\x01\x01" + lying),
     ):
         here.round([(1, op, before, b"")])
-    assert [f"length <= {MAX_ITEMS}" in detail for word, detail in peer.notices if word == "malformed"] == [True] * 5
+    assert [f"length <= {MAX_LIST_ITEMS}" in detail for word, detail in peer.notices if word == "malformed"] == [
+        True
+    ] * 5
 
 
 def test_a_header_beyond_its_limit_is_refused_without_being_decoded() -> None:
@@ -182,7 +184,7 @@ def test_a_bounded_number_of_unexpected_arrivals_is_kept_at_a_gather() -> None:
     assert arrive(("l", "1", 100)) is None
     assert "group g has 2 gathers, and max_gathers is 2: 'm' cannot be made" in arrive(("m", "1", 1))
     # A worker's own arrivals are accepted, and so are those that a gather waits for.
-    opened = [([(id, lease)], DONE, [(0, 1, "g", 1)], 0.0, None, [("k", 4, 0, 1, "g", 1)], [("k", "3", 1, "g", 1)])]
+    opened = [([(id, lease)], ACK, [(0, 1, "g", 1)], 0.0, None, [("k", 4, 0, 1, "g", 1)], [("k", "3", 1, "g", 1)])]
     assert worker.settle([("done", "")], others=opened, bodies=[b"xyz"]) is None
     assert arrive(("k", "4", 1)) is None
     assert here.machine.state.queues["done"].ready_count == 2
@@ -214,7 +216,7 @@ def test_facts_and_bodies_that_queries_bring_are_bounded_too() -> None:
     assert "max_message_bytes=10" in peer.query("fact", "a", "x" * 11)["refused"]
     assert "65536 are the most" in peer.query("tell", "word", "x" * 70_000)["refused"]
     worker, (id, lease) = holding_one(here)
-    worker.settle([], others=[([(id, lease)], DEAD, [], 0.0, b"why")])
+    worker.settle([], others=[([(id, lease)], DEAD_LETTER, [], 0.0, b"why")])
     assert "max_message_bytes=10" in peer.query("replace", "dlq.work", id, bytes(11))["refused"]
     assert "max_message_bytes=10" in peer.query("restart", "g", "work", "", bytes(11))["refused"]
     assert peer.query("replace", "dlq.work", id, bytes(10)) == {"epoch": 1}
@@ -243,7 +245,7 @@ def test_a_peer_that_reads_nothing_is_disconnected_and_may_reconnect() -> None:
     watcher, publisher = here.peer(1, consume={"q": 4}), here.peer(2)
     groups = [f"g{number}" for number in range(100)]
     publisher.publish([("q", "")], [(0, 1)] * 4, [b"1"] * 4)
-    publisher.publish([("r", "")], [(0, 1, group, 1, START) for group in groups], [b"1"] * 100)
+    publisher.publish([("r", "")], [(0, 1, group, 1, FLAG_START) for group in groups], [b"1"] * 100)
     assert watcher.query("watch", groups) == []
     said: list[int] = []
     heard = watcher.hear

@@ -10,12 +10,12 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.core.message import LEASED
 from stageflow_brokers.types import (
-    AGAIN,
-    DONE,
-    LEAVE,
-    START,
+    ACK,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    FLAG_WATCH,
+    RETRY,
     TERMINAL,
-    WATCH,
     Arrival,
     PublishItem,
     QueueOptions,
@@ -37,7 +37,7 @@ def give_back_oldest(world: World) -> None:
 
 
 def start(peer: Peer, group: str, *, epoch: int = 1, queue: str = "q", **more: Any) -> Any:
-    item = (0, 4, group, epoch, START | WATCH, 0, 0.0, more.get("ttl", 0.0), b"d")
+    item = (0, 4, group, epoch, FLAG_START | FLAG_WATCH, 0, 0.0, more.get("ttl", 0.0), b"d")
     return peer.publish([(queue, "a")], [item], [b"body"])
 
 
@@ -66,7 +66,7 @@ def test_what_follows_from_a_message_of_a_segment_that_is_gone_stays_in_its_grou
     start(peer, "g")
     world.disk.seal()
     (item,) = peer.held.values()
-    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], DONE, [PublishItem(1, 2)])], bodies=[b"xy"])
+    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], ACK, [PublishItem(1, 2)])], bodies=[b"xy"])
     world.reclaim()
     same_after_replay(world)
     group = world.recover().state.groups["g"]
@@ -80,7 +80,7 @@ def test_a_settled_message_does_not_come_back_when_the_segment_of_its_settlement
     start(peer, "short")
     world.disk.seal()
     long, short = peer.held.values()
-    peer.settle([], acks=[(short.id, short.lease, LEAVE, "short")])
+    peer.settle([], acks=[(short.id, short.lease, FLAG_CLOSE_GROUP, "short")])
     world.disk.seal()
     # The oldest segment holds the message, the next one its end: only in this order can they go.
     world.reclaim()
@@ -96,7 +96,7 @@ def test_a_long_lived_message_survives_any_number_of_segments() -> None:
     start(peer, "old", ttl=1e6)
     (item,) = peer.held.values()
     peer.send(wire.CHECKPOINT, (item.id, item.lease, "paid"), b"42")
-    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], AGAIN, [], 5e5, b"boom")])
+    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], RETRY, [], 5e5, b"boom")])
     for _ in range(10):
         give_back_oldest(world)
         same_after_replay(world)
@@ -149,7 +149,7 @@ def test_evidence_of_a_group_that_left_is_not_part_of_its_namesake() -> None:
     supervisor.query("dead", 2, [*dying.held], True, False, b"crash")
     world.pass_time(0.01)
     (told,) = supervisor.held.values()
-    supervisor.settle([], acks=[(told.id, told.lease, LEAVE, "g")])
+    supervisor.settle([], acks=[(told.id, told.lease, FLAG_CLOSE_GROUP, "g")])
     give_back_oldest(world)
     start(supervisor, "g", epoch=1, queue="elsewhere")
     same_after_replay(world)
@@ -191,7 +191,9 @@ def test_what_was_diverted_does_not_outlive_a_group_that_leaves_with_the_same_se
     peer.publish([("q", "a")], [(0, 1, "g", 1)], [b"x"])
     moved, left = peer.held.values()
     peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
-    peer.settle(TARGETS, [(moved.id, moved.lease, 2, 1, "g")], [(left.id, left.lease, LEAVE, "g")], bodies=[b"m"])
+    peer.settle(
+        TARGETS, [(moved.id, moved.lease, 2, 1, "g")], [(left.id, left.lease, FLAG_CLOSE_GROUP, "g")], bodies=[b"m"]
+    )
     assert world.machine.state.messages == {}
     same_after_replay(world)
     start(peer, "g")
@@ -216,7 +218,7 @@ def test_what_arrives_with_a_settlement_that_was_taken_in_part_is_kept() -> None
 
 
 def _arrive(item: Any) -> SettleItem:
-    return SettleItem([(item.id, item.lease)], DONE, arrivals=[Arrival("k", "s", 4)])
+    return SettleItem([(item.id, item.lease)], ACK, arrivals=[Arrival("k", "s", 4)])
 
 
 def test_a_settlement_starts_a_group_only_if_it_is_not_live() -> None:
@@ -224,9 +226,9 @@ def test_a_settlement_starts_a_group_only_if_it_is_not_live() -> None:
     peer = world.peer(1, consume={"q": 1})
     start(peer, "child")
     (item,) = peer.held.values()
-    again = PublishItem(1, 3, "child", 1, START, 0, 0.0, 0.0, b"other")
-    fresh = PublishItem(1, 3, "new", 1, START, 0, 0.0, 0.0, b"d")
-    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], AGAIN, [again, fresh])], bodies=[b"old", b"new"])
+    again = PublishItem(1, 3, "child", 1, FLAG_START, 0, 0.0, 0.0, b"other")
+    fresh = PublishItem(1, 3, "new", 1, FLAG_START, 0, 0.0, 0.0, b"d")
+    peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], RETRY, [again, fresh])], bodies=[b"old", b"new"])
     assert world.machine.state.groups["child"].digest == b"d"
     assert [message.group.id for message in world.machine.state.queue("next").waiting() if message.group] == ["new"]
     same_after_replay(world)
@@ -240,7 +242,7 @@ def test_a_settlement_taken_before_the_crash_and_sent_again_leaves_nothing_held(
     peer = world.peer(1, consume={"q": 1})
     start(peer, "g")
     (item,) = peer.held.values()
-    frame = peer.frame_of(wire.SETTLE, (TARGETS, [], [], [SettleItem([(item.id, item.lease)], AGAIN)]))
+    frame = peer.frame_of(wire.SETTLE, (TARGETS, [], [], [SettleItem([(item.id, item.lease)], RETRY)]))
     world.machine.begin(world.now, world.wall)
     world.machine.receive(*frame)
     world.commit()  # it is on disk, and no peer was notified
@@ -254,7 +256,7 @@ def test_a_settlement_taken_before_the_crash_and_sent_again_leaves_nothing_held(
             (
                 1,
                 wire.SETTLE,
-                wire.encode((peer.epoch, peer.frame, TARGETS, [], [], [SettleItem([(item.id, item.lease)], AGAIN)])),
+                wire.encode((peer.epoch, peer.frame, TARGETS, [], [], [SettleItem([(item.id, item.lease)], RETRY)])),
                 b"",
             )
         ]
@@ -313,7 +315,7 @@ def test_an_answer_that_was_lost_is_sent_again_within_an_epoch() -> None:
     assert answers[2]["purged"] == 1
     start(peer, "g")  # what a second purge of everything would take
     sent = [
-        (wire.PUBLISH, ([("q", "a")], [(0, 4, "g", 1, START | WATCH, 0, 0.0, 0.0, b"d")]), b"body"),
+        (wire.PUBLISH, ([("q", "a")], [(0, 4, "g", 1, FLAG_START | FLAG_WATCH, 0, 0.0, 0.0, b"d")]), b"body"),
         (wire.PUBLISH, ([("q", "a")], [(0, 200)]), bytes(200)),
         (wire.QUERY, ("purge", ("q", [])), b""),
         (wire.QUERY, ("purge", ("q", [12345])), b""),
@@ -367,7 +369,7 @@ def test_a_death_that_is_reported_again_after_a_restart_is_charged_once() -> Non
     supervisor, worker = world.peer(1, role="supervisor"), world.peer(2, consume={"q": 1}, role="worker")
     supervisor.query("declare", [QueueOptions("q", 3)])
     supervisor.query("roster", [])
-    supervisor.publish([("q", "a")], [(0, 1, "g", 1, START)], [b"1"])
+    supervisor.publish([("q", "a")], [(0, 1, "g", 1, FLAG_START)], [b"1"])
     ((id, _),) = worker.held.items()
     death = (2, id, True, False, b"SIGSEGV")
     supervisor.query("dead", *death)
@@ -389,7 +391,7 @@ def test_a_death_that_is_reported_again_after_a_restart_is_charged_once() -> Non
 def test_a_delayed_message_that_has_been_delivered_stays_its_holders_though_the_clock_is_set_back() -> None:
     world = World()
     peer = world.peer(1, consume={"q": 1})
-    peer.publish([("q", "a")], [(0, 1, "g", 1, START, 0, 5.0)], [b"1"])
+    peer.publish([("q", "a")], [(0, 1, "g", 1, FLAG_START, 0, 5.0)], [b"1"])
     world.pass_time(6.0)
     ((id, item),) = peer.held.items()
     world.wall -= 100

@@ -13,15 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stageflow_brokers.core import state as store
 from stageflow_brokers.core import wire
 from stageflow_brokers.types import (
-    AGAIN,
-    CHECK,
-    DEAD,
-    DONE,
-    LEAVE,
+    ACK,
+    DEAD_LETTER,
+    FLAG_CHECK,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    FLAG_WATCH,
     PUSH_ONLY,
-    START,
+    RETRY,
     TERMINAL,
-    WATCH,
     Arrival,
     GatherOpen,
     PublishItem,
@@ -56,7 +56,7 @@ slots = st.sampled_from(["s0", "s1", "s2", "s3"])
 @st.composite
 def items(draw: st.DrawFn, group: st.SearchStrategy[str] = some_group) -> tuple[tuple[Any, ...], bytes]:
     body = draw(bodies)
-    flags = draw(st.sampled_from([0, 0, START, START | WATCH, START | CHECK]))
+    flags = draw(st.sampled_from([0, 0, FLAG_START, FLAG_START | FLAG_WATCH, FLAG_START | FLAG_CHECK]))
     name = draw(group)
     if not name:
         flags = 0
@@ -157,7 +157,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def start(self, group: str, queue: str, epoch: int, more: int, ttl: float) -> None:
         """One message that starts a group, and others that belong to it."""
         others = [(0, 1, group, epoch)] * more
-        start = (0, 1, group, epoch, START | WATCH, 0, 0.0, ttl, b"d")
+        start = (0, 1, group, epoch, FLAG_START | FLAG_WATCH, 0, 0.0, ttl, b"d")
         self._welcomed(1).publish([(queue, "a")], [start, *others], [b"x"] * (more + 1))
 
     # what workers do
@@ -181,7 +181,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
             elif what == "ack":
                 acks.append((item.id, lease, 0, item.group))
             elif what == "leave":
-                acks.append((item.id, lease, LEAVE, item.group))
+                acks.append((item.id, lease, FLAG_CLOSE_GROUP, item.group))
             elif what == "other":
                 new = data.draw(st.lists(items(), max_size=2))
                 opens = data.draw(st.lists(openings(some_group), max_size=1))
@@ -189,7 +189,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
                 others.append(
                     SettleItem(
                         [(item.id, lease)],
-                        data.draw(st.sampled_from([DONE, DONE, AGAIN, DEAD])),
+                        data.draw(st.sampled_from([ACK, ACK, RETRY, DEAD_LETTER])),
                         [PublishItem(*each) for each, _ in new],
                         data.draw(st.sampled_from([0.0, 4.0])),
                         data.draw(st.sampled_from([None, b"boom"])),
@@ -214,12 +214,14 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         held = list(worker.held.values())
         worker.settle(TARGETS, [(item.id, item.lease, to, 1, item.group) for item in held], bodies=[b"m"] * len(held))
 
-    @rule(place=st.sampled_from(WORKERS), flags=st.sampled_from([0, LEAVE]))
+    @rule(place=st.sampled_from(WORKERS), flags=st.sampled_from([0, FLAG_CLOSE_GROUP]))
     def acknowledge_all(self, place: int, flags: int) -> None:
         worker = self._worker(place)
         worker.settle(TARGETS, acks=[(item.id, item.lease, flags, item.group) for item in list(worker.held.values())])
 
-    @rule(place=st.sampled_from(WORKERS), outcome=st.sampled_from([AGAIN, DEAD]), delay=st.sampled_from([0.0, 4.0]))
+    @rule(
+        place=st.sampled_from(WORKERS), outcome=st.sampled_from([RETRY, DEAD_LETTER]), delay=st.sampled_from([0.0, 4.0])
+    )
     def fail_all(self, place: int, outcome: int, delay: float) -> None:
         worker = self._worker(place)
         held = list(worker.held.values())

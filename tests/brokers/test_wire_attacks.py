@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.wire import MAX_NUMBER
-from stageflow_brokers.types import AGAIN, DONE, LEAVE, START, QueueOptions
+from stageflow_brokers.types import ACK, FLAG_CLOSE_GROUP, FLAG_START, RETRY, QueueOptions
 
 VICTIM, ATTACKER = 1, 2
 
@@ -27,7 +27,7 @@ def attacked(*, supervised: bool = False) -> tuple[World, Peer, Peer]:
     if supervised:
         world.peer(9, role="supervisor").query("roster", [])
     victim = world.peer(VICTIM, consume={"q": 3}, role="worker")
-    victim.publish([("q", "a")], [(0, 2, f"g{n}", 1, START) for n in range(3)], [b"xx"] * 3)
+    victim.publish([("q", "a")], [(0, 2, f"g{n}", 1, FLAG_START) for n in range(3)], [b"xx"] * 3)
     assert len(victim.held) == 3
     return world, victim, world.peer(ATTACKER)
 
@@ -50,12 +50,12 @@ def sound_frames(peer: Peer, victim: Peer) -> list[Frame]:
     settle = (
         [("r", "b"), ("fin", "end", 1)],
         [(one.id, one.lease, 0, 2, one.group)],
-        [(three.id, three.lease, LEAVE, three.group)],
-        [([lease], AGAIN, [(0, 2)], 1.5, b"why", [("k", 2, 0, 3, "g9", 1, 5.0)], [("k", "s", 1, "g9", 1)])],
+        [(three.id, three.lease, FLAG_CLOSE_GROUP, three.group)],
+        [([lease], RETRY, [(0, 2)], 1.5, b"why", [("k", 2, 0, 3, "g9", 1, 5.0)], [("k", "s", 1, "g9", 1)])],
         "q",
         5,
     )
-    start = (0, 2, "h", 1, START, 5, 0.5, 9.0, b"digest", 7)
+    start = (0, 2, "h", 1, FLAG_START, 5, 0.5, 9.0, b"digest", 7)
     return [
         peer.frame_of(wire.PUBLISH, ([("r", "b")], [start, (0, 3)], True, [], []), b"12345"),
         peer.frame_of(wire.SETTLE, settle, b"12345678"),
@@ -140,7 +140,7 @@ def test_sizes_that_lie_are_refused_also_where_they_add_up(size: int) -> None:
         (wire.PUBLISH, (targets, [], False, [], [("k", "s", size, "g0", 1), ("k", "t", 4 - size, "g0", 1)])),
         (wire.SETTLE, (targets, [(id, lease, 0, size, "g0")])),
         (wire.SETTLE, (targets, [(id, lease, 0, size, "g0"), (id, lease, 0, 4 - size, "g0")])),
-        (wire.SETTLE, (targets, [], [], [([(id, lease)], DONE, [(0, size), (0, 4 - size)])])),
+        (wire.SETTLE, (targets, [], [], [([(id, lease)], ACK, [(0, size), (0, 4 - size)])])),
     ]
     for op, fields in lying:
         try:

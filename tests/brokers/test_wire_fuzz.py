@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import PayloadTooLarge
 from stageflow_brokers.testing.contract import Peer
-from stageflow_brokers.types import START, WATCH
+from stageflow_brokers.types import FLAG_START, FLAG_WATCH
 
 VICTIM, ATTACKER = 1, 2
 
@@ -121,7 +121,7 @@ def fitting(op: bytes, said: Any, blob: bytes) -> bytes:
 def world_with_a_victim() -> tuple[World, RawPeer, RawPeer]:
     world = World()
     victim = world.peer(VICTIM, consume={"q": 3})
-    victim.publish([("q", "a")], [(0, 2, f"g{n}", 1, START | WATCH) for n in range(3)], [b"xx"] * 3)
+    victim.publish([("q", "a")], [(0, 2, f"g{n}", 1, FLAG_START | FLAG_WATCH) for n in range(3)], [b"xx"] * 3)
     victim.publish([("q", "a")], [(0, 2)], [b"yy"])
     assert len(victim.held) == 3
     return world, victim, world.peer(ATTACKER)

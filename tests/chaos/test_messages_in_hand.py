@@ -13,7 +13,7 @@ from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.actor import StageActor
 from stageflow_actors.runtime.worker.mailbox import WORK, Mailbox
-from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, SettleItem, Target
+from stageflow_brokers.api import ACK, RETRY, DeliveryItem, SettleItem, Target
 
 
 class Recorder:
@@ -133,11 +133,11 @@ def test_only_what_ran_here_counts_as_a_success(hand: Hand) -> None:
     def settled(id: int, outcome: int) -> Settlement:
         return Settlement(SettleItem([(id, id + 10)], outcome), [], [])
 
-    hand.work.otherwise = {1: settled(1, DONE), 2: settled(2, AGAIN)}
+    hand.work.otherwise = {1: settled(1, ACK), 2: settled(2, RETRY)}
     hand.deliver((1, 11), (2, 12))
     hand.run()
     assert hand.slot.read().settled == 0
-    hand.work.otherwise = {3: settled(3, DONE).worked(), 4: settled(4, AGAIN).failed()}
+    hand.work.otherwise = {3: settled(3, ACK).worked(), 4: settled(4, RETRY).failed()}
     hand.deliver((3, 13), (4, 14), (5, 15))
     hand.run()
     assert hand.slot.read().settled == 3

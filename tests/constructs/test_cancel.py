@@ -28,7 +28,7 @@ from stageflow_actors.runtime.messaging.settlements import Settlement
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.testing import in_process, run
-from stageflow_brokers.api import DONE, DeliveryExtra, DeliveryItem
+from stageflow_brokers.api import ACK, DeliveryExtra, DeliveryItem
 
 
 def at_work(instance: Instance[Any], *names: str) -> Any:
@@ -401,5 +401,5 @@ def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_
     body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
     settled = work(DeliveryItem(7, 1, len(body), "one", 1, DeliveryExtra(cancelled="enough", epoch_now=2)), body)
     assert isinstance(settled, Settlement)
-    assert settled.outcome.outcome == DONE
+    assert settled.outcome.outcome == ACK
     assert [target.label for target, _ in settled.publishes] == [":cancelled"]

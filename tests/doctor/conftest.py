@@ -18,8 +18,8 @@ from stageflow_actors.diagnostics import doctor as doctor_module
 from stageflow_actors.history import HistoryRow, HistoryWriter
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import (
-    LEAVE,
-    START,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
     TERMINAL,
     Arrival,
     DeliveryItem,
@@ -125,7 +125,7 @@ class Books:
         queue: str = FIRST,
         label: str = "reserve",
         *,
-        flags: int = START,
+        flags: int = FLAG_START,
         terminal: bool = False,
         opens: Sequence[tuple[str, int, str, float]] = (),
         arrivals: Sequence[tuple[str, str]] = (),
@@ -167,7 +167,7 @@ class Books:
         worker.consume("stageflow.finished", 1000)
         while len(taker.items) < len(ids):
             worker.admin.ping().result(10)
-        worker.settle([], [], [(item.id, item.lease, LEAVE, item.group) for item in taker.items], [], [])
+        worker.settle([], [], [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item in taker.items], [], [])
         worker.close()
 
     def close(self) -> Path:

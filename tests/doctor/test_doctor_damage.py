@@ -13,7 +13,7 @@ import pytest
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
 from stageflow_actors.runtime.system.data_dir import runtime_path
-from stageflow_brokers.api import START
+from stageflow_brokers.api import FLAG_START
 from stageflow_brokers.core import records
 from stageflow_brokers.journal.format import SECTOR
 
@@ -131,7 +131,7 @@ CARRIERS = {
     ),
     "an item twice": Planted(
         lambda b: (
-            [b.publish("A", ITEMS, "lines", flags=START, opens=[("lines", 2, JOIN, 0.0)])]
+            [b.publish("A", ITEMS, "lines", flags=FLAG_START, opens=[("lines", 2, JOIN, 0.0)])]
             + [b.publish("A", ITEMS, "lines", flags=0) for _ in range(2)]
         ),
         (),
@@ -149,7 +149,9 @@ CARRIERS = {
         "it has ended, and no message for the history",
     ),
     "an end told twice": Planted(
-        lambda b: [b.publish("A", "stageflow.finished", FINISHED, flags=flags, terminal=True) for flags in (START, 0)],
+        lambda b: [
+            b.publish("A", "stageflow.finished", FINISHED, flags=flags, terminal=True) for flags in (FLAG_START, 0)
+        ],
         (),
         "it has ended, and 2 messages for the history",
     ),
@@ -174,7 +176,7 @@ def test_an_instance_without_exactly_one_carrier_is_found(books: Any, doctor: Do
 def test_many_instances_of_one_kind_are_one_finding(books: Any, doctor: Doctor) -> None:
     for number in range(30):
         for queue in (FIRST, "stageflow.orders.stage1"):
-            books.publish(f"A{number}", queue, flags=START if queue == FIRST else 0)
+            books.publish(f"A{number}", queue, flags=FLAG_START if queue == FIRST else 0)
     assert doctor(books.close()).one("error", "carrier")["where"] == "A0, A1, A2 and 27 more"
 
 

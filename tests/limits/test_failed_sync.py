@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from broker_process import BrokerProcess
 
-from stageflow_brokers.api import START, Listener, PublishItem, Target
+from stageflow_brokers.api import FLAG_START, Listener, PublishItem, Target
 from stageflow_brokers.zeromq.client import ZmqClient
 from stageflow_brokers.zeromq.process import EXIT_JOURNAL
 
@@ -28,7 +28,7 @@ class FailingBroker(BrokerProcess):
 
 
 def start(client: ZmqClient, name: str) -> Any:
-    return client.publish([Target("q", "label")], [PublishItem(0, 4, name, 1, START)], [b"body"])
+    return client.publish([Target("q", "label")], [PublishItem(0, 4, name, 1, FLAG_START)], [b"body"])
 
 
 @pytest.fixture

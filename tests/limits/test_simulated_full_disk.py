@@ -12,7 +12,7 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.testing.simulated_disk import MemoryFiles
-from stageflow_brokers.types import LEAVE, START, TERMINAL, DeliveryItem
+from stageflow_brokers.types import FLAG_CLOSE_GROUP, FLAG_START, TERMINAL, DeliveryItem
 
 DIRECTORY = Path("/journal")
 CONTEXT = 1000
@@ -65,7 +65,7 @@ class Tight:
     def start(self, count: int, *, queue: str = "q0") -> bool:
         """Start so many with one frame, all or none; whether they were taken."""
         names = [f"g{self.frame}.{each}" for each in range(count)]
-        items = [(0, CONTEXT, name, 1, START, 0, 0.0, 0.0, b"d") for name in names]
+        items = [(0, CONTEXT, name, 1, FLAG_START, 0, 0.0, 0.0, b"d") for name in names]
         answer = self.say(wire.PUBLISH, [(queue, "a")], items, True, blob=bytes(CONTEXT * count))
         if answer is not None:
             assert "nearly full" in answer["message"]
@@ -91,7 +91,7 @@ class Tight:
                 done = [(item.id, item.lease, 0, size, item.group) for item in items]
                 self.say(wire.SETTLE, [target], done, [], [], blob=bytes(size * len(items)))
         if items := moves["fin"]:
-            self.say(wire.SETTLE, [], [], [(item.id, item.lease, LEAVE, item.group) for item in items], [])
+            self.say(wire.SETTLE, [], [], [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item in items], [])
             self.ended.update(item.group for item in items)
         return True
 

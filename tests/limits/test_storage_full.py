@@ -12,7 +12,7 @@ import pytest
 
 from stageflow_actors import QueueFull, StageFlowError
 from stageflow_actors.runtime.messaging.errors import translate_error
-from stageflow_brokers.api import START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
+from stageflow_brokers.api import FLAG_START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
 from stageflow_brokers.client.unconfirmed import Pending, resolve
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine
@@ -36,7 +36,7 @@ class SmallDisk:
         self.port = self.hub.connect(Listener())
 
     def start(self, id: str, size: int = 2_000) -> BrokerError | None:
-        answer = self.port.publish([Target("q", "a")], [PublishItem(0, size, id, 1, START)], [bytes(size)])
+        answer = self.port.publish([Target("q", "a")], [PublishItem(0, size, id, 1, FLAG_START)], [bytes(size)])
         error = answer.exception(PATIENCE)
         assert error is None or isinstance(error, BrokerError)
         return error

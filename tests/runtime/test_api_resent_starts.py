@@ -10,7 +10,7 @@ import pytest
 from stageflow_actors import Client, Workflow, WorkflowResult
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Outcome, decode_envelope, encode
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_brokers.api import CHECK, PublishAnswer
+from stageflow_brokers.api import FLAG_CHECK, PublishAnswer
 from stageflow_brokers.client.query_admin import QueryAdmin
 
 flow = Workflow("flow").add_stage(lambda context: None, id="only")
@@ -33,7 +33,7 @@ class ForgetfulBroker:
         refused = []
         for index, (item, body) in enumerate(zip(items, bodies, strict=True)):
             id, flags = item[2], item[4]
-            self.starts.append((id, bool(flags & CHECK)))
+            self.starts.append((id, bool(flags & FLAG_CHECK)))
             if len([start for start in self.starts if start[0] == id]) == 1:
                 refused.append((index, "look-again", id))
                 if self.ended:

@@ -14,7 +14,7 @@ from stageflow_actors.runtime.client.client import Client
 from stageflow_brokers.api import Listener, PublishItem, Target
 from stageflow_brokers.client.connection import PeerClient
 from stageflow_brokers.core import wire
-from stageflow_brokers.types import START, WATCH
+from stageflow_brokers.types import FLAG_START, FLAG_WATCH
 
 flow = Workflow("flow").add_stage(lambda context: None, id="only")
 waits = Workflow("waits").add_signal("go")
@@ -49,7 +49,7 @@ def test_what_is_being_published_is_never_asked_after_in_a_hello() -> None:
         assert talk._lock.locked(), "a hello could be made between the watch and the frame"
         watcher.watched.append("new")
 
-    item = PublishItem(0, 1, "new", 1, START | WATCH)
+    item = PublishItem(0, 1, "new", 1, FLAG_START | FLAG_WATCH)
     talk.publish([Target("q", "a")], [item], [b"x"], taken=taken)
     seen.append(wire.decode_hello(talk._hello()[1]).watching)
     assert seen == [[]]

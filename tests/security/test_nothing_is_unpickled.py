@@ -27,7 +27,17 @@ from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.system.data_dir import DataDir
-from stageflow_brokers.api import DEAD, START, TERMINAL, Arrival, BrokerError, GatherOpen, Listener, SettleItem, Target
+from stageflow_brokers.api import (
+    DEAD_LETTER,
+    FLAG_START,
+    TERMINAL,
+    Arrival,
+    BrokerError,
+    GatherOpen,
+    Listener,
+    SettleItem,
+    Target,
+)
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalError
@@ -179,10 +189,10 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
         gathers = [GatherOpen(text, 2, 0, len(bomb), group, 1)], [Arrival(text, text, len(bomb), group, 1)]
         peer.drop(held)
         peer.broker.settle(
-            [Target("r", text)], [], [], [SettleItem([held.lease], DEAD, [], 0.0, bomb, *gathers)], [bomb, bomb]
+            [Target("r", text)], [], [], [SettleItem([held.lease], DEAD_LETTER, [], 0.0, bomb, *gathers)], [bomb, bomb]
         )
         peer.publish(text, bomb, group=group, epoch=1, label=text)
-        ends = [PublishItem(0, len(bomb), f"end{number}", 1, START)]
+        ends = [PublishItem(0, len(bomb), f"end{number}", 1, FLAG_START)]
         peer.broker.publish([Target("fin", text, TERMINAL)], ends, [bomb]).result(PATIENCE)
         # Not a frame at all, in each place of one.
         for op in (wire.HELLO, wire.PUBLISH, wire.SETTLE, wire.CHECKPOINT, wire.RELEASE, wire.QUERY, wire.HEARD, b"?"):
@@ -292,7 +302,7 @@ def test_a_cluster_at_work_unpickles_nothing_that_comes_to_its_queues(
             for queue in queues:
                 for group in ("", f"planted-{number}-{queue}"):
                     targets = [Target(queue, "planted")]
-                    item = (0, len(bomb), group, 1 if group else 0, START if group else 0)
+                    item = (0, len(bomb), group, 1 if group else 0, FLAG_START if group else 0)
                     assert client.publish(targets, [item], [bomb]).result(PATIENCE).refused == []
             client.publish([], [], [bomb], arrivals=[Arrival(f"signal:other{number}", "s", len(bomb), "waiting")])
             client.admin.notify_supervisor("scale", [bomb, bomb]).result(PATIENCE)

@@ -194,8 +194,8 @@ class VirtualBroker:
         except (Crash, JournalFailed) as error:
             self._died(repr(error))
             return
-        if engine.machine.state.left_seq != self._left:
-            self._left = engine.machine.state.left_seq
+        if engine.machine.state.closed_sequence != self._left:
+            self._left = engine.machine.state.closed_sequence
             self.crimes.extend(leftovers(engine.machine.state))
         for peer, header, blob in outgoing:
             client = self.clients.get(peer)

@@ -146,7 +146,7 @@ class VirtualProgram(Listener):
         answer = future.result()
         why = answer.refused[0][1] if answer.refused else ""
         if why == "look-again":
-            self._seen = max(self._seen, answer.seen)
+            self._seen = max(self._seen, answer.history_sequence)
             self._live.discard(job.id)
             self.world.soon(0.01, lambda: self._submit(job))
         elif why == "conflict":

@@ -59,8 +59,8 @@ def resolve(pending: Pending, answer: Any) -> None:
     elif answer is None:
         future.set_result(PublishAnswer())
     else:
-        seen = (answer["epoch"] << 40) + answer["left_seq"]
-        future.set_result(PublishAnswer(seen, [tuple(item) for item in answer["items"]]))
+        sequence = (answer["epoch"] << 40) + answer["left_seq"]
+        future.set_result(PublishAnswer(sequence, [tuple(item) for item in answer["items"]]))
 
 
 def leases_in(pending: Pending) -> list[tuple[int, int]]:

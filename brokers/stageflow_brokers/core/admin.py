@@ -28,7 +28,7 @@ from stageflow_brokers.core.supervision import Supervision
 from stageflow_brokers.core.watches import Watches
 from stageflow_brokers.core.wire import MAX_NUMBER, check_consume
 from stageflow_brokers.errors import ProtocolError, Refused
-from stageflow_brokers.types import MAX_NAME, Failure, Name, QueueOptions, Text
+from stageflow_brokers.types import MAX_NAME_CHARS, Failure, Name, QueueOptions, Text
 
 __all__ = ["Admin", "Status"]
 
@@ -111,7 +111,7 @@ class Admin:
             "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.dead),
             "roster": (tuple[list[tuple[int, list[Name]]]], supervision.roster),
             "hold": (tuple[bool], supervision.hold),
-            "leave": (tuple[list[Name]], supervision.leave),
+            "leave": (tuple[list[Name]], supervision.close_groups),
             "recall": (tuple[int], supervision.recall),
             "retire": (tuple[int], supervision.retire),
             "tell": (tuple[Name, Any], supervision.tell),
@@ -171,7 +171,7 @@ class Admin:
             "groups": len(state.groups),
             "sessions": sum(1 for s in state.sessions.values() if s.connected),
             "live_bytes": state.live_bytes,
-            "left_seq": state.left_seq,
+            "left_seq": state.closed_sequence,
             "malformed": self._status.malformed,
             "refusing": self._publish_handler.refusing,
         }
@@ -206,8 +206,8 @@ class Admin:
         for option in options:
             if not option.name or option.name.startswith(DLQ):
                 raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
-            if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME:
-                raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME} characters at most")
+            if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME_CHARS:
+                raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME_CHARS} characters at most")
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
                 raise ProtocolError("declare: a breaker with impossible failures or reset")
         self._limit_checker.check_queues([option.name for option in options])

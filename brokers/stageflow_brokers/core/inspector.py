@@ -15,7 +15,7 @@ from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import MAX_NUMBER
 from stageflow_brokers.errors import ProtocolError, Refused
-from stageflow_brokers.types import MOST_LISTED
+from stageflow_brokers.types import MAX_LISTED_GROUPS
 
 __all__ = ["DLQ", "Inspector", "named"]
 
@@ -76,7 +76,7 @@ class Inspector:
         """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
         state, room = self._state, _Room()
         found = {id: self._group(group, room) for id in ids if (group := state.groups.get(id)) is not None}
-        return {"epoch": state.epoch, "left_seq": state.left_seq, "groups": found}
+        return {"epoch": state.epoch, "left_seq": state.closed_sequence, "groups": found}
 
     def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """The groups with the bodies of their messages, without those that have no room in one answer: to be looked at
@@ -86,8 +86,8 @@ class Inspector:
 
     def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
         """Up to `limit` groups with a message in a queue whose name begins so; mostly the latest first."""
-        if not 0 <= limit <= MOST_LISTED:
-            raise Refused(f"groups: a limit from 0 to {MOST_LISTED:,}, not {limit}")
+        if not 0 <= limit <= MAX_LISTED_GROUPS:
+            raise Refused(f"groups: a limit from 0 to {MAX_LISTED_GROUPS:,}, not {limit}")
         found: list[dict[str, Any]] = []
         room = _Room()
         for group in reversed(self._state.groups.values()):

@@ -19,7 +19,7 @@ from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import PublishFrame
 from stageflow_brokers.errors import PayloadTooLarge, QueueFull, Refused, StorageFull
-from stageflow_brokers.types import CHECK, PUSH_ONLY, START, TERMINAL, WATCH, PublishItem, Target
+from stageflow_brokers.types import FLAG_CHECK, FLAG_START, FLAG_WATCH, PUSH_ONLY, TERMINAL, PublishItem, Target
 
 __all__ = ["PublishHandler"]
 
@@ -93,13 +93,13 @@ class PublishHandler:
             return
         again = []
         for index, item in enumerate(frame.items):
-            if item.flags & START:
+            if item.flags & FLAG_START:
                 group = self.state.groups.get(item.group)
                 if group is None:
                     again.append((index, LOOK_AGAIN, item.group))
                 elif group.digest != item.digest:
                     again.append((index, CONFLICT, item.group))
-                elif item.flags & WATCH:
+                elif item.flags & FLAG_WATCH:
                     self._watch(session, [item.group])
         if again:
             self._outbox.result(session, frame.frame, self._refusals(again) | {"again": True})
@@ -110,7 +110,7 @@ class PublishHandler:
         if frame.atomic and any(why != EXISTS for why in refused.values()):
             return
         for index, item in enumerate(frame.items):
-            if item.flags & START and item.flags & WATCH and refused.get(index, EXISTS) == EXISTS:
+            if item.flags & FLAG_START and item.flags & FLAG_WATCH and refused.get(index, EXISTS) == EXISTS:
                 self._watch(session, [item.group])
 
     def _refuse_size(self, session: Session, frame: PublishFrame) -> bool:
@@ -126,7 +126,7 @@ class PublishHandler:
         self._outbox.result(session, frame.frame, answer)
 
     def _refusals(self, refused: list[tuple[int, str, str]]) -> dict[str, Any]:
-        return {"left_seq": self.state.left_seq, "epoch": self.state.epoch, "items": refused}
+        return {"left_seq": self.state.closed_sequence, "epoch": self.state.epoch, "items": refused}
 
     # judging
 
@@ -149,7 +149,7 @@ class PublishHandler:
         fresh: dict[str, bytes | None] = {}
         for index, item in enumerate(frame.items):
             name = item.group
-            if not item.flags & START:
+            if not item.flags & FLAG_START:
                 continue
             if self.refusing:
                 raise StorageFull(self.refusing)
@@ -160,9 +160,9 @@ class PublishHandler:
                     refused.append((index, CONFLICT, name))
                 else:
                     refused.append((index, EXISTS, name))
-                    if item.flags & WATCH and group is not None:
+                    if item.flags & FLAG_WATCH and group is not None:
                         self._watch(session, [name])
-            elif item.flags & CHECK and self._may_have_left(item):
+            elif item.flags & FLAG_CHECK and self._may_have_left(item):
                 refused.append((index, LOOK_AGAIN, name))
             else:
                 fresh[name] = item.digest
@@ -184,10 +184,10 @@ class PublishHandler:
 
     def _may_have_left(self, item: PublishItem) -> bool:
         state = self.state
-        epoch, seen = divmod(item.seen, 1 << 40)
+        epoch, seen = divmod(item.history_sequence, 1 << 40)
         if epoch != state.epoch:
             return True
-        return seen < state.left_floor or state.left.get(item.group, 0) > seen
+        return seen < state.closed_floor or state.closed_groups.get(item.group, 0) > seen
 
     def _late_arrivals(self, frame: PublishFrame, dropped: set[int]) -> list[tuple[int, str, str]]:
         groups = self.state.groups
@@ -229,7 +229,7 @@ class PublishHandler:
             if message is not None:
                 self.state.enqueue(message)
             return message
-        if item.flags & START and item.flags & WATCH:
+        if item.flags & FLAG_START and item.flags & FLAG_WATCH:
             group.watchers = [session]
         if message is None:
             self._outbox.push(group, label, body)

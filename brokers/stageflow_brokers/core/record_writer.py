@@ -126,9 +126,9 @@ class RecordWriter:
         """Record that the segments from this one on must be there."""
         self.record(records.OLDEST, 0, records.encode(segment))
 
-    def left(self, groups: Iterable[str]) -> None:
+    def record_closed_groups(self, groups: Iterable[str]) -> None:
         """Record that these groups have ended, and all that was theirs."""
-        self.record(records.LEFT, 0, records.encode(list(groups)))
+        self.record(records.GROUPS_CLOSED, 0, records.encode(list(groups)))
 
     def copy_forward(self, segment: int, budget: int) -> bool:
         """Record again what lies in `segment` or before it and is alive, until that takes `budget` bytes.

@@ -24,10 +24,10 @@ __all__ = [
     "FORGET",
     "GATHER",
     "GROUP",
+    "GROUPS_CLOSED",
     "KEPT_CHECKPOINT",
     "KEPT_PUBLISH",
     "KEPT_SETTLE",
-    "LEFT",
     "MARK",
     "NAMES",
     "OLDEST",
@@ -48,7 +48,7 @@ Record = tuple[int, int, int, bytes, bytes]
 """(kind, first message id that it may create, peer, header, blob)"""
 
 KEPT_PUBLISH, KEPT_SETTLE, KEPT_CHECKPOINT = 1, 2, 3
-COPY, MARK, FORGET, GROUP, LEFT, GATHER, QUEUE, FACT, SESSIONS, STARTED, OLDEST = range(4, 15)
+COPY, MARK, FORGET, GROUP, GROUPS_CLOSED, GATHER, QUEUE, FACT, SESSIONS, STARTED, OLDEST = range(4, 15)
 
 NAMES = {
     KEPT_PUBLISH: "publish",
@@ -58,7 +58,7 @@ NAMES = {
     MARK: "mark",
     FORGET: "forget",
     GROUP: "group",
-    LEFT: "left",
+    GROUPS_CLOSED: "left",
     GATHER: "gather",
     QUEUE: "queue",
     FACT: "fact",

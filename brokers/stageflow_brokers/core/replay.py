@@ -16,10 +16,10 @@ from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import Buffer
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.types import (
-    AGAIN,
-    DONE,
-    LEAVE,
+    ACK,
+    FLAG_CLOSE_GROUP,
     PUSH_ONLY,
+    RETRY,
     TERMINAL,
     Arrival,
     GatherOpen,
@@ -53,7 +53,7 @@ class Replay:
             records.MARK: self._mark,
             records.FORGET: self._forget,
             records.GROUP: self._group,
-            records.LEFT: self._left,
+            records.GROUPS_CLOSED: self._groups_closed,
             records.GATHER: self._gather,
             records.QUEUE: self._queue,
             records.FACT: self._fact,
@@ -111,9 +111,9 @@ class Replay:
                 gather.due = now + min(max(gather.due_wall - wall, 0.0), gather.wait)
                 state.timer(gather.due, 0, group.id, key)
         for id in [group.id for group in state.groups.values() if group.is_idle]:
-            state.leave(id)
-        state.left.clear()
-        state.left_seq = state.left_floor = 0
+            state.close_group(id)
+        state.closed_groups.clear()
+        state.closed_sequence = state.closed_floor = 0
         state.epoch += 1
         state.next_lease = (state.epoch << 40) + 1
         for group in state.groups.values():
@@ -174,8 +174,8 @@ class Replay:
             self._settled(message, group_id)
             if message is not None:
                 state.forget(message)
-            if flags & LEAVE and group_id:
-                state.leave(group_id)
+            if flags & FLAG_CLOSE_GROUP and group_id:
+                state.close_group(group_id)
         for other in frame.others:
             at = self._other(other, frame.targets, blob, at, location)
 
@@ -186,13 +186,13 @@ class Replay:
             message = state.messages.get(id)
             if priority is None and message is not None:
                 priority = message.priority
-            if item.outcome == DONE:
+            if item.outcome == ACK:
                 self._settled(message, "")
                 if message is not None:
                     state.forget(message)
             elif message is not None:
                 state.fail(message, item.failure)
-                if item.outcome == AGAIN:
+                if item.outcome == RETRY:
                     state.delay(message.ensure_delivery_state(), item.delay)
                 else:
                     state.park(message, reason=item.failure, evidence=False)
@@ -201,8 +201,8 @@ class Replay:
             at += publish.size
         if item.opens or item.arrivals:
             at = self._apply_gathers(item.opens, item.arrivals, targets, blob, at, location, priority or 0)
-        if item.leave:
-            state.leave(item.leave)
+        if item.close_group:
+            state.close_group(item.close_group)
         return at
 
     def _settled(self, message: Message | None, group_id: str) -> None:
@@ -313,9 +313,9 @@ class Replay:
             group.released = record.released
             state.relocate_group(group, location)
 
-    def _left(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
+    def _groups_closed(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         for id in records.decode_names(header):
-            self.state.leave(id)
+            self.state.close_group(id)
 
     def _gather(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         record = records.decode_gather(header)

@@ -22,12 +22,12 @@ from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.core.wire import FIRST_EPOCH, Checkpoint, SettleFrame
 from stageflow_brokers.errors import Refused
 from stageflow_brokers.types import (
-    AGAIN,
+    ACK,
     ATTEMPT_FAILED,
-    ATTEMPT_WORKED,
-    DONE,
-    LEAVE,
-    START,
+    ATTEMPT_SUCCEEDED,
+    FLAG_CLOSE_GROUP,
+    FLAG_START,
+    RETRY,
     Ack,
     Arrival,
     GatherOpen,
@@ -97,7 +97,7 @@ class SettleHandler:
                 else:
                     refused_others.append(position)
                 at += _size(other)
-        if len(self._writer.records) > index + 1 and _leaves(frame):
+        if len(self._writer.records) > index + 1 and _closes_group(frame):
             # What was concluded on the way here may be of a group that left after all.
             whole = False
         changed = self._gather_manager.complete()
@@ -182,9 +182,9 @@ class SettleHandler:
         state = self.state
         idle = {group.id: None for group in groups if group.is_idle and state.groups.get(group.id) is group}
         for id in idle:
-            state.leave(id)
+            state.close_group(id)
         if idle:
-            self._writer.left(idle)
+            self._writer.record_closed_groups(idle)
 
     def _name_groups(self, session: Session, others: list[SettleItem]) -> bool:
         """What follows from a message belongs to its group and epoch unless it says otherwise, and the record has to
@@ -293,7 +293,7 @@ class SettleHandler:
         for index, (id, lease, flags, group_id) in enumerate(acks):
             message = held(session, id, lease)
             group = None if message is None else message.group
-            if message is None or (flags & LEAVE and (group is None or group_id != group.id)):
+            if message is None or (flags & FLAG_CLOSE_GROUP and (group is None or group_id != group.id)):
                 refused.append(index)
                 continue
             message.queue.settled += 1
@@ -302,8 +302,8 @@ class SettleHandler:
             state.remove(message)
             if group is None:
                 continue
-            if flags & LEAVE:
-                state.leave(group_id)
+            if flags & FLAG_CLOSE_GROUP:
+                state.close_group(group_id)
             elif group.one is None:
                 emptied.append(group)
         return refused
@@ -327,11 +327,11 @@ class SettleHandler:
             message.queue.settled += 1
             group = message.group
             if message.queue.breaker is not None:
-                if item.verdict == ATTEMPT_FAILED:
+                if item.attempt_result == ATTEMPT_FAILED:
                     self._leases.record_failure(message)
-                elif item.verdict == ATTEMPT_WORKED:
+                elif item.attempt_result == ATTEMPT_SUCCEEDED:
                     message.queue.breaker.record_success((message.id,))
-            if item.outcome == DONE:
+            if item.outcome == ACK:
                 state.remove(message)
                 if group is None:
                     continue
@@ -347,14 +347,14 @@ class SettleHandler:
                 # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
                 self._leases.redeliver(message)
                 self._writer.mark(message)
-            elif item.outcome == AGAIN or message.is_stale_epoch:
+            elif item.outcome == RETRY or message.is_stale_epoch:
                 self._leases.redeliver(message, item.delay)
             else:
                 state.park(message, reason=item.failure, evidence=False)
                 if group is not None:
                     parked.append(group)
         for publish in item.publishes:
-            if publish.flags & START and publish.group in state.groups:
+            if publish.flags & FLAG_START and publish.group in state.groups:
                 whole = False
             else:
                 self._publish_handler.put(publish, targets, blob, at, location, session)
@@ -363,8 +363,8 @@ class SettleHandler:
             whole &= self._gather_manager.take(
                 item.opens, item.arrivals, targets, blob, at, location, messages[0].priority if messages else 0
             )
-        if item.leave:
-            state.leave(item.leave)
+        if item.close_group:
+            state.close_group(item.close_group)
         for group in parked:
             if group.is_halted(state.now):
                 self._outbox.notify(group, "parked")
@@ -385,10 +385,12 @@ class SettleHandler:
         acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
         others = [other for i, other in enumerate(frame.others) if i not in refused_others]
         gone = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
-        gone += [id for other in others if other.outcome == DONE for id, _ in other.leases]
+        gone += [id for other in others if other.outcome == ACK for id, _ in other.leases]
         writer.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
-        if left := [ack[3] for ack in acks if ack[2] & LEAVE] + [other.leave for other in others if other.leave]:
-            writer.left(left)
+        if left := [ack[3] for ack in acks if ack[2] & FLAG_CLOSE_GROUP] + [
+            other.close_group for other in others if other.close_group
+        ]:
+            writer.record_closed_groups(left)
         groups: dict[str, Group] = {}
         for id in range(first_id, state.next_id):
             message = state.messages.get(id)
@@ -398,7 +400,7 @@ class SettleHandler:
                     groups[message.group.id] = message.group
         for other in others:
             for id, _ in other.leases:
-                if other.outcome != DONE and id in state.messages:
+                if other.outcome != ACK and id in state.messages:
                     writer.mark(state.messages[id])
         groups.update((group.id, group) for group, _ in changed)
         for group in groups.values():
@@ -415,9 +417,9 @@ def _leases(frame: SettleFrame) -> list[tuple[int, int]]:
     return leases + [lease for other in frame.others for lease in other.leases]
 
 
-def _leaves(frame: SettleFrame) -> bool:
+def _closes_group(frame: SettleFrame) -> bool:
     """Whether a group ends with this frame."""
-    return any(ack[2] & LEAVE for ack in frame.acks) or any(other.leave for other in frame.others)
+    return any(ack[2] & FLAG_CLOSE_GROUP for ack in frame.acks) or any(other.close_group for other in frame.others)
 
 
 def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:

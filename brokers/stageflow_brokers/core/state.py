@@ -18,7 +18,7 @@ from stageflow_brokers.core.gather import Gather
 from stageflow_brokers.core.message import DeliveryState, Group, Message, RecordLocation
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Consumer, Session
-from stageflow_brokers.types import START, GatherOpen, PublishItem, QueueOptions
+from stageflow_brokers.types import FLAG_START, GatherOpen, PublishItem, QueueOptions
 
 __all__ = ["BREAKER_TIMER", "GONE", "BrokerState"]
 
@@ -28,7 +28,7 @@ BREAKER_TIMER = -1
 GONE = Consumer(Session(0), Queue(""), 0)
 """Holder of a message object that has been replaced or removed while it still lies in a lane."""
 
-LEFT_KEPT = 50_000
+MAX_CLOSED_GROUPS_KEPT = 50_000
 """How many ids that left are remembered, so that a submit can be told to look into the history again."""
 
 FRAMES_KEPT = 10_000
@@ -74,9 +74,9 @@ class BrokerState:
         self.fact_bytes = 0
         self.waiting: list[Message] = []
         # An OrderedDict, for it is emptied at its front: a dict steps over all that was taken there before.
-        self.left: OrderedDict[str, int] = OrderedDict()
-        self.left_seq = 0
-        self.left_floor = 0
+        self.closed_groups: OrderedDict[str, int] = OrderedDict()
+        self.closed_sequence = 0
+        self.closed_floor = 0
         self._timers: list[tuple[float, int, str, str]] = []
         self._forget_again = -math.inf
 
@@ -158,7 +158,7 @@ class BrokerState:
         if queue is None:
             return self.groups.get(item.group), None
         group = self.group(item.group, item.epoch, location)
-        if item.flags & START and group is not None:
+        if item.flags & FLAG_START and group is not None:
             group.started = True
             group.digest = item.digest
             group.epoch = max(group.epoch, item.epoch)
@@ -295,15 +295,15 @@ class BrokerState:
         delivery_state.due = self.now + seconds if seconds > 0 else 0.0
         delivery_state.due_wall = self.wall + seconds if seconds > 0 else 0.0
 
-    def leave(self, id: str) -> None:
+    def close_group(self, id: str) -> None:
         """The group has ended: forget it, and all it left behind save evidence."""
         group = self.groups.pop(id, None)
-        self.left_seq += 1
-        left = self.left
-        left.pop(id, None)
-        left[id] = self.left_seq
-        if len(left) > LEFT_KEPT:
-            _, self.left_floor = left.popitem(last=False)
+        self.closed_sequence += 1
+        closed = self.closed_groups
+        closed.pop(id, None)
+        closed[id] = self.closed_sequence
+        if len(closed) > MAX_CLOSED_GROUPS_KEPT:
+            _, self.closed_floor = closed.popitem(last=False)
         if group is None:
             return
         if group.gathers is not None:

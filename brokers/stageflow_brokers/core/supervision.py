@@ -185,14 +185,14 @@ class Supervision:
             if other.consumers and other is not session:
                 self._outbox.notice(other, "recall", None)
 
-    def leave(self, session: Session, ids: list[str]) -> int:
+    def close_groups(self, session: Session, ids: list[str]) -> int:
         """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
         self._check(session)
         live = [id for id in dict.fromkeys(ids) if id in self._state.groups]
         for id in live:
-            self._state.leave(id)
+            self._state.close_group(id)
         if live:
-            self._writer.left(live)
+            self._writer.record_closed_groups(live)
         return len(live)
 
     def cancel(self, group: Group) -> None:

@@ -21,12 +21,12 @@ from msgspec import Raw, Struct
 
 from stageflow_brokers.errors import BrokerError, ProtocolError, Refused
 from stageflow_brokers.types import (
-    AGAIN,
-    ATTEMPT_WORKED,
-    DEAD,
-    DONE,
-    NEITHER,
+    ACK,
+    ATTEMPT_SUCCEEDED,
+    ATTEMPT_UNKNOWN,
+    DEAD_LETTER,
     PUSH_ONLY,
+    RETRY,
     Ack,
     Arrival,
     DeliveryItem,
@@ -278,10 +278,10 @@ def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
             raise ProtocolError("settle: a move with an impossible size or target")
         total += size
     for other in frame.others:
-        if other.outcome not in (DONE, AGAIN, DEAD) or not other.delay >= 0:
+        if other.outcome not in (ACK, RETRY, DEAD_LETTER) or not other.delay >= 0:
             raise ProtocolError("settle: an item with an impossible outcome or delay")
-        if not NEITHER <= other.verdict <= ATTEMPT_WORKED:
-            raise ProtocolError("settle: an item with an impossible verdict")
+        if not ATTEMPT_UNKNOWN <= other.attempt_result <= ATTEMPT_SUCCEEDED:
+            raise ProtocolError("settle: an item with an impossible attempt result")
         if not other.leases or len({id for id, _ in other.leases}) != len(other.leases):
             raise ProtocolError("settle: an item without a lease, or with one twice")
         for item in other.publishes:

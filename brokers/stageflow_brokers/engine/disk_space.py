@@ -19,7 +19,7 @@ from stageflow_brokers.engine.compaction import MARGIN, PER_GROUP, PER_MESSAGE, 
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.segment_allocator import SMALLEST
-from stageflow_brokers.types import START
+from stageflow_brokers.types import FLAG_START
 
 __all__ = ["NEARLY_FULL", "Frame", "RoomKeeper"]
 
@@ -249,4 +249,4 @@ class RoomKeeper:
 
 
 def _starts(header: bytes, blob: bytes) -> bool:
-    return any(item.flags & START for item in wire.decode_publish(header, blob).items)
+    return any(item.flags & FLAG_START for item in wire.decode_publish(header, blob).items)

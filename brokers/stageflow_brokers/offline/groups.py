@@ -13,7 +13,7 @@ import msgspec
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.format import Batch
-from stageflow_brokers.types import MAX_NAME
+from stageflow_brokers.types import MAX_NAME_CHARS
 
 __all__ = ["groups_in", "groups_perhaps_in"]
 
@@ -52,7 +52,7 @@ def groups_perhaps_in(batch: Batch) -> dict[str, None]:
             found = _groups_of(kind, bytes(header), bytes(blob))
         except (ProtocolError, msgspec.MsgspecError, RecursionError, ValueError):
             found = list(_guessed(kind, bytes(header[:LOOKED_THROUGH])))
-        named.update((name, None) for name in found if name.isprintable() and len(name) <= MAX_NAME)
+        named.update((name, None) for name in found if name.isprintable() and len(name) <= MAX_NAME_CHARS)
     named.pop("", None)
     return named
 
@@ -100,7 +100,7 @@ def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
         named = [move[4] for move in settle.moves] + [ack[3] for ack in settle.acks]
         for other in settle.others:
             named += [each.group for part in (other.publishes, other.opens, other.arrivals) for each in part]
-            named.append(other.leave)
+            named.append(other.close_group)
         return named
     if kind in (records.COPY, records.MARK):
         return [records.decode_message(header).group]
@@ -108,4 +108,4 @@ def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
         return [records.decode_group(header).id]
     if kind == records.GATHER:
         return [records.decode_gather(header).group]
-    return list(records.decode_names(header)) if kind == records.LEFT else []
+    return list(records.decode_names(header)) if kind == records.GROUPS_CLOSED else []

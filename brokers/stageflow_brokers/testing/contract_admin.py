@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from stageflow_brokers.api import (
-    DEAD,
-    DONE,
-    START,
+    ACK,
+    DEAD_LETTER,
+    FLAG_START,
     Arrival,
     GatherOpen,
     PayloadTooLarge,
@@ -55,7 +55,7 @@ class OperationContract:
         dead, ready = received[b"dead"], received[b"ready"]
         peer.drop(dead, ready)
         peer.broker.release([ready.lease], "q", 1)
-        peer.broker.settle([], [], [], [SettleItem([dead.lease], DEAD)], [])
+        peer.broker.settle([], [], [], [SettleItem([dead.lease], DEAD_LETTER)], [])
         peer.ask.ping()
         stats = peer.ask.stats("")
         by_name = {queue["name"]: queue for queue in stats["queues"]}
@@ -132,9 +132,9 @@ class OperationContract:
         peer.start("wait", "parked", b"-")
         peer.broker.consume("wait", 2)
         waits, parked = peer.receive(2)
-        opening = SettleItem([waits.lease], DONE, opens=[GatherOpen("k", 1, 0, 4)])
+        opening = SettleItem([waits.lease], ACK, opens=[GatherOpen("k", 1, 0, 4)])
         peer.broker.settle([Target("both", "go on")], [], [], [opening], [b"-two"])
-        peer.broker.settle([], [], [], [SettleItem([parked.lease], DEAD, failure=b"why")], [])
+        peer.broker.settle([], [], [], [SettleItem([parked.lease], DEAD_LETTER, failure=b"why")], [])
         peer.ask.ping()
         assert peer.ask.tally(["both"], [b"one", b"two"], [1]) == {"queues": {"q": 2}, "marks": [1, 2]}
         assert peer.ask.tally(["both"], [b"ne", b"two"], [2, 1]) == {"queues": {"q": 2}, "marks": [1, 2]}
@@ -149,7 +149,7 @@ class OperationContract:
         peer = Peer(hub)
         peer.ask.declare([QueueOptions("q", max_length=2)])
         peer.start("q", "a")
-        two = [PublishItem(0, 0, "b", 1, START), PublishItem(0, 0, "c", 1, START)]
+        two = [PublishItem(0, 0, "b", 1, FLAG_START), PublishItem(0, 0, "c", 1, FLAG_START)]
         with pytest.raises(QueueFull, match="max_queue_length is 2"):
             peer.broker.publish([Target("q")], two, []).result(PATIENCE)
         assert peer.ask.lookup(["b", "c"])["groups"] == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stageflow_brokers.api import DONE, LEAVE, Arrival, GatherOpen, SettleItem, Target
+from stageflow_brokers.api import ACK, FLAG_CLOSE_GROUP, Arrival, GatherOpen, SettleItem, Target
 from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["GatherContract"]
@@ -33,9 +33,7 @@ def wait_for(peer: Peer, received: Received, key: str, need: int, base: bytes = 
     """Settle a message: it goes on in `joined` once `need` have arrived."""
     peer.drop(received)
     opening = GatherOpen(key, need, 0, len(base), deadline=deadline)
-    peer.broker.settle(
-        [Target("joined", "join")], [], [], [SettleItem([received.lease], DONE, opens=[opening])], [base]
-    )
+    peer.broker.settle([Target("joined", "join")], [], [], [SettleItem([received.lease], ACK, opens=[opening])], [base])
 
 
 class GatherContract:
@@ -117,13 +115,13 @@ class GatherContract:
             (item,) = peer.receive()
             peer.drop(item)
             arrival = Arrival("k", str(number), 1)
-            peer.broker.settle([], [], [], [SettleItem([item.lease], DONE, arrivals=[arrival])], [b"%d" % number])
+            peer.broker.settle([], [], [], [SettleItem([item.lease], ACK, arrivals=[arrival])], [b"%d" % number])
         assert parts_of(peer.receive()[0]) == [("", b"base"), ("0", b"0"), ("1", b"1"), ("2", b"2")]
 
     def test_an_arrival_for_a_group_that_is_not_live_is_refused(self, hub: Hub) -> None:
         peer, received = self._begin(hub)
         assert arrive(peer, "k", "a", group="unknown") == [(0, "gone", "unknown")]
-        peer.ack(received, flags=LEAVE)
+        peer.ack(received, flags=FLAG_CLOSE_GROUP)
         peer.ask.ping()
         assert arrive(peer, "k", "late") == [(0, "gone", "g")]
         assert peer.ask.stats("")["groups"] == 0
@@ -133,7 +131,7 @@ class GatherContract:
         peer.publish("q", b"other", group="g")
         wait_for(peer, received, "k", 2, deadline=3600.0)
         (other,) = peer.receive()
-        peer.ack(other, flags=LEAVE)
+        peer.ack(other, flags=FLAG_CLOSE_GROUP)
         assert arrive(peer, "k", "a", "b") == [(0, "gone", "g"), (1, "gone", "g")]
         assert peer.ask.lookup(["g"])["groups"] == {}
 
@@ -156,8 +154,8 @@ class GatherContract:
         (other,) = peer.receive()
         arrival = Arrival("k", "a", 1)
         others = [
-            SettleItem([received.lease], DONE, arrivals=[Arrival("k", "stale", 1)]),
-            SettleItem([other.lease], DONE, opens=[GatherOpen("k", 2, 0, 0)], arrivals=[arrival]),
+            SettleItem([received.lease], ACK, arrivals=[Arrival("k", "stale", 1)]),
+            SettleItem([other.lease], ACK, opens=[GatherOpen("k", 2, 0, 0)], arrivals=[arrival]),
         ]
         peer.broker.settle([Target("joined")], [], [], others, [b"x", b"", b"y"])
         peer.until(lambda: peer.stale == [received.item.id], "the stale part refused")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from stageflow_brokers.api import (
-    CHECK,
-    DEAD,
-    DONE,
-    LEAVE,
+    ACK,
+    DEAD_LETTER,
+    FLAG_CHECK,
+    FLAG_CLOSE_GROUP,
     PUSH_ONLY,
     TERMINAL,
     PublishItem,
@@ -59,19 +59,19 @@ class GroupContract:
     def test_who_may_have_missed_an_end_has_to_look_again(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.broker.consume("q", 1)
-        assert peer.start("q", "mine", flags=CHECK, seen=0) == [(0, "look-again", "mine")]
+        assert peer.start("q", "mine", flags=FLAG_CHECK, seen=0) == [(0, "look-again", "mine")]
         known = peer.ask.lookup([])
         seen = (known["epoch"] << 40) + known["left_seq"]
-        assert peer.start("q", "mine", flags=CHECK, seen=seen) == []
-        peer.ack(peer.receive()[0], flags=LEAVE)
-        assert peer.start("q", "other", flags=CHECK, seen=seen) == []
-        peer.ack(peer.receive()[0], flags=LEAVE)
+        assert peer.start("q", "mine", flags=FLAG_CHECK, seen=seen) == []
+        peer.ack(peer.receive()[0], flags=FLAG_CLOSE_GROUP)
+        assert peer.start("q", "other", flags=FLAG_CHECK, seen=seen) == []
+        peer.ack(peer.receive()[0], flags=FLAG_CLOSE_GROUP)
         # It has left since the sender looked, so the history has to be asked first.
         answer = peer.broker.publish(
-            [Target("q")], [(0, 1, "mine", 1, 1 | CHECK, 0, 0.0, 0.0, None, seen)], [b"x"]
+            [Target("q")], [(0, 1, "mine", 1, 1 | FLAG_CHECK, 0, 0.0, 0.0, None, seen)], [b"x"]
         ).result(PATIENCE)
         assert answer.refused == [(0, "look-again", "mine")]
-        assert peer.start("q", "mine", flags=CHECK, seen=answer.seen) == []
+        assert peer.start("q", "mine", flags=FLAG_CHECK, seen=answer.history_sequence) == []
 
     # ends
 
@@ -93,7 +93,7 @@ class GroupContract:
         (received,) = peer.receive()
         peer.drop(received)
         publishes = [PublishItem(0, 4), PublishItem(1, 4)]
-        others = [SettleItem([received.lease], DONE, publishes)]
+        others = [SettleItem([received.lease], ACK, publishes)]
         peer.broker.settle([Target("", "news", PUSH_ONLY), Target("q", "next")], [], [], others, [b"half", b"rest"])
         peer.until(lambda: peer.pushes == [("g", "news", b"half")], "the news")
         assert peer.receive()[0].body == b"rest"
@@ -109,7 +109,7 @@ class GroupContract:
         for queue in ("q", "held"):
             peer.broker.consume(queue, 1)
         received = {each.queue: each for each in peer.receive(2)}
-        peer.ack(received["q"], flags=LEAVE)
+        peer.ack(received["q"], flags=FLAG_CLOSE_GROUP)
         assert peer.ask.stats("")["messages"] == 1
         assert peer.ask.lookup(["g", "h"])["groups"].keys() == {"h"}
         # Whoever works on the purged message is still at it, and has no room for another before it is done.
@@ -127,7 +127,7 @@ class GroupContract:
         for queue in ("q", "held"):
             peer.broker.consume(queue, 1)
         received = {each.queue: each for each in peer.receive(2)}
-        peer.ack(received["q"], flags=LEAVE)
+        peer.ack(received["q"], flags=FLAG_CLOSE_GROUP)
         peer.broker.release([received["held"].lease], "held", 1)
         assert peer.receive()[0].body == b"another's"
 
@@ -137,7 +137,7 @@ class GroupContract:
         peer.broker.consume("q", 1)
         (received,) = peer.receive()
         peer.drop(received)
-        peer.broker.settle([], [], [], [SettleItem([received.lease], DONE, leave="g")], [])
+        peer.broker.settle([], [], [], [SettleItem([received.lease], ACK, close_group="g")], [])
         peer.ask.ping()
         assert peer.ask.lookup(["g"])["groups"] == {}
 
@@ -156,7 +156,7 @@ class GroupContract:
         peer.broker.consume("q", 1)
         (received,) = peer.receive()
         peer.drop(received)
-        peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD, [], 0.0, b"why")], [])
+        peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, b"why")], [])
         peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
         other = Peer(hub)
         other.ask.watch(["g"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_brokers.api import AGAIN, DEAD, DONE, Arrival, GatherOpen, PublishItem, Refused, SettleItem, Target
+from stageflow_brokers.api import ACK, DEAD_LETTER, RETRY, Arrival, GatherOpen, PublishItem, Refused, SettleItem, Target
 from stageflow_brokers.testing.contract_gathers import parts_of
 from stageflow_brokers.testing.harness import Hub, Peer, Received
 
@@ -35,7 +35,7 @@ class RerunContract:
 
     def _park(self, peer: Peer, received: Received) -> None:
         peer.drop(received)
-        peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD, [], 0.0, b"why")], [])
+        peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, b"why")], [])
 
     # cancelling
 
@@ -47,7 +47,7 @@ class RerunContract:
         assert again.item.extra is not None
         assert (again.item.extra.cancelled, again.item.extra.epoch_now) == (REASON, 2)
 
-    @pytest.mark.parametrize("outcome", [AGAIN, DEAD])
+    @pytest.mark.parametrize("outcome", [RETRY, DEAD_LETTER])
     def test_what_fails_after_a_cancel_waits_for_nothing(self, hub: Hub, outcome: int) -> None:
         peer, received = self._in_work(hub)
         self._cancel(peer)
@@ -82,7 +82,7 @@ class RerunContract:
         peer.broker.release([received.lease], "q", 1)
         (warned,) = peer.receive()
         peer.drop(warned)
-        peer.broker.settle([], [], [], [SettleItem([warned.lease], AGAIN, [], 3600.0, b"why")], [])
+        peer.broker.settle([], [], [], [SettleItem([warned.lease], RETRY, [], 3600.0, b"why")], [])
         assert peer.quiet()
         assert [message["state"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]] == ["delayed"]
 
@@ -123,7 +123,7 @@ class RerunContract:
     def test_what_was_gathered_is_not_handed_over(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         peer.drop(received)
-        done = SettleItem([received.lease], DONE, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
+        done = SettleItem([received.lease], ACK, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"1"])
         self._cancel(peer)
         (joined,) = peer.ask.lookup(["g"])["groups"]["g"]["messages"]
@@ -135,7 +135,7 @@ class RerunContract:
         peer.broker.consume("next", 9)
         peer.drop(received)
         later = PublishItem(0, 5, "", 0, 0, 0, 3600.0)
-        done = SettleItem([received.lease], DONE, [later], opens=[waits("signal:go"), waits("join")])
+        done = SettleItem([received.lease], ACK, [later], opens=[waits("signal:go"), waits("join")])
         peer.broker.settle([Target("next", "next")], [], [], [done], [b"later", b"base", b"base"])
         came = {each.body: each.item.extra for each in peer.receive(2)}
         assert came.keys() == {b"later", b"base"}
@@ -154,7 +154,7 @@ class RerunContract:
         assert peer.quiet()
         assert ("parked", "g") not in peer.notices
         peer.drop(other)
-        peer.broker.settle([], [], [], [SettleItem([other.lease], DONE, arrivals=[Arrival("k", "s", 4)])], [b"body"])
+        peer.broker.settle([], [], [], [SettleItem([other.lease], ACK, arrivals=[Arrival("k", "s", 4)])], [b"body"])
         peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
 
     # other bodies, new beginnings
@@ -171,7 +171,7 @@ class RerunContract:
         peer.broker.consume("joined", 1)
         peer.drop(received)
         arrived = [Arrival("k", "a", 5), Arrival("k", "b", 2)]
-        done = SettleItem([received.lease], DONE, opens=[waits("k", 2)], arrivals=arrived)
+        done = SettleItem([received.lease], ACK, opens=[waits("k", 2)], arrivals=arrived)
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"first", b"2."])
         (joined,) = peer.receive()
         self._park(peer, joined)
@@ -190,7 +190,7 @@ class RerunContract:
         peer.publish("waits", b"waits", group="g", delay=3600.0)
         peer.drop(received)
         arrived = [Arrival("k", "a", 1), Arrival("k", "b", 1), Arrival("half", "a", 1), Arrival("signal:s", "x", 1)]
-        done = SettleItem([received.lease], DONE, opens=[waits("k", 2), waits("half", 2)], arrivals=arrived)
+        done = SettleItem([received.lease], ACK, opens=[waits("k", 2), waits("half", 2)], arrivals=arrived)
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"base", b"1", b"2", b"1", b"s"])
         (joined,) = peer.receive()
         with pytest.raises(Refused, match="not parked"):
@@ -208,7 +208,7 @@ class RerunContract:
         assert kept == {"k": (None, 0), "half": (None, 0), "signal:s": (None, 1)}
         peer.drop(begun)
         arrived = [Arrival("k", "a", 1), Arrival("k", "b", 1)]
-        done = SettleItem([begun.lease], DONE, opens=[waits("k", 2)], arrivals=arrived)
+        done = SettleItem([begun.lease], ACK, opens=[waits("k", 2)], arrivals=arrived)
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"3", b"4"])
         assert parts_of(peer.receive()[0]) == [("", b"base"), ("a", b"3"), ("b", b"4")]
 
@@ -216,7 +216,7 @@ class RerunContract:
         peer, received = self._in_work(hub, priority=7)
         peer.broker.consume("joined", 1)
         peer.drop(received)
-        done = SettleItem([received.lease], DONE, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
+        done = SettleItem([received.lease], ACK, opens=[waits("k")], arrivals=[Arrival("k", "a", 1)])
         peer.broker.settle([Target("joined", "join")], [], [], [done], [b"base", b"1"])
         (joined,) = peer.receive()
         assert joined.item.extra is not None

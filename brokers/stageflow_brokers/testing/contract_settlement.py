@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stageflow_brokers.api import AGAIN, DEAD, DONE, PublishItem, Refused, SettleItem, Target
+from stageflow_brokers.api import ACK, DEAD_LETTER, RETRY, PublishItem, Refused, SettleItem, Target
 from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["SettlementContract"]
@@ -13,13 +13,13 @@ __all__ = ["SettlementContract"]
 def settle_again(peer: Peer, received: Received, delay: float = 0.0, failure: bytes | None = b"boom") -> None:
     """Settle a message as to be delivered again."""
     peer.drop(received)
-    peer.broker.settle([], [], [], [SettleItem([received.lease], AGAIN, [], delay, failure)], [])
+    peer.broker.settle([], [], [], [SettleItem([received.lease], RETRY, [], delay, failure)], [])
 
 
 def settle_dead(peer: Peer, received: Received, reason: bytes = b"hopeless") -> None:
     """Settle a message as a dead letter."""
     peer.drop(received)
-    peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD, [], 0.0, reason)], [])
+    peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, reason)], [])
 
 
 class SettlementContract:
@@ -49,7 +49,7 @@ class SettlementContract:
             [Target("q1", "x"), Target("q1", "y")],
             [(*one.lease, 0, 3, ""), (*two.lease, 1, 3, "")],
             [(*three.lease, 0, "")],
-            [SettleItem([four.lease], DONE, [PublishItem(1, 4), PublishItem(0, 4)])],
+            [SettleItem([four.lease], ACK, [PublishItem(1, 4), PublishItem(0, 4)])],
             [b"one", b"two", b"4, 5", b"4, 6"],
         )
         assert [received.body for received in peer.receive(4)] == [b"one", b"two", b"4, 5", b"4, 6"]
@@ -60,7 +60,7 @@ class SettlementContract:
         peer.broker.consume("q0", 2)
         peer.broker.consume("q1", 1)
         one, two = peer.receive(2)
-        both = SettleItem([one.lease, two.lease], DONE, [PublishItem(0, 4)])
+        both = SettleItem([one.lease, two.lease], ACK, [PublishItem(0, 4)])
         peer.drop(one, two)
         peer.broker.settle([Target("q1")], [], [], [both], [b"both"])
         assert peer.receive()[0].body == b"both"

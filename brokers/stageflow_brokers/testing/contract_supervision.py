@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_brokers.api import DONE, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
+from stageflow_brokers.api import ACK, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
 from stageflow_brokers.testing.harness import Hub, Peer
 
 __all__ = ["OversightContract"]
@@ -162,7 +162,7 @@ class OversightContract:
         worker.broker.consume("before", 1)
         (begun,) = worker.receive()
         joined = SettleItem(
-            [begun.lease], DONE, opens=[GatherOpen("k", 2, 0, 4)], arrivals=[Arrival("k", "a", 1), Arrival("k", "b", 2)]
+            [begun.lease], ACK, opens=[GatherOpen("k", 2, 0, 4)], arrivals=[Arrival("k", "a", 1), Arrival("k", "b", 2)]
         )
         worker.broker.settle([Target("q", "join")], [], [], [joined], [b"base", b"A", b"BB"])
         worker.broker.consume("q", 1)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from stageflow_brokers.api import START, WATCH, Broker, BrokerAdmin, DeliveryItem, Listener, Target
+from stageflow_brokers.api import FLAG_START, FLAG_WATCH, Broker, BrokerAdmin, DeliveryItem, Listener, Target
 
 __all__ = ["PATIENCE", "Answers", "Hub", "Peer", "Received"]
 
@@ -174,7 +174,7 @@ class Peer(Listener):
 
     def start(self, queue: str, group: str, body: bytes = b"start", *, watch: bool = False, **more: Any) -> Any:
         """Start a group with one message; what was refused."""
-        flags = START | (WATCH if watch else 0) | more.pop("flags", 0)
+        flags = FLAG_START | (FLAG_WATCH if watch else 0) | more.pop("flags", 0)
         return self.publish(queue, body, group=group, flags=flags, **more)
 
     def move(self, received: Received, queue: str, body: bytes, *, label: str = "moved", flags: int = 0) -> None:

@@ -199,10 +199,10 @@ def _print(facts: dict[str, Any]) -> None:
 def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
     """Live instances, newest first."""
     from stageflow_actors.core.description import status_of
-    from stageflow_brokers.api import MOST_LISTED
+    from stageflow_brokers.api import MAX_LISTED_GROUPS
 
     some = status is not None or workflow is not None
-    most = min(limit, MOST_LISTED)  # `stageflow instances export` gives all
+    most = min(limit, MAX_LISTED_GROUPS)  # `stageflow instances export` gives all
     groups = attached.wait(attached.admin.list_groups("", max(most, SEARCHED) if some else most), timeout=30.0)
     wanted = [group["id"] for group in groups if status is None or status_of(group) == status]
     yield from islice(_described(attached, wanted, None, workflow), limit)

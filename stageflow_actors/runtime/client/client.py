@@ -196,7 +196,9 @@ class Client(Asking):
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
-            most = min(max(limit, 0), port.MOST_LISTED) if wanted is None and workflow_id is None else MOST_SEARCHED
+            most = (
+                min(max(limit, 0), port.MAX_LISTED_GROUPS) if wanted is None and workflow_id is None else MOST_SEARCHED
+            )
             for group in self._ask(lambda admin: admin.list_groups("", most)):
                 if len(found) >= limit:
                     break
@@ -436,7 +438,7 @@ class Client(Asking):
                     self._unwatch(waiting)
             if not answer.refused:
                 return instances
-            self._seen = max(self._seen, answer.seen)
+            self._seen = max(self._seen, answer.history_sequence)
             again = {group for _, why, group in answer.refused if why == "look-again"}
             clash = next((group for _, why, group in answer.refused if why == "conflict"), None)
             if clash is None and not again:

@@ -331,7 +331,7 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             return
         by_id = {prepared.id: prepared for prepared in batch}
         look_again = []
-        self._client._seen = max(self._client._seen, answer.seen)
+        self._client._seen = max(self._client._seen, answer.history_sequence)
         for _, why, instance_id in answer.refused:
             if why == "conflict":
                 self._refuse(instance_id, InstanceConflict(instance_id))

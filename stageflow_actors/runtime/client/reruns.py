@@ -26,7 +26,7 @@ from stageflow_actors.core.resume_state import TOO_LARGE, take_up_branches
 from stageflow_actors.core.routing import CANCELLABLE
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
-from stageflow_brokers.api import CHECK, START, WATCH, Target
+from stageflow_brokers.api import FLAG_CHECK, FLAG_START, FLAG_WATCH, Target
 
 if TYPE_CHECKING:
     from stageflow_actors.history.rows import HistoryRow
@@ -231,7 +231,7 @@ def _first(row: HistoryRow, stage_id: str, data: Raw, trail: bytes) -> Envelope:
 def _start(client: Client, row: HistoryRow, target: Target, envelope: Envelope) -> None:
     """Go on with an instance that has ended, in the next epoch."""
     body = encode(envelope)
-    flags = START | WATCH | CHECK
+    flags = FLAG_START | FLAG_WATCH | FLAG_CHECK
     for _ in range(LOOKS):
         seen = client._seen  # before the history is read: what leaves from now on is found out about
         latest = client._row(row.instance_id)
@@ -241,7 +241,7 @@ def _start(client: Client, row: HistoryRow, target: Target, envelope: Envelope) 
         answer = client._await(client._port().publish([target], [item], [body]))
         if not answer.refused:
             return
-        client._seen = max(client._seen, answer.seen)
+        client._seen = max(client._seen, answer.history_sequence)
         if answer.refused[0][1] != "look-again":
             raise StageFlowError(f"instance {row.instance_id!r} has been started again meanwhile")
     raise StageFlowError(f"instance {row.instance_id!r} ends faster than it can be looked up; try again")

@@ -24,7 +24,7 @@ from stageflow_actors.errors import (
     InvalidContext,
     PayloadTooLarge,
 )
-from stageflow_brokers.api import CHECK, START, WATCH, PublishItem, Target
+from stageflow_brokers.api import FLAG_CHECK, FLAG_START, FLAG_WATCH, PublishItem, Target
 
 __all__ = ["Known", "Prepared", "new_instance_id"]
 
@@ -107,8 +107,8 @@ class Known:
     def item(self, prepared: Prepared, size: int, priority: int = 0) -> PublishItem | tuple[Any, ...]:
         """How a body of `size` bytes is published to start it, and to be told how it ends."""
         if not prepared.check:
-            return (0, size, prepared.id, prepared.epoch, START | WATCH, priority, 0.0, self.ttl)
-        flags = START | WATCH | CHECK
+            return (0, size, prepared.id, prepared.epoch, FLAG_START | FLAG_WATCH, priority, 0.0, self.ttl)
+        flags = FLAG_START | FLAG_WATCH | FLAG_CHECK
         return (0, size, prepared.id, prepared.epoch, flags, priority, 0.0, self.ttl, prepared.digest, prepared.seen)
 
 

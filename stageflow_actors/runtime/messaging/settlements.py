@@ -15,10 +15,10 @@ from stageflow_actors.core.failures import describe_error, write_failure
 from stageflow_actors.core.plan import FAILED, StagePlan
 from stageflow_actors.core.routing import Arrive, Moves, Open, Step
 from stageflow_brokers.api import (
+    ACK,
     ATTEMPT_FAILED,
-    ATTEMPT_WORKED,
-    DEAD,
-    DONE,
+    ATTEMPT_SUCCEEDED,
+    DEAD_LETTER,
     Arrival,
     DeliveryItem,
     GatherOpen,
@@ -73,12 +73,12 @@ class Settlement:
 
     def worked(self) -> Settlement:
         """With the verdict that the attempt went well."""
-        self.outcome.verdict = ATTEMPT_WORKED
+        self.outcome.attempt_result = ATTEMPT_SUCCEEDED
         return self.tried()
 
     def failed(self) -> Settlement:
         """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
-        self.outcome.verdict = ATTEMPT_FAILED
+        self.outcome.attempt_result = ATTEMPT_FAILED
         return self.tried()
 
 
@@ -111,7 +111,7 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
         "when a runtime with that version is started, or registers it"
     )
     reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
-    parked = Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    parked = Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
     parked.unknown = True
     return parked
 
@@ -127,7 +127,7 @@ def park_unreadable(item: DeliveryItem, error: Exception) -> Settlement:
             "PayloadTooLarge: what its branches or items have handed on is too much for one message; keep large data "
             "in files and pass their names",
         )
-    return Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason)), [], [])
+    return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
 
 
 def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
@@ -169,7 +169,7 @@ def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settlement
     bodies = [step.body for step in moves.steps]
     bodies += [one.base for one in moves.opens]
     bodies += [one.body for one in moves.arrivals]
-    done = SettleItem([(item.id, item.lease)], DONE, arrivals=arrivals)
+    done = SettleItem([(item.id, item.lease)], ACK, arrivals=arrivals)
     return Settlement(done, publishes, bodies, opens)
 
 

@@ -29,7 +29,7 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.messaging.settlements import Settlement, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
 from stageflow_actors.runtime.node.orphans import send_on
-from stageflow_brokers.api import DEAD, LEAVE, Ack, Broker, DeliveryItem, SettleItem, Target
+from stageflow_brokers.api import DEAD_LETTER, FLAG_CLOSE_GROUP, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import reach
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
@@ -156,7 +156,7 @@ class Coordinator(pykka.ThreadingActor):
         del self._pending[: len(batch)]
         self._most = min(MAX_ROWS, 2 * self._most)
         self._since = time.monotonic()
-        acks: list[Ack] = [(item.id, item.lease, LEAVE, item.group) for item, _ in batch]
+        acks: list[Ack] = [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item, _ in batch]
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
         self._broker.admin.set_fact(WRITTEN_FACT, str(self._history.written))
         self._broker.settle([], [], acks, [], [])
@@ -218,7 +218,7 @@ class Coordinator(pykka.ThreadingActor):
 
 def _parked(item: DeliveryItem, error: Exception) -> SettleItem:
     reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
-    return SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(reason))
+    return SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason))
 
 
 def _row(item: DeliveryItem, body: bytes) -> HistoryRow:

@@ -46,13 +46,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     steps_of,
 )
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
-from stageflow_brokers.api import (
-    AGAIN,
-    DEAD,
-    DeliveryItem,
-    SettleItem,
-    Target,
-)
+from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
 
 __all__ = [
     "CANCEL_GRACE_NS",
@@ -333,7 +327,7 @@ class Executor:
         return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
 
     def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settlement:
-        return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
+        return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], delay, write_failure(failure)), [], [])
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
@@ -345,7 +339,7 @@ class Executor:
         return self._settle(item, give_up(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
     def _park(self, item: DeliveryItem, failure: Failure) -> Settlement:
-        return Settlement(SettleItem([(item.id, item.lease)], DEAD, [], 0.0, write_failure(failure)), [], [])
+        return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(failure)), [], [])
 
     def _settle_unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settlement:
         text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"

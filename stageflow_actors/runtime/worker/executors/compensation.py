@@ -34,7 +34,7 @@ from stageflow_actors.runtime.worker.executors.base import (
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request
-from stageflow_brokers.api import AGAIN, DONE, DeliveryItem, PublishItem, SettleItem, Target
+from stageflow_brokers.api import ACK, RETRY, DeliveryItem, PublishItem, SettleItem, Target
 
 __all__ = ["CompensationExecutor"]
 
@@ -168,7 +168,7 @@ class CompensationExecutor:
             if not state.record_death(made, encoded):
                 return self._handle_failure(item, envelope, stage_id, ctx.attempt, failure, exception_of(failure), 0.0)
             ctx.store_step_result(UNDO_STATE, state.dump())
-            return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], 0.0, encoded), [], [])
+            return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], 0.0, encoded), [], [])
         first: BaseException | None = None
         for number, failed in self._compensate_each(item, ctx, stage_id, undo, state):
             first = first or failed
@@ -260,13 +260,13 @@ class CompensationExecutor:
             delay = None
             text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
         if delay is not None:
-            return Settlement(SettleItem([(item.id, item.lease)], AGAIN, [], delay, write_failure(failure)), [], [])
+            return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], delay, write_failure(failure)), [], [])
         return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
     def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
         step = after_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
-        done = SettleItem([(item.id, item.lease)], DONE)
+        done = SettleItem([(item.id, item.lease)], ACK)
         return Settlement(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
