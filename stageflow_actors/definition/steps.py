@@ -145,7 +145,7 @@ class Delay:
     def __init__(self, id: str, duration: Duration) -> None:
         self.id: str = check_id(id, "the delay")
         self.seconds: float = seconds(
-            duration, f"the delay {id!r}", endless="use add_signal(id) for a wait without an end"
+            duration, f"the delay {id!r}", endless="for a wait that a signal ends use add_signal(id)"
         )
 
     def __repr__(self) -> str:

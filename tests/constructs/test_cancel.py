@@ -395,7 +395,7 @@ def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_
     plan = compile_plan(parking, naming)
     program, planned = next(pair for pair in stage_codes(parking, plan) if pair[1].id == "b")
     environment = ExecutorEnvironment(
-        naming=naming, services={}, slot=in_process._NoSlot(), step_store=lambda item: pytest.fail("it is kept")
+        naming=naming, services={}, slot=in_process._NullSlot(), step_store=lambda item: pytest.fail("it is kept")
     )
     work = EXECUTORS[planned.kind](program, plan, environment)
     body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
