@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import click
 
 import chaos
-from stageflow_brokers.failpoints import POINTS, VARIABLE
+from stageflow_brokers.failpoints import FAILPOINTS, VARIABLE
 
 SIGNALS = ("kill", "stop", "term")
 LIMIT_SECONDS = 60.0
@@ -106,18 +106,18 @@ def main(
     Exit code 0 if in each run each instance had exactly one terminal state,
     each transition was accepted exactly once, and each point was reached.
     """
-    unknown = sorted(set(points) - POINTS.keys())
+    unknown = sorted(set(points) - FAILPOINTS.keys())
     if unknown:
         raise click.UsageError(f"unknown point {unknown[0]!r}; see --list")
     if listing:
-        for name, meaning in POINTS.items():
+        for name, meaning in FAILPOINTS.items():
             click.echo(f"{name:28} {meaning}")
         return
     chance = random.Random(seed)
     until = time.monotonic() + hours * 3600
     runs: list[Run] = []
     while True:
-        for point in points or POINTS:
+        for point in points or FAILPOINTS:
             for signal in signals or SIGNALS:
                 nth = chance.choice((1, 1, 2, 4)) if runs_often(point) else 1
                 run = try_point(point, signal, nth, instances)

@@ -51,7 +51,7 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
 
@@ -184,7 +184,7 @@ def _moved() -> list[tuple[str, int, bytes]]:
     return [("order-1", 0, encode(envelope)), ("order-5", 1, encode(outcome)), ("order-4", 1, encode(outcome))]
 
 
-def _requeue_last(peer: PeerClient, id: int) -> None:
+def _requeue_last(peer: Connection, id: int) -> None:
     """Publish last, so that no consumer is there to receive it."""
     peer.consume(FIRST.queue, 0)
     peer.admin.requeue(f"dlq.{FIRST.queue}", [id]).result(10)

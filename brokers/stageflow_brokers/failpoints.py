@@ -12,14 +12,14 @@ import signal
 import subprocess
 from collections.abc import Callable
 
-__all__ = ["POINTS", "STOPPED_SECONDS", "VARIABLE", "reach"]
+__all__ = ["FAILPOINTS", "STOP_SECONDS", "VARIABLE", "failpoint"]
 
 VARIABLE = "STAGEFLOW_POINT"
 
-STOPPED_SECONDS = 0.7
+STOP_SECONDS = 0.7
 """How long a process stays stopped: long enough for everybody else to notice, were there anything to notice."""
 
-POINTS: dict[str, str] = {
+FAILPOINTS: dict[str, str] = {
     "program.node-started": "the program has started its node, which is not ready yet",
     "program.ready": "the program knows that its cluster is ready",
     "program.leaving": "the program is about to stop its cluster",
@@ -79,7 +79,7 @@ def _armed(order: str) -> Callable[[str], None]:
             return
         own = os.getpid()
         if what == "stop":
-            wake = f"sleep {STOPPED_SECONDS}; kill -CONT {own}"
+            wake = f"sleep {STOP_SECONDS}; kill -CONT {own}"
             subprocess.Popen(["/bin/sh", "-c", wake], start_new_session=True, stdin=subprocess.DEVNULL)
             os.kill(own, signal.SIGSTOP)
         else:
@@ -92,5 +92,5 @@ def _passed(name: str) -> None:
     """Nobody has asked."""
 
 
-reach: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _passed
+failpoint: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _passed
 """Say that a point has been reached."""

@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, PeerClient
+from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, Connection
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.engine.engine import Engine, Frame
 from stageflow_brokers.errors import BrokerUnavailable
@@ -42,7 +42,7 @@ class MemoryBroker:
         name: str = "",
         peer: int = 0,
         max_unconfirmed_bytes: int = MAX_UNCONFIRMED_BYTES,
-    ) -> PeerClient:
+    ) -> Connection:
         """A new connection, which says hello by itself. Raises `BrokerUnavailable` when the broker has ended."""
         client = _MemoryClient(
             self, listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes
@@ -115,7 +115,7 @@ class MemoryBroker:
             client.end("its listener has failed")
 
 
-class _MemoryClient(PeerClient):
+class _MemoryClient(Connection):
     def __init__(self, hub: MemoryBroker, listener: Listener, **names: Any) -> None:
         super().__init__(listener, **names)
         self._hub = hub

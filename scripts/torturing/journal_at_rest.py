@@ -14,7 +14,7 @@ from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
 from stageflow_brokers.journal.repair import repair
 from stageflow_brokers.journal.verify import scan, verify
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from torturing.sample_journal import Kept, Outcome, SampleJournal, Spot, keep, open_journal
 from torturing.workload import DIRECTORY
 
@@ -240,7 +240,7 @@ def _what_is_at(sample: SampleJournal, spots: list[Spot], at: int) -> tuple[bool
     raise AssertionError("a batch has bytes that belong to none of its records")
 
 
-def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True, warned: bool | None = None) -> None:
+def _recovers(disk: SimulatedDisk, expected: list[Kept], *, again: bool = True, warned: bool | None = None) -> None:
     """Check that it opens with exactly these batches, goes on, and (if tried `again`) opens again without a warning.
 
     `warned`: True if the first opening must give a warning, False if it must not, None for either.
@@ -259,7 +259,7 @@ def _recovers(disk: MemoryFiles, expected: list[Kept], *, again: bool = True, wa
         assert second.warnings == [], "a torn end is cut off once"
 
 
-def _refused(disk: MemoryFiles, sample: SampleJournal, whole: int, segment: int, offset: int) -> None:
+def _refused(disk: SimulatedDisk, sample: SampleJournal, whole: int, segment: int, offset: int) -> None:
     """Check that it is refused with place and reason, has replayed only earlier batches, and has changed nothing."""
     before = {name: disk.content(DIRECTORY / name) for name in disk.listdir(DIRECTORY)}
     outcome = Outcome()
@@ -279,7 +279,7 @@ def _refused(disk: MemoryFiles, sample: SampleJournal, whole: int, segment: int,
 
 
 def _repairs(
-    disk: MemoryFiles,
+    disk: SimulatedDisk,
     sample: SampleJournal,
     at: tuple[int, int],
     kept: list[Kept],
@@ -305,7 +305,7 @@ def _repairs(
     _recovers(disk, kept)
 
 
-def _mends_header(disk: MemoryFiles, sample: SampleJournal, number: int, damaged: bytes) -> None:
+def _mends_header(disk: SimulatedDisk, sample: SampleJournal, number: int, damaged: bytes) -> None:
     """Check that repair rewrites a header from the batches behind it and gives up nothing."""
     report = repair(DIRECTORY, files=disk)
     assert (report.file, report.offset, report.batches, report.listed) == (file_name(number), 0, 0, None)

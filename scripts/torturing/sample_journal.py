@@ -28,7 +28,7 @@ from stageflow_brokers.journal.format import (
 from stageflow_brokers.journal.format import Record as JournalRecord
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.verify import scan
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from stageflow_brokers.types import FLAG_START
 from torturing.workload import DIRECTORY, Picture, Workload, replayed
 
@@ -52,7 +52,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
-def open_journal(disk: MemoryFiles, outcome: Outcome) -> Journal:
+def open_journal(disk: SimulatedDisk, outcome: Outcome) -> Journal:
     """Open the journal on the disk. Its errors pass through; `outcome` holds the batches replayed before."""
     return Journal.open(
         DIRECTORY,
@@ -89,7 +89,7 @@ class SampleJournal:
     @classmethod
     def grow(cls, seed: int, rounds: int) -> Self:
         """Work a workload for so many rounds. The last batch is a large one: ten sectors and more."""
-        disk = MemoryFiles(seed=seed)
+        disk = SimulatedDisk(seed=seed)
         workload = Workload(disk, seed, segment_bytes=SEGMENT)
         workload.begin()
         chance = random.Random(seed)
@@ -136,9 +136,9 @@ class SampleJournal:
         """The bytes up to the end of the last batch, in all segments."""
         return sum(max(s.following for s in self.spots if s.segment == number) for number in self.files)
 
-    def disk(self, *, until: int | None = None, changed: dict[int, bytes] | None = None) -> MemoryFiles:
+    def disk(self, *, until: int | None = None, changed: dict[int, bytes] | None = None) -> SimulatedDisk:
         """Return a disk with a copy: without the segments after `until`, and with the `changed` ones."""
-        disk = MemoryFiles(seed=1)
+        disk = SimulatedDisk(seed=1)
         disk.mkdir(DIRECTORY)
         for number, content in {**self.files, **(changed or {})}.items():
             if until is None or number <= until:

@@ -18,7 +18,7 @@ from stageflow_brokers.journal.format import SECTOR, Batch, file_name
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import repair
 from stageflow_brokers.journal.verify import scan, verify
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from torturing.workload import DIRECTORY, Picture, Workload, replayed
 
 __all__ = ["SCENARIOS", "Disk", "RepairScenario", "Scenario"]
@@ -26,7 +26,7 @@ __all__ = ["SCENARIOS", "Disk", "RepairScenario", "Scenario"]
 SEGMENT = 4 << 10
 
 
-class Disk(MemoryFiles):
+class Disk(SimulatedDisk):
     """A disk on which opening a file may fail as well."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
@@ -69,14 +69,14 @@ class Scenario:
                 self.attempted = workload.now(), workload.wall
                 self._insist(workload)
 
-    def judge(self, disk: MemoryFiles) -> None:
+    def judge(self, disk: SimulatedDisk) -> None:
         """Recover from this disk and compare. Raises AssertionError if the law is broken."""
         try:
             self._judge(disk)
         except BrokerError as error:
             raise AssertionError(f"what was acknowledged is not what was recovered: {error}") from error
 
-    def _judge(self, disk: MemoryFiles) -> None:
+    def _judge(self, disk: SimulatedDisk) -> None:
         workload = self.workload
         batches: list[Batch] = []
         # Compare before a broker continues: its first round already handles the messages in work.
@@ -161,7 +161,7 @@ class RepairScenario(Scenario):
         except BrokerError:
             pass
 
-    def _judge(self, disk: MemoryFiles) -> None:
+    def _judge(self, disk: SimulatedDisk) -> None:
         # After a second repair only the batches behind the damage are gone, and each of their bytes is in a copy.
         repair(DIRECTORY, files=disk)
         assert verify(DIRECTORY, files=disk) == []

@@ -15,7 +15,7 @@ from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.engine.engine import Engine, Outgoing, replay_batch
 from stageflow_brokers.journal.format import Batch
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from stageflow_brokers.types import (
     ACK,
     DEAD_LETTER,
@@ -74,7 +74,7 @@ def replayed(batches: list[Batch], wall: float) -> Picture:
 class Workload:
     """One run of one broker. `acknowledged` is the state after the last answered round."""
 
-    def __init__(self, disk: MemoryFiles, seed: int = 0, *, segment_bytes: int = 8 << 10) -> None:
+    def __init__(self, disk: SimulatedDisk, seed: int = 0, *, segment_bytes: int = 8 << 10) -> None:
         self.disk = disk
         self.chance = random.Random(seed)
         self.segment_bytes = segment_bytes

@@ -37,7 +37,7 @@ from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import start_ticks
 from stageflow_brokers.errors import BrokerError, JournalCorrupt
-from stageflow_brokers.offline.settlements import Departures, departures
+from stageflow_brokers.offline.settlements import EndedGroups, departures
 
 __all__ = ["Checkup", "check_up"]
 
@@ -77,7 +77,7 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
     """
     report = Checkup(False, list(premises(data)), {"ended": 0})
     found = report.findings
-    gone: Departures | None = None
+    gone: EndedGroups | None = None
     picture: dict[str, Any] = {}
     has_journal = any(data.journal.glob("*.journal"))
     try:
@@ -150,7 +150,7 @@ def _alive(pid: int) -> bool:
     return start_ticks(pid) is not None
 
 
-def _of_departures(data: DataDir, gone: Departures) -> Iterator[Finding]:
+def _of_departures(data: DataDir, gone: EndedGroups) -> Iterator[Finding]:
     if gone.idle:
         what = "by the journal it is live, and nothing carries it on: no message, gather or timer"
         advice = "the next start forgets it; restore the directory from a backup, or start it anew"
@@ -170,7 +170,7 @@ def _of_clock(where: object, latest: float) -> Iterator[Finding]:
 
 def _of_history(
     data: DataDir,
-    gone: Departures | None,
+    gone: EndedGroups | None,
     picture: dict[str, Any],
     attached: Attached | None,
     has_journal: bool,
@@ -234,7 +234,7 @@ def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding
 
 
 def _agreement(
-    reader: HistoryReader, gone: Departures | None, picture: dict[str, Any], attached: Attached | None
+    reader: HistoryReader, gone: EndedGroups | None, picture: dict[str, Any], attached: Attached | None
 ) -> Iterator[Finding]:
     live: list[str] = picture.get("live", [])
     others: dict[str, int] = picture.get("epochs", {})

@@ -24,7 +24,7 @@ from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, let_go_on, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["NodeHandle", "remove_cluster_files"]
 
@@ -114,7 +114,7 @@ class NodeHandle:
         deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
         notes = StopNotes(self._notice)
         try:
-            reach("program.leaving")
+            failpoint("program.leaving")
             self._stopping.set()
             if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
                 self._kill_late()  # in the middle of its start
@@ -208,7 +208,7 @@ class NodeHandle:
         channel = Channel(ours)
         try:
             channel.send(self._config)
-            reach("program.node-started")
+            failpoint("program.node-started")
             report = self._await_report(channel)
         except BaseException:
             self._process.kill()
@@ -222,7 +222,7 @@ class NodeHandle:
                 raise _Silent(f"the node process ended while it was starting ({describe_exit(status)})")
             self._await_remains()  # they hold the directory, which may be opened again at once
             raise _error(report)
-        reach("program.ready")
+        failpoint("program.ready")
         self._channel = channel
         self.address = report.text
         self.resuming = report.fields.get("resuming", {})

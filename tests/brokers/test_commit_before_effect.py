@@ -12,7 +12,7 @@ from engine_peer import EnginePeer
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine, Outgoing
 from stageflow_brokers.errors import JournalFailed, JournalFull
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from stageflow_brokers.types import FLAG_START, FLAG_WATCH, TERMINAL
 
 DIRECTORY = Path("/journal")
@@ -32,7 +32,7 @@ class Publisher(EnginePeer):
 
 
 def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files)
     dispatch = engine.machine.dispatch
     order: list[str] = []
@@ -49,7 +49,7 @@ def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
 def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files)
     peer = Publisher(engine)
 
@@ -71,7 +71,7 @@ def test_after_a_failed_write_or_sync_nothing_leaves_any_more(call: str) -> None
 
 
 def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: 0.0)
     peer = Publisher(engine)
     files.room = files.used()
@@ -88,7 +88,7 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
 
 
 def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     looks = 0
 
     def giving_up() -> bool:
@@ -108,7 +108,7 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
 
 
 def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     clock = iter(range(10_000))
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: float(next(clock)))
     peer = Publisher(engine)
@@ -130,7 +130,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
 
 
 def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
-    files = MemoryFiles()
+    files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
     peer = Publisher(engine)
     files.room = files.used()

@@ -18,8 +18,8 @@ from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.engine import compaction
 from stageflow_brokers.engine.engine import Engine, Outgoing
 from stageflow_brokers.journal.format import Record
-from stageflow_brokers.journal.journal import BatchPlace
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.journal.journal import BatchLocation
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from stageflow_brokers.types import (
     ACK,
     DEAD_LETTER,
@@ -41,7 +41,7 @@ class RecordedPeer(EnginePeer):
     """A peer of an engine on small segments, with a copy of all committed records by segment."""
 
     def __init__(self) -> None:
-        self.files = MemoryFiles()
+        self.files = SimulatedDisk()
         self.wall = 1_000_000.0
         self.epoch_began = 0.0
         self.number = 7
@@ -63,7 +63,7 @@ class RecordedPeer(EnginePeer):
         assert journal is not None
         commit, drop = journal.commit, journal.drop_oldest
 
-        def remember(records: Sequence[Record], wall: float) -> BatchPlace:
+        def remember(records: Sequence[Record], wall: float) -> BatchLocation:
             place = commit(records, wall)
             self.committed.append((place.segment, wall, list(records)))
             sizes = [len(record.header) + len(record.blob) for record in records]

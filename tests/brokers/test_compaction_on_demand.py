@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stageflow_brokers.api import FLAG_START, Listener, PublishItem, Target
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
 
@@ -20,7 +20,7 @@ class Hub:
     def __init__(self, path: Path | None) -> None:
         self.engine = Engine(journal_dir=path, segment_bytes=SEGMENT)
         self.hub = MemoryBroker(engine=self.engine)
-        self.peer: PeerClient = self.hub.connect(Listener(), name="test")
+        self.peer: Connection = self.hub.connect(Listener(), name="test")
 
     def fill(self, first: int, count: int) -> None:
         bodies = [b"x" * 20_000] * count

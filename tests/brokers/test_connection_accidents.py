@@ -12,7 +12,7 @@ import pytest
 from broker_fixtures import World
 
 from stageflow_brokers.api import ACK, Listener
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.core import wire
 from stageflow_brokers.types import FLAG_START, FLAG_WATCH, TERMINAL
 
@@ -54,7 +54,7 @@ def test_how_an_instance_ended_is_sent_again_when_that_was_lost_with_the_session
     assert client.pushes == [("g", ":end", b"end")]
 
 
-class _Client(PeerClient):
+class _Client(Connection):
     """A peer whose frames go nowhere."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 from script_runner import SCRIPTS, run_script
 
-from stageflow_brokers.failpoints import POINTS
+from stageflow_brokers.failpoints import FAILPOINTS
 
 SAMPLE = (
     ("broker.committed", "kill"),
@@ -28,6 +28,6 @@ def test_each_point_is_somewhere_in_the_code_and_each_in_the_code_has_a_meaning(
     reached: list[str] = []
     for folder in ("brokers", "stageflow_actors"):
         for path in sorted((SCRIPTS.parent / folder).rglob("*.py")):
-            reached += re.findall(r'\breach\("([^"]+)"\)', path.read_text())
-    assert sorted(set(reached)) == sorted(POINTS)
-    assert len(POINTS) >= 30
+            reached += re.findall(r'\bfailpoint\("([^"]+)"\)', path.read_text())
+    assert sorted(set(reached)) == sorted(FAILPOINTS)
+    assert len(FAILPOINTS) >= 30

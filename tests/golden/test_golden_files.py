@@ -39,7 +39,7 @@ from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.core.records import NAMES
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.journal import scan, verify
@@ -318,7 +318,7 @@ def test_a_journal_written_today_would_be_the_same_bytes(journal: Path) -> None:
 
 
 @pytest.fixture
-def peer(journal: Path) -> Iterator[PeerClient]:
+def peer(journal: Path) -> Iterator[Connection]:
     """A connection to a broker that has recovered from the golden journal, a minute after it was written."""
     warnings: list[str] = []
     engine = Engine(
@@ -330,12 +330,12 @@ def peer(journal: Path) -> Iterator[PeerClient]:
     assert warnings == []
 
 
-def groups_of(peer: PeerClient) -> dict[str, Any]:
+def groups_of(peer: Connection) -> dict[str, Any]:
     found: dict[str, Any] = peer.admin.inspect([f"order-{number}" for number in range(1, 10)]).result(10)
     return found
 
 
-def test_a_broker_recovers_each_message_where_it_was(peer: PeerClient) -> None:
+def test_a_broker_recovers_each_message_where_it_was(peer: Connection) -> None:
     groups = groups_of(peer)
     messages = {id: [(m["queue"], m["label"], m["state"]) for m in group["messages"]] for id, group in groups.items()}
     first = "stageflow.orders.stage0"
@@ -356,7 +356,7 @@ def test_a_broker_recovers_each_message_where_it_was(peer: PeerClient) -> None:
     assert peer.admin.get_fact("history").result(10) == "identity of the history"
 
 
-def test_a_broker_recovers_what_had_happened_to_each_message(peer: PeerClient) -> None:
+def test_a_broker_recovers_what_had_happened_to_each_message(peer: Connection) -> None:
     told = {id: group["messages"][0] for id, group in groups_of(peer).items() if group["messages"]}
     failure = golden("failure")
     facts = {id: (m["attempts"], m["failure"], m["reason"]) for id, m in told.items()}
@@ -372,7 +372,7 @@ def test_a_broker_recovers_what_had_happened_to_each_message(peer: PeerClient) -
     assert told["order-3"]["parked"] == WALL
 
 
-def test_a_broker_recovers_the_bodies(peer: PeerClient) -> None:
+def test_a_broker_recovers_the_bodies(peer: Connection) -> None:
     bodies = {id: group["messages"][0]["body"] for id, group in groups_of(peer).items() if group["messages"]}
     for id in ("order-2", "order-3", "order-7", "order-9"):
         envelope = decode_envelope(bodies[id])
@@ -382,7 +382,7 @@ def test_a_broker_recovers_the_bodies(peer: PeerClient) -> None:
     assert decode_outcome(bodies["order-4"]).status == "completed"
 
 
-def test_a_broker_recovers_its_queues(peer: PeerClient) -> None:
+def test_a_broker_recovers_its_queues(peer: Connection) -> None:
     queues = {queue["name"]: queue for queue in peer.admin.stats("").result(10)["queues"]}
     assert {name: queue["state"] for name, queue in queues.items()} == {
         "stageflow.coordinator": "open",

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from stageflow_brokers.journal.filesystem import OsFiles
+from stageflow_brokers.journal.filesystem import OsFileSystem
 from stageflow_brokers.journal.format import Batch, Record, file_name
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 
 Kept = list[tuple[int, int, int, bytes, bytes]]
 
@@ -17,7 +17,7 @@ Kept = list[tuple[int, int, int, bytes, bytes]]
 class Bench:
     """One directory on one disk; `open` refills `replayed` and `warnings`."""
 
-    def __init__(self, disk: MemoryFiles | OsFiles, directory: Path, segment_bytes: int = 16 << 10) -> None:
+    def __init__(self, disk: SimulatedDisk | OsFileSystem, directory: Path, segment_bytes: int = 16 << 10) -> None:
         self.disk: Any = disk
         self.directory = directory
         self.segment_bytes = segment_bytes
@@ -65,7 +65,7 @@ class Bench:
 @pytest.fixture
 def make_bench() -> Callable[..., Bench]:
     def make(**options: Any) -> Bench:
-        return Bench(MemoryFiles(**options), Path("/data/journal"))
+        return Bench(SimulatedDisk(**options), Path("/data/journal"))
 
     return make
 
@@ -78,4 +78,4 @@ def bench(make_bench: Callable[..., Bench]) -> Bench:
 @pytest.fixture
 def real(tmp_path: Path) -> Bench:
     """The same, on a real disk."""
-    return Bench(OsFiles(), tmp_path / "journal")
+    return Bench(OsFileSystem(), tmp_path / "journal")

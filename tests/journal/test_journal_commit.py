@@ -10,9 +10,9 @@ from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFull, 
 from stageflow_brokers.journal import journal as journal_module
 from stageflow_brokers.journal import segment_allocator as supply_module
 from stageflow_brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
-from stageflow_brokers.journal.journal import BatchPlace, Journal
-from stageflow_brokers.journal.segment_allocator import Supply
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.journal.journal import BatchLocation, Journal
+from stageflow_brokers.journal.segment_allocator import SegmentAllocator
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 
 
 def test_every_committed_batch_is_replayed_in_order(bench: Any) -> None:
@@ -107,7 +107,7 @@ def test_commit_does_not_change_the_length_of_the_file(bench: Any) -> None:
 @pytest.mark.parametrize("size", [10, 5000, 300_000])
 def test_a_body_is_read_back_from_the_place_that_commit_and_replay_return(real: Any, size: int) -> None:
     with real.open(segment_bytes=1 << 20) as journal:
-        places: list[tuple[BatchPlace, list[Record]]] = []
+        places: list[tuple[BatchLocation, list[Record]]] = []
         for number in range(1, 9):
             records = real.records(number, count=5, size=size)
             places.append((journal.commit(records, 0.0), records))
@@ -232,7 +232,7 @@ def test_a_journal_in_steady_state_takes_no_more_room(bench: Any) -> None:
 
 
 def test_small_journals_have_small_segments() -> None:
-    supply = Supply.__new__(Supply)
+    supply = SegmentAllocator.__new__(SegmentAllocator)
     supply._segment_bytes = 64 << 20
     sizes: list[int] = []
     for _ in range(7):
@@ -263,7 +263,7 @@ def test_a_journal_that_is_filled_has_larger_and_larger_segments(bench: Any, mon
     assert sizes[:5] == [64, 128, 256, 512, 512]
 
 
-class Counting(MemoryFiles):
+class Counting(SimulatedDisk):
     """Counts the bytes that are read, and the largest read."""
 
     read = largest = 0

@@ -12,7 +12,7 @@ from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed
 from stageflow_brokers.journal.filesystem import write_at
 from stageflow_brokers.journal.format import Batch, Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
 DIRECTORY = Path("/data/journal")
 SEGMENT = 8 << 10
@@ -22,7 +22,7 @@ Kept = list[tuple[int, bytes]]
 class Story:
     """One run of a journal with every operation, and its acknowledgements."""
 
-    def __init__(self, disk: MemoryFiles) -> None:
+    def __init__(self, disk: SimulatedDisk) -> None:
         self.disk = disk
         self.acked: dict[int, bytes] = {}
         self.tried: dict[int, bytes] = {}
@@ -92,7 +92,7 @@ class Story:
         journal.close()
 
 
-def fail_from(disk: MemoryFiles, step: int, code: int, *, for_ever: bool) -> list[str]:
+def fail_from(disk: SimulatedDisk, step: int, code: int, *, for_ever: bool) -> list[str]:
     """Let call `step` fail, or all from there on; the list gets the names of those that did."""
     hit: list[str] = []
 
@@ -140,7 +140,7 @@ def test_whatever_call_fails_nothing_acknowledged_is_lost_and_nothing_follows_a_
     step = 0
     while True:
         for ends in ("process", "machine"):
-            disk = MemoryFiles(seed=step)
+            disk = SimulatedDisk(seed=step)
             story = Story(disk)
             hit = fail_from(disk, step, code, for_ever=for_ever)
             try:
@@ -165,7 +165,7 @@ def test_whatever_call_fails_nothing_acknowledged_is_lost_and_nothing_follows_a_
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("spare", ["there", "none"])
 def test_a_failed_sync_of_the_spare_segment_stops_the_journal_whatever_the_error(code: int, spare: str) -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     journal = Story(disk).open()
     if spare == "none":
         assert journal._supply.surrender()
@@ -184,7 +184,7 @@ def test_a_failed_sync_of_the_spare_segment_stops_the_journal_whatever_the_error
 
 def test_the_mark_that_a_segment_is_followed_lasts_before_a_batch_goes_into_the_next() -> None:
     """Whatever the durability: seen from the calls, and from what a crash leaves."""
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     journal = Journal.open(DIRECTORY, replay=lambda batch: None, files=disk, segment_bytes=SEGMENT, durability="write")
     journal.commit([Record(1, 1, 0, b"", b"")], 0.0)
     disk.calls.clear()
@@ -198,7 +198,7 @@ def test_the_mark_that_a_segment_is_followed_lasts_before_a_batch_goes_into_the_
 
 
 def test_a_mark_that_a_killed_process_did_not_sync_is_synced_before_anyone_trusts_it() -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     story = Story(disk)
     journal = story.open()
     story.commit(journal, 100)
@@ -221,7 +221,7 @@ def test_a_mark_that_a_killed_process_did_not_sync_is_synced_before_anyone_trust
 
 @pytest.mark.parametrize("name", ["pwritev", "fdatasync"])
 def test_after_a_failed_commit_no_commit_succeeds_though_the_disk_works_again(name: str) -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     story = Story(disk)
     journal = story.open()
     story.commit(journal, 100)
@@ -244,7 +244,7 @@ def test_after_a_failed_commit_no_commit_succeeds_though_the_disk_works_again(na
 
 def test_what_a_failed_sync_left_in_memory_does_not_count_as_on_disk() -> None:
     """The pages of a failed sync are clean and can be read; a machine that stops later would prove them wrong."""
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     story = Story(disk)
     journal = story.open()
     story.commit(journal, 100)
@@ -256,7 +256,7 @@ def test_what_a_failed_sync_left_in_memory_does_not_count_as_on_disk() -> None:
 
 
 def test_what_a_killed_process_wrote_is_synced_before_it_is_replayed() -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     journal = Journal.open(DIRECTORY, replay=lambda batch: None, files=disk, segment_bytes=SEGMENT, durability="write")
     journal.commit([Record(1, 1, 0, b"", b"")], 0.0)
     disk.kill()
@@ -274,7 +274,7 @@ def test_what_a_killed_process_wrote_is_synced_before_it_is_replayed() -> None:
 
 
 def test_a_write_that_is_cut_short_and_interrupted_again_and_again_is_finished() -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     pieces: list[bytes | memoryview] = [bytes([each % 251]) * (each % 40) for each in range(3000)]
     chance = random.Random(3)
 
@@ -291,7 +291,7 @@ def test_a_write_that_is_cut_short_and_interrupted_again_and_again_is_finished()
 
 
 def test_a_disk_that_takes_nothing_is_not_asked_for_ever() -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     journal = Story(disk).open()
     disk.on_call = lambda name, path: 0
     with pytest.raises(JournalFailed):
@@ -299,7 +299,7 @@ def test_a_disk_that_takes_nothing_is_not_asked_for_ever() -> None:
 
 
 def test_an_interruption_between_write_and_sync_is_the_end_too() -> None:
-    disk = MemoryFiles()
+    disk = SimulatedDisk()
     journal = Story(disk).open()
 
     def on_call(name: str, path: str) -> None:
@@ -314,7 +314,7 @@ def test_an_interruption_between_write_and_sync_is_the_end_too() -> None:
         journal.commit([Record(1, 1, 0, b"", b"")], 0.0)
 
 
-def stop_at_each_call(make: Callable[[int], MemoryFiles], chances: int) -> int:
+def stop_at_each_call(make: Callable[[int], SimulatedDisk], chances: int) -> int:
     """Stop the machine at each call of the story, keeping nothing unsynced or any part of it. The number of calls."""
     step = 0
     while True:
@@ -343,37 +343,37 @@ def stop_at_each_call(make: Callable[[int], MemoryFiles], chances: int) -> int:
 
 
 def test_a_machine_that_stops_at_any_call_loses_nothing_acknowledged() -> None:
-    assert stop_at_each_call(lambda step: MemoryFiles(seed=step), chances=8) > 70
+    assert stop_at_each_call(lambda step: SimulatedDisk(seed=step), chances=8) > 70
 
 
-class WithoutDirectorySync(MemoryFiles):
+class WithoutDirectorySync(SimulatedDisk):
     def fsync_dir(self, path: Path) -> None:
         pass
 
 
-class WithoutSync(MemoryFiles):
+class WithoutSync(SimulatedDisk):
     def fdatasync(self, fd: int) -> None:
         pass
 
 
-class WithoutFileSync(MemoryFiles):
+class WithoutFileSync(SimulatedDisk):
     def fsync(self, fd: int) -> None:
         pass
 
 
 @pytest.mark.parametrize("mutant", [WithoutDirectorySync, WithoutSync, WithoutFileSync])
-def test_a_journal_that_leaves_one_kind_of_sync_out_is_found_out(mutant: type[MemoryFiles]) -> None:
+def test_a_journal_that_leaves_one_kind_of_sync_out_is_found_out(mutant: type[SimulatedDisk]) -> None:
     with pytest.raises((AssertionError, JournalCorrupt)):
         stop_at_each_call(lambda step: mutant(seed=step), chances=8)
 
 
 def test_a_new_segment_is_durable_in_its_directory_before_a_batch_goes_into_it() -> None:
     """The mutant without a directory fsync, alone: the name of the new segment is gone, with what was acknowledged."""
-    for make, survives in ((MemoryFiles, True), (WithoutDirectorySync, False)):
+    for make, survives in ((SimulatedDisk, True), (WithoutDirectorySync, False)):
         disk = make()
         story = Story(disk)
         journal = story.open()
-        disk.fsync_dir = MemoryFiles.fsync_dir.__get__(disk)  # type: ignore[method-assign]
+        disk.fsync_dir = SimulatedDisk.fsync_dir.__get__(disk)  # type: ignore[method-assign]
         disk.fsync_dir(DIRECTORY)
         disk.fsync_dir = make.fsync_dir.__get__(disk)  # type: ignore[method-assign]
         story.commit(journal, 100)
@@ -388,14 +388,14 @@ def test_a_new_segment_is_durable_in_its_directory_before_a_batch_goes_into_it()
 
 
 def test_a_dropped_segment_is_deleted_durably_before_its_bytes_are_used_again() -> None:
-    for make, survives in ((MemoryFiles, True), (WithoutDirectorySync, False)):
+    for make, survives in ((SimulatedDisk, True), (WithoutDirectorySync, False)):
         disk = make()
         story = Story(disk)
         journal = story.open()
         story.commit(journal, 100)
         journal.seal()
         story.commit(journal, 100)
-        MemoryFiles.fsync_dir(disk, DIRECTORY)
+        SimulatedDisk.fsync_dir(disk, DIRECTORY)
         journal.drop_oldest()
         disk.crash()
         assert ("0000000000000001.journal" not in disk.listdir(DIRECTORY)) is survives

@@ -18,7 +18,7 @@ from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import LISTS, RepairReport, repair
 from stageflow_brokers.journal.salvage import Lost
 from stageflow_brokers.journal.verify import Finding, scan, verify
-from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
 
 def filled(bench: Any, batches: int = 6, per_segment: int = 2) -> list[Any]:
@@ -106,7 +106,7 @@ def test_reading_a_newer_format_reports_it(bench: Any) -> None:
             call(bench)
 
 
-class Watched(MemoryFiles):
+class Watched(SimulatedDisk):
     """Something else happens between two reads."""
 
     def __init__(self, *, meanwhile: Callable[[], None]) -> None:
@@ -241,7 +241,7 @@ def test_repair_reports_that_a_whole_segment_was_given_up_with_its_contents(benc
 def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: Any) -> None:
     filled(bench, 4, 4)
     earlier = bench.content(1)
-    bench.disk = MemoryFiles(seed=7)  # where segments get another salt
+    bench.disk = SimulatedDisk(seed=7)  # where segments get another salt
     filled(bench, 2)
     begin = second(bench, 1)
     content = bytearray(bench.content(1))
@@ -507,7 +507,7 @@ def test_an_unreadable_sector_is_damage_with_a_place_and_repair_reports_what_it_
     assert bench.replayed == (said if sector == 0 else said[: 2 * segment - 3 + sector])
 
 
-class WornOut(MemoryFiles):
+class WornOut(SimulatedDisk):
     """What cannot be read cannot be read after a write either."""
 
     def pwritev(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> int:

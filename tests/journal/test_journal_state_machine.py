@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stageflow_brokers.errors import JournalError
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.journal.journal import BatchPlace, Journal
+from stageflow_brokers.journal.journal import BatchLocation, Journal
 from stageflow_brokers.journal.verify import scan, verify
-from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
 DIRECTORY = Path("/journal")
 
@@ -36,9 +36,9 @@ class JournalMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.disk = MemoryFiles()
+        self.disk = SimulatedDisk()
         self.journal: Journal
-        self.kept: dict[int, tuple[list[Record], BatchPlace | None]] = {}
+        self.kept: dict[int, tuple[list[Record], BatchLocation | None]] = {}
         self.last = 0
 
     def replay(self, batch: Batch) -> None:

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from stageflow_brokers.journal import journal
-from stageflow_brokers.journal.filesystem import OsFiles
+from stageflow_brokers.journal.filesystem import OsFileSystem
 from stageflow_brokers.zeromq.process import main
 
 
-class FailingFiles(OsFiles):
+class FailingFiles(OsFileSystem):
     """What FILE names fails."""
 
     orders: Path
@@ -30,5 +30,5 @@ class FailingFiles(OsFiles):
 
 if __name__ == "__main__":
     FailingFiles.orders = Path(sys.argv[2])
-    journal.OsFiles = FailingFiles  # type: ignore[misc]
+    journal.OsFileSystem = FailingFiles  # type: ignore[misc]
     sys.exit(main(sys.argv[1]))

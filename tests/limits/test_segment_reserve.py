@@ -9,18 +9,18 @@ import pytest
 from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 
 DIRECTORY = Path("/journal")
 MB = 1 << 20
 
 
-def journal(disk: MemoryFiles) -> Journal:
+def journal(disk: SimulatedDisk) -> Journal:
     return Journal.open(DIRECTORY, replay=lambda batch: None, files=disk, warn=lambda text: None)
 
 
 def test_the_spare_grows_in_its_place_where_there_is_no_room_for_two() -> None:
-    disk = MemoryFiles(room=20 * MB + 21)  # the lock takes some, too
+    disk = SimulatedDisk(room=20 * MB + 21)  # the lock takes some, too
     with journal(disk) as opened:
         assert opened.room.spare == 8 * MB
         assert opened.prepare(12 * MB)
@@ -34,13 +34,13 @@ def test_the_spare_grows_in_its_place_where_there_is_no_room_for_two() -> None:
 
 
 def test_where_there_is_no_room_for_a_whole_spare_a_smaller_one_is_kept() -> None:
-    disk = MemoryFiles(room=10 * MB)
+    disk = SimulatedDisk(room=10 * MB)
     with journal(disk) as opened:
         assert (opened.room.spare, opened.room.low) == (4 * MB, False)
 
 
 def test_the_reserve_takes_at_most_half_of_the_free_space() -> None:
-    disk = MemoryFiles(room=64 * MB)
+    disk = SimulatedDisk(room=64 * MB)
     with journal(disk) as opened:
         while opened.segments()[-1].number < 4:
             free, spare = opened.free, opened.room.spare
@@ -51,7 +51,7 @@ def test_the_reserve_takes_at_most_half_of_the_free_space() -> None:
 
 
 def test_a_spare_segment_leaves_room_to_other_users_of_the_disk() -> None:
-    disk = MemoryFiles(room=8 * MB + 100)
+    disk = SimulatedDisk(room=8 * MB + 100)
     with journal(disk) as opened:
         assert (opened.room.spare, opened.room.low) == (0, True)
         assert not opened.prepare()
@@ -62,7 +62,7 @@ def test_a_spare_segment_leaves_room_to_other_users_of_the_disk() -> None:
 
 
 def test_a_journal_uses_all_free_space_before_it_reports_that_it_is_full() -> None:
-    disk = MemoryFiles(room=7 * MB)
+    disk = SimulatedDisk(room=7 * MB)
     with journal(disk) as opened:
         with pytest.raises(JournalFull, match="no room for a segment of"):
             for number in range(100):

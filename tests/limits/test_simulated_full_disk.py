@@ -11,7 +11,7 @@ import pytest
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import JournalFull
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 from stageflow_brokers.types import FLAG_CLOSE_GROUP, FLAG_START, TERMINAL, DeliveryItem
 
 DIRECTORY = Path("/journal")
@@ -22,8 +22,8 @@ CONTEXT = 1000
 class Tight:
     """An engine on a disk of `room` bytes, and a peer that starts instances and works them off in three stages."""
 
-    def __init__(self, room: int, *, segment_bytes: int = 64 << 20, files: MemoryFiles | None = None) -> None:
-        self.files = files or MemoryFiles(room=room)
+    def __init__(self, room: int, *, segment_bytes: int = 64 << 20, files: SimulatedDisk | None = None) -> None:
+        self.files = files or SimulatedDisk(room=room)
         self.segment_bytes = segment_bytes
         self.clock = 0.0
         self.frame = 0

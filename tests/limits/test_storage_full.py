@@ -17,7 +17,7 @@ from stageflow_brokers.client.unconfirmed import Pending, resolve
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing.simulated_disk import MemoryFiles
+from stageflow_brokers.testing.simulated_disk import SimulatedDisk
 
 IDS = ("disk-42", "order-42")
 PATIENCE = 20.0
@@ -27,7 +27,7 @@ class SmallDisk:
     """A broker whose disk a test fills."""
 
     def __init__(self) -> None:
-        self.files = MemoryFiles()
+        self.files = SimulatedDisk()
         self.hub = MemoryBroker(
             engine=Engine(
                 journal_dir=Path("/journal"), files=self.files, segment_bytes=16 << 10, warn=lambda text: None

@@ -12,7 +12,7 @@ import pytest
 from stageflow_actors import InstanceNotFound, Runtime, Workflow
 from stageflow_actors.runtime.client.client import Client
 from stageflow_brokers.api import Listener, PublishItem, Target
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.core import wire
 from stageflow_brokers.types import FLAG_START, FLAG_WATCH
 
@@ -20,7 +20,7 @@ flow = Workflow("flow").add_stage(lambda context: None, id="only")
 waits = Workflow("waits").add_signal("go")
 
 
-class Talk(PeerClient):
+class Talk(Connection):
     """A connection whose frames go nowhere."""
 
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None: ...

@@ -14,7 +14,7 @@ from virtual_waits import Waits
 from virtual_world import Frame, Link, World
 
 from stageflow_brokers.api import DeliveryItem, Listener
-from stageflow_brokers.client.connection import PeerClient
+from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.core.message import Message
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.state import BrokerState
@@ -22,7 +22,7 @@ from stageflow_brokers.engine import engine as engine_module
 from stageflow_brokers.engine.engine import Engine, replay_batch
 from stageflow_brokers.errors import JournalFailed
 from stageflow_brokers.journal.format import Batch
-from stageflow_brokers.testing.simulated_disk import Crash, MemoryFiles
+from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
 JOURNAL = Path("/journal")
 ROUND = 0.002
@@ -34,7 +34,7 @@ SILENCE = 0.5
 GATHERED = "gathered: "
 
 
-class Accounts:
+class SettlementCounts:
     """How often each transition was accepted, by what is on disk: an oracle that is fed records, not asked.
 
     Gathered messages have `GATHERED` before their label. `waits` receives new messages.
@@ -79,10 +79,10 @@ class VirtualBroker:
 
     def __init__(self, world: World, crimes: list[str], *, segment_bytes: int, disorder: int = 0) -> None:
         self.world = world
-        self.files = MemoryFiles(seed=world.random.getrandbits(32))
+        self.files = SimulatedDisk(seed=world.random.getrandbits(32))
         self.engine: Engine | None = None
         self.clients: dict[int, VirtualClient] = {}
-        self.accounts = Accounts()
+        self.accounts = SettlementCounts()
         self.crimes = crimes
         self.starts = 0
         self.disorder = disorder
@@ -232,7 +232,7 @@ class Waited(Future[Any]):
         return self._of.result(0)
 
 
-class VirtualClient(PeerClient):
+class VirtualClient(Connection):
     """The production peer over a virtual connection. `wait`: how its process waits for an answer, if it can."""
 
     def __init__(
@@ -322,7 +322,7 @@ def disk_error() -> OSError:
     return OSError(errno.EIO, "input/output error")
 
 
-def tell_of_recovered(accounts: Accounts) -> Callable[[Replay, Batch], None]:
+def tell_of_recovered(accounts: SettlementCounts) -> Callable[[Replay, Batch], None]:
     """In place of the engine's `replay_batch`: what a crash left behind is on disk as well, and counts."""
 
     def told(replay: Replay, batch: Batch) -> None:
@@ -332,5 +332,5 @@ def tell_of_recovered(accounts: Accounts) -> Callable[[Replay, Batch], None]:
     return told
 
 
-__all__ = ["GATHERED", "Accounts", "VirtualBroker", "VirtualClient", "Waited", "disk_error", "engine_module"]
+__all__ = ["GATHERED", "SettlementCounts", "VirtualBroker", "VirtualClient", "Waited", "disk_error", "engine_module"]
 __all__ += ["tell_of_recovered"]

@@ -24,12 +24,12 @@ import msgspec
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import Listener, PublishAnswer
 from stageflow_brokers.client.query_admin import QueryAdmin
-from stageflow_brokers.client.unconfirmed import Pending, groups_in, leases_in, resolve
+from stageflow_brokers.client.unconfirmed import UnconfirmedFrame, groups_in, leases_in, resolve
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerUnavailable, PayloadTooLarge
 from stageflow_brokers.types import Ack, Arrival, GatherOpen, Move, PublishItem, SettleItem, Target
 
-__all__ = ["PeerClient", "new_peer"]
+__all__ = ["Connection", "new_peer"]
 
 MAX_UNCONFIRMED_BYTES = 64 << 20
 """How much a connection publishes ahead of what is confirmed, unless it is told otherwise."""
@@ -52,7 +52,7 @@ def new_peer() -> int:
     return int.from_bytes(os.urandom(8), "big") >> 1 | 1
 
 
-class PeerClient(ABC):
+class Connection(ABC):
     """The transport-free half of a connection.
 
     A subclass moves frames: `_transmit` is called with the lock held, so that frames leave in the order of their
@@ -82,7 +82,7 @@ class PeerClient(ABC):
         self._waiting = 0
         self._frame = 0
         self._talk = 0
-        self._unconfirmed: deque[Pending] = deque()
+        self._unconfirmed: deque[UnconfirmedFrame] = deque()
         self._consuming: dict[str, int] = {}
         self._to_watch: list[str] = []
         self._welcomed = False
@@ -218,7 +218,7 @@ class PeerClient(ABC):
             self._unconfirmed_bytes += weight
             if taken is not None:
                 taken()
-            self._unconfirmed.append(Pending(frame, op, fields, blob, future, weight))
+            self._unconfirmed.append(UnconfirmedFrame(frame, op, fields, blob, future, weight))
             if self._welcomed:
                 self._transmit(op, header, blob)
 

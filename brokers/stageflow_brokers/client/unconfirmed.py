@@ -13,14 +13,14 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerError, PayloadTooLarge, ProtocolError, QueueFull, Refused, StorageFull
 from stageflow_brokers.types import PublishItem
 
-__all__ = ["Pending", "groups_in", "leases_in", "resolve"]
+__all__ = ["UnconfirmedFrame", "groups_in", "leases_in", "resolve"]
 
 _ERRORS: dict[str, type[BrokerError]] = {
     kind.__name__: kind for kind in (QueueFull, PayloadTooLarge, ProtocolError, Refused, StorageFull)
 }
 
 
-class Pending:
+class UnconfirmedFrame:
     """One frame that is not confirmed yet."""
 
     __slots__ = ("blob", "fields", "frame", "future", "op", "weight")
@@ -42,7 +42,7 @@ class Pending:
         self.weight = weight
 
 
-def resolve(pending: Pending, answer: Any) -> None:
+def resolve(pending: UnconfirmedFrame, answer: Any) -> None:
     """Give the future of a frame its answer, or the error that it says."""
     future = pending.future
     assert future is not None
@@ -63,7 +63,7 @@ def resolve(pending: Pending, answer: Any) -> None:
         future.set_result(PublishAnswer(sequence, [tuple(item) for item in answer["items"]]))
 
 
-def leases_in(pending: Pending) -> list[tuple[int, int]]:
+def leases_in(pending: UnconfirmedFrame) -> list[tuple[int, int]]:
     """What a frame settles or returns, and its sender holds until that is confirmed."""
     if pending.op == wire.SETTLE:
         _, moves, acks, others, _, _ = pending.fields
@@ -76,7 +76,7 @@ def leases_in(pending: Pending) -> list[tuple[int, int]]:
     return []
 
 
-def groups_in(pending: Pending) -> list[str]:
+def groups_in(pending: UnconfirmedFrame) -> list[str]:
     """The groups that a frame publishes into."""
     if pending.op != wire.PUBLISH:
         return []

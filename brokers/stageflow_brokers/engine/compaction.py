@@ -11,7 +11,7 @@ from stageflow_brokers.core.machine import Machine
 from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.journal.journal import Journal, SegmentInfo
 
-__all__ = ["Reclaim"]
+__all__ = ["Compactor"]
 
 SLICE = 1 << 20
 """Fewest bytes to copy with one commit; a commit that wrote more makes room for as much."""
@@ -39,7 +39,7 @@ LOOKS_APART = 8
 """Rounds between looks at whether the oldest segment fits by now, where it did not: a look goes over all in it."""
 
 
-class Reclaim:
+class Compactor:
     """The reclaiming of one journal."""
 
     def __init__(self, machine: Machine, journal: Journal, segment_bytes: int) -> None:

@@ -15,13 +15,13 @@ from itertools import islice
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
-from stageflow_brokers.engine.compaction import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Reclaim
+from stageflow_brokers.engine.compaction import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Compactor
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.segment_allocator import SMALLEST
 from stageflow_brokers.types import FLAG_START
 
-__all__ = ["NEARLY_FULL", "Frame", "RoomKeeper"]
+__all__ = ["NEARLY_FULL", "DiskSpaceGuard", "Frame"]
 
 Frame = tuple[int, bytes, bytes, bytes]
 """(peer, operation, header, blob) as it came in."""
@@ -61,7 +61,7 @@ MOST_ASIDE, MOST_BYTES_ASIDE = 100_000, 96 << 20
 cut off, and has to say it again."""
 
 
-class Allowance:
+class WriteBudget:
     """What may be written with one round: into the segment that is open, or else into the next one."""
 
     def __init__(self, left: int, next: int, have: int, keep: int, slack: int) -> None:
@@ -86,10 +86,10 @@ class Allowance:
         return allowed
 
 
-class RoomKeeper:
+class DiskSpaceGuard:
     """Keeps `machine.refusing` true to the disk that holds `journal`."""
 
-    def __init__(self, machine: Machine, journal: Journal, reclaim: Reclaim) -> None:
+    def __init__(self, machine: Machine, journal: Journal, reclaim: Compactor) -> None:
         self._machine = machine
         self._journal = journal
         self._reclaim = reclaim
@@ -128,7 +128,7 @@ class RoomKeeper:
         room = self._journal.room
         journal_free = self._journal.free
         beside = max(room.spare, self._reclaim.clean, 0 if room.spare else journal_free * 7 // 8)
-        allowance = Allowance(room.left, beside, self._reclaim.have, self._reclaim.keep(), self._reclaim.slack)
+        allowance = WriteBudget(room.left, beside, self._reclaim.have, self._reclaim.keep(), self._reclaim.slack)
         for record in self._machine.writer.records:
             if not allowance.take(len(record[3]) + len(record[4])):
                 break
@@ -152,7 +152,7 @@ class RoomKeeper:
                 self._put_aside(frame)
         return taken
 
-    def _fits(self, frame: Frame, allowance: Allowance) -> bool:
+    def _fits(self, frame: Frame, allowance: WriteBudget) -> bool:
         _, operation, header, blob = frame
         if operation == wire.HEARD:
             return True

@@ -16,11 +16,11 @@ from stageflow_brokers.core.machine import Limits, Machine
 from stageflow_brokers.core.message import RecordLocation
 from stageflow_brokers.core.outbox import Outgoing
 from stageflow_brokers.core.replay import Replay
-from stageflow_brokers.engine.compaction import Reclaim
-from stageflow_brokers.engine.disk_space import LARGEST_ROUND, NEARLY_FULL, Frame, RoomKeeper
+from stageflow_brokers.engine.compaction import Compactor
+from stageflow_brokers.engine.disk_space import LARGEST_ROUND, NEARLY_FULL, DiskSpaceGuard, Frame
 from stageflow_brokers.errors import JournalCorrupt, JournalFailed, JournalFull, ProtocolError
-from stageflow_brokers.failpoints import reach
-from stageflow_brokers.journal.filesystem import Files
+from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.journal.filesystem import FileSystem
 from stageflow_brokers.journal.format import Batch, Record, file_name
 from stageflow_brokers.journal.journal import Journal
 
@@ -90,7 +90,7 @@ class Engine:
         supervised: bool = False,
         segment_bytes: int = 64 << 20,
         warn: Callable[[str], None] = lambda text: None,
-        files: Files | None = None,
+        files: FileSystem | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         giving_up: Callable[[], bool] = lambda: False,
@@ -104,8 +104,8 @@ class Engine:
             limits=limits, supervised=supervised, paging=journal_dir is not None, read_body=self._read_body
         )
         self.journal: Journal | None = None
-        self._reclaim: Reclaim | None = None
-        self._room: RoomKeeper | None = None
+        self._reclaim: Compactor | None = None
+        self._room: DiskSpaceGuard | None = None
         if journal_dir is not None:
             replay = Replay(self.machine.state)
             self.journal = Journal.open(
@@ -121,16 +121,16 @@ class Engine:
             except JournalCorrupt:
                 self.journal.close()
                 raise
-            self._reclaim = Reclaim(self.machine, self.journal, segment_bytes)
-            self._room = RoomKeeper(self.machine, self.journal, self._reclaim)
-        reach("broker.recovered")
+            self._reclaim = Compactor(self.machine, self.journal, segment_bytes)
+            self._room = DiskSpaceGuard(self.machine, self.journal, self._reclaim)
+        failpoint("broker.recovered")
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
         self.machine.started(now, wall_now)
         if self.journal is not None:
             self.machine.writer.keep_oldest(self.journal.segments()[0].number)
         self._commit()
-        reach("broker.started")
+        failpoint("broker.started")
 
     def round(self, frames: Sequence[Frame], *, more: bool = False) -> list[Outgoing]:
         """Take frames, do what is due, make it durable, and give what may leave. `more`: further frames wait already.
@@ -160,10 +160,10 @@ class Engine:
             # What somebody said before it died may be among what waits for room.
             machine.tick(more=more or holding)
         if frames:
-            reach("broker.received")
+            failpoint("broker.received")
         written = self._commit()
         if written:
-            reach("broker.committed")
+            failpoint("broker.committed")
         if self._reclaim is None:
             machine.compacting = False
         else:

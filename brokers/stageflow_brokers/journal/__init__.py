@@ -17,18 +17,18 @@ A module imports only modules below it in this list.
 """
 
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.journal.journal import BatchPlace, Journal, Room, SegmentInfo
+from stageflow_brokers.journal.journal import BatchLocation, FreeSpace, Journal, SegmentInfo
 from stageflow_brokers.journal.repair import RepairReport, repair
 from stageflow_brokers.journal.verify import Finding, scan, verify
 
 __all__ = [
     "Batch",
-    "BatchPlace",
+    "BatchLocation",
     "Finding",
+    "FreeSpace",
     "Journal",
     "Record",
     "RepairReport",
-    "Room",
     "SegmentInfo",
     "repair",
     "scan",

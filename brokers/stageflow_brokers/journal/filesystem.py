@@ -1,6 +1,6 @@
 """The one seam between the journal and the operating system.
 
-All of the journal reaches files through `Files`, so that a test can put a disk in its place that fails, tears and
+All of the journal reaches files through `FileSystem`, so that a test can put a disk in its place that fails, tears and
 forgets. Nothing here retries a sync or hides an error: an OSError goes up as it came.
 """
 
@@ -14,14 +14,14 @@ from typing import Protocol
 
 from stageflow_brokers.journal.format import SECTOR, Buffer
 
-__all__ = ["Files", "OsFiles", "is_full", "is_unreadable", "read_around", "read_at", "write_at"]
+__all__ = ["FileSystem", "OsFileSystem", "is_full", "is_unreadable", "read_around", "read_at", "write_at"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
 _IOV_MAX = 1024  # what Linux takes in one call
 
 
-class Files(Protocol):
+class FileSystem(Protocol):
     """What the journal asks of an operating system. Descriptors are small integers; sizes and offsets are bytes."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
@@ -71,7 +71,7 @@ class Files(Protocol):
         """An unsigned 64-bit number."""
 
 
-class OsFiles:
+class OsFileSystem:
     """The real thing, on Linux."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
@@ -164,7 +164,7 @@ def is_unreadable(error: OSError) -> bool:
     return error.errno in _UNREADABLE
 
 
-def read_at(files: Files, fd: int, size: int, offset: int) -> bytes:
+def read_at(files: FileSystem, fd: int, size: int, offset: int) -> bytes:
     """`size` bytes from `offset`, or what there is of them before the end of the file."""
     data = files.pread(fd, size, offset)
     if len(data) == size or not data:
@@ -177,7 +177,7 @@ def read_at(files: Files, fd: int, size: int, offset: int) -> bytes:
     return b"".join(pieces)
 
 
-def read_around(files: Files, fd: int, size: int, offset: int) -> tuple[bytes, list[int]]:
+def read_around(files: FileSystem, fd: int, size: int, offset: int) -> tuple[bytes, list[int]]:
     """As `read_at`, with zeros in the place of sectors that cannot be read; and where these begin."""
     try:
         return read_at(files, fd, size, offset), []
@@ -196,7 +196,7 @@ def read_around(files: Files, fd: int, size: int, offset: int) -> tuple[bytes, l
     return front + back, bad + more
 
 
-def write_at(files: Files, fd: int, buffers: Sequence[Buffer], size: int, offset: int) -> None:
+def write_at(files: FileSystem, fd: int, buffers: Sequence[Buffer], size: int, offset: int) -> None:
     """Write all `size` bytes of the buffers, in one call if the system takes them in one.
 
     A short write is continued, which is how the reason for it (a full disk, say) comes out as the next call's error.

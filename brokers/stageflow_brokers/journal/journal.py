@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Literal, NamedTuple, NoReturn, Self
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed, JournalFull
-from stageflow_brokers.failpoints import reach
-from stageflow_brokers.journal.filesystem import Files, OsFiles, is_full, read_at, write_at
+from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.journal.filesystem import FileSystem, OsFileSystem, is_full, read_at, write_at
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     SECTOR,
@@ -31,10 +31,10 @@ from stageflow_brokers.journal.format import (
 )
 from stageflow_brokers.journal.lock import DirectoryLock
 from stageflow_brokers.journal.recovery import recover, remove_leftovers
-from stageflow_brokers.journal.segment_allocator import Supply
+from stageflow_brokers.journal.segment_allocator import SegmentAllocator
 from stageflow_brokers.journal.segment_reader import check_batch
 
-__all__ = ["BatchPlace", "Durability", "Journal", "Room", "SegmentInfo"]
+__all__ = ["BatchLocation", "Durability", "FreeSpace", "Journal", "SegmentInfo"]
 
 Durability = Literal["fsync", "write"]
 
@@ -46,7 +46,7 @@ _READERS = 64  # sealed segments kept open for reading
 _VERIFIED = 4096  # batches whose checksum is not computed again when more is read of them
 
 
-class BatchPlace(NamedTuple):
+class BatchLocation(NamedTuple):
     """Where a commit went: the blob of record i begins at `blob_offsets[i]` in the file of `segment`, the batch itself
     at `batch`."""
 
@@ -65,7 +65,7 @@ class SegmentInfo(NamedTuple):
     sealed: bool
 
 
-class Room(NamedTuple):
+class FreeSpace(NamedTuple):
     """`left` bytes for batches in the open segment; `ready`: a spare of `spare` bytes is there; `low`: none is."""
 
     ready: bool
@@ -78,7 +78,7 @@ class Journal:
     """Made by `open`; used by one thread; ended by `close`."""
 
     def __init__(
-        self, files: Files, directory: Path, lock: DirectoryLock, supply: Supply, durability: Durability
+        self, files: FileSystem, directory: Path, lock: DirectoryLock, supply: SegmentAllocator, durability: Durability
     ) -> None:
         self.directory = directory
         self._files = files
@@ -101,7 +101,7 @@ class Journal:
         directory: Path,
         *,
         replay: Callable[[Batch], None],
-        files: Files | None = None,
+        files: FileSystem | None = None,
         durability: Durability = "fsync",
         segment_bytes: int = 64 << 20,
         warn: Callable[[str], None] = _LOG.warning,
@@ -119,7 +119,7 @@ class Journal:
         """
         if segment_bytes < 4 * SECTOR:
             raise ValueError(f"segment_bytes is {segment_bytes}: give at least {4 * SECTOR}")
-        files = files if files is not None else OsFiles()
+        files = files if files is not None else OsFileSystem()
         try:
             files.mkdir(directory)
             lock = DirectoryLock(files, directory, os.getpid())
@@ -127,7 +127,7 @@ class Journal:
             raise JournalError(f"cannot use {directory} for a journal: {error}") from error
         try:
             remove_leftovers(files, directory)
-            journal = cls(files, directory, lock, Supply(files, directory, segment_bytes), durability)
+            journal = cls(files, directory, lock, SegmentAllocator(files, directory, segment_bytes), durability)
             try:
                 journal._start(replay, warn)
             except BaseException:
@@ -177,7 +177,7 @@ class Journal:
             write_at(self._files, self._fd, [encode_end(self._next - 1, self._salt)], SECTOR, self._end)
         self._files.fsync(self._fd)
 
-    def commit(self, records: Sequence[Record], wall: float) -> BatchPlace:
+    def commit(self, records: Sequence[Record], wall: float) -> BatchLocation:
         """Write one batch, and sync it if the durability says so. `wall` is the time, in seconds since 1970.
 
         Raises JournalFull (nothing was written; try again when there is room), PayloadTooLarge or struct.error (the
@@ -201,21 +201,23 @@ class Journal:
         padding = _ZEROS[: total - BATCH_HEADER - length] + encode_end(number, salt)
         try:
             write_at(self._files, self._fd, [header, *pieces, padding], total + SECTOR, end)
-            reach("journal.written")
+            failpoint("journal.written")
             if self._sync:
                 self._files.fdatasync(self._fd)
-            reach("journal.synced")
+            failpoint("journal.synced")
         except BaseException as error:  # noqa: BLE001 - goes up as it is, or as JournalFailed
             self._die(error, f"batch {number} could not be written to {file_name(self._segment)}")
         self._end, self._next = end + total, number + 1
-        return BatchPlace(self._segment, offsets, end)
+        return BatchLocation(self._segment, offsets, end)
 
     def read(self, segment: int, offset: int, size: int, *, batch: int) -> bytes:
-        """`size` bytes at `offset` of a live segment, of the batch that begins at `batch`, as `BatchPlace` and `Batch`
-        tell. The whole batch is checked against its CRC when it is first read from, and again when that is long ago.
+        """Return `size` bytes at `offset` of a live segment, from the batch that begins at offset `batch`.
 
-        Raises JournalError if the segment is not live or the bytes are not of that batch, JournalCorrupt if they are
-        damaged or cannot be read.
+        `BatchLocation` and `Batch` hold these offsets. The first read from a batch checks all of it against its CRC;
+        a later read checks it again only if many other batches were checked in between.
+
+        Raises JournalError if the segment is not live or the bytes do not lie in that batch, and JournalCorrupt if they
+        are damaged or cannot be read.
         """
         fd = self._reader(segment)
         try:
@@ -253,11 +255,11 @@ class Journal:
         return self._next - 1
 
     @property
-    def room(self) -> Room:
+    def room(self) -> FreeSpace:
         """How much can be written before the disk must give more."""
         supply = self._supply
         left = max(0, self._capacity - SECTOR - self._end)
-        return Room(supply.spare_bytes > 0, supply.low, left, supply.spare_bytes)
+        return FreeSpace(supply.spare_bytes > 0, supply.low, left, supply.spare_bytes)
 
     @property
     def room_low(self) -> bool:

@@ -7,7 +7,7 @@ The file is never removed: whoever had opened it before would then hold the lock
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalLocked
-from stageflow_brokers.journal.filesystem import Files, read_at, write_at
+from stageflow_brokers.journal.filesystem import FileSystem, read_at, write_at
 
 __all__ = ["DirectoryLock", "writer_of"]
 
@@ -18,7 +18,7 @@ _WIDTH = 20
 class DirectoryLock:
     """Held from construction to `release`. Raises JournalLocked when another process, or another journal, has it."""
 
-    def __init__(self, files: Files, directory: Path, pid: int) -> None:
+    def __init__(self, files: FileSystem, directory: Path, pid: int) -> None:
         self._files = files
         path = directory / _NAME
         self._fd = files.open(path, create=True)
@@ -51,7 +51,7 @@ class DirectoryLock:
             pass  # the number is for the reader; the lock, which is what counts, is held without it
 
 
-def writer_of(files: Files, directory: Path) -> int | None:
+def writer_of(files: FileSystem, directory: Path) -> int | None:
     """The process that seems to write this journal now, by what the lock file says; None if there is none.
 
     Takes no lock, not even for a moment: a broker that starts just then would be refused.
@@ -67,7 +67,7 @@ def writer_of(files: Files, directory: Path) -> int | None:
     return pid if pid is not None and files.alive(pid) else None
 
 
-def _read_pid(files: Files, fd: int) -> int | None:
+def _read_pid(files: FileSystem, fd: int) -> int | None:
     try:
         text = read_at(files, fd, 32, 0).strip()
     except OSError:

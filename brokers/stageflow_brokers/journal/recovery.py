@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalCorrupt, JournalFull
-from stageflow_brokers.journal.filesystem import Files, is_full, read_around, write_at
+from stageflow_brokers.journal.filesystem import FileSystem, is_full, read_around, write_at
 from stageflow_brokers.journal.format import SECTOR, Batch, encode_end, file_name
-from stageflow_brokers.journal.scanner import Damage, Found, Survey, segment_numbers
-from stageflow_brokers.journal.segment_allocator import TEMPORARY, Supply
+from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
+from stageflow_brokers.journal.segment_allocator import TEMPORARY, SegmentAllocator
 
 __all__ = ["clear_end", "copy_aside", "corrupt", "recover", "remove_leftovers", "unused"]
 
@@ -20,8 +20,12 @@ _CHUNK = 4 << 20
 
 
 def recover(
-    files: Files, directory: Path, supply: Supply, replay: Callable[[Batch], None], warn: Callable[[str], None]
-) -> list[Found]:
+    files: FileSystem,
+    directory: Path,
+    supply: SegmentAllocator,
+    replay: Callable[[Batch], None],
+    warn: Callable[[str], None],
+) -> list[ScannedSegment]:
     """Replay every whole batch in order and mend a torn end. The last segment returned is the one to go on with.
 
     Raises JournalCorrupt (then nothing on disk has changed), JournalVersion, JournalFull when a torn end cannot be
@@ -30,7 +34,7 @@ def recover(
     files.fsync_dir(directory)  # a rename that a killed process did not live to sync
     for number in segment_numbers(files, directory)[-2:]:
         _settle(files, directory / file_name(number))
-    survey = Survey(files, directory)
+    survey = JournalScanner(files, directory)
     torn: Damage | None = None
     with closing(survey.read()) as items:
         for item in items:
@@ -57,14 +61,14 @@ def corrupt(damage: Damage, directory: Path) -> JournalCorrupt:
     )
 
 
-def remove_leftovers(files: Files, directory: Path) -> None:
+def remove_leftovers(files: FileSystem, directory: Path) -> None:
     """Remove what was in the making when its process ended. Only under the lock."""
     for name in files.listdir(directory):
         if name.endswith(TEMPORARY):
             files.unlink(directory / name)
 
 
-def _settle(files: Files, path: Path) -> None:
+def _settle(files: FileSystem, path: Path) -> None:
     """What the last process wrote and did not sync must be on disk before anyone acts on it; what a failed sync left
     in memory must not be taken for it. Only the last segment can hold either, for a new one is begun after a sync; and
     the one before it, the mark that it is followed."""
@@ -76,7 +80,9 @@ def _settle(files: Files, path: Path) -> None:
         files.close(fd)
 
 
-def _cut(files: Files, directory: Path, supply: Supply, torn: Damage, warn: Callable[[str], None]) -> None:
+def _cut(
+    files: FileSystem, directory: Path, supply: SegmentAllocator, torn: Damage, warn: Callable[[str], None]
+) -> None:
     path = directory / torn.file
     kept = "there was nothing left to copy"
     if torn.torn > torn.offset:
@@ -95,7 +101,7 @@ def _cut(files: Files, directory: Path, supply: Supply, torn: Damage, warn: Call
 
 
 def clear_end(
-    files: Files, path: Path, offset: int, following: int, salt: int, until: int, *, grow: bool = False
+    files: FileSystem, path: Path, offset: int, following: int, salt: int, until: int, *, grow: bool = False
 ) -> None:
     """Put the end mark before batch `following` at `offset`, zeros from there to `until`, and sync.
 
@@ -117,7 +123,7 @@ def clear_end(
         files.close(fd)
 
 
-def copy_aside(files: Files, source: Path, start: int, end: int | None, target: Path) -> int:
+def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, target: Path) -> int:
     """Copy the bytes from `start` to `end` (None: to the last) into a new file, synced before it gets its name.
 
     Sectors that cannot be read are zeros in the copy; how many bytes these are is returned. Raises JournalFull, and
@@ -158,7 +164,7 @@ def copy_aside(files: Files, source: Path, start: int, end: int | None, target: 
     return zeros
 
 
-def unused(files: Files, directory: Path, stem: str, suffix: str) -> Path:
+def unused(files: FileSystem, directory: Path, stem: str, suffix: str) -> Path:
     """A name that no earlier copy has: what it holds may be the only evidence."""
     taken = set(files.listdir(directory))
     name, count = stem + suffix, 1

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stageflow_brokers.errors import JournalError, JournalFailed
-from stageflow_brokers.journal.filesystem import Files, write_at
+from stageflow_brokers.journal.filesystem import FileSystem, write_at
 from stageflow_brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
 from stageflow_brokers.journal.lock import DirectoryLock
 from stageflow_brokers.journal.recovery import clear_end, copy_aside, remove_leftovers, unused
 from stageflow_brokers.journal.salvage import Lost, salvage
-from stageflow_brokers.journal.scanner import Damage, Found, Survey, segment_numbers
+from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
 from stageflow_brokers.journal.segment_allocator import TEMPORARY
 from stageflow_brokers.journal.verify import require_journal
 
@@ -56,7 +56,7 @@ def repair(
     directory: Path,
     *,
     backup_dir: Path | None = None,
-    files: Files | None = None,
+    files: FileSystem | None = None,
     names: Callable[[Batch], Iterable[str]] = lambda batch: (),
     perhaps: Callable[[Batch], Iterable[str]] = lambda batch: (),
 ) -> RepairReport:
@@ -87,7 +87,7 @@ def repair(
 class _Repair:
     def __init__(
         self,
-        files: Files,
+        files: FileSystem,
         directory: Path,
         backup_dir: Path | None,
         names: Callable[[Batch], Iterable[str]],
@@ -105,7 +105,7 @@ class _Repair:
         self._copies: list[Path] = []
         self._unreadable = 0
         self._batches = self._records = 0
-        self._before: Found | None = None
+        self._before: ScannedSegment | None = None
 
     def run(self) -> RepairReport:
         first: Damage | None = None
@@ -146,7 +146,7 @@ class _Repair:
     def _next_damage(self) -> Damage | None:
         """The first damage. If it is one to be cut at, that and what is behind it is counted as given up."""
         damage: Damage | None = None
-        survey = Survey(self._files, self._directory)
+        survey = JournalScanner(self._files, self._directory)
         with closing(survey.read()) as items:
             for item in items:
                 if isinstance(item, Batch):

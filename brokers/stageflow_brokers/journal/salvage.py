@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stageflow_brokers.journal.filesystem import Files, read_around
+from stageflow_brokers.journal.filesystem import FileSystem, read_around
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     BATCH_MARKER,
@@ -58,7 +58,7 @@ class Lost(NamedTuple):
         return f"{self.file} at offset {self.offset}{length}{records}: {self.reason}"
 
 
-def salvage(files: Files, directory: Path, damage: Damage) -> Iterator[tuple[Lost, Batch | None]]:
+def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tuple[Lost, Batch | None]]:
     """What is lost with this damage, and what can be read of each batch in it: the records up to where they make no
     sense, of which the last may be cut short."""
     first = Lost(damage.file, damage.offset, 0, None, damage.reason, not damage.fatal, damage.offset == 0)

@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stageflow_brokers.journal.filesystem import Files
+from stageflow_brokers.journal.filesystem import FileSystem
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, SUFFIX, Batch, SegmentHeader, file_name
-from stageflow_brokers.journal.segment_reader import Broken, End, Later, SegmentReader
+from stageflow_brokers.journal.segment_reader import Broken, End, NextBatch, SegmentReader
 
-__all__ = ["Damage", "Found", "Survey", "segment_numbers"]
+__all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
 
 
 class Damage(NamedTuple):
@@ -41,7 +41,7 @@ class Damage(NamedTuple):
         return file_name(self.segment)
 
 
-class Found(NamedTuple):
+class ScannedSegment(NamedTuple):
     """A segment read to its end: `end` is where batch `following` would begin; `marked`: an end mark is there, and
     says, if `followed`, that there is a next segment."""
 
@@ -53,20 +53,20 @@ class Found(NamedTuple):
     followed: bool = False
 
 
-def segment_numbers(files: Files, directory: Path) -> list[int]:
+def segment_numbers(files: FileSystem, directory: Path) -> list[int]:
     """The numbers of all segments in the directory, in order."""
     names = (name.removesuffix(SUFFIX) for name in files.listdir(directory) if name.endswith(SUFFIX))
     return sorted(int(name) for name in names if len(name) == 16 and name.isascii() and name.isdigit())
 
 
-class Survey:
+class JournalScanner:
     """`read` it once; `segments` then holds what was read to its end.
 
     Raises JournalVersion on a segment of a newer format.
     """
 
-    def __init__(self, files: Files, directory: Path) -> None:
-        self.segments: list[Found] = []
+    def __init__(self, files: FileSystem, directory: Path) -> None:
+        self.segments: list[ScannedSegment] = []
         self._files = files
         self._directory = directory
         self._numbers: list[int] = []
@@ -74,7 +74,7 @@ class Survey:
     def read(self) -> Generator[Batch | Damage, None, None]:
         """Whole batches and damage, as they come. Close it if you stop before its end: it holds an open file."""
         self._numbers = segment_numbers(self._files, self._directory)
-        previous: Found | None = None
+        previous: ScannedSegment | None = None
         stopped: End | Broken = End(marked=True)
         at = -1  # the segment read last
         while (number := next((n for n in self._numbers if n > at), None)) is not None:
@@ -110,12 +110,12 @@ class Survey:
 
     def _chain(
         self, reader: SegmentReader, header: SegmentHeader
-    ) -> Generator[Batch | Damage, None, tuple[Found, End | Broken] | None]:
+    ) -> Generator[Batch | Damage, None, tuple[ScannedSegment, End | Broken] | None]:
         """The batches of one segment. None at the end if the segment was given back meanwhile."""
         offset, number, salt = SECTOR, header.first, header.salt
         growing = False
         while True:
-            later: Later | None = None
+            later: NextBatch | None = None
             mark = 0
             found = reader.batch(offset, number, header)
             if not isinstance(found, Batch):
@@ -128,7 +128,7 @@ class Survey:
                     return None
                 goes_on = isinstance(again, Batch) and later is None and reader.number == self._numbers[-1]
                 if growing and goes_on:
-                    return Found(header, offset, number, False, reader.size), End(marked=False)
+                    return ScannedSegment(header, offset, number, False, reader.size), End(marked=False)
                 growing = goes_on
                 found = again
             if isinstance(found, Batch):
@@ -140,14 +140,14 @@ class Survey:
             if isinstance(found, End):
                 if found.followed and reader.number == self._numbers[-1]:
                     yield Damage(reader.number, offset, number, "the segment behind it is missing", True, salt=salt)
-                return Found(header, offset, number, found.marked, reader.size, found.followed), found
+                return ScannedSegment(header, offset, number, found.marked, reader.size, found.followed), found
             damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt, cut=found.cut)
             if later is not None:
                 yield damage._replace(until=later.offset)
                 offset, number = later.offset, later.number
                 continue
             yield from self._end(reader, found, damage, mark)
-            return Found(header, offset, number, False, reader.size), found
+            return ScannedSegment(header, offset, number, False, reader.size), found
 
     def _look_again(
         self, reader: SegmentReader, offset: int, number: int, header: SegmentHeader
@@ -177,7 +177,7 @@ class Survey:
             # A sealed segment ends cleanly. If the next one can be read, it says how many batches are missing here.
             yield damage
 
-    def _gap(self, previous: Found, stopped: End | Broken, header: SegmentHeader) -> Damage:
+    def _gap(self, previous: ScannedSegment, stopped: End | Broken, header: SegmentHeader) -> Damage:
         last = header.first - 1
         lost = (
             f"batches {previous.following} to {last} are missing" if last > previous.following else "a batch is missing"
@@ -188,7 +188,7 @@ class Survey:
         number, salt = previous.header.number, previous.header.salt
         return Damage(number, previous.end, previous.following, reason, fatal=True, salt=salt)
 
-    def _bad_header(self, reader: SegmentReader, broken: Broken, previous: Found | None) -> Damage:
+    def _bad_header(self, reader: SegmentReader, broken: Broken, previous: ScannedSegment | None) -> Damage:
         number = previous.following if previous else 0
         guess = reader.guess_header()
         if guess is None:

@@ -11,20 +11,20 @@ before the next, whatever the durability of commits.
 from pathlib import Path
 
 from stageflow_brokers.errors import JournalFull
-from stageflow_brokers.journal.filesystem import Files, is_full, write_at
+from stageflow_brokers.journal.filesystem import FileSystem, is_full, write_at
 from stageflow_brokers.journal.format import SECTOR, SegmentHeader, encode_end, encode_segment, file_name
 
-__all__ = ["SMALLEST", "SPARE", "TEMPORARY", "Supply"]
+__all__ = ["SMALLEST", "SPARE", "TEMPORARY", "SegmentAllocator"]
 
 SPARE = "spare"
 TEMPORARY = ".tmp"
 SMALLEST = 4 << 20  # the first segment; they double with what is in use, so that small journals stay small
 
 
-class Supply:
+class SegmentAllocator:
     """The segments to come, of `segment_bytes` each once the journal has grown."""
 
-    def __init__(self, files: Files, directory: Path, segment_bytes: int) -> None:
+    def __init__(self, files: FileSystem, directory: Path, segment_bytes: int) -> None:
         self.low = False  # the last attempt to have a spare failed for want of room
         self.spare_bytes = 0
         self._files = files

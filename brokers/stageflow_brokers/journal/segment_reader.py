@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 from zlib import crc32
 
 from stageflow_brokers.errors import JournalVersion
-from stageflow_brokers.journal.filesystem import Files, read_around, read_at
+from stageflow_brokers.journal.filesystem import FileSystem, read_around, read_at
 from stageflow_brokers.journal.format import (
     BATCH_HEADER,
     BATCH_MARKER,
@@ -29,7 +29,7 @@ from stageflow_brokers.journal.format import (
     read_segment,
 )
 
-__all__ = ["Broken", "End", "Later", "SegmentReader", "check_batch"]
+__all__ = ["Broken", "End", "NextBatch", "SegmentReader", "check_batch"]
 
 WINDOW = 4 << 20
 _PIECE = 1 << 20
@@ -56,7 +56,7 @@ class Broken(NamedTuple):
     cut: bool = False
 
 
-class Later(NamedTuple):
+class NextBatch(NamedTuple):
     """Where to go on behind damage, and what shows that it is damage: the batch of this number, or the end mark behind
     the one before it, is whole."""
 
@@ -68,7 +68,7 @@ class Later(NamedTuple):
 class SegmentReader:
     """An open segment. Raises FileNotFoundError if it is not there, JournalVersion if it is of a newer format."""
 
-    def __init__(self, files: Files, directory: Path, number: int) -> None:
+    def __init__(self, files: FileSystem, directory: Path, number: int) -> None:
         self.number = number
         self.name = file_name(number)
         self._files = files
@@ -153,7 +153,7 @@ class SegmentReader:
             return Broken(f"the records of batch {header.number} make no sense: {error}", torn)
         return Batch(header.number, self.number, header.wall, records, offsets, offset)
 
-    def later(self, offset: int, number: int, salt: int | None) -> tuple[Later | None, int]:
+    def later(self, offset: int, number: int, salt: int | None) -> tuple[NextBatch | None, int]:
         """What shows, at `offset` or behind it, that batch `number` was acknowledged, or that there are later ones.
 
         A whole batch of that number or a higher one; the end mark of a higher one; or the mark of a followed segment.
@@ -175,12 +175,12 @@ class SegmentReader:
                     if end.number < number or not is_end(end, end.number, salt):
                         continue
                     if end.number > number or marker == FOLLOWED_MARKER:
-                        return Later(offset + at, end.number + 1, salt), mark
+                        return NextBatch(offset + at, end.number + 1, salt), mark
                     mark = offset + at + BATCH_HEADER
             offset += len(chunk)
         return None, mark
 
-    def _later_batch(self, offset: int, number: int, salt: int | None) -> Later | None:
+    def _later_batch(self, offset: int, number: int, salt: int | None) -> NextBatch | None:
         left = self.size - offset
         if left < BATCH_HEADER:
             return None
@@ -189,7 +189,7 @@ class SegmentReader:
             return None
         if isinstance(self._whole(offset, header), Broken):
             return None
-        return Later(offset, header.number, header.salt)
+        return NextBatch(offset, header.number, header.salt)
 
     def guess_header(self) -> SegmentHeader | None:
         """What a damaged header must have said, by the batch or the end mark behind it."""
@@ -241,7 +241,7 @@ class SegmentReader:
         return None if bad is None else Broken(f"the sector at offset {bad} cannot be read", end, unreadable=True)
 
 
-def check_batch(files: Files, fd: int, offset: int, salt: int) -> tuple[int, str]:
+def check_batch(files: FileSystem, fd: int, offset: int, salt: int) -> tuple[int, str]:
     """Where the batch at `offset` ends, and what is wrong with it ("" if nothing is); read in pieces.
 
     Raises the OSError of a read.

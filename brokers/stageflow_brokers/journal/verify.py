@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stageflow_brokers.errors import JournalError
-from stageflow_brokers.journal.filesystem import Files, OsFiles
+from stageflow_brokers.journal.filesystem import FileSystem, OsFileSystem
 from stageflow_brokers.journal.format import Batch
 from stageflow_brokers.journal.lock import writer_of
 from stageflow_brokers.journal.recovery import corrupt
-from stageflow_brokers.journal.scanner import Damage, Survey
+from stageflow_brokers.journal.scanner import Damage, JournalScanner
 
 __all__ = ["Finding", "require_journal", "scan", "verify"]
 
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
     cut: bool = False
 
 
-def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
+def verify(directory: Path, *, files: FileSystem | None = None) -> list[Finding]:
     """Everything wrong with the journal in `directory`; an empty list if nothing is.
 
     Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal or it may not
@@ -39,7 +39,7 @@ def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
     with _reading(directory):
         findings = [
             Finding(item.file, item.offset, item.reason, item.fatal, item.cut)
-            for item in Survey(files, directory).read()
+            for item in JournalScanner(files, directory).read()
             if isinstance(item, Damage)
         ]
     if writer_of(files, directory) is not None:
@@ -47,13 +47,13 @@ def verify(directory: Path, *, files: Files | None = None) -> list[Finding]:
     return findings
 
 
-def scan(directory: Path, *, files: Files | None = None) -> Iterator[Batch]:
+def scan(directory: Path, *, files: FileSystem | None = None) -> Iterator[Batch]:
     """All whole batches in `directory`, in order, up to a torn end. Batches in the making may or may not be seen.
 
     Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal or it may not
     be read.
     """
-    with closing(Survey(require_journal(files, directory), directory).read()) as items:
+    with closing(JournalScanner(require_journal(files, directory), directory).read()) as items:
         while True:
             with _reading(directory):
                 item = next(items, None)
@@ -73,8 +73,8 @@ def _reading(directory: Path) -> Iterator[None]:
         raise JournalError(f"the journal in {directory} cannot be read: {error}") from error
 
 
-def require_journal(files: Files | None, directory: Path) -> Files:
-    files = files if files is not None else OsFiles()
+def require_journal(files: FileSystem | None, directory: Path) -> FileSystem:
+    files = files if files is not None else OsFileSystem()
     try:
         files.listdir(directory)
     except OSError as error:

@@ -25,14 +25,14 @@ from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.engine.engine import Engine, check_oldest, replay_batch
-from stageflow_brokers.journal.filesystem import OsFiles
+from stageflow_brokers.journal.filesystem import OsFileSystem
 from stageflow_brokers.journal.format import Batch, file_name
 from stageflow_brokers.journal.lock import writer_of
 from stageflow_brokers.journal.verify import scan
 
-__all__ = ["Accounts", "Departures", "SegmentUse", "Settled", "departures", "offline", "settlements"]
+__all__ = ["EndedGroups", "SegmentUse", "SettlementCounts", "SettlementKey", "departures", "offline", "settlements"]
 
-Settled = tuple[str, int, str]
+SettlementKey = tuple[str, int, str]
 """(group, epoch, label) of a message that was acknowledged."""
 
 
@@ -45,7 +45,7 @@ class SegmentUse(Struct):
     bytes: int = 0
 
 
-class Accounts(Struct):
+class SettlementCounts(Struct):
     """The count. `settled` says how often a settlement of each message was accepted: once, if all is well.
 
     `unnamed` settlements acknowledged messages whose own record is gone with its segment. `kinds` are records by kind,
@@ -53,7 +53,7 @@ class Accounts(Struct):
     """
 
     segments: list[SegmentUse]
-    settled: Counter[Settled]
+    settled: Counter[SettlementKey]
     kinds: Counter[str]
     unnamed: int = 0
     live: int = 0
@@ -75,12 +75,12 @@ class Accounts(Struct):
         return sum(segment.bytes for segment in self.segments)
 
 
-def settlements(journal: Path) -> Accounts:
+def settlements(journal: Path) -> SettlementCounts:
     """Count what is in the journal in this directory.
 
     Raises `JournalCorrupt` at damage, `JournalVersion`, and `JournalError` if there is no journal.
     """
-    accounts = Accounts([], Counter(), Counter())
+    accounts = SettlementCounts([], Counter(), Counter())
     settled = accounts.settled
 
     def on_settled(message: Message | None, group_id: str, label: str) -> None:
@@ -107,7 +107,7 @@ def settlements(journal: Path) -> Accounts:
     return accounts
 
 
-class Departures(Struct):
+class EndedGroups(Struct):
     """Who has gone, by the records of a journal. `ended`: the groups whose message under the label asked for was
     acknowledged, with the epoch and the time (seconds since the Unix epoch) of that message. `idle`: groups that have
     not ended and of which nothing is left. `latest`: the time of the latest batch, 0 for none. `facts` as they stand.
@@ -121,7 +121,7 @@ class Departures(Struct):
     picture: dict[str, Any]
 
 
-def departures(journal: Path, label: str, *, picture: bool) -> Departures:
+def departures(journal: Path, label: str, *, picture: bool) -> EndedGroups:
     """Who has gone after a message under `label`, as far as the journal still has it; with the `picture` if wanted.
 
     Bodies are not kept. Raises as `settlements` does.
@@ -144,7 +144,7 @@ def departures(journal: Path, label: str, *, picture: bool) -> Departures:
     idle = [group.id for group in store.groups.values() if group.is_idle]
     if picture:
         replay.finish(0.0, time.time())
-    return Departures(ended, idle, latest, store.facts, _picture(machine) if picture else {})
+    return EndedGroups(ended, idle, latest, store.facts, _picture(machine) if picture else {})
 
 
 def _scan(journal: Path, replay: Replay) -> Iterator[Batch]:
@@ -154,7 +154,9 @@ def _scan(journal: Path, replay: Replay) -> Iterator[Batch]:
         first = first or batch.segment
         replay_batch(replay, batch)
         yield batch
-    if first and writer_of(OsFiles(), journal) is None:  # beside a broker, segments are given back while they are read
+    if (
+        first and writer_of(OsFileSystem(), journal) is None
+    ):  # beside a broker, segments are given back while they are read
         check_oldest(replay, first)
 
 

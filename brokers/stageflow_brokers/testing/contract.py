@@ -11,13 +11,13 @@ sleeps or knows how a broker works inside.
 
 from __future__ import annotations
 
-from stageflow_brokers.testing.contract_admin import LARGEST, OperationContract
+from stageflow_brokers.testing.contract_admin import LARGEST, AdminContract
 from stageflow_brokers.testing.contract_delivery import DeliveryContract
 from stageflow_brokers.testing.contract_gathers import GatherContract
 from stageflow_brokers.testing.contract_groups import GroupContract
-from stageflow_brokers.testing.contract_restarts import RerunContract
+from stageflow_brokers.testing.contract_restarts import RestartContract
 from stageflow_brokers.testing.contract_settlement import SettlementContract
-from stageflow_brokers.testing.contract_supervision import OversightContract
+from stageflow_brokers.testing.contract_supervision import SupervisionContract
 from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
 
 __all__ = ["LARGEST", "PATIENCE", "BrokerContract", "Hub", "Peer", "Received"]
@@ -28,8 +28,8 @@ class BrokerContract(
     SettlementContract,
     GroupContract,
     GatherContract,
-    RerunContract,
-    OversightContract,
-    OperationContract,
+    RestartContract,
+    SupervisionContract,
+    AdminContract,
 ):
     """All of it."""

@@ -23,13 +23,13 @@ from stageflow_brokers.api import (
 )
 from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
 
-__all__ = ["OperationContract"]
+__all__ = ["AdminContract"]
 
 LARGEST = 8 << 20
 """The `max_message_bytes` of the broker under test."""
 
 
-class OperationContract:
+class AdminContract:
     """Expects a fixture `hub`, a broker without a supervisor whose messages have at most `LARGEST` bytes."""
 
     def test_a_paused_queue_takes_messages_and_delivers_none(self, hub: Hub) -> None:

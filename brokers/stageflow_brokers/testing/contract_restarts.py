@@ -10,7 +10,7 @@ from stageflow_brokers.api import ACK, DEAD_LETTER, RETRY, Arrival, GatherOpen, 
 from stageflow_brokers.testing.contract_gathers import parts_of
 from stageflow_brokers.testing.harness import Hub, Peer, Received
 
-__all__ = ["RerunContract"]
+__all__ = ["RestartContract"]
 
 REASON = "no longer wanted"
 
@@ -20,7 +20,7 @@ def waits(key: str, need: int = 1) -> GatherOpen:
     return GatherOpen(key, need, 0, 4)
 
 
-class RerunContract:
+class RestartContract:
     """Expects a fixture `hub`, a broker without a supervisor."""
 
     def _in_work(self, hub: Hub, **more: Any) -> tuple[Peer, Received]:

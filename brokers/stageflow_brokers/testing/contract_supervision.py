@@ -9,10 +9,10 @@ import pytest
 from stageflow_brokers.api import ACK, Arrival, GatherOpen, QueueOptions, Refused, SettleItem, Target
 from stageflow_brokers.testing.harness import Hub, Peer
 
-__all__ = ["OversightContract"]
+__all__ = ["SupervisionContract"]
 
 
-class OversightContract:
+class SupervisionContract:
     """Expects a fixture `supervised_hub`, a broker that waits for its supervisor."""
 
     def _supervise(self, hub: Hub, *options: QueueOptions) -> Peer:

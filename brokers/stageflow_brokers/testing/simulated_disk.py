@@ -1,4 +1,4 @@
-"""A disk in memory that fails, tears and forgets: `Files` for tests and simulators. Never for data that matters.
+"""A disk in memory that fails, tears and forgets: `FileSystem` for tests and simulators. Never for data that matters.
 
 It is stricter than any real disk. What was written lasts only after the file was synced; a name that was made, moved or
 removed lasts only after its directory was synced; until then a crash of the machine may keep any part of it, sector by
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stageflow_brokers.journal.format import SECTOR, Buffer
 
-__all__ = ["Call", "Crash", "MemoryFiles"]
+__all__ = ["Call", "Crash", "SimulatedDisk"]
 
 Call = tuple[str, str]  # operation, name of the file or directory
 Write = tuple[int, bytes]  # where, what
@@ -55,7 +55,7 @@ class _Change:
         return path.parent
 
 
-class MemoryFiles:
+class SimulatedDisk:
     """`on_call` is asked before each call that changes or syncs something, with its name and the file's.
 
     It may raise (OSError, Crash), or return the number of bytes that a write is to stop after; None lets it pass.
@@ -107,7 +107,7 @@ class MemoryFiles:
         self._changes.clear()
         self._names = dict(self._durable_names)
 
-    def crash_states(self, most: int, chance: random.Random) -> Iterator["MemoryFiles"]:
+    def crash_states(self, most: int, chance: random.Random) -> Iterator["SimulatedDisk"]:
         """What a crash of the machine now might leave, as other disks; this one goes on.
 
         Every combination of unsynced steps lost, kept and (a write of several sectors) half kept, whatever the order
@@ -136,8 +136,8 @@ class MemoryFiles:
         for combination in chosen:
             yield self._left_by(inodes, iter(combination))
 
-    def _left_by(self, inodes: list[_Inode], fates: Iterator[int]) -> "MemoryFiles":
-        disk = MemoryFiles(room=self.room)
+    def _left_by(self, inodes: list[_Inode], fates: Iterator[int]) -> "SimulatedDisk":
+        disk = SimulatedDisk(room=self.room)
         disk._random.setstate(self._random.getstate())
         disk._directories = set(self._directories)
         copies = {}

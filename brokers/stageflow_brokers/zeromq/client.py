@@ -17,7 +17,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from stageflow_brokers.api import Listener
-from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, PeerClient
+from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, Connection
 from stageflow_brokers.errors import BrokerUnavailable, SocketNotPrivate
 from stageflow_brokers.zeromq.access import check_address, check_listener
 
@@ -37,7 +37,7 @@ LEAVE_TAKING = 0.05
 """Seconds between looks at whether all is confirmed, while closing."""
 
 
-class ZmqClient(PeerClient):
+class ZmqClient(Connection):
     """Connects to `address` on construction, in a daemon thread of its own.
 
     Raises `SocketNotPrivate` if others have access to where the broker listens.

@@ -14,7 +14,7 @@ import zmq
 
 from stageflow_brokers.core.wire import MAX_FRAME
 from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.zeromq.access import check_address
 
 __all__ = ["Server"]
@@ -86,7 +86,7 @@ class Server:
             frames = self._drain()
             self._send(engine.round(frames, more=self._more))
             if frames:
-                reach("broker.dispatched")
+                failpoint("broker.dispatched")
             if (now := time.monotonic()) >= self._probe_due:
                 self._probe_due = now + PROBE
                 engine.machine.probe()

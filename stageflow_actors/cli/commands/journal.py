@@ -16,7 +16,7 @@ from stageflow_actors.core.plural import counted
 if TYPE_CHECKING:
     from stageflow_actors.runtime.system.data_dir import DataDir
     from stageflow_brokers.errors import JournalCorrupt
-    from stageflow_brokers.offline.settlements import Settled
+    from stageflow_brokers.offline.settlements import SettlementKey
 
 __all__ = ["journal"]
 
@@ -284,7 +284,7 @@ def _tell_of(earlier: list[Path]) -> None:
         click.echo(f"what an earlier repair gave up is listed in {listed}")
 
 
-def _rows(settled: Iterable[tuple[Settled, int]], *, compensations: bool) -> list[dict[str, Any]]:
+def _rows(settled: Iterable[tuple[SettlementKey, int]], *, compensations: bool) -> list[dict[str, Any]]:
     from stageflow_actors.core.plan import COMPENSATE
 
     found: Counter[tuple[str, int, str]] = Counter()

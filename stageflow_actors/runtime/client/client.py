@@ -47,7 +47,7 @@ from stageflow_actors.runtime.messaging.pauses import pause
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Arrival
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["Client"]
 
@@ -393,12 +393,12 @@ class Client(Asking):
         now = time.time()
         bodies = [known.body(prepared, now, self._max_message_bytes) for prepared in batch]
         items = [known.item(p, len(body), priority) for p, body in zip(batch, bodies, strict=True)]
-        reach("client.publishing")
+        failpoint("client.publishing")
         try:
             published = self._port().publish(
                 [known.target], items, bodies, atomic=atomic, taken=taken, waiting=check or self._check_alive
             )
-            reach("client.published")
+            failpoint("client.published")
             return published
         except port.BrokerError as error:
             raise translate_error(error) from None

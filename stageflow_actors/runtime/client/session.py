@@ -25,7 +25,7 @@ from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
 
@@ -59,7 +59,7 @@ class Ends(Listener):
         self._connected()
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        reach("client.told")
+        failpoint("client.told")
         self._waiters.ended(pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:

@@ -30,7 +30,7 @@ from stageflow_actors.runtime.messaging.settlements import Settlement, numbered,
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
 from stageflow_actors.runtime.node.orphans import send_on
 from stageflow_brokers.api import DEAD_LETTER, FLAG_CLOSE_GROUP, Ack, Broker, DeliveryItem, SettleItem, Target
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
 
@@ -98,7 +98,7 @@ class Coordinator(pykka.ThreadingActor):
     def on_receive(self, message: Any) -> None:
         """One batch, or the passing of time."""
         if isinstance(message, Delivered):
-            reach("coordinator.received")
+            failpoint("coordinator.received")
             if message.queue == self._naming.finished:
                 if not self._pending:
                     self._since = time.monotonic()
@@ -142,7 +142,7 @@ class Coordinator(pykka.ThreadingActor):
             return
         batch = self._pending[: self._most]
         rows = [row for _, row in batch]
-        reach("coordinator.before-history")
+        failpoint("coordinator.before-history")
         try:
             self._history.write(rows)
         except HistoryUnavailable as error:
@@ -152,7 +152,7 @@ class Coordinator(pykka.ThreadingActor):
             # Part of it may find room, and lets the journal, which keeps all of it meanwhile, make some more.
             self._most = max(1, len(batch) // 2)
             return
-        reach("coordinator.history-written")
+        failpoint("coordinator.history-written")
         del self._pending[: len(batch)]
         self._most = min(MAX_ROWS, 2 * self._most)
         self._since = time.monotonic()
@@ -160,7 +160,7 @@ class Coordinator(pykka.ThreadingActor):
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
         self._broker.admin.set_fact(WRITTEN_FACT, str(self._history.written))
         self._broker.settle([], [], acks, [], [])
-        reach("coordinator.settled")
+        failpoint("coordinator.settled")
 
     # failures
 
@@ -180,7 +180,7 @@ class Coordinator(pykka.ThreadingActor):
                 continue
             settled.append(numbered(one, targets))
             bodies.extend(one.bodies)
-        reach("coordinator.decided")
+        failpoint("coordinator.decided")
         self._broker.settle(targets, [], [], settled, bodies)
 
     def _handle(self, item: DeliveryItem, body: bytes) -> Settlement:

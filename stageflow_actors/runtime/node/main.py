@@ -43,7 +43,7 @@ from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, run
 from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["main"]
 
@@ -92,7 +92,7 @@ class _NodeListener(Listener):
             self.told(detail[0], detail[1])
 
     def on_connected(self, broker_epoch: int) -> None:
-        reach("node.greeted")
+        failpoint("node.greeted")
         if self.broker is not None and self.services is not None:
             if self.holding_back:
                 self.broker.admin.hold(True)  # before the roster, which opens the queues
@@ -110,7 +110,7 @@ def main(control_fd: int) -> NoReturn:
     if not isinstance(config, NodeConfig):
         os._exit(0)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    reach("node.born")
+    failpoint("node.born")
     try:
         program = parent_death_fd(config.program)
     except ProcessLookupError:
@@ -172,12 +172,12 @@ class Node:
         if lasting:
             check_journal(self._data)
         self._broker_process.start()
-        reach("node.broker-started")
+        failpoint("node.broker-started")
         threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = open_history(self._data, self._broker.admin, lasting=lasting)
         forgotten = forget_finished(self._history, self._broker.admin)
-        reach("node.history-opened")
+        failpoint("node.history-opened")
         services = PoolContext(
             slots=self._slots,
             zygote=self._current_zygote,
@@ -203,7 +203,7 @@ class Node:
         self._listener.supervisor = self._supervisor
         reopened = self._reopened()
         self._supervisor.tell(AddPools(config.pools))
-        reach("node.pools-added")
+        failpoint("node.pools-added")
         self._listener.told = self._told
         self._orphans = OrphanedMessages(self._broker, config.naming)
         self._orphans.serve(pool.queue for pool in config.pools)
@@ -212,7 +212,7 @@ class Node:
         self._orphans.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
         resuming = self._unfinished()
-        reach("node.before-roster")
+        failpoint("node.before-roster")
         self._broker.admin.set_roster([]).result()
         self._data.write_cluster(
             ClusterRecord(
@@ -224,7 +224,7 @@ class Node:
             )
         )
         _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
-        reach("node.ready")
+        failpoint("node.ready")
         for text in [forgotten, *notices] if forgotten else notices:
             _tell(self._channel, Report("notice", text))
         for name, queue in queues.items():
@@ -411,7 +411,7 @@ class Node:
 
     def _stop(self, stop: Stop) -> NoReturn:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
-        reach("node.stopping")
+        failpoint("node.stopping")
         self._notes = StopNotes(lambda text: _tell(self._channel, Report("notice", text)))
         self._listener.holding_back = True
         answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)

@@ -41,7 +41,7 @@ from stageflow_actors.runtime.node.worker_handle import Kill, WorkerHandle
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
 from stageflow_brokers.client.connection import new_peer
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["Cancelled", "Pool", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
@@ -191,7 +191,7 @@ class Pool(pykka.ThreadingActor):
         try:
             if services.stderr is not None:
                 worker.stderr, theirs = services.stderr.open()
-            reach("pool.spawning")
+            failpoint("pool.spawning")
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, stderr=theirs)
         except OSError as error:
             if error.errno == errno.EBADF:
@@ -209,7 +209,7 @@ class Pool(pykka.ThreadingActor):
             os.close(event.pidfd)
             return
         worker.pid, worker.pidfd, worker.missed_at = event.pid, event.pidfd, 0
-        reach("pool.spawned")
+        failpoint("pool.spawned")
         if self._retiring or worker.killed is not None:
             kill_group(worker.pid, worker.pidfd)
 
@@ -225,7 +225,7 @@ class Pool(pykka.ThreadingActor):
         worker = self._workers.get(event.worker_id)
         if worker is None:
             return
-        reach("pool.exit-seen")
+        failpoint("pool.exit-seen")
         self._ended(worker, event.status)
         self._fill()
 

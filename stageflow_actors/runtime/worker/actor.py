@@ -19,7 +19,7 @@ from stageflow_actors.runtime.messaging.settlements import Settlement, numbered
 from stageflow_actors.runtime.system.processes import end_now
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 
@@ -108,7 +108,7 @@ class WorkActor(pykka.ThreadingActor):
         execute = self._execute
         moves, bodies = self._moves, self._bodies
         mailbox.signalled = False
-        reach("worker.delivered")
+        failpoint("worker.delivered")
         clock = time.perf_counter
         began = flushed = clock()
         count = 0
@@ -175,11 +175,11 @@ class WorkActor(pykka.ThreadingActor):
             return
         broker = self._mailbox.broker
         assert broker is not None
-        reach("worker.worked")
+        failpoint("worker.worked")
         bodies = self._bodies + self._other_bodies
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
-        reach("worker.settled")
+        failpoint("worker.settled")
         self._slot.settle(len(moves) + self._ran)
         self._ran = 0
         moves.clear()

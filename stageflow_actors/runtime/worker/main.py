@@ -41,7 +41,7 @@ from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import Mailbox
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ CLOSE_TIMEOUT_SECONDS = 60.0
 
 def main(data: bytes, slot: Slot | None) -> int:
     """Run the worker and return its exit code: the entry of the forked process."""
-    reach("worker.born")
+    failpoint("worker.born")
     payload = msgspec.msgpack.decode(data, type=WorkerPayload)
     stderr = _own_stderr()
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -69,13 +69,13 @@ def main(data: bytes, slot: Slot | None) -> int:
         traceback.print_exc()
         sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {describe_error(error)}\n")
         return EXIT_UNLOADABLE
-    reach("worker.loaded")
+    failpoint("worker.loaded")
     mailbox.placeholders = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(executor, payload.lanes)(executor, mailbox, payload, slot)
     mailbox.actor = actor
     mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
     mailbox.broker.consume(payload.queue, actor.min_prefetch)
-    reach("worker.consuming")
+    failpoint("worker.consuming")
     actor.serve()
     mailbox.closing = True
     if actor.held_leases():

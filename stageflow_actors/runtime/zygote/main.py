@@ -46,7 +46,7 @@ from stageflow_actors.runtime.zygote.protocol import (
     ZygoteConfig,
     read_config,
 )
-from stageflow_brokers.failpoints import reach
+from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["ZygoteServer", "main"]
 
@@ -76,7 +76,7 @@ def main(config_fd: int) -> NoReturn:
     _preload(config.preload)
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page it shares with the zygote
-    reach("zygote.born")
+    failpoint("zygote.born")
     ZygoteServer(config, node).serve()
 
 
@@ -143,7 +143,7 @@ class ZygoteServer:
 
     def _spawn(self, worker_id: str, slot: int, fds: list[int]) -> None:
         try:
-            reach("zygote.before-fork")
+            failpoint("zygote.before-fork")
             pid = os.fork()
         except OSError as error:  # no memory, or the limit of processes
             _close(fds)
@@ -156,7 +156,7 @@ class ZygoteServer:
         pidfd = os.pidfd_open(pid)
         self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
         self._poller.register(pidfd, select.POLLIN)
-        reach("zygote.forked")
+        failpoint("zygote.forked")
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
     def _reap(self, pidfd: int) -> None:
