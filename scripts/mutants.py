@@ -511,7 +511,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/leases.py",
-                "else [m for m in consumer.held.values() if m.id in guilty]",
+                "else [m for m in consumer.held.values() if m.id in responsible]",
                 "else list(consumer.held.values())",
             ),
         ),

@@ -399,20 +399,20 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def report_death(
-        self, peer: int, guilty: int | Sequence[int], charge: bool, attempt: bool, failure: bytes
+        self, peer: int, responsible: int | Sequence[int], charge: bool, attempt: bool, failure: bytes
     ) -> Future[None]:
         """Report that the process of a peer has ended: the broker releases what it held.
 
         Args:
             peer: The number of the connection that the process had.
-            guilty: Number, or numbers, of the messages that it was running; 0 or none if it was idle.
-            charge: Whether the death counts for the guilty messages (`QueueOptions.max_deaths`).
-            attempt: Whether it counts as a failed attempt of theirs.
-            failure: Opaque bytes kept with the guilty messages, at most `MAX_FAILURE_BYTES`.
+            responsible: Number, or numbers, of the messages that it was running; 0 or none if it was idle.
+            charge: True to count the death for these messages (`QueueOptions.max_deaths`).
+            attempt: True to count it as a failed attempt of these messages.
+            failure: Opaque bytes kept with these messages, at most `MAX_FAILURE_BYTES`.
         """
 
     @abstractmethod
-    def set_roster(self, peers: Sequence[tuple[int, Sequence[str]]]) -> Future[None]:
+    def set_workers(self, peers: Sequence[tuple[int, Sequence[str]]]) -> Future[None]:
         """Set the consumers that are alive.
 
         A queue opens when each of its consumers has reported the messages that it holds.
@@ -422,11 +422,11 @@ class BrokerAdmin(Protocol):
         """
 
     @abstractmethod
-    def hold(self, held: bool) -> Future[None]:
+    def suspend_delivery(self, suspended: bool) -> Future[None]:
         """Deliver nothing but to the supervisor, or deliver again.
 
         Args:
-            held: True to stop deliveries, False to continue them.
+            suspended: True to stop deliveries, False to continue them.
         """
 
     @abstractmethod

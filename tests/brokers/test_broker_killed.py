@@ -135,7 +135,7 @@ def test_a_step_that_was_confirmed_is_there_after_a_restart(broker: BrokerProces
 
 def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised: BrokerProcess) -> None:
     supervisor, worker, other = (Peer(supervised, role=role) for role in ("supervisor", "worker", "worker"))
-    supervisor.ask.set_roster([])
+    supervisor.ask.set_workers([])
     supervisor.publish("q", b"1", b"2", b"3", b"4", group="g")
     worker.broker.consume("q", 2)
     one, two = worker.receive(2)
@@ -143,7 +143,7 @@ def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised:
     restart(supervised)
     back(supervisor, worker, other)
     other.broker.consume("q", 9)
-    supervisor.ask.set_roster([(worker.broker.peer, ["q"]), (other.broker.peer, ["q"])])
+    supervisor.ask.set_workers([(worker.broker.peer, ["q"]), (other.broker.peer, ["q"])])
     # The queue is open, and what the worker holds is still its own.
     assert [received.body for received in other.receive(2)] == [b"3", b"4"]
     assert worker.lost == []
@@ -159,7 +159,7 @@ def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised:
 def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervised: BrokerProcess) -> None:
     supervisor, dying = Peer(supervised, role="supervisor"), Peer(supervised, role="worker")
     supervisor.ask.declare([QueueOptions("q", 3)])
-    supervisor.ask.set_roster([])
+    supervisor.ask.set_workers([])
     supervisor.publish("q", b"1", b"2")
     dying.broker.consume("q", 1)
     (held,) = dying.receive()
@@ -170,7 +170,7 @@ def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervis
     heir = Peer(supervised, role="worker")
     heir.broker.consume("q", 9)
     assert heir.quiet()
-    supervisor.ask.set_roster([(dying.broker.peer, ["q"])])
+    supervisor.ask.set_workers([(dying.broker.peer, ["q"])])
     assert heir.quiet()
     assert heir.ask.stats("q")["queues"][0]["state"] == "closed"
     # The message it ran when it died is known, and charged, although the broker has restarted since.

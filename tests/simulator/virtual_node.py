@@ -330,7 +330,7 @@ class VirtualNode:
         self.pools = {spec.queue: Pool(spec, self.services) for spec in specs}
         for pool in self.pools.values():
             pool.on_start()
-        self.client.admin.set_roster([])
+        self.client.admin.set_workers([])
         self._tick()
 
     def born(self, worker_id: str, payload: bytes, slot: int) -> None:

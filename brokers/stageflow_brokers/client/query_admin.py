@@ -129,15 +129,15 @@ class QueryAdmin(BrokerAdmin):
     # the supervisor alone
 
     def report_death(
-        self, peer: int, guilty: int | Sequence[int], charge: bool, attempt: bool, failure: bytes
+        self, peer: int, responsible: int | Sequence[int], charge: bool, attempt: bool, failure: bytes
     ) -> Future[None]:
-        return self._send("dead", peer, guilty, charge, attempt, failure)
+        return self._send("dead", peer, responsible, charge, attempt, failure)
 
-    def set_roster(self, peers: Sequence[tuple[int, Sequence[str]]]) -> Future[None]:
+    def set_workers(self, peers: Sequence[tuple[int, Sequence[str]]]) -> Future[None]:
         return self._send("roster", peers)
 
-    def hold(self, held: bool) -> Future[None]:
-        return self._send("hold", held)
+    def suspend_delivery(self, suspended: bool) -> Future[None]:
+        return self._send("hold", suspended)
 
     def forget_groups(self, ids: Sequence[str]) -> Future[int]:
         return self._send("leave", ids)

@@ -108,13 +108,13 @@ class Admin:
             "hand-over": (tuple[Name, list[int], Name, Name], self._hand_over),
             "replace": (tuple[Name, int, bytes], self._replace),
             "restart": (tuple[Name, Name, Name, bytes], self._restart),
-            "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.dead),
-            "roster": (tuple[list[tuple[int, list[Name]]]], supervision.roster),
-            "hold": (tuple[bool], supervision.hold),
+            "dead": (tuple[int, int | list[int], bool, bool, Failure], supervision.report_death),
+            "roster": (tuple[list[tuple[int, list[Name]]]], supervision.set_workers),
+            "hold": (tuple[bool], supervision.suspend_delivery),
             "leave": (tuple[list[Name]], supervision.close_groups),
             "recall": (tuple[int], supervision.recall),
             "retire": (tuple[int], supervision.retire),
-            "tell": (tuple[Name, Any], supervision.tell),
+            "tell": (tuple[Name, Any], supervision.notify_supervisor),
             "fact": (tuple[Name, str | None], self._fact),
             "bye": (tuple[()], self._bye),
             "compact": (tuple[bool], self._compact),
@@ -343,7 +343,7 @@ class Admin:
                     self._state.enqueue(again)
                     self._state.touched[again.queue] = None
             self._gather_manager.release(group)
-            self._supervision.cancel(group)
+            self._supervision.announce_cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
 
     def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:

@@ -171,7 +171,7 @@ class Leases:
         return True
 
     def release_all(
-        self, session: Session, *, guilty: Sequence[int] = (), blame: Callable[[Message], None] | None = None
+        self, session: Session, *, responsible: Sequence[int] = (), blame: Callable[[Message], None] | None = None
     ) -> None:
         """The session is over: what it held goes back to the head of its queue, in order, uncharged.
 
@@ -179,7 +179,7 @@ class Leases:
         """
         for consumer in session.consumers.values():
             consumer.queue.consumers.remove(consumer)
-            culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in guilty]
+            culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in responsible]
             for message in reversed(list(consumer.held.values())):
                 if message not in culprits:
                     self.release(message)

@@ -25,13 +25,13 @@ LAST_WORDS = 0.005
 class _Death:
     """What the supervisor said of one process, until it has its consequences."""
 
-    __slots__ = ("attempt", "charge", "due", "failure", "frame", "guilty", "peer", "session")
+    __slots__ = ("attempt", "charge", "due", "failure", "frame", "peer", "responsible", "session")
 
     def __init__(
         self,
         session: Session,
         peer: int,
-        guilty: tuple[int, ...],
+        responsible: tuple[int, ...],
         charge: bool,
         attempt: bool,
         failure: bytes,
@@ -40,7 +40,7 @@ class _Death:
         self.session = session
         self.frame = session.heard
         self.peer = peer
-        self.guilty = guilty
+        self.responsible = responsible
         self.charge = charge
         self.attempt = attempt
         self.failure = failure
@@ -66,17 +66,17 @@ class Supervision:
         if session.role != "supervisor":
             raise Refused("only the supervisor may say this")
 
-    def dead(
-        self, session: Session, peer: int, guilty: int | list[int], charge: bool, attempt: bool, failure: bytes
+    def report_death(
+        self, session: Session, peer: int, responsible: int | list[int], charge: bool, attempt: bool, failure: bytes
     ) -> None:
-        """The process of `peer` has ended. `guilty` is the message it was running, or all that it was running at
+        """The process of `peer` has ended. `responsible` is the message it was running, or all that it was running at
         once; 0 for none or for nobody's fault.
 
         `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
         """
         self._check(session)
         due = self._state.now + LAST_WORDS
-        culprits = tuple(guilty) if isinstance(guilty, list) else (guilty,)
+        culprits = tuple(responsible) if isinstance(responsible, list) else (responsible,)
         self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
         session.deferred.append(session.heard)
 
@@ -96,7 +96,9 @@ class Supervision:
         session = state.sessions.get(death.peer)
         if session is not None:
             leases.release_all(
-                session, guilty=death.guilty, blame=None if innocent else lambda message: self._blame(message, death)
+                session,
+                responsible=death.responsible,
+                blame=None if innocent else lambda message: self._blame(message, death),
             )
         if not innocent:
             for message in reversed(unclaimed):
@@ -107,7 +109,7 @@ class Supervision:
     def _unclaimed(self, death: _Death) -> list[Message]:
         """Guilty messages, if the broker began anew since their worker got them, and nobody has had them since."""
         found = []
-        for id in death.guilty:
+        for id in death.responsible:
             message = self._state.messages.get(id)
             if message is None or message.state() != READY:
                 continue
@@ -154,7 +156,7 @@ class Supervision:
         state.enqueue(told)
         state.touched[queue] = None
 
-    def roster(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
+    def set_workers(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
         """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
         self._check(session)
         state, leases = self._state, self._leases
@@ -167,18 +169,18 @@ class Supervision:
                     state.queue(name).awaiting.add(peer)
         for death in self._deaths:
             # It has been told of already, and not had its consequences: nobody is given what it was at before.
-            for id in death.guilty:
+            for id in death.responsible:
                 message = state.messages.get(id)
                 if message is not None and message.state() == READY:
                     message.queue.awaiting.add(death.peer)
         leases.workers_known = True
         state.touched.update(dict.fromkeys(state.queues.values()))
 
-    def hold(self, session: Session, held: bool) -> None:
+    def suspend_delivery(self, session: Session, suspended: bool) -> None:
         """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
         self._check(session)
-        self._leases.delivery_suspended = held
-        if not held:
+        self._leases.delivery_suspended = suspended
+        if not suspended:
             self._state.touched.update(dict.fromkeys(self._state.queues.values()))
             return
         for other in self._state.sessions.values():
@@ -195,7 +197,7 @@ class Supervision:
             self._writer.record_closed_groups(live)
         return len(live)
 
-    def cancel(self, group: Group) -> None:
+    def announce_cancel(self, group: Group) -> None:
         """Tell the supervisor which of its workers are at messages of a group that has been cancelled. Those that may
         not have begun them, because they hold others, too, are asked to return what waits."""
         running = []
@@ -232,7 +234,7 @@ class Supervision:
         self._outbox.notice(other, "retire", None)
         return True
 
-    def tell(self, session: Session, word: str, detail: Any) -> bool:
+    def notify_supervisor(self, session: Session, word: str, detail: Any) -> bool:
         """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
         told = False
         for other in self._state.sessions.values():

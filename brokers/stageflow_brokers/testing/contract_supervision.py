@@ -18,7 +18,7 @@ class SupervisionContract:
     def _supervise(self, hub: Hub, *options: QueueOptions) -> Peer:
         supervisor = Peer(hub, role="supervisor", name="supervisor")
         supervisor.ask.declare(list(options))
-        supervisor.ask.set_roster([])
+        supervisor.ask.set_workers([])
         return supervisor
 
     def _die(self, supervisor: Peer, dead: Peer, guilty: int = 0, *, charge: bool = True, failure: bytes = b"") -> None:
@@ -30,7 +30,7 @@ class SupervisionContract:
         worker.publish("q", b"1")
         assert worker.quiet()
         assert worker.ask.stats("q")["queues"][0]["state"] == "closed"
-        supervisor.ask.set_roster([])
+        supervisor.ask.set_workers([])
         assert worker.receive()[0].body == b"1"
 
     def test_a_queue_waits_for_the_consumers_that_are_alive(self, supervised_hub: Hub) -> None:
@@ -39,7 +39,7 @@ class SupervisionContract:
         worker.broker.consume("free", 1)
         worker.publish("q", b"1")
         worker.publish("free", b"2")
-        supervisor.ask.set_roster([(12345, ["q"])])
+        supervisor.ask.set_workers([(12345, ["q"])])
         assert worker.receive()[0].body == b"2"
         assert worker.quiet()
         supervisor.ask.report_death(12345, 0, False, False, b"")
@@ -194,13 +194,13 @@ class SupervisionContract:
         worker.broker.consume("q", 1)
         worker.ask.ping()
         supervisor.broker.consume("own", 1)
-        supervisor.ask.hold(True)
+        supervisor.ask.suspend_delivery(True)
         worker.until(lambda: ("recall", None) in worker.notices, "the recall")
         supervisor.publish("q", b"1")
         supervisor.publish("own", b"2")
         assert supervisor.receive()[0].body == b"2"
         assert worker.quiet()
-        supervisor.ask.hold(False)
+        supervisor.ask.suspend_delivery(False)
         assert worker.receive()[0].body == b"1"
 
     def test_a_consumer_that_is_to_retire_is_notified_and_given_nothing_more(self, supervised_hub: Hub) -> None:

@@ -95,8 +95,8 @@ class _NodeListener(Listener):
         failpoint("node.greeted")
         if self.broker is not None and self.services is not None:
             if self.holding_back:
-                self.broker.admin.hold(True)  # before the roster, which opens the queues
-            self.broker.admin.set_roster([(peer, [queue]) for peer, queue in list(self.services.live.items())])
+                self.broker.admin.suspend_delivery(True)  # before the roster, which opens the queues
+            self.broker.admin.set_workers([(peer, [queue]) for peer, queue in list(self.services.live.items())])
 
 
 def main(control_fd: int) -> NoReturn:
@@ -213,7 +213,7 @@ class Node:
         queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
         resuming = self._unfinished()
         failpoint("node.before-roster")
-        self._broker.admin.set_roster([]).result()
+        self._broker.admin.set_workers([]).result()
         self._data.write_cluster(
             ClusterRecord(
                 program=config.program,
@@ -437,7 +437,7 @@ class Node:
         """Until no worker holds a message, with deaths and timeouts still counting. Whether the broker answers."""
         own = {self._config.naming.finished, self._config.naming.coordinator}
         try:
-            self._answer_within(deadline, self._broker.admin.hold(True))
+            self._answer_within(deadline, self._broker.admin.suspend_delivery(True))
             while deadline is None or time.monotonic() < deadline:
                 stats = self._answer_within(deadline, self._broker.admin.stats(""))
                 queues = [queue for queue in stats["queues"] if queue["name"] not in own]
