@@ -13,7 +13,7 @@ import pytest
 from stageflow_actors import QueueFull, StageFlowError
 from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers.api import FLAG_START, BrokerError, Listener, PublishItem, Refused, StorageFull, Target
-from stageflow_brokers.client.unconfirmed import Pending, resolve
+from stageflow_brokers.client.unconfirmed import UnconfirmedFrame, resolve
 from stageflow_brokers.core import wire
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.memory import MemoryBroker
@@ -84,7 +84,7 @@ def test_the_type_of_a_refusal_decides_and_never_its_text(error: Refused, ours: 
 
 
 def answered(answer: Any) -> BaseException | None:
-    pending = Pending(1, wire.PUBLISH, (), b"", Future(), 0)
+    pending = UnconfirmedFrame(1, wire.PUBLISH, (), b"", Future(), 0)
     resolve(pending, msgspec.msgpack.decode(wire.encode(answer)))
     assert pending.future is not None
     return pending.future.exception(0)
