@@ -350,9 +350,9 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/client/connection.py",
-                "                        self._heard_notice(other, more)\n                return True\n",
+                "                        self._handle_notice(other, more)\n                return True\n",
                 (
-                    "                        self._heard_notice(other, more)\n"
+                    "                        self._handle_notice(other, more)\n"
                     "                out.acked = -1\n                return True\n"
                 ),
             ),
@@ -369,7 +369,7 @@ MUTANTS = (
                     "            # `hello` answers what was sent before ours, which is on its way: "
                     "another one would only be told the same.\n"
                 ),
-                '            if word == "hello":\n                self.say_hello()\n                return False\n',
+                '            if word == "hello":\n                self.send_hello()\n                return False\n',
             ),
         ),
         (

@@ -51,7 +51,7 @@ class MemoryBroker:
             if self._ended:
                 raise BrokerUnavailable(self._ended)
             self._clients[client.peer] = client
-        client.say_hello()
+        client.send_hello()
         return client
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class MemoryBroker:
         """Forget a connection."""
         self._clients.pop(peer, None)
 
-    def inside(self) -> bool:
+    def is_own_thread(self) -> bool:
         """Whether this is the broker's own thread, which must never wait for itself."""
         return threading.current_thread() is self._thread
 
@@ -91,7 +91,7 @@ class MemoryBroker:
         while True:
             frames: list[Frame] = []
             try:
-                frame = self._inbox.get(timeout=max(0.0005, engine.patience(0.5)))
+                frame = self._inbox.get(timeout=max(0.0005, engine.next_timeout(0.5)))
                 while frame is not None:
                     frames.append(frame)
                     frame = self._inbox.get_nowait()
@@ -107,7 +107,7 @@ class MemoryBroker:
 
     def _say(self, client: _MemoryClient, header: bytes, blob: bytes) -> None:
         try:
-            client.said(header, blob)
+            client.on_frame(header, blob)
         except Exception:
             logger.exception("a listener has failed, so its connection %s ends", client.name or client.peer)
             self.drop(client.peer)
@@ -123,12 +123,12 @@ class _MemoryClient(Connection):
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
         self._hub.put((self.peer, op, header, blob))
 
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         self._hub.put((self.peer, *self._hello()))
 
-    def inside(self) -> bool:
+    def is_own_thread(self) -> bool:
         """Whether this is the broker's own thread."""
-        return self._hub.inside()
+        return self._hub.is_own_thread()
 
     def close(self, timeout: float = 5.0) -> None:
         """Take leave. What was sent before is taken before, so there is nothing else to wait for."""
@@ -136,7 +136,7 @@ class _MemoryClient(Connection):
             bye = self._query("bye")
         except BrokerUnavailable:
             return
-        if not self._hub.inside():
+        if not self._hub.is_own_thread():
             try:
                 bye.result(timeout)
             except (BrokerUnavailable, TimeoutError):

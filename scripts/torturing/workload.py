@@ -99,7 +99,7 @@ class Workload:
             monotonic=lambda: self.wall,
             wall=lambda: self.wall,
             warn=lambda text: None,
-            giving_up=lambda: True,
+            stop_requested=lambda: True,
         )
         self.held.clear()
         consume = [(name, 20) for name in QUEUES]

@@ -37,7 +37,7 @@ from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import start_ticks
 from stageflow_brokers.errors import BrokerError, JournalCorrupt
-from stageflow_brokers.offline.settlements import EndedGroups, departures
+from stageflow_brokers.offline.settlements import EndedGroups, ended_groups
 
 __all__ = ["Checkup", "check_up"]
 
@@ -84,7 +84,7 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
         # A program that has just been started is waited for: its broker answers for the journal.
         report.live = live_address(data) is not None
         if has_journal and readable:
-            gone = departures(data.journal, FINISHED, picture=not report.live)
+            gone = ended_groups(data.journal, FINISHED, picture=not report.live)
             found.extend(_of_departures(data, gone))
         if report.live:
             with attach(data.path, with_history=False) as attached:

@@ -22,7 +22,7 @@ from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerUnavailable, PayloadTooLarge
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing.contract import PATIENCE, Peer
+from stageflow_brokers.testing.contract import TIMEOUT_SECONDS, Peer
 from stageflow_brokers.types import PublishItem
 from stageflow_brokers.zeromq import server as zeromq_server
 from stageflow_brokers.zeromq.client import ZmqClient
@@ -49,7 +49,7 @@ def freeze(broker: BrokerProcess, signum: int = signal.SIGSTOP) -> None:
 def client_of(broker: BrokerProcess, listener: Listener, **options: Any) -> ZmqClient:
     client = ZmqClient(broker.options["address"], listener, max_unconfirmed_bytes=ROOM, **options)
     broker.clients.append(client)
-    client.admin.ping().result(PATIENCE)
+    client.admin.ping().result(TIMEOUT_SECONDS)
     return client
 
 
@@ -75,11 +75,11 @@ def test_a_program_that_publishes_faster_than_its_broker_keeps_is_slowed_down(
     assert len(client._unconfirmed) <= ROOM // len(BODY) + 1
     assert psutil.Process().memory_info().rss - before < 40 * ROOM
     freeze(stopped, signal.SIGCONT)
-    publisher.join(PATIENCE)
+    publisher.join(TIMEOUT_SECONDS)
     assert len(answers) == 1000
-    assert all(answer.result(PATIENCE).refused == [] for answer in answers)
+    assert all(answer.result(TIMEOUT_SECONDS).refused == [] for answer in answers)
     assert client._unconfirmed_bytes == 0
-    assert client.admin.stats("q").result(PATIENCE)["queues"][0]["ready"] == 1000
+    assert client.admin.stats("q").result(TIMEOUT_SECONDS)["queues"][0]["ready"] == 1000
 
 
 def test_settlements_checkpoints_and_queries_never_wait(stopped: BrokerProcess) -> None:
@@ -98,8 +98,8 @@ def test_settlements_checkpoints_and_queries_never_wait(stopped: BrokerProcess) 
     asked = client.admin.stats("next")
     assert not kept.done()
     freeze(stopped, signal.SIGCONT)
-    kept.result(PATIENCE)
-    assert asked.result(PATIENCE)["queues"][0]["ready"] == 1
+    kept.result(TIMEOUT_SECONDS)
+    assert asked.result(TIMEOUT_SECONDS)["queues"][0]["ready"] == 1
 
 
 def test_a_caller_that_waits_for_room_is_notified_when_it_is_not_worth_waiting(stopped: BrokerProcess) -> None:
@@ -115,7 +115,7 @@ def test_a_caller_that_waits_for_room_is_notified_when_it_is_not_worth_waiting(s
     closing = threading.Thread(target=client.close, args=(0.0,))
     with pytest.raises(BrokerUnavailable, match="closed"):
         client.publish([Target("q", "")], [(0, 1)], [b"1"], waiting=lambda: None if closing.ident else closing.start())
-    closing.join(PATIENCE)
+    closing.join(TIMEOUT_SECONDS)
 
 
 def test_a_frame_larger_than_the_room_is_sent_when_there_is_any(stopped: BrokerProcess) -> None:
@@ -123,8 +123,8 @@ def test_a_frame_larger_than_the_room_is_sent_when_there_is_any(stopped: BrokerP
     large = bytes(3 * ROOM)
     for _ in range(3):
         last = client.publish([Target("q", "")], [(0, len(large))], [large])
-    last.result(PATIENCE)
-    assert client.admin.stats("q").result(PATIENCE)["queues"][0]["ready"] == 3
+    last.result(TIMEOUT_SECONDS)
+    assert client.admin.stats("q").result(TIMEOUT_SECONDS)["queues"][0]["ready"] == 3
 
 
 class Relay(Listener):
@@ -160,9 +160,9 @@ def test_the_connections_own_thread_never_waits_for_what_only_it_can_receive(kin
         hub.clients.append(relay.client)
     try:
         relay.client.consume("in", 1)
-        relay.client.publish([Target("in", "")], [(0, 1)], [b"1"]).result(PATIENCE)
-        assert relay.done.wait(PATIENCE)
-        assert all(answer.result(PATIENCE).refused == [] for answer in relay.published)
+        relay.client.publish([Target("in", "")], [(0, 1)], [b"1"]).result(TIMEOUT_SECONDS)
+        assert relay.done.wait(TIMEOUT_SECONDS)
+        assert all(answer.result(TIMEOUT_SECONDS).refused == [] for answer in relay.published)
     finally:
         hub.close()
 
@@ -174,7 +174,7 @@ def test_a_call_with_too_many_names_is_refused_before_it_takes_a_number(
     monkeypatch.setattr(wire, "MAX_HEADER", 1_000)
     with pytest.raises(PayloadTooLarge, match="send fewer at once"):
         client.admin.lookup(["x" * 100] * 10)
-    assert client.admin.ping().result(PATIENCE)
+    assert client.admin.ping().result(TIMEOUT_SECONDS)
 
 
 def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch
     peer.until(lambda: len(peer.epochs) >= 2, "a second welcome")
     peer.ask.ping()  # behind the questions
     ends = [PublishItem(0, 3, group, 1) for group in groups]
-    peer.broker.publish([Target("fin", "end", TERMINAL)], ends, [b"end"] * 35).result(PATIENCE)
+    peer.broker.publish([Target("fin", "end", TERMINAL)], ends, [b"end"] * 35).result(TIMEOUT_SECONDS)
     peer.until(lambda: {group for group, _, _ in peer.pushes} == set(groups), "the end of all")
 
 
@@ -206,7 +206,7 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     thread.start()
     yield f"ipc://{tmp_path}/broker", engine
     stopping.set()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT_SECONDS)
     server.close()
 
 
@@ -238,7 +238,7 @@ def test_a_subscriber_that_never_reads_is_cut_off_and_hears_so_when_it_reads(
     # It reads at last: the earlier frames, and then the request for a hello.
     words: list[str] = []
     while "hello" not in words:
-        assert deaf.poll(int(PATIENCE * 1000)), "the word that it was cut off"
+        assert deaf.poll(int(TIMEOUT_SECONDS * 1000)), "the word that it was cut off"
         words.extend(word for word, _ in wire.decode_out(deaf.recv_multipart()[0]).notices)
     deaf.close()
     context.term()

@@ -27,8 +27,8 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.offline.settlements import settlements
-from stageflow_brokers.testing.contract import PATIENCE, Peer
+from stageflow_brokers.offline.settlements import count_settlements
+from stageflow_brokers.testing.contract import TIMEOUT_SECONDS, Peer
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
     peer.broker.consume("work", 5)
     by_group = {received.item.group: received for received in peer.receive(5)}
     leases = {group: received.lease for group, received in by_group.items()}
-    peer.broker.checkpoint(*leases["stepped"], "paid", b"42").result(PATIENCE)
+    peer.broker.checkpoint(*leases["stepped"], "paid", b"42").result(TIMEOUT_SECONDS)
     peer.drop(*by_group.values())
     peer.broker.settle(
         [Target("joined", "join")],
@@ -90,7 +90,7 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
         ],
         [b"base"],
     )
-    peer.broker.publish([], [], [b"one"], arrivals=[Arrival("k", "1", 3, "gathering", 1)]).result(PATIENCE)
+    peer.broker.publish([], [], [b"one"], arrivals=[Arrival("k", "1", 3, "gathering", 1)]).result(TIMEOUT_SECONDS)
     peer.broker.release([leases["stepped"], leases["raised"]], "work", 0)
     peer.ask.raise_epoch("raised", 2, "coordinator", "cancel")
     peer.start("q", "ready", b"body", digest=b"ready")
@@ -112,7 +112,7 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
     assert peer.start("q", "ready", digest=b"another") == [(0, "conflict", "ready")]
     # And it goes on from there.
     peer.broker.consume("joined", 1)
-    peer.broker.publish([], [], [b"two"], arrivals=[Arrival("k", "2", 3, "gathering", 1)]).result(PATIENCE)
+    peer.broker.publish([], [], [b"two"], arrivals=[Arrival("k", "2", 3, "gathering", 1)]).result(TIMEOUT_SECONDS)
     assert peer.receive()[0].body == b"baseonetwo"
     assert peer.ask.requeue("dlq.work", [])["requeued"] == 1
 
@@ -122,7 +122,7 @@ def test_a_step_that_was_confirmed_is_there_after_a_restart(broker: BrokerProces
     peer.start("work", "g", b"body")
     peer.broker.consume("work", 1)
     (held,) = peer.receive()
-    peer.broker.checkpoint(*held.lease, "paid", b"42").result(PATIENCE)
+    peer.broker.checkpoint(*held.lease, "paid", b"42").result(TIMEOUT_SECONDS)
     peer.drop(held)
     peer.broker.consume("work", 0)
     restart(broker)
@@ -193,9 +193,9 @@ def test_questions_and_publishes_on_their_way_are_answered_by_the_next_broker(br
     step = peer.broker.checkpoint(*received.lease, "step", b"value")
     assert [future.done() for future in (answer, published, step)] == [False] * 3
     broker.start()
-    assert answer.result(PATIENCE)["queues"][0]["leased"] == 1
-    assert published.result(PATIENCE).refused == []
-    assert step.result(PATIENCE) is None
+    assert answer.result(TIMEOUT_SECONDS)["queues"][0]["leased"] == 1
+    assert published.result(TIMEOUT_SECONDS).refused == []
+    assert step.result(TIMEOUT_SECONDS) is None
     peer.ack(received)
     assert peer.receive()[0].body == b"2"
 
@@ -272,11 +272,11 @@ def test_nothing_is_lost_or_doubled_while_the_broker_is_killed_again_and_again(b
         for number in range(kills * 50, kills * 50 + 50):
             publish(number)
         if kills % 2:
-            answers[-1].result(PATIENCE)
+            answers[-1].result(TIMEOUT_SECONDS)
         restart(broker)
-    assert starter.all.wait(PATIENCE)
+    assert starter.all.wait(TIMEOUT_SECONDS)
     for answer in answers:
-        refused = answer.result(PATIENCE).refused
+        refused = answer.result(TIMEOUT_SECONDS).refused
         # A frame whose first answer was lost may only get the answer that its group exists, or existed.
         assert all(why in ("exists", "look-again") for _, why, _ in refused)
     assert starter.bodies == {b"b!!!"}
@@ -288,7 +288,7 @@ def test_nothing_is_lost_or_doubled_while_the_broker_is_killed_again_and_again(b
     for mover in movers:
         mover.connection.close()
     broker.kill()
-    accounts = settlements(broker.journal)
+    accounts = count_settlements(broker.journal)
     assert accounts.unnamed == 0
     assert set(accounts.settled.values()) == {1}
     assert len(accounts.settled) == count * 3

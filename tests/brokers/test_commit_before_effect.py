@@ -91,14 +91,14 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
     files = SimulatedDisk()
     looks = 0
 
-    def giving_up() -> bool:
+    def stop_requested() -> bool:
         nonlocal looks
         looks += 1
         if looks == 2:
             files.room = None
         return False
 
-    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=giving_up)
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, stop_requested=stop_requested)
     peer = Publisher(engine)
     files.room = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
@@ -131,7 +131,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
 
 def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
     files = SimulatedDisk()
-    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, giving_up=lambda: True)
+    engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, stop_requested=lambda: True)
     peer = Publisher(engine)
     files.room = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))

@@ -64,7 +64,7 @@ class _Client(Connection):
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
         """Lost."""
 
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         self.hellos += 1
         self._hello()
 
@@ -72,25 +72,25 @@ class _Client(Connection):
         self.end("closed")
 
 
-def said(epoch: int, acked: int, results: list[Any], notices: list[Any]) -> bytes:
+def outgoing(epoch: int, acked: int, results: list[Any], notices: list[Any]) -> bytes:
     encoded = [(frame, msgspec.Raw(msgspec.msgpack.encode(result))) for frame, result in results]
     return wire.encode((epoch, acked, encoded, [], [], notices))
 
 
 def test_an_answer_that_comes_with_the_welcome_counts() -> None:
     client = _Client()
-    client.say_hello()
+    client.send_hello()
     answer = client.admin.ping()
-    client.said(said(1, 1, [(1, {"epoch": 1})], [("welcome", (1, []))]), b"")
+    client.on_frame(outgoing(1, 1, [(1, {"epoch": 1})], [("welcome", (1, []))]), b"")
     assert answer.result(0) == {"epoch": 1}, "the frame it answers would not be answered again"
 
 
 def test_a_peer_that_has_greeted_does_not_greet_again_for_each_frame_it_sent_before() -> None:
     client = _Client()
-    client.say_hello()
+    client.send_hello()
     for _ in range(3):
-        client.said(said(0, 0, [], [("hello", None)]), b"")
+        client.on_frame(outgoing(0, 0, [], [("hello", None)]), b"")
     assert client.hellos == 1
-    client.said(said(1, 0, [], [("welcome", (1, []))]), b"")
-    client.said(said(1, 0, [], [("hello", None)]), b"")
+    client.on_frame(outgoing(1, 0, [], [("welcome", (1, []))]), b"")
+    client.on_frame(outgoing(1, 0, [], [("hello", None)]), b"")
     assert client.hellos == 2, "once it was welcome, it is another broker that asks"

@@ -17,7 +17,7 @@ from stageflow_brokers.core import wire
 from stageflow_brokers.core.state import FRAMES_KEPT
 from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing.contract import PATIENCE, Peer
+from stageflow_brokers.testing.contract import TIMEOUT_SECONDS, Peer
 from stageflow_brokers.zeromq import server as zeromq_server
 from stageflow_brokers.zeromq.client import ZmqClient
 
@@ -103,7 +103,7 @@ def test_a_connection_without_a_broker_can_be_closed(tmp_path: Path) -> None:
     waiting = peer.broker.admin.ping()
     peer.broker.close(timeout=0.05)
     with pytest.raises(BrokerUnavailable, match="closed"):
-        waiting.result(PATIENCE)
+        waiting.result(TIMEOUT_SECONDS)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def probing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
     thread.start()
     yield f"ipc://{tmp_path}/broker", engine
     stopping.set()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT_SECONDS)
     server.close()
 
 

@@ -10,18 +10,18 @@ from broker_process import BrokerProcess
 
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.testing.contract import LARGEST, BrokerContract, Hub
+from stageflow_brokers.testing.contract import MAX_MESSAGE_BYTES, BrokerContract, Hub
 
 KINDS = ["memory", "process"]
 
 
 def running(kind: str, directory: Path, *, supervised: bool) -> Iterator[Hub]:
     if kind == "memory":
-        hub = MemoryBroker(limits=Limits(max_message_bytes=LARGEST), supervised=supervised)
+        hub = MemoryBroker(limits=Limits(max_message_bytes=MAX_MESSAGE_BYTES), supervised=supervised)
         yield hub
         hub.close()
     else:
-        broker = BrokerProcess(directory, supervised=supervised, max_message_bytes=LARGEST)
+        broker = BrokerProcess(directory, supervised=supervised, max_message_bytes=MAX_MESSAGE_BYTES)
         yield broker
         broker.close()
 

@@ -16,7 +16,7 @@ from stageflow_brokers.errors import JournalCorrupt
 from stageflow_brokers.journal.format import Record
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.verify import verify
-from stageflow_brokers.offline.settlements import departures, offline, settlements
+from stageflow_brokers.offline.settlements import count_settlements, ended_groups, load_engine
 
 SEGMENT = 16 << 10
 
@@ -40,9 +40,9 @@ def segments(directory: Path) -> list[Path]:
 
 READERS: list[Callable[[Path], object]] = [
     lambda path: Engine(journal_dir=path, segment_bytes=SEGMENT),
-    settlements,
-    offline,
-    lambda path: departures(path, ":finished", picture=True),
+    count_settlements,
+    load_engine,
+    lambda path: ended_groups(path, ":finished", picture=True),
 ]
 
 

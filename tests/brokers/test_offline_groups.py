@@ -9,7 +9,7 @@ import pytest
 
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.journal.format import Batch, Record
-from stageflow_brokers.offline.groups import groups_in, groups_perhaps_in
+from stageflow_brokers.offline.groups import groups_in, possible_groups_in
 from stageflow_brokers.types import PublishItem, Target
 
 NAMES = [f"order-{number}" for number in range(200)]
@@ -27,18 +27,18 @@ def batch_of(kind: int, header: bytes, blob: bytes = b"") -> Batch:
 def test_a_flipped_bit_hides_no_other_name() -> None:
     header, body = published(), bytes(sum(range(200)))
     whole = batch_of(records.KEPT_PUBLISH, header, body)
-    assert list(groups_in(whole)) == list(groups_perhaps_in(whole)) == NAMES
+    assert list(groups_in(whole)) == list(possible_groups_in(whole)) == NAMES
     chance = random.Random(1)
     for _ in range(300):
         damaged = bytearray(header)
         damaged[chance.randrange(len(header))] ^= 1 << chance.randrange(8)
-        found = groups_perhaps_in(batch_of(records.KEPT_PUBLISH, bytes(damaged), body))
+        found = possible_groups_in(batch_of(records.KEPT_PUBLISH, bytes(damaged), body))
         assert len(found.keys() & set(NAMES)) >= len(NAMES) - 1
 
 
 def test_what_is_cut_short_names_what_is_left() -> None:
     header = published()
-    assert list(groups_perhaps_in(batch_of(records.KEPT_PUBLISH, header[: len(header) // 2])))[:90] == NAMES[:90]
+    assert list(possible_groups_in(batch_of(records.KEPT_PUBLISH, header[: len(header) // 2])))[:90] == NAMES[:90]
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_what_is_cut_short_names_what_is_left() -> None:
 )
 def test_each_kind_of_record_gives_its_name_when_its_end_is_lost(kind: int, value: object) -> None:
     header = msgspec.msgpack.encode(value)
-    (name,) = groups_perhaps_in(batch_of(kind, header, bytes(9)))
+    (name,) = possible_groups_in(batch_of(kind, header, bytes(9)))
     end = header.index(name.encode()) + len(name)
     assert name in ("moved", "acked", "copied", "known")
-    assert list(groups_perhaps_in(batch_of(kind, header[:end]))) == [name]
+    assert list(possible_groups_in(batch_of(kind, header[:end]))) == [name]
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_noise_raises_nothing(seed: int) -> None:
     chance = random.Random(seed)
     for kind in (*records.NAMES, 99):
-        groups_perhaps_in(batch_of(kind, chance.randbytes(chance.randint(0, 300)), chance.randbytes(20)))
+        possible_groups_in(batch_of(kind, chance.randbytes(chance.randint(0, 300)), chance.randbytes(20)))

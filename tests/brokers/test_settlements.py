@@ -8,7 +8,7 @@ import pytest
 from stageflow_actors.core.envelope import Failure
 from stageflow_brokers.api import Target
 from stageflow_brokers.errors import JournalCorrupt, JournalError
-from stageflow_brokers.offline.settlements import settlements
+from stageflow_brokers.offline.settlements import count_settlements
 
 FIRST, PAY = "stageflow.orders.stage0", "stageflow.orders.stage1"
 
@@ -18,7 +18,7 @@ def test_each_accepted_transition_counts_once_under_instance_epoch_and_label(fil
     filled.settle_next(FIRST, to=Target(PAY, "pay"), body=b"next")
     filled.settle_next(PAY, to=Target("stageflow.compensation.orders", "compensate:reserve"), body=b"undo")
     filled.settle_next("stageflow.compensation.orders")
-    accounts = settlements(filled.close() / "journal")
+    accounts = count_settlements(filled.close() / "journal")
     assert accounts.settled == {("i1", 1, "reserve"): 1, ("i1", 1, "pay"): 1, ("i1", 1, "compensate:reserve"): 1}
     assert accounts.live == accounts.groups == accounts.unnamed == 0
 
@@ -29,7 +29,7 @@ def test_what_waits_is_parked_or_was_purged_has_not_been_settled(filled: Any) ->
     filled.start("waits", {})
     filled.start("purged", {}, queue="elsewhere")
     assert filled.ask.purge("elsewhere", [])["purged"] == 1
-    accounts = settlements(filled.close() / "journal")
+    accounts = count_settlements(filled.close() / "journal")
     assert accounts.settled == {}
     assert (accounts.live, accounts.groups) == (2, 2)
 
@@ -39,7 +39,7 @@ def test_a_requeued_message_counts_when_it_is_done_at_last(filled: Any) -> None:
     filled.settle_next(FIRST, parked=Failure("exception", "ValueError: no"))
     filled.ask.requeue(FIRST, [])
     filled.settle_next(FIRST)
-    assert settlements(filled.close() / "journal").settled == {("i1", 1, "reserve"): 1}
+    assert count_settlements(filled.close() / "journal").settled == {("i1", 1, "reserve"): 1}
 
 
 def test_of_a_frame_that_was_taken_in_part_only_that_part_counts(filled: Any) -> None:
@@ -50,7 +50,7 @@ def test_of_a_frame_that_was_taken_in_part_only_that_part_counts(filled: Any) ->
     # The second worker settles its own message and, with it, the one that the first had.
     second.settle_all(also=first.leases)
     assert second.stale == [first.leases[0][0]]
-    accounts = settlements(filled.close() / "journal")
+    accounts = count_settlements(filled.close() / "journal")
     assert accounts.settled == {("i1", 1, "reserve"): 1, ("i2", 1, "reserve"): 1}
 
 
@@ -58,14 +58,14 @@ def test_the_journal_may_be_read_while_it_is_written(filled: Any) -> None:
     filled.start("i1", {})
     filled.settle_next(FIRST)
     filled.start("i2", {})
-    accounts = settlements(filled.data_dir.journal)
+    accounts = count_settlements(filled.data_dir.journal)
     assert (accounts.settled, accounts.live) == ({("i1", 1, "reserve"): 1}, 1)
     assert sum(accounts.kinds.values()) == accounts.records
 
 
 def test_damage_and_absence_are_reported_not_counted(filled: Any, tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="no journal"):
-        settlements(tmp_path / "nowhere")
+        count_settlements(tmp_path / "nowhere")
     for name in ("i1", "i2", "i3"):
         filled.start(name, {"name": name})
     segment = next((filled.close() / "journal").glob("*.journal"))
@@ -73,5 +73,5 @@ def test_damage_and_absence_are_reported_not_counted(filled: Any, tmp_path: Path
     content[1024 + 60] ^= 1
     segment.write_bytes(content)
     with pytest.raises(JournalCorrupt) as caught:
-        settlements(segment.parent)
+        count_settlements(segment.parent)
     assert (caught.value.file, caught.value.offset) == (segment.name, 1024)

@@ -15,7 +15,7 @@ import psutil
 from stageflow_actors import Runtime, Workflow
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_brokers.api import Listener
-from stageflow_brokers.offline.settlements import settlements
+from stageflow_brokers.offline.settlements import count_settlements
 
 Row = dict[str, Any]
 
@@ -96,5 +96,5 @@ def test_a_worker_that_was_stopped_replaced_and_continued_settles_nothing(
         operator.close()
         assert runtime.execute(one, {"log": effects.path, "gate": str(gate)}, timeout=20).success
         assert runtime.instance(instance.id).result(timeout=20).stages[0].data == {"by": heir}
-    counted = settlements(data / "journal").settled
+    counted = count_settlements(data / "journal").settled
     assert counted[instance.id, 1, "work"] == 1, "one of the two settlements was accepted"

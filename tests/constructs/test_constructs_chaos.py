@@ -20,7 +20,7 @@ import pytest
 from constructs_fixtures import note, noted, wait_for_file
 
 from stageflow_actors import Config, Runtime, Stage, StageContext, Workflow, WorkflowResult
-from stageflow_brokers.offline.settlements import settlements
+from stageflow_brokers.offline.settlements import count_settlements
 
 KINDS = ("worker", "worker", "broker", "zygote", "node")
 
@@ -180,7 +180,7 @@ def test_whatever_is_killed_each_construct_ends_once_and_each_transition_is_acce
 def audit_journal(data: Path, fails: dict[str, bool]) -> None:
     """Each transition once, as far as the journal still has it: what it says of an instance it says whole."""
     found: dict[str, Counter[str]] = {}
-    for (group, epoch, label), count in settlements(data / "journal").settled.items():
+    for (group, epoch, label), count in count_settlements(data / "journal").settled.items():
         if group in fails and label != ":finished":  # which follows some milliseconds behind
             assert epoch == 1
             found.setdefault(group, Counter())[label] += count

@@ -15,7 +15,7 @@ import pytest
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.repair import LISTS, RepairReport, repair
+from stageflow_brokers.journal.repair import LOST_NAMES_PATTERN, RepairReport, repair
 from stageflow_brokers.journal.salvage import Lost
 from stageflow_brokers.journal.verify import Finding, scan, verify
 from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
@@ -601,7 +601,7 @@ def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_benc
         assert bench.replayed == said[:4]
         everything = [bytes(inode.durable) for inode in bench.disk._durable_names.values()]
         assert all(original in everything for original in originals.values())
-        lists = [path for path in bench.disk._durable_names if path.match(LISTS)]
+        lists = [path for path in bench.disk._durable_names if path.match(LOST_NAMES_PATTERN)]
         listed = {line for path in lists for line in bench.disk.content(path).decode().splitlines()}
         assert {line for line in listed if line[0] != "#"} == {"batch-6", "batch-7", "batch-8", "batch-9"}
         if not stopped:

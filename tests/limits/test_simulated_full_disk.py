@@ -42,7 +42,7 @@ class Tight:
             segment_bytes=self.segment_bytes,
             monotonic=lambda: self.clock,
             wall=lambda: self.clock,
-            giving_up=lambda: True,
+            stop_requested=lambda: True,
             warn=lambda text: None,
         )
         self.held.clear()
@@ -256,7 +256,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     stats = tight.answers.pop(1)
     assert "nearly full" in stats["refusing"]
     assert stats["messages"] == taken
-    assert 0.0 < tight.engine.patience(60.0) <= 0.5, "it looks again, without hurry"
+    assert 0.0 < tight.engine.next_timeout(60.0) <= 0.5, "it looks again, without hurry"
     # A crash finds no more than was acknowledged.
     tight.files.room = 64 << 20
     tight.clock += 1

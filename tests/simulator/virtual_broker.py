@@ -203,7 +203,7 @@ class VirtualBroker:
                 engine.machine.disconnect(peer)
             else:
                 client.link.hear(header, blob)
-        self._wake(engine.patience(0.5))
+        self._wake(engine.next_timeout(0.5))
 
     def _keep_account(self, engine: Engine) -> None:
         journal = engine.journal
@@ -252,12 +252,12 @@ class VirtualClient(Connection):
         self._wait = wait
         self._greeting = 0
         broker.clients[self.peer] = self
-        self.say_hello()
+        self.send_hello()
 
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
         self.link.send((self.peer, op, header, blob))
 
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         """Repeat until a welcome arrives."""
         self._greeting += 1
         greeting = self._greeting
@@ -266,7 +266,7 @@ class VirtualClient(Connection):
 
         def again() -> None:
             if not self.link.closed and not self._welcomed and greeting == self._greeting:
-                self.say_hello()
+                self.send_hello()
 
         self.broker.world.after(SILENCE, again)
 
@@ -281,7 +281,7 @@ class VirtualClient(Connection):
         self._greeting += 1
         greeting = self._greeting
         self.broker.world.soon(
-            most, lambda: self.say_hello() if not self.link.closed and greeting == self._greeting else None
+            most, lambda: self.send_hello() if not self.link.closed and greeting == self._greeting else None
         )
 
     def break_off(self) -> None:
@@ -301,7 +301,7 @@ class VirtualClient(Connection):
         self.broker.clients.pop(self.peer, None)
 
     def _heard(self, header: bytes, blob: bytes) -> None:
-        self.said(header, blob)
+        self.on_frame(header, blob)
         self.on_heard()
 
 

@@ -263,9 +263,9 @@ def _before(plan: Plan, name: str) -> list[str | None]:
         names = [part.name for part in parts_of(place)]
         if isinstance(place, Choice):
             for arm in place.arms.values():
-                inside = [part.name for part in arm]
-                if name in inside:
-                    return [*way, *inside[: inside.index(name)]]
+                is_own_thread = [part.name for part in arm]
+                if name in is_own_thread:
+                    return [*way, *is_own_thread[: is_own_thread.index(name)]]
             way += names  # those of the arm not taken have no end
         elif name in names:
             return way

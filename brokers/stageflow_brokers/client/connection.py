@@ -34,16 +34,16 @@ __all__ = ["Connection", "new_peer"]
 MAX_UNCONFIRMED_BYTES = 64 << 20
 """How much a connection publishes ahead of what is confirmed, unless it is told otherwise."""
 
-ITEM_BYTES = 256
+ITEM_OVERHEAD_BYTES = 256
 """What an item takes beside its body, about."""
 
-WAITING = 0.5
+BLOCKED_CHECK_SECONDS = 0.5
 """Seconds between looks of who waits for room at whether it is worth waiting."""
 
-WATCHED_AT_ONCE = 50_000
+MAX_WATCHED_PER_FRAME = 50_000
 """Groups named in one hello or query; each name may have as many characters as a name can."""
 
-HEADER_MARGIN = 64
+HEADER_MARGIN_BYTES = 64
 """Bytes that a header may grow by when it is sent again, to a broker of a larger epoch."""
 
 
@@ -53,11 +53,17 @@ def new_peer() -> int:
 
 
 class Connection(ABC):
-    """The transport-free half of a connection.
+    """A connection without its transport, which a subclass provides.
 
-    A subclass moves frames: `_transmit` is called with the lock held, so that frames leave in the order of their
-    numbers; what comes in goes to `said`, always from the same thread; `end` is the end. `max_unconfirmed_bytes`: who
-    publishes waits while there is as much that is published and not confirmed.
+    The subclass passes each frame that arrives to `on_frame`, always from the same thread, and calls `end` once when
+    the connection ends. `_transmit` is called with the lock held, so that frames leave in the order of their numbers.
+
+    Args:
+        listener: Receives deliveries, pushes and notices.
+        peer: Number of the peer. Default: a new random one.
+        role: "client", "worker" or "supervisor".
+        name: Name of the peer, for reports. Default: none.
+        max_unconfirmed_bytes: `publish` blocks while as many published bytes are not confirmed. Default: 64 MiB.
     """
 
     def __init__(
@@ -76,12 +82,12 @@ class Connection(ABC):
         self.broker_epoch = 0
         self._listener = listener
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
+        self._confirmed = threading.Condition(self._lock)
         self._max_unconfirmed_bytes = max_unconfirmed_bytes
         self._unconfirmed_bytes = 0
-        self._waiting = 0
+        self._blocked_publishers = 0
         self._frame = 0
-        self._talk = 0
+        self._hello_number = 0
         self._unconfirmed: deque[UnconfirmedFrame] = deque()
         self._consuming: dict[str, int] = {}
         self._to_watch: list[str] = []
@@ -95,11 +101,11 @@ class Connection(ABC):
         """Send a frame, or lay it ready for the thread that does. It must neither block nor call back."""
 
     @abstractmethod
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         """Send `_hello()` before anything that follows, and nothing of what was laid ready before."""
 
-    def inside(self) -> bool:
-        """Whether this is the thread that calls `said`, which must never wait for what it would hear."""
+    def is_own_thread(self) -> bool:
+        """Whether this is the thread that calls `on_frame`, which must never wait for what it would hear."""
         return False
 
     @abstractmethod
@@ -123,9 +129,9 @@ class Connection(ABC):
         """See `stageflow_brokers.api.Broker.publish`."""
         future: Future[PublishAnswer] = Future()
         blob = b"".join(bodies)
-        weight = len(blob) + ITEM_BYTES * (1 + len(items) + len(opens) + len(arrivals))
+        weight = len(blob) + ITEM_OVERHEAD_BYTES * (1 + len(items) + len(opens) + len(arrivals))
         if self._unconfirmed_bytes >= self._max_unconfirmed_bytes:
-            self._wait_for_room(waiting)
+            self._wait_for_confirmations(waiting)
         self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), blob, future, taken, weight)
         return future
 
@@ -170,17 +176,17 @@ class Connection(ABC):
 
     # sending
 
-    def _wait_for_room(self, waiting: Callable[[], None] | None) -> None:
+    def _wait_for_confirmations(self, waiting: Callable[[], None] | None) -> None:
         """One frame more is let in whenever there is any room, be it larger than that: none waits for ever."""
         while True:
             with self._lock:
-                if self._ended or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.inside():
+                if self._ended or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.is_own_thread():
                     return
-                self._waiting += 1
+                self._blocked_publishers += 1
                 try:
-                    self._room.wait(WAITING)
+                    self._confirmed.wait(BLOCKED_CHECK_SECONDS)
                 finally:
-                    self._waiting -= 1
+                    self._blocked_publishers -= 1
             if waiting is not None:
                 waiting()
 
@@ -207,7 +213,7 @@ class Connection(ABC):
             frame = self._frame + 1
             # Encoded first: what cannot be encoded must not take a number.
             header = wire.encode((self.broker_epoch, frame, *fields))
-            if len(header) > wire.MAX_HEADER - HEADER_MARGIN:
+            if len(header) > wire.MAX_HEADER - HEADER_MARGIN_BYTES:
                 raise PayloadTooLarge(
                     f"{len(header)} bytes of names and numbers in one call, {wire.MAX_HEADER} are the most; send fewer "
                     "at once",
@@ -229,7 +235,7 @@ class Connection(ABC):
             # Read with the frames: whoever begins to watch what it publishes does so under this lock.
             watching = set(self._listener.watching())
             self._welcomed = False
-            self._talk += 1
+            self._hello_number += 1
             first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1
             for pending in self._unconfirmed:
                 holding.extend(leases_in(pending))
@@ -238,20 +244,20 @@ class Connection(ABC):
             consume = list(self._consuming.items())
             watched = list(watching)
             # What there is no room for here is asked for behind all that is sent again.
-            self._to_watch = watched[WATCHED_AT_ONCE:]
-        watched = watched[:WATCHED_AT_ONCE]
-        hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, watched, self._talk)
+            self._to_watch = watched[MAX_WATCHED_PER_FRAME:]
+        watched = watched[:MAX_WATCHED_PER_FRAME]
+        hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, watched, self._hello_number)
         return wire.HELLO, wire.encode(hello), b""
 
     # hearing
 
-    def said(self, header: bytes, blob: bytes) -> None:
+    def on_frame(self, header: bytes, blob: bytes) -> None:
         """What the broker says, on the owning thread."""
         out = wire.decode_out(header)
         if not self._welcomed or out.broker_epoch != self.broker_epoch:
-            if not self._heard_welcome(out):
+            if not self._handle_welcome(out):
                 return
-        elif out.notices and not self._heard_notices(out):
+        elif out.notices and not self._handle_notices(out):
             return
         self._confirm(out)
         at = 0
@@ -269,13 +275,13 @@ class Connection(ABC):
                 at += size
             self._listener.on_pushes(pushes)
 
-    def _heard_welcome(self, out: wire.Out) -> bool:
+    def _handle_welcome(self, out: wire.Out) -> bool:
         for word, detail in out.notices:
-            if word == "welcome" and detail[0] == self._talk:
+            if word == "welcome" and detail[0] == self._hello_number:
                 self._welcome(out.broker_epoch, detail[1])
                 for other, more in out.notices:
                     if other != "welcome":
-                        self._heard_notice(other, more)
+                        self._handle_notice(other, more)
                 return True
             # `hello` answers what was sent before ours, which is on its way: another one would only be told the same.
             if word == "refused":
@@ -293,21 +299,21 @@ class Connection(ABC):
             for pending in self._unconfirmed:
                 header = wire.encode((epoch, pending.frame, *pending.fields))
                 self._transmit(pending.op, header, pending.blob)
-        for at in range(0, len(self._to_watch), WATCHED_AT_ONCE):
-            self._query("watch", self._to_watch[at : at + WATCHED_AT_ONCE])
+        for at in range(0, len(self._to_watch), MAX_WATCHED_PER_FRAME):
+            self._query("watch", self._to_watch[at : at + MAX_WATCHED_PER_FRAME])
         self._to_watch = []
         self._listener.on_connected(epoch)
 
-    def _heard_notices(self, out: wire.Out) -> bool:
+    def _handle_notices(self, out: wire.Out) -> bool:
         for word, detail in out.notices:
             if word in ("hello", "resend"):
-                self.say_hello()
+                self.send_hello()
                 return False
             if word != "welcome":
-                self._heard_notice(word, detail)
+                self._handle_notice(word, detail)
         return True
 
-    def _heard_notice(self, word: str, detail: Any) -> None:
+    def _handle_notice(self, word: str, detail: Any) -> None:
         if word == "mark":
             # The broker counts what it has said, and cuts off who does not answer any more.
             with self._lock:
@@ -325,8 +331,8 @@ class Connection(ABC):
                 confirmed.append(unconfirmed.popleft())
             for pending in confirmed:
                 self._unconfirmed_bytes -= pending.weight
-            if self._waiting:
-                self._room.notify_all()
+            if self._blocked_publishers:
+                self._confirmed.notify_all()
         results = dict(out.results) if out.results else {}
         for pending in confirmed:
             raw = results.get(pending.frame)
@@ -344,7 +350,7 @@ class Connection(ABC):
             self._ended = reason
             left = list(self._unconfirmed)
             self._unconfirmed.clear()
-            self._room.notify_all()
+            self._confirmed.notify_all()
         for pending in left:
             if pending.future is not None:
                 pending.future.set_exception(BrokerUnavailable(reason))

@@ -78,7 +78,7 @@ def check_oldest(replay: Replay, first: int) -> None:
 class Engine:
     """A machine, and the journal it answers to (None: messages live as long as this object).
 
-    `giving_up` is asked while the disk is full: true ends the wait, and the round raises `JournalFull`.
+    `stop_requested` is asked while the disk is full: true ends the wait, and the round raises `JournalFull`.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Engine:
         files: FileSystem | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
-        giving_up: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._giving_up = giving_up
+        self._giving_up = stop_requested
         self._failed = ""
         self._stated_in = 0
         self.machine = Machine(
@@ -174,7 +174,7 @@ class Engine:
             machine.compacting = self._reclaim.compacting
         return machine.dispatch()
 
-    def patience(self, most: float) -> float:
+    def next_timeout(self, most: float) -> float:
         """Seconds until the next round must be, if nothing arrives; at most `most`."""
         machine = self.machine
         if machine.writer.records or machine.state.touched or machine.compacting:

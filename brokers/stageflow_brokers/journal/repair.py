@@ -21,9 +21,9 @@ from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSeg
 from stageflow_brokers.journal.segment_allocator import TEMPORARY
 from stageflow_brokers.journal.verify import require_journal
 
-__all__ = ["LISTS", "RepairReport", "repair"]
+__all__ = ["LOST_NAMES_PATTERN", "RepairReport", "repair"]
 
-LISTS = "given-up*.txt"
+LOST_NAMES_PATTERN = "given-up*.txt"
 """Beside the copies of a repair: each damaged place as a comment (``#``), then the names of what was given up, one a
 line, then as a part of its own those that may have been in what is damaged."""
 
@@ -183,7 +183,7 @@ class _Repair:
 
     def _list(self) -> None:
         """What is given up, by its place and its names, for good before anything is cut."""
-        listed = unused(self._files, self._backup, *LISTS.split("*"))
+        listed = unused(self._files, self._backup, *LOST_NAMES_PATTERN.split("*"))
         temporary = listed.with_name(listed.name + TEMPORARY)
         lines = [f"# {each.told()}" for each in self._lost]
         lines += self._names

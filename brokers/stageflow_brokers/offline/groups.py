@@ -15,7 +15,7 @@ from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.format import Batch
 from stageflow_brokers.types import MAX_NAME_CHARS
 
-__all__ = ["groups_in", "groups_perhaps_in"]
+__all__ = ["groups_in", "possible_groups_in"]
 
 LOOKED_THROUGH = 32 << 20
 """Bytes of a damaged header that are looked through for names."""
@@ -44,7 +44,7 @@ def groups_in(batch: Batch) -> dict[str, None]:
     return named
 
 
-def groups_perhaps_in(batch: Batch) -> dict[str, None]:
+def possible_groups_in(batch: Batch) -> dict[str, None]:
     """The groups of which the records of a damaged batch may speak: what stands where a name would stand."""
     named: dict[str, None] = {}
     for kind, _, _, header, blob in batch.records:

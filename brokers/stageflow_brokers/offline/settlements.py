@@ -30,7 +30,15 @@ from stageflow_brokers.journal.format import Batch, file_name
 from stageflow_brokers.journal.lock import writer_of
 from stageflow_brokers.journal.verify import scan
 
-__all__ = ["EndedGroups", "SegmentUse", "SettlementCounts", "SettlementKey", "departures", "offline", "settlements"]
+__all__ = [
+    "EndedGroups",
+    "SegmentUse",
+    "SettlementCounts",
+    "SettlementKey",
+    "count_settlements",
+    "ended_groups",
+    "load_engine",
+]
 
 SettlementKey = tuple[str, int, str]
 """(group, epoch, label) of a message that was acknowledged."""
@@ -75,7 +83,7 @@ class SettlementCounts(Struct):
         return sum(segment.bytes for segment in self.segments)
 
 
-def settlements(journal: Path) -> SettlementCounts:
+def count_settlements(journal: Path) -> SettlementCounts:
     """Count what is in the journal in this directory.
 
     Raises `JournalCorrupt` at damage, `JournalVersion`, and `JournalError` if there is no journal.
@@ -121,10 +129,10 @@ class EndedGroups(Struct):
     picture: dict[str, Any]
 
 
-def departures(journal: Path, label: str, *, picture: bool) -> EndedGroups:
+def ended_groups(journal: Path, label: str, *, picture: bool) -> EndedGroups:
     """Who has gone after a message under `label`, as far as the journal still has it; with the `picture` if wanted.
 
-    Bodies are not kept. Raises as `settlements` does.
+    Bodies are not kept. Raises as `count_settlements` does.
     """
     ended: dict[str, tuple[int, float]] = {}
 
@@ -177,10 +185,10 @@ def _picture(machine: Machine) -> dict[str, Any]:
     return picture
 
 
-def offline(journal: Path) -> Engine:
+def load_engine(journal: Path) -> Engine:
     """A broker's engine that knows what the journal says and writes nothing: to look at a cluster at rest.
 
-    What is changed in it is forgotten with it. Raises as `settlements` does.
+    What is changed in it is forgotten with it. Raises as `count_settlements` does.
     """
     engine = Engine(journal_dir=None)
     store = engine.machine.state

@@ -5,22 +5,22 @@ Subclass `BrokerContract` in a test module whose fixtures `hub` and `supervised_
     class TestMyBroker(BrokerContract):
         pass
 
-`hub` has no supervisor and takes messages of at most `LARGEST` bytes; `supervised_hub` waits for one. Nothing here
-sleeps or knows how a broker works inside.
+`hub` has no supervisor and accepts messages of at most `MAX_MESSAGE_BYTES` bytes; `supervised_hub` expects a
+supervisor. No test sleeps or depends on the internals of a broker.
 """
 
 from __future__ import annotations
 
-from stageflow_brokers.testing.contract_admin import LARGEST, AdminContract
+from stageflow_brokers.testing.contract_admin import MAX_MESSAGE_BYTES, AdminContract
 from stageflow_brokers.testing.contract_delivery import DeliveryContract
 from stageflow_brokers.testing.contract_gathers import GatherContract
 from stageflow_brokers.testing.contract_groups import GroupContract
 from stageflow_brokers.testing.contract_restarts import RestartContract
 from stageflow_brokers.testing.contract_settlement import SettlementContract
 from stageflow_brokers.testing.contract_supervision import SupervisionContract
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer, Received
 
-__all__ = ["LARGEST", "PATIENCE", "BrokerContract", "Hub", "Peer", "Received"]
+__all__ = ["MAX_MESSAGE_BYTES", "TIMEOUT_SECONDS", "BrokerContract", "Hub", "Peer", "Received"]
 
 
 class BrokerContract(
@@ -32,4 +32,4 @@ class BrokerContract(
     SupervisionContract,
     AdminContract,
 ):
-    """All of it."""
+    """All parts of the contract."""

@@ -21,16 +21,16 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer
 
 __all__ = ["AdminContract"]
 
-LARGEST = 8 << 20
+MAX_MESSAGE_BYTES = 8 << 20
 """The `max_message_bytes` of the broker under test."""
 
 
 class AdminContract:
-    """Expects a fixture `hub`, a broker without a supervisor whose messages have at most `LARGEST` bytes."""
+    """Expects a fixture `hub`, a broker without a supervisor whose messages have at most `MAX_MESSAGE_BYTES` bytes."""
 
     def test_a_paused_queue_takes_messages_and_delivers_none(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -117,7 +117,7 @@ class AdminContract:
         peer.start("q", "long", b"x" * 2_000)
         peer.start("q", "early", b"first")
         peer.publish("q", b"second", group="early")
-        peer.broker.publish([], [], [b"?"], arrivals=[Arrival("k", "slot", 1, "early", 1)]).result(PATIENCE)
+        peer.broker.publish([], [], [b"?"], arrivals=[Arrival("k", "slot", 1, "early", 1)]).result(TIMEOUT_SECONDS)
         heads = {group["id"]: group["heads"] for group in peer.ask.list_groups("", 9)}
         assert heads == {"long": [b"x" * 512], "early": [b"first", b"second"]}
         assert peer.ask.lookup(["early"])["groups"]["early"]["heads"] == [b"first", b"second"]
@@ -151,7 +151,7 @@ class AdminContract:
         peer.start("q", "a")
         two = [PublishItem(0, 0, "b", 1, FLAG_START), PublishItem(0, 0, "c", 1, FLAG_START)]
         with pytest.raises(QueueFull, match="max_queue_length is 2"):
-            peer.broker.publish([Target("q")], two, []).result(PATIENCE)
+            peer.broker.publish([Target("q")], two, []).result(TIMEOUT_SECONDS)
         assert peer.ask.lookup(["b", "c"])["groups"] == {}
         peer.start("q", "b")
         assert peer.publish("q", b"from work in hand", group="a") == []
@@ -159,9 +159,9 @@ class AdminContract:
 
     def test_a_message_that_is_too_large_is_refused(self, hub: Hub) -> None:
         peer = Peer(hub)
-        with pytest.raises(PayloadTooLarge, match=f"max_message_bytes={LARGEST}"):
-            peer.publish("q", b"x" * (LARGEST + 1))
-        assert peer.publish("q", b"x" * LARGEST) == []
+        with pytest.raises(PayloadTooLarge, match=f"max_message_bytes={MAX_MESSAGE_BYTES}"):
+            peer.publish("q", b"x" * (MAX_MESSAGE_BYTES + 1))
+        assert peer.publish("q", b"x" * MAX_MESSAGE_BYTES) == []
 
     def test_what_makes_no_sense_is_refused_and_the_talk_goes_on(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -174,9 +174,9 @@ class AdminContract:
         ]
         for call in nonsense:
             with pytest.raises(ProtocolError):
-                peer.broker.publish(*call).result(PATIENCE)
+                peer.broker.publish(*call).result(TIMEOUT_SECONDS)
         with pytest.raises(ProtocolError, match="not named"):
-            peer.broker.publish([Target("q")], [], [], opens=[GatherOpen("k", 1, 0, 0)]).result(PATIENCE)
+            peer.broker.publish([Target("q")], [], [], opens=[GatherOpen("k", 1, 0, 0)]).result(TIMEOUT_SECONDS)
         peer.broker.settle([Target("q")], [], [], [SettleItem([], 0)], [])
         for query in (("unknown",), ("peek", "q"), ("consume", "", 1), ("consume", "q", -1), ("watch", "g")):
             with pytest.raises(Refused):

@@ -7,7 +7,7 @@ from concurrent.futures import wait
 import pytest
 
 from stageflow_brokers.api import BrokerUnavailable, Target
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer
 
 __all__ = ["DeliveryContract"]
 
@@ -141,14 +141,14 @@ class DeliveryContract:
     def test_many_publishes_may_be_on_their_way_at_once(self, hub: Hub) -> None:
         peer = Peer(hub)
         futures = [peer.broker.publish([Target("q")], [(0, 1)], [b"%d" % (number % 10)]) for number in range(200)]
-        assert not wait(futures, PATIENCE).not_done
+        assert not wait(futures, TIMEOUT_SECONDS).not_done
         assert peer.ask.stats("q")["queues"][0]["ready"] == 200
 
     def test_a_closed_connection_says_so(self, hub: Hub) -> None:
         peer = Peer(hub)
         pending = peer.broker.publish([Target("q")], [(0, 1)], [b"1"])
         peer.broker.close()
-        assert pending.result(PATIENCE).refused == []
+        assert pending.result(TIMEOUT_SECONDS).refused == []
         with pytest.raises(BrokerUnavailable, match="closed"):
             peer.broker.publish([Target("q")], [(0, 1)], [b"1"])
         peer.broker.close()

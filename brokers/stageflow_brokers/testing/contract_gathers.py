@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stageflow_brokers.api import ACK, FLAG_CLOSE_GROUP, Arrival, GatherOpen, SettleItem, Target
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer, Received
 
 __all__ = ["GatherContract"]
 
@@ -24,9 +24,13 @@ def parts_of(received: Received) -> Parts:
 
 
 def arrive(peer: Peer, key: str, *slots: str, group: str = "g") -> Any:
-    """Something arrives from outside under each slot, with the slot as its body; what was refused."""
+    """Send an arrival from outside for each slot, with the slot as its body; return the refused ones."""
     arrivals = [Arrival(key, slot, len(slot), group, 1) for slot in slots]
-    return peer.broker.publish([], [], [slot.encode() for slot in slots], arrivals=arrivals).result(PATIENCE).refused
+    return (
+        peer.broker.publish([], [], [slot.encode() for slot in slots], arrivals=arrivals)
+        .result(TIMEOUT_SECONDS)
+        .refused
+    )
 
 
 def wait_for(peer: Peer, received: Received, key: str, need: int, base: bytes = b"base", deadline: float = 0.0) -> None:

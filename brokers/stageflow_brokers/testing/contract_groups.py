@@ -16,7 +16,7 @@ from stageflow_brokers.api import (
     SettleItem,
     Target,
 )
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer
 
 __all__ = ["GroupContract"]
 
@@ -48,11 +48,11 @@ class GroupContract:
         peer = Peer(hub)
         peer.start("q", "g", digest=b"one")
         items = [(0, 1, "new", 1, 1), (0, 1, "g", 1, 1, 0, 0.0, 0.0, b"two")]
-        answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(PATIENCE)
+        answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(TIMEOUT_SECONDS)
         assert answer.refused == [(1, "conflict", "g")]
         assert peer.ask.lookup(["new"])["groups"] == {}
         items[1] = (0, 1, "g", 1, 1, 0, 0.0, 0.0, b"one")
-        answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(PATIENCE)
+        answer = peer.broker.publish([Target("q")], items, [b"a", b"b"], atomic=True).result(TIMEOUT_SECONDS)
         assert answer.refused == [(1, "exists", "g")]
         assert list(peer.ask.lookup(["new"])["groups"]) == ["new"]
 
@@ -69,7 +69,7 @@ class GroupContract:
         # It has left since the sender looked, so the history has to be asked first.
         answer = peer.broker.publish(
             [Target("q")], [(0, 1, "mine", 1, 1 | FLAG_CHECK, 0, 0.0, 0.0, None, seen)], [b"x"]
-        ).result(PATIENCE)
+        ).result(TIMEOUT_SECONDS)
         assert answer.refused == [(0, "look-again", "mine")]
         assert peer.start("q", "mine", flags=FLAG_CHECK, seen=answer.history_sequence) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stageflow_brokers.api import ACK, DEAD_LETTER, RETRY, PublishItem, Refused, SettleItem, Target
-from stageflow_brokers.testing.harness import PATIENCE, Hub, Peer, Received
+from stageflow_brokers.testing.harness import TIMEOUT_SECONDS, Hub, Peer, Received
 
 __all__ = ["SettlementContract"]
 
@@ -103,7 +103,7 @@ class SettlementContract:
         settle_again(peer, old)
         settle_dead(peer, old)
         with pytest.raises(Refused, match="not held"):
-            peer.broker.checkpoint(*old.lease, "step", b"x").result(PATIENCE)
+            peer.broker.checkpoint(*old.lease, "step", b"x").result(TIMEOUT_SECONDS)
         peer.broker.release([old.lease], "q", 1)
         peer.until(lambda: peer.stale == [old.item.id] * 4, "everything refused")
         peer.move(held, "q1", b"moved once")
@@ -121,7 +121,7 @@ class SettlementContract:
         thief.move(one, "q1", b"stolen")
         settle_again(thief, one)
         with pytest.raises(Refused, match="not held"):
-            thief.broker.checkpoint(*one.lease, "step", b"x").result(PATIENCE)
+            thief.broker.checkpoint(*one.lease, "step", b"x").result(TIMEOUT_SECONDS)
         thief.broker.release([one.lease], "q", 2)
         thief.until(lambda: thief.stale == [one.item.id] * 3, "everything refused")
         holder.move(one, "q1", b"mine")
@@ -219,8 +219,8 @@ class SettlementContract:
         peer.publish("q", b"1")
         peer.broker.consume("q", 1)
         (first,) = peer.receive()
-        peer.broker.checkpoint(*first.lease, "charge", b"42").result(PATIENCE)
-        peer.broker.checkpoint(*first.lease, "mail", b"sent").result(PATIENCE)
+        peer.broker.checkpoint(*first.lease, "charge", b"42").result(TIMEOUT_SECONDS)
+        peer.broker.checkpoint(*first.lease, "mail", b"sent").result(TIMEOUT_SECONDS)
         settle_again(peer, first)
         (again,) = peer.receive()
         assert again.item.extra is not None
@@ -239,4 +239,4 @@ class SettlementContract:
         settle_again(peer, first)
         peer.receive()
         with pytest.raises(Refused, match="not held"):
-            peer.broker.checkpoint(*first.lease, "late", b"x").result(PATIENCE)
+            peer.broker.checkpoint(*first.lease, "late", b"x").result(TIMEOUT_SECONDS)

@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from stageflow_brokers.api import FLAG_START, FLAG_WATCH, Broker, BrokerAdmin, DeliveryItem, Listener, Target
 
-__all__ = ["PATIENCE", "Answers", "Hub", "Peer", "Received"]
+__all__ = ["TIMEOUT_SECONDS", "Answers", "Hub", "Peer", "Received"]
 
-PATIENCE = 20.0
+TIMEOUT_SECONDS = 20.0
 """Seconds until something that has to happen counts as not happening."""
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Hub(Protocol):
 class Answers:
     """Performs operations of a `BrokerAdmin` and waits for each answer: `peer.ask.stats("q")`."""
 
-    def __init__(self, admin: BrokerAdmin, timeout: float = PATIENCE) -> None:
+    def __init__(self, admin: BrokerAdmin, timeout: float = TIMEOUT_SECONDS) -> None:
         self._admin = admin
         self._timeout = timeout
 
@@ -126,7 +126,7 @@ class Peer(Listener):
     def until(self, condition: Callable[[], Any], what: str) -> None:
         """Wait for something heard to make `condition` true."""
         with self._news:
-            assert self._news.wait_for(condition, PATIENCE), f"{what}: heard {self!r}"
+            assert self._news.wait_for(condition, TIMEOUT_SECONDS), f"{what}: heard {self!r}"
 
     def receive(self, count: int = 1) -> list[Received]:
         """The next `count` deliveries that no `receive` has returned before."""
@@ -143,7 +143,7 @@ class Peer(Listener):
     def query(self, name: str, *args: Any) -> Any:
         """Return the answer to a query frame that no method of `BrokerAdmin` would send."""
         connection: Any = self.broker
-        return connection._query(name, *args).result(PATIENCE)
+        return connection._query(name, *args).result(TIMEOUT_SECONDS)
 
     # what it does
 
@@ -170,7 +170,7 @@ class Peer(Listener):
             for queue, body, more in items
         ]
         answer = self.broker.publish([Target(name, "new") for name in names], fields, [body for _, body, _ in items])
-        return answer.result(PATIENCE).refused
+        return answer.result(TIMEOUT_SECONDS).refused
 
     def start(self, queue: str, group: str, body: bytes = b"start", *, watch: bool = False, **more: Any) -> Any:
         """Start a group with one message; what was refused."""

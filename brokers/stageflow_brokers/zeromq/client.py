@@ -74,10 +74,10 @@ class ZmqClient(Connection):
             if not self._ended and not self._stopping.is_set():
                 self._stopping.set()
                 os.eventfd_write(self._wakeup, 1)
-        if not self.inside():
+        if not self.is_own_thread():
             self._thread.join(timeout + 1)
 
-    def inside(self) -> bool:
+    def is_own_thread(self) -> bool:
         """Whether this is the connection's own thread."""
         return threading.current_thread() is self._thread
 
@@ -86,7 +86,7 @@ class ZmqClient(Connection):
         if self._sleeping:
             os.eventfd_write(self._wakeup, 1)
 
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         self._hello_due = time.monotonic() + SILENCE
         hello = self._hello()
         # Not welcomed any more: nothing is laid ready now, and what was is sent again.
@@ -170,14 +170,14 @@ class ZmqClient(Connection):
             event = recv_monitor_message(monitor)
             self._look(event["event"], event["value"])
         elif not self._welcomed and time.monotonic() >= self._hello_due:
-            self.say_hello()
+            self.send_hello()
         while True:
             try:
                 parts = dealer.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             if len(parts) == 2:
-                self.said(parts[0], parts[1])
+                self.on_frame(parts[0], parts[1])
         self._send_all()
 
     def _look(self, event: int, descriptor: int) -> None:
@@ -189,7 +189,7 @@ class ZmqClient(Connection):
             # There are as many as there may be; the transport does not try again by itself.
             self._turned_away = time.monotonic() + KNOCK_AGAIN
         else:
-            self.say_hello()
+            self.send_hello()
 
     def _is_sound(self) -> bool:
         """Whether we still have our descriptors: code that closes whatever is open leaves us waiting for ever."""

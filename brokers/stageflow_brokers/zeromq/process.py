@@ -89,7 +89,7 @@ def main(argument: str) -> int:
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
             warn=_warn,
-            giving_up=stop,
+            stop_requested=stop,
         )
         server = Server(engine, options.address, wakeup=stop.wakeup, most_descriptors=descriptors)
     except (BrokerError, OSError) as error:

@@ -80,7 +80,7 @@ class Server:
         """The loop. Raises `JournalFailed` when the journal has failed: end the process then."""
         engine = self._engine
         while not stopping():
-            ready = self._poller.poll(0 if self._more else int(engine.patience(IDLE) * 1000 + 0.999))
+            ready = self._poller.poll(0 if self._more else int(engine.next_timeout(IDLE) * 1000 + 0.999))
             if any(socket is self._porter for socket, _ in ready):
                 self._mind_the_door()
             frames = self._drain()

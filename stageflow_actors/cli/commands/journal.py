@@ -104,9 +104,9 @@ def stats(data: Path, output: str) -> None:
     stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
     """
     from stageflow_actors.runtime.client.attach import existing
-    from stageflow_brokers.offline.settlements import settlements
+    from stageflow_brokers.offline.settlements import count_settlements
 
-    accounts = settlements(existing(data).journal)
+    accounts = count_settlements(existing(data).journal)
     segments = [
         {"file": use.file, "batches": use.batches, "records": use.records, "bytes": use.bytes}
         for use in accounts.segments
@@ -179,10 +179,10 @@ def compact(data: Path) -> None:
 def _not_understood(directory: Path) -> JournalCorrupt | None:
     """What is wrong with what the batches say, where they are whole."""
     from stageflow_brokers.errors import JournalCorrupt
-    from stageflow_brokers.offline.settlements import settlements
+    from stageflow_brokers.offline.settlements import count_settlements
 
     try:
-        settlements(directory)
+        count_settlements(directory)
     except JournalCorrupt as error:
         return error
     return None
@@ -207,20 +207,20 @@ def repair(yes: bool, data: Path) -> int:
     stageflow journal repair --data /var/lib/orders
     """
     from stageflow_actors.runtime.client.attach import existing
-    from stageflow_brokers.journal.repair import LISTS
+    from stageflow_brokers.journal.repair import LOST_NAMES_PATTERN
     from stageflow_brokers.journal.repair import repair as mend
     from stageflow_brokers.journal.verify import verify as findings_of
-    from stageflow_brokers.offline.groups import groups_in, groups_perhaps_in
+    from stageflow_brokers.offline.groups import groups_in, possible_groups_in
 
     data_dir = existing(data)
     directory = data_dir.journal
-    earlier = sorted(directory.glob(f"*/{LISTS}"))
+    earlier = sorted(directory.glob(f"*/{LOST_NAMES_PATTERN}"))
     if not findings_of(directory):
         click.echo("nothing is wrong; nothing was changed")
         _tell_of(earlier)
         return 0
     confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
-    report = mend(directory, names=groups_in, perhaps=groups_perhaps_in)
+    report = mend(directory, names=groups_in, perhaps=possible_groups_in)
     if not report.copies:
         click.echo("nothing is wrong any more; nothing was changed")
         return 0
@@ -260,13 +260,13 @@ def _named(names: Sequence[str]) -> str:
 def _what_next(data_dir: DataDir, left: bool) -> int:
     """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
     from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
-    from stageflow_brokers.offline.settlements import offline
+    from stageflow_brokers.offline.settlements import load_engine
 
     if not data_dir.history.exists():
         if not left:
             click.echo("nothing is left of the journal, and no history is there: the next start begins anew")
         return 0
-    if left and HISTORY_FACT in offline(data_dir.journal).machine.state.facts:
+    if left and HISTORY_FACT in load_engine(data_dir.journal).machine.state.facts:
         return 0
     lost = "does not know the history any more" if left else "has nothing left, while a history is there"
     click.echo(

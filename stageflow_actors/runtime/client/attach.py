@@ -25,7 +25,7 @@ from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, r
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker
-from stageflow_brokers.offline.settlements import offline
+from stageflow_brokers.offline.settlements import load_engine
 
 __all__ = ["Attached", "attach", "existing", "live_address"]
 
@@ -133,7 +133,7 @@ def _connected(address: str) -> Iterator[Broker]:
 
 @contextmanager
 def _in_memory(data_dir: DataDir) -> Iterator[Broker]:
-    hub = MemoryBroker(engine=offline(data_dir.journal))
+    hub = MemoryBroker(engine=load_engine(data_dir.journal))
     try:
         yield hub.connect(Listener(), name="cli")
     finally:
