@@ -251,7 +251,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/pool.py",
-                "        self._services.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
+                "        self._context.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
                 (
                     "        if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):\n"
                     "            worker.killed = ((), Failure('stopped', 'not needed'))\n"
@@ -293,13 +293,13 @@ MUTANTS = (
     Mutant(
         "outdated-history-taken",
         "a history that lacks rows which the journal records as written counts as complete",
-        (("stageflow_actors/runtime/node/history_consistency.py", "history.written < int(told)", "False"),),
+        (("stageflow_actors/runtime/node/history_consistency.py", "history.written < int(recorded)", "False"),),
         ("tests/runtime/test_history_consistency.py::test_a_history_older_than_the_journal_is_refused",),
     ),
     Mutant(
         "finished-run-again",
         "an instance that finished by a newer history is run again by an older journal",
-        (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(over).result()", "pass"),),
+        (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(ended).result()", "pass"),),
         (
             "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
         ),
@@ -549,7 +549,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
-                "        if self._deaths > 1:\n            self.wait(self._deaths - 1, now)\n",
+                "        if self._deaths > 1:\n            self.back_off(self._deaths - 1, now)\n",
                 "",
             ),
         ),
@@ -595,7 +595,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/pool.py",
-                "        if self._services.has_exited(worker.pidfd):\n            return  # its",
+                "        if self._context.has_exited(worker.pidfd):\n            return  # its",
                 "        if False:\n            return  # its",
             ),
         ),

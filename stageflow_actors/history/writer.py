@@ -95,7 +95,7 @@ class HistoryWriter:
         with typed_errors(self.path):
             return bool(self._connection.execute("SELECT 1 FROM meta WHERE name = ?", (JOURNAL,)).fetchall())
 
-    def belongs_to_journal(self) -> None:
+    def mark_journal_bound(self) -> None:
         """From now on a journal remembers it: one that does not is not its own."""
         if not self.has_journal:
             self._transact("INSERT INTO meta VALUES (?, ?)", [(JOURNAL, "yes")])

@@ -40,24 +40,28 @@ READY_SECONDS = 180.0
 REGISTER_SECONDS = 30.0
 STOP_MARGIN_SECONDS = 10.0
 """What a node gets beyond the grace to end all that is in work, and itself, before it is killed with its cluster."""
-REMAINS_SECONDS = 5.0
+SURVIVOR_SECONDS = 5.0
 """How long what is left of a dead node's cluster may take to follow it."""
 
 
-class _Silent(BrokerUnavailable):
+class _DiedWhileStarting(BrokerUnavailable):
     """The node ended while it was starting, and said nothing."""
 
 
 class NodeHandle:
-    """The node of a runtime. `notice` is given sentences for people; `failed` why the node cannot be kept."""
+    """The node of a runtime. `notify` is given sentences for people; `on_failure` why the node cannot be kept."""
 
     def __init__(
-        self, data: DataDir, config: NodeConfig, notice: Callable[[str], None], failed: Callable[[StageFlowError], None]
+        self,
+        data: DataDir,
+        config: NodeConfig,
+        notify: Callable[[str], None],
+        on_failure: Callable[[StageFlowError], None],
     ) -> None:
         self._data = data
         self._config = config
-        self._notice = notice
-        self._failed = failed
+        self._notify = notify
+        self._on_failure = on_failure
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,7 +69,7 @@ class NodeHandle:
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._registered = threading.Condition()
-        self._asked = self._answered = 0
+        self._last_requested = self._last_confirmed = 0
         self._restart_limit = RestartLimit("node process")
         self.address = ""
         self.resuming: dict[str, int] = {}
@@ -78,32 +82,32 @@ class NodeHandle:
 
     def start(self) -> None:
         """Start the node and wait until it is ready. Raises what kept it from starting."""
-        self._launch_surely()
+        self._launch_until_ready()
         threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
         """More workflows, for this node and any later one."""
         self._config.plans.extend(register.plans)
-        again = {pool.queue: pool for pool in register.pools}
-        self._config.pools = [pool for pool in self._config.pools if pool.queue not in again] + register.pools
+        replaced = {pool.queue: pool for pool in register.pools}
+        self._config.pools = [pool for pool in self._config.pools if pool.queue not in replaced] + register.pools
         with self._registered:
-            self._asked += 1
-            number = register.number = self._asked
+            self._last_requested += 1
+            number = register.number = self._last_requested
         self._send(register)
         with self._registered:
-            self._registered.wait_for(lambda: self._answered >= number, timeout=REGISTER_SECONDS)
+            self._registered.wait_for(lambda: self._last_confirmed >= number, timeout=REGISTER_SECONDS)
 
-    def _all_registered(self, number: int) -> None:
+    def _confirm_registered(self, number: int) -> None:
         with self._registered:
-            self._answered = max(self._answered, number)
+            self._last_confirmed = max(self._last_confirmed, number)
             self._registered.notify_all()
 
     def scale(self, queue: str, actors: int) -> None:
         """Another number of actors, for this node and any later one."""
-        self._note_scale(queue, actors)
+        self._record_scale(queue, actors)
         self._send(Scale(queue, actors))
 
-    def _note_scale(self, queue: str, actors: int) -> None:
+    def _record_scale(self, queue: str, actors: int) -> None:
         for pool in self._config.pools:
             if pool.queue == queue:
                 pool.actors = actors
@@ -112,7 +116,7 @@ class NodeHandle:
         """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it, and so does the
         grace when it has long been over: the node may be stopped, or wait for a broker that is."""
         deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
-        notes = StopNotes(self._notice)
+        notes = StopNotes(self._notify)
         try:
             failpoint("program.leaving")
             self._stopping.set()
@@ -128,15 +132,15 @@ class NodeHandle:
                 elif is_stopped(self.pid):  # else it says by itself what it waits for
                     notes.wait_for(lambda: describe_silent("the node", self.pid))
             if self._reap() != 0:
-                self._await_remains()
+                self._wait_for_survivors()
                 self._data.remove_cluster()  # which it would have done itself
         except BaseException:
             self.kill()
             raise
-        self._let_go()
+        self._close_pidfd()
 
     def _kill_late(self) -> None:
-        self._notice("the cluster has not ended in time and is killed; what is unfinished goes on at the next start")
+        self._notify("the cluster has not ended in time and is killed; what is unfinished goes on at the next start")
         if self._process is not None:
             self._process.kill()
 
@@ -153,13 +157,13 @@ class NodeHandle:
                 self._process.kill()
         self._reap()
         try:
-            self._await_remains()
+            self._wait_for_survivors()
             self._data.remove_cluster()
         except BrokerUnavailable as error:
-            self._notice(str(error))  # whoever kills has a reason of their own to tell
-        self._let_go()
+            self._notify(str(error))  # whoever kills has a reason of their own to tell
+        self._close_pidfd()
 
-    def _let_go(self) -> None:
+    def _close_pidfd(self) -> None:
         """The node has ended, and no other follows."""
         with self._lock:
             if self._pidfd >= 0:
@@ -175,7 +179,7 @@ class NodeHandle:
         except OSError:
             pass  # the node is gone; the watch starts another, which is told by its configuration
 
-    def _launch_surely(self) -> None:
+    def _launch_until_ready(self) -> None:
         """Start a node until one is ready or has said why it cannot be."""
         while True:
             try:
@@ -183,9 +187,9 @@ class NodeHandle:
                     if not self._stopping.is_set():
                         self._launch()
                 return
-            except _Silent:
+            except _DiedWhileStarting:
                 self._restart_limit.record()
-                self._await_remains()
+                self._wait_for_survivors()
 
     def _launch(self) -> None:
         runtime_dir(self._data.path)  # refused here, whoever asks for the cluster is told by whom and why
@@ -219,9 +223,9 @@ class NodeHandle:
             status = self._process.wait()
             channel.close()
             if report is None and status < 0:
-                raise _Silent(f"the node process ended while it was starting ({describe_exit(status)})")
-            self._await_remains()  # they hold the directory, which may be opened again at once
-            raise _error(report)
+                raise _DiedWhileStarting(f"the node process ended while it was starting ({describe_exit(status)})")
+            self._wait_for_survivors()  # they hold the directory, which may be opened again at once
+            raise _error_of(report)
         failpoint("program.ready")
         self._channel = channel
         self.address = report.text
@@ -239,19 +243,19 @@ class NodeHandle:
 
     def _watch(self) -> None:
         """Hear what the node says; start another when it ends unasked, unless it has said why it cannot go on."""
-        verdict: Report | None = None
+        failure_report: Report | None = None
         while True:
             channel = self._channel
             report = None if channel is None else channel.receive()
             if isinstance(report, Report):
                 if report.word == "registered":
-                    self._all_registered(report.fields["number"])
+                    self._confirm_registered(report.fields["number"])
                 elif report.word == "notice":
-                    self._notice(report.text)
+                    self._notify(report.text)
                 elif report.word == "scaled":
-                    self._note_scale(report.fields["queue"], report.fields["actors"])
+                    self._record_scale(report.fields["queue"], report.fields["actors"])
                 elif report.word == "failed":
-                    verdict = report
+                    failure_report = report
                 continue
             if self._stopping.is_set():
                 return
@@ -260,29 +264,31 @@ class NodeHandle:
             if self._stopping.is_set():
                 return
             try:
-                if verdict is not None:
-                    raise _error(verdict)
-                self._notice(f"the node process has ended ({describe_exit(status)}); it is started again")
+                if failure_report is not None:
+                    raise _error_of(failure_report)
+                self._notify(f"the node process has ended ({describe_exit(status)}); it is started again")
                 self._restart_limit.record()
-                self._await_remains()
-                self._launch_surely()
-                self._all_registered(self._asked)  # the new node has it in its configuration
+                self._wait_for_survivors()
+                self._launch_until_ready()
+                self._confirm_registered(self._last_requested)  # the new node has it in its configuration
             except StageFlowError as error:
-                self._failed(error)
+                self._on_failure(error)
                 return
             except Exception as error:  # noqa: BLE001 - whoever waits must hear that nobody keeps the node any more
-                self._failed(BrokerUnavailable(f"the node process could not be kept: {describe_error(error)}"))
+                self._on_failure(BrokerUnavailable(f"the node process could not be kept: {describe_error(error)}"))
                 return
 
-    def _await_remains(self) -> None:
+    def _wait_for_survivors(self) -> None:
         """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end."""
-        deadline = time.monotonic() + REMAINS_SECONDS
-        while left := _remains(self._data):
+        deadline = time.monotonic() + SURVIVOR_SECONDS
+        while survivors := _survivors(self._data):
             if time.monotonic() > deadline:
+                pids = ", ".join(map(str, survivors))
                 raise BrokerUnavailable(
-                    f"the node process ended, and the processes {', '.join(map(str, left))} of its cluster outlived it"
+                    f"the node process ended, but processes of its cluster are still running: {pids}; end them, then "
+                    "start again"
                 )
-            for pid in left:
+            for pid in survivors:
                 let_go_on(pid)  # one that is stopped does not see that it is to end
             time.sleep(0.01)
 
@@ -296,7 +302,7 @@ class NodeHandle:
 
 def remove_cluster_files(data: DataDir) -> None:
     """A cluster that did not come to be leaves neither its record nor its sockets; what lives of it may need both."""
-    if _remains(data):
+    if _survivors(data):
         return
     data.remove_cluster()
     try:
@@ -305,7 +311,7 @@ def remove_cluster_files(data: DataDir) -> None:
         pass  # it is not ours
 
 
-def _remains(data: DataDir) -> list[int]:
+def _survivors(data: DataDir) -> list[int]:
     """What lives of a cluster on this directory, whose lock this process holds.
 
     What the program itself has forked (a process pool) holds the lock too, in the program's own session; of the
@@ -322,17 +328,17 @@ def _session(pid: int) -> int | None:
         return None  # it has just ended
 
 
-def _error(report: Report | None) -> StageFlowError:
+def _error_of(report: Report | None) -> StageFlowError:
     if report is None:
         return BrokerUnavailable("the node process ended while it was starting; see stderr for its reason")
-    known = getattr(errors, report.kind, None) or getattr(history_errors, report.kind, None)
-    if known is errors.JournalCorrupt:
+    error_type = getattr(errors, report.kind, None) or getattr(history_errors, report.kind, None)
+    if error_type is errors.JournalCorrupt:
         file = report.fields.get("file")
         return errors.JournalCorrupt(
             report.text, file=None if file is None else os.fsdecode(file), offset=report.fields.get("offset")
         )
-    if known is not None and isinstance(known, type) and issubclass(known, StageFlowError):
-        made = known.__new__(known, report.text)
+    if error_type is not None and isinstance(error_type, type) and issubclass(error_type, StageFlowError):
+        made = error_type.__new__(error_type, report.text)
         made.args = (report.text,)
         return made
     return StageFlowError(report.text)

@@ -185,7 +185,7 @@ class Nursery:
         self._pid = 1 << 30
         workflow = Workflow("w").add_stage(lambda context: None, id="s")
         plan = compile_plan(workflow, Naming())
-        self.services = PoolContext(
+        self.pool_context = PoolContext(
             slots=slots,
             zygote=lambda: cast(Any, self.zygote),
             broker=cast(Any, self.broker),
@@ -197,7 +197,7 @@ class Nursery:
             has_exited=lambda pidfd: pidfd in self.exited,
         )
         stage = "" if kind == "compensation" else "s"
-        self.pool = Pool(PoolSpec("q", "w", stage, kind, actors, {}, [VersionCode(1, b"", plan)]), self.services)
+        self.pool = Pool(PoolSpec("q", "w", stage, kind, actors, {}, [VersionCode(1, b"", plan)]), self.pool_context)
 
     def new_zygote(self, error: int = 0) -> Any:
         self.zygote = Zygote(error)

@@ -22,9 +22,9 @@ from stageflow_actors.runtime.node.exit_policy import (
     NO_CONSEQUENCE,
     ExitDecision,
     ExitPolicy,
-    over_memory,
-    over_time,
-    overdue,
+    memory_failure,
+    overdue_states,
+    timeout_failure,
 )
 from stageflow_actors.runtime.node.worker_handle import Kill
 
@@ -61,7 +61,7 @@ class Court:
     def __call__(
         self, status: int | None, *states: SlotState, of: PoolSpec | None = None, **facts: Any
     ) -> ExitDecision:
-        return self.policy.ended(of or spec(), states, status, now=NOW, **facts)
+        return self.policy.decide(of or spec(), states, status, now=NOW, **facts)
 
     @property
     def waits(self) -> float:
@@ -211,17 +211,17 @@ def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(cou
 
 def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
     for status, how in ((13, "exit code 13"), (-signal.SIGSEGV, "killed by SIGSEGV (segmentation fault)")):
-        court.policy.forget()
+        court.policy.reset()
         for _ in range(MAX_FAILED_STARTS):
             pause = court(status, IDLE).pause
         assert pause.endswith(f"ended in a row before they did anything (the last: {how})")
 
 
 def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
-    assert court.policy.not_started(spec(), NOW) == NO_CONSEQUENCE
+    assert court.policy.decide_failed_start(spec(), NOW) == NO_CONSEQUENCE
     assert court.waits == pytest.approx(BACK_OFF_SECONDS)
     for _ in range(MAX_FAILED_STARTS - 1):
-        decision = court.policy.not_started(spec(), NOW)
+        decision = court.policy.decide_failed_start(spec(), NOW)
     assert f"{MAX_FAILED_STARTS} of its workers ended in a row" in decision.pause
     assert "no room for its process" in decision.pause
 
@@ -229,7 +229,7 @@ def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> 
 def test_what_is_forgotten_counts_no_more(court: Court) -> None:
     for _ in range(MAX_DEATHS_IN_A_ROW - 1):
         court(1, BUSY)
-    court.policy.forget()
+    court.policy.reset()
     assert court.policy.not_before == 0
     assert not court(1, BUSY).pause
     assert court.waits == 0
@@ -258,33 +258,33 @@ def test_a_death_while_a_policy_decides_leaves_the_failure_as_final(court: Court
 def test_a_policy_over_its_time_is_killed_with_what_it_was_asked_about() -> None:
     late = asking(7, "ValueError: x")
     text = "ValueError: x (and its retry policy ran longer than the timeout of 1 s)"
-    assert over_time(spec(), late) == Failure(UNDECIDED, text, "ValueError")
-    assert over_time(spec(), late, asking(8, "ValueError: x")).message == text
+    assert timeout_failure(spec(), late) == Failure(UNDECIDED, text, "ValueError")
+    assert timeout_failure(spec(), late, asking(8, "ValueError: x")).message == text
     general = "StageTimeout: a retry policy of stage 's' ran longer than the timeout of 1 s"
     for other in ("ValueError: y", ""):
-        assert over_time(spec(), asking(7, other), late) == Failure(UNDECIDED, general, "StageTimeout")
+        assert timeout_failure(spec(), asking(7, other), late) == Failure(UNDECIDED, general, "StageTimeout")
 
 
 def test_a_kill_is_for_policies_or_for_handlers_and_never_for_one_that_waits_for_the_same_event_loop() -> None:
     second = 10**9
     policy, handler = asking(1, "x"), SlotState(2, 1, second, 1, 0, False)
-    assert overdue([policy, handler], second) == []
-    assert overdue([policy, handler], 2 * second) == [policy]
-    assert overdue([handler], 2 * second) == [handler]
+    assert overdue_states([policy, handler], second) == []
+    assert overdue_states([policy, handler], 2 * second) == [policy]
+    assert overdue_states([handler], 2 * second) == [handler]
     graced = SlotState(3, 1, second, 1, 0, False, 0, second)
     later = asking(4, "x", since=3 * second, grace=second)
-    assert overdue([graced, later], 3 * second) == [], "it would have ended by itself, did the policy answer"
-    assert overdue([graced, later], 5 * second) == [later]
+    assert overdue_states([graced, later], 3 * second) == [], "it would have ended by itself, did the policy answer"
+    assert overdue_states([graced, later], 5 * second) == [later]
     unlimited = asking(5, "x", grace=second, timeout=0)
-    assert overdue([graced, unlimited], 3 * second) == [graced]
+    assert overdue_states([graced, unlimited], 3 * second) == [graced]
 
 
 def test_reasons_to_kill_name_stage_and_limit() -> None:
     late = SlotState(7, 1, 2_500_000_000, 1, 0, False)
-    assert over_time(spec(), late).message == "StageTimeout: stage 's' ran longer than its timeout of 2.5 s"
+    assert timeout_failure(spec(), late).message == "StageTimeout: stage 's' ran longer than its timeout of 2.5 s"
     graced = SlotState(7, 1, 2_500_000_000, 1, 0, False, 0, 1)
-    assert over_time(spec(), graced).message.endswith("of 2.5 s and did not end when it was cancelled")
-    assert over_memory(spec(max_memory=10**6), 3 * 10**6).message == (
+    assert timeout_failure(spec(), graced).message.endswith("of 2.5 s and did not end when it was cancelled")
+    assert memory_failure(spec(max_memory=10**6), 3 * 10**6).message == (
         "WorkerDied: the worker was killed while running stage 's': "
         "it used 3 MB of memory, more than max_memory=1000000"
     )

@@ -20,7 +20,7 @@ def test_a_zygote_that_is_closed_already_is_asked_once_per_worker_until_its_end_
     assert len(successor.asked) == 3
     assert len(nursery.buried()) == 3
     assert nursery.said == []
-    assert len(nursery.services.live) == 3
+    assert len(nursery.pool_context.live) == 3
 
 
 def test_without_room_for_processes_a_pool_asks_again_later_and_not_at_once(nursery: Any) -> None:
@@ -30,8 +30,8 @@ def test_without_room_for_processes_a_pool_asks_again_later_and_not_at_once(nurs
     for _ in range(10):
         nursery.pool.on_receive(Tick())
     assert len(full.asked) == 1
-    assert nursery.services.is_restless("q"), "it wants to be told when time has passed"
-    assert nursery.services.live == {}
+    assert nursery.pool_context.is_active("q"), "it wants to be told when time has passed"
+    assert nursery.pool_context.live == {}
 
 
 def test_the_loss_of_a_zygote_does_not_touch_workers_of_its_successor(nursery: Any) -> None:
@@ -43,4 +43,4 @@ def test_the_loss_of_a_zygote_does_not_touch_workers_of_its_successor(nursery: A
     nursery.pool.on_receive(ZygoteLost(first))
     assert len(second.asked) == 3
     assert len(nursery.buried()) == 3
-    assert not nursery.services.is_restless("q")
+    assert not nursery.pool_context.is_active("q")

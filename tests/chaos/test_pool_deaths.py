@@ -69,7 +69,7 @@ def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_it
     assert alone.broker.facts[FACT] == "yes"
     before = len(alone.zygote.asked)
     alone.broker.paused = False
-    alone.pool._pause._looked_at -= 2 * pool_pause.LOOK_INTERVAL_SECONDS
+    alone.pool._pause._checked_at -= 2 * pool_pause.CHECK_INTERVAL_SECONDS
     alone.pool.on_receive(Tick())
     alone.pool.on_receive(alone.pool.actor_inbox.get().message)
     assert alone.broker.facts[FACT] == "no", "or a pause of a person's would be lifted at the next start"
@@ -167,9 +167,9 @@ def test_a_worker_that_exited_before_the_kill_is_classified_by_its_own_exit(
     if why == "cancel":
         worker.cancelled[7] = 1
     elif why == "memory":
-        monkeypatch.setattr(pool_module, "memory_over", lambda pid, limit: 2 * limit)
+        monkeypatch.setattr(pool_module, "memory_above", lambda pid, limit: 2 * limit)
         alone.pool._spec.max_memory = 1_000_000
-        alone.pool._look_at_memory()
+        alone.pool._check_memory()
     alone.pool.on_receive(Tick())
     assert alone.killed == [worker.pid]
     alone.end(id, 3)
@@ -187,13 +187,13 @@ def test_a_stopped_zygote_that_owes_a_death_is_ended_and_the_dead_are_judged_all
     two.exited.add(two.worker(dead).pidfd)
     zygote = two.zygote
     now = time.monotonic_ns()
-    two.pool._look_for_deaths(now)
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
+    two.pool._check_unreported_exits(now)
+    two.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS)
     assert not zygote.killed, "one that is at work is given more time"
     zygote.stopped = True
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS - 1)
+    two.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS - 1)
     assert not zygote.killed
-    two.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
+    two.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS)
     assert zygote.killed
     two.new_zygote()
     two.pool.on_receive(ZygoteLost(zygote))
@@ -211,8 +211,8 @@ def test_a_stage_killed_at_its_timeout_under_a_stopped_zygote_has_failed_by_that
     zygote = alone.zygote
     zygote.stopped = True
     now = time.monotonic_ns()
-    alone.pool._look_for_deaths(now)
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
+    alone.pool._check_unreported_exits(now)
+    alone.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS)
     alone.pool.on_receive(ZygoteLost(zygote))
     ((responsible, _, failure),) = alone.buried()
     assert (responsible, failure.kind) == ([7], "timeout")
@@ -222,23 +222,23 @@ def test_a_zygote_that_is_not_stopped_and_reports_nothing_for_very_long_is_ended
     id = alone.birth()
     alone.exited.add(alone.worker(id).pidfd)
     now = time.monotonic_ns()
-    alone.pool._look_for_deaths(now)
-    alone.pool._look_for_deaths(now + pool_module.MAX_UNREPORTED_NS + 1)
+    alone.pool._check_unreported_exits(now)
+    alone.pool._check_unreported_exits(now + pool_module.MAX_UNREPORTED_NS + 1)
     assert alone.zygote.killed
 
 
 def test_a_stopped_zygote_that_owes_a_birth_is_ended(alone: Any) -> None:
     now = time.monotonic_ns()
-    alone.pool._look_for_deaths(now)
+    alone.pool._check_unreported_exits(now)
     alone.zygote.stopped = True
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
+    alone.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS)
     assert alone.zygote.killed
 
 
 def test_a_worker_that_is_born_in_time_is_owed_nothing(alone: Any) -> None:
     now = time.monotonic_ns()
-    alone.pool._look_for_deaths(now)
+    alone.pool._check_unreported_exits(now)
     alone.zygote.stopped = True
     alone.birth()
-    alone.pool._look_for_deaths(now + pool_module.UNREPORTED_NS)
+    alone.pool._check_unreported_exits(now + pool_module.UNREPORTED_NS)
     assert not alone.zygote.killed

@@ -265,7 +265,7 @@ def test_a_stop_prints_what_it_waits_for_and_a_second_ctrl_c_ends_what_is_stoppe
     assert WAITS[kinds].format(pid=stopped[0].pid if stopped else 0) in said
     program.send_signal(signal.SIGINT)
     assert program.wait(PATIENT) == -signal.SIGINT
-    assert "outlived" not in program.stderr.read()
+    assert "still running" not in program.stderr.read()
     assert alive.end_within(3.0) == []
 
 

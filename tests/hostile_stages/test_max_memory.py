@@ -18,7 +18,7 @@ import pytest
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowDefinitionError
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, merged, pool_specs
-from stageflow_actors.runtime.node.memory_limits import memory_over
+from stageflow_actors.runtime.node.memory_limits import memory_above
 
 Row = dict[str, Any]
 Handler = Callable[[Row], Any]
@@ -213,11 +213,11 @@ def test_when_memory_runs_out_the_kernel_would_rather_end_a_worker_than_the_node
 
 
 def test_memory_over_reports_sizes_and_skips_processes_that_have_exited() -> None:
-    assert memory_over(os.getpid(), 1 << 40) == 0
-    assert memory_over(os.getpid(), 1 << 20) > 1 << 20
+    assert memory_above(os.getpid(), 1 << 40) == 0
+    assert memory_above(os.getpid(), 1 << 20) > 1 << 20
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert memory_over(ended.pid, 1) == 0
+    assert memory_above(ended.pid, 1) == 0
 
 
 @pytest.mark.parametrize(

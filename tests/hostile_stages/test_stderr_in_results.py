@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stageflow_actors.core.failures import describe_error, last_lines
-from stageflow_actors.runtime.node.memory_limits import OomKills, counted_oom_kills
+from stageflow_actors.runtime.node.memory_limits import OomKills, count_oom_kills
 from stageflow_actors.runtime.system.processes import describe_exit
 
 DUMP = b"""\
@@ -89,7 +89,7 @@ def test_the_kernel_is_asked_where_it_counts_for_this_group_of_processes(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert counted_oom_kills(tmp_path) == count
+    assert count_oom_kills(tmp_path) == count
 
 
 def test_each_process_that_the_kernel_has_counted_is_claimed_once() -> None:

@@ -158,7 +158,7 @@ class VirtualWorker:
         self._message: Any = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._broken: BaseException | None = None
-        table = node.services.slots
+        table = node.pool_context.slots
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
         self.mailbox = _WatchedMailbox(given.queue, node)
@@ -308,7 +308,7 @@ class VirtualNode:
         self.client = _NodeClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
         self.client.deaths = deaths
         zygote: Any = _Zygote(self)
-        self.services = PoolContext(
+        self.pool_context = PoolContext(
             slots=SlotTable.create(256),
             zygote=lambda: zygote,
             broker=self.client,
@@ -322,12 +322,12 @@ class VirtualNode:
         self.coordinator = Coordinator(self.client, writer, NAMING, plans, None)
         self._listener.coordinator = _Ref(lambda message: self._soon(lambda: self.coordinator.on_receive(message)))
         self._listener.supervisor = _Ref(lambda message: self._soon(lambda: self._cancelled(message)))
-        self._listener.services = self.services
+        self._listener.pool_context = self.pool_context
         self._listener.broker = self.client
         self.client.consume(NAMING.finished, 4_000)
         self.client.consume(NAMING.coordinator, 500)
         self.client.admin.declare(queue_options(specs, NAMING, deaths.most))
-        self.pools = {spec.queue: Pool(spec, self.services) for spec in specs}
+        self.pools = {spec.queue: Pool(spec, self.pool_context) for spec in specs}
         for pool in self.pools.values():
             pool.on_start()
         self.client.admin.set_workers([])
@@ -368,7 +368,7 @@ class VirtualNode:
             for each in pool._workers.values():
                 if each.pidfd >= 0:
                     os.close(each.pidfd)
-        self.services.slots.close()
+        self.pool_context.slots.close()
 
     def _soon(self, action: Callable[[], None]) -> None:
         self.world.soon(0.001, lambda: None if self.dead else action())
@@ -378,7 +378,7 @@ class VirtualNode:
             self.pools[worker_id.rpartition("#")[0]].on_receive(message)
 
     def _cancelled(self, message: Cancelled) -> None:
-        queue = self.services.live.get(message.peer)
+        queue = self.pool_context.live.get(message.peer)
         if queue in self.pools:
             self.pools[queue].on_receive(message)
 
@@ -389,7 +389,7 @@ class VirtualNode:
         for queue, pool in self.pools.items():
             while not pool.actor_inbox.empty():
                 pool.on_receive(pool.actor_inbox.get().message)
-            if self.services.is_restless(queue):
+            if self.pool_context.is_active(queue):
                 pool.on_receive(tick)
         self.coordinator.on_receive(Flush())
         self.world.after(TICK, self._tick)

@@ -28,11 +28,11 @@ from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.messaging.settlements import Settlement, numbered, park_unknown, settle_moves, split_parts
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
-from stageflow_actors.runtime.node.orphans import send_on
+from stageflow_actors.runtime.node.orphans import forward_orphan
 from stageflow_brokers.api import DEAD_LETTER, FLAG_CLOSE_GROUP, Ack, Broker, DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import failpoint
 
-__all__ = ["Coordinator", "Delivered", "Flush", "Plan"]
+__all__ = ["AddPlan", "Coordinator", "Deliveries", "Flush"]
 
 logger = logging.getLogger("stageflow_actors.node.coordinator")
 
@@ -46,7 +46,7 @@ FULL_RETRY_SECONDS = 1.0
 """Seconds before another try when the history's disk is full."""
 
 
-class Delivered:
+class Deliveries:
     """A batch from the broker."""
 
     __slots__ = ("bodies", "items", "queue")
@@ -61,7 +61,7 @@ class Flush:
     """Time has passed: write what has waited long enough."""
 
 
-class Plan:
+class AddPlan:
     """A workflow has been registered."""
 
     __slots__ = ("plan",)
@@ -85,10 +85,10 @@ class Coordinator(pykka.ThreadingActor):
         self._plans = {(plan.id, plan.version): plan for plan in plans}
         self._retention = retention
         self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
-        self._since = 0.0
-        self._not_before = 0.0
-        self._most = MAX_ROWS
-        self._pruned = time.monotonic()
+        self._pending_since = 0.0
+        self._retry_at = 0.0
+        self._batch_rows = MAX_ROWS
+        self._pruned_at = time.monotonic()
 
     def on_failure(self, *args: Any) -> None:
         """Nothing goes on without a coordinator: end the node, which is started again and resumes from the broker."""
@@ -97,12 +97,12 @@ class Coordinator(pykka.ThreadingActor):
 
     def on_receive(self, message: Any) -> None:
         """One batch, or the passing of time."""
-        if isinstance(message, Delivered):
+        if isinstance(message, Deliveries):
             failpoint("coordinator.received")
             if message.queue == self._naming.finished:
                 if not self._pending:
-                    self._since = time.monotonic()
-                self._pending.extend(self._rows(message))
+                    self._pending_since = time.monotonic()
+                self._pending.extend(self._history_rows(message))
                 if len(self._pending) >= MAX_ROWS:
                     self._write()
             else:
@@ -110,37 +110,37 @@ class Coordinator(pykka.ThreadingActor):
                 self._coordinate(message, lost=message.queue != self._naming.coordinator)
         elif isinstance(message, Flush):
             now = time.monotonic()
-            if self._pending and now >= self._since + WRITE_DELAY_SECONDS:
+            if self._pending and now >= self._pending_since + WRITE_DELAY_SECONDS:
                 self._write()
-            if self._retention is not None and now - self._pruned > 60:
-                self._pruned = now
+            if self._retention is not None and now - self._pruned_at > 60:
+                self._pruned_at = now
                 try:
                     self._history.prune(time.time() - self._retention)
                 except HistoryUnavailable as error:
                     logger.warning("the history cannot be pruned now: %s", error)
-        elif isinstance(message, Plan):
+        elif isinstance(message, AddPlan):
             self._plans[(message.plan.id, message.plan.version)] = message.plan
 
     # the history
 
-    def _rows(self, batch: Delivered) -> list[tuple[DeliveryItem, HistoryRow]]:
+    def _history_rows(self, batch: Deliveries) -> list[tuple[DeliveryItem, HistoryRow]]:
         """What is to be written; what is no end of an instance is parked, for it would come again with every start."""
         rows: list[tuple[DeliveryItem, HistoryRow]] = []
         parked: list[SettleItem] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                rows.append((item, _row(item, body)))
+                rows.append((item, _history_row(item, body)))
             except (msgspec.MsgspecError, ValueError) as error:
                 logger.error("what came as the end of instance %r is none, and is parked: %s", item.group, error)
-                parked.append(_parked(item, error))
+                parked.append(_park(item, error))
         if parked:
             self._broker.settle([], [], [], parked, [])
         return rows
 
     def _write(self) -> None:
-        if time.monotonic() < self._not_before:
+        if time.monotonic() < self._retry_at:
             return
-        batch = self._pending[: self._most]
+        batch = self._pending[: self._batch_rows]
         rows = [row for _, row in batch]
         failpoint("coordinator.before-history")
         try:
@@ -148,14 +148,14 @@ class Coordinator(pykka.ThreadingActor):
         except HistoryUnavailable as error:
             # The instances stay live in the broker, so nothing is lost and nothing can be started twice.
             logger.warning("the history waits: %s", error)
-            self._not_before = time.monotonic() + FULL_RETRY_SECONDS
+            self._retry_at = time.monotonic() + FULL_RETRY_SECONDS
             # Part of it may find room, and lets the journal, which keeps all of it meanwhile, make some more.
-            self._most = max(1, len(batch) // 2)
+            self._batch_rows = max(1, len(batch) // 2)
             return
         failpoint("coordinator.history-written")
         del self._pending[: len(batch)]
-        self._most = min(MAX_ROWS, 2 * self._most)
-        self._since = time.monotonic()
+        self._batch_rows = min(MAX_ROWS, 2 * self._batch_rows)
+        self._pending_since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item, _ in batch]
         # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
         self._broker.admin.set_fact(WRITTEN_FACT, str(self._history.written))
@@ -164,29 +164,29 @@ class Coordinator(pykka.ThreadingActor):
 
     # failures
 
-    def _coordinate(self, batch: Delivered, *, lost: bool = False) -> None:
+    def _coordinate(self, batch: Deliveries, *, lost: bool = False) -> None:
         targets: list[Target] = []
         settled: list[SettleItem] = []
         bodies: list[bytes] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                one = send_on(item, body, self._plans) if lost else self._handle(item, body)
+                settlement = forward_orphan(item, body, self._plans) if lost else self._handle(item, body)
             except UnknownPlan:
                 workflow_id, version, stage_id = head_of(body) or ("?", 0, "?")
-                one = park_unknown(item, workflow_id, version, f"stage {stage_id!r}")
+                settlement = park_unknown(item, workflow_id, version, f"stage {stage_id!r}")
             except Exception as error:  # what one event is wrong in must not stop all others
                 logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
-                settled.append(_parked(item, error))
+                settled.append(_park(item, error))
                 continue
-            settled.append(numbered(one, targets))
-            bodies.extend(one.bodies)
+            settled.append(numbered(settlement, targets))
+            bodies.extend(settlement.bodies)
         failpoint("coordinator.decided")
         self._broker.settle(targets, [], [], settled, bodies)
 
     def _handle(self, item: DeliveryItem, body: bytes) -> Settlement:
         extra = item.extra
         if extra is not None and extra.label == TIMEOUT:
-            self._cancel_late(item, body)
+            self._cancel_timed_out(item, body)
             return settle_moves(item, Moves())
         epoch = 0 if extra is None or extra.cancelled is None else extra.epoch_now
         return settle_moves(item, self._decide(item, body), epoch)
@@ -208,7 +208,7 @@ class Coordinator(pykka.ThreadingActor):
         failure, attempts = read_failure(extra.failure), extra.attempts + 1
         return decide(extra.label, body, failure, attempts, plans, naming, now, extra.cancelled, arrivals)
 
-    def _cancel_late(self, item: DeliveryItem, body: bytes) -> None:
+    def _cancel_timed_out(self, item: DeliveryItem, body: bytes) -> None:
         """The instance has run for as long as its workflow may: it is cancelled, and says why."""
         base, _ = split_parts(item, body)
         seconds = msgspec.msgpack.decode(base, type=float)
@@ -216,12 +216,12 @@ class Coordinator(pykka.ThreadingActor):
         self._broker.admin.cancel(item.group, reason, list(CANCELLABLE))
 
 
-def _parked(item: DeliveryItem, error: Exception) -> SettleItem:
+def _park(item: DeliveryItem, error: Exception) -> SettleItem:
     reason = Failure("refused", f"the coordinator cannot handle this event: {describe_error(error)}")
     return SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason))
 
 
-def _row(item: DeliveryItem, body: bytes) -> HistoryRow:
+def _history_row(item: DeliveryItem, body: bytes) -> HistoryRow:
     """Raises `ValueError` for what the history could not keep."""
     outcome = decode_outcome(body)
     if not item.group or not 0 <= outcome.version < 1 << 63:

@@ -19,7 +19,15 @@ from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.worker_handle import Kill
 from stageflow_actors.runtime.system.processes import describe_exit
 
-__all__ = ["CANCELLED", "NO_CONSEQUENCE", "ExitDecision", "ExitPolicy", "over_memory", "over_time", "overdue"]
+__all__ = [
+    "CANCELLED",
+    "NO_CONSEQUENCE",
+    "ExitDecision",
+    "ExitPolicy",
+    "memory_failure",
+    "overdue_states",
+    "timeout_failure",
+]
 
 MAX_DEATHS_IN_A_ROW = 16
 """Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
@@ -28,7 +36,7 @@ each kill as many workers as they may are dead letters by then; a stage that kil
 MAX_FAILED_STARTS = 10
 """Workers that end before they begin anything, in a row, before the pool is paused."""
 
-NO_ROOM = "there was no room for its process"
+NO_PROCESS = "there was no room for its process"
 
 BACK_OFF_SECONDS = 0.05
 MAX_BACK_OFF_SECONDS = 0.5
@@ -65,7 +73,7 @@ class ExitPolicy:
         self._failed_starts = 0
         self.not_before = 0.0
 
-    def ended(
+    def decide(
         self,
         spec: PoolSpec,
         states: Sequence[SlotState],
@@ -84,35 +92,35 @@ class ExitPolicy:
             self._failed_starts = 0
         # One that had ended by itself when the signal came is judged by how it did.
         if killed is not None and status in (None, -signal.SIGKILL):
-            return self._was_killed(spec, states, status, killed, now)
+            return self._decide_killed(spec, states, status, killed, now)
         if expected or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
             return NO_CONSEQUENCE
         if not started:
-            return ExitDecision(pause=self._ended_idle(spec, status, now))
+            return ExitDecision(pause=self._record_failed_start(spec, status, now))
         # Also when its handler had returned: what it had settled is no longer its own, and is not counted.
         busy = [state for state in states if state.busy]
-        suspects = _holding_up(busy) or busy or [state for state in states if state.started]
-        how = self._describe(status)
-        died = Failure("died", f"WorkerDied: the worker died while running {_what(spec)}: {how}", "WorkerDied")
+        suspects = _blocking_event_loop(busy) or busy or [state for state in states if state.started]
+        how = self._describe_status(status)
+        died = Failure("died", f"WorkerDied: the worker died while running {_describe_work(spec)}: {how}", "WorkerDied")
         if len(suspects) == 1 and suspects[0].asking:
             died = undecided(suspects[0].asking, f"ended the worker: {how}") or died
-        return ExitDecision([state.message_id for state in suspects], died, True, self._died(spec, how, now))
+        return ExitDecision([state.message_id for state in suspects], died, True, self._record_death(spec, how, now))
 
-    def not_started(self, spec: PoolSpec, now: float) -> ExitDecision:
+    def decide_failed_start(self, spec: PoolSpec, now: float) -> ExitDecision:
         """There was no room for a worker's process: at once is too soon even for the first one more."""
-        self.wait(1, now)
-        return ExitDecision(pause=self._ended_idle(spec, NO_ROOM, now))
+        self.back_off(1, now)
+        return ExitDecision(pause=self._record_failed_start(spec, NO_PROCESS, now))
 
-    def wait(self, times: int, now: float) -> None:
+    def back_off(self, times: int, now: float) -> None:
         """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
         self.not_before = now + min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** min(times - 1, 8))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The pool begins anew: whatever ailed it may have been mended."""
         self._deaths = self._failed_starts = 0
         self.not_before = 0.0
 
-    def _was_killed(
+    def _decide_killed(
         self, spec: PoolSpec, states: Sequence[SlotState], status: int | None, killed: Kill, now: float
     ) -> ExitDecision:
         # Not what it had been done with before the signal came.
@@ -120,21 +128,21 @@ class ExitPolicy:
         responsible = [id for id in killed.responsible if id in current]
         pause = ""
         if killed.counted and responsible:
-            pause = self._died(spec, "more memory than max_memory allows", now)
+            pause = self._record_death(spec, "more memory than max_memory allows", now)
         elif killed.counted and not current:
-            pause = self._ended_idle(spec, status, now)
+            pause = self._record_failed_start(spec, status, now)
         return ExitDecision(responsible, killed.failure, killed.counted, pause)
 
-    def _died(self, spec: PoolSpec, how: str, now: float) -> str:
+    def _record_death(self, spec: PoolSpec, how: str, now: float) -> str:
         """One more death in a row; why the pool is to be paused, if it is."""
         self._deaths += 1
         if self._deaths >= MAX_DEATHS_IN_A_ROW:
-            return f"{self._deaths} of its workers died in a row while running {_what(spec)} (the last: {how})"
+            return f"{self._deaths} of its workers died in a row while running {_describe_work(spec)} (the last: {how})"
         if self._deaths > 1:
-            self.wait(self._deaths - 1, now)
+            self.back_off(self._deaths - 1, now)
         return ""
 
-    def _ended_idle(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
+    def _record_failed_start(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
         """One more that has begun nothing; why the pool is to be paused, if it is."""
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
@@ -143,56 +151,56 @@ class ExitPolicy:
             elif status == -signal.SIGKILL and spec.max_memory:
                 hint = f"they need more than max_memory={spec.max_memory} to begin with"
             else:
-                hint = f"the last: {status if isinstance(status, str) else self._describe(status)}"
+                hint = f"the last: {status if isinstance(status, str) else self._describe_status(status)}"
             return f"{self._failed_starts} of its workers ended in a row before they did anything ({hint})"
         if self._failed_starts > 1:
-            self.wait(self._failed_starts - 1, now)
+            self.back_off(self._failed_starts - 1, now)
         return ""
 
-    def _describe(self, status: int | None) -> str:
+    def _describe_status(self, status: int | None) -> str:
         if status is None:
             return "how is not known, for the zygote process did not report it"
         return describe_exit(status, out_of_memory=self._out_of_memory() if status == -signal.SIGKILL else None)
 
 
-def overdue(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
+def overdue_states(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
     """The messages for which their worker is to be killed now; of those, a kill is for handlers or for policies.
 
     While an event loop waits for what a policy says, nobody else there can end in time: it alone is late.
     """
-    limited = [state for state in _holding_up(running) if state.timeout_ns]
+    limited = [state for state in _blocking_event_loop(running) if state.timeout_ns]
     late = [state for state in limited or running if state.overdue(now_ns)]
     return [state for state in late if state.asking] or late
 
 
-def _holding_up(running: Sequence[SlotState]) -> list[SlotState]:
+def _blocking_event_loop(running: Sequence[SlotState]) -> list[SlotState]:
     """The message about whose failure a policy is asked on an event loop: nothing else that runs there goes on."""
     return [state for state in running if state.asking and state.grace_ns]
 
 
-def over_time(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
+def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
     """Why a worker is killed whose message, and `others`, have run past their timeout."""
     if late.asking:
         how = f"ran longer than the timeout of {late.timeout_ns / 1e9:g} s"
         known = undecided(late.asking, how)
         if known is not None and all(state.asking == late.asking for state in others):
             return known
-        return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_what(spec)} {how}", "StageTimeout")
-    reason = f"StageTimeout: {_what(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
+        return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_describe_work(spec)} {how}", "StageTimeout")
+    reason = f"StageTimeout: {_describe_work(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
     if late.grace_ns:
         reason += " and did not end when it was cancelled"
     return Failure("timeout", reason, "StageTimeout")
 
 
-def over_memory(spec: PoolSpec, used: int) -> Failure:
+def memory_failure(spec: PoolSpec, used: int) -> Failure:
     """Why a worker is killed that uses so many bytes of memory."""
     return Failure(
         "died",
-        f"WorkerDied: the worker was killed while running {_what(spec)}: "
+        f"WorkerDied: the worker was killed while running {_describe_work(spec)}: "
         f"it used {used / 1e6:.0f} MB of memory, more than max_memory={spec.max_memory}",
         "WorkerDied",
     )
 
 
-def _what(spec: PoolSpec) -> str:
+def _describe_work(spec: PoolSpec) -> str:
     return f"stage {spec.stage_id!r}" if spec.stage_id else f"a compensation of {spec.workflow_id!r}"

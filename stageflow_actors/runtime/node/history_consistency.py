@@ -39,18 +39,18 @@ def open_history(data: DataDir, admin: BrokerAdmin, *, lasting: bool) -> History
     it raises.
     """
     known = admin.get_fact(HISTORY_FACT).result()
-    told = admin.get_fact(WRITTEN_FACT).result()
+    recorded = admin.get_fact(WRITTEN_FACT).result()
     history = HistoryWriter.open(data.history, create=known is None)
     try:
         if known is not None and history.identity != known:
             raise HistoryMissing(data.history)
         if lasting and known is None and history.has_journal:
             raise JournalMissing(data.history, data.journal)
-        if told is not None and history.written < int(told):
-            raise HistoryOutdated(data.history, int(told) - history.written)
+        if recorded is not None and history.written < int(recorded):
+            raise HistoryOutdated(data.history, int(recorded) - history.written)
         admin.set_fact(HISTORY_FACT, history.identity).result()
         if lasting:
-            history.belongs_to_journal()
+            history.mark_journal_bound()
     except BaseException:
         history.close()
         raise
@@ -62,14 +62,14 @@ def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
 
     To be called before anything is delivered.
     """
-    told = admin.get_fact(WRITTEN_FACT).result() or "0"
+    recorded = admin.get_fact(WRITTEN_FACT).result() or "0"
     found: list[str] = []
-    for rows in history.written_since(int(told), LOOKUP_BATCH):
+    for rows in history.written_since(int(recorded), LOOKUP_BATCH):
         groups = admin.lookup(list(rows)).result()["groups"]
-        over = [id for id, group in groups.items() if not group["ended"] and group["epoch"] <= rows[id]]
-        if over:
-            admin.forget_groups(over).result()
-            found += over
+        ended = [id for id, group in groups.items() if not group["ended"] and group["epoch"] <= rows[id]]
+        if ended:
+            admin.forget_groups(ended).result()
+            found += ended
     if not found:
         return ""
     return (

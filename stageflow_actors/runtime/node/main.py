@@ -32,7 +32,7 @@ from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
 from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
-from stageflow_actors.runtime.node.coordinator import Coordinator, Delivered, Flush, Plan
+from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
 from stageflow_actors.runtime.node.pool import Cancelled, Retire, ScaleTo, Tick
@@ -54,18 +54,18 @@ T = TypeVar("T")
 SLOT_COUNT = 65_536
 TICK_SECONDS = 0.02
 """Seconds between looks at the slots: how late a timeout may be noticed."""
-LOOK_SECONDS = 2.0
+ORPHAN_CHECK_SECONDS = 2.0
 """Seconds between looks at queues that nobody serves."""
 FIRST_FIELD = [1, 3]
 """Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
 STOP_POLL_SECONDS = 0.01
-ANSWER_SECONDS = 3.0
+BROKER_ANSWER_SECONDS = 3.0
 """What a broker gets to answer in a stop that may not take for ever, however short the grace is: it answers within
 milliseconds unless it is stopped, or its disk hangs."""
-SILENT_STOP_SECONDS = 1.0
+SILENT_BROKER_STOP_SECONDS = 1.0
 """How long a broker that has not answered is asked to end before it is killed."""
-HISTORY_SECONDS = 30.0
-HISTORY_GRACE_SECONDS = 5.0
+HISTORY_WRITE_SECONDS = 30.0
+HISTORY_HURRY_SECONDS = 5.0
 """The longest wait for ended instances that are not in the history yet; the grace is that of a stop with a deadline.
 They are safe in the broker until the next start."""
 
@@ -77,26 +77,26 @@ class _NodeListener(Listener):
         self.broker: Broker | None = None
         self.coordinator: Any = None
         self.supervisor: Any = None
-        self.services: PoolContext | None = None
-        self.told: Callable[[str, Any], None] = lambda word, detail: None
-        self.holding_back = False
+        self.pool_context: PoolContext | None = None
+        self.on_request: Callable[[str, Any], None] = lambda word, detail: None
+        self.delivery_suspended = False
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
-        self.coordinator.tell(Delivered(queue, items, bodies))
+        self.coordinator.tell(Deliveries(queue, items, bodies))
 
     def on_notice(self, word: str, detail: Any) -> None:
         if word == "cancel" and self.supervisor is not None:
             for peer, message_id in detail:
                 self.supervisor.tell(Cancelled(peer, message_id))
         elif word == "told":
-            self.told(detail[0], detail[1])
+            self.on_request(detail[0], detail[1])
 
     def on_connected(self, broker_epoch: int) -> None:
         failpoint("node.greeted")
-        if self.broker is not None and self.services is not None:
-            if self.holding_back:
+        if self.broker is not None and self.pool_context is not None:
+            if self.delivery_suspended:
                 self.broker.admin.suspend_delivery(True)  # before the roster, which opens the queues
-            self.broker.admin.set_workers([(peer, [queue]) for peer, queue in list(self.services.live.items())])
+            self.broker.admin.set_workers([(peer, [queue]) for peer, queue in list(self.pool_context.live.items())])
 
 
 def main(control_fd: int) -> NoReturn:
@@ -121,12 +121,12 @@ def main(control_fd: int) -> NoReturn:
     except StageFlowError as error:
         node.fail(error)
     except OSError as error:
-        _tell(channel, Report("failed", f"the cluster could not start: {error}", "StageFlowError"))
+        _send_report(channel, Report("failed", f"the cluster could not start: {error}", "StageFlowError"))
         node.abandon(1)
     node.run()
 
 
-def _tell(channel: Channel, report: Report) -> None:
+def _send_report(channel: Channel, report: Report) -> None:
     try:
         channel.send(report)
     except OSError:
@@ -155,8 +155,8 @@ class Node:
         self._zygote: ZygoteHandle | None = None
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
-        self._lost: ZygoteHandle | None = None
-        self._next_tick = self._next_look = 0.0
+        self._lost_zygote: ZygoteHandle | None = None
+        self._next_tick = self._next_orphan_check = 0.0
 
     def start(self) -> None:
         """Broker, connection, history, pools: each needs the one before. The zygote warms up beside them.
@@ -178,7 +178,7 @@ class Node:
         self._history = open_history(self._data, self._broker.admin, lasting=lasting)
         forgotten = forget_finished(self._history, self._broker.admin)
         failpoint("node.history-opened")
-        services = PoolContext(
+        pool_context = PoolContext(
             slots=self._slots,
             zygote=self._current_zygote,
             broker=self._broker,
@@ -186,32 +186,34 @@ class Node:
             naming=config.naming,
             max_message_bytes=config.max_message_bytes,
             log_level=config.log_level,
-            notify=lambda text: _tell(self._channel, Report("notice", text)),
+            notify=lambda text: _send_report(self._channel, Report("notice", text)),
             stderr=self._stderr,
             has_exited=has_exited,
         )
-        self._services = services
+        self._context = pool_context
         self._coordinator = Coordinator.start(
             self._broker, self._history, config.naming, config.plans, config.retention
         )
         self._listener.coordinator = self._coordinator
-        self._listener.services = services
+        self._listener.pool_context = pool_context
         self._listener.broker = self._broker
         self._broker.consume(config.naming.finished, 4_000)
         self._broker.consume(config.naming.coordinator, 500)
-        self._supervisor = Supervisor.start(self._make_zygote, services, config.naming, config.max_deaths, self.fail)
+        self._supervisor = Supervisor.start(
+            self._make_zygote, pool_context, config.naming, config.max_deaths, self.fail
+        )
         self._listener.supervisor = self._supervisor
-        reopened = self._reopened()
+        reopening = self._queues_to_reopen()
         self._supervisor.tell(AddPools(config.pools))
         failpoint("node.pools-added")
-        self._listener.told = self._told
+        self._listener.on_request = self._on_client_request
         self._orphans = OrphanedMessages(self._broker, config.naming)
-        self._orphans.serve(pool.queue for pool in config.pools)
-        notices = self._compare(config.plans)
+        self._orphans.exclude(pool.queue for pool in config.pools)
+        notices = self._changed_definitions(config.plans)
         self._publish_plans()
         self._orphans.resume({(plan.id, plan.version): plan for plan in config.plans})
         queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
-        resuming = self._unfinished()
+        resuming = self._count_unfinished()
         failpoint("node.before-roster")
         self._broker.admin.set_workers([]).result()
         self._data.write_cluster(
@@ -223,19 +225,19 @@ class Node:
                 started=time.time(),
             )
         )
-        _tell(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
+        _send_report(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
         failpoint("node.ready")
         for text in [forgotten, *notices] if forgotten else notices:
-            _tell(self._channel, Report("notice", text))
+            _send_report(self._channel, Report("notice", text))
         for name, queue in queues.items():
-            if queue["state"] == "paused" and queue["ready"] and name not in reopened:
+            if queue["state"] == "paused" and queue["ready"] and name not in reopening:
                 held = counted(queue["ready"], "message")
                 text = f"queue {name} is paused and holds {held}: `stageflow queue resume {name}`"
-                _tell(self._channel, Report("notice", text))
+                _send_report(self._channel, Report("notice", text))
 
     def run(self) -> NoReturn:
         """Hear the zygote and let time pass for the actors, until it is time to stop."""
-        threading.Thread(target=self._listen, name="control", daemon=True).start()
+        threading.Thread(target=self._receive_commands, name="control", daemon=True).start()
         while self._stopping is None:
             self._round(TICK_SECONDS)
         self._stop(self._stopping)
@@ -254,19 +256,19 @@ class Node:
             "file": None if file is None else os.fsencode(file),
             "offset": getattr(error, "offset", None),
         }
-        _tell(self._channel, Report("failed", str(error), type(error).__name__, fields))
+        _send_report(self._channel, Report("failed", str(error), type(error).__name__, fields))
         self.abandon(1)
 
     # parts
 
-    def _answer_within(self, deadline: float | None, asked: Future[T]) -> T:
+    def _wait_for_answer(self, deadline: float | None, asked: Future[T]) -> T:
         """Return the answer of an operation while deaths and timeouts go on to count.
 
         Raises `TimeoutError` when there is none by the deadline, which is never at once.
         """
         if deadline is not None:
-            deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
-        late = time.monotonic() + ANSWER_SECONDS
+            deadline = max(deadline, time.monotonic() + BROKER_ANSWER_SECONDS)
+        late = time.monotonic() + BROKER_ANSWER_SECONDS
         while True:
             try:
                 return asked.result(STOP_POLL_SECONDS)
@@ -277,7 +279,7 @@ class Node:
                     self._notes.wait_for(lambda: describe_silent("the broker", self._broker_process.pid))
             self._round(0.0)
 
-    def _reopened(self) -> set[str]:
+    def _queues_to_reopen(self) -> set[str]:
         """Queues that pools had paused by themselves: each opens its own when it starts, and nobody has to."""
         asked = {pool.queue: self._broker.admin.get_fact(PAUSED_FACT + pool.queue) for pool in self._config.pools}
         return {queue for queue, known in asked.items() if known.result() == "yes"}
@@ -288,7 +290,7 @@ class Node:
         served = write_manifest(ClusterManifest(config.plans, config.naming, config.max_message_bytes))
         self._broker.admin.set_fact(MANIFEST_FACT, served).result()
 
-    def _told(self, word: str, detail: Any) -> None:
+    def _on_client_request(self, word: str, detail: Any) -> None:
         """What a client in another process has the broker pass on; on the connection's thread."""
         try:
             scale = msgspec.convert(detail, tuple[str, int]) if word == "scale" else None
@@ -300,9 +302,9 @@ class Node:
         queue, actors = scale
         self._supervisor.tell(ScaleTo(queue, actors))
         # For the node after this one, should it come to that.
-        _tell(self._channel, Report("scaled", "", "", {"queue": queue, "actors": actors}))
+        _send_report(self._channel, Report("scaled", "", "", {"queue": queue, "actors": actors}))
 
-    def _unfinished(self) -> dict[str, int]:
+    def _count_unfinished(self) -> dict[str, int]:
         """Instances of each workflow that will go on, those that wait for something from outside included."""
         plans, coordinator = self._config.plans, self._config.naming.coordinator
         ids = list(dict.fromkeys(plan.id for plan in plans))
@@ -339,7 +341,7 @@ class Node:
         wait_dead(self._program, None)
         self.abandon(0)
 
-    def _listen(self) -> None:
+    def _receive_commands(self) -> None:
         while True:
             message = self._channel.receive()
             if message is None:
@@ -352,23 +354,23 @@ class Node:
                 self._stopping = message
             elif isinstance(message, Register):
                 self._register(message)
-                _tell(self._channel, Report("registered", "", "", {"number": message.number}))
+                _send_report(self._channel, Report("registered", "", "", {"number": message.number}))
             elif isinstance(message, Scale):
                 self._supervisor.tell(ScaleTo(message.queue, message.actors))
 
     def _register(self, message: Register) -> None:
         """More to serve. What was parked for want of it goes on, once nobody is left who would park it again."""
         self._supervisor.ask(AddPools(message.pools))
-        self._orphans.serve(pool.queue for pool in message.pools)
+        self._orphans.exclude(pool.queue for pool in message.pools)
         for plan in message.plans:
-            self._coordinator.ask(Plan(plan))
-        for text in self._compare(message.plans):
-            _tell(self._channel, Report("notice", text))
+            self._coordinator.ask(AddPlan(plan))
+        for text in self._changed_definitions(message.plans):
+            _send_report(self._channel, Report("notice", text))
         self._config.plans.extend(message.plans)
         self._publish_plans()
         self._orphans.resume({(plan.id, plan.version): plan for plan in self._config.plans})
 
-    def _compare(self, plans: list[WorkflowPlan]) -> list[str]:
+    def _changed_definitions(self, plans: list[WorkflowPlan]) -> list[str]:
         """Warnings of definitions that have changed since they last ran here, under an unchanged version."""
         changed = []
         for plan in plans:
@@ -387,7 +389,7 @@ class Node:
     def _round(self, seconds: float) -> None:
         """Pass on what the zygote has to say within `seconds`; let time pass when as much of it has."""
         zygote = self._current_zygote()
-        if zygote is self._lost:
+        if zygote is self._lost_zygote:
             time.sleep(0.002)  # its successor is on its way
         else:
             poller = select.poll()
@@ -397,54 +399,54 @@ class Node:
             for event in zygote.events():
                 self._supervisor.tell(event)
                 if isinstance(event, ZygoteGone):
-                    self._lost = zygote
+                    self._lost_zygote = zygote
                     zygote.close()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_SECONDS
             self._supervisor.tell(Tick())
             self._coordinator.tell(Flush())
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + LOOK_SECONDS
-            self._orphans.look()
+        if time.monotonic() >= self._next_orphan_check:
+            self._next_orphan_check = time.monotonic() + ORPHAN_CHECK_SECONDS
+            self._orphans.check()
 
     # the end
 
     def _stop(self, stop: Stop) -> NoReturn:
         """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
         failpoint("node.stopping")
-        self._notes = StopNotes(lambda text: _tell(self._channel, Report("notice", text)))
-        self._listener.holding_back = True
-        answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
+        self._notes = StopNotes(lambda text: _send_report(self._channel, Report("notice", text)))
+        self._listener.delivery_suspended = True
+        broker_answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
         self._supervisor.tell(Retire(True))
         self._await_workers()
-        answers = answers and self._write_history(stop.grace is not None)
+        broker_answers = broker_answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()
         self._stderr.close(timeout=2.0)
-        if answers:
+        if broker_answers:
             self._broker.close(timeout=2.0)
             self._broker_process.stop()
         else:
             logger.warning("the broker does not answer: it is ended without having been told how the work in hand went")
-            self._broker_process.stop(SILENT_STOP_SECONDS)
+            self._broker_process.stop(SILENT_BROKER_STOP_SECONDS)
             self._broker.close(timeout=0.0)
         self._coordinator.stop()
         self._history.close()
         self._data.remove_cluster()
-        _tell(self._channel, Report("stopped"))
+        _send_report(self._channel, Report("stopped"))
         os._exit(0)
 
     def _settle_work(self, deadline: float | None) -> bool:
         """Until no worker holds a message, with deaths and timeouts still counting. Whether the broker answers."""
         own = {self._config.naming.finished, self._config.naming.coordinator}
         try:
-            self._answer_within(deadline, self._broker.admin.suspend_delivery(True))
+            self._wait_for_answer(deadline, self._broker.admin.suspend_delivery(True))
             while deadline is None or time.monotonic() < deadline:
-                stats = self._answer_within(deadline, self._broker.admin.stats(""))
+                stats = self._wait_for_answer(deadline, self._broker.admin.stats(""))
                 queues = [queue for queue in stats["queues"] if queue["name"] not in own]
                 # Of a queue that a new broker has not opened yet nobody knows what is in work.
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                     break
-                self._notes.wait_for(lambda: describe_work(self._services.lanes, time.monotonic_ns()))
+                self._notes.wait_for(lambda: describe_work(self._context.lanes, time.monotonic_ns()))
                 self._round(STOP_POLL_SECONDS)
         except TimeoutError:
             return False
@@ -452,7 +454,7 @@ class Node:
 
     def _await_workers(self) -> None:
         deadline = time.monotonic() + 5
-        while self._services.live and time.monotonic() < deadline:
+        while self._context.live and time.monotonic() < deadline:
             self._round(STOP_POLL_SECONDS)
 
     def _write_history(self, hurried: bool) -> bool:
@@ -461,10 +463,10 @@ class Node:
         Whether the broker answers.
         """
         own = {self._config.naming.finished}
-        deadline = time.monotonic() + (HISTORY_GRACE_SECONDS if hurried else HISTORY_SECONDS)
+        deadline = time.monotonic() + (HISTORY_HURRY_SECONDS if hurried else HISTORY_WRITE_SECONDS)
         try:
             while time.monotonic() < deadline:
-                queues = self._answer_within(deadline if hurried else None, self._broker.admin.stats(""))["queues"]
+                queues = self._wait_for_answer(deadline if hurried else None, self._broker.admin.stats(""))["queues"]
                 if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
                     break
                 self._notes.wait_for(lambda: "instances that have ended to be written to the history")

@@ -13,10 +13,10 @@ import psutil
 
 from stageflow_actors.runtime.system.processes import descendants
 
-__all__ = ["OomKills", "counted_oom_kills", "memory_over"]
+__all__ = ["OomKills", "count_oom_kills", "memory_above"]
 
 
-def memory_over(pid: int, limit: int) -> int:
+def memory_above(pid: int, limit: int) -> int:
     """Bytes used by `pid` and its descendants if that is more than `limit`, else 0.
 
     One process counts by its RSS. Several share pages (a fork shares them all), so that the sum of their RSS says too
@@ -50,23 +50,23 @@ class OomKills:
     """The kernel's count of processes killed for want of memory. Each is claimed once; from any thread."""
 
     def __init__(self, count: Callable[[], int | None] | None = None) -> None:
-        self._count = counted_oom_kills if count is None else count
+        self._count = count_oom_kills if count is None else count
         self._lock = threading.Lock()
-        self._seen = self._count()
+        self._claimed = self._count()
 
     def claim(self) -> bool | None:
         """Whether one more has been counted than was claimed before; None where the kernel does not say."""
         with self._lock:
             now = self._count()
-            if now is None or self._seen is None:
+            if now is None or self._claimed is None:
                 return None
-            if now <= self._seen:
+            if now <= self._claimed:
                 return False
-            self._seen += 1
+            self._claimed += 1
             return True
 
 
-def counted_oom_kills(root: Path = Path("/")) -> int | None:
+def count_oom_kills(root: Path = Path("/")) -> int | None:
     """Processes of our control group (of the machine where it has none) that the kernel killed for want of memory."""
     for path in _counters(root):
         try:

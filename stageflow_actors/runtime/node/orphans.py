@@ -18,11 +18,12 @@ from stageflow_actors.core.routing import Moves, Step
 from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown, settle_moves
 from stageflow_brokers.api import Broker, DeliveryItem
 
-__all__ = ["OrphanedMessages", "send_on"]
+__all__ = ["OrphanedMessages", "forward_orphan"]
 
 PAGE_SIZE = 1_000
 ORPHAN_CREDIT = 200
-UNKNOWN = "WorkflowDefinitionError"
+UNKNOWN_VERSION = ("refused", "WorkflowDefinitionError")
+"""Kind and error type of the failure with which a message of an unregistered version is parked."""
 
 _STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
 
@@ -33,35 +34,35 @@ class OrphanedMessages:
     def __init__(self, broker: Broker, naming: Naming) -> None:
         self._broker = broker
         self._naming = naming
-        self._served: set[str] = {naming.finished, naming.coordinator}
-        self._taken: set[str] = set()
+        self._with_consumer: set[str] = {naming.finished, naming.coordinator}
+        self._consuming: set[str] = set()
 
-    def serve(self, queues: Iterable[str]) -> None:
+    def exclude(self, queues: Iterable[str]) -> None:
         """These have pools from now on. Nothing of them is on its way to the coordinator when this returns."""
-        new = set(queues) - self._served
-        self._served |= new
-        for queue in new & self._taken:
-            self._taken.discard(queue)
+        new = set(queues) - self._with_consumer
+        self._with_consumer |= new
+        for queue in new & self._consuming:
+            self._consuming.discard(queue)
             self._broker.release([], queue, 0)
         # The answer to the first question may come in one frame with deliveries; that to the second comes behind them.
         self._broker.admin.ping().result()
         self._broker.admin.ping().result()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Have the coordinator take what lies in queues that nobody serves. Returns at once."""
-        self._broker.admin.stats("").add_done_callback(self._seen)
+        self._broker.admin.stats("").add_done_callback(self._consume_orphaned)
 
-    def _seen(self, future: Any) -> None:
+    def _consume_orphaned(self, future: Any) -> None:
         if future.exception() is not None:
             return
         for queue in future.result()["queues"]:
             name = queue["name"]
-            if (queue["ready"] or queue["delayed"]) and self._is_abandoned(name) and name not in self._taken:
-                self._taken.add(name)
+            if (queue["ready"] or queue["delayed"]) and self._is_orphaned(name) and name not in self._consuming:
+                self._consuming.add(name)
                 self._broker.consume(name, ORPHAN_CREDIT)
 
-    def _is_abandoned(self, name: str) -> bool:
-        if name in self._served or name.startswith(self._naming.endpoint("")):
+    def _is_orphaned(self, name: str) -> bool:
+        if name in self._with_consumer or name.startswith(self._naming.endpoint("")):
             return False  # a command to an endpoint waits for it, as long as whoever asked does
         return bool(_STAGE_QUEUE.search(name)) or name.startswith(self._naming.compensation_prefix)
 
@@ -86,7 +87,7 @@ class OrphanedMessages:
                     break  # as many as there was room for; the next page begins here
                 offset += 1
                 failure = read_failure(letter["reason"])
-                if failure is None or (failure.kind, failure.error_type) != ("refused", UNKNOWN) or letter["evidence"]:
+                if failure is None or (failure.kind, failure.error_type) != UNKNOWN_VERSION or letter["evidence"]:
                     continue
                 head = head_of(letter["body"])
                 plan = None if head is None else plans.get((head[0], head[1]))
@@ -96,7 +97,7 @@ class OrphanedMessages:
                 return found
 
 
-def send_on(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
+def forward_orphan(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
     """What becomes of a message where nobody serves: to where its stage is now, or parked until its version is back."""
     head = head_of(body)
     if head is None:

@@ -22,7 +22,7 @@ class PoolContext:
     """What all pools of a node share.
 
     `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,
-    and `restless` the queues whose pool has something to do when time passes, though none of them may be busy.
+    and `active` the queues whose pool has something to do when time passes, though none of them may be busy.
     `stderr` reads what workers write there (None: it is the node's own), `oom_kills` what the kernel has killed;
     `has_exited` says whether the process behind a pidfd has ended (None: there is none, only the zygote's word).
     """
@@ -55,28 +55,28 @@ class PoolContext:
         self.has_exited = has_exited or (lambda pidfd: False)
         self.live: dict[int, str] = {}
         self.lanes: dict[str, list[Slot]] = {}
-        self.restless: set[str] = set()
+        self.active: set[str] = set()
         self._free: dict[int, list[int]] = {}
-        self._untouched = 0
+        self._first_unused = 0
         self._lock = threading.Lock()
 
-    def take_slots(self, count: int) -> int | None:
+    def allocate_slots(self, count: int) -> int | None:
         """The first of `count` slots in a row for a new worker; None when all are taken."""
         with self._lock:
             free = self._free.get(count)
             if free:
                 return free.pop()
-            first = self._untouched
+            first = self._first_unused
             if first + count > len(self.slots):
                 return None
-            self._untouched = first + count
+            self._first_unused = first + count
             return first
 
-    def give_slots(self, first: int, count: int) -> None:
+    def free_slots(self, first: int, count: int) -> None:
         """The worker of these slots is dead. They are kept together: pools of as many lanes will want them again."""
         with self._lock:
             self._free.setdefault(count, []).append(first)
 
-    def is_restless(self, queue: str) -> bool:
+    def is_active(self, queue: str) -> bool:
         """Whether the pool of this queue is to be told that time has passed. Costs next to nothing if not."""
-        return queue in self.restless or any(lane.busy for lane in self.lanes.get(queue, ()))
+        return queue in self.active or any(lane.busy for lane in self.lanes.get(queue, ()))

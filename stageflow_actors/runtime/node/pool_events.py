@@ -7,7 +7,7 @@ from msgspec import Struct
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
-__all__ = ["Cancelled", "Respec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "ReplaceSpec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
 
 
 class Tick:
@@ -21,7 +21,7 @@ class ScaleTo(Struct, frozen=True):
     actors: int
 
 
-class Respec(Struct, frozen=True):
+class ReplaceSpec(Struct, frozen=True):
     """The pool of a queue runs something else from now on: another version has been registered."""
 
     spec: PoolSpec

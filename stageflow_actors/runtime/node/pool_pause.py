@@ -14,33 +14,33 @@ from stageflow_brokers.api import Broker
 
 __all__ = ["PoolPause"]
 
-LOOK_INTERVAL_SECONDS = 1.0
+CHECK_INTERVAL_SECONDS = 1.0
 """Time between checks whether a person has resumed the queue."""
 
 
 class PoolPause:
     """The pause of a pool's own: begun when its workers die too fast, over when a person resumes the queue.
 
-    `notify` is given sentences for people. All but `lift` is for one thread; `now` is monotonic, in seconds.
+    `notify` is given sentences for people. All but `lift_earlier` is for one thread; `now` is monotonic, in seconds.
     """
 
     def __init__(self, broker: Broker, queue: str, notify: Callable[[str], None]) -> None:
         self._broker = broker
         self._queue = queue
         self._notify = notify
-        self._looked_at: float | None = None
+        self._checked_at: float | None = None
 
     @property
-    def lasts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether the pool starts nothing because of it."""
-        return self._looked_at is not None
+        return self._checked_at is not None
 
     def begin(self, why: str, now: float) -> None:
         """Once: who dies of what it had begun before, or of a moment that a person has given it, changes nothing."""
-        if self.lasts:
+        if self.is_active:
             return
         broker, queue = self._broker, self._queue
-        self._looked_at = now
+        self._checked_at = now
 
         def seen(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
@@ -56,11 +56,11 @@ class PoolPause:
             f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
         )
 
-    def look(self, now: float, resumed: Callable[[], None]) -> None:
+    def check_resumed(self, now: float, resumed: Callable[[], None]) -> None:
         """Now and then, whether the queue is open again: then `resumed` is called, on the broker's thread."""
-        if self._looked_at is None or now - self._looked_at <= LOOK_INTERVAL_SECONDS:
+        if self._checked_at is None or now - self._checked_at <= CHECK_INTERVAL_SECONDS:
             return
-        self._looked_at = now
+        self._checked_at = now
 
         def heard(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), self._queue) not in (None, "paused"):
@@ -70,13 +70,13 @@ class PoolPause:
 
     def end(self) -> bool:
         """The queue has been resumed. False: the pool knew that already."""
-        if not self.lasts:
+        if not self.is_active:
             return False
-        self._looked_at = None
+        self._checked_at = None
         self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")
         return True
 
-    def lift(self) -> None:
+    def lift_earlier(self) -> None:
         """That of an earlier pool of this queue ends with the node it was made in: what ailed may be mended."""
         broker, queue = self._broker, self._queue
 

@@ -37,7 +37,7 @@ MAX_ORPHANED_PIPES = 64
 class WorkerStderr:
     """The reading end of one worker's stderr. `finish` is the pool's, everything else the relay's.
 
-    `_since`: when the half line that is held back was begun or last went on; nought without one.
+    `_partial_since`: when the half line that is held back was begun or last went on; nought without one.
     """
 
     def __init__(self, fd: int, relay: StderrRelay) -> None:
@@ -45,9 +45,9 @@ class WorkerStderr:
         self.at_end = False
         self._relay = relay
         self._lock = threading.Lock()
-        self._waiting: list[bytes] = []
+        self._pending: list[bytes] = []
         self._tail = b""
-        self._since = 0.0
+        self._partial_since = 0.0
 
     def read(self) -> int:
         """Take in what there is, a chunk at most; how many bytes. Never waits, nor does whoever holds the lock."""
@@ -61,7 +61,7 @@ class WorkerStderr:
             if not data:
                 self.at_end = True
                 return 0
-            self._waiting.append(data)
+            self._pending.append(data)
             self._tail = data[-KEPT_BYTES:] if len(data) >= KEPT_BYTES else (self._tail + data)[-KEPT_BYTES:]
             return len(data)
 
@@ -72,24 +72,24 @@ class WorkerStderr:
         """
         now = time.monotonic()
         with self._lock:
-            data = b"".join(self._waiting)
+            data = b"".join(self._pending)
             cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-            if cut or not self._since:
-                self._since = now
-            if self.at_end or (not cut and (len(data) > MAX_LINE_BYTES or now - self._since > LINE_SECONDS)):
+            if cut or not self._partial_since:
+                self._partial_since = now
+            if self.at_end or (not cut and (len(data) > MAX_LINE_BYTES or now - self._partial_since > LINE_SECONDS)):
                 cut = len(data)
             rest = data[cut:]
-            self._waiting = [rest] if rest else []
+            self._pending = [rest] if rest else []
             if not rest:
-                self._since = 0.0
+                self._partial_since = 0.0
             return data[:cut]
 
     @property
-    def has_rest(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether something waits to be passed on."""
-        return bool(self._waiting)
+        return bool(self._pending)
 
-    def shut(self) -> None:
+    def close_pipe(self) -> None:
         """Nothing more is read: the number may soon be another file's."""
         with self._lock:
             self.at_end = True
@@ -100,7 +100,7 @@ class WorkerStderr:
         for _ in range(MAX_READS):
             if not self.read():
                 break
-        self._relay.left(self)
+        self._relay.mark_exited(self)
         with self._lock:
             return self._tail
 
@@ -111,12 +111,12 @@ class StderrRelay:
     def __init__(self, out: int = 2) -> None:
         self._out = out
         self._poll = select.epoll()
-        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll.register(self._wakeup, select.EPOLLIN)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll.register(self._wake_fd, select.EPOLLIN)
         self._lock = threading.Lock()
         self._open: dict[int, WorkerStderr] = {}
-        self._left: dict[int, WorkerStderr] = {}
-        self._held: set[WorkerStderr] = set()
+        self._exited: dict[int, WorkerStderr] = {}
+        self._partial: set[WorkerStderr] = set()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="stderr-relay", daemon=True)
         self._thread.start()
@@ -134,11 +134,11 @@ class StderrRelay:
         self._poll.register(ours, select.EPOLLIN)
         return stderr, theirs
 
-    def left(self, stderr: WorkerStderr) -> None:
+    def mark_exited(self, stderr: WorkerStderr) -> None:
         """Its worker has ended; what it left behind may still write."""
         with self._lock:
             if self._open.get(stderr.fd) is stderr:  # else it has been shut, and the number may be another's by now
-                self._left[stderr.fd] = stderr
+                self._exited[stderr.fd] = stderr
         self._wake()
 
     def close(self, timeout: float) -> None:
@@ -148,7 +148,7 @@ class StderrRelay:
         self._thread.join(timeout)
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wakeup, 1)
+        os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
         try:
@@ -161,42 +161,42 @@ class StderrRelay:
     def _round(self) -> bool:
         """Read what there is, as much of one as of another. Whether it was the last round."""
         closing = self._deadline != float("inf")
-        ready = [fd for fd, _ in self._poll.poll(0 if closing else LINE_SECONDS / 4 if self._held else None)]
-        if self._wakeup in ready:
-            os.eventfd_read(self._wakeup)
-            ready.remove(self._wakeup)
+        ready = [fd for fd, _ in self._poll.poll(0 if closing else LINE_SECONDS / 4 if self._partial else None)]
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+            ready.remove(self._wake_fd)
         with self._lock:
-            speaking = {self._open[fd] for fd in ready} | self._held | set(self._left.values())
-        heard, full = 0, False
-        self._held.clear()
-        for each in speaking:
+            readable = {self._open[fd] for fd in ready} | self._partial | set(self._exited.values())
+        bytes_read, full = 0, False
+        self._partial.clear()
+        for each in readable:
             count = each.read()
-            heard += count
+            bytes_read += count
             full = full or count > CHUNK_BYTES // 4
             self._write(each.take())
-            if each.has_rest:
-                self._held.add(each)
+            if each.has_pending:
+                self._partial.add(each)
         with self._lock:
-            gone = [each for each in speaking if each.at_end]
-            gone += list(self._left.values())[: max(0, len(self._left) - MAX_ORPHANED_PIPES)]
-        for each in gone:
+            closed = [each for each in readable if each.at_end]
+            closed += list(self._exited.values())[: max(0, len(self._exited) - MAX_ORPHANED_PIPES)]
+        for each in closed:
             self._forget(each)
         if not (closing or full):
             time.sleep(GATHER_SECONDS)
-        over = closing and (not heard or time.monotonic() > self._deadline)
-        for each in list(self._held) if over else []:
+        finished = closing and (not bytes_read or time.monotonic() > self._deadline)
+        for each in list(self._partial) if finished else []:
             self._forget(each)
-        return over
+        return finished
 
     def _forget(self, stderr: WorkerStderr) -> None:
         with self._lock:
             if self._open.get(stderr.fd) is not stderr:
                 return
             del self._open[stderr.fd]
-            self._left.pop(stderr.fd, None)
+            self._exited.pop(stderr.fd, None)
         self._poll.unregister(stderr.fd)
-        self._held.discard(stderr)
-        stderr.shut()
+        self._partial.discard(stderr)
+        stderr.close_pipe()
         self._write(stderr.take())
 
     def _write(self, data: bytes) -> None:

@@ -19,7 +19,7 @@ from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
-from stageflow_actors.runtime.node.pool import Cancelled, Pool, Respec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool import Cancelled, Pool, ReplaceSpec, Retire, ScaleTo, Tick, ZygoteLost
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.system.processes import describe_exit
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
@@ -51,19 +51,19 @@ class Supervisor(pykka.ThreadingActor):
     def __init__(
         self,
         make_zygote: Callable[[], ZygoteHandle],
-        services: PoolContext,
+        pool_context: PoolContext,
         naming: Naming,
         max_deaths: int,
         fail: Callable[[StageFlowError], None],
     ) -> None:
         super().__init__()
         self._make_zygote = make_zygote
-        self._services = services
+        self._context = pool_context
         self._naming = naming
         self._max_deaths = max_deaths
         self._fail = fail
         self._pools: dict[str, pykka.ActorRef[Pool]] = {}
-        self._zygotes = RestartLimit("zygote process")
+        self._zygote_restarts = RestartLimit("zygote process")
         self._retiring = False
         self._ticks = 0
 
@@ -78,7 +78,7 @@ class Supervisor(pykka.ThreadingActor):
             self._ticks += 1
             all_of_them = self._ticks % ROLL_CALL_TICKS == 0
             for name, pool in self._pools.items():
-                if all_of_them or self._services.is_restless(
+                if all_of_them or self._context.is_active(
                     name
                 ):  # telling a hundred idle pools fifty times a second adds up
                     pool.tell(message)
@@ -86,14 +86,14 @@ class Supervisor(pykka.ThreadingActor):
             # The pool of a worker is there as long as the node is.
             self._pools[message.worker_id.rpartition("#")[0]].tell(message)
         elif isinstance(message, ZygoteGone):
-            self._zygote_gone(message)
+            self._on_zygote_gone(message)
         elif isinstance(message, AddPools):
             self._add(message.specs)
         elif isinstance(message, ScaleTo):
             if message.queue in self._pools:
                 self._pools[message.queue].tell(message)
         elif isinstance(message, Cancelled):
-            consumed = self._services.live.get(message.peer)
+            consumed = self._context.live.get(message.peer)
             if consumed in self._pools:
                 self._pools[consumed].tell(message)
         elif isinstance(message, Retire):
@@ -102,20 +102,20 @@ class Supervisor(pykka.ThreadingActor):
                 pool.tell(message)
 
     def _add(self, specs: Sequence[PoolSpec]) -> None:
-        self._services.broker.admin.declare(queue_options(specs, self._naming, self._max_deaths))
+        self._context.broker.admin.declare(queue_options(specs, self._naming, self._max_deaths))
         for spec in specs:
             if spec.queue not in self._pools:
-                self._pools[spec.queue] = Pool.start(spec, self._services)
+                self._pools[spec.queue] = Pool.start(spec, self._context)
             else:
                 # Waited for: once this returns no worker parks what only its successor knows.
-                self._pools[spec.queue].ask(Respec(spec))
+                self._pools[spec.queue].ask(ReplaceSpec(spec))
 
-    def _zygote_gone(self, event: ZygoteGone) -> None:
-        lost = self._services.zygote()
+    def _on_zygote_gone(self, event: ZygoteGone) -> None:
+        lost = self._context.zygote()
         if not self._retiring:
             logger.warning("the zygote process has ended (%s); it is started again", describe_exit(event.status))
             try:
-                self._zygotes.record()
+                self._zygote_restarts.record()
                 self._make_zygote()
             except (StageFlowError, OSError) as error:
                 self._fail(StageFlowError(f"the zygote cannot be started again: {error}"))

@@ -30,27 +30,33 @@ class Kill:
 
 
 class WorkerHandle:
-    """`lanes`: one slot for each message that it runs at once, from number `slot`. `killed`: why this pool has killed
-    it; `stderr`: what it writes there. `cancelled`: messages that it may run until a time (monotonic, ns), no longer.
-    `retiring`: it has been asked to end when it is done with what it runs, because there are too many, or another
-    version was registered since it was made; `ask_at`: when to ask again (monotonic, ns), as words get lost with a
-    broker. `missed_at`: since when its zygote owes a report of it (monotonic, ns; nought: it does not); `forsaken`: it
-    was dead before its zygote was ended for that.
+    """The state of one worker, as its pool knows it. All times are monotonic, in nanoseconds.
+
+    - `lanes`: one slot for each message that the worker runs concurrently, from number `slot`
+    - `killed`: the reason for which this pool has killed the worker
+    - `stderr`: the pipe to which the worker writes its stderr
+    - `cancelled`: cancelled messages by id, and the time after which the worker is killed if it still runs one
+    - `long_message_id`: the long message behind which waiting messages were last recalled; `recall_at`: the next recall
+    - `retiring`: the worker was asked to exit after its current messages, because there are too many workers or because
+      another version was registered
+    - `request_at`: when that request is repeated; requests can be lost when the broker restarts
+    - `report_due_since`: since when the zygote owes a report about this worker; zero if none is due
+    - `died_before_zygote`: the worker was dead when its unresponsive zygote was killed
     """
 
     __slots__ = (
-        "ask_at",
         "cancelled",
-        "forsaken",
+        "died_before_zygote",
         "id",
         "killed",
         "lanes",
-        "long",
-        "missed_at",
+        "long_message_id",
         "peer",
         "pid",
         "pidfd",
         "recall_at",
+        "report_due_since",
+        "request_at",
         "retiring",
         "slot",
         "stderr",
@@ -68,12 +74,12 @@ class WorkerHandle:
         self.killed: Kill | None = None
         self.stderr: WorkerStderr | None = None
         self.cancelled: dict[int, int] = {}
-        self.long = 0
+        self.long_message_id = 0
         self.recall_at = 0
         self.retiring = False
-        self.ask_at = 0
-        self.missed_at = 0
-        self.forsaken = False
+        self.request_at = 0
+        self.report_due_since = 0
+        self.died_before_zygote = False
 
     def running(self) -> list[SlotState]:
         """What its lanes are at."""
@@ -84,9 +90,9 @@ class WorkerHandle:
     def cancel(self, message_id: int, now: int) -> None:
         """The instance of this message has been cancelled: its handler is told, and gets a grace (`now` in ns)."""
         self.cancelled[message_id] = now + CANCEL_GRACE_NS
-        self.remind(now)
+        self.mark_cancelled(now)
 
-    def remind(self, now: int) -> None:
+    def mark_cancelled(self, now: int) -> None:
         """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
         for message_id, until in list(self.cancelled.items()):
             if now - until > CANCEL_MEMORY_NS:
