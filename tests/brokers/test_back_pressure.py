@@ -178,7 +178,7 @@ def test_a_call_with_too_many_names_is_refused_before_it_takes_a_number(
 
 
 def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brokers_client, "WATCHED_AT_ONCE", 10)
+    monkeypatch.setattr(brokers_client, "MAX_WATCHED_PER_FRAME", 10)
     peer = Peer(stopped)
     groups = [f"g{number}" for number in range(35)]
     for group in groups:
