@@ -1,4 +1,4 @@
-"""The cells of a CSV file as values: CSV knows nothing but strings, and a typed context says what they are."""
+"""The cells of a CSV file as values: a CSV file holds strings, and the context type determines their types."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["row_reader"]
 
 
 def row_reader(codec: ContextCodec[Any]) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-    """From a row of strings to a context with what its fields need; None where the context is a dict, which needs none.
+    """Return a function from a row of strings to typed context fields; None for a dict context, which has no types.
 
-    An empty cell is None where the field allows that. What it gives may raise what is wrong with a row.
+    An empty cell is None if the field allows None. The function raises for a row that does not fit.
     """
     if codec.context_type is dict:
         return None
@@ -36,7 +36,7 @@ def row_reader(codec: ContextCodec[Any]) -> Callable[[dict[str, Any]], dict[str,
 
 
 def _optional_fields(context_type: type[Any]) -> frozenset[str]:
-    """The fields that may be None, by the names that a row may use for them."""
+    """Return the fields that may be None, under each name that a row may use for them."""
     if is_model(context_type):
         fields: dict[str, Any] = context_type.model_fields
         return frozenset(
@@ -46,7 +46,7 @@ def _optional_fields(context_type: type[Any]) -> frozenset[str]:
             for key in (name, field.alias, field.validation_alias)
             if isinstance(key, str)
         )
-    # Not typing.get_type_hints: the codec may have found names that are local to a function.
+    # Not typing.get_type_hints: the type may be local to a function, whose names only the codec found.
     known: Any = msgspec.inspect.type_info(context_type)
     return frozenset(
         field.encode_name

@@ -1,7 +1,7 @@
-"""MODULE:NAME to the workflow or runtime it names. Whatever is wrong with it is one sentence, never a traceback.
+"""Imports the workflow or runtime that MODULE:NAME names. Each mistake is one sentence, never a traceback.
 
-A path is imported under the name of its file with its folder on `sys.path`, not run as a script: that is how worker
-processes find the same module again by its name.
+A path is imported under the name of its file, with its folder on `sys.path`, and not run as a script: worker
+processes import the same module by that name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["load"]
 
 
 def load(target: str, *kinds: type[Any]) -> Any:
-    """The object that `target` names, which must be of one of `kinds`. Raises `click.UsageError`."""
+    """Return the object that `target` names, an instance of one of `kinds`. Raises `click.UsageError`."""
     wanted = " or ".join(kind.__name__ for kind in kinds)
     module_name, _, name = target.rpartition(":")
     if not module_name and not name.endswith(".py"):
-        raise click.UsageError(f"{target!r} does not say which module: write MODULE:NAME, as in orders.py:orders")
+        raise click.UsageError(f"{target!r} names no module: write MODULE:NAME, as in orders.py:orders")
     if not module_name or (module_name and name.endswith(".py")):
         module_name, name = target, ""
     module = _module(module_name)
     if not name:
-        raise click.UsageError(f"say which {wanted}: {_choices(module_name, module, kinds)}")
+        raise click.UsageError(f"name a {wanted}: {_choices(module_name, module, kinds)}")
     found: Any = module
     for part in name.split("."):
         try:
@@ -52,25 +52,25 @@ def _module(name: str) -> ModuleType:
     if name.endswith(".py") or os.sep in name:
         return _from_path(Path(name))
     if name.startswith("."):
-        raise click.UsageError(f"{name!r} is no module: write a path as in ./orders.py:orders, or orders:orders")
+        raise click.UsageError(f"{name!r} is not a module: write a path as in ./orders.py:orders, or orders:orders")
     try:
         return _import(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             hint = f"; did you mean {name}.py?" if Path(f"{name}.py").exists() else ""
-            raise click.UsageError(f"there is no module {name!r}, neither here ({cwd}) nor installed{hint}") from None
+            raise click.UsageError(f"no module {name!r}, neither in {cwd} nor installed{hint}") from None
         raise _unimportable(name, error) from None
 
 
 def _from_path(path: Path) -> ModuleType:
     path = path.absolute()
     if not path.is_file():
-        raise click.UsageError(f"there is no file {path}")
+        raise click.UsageError(f"no file {path}")
     name = path.stem
     if path.suffix != ".py" or not name.isidentifier():
         raise click.UsageError(
-            f"{path.name} cannot be imported by worker processes: a module is a .py file whose name consists of "
-            "letters, digits and underscores; rename it"
+            f"{path.name} cannot be imported by worker processes: rename it to a .py file whose name consists of "
+            "letters, digits and underscores"
         )
     folder = str(path.parent)
     if folder in sys.path:
@@ -96,15 +96,15 @@ def _import(name: str) -> ModuleType:
         raise
     except SystemExit:
         raise click.UsageError(
-            f"{name} ended the program while it was imported: put what it runs under `if __name__ == '__main__':`"
+            f"{name} exited while it was imported: put the code that it runs under `if __name__ == '__main__':`"
         ) from None
-    except Exception as error:  # noqa: BLE001 - a module may raise whatever it likes
+    except Exception as error:  # noqa: BLE001 - user code may raise anything
         raise _unimportable(name, error) from None
 
 
 def _unimportable(name: str, error: Exception) -> click.UsageError:
     where = ""
-    if not isinstance(error, SyntaxError):  # which says by itself where it is
+    if not isinstance(error, SyntaxError):  # its text contains the place
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
         frames = [f for f in frames if f.filename != __file__]
         if frames:
@@ -118,7 +118,7 @@ def _choices(module_name: str, module: ModuleType, kinds: tuple[type[Any], ...])
         for name, value in vars(module).items()
         if isinstance(value, kinds)
     ]
-    return f"it has {', '.join(found)}" if found else f"it has no {' or '.join(kind.__name__ for kind in kinds)} at all"
+    return f"it has {', '.join(found)}" if found else f"it has no {' or '.join(kind.__name__ for kind in kinds)}"
 
 
 def _a(word: str) -> str:

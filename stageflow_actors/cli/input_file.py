@@ -1,7 +1,7 @@
-"""The input of `stageflow run`, line by line: JSON objects or CSV rows, each with its number and the instance's id.
+"""The input of `stageflow run`, line by line: JSON objects or CSV rows, each with its number and its instance's id.
 
-A line that cannot be read is told of and passed over; a file that cannot be, for its encoding or its header, is refused
-as a whole. The file is never in memory as a whole, and nothing but a regular file is read before the run begins.
+A line that cannot be read is reported and skipped; a file with a wrong encoding or header is refused as a whole. The
+file is never in memory as a whole, and only a regular file is read before the run begins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import click
 __all__ = ["InputLine", "Lines", "count_lines"]
 
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
-"""From a row of strings to a context with what its fields need. May raise what is wrong with it."""
+"""From a row of strings to typed context fields. Raises for a row that does not fit."""
 
 BOM = b"\xef\xbb\xbf"
 OTHER_BOMS = {
@@ -32,16 +32,16 @@ OTHER_BOMS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""How files of other encodings begin; the longer ones first, as one begins like another."""
+"""First bytes of files in other encodings; longer ones first, because one is a prefix of another."""
 
 LEAST, MOST = -(2**63), 2**64 - 1
-"""What a context can hold of whole numbers."""
+"""Range of integers that a context can hold."""
 
 _MAYBE_WIDE = re.compile(rb"\d{19}")
 
 
 class InputLine(dict[str, Any]):
-    """A context as it was read, which knows its line number and the id of its instance."""
+    """A context as it was read, with its line number and the id of its instance."""
 
     def __init__(self, context: dict[str, Any], number: int, key: str) -> None:
         super().__init__(context)
@@ -50,9 +50,9 @@ class InputLine(dict[str, Any]):
 
 
 class Lines:
-    """Iterates over the input. `refuse(line number, reason)` is told of each line that is passed over.
+    """Iterates over the input. `refuse(line number, reason)` is called for each line that is skipped.
 
-    `key` names the field that holds the instance's id; without it a line is known by file name and line number.
+    `key` names the field that holds the instance's id. Without it, the id is made of file name and line number.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Lines:
 
     @property
     def is_csv(self) -> bool:
-        """Whether the input is CSV, by the ending of its name."""
+        """True if the name of the input ends in .csv."""
         return self._path.lower().endswith(".csv")
 
     def check(self) -> None:
-        """Raises `click.UsageError` for a file that cannot be read at all, before anything is started for it."""
+        """Raise `click.UsageError` for a file that cannot be read at all, before the cluster starts."""
         if self._path == "-":
             if sys.stdin is None:
-                raise click.UsageError("--input - is standard input, which is closed")
+                raise click.UsageError("--input - is standard input, and it is closed")
         elif _is_regular(self._path):
             with _opened(self._path) as file:
                 lines = self._begun(file)
@@ -99,15 +99,15 @@ class Lines:
             try:
                 context = orjson.loads(text.strip())
             except orjson.JSONDecodeError as error:
-                self._pass_over(number, _not_utf8(text) or f"not valid JSON: {_json_reason(error)}")
+                self._refuse(number, _not_utf8(text) or f"not valid JSON: {_json_reason(error)}")
                 continue
             if not isinstance(context, dict):
-                self._pass_over(number, f"must be a JSON object, not {_json_kind(context)}")
+                self._refuse(number, f"must be a JSON object, not {_json_kind(context)}")
                 continue
-            # Of whole numbers that are too wide the parser makes floats, and of two ids one.
+            # The parser makes floats of integers that are too wide: two ids would become one.
             wide = _wide_integer(text) if _MAYBE_WIDE.search(text) else None
             if wide is not None:
-                self._pass_over(number, wide)
+                self._refuse(number, wide)
                 continue
             yield from self._line(context, number)
 
@@ -119,31 +119,31 @@ class Lines:
             number += 1
             return line.decode()
 
-        # A map goes on behind a line that is no UTF-8, as a generator would not.
+        # A map continues behind a line that is not UTF-8; a generator would end.
         lines = map(text, self._begun(file))
         rows = csv.DictReader(lines, self._header(csv.reader(lines, strict=True)), strict=True)
         while True:
             try:
                 row = next(rows, None)
             except (csv.Error, UnicodeDecodeError) as error:
-                self._pass_over(number, f"not valid CSV: {error}")
+                self._refuse(number, f"not valid CSV: {error}")
                 continue
             if row is None:
                 return
             if None in row:
-                self._pass_over(number, f"has more fields than the {len(rows.fieldnames or ())} of the header")
+                self._refuse(number, f"has more fields than the {len(rows.fieldnames or ())} of the header")
             elif None in row.values():
-                self._pass_over(number, f"has fewer fields than the {len(rows.fieldnames or ())} of the header")
+                self._refuse(number, f"has fewer fields than the {len(rows.fieldnames or ())} of the header")
             else:
                 try:
                     context = self._convert(row) if self._convert is not None else row
-                except Exception as error:  # noqa: BLE001 - `validate()` may raise whatever it likes
-                    self._pass_over(number, str(error))
+                except Exception as error:  # noqa: BLE001 - `validate()` may raise anything
+                    self._refuse(number, str(error))
                     continue
                 yield from self._line(context, number)
 
     def _begun(self, file: BinaryIO) -> Iterator[bytes]:
-        """The lines of a file of UTF-8, without its mark. Raises `click.UsageError` for another encoding's."""
+        """Return the lines without a byte order mark. Raises `click.UsageError` for another encoding than UTF-8."""
         first = file.readline()
         for bom, name in OTHER_BOMS.items():
             if first.startswith(bom):
@@ -151,7 +151,7 @@ class Lines:
         return chain([first.removeprefix(BOM)] if first else [], file)
 
     def _header(self, rows: Iterator[list[str]]) -> list[str]:
-        """The names of the columns. Without them no row can be read."""
+        """Return the names of the columns. Raises `click.UsageError` for a header that cannot be used."""
         try:
             names = next(rows, [])
         except (csv.Error, UnicodeDecodeError) as error:
@@ -163,27 +163,24 @@ class Lines:
 
     def _line(self, context: dict[str, Any], number: int) -> Iterator[InputLine]:
         if self._key is None:
-            # The name may be none that is text, as an id is.
+            # A file name may not be UTF-8; an id has to be.
             key = f"{self.name.encode(errors='backslashreplace').decode()}:{number}"
         else:
             value = context.get(self._key)
             if value is None or value == "" or isinstance(value, (dict, list)):
                 what = "has no" if value is None else "has an empty" if value == "" else "has no plain"
-                self._pass_over(number, f"{what} {self._key!r}, which --key says is the instance's id")
+                self._refuse(number, f"{what} {self._key!r}, the field of --key that holds the instance's id")
                 return
             if isinstance(value, float):
-                # 1e23 is what became of many ids, and of 1.10 remains 1.1.
-                self._pass_over(number, f"has {value} as {self._key!r}: an id is a string or a whole number, no float")
+                # Many ids become the float 1e23, and 1.10 becomes 1.1.
+                self._refuse(number, f"has the float {value} as {self._key!r}: an id is a string or an integer")
                 return
             key = str(value)
         yield InputLine(context, number, key)
 
-    def _pass_over(self, number: int, reason: str) -> None:
-        self._refuse(number, reason)
-
 
 def count_lines(path: str) -> int | None:
-    """Lines in a file, empty ones included, without the header of CSV; None for what can be read only once."""
+    """Return the number of lines, empty ones included, without a CSV header; None for a pipe."""
     if path == "-" or not _is_regular(path):
         return None
     with open(path, "rb") as file:
@@ -196,7 +193,7 @@ def count_lines(path: str) -> int | None:
 
 
 def _is_regular(path: str) -> bool:
-    """Whether it can be read twice, as a pipe cannot. What cannot be looked at is told of when it is opened."""
+    """True if `path` can be read twice, which a pipe cannot. Opening it reports a path that does not exist."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -206,10 +203,10 @@ def _is_regular(path: str) -> bool:
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     if path == "-":
-        yield sys.stdin.buffer  # `check` has seen that it is open
+        yield sys.stdin.buffer  # `check` has made sure that it is open
         return
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; the error is about this file alone
+        file = open(path, "rb")  # noqa: SIM115 - closed below; the error is about this file only
     except OSError as error:
         raise click.UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
@@ -217,7 +214,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _not_utf8(text: bytes) -> str:
-    """Where a line is no UTF-8; empty where it is."""
+    """Return the place where a line is not UTF-8; empty for a valid line."""
     try:
         text.decode()
     except UnicodeDecodeError as error:
@@ -240,7 +237,7 @@ def _json_kind(value: Any) -> str:
 
 
 class _Wide(str):
-    """The digits of a whole number that no context can hold."""
+    """The digits of an integer that no context can hold."""
 
     __slots__ = ()
 
@@ -253,7 +250,7 @@ def _integer(digits: str) -> int | _Wide:
 
 
 def _wide_integer(text: bytes) -> str | None:
-    """What is wrong with a JSON object that holds a whole number outside of what contexts can hold."""
+    """Return the fault of a JSON object with an integer outside the range of contexts; None without one."""
     try:
         found: list[tuple[str, Any]] = [("", json.loads(text, parse_int=_integer))]
     except RecursionError:
@@ -266,5 +263,5 @@ def _wide_integer(text: bytes) -> str | None:
             found.extend((f"{path}[{at}]", each) for at, each in enumerate(value))
         elif isinstance(value, _Wide):
             shown = value if len(value) <= 40 else f"{value[:40]}…"
-            return f"{path} is {shown}, which does not fit in 64 bits: give it as a string"
+            return f"{path} is {shown}, which does not fit in 64 bits: write it as a string"
     return None

@@ -1,7 +1,7 @@
-"""The entry point of `stageflow`: finds the command, and turns what goes wrong into one line and an exit code.
+"""The entry point of `stageflow`: finds the command, and turns an error into one line and an exit code.
 
-0 well, 1 it failed, 2 wrong usage, 130 Ctrl-C. Modules of commands import at their top nothing but click, so that
-`--help` answers at once. No command decides anything about a workflow.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C. At module level, commands import click and small modules
+only: `--help` answers at once. No command decides anything about a workflow.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ __all__ = ["cli", "main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="stageflow-actors", prog_name="stageflow")
 def cli() -> None:
-    """Durable sagas on one machine: run them, look at them, mend them.
+    """Run durable workflows, inspect them and repair them.
 
     \b
     stageflow run orders.py:orders --input orders.jsonl --key order_id
     stageflow instances list --status failed
     stageflow dlq list
 
-    `run` and `up` start a cluster; `start`, `scale` and `health` need one that runs; the others look at the data
-    directory that is given by --data or STAGEFLOW_DATA, running or not.
-    Exit codes: 0 well, 1 it failed, 2 wrong usage.
+    `run` and `up` start a cluster. `start`, `scale` and `health` need a running cluster. The other commands work on
+    the data directory of --data or STAGEFLOW_DATA, whether its cluster runs or not.
+
+    Exit codes: 0 success, 1 failure, 2 wrong usage.
     """
 
 
@@ -53,7 +54,7 @@ for command in (run, up, start, instances, queue, dlq, journal, history, scale, 
 
 
 class _Text(click.ParamType[str, object]):
-    """Text that can be stored and sent, which bytes that are no UTF-8 cannot be."""
+    """Text that can be stored and sent: valid UTF-8."""
 
     name = "text"
 
@@ -67,24 +68,24 @@ class _Text(click.ParamType[str, object]):
 
 
 _FILES = frozenset({"target", "target_file"})
-"""Parameters that are text and name a file, or begin with the name of one, which may have any name."""
+"""Text parameters that name a file or a module. A file name may hold any bytes."""
 
 
-def _take_text_only(command: click.Command) -> None:
+def _use_text_type(command: click.Command) -> None:
     for parameter in command.params:
         if parameter.type is click.STRING and parameter.name not in _FILES:
             parameter.type = _Text()
     if isinstance(command, click.Group):
         for below in command.commands.values():
-            _take_text_only(below)
+            _use_text_type(below)
 
 
-_take_text_only(cli)
+_use_text_type(cli)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `stageflow` with these arguments (those of the process if None) and returns its exit code."""
-    _print_whatever_comes()
+    """Run `stageflow` with `arguments` (None: those of the process) and return its exit code."""
+    _escape_unprintable()
     try:
         code = cli.main(args=arguments, prog_name="stageflow", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -93,39 +94,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "stageflow"
-        _say(f"{path}: {_first_small(error.format_message())} (see `{path} --help`)")
+        _print_error(f"{path}: {_lower_first(error.format_message())} (see `{path} --help`)")
         return 2
     except click.ClickException as error:
-        _say(f"stageflow: {error.format_message()}")
+        _print_error(f"stageflow: {error.format_message()}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _say("stageflow: interrupted")
+        _print_error("stageflow: interrupted")
         return 130
     except (StageFlowError, BrokerError) as error:
-        _say(f"stageflow: {error}")
+        _print_error(f"stageflow: {error}")
         return 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough. Python would complain once more when it flushes at its end.
+        # The reader of the output has closed it. Python would report that once more when it flushes at exit.
         sys.stdout = None
         return 1
     except OSError as error:
-        _say(f"stageflow: {error.filename}: {error.strerror}" if error.filename else f"stageflow: {error}")
+        _print_error(f"stageflow: {error.filename}: {error.strerror}" if error.filename else f"stageflow: {error}")
         return 1
     except msgspec.MsgspecError as error:
-        _say(f"stageflow: something stored cannot be read; was it written by a newer release? ({error})")
+        _print_error(f"stageflow: stored data cannot be read; was it written by a newer release? ({error})")
         return 1
 
 
-def _print_whatever_comes() -> None:
-    """What the terminal's encoding has no characters for is shown escaped, as on stderr: file names may be anything."""
+def _escape_unprintable() -> None:
+    """Escape characters that the encoding of stdout does not have, as stderr does: file names may hold any."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     click.echo(" ".join(text.split()), err=True)
 
 
-def _first_small(text: str) -> str:
+def _lower_first(text: str) -> str:
     text = text.rstrip(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text

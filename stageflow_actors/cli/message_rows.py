@@ -1,4 +1,4 @@
-"""A message as a row to be shown: what it is about, what happened to it, and the context it carries."""
+"""A message of the broker as a row: its instance, its state and the context it carries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["envelope_of", "message_row"]
 
 
 def message_row(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message, as the broker's `peek` describes it, in plain values."""
+    """Return a message, as `peek` of the broker describes it, in plain values."""
     label: str = message["label"]
     row: dict[str, Any] = {
         "id": message["id"],
@@ -40,17 +40,17 @@ def message_row(message: Mapping[str, Any]) -> dict[str, Any]:
         "evidence": message["evidence"],
         "context": None,
     }
-    body: bytes = message["body"][: message["base"]]  # and not what has arrived for it
+    body: bytes = message["body"][: message["base"]]  # without the arrivals behind it
     try:
         read = decode_outcome(body) if label == FINISHED else decode_envelope(body)
         row["workflow"], row["context"] = read.workflow_id, json_view(read.context)
     except msgspec.MsgspecError:
-        pass  # not a message of ours: what is known of it is shown
+        pass  # not a message of a workflow: the row shows the rest
     return row
 
 
 def envelope_of(message: Mapping[str, Any]) -> Envelope | None:
-    """What a stage's message carries; None for a message of another kind."""
+    """Return the envelope of a stage's message; None for a message of another kind."""
     try:
         return decode_envelope(message["body"][: message["base"]])
     except msgspec.MsgspecError:

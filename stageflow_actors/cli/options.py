@@ -1,4 +1,4 @@
-"""Options that several commands share. Defined once, so that they read and behave the same everywhere."""
+"""Options that several commands share: defined once, they read and behave the same everywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["DATA_PATH", "DEFAULT_DATA", "confirmed", "data_option", "output_option"]
+__all__ = [
+    "DEFAULT_DATA",
+    "check_confirmed",
+    "data_option",
+    "json_option",
+    "output_option",
+    "runtime_data_option",
+    "wait_options",
+    "yes_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,12 +26,15 @@ DEFAULT_DATA = "stageflow-data"
 
 
 class _DataPath(click.Path):
-    """A directory that is there or can be made. An empty name, as of a variable that is not set, would be the working
-    directory, which is filled, or with --fresh set aside."""
+    """A directory that exists or can be made.
+
+    An empty name, as of a shell variable that is not set, would mean the working directory: a cluster would fill it,
+    and `run --fresh` would rename it.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
-            self.fail("it is empty: name a directory", param, ctx)
+            self.fail("the name is empty: name a directory", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -39,7 +51,20 @@ def data_option(command: F) -> F:
         show_envvar=True,
         metavar="DIR",
         type=DATA_PATH,
-        help="The data directory of the cluster.",
+        help="Data directory of the cluster.",
+    )(command)
+
+
+def runtime_data_option(command: F) -> F:
+    """`--data DIR` of a command that takes a Runtime, as `data: Path | None`."""
+    return click.option(
+        "--data",
+        envvar="STAGEFLOW_DATA",
+        default=None,
+        show_envvar=True,
+        metavar="DIR",
+        type=DATA_PATH,
+        help=f"Data directory of the cluster.  [default: that of the Runtime, or {DEFAULT_DATA}]",
     )(command)
 
 
@@ -50,14 +75,43 @@ def output_option(command: F) -> F:
         type=click.Choice(["table", "json", "csv"]),
         default="table",
         show_default=True,
-        help="For people, for programs, for spreadsheets.",
+        help="Format: a table for people, JSON for programs, CSV for spreadsheets.",
     )(command)
 
 
-def confirmed(what: str, yes: bool) -> None:
-    """Asks whether `what` is to be done; without a terminal `--yes` has to say so."""
+def json_option(command: F) -> F:
+    """`--output table|json`, as `output: str`."""
+    return click.option(
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="Format: text for people, JSON for programs.",
+    )(command)
+
+
+def wait_options(command: F) -> F:
+    """`--wait` and `--timeout SECONDS`, as `wait: bool` and `timeout: float | None`."""
+    wait = click.option("--wait", is_flag=True, help="Wait until the instance ends and print its result as JSON.")
+    timeout = click.option(
+        "--timeout",
+        default=None,
+        type=click.FloatRange(0),
+        metavar="SECONDS",
+        help="With --wait: fail after so many seconds; the instance goes on.  [default: no limit]",
+    )
+    return wait(timeout(command))
+
+
+def yes_option(command: F) -> F:
+    """`--yes`, as `yes: bool`; see `check_confirmed`."""
+    return click.option("--yes", is_flag=True, help="Do not ask for confirmation.")(command)
+
+
+def check_confirmed(action: str, yes: bool) -> None:
+    """Ask the user to confirm `action`. Raises `click.UsageError` without `--yes` and without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"{what}: say --yes to do it without being asked")
-    click.confirm(f"{what}?", abort=True, err=True)
+        raise click.UsageError(f"{action}: without a terminal, confirm with --yes")
+    click.confirm(f"{action}?", abort=True, err=True)

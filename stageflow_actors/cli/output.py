@@ -1,7 +1,7 @@
-"""What commands print: rows as a table for people, as JSON for programs, as CSV for spreadsheets.
+"""The output of commands: rows as a table for people, as JSON for programs, as CSV for spreadsheets.
 
-Only this goes to stdout; whatever is said about it goes to stderr. JSON and CSV hold values as they are (seconds,
-bytes, seconds since the Unix epoch), tables what is easier to read.
+Only the result of a command goes to stdout; notices go to stderr. JSON and CSV hold raw values (seconds, bytes,
+seconds since the Unix epoch); tables hold readable ones.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ STYLES = {
     "paused": "yellow",
     "closed": "red",
 }
-"""How a word is coloured on a terminal, wherever it stands alone in its cell."""
+"""Colour on a terminal of a cell that holds exactly this word."""
 
 
 def plain(value: Any) -> str:
-    """A value as it is, nothing for None."""
+    """Return the value as text, empty for None."""
     return "" if value is None else str(value)
 
 
 def count(value: Any) -> str:
-    """12,345."""
+    """Return a number with separators, as 12,345; empty for None."""
     return "" if value is None else f"{value:,}"
 
 
 def size(value: Any) -> str:
-    """Bytes, as 12.3 MB."""
+    """Return a number of bytes as 12.3 MB."""
     number = float(value)
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
@@ -66,7 +66,7 @@ def size(value: Any) -> str:
 
 
 def span(value: Any) -> str:
-    """Seconds, as 20 µs, 350 ms, 12.3 s, 5 min 02 s, 3 h 20 min or 4 d 2 h."""
+    """Return seconds as 20 µs, 350 ms, 12.3 s, 5 min 02 s, 3 h 20 min or 4 d 2 h."""
     if value is None:
         return ""
     seconds = float(value)
@@ -84,17 +84,17 @@ def span(value: Any) -> str:
 
 
 def when(value: Any) -> str:
-    """Seconds since the Unix epoch as local time; nothing for 0."""
+    """Return seconds since the Unix epoch as local time; empty for 0."""
     return f"{datetime.fromtimestamp(value).astimezone():%Y-%m-%d %H:%M:%S}" if value else ""
 
 
 def ago(value: Any) -> str:
-    """Seconds since the Unix epoch as an age; nothing for 0."""
+    """Return seconds since the Unix epoch as an age; empty for 0."""
     return span(max(0.0, time.time() - value)) if value else ""
 
 
 def clip(longest: int) -> Callable[[Any], str]:
-    """One line of at most `longest` characters."""
+    """Return a function that shows a value in one line of at most `longest` characters."""
 
     def show(value: Any) -> str:
         text = " ".join(plain(value).split())
@@ -104,7 +104,7 @@ def clip(longest: int) -> Callable[[Any], str]:
 
 
 class Column(NamedTuple):
-    """A column: the key in the rows, how a table shows its values, and whether they are numbers."""
+    """A column: its key in the rows, the function that shows a value in a table, and if it is right-aligned."""
 
     name: str
     show: Callable[[Any], str] = plain
@@ -112,7 +112,7 @@ class Column(NamedTuple):
 
 
 def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: str, *, empty: str = "nothing") -> None:
-    """Print `rows`; `empty` is what a table says instead of them when there are none."""
+    """Print `rows`; a table without rows is the notice `empty` on stderr instead."""
     if output == "json":
         print_json(rows)
     elif output == "csv":
@@ -126,7 +126,7 @@ def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: s
 
 
 def print_json(value: Any) -> None:
-    """Indented JSON of plain values."""
+    """Print plain values as indented JSON."""
     import json
 
     import orjson
@@ -134,13 +134,13 @@ def print_json(value: Any) -> None:
     try:
         made = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str)
     except TypeError:
-        # It names a file whose name is no UTF-8: escaped as this does it, Python and others get the very same name.
+        # A file name that is not UTF-8: json escapes it, and readers decode the same name.
         made = json.dumps(value, indent=2, default=str).encode()
-    click.echo(made)  # bytes: JSON is UTF-8 wherever it is printed
+    click.echo(made)  # bytes: JSON is UTF-8 in every locale
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Names and values, one a line; those without a value are left out."""
+    """Print names and values, one per line, without the empty ones."""
     width = max((len(name) for name in facts), default=0) + 2
     for name, value in facts.items():
         if value:
@@ -148,7 +148,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Any:
-    """The rows as rich's table."""
+    """Return the rows as a table of rich."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -168,7 +168,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Any:
 
 
 def console() -> Any:
+    """Return a console of rich on stdout."""
     from rich.console import Console
 
-    # Not a terminal: whoever reads it has no edge at which to wrap, and grep wants whole lines.
+    # Not a terminal: grep needs whole lines.
     return Console() if sys.stdout.isatty() else Console(width=400)

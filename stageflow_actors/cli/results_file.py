@@ -1,7 +1,7 @@
-"""The results of `stageflow run`: how each instance ended, counted for the summary and written for `--results`.
+"""The results of `stageflow run`: counted for the summary, and written to the file of `--results`.
 
-The file appears under its name complete or not at all: it grows beside it, as NAME.part, and is renamed at the end.
-What is no regular file (a pipe, a device) is written to as it is: to rename over it would take it away.
+The file appears under its name complete or not at all: it is written as NAME.part and renamed at the end. A pipe or a
+device is written directly, because a rename would replace it by a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ResultsFile", "Tally", "is_special"]
 
 
 class Tally:
-    """What became of the lines. `since` (seconds since the Unix epoch): what had ended before was skipped."""
+    """Counts the outcomes of the lines. Instances that ended before `since` (Unix epoch, seconds) count as skipped."""
 
     def __init__(self, since: float) -> None:
         self._since = since
@@ -33,36 +33,37 @@ class Tally:
 
     @property
     def results(self) -> int:
-        """Instances of which it is known how they ended."""
+        """Number of instances that have ended, in this run or before."""
         return sum(self.statuses.values())
 
     @property
     def done(self) -> int:
-        """Instances that ended in this run."""
+        """Number of instances that ended in this run."""
         return self.results - self.skipped
 
     @property
     def seen(self) -> int:
-        """Lines that are dealt with."""
+        """Number of lines that are finished, refused ones included."""
         return self.results + self.refused
 
     @property
     def well(self) -> bool:
-        """Whether every line became an instance that completed."""
+        """True if every line became an instance that completed."""
         return not self.refused and set(self.statuses) <= {"completed"}
 
     def add(self, result: WorkflowResult[Any]) -> None:
-        """One more instance has ended, or had."""
+        """Count the result of one instance."""
         self.statuses[result.status.value] += 1
         if result.status.terminal and result.finished_at < self._since:
             self.skipped += 1
 
 
 class ResultsFile:
-    """Writes one JSON object per instance. `-` is stdout. At the end call one: `finish` gives the file its name, `keep`
-    leaves what there is as NAME.part, `discard` removes it.
+    """Writes one JSON object per instance. The path `-` is stdout.
 
-    Raises `click.UsageError` for a file that cannot be written, or that would take the place of the input `source`.
+    At the end, call one method: `finish` renames NAME.part to NAME, `keep` keeps NAME.part, `discard` removes it.
+
+    Raises `click.UsageError` for a file that cannot be written, or that would overwrite the input `source`.
     """
 
     def __init__(self, path: str, source: str) -> None:
@@ -72,26 +73,26 @@ class ResultsFile:
         self._kept = self._special = False
         if path == "-":
             if sys.stdout is None:
-                raise click.UsageError("--results - is standard output, which is closed")
+                raise click.UsageError("--results - is standard output, and it is closed")
             self._file = sys.stdout.buffer
             return
         self._special = is_special(path)
         if self._special:
             self._file = _written(path, path)
             return
-        # Of a link, /dev/stdout for one, the file behind it is meant.
+        # A link, such as /dev/stdout, stands for the file behind it.
         self._path = Path(os.path.realpath(path) if os.path.islink(path) else path)
         if self._path.is_dir():
             raise click.UsageError(f"--results {path} is a directory; name a file in it")
-        # One name for all runs: what a killed one leaves behind is written over by the next.
+        # One name for all runs: the next run overwrites the remains of a killed one.
         self._part = self._path.with_name(f"{self._path.name}.part")
         for each in (self._path, self._part):
             if _is_input(each, source):
-                raise click.UsageError(f"--results {path} would write over the input {each}: name another file")
+                raise click.UsageError(f"--results {path} would overwrite the input {each}: name another file")
         self._file = _written(self._part, path)
 
     def write(self, result: WorkflowResult[Any], context: Any) -> None:
-        """One more line; `context` in plain values."""
+        """Write the line of one instance; `context` in plain values."""
         import orjson
 
         line = {
@@ -104,7 +105,7 @@ class ResultsFile:
         self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
 
     def finish(self) -> None:
-        """All has been written that will be."""
+        """Complete the file and give it its name."""
         self._file.flush()
         if self._path is not None:
             os.fsync(self._file.fileno())
@@ -112,7 +113,7 @@ class ResultsFile:
             os.replace(self._part, self._path)
 
     def keep(self) -> str | None:
-        """The run has ended before its time: leave an earlier file as it is, and say where the results so far are."""
+        """Keep the results of an interrupted run as NAME.part, and return a notice; an earlier file stays as it is."""
         if self._empty:
             self.discard()
             return None
@@ -122,20 +123,20 @@ class ResultsFile:
         self._file.close()
         self._kept = True
         kept = f"the results so far are in {self._part}"
-        return f"{kept}; {self._path} is as it was" if self._path.exists() else kept
+        return f"{kept}; {self._path} is unchanged" if self._path.exists() else kept
 
     def discard(self) -> None:
-        """The run has come to nothing: leave an earlier file as it is. Does nothing after `keep`."""
+        """Remove NAME.part; an earlier file stays as it is. Does nothing after `keep`."""
         if self._path is not None and not self._kept:
             self._file.close()
             self._part.unlink(missing_ok=True)
         elif self._special:
-            with suppress(OSError):  # what it could not take is told of already
+            with suppress(OSError):  # `write` has raised the error already
                 self._file.close()
 
 
 def is_special(path: str) -> bool:
-    """Whether there is something of that name which is neither a regular file nor a directory."""
+    """True if `path` exists and is neither a regular file nor a directory."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -153,7 +154,7 @@ def _written(path: Path | str, named: str) -> IO[bytes]:
 def _is_input(path: Path, source: str) -> bool:
     try:
         read = os.fstat(0) if source == "-" else os.stat(source)
-        # A terminal, a pipe or /dev/null has nothing that could be lost.
+        # A terminal, a pipe or /dev/null holds no data that could be lost.
         return stat.S_ISREG(read.st_mode) and os.path.samestat(read, path.stat())
     except OSError:
         return False

@@ -1,6 +1,6 @@
-"""A watch on a run: one that waits for a queue which nobody serves is ended, instead of waiting for ever.
+"""Ends a run that waits for a queue without workers, which would otherwise wait forever.
 
-It only looks. A queue that somebody has paused on purpose has its actors and is waited for.
+It reads the queues and changes nothing. A queue that a user has paused has its workers, and the run waits for it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from stageflow_actors.runtime.messaging.queue_info import QueueInfo
     from stageflow_actors.runtime.runtime import Runtime
 
-__all__ = ["Watch"]
+__all__ = ["StallGuard"]
 
-STILL = 2.0
-"""Seconds without a result after which the queues are looked at."""
+STALL_SECONDS = 2.0
+"""Seconds without a result after which the guard reads the queues."""
 
-EVERY = 0.5
+CHECK_SECONDS = 0.5
 
 
-class Watch:
-    """A context manager around waiting for results of a started runtime; `seen` counts those that have come.
+class StallGuard:
+    """Context manager around a wait for results of a started runtime; `seen` returns the number of results so far.
 
-    Whoever waits when nothing can come any more gets a `StageFlowError` that says what to do.
+    If no further result can come, the waiting call raises a `StageFlowError` with the fix.
     """
 
     def __init__(self, runtime: Runtime, seen: Callable[[], int]) -> None:
@@ -38,8 +38,8 @@ class Watch:
         self._seen = seen
         self._over = threading.Event()
 
-    def __enter__(self) -> Watch:
-        threading.Thread(target=self._look, name="watch", daemon=True).start()
+    def __enter__(self) -> StallGuard:
+        threading.Thread(target=self._watch, name="stall-guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -47,16 +47,16 @@ class Watch:
     ) -> None:
         self._over.set()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         seen, since = self._seen(), time.monotonic()
-        while not self._over.wait(EVERY):
+        while not self._over.wait(CHECK_SECONDS):
             if self._seen() != seen:
                 seen, since = self._seen(), time.monotonic()
-            elif time.monotonic() - since >= STILL:
+            elif time.monotonic() - since >= STALL_SECONDS:
                 try:
                     blocked = _blocked(self._runtime.queues())
                 except StageFlowError:
-                    continue  # whoever waits is told of that
+                    continue  # the waiting call raises it
                 if blocked is not None and not self._over.is_set():
                     self._runtime._waiters.break_off(self._error(blocked), forget=True)
                     return
@@ -65,14 +65,14 @@ class Watch:
         data = str(self._runtime.data_dir)
         option = "" if data == DEFAULT_DATA else f" --data {data}"
         return StageFlowError(
-            f"queue {queue.name} is paused, has no actors and holds {counted(queue.ready, 'message')}, for which this "
-            f"run would wait for ever: see the errors above, mend what they name, call `stageflow queue resume "
-            f"{queue.name}{option}` and run the same command again"
+            f"queue {queue.name} is paused, has no actors and holds {counted(queue.ready, 'message')}: this run would "
+            f"wait forever. Fix the errors above, call `stageflow queue resume {queue.name}{option}` and run the same "
+            "command again"
         )
 
 
 def _blocked(queues: list[QueueInfo]) -> QueueInfo | None:
-    """A queue that nobody serves, when nothing else is in work."""
+    """Return a queue with messages and without workers, if no message is in work."""
     if any(queue.leased for queue in queues):
         return None
     return next((queue for queue in queues if queue.ready and not queue.actors and queue.state == "paused"), None)

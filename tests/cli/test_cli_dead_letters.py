@@ -58,7 +58,7 @@ def test_show_prints_everything_by_number_or_by_instance(stageflow: Stageflow, p
 
 def test_requeue_puts_the_named_message_back(stageflow: Stageflow, parked: Path) -> None:
     code, _, err = stageflow("dlq", "requeue", "i2", "--data", parked)
-    assert (code, err) == (0, "1 requeued; they go on when a runtime starts on this directory\n")
+    assert (code, err) == (0, "1 requeued; they resume when a runtime starts on this directory\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i1"]
     _, out, _ = stageflow("queue", "peek", PAY, "--data", parked, "--output", "json")
     assert [(row["instance"], row["attempts"]) for row in json.loads(out)] == [("i2", 0), ("i3", 0)]
@@ -72,7 +72,7 @@ def test_requeue_of_all_or_of_a_queue(stageflow: Stageflow, parked: Path, which:
 
 def test_purge_throws_away_only_what_is_named(stageflow: Stageflow, parked: Path) -> None:
     code, _, err = stageflow("dlq", "purge", "i1", "--yes", "--data", parked)
-    assert (code, err) == (0, "1 dead letter thrown away, 1 instance with them\n")
+    assert (code, err) == (0, "1 dead letter deleted, 1 instance with them\n")
     assert [row["instance"] for row in listed(stageflow, parked)] == ["i2"]
     assert stageflow("instances", "show", "i1", "--data", parked)[0] == 1
 

@@ -54,7 +54,7 @@ def test_a_path_is_imported_under_its_name_so_that_workers_find_it(folder: Path)
         ("nowhere.py:one", ["no file"]),
         ("flow_a:nothing", ["no 'nothing'", "flow_a:one (Thing)"]),
         ("flow_a:other", ["is an int, not a Thing", "flow_a:one (Thing)"]),
-        ("flow_a.py", ["say which Thing", "flow_a.py:one"]),
+        ("flow_a.py", ["name a Thing", "flow_a.py:one"]),
         ("flow_a", ["write MODULE:NAME"]),
     ],
 )

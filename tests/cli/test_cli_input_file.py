@@ -111,7 +111,7 @@ def test_whole_numbers_of_more_than_64_bits_are_refused_by_line_and_field(
     path.write_bytes(b'{"id": 1}\n' + line + b"\n")
     found, refused = read(path, "id")
     assert [key for key, _, _ in found] == ["1"]
-    assert refused == [(2, f"{field}, which does not fit in 64 bits: give it as a string")]
+    assert refused == [(2, f"{field}, which does not fit in 64 bits: write it as a string")]
 
 
 def test_whole_numbers_of_64_bits_and_long_digits_that_are_none_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_float_is_no_id(tmp_path: Path) -> None:
     found, refused = read(path, "id")
     assert [key for key, _, _ in found] == ["1"]
     assert [number for number, _ in refused] == [1, 2]
-    assert all("no float" in reason for _, reason in refused)
+    assert all("has the float" in reason for _, reason in refused)
 
 
 @dataclass

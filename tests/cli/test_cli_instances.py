@@ -141,6 +141,6 @@ def test_old_ones_can_be_forgotten(stageflow: Stageflow, data: Path) -> None:
     assert stageflow("history", "prune", "--older-than", "2w", "--data", data)[0] == 2
     code, _, err = stageflow("history", "prune", "--older-than", "2w", "--yes", "--data", data)
     assert code == 0
-    assert err.startswith("2 instances forgotten")
+    assert err.startswith("2 instances deleted")
     assert stageflow("history", "vacuum", "--data", data)[0] == 0
     assert set(listed(stageflow, data)) == {"undone", "later", "new"}

@@ -85,7 +85,7 @@ def test_stats_count_accepted_settlements(stageflow: Stageflow, data: Path) -> N
 
 
 def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Stageflow, data: Path) -> None:
-    assert stageflow("journal", "repair", "--data", data)[1] == "nothing is wrong; nothing was changed\n"
+    assert stageflow("journal", "repair", "--data", data)[1] == "no damage found; nothing was changed\n"
     flip(segment_of(data), 2 * SECTOR + 50)
     before = segment_of(data).read_bytes()
     code, _, err = stageflow("journal", "repair", "--data", data)
@@ -106,7 +106,7 @@ def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(stageflow:
     assert code == 0
     where, damaged_batch, given_up, listed = out.splitlines()
     assert f"{segment_of(data).name} at offset {begin}: the checksum of batch" in where
-    assert given_up.startswith("given up: ")
+    assert given_up.startswith("discarded: ")
     assert given_up.endswith("of 2 instances: i2, i1"), "the start of i1 is in the damage, its settlements behind it"
     assert f"{segment_of(data).name} at offset {begin}, " in damaged_batch
     assert " bytes, 1 record: the checksum" in damaged_batch
@@ -123,7 +123,7 @@ def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(stageflow: 
     begin = segment_of(data).read_bytes().index(b"i2") // SECTOR * SECTOR
     flip(segment_of(data), begin + 41)
     _, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
-    assert "possibly in what is damaged, as far as it can be read: 1 instance: i2\n" in out
+    assert "possibly in the damaged bytes, as far as they can be read: 1 instance: i2\n" in out
     *_, heading, perhaps = (data / "journal" / "repair" / "given-up.txt").read_text().splitlines()
     assert (heading[0], perhaps) == ("#", "i2")
 
@@ -136,11 +136,11 @@ def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
     shutil.copytree(data, data.with_name("other"))
     code, out, err = stageflow("journal", "repair", "--data", data, "--yes")
     assert f"0000000000000001.journal: all of it, {size} bytes as it is now" in out
-    assert "cannot be known" in out
+    assert "cannot be determined" in out
     assert (code, err, out.splitlines()[-1].split(":")[0]) == (
         0,
         "",
-        "nothing is left of the journal, and no history is there",
+        "the journal is empty and there is no history",
     )
     data = data.with_name("other")
     HistoryWriter.open(data / "history.db", create=True).close()
@@ -165,8 +165,8 @@ def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Stageflow, data:
     flip(segment_of(data), segment_of(data).read_bytes().rindex(b"\xd3\xf7\xb1\xff") + 45)
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert code == 0
-    assert "a torn end, and given up: " in out
-    assert "no whole batch was given up\n" in out
+    assert "discarded (a torn end): " in out
+    assert "no whole batch was discarded\n" in out
     assert stageflow("journal", "verify", "--data", data)[0] == 0
 
 

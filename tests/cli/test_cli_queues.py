@@ -80,7 +80,7 @@ def test_purge_asks_first_and_then_throws_away(stageflow: Stageflow, filled: Any
     assert "--yes" in err
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 1
     code, _, err = stageflow(*purge, "--yes")
-    assert (code, err) == (0, "1 message of 1 instance thrown away\n")
+    assert (code, err) == (0, "1 message of 1 instance deleted\n")
     assert rows(stageflow, "queue", "list", "--data", data)[0]["ready"] == 0
 
 

@@ -246,17 +246,17 @@ def test_one_workflow_of_several_has_to_be_named(command: Command, tmp_path: Pat
         (("flows.py:orders", "--input", "nowhere.jsonl"), "nowhere.jsonl"),
         (("flows.py:orders", "--input", "orders.jsonl", "--results", "no/such/out.jsonl"), "no/such/out.jsonl"),
         (("flows.py:orders",), "--input"),
-        ((".:orders", "--input", "orders.jsonl"), "'.' is no module"),
+        ((".:orders", "--input", "orders.jsonl"), "'.' is not a module"),
         (("flows.py:idle", "--input", "orders.jsonl"), "flows.py:idle has no workflows"),
         (("flows.py:orders", "--input", "orders.jsonl", "--workflow", "nope"), "no workflow 'nope'; it has orders"),
         (("flows.py:orders", "--input", "orders.jsonl", "--key", ""), "--key is empty"),
-        (("flows.py:orders", "--input", "orders.jsonl", "--data", ""), "it is empty: name a directory"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--data", ""), "the name is empty: name a directory"),
         (("flows.py:orders", "--input", "orders.jsonl", "--data", ".", "--fresh"), "--fresh would rename"),
         (("flows.py:orders", "--input", "wide.jsonl"), "wide.jsonl is UTF-16: convert it to UTF-8"),
         (("flows.py:orders", "--input", "twice.csv"), "names the column 'n' more than once"),
-        (("flows.py:orders", "--input", "orders.jsonl", "--results", "./orders.jsonl"), "write over the input"),
-        (("flows.py:orders", "--input", "orders.jsonl", "--results", "link.jsonl"), "write over the input"),
-        (("flows.py:orders", "--input", "old.jsonl.part", "--results", "old.jsonl"), "write over the input"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--results", "./orders.jsonl"), "overwrite the input"),
+        (("flows.py:orders", "--input", "orders.jsonl", "--results", "link.jsonl"), "overwrite the input"),
+        (("flows.py:orders", "--input", "old.jsonl.part", "--results", "old.jsonl"), "overwrite the input"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_starts_nothing(
@@ -290,7 +290,7 @@ def test_a_standard_stream_that_is_closed_is_one_line(tmp_path: Path, redirectio
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"standard {what}, which is closed" in done.stderr
+    assert f"standard {what}, and it is closed" in done.stderr
     assert not (tmp_path / "stageflow-data").exists()
 
 
@@ -328,7 +328,7 @@ def test_an_error_of_no_known_line_ends_the_run_in_one_line_and_keeps_the_result
     done = command("run", "flows.py:odd", *RUN[2:], "--results", "out.jsonl")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert done.stderr.splitlines()[-2:] == [
-        "the results so far are in out.jsonl.part; out.jsonl is as it was",
+        "the results so far are in out.jsonl.part; out.jsonl is unchanged",
         "stageflow: something odd became of one instance",
     ]
     assert (tmp_path / "out.jsonl").read_text() == "of an earlier run\n"
@@ -421,9 +421,9 @@ def test_an_interrupted_run_explains_how_to_continue_and_does(
         program.send_signal(which)
         _, said = program.communicate(timeout=30)
     assert program.returncode == 130
-    assert "run the same command again to go on" in said
+    assert "run the same command again to resume" in said
     assert "Traceback" not in said
-    assert "the results so far are in out.jsonl.part; out.jsonl is as it was" in said
+    assert "the results so far are in out.jsonl.part; out.jsonl is unchanged" in said
     assert (tmp_path / "out.jsonl").read_text() == "of an earlier run\n"
     assert 0 < len(results(tmp_path / "out.jsonl.part")) < 400
     (tmp_path / "slow").unlink()

@@ -124,7 +124,7 @@ def test_without_wait_the_id_is_printed(up: Up, stageflow: Stageflow) -> None:
     ("arguments", "code", "said"),
     [
         (["nothing"], 1, "workflow 'nothing' is not served in"),
-        (["orders", "--json", "{"], 2, "no JSON"),
+        (["orders", "--json", "{"], 2, "not valid JSON"),
         (["orders", "--json", "[1]"], 2, "must be a JSON object"),
         (["orders", "--json", '{"other": 1}', "--id", "A-1"], 1, "another input"),
         (["parcels", "--json", '{"weight": "5"}'], 1, "context.weight must be float, not str"),
@@ -180,7 +180,7 @@ def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Stageflow) 
     own_up.process.terminate()
     assert own_up.end()[0] == 0
     code, out, err = stageflow("instances", "cancel", "K", *at)
-    assert (code, out, err) == (0, "", "K is waiting and nothing runs here: it is cancelled at the next start\n")
+    assert (code, out, err) == (0, "", "K is waiting and no cluster runs here: it is cancelled at the next start\n")
     assert stageflow("instances", "cancel", "R", *at) == (1, "completed\n", "")
     for word, name, context in (("retry", "P", '{"n": 1}'), ("restart", "R", '{"n": 2}')):
         code, out, err = stageflow("instances", word, name, "--json", context, *at)
@@ -237,7 +237,7 @@ def test_a_stage_is_scaled(up: Up, stageflow: Stageflow) -> None:
 
 
 def test_health_is_well_until_something_is_not(up: Up, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stageflow("health", "--data", up.data) == (0, "well\n", "")
+    assert stageflow("health", "--data", up.data) == (0, "healthy\n", "")
     monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.2)
     stageflow("queue", "pause", "stageflow.orders.stage0", "--data", up.data)
     code, out, _ = stageflow("health", "--data", up.data)
@@ -315,7 +315,7 @@ def test_a_signal_stops_it_when_the_stages_in_work_are_done(own_up: Up, stageflo
     wait_until((own_up.folder / "held").exists)
     own_up.process.send_signal(number)
     assert own_up.process.stderr is not None
-    assert "stopping when the stages in work are done" in own_up.process.stderr.readline()
+    assert "stopping after the stages in work" in own_up.process.stderr.readline()
     (own_up.folder / "release").touch()
     assert own_up.end() == (0, "", "")
     code, out, _ = stageflow("instances", "show", "H-1", "--output", "json", "--data", own_up.data)

@@ -311,7 +311,7 @@ def test_a_table_has_place_finding_and_advice(books: Any, capfd: pytest.CaptureF
     assert first.startswith("error    agreement: A: it is live, and in the history")
     assert advice.startswith("         → ")
     assert (
-        last == f"1 error: 1 live instance, 1 message, 1 ended (the journal still tells of 0 of them), {path}, at rest"
+        last == f"1 error: 1 live instance, 1 message, 1 ended (0 of them still in the journal), {path}, at rest"
     )
 
 

@@ -143,4 +143,4 @@ def test_the_number_of_compared_ends_is_reported(books: Any, capfd: pytest.Captu
     books.finish("A", "B")
     books.record("given back with its segment")
     assert main(["doctor", "--data", str(books.close())]) == 0
-    assert "3 ended (the journal still tells of 2 of them)" in capfd.readouterr().out
+    assert "3 ended (2 of them still in the journal)" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""`stageflow scale` and `stageflow health`: a running cluster as a whole."""
+"""`stageflow scale` and `stageflow health`: commands on a running cluster as a whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.options import data_option, json_option
 
 __all__ = ["health", "scale"]
 
@@ -17,9 +17,11 @@ __all__ = ["health", "scale"]
 @click.argument("actors", type=click.IntRange(0, 1_000), metavar="N")
 @data_option
 def scale(workflow: str, stage: str, actors: int, data: Path) -> None:
-    """Run STAGE of WORKFLOW with N worker processes from now on, until the cluster is stopped.
+    """Set the number of worker processes of a stage.
 
-    Of a map stage, what handles its items. Fewer: those that are idle end first, and busy ones when they are done.
+    Runs STAGE of WORKFLOW (their ids) with N worker processes, 0 to 1,000, until the cluster stops or is scaled again.
+    For a map stage, scales its item workers. When scaling down, idle workers stop first, and busy workers stop after
+    their current message.
 
     \b
     stageflow scale orders process-payment 8
@@ -31,10 +33,13 @@ def scale(workflow: str, stage: str, actors: int, data: Path) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@json_option
 @data_option
 def health(output: str, data: Path) -> int:
-    """Whether broker, coordinator and all pools are well: exit code 0, or 1 and a line for each fault.
+    """Check that broker, coordinator and all pools are healthy.
+
+    Prints "healthy" and exits with 0, or prints a line for each fault and exits with 1. A cluster that does not run is
+    a fault. Suits a liveness probe.
 
     \b
     stageflow health
@@ -50,5 +55,5 @@ def health(output: str, data: Path) -> int:
         for fault in faults:
             click.echo(f"{fault.part}: {fault.text}")
     else:
-        click.echo("well")
+        click.echo("healthy")
     return 1 if faults else 0

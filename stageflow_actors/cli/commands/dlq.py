@@ -1,4 +1,4 @@
-"""`stageflow dlq`: messages that were given up, why, and back into work with them."""
+"""`stageflow dlq`: list, show, requeue and delete dead letters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import confirmed, data_option, output_option
+from stageflow_actors.cli.options import check_confirmed, data_option, json_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
 from stageflow_actors.core.plan import DLQ_PREFIX
 from stageflow_actors.core.plural import counted
@@ -37,30 +37,33 @@ COLUMNS = (
 
 @click.group()
 def dlq() -> None:
-    """Dead letters: messages that were given up, with their reasons.
+    """List, show, requeue and delete dead letters.
+
+    A dead letter is a message whose attempts are spent. A command names it by its number or by its instance. A dead
+    letter marked `evidence` is kept for inspection only: its instance went on without it, because it was compensated or
+    because the stage is optional. It cannot be requeued.
 
     \b
     stageflow dlq list
     stageflow dlq show ORDER-17
     stageflow dlq requeue ORDER-17
     stageflow dlq requeue --queue stageflow.orders.stage1
-
-    A dead letter is named by its number or by its instance. One that is `evidence` is kept to be looked at: its
-    instance went on without it (was compensated, or the stage was optional), so it cannot be requeued.
     """
 
 
 def _queue_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--queue", "queue", default="", metavar="NAME", help="Only those of this queue.")(command)
+    return click.option(
+        "--queue", "queue", default="", metavar="NAME", help="Only dead letters of this queue.  [default: all queues]"
+    )(command)
 
 
 @dlq.command("list")
 @_queue_option
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Most dead letters shown.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Maximum number of dead letters.")
 @data_option
 @output_option
 def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
-    """Dead letters with reason, age and origin.
+    """List dead letters with reason, age and origin.
 
     \b
     stageflow dlq list
@@ -81,9 +84,11 @@ def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
 @click.argument("letter", metavar="ID")
 @_queue_option
 @data_option
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@json_option
 def show(letter: str, queue: str, data: Path, output: str) -> None:
-    """One dead letter in full: ID is its number, or its instance.
+    """Show one dead letter with its context.
+
+    ID is the number of the dead letter, or its instance.
 
     \b
     stageflow dlq show 4711
@@ -124,10 +129,14 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
 @dlq.command()
 @click.argument("letters", nargs=-1, metavar="[ID]...")
 @_queue_option
-@click.option("--all", "everything", is_flag=True, help="All dead letters.")
+@click.option("--all", "everything", is_flag=True, help="All dead letters of all queues.")
 @data_option
 def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) -> int:
-    """Give dead letters back to their queue, with their attempts and deaths forgotten: their instances go on there.
+    """Requeue dead letters: their instances resume there.
+
+    Each ID is the number of a dead letter, or an instance. Without ID, name a queue with --queue, or pass --all. Counts
+    of attempts and worker deaths start from zero. Without a running cluster, the instances resume at its next start.
+    Exit code 1 if every dead letter is `evidence`, and so none was requeued.
 
     \b
     stageflow dlq requeue ORDER-17 ORDER-18
@@ -136,28 +145,31 @@ def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) 
     """
     from stageflow_actors.runtime.client.attach import attach
 
-    _chosen(letters, queue, everything)
+    _check_choice(letters, queue, everything)
     done = refused = 0
     with attach(data, write=True) as attached:
         for name, ids in _by_queue(attached, letters, queue):
             answer = attached.wait(attached.admin.requeue(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
             done += answer["requeued"]
             refused += len(answer["refused"])
-        later = "" if attached.live else "; they go on when a runtime starts on this directory"
+        later = "" if attached.live else "; they resume when a runtime starts on this directory"
     click.echo(f"{done:,} requeued{later}", err=True)
     if refused:
-        click.echo(f"{refused:,} are evidence of instances that went on without them, and stay", err=True)
+        click.echo(f"{refused:,} not requeued: evidence of instances that went on without them", err=True)
     return 0 if done or not refused else 1
 
 
 @dlq.command()
 @click.argument("letters", nargs=-1, metavar="[ID]...")
 @_queue_option
-@click.option("--all", "everything", is_flag=True, help="All dead letters.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--all", "everything", is_flag=True, help="All dead letters of all queues.")
+@yes_option
 @data_option
 def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, data: Path) -> None:
-    """Throw dead letters away. An instance that was parked with one is gone then, without a result.
+    """Delete dead letters and the instances parked with them.
+
+    Each ID is the number of a dead letter, or an instance. Without ID, name a queue with --queue, or pass --all. An
+    instance that is parked with a deleted dead letter is deleted too, without a result.
 
     \b
     stageflow dlq purge 4711 --yes
@@ -165,30 +177,30 @@ def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, dat
     """
     from stageflow_actors.runtime.client.attach import attach
 
-    _chosen(letters, queue, everything)
-    confirmed("throw away " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)
+    _check_choice(letters, queue, everything)
+    check_confirmed("delete " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)
     done = gone = 0
     with attach(data, write=True) as attached:
         for name, ids in _by_queue(attached, letters, queue):
             answer = attached.wait(attached.admin.purge(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
             done += answer["purged"]
             gone += len(answer["instances"])
-    click.echo(f"{counted(done, 'dead letter')} thrown away, {counted(gone, 'instance')} with them", err=True)
+    click.echo(f"{counted(done, 'dead letter')} deleted, {counted(gone, 'instance')} with them", err=True)
 
 
-def _chosen(letters: tuple[str, ...], queue: str, everything: bool) -> None:
+def _check_choice(letters: tuple[str, ...], queue: str, everything: bool) -> None:
     if not letters and not queue and not everything:
-        raise click.UsageError("say which: numbers or instances, --queue NAME, or --all")
+        raise click.UsageError("name dead letters by number or instance, or pass --queue NAME or --all")
     if everything and (letters or queue):
-        raise click.UsageError("--all goes with neither numbers, instances nor --queue")
+        raise click.UsageError("--all excludes numbers, instances and --queue")
 
 
 def _queues(attached: Attached, queue: str) -> list[tuple[str, int]]:
-    """Queues with dead letters and how many, or just the one that was asked for."""
+    """Return the queues with dead letters and their numbers, or only that of `queue`."""
     name = queue.removeprefix(DLQ_PREFIX)
     queues = attached.wait(attached.admin.stats(name))["queues"]
     if name and not any(each["name"] == name for each in queues):
-        raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` shows them all")
+        raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` lists them all")
     return [(each["name"], each["dead"]) for each in queues if each["dead"] and name in ("", each["name"])]
 
 
@@ -204,13 +216,13 @@ def _find(attached: Attached, letters: tuple[str, ...], queue: str) -> list[dict
     missing = wanted - {each["group"] for each in found} - {str(each["id"]) for each in found}
     if missing:
         raise click.ClickException(
-            f"no dead letter has the number or the instance {min(missing)!r}; `stageflow dlq list` shows them all"
+            f"no dead letter has the number or the instance {min(missing)!r}; `stageflow dlq list` lists them all"
         )
     return found
 
 
 def _by_queue(attached: Attached, letters: tuple[str, ...], queue: str) -> list[tuple[str, list[int]]]:
-    """Queues with the numbers of the dead letters meant; no numbers for all of them."""
+    """Return the queues with the numbers of the chosen dead letters; no numbers stand for all of a queue."""
     if not letters:
         return [(name, []) for name, _ in _queues(attached, queue)]
     by_queue: defaultdict[str, list[int]] = defaultdict(list)

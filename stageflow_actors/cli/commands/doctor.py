@@ -1,4 +1,4 @@
-"""`stageflow doctor`: whether the invariants hold in a data directory and in the cluster that serves it."""
+"""`stageflow doctor`: check the invariants of a data directory and of the cluster that serves it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.options import data_option, json_option
 from stageflow_actors.core.plural import counted
 
 if TYPE_CHECKING:
@@ -20,16 +20,22 @@ COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
 @click.command()
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@json_option
 @data_option
 def doctor(output: str, data: Path) -> int:
-    """Whether the invariants hold, in a running cluster or a directory at rest: exit code 0, or 1 and what is wrong.
+    """Check the invariants of a cluster, running or not.
 
-    Each live instance has exactly one message, gather or timer that carries it on; no message is held by a worker that
-    does not live; journal and history are sound and agree; how each instance ended is told without contradiction; lock,
-    sockets, disk and clock are as they should be. For each finding: where, what, and what to do. It changes nothing,
-    and may run at any time. Only errors break an invariant; warnings and what is merely told (paused queues, dead
-    letters, open breakers) do not. Of what ended long ago the journal tells no more, and only the history is read.
+    Prints a line for each finding: the place, the fault and the fix. Exit code 1 if a finding is an error. Warnings and
+    notices (paused queues, dead letters, open breakers) break no invariant. The command changes nothing and may run at
+    any time.
+
+    \b
+    Each live instance has exactly one message, gather or timer.
+    No dead worker holds a message.
+    Journal and history are undamaged and agree on each outcome.
+    Lock, sockets, disk and clock are in order.
+
+    The journal forgets instances that ended long ago; for those only the history is checked.
 
     \b
     stageflow doctor
@@ -58,18 +64,18 @@ def doctor(output: str, data: Path) -> int:
         )
         return 1 if errors else 0
     for finding in findings:
-        _tell(finding)
+        _print_finding(finding)
     checked = report.checked
     compared = checked["ended_in_journal"]
     looked = f"{counted(checked['instances'], 'live instance')}, {counted(checked['messages'], 'message')}, "
-    looked += f"{checked['ended']:,} ended (the journal still tells of {compared:,} of them)"
+    looked += f"{checked['ended']:,} ended ({compared:,} of them still in the journal)"
     state = "running" if report.live else "at rest"
     verdict = counted(errors, "error") if errors else "the invariants hold"
     click.echo(f"{verdict}: {looked}, {directory.path}, {state}")
     return 1 if errors else 0
 
 
-def _tell(finding: Finding) -> None:
+def _print_finding(finding: Finding) -> None:
     severity = click.style(f"{finding.severity:<8}", fg=COLOURS[finding.severity], bold=True)
     click.echo(f"{severity} {finding.check}: {finding.where}: {finding.what}")
     if finding.advice:
@@ -77,7 +83,7 @@ def _tell(finding: Finding) -> None:
 
 
 def _of_journal(data: DataDir) -> list[Finding]:
-    """What verifying says: of damage the first places, and the torn end that a crash has left."""
+    """Return the findings in the journal: the first damaged places, and the torn end that a crash leaves."""
     from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
     from stageflow_brokers.errors import JournalError
     from stageflow_brokers.journal.verify import verify
@@ -92,13 +98,13 @@ def _of_journal(data: DataDir) -> list[Finding]:
     for one in found[:20]:
         where = f"{data.journal / one.file} at offset {one.offset}"
         if one.damage:
-            advice = "restore a backup, or give up what lies behind the first damage: stageflow journal repair"
+            advice = "restore a backup, or discard the data behind the first damage: stageflow journal repair"
             findings.append(Finding(ERROR, "journal", where, f"damaged: {one.reason}", advice))
         elif one.cut:
-            what = f"the end is cut off: {one.reason}. No crash does that, and it may have been acknowledged"
-            advice = "restore a backup; the next start goes on with what is left, and forgets what is not"
+            what = f"the end is missing: {one.reason}. No crash causes this; the missing data may be acknowledged"
+            advice = "restore a backup; the next start continues without the missing data"
             findings.append(Finding(WARNING, "journal", where, what, advice))
         else:
-            what = f"a torn end: {one.reason}; a crash has left it, and nothing in it was acknowledged"
+            what = f"a torn end: {one.reason}; a crash leaves it, and nothing in it was acknowledged"
             findings.append(Finding(INFO, "journal", where, what, "nothing: the next start cuts it off"))
     return findings

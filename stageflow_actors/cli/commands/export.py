@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.commands.instances import LIVE, STATUSES, _described, instances
+from stageflow_actors.cli.commands.instances import LIVE, _described, filter_options, instances
 from stageflow_actors.cli.options import data_option
 from stageflow_actors.core.plural import counted
 
@@ -24,16 +24,24 @@ FIELDS = ("instance_id", "workflow", "version", "status", "started", "finished",
 
 @instances.command()
 @click.argument("target", metavar="FILE", default="-", type=click.Path(dir_okay=False, allow_dash=True))
-@click.option("--status", type=click.Choice(STATUSES), default=None, help="Only those.")
-@click.option("--workflow", default=None, metavar="ID", help="Only those of this workflow.")
-@click.option("--format", "kind", type=click.Choice(["jsonl", "csv"]), default=None, help="[default: by FILE's ending]")
+@filter_options
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["jsonl", "csv"]),
+    default=None,
+    help="Format of FILE.  [default: csv if FILE ends in .csv, otherwise jsonl]",
+)
 @data_option
 def export(target: str, status: str | None, workflow: str | None, kind: str | None, data: Path) -> None:
-    """Write all instances, live and finished, to FILE (- for stdout): one JSON object a line, or CSV without contexts.
+    """Write all instances to a file, live and finished.
+
+    FILE gets one JSON object per line, or one CSV row without stages and context per instance. `-` is stdout, and the
+    default. The file appears under its name complete or not at all.
 
     \b
     stageflow instances export all.jsonl
-    stageflow instances export --workflow orders --status failed failed.csv
+    stageflow instances export --status failed failed.csv
     """
     from stageflow_actors.runtime.client.attach import attach
 
@@ -45,11 +53,11 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
 
 @contextmanager
 def _opened(target: str) -> Iterator[IO[str]]:
-    """The file appears complete or not at all; a pipe or a device is written to as it is, not replaced by a file."""
+    """Open `target` so that it appears complete or not at all; a pipe or a device is written directly."""
     from stageflow_actors.cli.results_file import is_special
 
     try:
-        # Of a link, /dev/stdout for one, the file behind it is meant.
+        # A link, such as /dev/stdout, stands for the file behind it.
         path = os.path.realpath(target) if os.path.islink(target) else target
         opened = click.open_file(path, "w", encoding="utf-8", atomic=target != "-" and not is_special(target))
     except OSError as error:
@@ -62,7 +70,7 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[St
     from stageflow_actors.core.description import ended
 
     seen: set[str] = set()
-    # Also when only finished ones are wanted: some have ended, and are on their way into the history.
+    # Also for finished instances only: some have ended and are not in the history yet.
     for standing in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
         seen.add(standing.instance_id)
         yield standing

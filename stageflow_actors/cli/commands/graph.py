@@ -1,4 +1,4 @@
-"""`stageflow graph`: a workflow as a picture, in Mermaid's words."""
+"""`stageflow graph`: a workflow as Mermaid text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ __all__ = ["graph"]
 @click.command()
 @click.argument("target", metavar="MODULE:WORKFLOW")
 def graph(target: str) -> None:
-    """The workflow as Mermaid text, which GitHub, GitLab and many editors draw.
+    """Print a workflow as a Mermaid graph.
 
-    MODULE is an importable module or a path to a .py file. Nothing of the workflow is run.
+    GitHub, GitLab and many editors draw Mermaid text. MODULE is an importable module or a path to a .py file. The
+    module is imported; no stage runs.
 
     \b
     stageflow graph orders.py:orders

@@ -1,4 +1,4 @@
-"""`stageflow history`: making the store of finished instances smaller."""
+"""`stageflow history`: prune and compact the store of finished instances."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stageflow_actors.cli.options import confirmed, data_option
+from stageflow_actors.cli.options import check_confirmed, data_option, yes_option
 from stageflow_actors.cli.output import size, when
 from stageflow_actors.core.plural import counted
 
@@ -26,13 +26,13 @@ class _Age(click.ParamType[float, object]):
         except (KeyError, ValueError):
             seconds = -1.0
         if not 0 <= seconds < 1e11:
-            self.fail(f"{text!r} is no age; write 90d, 12h, 30m, 45s or 2w", param, ctx)
+            self.fail(f"{text!r} is not an age; write 90d, 12h, 30m, 45s or 2w", param, ctx)
         return seconds
 
 
 @click.group()
 def history() -> None:
-    """The store of finished instances.
+    """Prune and compact the store of finished instances.
 
     \b
     stageflow history prune --older-than 90d
@@ -41,11 +41,20 @@ def history() -> None:
 
 
 @history.command()
-@click.option("--older-than", required=True, type=_Age(), metavar="AGE", help="Such as 90d, 12h, 2w.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--older-than",
+    required=True,
+    type=_Age(),
+    metavar="AGE",
+    help="Age with its unit (s, m, h, d, w), such as 90d, 12h or 2w.",
+)
+@yes_option
 @data_option
 def prune(older_than: float, yes: bool, data: Path) -> None:
-    """Forget instances that finished longer ago than AGE, and their results. Their ids can be used again then.
+    """Delete old finished instances and their results.
+
+    Deletes instances that finished longer ago than AGE. Their ids are free for new instances then. `stageflow history
+    vacuum` returns the disk space.
 
     \b
     stageflow history prune --older-than 90d --yes
@@ -55,16 +64,18 @@ def prune(older_than: float, yes: bool, data: Path) -> None:
 
     path = existing(data).history
     before = time.time() - older_than
-    confirmed(f"forget all instances that finished before {when(before)}", yes)
+    check_confirmed(f"delete all instances that finished before {when(before)}", yes)
     with HistoryWriter.open(path, create=False) as writer:
         pruned = writer.prune(before)
-    click.echo(f"{counted(pruned, 'instance')} forgotten; `stageflow history vacuum` gives the space back", err=True)
+    click.echo(f"{counted(pruned, 'instance')} deleted; `stageflow history vacuum` returns the disk space", err=True)
 
 
 @history.command()
 @data_option
 def vacuum(data: Path) -> None:
-    """Write the store anew without unused space; needs free space of its size meanwhile.
+    """Rewrite the store without unused space.
+
+    While it runs it needs free disk space of the size of the store.
 
     \b
     stageflow history vacuum

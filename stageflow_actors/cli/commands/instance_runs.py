@@ -1,4 +1,4 @@
-"""`stageflow instances cancel`, `retry` and `restart`: the end of an instance, and another run of it."""
+"""`stageflow instances cancel`, `retry` and `restart`: end an instance, or run it again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from stageflow_actors.cli.commands.instances import instances
 from stageflow_actors.cli.commands.start import context_of, finished
-from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.options import data_option, wait_options
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @instances.command()
 @click.argument("instance_id", metavar="ID")
-@click.option("--reason", default="", metavar="TEXT", help="Kept as the instance's error.")
+@click.option("--reason", default="", metavar="TEXT", help="Stored as the error of the instance.")
 @data_option
 def cancel(instance_id: str, reason: str, data: Path) -> int:
-    """Cancel an instance: what has not started does not start, what has completed is compensated.
+    """Cancel an instance and compensate its completed stages.
 
-    A stage in work may end by itself, and is killed a second later. Prints what became of the instance: `cancelled`, or
-    how it ended if it was faster (exit code 1 then); `compensating` if undoing takes longer than half a minute. On a
-    cluster at rest it is cancelled at the next start.
+    Further stages do not start. A stage in work gets one second to end and is then killed. Prints the status of the
+    instance: `cancelled`; `compensating` if the compensations take longer than 30 seconds; or the status it ended with
+    before the cancellation (exit code 1). Without a running cluster, it is cancelled at the next start.
 
     \b
     stageflow instances cancel ORDER-17 --reason "changed my mind"
@@ -43,7 +43,7 @@ def cancel(instance_id: str, reason: str, data: Path) -> int:
             status = client.order_cancel(instance_id, reason)
             if not status.terminal and status != WorkflowStatus.compensating:
                 click.echo(
-                    f"{instance_id} is {status} and nothing runs here: it is cancelled at the next start", err=True
+                    f"{instance_id} is {status} and no cluster runs here: it is cancelled at the next start", err=True
                 )
                 return 0
         else:
@@ -55,9 +55,14 @@ def cancel(instance_id: str, reason: str, data: Path) -> int:
 def _another_run(command: F) -> F:
     for option in (
         click.argument("instance_id", metavar="ID"),
-        click.option("--json", "text", default=None, metavar="JSON", help="Another context; - reads stdin."),
-        click.option("--wait", is_flag=True, help="Wait for the end, and print the result."),
-        click.option("--timeout", default=None, type=click.FloatRange(0), metavar="SECONDS", help="Wait no longer."),
+        click.option(
+            "--json",
+            "text",
+            default=None,
+            metavar="JSON",
+            help="Context to run with, as a JSON object; - reads stdin.  [default: the context of the last run]",
+        ),
+        wait_options,
         data_option,
     ):
         command = option(command)
@@ -67,14 +72,15 @@ def _another_run(command: F) -> F:
 @instances.command()
 @_another_run
 def retry(instance_id: str, text: str | None, wait: bool, timeout: float | None, data: Path) -> int:
-    """Run an instance again from the stage that failed: one that is parked, or failed with nothing compensated.
+    """Run an instance again from the stage that failed.
 
-    Prints the instance's id; with --wait the result as JSON, and the exit code is 1 unless it completed. On a cluster
-    at rest it goes on at the next start.
+    The instance is parked, or it failed and no stage was compensated. Prints the id of the instance; with --wait prints
+    the result as JSON, and the exit code is 1 unless the instance completed. Without a running cluster, it resumes at
+    the next start.
 
     \b
     stageflow instances retry ORDER-17
-    stageflow instances retry ORDER-17 --json '{"order_id": "ORDER-17", "total": 9.5}' --wait
+    stageflow instances retry ORDER-17 --json '{"total": 9.5}' --wait
     """
     return _run(instance_id, text, wait, timeout, data, lambda instance, context: instance.retry(context))
 
@@ -82,10 +88,10 @@ def retry(instance_id: str, text: str | None, wait: bool, timeout: float | None,
 @instances.command()
 @_another_run
 def restart(instance_id: str, text: str | None, wait: bool, timeout: float | None, data: Path) -> int:
-    """Run an instance anew from the first stage, under the same id: one that has ended or is parked.
+    """Run an instance again from the first stage.
 
-    Without --json it begins with the context that the last run left. Prints the instance's id; with --wait the result
-    as JSON, and the exit code is 1 unless it completed. On a cluster at rest it begins at the next start.
+    The instance has ended or is parked, and keeps its id. Prints the id; with --wait prints the result as JSON, and the
+    exit code is 1 unless the instance completed. Without a running cluster, it starts at the next start.
 
     \b
     stageflow instances restart ORDER-17 --wait
@@ -99,7 +105,7 @@ def _run(
     wait: bool,
     timeout: float | None,
     data: Path,
-    again: Callable[[Instance[Any], dict[str, Any] | None], Instance[Any]],
+    rerun: Callable[[Instance[Any], dict[str, Any] | None], Instance[Any]],
 ) -> int:
     from stageflow_actors.runtime.client.offline_client import AtRest, steered
 
@@ -107,11 +113,11 @@ def _run(
     with steered(data) as client:
         at_rest = isinstance(client, AtRest)
         if wait and at_rest:
-            raise StageFlowError(f"nobody serves {data}, so there is nothing to wait for: leave out --wait")
-        instance = again(client.instance(instance_id), context)
+            raise StageFlowError(f"no cluster runs on {data}, so --wait would wait forever: leave it out")
+        instance = rerun(client.instance(instance_id), context)
         if wait:
             return finished(instance, timeout)
     if at_rest:
-        click.echo(f"nothing runs here: {instance_id} goes on at the next start", err=True)
+        click.echo(f"no cluster runs here: {instance_id} goes on at the next start", err=True)
     click.echo(instance_id)
     return 0

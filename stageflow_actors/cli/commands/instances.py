@@ -1,15 +1,15 @@
-"""`stageflow instances`: the instances of a cluster, those that live and those that have finished."""
+"""`stageflow instances`: the instances of a cluster, live and finished."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stageflow_actors.cli.options import data_option, output_option
+from stageflow_actors.cli.options import data_option, json_option, output_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, print_facts, print_json, span, table, when
 from stageflow_actors.errors import InstanceNotFound
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from stageflow_actors.core.description import Standing
     from stageflow_actors.runtime.client.attach import Attached
 
-__all__ = ["instances"]
+__all__ = ["filter_options", "instances"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 STATUSES = (
     "pending",
@@ -34,7 +36,7 @@ STATUSES = (
 LIVE = STATUSES[:5]
 
 SEARCHED = 10_000
-"""Most live instances that are looked at when only some are wanted: the broker does nothing else meanwhile."""
+"""Maximum number of live instances that a filtered list reads: the broker does nothing else until then."""
 
 PAGE = 100
 
@@ -68,7 +70,7 @@ COMPENSATIONS = (
 
 @click.group()
 def instances() -> None:
-    """Instances of workflows, live and finished.
+    """List, show, export, signal, cancel and rerun instances.
 
     \b
     stageflow instances list --status compensated --limit 20
@@ -77,19 +79,35 @@ def instances() -> None:
     """
 
 
+def filter_options(command: F) -> F:
+    """`--status STATUS` and `--workflow ID`, as `status: str | None` and `workflow: str | None`."""
+    status = click.option(
+        "--status",
+        type=click.Choice(STATUSES),
+        default=None,
+        metavar="STATUS",
+        help=f"Only instances of this status: {', '.join(STATUSES)}.  [default: all]",
+    )
+    workflow = click.option(
+        "--workflow", default=None, metavar="ID", help="Only instances of this workflow.  [default: all]"
+    )
+    return status(workflow(command))
+
+
 @instances.command("list")
-@click.option("--status", type=click.Choice(STATUSES), default=None, help="Only those.")
-@click.option("--workflow", default=None, metavar="ID", help="Only those of this workflow.")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Most instances shown.")
+@filter_options
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Maximum number of instances.")
 @data_option
 @output_option
 def list_instances(status: str | None, workflow: str | None, limit: int, data: Path, output: str) -> None:
-    """Instances, newest first: those that live, then those that have finished.
+    """List instances, live ones first, then finished ones.
+
+    Both parts begin with the newest instance.
 
     \b
     stageflow instances list
     stageflow instances list --status parked
-    stageflow instances list --workflow orders --limit 1000 --output csv
+    stageflow instances list --workflow orders --output csv
     """
     from stageflow_actors.runtime.client.attach import attach
 
@@ -112,15 +130,20 @@ def list_instances(status: str | None, workflow: str | None, limit: int, data: P
                         "error": row.error,
                     },
                 )
-    emit(list(islice(found.values(), limit)), COLUMNS, output, empty="no such instances" if status else "no instances")
+    emit(
+        list(islice(found.values(), limit)),
+        COLUMNS,
+        output,
+        empty="no instances of this status" if status else "no instances",
+    )
 
 
 @instances.command()
 @click.argument("instance_id", metavar="ID")
 @data_option
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@json_option
 def show(instance_id: str, data: Path, output: str) -> None:
-    """One instance: where it stands, what its stages did, its context.
+    """Show one instance: status, stages and context.
 
     \b
     stageflow instances show ORDER-17
@@ -209,7 +232,7 @@ def _live(attached: Attached, status: str | None, workflow: str | None, limit: i
 
 
 def _described(attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None) -> Iterator[Standing]:
-    """Those of these instances that are live, of that status and workflow, looked at a page at a time."""
+    """Yield the live ones of these instances, of that status and workflow; reads a page at a time."""
     from stageflow_actors.core.description import standing_of
 
     rest = iter(ids)
@@ -217,10 +240,10 @@ def _described(attached: Attached, ids: Iterable[str], status: str | None, workf
         described = attached.wait(attached.admin.inspect(page))
         for instance_id in page:
             if instance_id not in described:
-                continue  # it has left meanwhile, into the history
+                continue  # it has ended since, and is in the history
             group = described[instance_id]
             if not all("body" in message for message in group["messages"]):
-                # There was no room for it beside the others.
+                # The answer for the page had no room for its bodies.
                 group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
             standing = standing_of(group)
             if workflow in (None, standing.workflow_id) and status in (None, standing.status.value):
@@ -241,7 +264,7 @@ def _standing(attached: Attached, instance_id: str) -> Standing:
 
 
 def _row(standing: Standing) -> dict[str, Any]:
-    """The row of an instance; a duration of what has finished."""
+    """Return the row of an instance; only a finished one has a duration."""
     finished = standing.finished_at or None
     return {
         "instance_id": standing.instance_id,

@@ -1,4 +1,4 @@
-"""`stageflow journal`: is it sound, what is in it, make it open again. It reads the files, cluster or not."""
+"""`stageflow journal`: verify, measure, compact and repair the journal of a cluster, running or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import confirmed, data_option, output_option
+from stageflow_actors.cli.options import check_confirmed, data_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
 from stageflow_actors.core.plural import counted
 
@@ -29,13 +29,16 @@ SEGMENTS = (
     Column("bytes", size, right=True),
 )
 
-NAMED = 10
-"""Instances named in one line; all of them are in a file."""
+MAX_NAMED = 10
+"""Instances named in one line; a file lists all of them."""
 
 
 @click.group()
 def journal() -> None:
-    """The journal of a cluster, running or not.
+    """Verify, measure, compact and repair the journal.
+
+    The journal is the log on disk from which the broker recovers. The commands work on a running cluster and on a data
+    directory at rest; only `repair` needs it at rest.
 
     \b
     stageflow journal verify
@@ -47,9 +50,10 @@ def journal() -> None:
 @data_option
 @output_option
 def verify(data: Path, output: str) -> int:
-    """Read all of the journal. Exit code 1 if anything in it is damaged, with file and offset of each place.
+    """Check the whole journal for damage.
 
-    A torn end is no damage: a crash leaves it, nothing in it was acknowledged, and the next start cuts it off.
+    Prints file and offset (bytes) of each damaged place, and exits with 1 if there is one. A torn end is not damage: a
+    crash leaves it, nothing in it was acknowledged, and the next start removes it.
 
     \b
     stageflow journal verify --data /var/lib/orders
@@ -69,7 +73,7 @@ def verify(data: Path, output: str) -> int:
         }
         for found in findings
     ]
-    if not any(found.damage for found in findings) and (unread := _not_understood(directory)) is not None:
+    if not any(found.damage for found in findings) and (unread := _undecodable(directory)) is not None:
         rows.append({"file": unread.file, "offset": unread.offset, "kind": "damage", "reason": unread.reason})
         findings.append(Finding(unread.file or "", unread.offset or 0, unread.reason or str(unread), damage=True))
     damaged = [found for found in findings if found.damage]
@@ -77,7 +81,7 @@ def verify(data: Path, output: str) -> int:
         emit(rows, FINDINGS, output)
     else:
         for found in findings:
-            word = "damaged" if found.damage else "torn end (the next start cuts it off)"
+            word = "damaged" if found.damage else "torn end (the next start removes it)"
             click.echo(f"{found.file} at offset {found.offset}: {word}: {found.reason}", err=found.damage)
         if not damaged:
             segments = sorted(directory.glob("*.journal"))
@@ -85,7 +89,7 @@ def verify(data: Path, output: str) -> int:
     if damaged:
         click.echo(
             f"{counted(len(damaged), 'damaged place')}: restore the directory from a backup, or "
-            "give up what lies behind the first with `stageflow journal repair`",
+            "discard the data behind the first one with `stageflow journal repair`",
             err=True,
         )
     return 1 if damaged else 0
@@ -95,13 +99,14 @@ def verify(data: Path, output: str) -> int:
 @data_option
 @output_option
 def stats(data: Path, output: str) -> None:
-    """What is in the journal, and how often each transition of each instance was accepted (once, if all is well).
+    """Show the contents of the journal in figures.
 
-    Counted from the records on disk, without asking the broker. Segments that were given back are not in it any more.
+    Counts the records on disk, without the broker: segments, kinds of records, and how often each transition of each
+    instance was accepted (once, if no guarantee was broken). Records of deleted segments are not counted.
 
     \b
     stageflow journal stats
-    stageflow journal stats --output json | jq '.settlements[] | select(.count > 1)'
+    stageflow journal stats --output json | jq .settlements
     """
     from stageflow_actors.runtime.client.attach import existing
     from stageflow_brokers.offline.settlements import count_settlements
@@ -142,7 +147,7 @@ def stats(data: Path, output: str) -> None:
             "transitions": f"{count(sum(row['count'] for row in stages))} of stages, "
             f"{count(sum(row['count'] for row in compensations))} of compensations, "
             f"of {counted(len({row['instance'] for row in (*stages, *compensations)}), 'instance')}",
-            "unnamed": f"{counted(accounts.unnamed, 'settlement')} of messages given back with their segment"
+            "unnamed": f"{counted(accounts.unnamed, 'settlement')} of messages in deleted segments"
             if accounts.unnamed
             else "",
             "accepted twice": f"{count(len(twice))}, such as {twice[0]}" if twice else "none",
@@ -153,9 +158,10 @@ def stats(data: Path, output: str) -> None:
 @journal.command()
 @data_option
 def compact(data: Path) -> None:
-    """Write what is alive anew and give all that was there before back, also while the cluster runs.
+    """Compact the journal: rewrite live records, delete old segments.
 
-    The broker does so by itself when most of the journal is dead; this does it now, whatever there is to win.
+    Works while the cluster runs. The broker compacts automatically when most of the journal is dead; this command
+    compacts now, even if little disk space is gained.
 
     \b
     stageflow journal compact --data /var/lib/orders
@@ -167,17 +173,17 @@ def compact(data: Path) -> None:
     with attach(data, write=True) as attached:
         directory = attached.data_dir.journal
         before = _used(directory)
-        going_on = attached.wait(attached.admin.compact(True))
-        while going_on:
+        unfinished = attached.wait(attached.admin.compact(True))
+        while unfinished:
             time.sleep(0.02)
-            going_on = attached.wait(attached.admin.compact(False))
+            unfinished = attached.wait(attached.admin.compact(False))
         after = _used(directory)
     then, now = (f"{counted(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
     click.echo(f"{then} before; {now} now", err=True)
 
 
-def _not_understood(directory: Path) -> JournalCorrupt | None:
-    """What is wrong with what the batches say, where they are whole."""
+def _undecodable(directory: Path) -> JournalCorrupt | None:
+    """Return the first record that cannot be decoded in an undamaged batch; None without one."""
     from stageflow_brokers.errors import JournalCorrupt
     from stageflow_brokers.offline.settlements import count_settlements
 
@@ -194,14 +200,14 @@ def _used(directory: Path) -> tuple[int, int]:
 
 
 @journal.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @data_option
 def repair(yes: bool, data: Path) -> int:
-    """Make a damaged journal one that opens: what comes before the damage is kept, what follows it is given up.
+    """Repair a damaged journal: keep the data before the damage.
 
-    Everything touched is copied aside first, and it is said which instances lose something; of those in the damaged
-    bytes themselves only what can still be read. Nothing may run on the directory meanwhile. Exit code 1 if no cluster
-    starts on what is left.
+    Discards the data from the first damaged place on. Copies each changed file first, and prints the instances that
+    lose data, as far as they can be read. No cluster may run on the directory. Exit code 1 if no cluster can start on
+    the repaired journal.
 
     \b
     stageflow journal repair --data /var/lib/orders
@@ -216,72 +222,72 @@ def repair(yes: bool, data: Path) -> int:
     directory = data_dir.journal
     earlier = sorted(directory.glob(f"*/{LOST_NAMES_PATTERN}"))
     if not findings_of(directory):
-        click.echo("nothing is wrong; nothing was changed")
-        _tell_of(earlier)
+        click.echo("no damage found; nothing was changed")
+        _print_lists(earlier)
         return 0
-    confirmed("keep what is before the damage, copy the rest aside and give it up", yes)
+    check_confirmed("copy the changed files and discard the data from the first damage on", yes)
     report = mend(directory, names=groups_in, perhaps=possible_groups_in)
     if not report.copies:
-        click.echo("nothing is wrong any more; nothing was changed")
+        click.echo("no damage found any more; nothing was changed")
         return 0
     copies = report.copies[0].parent
-    click.echo(f"{report.file} at offset {report.offset}: {report.reason}; copies of what was touched are in {copies}")
+    click.echo(f"{report.file} at offset {report.offset}: {report.reason}; the changed files were copied to {copies}")
     if report.unreadable:
-        click.echo(f"{size(report.unreadable)} of it could not be read from the disk, and are zeros in the copies")
-    for lost in report.lost[:NAMED]:
-        click.echo(f"{'a torn end' if lost.torn else 'damaged'}, and given up: {lost.told()}")
-    if len(report.lost) > NAMED:
-        click.echo(f"and {len(report.lost) - NAMED:,} more damaged places")
+        click.echo(f"{size(report.unreadable)} could not be read from the disk; the copies hold zeros in their place")
+    for lost in report.lost[:MAX_NAMED]:
+        click.echo(f"discarded ({'a torn end' if lost.torn else 'damaged'}): {lost.told()}")
+    if len(report.lost) > MAX_NAMED:
+        click.echo(f"and {len(report.lost) - MAX_NAMED:,} more damaged places")
     if any(lost.whole for lost in report.lost):
-        click.echo("what such a file held cannot be known")
+        click.echo("the former contents of such a file cannot be determined")
     if report.batches:
         batches = counted(report.batches, "whole batch", "whole batches")
-        click.echo(f"given up: {batches} behind it, {counted(report.records, 'record')} of {_named(report.names)}")
+        click.echo(f"discarded: {batches} behind it, {counted(report.records, 'record')} of {_named(report.names)}")
     elif report.lost:
-        click.echo("no whole batch was given up")
+        click.echo("no whole batch was discarded")
     else:
-        click.echo("nothing was given up")
+        click.echo("nothing was discarded")
     if report.perhaps:
-        click.echo(f"possibly in what is damaged, as far as it can be read: {_named(report.perhaps)}")
+        click.echo(f"possibly in the damaged bytes, as far as they can be read: {_named(report.perhaps)}")
     if report.listed is not None:
-        ids = ", with all ids; what they did before the damage is kept" if report.names or report.perhaps else ""
-        click.echo(f"it is listed in {report.listed}{ids}")
-    _tell_of(earlier)
-    return _what_next(data_dir, report.left)
+        ids = " with all ids; their data before the damage is kept" if report.names or report.perhaps else ""
+        click.echo(f"the discarded data is listed in {report.listed}{ids}")
+    _print_lists(earlier)
+    return _print_next_step(data_dir, report.left)
 
 
 def _named(names: Sequence[str]) -> str:
-    told = ", ".join(names[:NAMED])
-    if len(names) > NAMED:
-        told += f" and {len(names) - NAMED:,} more"
-    return counted(len(names), "instance") + (f": {told}" if told else "")
+    shown = ", ".join(names[:MAX_NAMED])
+    if len(names) > MAX_NAMED:
+        shown += f" and {len(names) - MAX_NAMED:,} more"
+    return counted(len(names), "instance") + (f": {shown}" if shown else "")
 
 
-def _what_next(data_dir: DataDir, left: bool) -> int:
-    """Say what to do where the journal, as it is now, does not know the history: no cluster starts on these."""
+def _print_next_step(data_dir: DataDir, left: bool) -> int:
+    """Print the next step if the repaired journal does not belong to the history: no cluster starts on these."""
     from stageflow_actors.runtime.node.history_consistency import HISTORY_FACT
     from stageflow_brokers.offline.settlements import load_engine
 
     if not data_dir.history.exists():
         if not left:
-            click.echo("nothing is left of the journal, and no history is there: the next start begins anew")
+            click.echo("the journal is empty and there is no history: the next start begins with an empty cluster")
         return 0
     if left and HISTORY_FACT in load_engine(data_dir.journal).machine.state.facts:
         return 0
-    lost = "does not know the history any more" if left else "has nothing left, while a history is there"
+    lost = "no longer belongs to the history" if left else "is empty, and there is a history"
     click.echo(
-        f"the journal {lost}: a start on {data_dir.path} is refused, for the instances that were live are lost. "
-        "Restore journal and history from one backup; or begin anew: move the directory away, or start with "
-        "`stageflow run --fresh`, which renames it",
+        f"the journal {lost}: a start on {data_dir.path} is refused, because the live instances are lost. "
+        "Restore journal and history from one backup; or begin with an empty cluster: move the directory away, or "
+        "start with `stageflow run --fresh`, which renames it",
         err=True,
     )
     return 1
 
 
-def _tell_of(earlier: list[Path]) -> None:
-    """A repair that was interrupted and is run again gives up the rest; its first list has the others."""
+def _print_lists(earlier: list[Path]) -> None:
+    """Print the lists of earlier repairs: an interrupted repair has listed a part of the discarded data."""
     for listed in earlier:
-        click.echo(f"what an earlier repair gave up is listed in {listed}")
+        click.echo(f"the data that an earlier repair discarded is listed in {listed}")
 
 
 def _rows(settled: Iterable[tuple[SettlementKey, int]], *, compensations: bool) -> list[dict[str, Any]]:

@@ -1,14 +1,15 @@
-"""`stageflow queue`: what waits where, and stopping and starting deliveries."""
+"""`stageflow queue`: list, watch, pause, resume and purge queues."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stageflow_actors.cli.options import confirmed, data_option, output_option
+from stageflow_actors.cli.options import check_confirmed, data_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, clip, count, emit, plain, size, span
 from stageflow_actors.core.plural import counted
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["queue"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COLUMNS = (
     Column("name"),
@@ -45,7 +48,7 @@ MESSAGES = (
 
 @click.group()
 def queue() -> None:
-    """Queues: ready, leased, delayed and dead messages, actors, rates.
+    """List, watch, pause, resume and purge queues.
 
     \b
     stageflow queue list
@@ -55,18 +58,27 @@ def queue() -> None:
     """
 
 
+def _prefix_option(command: F) -> F:
+    help_text = "Only queues whose name begins with P.  [default: all queues]"
+    return click.option("--prefix", default="", metavar="P", help=help_text)(command)
+
+
 @queue.command("list")
-@click.option("--prefix", default="", metavar="P", help="Only queues whose name begins like this.")
+@_prefix_option
 @data_option
 @output_option
 def list_queues(prefix: str, data: Path, output: str) -> None:
-    """All queues, one a line.
+    """List queues with their messages and actors.
 
     \b
-    ready    may be delivered            leased   with an actor, in work or next
-    delayed  waits for its time          dead     dead letters: see `stageflow dlq list`
-    oldest   how long the first ready one has waited
-    breaker  open: its stage kept failing, and its messages wait; half-open: one of them is tried
+    ready    messages that may be delivered
+    leased   messages that an actor holds: in work, or next
+    delayed  messages that wait for their time
+    dead     dead letters: see `stageflow dlq list`
+    oldest   waiting time of the first ready message
+    busy     actors with a message in work
+    breaker  open: the stage kept failing, and its messages wait;
+             half-open: one message is tried
 
     \b
     stageflow queue list
@@ -76,19 +88,22 @@ def list_queues(prefix: str, data: Path, output: str) -> None:
 
     with attach(data) as attached:
         rows = _rows(attached, prefix)
-        emit(rows, COLUMNS, output, empty=_none(prefix))
+        emit(rows, COLUMNS, output, empty=_no_queues(prefix))
 
 
 @queue.command("stats")
 @click.argument("name", required=False, default="")
-@click.option("--prefix", default="", metavar="P", help="Only queues whose name begins like this.")
+@_prefix_option
 @click.option(
-    "--seconds", default=1.0, show_default=True, type=click.FloatRange(0.1, 3600), help="How long rates are measured."
+    "--seconds", default=1.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds to measure rates over."
 )
 @data_option
 @output_option
 def stats_of_queues(name: str, prefix: str, seconds: float, data: Path, output: str) -> None:
-    """Queues with their rate: messages settled a second, measured while you wait.
+    """Show queues with their rates.
+
+    The rate is the number of messages settled per second, measured for --seconds. NAME is a queue; without it, all
+    queues are shown.
 
     \b
     stageflow queue stats stageflow.orders.stage0 --seconds 5
@@ -100,20 +115,27 @@ def stats_of_queues(name: str, prefix: str, seconds: float, data: Path, output: 
     if name:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
-            raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` shows them all")
+            raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` lists them all")
     columns = (*COLUMNS, Column("delivered", count, right=True), Column("settled", count, right=True), RATE)
-    emit(rows, columns, output, empty=_none(prefix))
+    emit(rows, columns, output, empty=_no_queues(prefix))
 
 
 @queue.command()
 @click.argument("name", required=False, default="")
-@click.option("--prefix", default="", metavar="P", help="Only queues whose name begins like this.")
-@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds.")
-@click.option("--count", "times", default=0, metavar="N", help="Look N times, then end (0: until Ctrl-C).")
+@_prefix_option
+@click.option(
+    "--interval", default=1.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds between two lists."
+)
+@click.option(
+    "--count", "times", default=0, metavar="N", help="Number of lists to print; 0: until Ctrl-C.  [default: 0]"
+)
 @data_option
 @output_option
 def watch(name: str, prefix: str, interval: float, times: int, data: Path, output: str) -> None:
-    """The list of queues, again and again, until Ctrl-C.
+    """Refresh the list of queues until Ctrl-C.
+
+    On a terminal the list is redrawn in place; otherwise each list is printed below the last one. NAME is the beginning
+    of the names to show, as --prefix.
 
     \b
     stageflow queue watch --prefix stageflow.orders --interval 0.5
@@ -125,16 +147,16 @@ def watch(name: str, prefix: str, interval: float, times: int, data: Path, outpu
     from stageflow_actors.runtime.client.attach import attach
 
     columns = (*COLUMNS, RATE)
-    looks = range(times) if times else iter(int, 1)
+    rounds = range(times) if times else iter(int, 1)
     console = Console()
     with attach(data) as attached:
         if output != "table" or not console.is_terminal:
-            for _ in looks:
-                emit(_rates(attached, name or prefix, interval), columns, output, empty=_none(prefix))
+            for _ in rounds:
+                emit(_rates(attached, name or prefix, interval), columns, output, empty=_no_queues(prefix))
             return
         try:
             with Live(console=console, auto_refresh=False, screen=False) as live:
-                for _ in looks:
+                for _ in rounds:
                     live.update(table(_rates(attached, name or prefix, interval), columns), refresh=True)
         except KeyboardInterrupt:
             pass  # the way to end it
@@ -142,12 +164,16 @@ def watch(name: str, prefix: str, interval: float, times: int, data: Path, outpu
 
 @queue.command()
 @click.argument("name")
-@click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Most messages shown.")
-@click.option("--offset", default=0, type=click.IntRange(0), help="Messages to pass over.")
+@click.option(
+    "--limit", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Maximum number of messages."
+)
+@click.option("--offset", default=0, show_default=True, type=click.IntRange(0), help="Number of messages to skip.")
 @data_option
 @output_option
 def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
-    """The messages that are ready in queue NAME, next first, with their contexts. Nothing is taken.
+    """Show the ready messages of a queue.
+
+    Prints the messages of queue NAME in order of delivery, with their contexts. They stay in the queue.
 
     \b
     stageflow queue peek stageflow.orders.stage0 --limit 3 --output json
@@ -157,14 +183,17 @@ def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
 
     with attach(data) as attached:
         rows = [message_row(found) for found in attached.wait(attached.admin.peek(name, offset, limit))]
-    emit(rows, MESSAGES, output, empty=f"nothing is ready in {name}")
+    emit(rows, MESSAGES, output, empty=f"no message is ready in {name}")
 
 
 @queue.command()
 @click.argument("name")
 @data_option
 def pause(name: str, data: Path) -> None:
-    """Deliver nothing more from queue NAME; what is in work goes on. It stays so over restarts.
+    """Pause a queue: deliver no more messages.
+
+    Messages of queue NAME that are in work are finished. The queue stays paused over restarts, until `stageflow queue
+    resume`.
 
     \b
     stageflow queue pause stageflow.orders.stage1
@@ -181,7 +210,9 @@ def pause(name: str, data: Path) -> None:
 @click.argument("name")
 @data_option
 def resume(name: str, data: Path) -> None:
-    """Deliver again from queue NAME.
+    """Resume a paused queue: deliver its messages.
+
+    NAME is the queue.
 
     \b
     stageflow queue resume stageflow.orders.stage1
@@ -195,27 +226,29 @@ def resume(name: str, data: Path) -> None:
 
 @queue.command()
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @data_option
 def purge(name: str, yes: bool, data: Path) -> None:
-    """Throw away what is ready in queue NAME. The instances it belongs to are gone, without a result.
+    """Delete the ready messages of a queue and their instances.
+
+    The instances of the messages of queue NAME are deleted too, without a result.
 
     \b
     stageflow queue purge stageflow.orders.stage0 --yes
     """
     from stageflow_actors.runtime.client.attach import attach
 
-    confirmed(f"throw away all that is ready in {name}", yes)
+    check_confirmed(f"delete all ready messages of {name}", yes)
     with attach(data, write=True) as attached:
         answer = attached.wait(attached.admin.purge(name, []), timeout=60.0)
     click.echo(
-        f"{counted(answer['purged'], 'message')} of {counted(len(answer['instances']), 'instance')} thrown away",
+        f"{counted(answer['purged'], 'message')} of {counted(len(answer['instances']), 'instance')} deleted",
         err=True,
     )
 
 
-def _none(prefix: str) -> str:
-    return f"no queue begins with {prefix!r}" if prefix else "no queues yet"
+def _no_queues(prefix: str) -> str:
+    return f"no queue has a name that begins with {prefix!r}" if prefix else "no queues yet"
 
 
 def _rows(attached: Attached, prefix: str) -> list[dict[str, Any]]:
@@ -233,6 +266,6 @@ def _rates(attached: Attached, prefix: str, seconds: float) -> list[dict[str, An
     rows = _rows(attached, prefix)
     elapsed = max(time.monotonic() - began, 1e-6)
     for row in rows:
-        # A broker that was started anew meanwhile counts from nought.
+        # A broker that was restarted in the interval counts from zero.
         row["rate"] = max(0, row["settled"] - before.get(row["name"], row["settled"])) / elapsed if seconds else 0.0
     return rows

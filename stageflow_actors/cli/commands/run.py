@@ -1,6 +1,6 @@
-"""`stageflow run`: one instance per line of a file, to its end, as often interrupted as need be.
+"""`stageflow run`: run one instance per line of a file.
 
-What is done is known by the instances' ids, so the same command again goes on where the last one was stopped.
+Finished lines are recognised by the ids of their instances: after an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import DATA_PATH, DEFAULT_DATA
+from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
 from stageflow_actors.cli.output import span
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-TOLD = 20
-"""Refused lines that are told of one by one; the rest is counted."""
+MAX_REPORTED_LINES = 20
+"""Refused lines that are reported one by one; further ones are counted."""
 
 
 @click.command()
@@ -38,25 +38,34 @@ TOLD = 20
     required=True,
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    help="JSON objects, one a line; CSV if it ends in .csv; - for stdin.",
+    help="Input with one JSON object per line, or CSV if its name ends in .csv; - reads stdin.",
 )
-@click.option("--key", default=None, metavar="FIELD", help="The field that holds the instance's id.")
 @click.option(
-    "--results", "target_file", default=None, metavar="FILE", help="Write how each instance ended (- stdout)."
-)
-@click.option("--workflow", "workflow_id", default=None, metavar="ID", help="Which one, of a Runtime with several.")
-@click.option("--fresh", is_flag=True, help="Set an existing data directory aside first: run everything anew.")
-@click.option("--retry-failed", is_flag=True, help="Run anew what ended otherwise than completed.")
-@click.option(
-    "--data",
-    envvar="STAGEFLOW_DATA",
+    "--key",
     default=None,
-    show_envvar=True,
-    metavar="DIR",
-    type=DATA_PATH,
-    help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
+    metavar="FIELD",
+    help="Field that holds the instance's id.  [default: file name and line number]",
 )
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", help="How the summary is printed.")
+@click.option(
+    "--results",
+    "target_file",
+    default=None,
+    metavar="FILE",
+    help="Write one JSON object per instance to FILE: instance_id, status, error, context; - is stdout.",
+)
+@click.option(
+    "--workflow", "workflow_id", default=None, metavar="ID", help="Workflow to run, if the Runtime has several."
+)
+@click.option("--fresh", is_flag=True, help="Rename an existing data directory first, and run every line.")
+@click.option("--retry-failed", is_flag=True, help="Run instances again that ended with another status than completed.")
+@runtime_data_option
+@click.option(
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="Format of the summary: text on stderr, or JSON on stdout.",
+)
 def run(
     target: str,
     source: str,
@@ -70,16 +79,15 @@ def run(
 ) -> int:
     """Run a workflow over a file: one instance per line.
 
-    MODULE is an importable module or a path to a .py file; NAME in it is a Workflow, or a Runtime, whose services
-    and Config are used then. Run the same command again after a crash, a kill or Ctrl-C: it skips what is done and
-    goes on with the rest. Without --key a line is known by file name and line number. The file of --results is written
-    when all is done; what an interrupted run has is in FILE.part.
+    MODULE is an importable module or a path to a .py file. NAME in it is a Workflow, or a Runtime with its services and
+    Config. After a crash, a kill or Ctrl-C, the same command skips the finished lines and runs the others. The file of
+    --results appears when the run is finished; an interrupted run leaves its results in FILE.part.
 
     \b
     stageflow run orders.py:orders --input orders.jsonl --key order_id
-    stageflow run shop.flows:runtime --input orders.csv --results results.jsonl --data /var/lib/orders
-    zcat orders.jsonl.gz | stageflow run orders.py:orders --input - --key order_id
-    stageflow run orders.py:orders --input orders.jsonl --key order_id --retry-failed
+    stageflow run shop.flows:runtime --input orders.csv --results out.jsonl
+    zcat orders.jsonl.gz | stageflow run orders.py:orders --input -
+    stageflow run orders.py:orders --input orders.jsonl --retry-failed
 
     Exit code 1 if an instance did not complete or a line was refused, 130 after Ctrl-C.
     """
@@ -99,8 +107,8 @@ def run(
     try:
         prepared = _Run(runtime, workflow, source, key, file, retry_failed, output)
         if fresh:
-            _set_aside(Path(runtime.data_dir))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked politely, it ends as with Ctrl-C
+            _rename_directory(Path(runtime.data_dir))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the run as Ctrl-C does
         return prepared.go()
     except BaseException:
         if file is not None:
@@ -109,7 +117,7 @@ def run(
 
 
 class _Run:
-    """One run: lines in, results out, told of on stderr."""
+    """One run: reads lines, writes results, reports on stderr."""
 
     def __init__(
         self,
@@ -143,15 +151,15 @@ class _Run:
         self._began = time.monotonic()
 
     def go(self) -> int:
-        """Returns the exit code. Raises `StageFlowError` for what ends the run as a whole."""
-        from stageflow_actors.cli.stall_guard import Watch
+        """Run all lines and return the exit code. Raises `StageFlowError` for an error that ends the whole run."""
+        from stageflow_actors.cli.stall_guard import StallGuard
         from stageflow_actors.errors import StageFlowError
 
         interrupted = False
         try:
-            with self._runtime, self._progress, Watch(self._runtime, lambda: self._tally.seen):
+            with self._runtime, self._progress, StallGuard(self._runtime, lambda: self._tally.seen):
                 try:
-                    self._all()
+                    self._run_all()
                 except KeyboardInterrupt:
                     interrupted = self._interrupted()
                     raise
@@ -165,11 +173,11 @@ class _Run:
         elif self._file is not None:
             self._file.finish()
         if not self._tally.seen and not interrupted:
-            self._say(f"no lines in {self._lines.name}")
-        self._sum_up(interrupted)
+            self._print(f"no lines in {self._lines.name}")
+        self._print_summary(interrupted)
         return 130 if interrupted else 0 if self._tally.well else 1
 
-    def _all(self) -> None:
+    def _run_all(self) -> None:
         from stageflow_actors.core.codec import json_view
         from stageflow_actors.errors import BrokerUnavailable
 
@@ -193,7 +201,7 @@ class _Run:
             self._tally.add(result)
             if self._file is not None:
                 self._file.write(result, json_view(result._outcome_read().context))
-            self._tell()
+            self._show_progress()
 
     def _contexts(self) -> Iterator[InputLine]:
         for line in self._lines:
@@ -201,7 +209,7 @@ class _Run:
             yield line
 
     def _number_of(self, instance_id: str | None) -> int | None:
-        """The line that became this instance, which is dealt with now."""
+        """Take and return the number of the line that became this instance."""
         numbers = self._numbers.get(instance_id or "")
         if not numbers:
             return None
@@ -212,29 +220,29 @@ class _Run:
 
     def _refuse(self, number: int | None, reason: str) -> None:
         self._tally.refused += 1
-        if self._tally.refused <= TOLD:
+        if self._tally.refused <= MAX_REPORTED_LINES:
             where = f"{self._lines.name} line {number}" if number is not None else self._lines.name
-            self._say(f"{where}: {' '.join(reason.split())}")
-        elif self._tally.refused == TOLD + 1:
-            self._say("more lines were refused; they are counted only")
+            self._print(f"{where}: {' '.join(reason.split())}")
+        elif self._tally.refused == MAX_REPORTED_LINES + 1:
+            self._print("more lines were refused; the summary counts them")
 
     def _interrupted(self) -> bool:
         self._progress.stop()
-        self._say("interrupted: ending the stages in work; run the same command again to go on from here")
+        self._print("interrupted: finishing the stages in work; run the same command again to resume")
         return True
 
     def _keep(self) -> None:
         kept = None if self._file is None else self._file.keep()
         if kept is not None:
-            self._say(kept)
+            self._print(kept)
 
-    def _tell(self) -> None:
+    def _show_progress(self) -> None:
         tally = self._tally
         bad = tally.results - tally.statuses["completed"]
         note = f"{bad:,} not completed" if bad else ""
         self._progress.update(tally.seen, note)
 
-    def _sum_up(self, interrupted: bool) -> None:
+    def _print_summary(self, interrupted: bool) -> None:
         tally = self._tally
         seconds = time.monotonic() - self._began
         rate = tally.done / seconds if seconds else 0.0
@@ -259,13 +267,13 @@ class _Run:
             parts.append(f"{tally.skipped:,} skipped (done before)")
         if tally.refused:
             parts.append(f"{tally.refused:,} refused")
-        self._say(
+        self._print(
             f"{self._workflow.id}: {', '.join(parts)} in {span(seconds)}"
             + (f" ({rate:,.0f}/s)" if tally.done else "")
             + (f": {statuses}" if statuses else "")
         )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._progress.print(text)
 
 
@@ -274,17 +282,20 @@ def _workflow_of(runtime: Runtime, target: str, workflow_id: str | None) -> Work
     if workflow_id is None and len(workflows) == 1:
         return next(iter(workflows.values()))
     if not workflows:
-        raise click.UsageError(f"{target} has no workflows: give it some, as in Runtime(orders)")
+        raise click.UsageError(f"{target} has no workflows: pass them, as in Runtime(orders)")
     names = ", ".join(workflows)
     if workflow_id is None:
-        raise click.UsageError(f"{target} has several workflows: say which with --workflow ({names})")
+        raise click.UsageError(f"{target} has several workflows: choose one with --workflow ({names})")
     if workflow_id not in workflows:
         raise click.UsageError(f"{target} has no workflow {workflow_id!r}; it has {names}")
     return workflows[workflow_id]
 
 
-def _set_aside(path: Path) -> None:
-    """Renames the data directory. Raises `JournalLocked` while a cluster has it, `click.UsageError` if it is none."""
+def _rename_directory(path: Path) -> None:
+    """Rename the data directory.
+
+    Raises `JournalLocked` while a cluster runs, `click.UsageError` for a directory that holds no cluster.
+    """
     import os
 
     from stageflow_actors.runtime.system.data_dir import DataDir
@@ -294,7 +305,7 @@ def _set_aside(path: Path) -> None:
     data_dir = DataDir(path, create=False)
     if not data_dir.looks_used():
         raise click.UsageError(
-            f"--fresh would rename {data_dir.path}, in which no cluster has run and other things lie; is --data right?"
+            f"--fresh would rename {data_dir.path}, which holds other files and no cluster; check --data"
         )
     data_dir.acquire(os.getpid())
     try:
@@ -308,4 +319,4 @@ def _set_aside(path: Path) -> None:
         data_dir.path.rename(aside)
     finally:
         data_dir.release()
-    click.echo(f"{path} is now {aside}", err=True)
+    click.echo(f"{path} renamed to {aside}", err=True)

@@ -24,10 +24,15 @@ __all__ = ["signal"]
 @instances.command()
 @click.argument("instance_id", metavar="ID")
 @click.argument("name")
-@click.option("--json", "text", default="null", metavar="PAYLOAD", help="What goes with it, as JSON; - reads stdin.")
+@click.option(
+    "--json", "text", default="null", metavar="PAYLOAD", help="Payload as JSON; - reads stdin.  [default: null]"
+)
 @data_option
 def signal(instance_id: str, name: str, text: str, data: Path) -> None:
-    """Send the signal NAME to a live instance. One that is not awaited yet is kept; several keep their order.
+    """Send a signal to a live instance.
+
+    ID is the instance, NAME the signal. A signal that the instance does not await yet is kept until it does; several
+    signals keep their order.
 
     \b
     stageflow instances signal ORDER-17 approval --json '{"by": "me"}'
@@ -38,7 +43,7 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
     from stageflow_brokers.api import Arrival
 
     if not name:
-        raise click.BadParameter("a signal has a name", param_hint="NAME")
+        raise click.BadParameter("the name of the signal is empty", param_hint="NAME")
     payload = encode_value(json_of(text, "--json"), what=f"the payload of signal {name!r}")
     with attach(data, write=True) as attached:
         group = attached.wait(attached.admin.lookup([instance_id]))["groups"].get(instance_id)
@@ -54,7 +59,7 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
 
 
 def _plan_of(attached: Attached, group: Mapping[str, Any]) -> WorkflowPlan | None:
-    """The workflow of a live instance as it was last served here; None where nobody knows."""
+    """Return the workflow of a live instance as the cluster last served it; None if it is unknown."""
     from stageflow_actors.core.description import version_of
     from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 

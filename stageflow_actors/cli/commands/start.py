@@ -1,4 +1,4 @@
-"""`stageflow start`: one instance on a running cluster."""
+"""`stageflow start`: start one instance on a running cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.options import data_option, wait_options
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client.instance import Instance
@@ -18,20 +18,23 @@ __all__ = ["context_of", "finished", "json_of", "start"]
 
 @click.command()
 @click.argument("workflow")
-@click.option("--json", "text", default="{}", metavar="JSON", help="The context, as a JSON object; - reads stdin.")
-@click.option("--id", "instance_id", default=None, metavar="ID", help="The instance's id.  [default: a new one]")
-@click.option("--priority", default=0, show_default=True, type=click.IntRange(-1000, 1000), help="Higher goes first.")
-@click.option("--wait", is_flag=True, help="Wait for the end, and print the result.")
-@click.option("--timeout", default=None, type=click.FloatRange(0), metavar="SECONDS", help="Wait no longer than that.")
+@click.option(
+    "--json", "text", default="{}", metavar="JSON", help="Context as a JSON object; - reads stdin.  [default: {}]"
+)
+@click.option("--id", "instance_id", default=None, metavar="ID", help="Id of the instance.  [default: a new one]")
+@click.option(
+    "--priority", default=0, show_default=True, type=click.IntRange(-1000, 1000), help="Higher priorities run first."
+)
+@wait_options
 @data_option
 def start(
     workflow: str, text: str, instance_id: str | None, priority: int, wait: bool, timeout: float | None, data: Path
 ) -> int:
-    """Start an instance of WORKFLOW (its id) on the cluster that serves the data directory; prints the instance's id.
+    """Start an instance on a running cluster.
 
-    The context must have the fields of the workflow's, of their types; what only its code can tell fails the first
-    stage. The same --id with the same input starts nothing and gives the instance there is. With --wait the result is
-    printed as JSON, and the exit code is 1 unless it completed; a wait that ends before leaves the instance running.
+    WORKFLOW is the id of a workflow that the cluster serves. Prints the id of the instance. The context needs the
+    fields of the workflow's context type; a check by user code fails the first stage instead. The same --id with the
+    same input returns the existing instance. With --wait the exit code is 1 unless the instance completed.
 
     \b
     stageflow start orders --json '{"order_id": "A-1", "total": 9.5}' --id A-1
@@ -49,7 +52,7 @@ def start(
 
 
 def finished(instance: Instance[Any], timeout: float | None) -> int:
-    """Wait for the end of an instance and print it as JSON; the exit code says whether it completed."""
+    """Wait until an instance ends, print its result as JSON, and return 0 if it completed, else 1."""
     from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.codec import json_view
     from stageflow_actors.errors import BrokerUnavailable, StageFlowError
@@ -59,7 +62,7 @@ def finished(instance: Instance[Any], timeout: float | None) -> int:
     except TimeoutError as error:
         raise StageFlowError(str(error)) from None
     except BrokerUnavailable as error:
-        raise BrokerUnavailable(f"{error}; instance {instance.id!r} has been accepted and goes on there") from None
+        raise BrokerUnavailable(f"{error}; instance {instance.id!r} was accepted and goes on there") from None
     print_json(
         {
             "instance_id": result.instance_id,
@@ -74,7 +77,7 @@ def finished(instance: Instance[Any], timeout: float | None) -> int:
 
 
 def context_of(text: str) -> dict[str, Any]:
-    """The context that `--json` gives. Raises `click.BadParameter` for anything but a JSON object."""
+    """Return the context that `--json` gives. Raises `click.BadParameter` for anything but a JSON object."""
     context = json_of(text, "--json")
     if not isinstance(context, dict):
         raise click.BadParameter("the context must be a JSON object", param_hint="--json")
@@ -82,11 +85,11 @@ def context_of(text: str) -> dict[str, Any]:
 
 
 def json_of(text: str, hint: str) -> Any:
-    """What a JSON option says; `-` reads stdin. Raises `click.BadParameter`."""
+    """Return the value of a JSON option; `-` reads stdin. Raises `click.BadParameter`."""
     import orjson
 
     given = sys.stdin.read() if text == "-" else text
     try:
         return orjson.loads(given)
     except orjson.JSONDecodeError as error:
-        raise click.BadParameter(f"no JSON: {error}", param_hint=hint) from None
+        raise click.BadParameter(f"not valid JSON: {error}", param_hint=hint) from None

@@ -1,4 +1,4 @@
-"""`stageflow stats`: a cluster in a dozen figures."""
+"""`stageflow stats`: the figures of a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["stats"]
 @data_option
 @output_option
 def stats(data: Path, output: str) -> None:
-    """Figures of a cluster: instances that live and that finished, messages, disk.
+    """Show figures of a cluster: instances, messages, disk.
 
     \b
     stageflow stats
@@ -82,4 +82,4 @@ def _bytes_of(path: Path) -> int:
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
-        return 0  # given back meanwhile
+        return 0  # deleted in between

@@ -1,4 +1,4 @@
-"""`stageflow up`: a cluster in the foreground, until it is told to stop."""
+"""`stageflow up`: a cluster in the foreground, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,28 +9,20 @@ from typing import Any
 
 import click
 
-from stageflow_actors.cli.options import DATA_PATH, DEFAULT_DATA
+from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
 
 __all__ = ["up"]
 
 
 @click.command()
 @click.argument("target", metavar="MODULE:RUNTIME")
-@click.option(
-    "--data",
-    envvar="STAGEFLOW_DATA",
-    default=None,
-    show_envvar=True,
-    metavar="DIR",
-    type=DATA_PATH,
-    help=f"The data directory.  [default: that of the Runtime, or {DEFAULT_DATA}]",
-)
+@runtime_data_option
 def up(target: str, data: Path | None) -> int:
-    """Serve workflows until SIGTERM or Ctrl-C, and resume what was unfinished.
+    """Serve workflows until SIGTERM or Ctrl-C.
 
-    MODULE is an importable module or a path to a .py file; RUNTIME in it is a Runtime, or a Workflow to be served with
-    the defaults. When it is ready it says so on stderr. Stopping waits for the stages in work; a second Ctrl-C kills
-    them. Either way everything unfinished resumes at the next start.
+    MODULE is an importable module or a path to a .py file. RUNTIME in it is a Runtime, or a Workflow to serve with the
+    defaults. The command prints a line on stderr when the cluster is ready. A stop waits for the stages in work; a
+    second Ctrl-C kills them. Unfinished instances resume at the next start.
 
     \b
     stageflow up shop.flows:runtime
@@ -44,22 +36,22 @@ def up(target: str, data: Path | None) -> int:
     runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
     if data is not None:
         runtime.data_dir = data
-    told = threading.Event()
+    stop_requested = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runtime.start()
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
+            signal.signal(number, lambda *_: stop_requested.set())
         names = ", ".join(_name(workflow) for workflow in runtime.workflows)
         click.echo(f"stageflow: serving {names} from {runtime.data_dir}", err=True)
-        while not told.wait(0.5):
+        while not stop_requested.wait(0.5):
             runtime._check_alive()
     except BaseException:
         runtime.stop(grace=0)
         raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
-    click.echo("stageflow: stopping when the stages in work are done; once more to kill them", err=True)
+    click.echo("stageflow: stopping after the stages in work; press Ctrl-C again to kill them", err=True)
     runtime.stop()
     return 0
 
