@@ -184,7 +184,7 @@ def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Stageflow) 
     assert stageflow("instances", "cancel", "R", *at) == (1, "completed\n", "")
     for word, name, context in (("retry", "P", '{"n": 1}'), ("restart", "R", '{"n": 2}')):
         code, out, err = stageflow("instances", word, name, "--json", context, *at)
-        assert (code, out, err) == (0, f"{name}\n", f"nothing runs here: {name} goes on at the next start\n")
+        assert (code, out, err) == (0, f"{name}\n", f"no cluster runs here: {name} goes on at the next start\n")
     code, out, err = stageflow("instances", "restart", "R", "--wait", *at)
     assert (code, out) == (1, "")
     assert "leave out --wait" in err

@@ -366,5 +366,5 @@ def test_a_segment_that_was_cut_short_is_not_called_the_remains_of_a_crash(books
         file.truncate(SECTOR + 700)
     report = doctor(path)
     found = report.one("warning", "journal")
-    assert "No crash does that, and it may have been acknowledged" in found["what"]
+    assert "No crash causes this; the missing data may be acknowledged" in found["what"]
     assert "restore a backup" in found["advice"]
