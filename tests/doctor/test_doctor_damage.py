@@ -310,9 +310,7 @@ def test_a_table_has_place_finding_and_advice(books: Any, capfd: pytest.CaptureF
     first, advice, last = said.out.splitlines()
     assert first.startswith("error    agreement: A: it is live, and in the history")
     assert advice.startswith("         → ")
-    assert (
-        last == f"1 error: 1 live instance, 1 message, 1 ended (0 of them still in the journal), {path}, at rest"
-    )
+    assert last == f"1 error: 1 live instance, 1 message, 1 ended (0 of them still in the journal), {path}, at rest"
 
 
 @pytest.mark.parametrize(
