@@ -28,7 +28,7 @@ def test_each_path_exists(document: Path) -> None:
 def test_each_name_is_defined_in_the_file_that_it_is_said_of() -> None:
     text = (ROOT / ".github/ARCHITECTURE.md").read_text("utf-8")
     named = [(file, name) for file, names in NAMES.findall(text) for name in re.findall(r"`(\w+)`", names)]
-    assert len(named) > 20
+    assert len(named) >= 20
     absent = [
         (file, name)
         for file, name in named
