@@ -1,4 +1,4 @@
-"""The map for contributors is true: each file and folder that it names exists, and each name is in the file it is said of."""
+"""The map for contributors is true: each path that it names exists, and each name is defined in the file before it."""
 
 from __future__ import annotations
 
