@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
 import msgspec
@@ -26,7 +26,7 @@ from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
-__all__ = ["SECONDS", "HttpCall", "kill_after", "shown_url"]
+__all__ = ["SECONDS", "HttpCall", "HttpOptions", "kill_after", "shown_url"]
 
 SECONDS = 30.0
 """Time limit of an attempt where neither the stage nor its workflow sets one."""
@@ -42,6 +42,15 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _VISIBLE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
 _making = threading.Lock()
+
+
+class HttpOptions(TypedDict, total=False):
+    """The options of a request that HTTP stages and HTTP compensations have in common; see `HttpCall`."""
+
+    method: str
+    request: Callable[[Any], Any] | None
+    on_response: Callable[[Any, Any], Any] | None
+    headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None
 
 
 class HttpCall:

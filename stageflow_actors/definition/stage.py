@@ -6,19 +6,19 @@ A workflow never changes a stage: where it fills in an id or a compensation, it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict, Unpack
 
 from stageflow_actors.definition.breaker import Breaker, check_breaker
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.handler import HandlerSpec, default_id, inspect_handler
-from stageflow_actors.definition.http import HttpCall, kill_after, shown_url
+from stageflow_actors.definition.http import HttpCall, HttpOptions, kill_after, shown_url
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["MAX_ACTORS", "Compensation", "Replace", "Stage", "StageOptions"]
+__all__ = ["MAX_ACTORS", "Compensation", "HttpStageOptions", "Replace", "Stage", "StageOptions"]
 
 MAX_ACTORS = 1_000
 """Each actor is a process. The broker accepts 4,096 peers, and a host runs out of memory long before that."""
@@ -102,13 +102,10 @@ class Compensation:
         cls,
         url: str | Callable[[Any], str],
         *,
-        method: str = "POST",
-        request: Callable[[Any], Any] | None = None,
-        on_response: Callable[[Any, Any], Any] | None = None,
-        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
         timeout: Duration | None = 60,
         retry: RetryPolicy | None = None,
         actors: int = 1,
+        **options: Unpack[HttpOptions],
     ) -> Compensation:
         """Return a compensation that is an HTTP request.
 
@@ -125,6 +122,7 @@ class Compensation:
             timeout: Seconds for one attempt; None for no limit. Default: 60.
             retry: Policy for failed attempts. Default: one attempt.
             actors: Number of worker processes, 1 to 1,000. Default: 1.
+            **options: The options of the request: `method`, `request`, `on_response` and `headers`.
 
         Returns:
             The compensation, for `Stage(compensation=...)`.
@@ -138,29 +136,19 @@ class Compensation:
             >>> undo.actors
             1
         """
-        call = HttpCall(
-            url,
-            what=f"the compensation {method} {shown_url(url) if isinstance(url, str) else ''}".rstrip(),
-            method=method,
-            request=request,
-            on_response=on_response,
-            headers=headers,
-            timeout=timeout,
-            undo=True,
-        )
+        what = f"the compensation {options.get('method', 'POST')} {shown_url(url) if isinstance(url, str) else ''}"
+        call = HttpCall(url, what=what.rstrip(), timeout=timeout, undo=True, **options)
         return cls(call.execute, kill_after(call.timeout), retry, actors)
 
     def __repr__(self) -> str:
         return f"Compensation({getattr(self.function, '__name__', self.function)})"
 
 
-class StageOptions(TypedDict, total=False):
-    """The options that `Workflow.stage`, `Workflow.add_stage` and `Stage` have in common; see `Stage`."""
+class CommonOptions(TypedDict, total=False):
+    """The options of each kind of stage with a handler; see `Stage`."""
 
-    id: str | None
     compensation: Callable[..., Any] | Compensation | None
     retry: RetryPolicy | None
-    timeout: Duration | None
     actors: int
     concurrency: int
     required: bool
@@ -171,6 +159,17 @@ class StageOptions(TypedDict, total=False):
     breaker: Breaker | None
     max_memory: int | None
     max_tasks: int | None
+
+
+class StageOptions(CommonOptions, total=False):
+    """The options that `Workflow.stage`, `Workflow.add_stage` and `Stage` have in common; see `Stage`."""
+
+    id: str | None
+    timeout: Duration | None
+
+
+class HttpStageOptions(HttpOptions, CommonOptions, total=False):
+    """The options that `Workflow.add_http_stage` and `Stage.http` have in common; see `Stage.http`."""
 
 
 class Stage:
@@ -302,12 +301,8 @@ class Stage:
         id: str,
         *,
         url: str | Callable[[Any], str],
-        method: str = "POST",
-        request: Callable[[Any], Any] | None = None,
-        on_response: Callable[[Any, Any], Any] | None = None,
-        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
         timeout: Duration | None = None,
-        **options: Any,
+        **options: Unpack[HttpStageOptions],
     ) -> Stage:
         """Return a stage that sends an HTTP request.
 
@@ -328,7 +323,7 @@ class Stage:
             timeout: Seconds to wait for the answer. An attempt that cannot be interrupted, as in `on_response`, is
                 killed after twice `timeout` and one second. Default: the whole attempt may take the workflow's
                 `stage_timeout`, or else 30 seconds.
-            **options: Other options of `Stage`.
+            **options: `method`, `request`, `on_response`, `headers`, and other options of `Stage`.
 
         Returns:
             The stage.
@@ -342,16 +337,10 @@ class Stage:
             >>> Workflow("orders").add_parallel("checkout", [pay]).stages
             (Stage('pay'),)
         """
-        call = HttpCall(
-            url,
-            what=f"HTTP stage {id!r}",
-            method=method,
-            request=request,
-            on_response=on_response,
-            headers=headers,
-            timeout=timeout,
-        )
-        return cls(call, id=id, timeout=kill_after(call.timeout), **options)
+        own: dict[str, Any] = {**options}
+        of_call = {name: own.pop(name) for name in HttpOptions.__annotations__ if name in own}
+        call = HttpCall(url, what=f"HTTP stage {id!r}", timeout=timeout, **of_call)
+        return cls(call, id=id, timeout=kill_after(call.timeout), **own)
 
     @classmethod
     def remote(

@@ -16,10 +16,10 @@ from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.context_type import check_context_type, fields_of
 from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
-from stageflow_actors.definition.http import SECONDS, HttpCall
+from stageflow_actors.definition.http import SECONDS, HttpCall, HttpOptions
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
-from stageflow_actors.definition.stage import Compensation, Stage, StageOptions, check_count
+from stageflow_actors.definition.stage import Compensation, HttpStageOptions, Stage, StageOptions, check_count
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step, shape_of, stages_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -402,12 +402,8 @@ class Workflow(Generic[C]):
         id: str,
         *,
         url: str | Callable[[Any], str],
-        method: str = "POST",
-        request: Callable[[Any], Any] | None = None,
-        on_response: Callable[[Any, Any], Any] | None = None,
-        headers: Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None = None,
         timeout: Duration | None = None,
-        **options: Any,
+        **options: Unpack[HttpStageOptions],
     ) -> Workflow[C]:
         """Append a stage that sends an HTTP request; see `Stage.http`.
 
@@ -423,7 +419,7 @@ class Workflow(Generic[C]):
             headers: A dict of headers, or a function of the context that returns one.
             timeout: Seconds to wait for the answer. Default: the whole attempt may take the workflow's `stage_timeout`,
                 or else 30 seconds.
-            **options: Other options of `Stage`.
+            **options: `method`, `request`, `on_response`, `headers`, and other options of `Stage`.
 
         Returns:
             The workflow.
@@ -438,18 +434,8 @@ class Workflow(Generic[C]):
             >>> flow.add_http_stage("pay", url=url, timeout=5, retry=Retry.fixed(max_attempts=3, delay=1))
             Workflow('orders', stages=[pay])
         """
-        self._check_options(options)
-        stage = Stage.http(
-            id,
-            url=url,
-            method=method,
-            request=request,
-            on_response=on_response,
-            headers=headers,
-            timeout=timeout,
-            **options,
-        )
-        self._add(stage, {})
+        self._check_options({name: value for name, value in options.items() if name not in HttpOptions.__annotations__})
+        self._add(Stage.http(id, url=url, timeout=timeout, **options), {})
         return self
 
     def add_delay(self, id: str, duration: Duration) -> Workflow[C]:
