@@ -58,7 +58,9 @@ class StallGuard:
                 except StageFlowError:
                     continue  # the waiting call raises it
                 if blocked is not None and not self._over.is_set():
-                    self._runtime._waiters.break_off(self._error(blocked), forget=True)
+                    from stageflow_actors.runtime.client.client import session_of
+
+                    session_of(self._runtime).waiters.notify_failure(self._error(blocked), forget=True)
                     return
 
     def _error(self, queue: QueueInfo) -> StageFlowError:

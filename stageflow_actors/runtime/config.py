@@ -1,4 +1,4 @@
-"""`Config`: the settings of a cluster, checked when they are made."""
+"""`Config`: the settings of a cluster, validated by the constructor."""
 
 from __future__ import annotations
 
@@ -17,15 +17,40 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of a cluster.
+    """Settings of a cluster. Durations are seconds or `timedelta`.
 
-    Queues are named `{stage_queue_prefix}{workflow}.stage{index}` and `{compensation_queue_prefix}{workflow}`.
-    `max_stage_retries`: worker deaths one message may cause before it is a dead letter. `stage_message_ttl`: how long
-    a message may wait in a stage's queue. `durability`: `fsync` survives the machine, `write` any process, `memory`
-    nothing. `history_retention`: how long finished instances are kept (None: for ever), which is also how long their
-    ids stay taken. `max_message_bytes`: largest context with results; `max_queue_length`: most messages that may wait
-    at a first stage; `max_stage_concurrency`: most messages in work at once in one stage. Durations are seconds or
-    `timedelta`. Raises `ValueError` naming the setting.
+    Args:
+        stage_queue_prefix: Stage queues are named `{stage_queue_prefix}{workflow}.stage{index}`. Default: `stageflow.`.
+        compensation_queue_prefix: Compensation queues are named `{compensation_queue_prefix}{workflow}`. Default:
+            `stageflow.compensation.`.
+        max_stage_concurrency: Most messages in work at once in one stage, from 1; None (the default) for no limit.
+        stage_message_ttl: How long a message may wait in a stage's queue before the stage fails; None (the default) for
+            no limit.
+        max_stage_retries: Worker deaths that one message may cause before it becomes a dead letter, from 1. Default: 3.
+        durability: `fsync` (the default) survives a crash of the machine, `write` a crash of any process, `memory`
+            nothing.
+        history_retention: How long finished instances are kept, and their ids stay taken; None (the default) for no
+            limit.
+        max_message_bytes: Largest context with its results, in bytes, from 1. Default: 16 MiB.
+        max_queue_length: Most messages that may wait at a first stage before `QueueFull`, from 1; None (the default)
+            for no limit.
+        log_level: Level of the processes' own logs: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default:
+            `WARNING`.
+
+    Raises:
+        ValueError: If a setting is out of range; the message names the setting.
+
+    Example:
+        >>> from datetime import timedelta
+        >>> from stageflow_actors import Config
+        >>> config = Config(durability="write", history_retention=timedelta(days=30))
+        >>> config.retention_seconds
+        2592000.0
+        >>> try:
+        ...     Config(durability="disk")
+        ... except ValueError as error:
+        ...     print(error)
+        Config.durability must be 'fsync', 'write' or 'memory', not 'disk'
     """
 
     stage_queue_prefix: str = "stageflow."
@@ -62,10 +87,17 @@ class Config:
 
     @property
     def ttl_seconds(self) -> float:
-        """`stage_message_ttl` in seconds, 0 for none."""
+        """`stage_message_ttl` in seconds; 0 for no limit.
+
+        Example:
+            >>> from datetime import timedelta
+            >>> from stageflow_actors import Config
+            >>> Config(stage_message_ttl=timedelta(minutes=1)).ttl_seconds, Config().ttl_seconds
+            (60.0, 0.0)
+        """
         return optional_seconds(self.stage_message_ttl, "stage_message_ttl") or 0.0
 
     @property
     def retention_seconds(self) -> float | None:
-        """`history_retention` in seconds."""
+        """`history_retention` in seconds; None for no limit."""
         return optional_seconds(self.history_retention, "history_retention")

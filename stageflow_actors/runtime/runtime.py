@@ -1,6 +1,4 @@
-"""`Runtime`: the composition root. Puts data directory, node and client together; starting is a list, stopping its
-reverse.
-"""
+"""`Runtime`: the composition root of data directory, node and client; `stop` reverses the steps of `start`."""
 
 from __future__ import annotations
 
@@ -20,7 +18,8 @@ from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.client import Client
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.session import NOT_RUNNING, Session
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
@@ -32,17 +31,42 @@ __all__ = ["Runtime"]
 
 
 class Runtime(Client):
-    """Runs workflows on this host: a broker process, a node process and a pool of worker processes per stage.
+    """Run workflows on this host: a broker process, a node process and worker processes for each stage.
 
-    `data_dir` holds journal and history: the same directory resumes whatever was unfinished. `services` are factories
-    by name, each called once in every worker process that needs it. `interceptors` are objects with
-    `around_stage(call, next)` or `around_compensation(call, next)` (or both), called in the workers around every
-    handler, the first one outermost: `next(call)` goes on to the handler and gives its result, `call` is a `StageCall`.
-    Where the handler or an interceptor further in is async, or the interceptor itself, `next` gives an awaitable.
+    Use it in a `with` block, or call `start` and `stop`. Leaving the block normally waits until the instances that
+    this program submitted have ended, are parked, or wait for a signal or a delay. Leaving it by an exception or
+    Ctrl-C waits only for the stages in work; a second Ctrl-C kills them. Unfinished instances resume at the next start
+    on the same directory.
 
-    Use it in a `with` block, or call `start` and `stop`. Leaving the block normally waits for what this program
-    submitted and is not parked; leaving it by an exception or Ctrl-C waits only for the stages in work (a second Ctrl-C
-    kills them).
+    Args:
+        *workflows: The workflows; `register` adds more.
+        data_dir: Directory of journal and history; created if missing. Default: `stageflow-data`.
+        services: Factories by the name of the service. Each worker that needs a service calls its factory once.
+        interceptors: Objects with `around_stage(call, next)`, `around_compensation(call, next)` or both. Workers call
+            them around each handler, the first one outermost: `next(call)` continues to the handler and returns its
+            result, `call` is a `StageCall`. With an async handler or interceptor, `next` returns an awaitable.
+        config: The settings; None (the default) for `Config()`.
+
+    Attributes:
+        data_dir: The directory, as a `Path`.
+        config: The settings.
+        services: The factories by name.
+        interceptors: The interceptors.
+        workflows: The registered workflows.
+
+    Raises:
+        WorkflowDefinitionError: If an argument is no workflow, two workflows have the same id and version, a service
+            is not callable, or an interceptor has no such method.
+
+    Example:
+        >>> import tempfile
+        >>> from stageflow_actors import Config, Runtime, Workflow
+        >>> greet = Workflow("greet").add_stage(lambda context: f"Hello, {context['name']}!", id="say")
+        >>> with tempfile.TemporaryDirectory() as d:
+        ...     with Runtime(greet, data_dir=d, config=Config(durability="write")) as runtime:
+        ...         result = runtime.execute(greet, {"name": "Ada"}, timeout=30)
+        ...         print(result.status, result.stage("say").data, runtime.finished_count())
+        completed Hello, Ada! 1
     """
 
     def __init__(
@@ -53,7 +77,8 @@ class Runtime(Client):
         interceptors: Sequence[Any] = (),
         config: Config | None = None,
     ) -> None:
-        super().__init__()
+        self._local = _LocalSession()
+        super().__init__(self._local)
         self.data_dir = Path(data_dir)
         self.config = config or Config()
         self.services = dict(services or {})
@@ -66,32 +91,37 @@ class Runtime(Client):
                 )
             check_function(factory, f"service {name!r}", ())
         for workflow in workflows:
-            self._note(workflow)
-        self._naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)
-        self._max_message_bytes = self.config.max_message_bytes
-        self._ttl = self.config.ttl_seconds
+            self._add(workflow)
+        self._local.naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)
+        self._local.max_message_bytes = self.config.max_message_bytes
+        self._local.default_ttl_seconds = self.config.ttl_seconds
         self._endpoints: list[Stage] = []
         self._queues: dict[str, str] = {}
-        self._node: NodeHandle | None = None
         self._data: DataDir | None = None
-        self._gate = threading.Lock()
+        self._lock = threading.Lock()
 
     # starting and stopping
 
     def start(self) -> Self:
-        """Start the cluster and resume what was unfinished; returns when it takes instances.
+        """Start the cluster and resume unfinished instances; it accepts new instances when this returns.
 
-        Raises `WorkflowDefinitionError` before any process starts; `JournalLocked` when a live program has the
-        directory, `JournalCorrupt`, `StageFlowError`.
+        Returns:
+            This runtime.
+
+        Raises:
+            WorkflowDefinitionError: If a workflow is invalid, or there is none; no process has been started then.
+            JournalLocked: If another live program uses the directory: see `Runtime.connect`.
+            JournalCorrupt: If the journal is damaged.
+            StageFlowError: If this runtime is running already, or the cluster cannot start.
         """
-        with self._gate:
-            if self._node is not None:
+        with self._lock:
+            if self._local.node is not None:
                 raise StageFlowError("this runtime is running already")
             if not self.workflows:
                 raise WorkflowDefinitionError("this runtime has no workflows: give it some, as in Runtime(orders)")
             plans, pools = self._compile(self.workflows)
             pools += [self._endpoint_spec(stage) for stage in self._endpoints]
-            self._queues = _owners(pools, {}, self._naming)
+            self._queues = _owners(pools, {}, self._local.naming)
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:
@@ -99,7 +129,7 @@ class Runtime(Client):
                     os.fsencode(data.path),
                     lock_fd,
                     os.getpid(),
-                    self._naming,
+                    self._local.naming,
                     plans,
                     merged(pools),
                     self.config.durability,
@@ -110,63 +140,92 @@ class Runtime(Client):
                     os.getcwdb(),
                     _import_path(),
                 )
-                node = NodeHandle(data, config, _say, self._fail)
+                node = NodeHandle(data, config, _print_notice, self._local.fail)
                 node.start()
-                self._data, self._node = data, node
-                self._history_path = data.history
-                self._dead = None
-                self._attach(node.address, f"program {os.getpid()}")
-                self._follow(node.address)
+                self._data, self._local.node = data, node
+                self._local.history_path = data.history
+                self._local.failure = None
+                self._local.connect(node.address, f"program {os.getpid()}")
+                self._local.open_events()
             except BaseException:
-                if self._node is not None:
-                    self._node.kill()
-                self._node = None
+                if self._local.node is not None:
+                    self._local.node.kill()
+                self._local.node = None
                 remove_cluster_files(data)
                 data.release()
                 raise
         for workflow_id, count in node.resuming.items():
-            _say(f"resuming {counted(count, 'instance')} of {workflow_id}")
+            _print_notice(f"resuming {counted(count, 'instance')} of {workflow_id}")
         return self
 
     def stop(self, drain: bool = False, grace: Duration | None = None) -> None:
-        """Stop the cluster. What is unfinished resumes at the next start.
+        """Stop the cluster; unfinished instances resume at the next start. Idempotent.
 
-        `drain`: first wait for what this program submitted. `grace`: seconds that stages in work get before they are
-        killed (None: until they are done). Stopping again does nothing. Ctrl-C while it waits kills what is in work.
+        Ctrl-C during the wait kills the stages in work.
+
+        Args:
+            drain: First wait as `Client.drain` does. Default: False.
+            grace: How long stages in work may continue before they are killed, in seconds or as `timedelta`; None (the
+                default) for no limit.
+
+        Raises:
+            ValueError: If `grace` is negative or no number.
+
+        Example:
+            >>> from stageflow_actors import Runtime, Workflow
+            >>> runtime = Runtime(Workflow("orders").add_stage(print, id="show"))
+            >>> runtime.stop(grace=5) is None  # it is not running
+            True
         """
         seconds = timeout_seconds(grace, "grace")
-        if self._node is None:
+        if self._local.node is None:
             return
         if drain:
             self.drain()
-        with self._gate:
-            node, data = self._node, self._data
+        with self._lock:
+            node, data = self._local.node, self._data
             if node is None or data is None:
                 return
-            self._node = None
+            self._local.node = None
             try:
                 node.stop(seconds)
             finally:
-                self._detach()
+                self._local.disconnect()
                 remove_runtime_dir(runtime_dir(data.path))
                 data.release()
 
     def close(self) -> None:
-        """As `stop()`."""
+        """Stop the cluster, as `stop()` does. Idempotent."""
         self.stop()
 
     @classmethod
     def connect(cls, data_dir: str | Path) -> Client:
-        """A client of the cluster that serves `data_dir`: a runtime in another process, or `stageflow up`.
+        """Connect to the running cluster of a data directory: a runtime in another process, or `stageflow up`.
 
-        It submits, waits, looks and steers like the runtime itself. Workflows are given as objects, or by id: then the
-        context is a dict, of which names and types of fields are checked here, and the rest by the first worker.
-        Close it, or use it in a `with` block; what was submitted goes on. Raises `BrokerUnavailable` when nobody
-        serves the directory.
+        The client has the methods of the runtime itself. With the id of a workflow instead of the object, contexts are
+        dicts: names and types of their fields are checked here, everything else by the first worker.
+
+        Args:
+            data_dir: The directory of the cluster.
+
+        Returns:
+            A client. Close it, or use it in a `with` block; submitted instances go on.
+
+        Raises:
+            BrokerUnavailable: If no cluster runs on the directory, or its broker does not answer.
+            StageFlowError: If the cluster is of another release.
+
+        Example:
+            >>> from stageflow_actors import BrokerUnavailable, Runtime
+            >>> try:
+            ...     Runtime.connect("no-such-directory")
+            ... except BrokerUnavailable as error:
+            ...     print(str(error).partition(":")[2])
+             start its program, or `stageflow up MODULE:RUNTIME --data ...no-such-directory`
         """
-        from stageflow_actors.runtime.client.remote_client import Connection
+        from stageflow_actors.runtime.client.remote_client import RemoteClient
 
-        return Connection(data_dir)
+        return RemoteClient(data_dir)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -174,7 +233,7 @@ class Runtime(Client):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._node is None:
+        if self._local.node is None:
             return
         if kind is not None:
             self.stop()
@@ -188,72 +247,109 @@ class Runtime(Client):
 
     @property
     def node_pid(self) -> int:
-        """The process id of the node, below which all processes of the cluster are. Raises when not running."""
-        if self._node is None:
-            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
-        return self._node.pid
+        """The process id of the node, the parent of all other processes of the cluster.
+
+        Raises:
+            BrokerUnavailable: If this runtime is not running.
+
+        Example:
+            >>> from stageflow_actors import BrokerUnavailable, Runtime, Workflow
+            >>> try:
+            ...     Runtime(Workflow("orders").add_stage(print, id="show")).node_pid
+            ... except BrokerUnavailable as error:
+            ...     print(error)
+            this runtime is not running: call start(), or use it in a `with` block
+        """
+        if self._local.node is None:
+            raise BrokerUnavailable(NOT_RUNNING)
+        return self._local.node.pid
 
     # workflows
 
     def register(self, workflow: Workflow[Any]) -> None:
-        """Add a workflow, also while running. Raises `WorkflowDefinitionError`."""
+        """Add a workflow, also while the runtime is running.
+
+        Args:
+            workflow: The workflow, or another version of a registered one.
+
+        Raises:
+            WorkflowDefinitionError: If the workflow is invalid, its id and version are taken, or it would share a queue
+                with another one.
+            StageFlowError: If the running cluster cannot start its workers.
+
+        Example:
+            >>> from stageflow_actors import Runtime, Workflow
+            >>> orders = Workflow("orders").add_stage(print, id="show")
+            >>> runtime = Runtime(orders)
+            >>> runtime.register(Workflow("orders", version=2).add_stage(print, id="show"))
+            >>> [workflow.version for workflow in runtime.workflows]
+            [1, 2]
+        """
         new = workflow not in self.workflows
-        self._note(workflow)
-        if self._node is None:
+        self._add(workflow)
+        if self._local.node is None:
             return
         try:
             # With the other versions of it, which share its queues.
-            plans, pools = self._compile([known for known in self.workflows if known.id == workflow.id])
-            queues = _owners(pools, self._queues, self._naming)
+            plans, pools = self._compile([other for other in self.workflows if other.id == workflow.id])
+            queues = _owners(pools, self._queues, self._local.naming)
         except WorkflowDefinitionError:
-            if new:  # or the next start would fail for it
+            if new:  # otherwise the next start would fail
                 self.workflows.remove(workflow)
-                self._known.pop((workflow.id, workflow.version), None)
+                self._local.workflows.pop((workflow.id, workflow.version), None)
             raise
         self._queues = queues
         own = [plan for plan in plans if plan.version == workflow.version]
-        self._node.register(Register(own, merged(pools)))
+        self._local.node.register(Register(own, merged(pools)))
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
-        """Serve requests to `name` by a pool of its own: `handler(command[, ctx])` returns the reply.
+        """Add an endpoint: a pool of workers that answers requests of stages.
 
-        Options as in `Stage` (actors, timeout, retry, env …). Raises `WorkflowDefinitionError`.
+        Args:
+            name: The name that `ctx.request` and `Workflow.add_remote_stage` use.
+            handler: Called as `handler(command)` or `handler(command, ctx)`, with services as a stage has them; it
+                returns the reply.
+            **options: Options of `Stage`: `actors`, `timeout`, `retry`, `env` and others.
+
+        Raises:
+            WorkflowDefinitionError: If the name is taken or malformed, or the handler or an option is invalid.
+            StageFlowError: If the running cluster cannot start the workers.
+
+        Example:
+            >>> from stageflow_actors import Runtime, Workflow, WorkflowDefinitionError
+            >>> runtime = Runtime(Workflow("orders").add_stage(print, id="show"))
+            >>> runtime.endpoint("stock", lambda command: 3, actors=2)
+            >>> try:
+            ...     runtime.endpoint("stock", lambda command: 4)
+            ... except WorkflowDefinitionError as error:
+            ...     print(error)
+            endpoint 'stock' exists already
         """
         stage = Stage(handler, id=name, **options)
-        if any(known.id == name for known in self._endpoints):
-            raise WorkflowDefinitionError(f"endpoint {name!r} is served already")
+        if any(other.id == name for other in self._endpoints):
+            raise WorkflowDefinitionError(f"endpoint {name!r} exists already")
         spec = self._endpoint_spec(stage)
-        queues = _owners([spec], self._queues, self._naming)
+        queues = _owners([spec], self._queues, self._local.naming)
         self._endpoints.append(stage)
         self._queues = queues
-        if self._node is not None:
-            self._node.register(Register([], [spec]))
-
-    def _scale(self, queue: str, actors: int) -> None:
-        if self._node is None:
-            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
-        self._node.scale(queue, actors)
+        if self._local.node is not None:
+            self._local.node.register(Register([], [spec]))
 
     def _endpoint_spec(self, stage: Stage) -> PoolSpec:
         return endpoint_spec(
             stage,
-            self._naming,
+            self._local.naming,
             self.services,
             max_concurrency=self.config.max_stage_concurrency,
             max_deaths=self.config.max_stage_retries,
             interceptors=self.interceptors,
         )
 
-    def _adopt(self, workflow: Workflow[Any]) -> Known:
-        raise StageFlowError(
-            f"workflow {workflow.id!r} is not registered with this runtime: give it to Runtime(...) or call register()"
-        )
-
-    def _note(self, workflow: Workflow[Any]) -> None:
+    def _add(self, workflow: Workflow[Any]) -> None:
         if not isinstance(workflow, Workflow):
             raise WorkflowDefinitionError(f"a Runtime takes workflows, not {workflow!r}")
-        for known in self.workflows:
-            if known is not workflow and (known.id, known.version) == (workflow.id, workflow.version):
+        for other in self.workflows:
+            if other is not workflow and (other.id, other.version) == (workflow.id, workflow.version):
                 raise WorkflowDefinitionError(
                     f"two workflows have the id {workflow.id!r} and version {workflow.version}: give one another id"
                 )
@@ -265,7 +361,7 @@ class Runtime(Client):
         pools: list[PoolSpec] = []
         for workflow in workflows:
             workflow.validate(self.services)
-            plan = compile_plan(workflow, self._naming, default_ttl=self._ttl)
+            plan = compile_plan(workflow, self._local.naming, default_ttl=self._local.default_ttl_seconds)
             plans.append(plan)
             pools.extend(
                 pool_specs(
@@ -278,13 +374,29 @@ class Runtime(Client):
                     interceptors=self.interceptors,
                 )
             )
-            self._known[(workflow.id, workflow.version)] = Known(plan, workflow.context)
+            self._local.workflows[(workflow.id, workflow.version)] = WorkflowRef(plan, workflow.context)
         return plans, pools
 
 
-def _owners(pools: list[PoolSpec], known: dict[str, str], naming: Naming) -> dict[str, str]:
-    """Whose each queue is. Raises `WorkflowDefinitionError` where two would share one, as ids with dots can."""
-    owners = dict(known) or dict.fromkeys((naming.finished, naming.coordinator), "StageFlow itself")
+class _LocalSession(Session):
+    """The session of a runtime: it knows the registered workflows only, and scales through the node's handle."""
+
+    node: NodeHandle | None = None
+
+    def scale(self, queue: str, actors: int) -> None:
+        if self.node is None:
+            raise BrokerUnavailable(NOT_RUNNING)
+        self.node.scale(queue, actors)
+
+    def adopt(self, workflow: Workflow[Any]) -> WorkflowRef:
+        raise StageFlowError(
+            f"workflow {workflow.id!r} is not registered with this runtime: give it to Runtime(...) or call register()"
+        )
+
+
+def _owners(pools: list[PoolSpec], owned: dict[str, str], naming: Naming) -> dict[str, str]:
+    """Return the owner of each queue. Raises `WorkflowDefinitionError` if two share one, as ids with dots can."""
+    owners = dict(owned) or dict.fromkeys((naming.finished, naming.coordinator), "StageFlow itself")
     for pool in pools:
         owner = f"endpoint {pool.stage_id!r}" if pool.kind == "endpoint" else f"workflow {pool.workflow_id!r}"
         other = owners.setdefault(pool.queue, owner)
@@ -297,14 +409,14 @@ def _owners(pools: list[PoolSpec], known: dict[str, str], naming: Naming) -> dic
 
 
 def _import_path() -> list[bytes]:
-    """The program's import path for its children: '' means the working directory, which is theirs too."""
+    """Return the program's import path for its children; '' means the working directory, which is the same."""
     return [os.fsencode(entry or os.getcwd()) for entry in sys.path]
 
 
-def _say(text: str) -> None:
-    """A sentence for the user. stdout is the program's own."""
+def _print_notice(text: str) -> None:
+    """Write a notice for the user to stderr; stdout belongs to the program."""
     try:
         sys.stderr.write(f"stageflow: {text}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
-        pass  # closed, or a reader that has gone: nobody is there to be told
+        pass  # stderr is closed, or its reader has gone

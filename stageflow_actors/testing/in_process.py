@@ -29,8 +29,8 @@ from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
-from stageflow_actors.runtime.client.client import Client
-from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
+from stageflow_actors.runtime.client.session import Session
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes, undone_items
 from stageflow_actors.runtime.messaging.settlements import Settlement, settle_moves, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
@@ -113,14 +113,16 @@ def run(
     around = check_interceptors(interceptors)
     served = [stage if isinstance(stage, Stage) else Stage(stage, id=name) for name, stage in (endpoints or {}).items()]
     _check_thread(workflow, served, around)
-    client = _Client()
-    known, prepared, body = client.admit(workflow, context)
+    session = Session()
+    ref = session.adopt(workflow)
+    request = ref.prepare(context)
+    body = ref.body(request, time.time(), session.max_message_bytes)
     needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
     needed = needed.union(*(stage.services for stage in served))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
-        instance: _Instance[C] = _Instance(client, workflow, known, prepared.id, made, loop, given, served, around)
-        return instance.finish(_Message(known.target.queue, known.target.label, body))
+        instance: _Instance[C] = _Instance(session.naming, workflow, ref, request.id, made, loop, given, served, around)
+        return instance.finish(_Message(ref.target.queue, ref.target.label, body))
 
 
 def _check_factories(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable[[], Any]]:
@@ -163,21 +165,6 @@ def _check_thread(workflow: Workflow[Any], endpoints: Sequence[Stage], intercept
         f"workflow {workflow.id!r} has async handlers and testing.run was called inside a running event loop: "
         "call it in a thread, as in `await asyncio.to_thread(run, workflow, context)`"
     )
-
-
-class _Client(Client):
-    """A client without a connection: it validates contexts as a real one does."""
-
-    def admit(self, workflow: Workflow[Any], context: Any) -> tuple[Known, Prepared, bytes]:
-        """Return the workflow as clients know it, the prepared context, and the first message."""
-        known = self._adopt(workflow)
-        prepared = known.prepare(context)
-        return known, prepared, known.body(prepared, time.time(), self._max_message_bytes)
-
-    @property
-    def naming(self) -> Naming:
-        """The names of queues."""
-        return self._naming
 
 
 class _Message:
@@ -263,9 +250,9 @@ class _Instance(Generic[C]):
 
     def __init__(
         self,
-        client: _Client,
+        naming: Naming,
         workflow: Workflow[C],
-        known: Known,
+        ref: WorkflowRef,
         instance_id: str,
         services: Mapping[str, Any],
         loop: asyncio.Runner,
@@ -273,9 +260,9 @@ class _Instance(Generic[C]):
         endpoints: Sequence[Stage],
         interceptors: Sequence[Any],
     ) -> None:
-        plan, naming = known.plan, client.naming
+        plan = ref.plan
         self._id = instance_id
-        self._known = known
+        self._ref = ref
         self._naming = naming
         self._plans = {(plan.id, plan.version): plan}
         self._current = _Message("", "", b"")
@@ -320,7 +307,7 @@ class _Instance(Generic[C]):
                 waiting.append(self._expire_gather())
             message = waiting.popleft()
             if message.queue == self._naming.finished:
-                return result_of_outcome(self._id, message.body, self._known.codec, self._known.order)
+                return result_of_outcome(self._id, message.body, self._ref.codec, self._ref.order)
             if message.queue == self._naming.coordinator:
                 result: tuple[int, bytes] | Settlement = self._coordinate(message)
             elif message.queue in self._executors:
@@ -361,10 +348,10 @@ class _Instance(Generic[C]):
         for key, gather in self._gathers.items():
             if gather.target is None or key == TIMEOUT:
                 continue
-            stage = self._known.plan.stage(decode_envelope(gather.base).stage_id)
+            stage = self._ref.plan.stage(decode_envelope(gather.base).stage_id)
             if stage is not None and stage.kind == SIGNAL and not stage.seconds:
                 raise StageFlowError(
-                    f"stage {stage.id!r} of workflow {self._known.plan.id!r} waits for the signal {stage.signal!r} "
+                    f"stage {stage.id!r} of workflow {self._ref.plan.id!r} waits for the signal {stage.signal!r} "
                     f"without a timeout: pass it, as in signals={{{stage.signal!r}: payload}}"
                 )
             late = gather.take()
@@ -393,7 +380,7 @@ class _Instance(Generic[C]):
         return parked_result(
             self._id,
             envelope.workflow_id,
-            self._known.codec,
+            self._ref.codec,
             error=None if failure is None else failure.message,
             failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
             context=NIL if one else envelope.context,
@@ -401,7 +388,7 @@ class _Instance(Generic[C]):
             version=envelope.version,
             started_at=envelope.started_at,
             parked_at=time.time(),
-            order=self._known.order,
+            order=self._ref.order,
         )
 
     def _steps(self, item: DeliveryItem) -> _Message:

@@ -80,7 +80,7 @@ def test_a_worker_that_was_stopped_replaced_and_continued_settles_nothing(
         try:
             runtime.scale(one, "work", 2)
             # An operator who takes it for dead says so, as the supervisor does.
-            operator = connect(runtime._address, Listener(), role="supervisor", name="operator")
+            operator = connect(runtime._session.address, Listener(), role="supervisor", name="operator")
             peers = operator.admin.audit().result(10)["sessions"]
             (holder,) = (each["peer"] for each in peers if each["role"] == "worker" and each["held"])
             operator.admin.report_death(holder, [], False, False, b"").result(10)

@@ -310,7 +310,7 @@ with Runtime(work, data_dir=sys.argv[1]) as runtime:
     assert runtime.execute(work, {}, timeout=10).success
     pool = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
     pool.start()
-    os.kill(runtime._node.pid, signal.SIGKILL)
+    os.kill(runtime.node_pid, signal.SIGKILL)
     assert runtime.execute(work, {}, timeout=10).success
     pool.kill()
 print("done")

@@ -152,13 +152,13 @@ def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
 
 def test_a_missing_journal_beside_a_history_is_reported(stageflow: Stageflow, data: Path) -> None:
     shutil.rmtree(data / "journal")
-    assert "nothing has run in it yet" in stageflow("journal", "verify", "--data", data)[2]
+    assert "no cluster has run in it yet" in stageflow("journal", "verify", "--data", data)[2]
     HistoryWriter.open(data / "history.db", create=True).close()
     for command in ("verify", "stats", "repair"):
         code, _, err = stageflow("journal", command, "--data", data)
         assert code == 1
         assert "nothing has run" not in err
-        assert "is missing, while the history" in err
+        assert "is missing, but the history" in err
 
 
 def test_repair_of_a_torn_end_gives_up_nothing_whole(stageflow: Stageflow, data: Path) -> None:

@@ -204,7 +204,7 @@ def test_at_rest_it_happens_at_the_next_start(own_up: Up, stageflow: Stageflow) 
 def test_starting_needs_a_running_cluster(tmp_path: Path, stageflow: Stageflow) -> None:
     code, _, err = stageflow("start", "orders", "--data", tmp_path)
     assert code == 1
-    assert f"nobody serves {tmp_path}" in err
+    assert f"no cluster runs on {tmp_path}" in err
     assert "stageflow up" in err
 
 
@@ -258,7 +258,7 @@ def test_a_directory_without_a_cluster_is_not_healthy(
 ) -> None:
     monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
-    assert (code, out) == (1, f"program: nobody serves {tmp_path}\n")
+    assert (code, out) == (1, f"program: no cluster runs on {tmp_path}\n")
     assert stageflow("health", "--data", tmp_path / "none")[0] == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 from programs import STAGEFLOW, Command, Stageflow
 
 from stageflow_actors.runtime.client.client import Client
-from stageflow_actors.runtime.client.offline_client import steered
+from stageflow_actors.runtime.client.offline_client import open_client
 
 FLOW = "from stageflow_actors import Workflow\nflow = Workflow('flow').add_stage(lambda order: 'ok', id='one')\n"
 
@@ -152,7 +152,7 @@ def test_a_table_is_printed_whatever_characters_the_terminal_knows(filled: Any, 
 )
 def test_a_client_refuses_text_that_cannot_be_sent(filled: Any, call: Callable[[Client], object]) -> None:
     filled.start("i1", {})
-    with steered(filled.close()) as client:
+    with open_client(filled.close()) as client:
         with pytest.raises(ValueError, match="lone surrogate") as caught:
             call(client)
         assert not isinstance(caught.value, UnicodeError)

@@ -151,9 +151,9 @@ def test_a_dead_letter_of_a_compensated_instance_runs_nothing_again(runtime: Run
     assert instance.result(timeout=20).status == "compensated"
     (queue,) = [q for q in runtime.queues("stageflow.dying.") if q.dead]
     with pytest.raises(StageFlowError, match="evidence"):
-        (letter,) = runtime._ask(lambda admin: admin.peek(f"dlq.{queue.name}", 0, 10))
-        runtime._ask(lambda admin: admin.requeue(f"dlq.{queue.name}", [letter["id"]]))
-    assert runtime._ask(lambda admin: admin.requeue(f"dlq.{queue.name}", []))["requeued"] == 0
+        (letter,) = runtime._session.ask(lambda admin: admin.peek(f"dlq.{queue.name}", 0, 10))
+        runtime._session.ask(lambda admin: admin.requeue(f"dlq.{queue.name}", [letter["id"]]))
+    assert runtime._session.ask(lambda admin: admin.requeue(f"dlq.{queue.name}", []))["requeued"] == 0
     assert runtime.execute(dying, {}, timeout=20).success
     assert done(instance.id) == ["a", "b", "b", "b"]
 

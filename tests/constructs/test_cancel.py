@@ -114,7 +114,7 @@ def test_a_pending_instance_never_begins(runtime: Runtime, eventually: Any) -> N
     eventually(lambda: runtime.queues("stageflow.idle.stage0")[0].actors == 0, "nobody works there")
     waiting = runtime.submit(idle, {})
     assert waiting.status() == "pending"
-    runtime._ask(lambda admin: admin.cancel(waiting.id, "cancelled", []))
+    runtime._session.ask(lambda admin: admin.cancel(waiting.id, "cancelled", []))
     assert waiting.status() == "pending", "whoever has to pass it on is not there"
     runtime.scale(idle, "only", 1)
     result = waiting.result(timeout=20)
@@ -169,7 +169,7 @@ def test_a_stage_before_a_wait_that_ends_after_the_cancel_waits_for_nothing(
 ) -> None:
     instance = runtime.submit(delayed if kind == "delay" else signalled, {"fail": {"a": str(gate)}})
     eventually(at_work(instance, "a"), "a is at work")
-    runtime._ask(lambda admin: admin.cancel(instance.id, "cancelled", ["signal:"]))
+    runtime._session.ask(lambda admin: admin.cancel(instance.id, "cancelled", ["signal:"]))
     gate.touch()
     result = instance.result(timeout=20)
     assert (result.status, undone(instance.id)) == ("cancelled", ["a"])

@@ -172,7 +172,7 @@ def test_a_duplicate_arrival_counts_once(runtime: Runtime, gate: Path, eventuall
     eventually(lambda: at_join(runtime, instance.id) == 2, "two of the branches have arrived")
     for slot in ("flight", "car"):
         again = Arrival("bookings", slot, 9, instance.id, 1)
-        runtime._port().publish([], [], [b"something"], arrivals=[again]).result(20)
+        runtime._session.broker().publish([], [], [b"something"], arrivals=[again]).result(20)
     assert at_join(runtime, instance.id) == 2
     gate.touch()
     result = instance.result(timeout=20)
@@ -180,7 +180,7 @@ def test_a_duplicate_arrival_counts_once(runtime: Runtime, gate: Path, eventuall
 
 
 def at_join(runtime: Runtime, instance_id: str) -> int:
-    group = runtime._lookup([instance_id])[instance_id]
+    group = runtime._session.lookup([instance_id])[instance_id]
     return sum(gather["arrived"] for gather in group["gathers"] if gather["key"] == "bookings")
 
 

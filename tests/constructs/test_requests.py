@@ -269,7 +269,7 @@ def test_an_endpoint_may_be_served_later(serve: Any, eventually: Any) -> None:
 
 
 def test_an_endpoint_is_served_once(runtime: Runtime) -> None:
-    with pytest.raises(WorkflowDefinitionError, match="'stock' is served already"):
+    with pytest.raises(WorkflowDefinitionError, match="'stock' exists already"):
         runtime.endpoint("stock", stock)
 
 

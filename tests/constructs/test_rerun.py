@@ -286,14 +286,14 @@ def test_another_context_for_a_parked_branch_is_of_that_branch_alone(runtime: Ru
 def test_a_dead_letter_that_cannot_be_read_is_reported(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = runtime.submit(parking, {"fail": {"b": "raise"}})
     parked(instance)
-    group = runtime._ask(lambda admin: admin.inspect([instance.id]))[instance.id]
-    runtime._ask(
+    group = runtime._session.ask(lambda admin: admin.inspect([instance.id]))[instance.id]
+    runtime._session.ask(
         lambda admin: admin.replace(f"dlq.{group['messages'][0]['queue']}", group["messages"][0]["id"], b"\x93nothing")
     )
     for again in (instance.retry, instance.restart):
         with pytest.raises(StageFlowError, match=r"dead letter \d+ in dlq\.stageflow\.parking\.stage1 is not one that"):
             again()
-    runtime._ask(lambda admin: admin.purge("dlq.stageflow.parking.stage1", []))
+    runtime._session.ask(lambda admin: admin.purge("dlq.stageflow.parking.stage1", []))
 
 
 def test_every_branch_that_is_parked_is_retried(runtime: Runtime) -> None:

@@ -265,7 +265,7 @@ def test_a_signal_that_the_workflow_never_waits_for_is_refused_with_those_it_doe
     with pytest.raises(StageFlowError, match="'long' version 1 never waits for a signal 'x': it waits for no signal"):
         quiet.signal("x")
     for name in ("", None, 5, b"vote"):
-        with pytest.raises(ValueError, match="the name of a signal is a string that is not empty, not "):
+        with pytest.raises(ValueError, match="the name of a signal must be a non-empty string, not "):
             asked.signal(name)  # type: ignore[arg-type]
     for instance in (asked, quiet):
         assert instance.cancel() == "cancelled"

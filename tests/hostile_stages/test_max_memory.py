@@ -206,7 +206,7 @@ def test_a_limit_that_no_worker_can_keep_pauses_the_pool_with_that_reason(
 def test_when_memory_runs_out_the_kernel_would_rather_end_a_worker_than_the_node_or_the_broker(
     runtime: Runtime,
 ) -> None:
-    node = psutil.Process(runtime._node.pid)
+    node = psutil.Process(runtime.node_pid)
     kept_up = [Path(f"/proc/{process.pid}/oom_score_adj").read_text() for process in (node, *node.children())]
     worker = runtime.execute(scored, {}, timeout=20).stages[0].data
     assert worker > max(map(int, kept_up)) or worker == 1000

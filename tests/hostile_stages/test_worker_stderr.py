@@ -66,12 +66,12 @@ def test_ten_megabytes_on_stderr_arrive_line_by_line_and_take_neither_memory_nor
         runtime.start()
     others = others_of(runtime, quiet)
     try:
-        before = psutil.Process(runtime._node.pid).memory_info().rss
+        before = psutil.Process(runtime.node_pid).memory_info().rss
         with others.go_on():
             instances = runtime.submit_many(lines, [{"n": n} for n in range(2)])
             instances += runtime.submit_many(heaps, [{"n": n} for n in range(2)])
             assert all(instance.result(timeout=60).success for instance in instances)
-        after = psutil.Process(runtime._node.pid).memory_info().rss
+        after = psutil.Process(runtime.node_pid).memory_info().rss
     finally:
         others.stop()
         runtime.stop(grace=0.0)

@@ -23,5 +23,5 @@ def test_an_endpoint_has_as_many_as_a_stage_at_most(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("actors", [1_001, 10**6, -1])
 def test_a_stage_is_not_scaled_beyond_that(runtime: Runtime, actors: int) -> None:
-    with pytest.raises(ValueError, match=f"actors is a whole number from 0 to 1,000, not {actors}"):
+    with pytest.raises(ValueError, match=f"actors must be a whole number from 0 to 1,000, not {actors}"):
         runtime.scale("flow", "pay", actors)

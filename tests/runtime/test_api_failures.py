@@ -290,12 +290,12 @@ def test_a_death_at_the_limit_is_a_dead_letter_as_evidence_that_cannot_be_requeu
     assert result.stages[2].attempts == 3
     [queue] = runtime.queues("stageflow.orders.stage2")
     assert queue.dead >= 1
-    dead = runtime._ask(lambda admin: admin.peek("dlq.stageflow.orders.stage2", 0, 100))
+    dead = runtime._session.ask(lambda admin: admin.peek("dlq.stageflow.orders.stage2", 0, 100))
     mine = [message for message in dead if message["group"] == result.instance_id]
     assert len(mine) == 1
     assert b"WorkerDied" in mine[0]["reason"]
     with pytest.raises(Exception, match="evidence"):
-        runtime._ask(lambda admin: admin.requeue("dlq.stageflow.orders.stage2", [mine[0]["id"]]))
+        runtime._session.ask(lambda admin: admin.requeue("dlq.stageflow.orders.stage2", [mine[0]["id"]]))
     assert runtime.instance(result.instance_id).status() == "compensated"
 
 

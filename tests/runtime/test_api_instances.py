@@ -113,7 +113,7 @@ def test_the_same_id_with_the_same_input_gives_the_finished_instance_and_starts_
 ) -> None:
     first = runtime.execute(orders, Order("d", 2.5), instance_id="done", timeout=20)
     # Until then the broker itself knows the id; from then on only the history does.
-    eventually(lambda: not runtime._lookup(["done"]), "the id to have left the broker")
+    eventually(lambda: not runtime._session.lookup(["done"]), "the id to have left the broker")
     assert runtime.execute(orders, Order("d", 2.5), instance_id="done", timeout=20) == first
     assert runtime.submit(orders, {"order_id": "d", "total": 2.5}, instance_id="done").result(0) == first
     with pytest.raises(InstanceConflict):
@@ -124,7 +124,7 @@ def test_the_same_id_with_the_same_input_gives_the_finished_instance_and_starts_
 def test_a_failed_instance_is_not_started_again_by_its_id(runtime: Runtime, eventually: Any) -> None:
     first = runtime.execute(orders, Order("e", -1), instance_id="lost", timeout=20)
     assert first.status == "failed"
-    eventually(lambda: not runtime._lookup(["lost"]), "the id to have left the broker")
+    eventually(lambda: not runtime._session.lookup(["lost"]), "the id to have left the broker")
     assert runtime.execute(orders, Order("e", -1), instance_id="lost", timeout=20) == first
     assert len(noted("shipped", "e")) == 1
 

@@ -59,12 +59,14 @@ def switch(tmp_path: Path) -> Path:
 
 
 def dead_letters(runtime: Runtime, instance_id: str) -> list[dict[str, Any]]:
-    return [m for m in runtime._ask(lambda admin: admin.peek(f"dlq.{QUEUE}", 0, 1000)) if m["group"] == instance_id]
+    return [
+        m for m in runtime._session.ask(lambda admin: admin.peek(f"dlq.{QUEUE}", 0, 1000)) if m["group"] == instance_id
+    ]
 
 
 def requeue(runtime: Runtime, instance_id: str) -> None:
     [letter] = dead_letters(runtime, instance_id)
-    runtime._ask(lambda admin: admin.requeue(f"dlq.{QUEUE}", [letter["id"]]))
+    runtime._session.ask(lambda admin: admin.requeue(f"dlq.{QUEUE}", [letter["id"]]))
 
 
 def test_a_parked_instance_names_its_dead_letter_and_the_reason(runtime: Runtime, switch: Path) -> None:

@@ -69,8 +69,8 @@ def _row(id: str, body: bytes) -> HistoryRow:
 def client(*, ended: bool) -> tuple[Any, ForgetfulBroker]:
     rows: dict[str, HistoryRow] = {}
     made: Any = Client()
-    made._broker = broker = ForgetfulBroker(rows, ended)
-    made._history = History(rows)
+    made._session.connection = broker = ForgetfulBroker(rows, ended)
+    made._session._reader = History(rows)
     return made, broker
 
 
@@ -80,7 +80,7 @@ def test_a_start_that_ended_before_its_answer_came_is_found_in_the_history(insta
     instance = program.submit(flow, {"n": 1}, instance_id=instance_id)
     assert instance.result(timeout=0).context == {"n": 1}
     assert len(broker.starts) == 1
-    assert not program._waiters.by_id, "nothing is waited for any more"
+    assert not program._session.waiters.by_id, "nothing is waited for any more"
 
 
 @pytest.mark.parametrize("instance_id", [None, "chosen"])
@@ -97,14 +97,14 @@ def test_map_finds_what_ended_before_its_answer_came(key: Any) -> None:
     results: list[WorkflowResult[Any]] = list(program.map(flow, [{"n": n} for n in range(250)], key=key))
     assert [r.context["n"] for r in results] == list(range(250))
     assert len(broker.starts) == 250
-    assert not program._waiters.by_id
+    assert not program._session.waiters.by_id
 
 
 def test_an_iterator_that_is_dropped_before_its_starts_are_sent_again_is_not_waited_for() -> None:
     program, _ = client(ended=False)
     results = program.map(flow, iter([{"n": 1}]))
     results._pull()
-    assert program._waiters.by_id
+    assert program._session.waiters.by_id
     del results
     program.drain(timeout=0)
 
@@ -127,10 +127,10 @@ class FullBroker(ForgetfulBroker):
 @pytest.mark.parametrize("kind", [SilentBroker, FullBroker])
 def test_the_start_is_part_of_the_time_that_execute_may_take(kind: type[ForgetfulBroker]) -> None:
     program, _ = client(ended=False)
-    program._broker = kind({}, ended=False)
+    program._session.connection = kind({}, ended=False)
     with pytest.raises(TimeoutError, match=r"'chosen' was not confirmed within 0\.1 s; it may go on"):
         program.execute(flow, {"n": 1}, instance_id="chosen", timeout=0.1)
-    assert not program._waiters.by_id
+    assert not program._session.waiters.by_id
 
 
 def test_of_what_was_found_in_the_history_execute_gives_the_result_without_waiting() -> None:

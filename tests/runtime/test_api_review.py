@@ -64,7 +64,9 @@ def test_a_start_carries_the_count_of_finished_instances_from_when_the_history_w
 
     class Reader:
         def get_many(self, ids: list[str]) -> dict[str, Any]:
-            program._seen = 99  # another thread hears that something has left, behind the back of this reading
+            program._session.history_sequence = (
+                99  # another thread hears that something has left, behind the back of this reading
+            )
             return {}
 
     class Broker:
@@ -72,9 +74,9 @@ def test_a_start_carries_the_count_of_finished_instances_from_when_the_history_w
             sent.extend(item[9] for item in items)
             raise RuntimeError("enough has been seen")
 
-    program._seen = 7
-    program._history = Reader()
-    program._broker = Broker()
+    program._session.history_sequence = 7
+    program._session._reader = Reader()
+    program._session.connection = Broker()
     with pytest.raises(RuntimeError):
         program.submit(flow, {"n": 1}, instance_id="chosen")
     assert sent == [7]

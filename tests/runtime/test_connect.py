@@ -179,12 +179,14 @@ def test_what_is_registered_later_is_served_at_once(runtime: Runtime, client: Cl
 def test_the_environment_of_workers_is_not_sent_to_clients(serve: Any) -> None:
     secret = Workflow("secret").add_stage(count, env={"TOKEN": "do-not-tell"})
     runtime = serve(secret)
-    assert "do-not-tell" not in runtime._ask(lambda admin: admin.get_fact("served"))
+    assert "do-not-tell" not in runtime._session.ask(lambda admin: admin.get_fact("served"))
 
 
 def test_an_unknown_or_idle_directory_has_no_cluster(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(BrokerUnavailable, match=r"nobody serves .*`stageflow up MODULE:RUNTIME --data ") as error:
+        with pytest.raises(
+            BrokerUnavailable, match=r"no cluster runs on .*`stageflow up MODULE:RUNTIME --data "
+        ) as error:
             Runtime.connect(path)
         assert str(path) in str(error.value)
 
@@ -194,11 +196,11 @@ def test_a_client_is_notified_when_its_cluster_stops_and_finds_the_next_one(serv
     with Runtime.connect(tmp_path) as client:
         assert client.execute("counts", {}, timeout=20).success
         first.stop()
-        client._looked_at = 0.0
-        with pytest.raises(BrokerUnavailable, match="nobody serves"):
+        client._session._checked_at = 0.0
+        with pytest.raises(BrokerUnavailable, match="no cluster runs on"):
             client.submit("counts", {})
         serve(orders, late, data_dir=tmp_path, config=Config(stage_queue_prefix="other."))
-        client._looked_at = 0.0
+        client._session._checked_at = 0.0
         assert client.execute("late", {}, timeout=20).success
         with pytest.raises(StageFlowError, match="'counts' is not served"):
             client.submit("counts", {})
@@ -212,7 +214,7 @@ def test_a_waiting_caller_is_notified_when_the_cluster_is_gone(
     with Runtime.connect(tmp_path) as client:
         waiting = client.submit("waits", {})
         runtime.stop()
-        with pytest.raises(BrokerUnavailable, match="nobody serves"):
+        with pytest.raises(BrokerUnavailable, match="no cluster runs on"):
             waiting.result()
 
 

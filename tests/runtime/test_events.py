@@ -21,7 +21,7 @@ from stageflow_actors.events import (
     WorkflowFailed,
 )
 from stageflow_actors.runtime.client import event_decoder
-from stageflow_actors.runtime.client.event_decoder import Teller
+from stageflow_actors.runtime.client.event_decoder import EventDecoder
 
 
 def one(context: dict[str, Any]) -> int:
@@ -168,7 +168,7 @@ def test_a_callback_that_raises_is_logged_and_the_others_are_notified(
 def test_a_slow_callback_holds_nothing_up_and_what_was_dropped_is_counted(
     runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    monkeypatch.setattr("stageflow_actors.runtime.client.event_stream.ROOM_BYTES", 20_000)
+    monkeypatch.setattr("stageflow_actors.runtime.client.event_stream.MAX_QUEUED_BYTES", 20_000)
     gate, begun = threading.Event(), threading.Event()
     heard = Heard()
 
@@ -181,14 +181,12 @@ def test_a_slow_callback_holds_nothing_up_and_what_was_dropped_is_counted(
     results = list(runtime.map(bare, [{"n": n} for n in range(500)]))
     assert all(result.success for result in results), "results do not wait for callbacks"
     assert begun.wait(20)
-    feed = runtime._feed
+    feed = runtime._session.events.stream
     assert feed is not None
     eventually(lambda: feed._dropped, "something to be dropped")
     gate.set()
     with caplog.at_level(logging.WARNING, "stageflow_actors.client.event_stream"):
-        eventually(
-            lambda: "were not told: callbacks of on_event are too slow" in caplog.text, "the number to be logged"
-        )
+        eventually(lambda: "were dropped: callbacks of on_event are too slow" in caplog.text, "the number to be logged")
     eventually(lambda: heard.events, "those that were kept to be told")
     assert len(heard.events) < 1000
     end()
@@ -201,7 +199,7 @@ def test_no_event_is_sent_once_there_is_no_listener(runtime: Runtime, eventually
     end()
     assert runtime.execute(bare, {}, timeout=20).success
     assert heard.events == []
-    assert runtime._feed is None
+    assert runtime._session.events.stream is None
 
 
 def test_events_go_on_after_the_broker_was_killed(serve: Any, eventually: Eventually) -> None:
@@ -226,7 +224,7 @@ def broker_pids(node: int) -> list[int]:
 
 
 def subscribed_again(runtime: Runtime, eventually: Eventually) -> None:
-    feed = runtime._feed
+    feed = runtime._session.events.stream
     assert feed is not None
     assert feed._broker is not None
     feed._broker.admin.ping().result(20)
@@ -244,16 +242,16 @@ def moved(trail: bytes) -> bytes:
 
 
 def test_what_completed_before_there_was_a_listener_is_not_sent() -> None:
-    teller = Teller(100.0, lambda workflow_id, version: None)
-    events = teller.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0))))
+    decoder = EventDecoder(100.0, lambda workflow_id, version: None)
+    events = decoder.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0))))
     assert [e.stage_id for e in events if isinstance(e, StageCompleted)] == ["b", "c"]
-    assert teller.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0)))) == []
+    assert decoder.events("i", 1, "next", moved(trail(("a", 10.0), ("b", 99.5), ("c", 100.0)))) == []
 
 
 def test_events_of_a_forgotten_instance_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_decoder, "REMEMBERED", 2)
-    teller = Teller(0.0, lambda workflow_id, version: None)
+    monkeypatch.setattr(event_decoder, "MAX_TRACKED_INSTANCES", 2)
+    decoder = EventDecoder(0.0, lambda workflow_id, version: None)
     for number, name in enumerate("abc"):
-        assert len(teller.events(name, 1, "next", moved(trail(("s", float(number)))))) == 1
-    assert teller.events("a", 1, "next", moved(trail(("s", 0.0)))) == []
-    assert len(teller.events("a", 1, "next", moved(trail(("s", 0.0), ("t", 9.0))))) == 1
+        assert len(decoder.events(name, 1, "next", moved(trail(("s", float(number)))))) == 1
+    assert decoder.events("a", 1, "next", moved(trail(("s", 0.0)))) == []
+    assert len(decoder.events("a", 1, "next", moved(trail(("s", 0.0), ("t", 9.0))))) == 1

@@ -13,7 +13,7 @@ from stageflow_actors import Retry, StageContext, Workflow
 from stageflow_actors.core.envelope import Command, CompensationTask, decode_envelope, encode
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.stage import Compensation, Stage
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.messaging.settlements import Settlement
@@ -50,7 +50,7 @@ def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], No
     """Whether a delivery to the first place of `flow` counts, handed on plainly or otherwise."""
     plan = compile_plan(flow, Naming())
     program, planned = next(iter(stage_codes(flow, plan)))
-    known = Known(plan, dict)
+    known = WorkflowRef(plan, dict)
     envelope = decode_envelope(known.body(known.prepare({"n": 1}), 0.0, 1 << 20))
     change(envelope)
     body = encode(envelope)
@@ -103,7 +103,7 @@ def test_a_compensation_counts_when_it_ran(handler: Any, retry: Retry | None, ex
     undo = Compensation(handler, retry=retry)
     flow: Flow = Workflow("w").add_stage(well, id="s", compensation=undo)
     plan = compile_plan(flow, Naming())
-    known = Known(plan, dict)
+    known = WorkflowRef(plan, dict)
     envelope = decode_envelope(known.body(known.prepare({}), 0.0, 1 << 20))
     envelope.compensation = CompensationTask(["s"], [], "compensated")
     envelope.error, envelope.context = "no", Raw(encode({}))

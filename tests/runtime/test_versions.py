@@ -262,7 +262,7 @@ def test_what_is_cancelled_while_its_version_is_gone_is_parked_once_and_cancelle
         assert second.execute("flow", {}, timeout=20).success
     for instance_id, attempts in (("at-b", 2), ("at-s", 1)):
         assert second.instance(instance_id).status() == "parked"
-        (letter,) = second._lookup([instance_id])[instance_id]["messages"]
+        (letter,) = second._session.lookup([instance_id])[instance_id]["messages"]
         assert letter["attempts"] == attempts, "it is delivered for the cancel, and not again"
         assert "is not registered" in dead_letter(second, instance_id)[1]
     second.stop()

@@ -32,7 +32,7 @@ from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen
 from stageflow_actors import Workflow
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
 from stageflow_actors.core.plan import compile_plan
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, pool_specs
 from stageflow_actors.runtime.node.pool import ScaleTo
 from stageflow_brokers.core.message import PARKED
@@ -73,7 +73,7 @@ class Simulation:
         ttls = {place.queue: place.ttl for plan in self.compiled for place in plan.stages if place.ttl}
         self.waits = Waits(self.world, ttls, self.crimes)
         self.broker.accounts.waits = self.waits if ttls else None
-        known = {name: Known(plan, dict) for name, plan in compiled.items()}
+        known = {name: WorkflowRef(plan, dict) for name, plan in compiled.items()}
         self.jobs = []
         for number in range(chance.randint(1, 12)):
             name = chance.choice(sorted(self.plans))

@@ -19,7 +19,7 @@ from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client import reruns
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers.admin import BrokerAdmin
 from stageflow_brokers.api import BrokerError
@@ -37,7 +37,7 @@ class Gone(BaseException):
 class VirtualCaller:
     """One call, of `restart` or else of `retry`. `done` receives its exception, or None.
 
-    To that code it is the client, and its handle of the instance.
+    To that code it is the session and the completion of the instance.
     """
 
     def __init__(
@@ -51,14 +51,10 @@ class VirtualCaller:
         requeued: Callable[[int], None],
         done: Callable[[StageFlowError | None], None],
     ) -> None:
-        self.id = job.id
         self.dead = False
-        self._naming = Naming()
-        self._seen = 0
-        self._outcome: bytes | None = None
-        self._error: BaseException | None = None
-        self._parked = self._gone = False
-        self._event = threading.Event()
+        self.instance_id = job.id
+        self.naming = Naming()
+        self.history_sequence = 0
         self._world, self._client, self._job, self._rows = world, client, job, rows
         self._restart, self._requeued, self._done = restart, requeued, done
         self._refused: StageFlowError | None = None
@@ -107,29 +103,29 @@ class VirtualCaller:
 
     def status(self) -> WorkflowStatus:
         """As `Instance.status` of a handle that has heard nothing."""
-        group = self._lookup([self.id]).get(self.id)
+        group = self.lookup([self.instance_id]).get(self.instance_id)
         if group is not None:
             return status_of(group)
-        row = self._row(self.id)
+        row = self.row(self.instance_id)
         if row is None:
-            raise InstanceNotFound(self.id)
+            raise InstanceNotFound(self.instance_id)
         return WorkflowStatus(decode_outcome(row.outcome).status)
 
-    def _ensure_watched(self) -> None:
-        """The program does that."""
+    def begin_run(self) -> None:
+        """The program waits for the outcome."""
 
-    def _port(self) -> VirtualClient:
+    def broker(self) -> VirtualClient:
         return self._client
 
-    def _ask(self, operation: Callable[[BrokerAdmin], Future[Any]]) -> Any:
-        return self._await(operation(QueryAdmin(self._send)))
+    def ask(self, operation: Callable[[BrokerAdmin], Future[Any]]) -> Any:
+        return self.wait_for(operation(QueryAdmin(self._send)))
 
     def _send(self, name: str, *args: Any) -> Future[Any]:
         if name == "requeue":
             self._requeued(args[1][0])
         return self._client._query(name, *args)
 
-    def _await(self, future: Future[Any]) -> Any:
+    def wait_for(self, future: Future[Any]) -> Any:
         if not future.done():
             future.add_done_callback(lambda done: self._world.after(0.0, self._hand_over))
             self._pass(None)
@@ -138,17 +134,21 @@ class VirtualCaller:
         except BrokerError as error:
             raise translate_error(error) from None
 
-    def _lookup(self, ids: list[str]) -> dict[str, Any]:
-        answer = self._ask(lambda admin: admin.lookup(ids))
-        self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
+    def lookup(self, ids: list[str]) -> dict[str, Any]:
+        answer = self.ask(lambda admin: admin.lookup(ids))
+        self.advance_history_sequence((answer["epoch"] << 40) + answer["left_seq"])
         groups: dict[str, Any] = answer["groups"]
         return groups
 
-    def _row(self, instance_id: str) -> HistoryRow | None:
+    def advance_history_sequence(self, received: int) -> None:
+        """See `Session.advance_history_sequence`."""
+        self.history_sequence = max(self.history_sequence, received)
+
+    def row(self, instance_id: str) -> HistoryRow | None:
         return self._rows.get(instance_id)
 
-    def _known_version(self, workflow_id: str, version: int) -> Known:
-        return self._job.known
+    def workflow_ref(self, workflow_id: str, version: int) -> WorkflowRef:
+        return self._job.ref
 
     # in the world's thread
 

@@ -16,7 +16,7 @@ from virtual_node import LIMIT, History
 
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.routing import CANCELLABLE, signal_key
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
 from stageflow_brokers.errors import BrokerUnavailable
 
@@ -24,9 +24,11 @@ from stageflow_brokers.errors import BrokerUnavailable
 class Job:
     """One instance that the program awaits, with the notices about it."""
 
-    def __init__(self, id: str, known: Known, context: Any, signals: list[tuple[str, Any]], priority: int = 0) -> None:
-        self.id, self.known, self.signals, self.priority = id, known, signals, priority
-        self.prepared = known.prepare(context, id)
+    def __init__(
+        self, id: str, ref: WorkflowRef, context: Any, signals: list[tuple[str, Any]], priority: int = 0
+    ) -> None:
+        self.id, self.ref, self.signals, self.priority = id, ref, signals, priority
+        self.request = ref.prepare(context, id)
         self.accepted = self.parked = False
         self.cancelled = self.calling = False
         self.again = 0
@@ -106,14 +108,14 @@ class VirtualProgram(Listener):
     def watching(self) -> list[str]:
         return sorted(self._live)
 
-    # what follows `Client._start` step by step
+    # what follows `Client._publish` step by step
 
     def _submit(self, job: Job) -> None:
         if self.dead or job.calling:
             return
         seen = self._seen
         row = self._history.rows.get(job.id)
-        if row is not None and row.digest != job.prepared.digest:
+        if row is not None and row.digest != job.request.digest:
             self._crimes.append(f"{job.id} has another digest in the history than it was started with")
         if row is None:
             self._publish(job, seen)
@@ -132,12 +134,12 @@ class VirtualProgram(Listener):
             self._ended(job, self._history.rows[job.id].outcome)
 
     def _publish(self, job: Job, seen: int) -> None:
-        known = job.known
-        job.prepared.seen = seen
-        body = known.body(job.prepared, self.world.wall, LIMIT)
-        item = known.item(job.prepared, len(body), job.priority)
+        ref = job.ref
+        job.request.history_sequence = seen
+        body = ref.body(job.request, self.world.wall, LIMIT)
+        item = ref.item(job.request, len(body), job.priority)
         self._live.add(job.id)
-        answer = self.client.publish([known.target], [item], [body], atomic=True)
+        answer = self.client.publish([ref.target], [item], [body], atomic=True)
         answer.add_done_callback(lambda future: self._answered(job, future))
 
     def _answered(self, job: Job, future: Future[PublishAnswer]) -> None:

@@ -36,10 +36,10 @@ def cancel(instance_id: str, reason: str, data: Path) -> int:
     stageflow instances cancel ORDER-17 --reason "changed my mind"
     """
     from stageflow_actors.core.status import WorkflowStatus
-    from stageflow_actors.runtime.client.offline_client import AtRest, steered
+    from stageflow_actors.runtime.client.offline_client import OfflineClient, open_client
 
-    with steered(data) as client:
-        if isinstance(client, AtRest):
+    with open_client(data) as client:
+        if isinstance(client, OfflineClient):
             status = client.order_cancel(instance_id, reason)
             if not status.terminal and status != WorkflowStatus.compensating:
                 click.echo(
@@ -107,11 +107,11 @@ def _run(
     data: Path,
     rerun: Callable[[Instance[Any], dict[str, Any] | None], Instance[Any]],
 ) -> int:
-    from stageflow_actors.runtime.client.offline_client import AtRest, steered
+    from stageflow_actors.runtime.client.offline_client import OfflineClient, open_client
 
     context = None if text is None else context_of(text)
-    with steered(data) as client:
-        at_rest = isinstance(client, AtRest)
+    with open_client(data) as client:
+        at_rest = isinstance(client, OfflineClient)
         if wait and at_rest:
             raise StageFlowError(f"no cluster runs on {data}, so --wait would wait forever: leave it out")
         instance = rerun(client.instance(instance_id), context)

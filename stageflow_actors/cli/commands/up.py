@@ -30,6 +30,7 @@ def up(target: str, data: Path | None) -> int:
     """
     from stageflow_actors.cli.importer import load
     from stageflow_actors.definition.workflow import Workflow
+    from stageflow_actors.runtime.client.client import session_of
     from stageflow_actors.runtime.runtime import Runtime
 
     found = load(target, Runtime, Workflow)
@@ -45,7 +46,7 @@ def up(target: str, data: Path | None) -> int:
         names = ", ".join(_name(workflow) for workflow in runtime.workflows)
         click.echo(f"stageflow: serving {names} from {runtime.data_dir}", err=True)
         while not stop_requested.wait(0.5):
-            runtime._check_alive()
+            session_of(runtime).check_alive()
     except BaseException:
         runtime.stop(grace=0)
         raise

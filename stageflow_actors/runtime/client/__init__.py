@@ -2,12 +2,13 @@
 
 ==================  ==============================================================
 `client`            `Client`: submit, execute, map, queues, instances
-`session`           one connection to the broker and history that all of these share
+`session`           `Session`: connection to the broker, history reader and known workflows
 `instance`          `Instance`: status, result, cancel, retry, signal
-`reruns`            retry and restart of instances
+`completion`        `Completion`: the outcome of one run, as one handle knows it
+`reruns`            cancel, retry and restart of instances
 `map_iterator`      `map` and `map_unordered`: a bounded number in flight
 `progress_bar`      the progress bar of `map` and `stageflow run`
-`waiters`           waits for results
+`waiters`           objects that wait for the outcomes of instances
 `workflow_ref`      a workflow as object or id, and a start request
 `event_stream`      events of the cluster; `event_decoder` makes them of frames
 `remote_client`     a client of a cluster that another process runs

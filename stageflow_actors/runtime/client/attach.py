@@ -1,8 +1,8 @@
-"""A way in for the command line: to the broker that serves a data directory, or to the directory itself at rest.
+"""`attach`: the command line's connection to a running broker, or to a data directory at rest.
 
-To look at a cluster at rest, its journal is read into a broker in this process, which writes nothing and takes no lock.
-To change it, the directory is locked and a broker process is started on its journal for that long; nobody
-consumes, so nothing is delivered. This module never makes a data directory, and runs no user code.
+To inspect a cluster at rest, its journal is read into a broker in this process, which writes nothing and takes no lock.
+To change it, the directory is locked and a broker process runs on its journal for that time; there are no consumers, so
+nothing is delivered. This module never creates a data directory, and runs no user code.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ __all__ = ["Attached", "attach", "existing", "live_address"]
 
 T = TypeVar("T")
 
-PATIENCE = 10.0
-"""Seconds that a broker gets to answer; it answers within milliseconds unless it is stopped or starting."""
+ATTACH_TIMEOUT_SECONDS = 10.0
+"""Longest wait for an answer; a broker answers within milliseconds unless it is stopped or starting."""
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A connection. `live`: a cluster serves the directory. `history` is None while nothing has finished in it, or
-    where it was not wanted."""
+    """A connection.
+
+    `live`: a cluster runs on the directory. `history` is None if it does not exist yet, or was not requested.
+    """
 
     data_dir: DataDir
     broker: Broker
@@ -50,7 +52,7 @@ class Attached:
         """The operations of the broker; `wait` for their answers."""
         return self.broker.admin
 
-    def wait(self, answer: Future[T], timeout: float = PATIENCE) -> T:
+    def wait(self, answer: Future[T], timeout: float = ATTACH_TIMEOUT_SECONDS) -> T:
         """Return the answer of an operation. Raises `BrokerUnavailable`, or `stageflow_brokers.errors.Refused`."""
         try:
             return answer.result(timeout)
@@ -62,18 +64,18 @@ class Attached:
 
 
 def existing(path: Path | str) -> DataDir:
-    """The data directory at `path`. Raises `DataDirUnusable` if there is none, or no journal in it."""
+    """Return the data directory at `path`. Raises `DataDirUnusable` if there is none, or no journal in it."""
     data_dir = DataDir(path, create=False)
     if not any(data_dir.journal.glob("*.journal")):
         if data_dir.history.exists():
             raise DataDirUnusable(
-                f"the journal {data_dir.journal} is missing, while the history of what has finished here is there "
-                f"({data_dir.history}): which instances were live is not known any more. Restore the journal from the "
-                'backup taken with the history, or begin anew in another directory (durability="memory" keeps none)',
+                f"the journal {data_dir.journal} is missing, but the history of finished instances exists "
+                f"({data_dir.history}): the live instances are lost with the journal. Restore the journal from the "
+                'backup taken with the history, or use another directory (durability="memory" keeps no journal)',
                 path=data_dir.path,
             )
         raise DataDirUnusable(
-            f"there is no journal in the data directory {data_dir.path}: nothing has run in it yet; is --data right?",
+            f"the data directory {data_dir.path} has no journal: no cluster has run in it yet; is --data right?",
             path=data_dir.path,
         )
     return data_dir
@@ -81,10 +83,10 @@ def existing(path: Path | str) -> DataDir:
 
 @contextmanager
 def attach(path: Path | str, *, write: bool = False, with_history: bool = True) -> Iterator[Attached]:
-    """Connect to the cluster of the data directory `path`; give `write` to change something.
+    """Connect to the cluster of the data directory `path`; `write` allows changes.
 
-    Raises `DataDirUnusable` if there is nothing to attach to, `JournalLocked` if something else has the directory,
-    `BrokerUnavailable` if its broker is silent, and what reading a damaged journal or history raises.
+    Raises `DataDirUnusable` if there is no journal, `JournalLocked` if another process has locked the directory,
+    `BrokerUnavailable` if its broker does not answer, and the errors of reading a damaged journal or history.
     """
     data_dir = DataDir(path, create=False)
     address = live_address(data_dir)
@@ -106,8 +108,8 @@ def attach(path: Path | str, *, write: bool = False, with_history: bool = True) 
 
 
 def live_address(data_dir: DataDir) -> str | None:
-    """Where the broker of a living program listens; None if the directory is at rest."""
-    deadline = time.monotonic() + PATIENCE
+    """Return the address of a running program's broker, or None if the directory is at rest."""
+    deadline = time.monotonic() + ATTACH_TIMEOUT_SECONDS
     while True:
         record = data_dir.read_cluster()
         if record is None or not record.program_lives():
@@ -116,8 +118,8 @@ def live_address(data_dir: DataDir) -> str | None:
             return record.address
         if time.monotonic() >= deadline:
             raise BrokerUnavailable(
-                f"the program with pid {record.program} has {data_dir.path} and has not started its broker within "
-                f"{PATIENCE:g} s; try again"
+                f"the program with pid {record.program} runs on {data_dir.path} and has not started its broker within "
+                f"{ATTACH_TIMEOUT_SECONDS:g} s; try again"
             )
         time.sleep(0.02)
 
@@ -145,7 +147,7 @@ def _own_process(data_dir: DataDir) -> Iterator[Broker]:
     lock = data_dir.acquire(os.getpid())
     try:
         socket = runtime_dir(data_dir.path) / f"cli-{os.getpid()}"
-        # The lock goes along: nobody else may open the journal while that process lives.
+        # The process inherits the lock: no other process may open the journal during its life.
         process = BrokerProcess(
             address=f"ipc://{socket}",
             journal=str(data_dir.journal),
@@ -160,7 +162,7 @@ def _own_process(data_dir: DataDir) -> Iterator[Broker]:
                 yield broker
         finally:
             process.stop()
-            remove_runtime_dir(socket.parent)  # nobody else is in there: the directory is locked
+            remove_runtime_dir(socket.parent)  # no other process uses it: the directory is locked
     finally:
         data_dir.remove_cluster()
         data_dir.release()

@@ -1,30 +1,24 @@
-"""`Client`: starting instances and hearing how they end, from any process of the host.
+"""`Client`: start instances, wait for results and control a cluster, from any process of the host.
 
-Every start is numbered and confirmed by the broker before the call returns. Ends arrive pushed, on the connection's
-thread, and are handed to whoever waits; what has left the broker is looked up in the history.
+The broker confirms every start before the call returns. Outcomes are pushed on the connection's thread to the waiters;
+the outcome of an instance that has left the broker is read from the history.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.description import status_of, version_of
 from stageflow_actors.core.plan import (
     ITEM,
-    compile_plan,
     item_id,
 )
 from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult
-from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import MAX_ACTORS
@@ -37,83 +31,131 @@ from stageflow_actors.errors import (
     StageFlowError,
 )
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.runtime.client.event_stream import Callback, Feed
-from stageflow_actors.runtime.client.instance import Instance
-from stageflow_actors.runtime.client.map_iterator import Mapping, as_completed
-from stageflow_actors.runtime.client.session import STOPPED, Asking, no_text
-from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
-from stageflow_actors.runtime.messaging.errors import translate_error
+from stageflow_actors.runtime.client.completion import Completion
+from stageflow_actors.runtime.client.event_stream import EventCallback
+from stageflow_actors.runtime.client.instance import Instance, as_completed
+from stageflow_actors.runtime.client.map_iterator import MapIterator
+from stageflow_actors.runtime.client.session import MAX_LOOKUPS, Session
+from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.pauses import pause
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos
 from stageflow_brokers import api as port
-from stageflow_brokers.api import Arrival
-from stageflow_brokers.failpoints import failpoint
 
-__all__ = ["Client"]
+__all__ = ["Client", "session_of"]
 
 C = TypeVar("C")
 
-MOST_SEARCHED = 10_000
-"""How many live instances are looked through for those of one status or workflow; the latest first."""
+MAX_SEARCHED = 10_000
+"""Most live instances that are searched for a status or workflow; the newest first."""
 
-DRAIN_SECONDS = 0.25
-"""How often a drain looks whether what is left only waits."""
+DRAIN_POLL_SECONDS = 0.25
+"""Interval between two checks whether all remaining instances wait for a signal or a delay."""
 
-LOOKED_UP = 500
-"""Instances asked after at once."""
+IDS_PER_LOOKUP = 500
 
-MOST_AT_ONCE = 10_000
+MAX_SUBMIT_MANY = 10_000
 """Most contexts of one `submit_many`."""
 
-LOOKS = 50
-"""How often a start looks into the history again before it gives up: each time something of that id left meanwhile."""
+CLIENT_CLOSED = "this client has been closed; open another one with Runtime.connect(data_dir)"
+
+Pending = list[tuple[StartRequest, Completion]]
 
 
-class Client(Asking):
-    """The calls that every process of the host may make while a runtime serves the data directory."""
+class Client:
+    """The calls that every process of the host can make while a runtime serves the data directory.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[tuple[str, int], Known] = {}
-        self._max_message_bytes = 16 << 20
-        self._ttl = 0.0
-        self._callbacks: list[Callback] = []
-        self._feed: Feed | None = None
-        self._feed_lock = threading.Lock()
+    `Runtime` is a client; `Runtime.connect` returns one for another process. Safe for use by several threads; each
+    iterator is for one thread. Calls wait up to 60 seconds for an answer of the broker, restarts of it included, and
+    raise `BrokerUnavailable` after that.
+
+    Example:
+        >>> import tempfile
+        >>> from stageflow_actors import Runtime, Workflow
+        >>> square = Workflow("square").add_stage(lambda context: context["n"] ** 2, id="compute")
+        >>> with tempfile.TemporaryDirectory() as d, Runtime(square, data_dir=d):
+        ...     with Runtime.connect(d) as client:
+        ...         instances = client.submit_many("square", [{"n": 2}, {"n": 3}])
+        ...         ended = list(client.as_completed(instances, timeout=30))
+        ...         print(sorted(instance.result().stages[0].data for instance in ended))
+        ...         print([queue.name for queue in client.queues("stageflow.square")])
+        ...         print(len(client.instances(status="completed")))
+        [4, 9]
+        ['stageflow.square.stage0']
+        2
+    """
+
+    def __init__(self, session: Session | None = None) -> None:
+        self._session = session or Session()
 
     # starting instances
 
     def submit(
         self, workflow: Workflow[C] | str, context: C, *, instance_id: str | None = None, priority: int = 0
     ) -> Instance[C]:
-        """Start one instance; durable when this returns.
+        """Start one instance; it is durable when this returns.
 
-        The same `instance_id` with the same input gives the existing instance. Raises `InvalidContext`,
-        `PayloadTooLarge`, `QueueFull`, `InstanceConflict` (that id, another input); nothing is enqueued then.
+        Args:
+            workflow: The workflow, or its id: then its highest version is used, and the context is a dict.
+            context: The input.
+            instance_id: An id of 1 to 256 characters; None (the default) for a new one. The same id with the same
+                input returns the existing instance and starts nothing.
+            priority: From -1000 to 1000; messages of a higher priority are delivered first. Default: 0.
+
+        Returns:
+            The handle of the instance.
+
+        Raises:
+            InvalidContext: If the context does not fit the workflow, or the id is malformed.
+            PayloadTooLarge: If the context exceeds `max_message_bytes`.
+            QueueFull: If the first stage's queue has reached `max_queue_length`, or the disk is full.
+            InstanceConflict: If an instance of this id was started with another input.
+            StageFlowError: If the workflow is not registered.
+            BrokerUnavailable: If the cluster is not running or does not answer; the start may have arrived.
+            ValueError: If `priority` is out of range.
         """
-        known = self._workflow(workflow)
-        return self._start(known, [known.prepare(context, instance_id)], priority)[0]
+        ref = self._session.resolve(workflow)
+        return self._start(ref, [ref.prepare(context, instance_id)], priority)[0]
 
     def submit_many(
         self, workflow: Workflow[C] | str, contexts: Iterable[C], *, instance_ids: Sequence[str] | None = None
     ) -> list[Instance[C]]:
-        """Start up to 10,000 instances, all or none; `map` is for more. Raises as `submit` does."""
-        known = self._workflow(workflow)
+        """Start up to 10,000 instances, all or none; `map` takes more.
+
+        Args:
+            workflow: The workflow or its id.
+            contexts: The inputs.
+            instance_ids: One id for each context; None (the default) for new ids.
+
+        Returns:
+            The handles, in the order of the contexts.
+
+        Raises:
+            InvalidContext: If a context or id is invalid; the message names its position.
+            PayloadTooLarge: If a context exceeds `max_message_bytes`.
+            QueueFull: If the first stage's queue has no room for all, or the disk is full.
+            InstanceConflict: If an instance of one of the ids was started with another input.
+            StageFlowError: If the workflow is not registered.
+            BrokerUnavailable: If the cluster is not running or does not answer; the starts may have arrived.
+            ValueError: If there are too many contexts, or not one id for each.
+        """
+        ref = self._session.resolve(workflow)
         given = list(contexts)
-        if len(given) > MOST_AT_ONCE:
-            raise ValueError(f"submit_many takes up to {MOST_AT_ONCE} contexts, not {len(given)}; use map for more")
+        if len(given) > MAX_SUBMIT_MANY:
+            raise ValueError(f"submit_many takes up to {MAX_SUBMIT_MANY} contexts, not {len(given)}; use map for more")
         if isinstance(instance_ids, (str, bytes)):
-            raise ValueError(f"instance_ids is a list of ids, not {instance_ids!r}")
+            raise ValueError(f"instance_ids must be a list of ids, not {instance_ids!r}")
         if instance_ids is not None and len(instance_ids) != len(given):
-            raise ValueError(f"{len(given)} contexts were given {len(instance_ids)} instance_ids: one each, please")
+            raise ValueError(
+                f"there are {len(given)} contexts and {len(instance_ids)} instance_ids: give one id for each context"
+            )
         ids = instance_ids if instance_ids is not None else [None] * len(given)
-        prepared = []
+        batch = []
         for number, (context, id) in enumerate(zip(given, ids, strict=True)):
             try:
-                prepared.append(known.prepare(context, id))
+                batch.append(ref.prepare(context, id))
             except InvalidContext as error:
                 raise InvalidContext(f"context {number}: {error}", stage=error.stage, field=error.field) from None
-        return self._start(known, prepared, 0) if prepared else []
+        return self._start(ref, batch, 0) if batch else []
 
     def execute(
         self,
@@ -124,17 +166,38 @@ class Client(Asking):
         instance_id: str | None = None,
         priority: int = 0,
     ) -> WorkflowResult[C]:
-        """Start one instance and wait for its end. Raises `TimeoutError` after `timeout`; the instance goes on.
+        """Start one instance and wait for its result.
 
-        The start is part of `timeout`; the error says so where it was not confirmed within that.
+        Args:
+            workflow: The workflow or its id.
+            context: The input.
+            timeout: Longest time for the start and the run, in seconds or as `timedelta`; None (the default) for no
+                limit.
+            instance_id: As in `submit`; None (the default) for a new id.
+            priority: As in `submit`. Default: 0.
+
+        Returns:
+            The result. A failed instance has one too: see `WorkflowResult.raise_for_status`.
+
+        Raises:
+            TimeoutError: If the instance has not ended within `timeout`; it goes on. The message says whether the
+                start was confirmed.
+            InstanceParked: If the instance is parked; the error names its dead letter.
+            InvalidContext: If the context does not fit the workflow, or the id is malformed.
+            PayloadTooLarge: If the context exceeds `max_message_bytes`.
+            QueueFull: If the first stage's queue has reached `max_queue_length`, or the disk is full.
+            InstanceConflict: If an instance of this id was started with another input.
+            StageFlowError: If the workflow is not registered.
+            BrokerUnavailable: If the cluster is not running, does not answer or stops.
+            ValueError: If `timeout` or `priority` is out of range.
         """
         seconds, began = timeout_seconds(timeout), time.monotonic()
-        known = self._workflow(workflow)
-        prepared = known.prepare(context, instance_id)
+        ref = self._session.resolve(workflow)
+        request = ref.prepare(context, instance_id)
         within = None if seconds is None else (began + seconds, seconds)
-        instance = self._start(known, [prepared], priority, within)[0]
-        instance._wait(seconds, began)
-        return instance.result(0)
+        completion = self._publish(ref, [request], priority, within)[0]
+        completion.wait(seconds, began)
+        return completion.result(0)
 
     def map(
         self,
@@ -145,14 +208,39 @@ class Client(Asking):
         progress: bool = False,
         retry_failed: bool = False,
     ) -> Iterator[WorkflowResult[C]]:
-        """Run a workflow over any number of contexts; results in the order of the input.
+        """Run a workflow over any number of contexts; yield the results in the order of the input.
 
-        A bounded number is in flight. `key` (a function of the context, or a field's name) names each instance: what
-        has finished before is not run again, its stored result is yielded. `retry_failed` runs anew what ended
-        otherwise than completed. A refused context raises where its result would have been yielded; the iterator can
-        go on.
+        At most 8,000 instances are in flight, however long the input is. A refused context raises its error in the
+        place of its result, and the iterator can go on; a parked instance yields a result with status `parked`.
+
+        Args:
+            workflow: The workflow or its id.
+            contexts: The inputs; any iterable.
+            key: Returns the instance id of a context, or is the name of the field that contains it. A finished
+                instance is not run again: its stored result is yielded. None (the default) for new ids.
+            progress: Show a progress bar on stderr. Default: False.
+            retry_failed: Run those instances again, as new runs, that have ended with another status than
+                `completed`. Default: False.
+
+        Returns:
+            An iterator of results; dropping it stops only the input.
+
+        Raises:
+            StageFlowError: If the workflow is not registered.
+            BrokerUnavailable: If the cluster is not running; the iterator raises it if the cluster stops.
+
+        Example:
+            >>> import tempfile
+            >>> from stageflow_actors import Runtime, Workflow
+            >>> flow = Workflow("double").add_stage(lambda context: 2 * context["n"], id="compute")
+            >>> with tempfile.TemporaryDirectory() as d, Runtime(flow, data_dir=d) as runtime:
+            ...     results = list(runtime.map(flow, [{"n": n} for n in range(4)], key="n"))
+            ...     again = runtime.map_unordered(flow, [{"n": 3}], key="n")
+            ...     print([result.stage("compute").data for result in results], next(again) == results[3])
+            [0, 2, 4, 6] True
         """
-        return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=True)
+        ref = self._session.resolve(workflow)
+        return MapIterator(self._session, ref, contexts, key, progress, retry_failed, ordered=True)
 
     def map_unordered(
         self,
@@ -163,26 +251,66 @@ class Client(Asking):
         progress: bool = False,
         retry_failed: bool = False,
     ) -> Iterator[WorkflowResult[C]]:
-        """As `map`, in order of completion."""
-        return Mapping(self, self._workflow(workflow), contexts, key, progress, retry_failed, ordered=False)
+        """Run a workflow over any number of contexts; yield the results in the order of completion.
+
+        Args:
+            workflow: The workflow or its id.
+            contexts: The inputs; any iterable.
+            key: As in `map`; None (the default) for new ids.
+            progress: Show a progress bar on stderr. Default: False.
+            retry_failed: As in `map`. Default: False.
+
+        Returns:
+            An iterator of results; dropping it stops only the input.
+
+        Raises:
+            StageFlowError: If the workflow is not registered.
+            BrokerUnavailable: If the cluster is not running; the iterator raises it if the cluster stops.
+        """
+        ref = self._session.resolve(workflow)
+        return MapIterator(self._session, ref, contexts, key, progress, retry_failed, ordered=False)
 
     def as_completed(self, instances: Iterable[Instance[C]], timeout: Duration | None = None) -> Iterator[Instance[C]]:
-        """The instances as they end (or are parked). Raises `TimeoutError` after `timeout` seconds."""
+        """Yield instances as they end or are parked.
+
+        Args:
+            instances: The handles; equal ones are yielded once.
+            timeout: Longest time for all, in seconds or as `timedelta`; None (the default) for no limit.
+
+        Returns:
+            An iterator of the handles.
+
+        Raises:
+            TimeoutError: By the iterator, if an instance has not ended within `timeout`.
+            BrokerUnavailable: By the iterator, if the cluster is not running or stops.
+            ValueError: If `timeout` is negative or no number.
+        """
         return as_completed(instances, timeout_seconds(timeout))
 
-    # looking
+    # queries
 
     def instance(self, instance_id: str) -> Instance[Any]:
-        """The instance of that id, live or finished. Raises `InstanceNotFound`."""
-        group = self._lookup([instance_id]).get(instance_id)
+        """Return the handle of a live or finished instance.
+
+        Args:
+            instance_id: Its id.
+
+        Returns:
+            The handle.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+            ValueError: If the id cannot be encoded.
+        """
+        session = self._session
+        group = session.lookup([instance_id]).get(instance_id)
         if group is not None:
-            return Instance(self, instance_id, self._known_of_group(group))
-        row = self._row(instance_id)
+            return Instance(Completion(session, instance_id, session.ref_of_group(group)))
+        row = session.row(instance_id)
         if row is None:
             raise InstanceNotFound(instance_id)
-        instance: Instance[Any] = Instance(self, instance_id, self._known_version(row.workflow_id, row.version))
-        instance._take(row.outcome)
-        return instance
+        return self._finished_instance(row)
 
     def instances(
         self,
@@ -190,145 +318,201 @@ class Client(Asking):
         workflow: Workflow[Any] | str | None = None,
         limit: int = 100,
     ) -> list[Instance[Any]]:
-        """Instances, live ones first, newest first; at most `limit`, and of live ones at most 100,000."""
+        """List instances: live ones before finished ones, each newest first.
+
+        Args:
+            status: Only instances with this status; None (the default) for any.
+            workflow: Only instances of this workflow; None (the default) for any.
+            limit: Length of the list. Of live instances at most 100,000 are listed, and 10,000 are searched for a
+                status or a workflow. Default: 100.
+
+        Returns:
+            The handles.
+
+        Raises:
+            BrokerUnavailable: If the cluster is not running or does not answer.
+            ValueError: If there is no such status.
+        """
+        session = self._session
         wanted = None if status is None else WorkflowStatus(status)
         workflow_id = workflow.id if isinstance(workflow, Workflow) else workflow
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
             most = (
-                min(max(limit, 0), port.MAX_LISTED_GROUPS) if wanted is None and workflow_id is None else MOST_SEARCHED
+                min(max(limit, 0), port.MAX_LISTED_GROUPS) if wanted is None and workflow_id is None else MAX_SEARCHED
             )
-            for group in self._ask(lambda admin: admin.list_groups("", most)):
+            for group in session.ask(lambda admin: admin.list_groups("", most)):
                 if len(found) >= limit:
                     break
                 if wanted is not None and status_of(group) != wanted:
                     continue
                 if workflow_id is not None and (version_of(group) or ("", 0))[0] != workflow_id:
                     continue
-                found.append(Instance(self, group["id"], self._known_of_group(group)))
+                found.append(Instance(Completion(session, group["id"], session.ref_of_group(group))))
                 ids.add(group["id"])
         if wanted is None or wanted.terminal:
             if wanted is not None:
-                self._let_history_catch_up()
-            reader = self._reader()
+                session.await_history()
+            reader = session.reader()
             rows = [] if reader is None else reader.list(wanted, workflow_id, max(0, limit - len(found)))
-            for row in rows:
-                if row.instance_id not in ids:
-                    instance: Instance[Any] = Instance(
-                        self, row.instance_id, self._known_version(row.workflow_id, row.version)
-                    )
-                    instance._take(row.outcome)
-                    found.append(instance)
+            found += [self._finished_instance(row) for row in rows if row.instance_id not in ids]
         return found
 
+    def _finished_instance(self, row: HistoryRow) -> Instance[Any]:
+        ref = self._session.workflow_ref(row.workflow_id, row.version)
+        completion = Completion(self._session, row.instance_id, ref)
+        completion.set_outcome(row.outcome)
+        return Instance(completion)
+
     def queues(self, prefix: str = "") -> list[QueueInfo]:
-        """Figures of each queue whose name begins with `prefix`."""
-        return queue_infos(self._ask(lambda admin: admin.stats(prefix)))
+        """Return the figures of the queues whose name begins with `prefix`.
+
+        Args:
+            prefix: The beginning of the names; empty (the default) for all queues.
+
+        Returns:
+            One `QueueInfo` for each queue.
+
+        Raises:
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        return queue_infos(self._session.ask(lambda admin: admin.stats(prefix)))
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the broker and the history."""
-        stats = self._ask(lambda admin: admin.stats(""))
+        """Return the figures of the broker and the history.
+
+        Returns:
+            The figures by name; `finished` has the number of finished instances by status.
+
+        Raises:
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        stats = self._session.ask(lambda admin: admin.stats(""))
         figures: dict[str, Any] = {**stats}
-        reader = self._reader()
+        reader = self._session.reader()
         figures["finished"] = {} if reader is None else reader.count()
         return figures
 
     def finished_count(self) -> int:
-        """How many instances the history holds."""
-        reader = self._reader()
+        """Return how many finished instances the history contains.
+
+        Returns:
+            The number, over all workflows and statuses.
+        """
+        reader = self._session.reader()
         return 0 if reader is None else sum(reader.count().values())
 
+    # control
+
     def pause(self, queue: str) -> None:
-        """Deliver nothing from a queue until it is resumed; survives restarts."""
-        pause(self._ask, queue)
+        """Deliver no messages of a queue until `resume`; a pause survives restarts of the cluster.
+
+        Args:
+            queue: The name of the queue, as in `queues`.
+
+        Raises:
+            StageFlowError: If there is no such queue.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        pause(self._session.ask, queue)
 
     def resume(self, queue: str) -> None:
-        """Deliver from a paused queue again."""
-        self._ask(lambda admin: admin.resume(queue))
+        """Deliver the messages of a paused queue again.
+
+        Args:
+            queue: The name of the queue, as in `queues`.
+
+        Raises:
+            StageFlowError: If there is no such queue.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        self._session.ask(lambda admin: admin.resume(queue))
 
     def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
-        """Run a stage with another number of worker processes from now on; of a map stage, what handles its items.
+        """Change the number of worker processes of a stage until the cluster stops.
 
-        It holds until the cluster is stopped. Raises `ValueError`, `StageFlowError` for a stage without workers.
+        For a map stage this is the number of workers that handle its items. When scaling down, idle workers stop first.
+
+        Args:
+            workflow: The workflow or its id.
+            stage: The id of the stage.
+            actors: The number of workers, from 0 to 1,000.
+
+        Raises:
+            ValueError: If `actors` is out of range.
+            StageFlowError: If the workflow is not registered, or the stage does not exist or has no workers.
+            BrokerUnavailable: If the cluster is not running, or its node restarts.
         """
         if isinstance(actors, bool) or not isinstance(actors, int) or not 0 <= actors <= MAX_ACTORS:
-            raise ValueError(f"actors is a whole number from 0 to {MAX_ACTORS:,}, not {actors!r}")
-        plan = self._workflow(workflow).plan
+            raise ValueError(f"actors must be a whole number from 0 to {MAX_ACTORS:,}, not {actors!r}")
+        plan = self._session.resolve(workflow).plan
         planned = plan.stage(item_id(stage)) or plan.stage(stage)
         if planned is None or not planned.has_pool:
             names = ", ".join(s.id for s in plan.stages if s.has_pool and s.kind != ITEM)
-            what = "has no stage" if planned is None else "has no workers at"
-            raise StageFlowError(f"workflow {plan.id!r} {what} {stage!r}: its stages with workers are {names}")
-        self._scale(planned.queue, actors)
+            fault = "has no stage" if planned is None else "has no workers at"
+            raise StageFlowError(f"workflow {plan.id!r} {fault} {stage!r}: its stages with workers are {names}")
+        self._session.scale(planned.queue, actors)
 
-    def _scale(self, queue: str, actors: int) -> None:
-        if not self._ask(lambda admin: admin.notify_supervisor("scale", [queue, actors])):
-            raise BrokerUnavailable("the node of this cluster is being started again; try again")
+    def on_event(self, callback: EventCallback) -> Callable[[], None]:
+        """Call `callback` with an event for each stage that completes and each instance that ends.
 
-    def on_event(self, callback: Callback) -> Callable[[], None]:
-        """Have `callback` told of each stage that completes and each instance that ends, whoever submitted it.
+        The events are those of `stageflow_actors.events`, of all instances of the cluster: each at most once, those of
+        one instance in order, on a separate thread. Exceptions of the callback are logged. Events are dropped, and
+        their number is logged, if the callback is too slow. Before `start`, the callback waits for the start.
 
-        It is given the events of `stageflow_actors.events`, on a thread of its own: at most once each, those of one
-        instance in order. What it raises is logged; what it is too slow for is dropped, and the number logged. Returns
-        a function that ends it. Before `start`, it begins with that.
+        Args:
+            callback: A function of one event.
+
+        Returns:
+            A function without parameters that removes the callback.
+
+        Raises:
+            TypeError: If `callback` is not callable.
+            BrokerUnavailable: If the broker does not answer.
+
+        Example:
+            >>> from stageflow_actors import Runtime, Workflow
+            >>> runtime = Runtime(Workflow("orders").add_stage(print, id="show"))
+            >>> remove = runtime.on_event(lambda event: print(event.instance_id))
+            >>> remove() is None
+            True
         """
         if not callable(callback):
             raise TypeError(f"on_event takes a function of an event, not {callback!r}")
-        self._callbacks.append(callback)
-        if self._broker is not None:
-            self._follow(self._address)
-
-        def end() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
-            if not self._callbacks:
-                self._unfollow()
-
-        return end
-
-    def _follow(self, address: str) -> None:
-        """Listen for events, if anybody wants them and it is not done already; returns when the broker tells them."""
-        with self._feed_lock:
-            if not self._callbacks or self._feed is not None:
-                return
-            self._feed = Feed(address, f"events {os.getpid()}", self._callbacks, self._form_of)
-            subscribed = self._feed.subscribed
-        self._await(subscribed)
-
-    def _unfollow(self) -> None:
-        with self._feed_lock:
-            feed, self._feed = self._feed, None
-        if feed is not None:
-            feed.close()
-
-    def _form_of(self, workflow_id: str, version: int) -> tuple[ContextCodec[Any], list[str]] | None:
-        known = self._known_version(workflow_id, version)
-        return None if known is None else (known.codec, known.order)
+        return self._session.add_event_callback(callback)
 
     def drain(self, timeout: Duration | None = None) -> None:
-        """Wait until everything this client submitted has ended, is parked, or waits for a signal or a delay.
+        """Wait for the instances that this client has submitted.
 
-        Raises `TimeoutError` after `timeout` seconds.
+        Returns when each of them has ended, is parked, or waits for a signal or a delay.
+
+        Args:
+            timeout: Longest wait, in seconds or as `timedelta`; None (the default) for no limit.
+
+        Raises:
+            TimeoutError: If instances have not ended within `timeout`; they go on.
+            BrokerUnavailable: If the cluster stops or does not answer.
+            ValueError: If `timeout` is negative or no number.
         """
-        most = timeout_seconds(timeout)
-        deadline = None if most is None else time.monotonic() + most
-        waiting = self._waiters.by_id
+        limit = timeout_seconds(timeout)
+        deadline = None if limit is None else time.monotonic() + limit
+        waiting = self._session.waiters.by_id
         while waiting:
-            self._check_alive()
-            left = 0.5 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"{counted(len(waiting), 'instance')} had not ended after {most:g} s")
-            self._waiters.wait_quiet(min(left, DRAIN_SECONDS))
+            self._session.check_alive()
+            remaining = DRAIN_POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(f"{counted(len(waiting), 'instance')} had not ended after {limit:g} s")
+            self._session.waiters.wait_until_empty(min(remaining, DRAIN_POLL_SECONDS))
             if self._all_waiting():
                 return
 
     def _all_waiting(self) -> bool:
-        """Whether nothing will happen to what this client submitted until a signal comes or a delay is over."""
-        ids = list(self._waiters.by_id)
-        for first in range(0, len(ids), LOOKED_UP):
-            chunk = ids[first : first + LOOKED_UP]
-            groups = self._lookup(chunk)
+        """Return True if every submitted instance waits for a signal or a delay."""
+        ids = list(self._session.waiters.by_id)
+        for first in range(0, len(ids), IDS_PER_LOOKUP):
+            chunk = ids[first : first + IDS_PER_LOOKUP]
+            groups = self._session.lookup(chunk)
             if any(id not in groups or status_of(groups[id]) != WorkflowStatus.waiting for id in chunk):
                 return False
         return True
@@ -336,8 +520,8 @@ class Client(Asking):
     # the connection
 
     def close(self) -> None:
-        """Let go of the cluster, which goes on with all that was submitted. Closing again does nothing."""
-        self._detach("this client has been closed; open another one with Runtime.connect(data_dir)")
+        """Disconnect from the cluster, which goes on with the submitted instances. Idempotent."""
+        self._session.disconnect(CLIENT_CLOSED)
 
     def __enter__(self) -> Self:
         return self
@@ -347,164 +531,84 @@ class Client(Asking):
     ) -> None:
         self.close()
 
-    def _detach(self, why: str = STOPPED) -> None:
-        self._unfollow()
-        super()._detach(why)
-
     # publishing
 
-    def _workflow(self, workflow: Workflow[Any] | str) -> Known:
-        self._port()
-        if isinstance(workflow, Workflow):
-            known = self._known.get((workflow.id, workflow.version))
-            if known is None:
-                known = self._adopt(workflow)
-            elif known.codec.context_type is not workflow.context:
-                raise StageFlowError(
-                    f"workflow {workflow.id!r} was registered here with another class as its context than this "
-                    f"{workflow.context.__name__}: was the code that defines it run again? Start a Runtime with the "
-                    "new workflow, or give it another version and register() it"
-                )
-            return known
-        versions = [known for (id, _), known in self._known.items() if id == workflow]
-        if not versions:
-            names = ", ".join(sorted({repr(id) for id, _ in self._known})) or "none"
-            raise StageFlowError(
-                f"no workflow {workflow!r} is registered here (there is {names}): use register(workflow)"
-            )
-        return max(versions, key=lambda known: known.plan.version)
-
-    def _adopt(self, workflow: Workflow[Any]) -> Known:
-        """A workflow that this client has not seen: a plain client knows it from now on, a runtime must register it."""
-        known = Known(compile_plan(workflow, self._naming, default_ttl=self._ttl), workflow.context)
-        self._known[(workflow.id, workflow.version)] = known
-        return known
+    def _start(self, ref: WorkflowRef, batch: list[StartRequest], priority: int) -> list[Instance[Any]]:
+        return [Instance(completion) for completion in self._publish(ref, batch, priority)]
 
     def _publish(
-        self,
-        known: Known,
-        batch: list[Prepared],
-        *,
-        priority: int = 0,
-        atomic: bool = False,
-        taken: Callable[[], None] | None = None,
-        check: Callable[[], None] | None = None,
-    ) -> Future[port.PublishAnswer]:
-        now = time.time()
-        bodies = [known.body(prepared, now, self._max_message_bytes) for prepared in batch]
-        items = [known.item(p, len(body), priority) for p, body in zip(batch, bodies, strict=True)]
-        failpoint("client.publishing")
-        try:
-            published = self._port().publish(
-                [known.target], items, bodies, atomic=atomic, taken=taken, waiting=check or self._check_alive
-            )
-            failpoint("client.published")
-            return published
-        except port.BrokerError as error:
-            raise translate_error(error) from None
+        self, ref: WorkflowRef, batch: list[StartRequest], priority: int, within: tuple[float, float] | None = None
+    ) -> list[Completion]:
+        """Publish all or none of `batch`; an existing instance with the same input counts as started.
 
-    def _start(
-        self, known: Known, batch: list[Prepared], priority: int, within: tuple[float, float] | None = None
-    ) -> list[Instance[Any]]:
-        """Publish all or none of `batch`; what exists already with the same input is given back as it is.
-
-        `within`: (until when on the monotonic clock, in how many seconds) it is to be confirmed, or `TimeoutError`.
+        `within`: (deadline on the monotonic clock, its length in seconds) of the confirmation, or `TimeoutError`.
         """
         if not isinstance(priority, int) or isinstance(priority, bool) or not -1000 <= priority <= 1000:
-            raise ValueError(f"priority is a whole number from -1000 to 1000, not {priority!r}")
-        instances: list[Instance[Any]] = [Instance(self, p.id, known) for p in batch]
-        waiting = list(zip(batch, instances, strict=True))
+            raise ValueError(f"priority must be a whole number from -1000 to 1000, not {priority!r}")
+        session = self._session
+        completions = [Completion(session, request.id, ref) for request in batch]
+        waiting = list(zip(batch, completions, strict=True))
 
         def check() -> None:
-            self._check_alive()
+            session.check_alive()
             if within is not None and time.monotonic() >= within[0]:
                 raise TimeoutError(
                     f"the start of instance {batch[0].id!r} was not confirmed within {within[1]:g} s; it may go on"
                 )
 
-        for _ in range(LOOKS):
+        for _ in range(MAX_LOOKUPS):
             self._take_finished(waiting)
-            waiting = [(p, instance) for p, instance in waiting if instance._outcome is None]
+            waiting = [(request, completion) for request, completion in waiting if completion.outcome is None]
             if not waiting:
-                return instances
+                return completions
             answer = None
             try:
-                batch = [p for p, _ in waiting]
-                taken = partial(self._rewatch, waiting)
-                future = self._publish(known, batch, priority=priority, atomic=True, taken=taken, check=check)
-                answer = self._await(future, check=check)
+                batch = [request for request, _ in waiting]
+                taken = partial(self._watch, waiting)
+                future = session.publish(ref, batch, priority=priority, atomic=True, taken=taken, check=check)
+                answer = session.wait_for(future, check=check)
             finally:
                 if answer is None:
                     self._unwatch(waiting)
             if not answer.refused:
-                return instances
-            self._seen = max(self._seen, answer.history_sequence)
-            again = {group for _, why, group in answer.refused if why == "look-again"}
-            clash = next((group for _, why, group in answer.refused if why == "conflict"), None)
-            if clash is None and not again:
-                return instances
+                return completions
+            session.advance_history_sequence(answer.history_sequence)
+            look_again = {group for _, reason, group in answer.refused if reason == "look-again"}
+            conflict = next((group for _, reason, group in answer.refused if reason == "conflict"), None)
+            if conflict is None and not look_again:
+                return completions
             self._unwatch(waiting)
-            if clash is not None:
-                raise InstanceConflict(clash)
-            for prepared, _ in waiting:
-                prepared.check = prepared.check or prepared.id in again
-        raise BrokerUnavailable("instances of these ids end faster than they can be looked up; try again")
+            if conflict is not None:
+                raise InstanceConflict(conflict)
+            for request, _ in waiting:
+                request.check = request.check or request.id in look_again
+        raise BrokerUnavailable("instances of these ids end faster than the history can be searched; try again")
 
-    def _signal(self, instance_id: str, name: str, payload: Any) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the name of a signal is a string that is not empty, not {name!r}")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise no_text(error) from None
-        data = encode_value(payload, what=f"the payload of signal {name!r}")
-        group = self._lookup([instance_id]).get(instance_id)
-        if group is None or group["ended"]:
-            raise InstanceNotFound(instance_id)
-        known = self._known_of_group(group)
-        if known is not None:
-            known.plan.check_signal(name)
-        arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
-        answer = self._await(self._port().publish([], [], [data], arrivals=[arrival]))
-        if answer.refused:
-            raise InstanceNotFound(instance_id)
-
-    def _take_finished(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
-        """What has ended before is given its outcome. Raises `InstanceConflict` for one that had another input."""
-        seen = self._seen
-        for prepared, _ in waiting:
-            prepared.seen = seen  # before the history is read: what leaves from now on is found out about
-        finished = self._finished([prepared for prepared, _ in waiting if prepared.check])
-        for prepared, _ in waiting:
-            row = finished.get(prepared.id)
-            if row is not None and row.digest != prepared.digest:
-                raise InstanceConflict(prepared.id)
-        for prepared, instance in waiting:
-            row = finished.get(prepared.id)
+    def _take_finished(self, waiting: Pending) -> None:
+        """Set the outcome of each instance that has ended. Raises `InstanceConflict` if one had another input."""
+        # Before the history is read: the broker refuses a start if instances have left it after this count.
+        history_sequence = self._session.history_sequence
+        for request, _ in waiting:
+            request.history_sequence = history_sequence
+        finished = self._session.finished_rows([request for request, _ in waiting if request.check])
+        for request, _ in waiting:
+            row = finished.get(request.id)
+            if row is not None and row.digest != request.digest:
+                raise InstanceConflict(request.id)
+        for request, completion in waiting:
+            row = finished.get(request.id)
             if row is not None:
-                instance._take(row.outcome)
+                completion.set_outcome(row.outcome)
 
-    def _rewatch(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
-        for prepared, instance in waiting:
-            self._waiters.add(prepared.id, instance)
+    def _watch(self, waiting: Pending) -> None:
+        for request, completion in waiting:
+            self._session.waiters.add(request.id, completion)
 
-    def _unwatch(self, waiting: list[tuple[Prepared, Instance[Any]]]) -> None:
-        for prepared, instance in waiting:
-            self._waiters.remove(prepared.id, instance)
+    def _unwatch(self, waiting: Pending) -> None:
+        for request, completion in waiting:
+            self._session.waiters.remove(request.id, completion)
 
-    def _finished(self, batch: list[Prepared]) -> dict[str, HistoryRow]:
-        """The rows of those that have ended and are not under way again."""
-        reader = self._reader() if batch else None
-        rows = {} if reader is None else reader.get_many([prepared.id for prepared in batch])
-        if reader is None or not rows:
-            return rows
-        # One that was restarted has the row of its last run until the one of this run is written.
-        ended = list(rows.keys() - self._lookup(list(rows)).keys())
-        return reader.get_many(ended) if ended else {}
 
-    def _known_version(self, workflow_id: str, version: int) -> Known | None:
-        return self._known.get((workflow_id, version))
-
-    def _known_of_group(self, group: dict[str, Any]) -> Known | None:
-        version = version_of(group)
-        return None if version is None else self._known_version(*version)
+def session_of(client: Client) -> Session:
+    """Return the session of a client, for commands that need more than its public methods."""
+    return client._session

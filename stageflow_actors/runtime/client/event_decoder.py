@@ -1,7 +1,7 @@
-"""From what the broker says of settlements to events: which stages have completed that were not told of yet.
+"""`EventDecoder`: makes events of the settlements that the broker reports.
 
-An envelope carries the trail of all stages before it, and often several messages carry the same one; each record is
-told once. Nothing here waits, asks or calls anybody.
+An envelope carries the trail of all stages before it, and several messages often carry the same trail; each record
+becomes one event. Nothing here waits, queries a broker or calls user code.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from stageflow_actors.core.result import result_of_outcome
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.events import Event, StageCompleted, WorkflowCompensated, WorkflowCompleted, WorkflowFailed
 
-__all__ = ["Teller"]
+__all__ = ["CodecLookup", "EventDecoder"]
 
-REMEMBERED = 100_000
-"""Most live instances of which it is known what was told: of those beyond, older records are never told again."""
+MAX_TRACKED_INSTANCES = 100_000
+"""Most live instances whose reported records are remembered; older records of others are not reported again."""
 
-FormOf = Callable[[str, int], "tuple[ContextCodec[Any], list[str]] | None"]
-"""The codec of a workflow's contexts and the order of its stages, by id and version, where they are known."""
+CodecLookup = Callable[[str, int], "tuple[ContextCodec[Any], list[str]] | None"]
+"""Returns the codec of a workflow's contexts and the order of its stages, by id and version; None if unknown."""
 
 
-class Teller:
-    """Makes events for one listener. What completed before `since` (seconds since the Unix epoch) is not told."""
+class EventDecoder:
+    """Makes events for one stream. Stages that completed before `since` (seconds since the Unix epoch) make none."""
 
-    def __init__(self, since: float, form_of: FormOf) -> None:
-        self._floor = since
-        self._form_of = form_of
-        self._told: OrderedDict[str, dict[tuple[str, float], float]] = OrderedDict()
+    def __init__(self, since: float, codec_of: CodecLookup) -> None:
+        self._since = since
+        self._codec_of = codec_of
+        self._reported: OrderedDict[str, dict[tuple[str, float], float]] = OrderedDict()
 
     def events(self, group: str, epoch: int, label: str, body: bytes) -> list[Event]:
-        """What is to be told of one message, opening or arrival."""
+        """Return the new events of one message, opening or arrival."""
         if head_of(body) is None:
-            return []  # an item, a reply, a signal
+            return []  # an item, a reply or a signal
         try:
             if label == FINISHED:
-                return self._ended(group, epoch, decode_outcome(body), body)
+                return self._finished(group, epoch, decode_outcome(body), body)
             envelope = decode_envelope(body)
             return self._completed(group, epoch, envelope.workflow_id, envelope.version, envelope.trail)
         except msgspec.DecodeError:
-            return []  # gathered: what is in it was told when it arrived
+            return []  # a gathered message: its parts were reported when they arrived
 
     def _completed(self, group: str, epoch: int, workflow_id: str, version: int, trail: bytes) -> list[Event]:
         events: list[Event] = []
@@ -72,26 +72,26 @@ class Teller:
         if record.status != StageStatus.completed or record.stage_id.endswith(ITEM_SUFFIX):
             return False
         finished = record.started_at + record.duration
-        told = self._told.get(group)
-        if told is None:
-            if finished < self._floor:
+        reported = self._reported.get(group)
+        if reported is None:
+            if finished < self._since:
                 return False
-            told = self._told[group] = {}
-            if len(self._told) > REMEMBERED:
-                _, forgotten = self._told.popitem(last=False)
-                self._floor = max(self._floor, *forgotten.values())
+            reported = self._reported[group] = {}
+            if len(self._reported) > MAX_TRACKED_INSTANCES:
+                _, dropped = self._reported.popitem(last=False)
+                self._since = max(self._since, *dropped.values())
         key = (record.stage_id, record.started_at)
-        if key in told or finished < self._floor:
+        if key in reported or finished < self._since:
             return False
-        told[key] = finished
+        reported[key] = finished
         return True
 
-    def _ended(self, group: str, epoch: int, outcome: Outcome, body: bytes) -> list[Event]:
+    def _finished(self, group: str, epoch: int, outcome: Outcome, body: bytes) -> list[Event]:
         events = self._completed(group, epoch, outcome.workflow_id, outcome.version, outcome.trail)
-        self._told.pop(group, None)
-        codec, order = self._form_of(outcome.workflow_id, outcome.version) or (ContextCodec(dict), [])
+        self._reported.pop(group, None)
+        codec, order = self._codec_of(outcome.workflow_id, outcome.version) or (ContextCodec(dict), [])
         status = WorkflowStatus(outcome.status)
-        ended: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "workflow_id": outcome.workflow_id,
             "version": outcome.version,
             "instance_id": group,
@@ -103,6 +103,6 @@ class Teller:
             "result": result_of_outcome(group, body, codec, order),
         }
         if status == WorkflowStatus.completed:
-            return [*events, WorkflowCompleted(**ended)]
+            return [*events, WorkflowCompleted(**fields)]
         kind = WorkflowCompensated if status == WorkflowStatus.compensated else WorkflowFailed
-        return [*events, kind(**ended, error=outcome.error, failed_stage=outcome.failed_stage)]
+        return [*events, kind(**fields, error=outcome.error, failed_stage=outcome.failed_stage)]

@@ -1,157 +1,251 @@
-"""`Instance`: a handle on one run of a workflow, in whichever process.
+"""`Instance`: the handle of one instance of a workflow, in any process.
 
-A handle holds the outcome once it is known, and nothing else: what is not known is asked of the broker and the history.
+A handle keeps only what its `Completion` has been notified of; everything else is queried from the broker and read from
+the history.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
-from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.description import progress_of, status_of
-from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
-from stageflow_actors.core.failures import read_failure
-from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
-from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
+from stageflow_actors.core.codec import encode_value
+from stageflow_actors.core.description import progress_of
+from stageflow_actors.core.plural import counted
+from stageflow_actors.core.result import WorkflowResult
+from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
 from stageflow_actors.definition.duration import Duration, timeout_seconds
-from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+from stageflow_actors.errors import InstanceNotFound
+from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
 from stageflow_actors.runtime.client.reruns import cancel, restart, retry
+from stageflow_actors.runtime.client.session import Session, surrogate_error
+from stageflow_brokers.api import Arrival
 
-if TYPE_CHECKING:
-    from stageflow_actors.runtime.client.client import Client
-    from stageflow_actors.runtime.client.workflow_ref import Known
-
-__all__ = ["Instance"]
+__all__ = ["Instance", "as_completed"]
 
 C = TypeVar("C")
 
 
 class Instance(Generic[C]):
-    """One instance. `id` names it; equal ids are the same instance."""
+    """One instance of a workflow; `Client.submit` and `Client.instance` return it.
 
-    __slots__ = ("_callbacks", "_client", "_error", "_event", "_gone", "_known", "_outcome", "_parked", "id")
+    It can be awaited: `result = await instance`. Handles with equal ids are equal.
 
-    _callbacks: list[Callable[[], None]] | None
+    Attributes:
+        id: The id of the instance.
 
-    def __init__(self, client: Client, id: str, known: Known | None) -> None:
-        self.id = id
-        self._client = client
-        self._known = known
-        self._outcome: bytes | None = None
-        self._parked = False
-        self._gone = False
-        self._error: StageFlowError | None = None
-        self._event = threading.Event()
-        self._callbacks = None
+    Example:
+        >>> import tempfile
+        >>> from stageflow_actors import Runtime, Workflow
+        >>> flow = Workflow("approvals").add_signal("approval").add_stage(lambda context: "shipped", id="ship")
+        >>> with tempfile.TemporaryDirectory() as d, Runtime(flow, data_dir=d) as runtime:
+        ...     instance = runtime.submit(flow, {}, instance_id="order-1")
+        ...     instance.signal("approval")
+        ...     result = instance.result(timeout=30)
+        ...     print(instance.done(), instance.status(), result.stage("ship").data)
+        ...     print(instance.restart().cancel("not wanted"))
+        ...     print([entry.what for entry in instance.history()][-1])
+        True completed shipped
+        cancelled
+        cancelled
+    """
+
+    __slots__ = ("_completion", "id")
+
+    def __init__(self, completion: Completion) -> None:
+        self.id = completion.instance_id
+        self._completion = completion
 
     def status(self) -> WorkflowStatus:
-        """Where it stands now. Raises `InstanceNotFound`."""
-        if self._outcome is not None:
-            return WorkflowStatus(decode_outcome(self._outcome).status)
-        group = self._client._lookup([self.id]).get(self.id)
-        if group is not None:
-            return status_of(group)
-        return WorkflowStatus(decode_outcome(self._from_history()).status)
+        """Return the current status.
+
+        Returns:
+            The status; one with `terminal` True if the instance has ended.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        return self._completion.status()
 
     def done(self) -> bool:
-        """Whether it has ended."""
-        return self._outcome is not None or self.status().terminal
+        """Return True if the instance has ended.
+
+        Returns:
+            True for each terminal status, also for failures; False for a parked instance.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        return self._completion.outcome is not None or self.status().terminal
 
     def result(self, timeout: Duration | None = None) -> WorkflowResult[C]:
-        """Wait for the end. Raises `TimeoutError` after `timeout` seconds (the instance goes on), `InstanceParked`."""
-        if self._outcome is None:
-            self._wait(timeout_seconds(timeout))
-        assert self._outcome is not None
-        return self._result(self._outcome)
+        """Wait until the instance has ended, and return its result.
+
+        Args:
+            timeout: Longest wait, in seconds or as `timedelta`; None (the default) for no limit.
+
+        Returns:
+            The result. A failed instance has one too: see `WorkflowResult.raise_for_status`.
+
+        Raises:
+            TimeoutError: If the instance has not ended within `timeout`; it goes on.
+            InstanceParked: If the instance is parked; the error names its dead letter.
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or stops.
+            ValueError: If `timeout` is negative or no number.
+        """
+        return self._completion.result(timeout_seconds(timeout))
 
     def progress(self) -> tuple[float, float, str] | None:
-        """(done, total, note) as the stage in work last told by `ctx.progress`; None when it has told nothing."""
-        group = None if self._outcome is not None else self._client._lookup([self.id]).get(self.id)
+        """Return the progress that the stage in work has last reported by `ctx.progress`.
+
+        Returns:
+            (done, total, note); None if no stage in work has reported any.
+
+        Raises:
+            BrokerUnavailable: If the cluster is not running or does not answer.
+        """
+        completion = self._completion
+        group = None if completion.outcome is not None else completion.session.lookup([self.id]).get(self.id)
         return None if group is None else progress_of(group)
 
     def signal(self, name: str, payload: Any = None) -> None:
-        """Send a signal; durable when this returns. One that comes before it is awaited is kept, several in order.
+        """Send a signal to the instance; it is durable when this returns.
 
-        Raises `InstanceNotFound` for an instance that is not live, `InvalidContext` for a payload that cannot travel,
-        `StageFlowError` for a name that its workflow never waits for, `ValueError` for what is no name at all.
+        A signal that arrives before the instance waits for it is kept; several are used in the order of arrival.
+
+        Args:
+            name: The name of the signal, as in `Workflow.add_signal`.
+            payload: A value for the workflow's `on_signal`; None by default.
+
+        Raises:
+            InstanceNotFound: If the instance is not live.
+            InvalidContext: If the payload cannot be serialised.
+            StageFlowError: If the workflow never waits for a signal of this name.
+            ValueError: If `name` is empty or no string.
         """
-        self._client._signal(self.id, name, payload)
+        _send_signal(self._completion.session, self.id, name, payload)
 
     def history(self) -> list[TimelineEntry]:
-        """What has happened to it so far, in order of time, and where it stands if it has not ended.
+        """Return the timeline: the events so far in order of time, and the current state of a live instance.
 
-        Each entry has `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`. Raises `InstanceNotFound`.
+        Returns:
+            Entries with `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
         """
-        if self._outcome is None:
-            group = self._client._ask(lambda admin: admin.inspect([self.id])).get(self.id)
+        completion = self._completion
+        if completion.outcome is None:
+            group = completion.session.ask(lambda admin: admin.inspect([self.id])).get(self.id)
             if group is not None:
                 return timeline_of_group(group)
-        return timeline_of_outcome(self._outcome or self._from_history())
+        return timeline_of_outcome(completion.outcome or completion.load_outcome())
 
     def cancel(self, reason: str = "") -> WorkflowStatus:
-        """Cancel it: what has not started does not start, what has completed is compensated.
+        """Cancel the instance: no further stage starts, and completed stages are compensated.
 
-        A stage in work may end by itself (`ctx.cancelled`), and is killed a second later. Returns what became of the
-        instance: `cancelled`, or how it ended if it was faster; where it stands if undoing takes longer than half a
-        minute. Raises `InstanceNotFound`.
+        A stage in work can end early (`ctx.cancelled`) and is killed after one second. Waits up to 30 seconds.
+
+        Args:
+            reason: A text for the `error` of the result; empty by default.
+
+        Returns:
+            The status after the wait: `cancelled`, or the status of an instance that ended first, or `compensating`
+            if compensations take longer.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+            ValueError: If `reason` cannot be encoded.
         """
-        return cancel(self._client, self, reason)
+        return cancel(self._completion.session, self._completion, reason)
 
     def retry(self, context: C | None = None) -> Instance[C]:
-        """Run it again from the failed stage, with another `context` if one is given.
+        """Run the instance again from its failed stage.
 
-        For an instance that is parked, or that failed with nothing compensated; raises `StageFlowError` for any other.
-        It is the same run: steps of the failed stage that have completed do not run again, and idempotency keys stay
-        as they are. Of a parallel stage only the branches that failed run again, from the context before it; what the
-        others returned and changed is kept, also in another `context`. A map stage that failed is handled anew, each
-        item under the key it had, its steps included. `max_message_bytes` is the most that is kept of a stage, beyond
-        which a retry is refused.
+        For an instance that is parked, or that failed with nothing compensated. The run stays the same: completed
+        steps of the failed stage do not run again, and idempotency keys do not change. Of a parallel stage only the
+        failed branches run again, from the context before the stage; the results and changes of the other branches are
+        kept, also with a new `context`. All items of a failed map stage are handled again, each under its key and with
+        its steps. Results of a stage that exceed `max_message_bytes` are not kept, and such a retry is refused.
 
-        While a branch of a parallel stage is parked, another context is given to that branch alone: the fields in which
-        it differs from the one before count as changed by the branch. One that another branch has changed, too, is a
-        contradiction; `restart(context=...)` begins with one context for all.
+        While a branch of a parallel stage is parked, a new context is given to that branch only: the fields that
+        differ from the previous context count as changed by the branch. A field that another branch has changed too is
+        a conflict; `restart(context=...)` begins with one context for all.
+
+        Args:
+            context: A new context; None (the default) for the context that the failed stage began with.
+
+        Returns:
+            This handle, which now waits for the new outcome.
+
+        Raises:
+            StageFlowError: If the instance is in another state, or its version is not registered here.
+            InvalidContext: If `context` does not fit the workflow.
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
         """
-        return retry(self._client, self, context)
+        retry(self._completion.session, self._completion, context)
+        return self
 
     def restart(self, context: C | None = None) -> Instance[C]:
-        """Run it anew from the first stage, under the same id: with `context`, or with that which the last run left.
+        """Run the instance again from the first stage, under the same id: a new run with new idempotency keys.
 
-        For an instance that has ended or is parked; raises `StageFlowError` for one that is still running.
+        For an instance that has ended or is parked.
+
+        Args:
+            context: The input of the new run; None (the default) for the final context of the last run.
+
+        Returns:
+            This handle, which now waits for the new outcome.
+
+        Raises:
+            StageFlowError: If the instance is still running, or its version is not registered here.
+            InvalidContext: If `context` does not fit the workflow.
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
         """
-        return restart(self._client, self, context)
+        restart(self._completion.session, self._completion, context)
+        return self
 
     def __await__(self) -> Generator[Any, None, WorkflowResult[C]]:
-        """`await instance` gives its result."""
-        return self._awaited().__await__()
+        """Wait for the result in an event loop."""
+        return self._wait_in_loop().__await__()
 
-    async def _awaited(self) -> WorkflowResult[C]:
+    async def _wait_in_loop(self) -> WorkflowResult[C]:
+        completion = self._completion
         loop = asyncio.get_running_loop()
-        told = asyncio.Event()
+        notified = asyncio.Event()
 
-        def tell() -> None:
+        def notify() -> None:
             try:
-                loop.call_soon_threadsafe(told.set)
+                loop.call_soon_threadsafe(notified.set)
             except RuntimeError:
-                pass  # the loop has been closed meanwhile: nobody waits there any more
+                pass  # the loop has been closed: no coroutine waits in it
 
-        if self._parked or self._error is not None:
-            await asyncio.to_thread(self._forget_old_news)
-        if not self._told():
-            self._when_told(tell)
+        if completion.may_be_stale:
+            await asyncio.to_thread(completion.refresh)
+        if not completion.is_settled:
+            completion.add_callback(notify)
             try:
-                await asyncio.to_thread(self._ensure_watched)
-                if not self._told():
-                    await told.wait()
+                await asyncio.to_thread(completion.watch)
+                if not completion.is_settled:
+                    await notified.wait()
             finally:
-                if self._callbacks is not None and tell in self._callbacks:
-                    self._callbacks.remove(tell)
-        return self._result(self._outcome) if self._outcome is not None else await asyncio.to_thread(self.result)
+                completion.remove_callback(notify)
+        outcome = completion.outcome
+        return completion.decode(outcome) if outcome is not None else await asyncio.to_thread(self.result)
 
     def __repr__(self) -> str:
         return f"Instance({self.id!r})"
@@ -162,136 +256,58 @@ class Instance(Generic[C]):
     def __hash__(self) -> int:
         return hash(self.id)
 
-    # waiting
 
-    def _wait(self, timeout: float | None, since: float | None = None) -> None:
-        """Until there is an outcome; `timeout` seconds from now, or from `since` on the monotonic clock."""
-        deadline = None if timeout is None else (time.monotonic() if since is None else since) + timeout
-        self._forget_old_news()
-        watched = self._ensure_watched()
-        while self._outcome is None:
-            if self._error is not None:
-                raise self._error
-            if self._parked:
-                raise self._why_parked()
-            if self._gone:
-                self._from_history()
-                return
-            left = 1.0 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                if watched:
-                    self._client._waiters.remove(self.id, self)  # it was not started here: leaving need not wait for it
-                raise TimeoutError(f"instance {self.id!r} had not ended after {timeout:g} s; it goes on")
-            self._client._check_alive()
-            self._event.wait(min(left, 1.0))
+def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Iterator[Instance[C]]:
+    """Yield each instance once, as it ends or is parked. Raises `TimeoutError` after `timeout` seconds."""
+    settled: deque[Instance[C]] = deque()
+    event = threading.Event()
+    waiting = list(dict.fromkeys(instances))
+    for instance in waiting:
 
-    def _ensure_watched(self) -> bool:
-        """Whether this had to be asked for: nobody had started or watched this instance by this handle."""
-        if self._told() or self._client._waiters.has(self.id, self):
-            return False
-        self._client._watch(self.id, self)
-        return True
+        def notify(settled_instance: Instance[C] = instance) -> None:
+            settled.append(settled_instance)
+            event.set()
 
-    def _told(self) -> bool:
-        return self._outcome is not None or self._parked or self._gone or self._error is not None
-
-    def _when_told(self, callback: Callable[[], None]) -> None:
-        """Call back from the connection's thread once there is news; at once if there is some already."""
-        if self._callbacks is None:
-            self._callbacks = []
-        self._callbacks.append(callback)
-        if self._told():
-            callback()
-
-    def _forget_old_news(self) -> None:
-        """What was parked may have been requeued since, and a client that was stopped may have been started again."""
-        if self._error is not None and self._client._dead is None and self._client._broker is not None:
-            self._error = None
-            self._event.clear()
-        if self._parked and self.status() != WorkflowStatus.parked:
-            self._parked = False
-            self._event.clear()
-
-    def _why_parked(self) -> InstanceParked:
-        group = self._client._lookup([self.id]).get(self.id)
-        for message in (group or {}).get("messages", ()):
-            if message["state"] == "dead":
-                failure = read_failure(message["reason"])
-                return InstanceParked(
-                    self.id, f"{DLQ_PREFIX}{message['queue']}", None if failure is None else failure.message
+        completion = instance._completion
+        completion.refresh()
+        completion.add_callback(notify)
+        completion.watch()
+    yielded: set[str] = set()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while len(yielded) < len(waiting):
+        event.clear()
+        while settled:
+            instance = settled.popleft()
+            error = instance._completion.error
+            if error is not None:
+                raise error
+            if instance.id not in yielded:
+                yielded.add(instance.id)
+                yield instance
+        if len(yielded) < len(waiting) and not settled:
+            remaining = WAIT_SECONDS if deadline is None else deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(
+                    f"{counted(len(waiting) - len(yielded), 'instance')} had not ended after {timeout:g} s"
                 )
-        return InstanceParked(self.id)
+            event.wait(min(remaining, WAIT_SECONDS))
 
-    def _parked_result(self) -> WorkflowResult[C]:
-        """What `map` yields of a parked instance."""
-        group = self._client._ask(lambda admin: admin.inspect([self.id])).get(self.id) or {}
-        for message in group.get("messages", ()):
-            if message["state"] != "dead" or "body" not in message:
-                continue
-            failure = read_failure(message["reason"])
-            body = message["body"][: message["base"]]
-            self._settle_version(body)
-            envelope = decode_envelope(body)
-            one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context waits elsewhere
-            return parked_result(
-                self.id,
-                envelope.workflow_id,
-                self._codec(),
-                error=None if failure is None else failure.message,
-                failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
-                context=NIL if one else envelope.context,
-                trail=envelope.trail,
-                version=envelope.version,
-                started_at=envelope.started_at,
-                parked_at=message["parked"],
-                order=self._order(),
-            )
-        raise self._why_parked()
 
-    def _settle_version(self, body: bytes) -> None:
-        """Of several versions the one that this instance is of: its bytes say so, its queue does not."""
-        head = head_of(body)
-        if head is not None:
-            self._known = self._client._known_version(head[0], head[1]) or self._known
-
-    def _codec(self) -> ContextCodec[Any]:
-        return ContextCodec(dict) if self._known is None else self._known.codec
-
-    def _order(self) -> list[str]:
-        return [] if self._known is None else self._known.order
-
-    def _result(self, outcome: bytes) -> WorkflowResult[C]:
-        self._settle_version(outcome)
-        return result_of_outcome(self.id, outcome, self._codec(), self._order())
-
-    def _from_history(self) -> bytes:
-        """The outcome of an instance that the broker has said it does not know (any more): it was written before."""
-        row = self._client._row(self.id)
-        if row is None:
-            raise InstanceNotFound(self.id)
-        self._take(row.outcome)
-        return row.outcome
-
-    # what a client tells (see `Waiter`)
-
-    def _take(self, outcome: bytes) -> None:
-        self._outcome = outcome
-        self._event.set()
-
-    def _end(self, instance_id: str, outcome: bytes) -> None:
-        self._outcome = outcome
-
-    def _park(self, instance_id: str) -> None:
-        self._parked = True
-
-    def _left(self, instance_id: str) -> None:
-        self._gone = True  # the history is read by whoever asks, not on the connection's thread
-
-    def _broken(self, error: StageFlowError) -> None:
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        self._event.set()
-        for callback in list(self._callbacks or ()):
-            callback()
+def _send_signal(session: Session, instance_id: str, name: str, payload: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a signal must be a non-empty string, not {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise surrogate_error(error) from None
+    data = encode_value(payload, what=f"the payload of signal {name!r}")
+    group = session.lookup([instance_id]).get(instance_id)
+    if group is None or group["ended"]:
+        raise InstanceNotFound(instance_id)
+    ref = session.ref_of_group(group)
+    if ref is not None:
+        ref.plan.check_signal(name)
+    arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
+    answer = session.wait_for(session.broker().publish([], [], [data], arrivals=[arrival]))
+    if answer.refused:
+        raise InstanceNotFound(instance_id)

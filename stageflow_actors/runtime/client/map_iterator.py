@@ -1,7 +1,7 @@
-"""`map`: a workflow over any number of contexts, with a bounded number of them in flight.
+"""`MapIterator`: a workflow over any number of contexts, with a bounded number of instances in flight.
 
-One thread pulls, publishes and yields: the caller's. The connection's thread only lays down what has arrived. What a
-context is refused for is raised where its result would have been, and the iterator goes on behind it.
+One thread pulls the input, publishes starts and yields results: the caller's. The connection's thread only queues what
+it receives. The error of a refused context is raised in the place of its result, and the iterator can go on after it.
 """
 
 from __future__ import annotations
@@ -12,52 +12,49 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from stageflow_actors.core.plural import counted
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
-from stageflow_actors.runtime.client.instance import Instance
+from stageflow_actors.runtime.client.completion import Completion
 from stageflow_actors.runtime.client.progress_bar import ProgressBar
+from stageflow_actors.runtime.client.session import POLL_SECONDS, Session
+from stageflow_actors.runtime.client.waiters import Waiters
+from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
 
-if TYPE_CHECKING:
-    from stageflow_actors.runtime.client.client import Client
-    from stageflow_actors.runtime.client.waiters import Waiters
-    from stageflow_actors.runtime.client.workflow_ref import Known, Prepared
-
-__all__ = ["Mapping", "as_completed"]
+__all__ = ["MapIterator"]
 
 C = TypeVar("C")
 
-IN_FLIGHT = 8_000
-"""Most instances started and not ended."""
-WAITING = 16_000
-"""Most results that wait for one before them, in `map`, together with what is in flight."""
-BATCH = 100
+MAX_IN_FLIGHT = 8_000
+"""Most instances that are started and have not ended."""
+MAX_PENDING_RESULTS = 16_000
+"""Most results that wait for an earlier one, in `map`, together with the instances in flight."""
+BATCH_CONTEXTS = 100
 BATCH_BYTES = 8 << 20
 """A batch ends with the context that brings it to this many bytes."""
-PULL_SECONDS = 0.005
-"""An input that gives less than a batch in that time is slow: what it has given is started."""
-SLOW_SHARE = 0.5
-SLOW_MOST = 1.0
-"""After a slow pull, results are waited for before the next: for that share of the time it took, at most so long."""
-FULL_RETRY = 0.05
-ENVELOPE_BYTES = 4096
-"""What an envelope adds to its context, and more."""
+SLOW_PULL_SECONDS = 0.005
+"""An input that yields less than a batch in this time is slow: the contexts it has yielded are started."""
+RESULT_WAIT_SHARE = 0.5
+MAX_RESULT_WAIT_SECONDS = 1.0
+"""After a slow pull, results are awaited before the next pull: for this share of its duration, at most so long."""
+QUEUE_FULL_RETRY_SECONDS = 0.05
+MAX_ENVELOPE_BYTES = 4096
+"""More than the largest envelope adds to its context."""
 
 _PARKED, _LEFT = object(), object()
 
 
-class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
-    """The iterator that `map` and `map_unordered` give."""
+class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
+    """The iterator that `map` and `map_unordered` return."""
 
     def __init__(
         self,
-        client: Client,
-        known: Known,
+        session: Session,
+        ref: WorkflowRef,
         contexts: Iterable[C],
         key: Callable[[C], Any] | str | None,
         progress: bool,
@@ -67,30 +64,31 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
     ) -> None:
         self._index: dict[str, int] = {}
         self._inbox = _Inbox()
-        self._full: deque[list[Prepared]] = deque()
-        self._client = client
-        self._known = known
+        self._unsent: deque[list[StartRequest]] = deque()
+        """Batches that the first stage's queue had no room for."""
+        self._session = session
+        self._ref = ref
         self._source = iter(contexts)
-        self._large = client._max_message_bytes - ENVELOPE_BYTES
+        self._large_bytes = session.max_message_bytes - MAX_ENVELOPE_BYTES
         self._key = _key_function(key)
         self._retry_failed = retry_failed
         self._ordered = ordered
         self._pulled = 0
         self._next = 0
-        self._dry = False
-        self._pause = 0.0
-        self._twins: dict[str, list[int]] = {}
-        self._twin_count = 0
+        self._exhausted = False
+        self._result_wait = 0.0
+        self._duplicates: dict[str, list[int]] = {}
+        self._duplicate_count = 0
         self._retried: dict[str, int] = {}
-        self._looked_back = not retry_failed
+        self._history_current = not retry_failed
         self._digests: dict[str, bytes | None] = {}
         self._arrived = self._inbox.arrived
         self._event = self._inbox.event
         self._ready: dict[int, WorkflowResult[C] | BaseException] = {}
-        self._full_until = 0.0
+        self._retry_full_at = 0.0
         self._bar = _bar(contexts) if progress else None
 
-    def __iter__(self) -> Mapping[C]:
+    def __iter__(self) -> MapIterator[C]:
         return self
 
     def __next__(self) -> WorkflowResult[C]:
@@ -105,39 +103,39 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 return found
             if self._inbox.error is not None:
                 raise self._inbox.error
-            if self._full:
+            if self._unsent:
                 self._probe()
-            if not self._dry and not self._full and self._room():
-                if self._pause and self._index:
-                    pause, self._pause = self._pause, 0.0
-                    self._event.wait(pause)
+            if not self._exhausted and not self._unsent and self._has_room():
+                if self._result_wait and self._index:
+                    seconds, self._result_wait = self._result_wait, 0.0
+                    self._event.wait(seconds)
                 else:
                     self._pull()
-            elif self._dry and not self._index and not self._ready and not self._arrived:
+            elif self._exhausted and not self._index and not self._ready and not self._arrived:
                 self.close()
                 raise StopIteration
             else:
                 self._wait()
 
     def close(self) -> None:
-        """Stop pulling; what is in flight goes on, and is in the history when it has ended."""
-        self._dry = True
+        """Stop pulling; the instances in flight go on, and the history keeps their results."""
+        self._exhausted = True
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def __del__(self) -> None:
-        inbox, waiters = self._inbox, self._client._waiters
+        inbox, waiters = self._inbox, self._session.waiters
         inbox.dropped = waiters
         for instance_id in self._index:
             waiters.abandon(instance_id, inbox)
-        for batch in self._full:
-            inbox.let_go(batch, None)
-        for what, answer in inbox.arrived:
-            if isinstance(what, list):
-                inbox.let_go(what, answer)
+        for batch in self._unsent:
+            inbox.abandon_refused(batch, None)
+        for batch_or_id, answer in inbox.arrived:
+            if isinstance(batch_or_id, list):
+                inbox.abandon_refused(batch_or_id, answer)
 
-    # giving
+    # results
 
     def _pop_ready(self) -> WorkflowResult[C] | BaseException | None:
         ready = self._ready
@@ -154,62 +152,61 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
     def _take_arrived(self) -> None:
         arrived = self._arrived
         self._event.clear()
-        client, known, index = self._client, self._known, self._index
-        codec, order = known.codec, known.order
+        index = self._index
+        codec, order = self._ref.codec, self._ref.order
         while arrived:
-            instance_id, what = arrived.popleft()
-            if type(what) is bytes:
+            instance_id, news = arrived.popleft()
+            if type(news) is bytes:
                 at = index.pop(instance_id, None)
                 if at is None:
                     continue
-                found: WorkflowResult[C] | BaseException = result_of_outcome(instance_id, what, codec, order)
-            elif what is _PARKED or what is _LEFT:
+                found: WorkflowResult[C] | BaseException = result_of_outcome(instance_id, news, codec, order)
+            elif news is _PARKED or news is _LEFT:
                 at = index.pop(instance_id, None)
                 if at is None:
                     continue
-                found = self._look(instance_id, what)
+                found = self._look_up(instance_id, news)
             else:
-                self._answered(instance_id, what)
+                self._handle_answer(instance_id, news)
                 continue
             self._put(instance_id, at, found)
-            self._full_until = 0.0  # something has ended, so there may be room
-        client._check_alive()
+            self._retry_full_at = 0.0  # an instance has ended, so there may be room
+        self._session.check_alive()
 
-    def _look(self, instance_id: str, what: object) -> WorkflowResult[C] | BaseException:
-        instance: Instance[C] = Instance(self._client, instance_id, self._known)
+    def _look_up(self, instance_id: str, news: object) -> WorkflowResult[C] | BaseException:
+        completion = Completion(self._session, instance_id, self._ref)
         try:
-            if what is _PARKED:
-                return instance._parked_result()
-            instance._from_history()
-            return instance.result(0)
+            if news is _PARKED:
+                return completion.parked_result()
+            return completion.decode(completion.load_outcome())
         except StageFlowError as error:
             return error
 
     def _put(self, instance_id: str, at: int, found: WorkflowResult[C] | BaseException) -> None:
-        """Lay ready what is to be given for an instance, at each place where the input names it."""
+        """Make the result or error of an instance ready at each position where the input names the instance."""
         self._ready[at] = found
         if self._key is not None:
-            twins = self._twins.pop(instance_id, ())
-            self._twin_count -= len(twins)
-            for twin in twins:
-                self._ready[twin] = found
+            duplicates = self._duplicates.pop(instance_id, ())
+            self._duplicate_count -= len(duplicates)
+            for duplicate in duplicates:
+                self._ready[duplicate] = found
             self._digests.pop(instance_id, None)
 
     def _refuse(self, instance_id: str, error: BaseException) -> None:
         at = self._index.pop(instance_id, None)
-        self._client._waiters.remove(instance_id, self._inbox)
+        self._session.waiters.remove(instance_id, self._inbox)
         if at is not None:
             error.instance_id = instance_id  # type: ignore[attr-defined]
             self._put(instance_id, at, error)
 
-    # taking
+    # input
 
-    def _room(self) -> bool:
-        in_flight = len(self._index) + self._twin_count
-        return in_flight < IN_FLIGHT and (not self._ordered or in_flight + len(self._ready) < WAITING)
+    def _has_room(self) -> bool:
+        in_flight = len(self._index) + self._duplicate_count
+        return in_flight < MAX_IN_FLIGHT and (not self._ordered or in_flight + len(self._ready) < MAX_PENDING_RESULTS)
 
     def _pull(self) -> None:
-        batch: list[Prepared] = []
+        batch: list[StartRequest] = []
         size = 0
         began = time.perf_counter()
         took = 0.0
@@ -217,28 +214,28 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
             for context in self._source:
                 at = self._pulled
                 self._pulled += 1
-                prepared = self._prepare(context, at)
-                if prepared is not None:
-                    batch.append(prepared)
-                    size += len(prepared.data)
-                if len(batch) >= BATCH or size >= BATCH_BYTES:
+                request = self._prepare(context, at)
+                if request is not None:
+                    batch.append(request)
+                    size += len(request.data)
+                if len(batch) >= BATCH_CONTEXTS or size >= BATCH_BYTES:
                     break
                 took = time.perf_counter() - began
-                if took > PULL_SECONDS:
-                    self._pause = min(took * SLOW_SHARE, SLOW_MOST)
+                if took > SLOW_PULL_SECONDS:
+                    self._result_wait = min(took * RESULT_WAIT_SHARE, MAX_RESULT_WAIT_SECONDS)
                     break
             else:
-                self._dry = True
-        except Exception as error:  # noqa: BLE001 - the input is the user's code, and this is the place for its error
+                self._exhausted = True
+        except Exception as error:  # noqa: BLE001 - the input is user code, and its error belongs to this position
             self._ready[self._pulled] = error
             self._pulled += 1
-            self._dry = True
+            self._exhausted = True
         finally:
-            # Also when the input was interrupted: what it has given is counted on.
+            # Also when the input was interrupted: the index contains the contexts that it has yielded.
             if batch:
-                self._begin(batch)
+                self._start(batch)
 
-    def _prepare(self, context: C, at: int) -> Prepared | None:
+    def _prepare(self, context: C, at: int) -> StartRequest | None:
         key: Any = None
         try:
             if self._key is not None:
@@ -246,122 +243,121 @@ class Mapping(Iterator[WorkflowResult[C]], Generic[C]):
                 if key is None:
                     raise InvalidContext("the key that names the instance is None")
                 key = key if isinstance(key, str) else str(key)
-            prepared = self._known.prepare(context, key)
-            if len(prepared.data) > self._large:
-                self._known.body(prepared, 0.0, self._client._max_message_bytes)  # which says so if it is too large
-        except Exception as error:  # noqa: BLE001 - a key function may raise anything; it is that context's error
+            request = self._ref.prepare(context, key)
+            if len(request.data) > self._large_bytes:
+                self._ref.body(request, 0.0, self._session.max_message_bytes)  # raises if it is too large
+        except Exception as error:  # noqa: BLE001 - a key function may raise anything: the error belongs to this context
             error.instance_id = key  # type: ignore[attr-defined]
             self._ready[at] = error
             return None
-        if prepared.id in self._index:
-            if self._digests.get(prepared.id) == prepared.digest:
-                self._twins.setdefault(prepared.id, []).append(at)
-                self._twin_count += 1
+        if request.id in self._index:
+            if self._digests.get(request.id) == request.digest:
+                self._duplicates.setdefault(request.id, []).append(at)
+                self._duplicate_count += 1
             else:
-                conflict = InstanceConflict(prepared.id)
-                conflict.instance_id = prepared.id
+                conflict = InstanceConflict(request.id)
+                conflict.instance_id = request.id
                 self._ready[at] = conflict
             return None
-        self._index[prepared.id] = at
-        if prepared.digest is not None:
-            self._digests[prepared.id] = prepared.digest
-        return prepared
+        self._index[request.id] = at
+        if request.digest is not None:
+            self._digests[request.id] = request.digest
+        return request
 
-    def _begin(self, batch: list[Prepared]) -> bool:
-        """Skip what has finished before, publish the rest, and say whether there was any.
+    def _start(self, batch: list[StartRequest]) -> bool:
+        """Skip the finished instances and publish the others; return True if there were others.
 
-        What cannot be published is refused for that reason.
+        An error refuses the whole batch.
         """
-        waiters = self._client._waiters
+        waiters = self._session.waiters
         try:
-            if not self._looked_back:
-                # What has just failed may not be in the history yet, and would be joined instead of run anew.
-                self._looked_back = True
-                self._client._let_history_catch_up()
+            if not self._history_current:
+                # An instance that has just failed may not be in the history yet: it would be joined, not run again.
+                self._history_current = True
+                self._session.await_history()
             if batch[0].check or self._key is not None:
                 batch = self._without_finished(batch)
                 if not batch:
                     return False
-            inbox, ids = self._inbox, [prepared.id for prepared in batch]
-            future = self._client._publish(self._known, batch, taken=lambda: waiters.add_all(ids, inbox))
-        except Exception as error:  # noqa: BLE001 - whatever it is, none of the batch has been started
-            for prepared in batch:
-                self._refuse(prepared.id, copy.copy(error))
+            inbox, ids = self._inbox, [request.id for request in batch]
+            future = self._session.publish(self._ref, batch, taken=lambda: waiters.add_all(ids, inbox))
+        except Exception as error:  # noqa: BLE001 - after any error no instance of the batch has been started
+            for request in batch:
+                self._refuse(request.id, copy.copy(error))
             return False
-        heard = self._inbox.heard
-        future.add_done_callback(lambda done: heard(batch, done))
+        on_answer = self._inbox.on_answer
+        future.add_done_callback(lambda done: on_answer(batch, done))
         return True
 
-    def _without_finished(self, batch: list[Prepared]) -> list[Prepared]:
-        seen = self._client._seen
-        for prepared in batch:
-            prepared.seen = seen
-        rows = self._client._finished(batch)
+    def _without_finished(self, batch: list[StartRequest]) -> list[StartRequest]:
+        history_sequence = self._session.history_sequence
+        for request in batch:
+            request.history_sequence = history_sequence
+        rows = self._session.finished_rows(batch)
         if not rows:
             return batch
-        left = []
-        for prepared in batch:
-            row = rows.get(prepared.id)
+        remaining = []
+        for request in batch:
+            row = rows.get(request.id)
             if row is None:
-                left.append(prepared)
-            elif row.digest != prepared.digest:
-                self._refuse(prepared.id, InstanceConflict(prepared.id))
-            elif self._retry_failed and row.status != "completed" and row.epoch != self._retried.get(prepared.id):
-                prepared.epoch = self._retried[prepared.id] = row.epoch + 1
-                left.append(prepared)
+                remaining.append(request)
+            elif row.digest != request.digest:
+                self._refuse(request.id, InstanceConflict(request.id))
+            elif self._retry_failed and row.status != "completed" and row.epoch != self._retried.get(request.id):
+                request.epoch = self._retried[request.id] = row.epoch + 1
+                remaining.append(request)
             else:
-                self._arrived.append((prepared.id, row.outcome))
-        return left
+                self._arrived.append((request.id, row.outcome))
+        return remaining
 
-    def _answered(self, batch: list[Prepared], answer: PublishAnswer | BaseException) -> None:
+    def _handle_answer(self, batch: list[StartRequest], answer: PublishAnswer | BaseException) -> None:
         probed, self._inbox.probing = self._inbox.probing, False
         if isinstance(answer, port.QueueFull):
-            # A batch is taken whole or not at all, and may be larger than the queue.
+            # A batch is accepted whole or not at all, and may be larger than the queue.
             half = (len(batch) + 1) // 2
             parts = [part for part in (batch[:half], batch[half:]) if part]
             if probed:
-                self._full.extendleft(reversed(parts))
+                self._unsent.extendleft(reversed(parts))
             else:
-                self._full.extend(parts)
-            self._full_until = time.monotonic() + FULL_RETRY
+                self._unsent.extend(parts)
+            self._retry_full_at = time.monotonic() + QUEUE_FULL_RETRY_SECONDS
             return
         if isinstance(answer, BaseException):
-            for prepared in batch:
-                self._refuse(prepared.id, translate_error(answer))
+            for request in batch:
+                self._refuse(request.id, translate_error(answer))
             return
-        by_id = {prepared.id: prepared for prepared in batch}
+        by_id = {request.id: request for request in batch}
         look_again = []
-        self._client._seen = max(self._client._seen, answer.history_sequence)
+        self._session.advance_history_sequence(answer.history_sequence)
         for _, why, instance_id in answer.refused:
             if why == "conflict":
                 self._refuse(instance_id, InstanceConflict(instance_id))
             elif why == "look-again":
                 by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])
-                self._client._waiters.remove(
-                    instance_id, self._inbox
-                )  # it may be found in the history, and ended there
+                # Its outcome may be in the history: then no notification follows.
+                self._session.waiters.remove(instance_id, self._inbox)
         if look_again:
-            self._begin(look_again)
+            self._start(look_again)
 
     def _probe(self) -> None:
-        """The first queue was full: try the next part of what waits, and go on at once when it is taken."""
-        if not self._inbox.probing and time.monotonic() >= self._full_until:
+        """Send the next batch that the first stage's queue had no room for; one at a time until one is accepted."""
+        if not self._inbox.probing and time.monotonic() >= self._retry_full_at:
             self._inbox.probing = True
-            if not self._begin(self._full.popleft()):
+            if not self._start(self._unsent.popleft()):
                 self._inbox.probing = False
 
     def _wait(self) -> None:
         if not self._arrived:
-            self._event.wait(FULL_RETRY if self._full else 0.5)
+            self._event.wait(QUEUE_FULL_RETRY_SECONDS if self._unsent else POLL_SECONDS)
         if self._bar is not None:
             self._bar.refresh()
 
 
 class _Inbox:
-    """Where the connection's thread lays down what an iterator is to hear of; it does not keep the iterator alive.
+    """The waiter of an iterator: the connection's thread appends to it, and it does not keep the iterator alive.
 
-    Once that is `dropped`, nobody sends again what the broker refuses, so nobody waits for it any more either.
+    After the iterator is `dropped`, refused starts are not sent again, so the program no longer waits for them.
     """
 
     __slots__ = ("arrived", "dropped", "error", "event", "probing")
@@ -373,42 +369,42 @@ class _Inbox:
         self.probing = False
         self.dropped: Waiters | None = None
 
-    def heard(self, batch: list[Prepared], done: Future[PublishAnswer]) -> None:
-        """Starts have been answered: only what needs attention is passed on."""
+    def on_answer(self, batch: list[StartRequest], done: Future[PublishAnswer]) -> None:
+        """Pass on the broker's answer to a batch, if the iterator has to act on it."""
         answer = done.exception() or done.result()
         if self.probing or not isinstance(answer, PublishAnswer) or answer.refused:
             if self.dropped is not None:
-                self.let_go(batch, answer)
+                self.abandon_refused(batch, answer)
                 return
             self.arrived.append((batch, answer))
             self.event.set()
 
-    def let_go(self, batch: list[Prepared], answer: PublishAnswer | BaseException | None) -> None:
-        """Of a batch that was answered so (None: never sent), wait no more for what did not start."""
+    def abandon_refused(self, batch: list[StartRequest], answer: PublishAnswer | BaseException | None) -> None:
+        """Stop waiting for the instances of an answered batch that did not start; `answer` None: it was not sent."""
         assert self.dropped is not None
         refused: dict[str, str] = {}
         if isinstance(answer, PublishAnswer):
             refused = {instance_id: why for _, why, instance_id in answer.refused if why != "exists"}
-        for prepared in batch:
-            if prepared.id in refused or not isinstance(answer, PublishAnswer):
-                self.dropped.forsake(prepared.id)
+        for request in batch:
+            if request.id in refused or not isinstance(answer, PublishAnswer):
+                self.dropped.remove_abandoned(request.id)
 
     # see `Waiter`
 
-    def _end(self, instance_id: str, outcome: bytes) -> None:
+    def on_ended(self, instance_id: str, outcome: bytes) -> None:
         self.arrived.append((instance_id, outcome))
 
-    def _park(self, instance_id: str) -> None:
+    def on_parked(self, instance_id: str) -> None:
         self.arrived.append((instance_id, _PARKED))
 
-    def _left(self, instance_id: str) -> None:
+    def on_left(self, instance_id: str) -> None:
         self.arrived.append((instance_id, _LEFT))
 
-    def _broken(self, error: StageFlowError) -> None:
+    def on_failure(self, error: StageFlowError) -> None:
         self.error = error
         self.event.set()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self.event.set()
 
 
@@ -430,37 +426,3 @@ def _key_function(key: Callable[[Any], Any] | str | None) -> Callable[[Any], Any
             ) from None
 
     return field
-
-
-def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Iterator[Instance[C]]:
-    """Each instance once, as it ends or is parked. Raises `TimeoutError` after `timeout` seconds."""
-    told: deque[Instance[C]] = deque()
-    event = threading.Event()
-    waiting = list(dict.fromkeys(instances))
-    for instance in waiting:
-
-        def tell(one: Instance[C] = instance) -> None:
-            told.append(one)
-            event.set()
-
-        instance._forget_old_news()
-        instance._when_told(tell)
-        instance._ensure_watched()
-    given: set[str] = set()
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while len(given) < len(waiting):
-        event.clear()
-        while told:
-            instance = told.popleft()
-            if instance._error is not None:
-                raise instance._error
-            if instance.id not in given:
-                given.add(instance.id)
-                yield instance
-        if len(given) < len(waiting) and not told:
-            left = 1.0 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(
-                    f"{counted(len(waiting) - len(given), 'instance')} had not ended after {timeout:g} s"
-                )
-            event.wait(min(left, 1.0))

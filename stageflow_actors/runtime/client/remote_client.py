@@ -1,7 +1,7 @@
-"""`Connection`: a client in another process than the runtime; what `Runtime.connect` gives.
+"""`RemoteClient`: a client in another process than the runtime; `Runtime.connect` returns it.
 
-It knows a cluster by its data directory alone: who serves it stands in the directory, what is served in the broker.
-Nothing here starts a process or takes a lock.
+It finds a cluster by the data directory only: the cluster file names the program and its address, a fact in the broker
+lists the workflows. Nothing here starts a process or takes a lock.
 """
 
 from __future__ import annotations
@@ -17,143 +17,154 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import live_address
 from stageflow_actors.runtime.client.client import Client
-from stageflow_actors.runtime.client.event_stream import Feed
-from stageflow_actors.runtime.client.workflow_ref import Known
+from stageflow_actors.runtime.client.session import RUNTIME_STOPPED, Session
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, read_manifest
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import Broker
 
-__all__ = ["Connection"]
+__all__ = ["RemoteClient"]
 
 logger = logging.getLogger("stageflow_actors.client.remote_client")
 
-LOOK_SECONDS = 0.5
-"""How long what was read of who serves the directory is believed."""
+CLUSTER_CHECK_SECONDS = 0.5
+"""Interval between two reads of the cluster file."""
 
 GRACE_SECONDS = 5.0
-"""How long nobody may serve the directory before those who wait are told: a program may be started again meanwhile."""
+"""How long waiting calls go on without a running program: it may be restarting."""
 
 
-class Connection(Client):
-    """The calls of a client on the cluster that serves `data_dir`. Raises `BrokerUnavailable` where there is none."""
+class RemoteClient(Client):
+    """A client of the cluster that runs on `data_dir`. Raises `BrokerUnavailable` if none runs there."""
+
+    def __init__(self, data_dir: str | Path) -> None:
+        super().__init__(RemoteSession(data_dir))
+
+
+class RemoteSession(Session):
+    """A session that follows the cluster of a data directory from program to program."""
 
     def __init__(self, data_dir: str | Path) -> None:
         super().__init__()
         self._path = Path(data_dir).absolute()
         if not self._path.is_dir():
-            raise self._nobody()
+            raise self._no_cluster()
         self._data = DataDir(self._path, create=False)
-        self._history_path = self._data.history
+        self.history_path = self._data.history
         self._contexts: dict[tuple[str, int], type[Any]] = {}
-        self._served: ClusterManifest | None = None
-        self._renewed = True
+        self._manifest: ClusterManifest | None = None
+        self._manifest_outdated = True
         self._closed = False
-        self._gate = threading.Lock()
-        self._looked_at = 0.0
-        self._alone_since: float | None = None
+        self._check_lock = threading.Lock()
+        self._checked_at = 0.0
+        self._absent_since: float | None = None
         address = live_address(self._data)
         if address is None:
-            raise self._nobody()
-        self._attach(address, f"client {os.getpid()}")
+            raise self._no_cluster()
+        self.connect(address, f"client {os.getpid()}")
         try:
-            self._learn()
+            self._read_manifest()
         except BaseException:
-            self.close()
+            self.disconnect()
             raise
 
-    def close(self) -> None:
-        """Let go of the cluster, which goes on with all that was submitted. Closing again does nothing."""
+    def disconnect(self, reason: str = RUNTIME_STOPPED) -> None:
+        """See `Session.disconnect`."""
         self._closed = True
-        super().close()
+        super().disconnect(reason)
 
-    # who serves, and what
+    # the cluster and its workflows
 
-    def _port(self) -> Broker:
-        """The connection, if somebody is at its other end: what is sent to nobody would wait for a later cluster."""
+    def broker(self) -> Broker:
+        """Return the connection if a cluster runs: a frame sent without one would wait for a later cluster."""
         if self._closed:
-            return super()._port()
-        self._look()
-        if self._alone_since is not None:
-            raise self._nobody()
-        return super()._port()
+            return super().broker()
+        self._check_cluster()
+        if self._absent_since is not None:
+            raise self._no_cluster()
+        return super().broker()
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """See `Session.check_alive`; also raises if no program has run on the directory for `GRACE_SECONDS`."""
         if not self._closed:
-            self._look()
-            if self._alone_since is not None and time.monotonic() - self._alone_since > GRACE_SECONDS:
-                raise self._nobody()
-        super()._check_alive()
+            self._check_cluster()
+            if self._absent_since is not None and time.monotonic() - self._absent_since > GRACE_SECONDS:
+                raise self._no_cluster()
+        super().check_alive()
 
-    def _look(self) -> None:
-        """See who serves the directory now, and follow where the broker has moved to."""
-        with self._gate:
+    def _check_cluster(self) -> None:
+        """Read the cluster file, and connect to the broker's new address if it has changed."""
+        with self._check_lock:
             now = time.monotonic()
-            if now - self._looked_at < LOOK_SECONDS:
+            if now - self._checked_at < CLUSTER_CHECK_SECONDS:
                 return
-            self._looked_at = now
+            self._checked_at = now
             record = self._data.read_cluster()
             if record is None or not record.program_lives():
-                if self._alone_since is None:
-                    self._alone_since = now
+                if self._absent_since is None:
+                    self._absent_since = now
                 return
-            self._alone_since = None
-            if record.address is not None and record.address != self._address and self._broker is not None:
-                self._broker.close(timeout=0.0)
-                self._attach(record.address, f"client {os.getpid()}")
-                if self._feed is not None:
-                    self._feed.close()
-                    self._feed = Feed(record.address, f"events {os.getpid()}", self._callbacks, self._form_of)
+            self._absent_since = None
+            if record.address is not None and record.address != self.address and self.connection is not None:
+                self.connection.close(timeout=0.0)
+                self.connect(record.address, f"client {os.getpid()}")
+                self.events.reopen(record.address)
 
-    def _connected(self) -> None:
-        self._renewed = True  # another broker, perhaps of another program with other workflows
+    def on_connected(self) -> None:
+        """Read the manifest again before the next use: another program may serve other workflows."""
+        self._manifest_outdated = True
 
-    def _learn(self) -> ClusterManifest:
-        self._renewed = False
-        served = read_manifest(self._ask(lambda admin: admin.get_fact(MANIFEST_FACT)))
-        if served is None:
-            raise StageFlowError(f"the cluster of {self._path} does not say what it serves: is it of another release?")
-        self._served = served
-        self._naming = served.naming
-        self._max_message_bytes = served.max_message_bytes
-        self._known = {
-            (plan.id, plan.version): Known(plan, self._contexts.get((plan.id, plan.version), dict))
-            for plan in served.plans
+    def _read_manifest(self) -> ClusterManifest:
+        self._manifest_outdated = False
+        manifest = read_manifest(self.ask(lambda admin: admin.get_fact(MANIFEST_FACT)))
+        if manifest is None:
+            raise StageFlowError(
+                f"the cluster of {self._path} has no list of workflows that this release can read: "
+                "is the cluster of another release?"
+            )
+        self._manifest = manifest
+        self.naming = manifest.naming
+        self.max_message_bytes = manifest.max_message_bytes
+        self.workflows = {
+            (plan.id, plan.version): WorkflowRef(plan, self._contexts.get((plan.id, plan.version), dict))
+            for plan in manifest.plans
         }
-        return served
+        return manifest
 
-    def _workflow(self, workflow: Workflow[Any] | str) -> Known:
-        served = self._served
-        if served is None or self._renewed or self._find(workflow) is None:
-            served = self._learn()
-        known = self._find(workflow)
-        if known is None:
+    def resolve(self, workflow: Workflow[Any] | str) -> WorkflowRef:
+        """See `Session.resolve`; the workflows are those of the running cluster."""
+        manifest = self._manifest
+        if manifest is None or self._manifest_outdated or self._find(workflow) is None:
+            manifest = self._read_manifest()
+        ref = self._find(workflow)
+        if ref is None:
             name = repr(workflow) if isinstance(workflow, str) else f"{workflow.id!r} version {workflow.version}"
-            raise StageFlowError(f"workflow {name} is not served in {self._path}: there is {served.names}")
-        if isinstance(workflow, Workflow) and known.codec.context_type is not workflow.context:
-            known = self._adopt(workflow)
-        return known
+            raise StageFlowError(f"workflow {name} is not served in {self._path}: it has {manifest.names}")
+        if isinstance(workflow, Workflow) and ref.codec.context_type is not workflow.context:
+            ref = self.adopt(workflow)
+        return ref
 
-    def _find(self, workflow: Workflow[Any] | str) -> Known | None:
+    def _find(self, workflow: Workflow[Any] | str) -> WorkflowRef | None:
         if isinstance(workflow, Workflow):
-            return self._known.get((workflow.id, workflow.version))
-        versions = [known for (name, _), known in self._known.items() if name == workflow]
-        return max(versions, key=lambda known: known.plan.version, default=None)
+            return self.workflows.get((workflow.id, workflow.version))
+        versions = [ref for (name, _), ref in self.workflows.items() if name == workflow]
+        return max(versions, key=lambda ref: ref.plan.version, default=None)
 
-    def _adopt(self, workflow: Workflow[Any]) -> Known:
-        """With the workflow itself at hand its contexts are checked here, and results come in their type."""
+    def adopt(self, workflow: Workflow[Any]) -> WorkflowRef:
+        """Use the context class of a workflow object: contexts are checked here, and results have this type."""
         key = (workflow.id, workflow.version)
-        plan = self._known[key].plan
+        plan = self.workflows[key].plan
         if workflow.fingerprint() != plan.fingerprint:
             logger.warning(
-                "workflow %r version %d is defined otherwise here than in the cluster of %s, which runs its own",
+                "the definition of workflow %r version %d differs from that of the cluster of %s, which uses its own",
                 *key,
                 self._path,
             )
         self._contexts[key] = workflow.context
-        known = self._known[key] = Known(plan, workflow.context)
-        return known
+        ref = self.workflows[key] = WorkflowRef(plan, workflow.context)
+        return ref
 
-    def _nobody(self) -> BrokerUnavailable:
+    def _no_cluster(self) -> BrokerUnavailable:
         return BrokerUnavailable(
-            f"nobody serves {self._path}: start its program, or `stageflow up MODULE:RUNTIME --data {self._path}`"
+            f"no cluster runs on {self._path}: start its program, or `stageflow up MODULE:RUNTIME --data {self._path}`"
         )

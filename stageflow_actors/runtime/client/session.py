@@ -1,6 +1,8 @@
-"""`Asking`: one connection to the broker and one reader of the history, as every client has them.
+"""`Session`: one client's connection to the broker, its history reader and the workflows that it knows.
 
-What has left the broker is looked up in the history. What a question means is not decided here.
+Clients, handles of instances, `map` and reruns stand on it. The connection repeats unanswered queries after a restart
+of the broker. An instance that has left the broker is looked up in the history. A session never decides how an answer
+changes an instance.
 """
 
 from __future__ import annotations
@@ -11,45 +13,72 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stageflow_actors.core.plan import (
-    Naming,
-)
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.description import version_of
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import (
     BrokerUnavailable,
     StageFlowError,
 )
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
+from stageflow_actors.runtime.client.event_stream import EventCallback, EventSubscriptions
 from stageflow_actors.runtime.client.waiters import Waiter, Waiters
+from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.errors import translate_error
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.failpoints import failpoint
 
-__all__ = ["ANSWER_SECONDS", "STOPPED", "Asking", "Ends", "no_text"]
+__all__ = [
+    "ANSWER_TIMEOUT_SECONDS",
+    "MAX_LOOKUPS",
+    "NOT_RUNNING",
+    "POLL_SECONDS",
+    "RUNTIME_STOPPED",
+    "OutcomeListener",
+    "Session",
+    "surrogate_error",
+]
 
 T = TypeVar("T")
 
-ANSWER_SECONDS = 60.0
-"""How long a call waits for the broker, restarts of it included."""
+ANSWER_TIMEOUT_SECONDS = 60.0
+"""Longest time that a call waits for an answer of the broker, restarts of the broker included."""
 
-STOPPED = (
-    "this runtime has been stopped; what was unfinished resumes when a runtime is started on its data directory again"
+POLL_SECONDS = 0.5
+"""Interval between two checks that the cluster is alive while a call waits."""
+
+CHECKED_POLL_SECONDS = 0.05
+"""The same interval for a call with a check of its own, such as a deadline."""
+
+HISTORY_LAG_SECONDS = 1.0
+"""Longest wait for the history to contain the instances that have ended."""
+
+MAX_LOOKUPS = 50
+"""How often a start searches the history again because instances have left the broker since the last search."""
+
+RUNTIME_STOPPED = (
+    "this runtime has been stopped; unfinished instances resume when a runtime is started on its data directory again"
 )
 
-CATCH_UP_SECONDS = 1.0
+NOT_RUNNING = "this runtime is not running: call start(), or use it in a `with` block"
 
 
-def no_text(error: UnicodeEncodeError) -> ValueError:
-    """The error of who was given a str with a lone surrogate in the place of a name, an id or a reason."""
+def surrogate_error(error: UnicodeEncodeError) -> ValueError:
+    """Return the error for a name, id or reason that contains a lone surrogate."""
     return ValueError(
         f"{error.object!r} cannot be stored or sent: it has a lone surrogate, as bytes that are not UTF-8 leave one"
     )
 
 
-class Ends(Listener):
-    """What the connection tells a client. `connected` is called for each broker that says welcome."""
+class OutcomeListener(Listener):
+    """Passes the outcomes that the broker pushes to the waiters.
+
+    `connected` is called each time a broker accepts the connection.
+    """
 
     def __init__(self, waiters: Waiters, connected: Callable[[], None]) -> None:
         self._waiters = waiters
@@ -60,104 +89,243 @@ class Ends(Listener):
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
         failpoint("client.told")
-        self._waiters.ended(pushes)
+        self._waiters.notify_ended(pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:
         if word == "gone":
-            self._waiters.left(detail)
+            self._waiters.notify_left(detail)
         elif word == "parked":
-            self._waiters.parked(detail)
+            self._waiters.notify_parked(detail)
 
     def watching(self) -> list[str]:
         return list(self._waiters.by_id)
 
 
-class Asking:
-    """The part of a client that talks: everything is asked again of a broker that was started anew meanwhile."""
+class Session:
+    """The state and the queries that all parts of one client share.
+
+    Subclasses decide what a broker's welcome means, whether the cluster is alive, and which workflows are known.
+    """
 
     def __init__(self) -> None:
-        self._broker: Broker | None = None
-        self._history: HistoryReader | None = None
-        self._history_path: Path | None = None
-        self._address = ""
-        self._naming = Naming()
-        self._seen = 0
-        self._waiters = Waiters()
-        self._dead: StageFlowError | None = None
+        self.naming = Naming()
+        self.max_message_bytes = 16 << 20
+        self.default_ttl_seconds = 0.0
+        """How long a message may wait in a stage's queue; 0 for no limit."""
+        self.workflows: dict[tuple[str, int], WorkflowRef] = {}
+        """The known workflows by (id, version)."""
+        self.waiters = Waiters()
+        self.events = EventSubscriptions(self.codec_of)
+        self.connection: Broker | None = None
+        """The connection to the broker; None before `connect` and after `disconnect`."""
+        self.address = ""
+        self.history_path: Path | None = None
+        self.history_sequence = 0
+        """The broker's count of instances that have left it, as last received by this session."""
+        self.failure: StageFlowError | None = None
+        """Why the cluster cannot go on; None while it can."""
+        self._reader: HistoryReader | None = None
 
-    def _attach(self, address: str, name: str) -> None:
-        self._address = address
-        self._broker = connect(address, Ends(self._waiters, self._connected), role="client", name=name)
+    # the connection
 
-    def _connected(self) -> None:
-        """A broker has said welcome; on the connection's thread."""
+    def connect(self, address: str, name: str) -> None:
+        """Connect to the broker at `address`; `name` identifies this client in the broker's lists."""
+        self.address = address
+        listener = OutcomeListener(self.waiters, self.on_connected)
+        self.connection = connect(address, listener, role="client", name=name)
 
-    def _detach(self, why: str = STOPPED) -> None:
-        if self._broker is not None:
-            self._broker.close(timeout=1.0)
-            self._broker = None
-        self._waiters.break_off(BrokerUnavailable(why), forget=True)
-        if self._history is not None:
-            self._history.close()
-            self._history = None
+    def on_connected(self) -> None:
+        """Called on the connection's thread each time a broker accepts the connection."""
 
-    def _port(self) -> Broker:
-        if self._broker is None:
-            raise BrokerUnavailable("this runtime is not running: call start(), or use it in a `with` block")
-        return self._broker
+    def disconnect(self, reason: str = RUNTIME_STOPPED) -> None:
+        """Close the connection and the history; waiting calls raise `BrokerUnavailable(reason)`. Idempotent."""
+        self.events.close()
+        if self.connection is not None:
+            self.connection.close(timeout=1.0)
+            self.connection = None
+        self.waiters.notify_failure(BrokerUnavailable(reason), forget=True)
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
-    def _ask(self, operation: Callable[[BrokerAdmin], Future[T]]) -> T:
+    def broker(self) -> Broker:
+        """Return the connection. Raises `BrokerUnavailable` if there is none."""
+        if self.connection is None:
+            raise BrokerUnavailable(NOT_RUNNING)
+        return self.connection
+
+    def ask(self, operation: Callable[[BrokerAdmin], Future[T]]) -> T:
         """Perform an operation of the broker and return its answer.
 
-        Raises `ValueError` for text that cannot be sent; nothing is sent then.
+        Raises `ValueError` for text that cannot be encoded; nothing is sent then.
         """
         try:
-            future = operation(self._port().admin)
+            future = operation(self.broker().admin)
         except port.BrokerError as error:
             raise translate_error(error) from None
         except UnicodeEncodeError as error:
-            raise no_text(error) from None
-        return self._await(future)
+            raise surrogate_error(error) from None
+        return self.wait_for(future)
 
-    def _await(self, future: Future[T], timeout: float = ANSWER_SECONDS, check: Callable[[], None] | None = None) -> T:
+    def wait_for(
+        self, future: Future[T], timeout: float = ANSWER_TIMEOUT_SECONDS, check: Callable[[], None] | None = None
+    ) -> T:
+        """Return the result of a future of the broker; `check` replaces `check_alive` and may raise to give up."""
         deadline = time.monotonic() + timeout
-        poll = 0.5 if check is None else 0.05
+        poll = POLL_SECONDS if check is None else CHECKED_POLL_SECONDS
         while True:
             try:
                 return future.result(poll)
             except TimeoutError:
-                (check or self._check_alive)()
+                (check or self.check_alive)()
                 if time.monotonic() > deadline:
                     raise BrokerUnavailable(f"the broker has not answered within {timeout:g} s") from None
             except port.BrokerError as error:
                 raise translate_error(error) from None
 
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise self._dead
+    def check_alive(self) -> None:
+        """Raise the error that ended the cluster, if there is one."""
+        if self.failure is not None:
+            raise self.failure
 
-    def _fail(self, error: StageFlowError) -> None:
-        """The cluster cannot be kept: whoever waits is told."""
-        self._dead = error
-        self._waiters.break_off(error, forget=False)
+    def fail(self, error: StageFlowError) -> None:
+        """Record that the cluster cannot go on, and notify everything that waits."""
+        self.failure = error
+        self.waiters.notify_failure(error, forget=False)
 
-    def _watch(self, instance_id: str, waiter: Waiter) -> None:
-        """Have `waiter` told how an instance ends, whoever started it."""
-        self._waiters.add(instance_id, waiter)
+    def watch(self, instance_id: str, waiter: Waiter) -> None:
+        """Have `waiter` notified of the outcome of an instance that any client may have started."""
+        self.waiters.add(instance_id, waiter)
         try:
-            self._ask(lambda admin: admin.watch([instance_id]))
+            self.ask(lambda admin: admin.watch([instance_id]))
         except BaseException:
-            self._waiters.remove(instance_id, waiter)
+            self.waiters.remove(instance_id, waiter)
             raise
 
-    # rows and groups
+    def scale(self, queue: str, actors: int) -> None:
+        """Have the node run `actors` workers for `queue`. Raises `BrokerUnavailable` while it restarts."""
+        if not self.ask(lambda admin: admin.notify_supervisor("scale", [queue, actors])):
+            raise BrokerUnavailable("the node of this cluster is restarting; try again")
 
-    def _let_history_catch_up(self) -> None:
-        """Wait, a second at most, until what has ended by now is written: it follows some milliseconds behind."""
-        deadline = time.monotonic() + CATCH_UP_SECONDS
+    # events
+
+    def add_event_callback(self, callback: EventCallback) -> Callable[[], None]:
+        """Call `callback` with each event; return a function that removes it."""
+        self.events.callbacks.append(callback)
+        if self.connection is not None:
+            self.open_events()
+
+        def remove() -> None:
+            if callback in self.events.callbacks:
+                self.events.callbacks.remove(callback)
+            if not self.events.callbacks:
+                self.events.close()
+
+        return remove
+
+    def open_events(self) -> None:
+        """Subscribe to events if there are callbacks; returns when the broker has confirmed it."""
+        subscribed = self.events.open(self.address)
+        if subscribed is not None:
+            self.wait_for(subscribed)
+
+    # workflows
+
+    def resolve(self, workflow: Workflow[Any] | str) -> WorkflowRef:
+        """Return the workflow, given as an object or by id (the highest version then).
+
+        Raises `StageFlowError` if it is unknown, `BrokerUnavailable` if this session has no connection.
+        """
+        self.broker()
+        if isinstance(workflow, Workflow):
+            ref = self.workflows.get((workflow.id, workflow.version))
+            if ref is None:
+                ref = self.adopt(workflow)
+            elif ref.codec.context_type is not workflow.context:
+                raise StageFlowError(
+                    f"workflow {workflow.id!r} was registered here with another class as its context than this "
+                    f"{workflow.context.__name__}: was the code that defines it run again? Start a Runtime with the "
+                    "new workflow, or give it another version and register() it"
+                )
+            return ref
+        versions = [ref for (id, _), ref in self.workflows.items() if id == workflow]
+        if not versions:
+            names = ", ".join(sorted({repr(id) for id, _ in self.workflows})) or "none"
+            raise StageFlowError(
+                f"no workflow {workflow!r} is registered here (registered: {names}): use register(workflow)"
+            )
+        return max(versions, key=lambda ref: ref.plan.version)
+
+    def adopt(self, workflow: Workflow[Any]) -> WorkflowRef:
+        """Return the reference of a workflow object that this session has not seen, and remember it."""
+        ref = WorkflowRef(compile_plan(workflow, self.naming, default_ttl=self.default_ttl_seconds), workflow.context)
+        self.workflows[(workflow.id, workflow.version)] = ref
+        return ref
+
+    def workflow_ref(self, workflow_id: str, version: int) -> WorkflowRef | None:
+        """Return a known workflow by id and version, or None."""
+        return self.workflows.get((workflow_id, version))
+
+    def ref_of_group(self, group: dict[str, Any]) -> WorkflowRef | None:
+        """Return the workflow of a group of messages that the broker has described, or None."""
+        version = version_of(group)
+        return None if version is None else self.workflow_ref(*version)
+
+    def codec_of(self, workflow_id: str, version: int) -> tuple[ContextCodec[Any], list[str]] | None:
+        """Return the codec of a workflow's contexts and the order of its stages, or None if it is unknown."""
+        ref = self.workflow_ref(workflow_id, version)
+        return None if ref is None else (ref.codec, ref.order)
+
+    # starting instances
+
+    def publish(
+        self,
+        ref: WorkflowRef,
+        batch: list[StartRequest],
+        *,
+        priority: int = 0,
+        atomic: bool = False,
+        taken: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Future[port.PublishAnswer]:
+        """Send the starts of `batch` to the broker; the future resolves when they are durable.
+
+        `taken` is called when the frame is sent, `check` while the call waits for room on the connection.
+        """
+        now = time.time()
+        bodies = [ref.body(request, now, self.max_message_bytes) for request in batch]
+        items = [ref.item(request, len(body), priority) for request, body in zip(batch, bodies, strict=True)]
+        failpoint("client.publishing")
+        try:
+            published = self.broker().publish(
+                [ref.target], items, bodies, atomic=atomic, taken=taken, waiting=check or self.check_alive
+            )
+            failpoint("client.published")
+            return published
+        except port.BrokerError as error:
+            raise translate_error(error) from None
+
+    def finished_rows(self, batch: list[StartRequest]) -> dict[str, HistoryRow]:
+        """Return the history rows, by id, of those instances that have ended and do not run again."""
+        reader = self.reader() if batch else None
+        rows = {} if reader is None else reader.get_many([request.id for request in batch])
+        if reader is None or not rows:
+            return rows
+        # A restarted instance has the row of its previous run until the row of the current run is written.
+        ended = list(rows.keys() - self.lookup(list(rows)).keys())
+        return reader.get_many(ended) if ended else {}
+
+    # history rows and groups of messages
+
+    def await_history(self) -> None:
+        """Wait until the history contains every instance that has ended by now, at most `HISTORY_LAG_SECONDS`.
+
+        The history follows the broker with a delay of some milliseconds.
+        """
+        deadline = time.monotonic() + HISTORY_LAG_SECONDS
         due = None
         while True:
-            queues = self._ask(lambda admin: admin.stats(self._naming.finished))["queues"]
+            queues = self.ask(lambda admin: admin.stats(self.naming.finished))["queues"]
             if not queues:
                 return
             queue = queues[0]
@@ -167,17 +335,24 @@ class Asking:
                 return
             time.sleep(0.005)
 
-    def _reader(self) -> HistoryReader | None:
-        if self._history is None and self._history_path is not None and self._history_path.exists():
-            self._history = HistoryReader.open(self._history_path)
-        return self._history
+    def reader(self) -> HistoryReader | None:
+        """Return the reader of the history, or None while there is no history file."""
+        if self._reader is None and self.history_path is not None and self.history_path.exists():
+            self._reader = HistoryReader.open(self.history_path)
+        return self._reader
 
-    def _row(self, instance_id: str) -> HistoryRow | None:
-        reader = self._reader()
+    def row(self, instance_id: str) -> HistoryRow | None:
+        """Return the history row of an instance, or None."""
+        reader = self.reader()
         return None if reader is None else reader.get(instance_id)
 
-    def _lookup(self, ids: list[str]) -> dict[str, Any]:
-        answer = self._ask(lambda admin: admin.lookup(ids))
-        self._seen = max(self._seen, (answer["epoch"] << 40) + answer["left_seq"])
+    def lookup(self, ids: list[str]) -> dict[str, Any]:
+        """Return the broker's description of each live instance among `ids`, by id."""
+        answer = self.ask(lambda admin: admin.lookup(ids))
+        self.advance_history_sequence((answer["epoch"] << 40) + answer["left_seq"])
         groups: dict[str, Any] = answer["groups"]
         return groups
+
+    def advance_history_sequence(self, received: int) -> None:
+        """Record a count of departed instances that the broker has sent; it never decreases."""
+        self.history_sequence = max(self.history_sequence, received)

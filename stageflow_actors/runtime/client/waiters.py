@@ -1,7 +1,7 @@
-"""`Waiters`: who in this program waits for which instance, and is told how it ends.
+"""`Waiters`: which objects of this program wait for which instance.
 
-The connection's thread tells, any thread may wait. Nothing here asks a broker or reads a history, and what is told must
-never block or raise: it would end the connection.
+The connection's thread notifies, any thread may wait. Nothing here queries a broker or reads a history. A waiter must
+never block or raise when it is notified: that would end the connection.
 """
 
 from __future__ import annotations
@@ -16,144 +16,144 @@ __all__ = ["Waiter", "Waiters"]
 
 
 class Waiter(Protocol):
-    """What is told of an instance: first what there is to tell, for each instance of a batch, then once `_wake`."""
+    """The receiver of an outcome: one call per instance of a batch, then `wake` once for the batch."""
 
-    def _end(self, instance_id: str, outcome: bytes) -> None:
-        """It has ended."""
+    def on_ended(self, instance_id: str, outcome: bytes) -> None:
+        """Called when the instance has ended."""
 
-    def _park(self, instance_id: str) -> None:
-        """It is parked."""
+    def on_parked(self, instance_id: str) -> None:
+        """Called when the instance is parked."""
 
-    def _left(self, instance_id: str) -> None:
-        """It has left the broker: the history knows more."""
+    def on_left(self, instance_id: str) -> None:
+        """Called when the instance has left the broker; its outcome is in the history."""
 
-    def _broken(self, error: StageFlowError) -> None:
-        """Nothing more will be heard."""
+    def on_failure(self, error: StageFlowError) -> None:
+        """Called when no more notifications will arrive."""
 
-    def _wake(self) -> None:
-        """There is news."""
+    def wake(self) -> None:
+        """Called after one or more of the calls above (not after `on_failure`)."""
 
 
 class Waiters:
     """Waiters by instance id."""
 
-    __slots__ = ("_lock", "_quiet", "by_id")
+    __slots__ = ("_empty", "_lock", "by_id")
 
     def __init__(self) -> None:
         self.by_id: dict[str, Waiter] = {}
         # Reentrant: an iterator that the garbage collector ends in the middle of a batch takes it again.
         self._lock = threading.RLock()
-        self._quiet = threading.Condition()
+        self._empty = threading.Condition()
 
     def add(self, instance_id: str, waiter: Waiter) -> None:
-        """Have `waiter` told too."""
+        """Notify `waiter` of this instance, in addition to the waiters it has."""
         self.add_all((instance_id,), waiter)
 
     def add_all(self, instance_ids: Iterable[str], waiter: Waiter) -> None:
-        """Have `waiter` told too, of each of these."""
+        """Notify `waiter` of each of these instances, in addition to the waiters they have."""
         by_id = self.by_id
         with self._lock:
             for instance_id in instance_ids:
-                there = by_id.get(instance_id)
-                if there is None or there is waiter:
+                present = by_id.get(instance_id)
+                if present is None or present is waiter:
                     by_id[instance_id] = waiter
-                elif isinstance(there, _Several):
-                    if not there.has(waiter):
-                        there.waiters.append(waiter)
+                elif isinstance(present, _WaiterGroup):
+                    if not present.has(waiter):
+                        present.waiters.append(waiter)
                 else:
-                    by_id[instance_id] = _Several([there, waiter])
+                    by_id[instance_id] = _WaiterGroup([present, waiter])
 
     def remove(self, instance_id: str, waiter: Waiter) -> bool:
-        """Have `waiter` told no more; whether it was going to be."""
+        """Stop notifying `waiter` of this instance; return True if it was registered."""
         with self._lock:
-            there = self.by_id.get(instance_id)
-            if there is waiter:
+            present = self.by_id.get(instance_id)
+            if present is waiter:
                 del self.by_id[instance_id]
-            elif isinstance(there, _Several) and there.has(waiter):
-                there.waiters = [other for other in there.waiters if other is not waiter]
-                if not there.waiters:
+            elif isinstance(present, _WaiterGroup) and present.has(waiter):
+                present.waiters = [other for other in present.waiters if other is not waiter]
+                if not present.waiters:
                     del self.by_id[instance_id]
             else:
                 return False
         if not self.by_id:
-            self._tell_quiet()
+            self._wake_empty()
         return True
 
     def abandon(self, instance_id: str, waiter: Waiter) -> None:
-        """Nobody looks at `waiter` any more, but the instance is still one that this program waits for."""
+        """Drop `waiter`, but keep the instance among those that this program waits for."""
         with self._lock:
             if self.remove(instance_id, waiter):
-                self.add(instance_id, _FORGOTTEN)
+                self.add(instance_id, _ABANDONED)
 
-    def forsake(self, instance_id: str) -> None:
-        """An instance that was abandoned turns out not to have started: nobody waits for it."""
-        self.remove(instance_id, _FORGOTTEN)
+    def remove_abandoned(self, instance_id: str) -> None:
+        """Forget an abandoned instance whose start was refused."""
+        self.remove(instance_id, _ABANDONED)
 
     def has(self, instance_id: str, waiter: Waiter) -> bool:
-        """Whether `waiter` is going to be told."""
-        there = self.by_id.get(instance_id)
-        return there is waiter or (isinstance(there, _Several) and there.has(waiter))
+        """Return True if `waiter` is registered for this instance."""
+        present = self.by_id.get(instance_id)
+        return present is waiter or (isinstance(present, _WaiterGroup) and present.has(waiter))
 
-    # what the connection's thread says
+    def wait_until_empty(self, timeout: float) -> None:
+        """Wait until nothing waits, or until a waiter may have been removed, at most `timeout` seconds."""
+        with self._empty:
+            if self.by_id:
+                self._empty.wait(timeout)
 
-    def ended(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        """Instances have ended, as (id, label, outcome)."""
+    # called by the connection's thread
+
+    def notify_ended(self, pushes: list[tuple[str, str, bytes]]) -> None:
+        """Notify that instances have ended, as (id, label, outcome)."""
         by_id = self.by_id
-        told = set()
+        notified = set()
         with self._lock:
             for instance_id, _, outcome in pushes:
                 waiter = by_id.get(instance_id)
                 if waiter is not None:
-                    # First told, then forgotten: whoever finds it forgotten finds it told.
-                    waiter._end(instance_id, outcome)
+                    # In this order: a waiter that is no longer registered has been notified.
+                    waiter.on_ended(instance_id, outcome)
                     del by_id[instance_id]
-                    told.add(waiter)
-        for waiter in told:
-            waiter._wake()
+                    notified.add(waiter)
+        for waiter in notified:
+            waiter.wake()
         if not by_id:
-            self._tell_quiet()
+            self._wake_empty()
 
-    def parked(self, instance_id: str) -> None:
-        """An instance is parked."""
-        self._tell(instance_id, lambda waiter: waiter._park(instance_id))
+    def notify_parked(self, instance_id: str) -> None:
+        """Notify that an instance is parked."""
+        self._notify(instance_id, lambda waiter: waiter.on_parked(instance_id))
 
-    def left(self, instance_id: str) -> None:
-        """An instance has left the broker."""
-        self._tell(instance_id, lambda waiter: waiter._left(instance_id))
+    def notify_left(self, instance_id: str) -> None:
+        """Notify that an instance has left the broker."""
+        self._notify(instance_id, lambda waiter: waiter.on_left(instance_id))
 
-    def break_off(self, error: StageFlowError, *, forget: bool) -> None:
-        """Nothing more will be heard, for this reason; `forget` who waits now."""
+    def notify_failure(self, error: StageFlowError, *, forget: bool) -> None:
+        """Notify every waiter that no more notifications will arrive; `forget`: also remove them."""
         with self._lock:
             waiters = set(self.by_id.values())
             if forget:
                 self.by_id.clear()
         for waiter in waiters:
-            waiter._broken(error)
-        self._tell_quiet()
+            waiter.on_failure(error)
+        self._wake_empty()
 
-    def wait_quiet(self, timeout: float) -> None:
-        """Wait until nobody waits, or somebody may have stopped waiting, at most `timeout` seconds."""
-        with self._quiet:
-            if self.by_id:
-                self._quiet.wait(timeout)
-
-    def _tell(self, instance_id: str, what: Callable[[Waiter], None]) -> None:
+    def _notify(self, instance_id: str, notification: Callable[[Waiter], None]) -> None:
         with self._lock:
             waiter = self.by_id.get(instance_id)
             if waiter is not None:
-                what(waiter)
+                notification(waiter)
                 del self.by_id[instance_id]
         if waiter is not None:
-            waiter._wake()
-        self._tell_quiet()
+            waiter.wake()
+        self._wake_empty()
 
-    def _tell_quiet(self) -> None:
-        with self._quiet:
-            self._quiet.notify_all()
+    def _wake_empty(self) -> None:
+        with self._empty:
+            self._empty.notify_all()
 
 
-class _Several:
-    """More than one waits for the same instance."""
+class _WaiterGroup:
+    """Several waiters of one instance."""
 
     __slots__ = ("waiters",)
 
@@ -161,40 +161,40 @@ class _Several:
         self.waiters = waiters
 
     def has(self, waiter: Waiter) -> bool:
-        # By identity: handles of the same instance are equal, and each of them is to be told.
+        # By identity: each handle of an instance is notified.
         return any(other is waiter for other in self.waiters)
 
-    def _end(self, instance_id: str, outcome: bytes) -> None:
+    def on_ended(self, instance_id: str, outcome: bytes) -> None:
         for waiter in self.waiters:
-            waiter._end(instance_id, outcome)
+            waiter.on_ended(instance_id, outcome)
 
-    def _park(self, instance_id: str) -> None:
+    def on_parked(self, instance_id: str) -> None:
         for waiter in self.waiters:
-            waiter._park(instance_id)
+            waiter.on_parked(instance_id)
 
-    def _left(self, instance_id: str) -> None:
+    def on_left(self, instance_id: str) -> None:
         for waiter in self.waiters:
-            waiter._left(instance_id)
+            waiter.on_left(instance_id)
 
-    def _broken(self, error: StageFlowError) -> None:
+    def on_failure(self, error: StageFlowError) -> None:
         for waiter in self.waiters:
-            waiter._broken(error)
+            waiter.on_failure(error)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         for waiter in self.waiters:
-            waiter._wake()
+            waiter.wake()
 
 
-class _Forgotten:
-    """Stands for an iterator that was dropped: its instances are still waited for when the runtime is left."""
+class _Abandoned:
+    """Stands for an iterator that was dropped: leaving the runtime still waits for its instances."""
 
     __slots__ = ()
 
-    def _end(self, instance_id: str, outcome: bytes) -> None: ...
-    def _park(self, instance_id: str) -> None: ...
-    def _left(self, instance_id: str) -> None: ...
-    def _broken(self, error: StageFlowError) -> None: ...
-    def _wake(self) -> None: ...
+    def on_ended(self, instance_id: str, outcome: bytes) -> None: ...
+    def on_parked(self, instance_id: str) -> None: ...
+    def on_left(self, instance_id: str) -> None: ...
+    def on_failure(self, error: StageFlowError) -> None: ...
+    def wake(self) -> None: ...
 
 
-_FORGOTTEN = _Forgotten()
+_ABANDONED = _Abandoned()
