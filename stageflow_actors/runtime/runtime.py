@@ -31,12 +31,12 @@ __all__ = ["Runtime"]
 
 
 class Runtime(Client):
-    """Run workflows on this host: a broker process, a node process and worker processes for each stage.
+    """Run workflows on this host, in processes of their own.
 
-    Use it in a `with` block, or call `start` and `stop`. Leaving the block normally waits until the instances that
-    this program submitted have ended, are parked, or wait for a signal or a delay. Leaving it by an exception or
-    Ctrl-C waits only for the stages in work; a second Ctrl-C kills them. Unfinished instances resume at the next start
-    on the same directory.
+    A runtime starts a broker process, a node process and worker processes for each stage. Use it in a `with` block, or
+    call `start` and `stop`. Leaving the block normally waits until the instances that this program submitted have
+    ended, are parked, or wait for a signal or a delay. Leaving it by an exception or Ctrl-C waits only for the stages
+    in work; a second Ctrl-C kills them. Unfinished instances resume at the next start on the same directory.
 
     Args:
         *workflows: The workflows; `register` adds more.
@@ -65,8 +65,8 @@ class Runtime(Client):
         >>> with tempfile.TemporaryDirectory() as d:
         ...     with Runtime(greet, data_dir=d, config=Config(durability="write")) as runtime:
         ...         result = runtime.execute(greet, {"name": "Ada"}, timeout=30)
-        ...         print(result.status, result.stage("say").data, runtime.finished_count())
-        completed Hello, Ada! 1
+        ...         print(result.status, result.stages[0].data)
+        completed Hello, Ada!
     """
 
     def __init__(
@@ -103,7 +103,9 @@ class Runtime(Client):
     # starting and stopping
 
     def start(self) -> Self:
-        """Start the cluster and resume unfinished instances; it accepts new instances when this returns.
+        """Start the cluster and resume unfinished instances.
+
+        The cluster accepts instances when this returns.
 
         Returns:
             This runtime.
@@ -200,10 +202,11 @@ class Runtime(Client):
 
     @classmethod
     def connect(cls, data_dir: str | Path) -> Client:
-        """Connect to the running cluster of a data directory: a runtime in another process, or `stageflow up`.
+        """Connect to the running cluster of a data directory.
 
-        The client has the methods of the runtime itself. With the id of a workflow instead of the object, contexts are
-        dicts: names and types of their fields are checked here, everything else by the first worker.
+        The cluster belongs to a runtime in another process, or to `stageflow up`. The client has the methods of the
+        runtime itself. With the id of a workflow instead of the object, contexts are dicts: names and types of their
+        fields are checked here, everything else by the first worker.
 
         Args:
             data_dir: The directory of the cluster.

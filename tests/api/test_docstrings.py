@@ -34,9 +34,6 @@ MODULES = ["stageflow_actors", "stageflow_actors.events", "stageflow_actors.test
 MADE_BY_STAGEFLOW = frozenset({"Client", "Instance", "StageCall", "StageContext", "WorkflowResult"})
 """Classes whose constructor users do not call: their docstring describes no parameters."""
 
-PENDING = frozenset({"Client", "Config", "Instance", "Runtime"})
-"""Classes whose docstrings are still to be completed; the checks of their members do not count yet."""
-
 MIN_DOCSTRING_EXAMPLES = 25
 MIN_EXAMPLES = 40
 MAX_FIRST_LINE = 79
@@ -99,11 +96,6 @@ class Entry:
         self.owner = owner
         plain = getattr(value, "__func__", value)
         self.doc = Doc(inspect.getdoc(plain) or "")
-
-    @property
-    def pending(self) -> bool:
-        """Return True while the docstring of the class is still to be completed."""
-        return (self.owner or self.value).__name__.rpartition(".")[2] in PENDING
 
     def faults(self) -> list[str]:
         """Return what the docstring lacks or says wrongly; empty if it is complete."""
@@ -258,11 +250,10 @@ def public_entries() -> list[Entry]:
 
 
 ENTRIES = public_entries()
-CHECKED = [entry for entry in ENTRIES if not entry.pending]
 EXAMPLES = [entry for entry in ENTRIES if "Example" in entry.doc.sections]
 
 
-@pytest.mark.parametrize("entry", CHECKED, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_docstring_describes_each_parameter_the_result_and_the_errors(entry: Entry) -> None:
     assert entry.faults() == []
 

@@ -62,11 +62,12 @@ Pending = list[tuple[StartRequest, Completion]]
 
 
 class Client:
-    """The calls that every process of the host can make while a runtime serves the data directory.
+    """Start instances, wait for results and control a cluster.
 
-    `Runtime` is a client; `Runtime.connect` returns one for another process. Safe for use by several threads; each
-    iterator is for one thread. Calls wait up to 60 seconds for an answer of the broker, restarts of it included, and
-    raise `BrokerUnavailable` after that.
+    Every process of the host can do so while a runtime serves the data directory. `Runtime` is a client;
+    `Runtime.connect` returns one for another process. Safe for use by several threads; each iterator is for one thread.
+    Calls wait up to 60 seconds for an answer of the broker, restarts of it included, and raise `BrokerUnavailable`
+    after that.
 
     Example:
         >>> import tempfile
@@ -208,7 +209,7 @@ class Client:
         progress: bool = False,
         retry_failed: bool = False,
     ) -> Iterator[WorkflowResult[C]]:
-        """Run a workflow over any number of contexts; yield the results in the order of the input.
+        """Run a workflow over any number of contexts, and yield results in input order.
 
         At most 8,000 instances are in flight, however long the input is. A refused context raises its error in the
         place of its result, and the iterator can go on; a parked instance yields a result with status `parked`.
@@ -236,7 +237,7 @@ class Client:
             >>> with tempfile.TemporaryDirectory() as d, Runtime(flow, data_dir=d) as runtime:
             ...     results = list(runtime.map(flow, [{"n": n} for n in range(4)], key="n"))
             ...     again = runtime.map_unordered(flow, [{"n": 3}], key="n")
-            ...     print([result.stage("compute").data for result in results], next(again) == results[3])
+            ...     print([result.stages[0].data for result in results], next(again) == results[3])
             [0, 2, 4, 6] True
         """
         ref = self._session.resolve(workflow)
@@ -251,7 +252,7 @@ class Client:
         progress: bool = False,
         retry_failed: bool = False,
     ) -> Iterator[WorkflowResult[C]]:
-        """Run a workflow over any number of contexts; yield the results in the order of completion.
+        """Run a workflow over any number of contexts, and yield results as they arrive.
 
         Args:
             workflow: The workflow or its id.
@@ -406,7 +407,7 @@ class Client:
     # control
 
     def pause(self, queue: str) -> None:
-        """Deliver no messages of a queue until `resume`; a pause survives restarts of the cluster.
+        """Deliver no messages of a queue until `resume`; also after restarts.
 
         Args:
             queue: The name of the queue, as in `queues`.
@@ -455,9 +456,9 @@ class Client:
         self._session.scale(planned.queue, actors)
 
     def on_event(self, callback: EventCallback) -> Callable[[], None]:
-        """Call `callback` with an event for each stage that completes and each instance that ends.
+        """Call `callback` for each stage that completes and each instance that ends.
 
-        The events are those of `stageflow_actors.events`, of all instances of the cluster: each at most once, those of
+        It gets the events of `stageflow_actors.events`, of all instances of the cluster: each at most once, those of
         one instance in order, on a separate thread. Exceptions of the callback are logged. Events are dropped, and
         their number is logged, if the callback is too slow. Before `start`, the callback waits for the start.
 
@@ -520,7 +521,7 @@ class Client:
     # the connection
 
     def close(self) -> None:
-        """Disconnect from the cluster, which goes on with the submitted instances. Idempotent."""
+        """Disconnect from the cluster; submitted instances go on. Idempotent."""
         self._session.disconnect(CLIENT_CLOSED)
 
     def __enter__(self) -> Self:

@@ -49,12 +49,12 @@ class Instance(Generic[C]):
         ...     instance = runtime.submit(flow, {}, instance_id="order-1")
         ...     instance.signal("approval")
         ...     result = instance.result(timeout=30)
-        ...     print(instance.done(), instance.status(), result.stage("ship").data)
+        ...     print(instance.done(), instance.status(), result.stages[-1].data)
         ...     print(instance.restart().cancel("not wanted"))
-        ...     print([entry.what for entry in instance.history()][-1])
+        ...     print([entry.what for entry in instance.history()])
         True completed shipped
         cancelled
-        cancelled
+        ['submitted', 'ended: cancelled']
     """
 
     __slots__ = ("_completion", "id")
@@ -136,10 +136,11 @@ class Instance(Generic[C]):
         _send_signal(self._completion.session, self.id, name, payload)
 
     def history(self) -> list[TimelineEntry]:
-        """Return the timeline: the events so far in order of time, and the current state of a live instance.
+        """Return the timeline of the instance, in order of time.
 
         Returns:
-            Entries with `at`, `what`, `stage_id`, `attempt`, `duration`, `error` and `data`.
+            The events so far, and the current state of a live instance. Entries have `at`, `what`, `stage_id`,
+            `attempt`, `duration`, `error` and `data`.
 
         Raises:
             InstanceNotFound: If no live or finished instance has this id.
@@ -153,7 +154,7 @@ class Instance(Generic[C]):
         return timeline_of_outcome(completion.outcome or completion.load_outcome())
 
     def cancel(self, reason: str = "") -> WorkflowStatus:
-        """Cancel the instance: no further stage starts, and completed stages are compensated.
+        """Cancel the instance: no more stages start, completed ones are compensated.
 
         A stage in work can end early (`ctx.cancelled`) and is killed after one second. Waits up to 30 seconds.
 
@@ -200,9 +201,9 @@ class Instance(Generic[C]):
         return self
 
     def restart(self, context: C | None = None) -> Instance[C]:
-        """Run the instance again from the first stage, under the same id: a new run with new idempotency keys.
+        """Run the instance again from the first stage, under the same id.
 
-        For an instance that has ended or is parked.
+        For an instance that has ended or is parked. It is a new run, with new idempotency keys.
 
         Args:
             context: The input of the new run; None (the default) for the final context of the last run.
