@@ -258,12 +258,6 @@ def test_a_docstring_describes_each_parameter_the_result_and_the_errors(entry: E
     assert entry.faults() == []
 
 
-@pytest.mark.parametrize("name", sorted(PENDING))
-def test_a_class_whose_docstrings_are_complete_is_not_listed_as_pending(name: str) -> None:
-    own = [entry for entry in ENTRIES if (entry.owner or entry.value).__name__ == name]
-    assert any(entry.faults() for entry in own), f"all of {name} is described: remove it from PENDING"
-
-
 @pytest.mark.parametrize("entry", EXAMPLES, ids=lambda entry: entry.name)
 def test_an_example_runs_and_prints_the_result_that_it_shows(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
