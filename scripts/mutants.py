@@ -185,7 +185,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "        if frame <= session.last_frame:\n            return SEEN\n",
+                "        if frame <= session.highest_frame:\n            return DUPLICATE\n",
                 "",
             ),
         ),
@@ -463,8 +463,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/supervision.py",
-                "message.delivery_state is not None and message.delivery_state.killed == death.peer:",
-                "message.delivery_state is not None and message.delivery_state.killed == -1:",
+                "message.delivery_state is not None and message.delivery_state.last_death_peer == death.peer:",
+                "message.delivery_state is not None and message.delivery_state.last_death_peer == -1:",
             ),
         ),
         (
@@ -494,7 +494,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "if op == wire.QUERY and session.unread > MOST_UNREAD:",
+                "if op == wire.QUERY and session.unread_bytes > UNREAD_PAUSE_BYTES:",
                 "if False:",
             ),
         ),

@@ -170,7 +170,7 @@ class Frames:
 
     def answer_ping(self) -> Parts:
         """Answer a ping that was never sent."""
-        return [wire.HEARD, wire.encode(self._chance.choice(NUMBERS)), b""]
+        return [wire.MARK_READ, wire.encode(self._chance.choice(NUMBERS)), b""]
 
     def out_of_turn(self) -> Parts:
         """Return a frame with a wrong number or epoch."""

@@ -67,7 +67,7 @@ def replayed(batches: list[Batch], wall: float) -> Picture:
     for batch in batches:
         replay_batch(replay, batch)
     machine.begin(wall, wall)
-    machine.started(wall, wall)
+    machine.begin_epoch(wall, wall)
     return picture(machine)
 
 

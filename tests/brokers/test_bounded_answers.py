@@ -30,7 +30,7 @@ class Reader(Peer):
         """Read what there is; whether there was anything."""
         marks, self.heard = self.heard, []
         for mark in marks:
-            self.world.round([(self.number, wire.HEARD, wire.encode(mark), b"")])
+            self.world.round([(self.number, wire.MARK_READ, wire.encode(mark), b"")])
         return bool(marks)
 
 
@@ -38,7 +38,7 @@ class Reader(Peer):
 def here(monkeypatch: pytest.MonkeyPatch) -> World:
     """A broker that sends no answer to a peer with more than `MOST` unread bytes."""
     for module in (machine, watches):
-        monkeypatch.setattr(module, "MOST_UNREAD", MOST)
+        monkeypatch.setattr(module, "UNREAD_PAUSE_BYTES", MOST)
     return World(limits=msgspec.structs.replace(Limits(), max_unread_bytes=24 * MOST // 10))
 
 
@@ -130,16 +130,16 @@ def test_unanswered_queries_are_sent_again_after_a_new_hello(here: World) -> Non
     frames = [peer.frame_of(wire.QUERY, ("peek", ("q", 0, 1))) for _ in range(10)]
     here.round(frames)
     session = here.machine.state.sessions[2]
-    assert session.waiting
+    assert session.waiting_frames
     peer.hello(next_frame=max(peer.results) + 1)
-    assert not session.waiting
+    assert not session.waiting_frames
     assert session.waiting_bytes == 0
 
 
 def test_a_peer_that_keeps_asking_and_reads_nothing_is_disconnected(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "MOST_WAITING", 20)
+    monkeypatch.setattr(machine, "MAX_WAITING_FRAMES", 20)
     here.peer(1).publish([("q", "")], [(0, 600)], [bytes(600)])
     peer = reader(here)
     here.round([peer.frame_of(wire.QUERY, ("peek", ("q", 0, 1))) for _ in range(40)])
@@ -169,7 +169,7 @@ def test_one_whose_answer_cannot_be_made_is_cut_off_and_the_others_are_served(
 
 def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspector, "ANSWER_BYTES", 1_000)
-    monkeypatch.setattr(machine, "MOST_UNREAD", 1 << 20)
+    monkeypatch.setattr(machine, "UNREAD_PAUSE_BYTES", 1 << 20)
     peer = here.peer(1)
     peer.publish([("q", "")], [(0, 400, f"g{number}", 1, FLAG_START) for number in range(4)], [bytes(400)] * 4)
     described = peer.query("inspect", [f"g{number}" for number in range(4)])

@@ -195,10 +195,10 @@ def test_attempts_begun_before_it_opened_do_not_count() -> None:
     cluster.fail(1)
     cluster.say(late, ATTEMPT_SUCCEEDED, ACK, worker=cluster.workers[1])
     assert cluster.state() == OPEN
-    until = cluster.breaker.until
+    until = cluster.breaker.open_until
     cluster.world.pass_time(RESET / 2)
     cluster.say(later, ATTEMPT_FAILED, worker=cluster.workers[1])
-    assert cluster.breaker.until == until
+    assert cluster.breaker.open_until == until
 
 
 def test_a_probe_that_works_closes_it_and_all_go_through() -> None:
@@ -318,7 +318,7 @@ def test_what_is_cancelled_does_not_wait_for_the_breaker() -> None:
     cluster = Cluster()
     cluster.open()
     cluster.publish(1, priority=5)
-    ready, *_ = [message for message in cluster.world.machine.state.queue("q").waiting() if message.priority == 0]
+    ready, *_ = [message for message in cluster.world.machine.state.queue("q").iterate_ready() if message.priority == 0]
     assert ready.group is not None
     assert cancelled(cluster, ready.group.id)
     assert cluster.state() == OPEN
@@ -328,7 +328,7 @@ def test_what_is_cancelled_does_not_wait_for_the_breaker() -> None:
 def test_what_is_cancelled_does_not_wait_for_the_probe() -> None:
     cluster = Cluster()
     probe = cluster.half_open()
-    waiting = next(cluster.world.machine.state.queue("q").waiting())
+    waiting = next(cluster.world.machine.state.queue("q").iterate_ready())
     assert waiting.group is not None
     assert cancelled(cluster, waiting.group.id)
     assert list(cluster.worker.held) == [probe.id]
@@ -367,7 +367,7 @@ def test_a_restart_of_the_broker_keeps_the_breaker_and_closes_it() -> None:
     cluster.world.restart()
     cluster.supervisor.hello()
     assert cluster.state() == CLOSED
-    assert cluster.breaker.failures == FAILURES
+    assert cluster.breaker.max_failures == FAILURES
 
 
 @pytest.mark.parametrize(("failures", "reset"), [(-1, 1.0), (1, -1.0), (1, float("nan")), (1, float("inf"))])

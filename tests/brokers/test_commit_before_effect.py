@@ -125,7 +125,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     assert [queue for queue, _ in wire.decode_out(settled[0][1]).deliveries] == ["end"]
     files.room = None
     peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
-    assert not engine.machine.refusing
+    assert not engine.machine.refusal_reason
     assert not wire.decode_out(peer.publish()[0][1]).results
 
 

@@ -97,7 +97,7 @@ class RecordedPeer(EnginePeer):
                     RecordLocation(wall, segment, 0),
                 )
         recovered.begin(self.wall, self.wall)
-        recovered.started(self.wall, self.wall)
+        recovered.begin_epoch(self.wall, self.wall)
         check_whole(live)
         assert_same(picture(recovered, clocks_agree=True), picture(live, clocks_agree=True))
 

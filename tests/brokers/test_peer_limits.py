@@ -273,17 +273,17 @@ def test_a_peer_that_answers_pings_is_never_disconnected() -> None:
         for word, detail in reader.notices:
             if word == "mark":
                 marks += 1
-                here.round([(1, wire.HEARD, wire.encode(detail), b"")])
+                here.round([(1, wire.MARK_READ, wire.encode(detail), b"")])
         reader.notices.clear()
     assert marks > 10
     session = here.machine.state.sessions[1]
     assert session.connected
     # A mark that was never made, or something else altogether, confirms nothing.
-    read = session.read
-    for lie in (session.said + 1, -1, 2**63):
-        here.round([(1, wire.HEARD, wire.encode(lie), b"")])
-    assert session.read == read
-    here.round([(1, wire.HEARD, b"\xc1", b"")])
+    read = session.read_bytes
+    for lie in (session.sent_bytes + 1, -1, 2**63):
+        here.round([(1, wire.MARK_READ, wire.encode(lie), b"")])
+    assert session.read_bytes == read
+    here.round([(1, wire.MARK_READ, b"\xc1", b"")])
     assert any(word == "malformed" for word, _ in reader.notices)
 
 
@@ -296,7 +296,7 @@ def test_a_disconnected_worker_keeps_what_it_holds_until_it_reconnects() -> None
     worker.hear = lambda header, blob: None  # type: ignore[method-assign]
     for _ in range(40):
         supervisor.query("pause", "work")
-        here.machine.outbox.notice(here.machine.state.sessions[2], "recall", "x" * 300)
+        here.machine.outbox.add_notice(here.machine.state.sessions[2], "recall", "x" * 300)
         here.round()
     assert not here.machine.state.sessions[2].connected
     worker.hear = deaf  # type: ignore[method-assign]

@@ -180,7 +180,7 @@ def test_messages_in_hand_when_their_epoch_was_raised_are_diverted_if_no_worker_
     supervisor.query("dead", dying.number, 0, False, False, b"")
     world.pass_time(0.01)
     world.round()
-    assert [message.id for message in coordinator.waiting()] == [lost.id]
+    assert [message.id for message in coordinator.iterate_ready()] == [lost.id]
     same_after_replay(world)
 
 
@@ -230,7 +230,9 @@ def test_a_settlement_starts_a_group_only_if_it_is_not_live() -> None:
     fresh = PublishItem(1, 3, "new", 1, FLAG_START, 0, 0.0, 0.0, b"d")
     peer.settle(TARGETS, others=[SettleItem([(item.id, item.lease)], RETRY, [again, fresh])], bodies=[b"old", b"new"])
     assert world.machine.state.groups["child"].digest == b"d"
-    assert [message.group.id for message in world.machine.state.queue("next").waiting() if message.group] == ["new"]
+    assert [message.group.id for message in world.machine.state.queue("next").iterate_ready() if message.group] == [
+        "new"
+    ]
     same_after_replay(world)
 
 
@@ -360,7 +362,7 @@ def test_a_wall_clock_that_was_set_back_makes_no_delay_longer_than_it_was() -> N
     due = world.machine.next_deadline()
     assert due is not None
     assert due - world.now <= 60.0
-    (waiting,) = world.machine.state.queue("q").waiting()
+    (waiting,) = world.machine.state.queue("q").iterate_ready()
     assert waiting.ensure_delivery_state().expires - world.now <= 30.0
 
 

@@ -287,14 +287,14 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         self._welcomed(1).query("hand-over", group, ids, "coord", "passed")
 
     def _dead_queues(self) -> list[str]:
-        return sorted(queue.name for queue in self.world.machine.state.queues.values() if queue.dead)
+        return sorted(queue.name for queue in self.world.machine.state.queues.values() if queue.dead_letters)
 
     @precondition(lambda self: self._dead_queues())
     @rule(choice=st.integers(0, 5), body=bodies)
     def replace_dead_letter(self, choice: int, body: bytes) -> None:
         queues = self._dead_queues()
         queue = queues[choice % len(queues)]
-        dead = list(self.world.machine.state.queue(queue).dead)
+        dead = list(self.world.machine.state.queue(queue).dead_letters)
         self._welcomed(1).query("replace", f"dlq.{queue}", dead[0] if dead else 0, body)
 
     @rule(group=groups, queue=queues, body=bodies)
@@ -306,13 +306,13 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
     def requeue(self, choice: int, some: bool) -> None:
         queues = self._dead_queues()
         queue = queues[choice % len(queues)]
-        dead = list(self.world.machine.state.queue(queue).dead)
+        dead = list(self.world.machine.state.queue(queue).dead_letters)
         self._welcomed(1).query("requeue", f"dlq.{queue}", dead[:1] if some else [])
 
     @rule(queue=queues, dead=st.booleans(), some=st.booleans())
     def purge(self, queue: str, dead: bool, some: bool) -> None:
         known = self.world.machine.state.queue(queue)
-        ids = list(known.dead) if dead else [message.id for message in known.waiting()]
+        ids = list(known.dead_letters) if dead else [message.id for message in known.iterate_ready()]
         self._welcomed(1).query("purge", f"dlq.{queue}" if dead else queue, ids[:1] if some else [])
 
     @rule(queue=queues, paused=st.booleans())
@@ -356,7 +356,7 @@ class BrokerAndItsReplay(RuleBasedStateMachine):
         check_whole(recovered)
         agree = world.clocks_agree
         assert_same(picture(recovered, clocks_agree=agree), picture(world.machine, clocks_agree=agree))
-        frames = {session.peer: session.last_frame for session in world.machine.state.sessions.values()}
+        frames = {session.peer: session.highest_frame for session in world.machine.state.sessions.values()}
         for peer, frame in recovered.state.last_frames.items():
             assert frame <= frames.get(peer, frame)
 

@@ -62,7 +62,7 @@ def sound_frames(peer: Peer, victim: Peer) -> list[Frame]:
         peer.frame_of(wire.CHECKPOINT, (*lease, "step"), b"value"),
         peer.frame_of(wire.RELEASE, ([lease], "q", 1)),
         peer.frame_of(wire.QUERY, ("lookup", (["g0", "g1"],))),
-        (peer.number, wire.HEARD, wire.encode(300), b""),
+        (peer.number, wire.MARK_READ, wire.encode(300), b""),
     ]
 
 

@@ -147,7 +147,7 @@ def test_no_frame_harms_the_machine_or_another_peer(sent: list[tuple[bytes, Any,
                 attacker.hello()
             # One that was not taken left the number to the next.
             session = world.machine.state.sessions[ATTACKER]
-            attacker.frame = session.heard
+            attacker.frame = session.received_frame
             attacker.send(op, said, fitting(op, said, blob))
         check_whole(world.machine)
     for id, lease in held.items():

@@ -60,9 +60,10 @@ def test_an_instance_that_loses_its_message_is_noticed(
     def lose_and_look(self: Engine, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
         said = rounds(self, frames, more=more)
         store = self.machine.state
-        group = next((g for g in store.groups.values() if g.one is not None and not g.more and not g.gathers), None)
-        if group is not None and group.one is not None:
-            store.remove(group.one)
+        alone = (g for g in store.groups.values() if g.first_message is not None and not g.other_messages)
+        group = next((g for g in alone if not g.gathers), None)
+        if group is not None and group.first_message is not None:
+            store.remove(group.first_message)
             found = instances(self.machine.admin.call(Session(1), "audit", NONE), Naming())
             seen.append((group.id, [one.where for one in found]))
             pytest.fail("enough")

@@ -78,7 +78,7 @@ def counted_wrong(store: Any) -> None:
 
 
 def buried_elsewhere(store: Any) -> None:
-    store.queues["q"].dead.clear()
+    store.queues["q"].dead_letters.clear()
 
 
 def gather_unknown(store: Any) -> None:

@@ -246,7 +246,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     store = tight.engine.machine.state
     taken = store.queue("waits").ready_count
     assert 1 < taken < 9
-    heard = store.sessions[7].heard
+    heard = store.sessions[7].received_frame
     assert heard < tight.frame, "nobody is told that it has been taken"
     # Behind what waits, everything of the same peer does.
     assert tight.say(wire.QUERY, "stats", ("",)) is None
@@ -264,7 +264,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
         tight.clock += 1
         tight.round([])
     assert store.queue("waits").ready_count == 9
-    assert store.sessions[7].heard == tight.frame
+    assert store.sessions[7].received_frame == tight.frame
     assert tight.answers.pop(tight.frame)["messages"] == 9
     tight.files.kill()
     tight.begin()
@@ -277,7 +277,7 @@ def test_a_new_hello_sends_again_what_waited_for_room() -> None:
     for each in range(8):
         tight.say(wire.PUBLISH, [("waits", "more")], [(0, len(body), f"event{each}", 1)], blob=body)
     store = tight.engine.machine.state
-    heard = store.sessions[7].heard
+    heard = store.sessions[7].received_frame
     assert heard < tight.frame
     hello = wire.encode((wire.PROTOCOL, "client", "", 2, heard + 1, []))
     tight.round([(7, wire.HELLO, hello, b"")])

@@ -317,7 +317,7 @@ class Connection(ABC):
         if word == "mark":
             # The broker counts what it has said, and cuts off who does not answer any more.
             with self._lock:
-                self._transmit(wire.HEARD, wire.encode(detail), b"")
+                self._transmit(wire.MARK_READ, wire.encode(detail), b"")
         else:
             self._listener.on_notice(word, detail)
 

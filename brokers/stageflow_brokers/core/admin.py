@@ -56,7 +56,7 @@ class Status:
 
 
 class Admin:
-    """The queries of one machine. `part` ends the session of a peer that leaves."""
+    """The queries of one machine. `close_session` ends the session of a peer that leaves."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Admin:
         supervision: Supervision,
         watches: Watches,
         status: Status,
-        part: Callable[[Session], None],
+        close_session: Callable[[Session], None],
     ) -> None:
         self._state = state
         self._writer = writer
@@ -83,7 +83,7 @@ class Admin:
         self._supervision = supervision
         self._watches = watches
         self._status = status
-        self._part = part
+        self._close_session = close_session
         inspector = self._inspector = Inspector(state, writer, leases)
         self._queries: dict[str, tuple[Any, Callable[..., Any]]] = {
             "consume": (tuple[Name, int], self._consume),
@@ -158,7 +158,7 @@ class Admin:
 
     def _bye(self, session: Session) -> None:
         """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
-        self._part(session)
+        self._close_session(session)
 
     # the broker as a whole
 
@@ -173,7 +173,7 @@ class Admin:
             "live_bytes": state.live_bytes,
             "left_seq": state.closed_sequence,
             "malformed": self._status.malformed,
-            "refusing": self._publish_handler.refusing,
+            "refusing": self._publish_handler.refusal_reason,
         }
 
     def _fact(self, session: Session, name: str, value: str | None) -> str | None:
@@ -248,12 +248,12 @@ class Admin:
         for message in revived:
             self._revive(message)
         answer = {"requeued": len(revived), "refused": refused}
-        session.remember(session.heard, answer)
+        session.keep_answer(session.received_frame, answer)
         return answer
 
     def _revive(self, message: Message) -> None:
         queue = message.queue
-        del queue.dead[message.id]
+        del queue.dead_letters[message.id]
         delivery_state = message.ensure_delivery_state()
         delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
         delivery_state.attempts = delivery_state.deaths = 0
@@ -265,11 +265,11 @@ class Admin:
 
     def _dead_letters(self, queue: Queue, ids: list[int]) -> list[Message]:
         if not ids:
-            return list(queue.dead.values())
-        missing = [id for id in ids if id not in queue.dead]
+            return list(queue.dead_letters.values())
+        missing = [id for id in ids if id not in queue.dead_letters]
         if missing:
             raise Refused(f"no dead letter {missing[0]} in {DLQ}{queue.name}")
-        return [queue.dead[id] for id in dict.fromkeys(ids)]
+        return [queue.dead_letters[id] for id in dict.fromkeys(ids)]
 
     def _purge(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
         queue, dead = named(self._state, name)
@@ -277,7 +277,7 @@ class Admin:
             chosen = self._dead_letters(queue, ids)
         else:
             wanted = set(ids)
-            chosen = [message for message in queue.waiting() if not wanted or message.id in wanted]
+            chosen = [message for message in queue.iterate_ready() if not wanted or message.id in wanted]
         for message in chosen:
             self._state.remove(message)
         if chosen:
@@ -286,7 +286,7 @@ class Admin:
         self._settle_handler.close(list(groups.values()))
         ended = [id for id, group in groups.items() if self._state.groups.get(id) is not group]
         answer = {"purged": len(chosen), "instances": ended}
-        session.remember(session.heard, answer)
+        session.keep_answer(session.received_frame, answer)
         return answer
 
     # epochs
@@ -304,7 +304,7 @@ class Admin:
         self._limit_checker.check_queues((queue,))
         if epoch > group.epoch and not group.ended:
             group.epoch = epoch
-            group.divert = (queue, label)
+            group.divert_to = (queue, label)
             self._writer.keep_group(group)
             for message in group.messages():
                 if message.is_stale_epoch and message.state() != LEASED:
@@ -325,8 +325,8 @@ class Admin:
             raise Refused(f"{id} is not live")
         if group.cancelled is None and not group.ended:
             group.cancelled = reason
-            group.released = tuple(prefixes)
-            group.warned = self._state.next_lease
+            group.released_prefixes = tuple(prefixes)
+            group.cancel_lease = self._state.next_lease
             group.epoch += 1
             self._writer.keep_group(group)
             for message in group.messages():
@@ -365,16 +365,16 @@ class Admin:
                 continue
             gathered = message.delivery_state is not None and message.delivery_state.parts is not None
             # After a restart somebody may still be at it who has not said so yet.
-            if not gathered and leases.workers_known and not message.queue.awaiting:
+            if not gathered and leases.workers_known and not message.queue.awaited_peers:
                 leases.move(state.replace(message), queue, label)
                 count += 1
-        session.remember(session.heard, count)
+        session.keep_answer(session.received_frame, count)
         return count
 
     def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
         """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
         queue, _ = named(self._state, name)
-        message = queue.dead.get(id)
+        message = queue.dead_letters.get(id)
         if message is None:
             raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
         delivery_state = message.ensure_delivery_state()
@@ -409,7 +409,7 @@ class Admin:
             state.remove(message)
         self._writer.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
         group.epoch += 1
-        group.cancelled, group.released = None, ()
+        group.cancelled, group.released_prefixes = None, ()
         self._writer.keep_group(group)
         for gather in (group.gathers or {}).values():
             state.live_bytes -= gather.weight
@@ -422,5 +422,5 @@ class Admin:
         state.enqueue(first)
         state.touched[target] = None
         answer = {"epoch": group.epoch}
-        session.remember(session.heard, answer)
+        session.keep_answer(session.received_frame, answer)
         return answer

@@ -75,7 +75,7 @@ class Audit:
             "epochs": epochs,
             "shapes": [[*shape, count, ids] for shape, (count, ids) in shapes.items()],
             "sessions": [_session(known) for known in state.sessions.values()],
-            "awaited": {queue.name: len(queue.awaiting) for queue in state.queues.values() if queue.awaiting},
+            "awaited": {queue.name: len(queue.awaited_peers) for queue in state.queues.values() if queue.awaited_peers},
             "rostered": self._leases.workers_known,
             "queues": self._inspector.queues(""),
             "facts": dict(state.facts),
@@ -85,11 +85,11 @@ class Audit:
 
 def _shape(group: Group) -> tuple[Any, ...]:
     """(ended, messages as (queue, label, state, count), gathers as (key, need, arrived, queue, has a deadline))."""
-    if group.more:
+    if group.other_messages:
         counts = Counter((m.queue.name, m.label, m.state()) for m in group.messages())
         messages = tuple(sorted((*kind, count) for kind, count in counts.items()))
-    elif group.one is not None:
-        one = group.one
+    elif group.first_message is not None:
+        one = group.first_message
         messages = ((one.queue.name, one.label, one.state(), 1),)
     else:
         messages = ()
@@ -143,11 +143,11 @@ def contradictions(state: BrokerState) -> Iterator[str]:
             assert message.delivery_state is not None
             if (message.delivery_state.due, id, "", "") not in alarms:
                 yield f"message {id} in {message.queue.name} is delayed, and no timer will wake it"
-        elif message_state == PARKED and message.queue.dead.get(id) is not message:
+        elif message_state == PARKED and message.queue.dead_letters.get(id) is not message:
             yield f"message {id} is a dead letter that {message.queue.name} does not know of"
     linked = 0
     for group in state.groups.values():
-        linked += (group.one is not None) + len(group.more or ())
+        linked += (group.first_message is not None) + len(group.other_messages or ())
         for gather in (group.gathers or {}).values():
             size += gather.weight
             if state.gathers.get((group.id, gather.key)) is not group:
@@ -182,10 +182,10 @@ def _lease_faults(state: BrokerState, message: Message) -> Iterator[str]:
 def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
     figures: Iterable[tuple[str, int, int]] = (
         (READY, counted[READY], queue.ready_count),
-        ("to be delivered", counted[READY], sum(1 for m in queue.waiting() if _lies_right(state, queue, m))),
+        ("to be delivered", counted[READY], sum(1 for m in queue.iterate_ready() if _lies_right(state, queue, m))),
         (LEASED, counted[LEASED], sum(len(consumer.held) for consumer in queue.consumers)),
         (DELAYED, counted[DELAYED], queue.delayed),
-        (PARKED, counted[PARKED], len(queue.dead)),
+        (PARKED, counted[PARKED], len(queue.dead_letters)),
     )
     for what, real, known in figures:
         if real != known:

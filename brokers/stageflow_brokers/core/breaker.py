@@ -20,30 +20,30 @@ CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 class Breaker:
     """The breaker of one queue: `failures` in a row open it for `reset` seconds. `probe` is the id of a message."""
 
-    __slots__ = ("failure_count", "failures", "probe", "reset", "state", "until")
+    __slots__ = ("failure_count", "max_failures", "open_until", "probe", "reset_seconds", "state")
 
-    def __init__(self, failures: int, reset: float) -> None:
-        self.failures = failures
-        self.reset = reset
+    def __init__(self, max_failures: int, reset_seconds: float) -> None:
+        self.max_failures = max_failures
+        self.reset_seconds = reset_seconds
         self.state = CLOSED
         self.failure_count = 0
-        self.until = 0.0
+        self.open_until = 0.0
         self.probe = 0
 
     @property
-    def most(self) -> int:
+    def max_held(self) -> int:
         """How many messages a consumer may hold while closed: what it has begun to fail at is not worth more."""
-        return max(1, self.failures - self.failure_count)
+        return max(1, self.max_failures - self.failure_count)
 
     def record_failure(self, id: int, now: float) -> bool:
         """An attempt at the message has failed. Whether that has opened the breaker, until `until`."""
         if self.state == CLOSED:
             self.failure_count += 1
-            if self.failure_count < self.failures:
+            if self.failure_count < self.max_failures:
                 return False
         elif self.state == OPEN or id != self.probe:
             return False
-        self.state, self.probe, self.until = OPEN, 0, now + self.reset
+        self.state, self.probe, self.open_until = OPEN, 0, now + self.reset_seconds
         return True
 
     def record_success(self, ids: Collection[int]) -> None:
@@ -53,8 +53,8 @@ class Breaker:
         elif self.state == HALF_OPEN and self.probe in ids:
             self.state, self.failure_count, self.probe = CLOSED, 0, 0
 
-    def waits(self, now: float) -> bool:
+    def check_open(self, now: float) -> bool:
         """Whether nothing is to be delivered now; an open one whose time has come is half-open from here on."""
-        if self.state == OPEN and now >= self.until:
+        if self.state == OPEN and now >= self.open_until:
             self.state = HALF_OPEN
         return self.state == OPEN

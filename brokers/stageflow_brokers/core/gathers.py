@@ -98,7 +98,11 @@ class GatherManager:
     def release(self, group: Group) -> None:
         """The group was cancelled: publish what waits in the open gathers that it does not wait for any more."""
         for key in list(group.gathers or ()):
-            if group.gathers is not None and group.gathers[key].need is not None and key.startswith(group.released):
+            if (
+                group.gathers is not None
+                and group.gathers[key].need is not None
+                and key.startswith(group.released_prefixes)
+            ):
                 self._publish(group, key, failure=EXPIRED)
 
     def _settle(self, group: Group, key: str) -> None:
@@ -108,9 +112,9 @@ class GatherManager:
         while gather.is_complete:
             self._publish(group, key)
         if gather.need is not None and gather.epoch < group.epoch:
-            if group.divert is not None:
+            if group.divert_to is not None:
                 self._publish(group, key)
-            elif group.cancelled is not None and key.startswith(group.released):
+            elif group.cancelled is not None and key.startswith(group.released_prefixes):
                 self._publish(group, key, failure=EXPIRED)
 
     def _publish(self, group: Group, key: str, *, failure: bytes | None = None) -> None:

@@ -138,7 +138,7 @@ class Inspector:
         for group in self._state.groups.values():
             if group.ended:
                 continue
-            one = group.one
+            one = group.first_message
             if (
                 one is not None
                 and one.delivery_state is None
@@ -202,14 +202,14 @@ class Inspector:
         return [self._queue(q) for name, q in sorted(self._state.queues.items()) if name.startswith(prefix)]
 
     def _queue(self, queue: Queue) -> dict[str, Any]:
-        first = next(queue.waiting(), None)
-        closed = not self._leases.workers_known or bool(queue.awaiting)
+        first = next(queue.iterate_ready(), None)
+        closed = not self._leases.workers_known or bool(queue.awaited_peers)
         return {
             "name": queue.name,
             "ready": queue.ready_count,
             "leased": sum(len(consumer.held) for consumer in queue.consumers),
             "delayed": queue.delayed,
-            "dead": len(queue.dead),
+            "dead": len(queue.dead_letters),
             "oldest": 0.0 if first is None else max(0.0, self._state.wall - first.location.wall),
             "consumers": len(queue.consumers),
             "busy": sum(1 for consumer in queue.consumers if consumer.held),
@@ -226,7 +226,7 @@ class Inspector:
             raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
         found: list[dict[str, Any]] = []
         room = SHOWN_BYTES
-        for message in islice(queue.dead.values() if dead else queue.waiting(), offset, offset + limit):
+        for message in islice(queue.dead_letters.values() if dead else queue.iterate_ready(), offset, offset + limit):
             room -= _base_size(message)
             found.append(self._message(message, body=room >= 0 or not found))
         return found

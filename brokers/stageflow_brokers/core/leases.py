@@ -20,7 +20,7 @@ from stageflow_brokers.types import DeliveryExtra
 
 __all__ = ["Leases"]
 
-DELIVERED_BYTES = 4 << 20
+MAX_DELIVERY_BYTES = 4 << 20
 """A delivery to one consumer ends with the body that reaches this many bytes, whatever its credit."""
 
 EXPIRED = b"expired"
@@ -66,8 +66,8 @@ class Leases:
     def free_credit(self, session: Session, ids: Iterable[int]) -> None:
         """The peer has settled or returned these, which were not its own any more: there is room for others."""
         for consumer in session.consumers.values():
-            if consumer.gone and not consumer.gone.isdisjoint(ids):
-                consumer.gone.difference_update(ids)
+            if consumer.removed_ids and not consumer.removed_ids.isdisjoint(ids):
+                consumer.removed_ids.difference_update(ids)
                 self.state.touched[consumer.queue] = None
 
     def release(self, message: Message) -> None:
@@ -95,10 +95,10 @@ class Leases:
         breaker = queue.breaker
         if breaker is None or not breaker.record_failure(message.id, now):
             return
-        self.state.timer(breaker.until, BREAKER_TIMER, "", queue.name)
+        self.state.timer(breaker.open_until, BREAKER_TIMER, "", queue.name)
         for consumer in queue.consumers:
             if len(consumer.held) > 1:
-                self._outbox.notice(consumer.session, "recall", None)
+                self._outbox.add_notice(consumer.session, "recall", None)
 
     def wake_queue(self, name: str) -> None:
         """The time of an open breaker is over."""
@@ -108,8 +108,8 @@ class Leases:
         """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
         group = message.group
         assert group is not None
-        assert group.divert is not None
-        self.move(message, *group.divert)
+        assert group.divert_to is not None
+        self.move(message, *group.divert_to)
 
     def move(self, message: Message, name: str, label: str) -> None:
         """To another queue, under another label, with all that has happened to it. It must be in no lane."""
@@ -141,7 +141,7 @@ class Leases:
         drop are returned."""
         named = set(holding)
         for consumer in session.consumers.values():
-            consumer.gone.clear()
+            consumer.removed_ids.clear()
             for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
                 self.release(message)
         return [id for id, lease in holding if not self._adopt(session, id, lease)]
@@ -194,8 +194,8 @@ class Leases:
     def stop_awaiting(self, peer: int) -> None:
         """The peer has announced what it holds, or is dead: no queue waits for it any longer."""
         for queue in self.state.queues.values():
-            if peer in queue.awaiting:
-                queue.awaiting.discard(peer)
+            if peer in queue.awaited_peers:
+                queue.awaited_peers.discard(peer)
                 self.state.touched[queue] = None
 
     def divert_stale_epochs(self) -> None:
@@ -205,7 +205,7 @@ class Leases:
         for message in self.stale_epoch_messages:
             if self.state.messages.get(message.id) is not message or message.state() != READY:
                 continue
-            if message.queue.awaiting or not self.workers_known:
+            if message.queue.awaited_peers or not self.workers_known:
                 waiting.append(message)
             elif message.is_stale_epoch:
                 self.divert(self.state.replace(message))
@@ -220,7 +220,7 @@ class Leases:
             return
         paging, deep = self.state.paging, self.state.deep
         for queue in touched:
-            if self.workers_known and queue.consumers and not queue.paused and not queue.awaiting:
+            if self.workers_known and queue.consumers and not queue.paused and not queue.awaited_peers:
                 if queue.breaker is None:
                     self._pump(queue)
                 else:
@@ -230,7 +230,7 @@ class Leases:
         touched.clear()
 
     def _free(self, queue: Queue) -> list[Consumer]:
-        free = [c for c in queue.consumers if c.room > 0 and c.session.connected]
+        free = [c for c in queue.consumers if c.credit > 0 and c.session.connected]
         if self.delivery_suspended:
             free = [c for c in free if c.session.role == "supervisor"]
         return free
@@ -240,15 +240,15 @@ class Leases:
         free = self._free(queue)
         while free and queue.has_cancelled_next():
             self._deliver(queue, free[0], 1)
-            if free[0].room <= 0:
+            if free[0].credit <= 0:
                 free.pop(0)
-        if breaker.waits(self.state.now):
+        if breaker.check_open(self.state.now):
             return
         if breaker.state == CLOSED:
             while free and queue.next_lane():
                 share = -(-max(1, queue.ready_count) // len(free))
                 consumer = free.pop(0)
-                room = min(consumer.room, breaker.most - len(consumer.held))
+                room = min(consumer.credit, breaker.max_held - len(consumer.held))
                 if room > 0:
                     self._deliver(queue, consumer, min(share, room))
             return
@@ -265,7 +265,7 @@ class Leases:
         while free and queue.next_lane():
             share = -(-max(1, queue.ready_count) // len(free))
             consumer = free.pop(0)
-            self._deliver(queue, consumer, min(share, consumer.room))
+            self._deliver(queue, consumer, min(share, consumer.credit))
         if len(queue.consumers) > 1:
             queue.consumers.append(queue.consumers.pop(0))
 
@@ -276,11 +276,11 @@ class Leases:
         lease = self.state.next_lease
         items: list[tuple[Any, ...]] = []
         bodies = session.bodies
-        room = DELIVERED_BYTES
+        room = MAX_DELIVERY_BYTES
         while count > 0 and room > 0 and (lane := queue.next_lane()):
             message = lane.popleft()
             if message.holder is not None:
-                queue.skip -= 1
+                queue.taken_entries -= 1
                 continue
             message.lease = lease
             message.holder = consumer

@@ -19,7 +19,7 @@ from stageflow_brokers.core.gathers import GatherManager
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.limits import LimitChecker, Limits
 from stageflow_brokers.core.message import READY
-from stageflow_brokers.core.outbox import MOST_UNREAD, Outbox, Outgoing
+from stageflow_brokers.core.outbox import UNREAD_PAUSE_BYTES, Outbox, Outgoing
 from stageflow_brokers.core.publish import PublishHandler
 from stageflow_brokers.core.record_writer import ReadBody, RecordWriter
 from stageflow_brokers.core.records import Record
@@ -33,9 +33,9 @@ from stageflow_brokers.errors import ProtocolError, Refused
 
 __all__ = ["Limits", "Machine"]
 
-NOT_NOW, NEW, SEEN = range(3)
+OUT_OF_ORDER, NEW, DUPLICATE = range(3)
 
-MOST_WAITING = 10_000
+MAX_WAITING_FRAMES = 10_000
 """Frames that may wait for a peer to read what it has asked for; who sends more is cut off."""
 
 
@@ -53,7 +53,7 @@ class Machine:
         self.limits = limits or Limits()
         self.supervised = supervised
         self._status = Status()
-        self._waiting: dict[Session, None] = {}
+        self._waiting_sessions: dict[Session, None] = {}
         state = self.state = BrokerState(paging=paging)
         self.limit_checker = LimitChecker(state, self.limits)
         self.writer = RecordWriter(state, read_body)
@@ -87,7 +87,7 @@ class Machine:
             supervision=self.supervision,
             watches=self.watches,
             status=self._status,
-            part=self.part,
+            close_session=self.close_session,
         )
         self._handlers: dict[bytes, Callable[[Session, bytes, bytes], None]] = {
             wire.PUBLISH: self._publish,
@@ -95,7 +95,7 @@ class Machine:
             wire.CHECKPOINT: self._checkpoint,
             wire.RELEASE: self._release,
             wire.QUERY: self._query,
-            wire.HEARD: self._heard,
+            wire.MARK_READ: self._mark_read,
         }
 
     @property
@@ -117,15 +117,15 @@ class Machine:
         self._status.compacting = going_on
 
     @property
-    def refusing(self) -> str:
+    def refusal_reason(self) -> str:
         """Why nothing new is started at present; empty when all is well."""
-        return self.publish_handler.refusing
+        return self.publish_handler.refusal_reason
 
-    @refusing.setter
-    def refusing(self, why: str) -> None:
-        self.publish_handler.refusing = why
+    @refusal_reason.setter
+    def refusal_reason(self, why: str) -> None:
+        self.publish_handler.refusal_reason = why
 
-    def started(self, now: float, wall: float) -> None:
+    def begin_epoch(self, now: float, wall: float) -> None:
         """After the replay: a new broker epoch, to be made durable before anybody is answered."""
         state = self.state
         Replay(state).finish(now, wall)
@@ -133,7 +133,7 @@ class Machine:
         self.leases.stale_epoch_messages = [
             message
             for group in state.groups.values()
-            if group.divert is not None
+            if group.divert_to is not None
             for message in group.messages()
             if message.is_stale_epoch and message.state() == READY
         ]
@@ -154,15 +154,15 @@ class Machine:
             if op == wire.HELLO:
                 self._hello(peer, header)
             elif session is None or not session.connected:
-                self.outbox.notice_stranger(peer, "hello", None)
-            elif session.waiting and op != wire.HEARD:
+                self.outbox.add_stranger_notice(peer, "hello", None)
+            elif session.waiting_frames and op != wire.MARK_READ:
                 self._put_aside(session, op, header, blob)
             else:
                 self._handle(session, op, header, blob)
         except ProtocolError as error:
             self.malformed += 1
             if session is None or not session.connected:
-                self.outbox.notice_stranger(peer, "refused", str(error))
+                self.outbox.add_stranger_notice(peer, "refused", str(error))
             else:
                 self._refuse(session, header, error)
 
@@ -170,33 +170,33 @@ class Machine:
         handler = self._handlers.get(op)
         if handler is None:
             raise ProtocolError(f"unknown operation {op[:8]!r}")
-        if op == wire.QUERY and session.unread > MOST_UNREAD:
+        if op == wire.QUERY and session.unread_bytes > UNREAD_PAUSE_BYTES:
             self._put_aside(session, op, header, blob)
         else:
             handler(session, header, blob)
 
     def _put_aside(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
         """A peer that asks and does not read is answered when it has read, and all that it sends meanwhile waits."""
-        session.wait(op, header, blob)
-        self._waiting[session] = None
-        crowded = len(session.waiting) > MOST_WAITING or session.waiting_bytes > MOST_UNREAD
-        if crowded and session not in self.outbox.deaf:
-            self.outbox.deaf.append(session)
+        session.put_aside(op, header, blob)
+        self._waiting_sessions[session] = None
+        crowded = len(session.waiting_frames) > MAX_WAITING_FRAMES or session.waiting_bytes > UNREAD_PAUSE_BYTES
+        if crowded and session not in self.outbox.slow_peers:
+            self.outbox.slow_peers.append(session)
 
-    def _go_on(self) -> None:
+    def _take_waiting_frames(self) -> None:
         """Take the frames that have waited until their peers had read enough."""
-        for session in list(self._waiting):
-            while session.waiting and session.unread <= MOST_UNREAD:
-                op, header, blob = session.go_on()
+        for session in list(self._waiting_sessions):
+            while session.waiting_frames and session.unread_bytes <= UNREAD_PAUSE_BYTES:
+                op, header, blob = session.next_waiting_frame()
                 try:
                     self._handle(session, op, header, blob)
                 except ProtocolError as error:
                     self.malformed += 1
                     self._refuse(session, header, error)
-            if not session.waiting:
-                del self._waiting[session]
-        for session in list(self.watches.behind):
-            self.watches.go_on(session)
+            if not session.waiting_frames:
+                del self._waiting_sessions[session]
+        for session in list(self.watches.pending_sessions):
+            self.watches.push_pending_ends(session)
 
     def tick(self, *, more: bool = False) -> None:
         """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
@@ -211,8 +211,8 @@ class Machine:
             self.supervision.tick()
         if self.leases.stale_epoch_messages:
             self.leases.divert_stale_epochs()
-        if self._waiting or self.watches.behind:
-            self._go_on()
+        if self._waiting_sessions or self.watches.pending_sessions:
+            self._take_waiting_frames()
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next, on the monotonic clock."""
@@ -225,22 +225,22 @@ class Machine:
         """The records of this round, to be made durable before anything is dispatched."""
         return self.writer.take()
 
-    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+    def set_record_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
         """Where the blobs of the records just taken lie, and the batch of them all."""
         self.writer.placed(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
         """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
         self.leases.deliver()
-        spoken = self.outbox.spoken()
-        if self.outbox.deaf:
-            for session in self.outbox.deaf:
+        spoken = self.outbox.drain()
+        if self.outbox.slow_peers:
+            for session in self.outbox.slow_peers:
                 self.disconnect(session.peer)
-                spoken.append(self.outbox.parting_word(session))
-            self.outbox.deaf.clear()
+                spoken.append(self.outbox.disconnect_notice(session))
+            self.outbox.slow_peers.clear()
         return spoken
 
-    def probe(self) -> None:
+    def probe_peers(self) -> None:
         """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
         for session in self.state.sessions.values():
             if session.connected:
@@ -279,25 +279,25 @@ class Machine:
                     f"more than {self.limits.max_peers} peers (max_peers): let others close their connections first"
                 )
             session = state.sessions[peer] = Session(peer)
-            session.last_frame = state.last_frames.pop(peer, 0)
+            session.highest_frame = state.last_frames.pop(peer, 0)
         elif hello.number <= session.hello_number:
             return  # it came twice, or late: what has been said since would be taken back
         session.hello_number = hello.number
         session.connected = True
-        self._wait_no_more(session)
-        session.parting = False
+        self._drop_waiting_frames(session)
+        session.is_leaving = False
         session.role, session.name, session.pid = hello.role, hello.name, hello.pid
-        session.heard = hello.next_frame - 1
-        session.last_frame = max(session.last_frame, session.heard)
-        session.deferred = [frame for frame in session.deferred if frame > session.heard]
-        session.answers = {frame: answer for frame, answer in session.answers.items() if frame > session.heard}
+        session.received_frame = hello.next_frame - 1
+        session.highest_frame = max(session.highest_frame, session.received_frame)
+        session.deferred_frames = [frame for frame in session.deferred_frames if frame > session.received_frame]
+        session.answers = {frame: answer for frame, answer in session.answers.items() if frame > session.received_frame}
         # Whatever was laid ready for the talk before is said anew, or is no longer true.
-        session.forget_talk()
+        session.clear_outgoing()
         for name, prefetch in hello.consume:
             self.leases.consume(session, name, prefetch)
         lost = self.leases.reconcile(session, hello.holding)
         self.leases.stop_awaiting(peer)
-        self.outbox.notice(session, "welcome", (hello.number, lost))
+        self.outbox.add_notice(session, "welcome", (hello.number, lost))
         if hello.watching:
             self.watches.watch(session, hello.watching)
 
@@ -305,101 +305,101 @@ class Machine:
         """The peer cannot be reached. What a supervised worker holds stays its own until its death is confirmed."""
         session = self.state.sessions.get(peer)
         if session is not None:
-            self._wait_no_more(session)
-            self.state.remember_peer(peer, session.last_frame)
-            self._gone(session)
+            self._drop_waiting_frames(session)
+            self.state.remember_peer(peer, session.highest_frame)
+            self._end_session(session)
 
-    def _wait_no_more(self, session: Session) -> None:
-        session.wait_no_more()
-        self._waiting.pop(session, None)
-        self.watches.behind.pop(session, None)
+    def _drop_waiting_frames(self, session: Session) -> None:
+        session.drop_waiting_frames()
+        self._waiting_sessions.pop(session, None)
+        self.watches.pending_sessions.pop(session, None)
 
-    def part(self, session: Session) -> None:
+    def close_session(self, session: Session) -> None:
         """The peer says that it is leaving; it is answered once more."""
-        session.parting = True
-        self._gone(session)
+        session.is_leaving = True
+        self._end_session(session)
 
-    def _gone(self, session: Session) -> None:
-        if self.supervised and session.holds:
+    def _end_session(self, session: Session) -> None:
+        if self.supervised and session.has_leases:
             session.connected = False
         else:
             self.leases.release_all(session)
 
     # frames that are numbered
 
-    def _take(self, session: Session, broker_epoch: int, frame: int) -> int:
-        """Whether this frame is NEW, or was SEEN before its sender said hello again, or is NOT_NOW to be taken."""
+    def _accept_frame(self, session: Session, broker_epoch: int, frame: int) -> int:
+        """Return NEW, DUPLICATE (taken before the last hello of its sender) or OUT_OF_ORDER for a numbered frame."""
         self.outbox.dirty[session] = None
         if broker_epoch != self.state.epoch:
-            self.outbox.notice(session, "hello", None)
-            return NOT_NOW
-        if frame != session.heard + 1:
-            if frame > session.heard:
-                self.outbox.notice(session, "resend", session.heard + 1)
-            return NOT_NOW
-        session.heard = frame
-        if frame <= session.last_frame:
-            return SEEN
-        session.last_frame = frame
+            self.outbox.add_notice(session, "hello", None)
+            return OUT_OF_ORDER
+        if frame != session.received_frame + 1:
+            if frame > session.received_frame:
+                self.outbox.add_notice(session, "resend", session.received_frame + 1)
+            return OUT_OF_ORDER
+        session.received_frame = frame
+        if frame <= session.highest_frame:
+            return DUPLICATE
+        session.highest_frame = frame
         return NEW
 
-    def _answered(self, session: Session, frame: int) -> bool:
+    def _resend_answer(self, session: Session, frame: int) -> bool:
         """Whether what is known of this frame's answer is all there is to say."""
         if frame not in session.answers:
             return False
-        self.outbox.result(session, frame, session.answers[frame])
+        self.outbox.add_result(session, frame, session.answers[frame])
         return True
 
     def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
         """A frame that makes no sense is answered as far as it can be: its sender would send it for ever otherwise."""
-        self.outbox.notice(session, "malformed", str(error))
+        self.outbox.add_notice(session, "malformed", str(error))
         number = wire.numbered(header)
-        if number is not None and self._take(session, *number) != NOT_NOW:
-            self.outbox.result(session, number[1], {"error": "ProtocolError", "message": str(error)})
+        if number is not None and self._accept_frame(session, *number) != OUT_OF_ORDER:
+            self.outbox.add_result(session, number[1], {"error": "ProtocolError", "message": str(error)})
 
     def _publish(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_publish(header, blob)
-        taken = self._take(session, frame.broker_epoch, frame.frame)
+        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
             self.publish_handler.take(session, frame, header, blob)
-        elif taken == SEEN:
-            if self._answered(session, frame.frame):
+        elif taken == DUPLICATE:
+            if self._resend_answer(session, frame.frame):
                 self.publish_handler.watch_again(session, frame)
             else:
                 self.publish_handler.answer_again(session, frame)
 
     def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_settle(header, blob)
-        taken = self._take(session, frame.broker_epoch, frame.frame)
+        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
             self.settle_handler.take(session, frame, header, blob)
-        elif taken == SEEN:
-            self._answered(session, frame.frame)
+        elif taken == DUPLICATE:
+            self._resend_answer(session, frame.frame)
             self.settle_handler.seen(session, frame)
 
     def _checkpoint(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_checkpoint(header)
-        taken = self._take(session, frame.broker_epoch, frame.frame)
+        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
             self.settle_handler.checkpoint(session, frame, header, blob)
-        elif taken == SEEN and not self._answered(session, frame.frame):
+        elif taken == DUPLICATE and not self._resend_answer(session, frame.frame):
             self.settle_handler.checkpoint_seen(session, frame, blob)
 
     def _release(self, session: Session, header: bytes, blob: bytes) -> None:
         release = wire.decode_release(header)
-        if self._take(session, release.broker_epoch, release.frame) == NOT_NOW:
+        if self._accept_frame(session, release.broker_epoch, release.frame) == OUT_OF_ORDER:
             return
         if release.queue in session.consumers and release.prefetch >= 0:
             self.leases.consume(session, release.queue, release.prefetch)
         self.settle_handler.release(session, release.leases)
 
-    def _heard(self, session: Session, header: bytes, blob: bytes) -> None:
-        session.confirm(wire.decode_heard(header))
+    def _mark_read(self, session: Session, header: bytes, blob: bytes) -> None:
+        session.confirm_read(wire.decode_mark_read(header))
 
     def _query(self, session: Session, header: bytes, blob: bytes) -> None:
         query = wire.decode_query(header)
-        taken = self._take(session, query.broker_epoch, query.frame)
-        if taken == NOT_NOW or (taken == SEEN and self._answered(session, query.frame)):
+        taken = self._accept_frame(session, query.broker_epoch, query.frame)
+        if taken == OUT_OF_ORDER or (taken == DUPLICATE and self._resend_answer(session, query.frame)):
             return
         try:
             answer = self.admin.call(session, query.name, query.args)
@@ -408,4 +408,4 @@ class Machine:
         except ProtocolError as error:
             self.malformed += 1
             answer = {"refused": str(error)}
-        self.outbox.answer(session, query.frame, answer)
+        self.outbox.add_answer(session, query.frame, answer)

@@ -36,8 +36,8 @@ class RecordLocation:
 class DeliveryState:
     """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
 
-    `steps` are set by `BrokerState.keep_steps`, which counts their bytes. `killed` is the peer whose death was last
-    charged to the message, so that a repeated report of this death is not charged again.
+    `steps` are set by `BrokerState.keep_steps`, which counts their bytes. `last_death_peer` is the peer whose death was
+    last charged to the message, so that a repeated report of this death is not charged again.
     """
 
     __slots__ = (
@@ -51,7 +51,7 @@ class DeliveryState:
         "expires_wall",
         "failure",
         "fresh",
-        "killed",
+        "last_death_peer",
         "parked",
         "parked_wall",
         "parts",
@@ -65,7 +65,7 @@ class DeliveryState:
         self.deaths = 0
         self.failure: bytes | None = None
         self.fresh = False
-        self.killed = 0
+        self.last_death_peer = 0
         self.steps: dict[str, bytes] | None = None
         self.step_bytes = 0
         self.parts: list[tuple[str, int]] | None = None
@@ -83,12 +83,12 @@ class DeliveryState:
 class Message:
     """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None.
 
-    `body` is None while it lies on disk only, `at` bytes behind the beginning of the blob at `location`.
+    `body` is None while it lies on disk only, `body_offset` bytes behind the beginning of the blob at `location`.
     """
 
     __slots__ = (
-        "at",
         "body",
+        "body_offset",
         "delivery_state",
         "epoch",
         "group",
@@ -113,7 +113,7 @@ class Message:
         body: bytes | None,
         size: int,
         location: RecordLocation,
-        at: int,
+        body_offset: int,
     ) -> None:
         self.id = id
         self.queue = queue
@@ -124,7 +124,7 @@ class Message:
         self.body = body
         self.size = size
         self.location = location
-        self.at = at
+        self.body_offset = body_offset
         self.lease = 0
         self.holder: Consumer | None = None
         self.delivery_state: DeliveryState | None = None
@@ -152,7 +152,7 @@ class Message:
     def is_stale_epoch(self) -> bool:
         """Whether the epoch of its group has gone on, and somebody waits for what belongs to the one before."""
         group = self.group
-        return group is not None and self.epoch < group.epoch and group.divert is not None
+        return group is not None and self.epoch < group.epoch and group.divert_to is not None
 
     @property
     def is_cancelled(self) -> bool:
@@ -164,7 +164,7 @@ class Message:
     def is_cancel_unannounced(self) -> bool:
         """Whether it is unwanted, and was given to its holder before it was: it has yet to be passed through."""
         group = self.group
-        return self.is_cancelled and group is not None and self.lease < group.warned
+        return self.is_cancelled and group is not None and self.lease < group.cancel_lease
 
     def is_expired(self, now: float) -> bool:
         """Whether it has waited for longer than it was to, and still waits."""
@@ -200,19 +200,19 @@ class Group:
     """
 
     __slots__ = (
+        "cancel_lease",
         "cancelled",
         "digest",
-        "divert",
+        "divert_to",
         "ended",
         "epoch",
+        "first_message",
         "gathers",
         "id",
         "location",
-        "more",
-        "one",
-        "released",
+        "other_messages",
+        "released_prefixes",
         "started",
-        "warned",
         "watchers",
     )
 
@@ -223,37 +223,41 @@ class Group:
         self.digest: bytes | None = None
         self.started = False
         self.ended = ""
-        self.one: Message | None = None
-        self.more: dict[int, Message] | None = None
+        self.first_message: Message | None = None
+        self.other_messages: dict[int, Message] | None = None
         self.gathers: dict[str, Gather] | None = None
         self.watchers: list[Session] | None = None
-        self.divert: tuple[str, str] | None = None
+        self.divert_to: tuple[str, str] | None = None
         self.cancelled: str | None = None
-        self.released: tuple[str, ...] = ()
-        self.warned = 0
+        self.released_prefixes: tuple[str, ...] = ()
+        self.cancel_lease = 0
 
     def link(self, message: Message) -> None:
         """`message` belongs to this group from now on."""
-        if self.one is None:
-            self.one = message
-        elif self.more is None:
-            self.more = {message.id: message}
+        if self.first_message is None:
+            self.first_message = message
+        elif self.other_messages is None:
+            self.other_messages = {message.id: message}
         else:
-            self.more[message.id] = message
+            self.other_messages[message.id] = message
 
     def unlink(self, message: Message) -> None:
         """`message` belongs to this group no longer."""
-        if self.one is message:
-            self.one = None
-            if self.more:
-                _, self.one = self.more.popitem()
-        elif self.more is not None:
-            self.more.pop(message.id, None)
+        if self.first_message is message:
+            self.first_message = None
+            if self.other_messages:
+                _, self.first_message = self.other_messages.popitem()
+        elif self.other_messages is not None:
+            self.other_messages.pop(message.id, None)
 
     def relink(self, old_id: int, message: Message) -> None:
         """`message` keeps its place under a new id."""
-        if self.one is not message and self.more is not None and self.more.pop(old_id, None) is not None:
-            self.more[message.id] = message
+        if (
+            self.first_message is not message
+            and self.other_messages is not None
+            and self.other_messages.pop(old_id, None) is not None
+        ):
+            self.other_messages[message.id] = message
 
     def is_halted(self, now: float) -> bool:
         """Whether it has dead letters and nothing else that anybody waits for: what has expired unread is no work."""
@@ -268,13 +272,13 @@ class Group:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left that could ever go on: no message, and no gather that is open or has arrivals."""
-        if self.one is not None or self.more:
+        if self.first_message is not None or self.other_messages:
             return False
         return not self.gathers or not any(g.need is not None or g.arrivals for g in self.gathers.values())
 
     def messages(self) -> list[Message]:
         """All messages of the group, in no particular order."""
-        found = [] if self.one is None else [self.one]
-        if self.more:
-            found.extend(self.more.values())
+        found = [] if self.first_message is None else [self.first_message]
+        if self.other_messages:
+            found.extend(self.other_messages.values())
         return found

@@ -14,12 +14,12 @@ from stageflow_brokers.core.message import Group
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
 
-__all__ = ["MOST_UNREAD", "Outbox", "Outgoing"]
+__all__ = ["UNREAD_PAUSE_BYTES", "Outbox", "Outgoing"]
 
 MARK_BYTES = 4 << 20
 """How much is said to a peer between marks, which it answers as it reads them."""
 
-MOST_UNREAD = 64 << 20
+UNREAD_PAUSE_BYTES = 64 << 20
 """A peer with so many bytes still to be read is answered no further question, and pushed nothing that can wait."""
 
 Outgoing = tuple[int, bytes, bytes]
@@ -33,80 +33,80 @@ class Outbox:
         self._state = state
         self._max_unread_bytes = max_unread_bytes
         self._mark_bytes = min(MARK_BYTES, max_unread_bytes // 4)
-        self.deaf: list[Session] = []
+        self.slow_peers: list[Session] = []
         self.dirty: dict[Session, None] = {}
         self.subscribers: dict[Session, None] = {}
         self._strangers: dict[int, tuple[str, Any]] = {}
 
-    def result(self, session: Session, frame: int, value: Any) -> None:
+    def add_result(self, session: Session, frame: int, value: Any) -> None:
         """Answer a frame."""
         session.results.append((frame, value))
         self.dirty[session] = None
 
-    def notice(self, session: Session, word: str, detail: Any) -> None:
+    def add_notice(self, session: Session, word: str, detail: Any) -> None:
         """Say something that was not asked."""
         session.notices.append((word, detail))
         self.dirty[session] = None
 
-    def notice_stranger(self, peer: int, word: str, detail: Any) -> None:
+    def add_stranger_notice(self, peer: int, word: str, detail: Any) -> None:
         """Say one thing to a peer that is not known, or not any more."""
         self._strangers[peer] = (word, detail)
 
-    def notify(self, group: Group, word: str) -> None:
+    def notify_watchers(self, group: Group, word: str) -> None:
         """Tell whoever watches the group."""
         for session in group.watchers or ():
-            self.notice(session, word, group.id)
+            self.add_notice(session, word, group.id)
 
-    def settled(self, told: list[tuple[str, int, str, bytes]]) -> None:
+    def notify_subscribers(self, told: list[tuple[str, int, str, bytes]]) -> None:
         """Tell all who have subscribed what follows from the settlements of a frame, as (group, epoch, label, body)."""
         for session in list(self.subscribers):
             if session.connected:
-                self.notice(session, "settled", told)
+                self.add_notice(session, "settled", told)
             else:
                 del self.subscribers[session]
 
-    def push(self, group: Group, label: str, body: bytes) -> None:
+    def push_to_watchers(self, group: Group, label: str, body: bytes) -> None:
         """Send a body to whoever watches the group."""
         for session in group.watchers or ():
-            self.push_to(session, group, label, body)
+            self.add_push(session, group, label, body)
 
-    def answer(self, session: Session, frame: int, value: Any) -> None:
+    def add_answer(self, session: Session, frame: int, value: Any) -> None:
         """Answer a question, however much there is to be said to it."""
         raw = msgspec.Raw(wire.encode(value))
-        session.owed += len(raw)
-        self.result(session, frame, raw)
+        session.owed_bytes += len(raw)
+        self.add_result(session, frame, raw)
 
-    def push_to(self, session: Session, group: Group, label: str, body: bytes) -> None:
+    def add_push(self, session: Session, group: Group, label: str, body: bytes) -> None:
         """Send a body to one session."""
-        session.owed += len(body)
+        session.owed_bytes += len(body)
         session.pushes.append((group.id, label, len(body)))
         session.push_bodies.append(body)
         self.dirty[session] = None
 
-    def parting_word(self, session: Session) -> Outgoing:
+    def disconnect_notice(self, session: Session) -> Outgoing:
         """What is said to a session that is cut off: once it has read so far, it says hello anew."""
-        session.read = session.marked = session.said
+        session.read_bytes = session.marked_bytes = session.sent_bytes
         return session.peer, wire.encode((self._state.epoch, -1, (), (), (), (("hello", None),))), b""
 
-    def spoken(self) -> list[Outgoing]:
+    def drain(self) -> list[Outgoing]:
         """All that may leave now."""
         epoch = self._state.epoch
         out = []
         for session in self.dirty:
-            if not session.connected and not session.parting:
-                session.forget_talk()
+            if not session.connected and not session.is_leaving:
+                session.clear_outgoing()
                 continue
-            said, owed = session.said, session.owed
-            if said + owed - session.marked > self._mark_bytes:
-                if said - session.read > self._max_unread_bytes:
-                    self.deaf.append(session)
-                    session.forget_talk()
+            said, owed = session.sent_bytes, session.owed_bytes
+            if said + owed - session.marked_bytes > self._mark_bytes:
+                if said - session.read_bytes > self._max_unread_bytes:
+                    self.slow_peers.append(session)
+                    session.clear_outgoing()
                     continue
-                session.marked = said + owed
+                session.marked_bytes = said + owed
                 session.notices.append(("mark", said + owed))
-            acked, results, later = session.heard, session.results, None
-            if session.deferred:
-                acked = min(acked, session.deferred[0] - 1)
+            acked, results, later = session.received_frame, session.results, None
+            if session.deferred_frames:
+                acked = min(acked, session.deferred_frames[0] - 1)
                 later = [result for result in results if result[0] > acked]
                 results = [result for result in results if result[0] <= acked]
             try:
@@ -116,14 +116,14 @@ class Outbox:
                 blob = b"".join(session.bodies + session.push_bodies)
             except MemoryError:
                 # One that wants more than there is must not be the end of all: it is cut off, and greets anew.
-                self.deaf.append(session)
-                session.forget_talk()
+                self.slow_peers.append(session)
+                session.clear_outgoing()
                 continue
-            session.forget_talk()
+            session.clear_outgoing()
             if later:
                 session.results = later
-            session.parting = False
-            session.said = said + len(header) + len(blob)
+            session.is_leaving = False
+            session.sent_bytes = said + len(header) + len(blob)
             out.append((session.peer, header, blob))
         self.dirty.clear()
         for peer, notice in self._strangers.items():

@@ -43,7 +43,7 @@ class PublishHandler:
         watch: Watch,
     ) -> None:
         self.state = state
-        self.refusing = ""
+        self.refusal_reason = ""
         self.ended_by_old: list[Group] = []
         self._writer = writer
         self._outbox = outbox
@@ -102,7 +102,7 @@ class PublishHandler:
                 elif item.flags & FLAG_WATCH:
                     self._watch(session, [item.group])
         if again:
-            self._outbox.result(session, frame.frame, self._refusals(again) | {"again": True})
+            self._outbox.add_result(session, frame.frame, self._refusals(again) | {"again": True})
 
     def watch_again(self, session: Session, frame: PublishFrame) -> None:
         """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
@@ -117,13 +117,13 @@ class PublishHandler:
         try:
             self._check_sizes(frame)
         except PayloadTooLarge as error:
-            self._outbox.result(session, frame.frame, wire.refusal(error))
+            self._outbox.add_result(session, frame.frame, wire.refusal(error))
             return True
         return False
 
     def _answer(self, session: Session, frame: PublishFrame, answer: dict[str, Any]) -> None:
-        session.remember(frame.frame, answer)
-        self._outbox.result(session, frame.frame, answer)
+        session.keep_answer(frame.frame, answer)
+        self._outbox.add_result(session, frame.frame, answer)
 
     def _refusals(self, refused: list[tuple[int, str, str]]) -> dict[str, Any]:
         return {"left_seq": self.state.closed_sequence, "epoch": self.state.epoch, "items": refused}
@@ -151,8 +151,8 @@ class PublishHandler:
             name = item.group
             if not item.flags & FLAG_START:
                 continue
-            if self.refusing:
-                raise StorageFull(self.refusing)
+            if self.refusal_reason:
+                raise StorageFull(self.refusal_reason)
             group = groups.get(name)
             if group is not None or name in fresh:
                 digest = fresh[name] if group is None else group.digest
@@ -232,7 +232,7 @@ class PublishHandler:
         if item.flags & FLAG_START and item.flags & FLAG_WATCH:
             group.watchers = [session]
         if message is None:
-            self._outbox.push(group, label, body)
+            self._outbox.push_to_watchers(group, label, body)
             return None
         if message.is_stale_epoch:
             self._leases.divert(message)
@@ -241,7 +241,7 @@ class PublishHandler:
             return message
         if flags & TERMINAL:
             group.ended = label
-            self._outbox.push(group, label, body)
+            self._outbox.push_to_watchers(group, label, body)
         if message.delivery_state is not None and message.delivery_state.due and message.is_cancelled:
             self.state.delay(message.delivery_state, 0.0)
             self._writer.mark(message)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Queue"]
 
 
-FIRST = 1 << 62
+CANCELLED_PRIORITY = 1 << 62
 """The priority of the lane that no breaker holds up: what is not to be worked on, only to be passed through."""
 
 
@@ -34,10 +34,10 @@ class Queue:
 
     __slots__ = (
         "_high",
-        "awaiting",
+        "awaited_peers",
         "breaker",
         "consumers",
-        "dead",
+        "dead_letters",
         "delayed",
         "delivered",
         "name",
@@ -46,7 +46,7 @@ class Queue:
         "paused",
         "ready",
         "settled",
-        "skip",
+        "taken_entries",
     )
 
     def __init__(self, name: str) -> None:
@@ -58,12 +58,12 @@ class Queue:
         self._high: list[tuple[int, deque[Message]]] = []
         self.consumers: list[Consumer] = []
         self.delayed = 0
-        self.dead: dict[int, Message] = {}
-        self.awaiting: set[int] = set()
+        self.dead_letters: dict[int, Message] = {}
+        self.awaited_peers: set[int] = set()
         self.paused = False
         self.delivered = 0
         self.settled = 0
-        self.skip = 0
+        self.taken_entries = 0
 
     def declare(self, options: QueueOptions) -> None:
         """How it treats its messages from now on; a breaker that is declared as before stays as it is."""
@@ -76,7 +76,7 @@ class Queue:
     def push(self, message: Message) -> None:
         """Behind all of the same priority."""
         if self.breaker is not None and message.is_cancelled:
-            self._lane(FIRST).append(message)
+            self._lane(CANCELLED_PRIORITY).append(message)
         elif message.priority == 0:
             self.ready.append(message)
         else:
@@ -85,7 +85,7 @@ class Queue:
     def push_front(self, message: Message) -> None:
         """Before all of the same priority."""
         if self.breaker is not None and message.is_cancelled:
-            self._lane(FIRST).append(message)
+            self._lane(CANCELLED_PRIORITY).append(message)
         elif message.priority == 0:
             self.ready.appendleft(message)
         else:
@@ -102,12 +102,12 @@ class Queue:
 
     def has_cancelled_next(self) -> bool:
         """Whether the next message is one that no breaker holds up."""
-        if not self._high or self._high[0][0] != FIRST:
+        if not self._high or self._high[0][0] != CANCELLED_PRIORITY:
             return False
         lane = self._high[0][1]
         while lane and lane[0].holder is not None:
             lane.popleft()
-            self.skip -= 1
+            self.taken_entries -= 1
         return bool(lane)
 
     def next_lane(self) -> deque[Message]:
@@ -120,7 +120,7 @@ class Queue:
                     return lane
         return self.ready
 
-    def waiting(self) -> Iterator[Message]:
+    def iterate_ready(self) -> Iterator[Message]:
         """What is ready, in the order of delivery."""
         lanes = [lane for priority, lane in self._high if priority > 0]
         lanes.append(self.ready)
@@ -134,7 +134,9 @@ class Queue:
     def is_idle(self) -> bool:
         """Whether nothing is in it, and nobody wants anything of it."""
         owned = self.owner is not None and self.owner.connected
-        used = self.consumers or self.awaiting or self.paused or self.delayed or self.dead or self.ready_count
+        used = (
+            self.consumers or self.awaited_peers or self.paused or self.delayed or self.dead_letters or self.ready_count
+        )
         return not owned and not used
 
     @property
@@ -158,17 +160,17 @@ class Queue:
                     message.body = None
             excess -= len(lane)
 
-    def empty(self) -> None:
+    def clear_messages(self) -> None:
         """Nothing is ready, delayed or dead here: what is will be put in again."""
         self.ready.clear()
         self._high.clear()
-        self.dead.clear()
-        self.delayed = self.skip = 0
+        self.dead_letters.clear()
+        self.delayed = self.taken_entries = 0
 
     @property
     def ready_count(self) -> int:
         """How many messages are ready to be delivered."""
-        count = len(self.ready) - self.skip
+        count = len(self.ready) - self.taken_entries
         if self._high:
             count += sum(len(lane) for _, lane in self._high)
         return count

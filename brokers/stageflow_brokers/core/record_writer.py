@@ -78,7 +78,7 @@ class RecordWriter:
         location = message.location
         if self._read_body is None or location.segment < 0:
             raise RuntimeError(f"message {message.id} has neither a body nor a location")
-        return self._read_body(location.segment, location.batch, location.offset + message.at, message.size)
+        return self._read_body(location.segment, location.batch, location.offset + message.body_offset, message.size)
 
     def head(self, message: Message, size: int) -> bytes:
         """How the body begins: its first `size` bytes, or all of it."""
@@ -87,7 +87,9 @@ class RecordWriter:
         location = message.location
         if self._read_body is None or location.segment < 0:
             raise RuntimeError(f"message {message.id} has neither a body nor a location")
-        return self._read_body(location.segment, location.batch, location.offset + message.at, min(size, message.size))
+        return self._read_body(
+            location.segment, location.batch, location.offset + message.body_offset, min(size, message.size)
+        )
 
     def mark(self, message: Message) -> None:
         """Record the state of a message that the journal knows already."""
@@ -176,7 +178,7 @@ class RecordWriter:
             self.keep_queue(queue)
         for fact in state.facts.items():
             self.record(records.FACT, 0, records.encode(fact))
-        frames = state.last_frames | {s.peer: s.last_frame for s in state.sessions.values()}
+        frames = state.last_frames | {s.peer: s.highest_frame for s in state.sessions.values()}
         self.record(records.SESSIONS, 0, records.encode(list(frames.items())))
         self.keep_epoch()
 

@@ -91,7 +91,7 @@ class MessageState(Struct, array_like=True):
     parked_wall: float = 0.0
     evidence: bool = False
     reason: bytes | None = None
-    killed: int = 0
+    last_death_peer: int = 0
 
 
 class GroupState(Struct, array_like=True):
@@ -168,7 +168,7 @@ def message_state(message: Message) -> MessageState:
         delivery_state.parked_wall,
         delivery_state.evidence,
         delivery_state.reason,
-        delivery_state.killed,
+        delivery_state.last_death_peer,
     )
 
 
@@ -180,9 +180,9 @@ def group_state(group: Group) -> GroupState:
         group.digest,
         group.started,
         group.ended,
-        group.divert,
+        group.divert_to,
         group.cancelled,
-        group.released,
+        group.released_prefixes,
     )
 
 

@@ -88,14 +88,14 @@ class Replay:
         state.replaying = False
         state.now, state.wall = now, wall
         for queue in state.queues.values():
-            queue.empty()
+            queue.clear_messages()
         for message in sorted(state.messages.values(), key=lambda message: message.id):
             delivery_state = message.delivery_state
             if delivery_state is None:
                 message.queue.push(message)
                 continue
             if delivery_state.parked:
-                message.queue.dead[message.id] = message
+                message.queue.dead_letters[message.id] = message
                 continue
             if delivery_state.due_wall > wall:
                 delivery_state.due = now + min(delivery_state.due_wall - wall, delivery_state.delay)
@@ -118,7 +118,7 @@ class Replay:
         state.next_lease = (state.epoch << 40) + 1
         for group in state.groups.values():
             if group.cancelled is not None:
-                group.warned = state.next_lease
+                group.cancel_lease = state.next_lease
 
     # frames
 
@@ -289,7 +289,7 @@ class Replay:
         delivery_state.expires_wall = record.expires_wall
         delivery_state.parked, delivery_state.parked_wall = record.parked, record.parked_wall
         delivery_state.evidence, delivery_state.reason = record.evidence, record.reason
-        delivery_state.killed = record.killed
+        delivery_state.last_death_peer = record.last_death_peer
         message.delivery_state = delivery_state
 
     def _forget(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
@@ -309,8 +309,8 @@ class Replay:
         group = state.group(record.id, record.epoch, location)
         if group is not None:
             group.epoch, group.digest, group.started = record.epoch, record.digest, record.started
-            group.ended, group.divert, group.cancelled = record.ended, record.divert, record.cancelled
-            group.released = record.released
+            group.ended, group.divert_to, group.cancelled = record.ended, record.divert, record.cancelled
+            group.released_prefixes = record.released
             state.relocate_group(group, location)
 
     def _groups_closed(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:

@@ -21,19 +21,19 @@ class Consumer:
     `gone` are messages whose group has ended meanwhile: whoever works on one has no room for another all the same.
     """
 
-    __slots__ = ("gone", "held", "prefetch", "queue", "session")
+    __slots__ = ("held", "prefetch", "queue", "removed_ids", "session")
 
     def __init__(self, session: Session, queue: Queue, prefetch: int) -> None:
         self.session = session
         self.queue = queue
         self.prefetch = prefetch
         self.held: dict[int, Message] = {}
-        self.gone: set[int] = set()
+        self.removed_ids: set[int] = set()
 
     @property
-    def room(self) -> int:
+    def credit(self) -> int:
         """How many messages it may be given now."""
-        return self.prefetch - len(self.held) - len(self.gone)
+        return self.prefetch - len(self.held) - len(self.removed_ids)
 
 
 class Session:
@@ -45,10 +45,10 @@ class Session:
         deferred: Frames whose consequences are still to come. Neither they nor later frames are confirmed before.
         parting: True if one last frame is sent to the peer before the session is forgotten.
         hello_number: The number of the last hello.
-        said: How many bytes were sent to the peer.
+        sent_bytes: How many bytes were sent to the peer.
         marked: How many of these bytes came before the last mark.
         read: How many of these bytes came before the last mark that the peer has answered; the rest may be unread.
-        owed: How many bytes of answers and pushes this round adds.
+        owed_bytes: How many bytes of answers and pushes this round adds.
         waiting: Frames that wait until the peer has read the answers to earlier ones.
         to_push: Ids of ended groups whose end is still to be pushed.
     """
@@ -58,27 +58,27 @@ class Session:
         "bodies",
         "connected",
         "consumers",
-        "deferred",
+        "deferred_frames",
         "deliveries",
-        "heard",
         "hello_number",
-        "last_frame",
-        "marked",
+        "highest_frame",
+        "is_leaving",
+        "marked_bytes",
         "name",
         "notices",
-        "owed",
-        "parting",
+        "owed_bytes",
         "peer",
         "pid",
         "push_bodies",
         "pushes",
-        "read",
+        "read_bytes",
+        "received_frame",
         "results",
         "role",
-        "said",
-        "to_push",
-        "waiting",
+        "sent_bytes",
+        "unpushed_ends",
         "waiting_bytes",
+        "waiting_frames",
     )
 
     def __init__(self, peer: int) -> None:
@@ -87,12 +87,12 @@ class Session:
         self.name = ""
         self.pid = 0
         self.connected = False
-        self.parting = False
+        self.is_leaving = False
         self.hello_number = -1
-        self.heard = 0
-        self.last_frame = 0
-        self.said = self.marked = self.read = 0
-        self.deferred: list[int] = []
+        self.received_frame = 0
+        self.highest_frame = 0
+        self.sent_bytes = self.marked_bytes = self.read_bytes = 0
+        self.deferred_frames: list[int] = []
         self.answers: dict[int, Any] = {}
         self.consumers: dict[str, Consumer] = {}
         self.results: list[tuple[int, Any]] = []
@@ -101,52 +101,52 @@ class Session:
         self.pushes: list[tuple[str, str, int]] = []
         self.push_bodies: list[bytes] = []
         self.notices: list[tuple[str, Any]] = []
-        self.owed = 0
-        self.waiting: deque[tuple[bytes, bytes, bytes]] = deque()
+        self.owed_bytes = 0
+        self.waiting_frames: deque[tuple[bytes, bytes, bytes]] = deque()
         self.waiting_bytes = 0
-        self.to_push: dict[str, None] = {}
+        self.unpushed_ends: dict[str, None] = {}
 
     @property
-    def unread(self) -> int:
+    def unread_bytes(self) -> int:
         """Bytes that it may not have read yet, with those that it is to be told now."""
-        return self.said - self.read + self.owed
+        return self.sent_bytes - self.read_bytes + self.owed_bytes
 
-    def wait(self, op: bytes, header: bytes, blob: bytes) -> None:
+    def put_aside(self, op: bytes, header: bytes, blob: bytes) -> None:
         """Put a frame aside that cannot be answered yet."""
-        self.waiting.append((op, header, blob))
+        self.waiting_frames.append((op, header, blob))
         self.waiting_bytes += len(header) + len(blob)
 
-    def go_on(self) -> tuple[bytes, bytes, bytes]:
+    def next_waiting_frame(self) -> tuple[bytes, bytes, bytes]:
         """The frame that has waited longest."""
-        op, header, blob = self.waiting.popleft()
+        op, header, blob = self.waiting_frames.popleft()
         self.waiting_bytes -= len(header) + len(blob)
         return op, header, blob
 
-    def wait_no_more(self) -> None:
+    def drop_waiting_frames(self) -> None:
         """What waits is not answered any more: it will be asked again, or nobody is there."""
-        self.waiting.clear()
+        self.waiting_frames.clear()
         self.waiting_bytes = 0
-        self.to_push.clear()
+        self.unpushed_ends.clear()
 
     @property
-    def holds(self) -> bool:
+    def has_leases(self) -> bool:
         """Whether it has messages in work."""
         return any(consumer.held for consumer in self.consumers.values())
 
-    def remember(self, frame: int, answer: Any) -> None:
+    def keep_answer(self, frame: int, answer: Any) -> None:
         """Keep an answer that asking again would not give."""
         self.answers[frame] = answer
         if len(self.answers) > ANSWERS_KEPT:
             del self.answers[next(iter(self.answers))]
 
-    def confirm(self, mark: int) -> None:
+    def confirm_read(self, mark: int) -> None:
         """It has read all up to this mark."""
-        if self.read < mark <= self.marked:
-            self.read = mark
+        if self.read_bytes < mark <= self.marked_bytes:
+            self.read_bytes = mark
 
-    def forget_talk(self) -> None:
-        """Nothing of what was to be said remains."""
-        self.owed = 0
+    def clear_outgoing(self) -> None:
+        """Nothing of what was to be sent_bytes remains."""
+        self.owed_bytes = 0
         if self.results:
             self.results = []
         if self.deliveries:

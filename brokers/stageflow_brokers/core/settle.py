@@ -119,8 +119,8 @@ class SettleHandler:
         return any(self._leases.get_held(session, id, lease) is not None for id, lease in _leases(frame))
 
     def _refuse(self, session: Session, frame: int, answer: Mapping[str, object]) -> None:
-        session.remember(frame, answer)
-        self._outbox.result(session, frame, answer)
+        session.keep_answer(frame, answer)
+        self._outbox.add_result(session, frame, answer)
 
     def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
         """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
@@ -138,7 +138,7 @@ class SettleHandler:
                     told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
                 at += each.size
         if told:
-            self._outbox.settled(told)
+            self._outbox.notify_subscribers(told)
 
     def seen(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
@@ -175,7 +175,7 @@ class SettleHandler:
         steps = None if message is None or message.delivery_state is None else message.delivery_state.steps
         if steps is None or steps.get(frame.name) != blob:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
-            self._outbox.result(session, frame.frame, answer)
+            self._outbox.add_result(session, frame.frame, answer)
 
     def close(self, groups: list[Group]) -> None:
         """Groups of which nothing is left have ended, though nobody said so."""
@@ -213,7 +213,7 @@ class SettleHandler:
         messages = state.messages
         next_id = state.next_id
         touched = state.touched
-        push = self._outbox.push
+        push = self._outbox.push_to_watchers
         at = 0
         grown = 0
         stale: list[int] = []
@@ -247,7 +247,7 @@ class SettleHandler:
             message.body = body
             message.size = size
             message.location = location
-            message.at = at
+            message.body_offset = at
             message.lease = 0
             message.holder = None
             if message.delivery_state is not None:
@@ -260,7 +260,7 @@ class SettleHandler:
                 if message.epoch:
                     odd.append(message)
             else:
-                if group.more is not None:
+                if group.other_messages is not None:
                     group.relink(id, message)
                 if group.epoch != FIRST_EPOCH or message.epoch != FIRST_EPOCH:
                     if message.is_stale_epoch:
@@ -304,7 +304,7 @@ class SettleHandler:
                 continue
             if flags & FLAG_CLOSE_GROUP:
                 state.close_group(group_id)
-            elif group.one is None:
+            elif group.first_message is None:
                 emptied.append(group)
         return refused
 
@@ -335,9 +335,9 @@ class SettleHandler:
                 state.remove(message)
                 if group is None:
                     continue
-                if group.one is None:
+                if group.first_message is None:
                     emptied.append(group)
-                elif group.one.state() == PARKED or group.one.is_expired(state.now):
+                elif group.first_message.state() == PARKED or group.first_message.is_expired(state.now):
                     parked.append(group)  # what is left of it, perhaps
                 continue
             is_cancel_unannounced = message.is_cancel_unannounced
@@ -367,7 +367,7 @@ class SettleHandler:
             state.close_group(item.close_group)
         for group in parked:
             if group.is_halted(state.now):
-                self._outbox.notify(group, "parked")
+                self._outbox.notify_watchers(group, "parked")
         return whole
 
     def _restate(

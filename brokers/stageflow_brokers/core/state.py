@@ -209,11 +209,11 @@ class BrokerState:
                 del holder.held[message.id]
                 self.touched[holder.queue] = None
         elif message.delivery_state is not None and message.delivery_state.parked:
-            del queue.dead[message.id]
+            del queue.dead_letters[message.id]
         elif message.delivery_state is not None and message.delivery_state.due:
             queue.delayed -= 1
         else:
-            queue.skip += 1
+            queue.taken_entries += 1
         message.holder = GONE
 
     def replace(self, message: Message) -> Message:
@@ -229,7 +229,7 @@ class BrokerState:
             message.body,
             message.size,
             message.location,
-            message.at,
+            message.body_offset,
         )
         fresh.delivery_state = message.delivery_state
         self.messages[fresh.id] = fresh
@@ -241,7 +241,7 @@ class BrokerState:
 
     def relocate(self, message: Message, location: RecordLocation) -> None:
         """Its record lies at `location` from now on, with the body at the beginning of the blob."""
-        message.location, message.at = location, 0
+        message.location, message.body_offset = location, 0
         self.messages[message.id] = self.messages.pop(message.id)
 
     def keep_steps(self, message: Message, steps: dict[str, bytes] | None) -> None:
@@ -284,7 +284,7 @@ class BrokerState:
         delivery_state.reason = reason
         delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
         message.holder, message.lease = None, 0
-        message.queue.dead[message.id] = message
+        message.queue.dead_letters[message.id] = message
         self.waiting.append(message)
         if evidence and message.group is not None:
             message.group.unlink(message)
@@ -311,11 +311,11 @@ class BrokerState:
                 del self.gathers[id, key]
                 self.live_bytes -= gather.weight
             group.gathers = None
-        if group.one is not None or group.more:
+        if group.first_message is not None or group.other_messages:
             for message in group.messages():
                 holder = message.holder
                 if holder is not None and holder is not GONE:
-                    holder.gone.add(message.id)
+                    holder.removed_ids.add(message.id)
                 self.remove(message)
 
     # gathers

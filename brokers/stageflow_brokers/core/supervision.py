@@ -18,7 +18,7 @@ from stageflow_brokers.errors import Refused
 
 __all__ = ["Supervision"]
 
-LAST_WORDS = 0.005
+DEATH_DELAY_SECONDS = 0.005
 """Seconds between the news of a death and its consequences; a settlement that arrives in between counts first."""
 
 
@@ -38,7 +38,7 @@ class _Death:
         due: float,
     ) -> None:
         self.session = session
-        self.frame = session.heard
+        self.frame = session.received_frame
         self.peer = peer
         self.responsible = responsible
         self.charge = charge
@@ -75,21 +75,21 @@ class Supervision:
         `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
         """
         self._check(session)
-        due = self._state.now + LAST_WORDS
+        due = self._state.now + DEATH_DELAY_SECONDS
         culprits = tuple(responsible) if isinstance(responsible, list) else (responsible,)
         self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
-        session.deferred.append(session.heard)
+        session.deferred_frames.append(session.received_frame)
 
     def tick(self) -> None:
         """Let deaths have their consequences whose last words have been heard."""
         while self._deaths and self._deaths[0].due <= self._state.now:
             death = self._deaths.pop(0)
-            self._happen(death)
-            if death.frame in death.session.deferred:
-                death.session.deferred.remove(death.frame)
+            self._apply_death(death)
+            if death.frame in death.session.deferred_frames:
+                death.session.deferred_frames.remove(death.frame)
                 self._outbox.dirty[death.session] = None
 
-    def _happen(self, death: _Death) -> None:
+    def _apply_death(self, death: _Death) -> None:
         state, leases = self._state, self._leases
         innocent = not (death.charge or death.attempt or death.failure)
         unclaimed = self._unclaimed(death)
@@ -98,11 +98,11 @@ class Supervision:
             leases.release_all(
                 session,
                 responsible=death.responsible,
-                blame=None if innocent else lambda message: self._blame(message, death),
+                blame=None if innocent else lambda message: self._charge_message(message, death),
             )
         if not innocent:
             for message in reversed(unclaimed):
-                self._blame(state.replace(message), death)
+                self._charge_message(state.replace(message), death)
         state.last_frames.pop(death.peer, None)
         leases.stop_awaiting(death.peer)
 
@@ -113,28 +113,28 @@ class Supervision:
             message = self._state.messages.get(id)
             if message is None or message.state() != READY:
                 continue
-            if message.delivery_state is not None and message.delivery_state.killed == death.peer:
+            if message.delivery_state is not None and message.delivery_state.last_death_peer == death.peer:
                 continue  # the broker has ended before it could say that it knows
-            if not self._leases.workers_known or death.peer in message.queue.awaiting:
+            if not self._leases.workers_known or death.peer in message.queue.awaited_peers:
                 found.append(message)
         return found
 
-    def _blame(self, message: Message, death: _Death) -> None:
+    def _charge_message(self, message: Message, death: _Death) -> None:
         if not message.is_stale_epoch:
             self._leases.record_failure(message)
         delivery_state = message.ensure_delivery_state()
         delivery_state.deaths += death.charge
         delivery_state.attempts += death.attempt
-        delivery_state.failure, delivery_state.fresh, delivery_state.killed = death.failure, True, death.peer
+        delivery_state.failure, delivery_state.fresh, delivery_state.last_death_peer = death.failure, True, death.peer
         delivery_state.expires = delivery_state.expires_wall = 0.0
         most = message.queue.options.max_deaths
         if death.charge and most and delivery_state.deaths >= most and not message.is_stale_epoch:
-            self._bury_message(message, death.failure)
+            self._make_dead_letter(message, death.failure)
         else:
             self._leases.redeliver(message)
             self._writer.mark(message)
 
-    def _bury_message(self, message: Message, reason: bytes) -> None:
+    def _make_dead_letter(self, message: Message, reason: bytes) -> None:
         """It has killed as many as it may: a dead letter, and whoever is to be told gets a copy."""
         state = self._state
         options = message.queue.options
@@ -143,7 +143,7 @@ class Supervision:
         self._writer.mark(message)
         if not options.notify_queue:
             if group is not None:
-                self._outbox.notify(group, "parked")
+                self._outbox.notify_watchers(group, "parked")
             return
         queue = state.queue(options.notify_queue)
         body = self._writer.body(message)
@@ -166,13 +166,13 @@ class Supervision:
             known = state.sessions.get(peer)
             if known is None or not known.connected:
                 for name in queues:
-                    state.queue(name).awaiting.add(peer)
+                    state.queue(name).awaited_peers.add(peer)
         for death in self._deaths:
             # It has been told of already, and not had its consequences: nobody is given what it was at before.
             for id in death.responsible:
                 message = state.messages.get(id)
                 if message is not None and message.state() == READY:
-                    message.queue.awaiting.add(death.peer)
+                    message.queue.awaited_peers.add(death.peer)
         leases.workers_known = True
         state.touched.update(dict.fromkeys(state.queues.values()))
 
@@ -185,7 +185,7 @@ class Supervision:
             return
         for other in self._state.sessions.values():
             if other.consumers and other is not session:
-                self._outbox.notice(other, "recall", None)
+                self._outbox.add_notice(other, "recall", None)
 
     def close_groups(self, session: Session, ids: list[str]) -> int:
         """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
@@ -209,18 +209,18 @@ class Supervision:
                 if len(holder.held) > 1:
                     several[holder.session] = None
         for session in several:
-            self._outbox.notice(session, "recall", None)
+            self._outbox.add_notice(session, "recall", None)
         if running:
             for session in self._state.sessions.values():
                 if session.role == "supervisor":
-                    self._outbox.notice(session, "cancel", running)
+                    self._outbox.add_notice(session, "cancel", running)
 
     def recall(self, session: Session, peer: int) -> None:
         """Ask a consumer to return what it has not begun: the message it is at takes long."""
         self._check(session)
         other = self._state.sessions.get(peer)
-        if other is not None and any(len(c.held) + len(c.gone) > 1 for c in other.consumers.values()):
-            self._outbox.notice(other, "recall", None)
+        if other is not None and any(len(c.held) + len(c.removed_ids) > 1 for c in other.consumers.values()):
+            self._outbox.add_notice(other, "recall", None)
 
     def retire(self, session: Session, peer: int) -> bool:
         """Deliver nothing more to a consumer, and ask it to end once it is done with what it is at; whether it can be
@@ -231,7 +231,7 @@ class Supervision:
             return False
         for consumer in other.consumers.values():
             consumer.prefetch = 0
-        self._outbox.notice(other, "retire", None)
+        self._outbox.add_notice(other, "retire", None)
         return True
 
     def notify_supervisor(self, session: Session, word: str, detail: Any) -> bool:
@@ -239,6 +239,6 @@ class Supervision:
         told = False
         for other in self._state.sessions.values():
             if other.role == "supervisor" and other.connected:
-                self._outbox.notice(other, "told", (word, detail))
+                self._outbox.add_notice(other, "told", (word, detail))
                 told = True
         return told

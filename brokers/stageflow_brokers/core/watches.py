@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stageflow_brokers.core.outbox import MOST_UNREAD, Outbox
+from stageflow_brokers.core.outbox import UNREAD_PAUSE_BYTES, Outbox
 from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
@@ -20,7 +20,7 @@ class Watches:
         self._state = state
         self._writer = writer
         self._outbox = outbox
-        self.behind: dict[Session, None] = {}
+        self.pending_sessions: dict[Session, None] = {}
 
     def subscribe(self, session: Session, wanted: bool) -> None:
         """Tell `session` of each settlement from now on what follows from it, or no more. It ends with the session."""
@@ -39,32 +39,32 @@ class Watches:
             group = self._state.groups.get(id)
             if group is None:
                 gone.append(id)
-                self._outbox.notice(session, "gone", id)
+                self._outbox.add_notice(session, "gone", id)
                 continue
             if group.watchers is None:
                 group.watchers = [session]
             elif session not in group.watchers:
                 group.watchers = [w for w in group.watchers if w.connected] + [session]
             if group.ended:
-                session.to_push[id] = None
+                session.unpushed_ends[id] = None
             elif group.is_halted(self._state.now):
-                self._outbox.notice(session, "parked", id)
-        self.go_on(session)
+                self._outbox.add_notice(session, "parked", id)
+        self.push_pending_ends(session)
         return gone
 
-    def go_on(self, session: Session) -> None:
+    def push_pending_ends(self, session: Session) -> None:
         """Push ends that a session has asked for, until it has enough to read. What has left meanwhile is gone."""
-        if session.to_push:
-            self.behind[session] = None
-        while session.to_push and session.unread <= MOST_UNREAD:
-            id = next(iter(session.to_push))
-            del session.to_push[id]
+        if session.unpushed_ends:
+            self.pending_sessions[session] = None
+        while session.unpushed_ends and session.unread_bytes <= UNREAD_PAUSE_BYTES:
+            id = next(iter(session.unpushed_ends))
+            del session.unpushed_ends[id]
             group = self._state.groups.get(id)
             if group is None:
-                self._outbox.notice(session, "gone", id)
+                self._outbox.add_notice(session, "gone", id)
                 continue
             for message in group.messages():
                 if message.label == group.ended:
-                    self._outbox.push_to(session, group, message.label, self._writer.body(message))
-        if not session.to_push:
-            self.behind.pop(session, None)
+                    self._outbox.add_push(session, group, message.label, self._writer.body(message))
+        if not session.unpushed_ends:
+            self.pending_sessions.pop(session, None)

@@ -43,8 +43,8 @@ from stageflow_brokers.types import (
 __all__ = [
     "CHECKPOINT",
     "FIRST_EPOCH",
-    "HEARD",
     "HELLO",
+    "MARK_READ",
     "MAX_FRAME",
     "MAX_HEADER",
     "PROTOCOL",
@@ -79,7 +79,7 @@ MAX_HEADER = 64 << 20
 MAX_NUMBER = 1 << 62
 """Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""
 
-HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY, HEARD = b"H", b"P", b"S", b"C", b"R", b"Q", b"A"
+HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY, MARK_READ = b"H", b"P", b"S", b"C", b"R", b"Q", b"A"
 
 Buffer = bytes | memoryview
 """Bytes as they came: from a socket, or out of a batch of the journal."""
@@ -335,12 +335,12 @@ def decode_release(header: bytes) -> Release:
         raise ProtocolError(f"release: {error}") from None
 
 
-def decode_heard(header: bytes) -> int:
+def decode_mark_read(header: bytes) -> int:
     """What a `mark` said, in answer to it. Raises `ProtocolError` for a wrong shape."""
     try:
         return _number(header)
     except _MALFORMED as error:
-        raise ProtocolError(f"heard: {error}") from None
+        raise ProtocolError(f"mark read: {error}") from None
 
 
 def decode_query(header: bytes) -> Query:

@@ -68,7 +68,7 @@ class Compactor:
     def alive(self) -> int:
         """About how many bytes it takes to write all that is alive."""
         store = self._machine.state
-        dead = sum(len(queue.dead) for queue in store.queues.values())
+        dead = sum(len(queue.dead_letters) for queue in store.queues.values())
         bodies = store.live_bytes + store.step_bytes + store.fact_bytes
         return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
 

@@ -87,7 +87,7 @@ class WriteBudget:
 
 
 class DiskSpaceGuard:
-    """Keeps `machine.refusing` true to the disk that holds `journal`."""
+    """Keeps `machine.refusal_reason` true to the disk that holds `journal`."""
 
     def __init__(self, machine: Machine, journal: Journal, reclaim: Compactor) -> None:
         self._machine = machine
@@ -114,7 +114,7 @@ class DiskSpaceGuard:
     @property
     def cramped(self) -> bool:
         """Whether there is hardly room for what the broker writes by itself."""
-        return bool(self._machine.refusing) and self._reclaim.have < self._reclaim.slack // 4
+        return bool(self._machine.refusal_reason) and self._reclaim.have < self._reclaim.slack // 4
 
     def admit(self, frames: Sequence[Frame]) -> Sequence[Frame]:
         """Those of these frames, and of the ones that wait, for which there is room now.
@@ -123,7 +123,7 @@ class DiskSpaceGuard:
         answered meanwhile is as true as ever. The frames of one peer stay in order; behind one that waits all of its
         others do, and a peer that says hello again will send again what waits.
         """
-        if not self._aside and not self._machine.refusing:
+        if not self._aside and not self._machine.refusal_reason:
             return frames
         room = self._journal.room
         journal_free = self._journal.free
@@ -154,12 +154,12 @@ class DiskSpaceGuard:
 
     def _fits(self, frame: Frame, allowance: WriteBudget) -> bool:
         _, operation, header, blob = frame
-        if operation == wire.HEARD:
+        if operation == wire.MARK_READ:
             return True
         try:
             if operation == wire.QUERY and wire.decode_query(header).name in READS:
                 return True
-            if operation == wire.PUBLISH and self._machine.refusing and _starts(header, blob):
+            if operation == wire.PUBLISH and self._machine.refusal_reason and _starts(header, blob):
                 return True  # it is refused
         except ProtocolError:
             return True  # so is this
@@ -173,8 +173,8 @@ class DiskSpaceGuard:
         if len(waiting) > MOST_ASIDE or size > MOST_BYTES_ASIDE:
             self._forget(peer)
             session = self._machine.state.sessions.get(peer)
-            if session is not None and session not in self._machine.outbox.deaf:
-                self._machine.outbox.deaf.append(session)
+            if session is not None and session not in self._machine.outbox.slow_peers:
+                self._machine.outbox.slow_peers.append(session)
 
     def _forget(self, peer: int) -> None:
         self._aside.pop(peer, None)
@@ -188,7 +188,7 @@ class DiskSpaceGuard:
         self._unseen -= coming
         machine = self._machine
         now = machine.state.now
-        if machine.refusing:
+        if machine.refusal_reason:
             if now < self._look_at:
                 return
         elif self._unseen >= 0 and not self._journal.room.low:
@@ -197,7 +197,7 @@ class DiskSpaceGuard:
         spared = self._spared(coming)
         # What comes in takes room, and has to find some once more.
         self._unseen = min(spared // 4, UNSEEN)
-        machine.refusing = NEARLY_FULL if spared < 0 else ""
+        machine.refusal_reason = NEARLY_FULL if spared < 0 else ""
 
     def _spared(self, coming: int) -> int:
         """Bytes that could be done without, with all that is `coming` written and all that is alive still in hand."""

@@ -126,7 +126,7 @@ class Engine:
         failpoint("broker.recovered")
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
-        self.machine.started(now, wall_now)
+        self.machine.begin_epoch(now, wall_now)
         if self.journal is not None:
             self.machine.writer.keep_oldest(self.journal.segments()[0].number)
         self._commit()
@@ -169,8 +169,8 @@ class Engine:
         else:
             if machine.compacting:
                 self._reclaim.compact()
-            if written or machine.compacting or machine.refusing:
-                self._reclaim.step(written, pressed=bool(machine.refusing))
+            if written or machine.compacting or machine.refusal_reason:
+                self._reclaim.step(written, pressed=bool(machine.refusal_reason))
             machine.compacting = self._reclaim.compacting
         return machine.dispatch()
 
@@ -179,7 +179,7 @@ class Engine:
         machine = self.machine
         if machine.writer.records or machine.state.touched or machine.compacting:
             return 0.0
-        if machine.refusing and self._reclaim is not None and self._reclaim.busy:
+        if machine.refusal_reason and self._reclaim is not None and self._reclaim.busy:
             return 0.0
         if self._room is not None and (self._room.holding or self._room.cramped):
             return min(most, HOLDING_RETRY)
@@ -201,7 +201,7 @@ class Engine:
         if not records:
             return 0
         if self.journal is None:
-            self.machine.placed(-1, -1, [-1] * len(records))
+            self.machine.set_record_locations(-1, -1, [-1] * len(records))
             return 0
         batch = [Record(*record) for record in records]
         while True:
@@ -215,16 +215,16 @@ class Engine:
                     continue
                 if self._giving_up():
                     raise
-                self.machine.refusing = NEARLY_FULL
+                self.machine.refusal_reason = NEARLY_FULL
                 time.sleep(FULL_RETRY)
-        self.machine.placed(place.segment, place.batch, place.blob_offsets)
+        self.machine.set_record_locations(place.segment, place.batch, place.blob_offsets)
         if place.segment != self._stated_in:
             # Said in each segment: whichever are lost, those that are left tell of it.
             if self._stated_in:
                 self.machine.writer.keep_oldest(self.journal.segments()[0].number)
             self._stated_in = place.segment
         if self.journal.room_low:
-            self.machine.refusing = NEARLY_FULL
+            self.machine.refusal_reason = NEARLY_FULL
         return place.blob_offsets[-1] - place.blob_offsets[0] + len(batch[-1].blob) + 1
 
     def _read_body(self, segment: int, batch: int, offset: int, size: int) -> bytes:

@@ -89,10 +89,10 @@ class Server:
                 failpoint("broker.dispatched")
             if (now := time.monotonic()) >= self._probe_due:
                 self._probe_due = now + PROBE
-                engine.machine.probe()
+                engine.machine.probe_peers()
                 for peer in self._cut_off:
                     # It hears that it was cut off as soon as it hears anything again.
-                    engine.machine.outbox.notice_stranger(peer, "hello", None)
+                    engine.machine.outbox.add_stranger_notice(peer, "hello", None)
 
     def _mind_the_door(self) -> None:
         """Let in who asks for it, while there is room."""
