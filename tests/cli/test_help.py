@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import click
 import pytest
+from programs import Stageflow
 
 from stageflow_actors.cli.main import cli
-
-Output = tuple[int, str, str]
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -35,14 +34,14 @@ def _terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=name_of)
-def test_help_fits_in_80_columns(stageflow: Callable[..., Output], path: tuple[str, ...]) -> None:
+def test_help_fits_in_80_columns(stageflow: Stageflow, path: tuple[str, ...]) -> None:
     code, out, err = stageflow(*path, "--help")
     assert (code, err) == (0, "")
     assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=name_of)
-def test_the_list_of_a_group_cuts_no_summary(stageflow: Callable[..., Output], path: tuple[str, ...]) -> None:
+def test_the_list_of_a_group_cuts_no_summary(stageflow: Stageflow, path: tuple[str, ...]) -> None:
     group = COMMANDS[path]
     assert isinstance(group, click.Group)
     _, out, _ = stageflow(*path, "--help")

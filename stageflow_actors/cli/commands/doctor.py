@@ -47,7 +47,7 @@ def doctor(output: str, data: Path) -> int:
     from stageflow_actors.runtime.system.data_dir import DataDir
 
     directory = DataDir(data, create=False)
-    journal = _of_journal(directory)
+    journal = _check_journal(directory)
     report = check_up(directory, readable=all(finding.severity == INFO for finding in journal))
     findings = [*(one for one in journal if one.severity == ERROR), *report.findings]
     findings += [one for one in journal if one.severity != ERROR]
@@ -67,11 +67,11 @@ def doctor(output: str, data: Path) -> int:
         _print_finding(finding)
     checked = report.checked
     compared = checked["ended_in_journal"]
-    looked = f"{counted(checked['instances'], 'live instance')}, {counted(checked['messages'], 'message')}, "
-    looked += f"{checked['ended']:,} ended ({compared:,} of them still in the journal)"
+    counts = f"{counted(checked['instances'], 'live instance')}, {counted(checked['messages'], 'message')}, "
+    counts += f"{checked['ended']:,} ended ({compared:,} of them still in the journal)"
     state = "running" if report.live else "at rest"
     verdict = counted(errors, "error") if errors else "the invariants hold"
-    click.echo(f"{verdict}: {looked}, {directory.path}, {state}")
+    click.echo(f"{verdict}: {counts}, {directory.path}, {state}")
     return 1 if errors else 0
 
 
@@ -82,7 +82,7 @@ def _print_finding(finding: Finding) -> None:
         click.echo(f"         → {finding.advice}")
 
 
-def _of_journal(data: DataDir) -> list[Finding]:
+def _check_journal(data: DataDir) -> list[Finding]:
     """Return the findings in the journal: the first damaged places, and the torn end that a crash leaves."""
     from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
     from stageflow_brokers.errors import JournalError

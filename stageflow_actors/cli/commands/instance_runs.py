@@ -113,7 +113,7 @@ def _run(
     with open_client(data) as client:
         at_rest = isinstance(client, OfflineClient)
         if wait and at_rest:
-            raise StageFlowError(f"no cluster runs on {data}, so --wait would wait forever: leave it out")
+            raise StageFlowError(f"no cluster runs on {data}: leave out --wait, which would wait forever")
         instance = rerun(client.instance(instance_id), context)
         if wait:
             return finished(instance, timeout)
