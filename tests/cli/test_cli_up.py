@@ -258,7 +258,7 @@ def test_a_directory_without_a_cluster_is_not_healthy(
 ) -> None:
     monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
-    assert (code, out) == (1, f"program: no cluster runs on {tmp_path}\n")
+    assert (code, out) == (1, f"program: nobody serves {tmp_path}\n")
     assert stageflow("health", "--data", tmp_path / "none")[0] == 1
 
 
