@@ -250,7 +250,8 @@ def public_entries() -> list[Entry]:
 
 
 ENTRIES = public_entries()
-EXAMPLES = [entry for entry in ENTRIES if "Example" in entry.doc.sections]
+EXAMPLES = list({entry.doc.text: entry for entry in reversed(ENTRIES) if "Example" in entry.doc.sections}.values())
+"""Each once: `Runtime` inherits the methods of `Client`."""
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

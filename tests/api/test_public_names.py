@@ -22,6 +22,8 @@ import stageflow_actors.testing
 import stageflow_brokers
 import stageflow_brokers.errors
 from stageflow_actors import events, testing
+from stageflow_actors.definition.http import HttpOptions
+from stageflow_actors.definition.stage import CommonOptions, HttpStageOptions, StageOptions
 from stageflow_brokers import api
 
 STAGEFLOW = """
@@ -43,6 +45,9 @@ OURS = ("stageflow_actors", "stageflow_brokers")
 FROZEN = Path(__file__).with_name("public_api.txt")
 """One line for each public name, with its signature. After an intended change run this file as a program."""
 
+OPTIONS = (CommonOptions, HttpOptions, HttpStageOptions, StageOptions)
+"""The keyword arguments behind `**options`."""
+
 MADE_BY_STAGEFLOW = {"Client", "Instance", "StageCall", "StageContext", "WorkflowResult"}
 """Classes whose constructor users do not call."""
 
@@ -56,7 +61,8 @@ def test_the_public_names_are_these(module: ModuleType, names: list[str]) -> Non
 def signature_of(function: Any) -> str:
     """Return the names, kinds and defaults of the parameters, and the annotation of the result."""
     signature = inspect.signature(function)
-    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is parameter.VAR_KEYWORD]
+    bare = [each if each in named else each.replace(annotation=each.empty) for each in signature.parameters.values()]
     shown = str(signature.replace(parameters=bare, return_annotation=signature.empty))
     result = signature.return_annotation
     return shown if result is signature.empty else f"{shown} -> {result}"
@@ -93,6 +99,7 @@ def public_api() -> str:
                 found.append(prefix + name + signature_of(value))
             else:
                 found.append(f"{prefix}{name} = {value!r}")
+    found += [f"{kind.__name__}: {', '.join(sorted(kind.__annotations__))}" for kind in OPTIONS]
     return "\n".join(found) + "\n"
 
 

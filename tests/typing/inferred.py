@@ -91,6 +91,7 @@ assert_type(orders.add_branch("where", lambda order: "here", {"here": [charge]},
 assert_type(orders.add_map("each", charge, over=lambda order: [order], into="parts"), Workflow[Order])
 assert_type(orders.add_delay("later", timedelta(days=1)).add_signal("approval", timeout=5), Workflow[Order])
 assert_type(orders.add_stage(charge, compensation=Compensation(refund, timeout=None)), Workflow[Order])
+assert_type(orders.add_http_stage("pay", url="https://bank.example", headers={"A": "b"}, actors=2), Workflow[Order])
 assert_type(orders.stages, tuple[Stage, ...])
 assert_type(Replace(Order(2)).value, Any)
 

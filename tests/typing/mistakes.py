@@ -51,6 +51,8 @@ def refund(order: Order) -> None: ...
 
 orders.add_stage(charge, timeout="30")  # error: arg-type
 orders.add_stage(charge, tiemout=30)  # error: call-arg
+orders.add_http_stage("pay", url="https://bank.example", tiemout=3)  # error: call-arg
+orders.add_http_stage("pay", url="https://bank.example", retry=3)  # error: arg-type
 orders.add_delay("later", "tomorrow")  # error: arg-type
 orders.add_map("each", charge, into="parts")  # error: call-arg
 orders.add_branch("where", lambda order: "here", [charge])  # error: arg-type

@@ -1,7 +1,7 @@
 """Readers of a journal at rest: no broker runs, and nothing is written.
 
 ==============  ==================================================================
-`count_settlements`   counts accepted settlements per (group, epoch, label)
+`settlements`   counts accepted settlements per (group, epoch, label)
 `groups`        lists the groups that a batch of the journal names
 ==============  ==================================================================
 """
