@@ -451,8 +451,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
-                "store.live_bytes + store.step_bytes + store.fact_bytes",
-                "store.live_bytes",
+                "state.live_bytes + state.step_bytes + state.fact_bytes",
+                "state.live_bytes",
             ),
         ),
         ("tests/brokers/test_compaction.py::test_steps_count_as_alive_when_it_comes_to_giving_space_back",),

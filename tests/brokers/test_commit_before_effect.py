@@ -74,14 +74,14 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
     files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: 0.0)
     peer = Publisher(engine)
-    files.room = files.used()
+    files.size_bytes = files.used()
     answers = peer.publish()
     while wire.decode_out(answers[0][1]).acked == peer.frame:
         answers = peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 6000)], blob=bytes(6000)) or answers
         assert peer.frame < 100
     taken = len(engine.machine.state.messages)
     assert engine.round([]) == []
-    files.room = None
+    files.size_bytes = None
     answers = engine.round([])
     assert wire.decode_out(answers[0][1]).acked == peer.frame
     assert len(engine.machine.state.messages) == taken + 1
@@ -95,12 +95,12 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
         nonlocal looks
         looks += 1
         if looks == 2:
-            files.room = None
+            files.size_bytes = None
         return False
 
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, stop_requested=stop_requested)
     peer = Publisher(engine)
-    files.room = files.used()
+    files.size_bytes = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     answers = peer.publish()
     assert looks == 2
@@ -114,7 +114,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     peer = Publisher(engine)
     ((_, header, _),) = peer.publish()
     (item,) = wire.decode_out(header).deliveries[0][1]
-    files.room = files.used()
+    files.size_bytes = files.used()
     refused = wire.decode_out(peer.publish()[0][1])
     while not refused.results:
         item_of = (0, 2000, f"more{peer.frame}", 1, FLAG_START)
@@ -123,7 +123,7 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     move = (item.id, item.lease, 0, 6, item.group)
     settled = peer.send(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
     assert [queue for queue, _ in wire.decode_out(settled[0][1]).deliveries] == ["end"]
-    files.room = None
+    files.size_bytes = None
     peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
     assert not engine.machine.refusal_reason
     assert not wire.decode_out(peer.publish()[0][1]).results
@@ -133,7 +133,7 @@ def test_a_caller_that_waits_for_room_can_be_stopped() -> None:
     files = SimulatedDisk()
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, stop_requested=lambda: True)
     peer = Publisher(engine)
-    files.room = files.used()
+    files.size_bytes = files.used()
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     with pytest.raises(JournalFull):
         peer.publish()

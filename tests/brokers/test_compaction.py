@@ -302,7 +302,7 @@ def test_facts_count_as_alive_too() -> None:
 
 
 def test_what_is_copied_in_one_round_is_bounded_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "SLICE", 20_000)
+    monkeypatch.setattr(compaction, "SLICE_BYTES", 20_000)
     peer = RecordedPeer()
     for number in range(40):
         peer.start(f"g{number}", size=10)

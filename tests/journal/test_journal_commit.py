@@ -204,7 +204,7 @@ def test_a_dropped_segment_is_used_again_and_its_old_batches_are_not(bench: Any)
     bench.fill(journal, 25)
     while len(journal.segments()) > 1:
         journal.drop_oldest()
-    recycled = journal._supply  # the spare is now an old segment, full of whole batches
+    recycled = journal._allocator  # the spare is now an old segment, full of whole batches
     assert recycled.spare_bytes == bench.segment_bytes
     stale = bytes(bench.disk.content(bench.directory / "spare"))
     journal.seal()
@@ -232,11 +232,11 @@ def test_a_journal_in_steady_state_takes_no_more_room(bench: Any) -> None:
 
 
 def test_small_journals_have_small_segments() -> None:
-    supply = SegmentAllocator.__new__(SegmentAllocator)
-    supply._segment_bytes = 64 << 20
+    allocator = SegmentAllocator.__new__(SegmentAllocator)
+    allocator._segment_bytes = 64 << 20
     sizes: list[int] = []
     for _ in range(7):
-        sizes.append(supply.size_of(sum(sizes) - 4000 * len(sizes)))  # none is filled to its last byte
+        sizes.append(allocator.size_of(sum(sizes) - 4000 * len(sizes)))  # none is filled to its last byte
     assert [size >> 20 for size in sizes] == [4, 8, 16, 32, 64, 64, 64]
 
 
@@ -256,7 +256,7 @@ def test_a_small_journal_that_is_compacted_again_and_again_stays_small(bench: An
 
 
 def test_a_journal_that_is_filled_has_larger_and_larger_segments(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supply_module, "SMALLEST", 64 << 10)
+    monkeypatch.setattr(supply_module, "MIN_SEGMENT_BYTES", 64 << 10)
     journal = bench.open(segment_bytes=512 << 10)
     bench.fill(journal, 600, size=1000)
     sizes = [info.size >> 10 for info in journal.segments()]
@@ -350,18 +350,18 @@ def test_which_batches_were_verified_is_forgotten_with_their_segment_and_when_th
 
 def test_a_spare_is_ready_before_it_is_needed(bench: Any) -> None:
     journal = bench.open()
-    assert journal.room == (True, False, bench.segment_bytes - 2 * SECTOR, bench.segment_bytes)
+    assert journal.free_space == (True, False, bench.segment_bytes - 2 * SECTOR, bench.segment_bytes)
     bench.disk.calls.clear()
     assert journal.prepare()
     assert bench.disk.calls == []
     journal.seal()
-    assert journal.room.ready
+    assert journal.free_space.has_spare
 
 
 def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_bench: Any) -> None:
-    bench = make_bench(room=40 << 10)
+    bench = make_bench(size_bytes=40 << 10)
     journal = bench.open()
-    assert not journal.room_low
+    assert not journal.is_space_low
     said = []
     number = 1
     with pytest.raises(JournalFull, match="free some space") as caught:
@@ -369,13 +369,13 @@ def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_
             said += bench.fill(journal, 1, first=number)
             number += 1
     assert caught.value.needed == bench.segment_bytes
-    assert journal.room_low
-    assert not journal.room.ready
+    assert journal.is_space_low
+    assert not journal.free_space.has_spare
     assert not journal.prepare()
     assert not [name for name in bench.disk.listdir(bench.directory) if name.endswith(".tmp")]
     # Room again: nothing was lost, and no restart is needed.
     journal.drop_oldest()
-    assert not journal.room_low
+    assert not journal.is_space_low
     said = [each for each in said if each[0] >= journal.segments()[0].first]
     said += bench.fill(journal, 1, first=number)
     bench.disk.crash()
@@ -384,20 +384,20 @@ def test_without_room_for_a_spare_commits_go_on_and_the_room_is_called_low(make_
 
 
 def test_a_full_disk_that_another_process_frees_clears_automatically(make_bench: Any) -> None:
-    bench = make_bench(room=20 << 10)
+    bench = make_bench(size_bytes=20 << 10)
     journal = bench.open()
-    assert journal.room_low
-    bench.disk.room = None
+    assert journal.is_space_low
+    bench.disk.size_bytes = None
     assert journal.prepare()
-    assert not journal.room_low
-    assert journal.room.ready
+    assert not journal.is_space_low
+    assert journal.free_space.has_spare
 
 
 def test_a_disk_without_room_for_the_first_segment_is_reported(make_bench: Any) -> None:
-    bench = make_bench(room=4 << 10)
+    bench = make_bench(size_bytes=4 << 10)
     with pytest.raises(JournalFull, match="free some space"):
         bench.open()
-    bench.disk.room = None
+    bench.disk.size_bytes = None
     bench.open()
 
 

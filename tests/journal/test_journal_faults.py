@@ -82,7 +82,7 @@ class Story:
             (record,) = batch.records
             batches[batch.number] = bytes(record.blob)
 
-        self.disk.room = None
+        self.disk.size_bytes = None
         journal = Journal.open(DIRECTORY, replay=replay, files=self.disk, segment_bytes=SEGMENT, warn=lambda text: None)
         last = max(self.acked, default=0)
         assert all(batches[number] == self.tried[number] for number in batches)
@@ -168,7 +168,7 @@ def test_a_failed_sync_of_the_spare_segment_stops_the_journal_whatever_the_error
     disk = SimulatedDisk()
     journal = Story(disk).open()
     if spare == "none":
-        assert journal._supply.surrender()
+        assert journal._allocator.release_spare()
 
     def on_call(name: str, path: str) -> None:
         if name == "fsync":

@@ -333,7 +333,7 @@ def test_a_segment_filled_to_its_last_byte_by_an_earlier_release_is_whole_and_ca
     with bench.open() as journal:
         assert bench.replayed == [(1, 1.0, bench.kept([record]))]
         assert bench.warnings == []
-        assert journal.room.left == 0
+        assert journal.free_space.open_bytes == 0
         bench.fill(journal, 1, first=2)
         assert journal.segments()[-1].number == 2
     assert bench.content(1) == content
@@ -417,10 +417,10 @@ def test_an_open_segment_that_was_cut_short_gets_its_length_back(bench: Any) -> 
 
 
 def test_a_shortened_segment_on_a_full_disk_is_left_for_the_spare(make_bench: Any) -> None:
-    bench = make_bench(room=40 << 10)
+    bench = make_bench(size_bytes=40 << 10)
     said, starts, content = committed(bench)
     bench.disk.damage(bench.path(1), content[: starts[3]])
-    bench.disk.room = bench.disk.used()
+    bench.disk.size_bytes = bench.disk.used()
     with bench.open() as journal:
         assert bench.replayed == said
         said += bench.fill(journal, 1, first=4)
@@ -433,10 +433,10 @@ def test_a_torn_end_on_a_full_disk_takes_the_room_of_the_spare_for_its_copy(make
     bench = make_bench()
     _, starts, content = committed(bench, size=1000)
     bench.disk.damage(bench.path(1), content[: starts[2] + 600].ljust(len(content), b"\0"))
-    bench.disk.room = bench.disk.used()
+    bench.disk.size_bytes = bench.disk.used()
     with bench.open() as journal:
         assert "copied to" in bench.warnings[0]
-        assert journal.room_low
+        assert journal.is_space_low
         bench.fill(journal, 1, first=3)
 
 

@@ -23,7 +23,7 @@ class Tight:
     """An engine on a disk of `room` bytes, and a peer that starts instances and works them off in three stages."""
 
     def __init__(self, room: int, *, segment_bytes: int = 64 << 20, files: SimulatedDisk | None = None) -> None:
-        self.files = files or SimulatedDisk(room=room)
+        self.files = files or SimulatedDisk(size_bytes=room)
         self.segment_bytes = segment_bytes
         self.clock = 0.0
         self.frame = 0
@@ -180,13 +180,13 @@ def test_a_frame_larger_than_a_segment_is_taken_where_the_disk_has_room() -> Non
 def test_room_that_others_took_and_gave_back_is_found_again() -> None:
     tight = Tight(200 << 20)
     assert tight.start(10)
-    tight.files.room = tight.files.used()
+    tight.files.size_bytes = tight.files.used()
     refused = 0
     while not refused:
         refused += not tight.start(300)
     tight.work_off()
     assert tight.ended == tight.started
-    tight.files.room = 200 << 20
+    tight.files.size_bytes = 200 << 20
     tight.clock += 1
     assert tight.start(300)
 
@@ -196,13 +196,13 @@ def test_work_ends_while_others_hold_all_that_was_free_and_the_history_waits(roo
     tight = Tight(room << 20)
     while tight.start(200):
         pass
-    tight.files.room = tight.files.used()
+    tight.files.size_bytes = tight.files.used()
     while tight.work(history=False):
         pass
     store = tight.engine.machine.state
     assert store.queue("q0").ready_count == store.queue("q1").ready_count == 0
     assert len(store.groups) == len(tight.started), "all of them wait for the history"
-    tight.files.room = room << 20
+    tight.files.size_bytes = room << 20
     tight.clock += 1
     tight.work_off()
     assert tight.ended == tight.started
@@ -226,7 +226,7 @@ def test_a_compaction_that_does_not_fit_gives_up_and_loses_nothing() -> None:
     tight = Tight(1 << 30)
     for _ in range(7):
         tight.start(1000)
-    tight.files.room = tight.files.used() + 1000
+    tight.files.size_bytes = tight.files.used() + 1000
     tight.say(wire.QUERY, "compact", (True,))
     for _ in range(200):
         if not tight.engine.machine.compacting:
@@ -258,7 +258,7 @@ def test_without_any_room_frames_wait_in_order_and_queries_are_answered() -> Non
     assert stats["messages"] == taken
     assert 0.0 < tight.engine.next_timeout(60.0) <= 0.5, "it looks again, without hurry"
     # A crash finds no more than was acknowledged.
-    tight.files.room = 64 << 20
+    tight.files.size_bytes = 64 << 20
     tight.clock += 1
     for _ in range(20):
         tight.clock += 1
@@ -281,7 +281,7 @@ def test_a_new_hello_sends_again_what_waited_for_room() -> None:
     assert heard < tight.frame
     hello = wire.encode((wire.PROTOCOL, "client", "", 2, heard + 1, []))
     tight.round([(7, wire.HELLO, hello, b"")])
-    tight.files.room = 64 << 20
+    tight.files.size_bytes = 64 << 20
     for frame in range(heard + 1, tight.frame + 1):
         tight.clock += 1
         items = [(0, len(body), f"event{frame - 2}", 1)]
@@ -297,14 +297,14 @@ def test_the_brokers_own_decisions_are_sent_later_when_there_is_no_room() -> Non
     tight = Tight(16 << 20)
     for each in range(3):
         tight.say(wire.PUBLISH, [("waits", "more")], [(0, 10, f"event{each}", 1)], blob=bytes(10))
-    tight.files.room = tight.files.used()
+    tight.files.size_bytes = tight.files.used()
     assert tight.engine.journal is not None
-    room = tight.engine.journal.room
-    tight.engine.machine.writer.record(11, 0, wire.encode(("much", "x" * (room.left + room.spare))))
+    room = tight.engine.journal.free_space
+    tight.engine.machine.writer.record(11, 0, wire.encode(("much", "x" * (room.open_bytes + room.spare_bytes))))
     with pytest.raises(JournalFull):  # it was asked to give up, or it would wait
         tight.round([])
     tight.files.kill()
-    tight.files.room = 64 << 20
+    tight.files.size_bytes = 64 << 20
     tight.begin()
     assert tight.engine.machine.state.queue("waits").ready_count == 3
 
@@ -317,7 +317,7 @@ def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
 ) -> None:
     tight = Tight(room << 20, segment_bytes=segment << 20)
     tight.grown = [CONTEXT * (larger + 1) // 2, CONTEXT * larger]
-    tight.files.room = tight.files.used()
+    tight.files.size_bytes = tight.files.used()
     while tight.start(20):
         pass
     assert len(tight.started) > 200
@@ -329,7 +329,7 @@ def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
             break
     store = tight.engine.machine.state
     assert sum(1 for group in store.groups.values() if group.ended) == len(tight.started)
-    tight.files.room = room << 20
+    tight.files.size_bytes = room << 20
     tight.clock += 1
     tight.work_off()
     assert tight.ended == tight.started
@@ -342,7 +342,7 @@ def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
 def test_instances_that_grow_beyond_all_bounds_wait_for_room_and_end_when_there_is_some() -> None:
     tight = Tight(16 << 20)
     tight.grown = [30 * CONTEXT, 60 * CONTEXT]
-    tight.files.room = tight.files.used()
+    tight.files.size_bytes = tight.files.used()
     while tight.start(20):
         pass
     for _ in range(300):
@@ -351,7 +351,7 @@ def test_instances_that_grow_beyond_all_bounds_wait_for_room_and_end_when_there_
     assert sum(1 for group in store.groups.values() if group.ended) < len(tight.started)
     tight.files.kill()
     tight.begin()
-    tight.files.room = 400 << 20
+    tight.files.size_bytes = 400 << 20
     for _ in range(100):
         tight.clock += 1
         tight.work()
@@ -364,7 +364,7 @@ def test_what_instances_end_with_is_learnt_and_fewer_are_taken_then() -> None:
     for larger in (1, 8):
         tight = Tight(64 << 20)
         tight.grown = [CONTEXT * larger, CONTEXT * larger]
-        tight.files.room = tight.files.used()
+        tight.files.size_bytes = tight.files.used()
         for _ in range(20):
             assert tight.start(5)
             tight.work(history=False)

@@ -42,7 +42,7 @@ class SmallDisk:
         return error
 
     def fill(self) -> None:
-        self.files.room = self.files.used()
+        self.files.size_bytes = self.files.used()
         assert any(self.start(f"more-{number}") is not None for number in range(1_000)), "a start is refused in the end"
 
 

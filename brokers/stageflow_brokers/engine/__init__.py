@@ -1,8 +1,8 @@
 """The engine: the broker's core together with a journal, without sockets.
 
-==============  ============================================================
+==============  ===================================================================
 `engine`        one round: receive, decide, commit, dispatch
-`compaction`    rewrites live records and deletes old segments
-`disk_space`    reserves room for settlements and refuses starts on a full disk
-==============  ============================================================
+`compaction`    copies live records and deletes the oldest segment
+`disk_space`    reserves space for work in hand, refuses starts on a full disk
+==============  ===================================================================
 """

@@ -1,8 +1,8 @@
-"""Giving the oldest segments of the journal back, while the broker works.
+"""Compaction: copy the live records of the oldest segment and delete it, while the broker works.
 
-A slice of what is alive in the oldest segment is recorded again with each commit, so that no round waits for it; when
-nothing there is alive any more, and the records that say so are on disk, the segment goes. Never another than
-the oldest: it may hold the acknowledgement of a message that an older one still holds.
+Each commit copies one slice of the live records, so that no round waits for the rest. The segment is deleted when
+nothing in it is live and the records that say so are on disk. Never delete another segment than the oldest: it may
+hold the acknowledgement of a message that an older segment still holds.
 """
 
 from __future__ import annotations
@@ -13,189 +13,209 @@ from stageflow_brokers.journal.journal import Journal, SegmentInfo
 
 __all__ = ["Compactor"]
 
-SLICE = 1 << 20
-"""Fewest bytes to copy with one commit; a commit that wrote more makes room for as much."""
+SLICE_BYTES = 1 << 20
+"""The fewest bytes copied with one commit. A commit that wrote more is followed by a copy of as many bytes."""
 
-SEGMENTS_SPARED = 3
-"""Segments beyond twice what is alive before any is given back: rewriting less often costs disk, no time."""
+SPARED_SEGMENTS = 3
+"""Compaction begins when the journal exceeds twice its live bytes by so many segments. Rewriting less often costs disk
+space, but no time."""
 
-PER_MESSAGE, PER_GROUP, PER_REASON = 128, 64, 1024
-"""About how many bytes of journal one takes, the bodies left out; why a dead letter is one takes some more."""
+MESSAGE_OVERHEAD_BYTES = 128
+"""Estimate of the journal bytes of a message without its body."""
 
+GROUP_OVERHEAD_BYTES = 64
+"""Estimate of the journal bytes of a group."""
 
-MARGIN = 9 / 8
-"""What is copied may take this much more than it was thought to, and this much more than what is alive is to be used
-before anything is given back for want of room."""
+DEAD_LETTER_OVERHEAD_BYTES = 1024
+"""Estimate of the journal bytes that the failure of a dead letter adds."""
 
-RESERVE = 2
-"""How often what is alive may still grow by must find room beside what is used already, for starts to be taken: the
-stages on the way to the largest are written too, and are given back segment by segment."""
+COPY_MARGIN = 9 / 8
+"""A copy may need this factor more than its estimate. When disk space is low, compaction also begins only if the used
+bytes exceed the live bytes by this factor."""
 
-SLACK = 256 << 10
-"""Bytes for what the broker writes on its own account: timers that are due, what a segment must say again. Of small
-segments a share."""
+RESERVE_FACTOR = 2
+"""Starts are accepted while the disk has space for this many times the expected growth of the live bytes. The
+intermediate stages of the growing messages are written too, and their segments are deleted one by one."""
 
-LOOKS_APART = 8
-"""Rounds between looks at whether the oldest segment fits by now, where it did not: a look goes over all in it."""
+SLACK_BYTES = 256 << 10
+"""Space for records that the broker writes without a request: due timers, and the state that each segment repeats.
+With small segments only a share of it."""
+
+CHECK_INTERVAL_ROUNDS = 8
+"""Rounds between checks whether the oldest segment, which did not fit, fits now. A check visits each record of the
+segment that is live."""
 
 
 class Compactor:
-    """The reclaiming of one journal."""
+    """The compaction of one journal."""
 
     def __init__(self, machine: Machine, journal: Journal, segment_bytes: int) -> None:
         self._machine = machine
         self._journal = journal
         self._segment_bytes = segment_bytes
-        self.slack = min(SLACK, segment_bytes // 16)
+        self.slack_bytes = min(SLACK_BYTES, segment_bytes // 16)
         self._oldest = 0
         self._restated = False
-        self._clean_to = 0
-        self._all_before = 0
-        self._look_in = 0
-        self._weighed = (0, 0, 0)
+        self._recyclable_to = 0
+        self._compact_to = 0
+        self._rounds_to_check = 0
+        self._estimate = (0, 0, 0)
 
     @property
-    def compacting(self) -> bool:
-        """Whether every segment is being given back that was there when this was asked for."""
-        return self._all_before > 0
+    def is_compacting(self) -> bool:
+        """True while a requested compaction has segments left that existed at the request."""
+        return self._compact_to > 0
 
     @property
-    def busy(self) -> bool:
-        """Whether a segment is being given back."""
+    def is_busy(self) -> bool:
+        """True while the live records of a segment are being copied."""
         return self._oldest > 0
 
     @property
-    def alive(self) -> int:
-        """About how many bytes it takes to write all that is alive."""
-        store = self._machine.state
-        dead = sum(len(queue.dead_letters) for queue in store.queues.values())
-        bodies = store.live_bytes + store.step_bytes + store.fact_bytes
-        return bodies + PER_MESSAGE * len(store.messages) + PER_GROUP * len(store.groups) + PER_REASON * dead
+    def live_bytes(self) -> int:
+        """Estimate of the bytes needed to write everything that is live."""
+        state = self._machine.state
+        dead = sum(len(queue.dead_letters) for queue in state.queues.values())
+        bodies = state.live_bytes + state.step_bytes + state.fact_bytes
+        overhead = MESSAGE_OVERHEAD_BYTES * len(state.messages) + GROUP_OVERHEAD_BYTES * len(state.groups)
+        return bodies + overhead + DEAD_LETTER_OVERHEAD_BYTES * dead
 
-    def growth(self, final: float) -> int:
-        """By how many bytes what is alive may grow until all has ended and waits, where a group takes about `final`
-        bytes in the end (0: not known). Never less than by as much as there is; of a large backlog by a quarter, and
-        some segments."""
-        alive = self.alive
-        seen = int(len(self._machine.state.groups) * final) - alive
-        return max(seen, min(alive, alive // 4 + 4 * self._segment_bytes))
+    def growth_bytes(self, final_bytes: float) -> int:
+        """Return how many bytes the live data may grow by until each group has ended and waits for the history.
 
-    @property
-    def clean(self) -> int:
-        """Bytes of segments that may go at any time, and are kept because others would take their room."""
-        return sum(segment.size for segment in self._journal.segments() if segment.number < self._clean_to)
+        `final_bytes` is the average size of an ended group, 0 if not known. The result is at least the live bytes
+        themselves, or for a large backlog a quarter of them and some segments.
+        """
+        live = self.live_bytes
+        expected = int(len(self._machine.state.groups) * final_bytes) - live
+        return max(expected, min(live, live // 4 + 4 * self._segment_bytes))
 
     @property
-    def have(self) -> int:
-        """Bytes that could still be written, if nobody else takes what is free."""
-        room = self._journal.room
-        return room.left + room.spare + self.clean + self._journal.free * 7 // 8
+    def recyclable_bytes(self) -> int:
+        """Bytes of segments that can be deleted at any time. They are kept so that no other program takes the space."""
+        return sum(segment.size for segment in self._journal.segments() if segment.number < self._recyclable_to)
 
-    def keep(self) -> int:
-        """Bytes that must not be used up by anything else, or what is dead could never be given back: what is alive in
-        any one segment has to be copied before it goes. None where that would gain nothing, or is too late."""
-        segments = self._unclean()
-        alive, have = self.alive, self.have
-        if len(segments) < 2 or sum(each.used for each in segments) < MARGIN * alive:
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that can still be written if no other program takes the free space."""
+        space = self._journal.free_space
+        return space.open_bytes + space.spare_bytes + self.recyclable_bytes + self._journal.disk_free_bytes * 7 // 8
+
+    def reserved_bytes(self) -> int:
+        """Return the bytes that only compaction may use.
+
+        The live records of any one segment must be copied before the segment is deleted; without this space, dead
+        records could never be removed. 0 if compaction would gain nothing, or cannot run any more.
+        """
+        segments = self._occupied_segments()
+        live, available = self.live_bytes, self.available_bytes
+        if len(segments) < 2 or sum(each.used for each in segments) < COPY_MARGIN * live:
             return 0
-        most = int(MARGIN * max(min(each.used, alive) for each in segments))
-        if most <= have:
-            return most
-        first = int(MARGIN * self._weight(segments[0].number))
-        return first if first <= have else 0
+        largest = int(COPY_MARGIN * max(min(each.used, live) for each in segments))
+        if largest <= available:
+            return largest
+        first = int(COPY_MARGIN * self._live_bytes_in(segments[0].number))
+        return first if first <= available else 0
 
     def compact(self) -> None:
-        """Give back all segments, the open one too, whether it is worthwhile or not.
+        """Begin to compact all segments, the open one too, whether or not it gains space.
 
-        Where there is no room to begin another segment, or to copy what is alive, some of them stay.
+        Segments remain if the disk has no space for another segment or for the copies of live records.
         """
-        if not self._all_before:
+        if not self._compact_to:
             try:
                 self._journal.seal()
             except JournalFull:
                 pass
-            self._all_before = self._journal.segments()[-1].number
+            self._compact_to = self._journal.segments()[-1].number
 
-    def step(self, written: int, *, pressed: bool = False) -> None:
-        """To be called after each commit, of about `written` bytes. What is recorded here goes with the next one.
+    def advance(self, written: int, *, space_low: bool = False) -> None:
+        """Copy the next slice. Call it after each commit of about `written` bytes; the next commit writes the copies.
 
-        `pressed`: there is little room, so whatever is dead is wanted back.
+        With `space_low`, compaction begins as soon as it gains space.
         """
         journal = self._journal
-        self._let_go(pressed)
-        if not self._oldest and not self._begin(pressed):
+        self._delete_recyclable(space_low)
+        if not self._oldest and not self._begin_segment(space_low):
             return
-        if journal.room_low and not self._fits(self._oldest):
-            self._oldest = self._all_before = 0
+        if journal.is_space_low and not self._fits(self._oldest):
+            self._oldest = self._compact_to = 0
             return
-        budget = max(SLICE, written)
-        if pressed:
-            budget = min(budget, max(journal.room.left // 4, SLICE // 16))
+        budget = max(SLICE_BYTES, written)
+        if space_low:
+            budget = min(budget, max(journal.free_space.open_bytes // 4, SLICE_BYTES // 16))
         if self._machine.writer.copy_forward(self._oldest, budget):
             return
         if not self._restated:
             self._machine.writer.restate(self._oldest + 1)
             self._restated = True
             return
-        self._clean_to = self._oldest + 1
+        self._recyclable_to = self._oldest + 1
         self._oldest = 0
-        self._let_go(pressed)
+        self._delete_recyclable(space_low)
 
-    def give_way(self) -> bool:
-        """Make room of a segment that may go, for a batch that has found none; false if there is no such segment."""
+    def free_segment(self) -> bool:
+        """Delete a recyclable segment to make space for a batch that found none. Return False if there is none."""
         segments = self._journal.segments()
-        if segments[0].number >= self._clean_to:
+        if segments[0].number >= self._recyclable_to:
             return False
         self._journal.drop_oldest()
         return True
 
-    def _let_go(self, pressed: bool) -> None:
-        """Give back what may go. Where room is short not before there is no spare: only one can be had, and the room of
-        any other would be somebody else's at once."""
-        while self._journal.segments()[0].number < self._clean_to:
-            room = self._journal.room
-            if pressed and room.spare and room.left + room.spare < RESERVE * self.alive:
+    def _delete_recyclable(self, space_low: bool) -> None:
+        """Delete the recyclable segments.
+
+        While space is low, wait until the journal has no spare: it keeps only one, and the space of a second one could
+        be taken by another program at once.
+        """
+        while self._journal.segments()[0].number < self._recyclable_to:
+            space = self._journal.free_space
+            if (
+                space_low
+                and space.spare_bytes
+                and space.open_bytes + space.spare_bytes < RESERVE_FACTOR * self.live_bytes
+            ):
                 return
             self._journal.drop_oldest()
 
-    def _unclean(self) -> list[SegmentInfo]:
-        return [segment for segment in self._journal.segments() if segment.number >= self._clean_to]
+    def _occupied_segments(self) -> list[SegmentInfo]:
+        return [segment for segment in self._journal.segments() if segment.number >= self._recyclable_to]
 
-    def _begin(self, pressed: bool) -> bool:
-        """Whether there is a segment to give back now."""
-        segments = self._unclean()
-        if self._all_before:
-            if segments[0].number >= self._all_before:
-                self._all_before = 0
+    def _begin_segment(self, space_low: bool) -> bool:
+        """Choose the oldest segment for compaction; return False if it should not be compacted now."""
+        segments = self._occupied_segments()
+        if self._compact_to:
+            if segments[0].number >= self._compact_to:
+                self._compact_to = 0
                 return False
         else:
             used = sum(each.used for each in segments)
-            if pressed and len(segments) > 1:
-                if used < MARGIN * self.alive or not self._fits(segments[0].number):
+            if space_low and len(segments) > 1:
+                if used < COPY_MARGIN * self.live_bytes or not self._fits(segments[0].number):
                     return False
-            elif len(segments) <= SEGMENTS_SPARED or not self._worthwhile(used):
+            elif len(segments) <= SPARED_SEGMENTS or not self._is_worthwhile(used):
                 return False
         self._oldest = segments[0].number
         self._restated = False
         return True
 
-    def _weight(self, segment: int) -> int:
-        """What is alive there, as it was some rounds ago at most."""
-        of, weight, looks = self._weighed
-        if of != segment or looks <= 0:
-            weight, looks = self._machine.writer.weigh(segment), LOOKS_APART
-        self._weighed = (segment, weight, looks - 1)
+    def _live_bytes_in(self, segment: int) -> int:
+        """Return the live bytes of a segment, from an estimate that is at most some rounds old."""
+        estimated, weight, rounds = self._estimate
+        if estimated != segment or rounds <= 0:
+            weight, rounds = self._machine.writer.weigh(segment), CHECK_INTERVAL_ROUNDS
+        self._estimate = (segment, weight, rounds - 1)
         return weight
 
     def _fits(self, segment: int) -> bool:
-        """Whether what is alive there can be copied into the room that there is."""
-        if self._look_in > 0:
-            self._look_in -= 1
+        """True if the available space is enough to copy the live records of the segment."""
+        if self._rounds_to_check > 0:
+            self._rounds_to_check -= 1
             return False
-        if self._machine.writer.weigh(segment) * MARGIN <= self.have:
+        if self._machine.writer.weigh(segment) * COPY_MARGIN <= self.available_bytes:
             return True
-        self._look_in = LOOKS_APART
+        self._rounds_to_check = CHECK_INTERVAL_ROUNDS
         return False
 
-    def _worthwhile(self, used: int) -> bool:
-        return used > 2 * self.alive + SEGMENTS_SPARED * self._segment_bytes
+    def _is_worthwhile(self, used: int) -> bool:
+        return used > 2 * self.live_bytes + SPARED_SEGMENTS * self._segment_bytes

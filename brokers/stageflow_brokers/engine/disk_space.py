@@ -1,10 +1,10 @@
-"""Whether there is room for what is new. What is under way is never refused: room is kept for it.
+"""The disk-space guard: refuse starts in time, so that work in hand can always be written.
 
-Starts are taken while all that is alive could grow to what instances are seen to end with, wait for the history as
-that, and still leave the largest segment to be copied: only then can the work in hand be finished and the dead be given
-back, whatever happens to the disk. Nobody knows what a stage will return, so that even this may run out: then what has
-to be written waits here, as it came, until there is room, and what only asks is answered meanwhile. Must never write
-anything but segments to come.
+Starts are accepted while the live data could grow to the size that instances usually end with, wait in that size for
+the history, and still leave space to copy the largest segment. Only then can the work in hand end and dead records be
+removed, whatever other programs write to the disk. The size of a stage's result is not known beforehand, so the space
+may run out nevertheless. Then frames that must be written wait here, unchanged, until there is space, and frames that
+only read are answered. The guard must never write anything except future segments.
 """
 
 from __future__ import annotations
@@ -15,238 +15,266 @@ from itertools import islice
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.core.machine import Machine
-from stageflow_brokers.engine.compaction import MARGIN, PER_GROUP, PER_MESSAGE, RESERVE, Compactor
+from stageflow_brokers.engine.compaction import (
+    COPY_MARGIN,
+    GROUP_OVERHEAD_BYTES,
+    MESSAGE_OVERHEAD_BYTES,
+    RESERVE_FACTOR,
+    Compactor,
+)
 from stageflow_brokers.errors import ProtocolError
 from stageflow_brokers.journal.journal import Journal
-from stageflow_brokers.journal.segment_allocator import SMALLEST
+from stageflow_brokers.journal.segment_allocator import MIN_SEGMENT_BYTES
 from stageflow_brokers.types import FLAG_START
 
 __all__ = ["NEARLY_FULL", "DiskSpaceGuard", "Frame"]
 
 Frame = tuple[int, bytes, bytes, bytes]
-"""(peer, operation, header, blob) as it came in."""
+"""(peer, operation, header, blob) as it arrived."""
 
 NEARLY_FULL = "the disk that holds the journal is nearly full; free some space and submit again"
 
-LOOK_AGAIN = 0.2
-"""Seconds between looks at a disk that was nearly full."""
+DISK_RECHECK_SECONDS = 0.2
+"""Seconds between checks of a disk that was nearly full."""
 
-UNSEEN = 8 << 20
-"""Most bytes that come in before the disk is looked at again: others write to it too."""
+DISK_CHECK_BYTES = 8 << 20
+"""The most bytes that arrive between two checks of the disk: other programs write to it too."""
 
-PLENTY = 8
-"""A disk with so many times what is needed is not nearly full: nothing has to be taken yet."""
+DISK_HEADROOM_FACTOR = 8
+"""A disk with this many times the needed space free is not nearly full: no segment has to be reserved yet."""
 
-STEP = 1 << 20
-"""What is kept for later grows by so many bytes."""
+RESERVE_INCREMENT_BYTES = 1 << 20
+"""The reserved space grows in multiples of this."""
 
-SMALLEST_ROUND, LARGEST_ROUND = 64 << 10, 64 << 20
+MIN_ROUND_BYTES, MAX_ROUND_BYTES = 64 << 10, 64 << 20
 
-SAMPLE, SAMPLES_KEPT = 256, 1024
-"""How many messages are looked at to learn what instances end with, and how many of those seen count."""
+SAMPLED_MESSAGES = 256
+"""Messages inspected per check to learn the size that instances end with."""
 
-SMALL = 4 << 10
-"""A frame up to this is let in when others wait: most of them end something, which is what makes room."""
+MAX_FINAL_SAMPLES = 1024
+"""Samples that count for the average; older ones lose weight."""
 
-FRAMING = 512
-"""A batch takes this much beside its frames, with its end mark; and a frame no more than a part of it."""
+SMALL_FRAME_BYTES = 4 << 10
+"""A frame up to this size may use half of the slack while larger ones wait: most small frames end something, and so
+free space."""
 
-READS = frozenset(
+BATCH_OVERHEAD_BYTES = 512
+"""Bytes of a batch beside its frames, with its end mark. A frame adds at most an eighth of it."""
+
+READ_QUERIES = frozenset(
     ("audit", "groups", "inspect", "live", "lookup", "peek", "ping", "progress", "stats", "subscribe", "tally", "watch")
 )
-"""Queries that change nothing the journal is told of."""
+"""Queries that write nothing to the journal."""
 
-MOST_ASIDE, MOST_BYTES_ASIDE = 100_000, 96 << 20
-"""Frames of one peer that wait for room, and their bytes: more than any client leaves unconfirmed. Who sends more is
-cut off, and has to say it again."""
+MAX_HELD_FRAMES, MAX_HELD_BYTES = 100_000, 96 << 20
+"""Frames of one peer that wait for space, and their bytes: more than a client leaves unconfirmed. A peer that sends
+more is disconnected and must send them again."""
 
 
 class WriteBudget:
-    """What may be written with one round: into the segment that is open, or else into the next one."""
+    """The bytes that one round may write, into the open segment or else into the next one."""
 
-    def __init__(self, left: int, next: int, have: int, keep: int, slack: int) -> None:
-        self._left = left - FRAMING
-        self._next = next - FRAMING
-        self._have = have
-        self._keep = keep
-        self._slack = slack
-        self._taken = 0
+    def __init__(
+        self, open_bytes: int, next_bytes: int, available_bytes: int, reserved_bytes: int, slack_bytes: int
+    ) -> None:
+        self._open_bytes = open_bytes - BATCH_OVERHEAD_BYTES
+        self._next_bytes = next_bytes - BATCH_OVERHEAD_BYTES
+        self._available_bytes = available_bytes
+        self._reserved_bytes = reserved_bytes
+        self._slack_bytes = slack_bytes
+        self._taken_bytes = 0
 
     def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes more, which are taken then."""
-        after = self._taken + size + FRAMING // 8
-        keep = self._keep + self._slack if size > SMALL else self._slack // 2
-        if after <= self._left:
-            allowed = after + keep <= self._have
+        """Take `size` more bytes from the budget. Return False, and take nothing, if they do not fit."""
+        after = self._taken_bytes + size + BATCH_OVERHEAD_BYTES // 8
+        keep = self._reserved_bytes + self._slack_bytes if size > SMALL_FRAME_BYTES else self._slack_bytes // 2
+        if after <= self._open_bytes:
+            allowed = after + keep <= self._available_bytes
         else:
-            # What is left of the open segment is lost then.
-            allowed = after <= self._next and self._left + after + keep <= self._have
+            # The rest of the open segment is lost when the next one begins.
+            allowed = after <= self._next_bytes and self._open_bytes + after + keep <= self._available_bytes
         if allowed:
-            self._taken = after
+            self._taken_bytes = after
         return allowed
 
 
 class DiskSpaceGuard:
-    """Keeps `machine.refusal_reason` true to the disk that holds `journal`."""
+    """Sets `machine.refusal_reason` according to the disk of `journal`, and holds frames for which there is no space."""
 
-    def __init__(self, machine: Machine, journal: Journal, reclaim: Compactor) -> None:
+    def __init__(self, machine: Machine, journal: Journal, compactor: Compactor) -> None:
         self._machine = machine
         self._journal = journal
-        self._reclaim = reclaim
-        self._unseen = 0
-        self._look_at = 0.0
+        self._compactor = compactor
+        self._bytes_to_check = 0
+        self._next_check = 0.0
         self._final_bytes = 0.0
-        self._finals = 0.0
-        self._aside: dict[int, deque[Frame]] = {}
-        self._bytes_aside: dict[int, int] = {}
+        self._final_count = 0.0
+        self._held: dict[int, deque[Frame]] = {}
+        self._held_bytes: dict[int, int] = {}
 
     @property
     def round_bytes(self) -> int:
-        """How much may come in with one round, so that it fits into what is reserved already."""
-        room = self._journal.room
-        return max(SMALLEST_ROUND, min(LARGEST_ROUND, max(room.left, room.spare) // 2))
+        """How many bytes one round should accept, so that they fit into space that is reserved already."""
+        space = self._journal.free_space
+        return max(MIN_ROUND_BYTES, min(MAX_ROUND_BYTES, max(space.open_bytes, space.spare_bytes) // 2))
 
     @property
-    def holding(self) -> bool:
-        """Whether frames wait here for room."""
-        return bool(self._aside)
+    def is_holding(self) -> bool:
+        """True while frames wait for space."""
+        return bool(self._held)
 
     @property
-    def cramped(self) -> bool:
-        """Whether there is hardly room for what the broker writes by itself."""
-        return bool(self._machine.refusal_reason) and self._reclaim.have < self._reclaim.slack // 4
+    def is_exhausted(self) -> bool:
+        """True if there is hardly space for the records that the broker writes without a request."""
+        return bool(self._machine.refusal_reason) and self._compactor.available_bytes < self._compactor.slack_bytes // 4
 
     def admit(self, frames: Sequence[Frame]) -> Sequence[Frame]:
-        """Those of these frames, and of the ones that wait, for which there is room now.
+        """Return the frames, held ones first, for which there is space; hold the others.
 
-        What has not been taken has changed nothing: the machine knows no more than the journal, so that whatever is
-        answered meanwhile is as true as ever. The frames of one peer stay in order; behind one that waits all of its
-        others do, and a peer that says hello again will send again what waits.
+        A held frame has changed nothing, so the machine never knows more than the journal, and every answer stays
+        true. Frames of one peer stay in order: behind a held frame all later ones of its peer are held. A hello
+        discards the held frames of its peer, because the peer sends them again.
         """
-        if not self._aside and not self._machine.refusal_reason:
+        if not self._held and not self._machine.refusal_reason:
             return frames
-        room = self._journal.room
-        journal_free = self._journal.free
-        beside = max(room.spare, self._reclaim.clean, 0 if room.spare else journal_free * 7 // 8)
-        allowance = WriteBudget(room.left, beside, self._reclaim.have, self._reclaim.keep(), self._reclaim.slack)
+        compactor = self._compactor
+        space = self._journal.free_space
+        disk_free_bytes = self._journal.disk_free_bytes
+        next_bytes = max(
+            space.spare_bytes, compactor.recyclable_bytes, 0 if space.spare_bytes else disk_free_bytes * 7 // 8
+        )
+        budget = WriteBudget(
+            space.open_bytes,
+            next_bytes,
+            compactor.available_bytes,
+            compactor.reserved_bytes(),
+            compactor.slack_bytes,
+        )
         for record in self._machine.writer.records:
-            if not allowance.take(len(record[3]) + len(record[4])):
+            if not budget.take(len(record[3]) + len(record[4])):
                 break
-        taken: list[Frame] = []
-        for peer in list(self._aside):
-            waiting = self._aside[peer]
-            while waiting and self._fits(waiting[0], allowance):
+        admitted: list[Frame] = []
+        for peer in list(self._held):
+            waiting = self._held[peer]
+            while waiting and self._fits(waiting[0], budget):
                 frame = waiting.popleft()
-                self._bytes_aside[peer] -= len(frame[2]) + len(frame[3])
-                taken.append(frame)
+                self._held_bytes[peer] -= len(frame[2]) + len(frame[3])
+                admitted.append(frame)
             if not waiting:
-                self._forget(peer)
+                self._discard_held(peer)
         for frame in frames:
             peer, operation = frame[0], frame[1]
             if operation == wire.HELLO:
-                self._forget(peer)
-                taken.append(frame)
-            elif peer not in self._aside and self._fits(frame, allowance):
-                taken.append(frame)
+                self._discard_held(peer)
+                admitted.append(frame)
+            elif peer not in self._held and self._fits(frame, budget):
+                admitted.append(frame)
             else:
-                self._put_aside(frame)
-        return taken
+                self._hold(frame)
+        return admitted
 
-    def _fits(self, frame: Frame, allowance: WriteBudget) -> bool:
+    def _fits(self, frame: Frame, budget: WriteBudget) -> bool:
         _, operation, header, blob = frame
         if operation == wire.MARK_READ:
             return True
         try:
-            if operation == wire.QUERY and wire.decode_query(header).name in READS:
+            if operation == wire.QUERY and wire.decode_query(header).name in READ_QUERIES:
                 return True
-            if operation == wire.PUBLISH and self._machine.refusal_reason and _starts(header, blob):
-                return True  # it is refused
+            if operation == wire.PUBLISH and self._machine.refusal_reason and _has_start(header, blob):
+                return True  # the machine refuses it, so it writes nothing
         except ProtocolError:
-            return True  # so is this
-        return allowance.take(len(header) + len(blob))
+            return True  # the machine refuses it, too
+        return budget.take(len(header) + len(blob))
 
-    def _put_aside(self, frame: Frame) -> None:
+    def _hold(self, frame: Frame) -> None:
         peer = frame[0]
-        waiting = self._aside.setdefault(peer, deque())
+        waiting = self._held.setdefault(peer, deque())
         waiting.append(frame)
-        size = self._bytes_aside[peer] = self._bytes_aside.get(peer, 0) + len(frame[2]) + len(frame[3])
-        if len(waiting) > MOST_ASIDE or size > MOST_BYTES_ASIDE:
-            self._forget(peer)
+        size = self._held_bytes[peer] = self._held_bytes.get(peer, 0) + len(frame[2]) + len(frame[3])
+        if len(waiting) > MAX_HELD_FRAMES or size > MAX_HELD_BYTES:
+            self._discard_held(peer)
             session = self._machine.state.sessions.get(peer)
             if session is not None and session not in self._machine.outbox.slow_peers:
                 self._machine.outbox.slow_peers.append(session)
 
-    def _forget(self, peer: int) -> None:
-        self._aside.pop(peer, None)
-        self._bytes_aside.pop(peer, None)
+    def _discard_held(self, peer: int) -> None:
+        self._held.pop(peer, None)
+        self._held_bytes.pop(peer, None)
 
-    def look(self, frames: Sequence[Frame]) -> None:
-        """Before a round takes these frames: may starts among them be taken?"""
-        coming = 0
+    def check_disk(self, frames: Sequence[Frame]) -> None:
+        """Decide, before a round receives these frames, whether starts are accepted."""
+        incoming = 0
         for frame in frames:
-            coming += len(frame[2]) + len(frame[3])
-        self._unseen -= coming
+            incoming += len(frame[2]) + len(frame[3])
+        self._bytes_to_check -= incoming
         machine = self._machine
         now = machine.state.now
         if machine.refusal_reason:
-            if now < self._look_at:
+            if now < self._next_check:
                 return
-        elif self._unseen >= 0 and not self._journal.room.low:
+        elif self._bytes_to_check >= 0 and not self._journal.free_space.is_low:
             return
-        self._look_at = now + LOOK_AGAIN
-        spared = self._spared(coming)
-        # What comes in takes room, and has to find some once more.
-        self._unseen = min(spared // 4, UNSEEN)
-        machine.refusal_reason = NEARLY_FULL if spared < 0 else ""
+        self._next_check = now + DISK_RECHECK_SECONDS
+        surplus = self._surplus_bytes(incoming)
+        # The incoming bytes use the surplus up: check again before a quarter of it is gone.
+        self._bytes_to_check = min(surplus // 4, DISK_CHECK_BYTES)
+        machine.refusal_reason = NEARLY_FULL if surplus < 0 else ""
 
-    def _spared(self, coming: int) -> int:
-        """Bytes that could be done without, with all that is `coming` written and all that is alive still in hand."""
+    def _surplus_bytes(self, incoming: int) -> int:
+        """Return the bytes beyond the space that the live data and the `incoming` bytes may need; negative if too few.
+
+        Reserves segments while the disk has space for them.
+        """
         journal = self._journal
-        if journal.room_low and not journal.prepare():
+        if journal.is_space_low and not journal.prepare():
             return -1
-        if coming > self.round_bytes and not journal.prepare(2 * coming):
+        if incoming > self.round_bytes and not journal.prepare(2 * incoming):
             return -1
-        self._observe()
-        alive = self._reclaim.alive + coming
-        growth = self._reclaim.growth(self._final_bytes / self._finals if self._finals else 0.0) + coming
-        needed = RESERVE * growth + coming + self._reclaim.slack
-        whole = int(MARGIN * (alive + growth)) + self._reclaim.slack
-        spared = self._spare_of(needed, whole)
-        if spared >= 0 or journal.free >= PLENTY * max(needed, UNSEEN):
-            return spared if spared >= 0 else UNSEEN
-        # Others write to this disk too: what has to be had is taken now, and half of what is free left to them.
-        room = journal.room
-        wanted = min(needed - room.left, room.spare + journal.free // 2)
-        journal.prepare(wanted // STEP * STEP)
-        while (spared := self._spare_of(needed, whole)) < 0 and self._another():
-            journal.seal()  # takes the spare, and another one is made of what is free
-        return spared
+        self._sample_final_sizes()
+        live = self._compactor.live_bytes + incoming
+        average = self._final_bytes / self._final_count if self._final_count else 0.0
+        growth = self._compactor.growth_bytes(average) + incoming
+        needed = RESERVE_FACTOR * growth + incoming + self._compactor.slack_bytes
+        whole = int(COPY_MARGIN * (live + growth)) + self._compactor.slack_bytes
+        surplus = self._surplus_over(needed, whole)
+        if surplus >= 0 or journal.disk_free_bytes >= DISK_HEADROOM_FACTOR * max(needed, DISK_CHECK_BYTES):
+            return surplus if surplus >= 0 else DISK_CHECK_BYTES
+        # Other programs write to this disk too: reserve the needed space now, and leave them half of what is free.
+        space = journal.free_space
+        wanted = min(needed - space.open_bytes, space.spare_bytes + journal.disk_free_bytes // 2)
+        journal.prepare(wanted // RESERVE_INCREMENT_BYTES * RESERVE_INCREMENT_BYTES)
+        while (surplus := self._surplus_over(needed, whole)) < 0 and self._gains_by_sealing():
+            journal.seal()  # uses the spare; the allocator makes another one from the free space
+        return surplus
 
-    def _another(self) -> bool:
-        """Whether there is more to be had from the disk than is lost of the open segment when the next one begins."""
-        room, half = self._journal.room, self._journal.free // 2
-        return room.spare > 0 and max(room.left, SMALLEST) <= half
+    def _gains_by_sealing(self) -> bool:
+        """True if the disk can give more than the rest of the open segment, which sealing loses."""
+        space, half = self._journal.free_space, self._journal.disk_free_bytes // 2
+        return space.spare_bytes > 0 and max(space.open_bytes, MIN_SEGMENT_BYTES) <= half
 
-    def _spare_of(self, needed: int, whole: int) -> int:
-        """Bytes more than are `needed` beside what is used already, and than the `whole` journal must hold beside its
-        largest segment, which may be the one to go."""
-        room = self._journal.room
+    def _surplus_over(self, needed: int, whole: int) -> int:
+        """Return the bytes beyond `needed` for new records, and beyond `whole` for the live data at its largest.
+
+        The largest segment does not count for either: it may be the one that compaction has to copy.
+        """
+        space = self._journal.free_space
         sizes = [segment.size for segment in self._journal.segments()]
-        sizes.append(room.spare)
-        without = sum(sizes) - max(sizes)
-        return min(room.left + room.spare + self._reclaim.clean - needed, without - needed, without - whole)
+        sizes.append(space.spare_bytes)
+        without_largest = sum(sizes) - max(sizes)
+        writable = space.open_bytes + space.spare_bytes + self._compactor.recyclable_bytes
+        return min(writable - needed, without_largest - needed, without_largest - whole)
 
-    def _observe(self) -> None:
-        """Learn what instances end with from those that have just ended, or wait for the history."""
-        for message in islice(reversed(self._machine.state.messages.values()), SAMPLE):
+    def _sample_final_sizes(self) -> None:
+        """Add the sizes of the messages with which groups have just ended, or wait for the history, to the average."""
+        for message in islice(reversed(self._machine.state.messages.values()), SAMPLED_MESSAGES):
             group = message.group
             if group is not None and group.ended == message.label and group.ended:
-                self._final_bytes += message.weight + PER_MESSAGE + PER_GROUP
-                self._finals += 1
-        if self._finals > SAMPLES_KEPT:
-            self._final_bytes *= SAMPLES_KEPT / self._finals
-            self._finals = SAMPLES_KEPT
+                self._final_bytes += message.weight + MESSAGE_OVERHEAD_BYTES + GROUP_OVERHEAD_BYTES
+                self._final_count += 1
+        if self._final_count > MAX_FINAL_SAMPLES:
+            self._final_bytes *= MAX_FINAL_SAMPLES / self._final_count
+            self._final_count = MAX_FINAL_SAMPLES
 
 
-def _starts(header: bytes, blob: bytes) -> bool:
+def _has_start(header: bytes, blob: bytes) -> bool:
     return any(item.flags & FLAG_START for item in wire.decode_publish(header, blob).items)

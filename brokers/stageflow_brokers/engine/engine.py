@@ -1,6 +1,7 @@
-"""One round of the broker: drain, commit, dispatch. Joins the machine to its journal; knows no transport.
+"""One round of the broker: receive, decide, commit, dispatch. Joins the machine to its journal, without a transport.
 
-The order here is the promise of the whole product: what a round decided is on disk before any of it leaves.
+The order is the central promise of the product: the decisions of a round are on disk before any of them leaves. The
+engine must never dispatch before the commit has succeeded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from stageflow_brokers.core.message import RecordLocation
 from stageflow_brokers.core.outbox import Outgoing
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.engine.compaction import Compactor
-from stageflow_brokers.engine.disk_space import LARGEST_ROUND, NEARLY_FULL, DiskSpaceGuard, Frame
+from stageflow_brokers.engine.disk_space import MAX_ROUND_BYTES, NEARLY_FULL, DiskSpaceGuard, Frame
 from stageflow_brokers.errors import JournalCorrupt, JournalFailed, JournalFull, ProtocolError
 from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.journal.filesystem import FileSystem
@@ -26,7 +27,7 @@ from stageflow_brokers.journal.journal import Journal
 
 __all__ = ["Engine", "Frame", "Outgoing", "check_oldest", "replay_batch"]
 
-_SENSELESS = (
+_REPLAY_ERRORS = (
     ProtocolError,
     msgspec.MsgspecError,
     ArithmeticError,
@@ -36,26 +37,26 @@ _SENSELESS = (
     TypeError,
     ValueError,
 )
-"""What a replay may raise for a record that is whole and makes no sense."""
+"""Errors that a replay may raise for a record that is undamaged, but cannot be decoded or applied."""
 
-HOLDING_RETRY = 0.05
-"""Seconds between looks at whether there is room by now for what waits."""
+HELD_FRAMES_RETRY_SECONDS = 0.05
+"""Seconds between rounds while frames wait for disk space."""
 
-FULL_RETRY = 0.2
-"""Seconds between tries when the disk has no room for the next segment."""
+DISK_FULL_RETRY_SECONDS = 0.2
+"""Seconds between attempts to commit while the disk has no space for the next segment."""
 
 
 def replay_batch(replay: Replay, batch: Batch) -> None:
-    """Give each record of a batch to a replay. Raises `JournalCorrupt` where one makes no sense."""
+    """Replay each record of a batch. Raises `JournalCorrupt` if a record cannot be understood."""
     for record, offset in zip(batch.records, batch.blob_offsets, strict=True):
-        place = RecordLocation(batch.wall, batch.segment, offset, batch.offset)
+        location = RecordLocation(batch.wall, batch.segment, offset, batch.offset)
         try:
-            replay.apply(record.kind, record.first_id, record.peer, record.header, record.blob, place)
-        except _SENSELESS as error:
+            replay.apply(record.kind, record.first_id, record.peer, record.header, record.blob, location)
+        except _REPLAY_ERRORS as error:
             file, reason = file_name(batch.segment), f"{type(error).__name__}: {error}"
             raise JournalCorrupt(
-                f"{file} holds a record at offset {batch.offset} that this release cannot understand ({reason}): was "
-                "it written by a newer release? Use that, or restore a backup",
+                f"{file} holds a record at offset {batch.offset} that this release cannot understand ({reason}); if a "
+                "newer release wrote the journal, use that release, otherwise restore a backup",
                 file=file,
                 offset=batch.offset,
                 reason=reason,
@@ -63,12 +64,12 @@ def replay_batch(replay: Replay, batch: Batch) -> None:
 
 
 def check_oldest(replay: Replay, first: int) -> None:
-    """That no segment is missing before `first`, the first one that was replayed. Raises `JournalCorrupt`."""
+    """Check that no segment before `first`, the first one replayed, is missing. Raises `JournalCorrupt`."""
     if 0 < replay.oldest < first:
         file = file_name(replay.oldest)
         raise JournalCorrupt(
-            f"{file} is missing: the segments from there to {file_name(first - 1)} were not given back, and hold what "
-            "was acknowledged. Nothing has been changed; restore a backup",
+            f"{file} is missing: the segments from it to {file_name(first - 1)} were not deleted by compaction and "
+            "hold acknowledged data. Nothing has been changed; restore a backup",
             file=file,
             offset=0,
             reason="the file is missing",
@@ -76,9 +77,19 @@ def check_oldest(replay: Replay, first: int) -> None:
 
 
 class Engine:
-    """A machine, and the journal it answers to (None: messages live as long as this object).
+    """A machine together with its journal.
 
-    `stop_requested` is asked while the disk is full: true ends the wait, and the round raises `JournalFull`.
+    Args:
+        journal_dir: Directory of the journal. None: messages live as long as this object.
+        durability: "fsync" syncs each commit; "write" leaves that to the operating system.
+        limits: Limits of the machine. Default: those of `Limits`.
+        supervised: True if nothing is delivered before a supervisor has reported the workers.
+        segment_bytes: Size of a segment once the journal has grown. Default: 64 MiB.
+        warn: Called with a sentence if recovery cuts off a torn end.
+        files: The file system. Default: that of the operating system.
+        monotonic: Clock for timers, in seconds.
+        wall: Clock for records, in seconds since 1970.
+        stop_requested: Polled while the disk is full. True ends the wait, and the round raises `JournalFull`.
     """
 
     def __init__(
@@ -97,15 +108,15 @@ class Engine:
     ) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._giving_up = stop_requested
+        self._stop_requested = stop_requested
         self._failed = ""
-        self._stated_in = 0
+        self._oldest_recorded_in = 0
         self.machine = Machine(
             limits=limits, supervised=supervised, paging=journal_dir is not None, read_body=self._read_body
         )
         self.journal: Journal | None = None
-        self._reclaim: Compactor | None = None
-        self._room: DiskSpaceGuard | None = None
+        self._compactor: Compactor | None = None
+        self._disk_space: DiskSpaceGuard | None = None
         if journal_dir is not None:
             replay = Replay(self.machine.state)
             self.journal = Journal.open(
@@ -121,8 +132,8 @@ class Engine:
             except JournalCorrupt:
                 self.journal.close()
                 raise
-            self._reclaim = Compactor(self.machine, self.journal, segment_bytes)
-            self._room = DiskSpaceGuard(self.machine, self.journal, self._reclaim)
+            self._compactor = Compactor(self.machine, self.journal, segment_bytes)
+            self._disk_space = DiskSpaceGuard(self.machine, self.journal, self._compactor)
         failpoint("broker.recovered")
         now, wall_now = monotonic(), wall()
         self.machine.begin(now, wall_now)
@@ -133,13 +144,13 @@ class Engine:
         failpoint("broker.started")
 
     def round(self, frames: Sequence[Frame], *, more: bool = False) -> list[Outgoing]:
-        """Take frames, do what is due, make it durable, and give what may leave. `more`: further frames wait already.
+        """Receive frames, run due timers, commit, and return the frames to send. `more`: further frames wait already.
 
-        Raises `JournalFailed` when what is on disk is unknown: end the process then. Whoever does not is told so again
-        in every round: what the failed one had ready to be said must never leave.
+        Raises `JournalFailed` if the state on disk is unknown: the process must end. Every later round raises it
+        again, because the outgoing frames of the failed round must never leave.
         """
         if self._failed:
-            raise JournalFailed(f"the broker has failed before and says nothing any more: {self._failed}")
+            raise JournalFailed(f"the broker stopped after an earlier failure, restart it: {self._failed}")
         try:
             return self._round(frames, more)
         except BaseException as error:
@@ -150,49 +161,49 @@ class Engine:
         machine = self.machine
         machine.begin(self._monotonic(), self._wall())
         holding = False
-        if self._room is not None:
-            self._room.look(frames)
-            frames = self._room.admit(frames)
-            holding = self._room.holding
+        if self._disk_space is not None:
+            self._disk_space.check_disk(frames)
+            frames = self._disk_space.admit(frames)
+            holding = self._disk_space.is_holding
         for peer, operation, header, blob in frames:
             machine.receive(peer, operation, header, blob)
-        if self._room is None or not self._room.cramped:
-            # What somebody said before it died may be among what waits for room.
+        if self._disk_space is None or not self._disk_space.is_exhausted:
+            # The last frames of a peer that died may be among the held ones.
             machine.tick(more=more or holding)
         if frames:
             failpoint("broker.received")
         written = self._commit()
         if written:
             failpoint("broker.committed")
-        if self._reclaim is None:
+        if self._compactor is None:
             machine.compacting = False
         else:
             if machine.compacting:
-                self._reclaim.compact()
+                self._compactor.compact()
             if written or machine.compacting or machine.refusal_reason:
-                self._reclaim.step(written, pressed=bool(machine.refusal_reason))
-            machine.compacting = self._reclaim.compacting
+                self._compactor.advance(written, space_low=bool(machine.refusal_reason))
+            machine.compacting = self._compactor.is_compacting
         return machine.dispatch()
 
     def next_timeout(self, most: float) -> float:
-        """Seconds until the next round must be, if nothing arrives; at most `most`."""
+        """Return the seconds until the next round must run if no frame arrives; at most `most`."""
         machine = self.machine
         if machine.writer.records or machine.state.touched or machine.compacting:
             return 0.0
-        if machine.refusal_reason and self._reclaim is not None and self._reclaim.busy:
+        if machine.refusal_reason and self._compactor is not None and self._compactor.is_busy:
             return 0.0
-        if self._room is not None and (self._room.holding or self._room.cramped):
-            return min(most, HOLDING_RETRY)
+        if self._disk_space is not None and (self._disk_space.is_holding or self._disk_space.is_exhausted):
+            return min(most, HELD_FRAMES_RETRY_SECONDS)
         due = machine.next_deadline()
         return most if due is None else min(most, max(0.0, due - self._monotonic()))
 
     @property
     def round_bytes(self) -> int:
-        """How many bytes of frames a round should take at most."""
-        return LARGEST_ROUND if self._room is None else self._room.round_bytes
+        """The most bytes of frames that a round should receive."""
+        return MAX_ROUND_BYTES if self._disk_space is None else self._disk_space.round_bytes
 
     def close(self) -> None:
-        """Let go of the journal."""
+        """Close the journal."""
         if self.journal is not None:
             self.journal.close()
 
@@ -206,26 +217,26 @@ class Engine:
         batch = [Record(*record) for record in records]
         while True:
             try:
-                place = self.journal.commit(batch, self.machine.state.wall)
+                location = self.journal.commit(batch, self.machine.state.wall)
                 break
             except JournalFull:
-                # Nothing was written and nothing has left: wait for room, with everything still to be said. What comes
-                # in waits before it is decided, and does not get here; what the broker decides by itself may.
-                if self._reclaim is not None and self._reclaim.give_way():
+                # Nothing was written or sent: keep everything and wait for space. Frames without space are held before
+                # they change anything, so only decisions of the broker itself, such as timers, get here.
+                if self._compactor is not None and self._compactor.free_segment():
                     continue
-                if self._giving_up():
+                if self._stop_requested():
                     raise
                 self.machine.refusal_reason = NEARLY_FULL
-                time.sleep(FULL_RETRY)
-        self.machine.set_record_locations(place.segment, place.batch, place.blob_offsets)
-        if place.segment != self._stated_in:
-            # Said in each segment: whichever are lost, those that are left tell of it.
-            if self._stated_in:
+                time.sleep(DISK_FULL_RETRY_SECONDS)
+        self.machine.set_record_locations(location.segment, location.batch, location.blob_offsets)
+        if location.segment != self._oldest_recorded_in:
+            # Each segment records the oldest one: whichever segments are lost, a remaining one reveals the loss.
+            if self._oldest_recorded_in:
                 self.machine.writer.keep_oldest(self.journal.segments()[0].number)
-            self._stated_in = place.segment
-        if self.journal.room_low:
+            self._oldest_recorded_in = location.segment
+        if self.journal.is_space_low:
             self.machine.refusal_reason = NEARLY_FULL
-        return place.blob_offsets[-1] - place.blob_offsets[0] + len(batch[-1].blob) + 1
+        return location.blob_offsets[-1] - location.blob_offsets[0] + len(batch[-1].blob) + 1
 
     def _read_body(self, segment: int, batch: int, offset: int, size: int) -> bytes:
         assert self.journal is not None

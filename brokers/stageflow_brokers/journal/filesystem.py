@@ -44,7 +44,7 @@ class FileSystem(Protocol):
     def fallocate(self, fd: int, size: int) -> None:
         """Blocks for the first `size` bytes, and the file at least that long."""
 
-    def free(self, path: Path) -> int:
+    def free_bytes(self, path: Path) -> int:
         """Bytes that this user can still have on the disk that holds the directory, as far as is known."""
 
     def rename(self, source: Path, target: Path) -> None: ...
@@ -59,12 +59,12 @@ class FileSystem(Protocol):
     def mkdir(self, path: Path) -> None:
         """Make the directory and its parents, private to their owner, and let that last; nothing if it is there."""
 
-    def lock(self, fd: int) -> bool:
+    def try_lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file, without waiting; false if another has it."""
 
-    def alive(self, pid: int) -> bool: ...
+    def is_alive(self, pid: int) -> bool: ...
 
-    def forget_cache(self, fd: int) -> None:
+    def drop_cache(self, fd: int) -> None:
         """Let the next read come from the disk: after a failed sync, memory holds what the disk does not."""
 
     def random(self) -> int:
@@ -104,7 +104,7 @@ class OsFileSystem:
     def fallocate(self, fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
 
-    def free(self, path: Path) -> int:
+    def free_bytes(self, path: Path) -> int:
         disk = os.statvfs(path)
         return disk.f_bavail * disk.f_frsize
 
@@ -131,14 +131,14 @@ class OsFileSystem:
         path.mkdir(mode=0o700, exist_ok=True)
         self.fsync_dir(path.parent)
 
-    def lock(self, fd: int) -> bool:
+    def try_lock(self, fd: int) -> bool:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
-    def alive(self, pid: int) -> bool:
+    def is_alive(self, pid: int) -> bool:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -147,7 +147,7 @@ class OsFileSystem:
             return True
         return True
 
-    def forget_cache(self, fd: int) -> None:
+    def drop_cache(self, fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def random(self) -> int:

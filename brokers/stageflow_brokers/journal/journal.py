@@ -66,24 +66,32 @@ class SegmentInfo(NamedTuple):
 
 
 class FreeSpace(NamedTuple):
-    """`left` bytes for batches in the open segment; `ready`: a spare of `spare` bytes is there; `low`: none is."""
+    """What can be written before the disk must give more: `open_bytes` in the open segment, `spare_bytes` in the spare.
 
-    ready: bool
-    low: bool
-    left: int
-    spare: int
+    `has_spare`: a spare segment exists. `is_low`: the last attempt to make one failed because the disk has no space.
+    """
+
+    has_spare: bool
+    is_low: bool
+    open_bytes: int
+    spare_bytes: int
 
 
 class Journal:
     """Made by `open`; used by one thread; ended by `close`."""
 
     def __init__(
-        self, files: FileSystem, directory: Path, lock: DirectoryLock, supply: SegmentAllocator, durability: Durability
+        self,
+        files: FileSystem,
+        directory: Path,
+        lock: DirectoryLock,
+        allocator: SegmentAllocator,
+        durability: Durability,
     ) -> None:
         self.directory = directory
         self._files = files
         self._lock = lock
-        self._supply = supply
+        self._allocator = allocator
         self._sync = durability == "fsync"
         self._refusal = "the journal is not open"
         self._sealed: list[SegmentInfo] = []
@@ -142,7 +150,7 @@ class Journal:
         return journal
 
     def _start(self, replay: Callable[[Batch], None], warn: Callable[[str], None]) -> None:
-        found = recover(self._files, self.directory, self._supply, replay, warn)
+        found = recover(self._files, self.directory, self._allocator, replay, warn)
         if not found:
             self._begin(number=1, needed=2 * SECTOR)
         else:
@@ -160,7 +168,7 @@ class Journal:
             self._next, self._end = last.following, last.end
             self._fd = self._files.open(self.directory / file_name(self._segment))
             self._reserve(last.header.size, last.marked)
-        self._supply.prepare(self._in_use)
+        self._allocator.prepare(self._in_use)
         self._refusal = ""
 
     def _reserve(self, size: int, marked: bool) -> None:
@@ -255,21 +263,21 @@ class Journal:
         return self._next - 1
 
     @property
-    def room(self) -> FreeSpace:
+    def free_space(self) -> FreeSpace:
         """How much can be written before the disk must give more."""
-        supply = self._supply
-        left = max(0, self._capacity - SECTOR - self._end)
-        return FreeSpace(supply.spare_bytes > 0, supply.low, left, supply.spare_bytes)
+        allocator = self._allocator
+        open_bytes = max(0, self._capacity - SECTOR - self._end)
+        return FreeSpace(allocator.spare_bytes > 0, allocator.is_low, open_bytes, allocator.spare_bytes)
 
     @property
-    def room_low(self) -> bool:
+    def is_space_low(self) -> bool:
         """The disk has no room for a spare segment: refuse what is new, let what is under way go on."""
-        return self._supply.low
+        return self._allocator.is_low
 
     @property
-    def free(self) -> int:
+    def disk_free_bytes(self) -> int:
         """Bytes free on the disk that holds the journal, as far as is known."""
-        return self._files.free(self.directory)
+        return self._files.free_bytes(self.directory)
 
     def prepare(self, at_least: int = 0) -> bool:
         """Try to have a spare segment, of at least so many bytes; false if the disk has no room for that.
@@ -277,7 +285,7 @@ class Journal:
         Cheap when there is one.
         """
         with self._fatal("a spare segment could not be prepared"):
-            return self._supply.prepare(self._in_use, at_least)
+            return self._allocator.prepare(self._in_use, at_least)
 
     def seal(self) -> None:
         """End the open segment and begin the next one. Raises JournalFull, with nothing changed."""
@@ -299,7 +307,7 @@ class Journal:
         with self._fatal(f"{file_name(oldest.number)} could not be given back"):
             if (fd := self._readers.pop(oldest.number, None)) is not None:
                 self._files.close(fd)
-            self._supply.give_back(oldest.number, oldest.size)
+            self._allocator.give_back(oldest.number, oldest.size)
         del self._sealed[0]
         del self._salts[oldest.number]
         self._sealed_bytes -= oldest.used
@@ -322,7 +330,7 @@ class Journal:
         self.close()
 
     def _begin(self, number: int, needed: int) -> None:
-        self._fd, header = self._supply.make(number, self._next, needed, self._in_use)
+        self._fd, header = self._allocator.make(number, self._next, needed, self._in_use)
         self._segment, self._salt, self._first, self._capacity = header
         self._salts[number] = self._salt
         self._end = SECTOR
@@ -340,7 +348,7 @@ class Journal:
                 self._mark_followed(fd, sealed.used, sealed.size, self._next - 1, salt)
             finally:
                 self._files.close(fd)
-            self._supply.prepare(self._in_use)
+            self._allocator.prepare(self._in_use)
 
     def _seal(self, sealed: SegmentInfo) -> None:
         self._sealed.append(sealed)

@@ -23,7 +23,7 @@ class DirectoryLock:
         path = directory / _NAME
         self._fd = files.open(path, create=True)
         try:
-            if not files.lock(self._fd):
+            if not files.try_lock(self._fd):
                 holder = _read_pid(files, self._fd)
                 who = f"process {holder}" if holder is not None else "another process"
                 raise JournalLocked(
@@ -64,7 +64,7 @@ def writer_of(files: FileSystem, directory: Path) -> int | None:
         pid = _read_pid(files, fd)
     finally:
         files.close(fd)
-    return pid if pid is not None and files.alive(pid) else None
+    return pid if pid is not None and files.is_alive(pid) else None
 
 
 def _read_pid(files: FileSystem, fd: int) -> int | None:

@@ -22,7 +22,7 @@ _CHUNK = 4 << 20
 def recover(
     files: FileSystem,
     directory: Path,
-    supply: SegmentAllocator,
+    allocator: SegmentAllocator,
     replay: Callable[[Batch], None],
     warn: Callable[[str], None],
 ) -> list[ScannedSegment]:
@@ -45,7 +45,7 @@ def recover(
             else:
                 torn = item
     if torn is not None:
-        _cut(files, directory, supply, torn, warn)
+        _cut(files, directory, allocator, torn, warn)
     return survey.segments
 
 
@@ -75,13 +75,13 @@ def _settle(files: FileSystem, path: Path) -> None:
     fd = files.open(path)
     try:
         files.fdatasync(fd)
-        files.forget_cache(fd)
+        files.drop_cache(fd)
     finally:
         files.close(fd)
 
 
 def _cut(
-    files: FileSystem, directory: Path, supply: SegmentAllocator, torn: Damage, warn: Callable[[str], None]
+    files: FileSystem, directory: Path, allocator: SegmentAllocator, torn: Damage, warn: Callable[[str], None]
 ) -> None:
     path = directory / torn.file
     kept = "there was nothing left to copy"
@@ -90,7 +90,7 @@ def _cut(
         try:
             zeros = copy_aside(files, path, torn.offset, torn.torn, target)
         except JournalFull:
-            if not supply.surrender():
+            if not allocator.release_spare():
                 raise
             zeros = copy_aside(files, path, torn.offset, torn.torn, target)
         kept = f"what stood there was copied to {target}"

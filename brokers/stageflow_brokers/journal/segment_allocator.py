@@ -14,18 +14,18 @@ from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.journal.filesystem import FileSystem, is_full, write_at
 from stageflow_brokers.journal.format import SECTOR, SegmentHeader, encode_end, encode_segment, file_name
 
-__all__ = ["SMALLEST", "SPARE", "TEMPORARY", "SegmentAllocator"]
+__all__ = ["MIN_SEGMENT_BYTES", "SPARE", "TEMPORARY", "SegmentAllocator"]
 
 SPARE = "spare"
 TEMPORARY = ".tmp"
-SMALLEST = 4 << 20  # the first segment; they double with what is in use, so that small journals stay small
+MIN_SEGMENT_BYTES = 4 << 20  # the first segment; they double with what is in use, so that small journals stay small
 
 
 class SegmentAllocator:
     """The segments to come, of `segment_bytes` each once the journal has grown."""
 
     def __init__(self, files: FileSystem, directory: Path, segment_bytes: int) -> None:
-        self.low = False  # the last attempt to have a spare failed for want of room
+        self.is_low = False  # the last attempt to have a spare failed for want of room
         self.spare_bytes = 0
         self._files = files
         self._directory = directory
@@ -38,8 +38,8 @@ class SegmentAllocator:
 
     def size_of(self, in_use: int) -> int:
         """How large the next segment is to be beside so many bytes in use: 4, 8, 16 … MiB while each one is filled."""
-        doublings = (in_use + SMALLEST // 2) // SMALLEST + 1
-        return min(self._segment_bytes, SMALLEST << doublings.bit_length() - 1)
+        doublings = (in_use + MIN_SEGMENT_BYTES // 2) // MIN_SEGMENT_BYTES + 1
+        return min(self._segment_bytes, MIN_SEGMENT_BYTES << doublings.bit_length() - 1)
 
     def prepare(self, in_use: int, at_least: int = 0) -> bool:
         """Have a spare for the next segment, of `at_least` so many bytes; false if there is no room for that.
@@ -51,20 +51,20 @@ class SegmentAllocator:
         at_least = -(-at_least // SECTOR) * SECTOR
         size = max(self.size_of(in_use), at_least)
         while self.spare_bytes < size:
-            if self._room_for(size - self.spare_bytes, max(SMALLEST, at_least - self.spare_bytes)) and self._reserve(
-                size
-            ):
+            if self._room_for(
+                size - self.spare_bytes, max(MIN_SEGMENT_BYTES, at_least - self.spare_bytes)
+            ) and self._reserve(size):
                 break
             size //= 2
-            if size < max(at_least, SMALLEST, self.spare_bytes + 1):
+            if size < max(at_least, MIN_SEGMENT_BYTES, self.spare_bytes + 1):
                 break
-        self.low = self.spare_bytes == 0
+        self.is_low = self.spare_bytes == 0
         return self.spare_bytes >= max(at_least, 1)
 
     def _room_for(self, more: int, must: int) -> bool:
         """Whether so much more may be taken: up to `must` as it comes, beyond that half of what is free at most."""
-        left_to_others = min(more, SMALLEST) // 4 if more <= must else more
-        return self._files.free(self._directory) >= more + left_to_others
+        left_to_others = min(more, MIN_SEGMENT_BYTES) // 4 if more <= must else more
+        return self._files.free_bytes(self._directory) >= more + left_to_others
 
     def _reserve(self, size: int) -> bool:
         """A spare of `size` bytes; one that is there grows in its place, for there may be no room for two."""
@@ -129,12 +129,12 @@ class SegmentAllocator:
         if self.spare_bytes <= size <= self._segment_bytes:
             self._files.rename(path, self._spare)
             self.spare_bytes = size
-            self.low = False
+            self.is_low = False
         else:
             self._files.unlink(path)
         self._files.fsync_dir(self._directory)
 
-    def surrender(self) -> bool:
+    def release_spare(self) -> bool:
         """Give the room of the spare back to the disk; false if there was none."""
         if not self.spare_bytes:
             return False

@@ -56,17 +56,18 @@ class _Change:
 
 
 class SimulatedDisk:
-    """`on_call` is asked before each call that changes or syncs something, with its name and the file's.
+    """A file system in memory whose failures a test controls.
 
-    It may raise (OSError, Crash), or return the number of bytes that a write is to stop after; None lets it pass.
-    `on_read` is asked before each read, with the file and the offset. `room` is the size of the disk in bytes, None for
-    no limit. `calls` lists what was called.
+    `on_call` is called before each call that changes or syncs something, with the names of the call and the file. It
+    may raise (OSError, Crash), or return the number of bytes after which a write stops; None lets the call succeed.
+    `on_read` is called before each read, with the file and the offset. `size_bytes` is the size of the disk, None for
+    no limit. `calls` lists all calls.
     """
 
-    def __init__(self, *, seed: int = 0, room: int | None = None) -> None:
+    def __init__(self, *, seed: int = 0, size_bytes: int | None = None) -> None:
         self.on_call: Callable[[str, str], int | None] = lambda name, path: None
         self.on_read: Callable[[Path, int], None] = lambda path, offset: None
-        self.room = room
+        self.size_bytes = size_bytes
         self.calls: list[Call] = []
         self.living: set[int] = set()
         self._random = random.Random(seed)
@@ -137,7 +138,7 @@ class SimulatedDisk:
             yield self._left_by(inodes, iter(combination))
 
     def _left_by(self, inodes: list[_Inode], fates: Iterator[int]) -> "SimulatedDisk":
-        disk = SimulatedDisk(room=self.room)
+        disk = SimulatedDisk(size_bytes=self.size_bytes)
         disk._random.setstate(self._random.getstate())
         disk._directories = set(self._directories)
         copies = {}
@@ -243,8 +244,8 @@ class SimulatedDisk:
             _resize(inode.seen, size)
             inode.dirty.append(size)
 
-    def free(self, path: Path) -> int:
-        return 1 << 60 if self.room is None else max(0, self.room - self.used())
+    def free_bytes(self, path: Path) -> int:
+        return 1 << 60 if self.size_bytes is None else max(0, self.size_bytes - self.used())
 
     def rename(self, source: Path, target: Path) -> None:
         self._note("rename", target)
@@ -277,13 +278,13 @@ class SimulatedDisk:
     def mkdir(self, path: Path) -> None:
         self._directories.update((path, *path.parents))
 
-    def lock(self, fd: int) -> bool:
+    def try_lock(self, fd: int) -> bool:
         return self._locks.setdefault(self._open[fd][0], fd) == fd
 
-    def alive(self, pid: int) -> bool:
+    def is_alive(self, pid: int) -> bool:
         return pid in self.living
 
-    def forget_cache(self, fd: int) -> None:
+    def drop_cache(self, fd: int) -> None:
         inode = self._open[fd][0]
         inode.seen[:] = inode.durable
         for step in inode.dirty:
@@ -299,7 +300,7 @@ class SimulatedDisk:
         return self.on_call(name, path.name)
 
     def _need(self, more: int) -> None:
-        if self.room is not None and more and self.used() + more > self.room:
+        if self.size_bytes is not None and more and self.used() + more > self.size_bytes:
             raise OSError(errno.ENOSPC, "no space left on this device")
 
     def _sync(self, name: str, fd: int) -> None:
