@@ -99,7 +99,7 @@ class WriteBudget:
 
 
 class DiskSpaceGuard:
-    """Sets `machine.refusal_reason` according to the disk of `journal`, and holds frames for which there is no space."""
+    """Sets `machine.refusal_reason` by the state of the disk, and holds frames for which there is no space."""
 
     def __init__(self, machine: Machine, journal: Journal, compactor: Compactor) -> None:
         self._machine = machine
