@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stageflow_actors.cli.options import DEFAULT_DATA
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class StallGuard:
         data = str(self._runtime.data_dir)
         option = "" if data == DEFAULT_DATA else f" --data {data}"
         return StageFlowError(
-            f"queue {queue.name} is paused, has no actors and holds {counted(queue.ready, 'message')}: this run would "
-            f"wait forever. Fix the errors above, call `stageflow queue resume {queue.name}{option}` and run the same "
-            "command again"
+            f"queue {queue.name} is paused, has no actors and holds {pluralize(queue.ready, 'message')}: this run "
+            f"would wait forever. Fix the errors above, call `stageflow queue resume {queue.name}{option}` and run the "
+            "same command again"
         )
 
 

@@ -23,8 +23,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.pydantic_codec import ModelForm, explain_validation, is_model
-from stageflow_actors.core.roundtrip import Fault, field_items, find_difference, find_unencodable
+from stageflow_actors.core.pydantic_codec import PydanticCodec, explain_validation, is_model
+from stageflow_actors.core.roundtrip import RoundTripFault, field_items, find_difference, find_unencodable
 from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
@@ -59,7 +59,7 @@ class ContextCodec(Generic[C]):
     def __init__(self, context_type: type[C]) -> None:
         self.context_type = context_type
         self._typed = context_type is not dict
-        self._model = ModelForm(context_type) if is_model(context_type) else None
+        self._model = PydanticCodec(context_type) if is_model(context_type) else None
         self._decode: Callable[[bytes | Raw], C]
         self._same: Callable[[Any, Any], bool]
         if self._model is not None:
@@ -245,9 +245,9 @@ def _encode_or_explain(
     stage: str | None,
     decode: Callable[[bytes | Raw], Any],
     refuse: Callable[[Exception], NoReturn],
-    model: ModelForm | None = None,
+    model: PydanticCodec | None = None,
 ) -> bytes:
-    def refuse_for(fault: Fault) -> NoReturn:
+    def refuse_for(fault: RoundTripFault) -> NoReturn:
         field = fault.path.removeprefix(root).removeprefix(".") or None
         message = f"{prefix}{fault.path} {fault.problem}; {fault.advice}"
         raise InvalidContext(message, stage=stage, field=field) from None
@@ -262,7 +262,7 @@ def _encode_or_explain(
     try:
         copy = decode(data)
     except RecursionError:
-        refuse_for(Fault(root, "is nested too deeply", "flatten it: keep nested data in a list, with indexes"))
+        refuse_for(RoundTripFault(root, "is nested too deeply", "flatten it: keep nested data in a list, with indexes"))
     except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise whatever it likes
         refuse(error)
     fault = find_difference(value, copy, root)

@@ -23,12 +23,12 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.gather_results import (
     Arrivals,
-    decode_asked,
-    end_rest,
-    ended_items,
+    completed_items_record,
+    decode_item_ends,
+    decode_request,
+    fail_unpublished_items,
     is_carrier,
     join_branches,
-    undo_items,
 )
 from stageflow_actors.core.plan import (
     BEGIN,
@@ -47,15 +47,15 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
 )
 from stageflow_actors.core.routing import (
-    Arrive,
-    Moves,
-    Open,
-    after_compensation,
+    GatherArrival,
+    OpenGather,
+    Transition,
     begin_compensation,
-    enter,
-    give_up,
-    leave,
-    pass_through,
+    continue_compensation,
+    enter_stage,
+    fail_stage,
+    leave_stage,
+    skip_cancelled,
 )
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
@@ -79,7 +79,7 @@ def decide(
     now: float,
     cancelled: str | None = None,
     arrivals: Arrivals | None = None,
-) -> Moves:
+) -> Transition:
     """What follows an event. `cancelled` says why the instance has been.
 
     Of a gathered message that was dead-lettered `body` is the base, and `arrivals` are what had come to it.
@@ -90,7 +90,7 @@ def decide(
     """
     if label == UNANSWERED:
         error = "WorkerDied: the worker process died" if failure is None else failure.message
-        return Moves(arrivals=[Arrive(decode_command(body).key, "reply", encode(Reply(NIL, error)))])
+        return Transition(arrivals=[GatherArrival(decode_command(body).key, "reply", encode(Reply(NIL, error)))])
     envelope = decode_envelope(body)
     plan = plans.get((envelope.workflow_id, envelope.version))
     if plan is None:
@@ -104,15 +104,15 @@ def decide(
         envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
     if label == FAILED:
-        return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
+        return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     if label == DEAD:
         return _dead(plan, envelope, failure, attempts, naming, now, arrivals)
     if label == BEGIN:
-        moves = enter(plan, envelope.stage_id, envelope, naming, now, envelope.steps)
+        transition = enter_stage(plan, envelope.stage_id, envelope, naming, now, envelope.steps)
         if plan.timeout:
-            limit = Open(TIMEOUT, 1, naming.coordinator, TIMEOUT, encode(plan.timeout), plan.timeout)
-            moves.opens = [*moves.opens, limit]
-        return moves
+            limit = OpenGather(TIMEOUT, 1, naming.coordinator, TIMEOUT, encode(plan.timeout), plan.timeout)
+            transition.opens = [*transition.opens, limit]
+        return transition
     if label == RESUME:
         return _resume(plan, envelope, None, naming, now)
     raise ValueError(f"the coordinator knows no event {label!r}")
@@ -125,7 +125,7 @@ def decide_gathered(
     naming: Naming,
     now: float,
     cancelled: str | None = None,
-) -> Moves:
+) -> Transition:
     """What follows a signal that needs no code of the user's, or its absence."""
     envelope = decode_envelope(base)
     plan = plans.get((envelope.workflow_id, envelope.version))
@@ -136,24 +136,26 @@ def decide_gathered(
     return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
 
 
-def _passed_through(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves | None:
+def _passed_through(
+    plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float
+) -> Transition | None:
     """What waited for a worker of its stage and was handed over: to its join, if it has one. None: nothing of the
     instance is left in work."""
     stage = plan.stage(envelope.stage_id)
     if stage is None:
         return None
     if stage.kind == MAP and is_carrier(envelope):
-        return end_rest(stage, envelope, reason)
-    return pass_through(stage, envelope, reason, naming, now) if stage.joins else None
+        return fail_unpublished_items(stage, envelope, reason)
+    return skip_cancelled(stage, envelope, reason, naming, now) if stage.joins else None
 
 
-def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
+def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
     """Undo what completed; the end says `cancelled`, unless undoing fails."""
     envelope.error = reason
-    return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.cancelled)])
+    return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.cancelled)])
 
 
-def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Moves:
+def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Transition:
     stage = _known(plan, envelope)
     began = now if envelope.since is None else envelope.since
     took, envelope.since = max(0.0, now - began), None
@@ -162,10 +164,10 @@ def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, namin
     if stage.kind == SIGNAL and payload is None:
         text = f"StageTimeout: no signal {stage.signal!r} came within {stage.seconds:g} s"
         lost = StageRecord(stage.id, StageStatus.failed.value, 1, began, took, text)
-        return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
+        return _compensating(plan, fail_stage(plan, stage, envelope, lost, naming, now), envelope, naming, now)
     record = StageRecord(stage.id, StageStatus.completed.value, 1, began, took, None, Raw(payload) if payload else NIL)
     envelope.trail = append_record(envelope.trail, record)
-    return leave(plan, stage, envelope, naming, now)
+    return leave_stage(plan, stage, envelope, naming, now)
 
 
 def _known(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
@@ -185,34 +187,36 @@ def _dead(
     naming: Naming,
     now: float,
     arrivals: Arrivals | None,
-) -> Moves:
+) -> Transition:
     error = "WorkerDied: the worker process died" if failure is None else failure.message
     if envelope.compensation is not None:
         record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
-        return Moves([after_compensation(plan, envelope, record, naming, now)])
+        return Transition([continue_compensation(plan, envelope, record, naming, now)])
     stage = _known(plan, envelope)
     started = now if envelope.since is None else envelope.since
     if stage.kind == MAP and arrivals is None and is_carrier(envelope):
-        return end_rest(stage, envelope, error)
+        return fail_unpublished_items(stage, envelope, error)
     if arrivals is not None and stage.kind == PARALLEL:
-        branch = join_branches(plan, envelope, arrivals).lost
+        branch = join_branches(plan, envelope, arrivals).failure
         if branch is not None:
             envelope.error, envelope.failed_stage = branch.error, branch.stage_id
-            return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
+            return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     elif arrivals is not None and stage.kind == MAP:
-        undo = undo_items(stage, ended_items(arrivals), now) if stage.required else None
+        undo = completed_items_record(stage, decode_item_ends(arrivals), now) if stage.required else None
         if undo is not None:
             envelope.trail = append_record(envelope.trail, undo)
     elif arrivals is not None and stage.kind == STAGE:
-        asked = decode_asked(envelope.payload)
+        asked = decode_request(envelope.payload)
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         attempts, started = asked.attempt + attempts - 1, asked.started
     lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
-    return _compensating(plan, give_up(plan, stage, envelope, lost, naming, now), envelope, naming, now)
+    return _compensating(plan, fail_stage(plan, stage, envelope, lost, naming, now), envelope, naming, now)
 
 
-def _compensating(plan: WorkflowPlan, moves: Moves, envelope: Envelope, naming: Naming, now: float) -> Moves:
+def _compensating(
+    plan: WorkflowPlan, transition: Transition, envelope: Envelope, naming: Naming, now: float
+) -> Transition:
     """A failure that would be told to the coordinator is dealt with at once: it is the coordinator that asks."""
-    if [step.label for step in moves.steps] != [FAILED]:
-        return moves
-    return Moves([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
+    if [step.label for step in transition.publishes] != [FAILED]:
+        return transition
+    return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])

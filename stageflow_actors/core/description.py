@@ -31,24 +31,24 @@ from stageflow_actors.core.result import CompensationResult, StageResult
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
-    "Standing",
-    "ended",
+    "InstanceDescription",
+    "describe_finished",
+    "describe_live",
     "failure_text",
     "progress_of",
-    "standing_of",
     "status_of",
     "trail_stages",
     "version_of",
 ]
 
-Described = Mapping[str, Any]
+GroupDescription = Mapping[str, Any]
 """A group, or a message of one, as the broker's `lookup`, `groups` and `inspect` describe it."""
 
 _FIRST = re.compile(r"\.stage0(\.|$)")
 """Queues of a first stage, whatever their prefix."""
 
 
-class Standing(Struct, frozen=True, kw_only=True):
+class InstanceDescription(Struct, frozen=True, kw_only=True):
     """All that is known of one instance. `started_at`, `finished_at`: seconds since the Unix epoch, 0 where unknown.
 
     `stage` is the stage it is at, or that failed it; `queue` where its message is, empty where there is none; `waiting`
@@ -74,7 +74,7 @@ class Standing(Struct, frozen=True, kw_only=True):
     progress: tuple[float, float, str] | None = None
 
 
-def progress_of(group: Described) -> tuple[float, float, str] | None:
+def progress_of(group: GroupDescription) -> tuple[float, float, str] | None:
     """What a stage in work last said of how far it is, as (done, total, note); the latest where several are in work."""
     said = [message["progress"] for message in group["messages"] if "progress" in message]
     if not said:
@@ -83,7 +83,7 @@ def progress_of(group: Described) -> tuple[float, float, str] | None:
     return done, total, note
 
 
-def version_of(group: Described) -> tuple[str, int] | None:
+def version_of(group: GroupDescription) -> tuple[str, int] | None:
     """The workflow, and the version of it, whose instance this group is: its bodies say so, queues are shared."""
     for body in group["heads"]:
         head = head_of(body)
@@ -92,7 +92,7 @@ def version_of(group: Described) -> tuple[str, int] | None:
     return None
 
 
-def _is_at_first_stage(group: Described, queue: str) -> bool:
+def _is_at_first_stage(group: GroupDescription, queue: str) -> bool:
     """Return True if a queue is one of the first stage, or of a branch or item of it.
 
     The ids of workflows and stages may hold `.stage0` too, so the number is read behind the workflow's own id.
@@ -106,9 +106,9 @@ def _is_at_first_stage(group: Described, queue: str) -> bool:
     return not place or place.partition(".")[0] == "0"
 
 
-def status_of(group: Described) -> WorkflowStatus:
+def status_of(group: GroupDescription) -> WorkflowStatus:
     """The status of the live instance whose group this is, as `lookup` or `groups` describes it."""
-    messages: Sequence[Described] = group["messages"]
+    messages: Sequence[GroupDescription] = group["messages"]
     if group["ended"]:
         for message in messages:
             body = message.get("body")
@@ -129,13 +129,13 @@ def status_of(group: Described) -> WorkflowStatus:
     return WorkflowStatus.running
 
 
-def standing_of(group: Described) -> Standing:
+def describe_live(group: GroupDescription) -> InstanceDescription:
     """All about the live instance whose group this is, as `inspect` describes it: with the bodies."""
     status = status_of(group)
-    messages: Sequence[Described] = group["messages"]
+    messages: Sequence[GroupDescription] = group["messages"]
     for message in messages:
         if group["ended"] and message["label"] == group["ended"] and "body" in message:
-            return ended(group["id"], group["epoch"], message["body"])
+            return describe_finished(group["id"], group["epoch"], message["body"])
     gathers = [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
     waiting = [_wait(gather) for gather in gathers]
     chosen = _telling(messages)
@@ -146,7 +146,7 @@ def standing_of(group: Described) -> Standing:
     failure = None if chosen is None else failure_text(chosen["reason"] or chosen["failure"])
     queue = "" if chosen is None else chosen["queue"]
     if envelope is None:
-        return Standing(
+        return InstanceDescription(
             instance_id=group["id"],
             epoch=group["epoch"],
             status=status,
@@ -161,7 +161,7 @@ def standing_of(group: Described) -> Standing:
         ahead = _ahead(messages, gathers)
         # A stage that is being tried once more, after a requeue, stands in the trail as failed.
         stages = [stage for stage in stages if stage.stage_id not in ahead] + list(ahead.values())
-    return Standing(
+    return InstanceDescription(
         instance_id=group["id"],
         epoch=group["epoch"],
         status=status,
@@ -180,10 +180,10 @@ def standing_of(group: Described) -> Standing:
     )
 
 
-def ended(instance_id: str, epoch: int, outcome: bytes | Raw) -> Standing:
+def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> InstanceDescription:
     """All about an instance that has ended, from its encoded `Outcome`."""
     read: Outcome = decode_outcome(outcome)
-    return Standing(
+    return InstanceDescription(
         instance_id=instance_id,
         epoch=epoch,
         status=WorkflowStatus(read.status),
@@ -230,11 +230,11 @@ def failure_text(failure: bytes | None) -> str | None:
     return None if read is None else " ".join(read.message.split()) or read.kind
 
 
-def _untouched(message: Described) -> bool:
+def _untouched(message: GroupDescription) -> bool:
     return message["state"] in ("ready", "delayed") and not message["attempts"] and not message["deaths"]
 
 
-def _telling(messages: Sequence[Described]) -> Described | None:
+def _telling(messages: Sequence[GroupDescription]) -> GroupDescription | None:
     """The message that says most about its instance: a parked one before one in work, before one that waits."""
     rank = {"dead": 0, "leased": 1, "delayed": 2, "ready": 3}
     with_body = [message for message in messages if message.get("body") is not None]
@@ -248,7 +248,7 @@ def _envelope(body: bytes) -> Envelope | None:
         return None  # a message of a kind that this release does not know
 
 
-def _wait(gather: Described) -> str:
+def _wait(gather: GroupDescription) -> str:
     """What an open gather waits for, in words."""
     key: str = gather["key"]
     kind, _, name = key.partition(":")
@@ -259,7 +259,7 @@ def _wait(gather: Described) -> str:
     return f"{key} ({gather['arrived']} of {gather['need']})"
 
 
-def _gathered(gathers: Iterable[Described]) -> Envelope | None:
+def _gathered(gathers: Iterable[GroupDescription]) -> Envelope | None:
     """The envelope that waits in the gather which was opened last."""
     for gather in sorted(gathers, key=lambda gather: float(gather.get("opened", 0.0)), reverse=True):
         envelope = _envelope(gather.get("base", b""))
@@ -271,7 +271,7 @@ def _gathered(gathers: Iterable[Described]) -> Envelope | None:
 _RANK = (StageStatus.failed, StageStatus.running, StageStatus.pending)
 
 
-def _ahead(messages: Iterable[Described], gathers: Iterable[Described]) -> dict[str, StageResult]:
+def _ahead(messages: Iterable[GroupDescription], gathers: Iterable[GroupDescription]) -> dict[str, StageResult]:
     """The stages that are not over, by id: those that wait for others, and those that have a message."""
     found: dict[str, StageResult] = {}
     for gather in gathers:
@@ -292,7 +292,7 @@ def _ahead(messages: Iterable[Described], gathers: Iterable[Described]) -> dict[
     return found
 
 
-def _stage_ahead(message: Described, stage_id: str) -> StageResult:
+def _stage_ahead(message: GroupDescription, stage_id: str) -> StageResult:
     failure = failure_text(message["reason"] or message["failure"])
     if message["state"] == "dead":
         status = StageStatus.failed

@@ -77,7 +77,7 @@ class CompensationRecord(Struct, array_like=True, gc=False):
 
 class Failure(Struct, array_like=True, gc=False):
     """Why a stage attempt failed. `kind`: `exception`, `timeout`, `died`, `expired`, `refused`, `cancelled` or
-    `undecided` (a policy was asked about it, and did not answer)."""
+    `undecided_failure` (a policy was asked about it, and did not answer)."""
 
     kind: str
     message: str

@@ -15,15 +15,15 @@ from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, Wo
 
 __all__ = [
     "EXPIRED",
-    "STDERR",
+    "STDERR_HEADING",
     "UNDECIDED",
-    "brief",
     "describe_error",
     "exception_of",
     "failure_of",
     "last_lines",
     "read_failure",
-    "undecided",
+    "shorten_failure",
+    "undecided_failure",
     "write_failure",
 ]
 
@@ -33,10 +33,10 @@ EXPIRED = b"expired"
 UNDECIDED = "undecided"
 """Kind of a failure about which a policy was asked that did not answer: it is final, or it would be asked for ever."""
 
-STDERR = "; the last on its stderr:\n"
+STDERR_HEADING = "; the last on its stderr:\n"
 """What comes before the last lines of a worker, in the text of how it ended."""
 
-LONGEST = 2_000
+MAX_ERROR_CHARACTERS = 2_000
 """Characters of an exception's text that are kept: an error is read by people, and travels with every hop."""
 
 _decode = msgspec.msgpack.Decoder(Failure).decode
@@ -50,8 +50,8 @@ def describe_error(error: BaseException) -> str:
         text = "(its text cannot be made)"
     # Undecodable file names come as lone surrogates, which no encoder takes.
     text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) > LONGEST:
-        text = text[:LONGEST] + " …"
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = text[:MAX_ERROR_CHARACTERS] + " …"
     if not text.isascii():
         # Names of files may hold bytes that are no text, and have no form in a message.
         text = text.encode(errors="backslashreplace").decode()
@@ -80,10 +80,10 @@ def write_failure(failure: Failure) -> bytes:
     return encode(failure)
 
 
-def brief(failure: Failure, size: int) -> bytes:
+def shorten_failure(failure: Failure, size: int) -> bytes:
     """The failure in `size` bytes (from 200), as it is attached to a message: without what a worker has written, and
     cut short if need be."""
-    text = failure.message.partition(STDERR)[0]
+    text = failure.message.partition(STDERR_HEADING)[0]
     data = encode(Failure(failure.kind, text, failure.error_type, failure.retryable))
     if len(data) <= size:
         return data
@@ -93,9 +93,11 @@ def brief(failure: Failure, size: int) -> bytes:
     return encode(Failure(failure.kind, text, error_type, failure.retryable))
 
 
-def undecided(asked: bytes, how: str) -> Failure | None:
-    """The failure that `asked` is (see `brief`), about which its policy was asked and did not answer: `how` says why.
-    None for what is no failure."""
+def undecided_failure(asked: bytes, how: str) -> Failure | None:
+    """Return the failure in `asked` as final, because its retry policy did not answer; None if it holds no failure.
+
+    `asked` comes from `shorten_failure`; `how` is the reason, as a verb phrase: "ran longer than 1 s".
+    """
     try:
         failure = _decode(asked)
     except msgspec.MsgspecError:
@@ -120,10 +122,10 @@ def exception_of(failure: Failure) -> Exception:
     return StageFlowError(message)
 
 
-LAST_LINES = 5
-LONGEST_LINE = 200
+MAX_STDERR_LINES = 5
+MAX_STDERR_LINE_CHARACTERS = 200
 
-FATAL = "Fatal Python error: "
+FATAL_ERROR_PREFIX = "Fatal Python error: "
 """How the interpreter begins its last words; its traceback, most recent call first, follows."""
 
 _OURS = re.compile(r'^ *File ".*/(stageflow_actors/(runtime|definition)|stageflow_brokers/zeromq)/[a-z_/]+\.py", line ')
@@ -135,9 +137,9 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 def last_lines(written: bytes) -> str:
     """What a worker wrote to stderr, of which this is the end, as it is told with its death: a few lines, or ""."""
     text = _CONTROL.sub("", written.decode(errors="backslashreplace").replace("\r", "\n"))
-    fatal = text.rfind(FATAL)
-    lines = [line.rstrip()[:LONGEST_LINE] for line in text[max(fatal, 0) :].splitlines() if line.strip()]
+    fatal = text.rfind(FATAL_ERROR_PREFIX)
+    lines = [line.rstrip()[:MAX_STDERR_LINE_CHARACTERS] for line in text[max(fatal, 0) :].splitlines() if line.strip()]
     if fatal < 0:
-        return "\n".join(lines[-LAST_LINES:])
+        return "\n".join(lines[-MAX_STDERR_LINES:])
     own = [line for line in lines if not line.startswith(_HEADINGS) and not _OURS.match(line)]
-    return "\n".join(own[:LAST_LINES])
+    return "\n".join(own[:MAX_STDERR_LINES])

@@ -21,31 +21,31 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.merge import Clash, merge_fields
+from stageflow_actors.core.merge import MergeConflict, merge_fields
 from stageflow_actors.core.plan import StagePlan, WorkflowPlan, item_id
-from stageflow_actors.core.resume_state import keep_branches
-from stageflow_actors.core.routing import Arrive, Moves
+from stageflow_actors.core.resume_state import save_branches
+from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.core.status import StageStatus
 
 __all__ = [
     "Arrivals",
-    "Asked",
-    "Joined",
-    "Rest",
-    "decode_asked",
-    "decode_rest",
-    "end_rest",
-    "ended_items",
+    "JoinResult",
+    "RequestState",
+    "UnpublishedItems",
+    "completed_items_record",
+    "decode_item_ends",
+    "decode_request",
+    "decode_unpublished",
+    "fail_unpublished_items",
     "is_carrier",
     "join_branches",
-    "undo_items",
 ]
 
 Arrivals = list[tuple[str, bytes]]
 """Slot and body of each arrival, in the order they came."""
 
 
-class Asked(Struct, array_like=True):
+class RequestState(Struct, array_like=True):
     """What waits for a reply as the payload of its envelope: the attempt, and what the stage was given and has kept."""
 
     attempt: int
@@ -57,7 +57,7 @@ class Asked(Struct, array_like=True):
     steps: dict[str, bytes] | None = None
 
 
-class Rest(Struct, array_like=True):
+class UnpublishedItems(Struct, array_like=True):
     """Items still to be published: the payload of an envelope without a context.
 
     Their numbers are those from `first` on, or `numbers` where they are not in a row; `steps` are those that each has
@@ -69,12 +69,14 @@ class Rest(Struct, array_like=True):
     numbers: list[int] | None = None
     steps: list[dict[str, bytes] | None] | None = None
 
-    def split(self, count: int) -> tuple[Rest, Rest]:
+    def split(self, count: int) -> tuple[UnpublishedItems, UnpublishedItems]:
         """The next `count` of them, and those behind."""
         numbers, steps = self.numbers, self.steps
         return (
-            Rest(self.first, self.items[:count], numbers and numbers[:count], steps and steps[:count]),
-            Rest(self.first + count, self.items[count:], numbers and numbers[count:], steps and steps[count:]),
+            UnpublishedItems(self.first, self.items[:count], numbers and numbers[:count], steps and steps[:count]),
+            UnpublishedItems(
+                self.first + count, self.items[count:], numbers and numbers[count:], steps and steps[count:]
+            ),
         )
 
     @property
@@ -83,22 +85,22 @@ class Rest(Struct, array_like=True):
         return range(self.first, self.first + len(self.items)) if self.numbers is None else self.numbers
 
 
-decode_asked = msgspec.msgpack.Decoder(Asked).decode
-decode_rest = msgspec.msgpack.Decoder(Rest).decode
+decode_request = msgspec.msgpack.Decoder(RequestState).decode
+decode_unpublished = msgspec.msgpack.Decoder(UnpublishedItems).decode
 
 
-class Joined(Struct):
+class JoinResult(Struct):
     """What came of branches: the envelopes of those that completed, the first contradiction between them, and how the
     first required one that failed did so."""
 
-    ended: dict[str, Envelope]
-    clash: Clash | None = None
-    lost: StageRecord | None = None
+    completed: dict[str, Envelope]
+    conflict: MergeConflict | None = None
+    failure: StageRecord | None = None
 
 
-def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> Joined:
+def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> JoinResult:
     """`base` is given the trail of each branch, and what they changed, for all that may have to be undone."""
-    joined = Joined({})
+    joined = JoinResult({})
     before = len(decode_trail(base.trail))
     for slot, body in arrivals:
         branch = decode_envelope(body)
@@ -106,20 +108,22 @@ def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> Joi
         for record in decode_trail(branch.trail)[before:]:
             base.trail = append_record(base.trail, record)
             if record.status == StageStatus.completed:
-                joined.ended[slot] = branch
-            elif record.status == StageStatus.failed and joined.lost is None and (stage is None or stage.required):
-                joined.lost = record
-    base.steps = keep_branches(base.context, arrivals)
-    base.context, joined.clash = merge_fields(base.context, {name: one.context for name, one in joined.ended.items()})
+                joined.completed[slot] = branch
+            elif record.status == StageStatus.failed and joined.failure is None and (stage is None or stage.required):
+                joined.failure = record
+    base.steps = save_branches(base.context, arrivals)
+    base.context, joined.conflict = merge_fields(
+        base.context, {name: one.context for name, one in joined.completed.items()}
+    )
     return joined
 
 
-def ended_items(arrivals: Arrivals) -> list[tuple[int, ItemEnd]]:
+def decode_item_ends(arrivals: Arrivals) -> list[tuple[int, ItemEnd]]:
     """Number and end of each item, in order."""
     return sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
 
 
-def undo_items(stage: StagePlan, ended: list[tuple[int, ItemEnd]], now: float) -> StageRecord | None:
+def completed_items_record(stage: StagePlan, ended: list[tuple[int, ItemEnd]], now: float) -> StageRecord | None:
     """The record, beside that of map stage `stage` itself, by which its items that are done are undone; None where
     there is nothing to be undone."""
     done = [[number, one.item, one.result] for number, one in ended if one.error is None] if stage.compensated else []
@@ -134,7 +138,11 @@ def is_carrier(envelope: Envelope) -> bool:
     return bytes(envelope.context) == bytes(NIL)
 
 
-def end_rest(stage: StagePlan, envelope: Envelope, error: str) -> Moves:
+def fail_unpublished_items(stage: StagePlan, envelope: Envelope, error: str) -> Transition:
     """The items that a carrier brings are over before they began."""
     end = encode(ItemEnd(NIL, error))
-    return Moves(arrivals=[Arrive(stage.id, str(number), end) for number in decode_rest(envelope.payload).all_numbers])
+    return Transition(
+        arrivals=[
+            GatherArrival(stage.id, str(number), end) for number in decode_unpublished(envelope.payload).all_numbers
+        ]
+    )

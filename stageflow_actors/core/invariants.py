@@ -10,31 +10,31 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from stageflow_actors.core.plan import DLQ_PREFIX, TIMEOUT, UNANSWERED, Naming, WorkflowPlan
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 __all__ = [
     "ERROR",
     "INFO",
     "WARNING",
     "Finding",
-    "Gathered",
-    "Held",
-    "contradictions",
-    "instances",
-    "leases",
-    "queues",
-    "serving",
+    "GatherState",
+    "MessageCount",
+    "broker_findings",
+    "consumed_queues",
+    "instance_findings",
+    "lease_findings",
+    "queue_findings",
 ]
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
-NAMED = 3
+MAX_NAMED_INSTANCES = 3
 """Most instances that one finding names."""
 
-MANY = 20
+MAX_LISTED_QUEUES = 20
 """A list of queues ends here."""
 
-WAITS = ("signal:", "reply:", "moved:")
+WAITING_GATHER_PREFIXES = ("signal:", "reply:", "moved:")
 """How the keys of gathers begin that carry an instance on by themselves. All others join what is in work."""
 
 RESTORE = (
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-class Held(NamedTuple):
+class MessageCount(NamedTuple):
     """Messages of one kind that an instance has."""
 
     queue: str
@@ -63,7 +63,7 @@ class Held(NamedTuple):
     number: int
 
 
-class Gathered(NamedTuple):
+class GatherState(NamedTuple):
     """A gather of an instance; `need` is None where nobody waits for what has arrived."""
 
     key: str
@@ -73,12 +73,12 @@ class Gathered(NamedTuple):
     bounded: bool
 
 
-def instances(audit: Mapping[str, Any], naming: Naming) -> Iterator[Finding]:
+def instance_findings(audit: Mapping[str, Any], naming: Naming) -> Iterator[Finding]:
     """Each live instance has exactly one message, gather or timer that carries it on, or one for each piece of it that
     is in work; one that has ended has the event that tells the history."""
     for ended, messages, gathers, count, ids in audit["shapes"]:
-        held = [Held(*kind) for kind in messages]
-        opened = [Gathered(*gather) for gather in gathers]
+        held = [MessageCount(*kind) for kind in messages]
+        opened = [GatherState(*gather) for gather in gathers]
         wrong = _of_ended(ended, held) if ended else _of_live(held, opened, naming)
         if wrong is not None:
             severity, check, what, advice = wrong
@@ -88,11 +88,13 @@ def instances(audit: Mapping[str, Any], naming: Naming) -> Iterator[Finding]:
 _Wrong = tuple[str, str, str, str]
 
 
-def _of_ended(label: str, held: Sequence[Held]) -> _Wrong | None:
+def _of_ended(label: str, held: Sequence[MessageCount]) -> _Wrong | None:
     events = [one for one in held if one.label == label]
     if sum(one.number for one in events) != 1:
         number = sum(one.number for one in events)
-        what = f"it has ended, and {counted(number, 'message') if number else 'no message'} for the history" + _in(held)
+        what = f"it has ended, and {pluralize(number, 'message') if number else 'no message'} for the history" + _in(
+            held
+        )
         return ERROR, "carrier", what, RESTORE
     if events[0].state == "dead":
         what = f"it has ended, and the message that tells the history is a dead letter of {events[0].queue}"
@@ -100,11 +102,11 @@ def _of_ended(label: str, held: Sequence[Held]) -> _Wrong | None:
     return None
 
 
-def _of_live(held: Sequence[Held], gathers: Sequence[Gathered], naming: Naming) -> _Wrong | None:
+def _of_live(held: Sequence[MessageCount], gathers: Sequence[GatherState], naming: Naming) -> _Wrong | None:
     endpoints = naming.endpoint("")
     asked = [one for one in held if one.queue.startswith(endpoints) or one.label == UNANSWERED]
     tokens = [one for one in held if one not in asked and one.label != TIMEOUT]
-    waits = [one for one in gathers if one.need is not None and one.key.startswith(WAITS)]
+    waits = [one for one in gathers if one.need is not None and one.key.startswith(WAITING_GATHER_PREFIXES)]
     joins = [one for one in gathers if one.need is not None and one.key != TIMEOUT and one not in waits]
     number = sum(one.number for one in tokens) + len(waits)
     for wait in waits:
@@ -128,7 +130,7 @@ def _of_live(held: Sequence[Held], gathers: Sequence[Gathered], naming: Naming) 
     return ERROR, "carrier", what, "stageflow instances show {id}; " + RESTORE
 
 
-def _of_join(join: Gathered, tokens: Sequence[Held], number: int) -> _Wrong | None:
+def _of_join(join: GatherState, tokens: Sequence[MessageCount], number: int) -> _Wrong | None:
     """Of the pieces that a join waits for each is in work once; of a map stage some may still be in one message."""
     assert join.need is not None
     missing = join.need - join.arrived
@@ -145,30 +147,32 @@ def _of_join(join: Gathered, tokens: Sequence[Held], number: int) -> _Wrong | No
     return ERROR, "carrier", f"{pieces}: some are in work twice{_in(tokens)}", RESTORE
 
 
-def leases(audit: Mapping[str, Any], alive: Callable[[int], bool]) -> Iterator[Finding]:
+def lease_findings(audit: Mapping[str, Any], alive: Callable[[int], bool]) -> Iterator[Finding]:
     """No lease without a live peer. `alive` tells whether a process, known by its id, lives."""
     for session in audit["sessions"]:
         if not session["held"] or alive(session["pid"]):
             continue
         who = f"{session['name'] or session['role']} (pid {session['pid']})"
         what = (
-            f"it holds {counted(session['held'], 'message')} of {', '.join(session['queues'])}, and its process has "
+            f"it holds {pluralize(session['held'], 'message')} of {', '.join(session['queues'])}, and its process has "
             "ended without the broker being told: nobody else is given them"
         )
         yield Finding(ERROR, "lease", who, what, "restart the cluster: what nobody claims is delivered again")
     for queue, peers in audit["awaited"].items():
-        what = f"it delivers nothing until {counted(peers, 'worker')} announced what they hold, or are known to be dead"
+        what = (
+            f"it delivers nothing until {pluralize(peers, 'worker')} announced what they hold, or are known to be dead"
+        )
         yield Finding(WARNING, "lease", queue, what, "stageflow health; restart the cluster if it stays so")
 
 
-def contradictions(audit: Mapping[str, Any]) -> Iterator[Finding]:
+def broker_findings(audit: Mapping[str, Any]) -> Iterator[Finding]:
     """The broker's own books agree."""
     for fault in audit["faults"]:
         advice = "restart the cluster: the broker reads its state anew from the journal; report it as a bug"
         yield Finding(ERROR, "books", "broker", fault, advice)
 
 
-def serving(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
+def consumed_queues(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
     """The queues that somebody takes messages from when these workflows are served."""
     names = {naming.finished, naming.coordinator}
     for plan in plans:
@@ -177,7 +181,9 @@ def serving(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
     return names
 
 
-def queues(audit: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool) -> Iterator[Finding]:
+def queue_findings(
+    audit: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool
+) -> Iterator[Finding]:
     """Messages where nobody serves, and what stands still because somebody wanted it so.
 
     `served` are the queues of the registered workflows, None where that is not known. `live`: a cluster runs.
@@ -189,16 +195,18 @@ def queues(audit: Mapping[str, Any], served: Collection[str] | None, naming: Nam
         if waiting and not _is_served(queue, served, naming, live):
             unserved.append(f"{name} ({waiting})")
         if queue["state"] == "paused":
-            what = f"it is paused and holds {counted(waiting, 'message')}" if waiting else "it is paused"
+            what = f"it is paused and holds {pluralize(waiting, 'message')}" if waiting else "it is paused"
             yield Finding(INFO, "paused", name, what, f"stageflow queue resume {name}")
         if queue["dead"]:
             letters = f"{queue['dead']} dead letters: parked instances, or evidence of what killed its workers"
             yield Finding(INFO, "dead letters", f"{DLQ_PREFIX}{name}", letters, f"stageflow dlq list --queue {name}")
         if queue["breaker"] not in ("", "closed"):
-            what = f"its circuit breaker is {queue['breaker']}, with {counted(waiting, 'message')} waiting"
+            what = f"its circuit breaker is {queue['breaker']}, with {pluralize(waiting, 'message')} waiting"
             yield Finding(INFO, "breaker", name, what, "nothing: it tries again by itself; `stageflow queue stats`")
     if unserved:
-        shown = ", ".join(unserved[:MANY]) + (f" and {len(unserved) - MANY} more" if len(unserved) > MANY else "")
+        shown = ", ".join(unserved[:MAX_LISTED_QUEUES]) + (
+            f" and {len(unserved) - MAX_LISTED_QUEUES} more" if len(unserved) > MAX_LISTED_QUEUES else ""
+        )
         whose = "that runs" if live else "that ran last"
         advice = "register the workflow (and version) that they belong to, as in Runtime(workflow, ...)"
         yield Finding(WARNING, "unserved", shown, f"messages wait in queues that no workflow {whose} serves", advice)
@@ -211,13 +219,15 @@ def _is_served(queue: Mapping[str, Any], served: Collection[str] | None, naming:
     return not live and queue["name"].startswith(naming.endpoint(""))
 
 
-def _in(held: Sequence[Held]) -> str:
+def _in(held: Sequence[MessageCount]) -> str:
     if not held:
         return ""
-    places = [f"{one.queue}{f' × {one.number}' if one.number > 1 else ''} ({one.state})" for one in held[:MANY]]
+    places = [
+        f"{one.queue}{f' × {one.number}' if one.number > 1 else ''} ({one.state})" for one in held[:MAX_LISTED_QUEUES]
+    ]
     return f" (in {', '.join(places)})"
 
 
 def _named(count: int, ids: Sequence[str]) -> str:
-    shown = ", ".join(ids[:NAMED])
-    return shown if count <= NAMED else f"{shown} and {count - NAMED} more"
+    shown = ", ".join(ids[:MAX_NAMED_INSTANCES])
+    return shown if count <= MAX_NAMED_INSTANCES else f"{shown} and {count - MAX_NAMED_INSTANCES} more"

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-__all__ = ["Clash", "merge_fields"]
+__all__ = ["MergeConflict", "merge_fields"]
 
-Clash = tuple[Any, str, str]
+MergeConflict = tuple[Any, str, str]
 """A field (of an array: its place), and two branches that changed it differently."""
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -22,7 +22,7 @@ _map = msgspec.msgpack.Decoder(dict[Any, Raw]).decode
 _array = msgspec.msgpack.Decoder(list[Raw]).decode
 
 
-def merge_fields(base: Raw, branches: Mapping[str, Raw]) -> tuple[Raw, Clash | None]:
+def merge_fields(base: Raw, branches: Mapping[str, Raw]) -> tuple[Raw, MergeConflict | None]:
     """`base` with what each branch changed, and the first contradiction; of a disputed field the first change counts.
 
     Fields are compared as they are encoded, so that NaN equals itself. A set that was read and written again may differ
@@ -32,7 +32,7 @@ def merge_fields(base: Raw, branches: Mapping[str, Raw]) -> tuple[Raw, Clash | N
     merged = _fields(base)
     before = {field: bytes(value) for field, value in merged.items()}
     changed: dict[Any, tuple[str, bytes | None]] = {}
-    clash: Clash | None = None
+    conflict: MergeConflict | None = None
     for name, context in branches.items():
         own = _fields(context)
         for field in (*before, *(field for field in own if field not in before)):
@@ -41,14 +41,14 @@ def merge_fields(base: Raw, branches: Mapping[str, Raw]) -> tuple[Raw, Clash | N
                 continue
             earlier = changed.setdefault(field, (name, now))
             if earlier[1] != now:
-                clash = clash or (field, earlier[0], name)
+                conflict = conflict or (field, earlier[0], name)
             elif earlier[0] != name:
                 continue
             elif now is None:
                 del merged[field]
             else:
                 merged[field] = own[field]
-    return Raw(_encode([merged[place] for place in sorted(merged)] if in_array else merged)), clash
+    return Raw(_encode([merged[place] for place in sorted(merged)] if in_array else merged)), conflict
 
 
 def _is_array(context: Raw) -> bool:

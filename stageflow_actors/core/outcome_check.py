@@ -14,12 +14,12 @@ from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.routing import completed_stages
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
-__all__ = ["untrue"]
+__all__ = ["check_outcome"]
 
 _TERMINAL = frozenset(status.value for status in WorkflowStatus if status.terminal)
 
 
-def untrue(
+def check_outcome(
     workflow_id: str, version: int, status: str, error: str | None, failed_stage: str | None, outcome: bytes
 ) -> str | None:
     """What is wrong with how an instance ended, as a clause; None if nothing is. The first fault is told."""

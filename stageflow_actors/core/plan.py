@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from stageflow_actors.core.schema import shape_of
+from stageflow_actors.core.schema import derive_schema
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
 from stageflow_actors.definition.workflow import Workflow
@@ -153,7 +153,7 @@ class WorkflowPlan(Struct):
         """The stage of that id."""
         return next((stage for stage in self.stages if stage.id == stage_id), None)
 
-    def following(self, stage: StagePlan) -> StagePlan | None:
+    def next_stage(self, stage: StagePlan) -> StagePlan | None:
         """The place behind that one; None behind the last."""
         return self.stage(stage.following) if stage.following else None
 
@@ -272,5 +272,5 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         places,
         CompensationPlan(naming.compensation(workflow.id), actors),
         workflow.timeout or 0.0,
-        shape_of(workflow.context),
+        derive_schema(workflow.context),
     )

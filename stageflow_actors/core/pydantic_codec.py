@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.roundtrip import Fault, find_unencodable
+from stageflow_actors.core.roundtrip import RoundTripFault, find_unencodable
 
-__all__ = ["ModelForm", "explain_validation", "is_model"]
+__all__ = ["PydanticCodec", "explain_validation", "is_model"]
 
 _decode = msgspec.msgpack.Decoder().decode
 _PYDANTIC = "pydantic"
@@ -28,7 +28,7 @@ def is_model(kind: type[Any]) -> bool:
     return pydantic is not None and issubclass(kind, pydantic.BaseModel)
 
 
-class ModelForm:
+class PydanticCodec:
     """One model class as bytes and back."""
 
     __slots__ = ("_kind", "encode_dumped", "encode_sorted", "validates")
@@ -53,12 +53,12 @@ class ModelForm:
         """A model from what a user gave; how strictly is up to the model, unless `strict` is False."""
         return self._kind.model_validate(dict(given), strict=None if strict else False)
 
-    def find_unencodable(self, model: Any) -> Fault | None:
+    def find_unencodable(self, model: Any) -> RoundTripFault | None:
         """The first part that has no form."""
         try:
             dumped = self.dump(model)
         except Exception as error:  # noqa: BLE001 - a serialiser may raise whatever it likes
-            return Fault(
+            return RoundTripFault(
                 "context", f"cannot be serialised ({error})", "check its serialisers and what is in its fields"
             )
         for name, value in dumped.items():
@@ -67,7 +67,7 @@ class ModelForm:
             except Exception as error:  # noqa: BLE001 - a foreign object may raise whatever it likes
                 path = f"context.{name}"
                 known = find_unencodable(value, path)
-                return known or Fault(path, f"cannot be serialised ({error})", "store plain data in it")
+                return known or RoundTripFault(path, f"cannot be serialised ({error})", "store plain data in it")
         return None
 
     def same(self, copy: Any, model: Any) -> bool:

@@ -14,7 +14,7 @@ from stageflow_actors.core.envelope import Envelope, decode_envelope, decode_tra
 from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.status import StageStatus
 
-__all__ = ["TOO_LARGE", "bounded", "ended_branch", "keep_branches", "steps_of_branch", "take_up_branches"]
+__all__ = ["TOO_LARGE", "completed_branch", "limit_steps", "resume_branches", "save_branches", "steps_of_branch"]
 
 Steps = Mapping[str, bytes]
 
@@ -26,19 +26,19 @@ TOO_LARGE = ":too-large"
 """In place of all that would have been kept: it is more than a message may be."""
 
 
-def bounded(steps: dict[str, bytes] | None, limit: int) -> dict[str, bytes] | None:
+def limit_steps(steps: dict[str, bytes] | None, limit: int) -> dict[str, bytes] | None:
     """`steps`, if they are not larger than `limit` bytes in all."""
     if steps and sum(map(len, steps.values())) > limit:
         return {TOO_LARGE: b""}
     return steps
 
 
-def keep_branches(before: Raw, arrivals: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+def save_branches(before: Raw, arrivals: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
     """What is to be kept of a parallel stage: the context before it, and the envelopes that its branches ended with."""
     return {_BEFORE: bytes(before), **{f"{_ENDED}{slot}": bytes(body) for slot, body in arrivals}}
 
 
-def take_up_branches(kept: Steps, given: Raw | None) -> tuple[Raw, dict[str, bytes]] | None:
+def resume_branches(kept: Steps, given: Raw | None) -> tuple[Raw, dict[str, bytes]] | None:
     """The context with which the branches that did not complete begin once more, and all that is known of each.
 
     With another context `given`, what the others changed is changed in that. None where nothing was kept.
@@ -63,7 +63,7 @@ def take_up_branches(kept: Steps, given: Raw | None) -> tuple[Raw, dict[str, byt
     return (before if given is None else given), taken
 
 
-def ended_branch(taken: Steps, name: str) -> bytes | None:
+def completed_branch(taken: Steps, name: str) -> bytes | None:
     """The envelope of a branch that need not run again."""
     return taken.get(f"{_ENDED}{name}")
 

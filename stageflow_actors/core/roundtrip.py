@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-__all__ = ["Fault", "field_items", "find_difference", "find_unencodable"]
+__all__ = ["RoundTripFault", "field_items", "find_difference", "find_unencodable"]
 
 _LIMIT_LOW, _LIMIT_HIGH = -(2**63), 2**64 - 1
 _PLAIN = frozenset({type(None), bool, float, bytes})
@@ -25,7 +25,7 @@ _BUILTIN = frozenset({*_PLAIN, int, str, list, tuple, dict, set, frozenset})
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class Fault(NamedTuple):
+class RoundTripFault(NamedTuple):
     """`path` of the value from the root, what is wrong with it, and what to do."""
 
     path: str
@@ -33,7 +33,7 @@ class Fault(NamedTuple):
     advice: str
 
 
-def find_unencodable(value: Any, path: str) -> Fault | None:
+def find_unencodable(value: Any, path: str) -> RoundTripFault | None:
     """The first part of `value` that msgpack has no form for; None if there is none."""
     try:
         return _unencodable(value, path, set())
@@ -41,7 +41,7 @@ def find_unencodable(value: Any, path: str) -> Fault | None:
         return _too_deep(path)
 
 
-def find_difference(value: Any, copy: Any, path: str) -> Fault | None:
+def find_difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     """The first part of `value` that came back as something else in `copy`; None if all is well.
 
     NaN is taken for equal to NaN, which `==` does not.
@@ -66,7 +66,7 @@ def field_items(value: Any) -> Iterator[tuple[str, Any]] | None:
     return None
 
 
-def _unencodable(value: Any, path: str, above: set[int]) -> Fault | None:
+def _unencodable(value: Any, path: str, above: set[int]) -> RoundTripFault | None:
     kind = type(value)
     if kind in _PLAIN or value is msgspec.UNSET:
         return None
@@ -78,7 +78,7 @@ def _unencodable(value: Any, path: str, above: set[int]) -> Fault | None:
     if parts is None:
         return _opaque(value, path)
     if id(value) in above:
-        return Fault(path, "refers to itself", "store an id or an index in place of the object")
+        return RoundTripFault(path, "refers to itself", "store an id or an index in place of the object")
     above.add(id(value))
     for part, part_path in parts:
         fault = _unencodable(part, part_path, above)
@@ -106,7 +106,7 @@ def _dict_parts(value: dict[Any, Any], path: str) -> Iterator[tuple[Any, str]]:
         yield part, _at_key(path, key)
 
 
-def _opaque(value: Any, path: str) -> Fault | None:
+def _opaque(value: Any, path: str) -> RoundTripFault | None:
     """A fault for a leaf that the encoder refuses."""
     try:
         _encode(value)
@@ -122,11 +122,11 @@ def _opaque(value: Any, path: str) -> Fault | None:
             advice = "store the plain data it stands for, or make it a service (Runtime(services=...))"
         what = _a(type(value))
         detail = "" if isinstance(error, TypeError) else f" ({error})"
-        return Fault(path, f"is {what}, which cannot be serialised{detail}", advice)
+        return RoundTripFault(path, f"is {what}, which cannot be serialised{detail}", advice)
     return None
 
 
-def _difference(value: Any, copy: Any, path: str) -> Fault | None:
+def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     kind, kind_of_copy = type(value), type(copy)
     # A subclass of dict or list arrives as the plain form; whether that equals it is for its contents to say.
     if kind_of_copy is dict and isinstance(value, dict):
@@ -150,9 +150,9 @@ def _difference(value: Any, copy: Any, path: str) -> Fault | None:
     return _changed(value, copy, path)
 
 
-def _difference_in_sequence(value: Any, copy: Any, path: str) -> Fault | None:
+def _difference_in_sequence(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     if len(value) != len(copy):
-        return Fault(path, f"has {len(value)} elements and would come back with {len(copy)}", "check its type")
+        return RoundTripFault(path, f"has {len(value)} elements and would come back with {len(copy)}", "check its type")
     for index, (part, part_copy) in enumerate(zip(value, copy, strict=True)):
         fault = _difference(part, part_copy, f"{path}[{index}]")
         if fault is not None:
@@ -160,14 +160,16 @@ def _difference_in_sequence(value: Any, copy: Any, path: str) -> Fault | None:
     return None
 
 
-def _difference_in_dict(value: dict[Any, Any], copy: dict[Any, Any], path: str) -> Fault | None:
+def _difference_in_dict(value: dict[Any, Any], copy: dict[Any, Any], path: str) -> RoundTripFault | None:
     missing = object()
     for key, part in value.items():
         part_copy = copy.get(key, missing)
         if part_copy is missing:
             if key != key:
-                return Fault(path, "has NaN as a key, which is never found again", "use strings or integers as keys")
-            return Fault(
+                return RoundTripFault(
+                    path, "has NaN as a key, which is never found again", "use strings or integers as keys"
+                )
+            return RoundTripFault(
                 path, f"has the key {key!r} ({_a(type(key))}), which would change", "use strings or integers as keys"
             )
         fault = _difference(part, part_copy, _at_key(path, key))
@@ -176,7 +178,7 @@ def _difference_in_dict(value: dict[Any, Any], copy: dict[Any, Any], path: str) 
     return None if len(value) == len(copy) else _changed(value, copy, path)
 
 
-def _difference_in_fields(value: Any, copy: Any, path: str) -> Fault | None:
+def _difference_in_fields(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     for name, part in field_items(value) or ():
         fault = _difference(part, getattr(copy, name, None), f"{path}.{name}")
         if fault is not None:
@@ -186,7 +188,7 @@ def _difference_in_fields(value: Any, copy: Any, path: str) -> Fault | None:
     fields = {name for name, _ in field_items(value) or ()}
     for name in getattr(value, "__dict__", ()):
         if name not in fields and not hasattr(type(value), name) and not hasattr(copy, name):
-            return Fault(
+            return RoundTripFault(
                 f"{path}.{name}",
                 f"is no field of {type(value).__name__} and would be lost",
                 f"declare it in {type(value).__name__}",
@@ -201,11 +203,13 @@ def _equal(value: Any, copy: Any) -> bool:
         return False
 
 
-def _changed(value: Any, copy: Any, path: str) -> Fault:
+def _changed(value: Any, copy: Any, path: str) -> RoundTripFault:
     kind, other = type(value), type(copy)
     if kind is other:
-        return Fault(path, f"is {value!r:.80} and would come back as {copy!r:.80}", "check what its __post_init__ does")
-    return Fault(path, f"is {_a(kind)}, which would come back as {_a(other)}", _advice(value))
+        return RoundTripFault(
+            path, f"is {value!r:.80} and would come back as {copy!r:.80}", "check what its __post_init__ does"
+        )
+    return RoundTripFault(path, f"is {_a(kind)}, which would come back as {_a(other)}", _advice(value))
 
 
 def _advice(value: Any) -> str:
@@ -255,13 +259,15 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _not_text(path: str) -> Fault:
-    return Fault(path, "is a str with a lone surrogate, which has no UTF-8 form", "use bytes, or clean the string")
+def _not_text(path: str) -> RoundTripFault:
+    return RoundTripFault(
+        path, "is a str with a lone surrogate, which has no UTF-8 form", "use bytes, or clean the string"
+    )
 
 
-def _too_large(path: str) -> Fault:
-    return Fault(path, "is an integer beyond 64 bits (-2**63 to 2**64-1)", "use a str, bytes or a float")
+def _too_large(path: str) -> RoundTripFault:
+    return RoundTripFault(path, "is an integer beyond 64 bits (-2**63 to 2**64-1)", "use a str, bytes or a float")
 
 
-def _too_deep(path: str) -> Fault:
-    return Fault(path, "is nested too deeply", "flatten it: keep nested data in a list, with indexes")
+def _too_deep(path: str) -> RoundTripFault:
+    return RoundTripFault(path, "is nested too deeply", "flatten it: keep nested data in a list, with indexes")

@@ -40,32 +40,32 @@ from stageflow_actors.core.plan import (
     StagePlan,
     WorkflowPlan,
 )
-from stageflow_actors.core.resume_state import ended_branch, steps_of_branch
+from stageflow_actors.core.resume_state import completed_branch, steps_of_branch
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
-    "CANCELLABLE",
-    "Arrive",
-    "Moves",
-    "Open",
-    "Step",
-    "after_compensation",
+    "CANCELLABLE_GATHER_PREFIXES",
+    "GatherArrival",
+    "OpenGather",
+    "Publish",
+    "Transition",
     "begin_compensation",
     "completed_stages",
-    "enter",
+    "continue_compensation",
+    "enter_stage",
     "fail_stage",
     "finish",
-    "give_up",
-    "hands_on",
     "item_slot",
-    "leave",
-    "pass_through",
+    "leave_stage",
+    "missing_dependencies",
+    "passes_payload",
+    "report_failure",
     "signal_key",
-    "unmet",
+    "skip_cancelled",
 ]
 
 
-class Step(Struct, frozen=True):
+class Publish(Struct, frozen=True):
     """One message to be published: `terminal` when it ends the instance. `ttl` and `delay` in seconds."""
 
     queue: str
@@ -76,7 +76,7 @@ class Step(Struct, frozen=True):
     delay: float = 0.0
 
 
-class Open(Struct, frozen=True):
+class OpenGather(Struct, frozen=True):
     """A gather to be opened: after `need` arrivals, or `deadline` seconds (0: never), `base` goes to the queue."""
 
     key: str
@@ -87,7 +87,7 @@ class Open(Struct, frozen=True):
     deadline: float = 0.0
 
 
-class Arrive(Struct, frozen=True):
+class GatherArrival(Struct, frozen=True):
     """An arrival at a gather."""
 
     key: str
@@ -95,20 +95,20 @@ class Arrive(Struct, frozen=True):
     body: bytes
 
 
-class Moves(Struct):
+class Transition(Struct):
     """What follows from one message, all of it in one settlement."""
 
-    steps: list[Step] = []
-    opens: list[Open] = []
-    arrivals: list[Arrive] = []
+    publishes: list[Publish] = []
+    opens: list[OpenGather] = []
+    arrivals: list[GatherArrival] = []
 
     def largest(self) -> int:
         """The size of the largest body, in bytes."""
-        bodies = [step.body for step in self.steps] + [one.base for one in self.opens]
+        bodies = [step.body for step in self.publishes] + [one.base for one in self.opens]
         return max(map(len, bodies + [one.body for one in self.arrivals]), default=0)
 
 
-CANCELLABLE = ("signal:", "reply:", ":timeout")
+CANCELLABLE_GATHER_PREFIXES = ("signal:", "reply:", ":timeout")
 """How the keys of gathers begin that a cancelled instance does not wait for. It does wait for branches and items."""
 
 
@@ -117,18 +117,18 @@ def signal_key(name: str) -> str:
     return f"signal:{name}"
 
 
-def enter(
+def enter_stage(
     plan: WorkflowPlan,
     stage_id: str,
     envelope: Envelope,
     naming: Naming,
     now: float,
     kept: dict[str, bytes] | None = None,
-) -> Moves:
+) -> Transition:
     """What begins a place of the workflow; the end, for the empty id. `kept`: how far it came before it failed."""
     stage = plan.stage(stage_id) if stage_id else None
     if stage is None:
-        return Moves([finish(envelope, WorkflowStatus.completed, naming, now)])
+        return Transition([finish(envelope, WorkflowStatus.completed, naming, now)])
     envelope.stage_id = stage.id
     envelope.attempts, envelope.failure, envelope.steps, envelope.since = 0, None, None, None
     if stage.kind == PARALLEL:
@@ -138,44 +138,44 @@ def enter(
     if stage.kind == DELAY and not stage.seconds:
         done = StageRecord(stage.id, StageStatus.completed.value, 1, now)
         envelope.trail = append_record(envelope.trail, done)
-        return leave(plan, stage, envelope, naming, now)
+        return leave_stage(plan, stage, envelope, naming, now)
     if stage.kind == DELAY:
         envelope.since = now
-        return Moves([Step(stage.queue, RESUME, encode(envelope), delay=stage.seconds)])
+        return Transition([Publish(stage.queue, RESUME, encode(envelope), delay=stage.seconds)])
     if stage.kind == SIGNAL:
         envelope.since = now
         label = stage.id if stage.queue != naming.coordinator else RESUME
-        waiting = Open(signal_key(stage.signal), 1, stage.queue, label, encode(envelope), stage.seconds)
-        return Moves(opens=[waiting])
-    return Moves([Step(stage.queue, stage.id, encode(envelope), ttl=stage.ttl)])
+        waiting = OpenGather(signal_key(stage.signal), 1, stage.queue, label, encode(envelope), stage.seconds)
+        return Transition(opens=[waiting])
+    return Transition([Publish(stage.queue, stage.id, encode(envelope), ttl=stage.ttl)])
 
 
-def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, kept: Mapping[str, bytes]) -> Moves:
-    join = Open(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
+def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, kept: Mapping[str, bytes]) -> Transition:
+    join = OpenGather(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
     envelope.since = None
     steps = []
     arrivals = []
     for name in stage.branches:
-        if (ended := ended_branch(kept, name)) is not None:
-            arrivals.append(Arrive(stage.id, name, ended))
+        if (ended := completed_branch(kept, name)) is not None:
+            arrivals.append(GatherArrival(stage.id, name, ended))
             continue
         branch = plan.stage(name)
         assert branch is not None, f"branch {name} of {stage.id} is not in its plan"
         envelope.stage_id, envelope.steps = name, steps_of_branch(kept, name)
-        steps.append(Step(branch.queue, name, encode(envelope), ttl=branch.ttl))
-    return Moves(steps, [join], arrivals)
+        steps.append(Publish(branch.queue, name, encode(envelope), ttl=branch.ttl))
+    return Transition(steps, [join], arrivals)
 
 
-def pass_through(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Moves:
+def skip_cancelled(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
     """The instance was cancelled before this place was worked: to its join, or to the coordinator."""
     if stage.kind == ITEM:
-        return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
+        return Transition(arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
     envelope.payload, envelope.steps = NIL, None
     if stage.joins:
         skipped = StageRecord(stage.id, StageStatus.skipped.value, 0, now, 0.0, reason)
         envelope.trail = append_record(envelope.trail, skipped)
-        return Moves(arrivals=[Arrive(stage.joins, stage.id, encode(envelope))])
-    return Moves([Step(naming.coordinator, CANCELLED, encode(envelope))])
+        return Transition(arrivals=[GatherArrival(stage.joins, stage.id, encode(envelope))])
+    return Transition([Publish(naming.coordinator, CANCELLED, encode(envelope))])
 
 
 def item_slot(envelope: Envelope) -> str:
@@ -183,20 +183,20 @@ def item_slot(envelope: Envelope) -> str:
     return str(msgspec.msgpack.decode(envelope.payload, type=int))
 
 
-def hands_on(plan: WorkflowPlan, stage: StagePlan) -> bool:
+def passes_payload(plan: WorkflowPlan, stage: StagePlan) -> bool:
     """Whether a stage comes next that is given what this one hands on: not at the end, of the workflow or of a parallel
     branch, and not before a map or a signal. A delay has no handler, and passes it on."""
-    place = None if stage.joins else plan.following(stage)
+    place = None if stage.joins else plan.next_stage(stage)
     while place is not None and place.kind == DELAY:
-        place = plan.following(place)
+        place = plan.next_stage(place)
     return place is not None and place.kind in (STAGE, BRANCH, PARALLEL)
 
 
-def leave(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Moves:
+def leave_stage(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Transition:
     """The stage is over and the instance goes on: `envelope` holds the context and trail as they are now."""
     if stage.joins:
-        return Moves(arrivals=[Arrive(stage.joins, stage.id, encode(envelope))])
-    return enter(plan, stage.following, envelope, naming, now)
+        return Transition(arrivals=[GatherArrival(stage.joins, stage.id, encode(envelope))])
+    return enter_stage(plan, stage.following, envelope, naming, now)
 
 
 def finish(
@@ -205,7 +205,7 @@ def finish(
     naming: Naming,
     now: float,
     compensations: list[CompensationRecord] | None = None,
-) -> Step:
+) -> Publish:
     """The instance has ended."""
     outcome = Outcome(
         envelope.workflow_id,
@@ -222,28 +222,30 @@ def finish(
     )
     if status == WorkflowStatus.failed:
         outcome.payload, outcome.steps, outcome.run = envelope.payload, envelope.steps, envelope.run
-    return Step(naming.finished, FINISHED, encode(outcome), terminal=True)
+    return Publish(naming.finished, FINISHED, encode(outcome), terminal=True)
 
 
-def fail_stage(envelope: Envelope, stage_id: str, record: StageRecord, naming: Naming) -> Step:
+def report_failure(envelope: Envelope, stage_id: str, record: StageRecord, naming: Naming) -> Publish:
     """A required stage has failed for good: the coordinator decides what is to be undone."""
     envelope.trail = append_record(envelope.trail, record)
     envelope.error = record.error
     envelope.failed_stage = stage_id
-    return Step(naming.coordinator, FAILED, encode(envelope))
+    return Publish(naming.coordinator, FAILED, encode(envelope))
 
 
-def give_up(
+def fail_stage(
     plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, record: StageRecord, naming: Naming, now: float
-) -> Moves:
+) -> Transition:
     """A stage has failed for good: to its join if it has one, on if it is optional, else to the coordinator."""
     if stage.kind == ITEM:
-        return Moves(arrivals=[Arrive(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))])
+        return Transition(
+            arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))]
+        )
     if stage.required and not stage.joins:
-        return Moves([fail_stage(envelope, stage.id, record, naming)])
+        return Transition([report_failure(envelope, stage.id, record, naming)])
     envelope.trail = append_record(envelope.trail, record)
     envelope.payload = NIL
-    return leave(plan, stage, envelope, naming, now)
+    return leave_stage(plan, stage, envelope, naming, now)
 
 
 def completed_stages(trail: bytes) -> list[str]:
@@ -255,7 +257,7 @@ def completed_stages(trail: bytes) -> list[str]:
     return list(found)
 
 
-def unmet(after: Collection[str], trail: bytes) -> list[str]:
+def missing_dependencies(after: Collection[str], trail: bytes) -> list[str]:
     """Which of `after` have not completed."""
     done = set(completed_stages(trail))
     return [stage_id for stage_id in after if stage_id not in done]
@@ -263,7 +265,7 @@ def unmet(after: Collection[str], trail: bytes) -> list[str]:
 
 def begin_compensation(
     plan: WorkflowPlan, envelope: Envelope, naming: Naming, now: float, final_status: WorkflowStatus
-) -> Step:
+) -> Publish:
     """Plan what is to be undone: the completed stages that have a compensation, last completed first.
 
     Optional stages that failed never completed, so they are not in the plan; optional ones that completed are.
@@ -279,9 +281,9 @@ def begin_compensation(
     return _compensate_next(plan, envelope)
 
 
-def after_compensation(
+def continue_compensation(
     plan: WorkflowPlan, envelope: Envelope, record: CompensationRecord, naming: Naming, now: float
-) -> Step:
+) -> Publish:
     """One compensation is over, well or not: the next one, or the end that says truthfully how it went."""
     task = envelope.compensation
     assert task is not None, "a compensation message without its task"
@@ -295,8 +297,8 @@ def after_compensation(
     return finish(envelope, status, naming, now, task.done)
 
 
-def _compensate_next(plan: WorkflowPlan, envelope: Envelope) -> Step:
+def _compensate_next(plan: WorkflowPlan, envelope: Envelope) -> Publish:
     assert envelope.compensation is not None
     stage_id = envelope.compensation.plan[0]
     envelope.stage_id = stage_id
-    return Step(plan.compensation.queue, COMPENSATE + stage_id, encode(envelope))
+    return Publish(plan.compensation.queue, COMPENSATE + stage_id, encode(envelope))

@@ -16,9 +16,9 @@ from msgspec import inspect as looks
 
 from stageflow_actors.core.codec import ContextCodec
 
-__all__ = ["Shape", "ShapedCodec", "shape_of"]
+__all__ = ["ContextSchema", "SchemaCodec", "derive_schema"]
 
-Shape = str | list[Any]
+ContextSchema = str | list[Any]
 """A word of `_PLAIN`, or ["list", shape], ["dict", shape of values], ["or", shape, …], ["one of", value, …] or
 ["object", name, [field, shape, whether it must be there], …]."""
 
@@ -33,7 +33,7 @@ _KINDS: dict[type[Any], str] = {
 _LISTS = (looks.ListType, looks.VarTupleType, looks.SetType, looks.FrozenSetType)
 
 
-def shape_of(context: type[Any]) -> Shape | None:
+def derive_schema(context: type[Any]) -> ContextSchema | None:
     """The shape of a dataclass or Struct; None for other types, and for those of which nothing can be told."""
     try:
         info = looks.type_info(context)
@@ -43,7 +43,7 @@ def shape_of(context: type[Any]) -> Shape | None:
     return shape if shape[0] == "object" else None
 
 
-def _shape(info: Any, around: tuple[type[Any], ...]) -> Shape:
+def _shape(info: Any, around: tuple[type[Any], ...]) -> ContextSchema:
     kind = _KINDS.get(type(info))
     if kind is not None:
         return kind
@@ -64,7 +64,7 @@ def _shape(info: Any, around: tuple[type[Any], ...]) -> Shape:
     return "any"
 
 
-def _union(members: list[Shape]) -> Shape:
+def _union(members: list[ContextSchema]) -> ContextSchema:
     """Of several kinds that look alike from outside nobody knows which is meant."""
     alike = [member[0] for member in members if not isinstance(member, str)]
     mapped = sum(kind in ("object", "dict") for kind in alike)
@@ -73,7 +73,7 @@ def _union(members: list[Shape]) -> Shape:
     return ["or", *members]
 
 
-def _type_of(shape: Shape) -> Any:
+def _type_of(shape: ContextSchema) -> Any:
     if isinstance(shape, str):
         return _PLAIN.get(shape, Any)  # a word of a later release
     kind, *rest = shape
@@ -100,10 +100,10 @@ def _class_of(name: str, fields: list[Any]) -> Any:
     )
 
 
-class ShapedCodec(ContextCodec[Any]):
+class SchemaCodec(ContextCodec[Any]):
     """Contexts as dicts, for a workflow whose own class is not at hand: they must fit its shape."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ContextSchema) -> None:
         super().__init__(dict)
         self._door: ContextCodec[Any] = ContextCodec(_type_of(shape))
 

@@ -19,13 +19,13 @@ from stageflow_actors.core.invariants import (
     INFO,
     WARNING,
     Finding,
-    contradictions,
-    instances,
-    leases,
-    queues,
-    serving,
+    broker_findings,
+    consumed_queues,
+    instance_findings,
+    lease_findings,
+    queue_findings,
 )
-from stageflow_actors.core.outcome_check import untrue
+from stageflow_actors.core.outcome_check import check_outcome
 from stageflow_actors.core.plan import FINISHED, Naming
 from stageflow_actors.diagnostics.environment import premises
 from stageflow_actors.errors import StageFlowError
@@ -133,15 +133,18 @@ def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
 def _lasting(picture: dict[str, Any]) -> list[Finding]:
     """What the broker knows of instances is true at any one moment."""
     served = read_manifest(picture["facts"].get(MANIFEST_FACT))
-    return [*instances(picture, Naming() if served is None else served.naming), *contradictions(picture)]
+    return [*instance_findings(picture, Naming() if served is None else served.naming), *broker_findings(picture)]
 
 
 def _passing(picture: dict[str, Any], *, live: bool) -> dict[tuple[str, str], Finding]:
     """What may be over in a moment: workers come and go, and it takes a moment to be known."""
     served = read_manifest(picture["facts"].get(MANIFEST_FACT))
     naming = Naming() if served is None else served.naming
-    known = None if served is None else serving(served.plans, naming)
-    found = [*leases(picture, _alive if live else lambda pid: True), *queues(picture, known, naming, live)]
+    known = None if served is None else consumed_queues(served.plans, naming)
+    found = [
+        *lease_findings(picture, _alive if live else lambda pid: True),
+        *queue_findings(picture, known, naming, live),
+    ]
     # Of the queues that nobody serves there is one finding, whose figures change.
     return {(one.check, "" if one.check == "unserved" else one.where): one for one in found}
 
@@ -186,7 +189,7 @@ def _of_history(
         return
     live = attached is not None and attached.live
     try:
-        with closing(HistoryReader.open(data.history, at_rest=not live)) as reader:
+        with closing(HistoryReader.open(data.history, offline=not live)) as reader:
             yield from _of_file(reader)
             if reader.count():
                 yield from _of_journal(where, facts, has_journal or live)
@@ -222,9 +225,9 @@ def _of_file(reader: HistoryReader) -> Iterator[Finding]:
 
 def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding]:
     faults: dict[str, str] = {}
-    for row in reader.walk():
+    for row in reader.iterate():
         checked["ended"] += 1
-        wrong = untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome)
+        wrong = check_outcome(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome)
         if wrong is not None:
             faults[row.instance_id] = wrong
             if len(faults) == SHOWN:

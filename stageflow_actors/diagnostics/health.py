@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import Attached, attach
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
@@ -100,7 +100,7 @@ def _of_coordinator(name: str, queue: QueueStats | None, progress: dict[str, int
     waiting = queue["ready"] + queue["leased"]
     before = progress.setdefault(name, queue["settled"])
     if waiting and queue["settled"] == before:
-        return [Fault("coordinator", f"{counted(waiting, 'message')} waiting in {name}, and none gets done")]
+        return [Fault("coordinator", f"{pluralize(waiting, 'message')} waiting in {name}, and none gets done")]
     return []
 
 

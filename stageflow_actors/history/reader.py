@@ -14,7 +14,7 @@ from typing import Any
 
 from stageflow_actors.history.errors import HistoryDamaged, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, PRUNED, connect
+from stageflow_actors.history.schema import COLUMNS, META_PRUNED, connect
 
 __all__ = ["HistoryReader"]
 
@@ -22,24 +22,24 @@ Rows = list[Any]  # inside the class, `list` is the method
 Findings = list[str]
 HistoryRows = list[HistoryRow]
 
-_CHUNK = 500  # names per query: below the 999 variables of old SQLite builds
+_ROWS_PER_QUERY = 500  # names per query: below the 999 variables of old SQLite builds
 
 
 class HistoryReader:
     """A read-only view of the history. One may be used by several threads."""
 
     @classmethod
-    def open(cls, path: Path | str, *, at_rest: bool = False) -> HistoryReader:
-        """Opens the history at `path`; `at_rest` if nobody writes it.
+    def open(cls, path: Path | str, *, offline: bool = False) -> HistoryReader:
+        """Opens the history at `path`; `offline` if nobody writes it.
 
         Raises `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
         """
-        return cls(Path(path), at_rest=at_rest)
+        return cls(Path(path), offline=offline)
 
-    def __init__(self, path: Path, *, at_rest: bool = False) -> None:
+    def __init__(self, path: Path, *, offline: bool = False) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._connection, self._identity = connect(path, read_only=True, at_rest=at_rest)
+        self._connection, self._identity = connect(path, read_only=True, offline=offline)
 
     @property
     def identity(self) -> str:
@@ -55,8 +55,8 @@ class HistoryReader:
         """The rows of those of `instance_ids` that have finished, by id."""
         wanted = list(instance_ids)
         found: dict[str, HistoryRow] = {}
-        for start in range(0, len(wanted), _CHUNK):
-            chunk = wanted[start : start + _CHUNK]
+        for start in range(0, len(wanted), _ROWS_PER_QUERY):
+            chunk = wanted[start : start + _ROWS_PER_QUERY]
             marks = ",".join("?" * len(chunk))
             rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id IN ({marks})", chunk)
             found.update((row[0], HistoryRow._make(row)) for row in rows)
@@ -74,7 +74,7 @@ class HistoryReader:
         )
         return [HistoryRow._make(row) for row in rows]
 
-    def walk(self, status: str | None = None, workflow: str | None = None) -> Iterator[HistoryRow]:
+    def iterate(self, status: str | None = None, workflow: str | None = None) -> Iterator[HistoryRow]:
         """All instances that have finished, in the order in which they did, of that status and workflow id."""
         conditions, parameters = _conditions(status, workflow)
         conditions = f"{conditions} AND" if conditions else " WHERE"
@@ -82,11 +82,11 @@ class HistoryReader:
         while True:
             rows = self._query(
                 f"SELECT seq, {COLUMNS} FROM instance{conditions} seq > ? ORDER BY seq LIMIT ?",
-                [*parameters, last, _CHUNK],
+                [*parameters, last, _ROWS_PER_QUERY],
             )
             for row in rows:
                 yield HistoryRow._make(row[1:])
-            if len(rows) < _CHUNK:
+            if len(rows) < _ROWS_PER_QUERY:
                 return
             last = rows[-1][0]
 
@@ -112,15 +112,15 @@ class HistoryReader:
         """The epochs of those of `instance_ids` that have finished, by id."""
         wanted = list(instance_ids)
         found: dict[str, int] = {}
-        for start in range(0, len(wanted), _CHUNK):
-            chunk = wanted[start : start + _CHUNK]
+        for start in range(0, len(wanted), _ROWS_PER_QUERY):
+            chunk = wanted[start : start + _ROWS_PER_QUERY]
             marks = ",".join("?" * len(chunk))
             found.update(self._query(f"SELECT instance_id, epoch FROM instance WHERE instance_id IN ({marks})", chunk))
         return found
 
     def pruned_before(self) -> float:
         """Rows that finished before this time (seconds since the Unix epoch) may have been deleted; 0 if none was."""
-        rows = self._query("SELECT value FROM meta WHERE name = ?", (PRUNED,))
+        rows = self._query("SELECT value FROM meta WHERE name = ?", (META_PRUNED,))
         return float(rows[0][0]) if rows else 0.0
 
     def latest(self) -> float:

@@ -19,7 +19,17 @@ from stageflow_actors.history.errors import (
     typed_errors,
 )
 
-__all__ = ["COLUMNS", "JOURNAL", "PRUNED", "WRITTEN", "connect", "create", "has_log", "in_wal_mode", "make_private"]
+__all__ = [
+    "COLUMNS",
+    "META_JOURNAL",
+    "META_PRUNED",
+    "META_WRITTEN",
+    "connect",
+    "create",
+    "has_log",
+    "in_wal_mode",
+    "make_private",
+]
 
 APPLICATION_ID = 0x53464148  # "SFAH"
 FORMAT = 1
@@ -29,16 +39,16 @@ COLUMNS = (
 )
 """In the order of `HistoryRow`."""
 
-PRUNED = "pruned"
+META_PRUNED = "pruned"
 """In `meta`: rows that finished before this time (seconds since the Unix epoch) may have been deleted."""
 
-JOURNAL = "journal"
+META_JOURNAL = "journal"
 """In `meta`: a journal belongs to this history, and remembers it."""
 
-WRITTEN = "written"
+META_WRITTEN = "written"
 """In `meta`: how many rows have ever been written, those that were replaced or deleted since included."""
 
-_BUSY_TIMEOUT = 10.0
+_BUSY_TIMEOUT_SECONDS = 10.0
 """Seconds. A checkpoint or a vacuum by another process is over long before."""
 
 # The partial index holds only what did not complete: an index on every status would cost the happy path half a
@@ -137,10 +147,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def connect(path: Path, *, read_only: bool, at_rest: bool = False) -> tuple[sqlite3.Connection, str]:
+def connect(path: Path, *, read_only: bool, offline: bool = False) -> tuple[sqlite3.Connection, str]:
     """A connection to the history at `path`, and the history's identity.
 
-    `at_rest`: nobody writes it. Reading it leaves no file behind then, if its writer has left none.
+    `offline`: nobody writes it. Reading it leaves no file behind then, if its writer has left none.
 
     The connection is in autocommit mode and may be handed from thread to thread, one at a time. Raises
     `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
@@ -149,12 +159,12 @@ def connect(path: Path, *, read_only: bool, at_rest: bool = False) -> tuple[sqli
         raise HistoryMissing(path)
     with typed_errors(path):
         mode = "ro" if read_only else "rw"
-        if read_only and at_rest and not has_log(path):
+        if read_only and offline and not has_log(path):
             mode += "&immutable=1"
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
-            timeout=_BUSY_TIMEOUT,
+            timeout=_BUSY_TIMEOUT_SECONDS,
             isolation_level=None,
             check_same_thread=False,
         )

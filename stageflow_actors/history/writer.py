@@ -15,11 +15,19 @@ from types import TracebackType
 
 from stageflow_actors.history.errors import HistoryMissing, typed_errors
 from stageflow_actors.history.rows import HistoryRow
-from stageflow_actors.history.schema import COLUMNS, JOURNAL, PRUNED, WRITTEN, connect, create, make_private
+from stageflow_actors.history.schema import (
+    COLUMNS,
+    META_JOURNAL,
+    META_PRUNED,
+    META_WRITTEN,
+    connect,
+    create,
+    make_private,
+)
 
-__all__ = ["BATCH", "HistoryWriter"]
+__all__ = ["ROWS_PER_TRANSACTION", "HistoryWriter"]
 
-BATCH = 2_000
+ROWS_PER_TRANSACTION = 2_000
 """Rows per transaction: the sync is spread over enough rows not to count, and the stall stays near 10 ms."""
 
 _CHECKPOINT_PAGES = 2_000  # of 8 KiB: some 16 MB of log between checkpoints
@@ -78,7 +86,7 @@ class HistoryWriter:
                 execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 # Cut the log back after a long reader has let it grow.
                 execute("PRAGMA journal_size_limit = 67108864")
-                found = execute("SELECT value FROM meta WHERE name = ?", (WRITTEN,)).fetchone()
+                found = execute("SELECT value FROM meta WHERE name = ?", (META_WRITTEN,)).fetchone()
                 self._written = 0 if found is None else int(found[0])
         except BaseException:
             self._connection.close()
@@ -93,12 +101,12 @@ class HistoryWriter:
     def has_journal(self) -> bool:
         """Whether a journal belongs to it that remembers it."""
         with typed_errors(self.path):
-            return bool(self._connection.execute("SELECT 1 FROM meta WHERE name = ?", (JOURNAL,)).fetchall())
+            return bool(self._connection.execute("SELECT 1 FROM meta WHERE name = ?", (META_JOURNAL,)).fetchall())
 
     def mark_journal_bound(self) -> None:
         """From now on a journal remembers it: one that does not is not its own."""
         if not self.has_journal:
-            self._transact("INSERT INTO meta VALUES (?, ?)", [(JOURNAL, "yes")])
+            self._transact("INSERT INTO meta VALUES (?, ?)", [(META_JOURNAL, "yes")])
 
     @property
     def written(self) -> int:
@@ -130,7 +138,7 @@ class HistoryWriter:
         nothing is stored, and giving all rows again is harmless.
         """
         remaining = iter(rows)
-        while batch := list(islice(remaining, BATCH)):
+        while batch := list(islice(remaining, ROWS_PER_TRANSACTION)):
             written = self._written + len(batch)
             self._transact(_UPSERT, batch, written)
             self._written = written
@@ -144,17 +152,18 @@ class HistoryWriter:
         """
         deleted, after = 0, -1
         while limit is None or deleted < limit:
-            size = BATCH if limit is None else min(BATCH, limit - deleted)
+            size = ROWS_PER_TRANSACTION if limit is None else min(ROWS_PER_TRANSACTION, limit - deleted)
             with typed_errors(self.path):
                 stretch = self._connection.execute(
-                    "SELECT seq, finished_at FROM instance WHERE seq > ? ORDER BY seq LIMIT ?", (after, BATCH)
+                    "SELECT seq, finished_at FROM instance WHERE seq > ? ORDER BY seq LIMIT ?",
+                    (after, ROWS_PER_TRANSACTION),
                 ).fetchall()
             old = [(seq,) for seq, finished_at in stretch if finished_at < older_than][:size]
             if not old:
                 break
             if not deleted:
                 # Said before it is done: a row that is missing without having been pruned was lost.
-                self._transact(_PRUNED, [(PRUNED, repr(older_than))])
+                self._transact(_PRUNED, [(META_PRUNED, repr(older_than))])
             self._transact("DELETE FROM instance WHERE seq = ?", old)
             deleted += len(old)
             after = stretch[-1][0]
@@ -209,7 +218,7 @@ class HistoryWriter:
             try:
                 connection.executemany(statement, parameters)
                 if written is not None:
-                    connection.execute(_WRITTEN, (WRITTEN, str(written)))
+                    connection.execute(_WRITTEN, (META_WRITTEN, str(written)))
                 connection.execute("COMMIT")
             except BaseException:
                 # SQLite has rolled back by itself after some errors (disk full), not after others.

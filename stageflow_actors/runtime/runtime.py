@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import Stage
@@ -157,7 +157,7 @@ class Runtime(Client):
                 data.release()
                 raise
         for workflow_id, count in node.resuming.items():
-            _print_notice(f"resuming {counted(count, 'instance')} of {workflow_id}")
+            _print_notice(f"resuming {pluralize(count, 'instance')} of {workflow_id}")
         return self
 
     def stop(self, drain: bool = False, grace: Duration | None = None) -> None:

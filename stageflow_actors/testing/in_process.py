@@ -32,7 +32,7 @@ from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes, undone_items
-from stageflow_actors.runtime.messaging.settlements import Settlement, settle_moves, split_parts
+from stageflow_actors.runtime.messaging.settlements import Settlement, settle_transition, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
@@ -367,10 +367,10 @@ class _Instance(Generic[C]):
         item = DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra())
         if message.parts is not None:
             base, arrivals = split_parts(item, message.body)
-            moves = decide_gathered(base, arrivals, self._plans, self._naming, time.time())
+            transition = decide_gathered(base, arrivals, self._plans, self._naming, time.time())
         else:
-            moves = decide(message.label, message.body, None, 1, self._plans, self._naming, time.time())
-        return settle_moves(item, moves)
+            transition = decide(message.label, message.body, None, 1, self._plans, self._naming, time.time())
+        return settle_transition(item, transition)
 
     def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
         body = message.body if message.parts is None else message.body[: message.parts[0][1]]

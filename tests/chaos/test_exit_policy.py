@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import UNDECIDED, brief
+from stageflow_actors.core.failures import UNDECIDED, shorten_failure
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
@@ -236,7 +236,7 @@ def test_what_is_forgotten_counts_no_more(court: Court) -> None:
 
 
 def asking(message_id: int, about: str, *, since: int = 1, grace: int = 0, timeout: int = 10**9) -> SlotState:
-    failure = b"no failure" if not about else brief(Failure("exception", about, "ValueError"), 1_000)
+    failure = b"no failure" if not about else shorten_failure(Failure("exception", about, "ValueError"), 1_000)
     return SlotState(message_id, since, timeout, 1, 0, False, 0, grace, failure)
 
 

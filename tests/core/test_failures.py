@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import (
     EXPIRED,
-    LONGEST,
-    STDERR,
+    MAX_ERROR_CHARACTERS,
+    STDERR_HEADING,
     UNDECIDED,
-    brief,
     describe_error,
     exception_of,
     failure_of,
     read_failure,
-    undecided,
+    shorten_failure,
+    undecided_failure,
     write_failure,
 )
 from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
@@ -46,8 +46,8 @@ def test_an_error_is_described_the_way_a_traceback_ends(error: BaseException, te
 
 
 def test_a_text_that_is_too_long_is_cut() -> None:
-    text = describe_error(ValueError("x" * (LONGEST * 10)))
-    assert text == "ValueError: " + "x" * LONGEST + " …"
+    text = describe_error(ValueError("x" * (MAX_ERROR_CHARACTERS * 10)))
+    assert text == "ValueError: " + "x" * MAX_ERROR_CHARACTERS + " …"
 
 
 @given(st.text())
@@ -102,17 +102,17 @@ def test_no_failure_is_no_failure_and_damage_is_refused() -> None:
 
 @given(st.text(max_size=400), st.text(max_size=300), st.integers(200, 1_000))
 def test_a_failure_fits_where_there_is_little_room(text: str, error_type: str, size: int) -> None:
-    data = brief(Failure("exception", text, error_type, True), size)
+    data = shorten_failure(Failure("exception", text, error_type, True), size)
     assert len(data) <= size
     kept = read_failure(data)
     assert kept is not None
     assert (kept.kind, kept.retryable) == ("exception", True)
-    assert kept.message == text.partition(STDERR)[0] or kept.message.endswith(" …")
+    assert kept.message == text.partition(STDERR_HEADING)[0] or kept.message.endswith(" …")
 
 
 def test_a_failure_without_a_policy_decision_is_reported_once_with_the_reason() -> None:
-    died = Failure("died", f"WorkerDied: exit code 3{STDERR}Traceback", "WorkerDied")
-    told = undecided(brief(died, 1_000), "ran longer than a second")
+    died = Failure("died", f"WorkerDied: exit code 3{STDERR_HEADING}Traceback", "WorkerDied")
+    told = undecided_failure(shorten_failure(died, 1_000), "ran longer than a second")
     text = "WorkerDied: exit code 3 (and its retry policy ran longer than a second)"
     assert told == Failure(UNDECIDED, text, "WorkerDied")
-    assert undecided(b"\xc1", "ran longer than a second") is None
+    assert undecided_failure(b"\xc1", "ran longer than a second") is None

@@ -24,9 +24,9 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.gather_results import Asked, Rest, decode_rest
+from stageflow_actors.core.gather_results import RequestState, UnpublishedItems, decode_unpublished
 from stageflow_actors.core.plan import COMPENSATE, DEAD, Naming, compile_plan
-from stageflow_actors.core.routing import Moves
+from stageflow_actors.core.routing import Transition
 
 NAMING = Naming()
 DIED = Failure("died", "WorkerDied: SIGSEGV", "WorkerDied")
@@ -59,12 +59,12 @@ def envelope(stage_id: str, context: Any = None, *records: StageRecord, **more: 
     return Envelope("flow", 1, stage_id, raw({"x": 0} if context is None else context), trail, 5.0, **more)
 
 
-def dead(base: Envelope, arrivals: list[tuple[str, bytes]] | None, attempts: int = 3) -> Moves:
+def dead(base: Envelope, arrivals: list[tuple[str, bytes]] | None, attempts: int = 3) -> Transition:
     return decide(DEAD, encode(base), DIED, attempts, {("flow", 1): PLAN}, NAMING, 9.0, None, arrivals)
 
 
-def undoing(moves: Moves) -> Envelope:
-    (step,) = moves.steps
+def undoing(transition: Transition) -> Envelope:
+    (step,) = transition.publishes
     assert step.label.startswith(COMPENSATE)
     return decode_envelope(step.body)
 
@@ -108,7 +108,7 @@ def test_of_a_map_the_items_that_are_done_are_undone_in_their_order() -> None:
 
 
 def test_of_an_optional_map_nothing_is_undone_and_the_workflow_goes_on() -> None:
-    (step,) = dead(envelope("o"), [item(0, result=raw(0), item=raw(20))]).steps
+    (step,) = dead(envelope("o"), [item(0, result=raw(0), item=raw(20))]).publishes
     assert step.label == "r"
     assert [(r.stage_id, r.status) for r in decode_trail(decode_envelope(step.body).trail)] == [
         ("first", "completed"),
@@ -117,8 +117,8 @@ def test_of_an_optional_map_nothing_is_undone_and_the_workflow_goes_on() -> None
 
 
 def test_of_a_request_the_stage_goes_on_or_fails_with_the_context_that_it_was_given() -> None:
-    asked = Asked(2, 4.0, "e", 60.0, raw({"x": 0}), raw("handed on"))
-    (step,) = dead(envelope("r", {"x": 1}, payload=raw(asked)), [("reply", encode(1))]).steps
+    asked = RequestState(2, 4.0, "e", 60.0, raw({"x": 0}), raw("handed on"))
+    (step,) = dead(envelope("r", {"x": 1}, payload=raw(asked)), [("reply", encode(1))]).publishes
     after = decode_envelope(step.body)
     assert (step.label, msgspec.msgpack.decode(after.context), bytes(after.payload)) == ("last", {"x": 0}, bytes(NIL))
     last = decode_trail(after.trail)[-1]
@@ -128,22 +128,22 @@ def test_of_a_request_the_stage_goes_on_or_fails_with_the_context_that_it_was_gi
 @given(st.integers(0, 5), st.lists(st.integers(0, 99), min_size=1, max_size=5), st.booleans())
 def test_a_carrier_that_died_ends_the_items_that_it_brought(first: int, items: list[int], odd: bool) -> None:
     numbers = [7 * n for n in range(len(items))] if odd else None
-    rest = Rest(first, [raw(one) for one in items], numbers)
+    rest = UnpublishedItems(first, [raw(one) for one in items], numbers)
     carrier = Envelope("flow", 1, "m", NIL, EMPTY_TRAIL, 5.0, raw(rest))
-    moves = dead(carrier, None)
-    assert (moves.steps, moves.opens) == ([], [])
-    ends = {arrival.slot: decode_item_end(arrival.body).error for arrival in moves.arrivals}
+    transition = dead(carrier, None)
+    assert (transition.publishes, transition.opens) == ([], [])
+    ends = {arrival.slot: decode_item_end(arrival.body).error for arrival in transition.arrivals}
     wanted = numbers or range(first, first + len(items))
     assert ends == {str(number): DIED.message for number in wanted}
-    assert {arrival.key for arrival in moves.arrivals} == {"m"}
+    assert {arrival.key for arrival in transition.arrivals} == {"m"}
 
 
 @given(st.integers(0, 5), st.lists(st.integers(0, 99), max_size=6), st.integers(0, 7), st.booleans())
 def test_a_rest_is_split_into_two_that_are_the_whole(first: int, items: list[int], count: int, odd: bool) -> None:
     numbers = [7 * n for n in range(len(items))] if odd else None
     steps = [{"s": b"x"} if n % 2 else None for n in range(len(items))] if odd else None
-    rest = Rest(first, [raw(one) for one in items], numbers, steps)
-    parts = [decode_rest(encode(part)) for part in rest.split(count)]
+    rest = UnpublishedItems(first, [raw(one) for one in items], numbers, steps)
+    parts = [decode_unpublished(encode(part)) for part in rest.split(count)]
     assert [n for part in parts for n in part.all_numbers] == list(rest.all_numbers)
     assert [bytes(one) for part in parts for one in part.items] == [bytes(one) for one in rest.items]
     assert [one for part in parts for one in part.steps or []] == (steps or [])

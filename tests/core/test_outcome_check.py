@@ -16,7 +16,7 @@ from stageflow_actors.core.envelope import (
     encode,
     raw,
 )
-from stageflow_actors.core.outcome_check import untrue
+from stageflow_actors.core.outcome_check import check_outcome
 
 
 def trail_of(*stage_ids: str) -> bytes:
@@ -33,7 +33,7 @@ def ended(status: str, *undone: tuple[str, str], trail: bytes = EMPTY_TRAIL) -> 
 
 def judge(outcome: Outcome) -> str | None:
     columns = (outcome.workflow_id, outcome.version, outcome.status, outcome.error, outcome.failed_stage)
-    return untrue(*columns, encode(outcome))
+    return check_outcome(*columns, encode(outcome))
 
 
 DONE = trail_of("a", "b", "c")
@@ -75,7 +75,9 @@ def test_what_cannot_be_true_is_reported(outcome: Outcome, fault: str) -> None:
 def test_what_cannot_be_read_is_reported() -> None:
     whole = ended("completed")
     for outcome in (b"", b"\xc1", encode(whole)[:-1]):
-        assert "its outcome cannot be read" in (untrue("orders", 2, "completed", None, None, outcome) or "nothing")
+        assert "its outcome cannot be read" in (
+            check_outcome("orders", 2, "completed", None, None, outcome) or "nothing"
+        )
     for change in ({"trail": b"\x91"}, {"context": Raw(b"\x81\xa1")}):
         broken = ended("completed")
         for name, value in change.items():
@@ -87,6 +89,6 @@ def test_what_cannot_be_read_is_reported() -> None:
 
 def test_a_row_that_contradicts_its_outcome_is_reported() -> None:
     outcome = encode(ended("completed"))
-    assert untrue("orders", 2, "completed", None, None, outcome) is None
-    assert untrue("orders", 3, "completed", None, None, outcome) == "its row says version 3, its outcome 2"
-    assert "failed stage 'a', its outcome None" in (untrue("orders", 2, "completed", None, "a", outcome) or "")
+    assert check_outcome("orders", 2, "completed", None, None, outcome) is None
+    assert check_outcome("orders", 3, "completed", None, None, outcome) == "its row says version 3, its outcome 2"
+    assert "failed stage 'a', its outcome None" in (check_outcome("orders", 2, "completed", None, "a", outcome) or "")

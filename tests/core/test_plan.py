@@ -60,8 +60,8 @@ def test_stages_are_found_by_id() -> None:
     plan = compile_plan(sample(), Naming())
     assert plan.stage("mail") is plan.stages[1]
     assert plan.stage("post") is None
-    assert plan.following(plan.stages[1]) is plan.stages[2]
-    assert plan.following(plan.stages[2]) is None
+    assert plan.next_stage(plan.stages[1]) is plan.stages[2]
+    assert plan.next_stage(plan.stages[2]) is None
 
 
 def test_a_workflow_without_compensations_still_names_its_queue() -> None:

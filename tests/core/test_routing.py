@@ -27,15 +27,15 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.plan import COMPENSATE, DEAD, FAILED, FINISHED, Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.routing import (
-    Moves,
-    Step,
-    after_compensation,
+    Publish,
+    Transition,
     begin_compensation,
     completed_stages,
+    continue_compensation,
     fail_stage,
-    give_up,
-    leave,
-    unmet,
+    leave_stage,
+    missing_dependencies,
+    report_failure,
 )
 from stageflow_actors.core.status import WorkflowStatus
 
@@ -67,19 +67,19 @@ def completed(*ids: str) -> list[tuple[str, str]]:
     return [(id, "completed") for id in ids]
 
 
-def planned(step: Step) -> list[str]:
+def planned(step: Publish) -> list[str]:
     task = decode_envelope(step.body).compensation
     assert task is not None
     return task.plan
 
 
-def only(moves: Moves) -> Step:
-    assert (moves.opens, moves.arrivals) == ([], [])
-    [step] = moves.steps
+def only(transition: Transition) -> Publish:
+    assert (transition.opens, transition.arrivals) == ([], [])
+    [step] = transition.publishes
     return step
 
 
-def outcome_of(step: Step) -> Outcome:
+def outcome_of(step: Publish) -> Outcome:
     assert (step.queue, step.label, step.terminal) == (NAMING.finished, FINISHED, True)
     return decode_outcome(step.body)
 
@@ -89,14 +89,14 @@ def outcome_of(step: Step) -> Outcome:
 
 def test_behind_a_stage_comes_the_next_one_in_its_queue() -> None:
     plan = make_plan("a", "b")
-    step = only(leave(plan, plan.stages[0], make_envelope("a"), NAMING, 9.0))
+    step = only(leave_stage(plan, plan.stages[0], make_envelope("a"), NAMING, 9.0))
     assert (step.queue, step.label, step.terminal) == ("stageflow.flow.stage1", "b", False)
     assert decode_envelope(step.body).stage_id == "b"
 
 
 def test_behind_the_last_stage_comes_the_end() -> None:
     plan = make_plan("a", "b")
-    outcome = outcome_of(only(leave(plan, plan.stages[1], make_envelope("b", *completed("a", "b")), NAMING, 9.0)))
+    outcome = outcome_of(only(leave_stage(plan, plan.stages[1], make_envelope("b", *completed("a", "b")), NAMING, 9.0)))
     assert (outcome.status, outcome.started_at, outcome.finished_at) == ("completed", 5.0, 9.0)
     assert completed_stages(outcome.trail) == ["a", "b"]
 
@@ -104,12 +104,12 @@ def test_behind_the_last_stage_comes_the_end() -> None:
 def test_a_required_stage_that_fails_goes_to_the_coordinator_and_an_optional_one_goes_on() -> None:
     plan = make_plan("a", "b?", "c")
     lost = StageRecord("a", "failed", error="ValueError: no")
-    step = only(give_up(plan, plan.stages[0], make_envelope("a"), lost, NAMING, 9.0))
+    step = only(fail_stage(plan, plan.stages[0], make_envelope("a"), lost, NAMING, 9.0))
     assert (step.queue, step.label, step.terminal) == (NAMING.coordinator, FAILED, False)
     failed = decode_envelope(step.body)
     assert (failed.failed_stage, failed.error) == ("a", "ValueError: no")
     skipped = StageRecord("b", "failed", error="ValueError: no")
-    step = only(give_up(plan, plan.stages[1], make_envelope("b"), skipped, NAMING, 9.0))
+    step = only(fail_stage(plan, plan.stages[1], make_envelope("b"), skipped, NAMING, 9.0))
     assert step.label == "c"
     gone_on = decode_envelope(step.body)
     assert (gone_on.failed_stage, gone_on.error) == (None, None)
@@ -132,7 +132,7 @@ def test_completed_stages_are_those_in_the_trail_that_completed_in_that_order(tr
 @given(TRAILS, st.lists(st.sampled_from("abcdef"), unique=True))
 def test_unmet_is_what_has_not_completed(trail: list[tuple[str, str]], after: list[str]) -> None:
     envelope = make_envelope("x", *trail)
-    assert unmet(after, envelope.trail) == [id for id in after if (id, "completed") not in trail]
+    assert missing_dependencies(after, envelope.trail) == [id for id in after if (id, "completed") not in trail]
 
 
 # compensation
@@ -194,7 +194,7 @@ def test_the_end_names_each_compensation_and_never_hides_one_that_failed(well: l
         assert envelope.stage_id == id
         ran.append(id)
         record = CompensationRecord(id, "completed") if goes_well else CompensationRecord(id, "failed", "OSError: no")
-        step = after_compensation(plan, envelope, record, NAMING, 9.0)
+        step = continue_compensation(plan, envelope, record, NAMING, 9.0)
     outcome = outcome_of(step)
     assert ran == list(reversed(ids))
     assert [(record.stage_id, record.status) for record in outcome.compensations] == [
@@ -208,7 +208,7 @@ def test_the_end_names_each_compensation_and_never_hides_one_that_failed(well: l
 
 def test_a_failed_event_begins_the_compensation() -> None:
     plan = make_plan("a", "b")
-    failed = fail_stage(make_envelope("b", *completed("a")), "b", StageRecord("b", "failed", error="E: x"), NAMING)
+    failed = report_failure(make_envelope("b", *completed("a")), "b", StageRecord("b", "failed", error="E: x"), NAMING)
     step = only(decide(failed.label, failed.body, None, 1, {("flow", 1): plan}, NAMING, 9.0))
     assert planned(step) == ["a"]
 
@@ -238,7 +238,7 @@ def test_a_dead_letter_of_a_compensation_counts_as_failed_and_the_others_go_on()
     envelope.compensation = CompensationTask(["b", "a"], [], "compensated")
     step = only(decide(DEAD, encode(envelope), None, 1, {("flow", 1): plan}, NAMING, 9.0))
     assert planned(step) == ["a"]
-    step = after_compensation(plan, decode_envelope(step.body), CompensationRecord("a", "completed"), NAMING, 9.0)
+    step = continue_compensation(plan, decode_envelope(step.body), CompensationRecord("a", "completed"), NAMING, 9.0)
     outcome = outcome_of(step)
     assert outcome.status == "compensation_failed"
     assert [(record.stage_id, record.status) for record in outcome.compensations] == [

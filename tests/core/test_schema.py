@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.schema import ShapedCodec, shape_of
+from stageflow_actors.core.schema import SchemaCodec, derive_schema
 from stageflow_actors.errors import InvalidContext
 
 
@@ -71,8 +71,8 @@ class Named(msgspec.Struct, rename="camel"):
     ],
 )
 def test_what_the_class_refuses_is_refused_with_the_same_words_and_nothing_else(given: dict[str, Any]) -> None:
-    shape = msgspec.json.decode(msgspec.json.encode(shape_of(Order)))  # as it travels
-    assert said(ShapedCodec(shape), given) == said(ContextCodec(Order), given)
+    shape = msgspec.json.decode(msgspec.json.encode(derive_schema(Order)))  # as it travels
+    assert said(SchemaCodec(shape), given) == said(ContextCodec(Order), given)
 
 
 def said(codec: ContextCodec[Any], given: dict[str, Any]) -> tuple[str, str | None] | None:
@@ -86,12 +86,12 @@ def said(codec: ContextCodec[Any], given: dict[str, Any]) -> tuple[str, str | No
 
 def test_what_fits_is_sent_as_it_is_given() -> None:
     given = {"order_id": "A", "total": 1}
-    shaped = ShapedCodec(shape_of(Order) or "any")
+    shaped = SchemaCodec(derive_schema(Order) or "any")
     assert shaped.decode(shaped.prepare(given)) == given
 
 
 def test_names_as_they_are_encoded_count() -> None:
-    shaped = ShapedCodec(shape_of(Named) or "any")
+    shaped = SchemaCodec(derive_schema(Named) or "any")
     shaped.prepare({"orderId": "A"})
     for given in ({"order_id": "A"}, {"orderId": 1}):
         with pytest.raises(InvalidContext):
@@ -109,4 +109,4 @@ class Odd:
 
 @pytest.mark.parametrize("context", [dict, Listed, Odd])
 def test_other_contexts_have_no_schema(context: Any) -> None:
-    assert shape_of(context) is None
+    assert derive_schema(context) is None

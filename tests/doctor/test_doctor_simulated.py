@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.core.invariants import contradictions, instances
+from stageflow_actors.core.invariants import broker_findings, instance_findings
 from stageflow_actors.core.plan import Naming
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
@@ -41,7 +41,7 @@ def test_the_invariants_hold_after_every_round(
     def round_and_look(self: Engine, frames: Iterable[Frame], *, more: bool = False) -> list[Outgoing]:
         said = rounds(self, frames, more=more)
         picture = self.machine.admin.call(Session(1), "audit", NONE)
-        assert [*instances(picture, Naming()), *contradictions(picture)] == []
+        assert [*instance_findings(picture, Naming()), *broker_findings(picture)] == []
         shapes.update(str(shape[:3]) for shape in picture["shapes"])
         return said
 
@@ -64,7 +64,7 @@ def test_an_instance_that_loses_its_message_is_noticed(
         group = next((g for g in alone if not g.gathers), None)
         if group is not None and group.first_message is not None:
             store.remove(group.first_message)
-            found = instances(self.machine.admin.call(Session(1), "audit", NONE), Naming())
+            found = instance_findings(self.machine.admin.call(Session(1), "audit", NONE), Naming())
             seen.append((group.id, [one.where for one in found]))
             pytest.fail("enough")
         return said

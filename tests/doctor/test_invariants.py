@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.core.invariants import leases, queues
+from stageflow_actors.core.invariants import lease_findings, queue_findings
 from stageflow_actors.core.plan import Naming
 from stageflow_brokers.core.audit import contradictions
 from stageflow_brokers.core.machine import Machine
@@ -129,12 +129,12 @@ def session(**facts: Any) -> dict[str, Any]:
 
 def test_a_lease_needs_a_process_that_lives() -> None:
     audit = {"sessions": [session(), session(pid=42, name="pay#2"), session(pid=42, held=0)], "awaited": {}}
-    assert [one.where for one in leases(audit, lambda pid: pid == 41)] == ["pay#2 (pid 42)"]
-    assert list(leases(audit, lambda pid: True)) == []
+    assert [one.where for one in lease_findings(audit, lambda pid: pid == 41)] == ["pay#2 (pid 42)"]
+    assert list(lease_findings(audit, lambda pid: True)) == []
 
 
 def test_a_queue_that_waits_for_workers_is_reported() -> None:
-    found = list(leases({"sessions": [], "awaited": {"q": 3}}, lambda pid: True))
+    found = list(lease_findings({"sessions": [], "awaited": {"q": 3}}, lambda pid: True))
     assert [(one.severity, one.where) for one in found] == [("warning", "q")]
     assert "3 workers" in found[0].what
 
@@ -161,9 +161,9 @@ def queue(name: str, **facts: Any) -> dict[str, Any]:
     ],
 )
 def test_the_statistics_of_a_queue(described: dict[str, Any], live: bool, found: list[tuple[str, str]]) -> None:
-    told = queues({"queues": [described]}, {"served"}, Naming(), live)
+    told = queue_findings({"queues": [described]}, {"served"}, Naming(), live)
     assert [(one.check, one.where) for one in told] == found
 
 
 def test_without_a_manifest_no_message_counts_as_orphaned() -> None:
-    assert list(queues({"queues": [queue("a", ready=1)]}, None, Naming(), False)) == []
+    assert list(queue_findings({"queues": [queue("a", ready=1)]}, None, Naming(), False)) == []

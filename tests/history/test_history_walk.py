@@ -17,10 +17,10 @@ def test_all_rows_are_walked_over_in_the_order_in_which_they_finished(tmp_path: 
     with HistoryWriter.open(tmp_path / "history.db", create=True) as writer:
         writer.write([row(number) for number in range(1_001)])
         with HistoryReader.open(tmp_path / "history.db") as reader:
-            assert [each.instance_id for each in reader.walk()] == [f"i{number}" for number in range(1_001)]
-            failed = [each.instance_id for each in reader.walk("failed", "w1")]
+            assert [each.instance_id for each in reader.iterate()] == [f"i{number}" for number in range(1_001)]
+            failed = [each.instance_id for each in reader.iterate("failed", "w1")]
             assert failed == [f"i{number}" for number in range(1_001) if number % 3 == 0 and number % 2]
-            walk = reader.walk()
-            next(walk)
+            iterate = reader.iterate()
+            next(iterate)
             writer.write([row(1_001)])
-            assert [each.instance_id for each in walk][-1] == "i1001", "what finishes meanwhile is walked over too"
+            assert [each.instance_id for each in iterate][-1] == "i1001", "what finishes meanwhile is walked over too"

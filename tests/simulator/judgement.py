@@ -29,7 +29,7 @@ from wider_plans import as_plain, giver
 
 from stageflow_actors import WorkflowResult
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
-from stageflow_actors.core.outcome_check import untrue
+from stageflow_actors.core.outcome_check import check_outcome
 from stageflow_actors.core.result import result_of_outcome
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Judgement:
             return
         row = self.run.history.rows[job.id]
         assert row.outcome == job.outcome, "what was told is what is written"
-        assert untrue(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome) is None
+        assert check_outcome(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome) is None
         result: WorkflowResult[Any] = result_of_outcome(job.id, job.outcome, job.ref.codec, job.ref.plan.order)
         if self.run.wild:
             why = ["not wanted"] if job.cancelled else []

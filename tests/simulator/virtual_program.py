@@ -15,7 +15,7 @@ from virtual_caller import VirtualCaller
 from virtual_node import LIMIT, History
 
 from stageflow_actors.core.envelope import encode
-from stageflow_actors.core.routing import CANCELLABLE, signal_key
+from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, signal_key
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_brokers.api import Arrival, DeliveryItem, Listener, PublishAnswer
 from stageflow_brokers.errors import BrokerUnavailable
@@ -72,7 +72,7 @@ class VirtualProgram(Listener):
         """Cancel an instance, wherever it is."""
         if job.accepted and not self.dead:
             job.cancelled = True
-            self.client.admin.cancel(job.id, "not wanted", list(CANCELLABLE))
+            self.client.admin.cancel(job.id, "not wanted", list(CANCELLABLE_GATHER_PREFIXES))
 
     def run_again(self, job: Job, *, restart: bool, requeued: Callable[[int], None]) -> None:
         """Retry or restart an instance that has ended or is parked; `requeued` receives its dead letters."""

@@ -13,7 +13,7 @@ import click
 from stageflow_actors.cli.options import check_confirmed, data_option, json_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
 from stageflow_actors.core.plan import DLQ_PREFIX
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client.attach import Attached
@@ -185,7 +185,7 @@ def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, dat
             answer = attached.wait(attached.admin.purge(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
             done += answer["purged"]
             gone += len(answer["instances"])
-    click.echo(f"{counted(done, 'dead letter')} deleted, {counted(gone, 'instance')} with them", err=True)
+    click.echo(f"{pluralize(done, 'dead letter')} deleted, {pluralize(gone, 'instance')} with them", err=True)
 
 
 def _check_choice(letters: tuple[str, ...], queue: str, everything: bool) -> None:

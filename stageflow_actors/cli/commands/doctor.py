@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stageflow_actors.cli.options import data_option, json_option
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
     from stageflow_actors.core.invariants import Finding
@@ -67,10 +67,10 @@ def doctor(output: str, data: Path) -> int:
         _print_finding(finding)
     checked = report.checked
     compared = checked["ended_in_journal"]
-    counts = f"{counted(checked['instances'], 'live instance')}, {counted(checked['messages'], 'message')}, "
+    counts = f"{pluralize(checked['instances'], 'live instance')}, {pluralize(checked['messages'], 'message')}, "
     counts += f"{checked['ended']:,} ended ({compared:,} of them still in the journal)"
     state = "running" if report.live else "at rest"
-    verdict = counted(errors, "error") if errors else "the invariants hold"
+    verdict = pluralize(errors, "error") if errors else "the invariants hold"
     click.echo(f"{verdict}: {counts}, {directory.path}, {state}")
     return 1 if errors else 0
 

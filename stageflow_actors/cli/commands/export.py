@@ -12,10 +12,10 @@ import click
 
 from stageflow_actors.cli.commands.instances import LIVE, _described, filter_options, instances
 from stageflow_actors.cli.options import data_option
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
-    from stageflow_actors.core.description import Standing
+    from stageflow_actors.core.description import InstanceDescription
 
 __all__ = ["export"]
 
@@ -48,7 +48,7 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
     with attach(data) as attached, _opened(target) as file:
         number = _write(_all(attached, status, workflow), file, csv=csv)
-    click.echo(counted(number, "instance"), err=True)
+    click.echo(pluralize(number, "instance"), err=True)
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def _opened(target: str) -> Iterator[IO[str]]:
         yield file
 
 
-def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[Standing]:
-    from stageflow_actors.core.description import ended
+def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[InstanceDescription]:
+    from stageflow_actors.core.description import describe_finished
 
     seen: set[str] = set()
     # Also for finished instances only: some have ended and are not in the history yet.
@@ -75,12 +75,12 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[St
         seen.add(standing.instance_id)
         yield standing
     if attached.history is not None and status not in LIVE:
-        for row in attached.history.walk(status, workflow):
+        for row in attached.history.iterate(status, workflow):
             if row.instance_id not in seen:
-                yield ended(row.instance_id, row.epoch, row.outcome)
+                yield describe_finished(row.instance_id, row.epoch, row.outcome)
 
 
-def _write(standings: Iterator[Standing], file: IO[str], *, csv: bool) -> int:
+def _write(standings: Iterator[InstanceDescription], file: IO[str], *, csv: bool) -> int:
     import csv as writing
 
     import orjson
@@ -99,7 +99,7 @@ def _write(standings: Iterator[Standing], file: IO[str], *, csv: bool) -> int:
     return number
 
 
-def _row(standing: Standing, *, whole: bool) -> Mapping[str, Any]:
+def _row(standing: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
     from stageflow_actors.core.codec import json_view
 
     finished = standing.finished_at or None

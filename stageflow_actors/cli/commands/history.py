@@ -9,7 +9,7 @@ import click
 
 from stageflow_actors.cli.options import check_confirmed, data_option, yes_option
 from stageflow_actors.cli.output import size, when
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 __all__ = ["history"]
 
@@ -67,7 +67,7 @@ def prune(older_than: float, yes: bool, data: Path) -> None:
     check_confirmed(f"delete all instances that finished before {when(before)}", yes)
     with HistoryWriter.open(path, create=False) as writer:
         pruned = writer.prune(before)
-    click.echo(f"{counted(pruned, 'instance')} deleted; `stageflow history vacuum` returns the disk space", err=True)
+    click.echo(f"{pluralize(pruned, 'instance')} deleted; `stageflow history vacuum` returns the disk space", err=True)
 
 
 @history.command()

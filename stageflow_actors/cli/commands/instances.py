@@ -14,7 +14,7 @@ from stageflow_actors.cli.output import Column, ago, clip, count, emit, print_fa
 from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
-    from stageflow_actors.core.description import Standing
+    from stageflow_actors.core.description import InstanceDescription
     from stageflow_actors.runtime.client.attach import Attached
 
 __all__ = ["filter_options", "instances"]
@@ -185,7 +185,7 @@ def show(instance_id: str, data: Path, output: str) -> None:
         _print(facts)
 
 
-def _progress(standing: Standing) -> str | None:
+def _progress(standing: InstanceDescription) -> str | None:
     if standing.progress is None:
         return None
     done, total, note = standing.progress
@@ -219,7 +219,7 @@ def _print(facts: dict[str, Any]) -> None:
     print_json(facts["context"])
 
 
-def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[Standing]:
+def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[InstanceDescription]:
     """Live instances, newest first."""
     from stageflow_actors.core.description import status_of
     from stageflow_brokers.api import MAX_LISTED_GROUPS
@@ -231,9 +231,11 @@ def _live(attached: Attached, status: str | None, workflow: str | None, limit: i
     yield from islice(_described(attached, wanted, None, workflow), limit)
 
 
-def _described(attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None) -> Iterator[Standing]:
+def _described(
+    attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None
+) -> Iterator[InstanceDescription]:
     """Yield the live ones of these instances, of that status and workflow; reads a page at a time."""
-    from stageflow_actors.core.description import standing_of
+    from stageflow_actors.core.description import describe_live
 
     rest = iter(ids)
     while page := list(islice(rest, PAGE)):
@@ -245,25 +247,25 @@ def _described(attached: Attached, ids: Iterable[str], status: str | None, workf
             if not all("body" in message for message in group["messages"]):
                 # The answer for the page had no room for its bodies.
                 group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
-            standing = standing_of(group)
+            standing = describe_live(group)
             if workflow in (None, standing.workflow_id) and status in (None, standing.status.value):
                 yield standing
 
 
-def _standing(attached: Attached, instance_id: str) -> Standing:
-    from stageflow_actors.core.description import ended, standing_of
+def _standing(attached: Attached, instance_id: str) -> InstanceDescription:
+    from stageflow_actors.core.description import describe_finished, describe_live
 
     group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
     if group is not None:
-        return standing_of(group)
+        return describe_live(group)
     # Asked after the broker: an instance is in the history before the broker forgets it.
     row = None if attached.history is None else attached.history.get(instance_id)
     if row is None:
         raise InstanceNotFound(instance_id)
-    return ended(instance_id, row.epoch, row.outcome)
+    return describe_finished(instance_id, row.epoch, row.outcome)
 
 
-def _row(standing: Standing) -> dict[str, Any]:
+def _row(standing: InstanceDescription) -> dict[str, Any]:
     """Return the row of an instance; only a finished one has a duration."""
     finished = standing.finished_at or None
     return {

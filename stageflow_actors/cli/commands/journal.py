@@ -11,7 +11,7 @@ import click
 
 from stageflow_actors.cli.options import check_confirmed, data_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.system.data_dir import DataDir
@@ -85,10 +85,10 @@ def verify(data: Path, output: str) -> int:
             click.echo(f"{found.file} at offset {found.offset}: {word}: {found.reason}", err=found.damage)
         if not damaged:
             segments = sorted(directory.glob("*.journal"))
-            click.echo(f"ok: {counted(len(segments), 'segment')} in {directory}")
+            click.echo(f"ok: {pluralize(len(segments), 'segment')} in {directory}")
     if damaged:
         click.echo(
-            f"{counted(len(damaged), 'damaged place')}: restore the directory from a backup, or "
+            f"{pluralize(len(damaged), 'damaged place')}: restore the directory from a backup, or "
             "discard the data behind the first one with `stageflow journal repair`",
             err=True,
         )
@@ -143,11 +143,11 @@ def stats(data: Path, output: str) -> None:
     print_facts(
         {
             "records": ", ".join(f"{count(number)} {kind}" for kind, number in accounts.kinds.most_common()),
-            "live": f"{counted(accounts.live, 'message')} of {counted(accounts.groups, 'instance')}",
+            "live": f"{pluralize(accounts.live, 'message')} of {pluralize(accounts.groups, 'instance')}",
             "transitions": f"{count(sum(row['count'] for row in stages))} of stages, "
             f"{count(sum(row['count'] for row in compensations))} of compensations, "
-            f"of {counted(len({row['instance'] for row in (*stages, *compensations)}), 'instance')}",
-            "unnamed": f"{counted(accounts.unnamed, 'settlement')} of messages in deleted segments"
+            f"of {pluralize(len({row['instance'] for row in (*stages, *compensations)}), 'instance')}",
+            "unnamed": f"{pluralize(accounts.unnamed, 'settlement')} of messages in deleted segments"
             if accounts.unnamed
             else "",
             "accepted twice": f"{count(len(twice))}, such as {twice[0]}" if twice else "none",
@@ -178,7 +178,7 @@ def compact(data: Path) -> None:
             time.sleep(0.02)
             unfinished = attached.wait(attached.admin.compact(False))
         after = _used(directory)
-    then, now = (f"{counted(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
+    then, now = (f"{pluralize(number, 'segment')}, {size(taken)}" for number, taken in (before, after))
     click.echo(f"{then} before; {now} now", err=True)
 
 
@@ -241,8 +241,8 @@ def repair(yes: bool, data: Path) -> int:
     if any(lost.whole for lost in report.lost):
         click.echo("the former contents of such a file cannot be determined")
     if report.batches:
-        batches = counted(report.batches, "whole batch", "whole batches")
-        click.echo(f"discarded: {batches} behind it, {counted(report.records, 'record')} of {_named(report.names)}")
+        batches = pluralize(report.batches, "whole batch", "whole batches")
+        click.echo(f"discarded: {batches} behind it, {pluralize(report.records, 'record')} of {_named(report.names)}")
     elif report.lost:
         click.echo("no whole batch was discarded")
     else:
@@ -260,7 +260,7 @@ def _named(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MAX_NAMED])
     if len(names) > MAX_NAMED:
         shown += f" and {len(names) - MAX_NAMED:,} more"
-    return counted(len(names), "instance") + (f": {shown}" if shown else "")
+    return pluralize(len(names), "instance") + (f": {shown}" if shown else "")
 
 
 def _print_next_step(data_dir: DataDir, left: bool) -> int:

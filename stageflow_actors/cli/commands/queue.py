@@ -11,7 +11,7 @@ import click
 
 from stageflow_actors.cli.options import check_confirmed, data_option, output_option, yes_option
 from stageflow_actors.cli.output import Column, clip, count, emit, plain, size, span
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
     from stageflow_actors.runtime.client.attach import Attached
@@ -242,7 +242,7 @@ def purge(name: str, yes: bool, data: Path) -> None:
     with attach(data, write=True) as attached:
         answer = attached.wait(attached.admin.purge(name, []), timeout=60.0)
     click.echo(
-        f"{counted(answer['purged'], 'message')} of {counted(len(answer['instances']), 'instance')} deleted",
+        f"{pluralize(answer['purged'], 'message')} of {pluralize(len(answer['instances']), 'instance')} deleted",
         err=True,
     )
 

@@ -9,7 +9,7 @@ import click
 
 from stageflow_actors.cli.options import data_option, output_option
 from stageflow_actors.cli.output import Column, count, emit, print_facts, print_json, size
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 
 __all__ = ["stats"]
 
@@ -61,11 +61,11 @@ def stats(data: Path, output: str) -> None:
         print_facts(
             {
                 "cluster": f"{'running' if attached.live else 'at rest'}, {attached.data_dir.path}",
-                "live": counted(figures["instances"], "instance"),
+                "live": pluralize(figures["instances"], "instance"),
                 "finished": ", ".join(f"{count(number)} {status}" for status, number in sorted(finished.items()))
                 or "none",
                 "messages": ", ".join(f"{count(figures[s])} {s}" for s in ("ready", "leased", "delayed", "dead"))
-                + f" in {counted(len(queues), 'queue')}, {size(figures['message_bytes'])}",
+                + f" in {pluralize(len(queues), 'queue')}, {size(figures['message_bytes'])}",
                 "paused": ", ".join(figures["paused"]),
                 "refusing": figures["refusing"],
                 "actors": f"{count(figures['actors'])}, {count(figures['busy'])} busy" if attached.live else "",

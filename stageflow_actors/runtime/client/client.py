@@ -17,7 +17,7 @@ from stageflow_actors.core.plan import (
     ITEM,
     item_id,
 )
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, timeout_seconds
@@ -503,7 +503,7 @@ class Client:
             self._session.check_alive()
             remaining = DRAIN_POLL_SECONDS if deadline is None else deadline - time.monotonic()
             if remaining <= 0:
-                raise TimeoutError(f"{counted(len(waiting), 'instance')} had not ended after {limit:g} s")
+                raise TimeoutError(f"{pluralize(len(waiting), 'instance')} had not ended after {limit:g} s")
             self._session.waiters.wait_until_empty(min(remaining, DRAIN_POLL_SECONDS))
             if self._all_waiting():
                 return

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.description import progress_of
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.status import WorkflowStatus
@@ -289,7 +289,7 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
             remaining = WAIT_SECONDS if deadline is None else deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(
-                    f"{counted(len(waiting) - len(yielded), 'instance')} had not ended after {timeout:g} s"
+                    f"{pluralize(len(waiting) - len(yielded), 'instance')} had not ended after {timeout:g} s"
                 )
             event.wait(min(remaining, WAIT_SECONDS))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stageflow_actors.core.routing import CANCELLABLE
+from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound
 from stageflow_actors.runtime.client.attach import Attached, attach, live_address
@@ -47,7 +47,7 @@ class OfflineClient(Client):
         status = self.instance(instance_id).status()
         if not status.terminal and status != WorkflowStatus.compensating:
             text = f"cancelled: {reason}" if reason else "cancelled"
-            session.ask(lambda admin: admin.cancel(instance_id, text, list(CANCELLABLE)))
+            session.ask(lambda admin: admin.cancel(instance_id, text, list(CANCELLABLE_GATHER_PREFIXES)))
         return status
 
 

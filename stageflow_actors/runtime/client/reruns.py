@@ -23,8 +23,8 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, MAP, PARALLEL, STAGE
-from stageflow_actors.core.resume_state import TOO_LARGE, take_up_branches
-from stageflow_actors.core.routing import CANCELLABLE
+from stageflow_actors.core.resume_state import TOO_LARGE, resume_branches
+from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
@@ -56,7 +56,7 @@ def cancel(session: Session, completion: Completion, reason: str) -> WorkflowSta
     if status.terminal or status == WorkflowStatus.compensating:
         return status
     try:
-        session.ask(lambda admin: admin.cancel(instance_id, text, list(CANCELLABLE)))
+        session.ask(lambda admin: admin.cancel(instance_id, text, list(CANCELLABLE_GATHER_PREFIXES)))
     except StageFlowError:
         return completion.status()  # it has left the broker since the first query
     completion.clear_parked()
@@ -117,7 +117,7 @@ def retry(session: Session, completion: Completion, context: Any) -> None:
             f"the results that stage {place.id!r} of instance {instance_id!r} had completed before it failed are "
             "larger than max_message_bytes and were not kept: restart() the instance"
         )
-    resumed = take_up_branches(steps or {}, given) if place.kind == PARALLEL else None
+    resumed = resume_branches(steps or {}, given) if place.kind == PARALLEL else None
     if resumed is None:
         data = outcome.context if given is None else given
         repeated = {failed.id, place.id}

@@ -19,7 +19,7 @@ from stageflow_actors.core.plan import (
     STAGE,
     WorkflowPlan,
 )
-from stageflow_actors.core.schema import ShapedCodec
+from stageflow_actors.core.schema import SchemaCodec
 from stageflow_actors.errors import (
     InvalidContext,
     PayloadTooLarge,
@@ -66,7 +66,7 @@ class WorkflowRef:
     def __init__(self, plan: WorkflowPlan, context: type[Any]) -> None:
         self.plan = plan
         without_class = context is dict and plan.shape is not None  # the class exists only in the cluster's program
-        self.codec: ContextCodec[Any] = ShapedCodec(plan.shape) if without_class else ContextCodec(context)
+        self.codec: ContextCodec[Any] = SchemaCodec(plan.shape) if without_class else ContextCodec(context)
         self.order = plan.order
         first = plan.stages[0]
         direct = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.system.processes import is_stopped
 
@@ -46,9 +46,9 @@ def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
     for queue, theirs in list(lanes.items()):
         since = [state.since_ns for state in (lane.read() for lane in theirs) if state.busy]
         if since:
-            found.append((min(since), f"{queue} ({counted(len(since), 'message')}, for {_age(now - min(since))})"))
+            found.append((min(since), f"{queue} ({pluralize(len(since), 'message')}, for {_age(now - min(since))})"))
     words = [text for _, text in sorted(found)]
-    more = f" and {counted(len(words) - MAX_QUEUES_NAMED, 'more queue')}" if len(words) > MAX_QUEUES_NAMED else ""
+    more = f" and {pluralize(len(words) - MAX_QUEUES_NAMED, 'more queue')}" if len(words) > MAX_QUEUES_NAMED else ""
     return (
         f"what is in work: {', '.join(words[:MAX_QUEUES_NAMED])}{more}"
         if words

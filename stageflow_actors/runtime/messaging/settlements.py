@@ -13,7 +13,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import describe_error, write_failure
 from stageflow_actors.core.plan import FAILED, StagePlan
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step
+from stageflow_actors.core.routing import GatherArrival, OpenGather, Publish, Transition
 from stageflow_brokers.api import (
     ACK,
     ATTEMPT_FAILED,
@@ -35,7 +35,7 @@ __all__ = [
     "numbered",
     "park_unknown",
     "park_unreadable",
-    "settle_moves",
+    "settle_transition",
     "split_parts",
     "steps_of",
 ]
@@ -92,8 +92,10 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
     if extra is not None and extra.parts is not None:
         base, arrivals = split_parts(item, body)
         key = f"moved:{item.id}"
-        again = Open(key, len(arrivals), place.queue, place.id, base)
-        return settle_moves(item, Moves([], [again], [Arrive(key, slot, arrived) for slot, arrived in arrivals]))
+        again = OpenGather(key, len(arrivals), place.queue, place.id, base)
+        return settle_transition(
+            item, Transition([], [again], [GatherArrival(key, slot, arrived) for slot, arrived in arrivals])
+        )
     if extra is not None:
         envelope = decode_envelope(body)
         envelope.steps = steps_of(envelope, item)
@@ -101,7 +103,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
             envelope.attempts += extra.attempts
             envelope.failure = extra.failure or envelope.failure
         body = encode(envelope)
-    return settle_moves(item, Moves([Step(place.queue, place.id, body)]))
+    return settle_transition(item, Transition([Publish(place.queue, place.id, body)]))
 
 
 def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
@@ -138,7 +140,7 @@ def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
     return envelope.steps if own is None else {**envelope.steps, **own}
 
 
-def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settlement:
+def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0) -> Settlement:
     """The settlement that acknowledges a message and does what follows from it.
 
     What follows belongs to the epoch of the message, or to `epoch` where that is given.
@@ -159,16 +161,16 @@ def settle_moves(item: DeliveryItem, moves: Moves, epoch: int = 0) -> Settlement
                 step.ttl,
             ),
         )
-        for step in moves.steps
+        for step in transition.publishes
     ]
     opens = [
         (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), group, epoch, one.deadline))
-        for one in moves.opens
+        for one in transition.opens
     ]
-    arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in moves.arrivals]
-    bodies = [step.body for step in moves.steps]
-    bodies += [one.base for one in moves.opens]
-    bodies += [one.body for one in moves.arrivals]
+    arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in transition.arrivals]
+    bodies = [step.body for step in transition.publishes]
+    bodies += [one.base for one in transition.opens]
+    bodies += [one.body for one in transition.arrivals]
     done = SettleItem([(item.id, item.lease)], ACK, arrivals=arrivals)
     return Settlement(done, publishes, bodies, opens)
 

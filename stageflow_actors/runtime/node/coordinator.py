@@ -21,12 +21,18 @@ from stageflow_actors.core.envelope import Failure, decode_envelope, decode_outc
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
 from stageflow_actors.core.plan import DEAD as DEAD_EVENT
 from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
-from stageflow_actors.core.routing import CANCELLABLE, Moves
+from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, Transition
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
-from stageflow_actors.runtime.messaging.settlements import Settlement, numbered, park_unknown, settle_moves, split_parts
+from stageflow_actors.runtime.messaging.settlements import (
+    Settlement,
+    numbered,
+    park_unknown,
+    settle_transition,
+    split_parts,
+)
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
 from stageflow_actors.runtime.node.orphans import forward_orphan
 from stageflow_brokers.api import DEAD_LETTER, FLAG_CLOSE_GROUP, Ack, Broker, DeliveryItem, SettleItem, Target
@@ -187,11 +193,11 @@ class Coordinator(pykka.ThreadingActor):
         extra = item.extra
         if extra is not None and extra.label == TIMEOUT:
             self._cancel_timed_out(item, body)
-            return settle_moves(item, Moves())
+            return settle_transition(item, Transition())
         epoch = 0 if extra is None or extra.cancelled is None else extra.epoch_now
-        return settle_moves(item, self._decide(item, body), epoch)
+        return settle_transition(item, self._decide(item, body), epoch)
 
-    def _decide(self, item: DeliveryItem, body: bytes) -> Moves:
+    def _decide(self, item: DeliveryItem, body: bytes) -> Transition:
         extra, plans, naming, now = item.extra, self._plans, self._naming, time.time()
         if extra is None:
             return decide("", body, None, 1, plans, naming, now)
@@ -213,7 +219,7 @@ class Coordinator(pykka.ThreadingActor):
         base, _ = split_parts(item, body)
         seconds = msgspec.msgpack.decode(base, type=float)
         reason = f"StageTimeout: the workflow ran longer than its timeout of {seconds:g} s"
-        self._broker.admin.cancel(item.group, reason, list(CANCELLABLE))
+        self._broker.admin.cancel(item.group, reason, list(CANCELLABLE_GATHER_PREFIXES))
 
 
 def _park(item: DeliveryItem, error: Exception) -> SettleItem:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import UNDECIDED, undecided
+from stageflow_actors.core.failures import UNDECIDED, undecided_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.ipc.slots import SlotState
@@ -103,7 +103,7 @@ class ExitPolicy:
         how = self._describe_status(status)
         died = Failure("died", f"WorkerDied: the worker died while running {_describe_work(spec)}: {how}", "WorkerDied")
         if len(suspects) == 1 and suspects[0].asking:
-            died = undecided(suspects[0].asking, f"ended the worker: {how}") or died
+            died = undecided_failure(suspects[0].asking, f"ended the worker: {how}") or died
         return ExitDecision([state.message_id for state in suspects], died, True, self._record_death(spec, how, now))
 
     def decide_failed_start(self, spec: PoolSpec, now: float) -> ExitDecision:
@@ -182,7 +182,7 @@ def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Fail
     """Why a worker is killed whose message, and `others`, have run past their timeout."""
     if late.asking:
         how = f"ran longer than the timeout of {late.timeout_ns / 1e9:g} s"
-        known = undecided(late.asking, how)
+        known = undecided_failure(late.asking, how)
         if known is not None and all(state.asking == late.asking for state in others):
             return known
         return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_describe_work(spec)} {how}", "StageTimeout")

@@ -7,7 +7,7 @@ journal still holds for live. Only what was copied or mended apart comes to that
 
 from __future__ import annotations
 
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.history import HistoryMissing, HistoryOutdated, HistoryWriter, JournalMissing
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_brokers.api import BrokerAdmin
@@ -73,7 +73,7 @@ def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
     if not found:
         return ""
     return (
-        f"{counted(len(found), 'instance')} that the journal holds for live have finished by the history, and will not "
-        f"be run again ({', '.join(found[:3])}{' …' if len(found) > 3 else ''}): the journal is an older copy, or a "
-        "repair has given up its end. What was started after that, and had not finished, is not known any more"
+        f"{pluralize(len(found), 'instance')} that the journal holds for live have finished by the history, and will "
+        f"not be run again ({', '.join(found[:3])}{' …' if len(found) > 3 else ''}): the journal is an older copy, or "
+        "a repair has given up its end. What was started after that, and had not finished, is not known any more"
     )

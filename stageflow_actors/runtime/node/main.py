@@ -23,7 +23,7 @@ import msgspec
 
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
-from stageflow_actors.core.plural import counted
+from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.slots import SlotTable
@@ -231,7 +231,7 @@ class Node:
             _send_report(self._channel, Report("notice", text))
         for name, queue in queues.items():
             if queue["state"] == "paused" and queue["ready"] and name not in reopening:
-                held = counted(queue["ready"], "message")
+                held = pluralize(queue["ready"], "message")
                 text = f"queue {name} is paused and holds {held}: `stageflow queue resume {name}`"
                 _send_report(self._channel, Report("notice", text))
 

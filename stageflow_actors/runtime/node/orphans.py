@@ -14,8 +14,8 @@ from stageflow_actors.core.coordination import Plans
 from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
-from stageflow_actors.core.routing import Moves, Step
-from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown, settle_moves
+from stageflow_actors.core.routing import Publish, Transition
+from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown, settle_transition
 from stageflow_brokers.api import Broker, DeliveryItem
 
 __all__ = ["OrphanedMessages", "forward_orphan"]
@@ -111,5 +111,5 @@ def forward_orphan(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
         place = f"compensation of stage {stage_id!r}" if compensation else f"stage {stage_id!r}"
         return park_unknown(item, workflow_id, version, place)
     if label.startswith(COMPENSATE):
-        return settle_moves(item, Moves([Step(plan.compensation.queue, label, body)]))
+        return settle_transition(item, Transition([Publish(plan.compensation.queue, label, body)]))
     return forward(item, body, planned)

@@ -20,7 +20,7 @@ import pykka
 from msgspec import structs
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import STDERR, last_lines, write_failure
+from stageflow_actors.core.failures import STDERR_HEADING, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import SlotState
@@ -248,7 +248,7 @@ class Pool(pykka.ThreadingActor):
         if worker.stderr is not None:
             said = last_lines(worker.stderr.finish())
             if said and failure is not None and failure.kind != "cancelled":
-                failure = structs.replace(failure, message=f"{failure.message}{STDERR}{said}")
+                failure = structs.replace(failure, message=f"{failure.message}{STDERR_HEADING}{said}")
         data = b"" if failure is None or not responsible else write_failure(failure)
         pool_context.broker.admin.report_death(
             worker.peer, responsible, decision.counted and bool(responsible), False, data

@@ -26,10 +26,17 @@ from stageflow_actors.core.envelope import (
     append_record,
     decode_envelope,
 )
-from stageflow_actors.core.failures import UNDECIDED, brief, exception_of, failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import (
+    UNDECIDED,
+    exception_of,
+    failure_of,
+    read_failure,
+    shorten_failure,
+    write_failure,
+)
 from stageflow_actors.core.plan import ITEM, Naming, StagePlan, WorkflowPlan
-from stageflow_actors.core.resume_state import bounded
-from stageflow_actors.core.routing import Moves, enter, give_up, item_slot, leave, pass_through
+from stageflow_actors.core.resume_state import limit_steps
+from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
@@ -42,7 +49,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     forward,
     park_unknown,
     park_unreadable,
-    settle_moves,
+    settle_transition,
     steps_of,
 )
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
@@ -132,7 +139,7 @@ def ask_policy(
     """
     if policy is None:
         return retry_delay(None, attempt, failure)
-    slot.ask(brief(failure, SLOT_FAILURE_BYTES), timeout_ns, time.monotonic_ns())
+    slot.ask(shorten_failure(failure, SLOT_FAILURE_BYTES), timeout_ns, time.monotonic_ns())
     try:
         return retry_delay(policy, attempt, failure, error)
     finally:
@@ -238,7 +245,7 @@ class Executor:
         """Settle a delivery of a cancelled instance without running it."""
         assert item.extra is not None
         reason = item.extra.cancelled or ""
-        return self._settle(item, pass_through(self.planned, envelope, reason, self.naming, self._wall()))
+        return self._settle(item, skip_cancelled(self.planned, envelope, reason, self.naming, self._wall()))
 
     def _complete_stage(
         self,
@@ -262,14 +269,14 @@ class Executor:
         envelope.payload = payload
         now = self._wall()
         if to is None:
-            moves = leave(self.plan, self.planned, envelope, self.naming, now)
+            transition = leave_stage(self.plan, self.planned, envelope, self.naming, now)
         else:
-            moves = enter(self.plan, to, envelope, self.naming, now)
-        largest = moves.largest()
+            transition = enter_stage(self.plan, to, envelope, self.naming, now)
+        largest = transition.largest()
         if largest > self._limit:
             envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps = before
             raise self._too_large(largest)
-        return self._settle(item, moves).worked()
+        return self._settle(item, transition).worked()
 
     def _too_large(self, size: int, what: str = "context and results are") -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -334,9 +341,9 @@ class Executor:
     ) -> Settlement:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
-        envelope.steps = bounded(steps_of(envelope, item), self._limit)
+        envelope.steps = limit_steps(steps_of(envelope, item), self._limit)
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
-        return self._settle(item, give_up(self.plan, self.planned, envelope, record, self.naming, self._wall()))
+        return self._settle(item, fail_stage(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
     def _park(self, item: DeliveryItem, failure: Failure) -> Settlement:
         return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(failure)), [], [])
@@ -355,7 +362,7 @@ class Executor:
 
     def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settlement:
         envelope.trail = append_record(envelope.trail, record)
-        return self._settle(item, leave(self.plan, self.planned, envelope, self.naming, self._wall()))
+        return self._settle(item, leave_stage(self.plan, self.planned, envelope, self.naming, self._wall()))
 
     def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settlement:
         """Forward a message whose place has another queue now; park one of a place or version unknown here."""
@@ -364,10 +371,10 @@ class Executor:
             return forward(item, body, known)
         return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
-    def _settle(self, item: DeliveryItem, moves: Moves) -> Settlement:
-        settled = settle_moves(item, moves)
+    def _settle(self, item: DeliveryItem, transition: Transition) -> Settlement:
+        settled = settle_transition(item, transition)
         # A gather that returns to this place was opened by user code: by a request or by a split.
-        return settled.tried() if any(one.queue == self.planned.queue for one in moves.opens) else settled
+        return settled.tried() if any(one.queue == self.planned.queue for one in transition.opens) else settled
 
     def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:
         extra = item.extra

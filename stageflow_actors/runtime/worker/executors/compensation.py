@@ -16,7 +16,7 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, write_failure
 from stageflow_actors.core.plan import WorkflowPlan, item_id
-from stageflow_actors.core.routing import after_compensation
+from stageflow_actors.core.routing import continue_compensation
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.handler import BoundCall
@@ -264,7 +264,7 @@ class CompensationExecutor:
         return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
     def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
-        step = after_compensation(self.plan, envelope, record, self.naming, self._wall())
+        step = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
         done = SettleItem([(item.id, item.lease)], ACK)
         return Settlement(done, [(target, PublishItem(0, len(step.body)))], [step.body])

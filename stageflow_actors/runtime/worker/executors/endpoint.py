@@ -21,7 +21,7 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import failure_of
-from stageflow_actors.core.routing import Arrive, Moves
+from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.executors.base import lost_attempt_failure
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
@@ -81,7 +81,7 @@ class EndpointExecutor(HandlerExecutor):
         return self._send_reply(item, command, Reply(NIL, failure.message))
 
     def _send_reply(self, item: DeliveryItem, command: Command, reply: Reply) -> Settlement:
-        return self._settle(item, Moves(arrivals=[Arrive(command.key, REPLY_SLOT, encode(reply))]))
+        return self._settle(item, Transition(arrivals=[GatherArrival(command.key, REPLY_SLOT, encode(reply))]))
 
     def _as_envelope(self, command: Command) -> Envelope:
         return Envelope(command.workflow_id, 1, command.stage_id, NIL, EMPTY_TRAIL, 0.0, run=command.run)

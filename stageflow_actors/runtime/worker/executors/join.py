@@ -12,10 +12,10 @@ from typing import Any
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import Envelope, StageRecord, decode_envelope, encode
-from stageflow_actors.core.gather_results import Joined, join_branches
+from stageflow_actors.core.gather_results import JoinResult, join_branches
 from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.plan import FAILED, WorkflowPlan
-from stageflow_actors.core.routing import Moves, Step
+from stageflow_actors.core.routing import Publish, Transition
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
@@ -45,8 +45,8 @@ class JoinExecutor(Executor):
         joined = join_branches(self.plan, envelope, arrivals)
         if extra is not None and extra.cancelled is not None:
             return self._skip_cancelled(item, envelope)
-        if joined.lost is not None:
-            return self._lose(item, envelope, joined.lost)
+        if joined.failure is not None:
+            return self._lose(item, envelope, joined.failure)
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.fresh:
             return self._handle_lost_attempt(item, envelope, attempt)
@@ -62,26 +62,26 @@ class JoinExecutor(Executor):
     def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settlement:
         """Report a failed required branch to the coordinator."""
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
-        return self._settle(item, Moves([Step(self.naming.coordinator, FAILED, encode(envelope))]))
+        return self._settle(item, Transition([Publish(self.naming.coordinator, FAILED, encode(envelope))]))
 
-    def _joined(self, before: Raw, merged: Raw, joined: Joined) -> bytes:
+    def _joined(self, before: Raw, merged: Raw, joined: JoinResult) -> bytes:
         """Return the encoded joined context; `merged` is the field-wise merge of all branches."""
-        contexts = {name: branch.context for name, branch in joined.ended.items()}
+        contexts = {name: branch.context for name, branch in joined.completed.items()}
         if self._merge is not None:
             context = self.codec.decode(before)
             given = self._merge(context, {name: self.codec.decode(one) for name, one in contexts.items()})
             if type(given) is Replace:
                 given = given.value
             return self.codec.encode(context if given is None else given, stage=self.planned.id)
-        clash = joined.clash
-        if clash is not None:
+        conflict = joined.conflict
+        if conflict is not None:
             # An unchanged set may be encoded in another order: compare canonical forms before reporting a conflict.
             ordered = {name: self.codec.canonical(one) for name, one in contexts.items()}
             base, known = self.codec.canonical(before), {n: one for n, one in ordered.items() if one is not None}
             if base is not None and len(known) == len(ordered):
-                merged, clash = merge_fields(base, known)
-        if clash is not None:
-            field, one, other = clash
+                merged, conflict = merge_fields(base, known)
+        if conflict is not None:
+            field, one, other = conflict
             raise StageError(
                 f"branches {one!r} and {other!r} of {self.planned.id!r} changed the field "
                 f"{self.codec.field_name(field)!r} differently: let each change fields of its own, or give merge=..."

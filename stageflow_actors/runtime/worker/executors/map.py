@@ -27,15 +27,22 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.gather_results import (
     Arrivals,
-    Rest,
-    decode_rest,
-    end_rest,
-    ended_items,
+    UnpublishedItems,
+    completed_items_record,
+    decode_item_ends,
+    decode_unpublished,
+    fail_unpublished_items,
     is_carrier,
-    undo_items,
 )
 from stageflow_actors.core.plan import WorkflowPlan, item_id
-from stageflow_actors.core.routing import Arrive, Moves, Open, Step, item_slot, unmet
+from stageflow_actors.core.routing import (
+    GatherArrival,
+    OpenGather,
+    Publish,
+    Transition,
+    item_slot,
+    missing_dependencies,
+)
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
@@ -93,13 +100,13 @@ class MapExecutor(Executor):
         if isinstance(opened, Settlement):
             return opened
         if is_carrier(opened):
-            return self._settle(item, self._next_chunk(opened, decode_rest(opened.payload)))
+            return self._settle(item, self._next_chunk(opened, decode_unpublished(opened.payload)))
         return self._split(item, opened)
 
     def _split(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         started = self._wall()
         attempt = 1 if item.extra is None else item.extra.attempts + 1
-        missing = unmet(self.planned.after, envelope.trail)
+        missing = missing_dependencies(self.planned.after, envelope.trail)
         if missing:
             return self._settle_unmet(item, envelope, missing, attempt)
         try:
@@ -118,9 +125,9 @@ class MapExecutor(Executor):
         if not items:
             return self._join(item, envelope, [])
         envelope.since, envelope.attempts = started, attempt - 1
-        moves = Moves(opens=[self._open_gather(envelope, len(items))])
-        moves.steps = self._next_chunk(envelope, Rest(0, items)).steps
-        return self._settle(item, moves)
+        transition = Transition(opens=[self._open_gather(envelope, len(items))])
+        transition.publishes = self._next_chunk(envelope, UnpublishedItems(0, items)).publishes
+        return self._settle(item, transition)
 
     def _item(self, number: int, value: Any) -> Raw:
         what = f"item {number} of {self.planned.id!r}"
@@ -133,24 +140,24 @@ class MapExecutor(Executor):
         """Set the time limit for the user code that follows; 0 after it."""
         self._slot.limit(timeout_ns, time.monotonic_ns())
 
-    def _open_gather(self, envelope: Envelope, need: int) -> Open:
-        return Open(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
+    def _open_gather(self, envelope: Envelope, need: int) -> OpenGather:
+        return OpenGather(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
 
     def _cancel_items(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals, reason: str) -> Settlement:
         """Settle a cancelled map: unpublished items count as ended, completed ones can be compensated."""
         assert item.extra is not None
         if item.extra.parts is None and is_carrier(envelope):
-            return self._settle(item, end_rest(self.planned, envelope, reason))
-        self._record_done_items(envelope, ended_items(arrivals))
+            return self._settle(item, fail_unpublished_items(self.planned, envelope, reason))
+        self._record_done_items(envelope, decode_item_ends(arrivals))
         return self._skip_cancelled(item, envelope)
 
     def _record_done_items(self, envelope: Envelope, ended: list[tuple[int, ItemEnd]]) -> None:
         """Record the completed items like a completed stage, so that compensation undoes them."""
-        undo = undo_items(self.planned, ended, self._wall())
+        undo = completed_items_record(self.planned, ended, self._wall())
         if undo is not None:
             envelope.trail = append_record(envelope.trail, undo)
 
-    def _next_chunk(self, envelope: Envelope, rest: Rest) -> Moves:
+    def _next_chunk(self, envelope: Envelope, rest: UnpublishedItems) -> Transition:
         """Return the messages for the next items, and a carrier for the rest."""
         place = self._place
         now, later = rest.split(max(MIN_CHUNK_ITEMS, min(len(rest.items) // 8, MAX_CHUNK_ITEMS)))
@@ -159,18 +166,18 @@ class MapExecutor(Executor):
         steps = []
         for number, value, kept in zip(now.all_numbers, now.items, now.steps or repeat(None), strict=False):
             one.context, one.payload, one.steps = value, Raw(encode(number)), kept
-            steps.append(Step(place.queue, self.planned.id, encode(one), ttl=place.ttl))
+            steps.append(Publish(place.queue, self.planned.id, encode(one), ttl=place.ttl))
         if later.items:
             carrier = Envelope(*head, self.planned.id, NIL, EMPTY_TRAIL, envelope.started_at, Raw(encode(later)))
             carrier.run = envelope.run
-            steps.append(Step(self.planned.queue, self.planned.id, encode(carrier)))
-        return Moves(steps)
+            steps.append(Publish(self.planned.queue, self.planned.id, encode(carrier)))
+        return Transition(steps)
 
     def _join(self, item: DeliveryItem, envelope: Envelope, arrivals: Arrivals) -> Settlement:
         extra = item.extra
         started = self._wall() if envelope.since is None else envelope.since
         attempt = 1 if extra is None else extra.attempts + 1
-        ended = ended_items(arrivals)
+        ended = decode_item_ends(arrivals)
         failed = [(number, one.error) for number, one in ended if one.error is not None]
         marked = extra is not None and extra.steps is not None and PARK_MARK in extra.steps
         if failed and marked and attempt == 1:
@@ -205,7 +212,7 @@ class MapExecutor(Executor):
             if self._into is None:
                 data = Raw(encode(results))
             encoded = self.codec.encode(context, stage=self.planned.id)
-            done = undo_items(self.planned, ended, started)
+            done = completed_items_record(self.planned, ended, started)
             undo = done.undo if done is not None else _NO_ITEMS if self.planned.compensated else NIL
             record = StageRecord(
                 self.planned.id,
@@ -229,19 +236,21 @@ class MapExecutor(Executor):
     ) -> Settlement:
         """Publish the failed items of a requeued map again; the completed ones wait in a new gather."""
         failed = [(number, one) for number, one in ended if one.error is not None]
-        moves = Moves(opens=[self._open_gather(envelope, len(ended))])
-        moves.arrivals = [
-            Arrive(self.planned.id, str(number), encode(one)) for number, one in ended if one.error is None
+        transition = Transition(opens=[self._open_gather(envelope, len(ended))])
+        transition.arrivals = [
+            GatherArrival(self.planned.id, str(number), encode(one)) for number, one in ended if one.error is None
         ]
-        rest = Rest(0, [one.item for _, one in failed], [n for n, _ in failed], [one.steps for _, one in failed])
-        moves.steps = self._next_chunk(envelope, rest).steps
-        return self._settle(item, moves)
+        rest = UnpublishedItems(
+            0, [one.item for _, one in failed], [n for n, _ in failed], [one.steps for _, one in failed]
+        )
+        transition.publishes = self._next_chunk(envelope, rest).publishes
+        return self._settle(item, transition)
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settlement:
         if is_carrier(envelope) and not self._parks:
-            return self._settle(item, end_rest(self.planned, envelope, failure.message))
+            return self._settle(item, fail_unpublished_items(self.planned, envelope, failure.message))
         return super()._fail_stage(item, envelope, failure, attempt, started, duration)
 
 
@@ -300,4 +309,6 @@ class ItemExecutor(HandlerExecutor):
         return self._arrive(item, envelope, end)
 
     def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settlement:
-        return self._settle(item, Moves(arrivals=[Arrive(self.planned.joins, item_slot(envelope), encode(end))]))
+        return self._settle(
+            item, Transition(arrivals=[GatherArrival(self.planned.joins, item_slot(envelope), encode(end))])
+        )

@@ -8,7 +8,7 @@ from stageflow_actors.core.codec import decode_value
 from stageflow_actors.core.envelope import StageRecord
 from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.plan import WorkflowPlan
-from stageflow_actors.core.routing import enter
+from stageflow_actors.core.routing import enter_stage
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
@@ -40,7 +40,7 @@ class SignalExecutor(Executor):
             return opened
         if extra is not None and not arrivals and extra.failure is None:
             # Neither a signal nor an expiry: the message was parked and requeued, and waits again.
-            return self._settle(item, enter(self.plan, self.planned.id, opened, self.naming, self._wall()))
+            return self._settle(item, enter_stage(self.plan, self.planned.id, opened, self.naming, self._wall()))
         started = self._wall() if opened.since is None else opened.since
         attempt = 1 if extra is None else extra.attempts + 1
         if not arrivals and self._on_timeout is None:

@@ -21,9 +21,9 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
-from stageflow_actors.core.gather_results import Asked, decode_asked
+from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
-from stageflow_actors.core.routing import Moves, Open, Step, hands_on, unmet
+from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
@@ -45,13 +45,13 @@ class StageExecutor(HandlerExecutor):
         # Read for each message: one attribute lookup instead of two.
         self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
         self._when = self.stage.when
-        following = plan.following(self.planned)
+        following = plan.next_stage(self.planned)
         self._following = following
         if following is None:
             self.targets = [Target(self.naming.finished, FINISHED, TERMINAL)]
         else:
             self.targets = [Target(following.queue, following.id)]
-        self._passes_payload = hands_on(plan, self.planned)
+        self._passes_payload = passes_payload(plan, self.planned)
         # The happy path is plain if it is one message to one queue.
         self._plain = not self.planned.joins and (
             following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
@@ -74,7 +74,7 @@ class StageExecutor(HandlerExecutor):
             if extra.fresh:
                 return self._handle_lost_attempt(item, envelope, attempt)
         if self._prerequisites:
-            missing = unmet(self._prerequisites, envelope.trail)
+            missing = missing_dependencies(self._prerequisites, envelope.trail)
             if missing:
                 return self._settle_unmet(item, envelope, missing, attempt)
         started = self._wall()
@@ -112,7 +112,7 @@ class StageExecutor(HandlerExecutor):
         envelope.context = Raw(encoded)
         envelope.trail = append_record(trail, record)
         if not self._plain or (item.extra is not None and item.extra.priority):
-            return self._complete_with_moves(item, envelope, attempt, started, record, before, trail)
+            return self._complete_with_transition(item, envelope, attempt, started, record, before, trail)
         following = self._following
         if following is None:
             done = encode(
@@ -141,7 +141,7 @@ class StageExecutor(HandlerExecutor):
             return self._handle_failure(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
         return self.first_target, done
 
-    def _complete_with_moves(
+    def _complete_with_transition(
         self,
         item: DeliveryItem,
         envelope: Envelope,
@@ -171,7 +171,7 @@ class StageExecutor(HandlerExecutor):
             if not marked:
                 return self._retry(item, 0.0, failure)
             envelope.attempts, envelope.failure = 0, None
-            return self._settle(item, Moves([Step(self.planned.queue, self.planned.id, encode(envelope))]))
+            return self._settle(item, Transition([Publish(self.planned.queue, self.planned.id, encode(envelope))]))
         if not marked:
             self._store(item).keep(PARK_MARK, b"")
         return self._park(item, failure)
@@ -197,7 +197,7 @@ class StageExecutor(HandlerExecutor):
         key = f"reply:{stage_id}:{item.id}"
         steps = dict(request.steps) or None
         before, payload = envelope.context, envelope.payload
-        asked = Asked(attempt, started, request.endpoint, request.timeout, before, payload, steps)
+        asked = RequestState(attempt, started, request.endpoint, request.timeout, before, payload, steps)
         sent = encode(Command(key, command, envelope.workflow_id, stage_id, envelope.run))
         if len(sent) > self._limit:
             raise self._too_large(len(sent), f"the request to endpoint {request.endpoint!r} is")
@@ -207,8 +207,10 @@ class StageExecutor(HandlerExecutor):
         size = len(waits) - len(before)  # the delivered context only waits in the gather and is never sent on
         if size > self._limit:
             raise self._too_large(size)
-        step = Step(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
-        return self._settle(item, Moves([step], [Open(key, 1, self.planned.queue, stage_id, waits, request.timeout)]))
+        step = Publish(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
+        return self._settle(
+            item, Transition([step], [OpenGather(key, 1, self.planned.queue, stage_id, waits, request.timeout)])
+        )
 
     def _pass_payload(
         self,
@@ -230,7 +232,7 @@ class StageExecutor(HandlerExecutor):
         envelope = decode_envelope(base)
         if not self._belongs_here(envelope):
             return self._forward_or_park(item, envelope, body)
-        asked, extra = decode_asked(envelope.payload), item.extra
+        asked, extra = decode_request(envelope.payload), item.extra
         if extra is not None:
             asked.attempt += extra.attempts
             if extra.cancelled is not None or (extra.fresh and arrivals):
@@ -261,7 +263,13 @@ class StageExecutor(HandlerExecutor):
             return self._request_failed(item, envelope, asked, failure_of(error))
 
     def _apply_reply(
-        self, item: DeliveryItem, envelope: Envelope, asked: Asked, value: Raw, remote: RemoteCall, duration: float
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        asked: RequestState,
+        value: Raw,
+        remote: RemoteCall,
+        duration: float,
     ) -> Settlement:
         """Complete a remote stage with its reply, through `on_reply`."""
         data, encoded = value, None
@@ -274,7 +282,9 @@ class StageExecutor(HandlerExecutor):
         record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
         return self._complete_stage(item, envelope, record, encoded)
 
-    def _request_failed(self, item: DeliveryItem, envelope: Envelope, asked: Asked, failure: Failure) -> Settlement:
+    def _request_failed(
+        self, item: DeliveryItem, envelope: Envelope, asked: RequestState, failure: Failure
+    ) -> Settlement:
         """Publish another attempt with the delivered context, or fail the stage."""
         envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
         delay, failure = self._ask_policy(asked.attempt, failure, None)
@@ -285,8 +295,8 @@ class StageExecutor(HandlerExecutor):
             envelope.attempts = asked.attempt
         if delay is not None:
             envelope.failure = write_failure(failure)
-            again = Step(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
-            return self._settle(item, Moves([again])).failed()
+            again = Publish(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
+            return self._settle(item, Transition([again])).failed()
         duration = max(0.0, self._wall() - asked.started)
         envelope.attempts, envelope.failure = 0, None
         return self._fail_stage(item, envelope, failure, asked.attempt, asked.started, duration).failed()
