@@ -118,7 +118,7 @@ def test_a_peer_makes_no_more_queues_than_there_may_be() -> None:
         peer.query("declare", [QueueOptions("four")])["refused"],
     ]
     for refused in refusals:
-        assert refused == "there are 3 queues, and max_queues is 3: 'four' cannot be made"
+        assert refused == "there are 3 queues, and max_queues is 3: 'four' cannot be created"
     assert sorted(here.machine.state.queues) == ["one", "three", "two"]
     assert peer.publish([("two", "")], [(0, 1)], [b"1"]) is None
     other = Peer(here, 5, consume={"five": 1})
@@ -148,16 +148,14 @@ def test_a_message_keeps_so_many_steps_and_so_many_bytes_of_them() -> None:
     worker, (id, lease) = holding_one(here)
     send = worker.send
     assert send(wire.CHECKPOINT, (id, lease, "large"), bytes(9))["refused"] == (
-        "its value is 9 bytes, and max_message_bytes is 8"
+        "the value of the step has 9 bytes, and max_message_bytes is 8"
     )
     assert send(wire.CHECKPOINT, (id, lease, "a"), bytes(4)) is None
     assert send(wire.CHECKPOINT, (id, lease, "b"), bytes(7))["refused"] == (
         "the steps of this message would take 13 bytes, and max_steps_bytes is 12"
     )
     assert send(wire.CHECKPOINT, (id, lease, "b"), bytes(6)) is None
-    assert send(wire.CHECKPOINT, (id, lease, "c"), b"")["refused"] == (
-        "2 steps are kept of this message, and max_steps is 2"
-    )
+    assert send(wire.CHECKPOINT, (id, lease, "c"), b"")["refused"] == ("the message has 2 steps, and max_steps is 2")
     assert send(wire.CHECKPOINT, (id, lease, "a"), bytes(3)) is None, "the same step again takes the place of the first"
     assert worker.settle([("next", "")], [(id, lease, 0, 1, "g")], bodies=[b"2"]) is None
     whole(here)
@@ -177,12 +175,14 @@ def test_a_bounded_number_of_unexpected_arrivals_is_kept_at_a_gather() -> None:
         return answer and answer["message"]
 
     assert arrive(("k", "1", 1)) is None
-    assert "2 arrivals lie at 'k' of group g" in arrive(("k", "2", 1), ("k", "3", 1)), "of one frame all or none"
+    assert "gather 'k' of group g has 2 arrivals and waits for no more" in arrive(("k", "2", 1), ("k", "3", 1)), (
+        "of one frame all or none"
+    )
     assert arrive(("k", "2", 1)) is None
     assert "max_early is 2" in arrive(("k", "3", 1))
     assert "max_early_bytes is 100" in arrive(("l", "1", 101))
     assert arrive(("l", "1", 100)) is None
-    assert "group g has 2 gathers, and max_gathers is 2: 'm' cannot be made" in arrive(("m", "1", 1))
+    assert "group g has 2 gathers, and max_gathers is 2: 'm' cannot be created" in arrive(("m", "1", 1))
     # A worker's own arrivals are accepted, and so are those that a gather waits for.
     opened = [([(id, lease)], ACK, [(0, 1, "g", 1)], 0.0, None, [("k", 4, 0, 1, "g", 1)], [("k", "3", 1, "g", 1)])]
     assert worker.settle([("done", "")], others=opened, bodies=[b"xyz"]) is None

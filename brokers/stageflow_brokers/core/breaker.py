@@ -1,11 +1,12 @@
-"""A circuit breaker: after so many failed attempts in a row a queue delivers nothing for a while, then one message.
+"""A circuit breaker: after several failed attempts in a row, a queue delivers nothing for a while, then one message.
 
-`closed`: messages are delivered, and failures in a row are counted. `open`: none is, until `until`. `half-open`: one,
-the probe; how it ends decides. Attempts that began before the breaker opened say nothing any more.
+States: `closed` (messages are delivered, and failures in a row are counted), `open` (no message is delivered until
+`open_until`), `half-open` (one message is delivered, the probe; its result decides the next state). Results of attempts
+that began before the breaker opened are ignored.
 
-A value without clock or queue, and without a memory beyond the process: after a restart the breaker is closed. A probe
-that ends without a verdict (its worker was stopped, its instance cancelled) makes room for the next; that is found out
-from the message itself, so that nothing needs to be told here and nothing can be forgotten.
+A breaker is a value. It must not use a clock or the queue, and it is not recorded: after a restart it is closed. A
+probe can end without a result (its worker was stopped, its instance was cancelled); then the next message becomes the
+probe. The caller sees this from the state of the message, so no notification can be forgotten.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 
 
 class Breaker:
-    """The breaker of one queue: `failures` in a row open it for `reset` seconds. `probe` is the id of a message."""
+    """The circuit breaker of one queue.
+
+    Attributes:
+        max_failures: Number of failures in a row that open the breaker.
+        reset_seconds: Seconds for which it stays open.
+        state: `CLOSED`, `OPEN` or `HALF_OPEN`.
+        failure_count: Failures in a row while closed.
+        open_until: End of the open state, on the monotonic clock.
+        probe: The id of the message that is tried while half-open; 0 for none.
+    """
 
     __slots__ = ("failure_count", "max_failures", "open_until", "probe", "reset_seconds", "state")
 
@@ -32,11 +42,15 @@ class Breaker:
 
     @property
     def max_held(self) -> int:
-        """How many messages a consumer may hold while closed: what it has begun to fail at is not worth more."""
+        """How many messages one consumer may hold while the breaker is closed.
+
+        After some failures in a row this is fewer: otherwise one failing consumer would hold many messages when the
+        breaker opens.
+        """
         return max(1, self.max_failures - self.failure_count)
 
     def record_failure(self, id: int, now: float) -> bool:
-        """An attempt at the message has failed. Whether that has opened the breaker, until `until`."""
+        """Record a failed attempt at message `id`. Return True if this opened the breaker."""
         if self.state == CLOSED:
             self.failure_count += 1
             if self.failure_count < self.max_failures:
@@ -47,14 +61,13 @@ class Breaker:
         return True
 
     def record_success(self, ids: Collection[int]) -> None:
-        """Attempts at these messages have gone well."""
+        """Record successful attempts at these messages."""
         if self.state == CLOSED:
             self.failure_count = 0
         elif self.state == HALF_OPEN and self.probe in ids:
             self.state, self.failure_count, self.probe = CLOSED, 0, 0
 
-    def check_open(self, now: float) -> bool:
-        """Whether nothing is to be delivered now; an open one whose time has come is half-open from here on."""
+    def advance(self, now: float) -> None:
+        """Change from open to half-open if the time of the open state is over."""
         if self.state == OPEN and now >= self.open_until:
             self.state = HALF_OPEN
-        return self.state == OPEN

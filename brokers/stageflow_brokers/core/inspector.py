@@ -148,7 +148,7 @@ class Inspector:
                 # Nearly all are so, and there may be a million of them.
                 queues[one.queue.name] = queues.get(one.queue.name, 0) + 1
                 continue
-            for name, head in self._locations(group, most, common):
+            for name, head in self._waiting_heads(group, most, common):
                 if name not in common:
                     queues[name] = queues.get(name, 0) + 1
                     break
@@ -158,7 +158,7 @@ class Inspector:
                     break
         return {"queues": queues, "marks": counts}
 
-    def _locations(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
+    def _waiting_heads(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
         """Where a group waits, and how the bodies there begin where the queue is a shared one."""
         for gather in (group.gathers or {}).values():
             if gather.need is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stageflow_brokers.core.breaker import CLOSED, Breaker
+from stageflow_brokers.core.breaker import CLOSED, OPEN, Breaker
 from stageflow_brokers.core.message import READY, DeliveryState, Message
 from stageflow_brokers.core.outbox import Outbox
 from stageflow_brokers.core.queue import Queue
@@ -242,7 +242,8 @@ class Leases:
             self._deliver(queue, free[0], 1)
             if free[0].credit <= 0:
                 free.pop(0)
-        if breaker.check_open(self.state.now):
+        breaker.advance(self.state.now)
+        if breaker.state == OPEN:
             return
         if breaker.state == CLOSED:
             while free and queue.next_lane():

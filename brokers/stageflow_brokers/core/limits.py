@@ -1,8 +1,8 @@
-"""Bounds: how much one peer may ask of the broker, so that none can take all of its memory or time from the others.
+"""The limits of one peer: no peer can take all memory or time of the broker from the others.
 
-What comes from outside is refused when it goes beyond them, with an error that names the limit. What work in hand
-settles is not: it follows from what was let in. Sizes of frames, names and lists are bounded where frames are
-decoded (`wire`). Each check costs the same however much the broker holds.
+Requests from outside that exceed a limit are refused with an error that names it. Settlements of leased messages are
+not limited, except for their steps: they follow from work that was accepted before. `wire` limits the sizes of frames,
+names and lists when it decodes them. The cost of a check must not grow with the number of messages in the broker.
 """
 
 from __future__ import annotations
@@ -20,15 +20,23 @@ __all__ = ["LimitChecker", "Limits"]
 
 
 class Limits(Struct, frozen=True):
-    """Bounds on what peers may do.
+    """The limits of one broker.
 
-    `max_message_bytes`: one body. `max_peers`: sessions at once. `max_queues`: queues in all, as far as peers make them
-    by naming them. `max_facts`, `max_facts_bytes`: facts kept, and their bytes in all. `max_prefetch`: credit of one
-    consumer, whatever it asks for.
-    `max_steps`, `max_steps_bytes`: what is kept of the steps of one message. `max_early`, `max_early_bytes`: arrivals
-    from outside that lie at one gather, and their bytes; `max_gathers`: gathers of one group, as far as arrivals from
-    outside make them. `max_looked_up`: groups named in one query, `max_inspected`: with all their bodies.
-    `max_unread_bytes`: what a peer may leave unread before it is cut off (and told so, once it reads).
+    Attributes:
+        max_message_bytes: Bytes of one body, and of one step's value.
+        max_peers: Connected sessions.
+        max_queues: Queues, as far as peers create them by naming them.
+        max_facts: Facts.
+        max_facts_bytes: Bytes of all facts.
+        max_prefetch: Credit of one consumer; a larger prefetch is reduced to this.
+        max_steps: Steps kept with one message.
+        max_steps_bytes: Bytes of these steps, with their names.
+        max_early: Arrivals from outside at one gather that is not open.
+        max_early_bytes: Bytes at such a gather.
+        max_gathers: Gathers of one group, as far as arrivals from outside create them.
+        max_looked_up: Groups named in one query.
+        max_inspected: Groups named in one query that returns their bodies.
+        max_unread_bytes: Unread bytes of one peer; a peer with more is disconnected.
     """
 
     max_message_bytes: int = 16 << 20
@@ -48,7 +56,7 @@ class Limits(Struct, frozen=True):
 
 
 class LimitChecker:
-    """The limits of one machine, held against what is in its store. Each method raises `Refused`."""
+    """Compares requests with the limits and the state of one machine. Each check raises `Refused`."""
 
     def __init__(self, state: BrokerState, limits: Limits) -> None:
         self.limits = limits
@@ -56,26 +64,26 @@ class LimitChecker:
 
     @property
     def is_queue_limit_reached(self) -> bool:
-        """Whether there are as many queues as there may be, and all of them in use."""
+        """True if there are `max_queues` queues, and all are in use. Forgets idle queues first."""
         if len(self._state.queues) < self.limits.max_queues:
             return False
         self._state.forget_idle_queues()
         return len(self._state.queues) >= self.limits.max_queues
 
     def check_queues(self, names: Iterable[str]) -> None:
-        """These may be made, where they are not there yet."""
+        """Raise `Refused` if those of these queues that do not exist would be too many."""
         state = self._state
-        made = {name for name in names if name not in state.queues}
-        if made and len(state.queues) + len(made) > self.limits.max_queues:
+        new = {name for name in names if name not in state.queues}
+        if new and len(state.queues) + len(new) > self.limits.max_queues:
             state.forget_idle_queues()
-        if made and len(state.queues) + len(made) > self.limits.max_queues:
+        if new and len(state.queues) + len(new) > self.limits.max_queues:
             raise Refused(
                 f"there are {len(state.queues)} queues, and max_queues is {self.limits.max_queues}: "
-                f"{next(iter(made))[:80]!r} cannot be made"
+                f"{next(iter(new))[:80]!r} cannot be created"
             )
 
     def check_arrivals(self, arrivals: list[Arrival]) -> None:
-        """There is room for what comes to gathers from outside."""
+        """Raise `Refused` if these arrivals from outside exceed the limits of their gathers or groups."""
         limits, groups = self.limits, self._state.groups
         coming: dict[tuple[str, str], tuple[int, int]] = {}
         opened: dict[str, set[str]] = {}
@@ -89,7 +97,7 @@ class LimitChecker:
                 if len(gathers or ()) + len(new) > limits.max_gathers:
                     raise Refused(
                         f"group {arrival.group[:80]} has {len(gathers or ())} gathers, and max_gathers is "
-                        f"{limits.max_gathers}: {arrival.key[:80]!r} cannot be made"
+                        f"{limits.max_gathers}: {arrival.key[:80]!r} cannot be created"
                     )
             slot = (arrival.group, arrival.key)
             if slot in coming:
@@ -98,27 +106,29 @@ class LimitChecker:
                 count, size = (0, 0) if gather is None else (len(gather.arrivals), gather.weight)
             if count >= limits.max_early and (gather is None or gather.need is None or count >= gather.need):
                 raise Refused(
-                    f"{count} arrivals lie at {arrival.key[:80]!r} of group {arrival.group[:80]} that nobody has "
-                    f"waited for, and max_early is {limits.max_early}"
+                    f"gather {arrival.key[:80]!r} of group {arrival.group[:80]} has {count} arrivals and waits for no "
+                    f"more, and max_early is {limits.max_early}"
                 )
             if size + arrival.size > limits.max_early_bytes and (gather is None or gather.need is None):
                 raise Refused(
-                    f"{size} bytes lie at {arrival.key[:80]!r} of group {arrival.group[:80]} that nobody has waited "
-                    f"for, and max_early_bytes is {limits.max_early_bytes}"
+                    f"gather {arrival.key[:80]!r} of group {arrival.group[:80]} is not open and has {size} bytes, "
+                    f"and max_early_bytes is {limits.max_early_bytes}"
                 )
             coming[slot] = (count + 1, size + arrival.size)
 
     def check_step(self, message: Message, name: str, value: bytes) -> None:
-        """A step of this message may be kept."""
+        """Raise `Refused` if the message cannot keep this step."""
         limits = self.limits
         delivery_state = message.delivery_state
         known = None if delivery_state is None else delivery_state.steps
         if len(value) > limits.max_message_bytes:
-            raise Refused(f"its value is {len(value)} bytes, and max_message_bytes is {limits.max_message_bytes}")
+            raise Refused(
+                f"the value of the step has {len(value)} bytes, and max_message_bytes is {limits.max_message_bytes}"
+            )
         if delivery_state is None or not known:
             return
         if name not in known and len(known) >= limits.max_steps:
-            raise Refused(f"{len(known)} steps are kept of this message, and max_steps is {limits.max_steps}")
+            raise Refused(f"the message has {len(known)} steps, and max_steps is {limits.max_steps}")
         kept = delivery_state.step_bytes + (len(name) if name not in known else -len(known[name]))
         if kept + len(value) > limits.max_steps_bytes:
             raise Refused(
@@ -127,13 +137,13 @@ class LimitChecker:
             )
 
     def check_lookup(self, ids: list[str], *, bodies: bool = False) -> None:
-        """So many groups may be asked for at once."""
+        """Raise `Refused` if one query names too many groups."""
         most = self.limits.max_inspected if bodies else self.limits.max_looked_up
         if len(ids) > most:
             name = "max_inspected" if bodies else "max_looked_up"
             raise Refused(f"{len(ids)} groups in one query, and {name} is {most}: ask for fewer at once")
 
     def check_body(self, body: bytes) -> None:
-        """A body that takes the place of another is no larger than one that is published."""
+        """Raise `Refused` if a body that replaces another is larger than a published one may be."""
         if len(body) > self.limits.max_message_bytes:
             raise Refused(f"a body of {len(body)} bytes is over max_message_bytes={self.limits.max_message_bytes}")

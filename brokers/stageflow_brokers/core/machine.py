@@ -187,7 +187,7 @@ class Machine:
         """Take the frames that have waited until their peers had read enough."""
         for session in list(self._waiting_sessions):
             while session.waiting_frames and session.unread_bytes <= UNREAD_PAUSE_BYTES:
-                op, header, blob = session.next_waiting_frame()
+                op, header, blob = session.pop_waiting_frame()
                 try:
                     self._handle(session, op, header, blob)
                 except ProtocolError as error:

@@ -1,6 +1,7 @@
-"""What peers are to be told: it waits here, session by session, until the records that it speaks of are on disk.
+"""The outbox: frames to peers, collected per session until the records of the round are on disk.
 
-Nothing here decides what is said, and nothing leaves but by `spoken`.
+A transactional outbox: `drain` is the only way out, and its caller must call it after the commit. This module must not
+decide what is sent.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from stageflow_brokers.core.state import BrokerState
 __all__ = ["UNREAD_PAUSE_BYTES", "Outbox", "Outgoing"]
 
 MARK_BYTES = 4 << 20
-"""How much is said to a peer between marks, which it answers as it reads them."""
+"""Bytes that are sent to a peer between two marks. The peer answers each mark when it reads it."""
 
 UNREAD_PAUSE_BYTES = 64 << 20
-"""A peer with so many bytes still to be read is answered no further question, and pushed nothing that can wait."""
+"""Unread bytes of a peer from which on its queries wait, and pushes that can wait are not sent."""
 
 Outgoing = tuple[int, bytes, bytes]
 """(peer, header, blob) to be sent."""
 
 
 class Outbox:
-    """The broker's side of all conversations. `deaf`: sessions that have left more than `max_unread_bytes` unread."""
+    """The results, notices, deliveries and pushes of one machine that wait to be sent.
+
+    Attributes:
+        slow_peers: Sessions that have more than `max_unread_bytes` unread; the machine disconnects them.
+        dirty: Sessions that have something to send, in order.
+        subscribers: Sessions that receive the notices `settled`, in order.
+    """
 
     def __init__(self, state: BrokerState, *, max_unread_bytes: int) -> None:
         self._state = state
@@ -39,71 +46,74 @@ class Outbox:
         self._strangers: dict[int, tuple[str, Any]] = {}
 
     def add_result(self, session: Session, frame: int, value: Any) -> None:
-        """Answer a frame."""
+        """Add the result of a frame."""
         session.results.append((frame, value))
         self.dirty[session] = None
 
     def add_notice(self, session: Session, word: str, detail: Any) -> None:
-        """Say something that was not asked."""
+        """Add a notice that answers no frame."""
         session.notices.append((word, detail))
         self.dirty[session] = None
 
     def add_stranger_notice(self, peer: int, word: str, detail: Any) -> None:
-        """Say one thing to a peer that is not known, or not any more."""
+        """Set the one notice for a peer without a session."""
         self._strangers[peer] = (word, detail)
 
     def notify_watchers(self, group: Group, word: str) -> None:
-        """Tell whoever watches the group."""
+        """Add a notice for each watcher of the group."""
         for session in group.watchers or ():
             self.add_notice(session, word, group.id)
 
-    def notify_subscribers(self, told: list[tuple[str, int, str, bytes]]) -> None:
-        """Tell all who have subscribed what follows from the settlements of a frame, as (group, epoch, label, body)."""
+    def notify_subscribers(self, settlements: list[tuple[str, int, str, bytes]]) -> None:
+        """Notify the subscribers of the messages that follow from a frame's settlements.
+
+        Each is (group, epoch, label or key, body).
+        """
         for session in list(self.subscribers):
             if session.connected:
-                self.add_notice(session, "settled", told)
+                self.add_notice(session, "settled", settlements)
             else:
                 del self.subscribers[session]
 
     def push_to_watchers(self, group: Group, label: str, body: bytes) -> None:
-        """Send a body to whoever watches the group."""
+        """Add a body for each watcher of the group."""
         for session in group.watchers or ():
             self.add_push(session, group, label, body)
 
     def add_answer(self, session: Session, frame: int, value: Any) -> None:
-        """Answer a question, however much there is to be said to it."""
+        """Add the answer to a query. Its size counts at once, so that later queries of this round wait."""
         raw = msgspec.Raw(wire.encode(value))
         session.owed_bytes += len(raw)
         self.add_result(session, frame, raw)
 
     def add_push(self, session: Session, group: Group, label: str, body: bytes) -> None:
-        """Send a body to one session."""
+        """Add a body of a group for one session."""
         session.owed_bytes += len(body)
         session.pushes.append((group.id, label, len(body)))
         session.push_bodies.append(body)
         self.dirty[session] = None
 
     def disconnect_notice(self, session: Session) -> Outgoing:
-        """What is said to a session that is cut off: once it has read so far, it says hello anew."""
+        """Return the last frame for a disconnected session: when the peer reads it, it sends a new hello."""
         session.read_bytes = session.marked_bytes = session.sent_bytes
         return session.peer, wire.encode((self._state.epoch, -1, (), (), (), (("hello", None),))), b""
 
     def drain(self) -> list[Outgoing]:
-        """All that may leave now."""
+        """Return the frames for all peers, and clear them here. Call it only after the commit of the round."""
         epoch = self._state.epoch
         out = []
         for session in self.dirty:
             if not session.connected and not session.is_leaving:
                 session.clear_outgoing()
                 continue
-            said, owed = session.sent_bytes, session.owed_bytes
-            if said + owed - session.marked_bytes > self._mark_bytes:
-                if said - session.read_bytes > self._max_unread_bytes:
+            sent, owed = session.sent_bytes, session.owed_bytes
+            if sent + owed - session.marked_bytes > self._mark_bytes:
+                if sent - session.read_bytes > self._max_unread_bytes:
                     self.slow_peers.append(session)
                     session.clear_outgoing()
                     continue
-                session.marked_bytes = said + owed
-                session.notices.append(("mark", said + owed))
+                session.marked_bytes = sent + owed
+                session.notices.append(("mark", sent + owed))
             acked, results, later = session.received_frame, session.results, None
             if session.deferred_frames:
                 acked = min(acked, session.deferred_frames[0] - 1)
@@ -115,7 +125,7 @@ class Outbox:
                 )
                 blob = b"".join(session.bodies + session.push_bodies)
             except MemoryError:
-                # One that wants more than there is must not be the end of all: it is cut off, and greets anew.
+                # One peer that asks for more than the memory holds must not end the broker: disconnect only this peer.
                 self.slow_peers.append(session)
                 session.clear_outgoing()
                 continue
@@ -123,7 +133,7 @@ class Outbox:
             if later:
                 session.results = later
             session.is_leaving = False
-            session.sent_bytes = said + len(header) + len(blob)
+            session.sent_bytes = sent + len(header) + len(blob)
             out.append((session.peer, header, blob))
         self.dirty.clear()
         for peer, notice in self._strangers.items():

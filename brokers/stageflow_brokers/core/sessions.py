@@ -1,4 +1,7 @@
-"""Sessions: what the broker knows of a peer, and the credit of each queue that the peer consumes."""
+"""Sessions: the state of each peer, and its credit on each queue that it consumes.
+
+Values without decisions: this module must not accept or refuse a frame, and must not change messages or queues.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["Consumer", "Session"]
 
 ANSWERS_KEPT = 256
-"""How many answers that cannot be found out again are kept for a peer that asks twice."""
+"""Answers that cannot be computed again, kept per peer for frames that are sent again."""
 
 
 class Consumer:
-    """One session on one queue: it may hold `prefetch` messages at once; `held` keeps them in order of delivery.
+    """One session that consumes one queue.
 
-    `gone` are messages whose group has ended meanwhile: whoever works on one has no room for another all the same.
+    Attributes:
+        prefetch: How many messages it may hold at once.
+        held: The messages that it holds, by id, in order of delivery.
+        removed_ids: Messages that it received and that were deleted since, because their group ended. The peer still
+            works on them, so they use credit until it settles or releases them.
     """
 
     __slots__ = ("held", "prefetch", "queue", "removed_ids", "session")
@@ -32,25 +39,29 @@ class Consumer:
 
     @property
     def credit(self) -> int:
-        """How many messages it may be given now."""
+        """How many more messages may be delivered now."""
         return self.prefetch - len(self.held) - len(self.removed_ids)
 
 
 class Session:
-    """The state of one peer. Everything that is to be sent to it waits here for the commit.
+    """One peer: its connection, its consumers, and everything that waits to be sent to it.
 
     Attributes:
-        heard: The last frame that arrived since the last hello.
-        last_frame: The highest frame that was ever taken. Frames up to it are known, and are not taken twice.
-        deferred: Frames whose consequences are still to come. Neither they nor later frames are confirmed before.
-        parting: True if one last frame is sent to the peer before the session is forgotten.
-        hello_number: The number of the last hello.
-        sent_bytes: How many bytes were sent to the peer.
-        marked: How many of these bytes came before the last mark.
-        read: How many of these bytes came before the last mark that the peer has answered; the rest may be unread.
-        owed_bytes: How many bytes of answers and pushes this round adds.
-        waiting: Frames that wait until the peer has read the answers to earlier ones.
-        to_push: Ids of ended groups whose end is still to be pushed.
+        peer: The number that the peer chose; it survives reconnects.
+        is_leaving: True from the peer's goodbye until the last frame to it is sent.
+        hello_number: The number of its last hello.
+        received_frame: The last frame that arrived since that hello.
+        highest_frame: The highest frame that was ever accepted. Frames up to it are duplicates.
+        deferred_frames: Frames whose consequences are still to come. Neither they nor later frames are confirmed before.
+        answers: Answers that cannot be computed again, by frame.
+        consumers: The queues that the peer consumes, by name.
+        sent_bytes: Bytes that were sent to the peer.
+        marked_bytes: Those of them that were sent before the last mark.
+        read_bytes: Those of them that were sent before the last mark that the peer has answered.
+        owed_bytes: Bytes of the answers and pushes that this round adds.
+        waiting_frames: Frames that wait until the peer has read the answers to earlier ones; `waiting_bytes` is their
+            size.
+        unpushed_ends: Ids of watched groups that have ended, and whose end is still to be pushed.
     """
 
     __slots__ = (
@@ -108,44 +119,44 @@ class Session:
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes that it may not have read yet, with those that it is to be told now."""
+        """Bytes that the peer may not have read yet, including those that this round adds."""
         return self.sent_bytes - self.read_bytes + self.owed_bytes
 
     def put_aside(self, op: bytes, header: bytes, blob: bytes) -> None:
-        """Put a frame aside that cannot be answered yet."""
+        """Keep a frame until the peer has read enough to be answered."""
         self.waiting_frames.append((op, header, blob))
         self.waiting_bytes += len(header) + len(blob)
 
-    def next_waiting_frame(self) -> tuple[bytes, bytes, bytes]:
-        """The frame that has waited longest."""
+    def pop_waiting_frame(self) -> tuple[bytes, bytes, bytes]:
+        """Remove and return the oldest waiting frame."""
         op, header, blob = self.waiting_frames.popleft()
         self.waiting_bytes -= len(header) + len(blob)
         return op, header, blob
 
     def drop_waiting_frames(self) -> None:
-        """What waits is not answered any more: it will be asked again, or nobody is there."""
+        """Drop waiting frames and pushes: the peer sends and watches again after its next hello."""
         self.waiting_frames.clear()
         self.waiting_bytes = 0
         self.unpushed_ends.clear()
 
     @property
     def has_leases(self) -> bool:
-        """Whether it has messages in work."""
+        """True if the peer holds leased messages."""
         return any(consumer.held for consumer in self.consumers.values())
 
     def keep_answer(self, frame: int, answer: Any) -> None:
-        """Keep an answer that asking again would not give."""
+        """Keep an answer that cannot be computed again if the frame is sent again."""
         self.answers[frame] = answer
         if len(self.answers) > ANSWERS_KEPT:
             del self.answers[next(iter(self.answers))]
 
     def confirm_read(self, mark: int) -> None:
-        """It has read all up to this mark."""
+        """Note that the peer has read everything up to this mark. A number that is no sent mark is ignored."""
         if self.read_bytes < mark <= self.marked_bytes:
             self.read_bytes = mark
 
     def clear_outgoing(self) -> None:
-        """Nothing of what was to be sent_bytes remains."""
+        """Drop everything that waits to be sent."""
         self.owed_bytes = 0
         if self.results:
             self.results = []

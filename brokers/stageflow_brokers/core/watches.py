@@ -1,4 +1,7 @@
-"""Watching: peers that want to be told how a group ends, that it came to a halt, or all that happens to all groups."""
+"""Watches: notify peers when a group ends or is parked, and subscribers of the settlements of all groups.
+
+This module must not change messages or groups. It only reads them and fills the outbox.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ __all__ = ["Watches"]
 
 
 class Watches:
-    """Who watches what. A watch is of a session: it does not outlive it, and is asked for again after a restart.
+    """The watches of one machine.
 
-    `behind`: sessions that have asked for more ends than they have read yet.
+    A watch belongs to a session and ends with it. It is not recorded: the peer watches again after a broker restart.
+    `pending_sessions` are the sessions that watch more ended groups than they have read the ends of.
     """
 
     def __init__(self, state: BrokerState, writer: RecordWriter, outbox: Outbox) -> None:
@@ -23,16 +27,16 @@ class Watches:
         self.pending_sessions: dict[Session, None] = {}
 
     def subscribe(self, session: Session, wanted: bool) -> None:
-        """Tell `session` of each settlement from now on what follows from it, or no more. It ends with the session."""
+        """Start or end the notices `settled` for a session. They end with the session."""
         if wanted:
             self._outbox.subscribers[session] = None
         else:
             self._outbox.subscribers.pop(session, None)
 
     def watch(self, session: Session, ids: list[str]) -> list[str]:
-        """Tell `session` how these groups end; those that are not live are returned and announced as gone.
+        """Watch these groups for `session`. Return the ids that are not live; they are also announced as `gone`.
 
-        How those have ended that are still here is told as fast as it is read: see `go_on`.
+        Ends of groups that have ended already are pushed as fast as the peer reads them (`push_pending_ends`).
         """
         gone = []
         for id in dict.fromkeys(ids):
@@ -53,7 +57,7 @@ class Watches:
         return gone
 
     def push_pending_ends(self, session: Session) -> None:
-        """Push ends that a session has asked for, until it has enough to read. What has left meanwhile is gone."""
+        """Push watched ends until the peer has enough to read. A group that was closed since then is `gone`."""
         if session.unpushed_ends:
             self.pending_sessions[session] = None
         while session.unpushed_ends and session.unread_bytes <= UNREAD_PAUSE_BYTES:
