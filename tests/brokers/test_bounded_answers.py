@@ -211,7 +211,7 @@ def test_lanes_that_are_empty_are_not_kept() -> None:
     queue = here.machine.state.queues["q"]
     assert queue.ready_count == 0
     assert not queue.next_lane()
-    assert queue._high == []
+    assert queue._other_lanes == []
 
 
 def test_a_second_greeting_makes_no_more_queues_than_a_first_one() -> None:

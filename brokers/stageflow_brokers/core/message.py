@@ -1,7 +1,7 @@
-"""Messages, groups and where they lie in the journal: the values of the broker core.
+"""Messages, groups and the location of their records in the journal: the values of the broker core.
 
-Hot values have slots and no behaviour. A message that has never failed, waited or been checkpointed carries no
-`DeliveryState`: a million queued messages pay for what happened to them and nothing else.
+Values have slots and make no decisions. A message that never failed, was delayed or checkpointed has no
+`DeliveryState`, so a million plain queued messages need no memory for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["DELAYED", "LEASED", "PARKED", "READY", "DeliveryState", "Group", "Message", "RecordLocation"]
 
 READY, LEASED, DELAYED, PARKED = "ready", "leased", "delayed", "dead"
+"""States of a message. A parked message is a dead letter of its queue."""
 
 
 class RecordLocation:
-    """Where the blob of one record lies in the journal, once it has been written; shared by all its messages.
+    """The location of a record's blob in the journal, shared by all messages of the record.
 
-    `batch` is where the batch begins in which it was written.
+    Attributes:
+        wall: Time of the record, in seconds since the Unix epoch.
+        segment: Number of the segment; -1 until the record is written.
+        offset: Offset of the blob in the segment, in bytes.
+        batch: Offset of the batch that holds the record.
     """
 
     __slots__ = ("batch", "offset", "segment", "wall")
@@ -34,10 +39,26 @@ class RecordLocation:
 
 
 class DeliveryState:
-    """What has happened to a message: failures, delays, checkpoints, death. Wall times in seconds since the epoch.
+    """The state of a message that is not new and plain: failures, delays, steps, dead letter.
 
-    `steps` are set by `BrokerState.keep_steps`, which counts their bytes. `last_death_peer` is the peer whose death was
-    last charged to the message, so that a repeated report of this death is not charged again.
+    Times whose name ends with `_wall` are seconds since the Unix epoch; `due` and `expires` are on the monotonic clock.
+
+    Attributes:
+        attempts: Number of failed attempts.
+        deaths: Number of consumers that died while they handled the message.
+        failure: The last failure, opaque bytes.
+        fresh: True if no worker has judged that failure yet.
+        last_death_peer: The peer whose death was last charged to the message. A repeated report of this death is not
+            charged again.
+        steps: Results of steps by name. Set only by `BrokerState.keep_steps` and `keep_step`, which count their bytes.
+        step_bytes: Bytes of the steps and their names.
+        parts: (slot, size) of the parts of a gathered body.
+        due: Time at which a delayed message becomes ready; 0 if it is not delayed.
+        delay: Seconds of that delay.
+        expires: Time from which the message has waited too long; 0 for never.
+        parked: True for a dead letter.
+        evidence: True for a dead letter that cannot be requeued.
+        reason: Why the message is a dead letter, opaque bytes.
     """
 
     __slots__ = (
@@ -81,9 +102,14 @@ class DeliveryState:
 
 
 class Message:
-    """One message. `lease` is (broker epoch << 40 | sequence) while `holder` is not None.
+    """One message.
 
-    `body` is None while it lies on disk only, `body_offset` bytes behind the beginning of the blob at `location`.
+    Attributes:
+        body: The body; None while it is only on disk.
+        body_offset: Offset of the body in the blob at `location`, in bytes.
+        lease: (broker epoch << 40 | sequence) while `holder` is not None, otherwise 0.
+        holder: The consumer that holds the message.
+        delivery_state: The state of a message that is not new and plain; None otherwise.
     """
 
     __slots__ = (
@@ -131,7 +157,7 @@ class Message:
 
     @property
     def weight(self) -> int:
-        """Bytes of the body and of what is kept with it."""
+        """Bytes of the body, the steps and the failures."""
         delivery_state = self.delivery_state
         if delivery_state is None:
             return self.size
@@ -143,31 +169,31 @@ class Message:
         )
 
     def ensure_delivery_state(self) -> DeliveryState:
-        """The extra of this message, made on first use."""
+        """Return the delivery state; create it on first use."""
         if self.delivery_state is None:
             self.delivery_state = DeliveryState()
         return self.delivery_state
 
     @property
     def is_stale_epoch(self) -> bool:
-        """Whether the epoch of its group has gone on, and somebody waits for what belongs to the one before."""
+        """True if its group has a later epoch, and messages of earlier epochs are diverted."""
         group = self.group
         return group is not None and self.epoch < group.epoch and group.divert_to is not None
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its group was cancelled and it is of before: to be passed through, and not to wait for anything."""
+        """True if its group was cancelled after it was published: consumers pass it through without work."""
         group = self.group
         return group is not None and group.cancelled is not None and self.epoch < group.epoch
 
     @property
     def is_cancel_unannounced(self) -> bool:
-        """Whether it is unwanted, and was given to its holder before it was: it has yet to be passed through."""
+        """True if it was cancelled after its delivery: its holder does not know, so it must be delivered again."""
         group = self.group
         return self.is_cancelled and group is not None and self.lease < group.cancel_lease
 
     def is_expired(self, now: float) -> bool:
-        """Whether it has waited for longer than it was to, and still waits."""
+        """True if it is waiting in its queue for longer than its time to live."""
         delivery_state = self.delivery_state
         return (
             delivery_state is not None
@@ -177,7 +203,7 @@ class Message:
         )
 
     def state(self) -> str:
-        """One of READY, LEASED, DELAYED, PARKED."""
+        """Return READY, LEASED, DELAYED or PARKED."""
         if self.holder is not None:
             return LEASED
         delivery_state = self.delivery_state
@@ -190,13 +216,20 @@ class Message:
 
 
 class Group:
-    """Messages that belong together (an instance, to those who know of such): one epoch, one end.
+    """Messages that belong together, with one epoch and one end. The runtime has one group per instance.
 
-    Nearly always there is one message, so it is referred to directly; `more` holds the others when there are any.
-    `ended` is the label of its terminal message once that has been published. `cancelled` says why its older messages
-    are to be passed through unworked, None where they are not; `released` how the keys of gathers begin that it does
-    not wait for any more then; `warned` the first lease that was given out since: whoever has one of before does not
-    know of it.
+    Attributes:
+        digest: Hash of the input that started the group.
+        started: True if the group began with a start, so that a second start with its id is refused.
+        ended: The label of its terminal message, once that is published; empty before.
+        first_message: One of its messages. Nearly always there is only one, so a dict would waste memory.
+        other_messages: The other messages by id, None if there never were any.
+        gathers: Its gathers by key, None if there never were any.
+        watchers: Sessions that are notified of its end.
+        divert_to: (queue, label) for messages of earlier epochs, None if they stay where they are.
+        cancelled: Why its older messages are passed through without work, None if it is not cancelled.
+        released_prefixes: Beginnings of the keys of gathers that a cancelled group does not wait for.
+        cancel_lease: The first lease after the cancellation: holders of earlier leases do not know of it.
     """
 
     __slots__ = (
@@ -233,7 +266,7 @@ class Group:
         self.cancel_lease = 0
 
     def link(self, message: Message) -> None:
-        """`message` belongs to this group from now on."""
+        """Add a message to the group."""
         if self.first_message is None:
             self.first_message = message
         elif self.other_messages is None:
@@ -242,7 +275,7 @@ class Group:
             self.other_messages[message.id] = message
 
     def unlink(self, message: Message) -> None:
-        """`message` belongs to this group no longer."""
+        """Remove a message from the group."""
         if self.first_message is message:
             self.first_message = None
             if self.other_messages:
@@ -251,7 +284,7 @@ class Group:
             self.other_messages.pop(message.id, None)
 
     def relink(self, old_id: int, message: Message) -> None:
-        """`message` keeps its place under a new id."""
+        """Keep a message in the group under its new id."""
         if (
             self.first_message is not message
             and self.other_messages is not None
@@ -260,7 +293,7 @@ class Group:
             self.other_messages[message.id] = message
 
     def is_halted(self, now: float) -> bool:
-        """Whether it has dead letters and nothing else that anybody waits for: what has expired unread is no work."""
+        """True if it has dead letters and no other message except expired ones, which no consumer works on."""
         found, parked = self.messages(), False
         for message in found:
             if message.state() == PARKED:
@@ -271,13 +304,13 @@ class Group:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left that could ever go on: no message, and no gather that is open or has arrivals."""
+        """True if nothing can continue: no message, and no gather that is open or has arrivals."""
         if self.first_message is not None or self.other_messages:
             return False
         return not self.gathers or not any(g.need is not None or g.arrivals for g in self.gathers.values())
 
     def messages(self) -> list[Message]:
-        """All messages of the group, in no particular order."""
+        """Return all messages of the group, in no particular order."""
         found = [] if self.first_message is None else [self.first_message]
         if self.other_messages:
             found.extend(self.other_messages.values())

@@ -1,6 +1,6 @@
-"""One queue: what is ready in which order, who consumes it, and whether it is open.
+"""One queue: its ready messages in order, its dead letters, its consumers and its breaker.
 
-Within one priority a queue is first in, first out. Nothing here knows of time, journal or sockets.
+Messages of one priority are first in, first out. This module must not use a clock, the journal or sockets.
 """
 
 from __future__ import annotations
@@ -19,21 +19,30 @@ if TYPE_CHECKING:
 
 __all__ = ["Queue"]
 
-
 CANCELLED_PRIORITY = 1 << 62
-"""The priority of the lane that no breaker holds up: what is not to be worked on, only to be passed through."""
+"""Priority of the lane for cancelled messages: consumers pass them through without work, so no breaker stops them."""
 
 
 class Queue:
     """The state of one queue.
 
-    A lane may hold messages that have been taken away from it meanwhile: their holder is not None, and `skip` is
-    how many of them there are. `awaiting` are peers that may hold messages of this queue and have not announced yet.
-    `owner` is who has declared it last.
+    Each priority has a lane: `ready` for priority 0, `_other_lanes` for the others. To take a message out of the middle
+    of a lane would be slow, so its entry stays and its holder is set.
+
+    Attributes:
+        owner: The session that declared the queue last.
+        ready: The lane of priority 0.
+        taken_entries: Number of lane entries whose message was taken: their holder is not None.
+        delayed: Number of delayed messages.
+        dead_letters: The dead letters, by id.
+        awaited_peers: Peers that may hold messages of this queue and have not reported them since the broker started.
+            Until this set is empty, nothing is delivered.
+        delivered: Number of deliveries since the broker started.
+        settled: Number of settlements since the broker started.
     """
 
     __slots__ = (
-        "_high",
+        "_other_lanes",
         "awaited_peers",
         "breaker",
         "consumers",
@@ -55,7 +64,7 @@ class Queue:
         self.owner: Session | None = None
         self.breaker: Breaker | None = None
         self.ready: deque[Message] = deque()
-        self._high: list[tuple[int, deque[Message]]] = []
+        self._other_lanes: list[tuple[int, deque[Message]]] = []
         self.consumers: list[Consumer] = []
         self.delayed = 0
         self.dead_letters: dict[int, Message] = {}
@@ -66,7 +75,7 @@ class Queue:
         self.taken_entries = 0
 
     def declare(self, options: QueueOptions) -> None:
-        """How it treats its messages from now on; a breaker that is declared as before stays as it is."""
+        """Set the options. A breaker whose options do not change keeps its state."""
         before = self.options
         self.options = options
         if (options.breaker_failures, options.breaker_reset) != (before.breaker_failures, before.breaker_reset):
@@ -74,7 +83,7 @@ class Queue:
             self.breaker = Breaker(failures, options.breaker_reset) if failures > 0 else None
 
     def push(self, message: Message) -> None:
-        """Behind all of the same priority."""
+        """Append a message to its lane."""
         if self.breaker is not None and message.is_cancelled:
             self._lane(CANCELLED_PRIORITY).append(message)
         elif message.priority == 0:
@@ -83,7 +92,7 @@ class Queue:
             self._lane(message.priority).append(message)
 
     def push_front(self, message: Message) -> None:
-        """Before all of the same priority."""
+        """Put a message at the head of its lane."""
         if self.breaker is not None and message.is_cancelled:
             self._lane(CANCELLED_PRIORITY).append(message)
         elif message.priority == 0:
@@ -92,39 +101,39 @@ class Queue:
             self._lane(message.priority).appendleft(message)
 
     def _lane(self, priority: int) -> deque[Message]:
-        for known, lane in self._high:
+        for known, lane in self._other_lanes:
             if known == priority:
                 return lane
         new: deque[Message] = deque()
-        self._high.append((priority, new))
-        self._high.sort(key=lambda pair: -pair[0])
+        self._other_lanes.append((priority, new))
+        self._other_lanes.sort(key=lambda pair: -pair[0])
         return new
 
     def has_cancelled_next(self) -> bool:
-        """Whether the next message is one that no breaker holds up."""
-        if not self._high or self._high[0][0] != CANCELLED_PRIORITY:
+        """True if the next message is cancelled, so that no breaker stops it. Drops taken entries before it."""
+        if not self._other_lanes or self._other_lanes[0][0] != CANCELLED_PRIORITY:
             return False
-        lane = self._high[0][1]
+        lane = self._other_lanes[0][1]
         while lane and lane[0].holder is not None:
             lane.popleft()
             self.taken_entries -= 1
         return bool(lane)
 
     def next_lane(self) -> deque[Message]:
-        """The lane that the next message comes from; it is empty when none is ready."""
-        while self._high and not self._high[0][1]:
-            del self._high[0]
-        if self._high:
-            for priority, lane in self._high:
+        """Return the lane of the next message. It is empty if no message is ready."""
+        while self._other_lanes and not self._other_lanes[0][1]:
+            del self._other_lanes[0]
+        if self._other_lanes:
+            for priority, lane in self._other_lanes:
                 if lane and (priority > 0 or not self.ready):
                     return lane
         return self.ready
 
     def iterate_ready(self) -> Iterator[Message]:
-        """What is ready, in the order of delivery."""
-        lanes = [lane for priority, lane in self._high if priority > 0]
+        """Yield the ready messages in the order of delivery."""
+        lanes = [lane for priority, lane in self._other_lanes if priority > 0]
         lanes.append(self.ready)
-        lanes.extend(lane for priority, lane in self._high if priority < 0)
+        lanes.extend(lane for priority, lane in self._other_lanes if priority < 0)
         for queued in lanes:
             for message in queued:
                 if message.holder is None:
@@ -132,45 +141,43 @@ class Queue:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is in it, and nobody wants anything of it."""
-        owned = self.owner is not None and self.owner.connected
-        used = (
-            self.consumers or self.awaited_peers or self.paused or self.delayed or self.dead_letters or self.ready_count
-        )
-        return not owned and not used
+        """True if the queue is empty, not paused, and used by no connected peer. It may be forgotten then."""
+        if self.consumers or self.awaited_peers or self.paused or (self.owner is not None and self.owner.connected):
+            return False
+        return not self.delayed and not self.dead_letters and not self.ready_count
 
     @property
     def depth(self) -> int:
-        """How many messages are in its lanes, those taken away meanwhile included."""
-        return len(self.ready) + (sum(len(lane) for _, lane in self._high) if self._high else 0)
+        """Number of entries in all lanes, taken entries included."""
+        return len(self.ready) + (sum(len(lane) for _, lane in self._other_lanes) if self._other_lanes else 0)
 
     def page_out(self, keep: int) -> None:
-        """Bodies behind the first `keep` messages leave memory; what is not on disk yet stays."""
+        """Drop the bodies behind the first `keep` messages from memory, as far as they are on disk."""
         excess = self.depth - keep
-        lanes = [lane for priority, lane in self._high if priority > 0]
+        lanes = [lane for priority, lane in self._other_lanes if priority > 0]
         lanes.append(self.ready)
-        lanes.extend(lane for priority, lane in self._high if priority < 0)
+        lanes.extend(lane for priority, lane in self._other_lanes if priority < 0)
         for lane in reversed(lanes):
             if excess <= 0:
                 return
             for message in islice(reversed(lane), excess):
                 if message.body is None:
-                    break  # those before it in this lane have left already
+                    break  # the bodies before it in this lane were dropped earlier
                 if message.holder is None and message.location.segment >= 0:
                     message.body = None
             excess -= len(lane)
 
     def clear_messages(self) -> None:
-        """Nothing is ready, delayed or dead here: what is will be put in again."""
+        """Remove all ready, delayed and dead messages; the caller puts the live ones back."""
         self.ready.clear()
-        self._high.clear()
+        self._other_lanes.clear()
         self.dead_letters.clear()
         self.delayed = self.taken_entries = 0
 
     @property
     def ready_count(self) -> int:
-        """How many messages are ready to be delivered."""
+        """Number of messages that are ready to be delivered."""
         count = len(self.ready) - self.taken_entries
-        if self._high:
-            count += sum(len(lane) for _, lane in self._high)
+        if self._other_lanes:
+            count += sum(len(lane) for _, lane in self._other_lanes)
         return count

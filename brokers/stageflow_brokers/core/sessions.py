@@ -52,7 +52,7 @@ class Session:
         hello_number: The number of its last hello.
         received_frame: The last frame that arrived since that hello.
         highest_frame: The highest frame that was ever accepted. Frames up to it are duplicates.
-        deferred_frames: Frames whose consequences are still to come. Neither they nor later frames are confirmed before.
+        deferred_frames: Frames whose consequences are still to come. Neither they nor later ones are confirmed before.
         answers: Answers that cannot be computed again, by frame.
         consumers: The queues that the peer consumes, by name.
         sent_bytes: Bytes that were sent to the peer.
