@@ -92,7 +92,7 @@ def test_a_refusal_and_a_silent_broker_are_reported(filled: Any, monkeypatch: py
     data_dir.write_cluster(me)
     with attach(data_dir.path) as attached, pytest.raises(BrokerUnavailable, match=r"within 0\.05 s"):
         attached.wait(attached.admin.stats(""), timeout=0.05)
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(module, "ATTACH_TIMEOUT_SECONDS", 0.05)
     data_dir.write_cluster(ClusterRecord(program=me.program, program_ticks=me.program_ticks))
     with pytest.raises(BrokerUnavailable, match="has not started its broker"), attach(data_dir.path):
         pass

@@ -163,7 +163,7 @@ def test_an_instance_is_run_again_from_its_failed_stage_or_from_the_first(up: Up
     assert (code, err, json.loads(out)["context"]) == (0, "", {"n": 1, "paid": True})
     code, out, err = stageflow("instances", "retry", "P-1", "--data", up.data)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "is completed: only one that is parked" in err
+    assert "is completed: only an instance that is parked" in err
     code, out, err = stageflow("instances", "restart", "P-1", "--json", '{"n": 2}', "--data", up.data)
     assert (code, out, err) == (0, "P-1\n", "")
     with Runtime.connect(up.data) as client:

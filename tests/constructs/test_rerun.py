@@ -510,7 +510,7 @@ def test_only_what_failed_with_nothing_compensated_can_be_retried(runtime: Runti
         eventually(lambda: done(instance.id), "it is at work")
         instance.cancel()
     assert instance.result(timeout=20).status == end
-    with pytest.raises(StageFlowError, match=rf"is {end}: only one that is parked.*restart\(\) runs it"):
+    with pytest.raises(StageFlowError, match=rf"is {end}: only an instance that is parked.*restart\(\) runs it"):
         instance.retry()
     assert runtime.instance(instance.id).status() == end
 
