@@ -31,7 +31,7 @@ from rich.table import Table
 from cluster_tree import BELOW_A_PROGRAM, add_node
 from stageflow_actors import Runtime, StageContext, Workflow
 from stageflow_actors.core.invariants import ERROR
-from stageflow_actors.diagnostics.doctor import check_up
+from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.runtime.system.data_dir import DataDir
 
 STAGES = ("reserve", "charge", "ship")
@@ -228,7 +228,7 @@ def judge(instances: int, log: Path, out: Path, data: Path) -> tuple[list[str], 
     if effects:
         wrong.append(f"effects of instances that were never started: {sorted(effects)[:5]}")
     _judge_journal(ids, failing, data, wrong)
-    found = check_up(DataDir(data, create=False)).findings
+    found = run_checks(DataDir(data, create=False)).findings
     wrong += [f"doctor: {one.where}: {one.what}" for one in found if one.severity == ERROR]
     return wrong, len(lines), len(lines) - len({(words[0], words[1]) for words in lines if len(words) == 4})
 

@@ -253,7 +253,7 @@ MUTANTS = (
                 "stageflow_actors/runtime/node/pool.py",
                 "        self._context.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
                 (
-                    "        if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):\n"
+                    "        if worker.pidfd >= 0 and not any(lane.is_busy for lane in worker.lanes):\n"
                     "            worker.killed = ((), Failure('stopped', 'not needed'))\n"
                     "            kill_group(worker.pid, worker.pidfd)\n"
                 ),
@@ -561,7 +561,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/pool_pause.py",
-                '        self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")\n',
+                '        self._broker.admin.set_fact(PAUSED_BY_POOL_FACT + self._queue, "no")\n',
                 "",
             ),
         ),
@@ -583,7 +583,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/worker/actor.py",
-                "        self._ran += settled.ran\n",
+                "        self._ran += settled.user_code_ran\n",
                 "        self._ran += 1\n",
             ),
         ),

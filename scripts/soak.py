@@ -37,7 +37,7 @@ from argument_types import above_zero, script_parser
 from soaking import judge, load
 from soaking.measure import Sample, take
 from stageflow_actors.core.invariants import INFO
-from stageflow_actors.diagnostics.doctor import check_up
+from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.history import HistoryWriter
 from stageflow_actors.runtime.system.data_dir import DataDir
 
@@ -151,7 +151,7 @@ def _stop(program: subprocess.Popen[bytes]) -> None:
 
 
 def _doctor(data: Path) -> list[str]:
-    found = check_up(DataDir(data, create=False)).findings
+    found = run_checks(DataDir(data, create=False)).findings
     return [f"doctor: {one.where}: {one.what}" for one in found if one.severity != INFO]
 
 

@@ -27,7 +27,7 @@ from stageflow_actors.core.invariants import (
 )
 from stageflow_actors.core.outcome_check import check_outcome
 from stageflow_actors.core.plan import FINISHED, Naming
-from stageflow_actors.diagnostics.environment import premises
+from stageflow_actors.diagnostics.environment import check_environment
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history import HistoryError, HistoryReader
 from stageflow_actors.history.schema import in_wal_mode
@@ -39,21 +39,21 @@ from stageflow_actors.runtime.system.processes import start_ticks
 from stageflow_brokers.errors import BrokerError, JournalCorrupt
 from stageflow_brokers.offline.settlements import EndedGroups, ended_groups
 
-__all__ = ["Checkup", "check_up"]
+__all__ = ["DoctorReport", "run_checks"]
 
-PATIENCE = 3.0
+FAULT_CONFIRM_SECONDS = 3.0
 """Seconds that something wrong in a running cluster must last: deaths take a moment to be known."""
-AGAIN = 0.2
-SLACK = 60.0
+RECHECK_INTERVAL_SECONDS = 0.2
+CLOCK_TOLERANCE_SECONDS = 60.0
 """Seconds by which clocks may be set back, and an instance may take from its end to the broker."""
-NAMED = 3
-LOOKED_UP = 10_000
-SHOWN = 20
+MAX_IDS_NAMED = 3
+MAX_LOOKUPS = 10_000
+MAX_FINDINGS_PER_CHECK = 20
 
-BACKUP = "restore history.db, and the journal with it, from the last backup"
+RESTORE_ADVICE = "restore history.db, and the journal with it, from the last backup"
 
 
-class Checkup(Struct):
+class DoctorReport(Struct):
     """What was looked at, and what was found.
 
     `checked` is how many there were: live `instances`, `messages`, `queues`, `ended` in the history, and of those
@@ -70,12 +70,12 @@ class Checkup(Struct):
         return all(finding.severity != ERROR for finding in self.findings)
 
 
-def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
+def run_checks(data: DataDir, *, readable: bool = True) -> DoctorReport:
     """Look at everything. `readable`: whether the journal is undamaged, so that it can be read through.
 
     Raises `StageFlowError` where nothing can be looked at.
     """
-    report = Checkup(False, list(premises(data)), {"ended": 0})
+    report = DoctorReport(False, list(check_environment(data)), {"ended": 0})
     found = report.findings
     gone: EndedGroups | None = None
     picture: dict[str, Any] = {}
@@ -118,12 +118,12 @@ def check_up(data: DataDir, *, readable: bool = True) -> Checkup:
 
 def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
     """The broker's picture; what is wrong in it, and stays wrong, is added to `found`."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + FAULT_CONFIRM_SECONDS
     picture: dict[str, Any] = attached.wait(attached.admin.audit())
     found.extend(_lasting(picture))
     passing = _passing(picture, live=True)
     while any(one.severity != INFO for one in passing.values()) and time.monotonic() < deadline:
-        time.sleep(AGAIN)
+        time.sleep(RECHECK_INTERVAL_SECONDS)
         now = _passing(attached.wait(attached.admin.audit()), live=True)
         passing = {key: now[key] for key in passing if key in now}
     found.extend(passing.values())
@@ -163,7 +163,7 @@ def _of_departures(data: DataDir, gone: EndedGroups) -> Iterator[Finding]:
 
 def _of_clock(where: object, latest: float) -> Iterator[Finding]:
     ahead = latest - time.time()
-    if ahead > SLACK:
+    if ahead > CLOCK_TOLERANCE_SECONDS:
         what = f"its latest entry is {ahead:,.0f} s ahead of this machine's clock, which was set back"
         yield Finding(WARNING, "clock", str(where), what, "set the clock; until then ages and timeouts are wrong")
 
@@ -185,7 +185,7 @@ def _of_history(
     if not data.history.exists():
         if identity is not None:
             what = "the journal says that there is a history of finished instances, and it is missing"
-            yield Finding(ERROR, "history", where, what, BACKUP)
+            yield Finding(ERROR, "history", where, what, RESTORE_ADVICE)
         return
     live = attached is not None and attached.live
     try:
@@ -196,11 +196,11 @@ def _of_history(
             yield from _of_rows(reader, checked)
             if identity is not None and reader.identity != identity:
                 what = "it is not the history that belongs to this journal, but another one"
-                yield Finding(ERROR, "history", where, what, BACKUP)
+                yield Finding(ERROR, "history", where, what, RESTORE_ADVICE)
             yield from _of_clock(where, reader.latest())
             yield from _agreement(reader, gone, picture, attached)
     except HistoryError as error:
-        yield Finding(ERROR, "history", where, str(error), BACKUP)
+        yield Finding(ERROR, "history", where, str(error), RESTORE_ADVICE)
 
 
 def _of_journal(where: str, facts: dict[str, str] | None, has_journal: bool) -> Iterator[Finding]:
@@ -216,8 +216,8 @@ def _of_journal(where: str, facts: dict[str, str] | None, has_journal: bool) -> 
 
 def _of_file(reader: HistoryReader) -> Iterator[Finding]:
     where = str(reader.path)
-    for text in reader.check(thorough=True)[:SHOWN]:
-        yield Finding(ERROR, "history", where, text, BACKUP)
+    for text in reader.check(thorough=True)[:MAX_FINDINGS_PER_CHECK]:
+        yield Finding(ERROR, "history", where, text, RESTORE_ADVICE)
     if not in_wal_mode(reader.path):
         what = "it is not in WAL mode: something other than stageflow has written it"
         yield Finding(WARNING, "history", where, what, "nothing: the next start sets it again")
@@ -230,10 +230,10 @@ def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding
         wrong = check_outcome(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome)
         if wrong is not None:
             faults[row.instance_id] = wrong
-            if len(faults) == SHOWN:
+            if len(faults) == MAX_FINDINGS_PER_CHECK:
                 break
     for id, wrong in faults.items():
-        yield Finding(ERROR, "ending", id, f"what the history keeps of it is not sound: {wrong}", BACKUP)
+        yield Finding(ERROR, "ending", id, f"what the history keeps of it is not sound: {wrong}", RESTORE_ADVICE)
 
 
 def _agreement(
@@ -245,7 +245,7 @@ def _agreement(
     both = [id for id in live if id in finished and finished[id] >= others.get(id, 1)]
     if both and attached is not None and attached.live:
         # It may have ended since the picture was taken, but whoever is still live now was not finished before.
-        both = both[:LOOKED_UP]
+        both = both[:MAX_LOOKUPS]
         groups = attached.wait(attached.admin.lookup(both))["groups"]
         both = [id for id in both if id in groups and not groups[id]["ended"] and groups[id]["epoch"] <= finished[id]]
     if both:
@@ -259,15 +259,15 @@ def _agreement(
     lost = [
         id
         for id, (epoch, when) in gone.ended.items()
-        if rows.get(id, 0) < epoch and (not pruned or when > pruned + SLACK)
+        if rows.get(id, 0) < epoch and (not pruned or when > pruned + CLOCK_TOLERANCE_SECONDS)
     ]
     if lost:
         what = "by the journal it has ended and is in the history, and the history does not have it"
-        advice = f"{BACKUP}; without it the same ids can be started again"
+        advice = f"{RESTORE_ADVICE}; without it the same ids can be started again"
         yield Finding(ERROR, "agreement", _named(lost), what, advice)
 
 
 def _named(ids: Iterable[str]) -> str:
     known = list(ids)
-    shown = ", ".join(known[:NAMED])
-    return shown if len(known) <= NAMED else f"{shown} and {len(known) - NAMED} more"
+    shown = ", ".join(known[:MAX_IDS_NAMED])
+    return shown if len(known) <= MAX_IDS_NAMED else f"{shown} and {len(known) - MAX_IDS_NAMED} more"

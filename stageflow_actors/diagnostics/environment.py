@@ -15,17 +15,17 @@ from pathlib import Path
 from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_path
 
-__all__ = ["premises"]
+__all__ = ["check_environment"]
 
-ROOM_WANTED = 256 << 20
+MIN_FREE_BYTES = 256 << 20
 """Bytes free below which it is time to do something: the journal keeps a segment of 64 MiB in hand, and the history
 grows meanwhile."""
 
 
-def premises(data: DataDir) -> Iterator[Finding]:
+def check_environment(data: DataDir) -> Iterator[Finding]:
     """What is to be said of the surroundings of the cluster in `data`."""
     record = data.read_cluster()
-    live = record is not None and record.program_lives()
+    live = record is not None and record.is_program_alive()
     if record is None and data.cluster.exists():
         what = "it cannot be read, so nobody can tell who serves this directory"
         yield Finding(WARNING, "lock", str(data.cluster), what, f"rm {data.cluster}, if nothing runs")
@@ -116,7 +116,7 @@ def _of_sockets(path: Path, live: bool) -> Iterator[Finding]:
 
 def _of_room(path: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(path).free
-    if free < ROOM_WANTED:
+    if free < MIN_FREE_BYTES:
         what = (
             f"{free / 1e6:,.0f} MB are free on its disk: new instances will soon be refused, "
             "while those in work go on and the history waits"

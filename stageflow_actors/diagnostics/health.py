@@ -17,7 +17,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import Attached, attach
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
-from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSE_REASON_FACT, PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.zygote.protocol import ZYGOTE_NAME
@@ -26,9 +26,9 @@ from stageflow_brokers.types import QueueStats
 
 __all__ = ["Fault", "examine"]
 
-PATIENCE = 3.0
+FAULT_CONFIRM_SECONDS = 3.0
 """Seconds that a fault must last."""
-AGAIN = 0.1
+RECHECK_INTERVAL_SECONDS = 0.1
 
 
 class Fault(NamedTuple):
@@ -40,20 +40,20 @@ class Fault(NamedTuple):
 
 def examine(path: Path | str) -> list[Fault]:
     """The faults of the cluster that serves a data directory, none if all is well."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + FAULT_CONFIRM_SECONDS
     progress: dict[str, int] = {}
     while True:
         faults = _look(path, progress)
         if not faults or time.monotonic() > deadline:
             return faults
-        time.sleep(AGAIN)
+        time.sleep(RECHECK_INTERVAL_SECONDS)
 
 
 def _look(path: Path | str, progress: dict[str, int]) -> list[Fault]:
     try:
         data = DataDir(path, create=False)
         record = data.read_cluster()
-        if record is None or not record.program_lives():
+        if record is None or not record.is_program_alive():
             return [Fault("program", f"nobody serves {data.path}")]
         if record.node is None or start_ticks(record.node) is None:
             return [Fault("node", "it is not running; its program starts it again, or says why it cannot")]
@@ -121,9 +121,9 @@ def _of_pool(name: str, queue: QueueStats | None, attached: Attached) -> list[Fa
 
 def _why_paused(name: str, attached: Attached) -> str:
     """What its pool has paused it for, where it was not a person who did."""
-    if attached.wait(attached.admin.get_fact(PAUSED_FACT + name)) != "yes":
+    if attached.wait(attached.admin.get_fact(PAUSED_BY_POOL_FACT + name)) != "yes":
         return ":"
-    why = attached.wait(attached.admin.get_fact(WHY_FACT + name)) or "its workers died too fast"
+    why = attached.wait(attached.admin.get_fact(PAUSE_REASON_FACT + name)) or "its workers died too fast"
     return f" by itself, because {why}; mend that, then"
 
 

@@ -20,9 +20,9 @@ from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
-from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent
+from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
-from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, let_go_on, wait_dead
+from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, resume_process, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
 from stageflow_brokers.failpoints import failpoint
 
@@ -130,7 +130,7 @@ class NodeHandle:
                     self._kill_late()
                     wait_dead(self._pidfd, None)
                 elif is_stopped(self.pid):  # else it says by itself what it waits for
-                    notes.wait_for(lambda: describe_silent("the node", self.pid))
+                    notes.wait_for(lambda: describe_unresponsive("the node", self.pid))
             if self._reap() != 0:
                 self._wait_for_survivors()
                 self._data.remove_cluster()  # which it would have done itself
@@ -289,7 +289,7 @@ class NodeHandle:
                     "start again"
                 )
             for pid in survivors:
-                let_go_on(pid)  # one that is stopped does not see that it is to end
+                resume_process(pid)  # one that is stopped does not see that it is to end
             time.sleep(0.01)
 
     def _reap(self) -> int:

@@ -22,7 +22,7 @@ from stageflow_actors.runtime.client.session import NOT_RUNNING, Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
-from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merged, pool_specs
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merge_pools, pool_specs
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
@@ -133,7 +133,7 @@ class Runtime(Client):
                     os.getpid(),
                     self._local.naming,
                     plans,
-                    merged(pools),
+                    merge_pools(pools),
                     self.config.durability,
                     self.config.max_stage_retries,
                     self.config.max_message_bytes,
@@ -303,7 +303,7 @@ class Runtime(Client):
             raise
         self._queues = queues
         own = [plan for plan in plans if plan.version == workflow.version]
-        self._local.node.register(Register(own, merged(pools)))
+        self._local.node.register(Register(own, merge_pools(pools)))
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
         """Add an endpoint: a pool of workers that answers requests of stages.

@@ -31,7 +31,7 @@ from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
-from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, endpoint_code, stage_codes, undone_items
+from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, compensated_item_types, endpoint_code, stage_codes
 from stageflow_actors.runtime.messaging.settlements import Settlement, settle_transition, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
@@ -228,17 +228,17 @@ class _NullSlot:
     def end(self) -> None:
         """See `Slot.end`."""
 
-    def limit(self, timeout_ns: int, now_ns: int) -> None:
-        """See `Stopwatch.limit`."""
+    def set_timeout(self, timeout_ns: int, now_ns: int) -> None:
+        """See `Stopwatch.set_timeout`."""
 
-    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
-        """See `Stopwatch.ask`."""
+    def begin_policy(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """See `Stopwatch.begin_policy`."""
 
-    def answered(self) -> None:
-        """See `Stopwatch.answered`."""
+    def end_policy(self) -> None:
+        """See `Stopwatch.end_policy`."""
 
-    def allow(self, grace_ns: int) -> None:
-        """See `Stopwatch.allow`."""
+    def set_grace(self, grace_ns: int) -> None:
+        """See `Stopwatch.set_grace`."""
 
     def is_cancelled(self) -> bool:
         """Return False: an instance cannot be cancelled here."""
@@ -295,7 +295,7 @@ class _Instance(Generic[C]):
                 context,
                 undo,
                 interceptors=tuple(interceptors),
-                items=undone_items(workflow),
+                items=compensated_item_types(workflow),
             )
             self._executors[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
 

@@ -137,7 +137,7 @@ def test_only_what_ran_here_counts_as_a_success(hand: Hand) -> None:
     hand.deliver((1, 11), (2, 12))
     hand.run()
     assert hand.slot.read().settled == 0
-    hand.work.otherwise = {3: settled(3, ACK).worked(), 4: settled(4, RETRY).failed()}
+    hand.work.otherwise = {3: settled(3, ACK).mark_succeeded(), 4: settled(4, RETRY).mark_failed()}
     hand.deliver((3, 13), (4, 14), (5, 15))
     hand.run()
     assert hand.slot.read().settled == 3

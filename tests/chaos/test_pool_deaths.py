@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node import exit_policy, pool_pause
 from stageflow_actors.runtime.node import pool as pool_module
 from stageflow_actors.runtime.node.pool import Cancelled, Tick, ZygoteLost
 
-FACT = f"{PAUSED_FACT}q"
+FACT = f"{PAUSED_BY_POOL_FACT}q"
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_a_worker_that_dies_while_it_has_nothing_to_do_is_missed_too(
 def test_health_knows_of_processes_that_are_stopped(
     runtime: Runtime, data: Path, cluster: Any, eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PATIENCE", 0.2)
+    monkeypatch.setattr(health, "FAULT_CONFIRM_SECONDS", 0.2)
     alive = cluster(data=data)
     for kind, part in (("zygotes", "zygote"), ("nodes", "node")):
         process = getattr(alive, kind)[0]

@@ -238,7 +238,7 @@ def test_a_stage_is_scaled(up: Up, stageflow: Stageflow) -> None:
 
 def test_health_is_well_until_something_is_not(up: Up, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stageflow("health", "--data", up.data) == (0, "healthy\n", "")
-    monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.2)
+    monkeypatch.setattr("stageflow_actors.diagnostics.health.FAULT_CONFIRM_SECONDS", 0.2)
     stageflow("queue", "pause", "stageflow.orders.stage0", "--data", up.data)
     code, out, _ = stageflow("health", "--data", up.data)
     assert (code, out.count("\n")) == (1, 1)
@@ -256,7 +256,7 @@ def test_health_is_well_until_something_is_not(up: Up, stageflow: Stageflow, mon
 def test_a_directory_without_a_cluster_is_not_healthy(
     tmp_path: Path, stageflow: Stageflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.0)
+    monkeypatch.setattr("stageflow_actors.diagnostics.health.FAULT_CONFIRM_SECONDS", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
     assert (code, out) == (1, f"program: nobody serves {tmp_path}\n")
     assert stageflow("health", "--data", tmp_path / "none")[0] == 1
@@ -267,7 +267,7 @@ def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Stageflow, monk
     assert node is not None
     assert node.node is not None
     stageflow("start", "asked", "--data", own_up.data)
-    monkeypatch.setattr("stageflow_actors.diagnostics.health.PATIENCE", 0.5)
+    monkeypatch.setattr("stageflow_actors.diagnostics.health.FAULT_CONFIRM_SECONDS", 0.5)
     os.kill(node.node, signal.SIGSTOP)
     try:
         stageflow("start", "orders", "--wait", "--data", own_up.data)

@@ -169,7 +169,7 @@ def test_what_is_done_with_the_items_of_a_list_is_not_taken_from_the_time_of_ove
 
     real = map_executor.MapExecutor._item
     monkeypatch.setattr(map_executor.MapExecutor, "_item", encode)
-    monkeypatch.setattr(in_process._NullSlot, "limit", lambda self, ns, now: limits.append(ns))
+    monkeypatch.setattr(in_process._NullSlot, "set_timeout", lambda self, ns, now: limits.append(ns))
     workflow = Workflow("timed").add_map("m", same, over=over, into="got", timeout=1)
     assert run(workflow, {}).context["got"] == [1, 2]
     assert seen == {"over": 10**9, "encoding": 0 if given == "list" else 10**9}

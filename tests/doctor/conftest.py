@@ -74,7 +74,9 @@ def doctor(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     from stageflow_actors.cli.main import main
 
     monkeypatch.delenv("STAGEFLOW_DATA", raising=False)
-    monkeypatch.setattr(doctor_module, "PATIENCE", 20.0)  # on a busy machine workers take their time to start
+    monkeypatch.setattr(
+        doctor_module, "FAULT_CONFIRM_SECONDS", 20.0
+    )  # on a busy machine workers take their time to start
 
     def examine(data: Path) -> Report:
         capfd.readouterr()

@@ -232,7 +232,7 @@ def test_a_lease_of_a_process_that_has_ended_is_found(
     assert doctor(data_of(cluster)).alarms() == []
     ghost.kill()
     ghost.wait(20)
-    monkeypatch.setattr(doctor_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(doctor_module, "FAULT_CONFIRM_SECONDS", 0.5)
     report = doctor(data_of(cluster))
     found = report.one("error", "lease")
     assert found["where"] == f"ghost (pid {ghost.pid})"

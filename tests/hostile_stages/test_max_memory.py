@@ -17,7 +17,7 @@ import pytest
 
 from stageflow_actors import Runtime, Stage, Workflow, WorkflowDefinitionError
 from stageflow_actors.core.plan import Naming, compile_plan
-from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, merged, pool_specs
+from stageflow_actors.runtime.ipc.pool_spec import endpoint_spec, merge_pools, pool_specs
 from stageflow_actors.runtime.node.memory_limits import memory_above
 
 Row = dict[str, Any]
@@ -158,7 +158,7 @@ def test_every_kind_of_pool_is_given_the_limit_of_its_stage() -> None:
     everywhere.add_branch("way", lambda context: "a", {"a": [Stage(tell_who, id="arm", max_memory=LIMIT)]})
     everywhere.add_map("each", swell, over=lambda context: [1], max_memory=LIMIT)
     specs = pool_specs(everywhere, compile_plan(everywhere, Naming()), {})
-    limits = {spec.stage_id: spec.max_memory for spec in merged(specs)}
+    limits = {spec.stage_id: spec.max_memory for spec in merge_pools(specs)}
     assert {name for name, limit in limits.items() if limit == LIMIT} == {"bomb", "arm", "each[item]"}
     assert set(limits.values()) == {0, LIMIT}
     assert endpoint_spec(bomb, Naming(), {}).max_memory == LIMIT

@@ -26,7 +26,7 @@ from stageflow_actors import (
     WorkflowStatus,
 )
 from stageflow_actors.core.plan import StagePlan
-from stageflow_actors.runtime.ipc.pool_spec import bounded
+from stageflow_actors.runtime.ipc.pool_spec import limit_concurrency
 
 Context = dict[str, Any]
 
@@ -414,7 +414,7 @@ def test_max_stage_concurrency_bounds_actors_times_concurrency(
     actors: int, concurrency: int, most: int | None, expected: tuple[int, int]
 ) -> None:
     place = StagePlan("a", 0, "q", actors=actors, concurrency=concurrency)
-    assert bounded(place, most) == expected
+    assert limit_concurrency(place, most) == expected
 
 
 def test_a_stage_never_has_more_in_work_than_max_stage_concurrency(serve: Callable[..., Runtime]) -> None:

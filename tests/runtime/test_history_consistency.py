@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import Runtime, StageContext, Workflow
-from stageflow_actors.diagnostics.doctor import check_up
+from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.history import HistoryOutdated
 from stageflow_actors.runtime.system.data_dir import DataDir
 
@@ -79,7 +79,7 @@ def test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten(
         assert runtime.instances(status="waiting") == []
     assert "30 instances that the journal holds for live have finished by the history" in capfd.readouterr().err
     assert days.runs() == dict.fromkeys(IDS, 1)
-    assert check_up(DataDir(days.data)).sound
+    assert run_checks(DataDir(days.data)).sound
     with Runtime(flow, data_dir=days.data):
         pass
     assert "finished by the history" not in capfd.readouterr().err

@@ -59,7 +59,7 @@ def at_stage(flow: Flow, extra: DeliveryExtra | None, change: Callable[[Any], No
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
     del work
     slots.close()
-    return result.ran if isinstance(result, Settlement) else True
+    return result.user_code_ran if isinstance(result, Settlement) else True
 
 
 def staged(handler: Any, **options: Any) -> Flow:
@@ -111,7 +111,7 @@ def test_a_compensation_counts_when_it_ran(handler: Any, retry: Retry | None, ex
     slots = SlotTable.create(1)
     program = CompensationCode("w", 1, dict, {"s": undo})
     work = CompensationExecutor(program, plan, environment(slots))
-    assert work(DeliveryItem(1, 2, len(body), "g", 1, extra), body).ran == (extra is FIRST)
+    assert work(DeliveryItem(1, 2, len(body), "g", 1, extra), body).user_code_ran == (extra is FIRST)
     del work
     slots.close()
 
@@ -125,6 +125,6 @@ def test_an_endpoint_counts_when_it_ran(handler: Any, extra: DeliveryExtra | Non
     work = EndpointExecutor(program, plan, environment(slots))
     result = work(DeliveryItem(1, 2, len(body), "g", 1, extra), body)
     assert isinstance(result, Settlement)
-    assert result.ran == (extra is FIRST)
+    assert result.user_code_ran == (extra is FIRST)
     del work
     slots.close()

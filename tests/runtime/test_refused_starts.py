@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.diagnostics.doctor import check_up
+from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import node_handle
@@ -39,7 +39,7 @@ def test_neither_sockets_nor_record_are_left(tmp_path: Path, sockets: Path) -> N
         Runtime(waits, data_dir=tmp_path).start()
     assert not sockets.exists()
     assert not DataDir(tmp_path).cluster.exists()
-    assert not [found for found in check_up(DataDir(tmp_path)).findings if "kill" in found.what]
+    assert not [found for found in run_checks(DataDir(tmp_path)).findings if "kill" in found.what]
 
 
 def test_a_start_that_fails_before_any_process_leaves_no_record(

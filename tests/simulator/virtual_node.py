@@ -81,9 +81,9 @@ class _PausingSlot(Slot):
         self.worker.suffer()
         self.worker.work_a_while()
 
-    def limit(self, timeout_ns: int, now_ns: int) -> None:
+    def set_timeout(self, timeout_ns: int, now_ns: int) -> None:
         """As a slot; what is between handlers takes no time."""
-        super().limit(timeout_ns, int(self.worker.world.now * 1e9))
+        super().set_timeout(timeout_ns, int(self.worker.world.now * 1e9))
 
     def end(self) -> None:
         """Time passes, then as a slot."""

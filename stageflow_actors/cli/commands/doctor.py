@@ -43,12 +43,12 @@ def doctor(output: str, data: Path) -> int:
     """
     from stageflow_actors.cli.output import print_json
     from stageflow_actors.core.invariants import ERROR, INFO
-    from stageflow_actors.diagnostics.doctor import check_up
+    from stageflow_actors.diagnostics.doctor import run_checks
     from stageflow_actors.runtime.system.data_dir import DataDir
 
     directory = DataDir(data, create=False)
     journal = _check_journal(directory)
-    report = check_up(directory, readable=all(finding.severity == INFO for finding in journal))
+    report = run_checks(directory, readable=all(finding.severity == INFO for finding in journal))
     findings = [*(one for one in journal if one.severity == ERROR), *report.findings]
     findings += [one for one in journal if one.severity != ERROR]
     errors = sum(finding.severity == ERROR for finding in findings)

@@ -303,7 +303,7 @@ def _rename_directory(path: Path) -> None:
     if not path.exists():
         return
     data_dir = DataDir(path, create=False)
-    if not data_dir.looks_used():
+    if not data_dir.is_empty_or_used():
         raise click.UsageError(
             f"--fresh would rename {data_dir.path}, which holds other files and no cluster; check --data"
         )

@@ -112,7 +112,7 @@ def live_address(data_dir: DataDir) -> str | None:
     deadline = time.monotonic() + ATTACH_TIMEOUT_SECONDS
     while True:
         record = data_dir.read_cluster()
-        if record is None or not record.program_lives():
+        if record is None or not record.is_program_alive():
             return None
         if record.address is not None:
             return record.address

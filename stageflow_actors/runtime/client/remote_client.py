@@ -100,7 +100,7 @@ class RemoteSession(Session):
                 return
             self._checked_at = now
             record = self._data.read_cluster()
-            if record is None or not record.program_lives():
+            if record is None or not record.is_program_alive():
                 if self._absent_since is None:
                     self._absent_since = now
                 return

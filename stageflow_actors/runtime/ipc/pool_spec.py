@@ -37,13 +37,13 @@ __all__ = [
     "StageCode",
     "VersionCode",
     "WorkerPayload",
-    "bounded",
+    "compensated_item_types",
     "endpoint_code",
     "endpoint_spec",
-    "merged",
+    "limit_concurrency",
+    "merge_pools",
     "pool_specs",
     "stage_codes",
-    "undone_items",
 ]
 
 
@@ -143,7 +143,7 @@ def pool_specs(
             program.factories = {name: services[name] for name in program.stage.services}
             program.stage = program.stage.replace(compensation=None)
             program.interceptors = tuple(interceptors)
-        actors, concurrency = bounded(planned, max_concurrency)
+        actors, concurrency = limit_concurrency(planned, max_concurrency)
         specs.append(
             PoolSpec(
                 planned.queue,
@@ -164,7 +164,7 @@ def pool_specs(
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
     if compensations:
-        items = undone_items(workflow)
+        items = compensated_item_types(workflow)
         names = {name for s in workflow.stages for name in s.compensation_services}
         undo = CompensationCode(
             workflow.id,
@@ -190,7 +190,7 @@ def pool_specs(
     return specs
 
 
-def merged(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
+def merge_pools(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
     """One pool for each queue: versions of a workflow share theirs, on the latest's terms and with the most actors.
 
     The places that versions have at a queue need not be the same, nor of one kind.
@@ -210,7 +210,7 @@ def merged(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
     return pools
 
 
-def bounded(place: StagePlan, most: int | None) -> tuple[int, int]:
+def limit_concurrency(place: StagePlan, most: int | None) -> tuple[int, int]:
     """Actors and concurrency of a place, so that no more than `most` messages are in work there at once."""
     concurrency = place.concurrency if place.kind in (STAGE, ITEM, ENDPOINT) else 1
     if most is None or place.actors * concurrency <= most:
@@ -238,7 +238,7 @@ def endpoint_spec(
     program, plan = endpoint_code(stage, naming, services)
     program.interceptors = tuple(interceptors)
     (place,) = plan.stages
-    actors, concurrency = bounded(place, max_concurrency)
+    actors, concurrency = limit_concurrency(place, max_concurrency)
     return PoolSpec(
         place.queue,
         "endpoint",
@@ -307,7 +307,7 @@ def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[S
         yield program, planned
 
 
-def undone_items(workflow: Workflow[Any]) -> dict[str, Any]:
+def compensated_item_types(workflow: Workflow[Any]) -> dict[str, Any]:
     """The type of an item as the compensation of each map stage takes it, by stage id."""
     return {
         step.id: first_parameter_type(stage.compensation.spec.function)

@@ -1,20 +1,21 @@
-"""Shared memory in which each worker says what it is running, since when and for how long it may.
+"""Shared memory in which each worker publishes its current message, the start time and the time limit.
 
-One anonymous file holds an array of 64-byte slots; the node makes it, the zygote and the workers inherit it. A
-worker writes its own slot, twice per message, so no lock, no system call and no allocation belongs here. The node
-reads slots to enforce timeouts, to show who is busy, and to know which message a dead worker was running. A worker
-that runs several messages at once has as many slots in a row, one for each: its lanes.
+One anonymous file holds an array of 64-byte slots; the node creates it, the zygote and the workers inherit it. A
+worker writes its own slot, twice per message, so this module must not lock, call the system or allocate there. The
+node reads the slots to enforce timeouts, to show busy workers, and to find the message that a dead worker was running.
+A worker that runs several messages at once has several consecutive slots, one for each: its lanes.
 
 ::
 
     cell   0           1         2           3        4          5        6         7
            message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  stale
 
-`since_ns` is the commit mark: it is nought while the other cells change. A worker that dies in the middle of
-`begin` therefore looks idle, which is the truth: its handler has not started.
+`since_ns` is the commit mark: it is zero while the other cells change. A worker that dies in the middle of `begin`
+therefore looks idle, which is correct: its handler has not started.
 
-Behind the slots each of them has room for a few words: the failure about which a retry policy is being asked, behind
-its length in two bytes, nought while none is. Nobody else knows of that failure yet when the policy does not answer.
+Behind the slots, each of them has space for one text: the failure that its retry policy is deciding on, after the
+length of that text in two bytes, which is zero while no policy runs. If the policy ends the worker, this is the only
+copy of the failure.
 """
 
 from __future__ import annotations
@@ -24,26 +25,31 @@ import os
 
 from msgspec import Struct
 
-__all__ = ["SLOT_BYTES", "WORDS_BYTES", "Slot", "SlotState", "SlotTable"]
+__all__ = ["POLICY_TEXT_BYTES", "SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
 
 SLOT_BYTES = 64
-"""A cache line, so that two workers never write to the same one."""
+"""Size of a cache line, so that two workers never write to the same line."""
 
-WORDS_BYTES = 1024
-"""Room for the words of one slot, their length included; what is never written to takes no memory."""
+POLICY_TEXT_BYTES = 1024
+"""Space for the failure text of one slot, its length included. Pages that are never written take no memory."""
 
 _CELLS = SLOT_BYTES // 8
 _MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
 
 
 class SlotState(Struct, frozen=True):
-    """What a worker was doing at one moment.
+    """The content of one slot at one moment.
 
-    `message_id` is that of the message in work, or of the last one when idle. `since_ns` is `CLOCK_MONOTONIC` at
-    the handler's start, nought when idle; `timeout_ns` what the handler may take, nought for no limit. `started`
-    and `finished` count handlers since the slot was cleared, `settled` the messages handed on since then. `grace_ns`
-    is what the worker gets beyond a timeout, because it ends a handler that is over it by itself. `asking` is the
-    failure about which a policy is being asked, since `since_ns`; empty while none is.
+    Attributes:
+        message_id: The message in work, or the last one if the worker is idle.
+        since_ns: `CLOCK_MONOTONIC` at the start of the handler; 0 if the worker is idle.
+        timeout_ns: Time limit of the handler; 0 for no limit.
+        started: Handlers that started since the slot was cleared.
+        finished: Handlers that returned or raised since then.
+        cancelled: True if the node asked the worker to end the message in work.
+        settled: Messages that user code ran for and that the worker settled since then.
+        grace_ns: Time beyond the timeout in which the worker itself ends the handler.
+        policy_failure: The failure that the retry policy is deciding on since `since_ns`; empty while no policy runs.
     """
 
     message_id: int
@@ -54,44 +60,46 @@ class SlotState(Struct, frozen=True):
     cancelled: bool
     settled: int = 0
     grace_ns: int = 0
-    asking: bytes = b""
+    policy_failure: bytes = b""
 
     @property
-    def busy(self) -> bool:
-        """Whether a handler was running."""
+    def is_busy(self) -> bool:
+        """True if a handler or its policy was running."""
         return self.since_ns != 0
 
-    def overdue(self, now_ns: int) -> bool:
-        """Whether the handler had run past its timeout, and the grace, at `now_ns` (`CLOCK_MONOTONIC`).
+    def is_overdue(self, now_ns: int) -> bool:
+        """Return True if timeout and grace had passed at `now_ns` (`CLOCK_MONOTONIC`).
 
-        A policy gets no grace: it is not awaited, so that nobody ends it but by force.
+        A policy gets no grace: the worker does not await it, so only a kill ends it.
         """
-        grace = 0 if self.asking else self.grace_ns
+        grace = 0 if self.policy_failure else self.grace_ns
         return self.since_ns != 0 and self.timeout_ns != 0 and now_ns - self.since_ns > self.timeout_ns + grace
 
 
 class Slot:
-    """One lane of a worker. `cancel`, `mark_stale` and `clear` are the node's, all else that writes is the worker's."""
+    """One lane of a worker: the node calls `cancel`, `mark_stale` and `clear`, the worker calls the other writers."""
 
-    __slots__ = ("_cells", "_index", "_started", "_table", "_timeout", "_words")
+    __slots__ = ("_cells", "_index", "_policy_text", "_started", "_table", "_timeout")
 
     def __init__(
-        self, cells: memoryview, table: SlotTable | None = None, index: int = 0, words: memoryview | None = None
+        self, cells: memoryview, table: SlotTable | None = None, index: int = 0, policy_text: memoryview | None = None
     ) -> None:
         self._cells = cells
-        self._words: memoryview | None = table[index]._words if words is None and table is not None else words
+        self._policy_text: memoryview | None = (
+            table[index]._policy_text if policy_text is None and table is not None else policy_text
+        )
         self._table = table
         self._index = index
         self._started: int = cells[_STARTED]
         self._timeout: int = cells[_TIMEOUT]
 
     def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
-        """The handler for `message_id` starts now, and may run for `timeout_ns` (nought: no limit).
+        """Record that the handler for `message_id` starts, with a limit of `timeout_ns` (0 for no limit).
 
-        `now_ns` is `time.monotonic_ns()`, which the caller needs anyway for the stage's duration.
+        `now_ns` is `time.monotonic_ns()`, which the caller has already read to measure the stage's duration.
         """
         cells = self._cells
-        cells[1] = 0  # literals: looking up a constant per cell would cost as much as writing it
+        cells[1] = 0  # literals: a lookup of a constant costs as much as the write itself
         cells[0] = message_id
         if timeout_ns != self._timeout:
             cells[2] = self._timeout = timeout_ns
@@ -99,81 +107,81 @@ class Slot:
         cells[1] = now_ns
 
     def end(self) -> None:
-        """The handler has returned."""
+        """Record that no user code runs."""
         self._cells[1] = 0
 
-    def limit(self, timeout_ns: int, now_ns: int) -> None:
-        """What is in work has another limit from now on (nought: none), and its time begins anew."""
+    def set_timeout(self, timeout_ns: int, now_ns: int) -> None:
+        """Replace the time limit of the message in work, counted from `now_ns`; 0 is no limit."""
         cells = self._cells
         cells[1] = 0
         cells[2] = self._timeout = timeout_ns
         cells[1] = now_ns
 
-    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
-        """The handler has failed, and from now on its policy is asked about that, for `timeout_ns` by itself."""
-        cells, words = self._cells, self._words
+    def begin_policy(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+        """Record that the handler failed and that its retry policy begins, with a time limit of its own."""
+        cells, text = self._cells, self._policy_text
         cells[1] = 0
-        if words is not None:
-            said = failure[: WORDS_BYTES - 2]
-            words[2 : 2 + len(said)] = said
-            words[:2] = len(said).to_bytes(2, "big")
-        self.limit(timeout_ns, now_ns)
+        if text is not None:
+            written = failure[: POLICY_TEXT_BYTES - 2]
+            text[2 : 2 + len(written)] = written
+            text[:2] = len(written).to_bytes(2, "big")
+        self.set_timeout(timeout_ns, now_ns)
 
-    def answered(self) -> None:
-        """The policy has answered."""
-        if self._words is not None:
-            self._words[:2] = b"\0\0"
+    def end_policy(self) -> None:
+        """Record that the retry policy returned."""
+        if self._policy_text is not None:
+            self._policy_text[:2] = b"\0\0"
 
-    def settle(self, count: int) -> None:
-        """So many messages went on as they should: the worker is not one of those that die at everything."""
+    def count_settled(self, count: int) -> None:
+        """Add `count` settled messages, which prove that this worker does not die at every message."""
         self._cells[_SETTLED] += count
 
-    def allow(self, grace_ns: int) -> None:
-        """The worker ends handlers at their timeouts by itself, and gets so much longer for it."""
+    def set_grace(self, grace_ns: int) -> None:
+        """Set the time beyond each timeout in which the worker itself ends the handler."""
         self._cells[_GRACE] = grace_ns
 
     def lanes(self, count: int) -> list[Slot]:
-        """This slot and those that follow it, `count` in all."""
+        """Return this slot and those that follow it, `count` in total."""
         if count == 1:
             return [self]
         assert self._table is not None
         return self._table.lanes(self._index, count)
 
     @property
-    def busy(self) -> bool:
-        """Whether a handler is running: `read` tells more, and costs more."""
+    def is_busy(self) -> bool:
+        """True if a handler is running. Cheaper than `read`."""
         return self._cells[1] != 0
 
     def mark_stale(self) -> None:
-        """The worker was made before another version was registered: what it does not know, others do."""
+        """Record that a version was registered after this worker started, which it therefore does not know."""
         self._cells[_STALE] = 1
 
     @property
-    def stale(self) -> bool:
-        """Whether `mark_stale` was said of this worker."""
+    def is_stale(self) -> bool:
+        """True after `mark_stale`: other workers know versions that this one does not."""
         return self._cells[_STALE] != 0
 
     def is_cancelled(self) -> bool:
-        """Whether the node has asked for an end of the message in work."""
+        """Return True if the node asked the worker to end the message in work."""
         cells = self._cells
         return cells[1] != 0 and cells[4] == cells[0]
 
     def cancel(self, message_id: int) -> None:
-        """Asks the worker to end `message_id`; without effect on any other message, however late this comes."""
+        """Ask the worker to end `message_id`. A request that comes too late affects no other message."""
         self._cells[_CANCELLED] = message_id
 
     def clear(self) -> None:
-        """Empties the slot for its next worker, after the death of its last."""
+        """Empty the slot for the next worker, after the death of the last one."""
         self._cells[_SINCE] = 0
         for cell in range(_CELLS):
             self._cells[cell] = 0
-        self.answered()
+        self.end_policy()
         self._started = self._timeout = 0
 
     def read(self) -> SlotState:
-        """What the worker is doing. Consistent: cells that changed during the reading are read again."""
-        cells, words = self._cells, self._words
-        asking = b""
+        """Return a consistent copy of the slot: cells that change during the read are read again."""
+        cells, text = self._cells, self._policy_text
+        policy_failure = b""
         while True:
             since = cells[_SINCE]
             message_id, timeout, started, cancelled = (
@@ -183,8 +191,8 @@ class Slot:
                 cells[_CANCELLED],
             )
             grace = cells[_GRACE]
-            if words is not None:
-                asking = bytes(words[2 : 2 + int.from_bytes(words[:2], "big")])
+            if text is not None:
+                policy_failure = bytes(text[2 : 2 + int.from_bytes(text[:2], "big")])
             if cells[_SINCE] == since:
                 break
         busy = since != 0
@@ -197,27 +205,27 @@ class Slot:
             cancelled=busy and cancelled == message_id,
             settled=cells[_SETTLED],
             grace_ns=grace,
-            asking=asking if busy else b"",
+            policy_failure=policy_failure if busy else b"",
         )
 
 
 class SlotTable:
-    """All slots of a node. `fd` may be inherited; `close` unmaps, and later use of a slot raises `ValueError`."""
+    """All slots of a node. Child processes may inherit `fd`. After `close`, each use of a slot raises `ValueError`."""
 
     def __init__(self, fd: int, count: int) -> None:
         self.fd = fd
         self._count = count
-        self._memory = mmap.mmap(fd, count * (SLOT_BYTES + WORDS_BYTES))
+        self._memory = mmap.mmap(fd, count * (SLOT_BYTES + POLICY_TEXT_BYTES))
         self._bytes = memoryview(self._memory)
         self._cells = self._bytes.cast("Q")
-        self._slots: dict[int, Slot] = {}  # made when they are asked for: a node has room for many more than it uses
+        self._slots: dict[int, Slot] = {}  # created on demand: a table has many more slots than a node uses
 
     @classmethod
     def create(cls, count: int) -> SlotTable:
-        """A new table of `count` empty slots."""
+        """Create a table of `count` empty slots."""
         fd = os.memfd_create("stageflow-slots")
         try:
-            os.ftruncate(fd, count * (SLOT_BYTES + WORDS_BYTES))
+            os.ftruncate(fd, count * (SLOT_BYTES + POLICY_TEXT_BYTES))
             return cls(fd, count)
         except BaseException:
             os.close(fd)
@@ -225,7 +233,7 @@ class SlotTable:
 
     @classmethod
     def attach(cls, fd: int, count: int) -> SlotTable:
-        """The table of `count` slots behind the inherited `fd`, which becomes this table's own."""
+        """Open the table of `count` slots in the inherited `fd`, which `close` closes."""
         return cls(fd, count)
 
     def __len__(self) -> int:
@@ -233,24 +241,24 @@ class SlotTable:
 
     def __getitem__(self, index: int) -> Slot:
         if not 0 <= index < self._count:
-            raise IndexError(f"there is no slot {index}: this table has {self._count}")
+            raise IndexError(f"slot {index} does not exist: this table has {self._count} slots")
         slot = self._slots.get(index)
         if slot is None:
             cells = self._cells[index * _CELLS : (index + 1) * _CELLS]
-            at = self._count * SLOT_BYTES + index * WORDS_BYTES
-            slot = self._slots[index] = Slot(cells, self, index, self._bytes[at : at + WORDS_BYTES])
+            at = self._count * SLOT_BYTES + index * POLICY_TEXT_BYTES
+            slot = self._slots[index] = Slot(cells, self, index, self._bytes[at : at + POLICY_TEXT_BYTES])
         return slot
 
     def lanes(self, index: int, count: int) -> list[Slot]:
-        """`count` slots in a row, from `index`."""
+        """Return `count` consecutive slots, from `index`."""
         return [self[at] for at in range(index, index + count)]
 
     def close(self) -> None:
-        """Unmaps the memory and closes `fd`; other processes keep theirs."""
+        """Unmap the memory and close `fd`; other processes keep their own mappings."""
         for slot in self._slots.values():
             slot._cells.release()
-            if slot._words is not None:
-                slot._words.release()
+            if slot._policy_text is not None:
+                slot._policy_text.release()
         self._slots.clear()
         self._count = 0
         self._cells.release()

@@ -12,7 +12,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.system.processes import is_stopped
 
-__all__ = ["StopNotes", "describe_silent", "describe_work"]
+__all__ = ["StopNotes", "describe_unresponsive", "describe_work"]
 
 FIRST_NOTE_SECONDS = 4.0
 """Time from the beginning of a stop to its first note."""
@@ -44,7 +44,7 @@ def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
     """Return a description of the messages in work, by queue; `now` is monotonic, in ns."""
     found = []
     for queue, theirs in list(lanes.items()):
-        since = [state.since_ns for state in (lane.read() for lane in theirs) if state.busy]
+        since = [state.since_ns for state in (lane.read() for lane in theirs) if state.is_busy]
         if since:
             found.append((min(since), f"{queue} ({pluralize(len(since), 'message')}, for {_age(now - min(since))})"))
     words = [text for _, text in sorted(found)]
@@ -56,7 +56,7 @@ def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
     )
 
 
-def describe_silent(what: str, pid: int) -> str:
+def describe_unresponsive(what: str, pid: int) -> str:
     """Return a description of a process that does not answer."""
     if is_stopped(pid):
         return f"{what} (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on"

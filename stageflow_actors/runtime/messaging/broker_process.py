@@ -28,14 +28,14 @@ from stageflow_brokers.zeromq.process import main
 sys.exit(main(sys.argv[1]))
 """
 
-START_SECONDS = 120.0
+START_TIMEOUT_SECONDS = 120.0
 """How long a broker may take to read its journal before its start has failed."""
 
-TRIES = 5
+MAX_START_ATTEMPTS = 5
 """Starts at once of a broker that ends without a word: somebody has killed it, and it may do better next time."""
 
 
-class _Silent(BrokerUnavailable):
+class _EndedSilently(BrokerUnavailable):
     """It ended while it was starting, and said nothing."""
 
 
@@ -78,12 +78,12 @@ class BrokerProcess:
 
         The broker dies with the *thread* that starts it (`PR_SET_PDEATHSIG`): call it from one that stays.
         """
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, MAX_START_ATTEMPTS + 1):
             try:
                 self._start_once()
                 return
-            except _Silent:
-                if attempt == TRIES:
+            except _EndedSilently:
+                if attempt == MAX_START_ATTEMPTS:
                     raise
 
     def keep(self, failed: Callable[[StageFlowError], None]) -> None:
@@ -143,7 +143,7 @@ class BrokerProcess:
                 os.close(self._pidfd)
             self._pidfd = os.pidfd_open(process.pid)
             self._process = process
-            report = _read_line(ready, START_SECONDS)
+            report = _read_line(ready, START_TIMEOUT_SECONDS)
         except OSError as error:
             raise BrokerUnavailable(f"the broker process could not be started: {error}") from error
         finally:
@@ -158,7 +158,7 @@ class BrokerProcess:
             process.kill()
             status = process.wait()
         if report is None:
-            raise _Silent(f"the broker process ended while it was starting ({describe_exit(status)})")
+            raise _EndedSilently(f"the broker process ended while it was starting ({describe_exit(status)})")
         raise _error(report)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from stageflow_brokers.api import BrokerAdmin
 
-__all__ = ["PAUSED_FACT", "WHY_FACT", "pause"]
+__all__ = ["PAUSED_BY_POOL_FACT", "PAUSE_REASON_FACT", "pause"]
 
-PAUSED_FACT = "paused-by-pool:"
+PAUSED_BY_POOL_FACT = "paused-by-pool:"
 """Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
 
-WHY_FACT = "why-paused-by-pool:"
+PAUSE_REASON_FACT = "why-paused-by-pool:"
 """Prefix of the broker's fact that says why; it counts only while the queue is paused by its pool."""
 
 
@@ -28,5 +28,5 @@ def pause(ask: Ask, queue: str) -> None:
     """Pause a queue for a person; `ask` performs an operation and waits for its answer."""
     ask(lambda admin: admin.pause(queue))
     # Its pool, had that paused it before, would open it at the next start.
-    if ask(lambda admin: admin.get_fact(PAUSED_FACT + queue)) == "yes":
-        ask(lambda admin: admin.set_fact(PAUSED_FACT + queue, "no"))
+    if ask(lambda admin: admin.get_fact(PAUSED_BY_POOL_FACT + queue)) == "yes":
+        ask(lambda admin: admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no"))

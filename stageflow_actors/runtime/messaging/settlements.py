@@ -31,13 +31,13 @@ __all__ = [
     "TERMINAL",
     "Result",
     "Settlement",
+    "assign_target_numbers",
+    "completed_steps",
     "forward",
-    "numbered",
-    "park_unknown",
+    "park_unknown_version",
     "park_unreadable",
     "settle_transition",
     "split_parts",
-    "steps_of",
 ]
 
 TERMINAL = 1
@@ -51,7 +51,7 @@ class Settlement:
     has returned or raised; a worker that only finds out how another one ended has not shown that it can work.
     """
 
-    __slots__ = ("bodies", "opens", "outcome", "publishes", "ran", "unknown")
+    __slots__ = ("bodies", "opens", "outcome", "publishes", "user_code_ran", "version_unknown")
 
     def __init__(
         self,
@@ -64,22 +64,22 @@ class Settlement:
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
-        self.unknown = self.ran = False
+        self.version_unknown = self.user_code_ran = False
 
-    def tried(self) -> Settlement:
+    def mark_user_code_ran(self) -> Settlement:
         """By code of the user's, which has returned or raised."""
-        self.ran = True
+        self.user_code_ran = True
         return self
 
-    def worked(self) -> Settlement:
+    def mark_succeeded(self) -> Settlement:
         """With the verdict that the attempt went well."""
         self.outcome.attempt_result = ATTEMPT_SUCCEEDED
-        return self.tried()
+        return self.mark_user_code_ran()
 
-    def failed(self) -> Settlement:
+    def mark_failed(self) -> Settlement:
         """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
         self.outcome.attempt_result = ATTEMPT_FAILED
-        return self.tried()
+        return self.mark_user_code_ran()
 
 
 Result = tuple[int, bytes] | Settlement
@@ -98,7 +98,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
         )
     if extra is not None:
         envelope = decode_envelope(body)
-        envelope.steps = steps_of(envelope, item)
+        envelope.steps = completed_steps(envelope, item)
         if envelope.attempts >= 0:
             envelope.attempts += extra.attempts
             envelope.failure = extra.failure or envelope.failure
@@ -106,7 +106,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
     return settle_transition(item, Transition([Publish(place.queue, place.id, body)]))
 
 
-def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
+def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
     """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
     text = (
         f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
@@ -114,7 +114,7 @@ def park_unknown(item: DeliveryItem, workflow_id: str, version: int, place: str)
     )
     reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
     parked = Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
-    parked.unknown = True
+    parked.version_unknown = True
     return parked
 
 
@@ -132,7 +132,7 @@ def park_unreadable(item: DeliveryItem, error: Exception) -> Settlement:
     return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
 
 
-def steps_of(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
+def completed_steps(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
     """The steps that were completed under this message, and under those before it."""
     own = None if item.extra is None else item.extra.steps
     if envelope.steps is None:
@@ -175,7 +175,7 @@ def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0
     return Settlement(done, publishes, bodies, opens)
 
 
-def numbered(settled: Settlement, targets: list[Target]) -> SettleItem:
+def assign_target_numbers(settled: Settlement, targets: list[Target]) -> SettleItem:
     """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
     item = settled.outcome
     item.publishes = []

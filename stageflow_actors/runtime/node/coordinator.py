@@ -28,8 +28,8 @@ from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.messaging.settlements import (
     Settlement,
-    numbered,
-    park_unknown,
+    assign_target_numbers,
+    park_unknown_version,
     settle_transition,
     split_parts,
 )
@@ -179,12 +179,12 @@ class Coordinator(pykka.ThreadingActor):
                 settlement = forward_orphan(item, body, self._plans) if lost else self._handle(item, body)
             except UnknownPlan:
                 workflow_id, version, stage_id = head_of(body) or ("?", 0, "?")
-                settlement = park_unknown(item, workflow_id, version, f"stage {stage_id!r}")
+                settlement = park_unknown_version(item, workflow_id, version, f"stage {stage_id!r}")
             except Exception as error:  # what one event is wrong in must not stop all others
                 logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
                 settled.append(_park(item, error))
                 continue
-            settled.append(numbered(settlement, targets))
+            settled.append(assign_target_numbers(settlement, targets))
             bodies.extend(settlement.bodies)
         failpoint("coordinator.decided")
         self._broker.settle(targets, [], [], settled, bodies)

@@ -93,17 +93,17 @@ class ExitPolicy:
         # One that had ended by itself when the signal came is judged by how it did.
         if killed is not None and status in (None, -signal.SIGKILL):
             return self._decide_killed(spec, states, status, killed, now)
-        if expected or (status in (None, EXIT_RECYCLED) and not any(state.busy for state in states)):
+        if expected or (status in (None, EXIT_RECYCLED) and not any(state.is_busy for state in states)):
             return NO_CONSEQUENCE
         if not started:
             return ExitDecision(pause=self._record_failed_start(spec, status, now))
         # Also when its handler had returned: what it had settled is no longer its own, and is not counted.
-        busy = [state for state in states if state.busy]
+        busy = [state for state in states if state.is_busy]
         suspects = _blocking_event_loop(busy) or busy or [state for state in states if state.started]
         how = self._describe_status(status)
         died = Failure("died", f"WorkerDied: the worker died while running {_describe_work(spec)}: {how}", "WorkerDied")
-        if len(suspects) == 1 and suspects[0].asking:
-            died = undecided_failure(suspects[0].asking, f"ended the worker: {how}") or died
+        if len(suspects) == 1 and suspects[0].policy_failure:
+            died = undecided_failure(suspects[0].policy_failure, f"ended the worker: {how}") or died
         return ExitDecision([state.message_id for state in suspects], died, True, self._record_death(spec, how, now))
 
     def decide_failed_start(self, spec: PoolSpec, now: float) -> ExitDecision:
@@ -169,21 +169,21 @@ def overdue_states(running: Sequence[SlotState], now_ns: int) -> list[SlotState]
     While an event loop waits for what a policy says, nobody else there can end in time: it alone is late.
     """
     limited = [state for state in _blocking_event_loop(running) if state.timeout_ns]
-    late = [state for state in limited or running if state.overdue(now_ns)]
-    return [state for state in late if state.asking] or late
+    late = [state for state in limited or running if state.is_overdue(now_ns)]
+    return [state for state in late if state.policy_failure] or late
 
 
 def _blocking_event_loop(running: Sequence[SlotState]) -> list[SlotState]:
     """The message about whose failure a policy is asked on an event loop: nothing else that runs there goes on."""
-    return [state for state in running if state.asking and state.grace_ns]
+    return [state for state in running if state.policy_failure and state.grace_ns]
 
 
 def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
     """Why a worker is killed whose message, and `others`, have run past their timeout."""
-    if late.asking:
+    if late.policy_failure:
         how = f"ran longer than the timeout of {late.timeout_ns / 1e9:g} s"
-        known = undecided_failure(late.asking, how)
-        if known is not None and all(state.asking == late.asking for state in others):
+        known = undecided_failure(late.policy_failure, how)
+        if known is not None and all(state.policy_failure == late.policy_failure for state in others):
             return known
         return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_describe_work(spec)} {how}", "StageTimeout")
     reason = f"StageTimeout: {_describe_work(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"

@@ -27,11 +27,11 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_silent, describe_work
+from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
-from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
@@ -276,12 +276,14 @@ class Node:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
                 if time.monotonic() >= late:
-                    self._notes.wait_for(lambda: describe_silent("the broker", self._broker_process.pid))
+                    self._notes.wait_for(lambda: describe_unresponsive("the broker", self._broker_process.pid))
             self._round(0.0)
 
     def _queues_to_reopen(self) -> set[str]:
         """Queues that pools had paused by themselves: each opens its own when it starts, and nobody has to."""
-        asked = {pool.queue: self._broker.admin.get_fact(PAUSED_FACT + pool.queue) for pool in self._config.pools}
+        asked = {
+            pool.queue: self._broker.admin.get_fact(PAUSED_BY_POOL_FACT + pool.queue) for pool in self._config.pools
+        }
         return {queue for queue, known in asked.items() if known.result() == "yes"}
 
     def _publish_plans(self) -> None:

@@ -15,7 +15,7 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
 from stageflow_actors.core.routing import Publish, Transition
-from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown, settle_transition
+from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown_version, settle_transition
 from stageflow_brokers.api import Broker, DeliveryItem
 
 __all__ = ["OrphanedMessages", "forward_orphan"]
@@ -101,7 +101,7 @@ def forward_orphan(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
     """What becomes of a message where nobody serves: to where its stage is now, or parked until its version is back."""
     head = head_of(body)
     if head is None:
-        return park_unknown(item, "?", 0, "queue of this name")
+        return park_unknown_version(item, "?", 0, "queue of this name")
     workflow_id, version, stage_id = head
     plan = plans.get((workflow_id, version))
     planned = None if plan is None else plan.stage(stage_id)
@@ -109,7 +109,7 @@ def forward_orphan(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
     if plan is None or planned is None:
         compensation = label.startswith(COMPENSATE)
         place = f"compensation of stage {stage_id!r}" if compensation else f"stage {stage_id!r}"
-        return park_unknown(item, workflow_id, version, place)
+        return park_unknown_version(item, workflow_id, version, place)
     if label.startswith(COMPENSATE):
         return settle_transition(item, Transition([Publish(plan.compensation.queue, label, body)]))
     return forward(item, body, planned)

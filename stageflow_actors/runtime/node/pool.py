@@ -334,7 +334,7 @@ class Pool(pykka.ThreadingActor):
             if not used:
                 continue
             states = [lane.read() for lane in worker.lanes]
-            running = [state for state in states if state.busy]
+            running = [state for state in states if state.is_busy]
             if running or not any(state.started for state in states):
                 self._kill(worker, running, memory_failure(self._spec, used), counted=True)
             elif not worker.retiring:
@@ -383,7 +383,7 @@ class Pool(pykka.ThreadingActor):
         for worker in reversed(staying):
             if len(staying) <= self._wanted:
                 return
-            if worker.pidfd >= 0 and not any(lane.busy for lane in worker.lanes):
+            if worker.pidfd >= 0 and not any(lane.is_busy for lane in worker.lanes):
                 self._request_retirement(worker)
                 staying.remove(worker)
 

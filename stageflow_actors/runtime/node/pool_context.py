@@ -79,4 +79,4 @@ class PoolContext:
 
     def is_active(self, queue: str) -> bool:
         """Whether the pool of this queue is to be told that time has passed. Costs next to nothing if not."""
-        return queue in self.active or any(lane.busy for lane in self.lanes.get(queue, ()))
+        return queue in self.active or any(lane.is_busy for lane in self.lanes.get(queue, ()))

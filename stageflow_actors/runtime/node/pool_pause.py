@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from stageflow_actors.runtime.messaging.pauses import PAUSED_FACT, WHY_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSE_REASON_FACT, PAUSED_BY_POOL_FACT
 from stageflow_brokers.api import Broker
 
 __all__ = ["PoolPause"]
@@ -44,12 +44,12 @@ class PoolPause:
 
         def seen(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
-                broker.admin.set_fact(PAUSED_FACT + queue, "no")  # by a person, who shall end it too
+                broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no")  # by a person, who shall end it too
 
         before = broker.admin.stats(queue)
         broker.admin.pause(queue)
-        broker.admin.set_fact(PAUSED_FACT + queue, "yes")
-        broker.admin.set_fact(WHY_FACT + queue, why)
+        broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "yes")
+        broker.admin.set_fact(PAUSE_REASON_FACT + queue, why)
         before.add_done_callback(seen)
         self._notify(
             f"pool {queue} is paused: {why}; see what they said above, if they said anything, then resume it with "
@@ -73,7 +73,7 @@ class PoolPause:
         if not self.is_active:
             return False
         self._checked_at = None
-        self._broker.admin.set_fact(PAUSED_FACT + self._queue, "no")
+        self._broker.admin.set_fact(PAUSED_BY_POOL_FACT + self._queue, "no")
         return True
 
     def lift_earlier(self) -> None:
@@ -83,9 +83,9 @@ class PoolPause:
         def heard(known: Future[Any]) -> None:
             if known.exception() is None and known.result() == "yes":
                 broker.admin.resume(queue)
-                broker.admin.set_fact(PAUSED_FACT + queue, "no")
+                broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no")
 
-        broker.admin.get_fact(PAUSED_FACT + queue).add_done_callback(heard)
+        broker.admin.get_fact(PAUSED_BY_POOL_FACT + queue).add_done_callback(heard)
 
 
 def _state_in(stats: dict[str, Any], queue: str) -> str | None:

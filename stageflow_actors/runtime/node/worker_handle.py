@@ -84,8 +84,8 @@ class WorkerHandle:
     def running(self) -> list[SlotState]:
         """What its lanes are at."""
         # Most are idle, and asking that costs less than reading all of a lane; it may have ended in between.
-        states = [lane.read() for lane in self.lanes if lane.busy]
-        return [state for state in states if state.busy]
+        states = [lane.read() for lane in self.lanes if lane.is_busy]
+        return [state for state in states if state.is_busy]
 
     def cancel(self, message_id: int, now: int) -> None:
         """The instance of this message has been cancelled: its handler is told, and gets a grace (`now` in ns)."""

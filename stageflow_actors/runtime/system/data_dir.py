@@ -55,8 +55,8 @@ LOCAL_FUSE = frozenset(
 _JOURNAL = "journal"
 _HISTORY = "history.db"
 _ADVICE = "no release makes it like that: look what it is, and move it away"
-_SOCKET_PATH_MAX = 107
-_LONGEST_SOCKET_NAME = 24
+_MAX_SOCKET_PATH_BYTES = 107
+_MAX_SOCKET_NAME_BYTES = 24
 
 
 class DataDirUnusable(StageFlowError):
@@ -80,7 +80,7 @@ class ClusterRecord(Struct, kw_only=True, frozen=True):
     address: Annotated[str, Meta(pattern=r"\A[^\0]+\Z")] | None = None
     started: float = 0.0
 
-    def program_lives(self) -> bool:
+    def is_program_alive(self) -> bool:
         """Whether that very program still runs."""
         ticks = start_ticks(self.program)
         return ticks is not None and self.program_ticks in (None, ticks)
@@ -102,7 +102,7 @@ class DataDir:
             raise self._unusable("there is no such directory; is --data right?")
         if not usable:
             raise self._unusable("it may not be read and written by this user")
-        _refuse_network(self.path)
+        _check_local_disk(self.path)
         self._lock_fd: int | None = None
 
     @property
@@ -148,7 +148,7 @@ class DataDir:
             while not _try_lock(fd):
                 # Read each time: a new owner writes its name only after it has the lock.
                 owner = self.read_cluster()
-                if owner is not None and owner.program_lives():
+                if owner is not None and owner.is_program_alive():
                     raise JournalLocked(
                         f"{self.path} is in use by the program with pid {owner.program}; use "
                         f"Runtime.connect({str(self.path)!r}) to work with it from here, or another data_dir",
@@ -169,7 +169,7 @@ class DataDir:
             os.close(fd)
             raise self._unusable(f"{self.cluster} cannot be written ({error.strerror}); {_ADVICE}") from error
         self._lock_fd = fd
-        _HELD.add(self)
+        _ACQUIRED.add(self)
         return fd
 
     def adopt(self, lock_fd: int) -> None:
@@ -182,7 +182,7 @@ class DataDir:
             os.close(self._lock_fd)
             self._lock_fd = None
 
-    def looks_used(self) -> bool:
+    def is_empty_or_used(self) -> bool:
         """Whether a cluster has been here, or nothing has: any other directory is somebody else's."""
         if self.journal.is_dir() or self.history.is_file() or self.cluster.is_file():
             return True
@@ -247,17 +247,17 @@ class DataDir:
         return DataDirUnusable(f"the data directory {self.path} cannot be used: {reason}", path=self.path)
 
 
-_HELD: weakref.WeakSet[DataDir] = weakref.WeakSet()
+_ACQUIRED: weakref.WeakSet[DataDir] = weakref.WeakSet()
 """Directories that this process has acquired itself."""
 
 
-def _let_go_in_child() -> None:
+def _release_in_child() -> None:
     """What a program forks for itself is no part of its cluster, and may outlive both."""
-    for data_dir in list(_HELD):
+    for data_dir in list(_ACQUIRED):
         data_dir.release()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _make_private(path: Path) -> None:
@@ -318,7 +318,7 @@ def _unescape(field: str) -> str:
     return field
 
 
-def _refuse_network(path: Path, mounts: str | None = None) -> None:
+def _check_local_disk(path: Path, mounts: str | None = None) -> None:
     if mounts is None:
         try:
             mounts = Path("/proc/self/mounts").read_text(errors="surrogateescape")
@@ -329,7 +329,7 @@ def _refuse_network(path: Path, mounts: str | None = None) -> None:
         if not os.path.lexists(part):
             continue
         kind, mount = file_system_of(Path(os.path.realpath(part)), mounts)
-        on = _why_not_local(kind)
+        on = _nonlocal_kind(kind)
         if on:
             raise DataDirUnusable(
                 f"the {what} {part} lies on {on} ({kind}, mounted at {mount}), where locks and syncs are not "
@@ -338,7 +338,7 @@ def _refuse_network(path: Path, mounts: str | None = None) -> None:
             )
 
 
-def _why_not_local(kind: str) -> str:
+def _nonlocal_kind(kind: str) -> str:
     """What else a file system of this type is; empty for a local one."""
     if kind in NETWORK_FILE_SYSTEMS:
         return "a network file system"
@@ -378,10 +378,10 @@ def runtime_path(data_dir: Path) -> Path:
 
 def _runtime_base(name_length: int) -> Path:
     candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    room = _SOCKET_PATH_MAX - _LONGEST_SOCKET_NAME - name_length - 2
+    room = _MAX_SOCKET_PATH_BYTES - _MAX_SOCKET_NAME_BYTES - name_length - 2
     for candidate in candidates:
         fits = candidate and len(os.fsencode(candidate)) <= room
-        if fits and os.access(candidate, os.W_OK | os.X_OK) and _keeps_what_is_in_it(candidate):
+        if fits and os.access(candidate, os.W_OK | os.X_OK) and _is_protected(candidate):
             return Path(candidate)
     raise DataDirUnusable(
         f"there is no writable directory for sockets among {', '.join(filter(None, candidates))} with a path of at "
@@ -390,7 +390,7 @@ def _runtime_base(name_length: int) -> Path:
     )
 
 
-def _keeps_what_is_in_it(directory: str) -> bool:
+def _is_protected(directory: str) -> bool:
     """Whether nobody but this user can rename or remove what this user makes there, and put another in its place."""
     found = os.stat(directory)
     if found.st_uid not in (0, os.geteuid()):

@@ -17,15 +17,15 @@ from typing import NoReturn, TextIO
 __all__ = [
     "descendants",
     "describe_exit",
-    "end_now",
+    "exit_now",
     "has_exited",
     "is_stopped",
     "kill_group",
     "kill_groups",
-    "let_go_on",
     "name_process",
-    "offer_for_oom",
     "parent_death_fd",
+    "raise_oom_score",
+    "resume_process",
     "session_members",
     "set_pdeathsig",
     "start_ticks",
@@ -35,10 +35,10 @@ __all__ = [
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
-MOST_ROUNDS = 100
+MAX_KILL_ROUNDS = 100
 """Looks through the process table for what is to be killed: whoever kills has others to look after."""
 
-OOM_OFFER = 300
+OOM_SCORE_INCREASE = 300
 """Thousandths of the machine's memory by which a worker looks larger to the kernel than it is: a broker with a million
 messages is still less worth ending."""
 
@@ -71,7 +71,7 @@ def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
     return f"killed by {which.name} ({words})" if words else f"killed by {which.name}"
 
 
-def end_now(code: int, words: str = "", stream: TextIO | None = None) -> NoReturn:
+def exit_now(code: int, words: str = "", stream: TextIO | None = None) -> NoReturn:
     """End this process, with `words` on stderr: whatever has become of its streams, and whatever threads are left."""
     try:
         stream = stream or sys.stderr
@@ -99,7 +99,7 @@ def is_stopped(pid: int) -> bool:
     return _stat(str(pid))[:1] in ([b"T"], [b"t"])
 
 
-def let_go_on(pid: int) -> None:
+def resume_process(pid: int) -> None:
     """Undoes SIGSTOP; nothing happens to a process that is not stopped."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -151,7 +151,7 @@ def _kill_sessions(sessions: set[int]) -> None:
     be more with each look. The number of a group is not given to another within that moment.
     """
     killed: set[int] = set()
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MAX_KILL_ROUNDS):
         seen: set[int] = set()
         for pid, group in _living(sessions):
             seen.add(pid)
@@ -257,11 +257,11 @@ def set_pdeathsig(which: int = signal.SIGKILL) -> None:
     _prctl(_PR_SET_PDEATHSIG, int(which))
 
 
-def offer_for_oom() -> None:
+def raise_oom_score() -> None:
     """When memory runs out, the kernel shall rather end this process, and what it starts, than others of its size."""
     try:
         with open("/proc/self/oom_score_adj", "r+") as file:
-            adjusted = min(1000, int(file.read()) + OOM_OFFER)
+            adjusted = min(1000, int(file.read()) + OOM_SCORE_INCREASE)
             file.seek(0)
             file.write(str(adjusted))
     except (OSError, ValueError):

@@ -15,8 +15,8 @@ import pykka
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
-from stageflow_actors.runtime.messaging.settlements import Settlement, numbered
-from stageflow_actors.runtime.system.processes import end_now
+from stageflow_actors.runtime.messaging.settlements import Settlement, assign_target_numbers
+from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import failpoint
@@ -82,7 +82,7 @@ class WorkActor(pykka.ThreadingActor):
 
     def on_failure(self, *args: Any) -> None:
         """End the process: an error in the actor itself must not leave a worker that looks alive and does nothing."""
-        end_now(EXIT_UNHANDLED)
+        exit_now(EXIT_UNHANDLED)
 
     def held_leases(self) -> list[tuple[int, int]]:
         """Return the leases in work, or finished and not settled. The mailbox's lock is held."""
@@ -134,7 +134,7 @@ class WorkActor(pykka.ThreadingActor):
                     target, done = result
                     moves.append((item.id, item.lease, target, len(done), item.group))
                     bodies.append(done)
-                elif result.unknown and self._slot.stale:
+                elif result.version_unknown and self._slot.is_stale:
                     self._release(item)
                     self._current = None
                     self._retire()
@@ -159,9 +159,9 @@ class WorkActor(pykka.ThreadingActor):
             lock.release()
 
     def _add(self, settled: Settlement) -> None:
-        self._others.append(numbered(settled, self._targets))
+        self._others.append(assign_target_numbers(settled, self._targets))
         self._other_bodies.extend(settled.bodies)
-        self._ran += settled.ran
+        self._ran += settled.user_code_ran
 
     def _adapt(self, seconds: float, count: int) -> None:
         """Set the prefetch to the messages that fit into `PREFETCH_WORK_SECONDS`, at most four times the last value."""
@@ -180,7 +180,7 @@ class WorkActor(pykka.ThreadingActor):
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
         failpoint("worker.settled")
-        self._slot.settle(len(moves) + self._ran)
+        self._slot.count_settled(len(moves) + self._ran)
         self._ran = 0
         moves.clear()
         self._bodies.clear()

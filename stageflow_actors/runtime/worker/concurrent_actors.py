@@ -22,7 +22,7 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.messaging.settlements import Result
-from stageflow_actors.runtime.system.processes import end_now
+from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
 from stageflow_actors.runtime.worker.executors.base import CANCEL_GRACE_NS
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor, PendingCall
@@ -94,7 +94,7 @@ class _ConcurrentActor(WorkActor):
                 self._bodies.append(done)
             else:
                 assert not isinstance(result, tuple)
-                if result.unknown and self._slot.stale:
+                if result.version_unknown and self._slot.is_stale:
                     self._release(item)
                 else:
                     self._add(result)
@@ -161,7 +161,7 @@ class TaskActor(_ConcurrentActor):
         self._attempts: dict[Slot, _Attempt] = {}
         self._flushing = self._polling = False
         for lane in self._lanes:
-            lane.allow(CANCEL_GRACE_NS)
+            lane.set_grace(CANCEL_GRACE_NS)
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -191,7 +191,7 @@ class TaskActor(_ConcurrentActor):
             self._flush_or_retire()
 
     def _exit_on_bug(self) -> None:
-        end_now(EXIT_UNHANDLED, traceback.format_exc())
+        exit_now(EXIT_UNHANDLED, traceback.format_exc())
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
         lane = self._free.pop()
@@ -311,4 +311,4 @@ class ThreadActor(_ConcurrentActor):
         except pykka.ActorDeadError:
             return  # the worker is ending
         except BaseException:  # noqa: BLE001 - the executor catches user errors: this one is ours, and would lose a lane
-            end_now(EXIT_UNHANDLED, traceback.format_exc())
+            exit_now(EXIT_UNHANDLED, traceback.format_exc())

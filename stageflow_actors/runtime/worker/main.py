@@ -32,7 +32,7 @@ from stageflow_actors.runtime.ipc.exit_codes import (
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.system.processes import end_now
+from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.actor import CompensationActor, StageActor, WorkActor
 from stageflow_actors.runtime.worker.concurrent_actors import TaskActor, ThreadActor
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
@@ -104,7 +104,7 @@ class _WorkerMailbox(Mailbox):
     def on_closed(self, reason: str) -> None:
         """End the process: a worker without a connection must not look alive and hold its messages forever."""
         if not self.closing:
-            end_now(EXIT_CUT_OFF, f"stageflow: this worker ends: {reason}\n")
+            exit_now(EXIT_CUT_OFF, f"stageflow: this worker ends: {reason}\n")
 
 
 def _occupy_low_descriptors() -> list[int]:
@@ -142,7 +142,7 @@ class _DescriptorCheck:
                 fcntl.fcntl(fd, fcntl.F_GETFD)
             except OSError:
                 text = f"stageflow: a handler has closed descriptor {fd} of this worker: {describe_error(error)}\n"
-                end_now(EXIT_DAMAGED, text, self._stderr)
+                exit_now(EXIT_DAMAGED, text, self._stderr)
 
 
 def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, lanes: int) -> Any:

@@ -32,8 +32,8 @@ from stageflow_actors.runtime.system.processes import (
     kill_group,
     kill_groups,
     name_process,
-    offer_for_oom,
     parent_death_fd,
+    raise_oom_score,
     set_pdeathsig,
 )
 from stageflow_actors.runtime.zygote.protocol import (
@@ -203,7 +203,7 @@ class ZygoteServer:
                 os.dup2(stderr, 2)
                 os.close(stderr)
             self._let_go()
-            offer_for_oom()
+            raise_oom_score()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
         except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
             traceback.print_exc()

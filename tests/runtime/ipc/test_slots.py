@@ -6,23 +6,23 @@ import os
 
 import pytest
 
-from stageflow_actors.runtime.ipc.slots import SLOT_BYTES, WORDS_BYTES, Slot, SlotTable
+from stageflow_actors.runtime.ipc.slots import POLICY_TEXT_BYTES, SLOT_BYTES, Slot, SlotTable
 
 
 def test_a_slot_shows_what_is_running_and_since_when() -> None:
     table = SlotTable.create(4)
     slot = table[3]
-    assert not slot.read().busy
+    assert not slot.read().is_busy
     slot.begin(77, 5_000, 1_000)
     state = slot.read()
     assert (state.message_id, state.since_ns, state.timeout_ns) == (77, 1_000, 5_000)
-    assert (state.started, state.finished, state.busy) == (1, 0, True)
-    assert not state.overdue(6_000)
-    assert state.overdue(6_001)
+    assert (state.started, state.finished, state.is_busy) == (1, 0, True)
+    assert not state.is_overdue(6_000)
+    assert state.is_overdue(6_001)
     slot.end()
     state = slot.read()
-    assert (state.busy, state.started, state.finished) == (False, 1, 1)
-    assert not state.overdue(10**18)
+    assert (state.is_busy, state.started, state.finished) == (False, 1, 1)
+    assert not state.is_overdue(10**18)
     assert table[2].read().started == 0
     table.close()
 
@@ -32,7 +32,7 @@ def test_without_a_timeout_nothing_is_ever_overdue() -> None:
     table[0].begin(1, 10, 1)
     table[0].end()
     table[0].begin(2, 0, 1)
-    assert not table[0].read().overdue(10**18)
+    assert not table[0].read().is_overdue(10**18)
     table.close()
 
 
@@ -41,9 +41,9 @@ def test_both_ends_see_the_same_memory() -> None:
     other = SlotTable.attach(os.dup(table.fd), 2)
     table[1].begin(5, 0, 9)
     assert other[1].read().message_id == 5
-    assert os.fstat(table.fd).st_size == 2 * (SLOT_BYTES + WORDS_BYTES)
-    table[1].ask(b"why", 0, 9)
-    assert other[1].read().asking == b"why"
+    assert os.fstat(table.fd).st_size == 2 * (SLOT_BYTES + POLICY_TEXT_BYTES)
+    table[1].begin_policy(b"why", 0, 9)
+    assert other[1].read().policy_failure == b"why"
     other[1].cancel(5)
     assert table[1].is_cancelled()
     assert table[1].read().cancelled
@@ -82,23 +82,23 @@ def test_a_cleared_slot_is_as_new() -> None:
 def test_while_a_policy_decides_the_slot_names_the_message_and_its_time_restarts() -> None:
     table = SlotTable.create(2)
     slot = table[0]
-    slot.allow(1_000)
+    slot.set_grace(1_000)
     slot.begin(7, 50, 1)
-    assert not slot.read().overdue(1_051), "the worker has a grace, in which it ends its handler"
-    slot.ask(b"ValueError: x", 60, 100)
+    assert not slot.read().is_overdue(1_051), "the worker has a grace, in which it ends its handler"
+    slot.begin_policy(b"ValueError: x", 60, 100)
     state = slot.read()
-    assert (state.message_id, state.since_ns, state.timeout_ns, state.asking) == (7, 100, 60, b"ValueError: x")
-    assert (state.started, state.overdue(160), state.overdue(161)) == (1, False, True), "and nobody ends a policy"
-    assert table[1].read().asking == b""
-    slot.limit(0, 200)
-    assert (slot.read().since_ns, slot.read().overdue(10**18)) == (200, False)
-    slot.answered()
-    assert (slot.read().asking, slot.read().busy) == (b"", True)
-    slot.ask(b"x" * 5_000, 60, 100)
-    assert slot.read().asking == b"x" * (WORDS_BYTES - 2), "no more than there is room for"
+    assert (state.message_id, state.since_ns, state.timeout_ns, state.policy_failure) == (7, 100, 60, b"ValueError: x")
+    assert (state.started, state.is_overdue(160), state.is_overdue(161)) == (1, False, True), "and nobody ends a policy"
+    assert table[1].read().policy_failure == b""
+    slot.set_timeout(0, 200)
+    assert (slot.read().since_ns, slot.read().is_overdue(10**18)) == (200, False)
+    slot.end_policy()
+    assert (slot.read().policy_failure, slot.read().is_busy) == (b"", True)
+    slot.begin_policy(b"x" * 5_000, 60, 100)
+    assert slot.read().policy_failure == b"x" * (POLICY_TEXT_BYTES - 2), "no more than there is room for"
     slot.clear()
     slot.begin(8, 0, 1)
-    assert slot.read().asking == b""
+    assert slot.read().policy_failure == b""
     table.close()
 
 
@@ -108,7 +108,7 @@ def test_a_worker_that_dies_within_begin_looks_idle() -> None:
     with pytest.raises(TypeError):
         table[0].begin(6, 0, "not a number")  # type: ignore[arg-type]  # stops it after all cells but the last
     state = table[0].read()
-    assert not state.busy
+    assert not state.is_busy
     table.close()
 
 

@@ -170,9 +170,9 @@ def test_a_program_that_is_a_zombie_does_not_live(tmp_path: Path) -> None:
 
     assert wait_dead(pidfd, 20)
     os.close(pidfd)
-    assert not record.program_lives()
+    assert not record.is_program_alive()
     process.wait()
-    assert ClusterRecord(program=os.getpid()).program_lives()
+    assert ClusterRecord(program=os.getpid()).is_program_alive()
 
 
 MOUNTS = """\
@@ -206,13 +206,13 @@ def test_the_file_system_is_that_of_the_longest_mount_point(path: str, kind: str
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs", "lustre", "ceph", "glusterfs", "afs"])
 def test_a_network_file_system_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"network file system \({kind}.*local disk"):
-        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._check_local_disk(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize("kind", ["vboxsf", "prl_fs", "vmhgfs", "fuse.vmhgfs-fuse"])
 def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"shared folder .*\({kind}.*local disk"):
-        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._check_local_disk(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_p
 )
 def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataDirUnusable, match=rf"not known to be local \({kind}, .*local disk"):
-        data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+        data_dir._check_local_disk(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice
     ],
 )
 def test_a_local_file_system_is_taken(kind: str, tmp_path: Path) -> None:
-    data_dir._refuse_network(tmp_path, f"x / {kind} rw 0 0\n")
+    data_dir._check_local_disk(tmp_path, f"x / {kind} rw 0 0\n")
 
 
 @pytest.mark.parametrize(("part", "word"), [("journal", "journal"), ("history.db", "history")])
@@ -251,11 +251,11 @@ def test_a_journal_or_history_that_lies_elsewhere_is_looked_at_too(part: str, wo
     share.mkdir()
     linked = f"x / ext4 rw 0 0\ny {share} nfs4 rw 0 0\n"
     mounted = f"x / ext4 rw 0 0\ny {data / part} nfs4 rw 0 0\n"
-    data_dir._refuse_network(data, linked)
+    data_dir._check_local_disk(data, linked)
     (data / part).touch()
     for mounts in (mounted, linked):
         with pytest.raises(DataDirUnusable, match=rf"the {word} .*network file system \(nfs4") as caught:
-            data_dir._refuse_network(data, mounts)
+            data_dir._check_local_disk(data, mounts)
         assert caught.value.path == data / part
         (data / part).unlink()
         (data / part).symlink_to(share / "not-there-yet")

@@ -303,7 +303,7 @@ def test_a_worker_writes_its_slot(tmp_path: Path) -> None:
     node.exited("x")
     node.close()
     slots.close()
-    assert (state.message_id, state.started, state.finished, state.busy) == (1_001, 1, 0, True)
+    assert (state.message_id, state.started, state.finished, state.is_busy) == (1_001, 1, 0, True)
     assert idle.started == 0
 
 

@@ -42,15 +42,15 @@ from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.ipc.slots import WORDS_BYTES
+from stageflow_actors.runtime.ipc.slots import POLICY_TEXT_BYTES
 from stageflow_actors.runtime.messaging.settlements import (
     Result,
     Settlement,
+    completed_steps,
     forward,
-    park_unknown,
+    park_unknown_version,
     park_unreadable,
     settle_transition,
-    steps_of,
 )
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
@@ -71,7 +71,7 @@ __all__ = [
 PARK_MARK = ":park"
 """The step that marks a message as parked, or about to be parked. A marked message without attempts was requeued."""
 
-SLOT_FAILURE_BYTES = WORDS_BYTES - 2
+SLOT_FAILURE_BYTES = POLICY_TEXT_BYTES - 2
 """The bytes of a failure that a slot can hold."""
 
 CANCEL_GRACE_NS = 1_000_000_000
@@ -87,16 +87,16 @@ class Stopwatch(Protocol):
     def end(self) -> None:
         """Record that no user code runs."""
 
-    def limit(self, timeout_ns: int, now_ns: int) -> None:
+    def set_timeout(self, timeout_ns: int, now_ns: int) -> None:
         """Replace the time limit of the message in work, counted from now; 0 is no limit."""
 
-    def ask(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
+    def begin_policy(self, failure: bytes, timeout_ns: int, now_ns: int) -> None:
         """Record that the handler failed and its retry policy begins, with a time limit of its own."""
 
-    def answered(self) -> None:
+    def end_policy(self) -> None:
         """Record that the retry policy returned."""
 
-    def allow(self, grace_ns: int) -> None:
+    def set_grace(self, grace_ns: int) -> None:
         """Extend each time limit by `grace_ns`, in which the worker itself cancels the handler."""
 
     def is_cancelled(self) -> bool:
@@ -139,11 +139,11 @@ def ask_policy(
     """
     if policy is None:
         return retry_delay(None, attempt, failure)
-    slot.ask(shorten_failure(failure, SLOT_FAILURE_BYTES), timeout_ns, time.monotonic_ns())
+    slot.begin_policy(shorten_failure(failure, SLOT_FAILURE_BYTES), timeout_ns, time.monotonic_ns())
     try:
         return retry_delay(policy, attempt, failure, error)
     finally:
-        slot.answered()
+        slot.end_policy()
 
 
 def lost_attempt_failure(failure: bytes | None) -> Failure:
@@ -276,7 +276,7 @@ class Executor:
         if largest > self._limit:
             envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps = before
             raise self._too_large(largest)
-        return self._settle(item, transition).worked()
+        return self._settle(item, transition).mark_succeeded()
 
     def _too_large(self, size: int, what: str = "context and results are") -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -311,8 +311,8 @@ class Executor:
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
         if delay is not None:
-            return self._retry(item, delay, failure).failed()
-        return self._fail_stage(item, envelope, failure, attempt, started, duration).failed()
+            return self._retry(item, delay, failure).mark_failed()
+        return self._fail_stage(item, envelope, failure, attempt, started, duration).mark_failed()
 
     def _ask_policy(self, attempt: int, failure: Failure, error: Exception | None) -> tuple[float | None, Failure]:
         """Return the delay and the failure; a policy that raises makes the failure final and is named in it."""
@@ -341,7 +341,7 @@ class Executor:
     ) -> Settlement:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
-        envelope.steps = limit_steps(steps_of(envelope, item), self._limit)
+        envelope.steps = limit_steps(completed_steps(envelope, item), self._limit)
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
         return self._settle(item, fail_stage(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
@@ -358,7 +358,7 @@ class Executor:
 
     def _skip(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall())
-        return self._skip_with_record(item, envelope, record).tried()
+        return self._skip_with_record(item, envelope, record).mark_user_code_ran()
 
     def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settlement:
         envelope.trail = append_record(envelope.trail, record)
@@ -369,12 +369,16 @@ class Executor:
         known = self.plan.stage(envelope.stage_id)
         if envelope.version == self.plan.version and known is not None and known.queue != self.planned.queue:
             return forward(item, body, known)
-        return park_unknown(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
+        return park_unknown_version(item, envelope.workflow_id, envelope.version, f"stage {envelope.stage_id!r}")
 
     def _settle(self, item: DeliveryItem, transition: Transition) -> Settlement:
         settled = settle_transition(item, transition)
         # A gather that returns to this place was opened by user code: by a request or by a split.
-        return settled.tried() if any(one.queue == self.planned.queue for one in transition.opens) else settled
+        return (
+            settled.mark_user_code_ran()
+            if any(one.queue == self.planned.queue for one in transition.opens)
+            else settled
+        )
 
     def _stage_context(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> StageContext:
         extra = item.extra
@@ -388,7 +392,7 @@ class Executor:
             attempt=attempt,
             timeout=self.planned.timeout,
             failure=envelope.failure if extra is None or not extra.attempts else extra.failure,
-            steps=steps_of(envelope, item),
+            steps=completed_steps(envelope, item),
             store=RememberedSteps(self._store(item), item),
             limit=self._limit,
             slot=self._slot,

@@ -23,7 +23,7 @@ from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
-from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settlement, park_unknown, park_unreadable
+from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settlement, park_unknown_version, park_unreadable
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
     CANCEL_GRACE_NS,
@@ -98,8 +98,10 @@ class CompensationExecutor:
         stage_id = "" if task is None or not task.plan else task.plan[0]
         compensation = self._compensations.get(stage_id)
         if task is None or compensation is None or envelope.version != self.plan.version:
-            return park_unknown(item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}")
-        self._slot.allow(CANCEL_GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
+            return park_unknown_version(
+                item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}"
+            )
+        self._slot.set_grace(CANCEL_GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:
             return self._run(item, envelope, stage_id)
@@ -138,10 +140,10 @@ class CompensationExecutor:
             failure = failure_of(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             took = time.perf_counter() - clock
-            return self._handle_failure(item, envelope, stage_id, attempt, failure, asked, took).tried()
+            return self._handle_failure(item, envelope, stage_id, attempt, failure, asked, took).mark_user_code_ran()
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
-        return self._continue(item, envelope, record).tried()
+        return self._continue(item, envelope, record).mark_user_code_ran()
 
     def _compensate_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
@@ -177,11 +179,13 @@ class CompensationExecutor:
         text = state.describe_failures(stage_id, len(undo))
         if text is None or state.first_failure is None:
             done = CompensationRecord(stage_id, StageStatus.completed.value, None, duration)
-            return self._continue(item, envelope, done).tried()
+            return self._continue(item, envelope, done).mark_user_code_ran()
         ctx.store_step_result(UNDO_STATE, state.dump())
         failure = lost_attempt_failure(state.first_failure[1])
         asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
-        return self._handle_failure(item, envelope, stage_id, ctx.attempt, failure, asked, duration, text).tried()
+        return self._handle_failure(
+            item, envelope, stage_id, ctx.attempt, failure, asked, duration, text
+        ).mark_user_code_ran()
 
     def _compensate_each(
         self,

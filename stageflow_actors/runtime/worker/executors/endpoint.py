@@ -63,14 +63,14 @@ class EndpointExecutor(HandlerExecutor):
             reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
         except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
-        return self._send_reply(item, envelope, reply).worked()
+        return self._send_reply(item, envelope, reply).mark_succeeded()
 
     def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settlement:
         self._on_error(error)
         known = error if isinstance(error, Exception) else None
-        return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).failed()
+        return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).mark_failed()
 
     def _retry_or_reply_error(
         self, item: DeliveryItem, command: Command, attempt: int, failure: Failure, error: Exception | None

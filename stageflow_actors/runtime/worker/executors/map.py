@@ -47,7 +47,7 @@ from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts, steps_of
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, completed_steps, split_parts
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.set_field import with_field
@@ -138,7 +138,7 @@ class MapExecutor(Executor):
 
     def _set_time_limit(self, timeout_ns: int) -> None:
         """Set the time limit for the user code that follows; 0 after it."""
-        self._slot.limit(timeout_ns, time.monotonic_ns())
+        self._slot.set_timeout(timeout_ns, time.monotonic_ns())
 
     def _open_gather(self, envelope: Envelope, need: int) -> OpenGather:
         return OpenGather(self.planned.id, need, self.planned.queue, self.planned.id, encode(envelope))
@@ -201,7 +201,7 @@ class MapExecutor(Executor):
                 self._store(item).keep(PARK_MARK, b"")
             # Final without the policy: it has already limited the attempts of each item.
             took = self._wall() - started
-            return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).failed()
+            return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).mark_failed()
         try:
             results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
             self._set_time_limit(self._timeout_ns)
@@ -295,7 +295,7 @@ class ItemExecutor(HandlerExecutor):
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._arrive(
             item, envelope, ItemEnd(result, None, envelope.context if self._keeps_items else NIL)
-        ).worked()
+        ).mark_succeeded()
 
     def _fail_stage(
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
@@ -305,7 +305,7 @@ class ItemExecutor(HandlerExecutor):
             return self._park(item, failure)
         end = ItemEnd(NIL, failure.message)
         if self._parks:  # a requeue runs the item again
-            end.item, end.steps = envelope.context, steps_of(envelope, item)
+            end.item, end.steps = envelope.context, completed_steps(envelope, item)
         return self._arrive(item, envelope, end)
 
     def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settlement:

@@ -296,10 +296,10 @@ class StageExecutor(HandlerExecutor):
         if delay is not None:
             envelope.failure = write_failure(failure)
             again = Publish(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
-            return self._settle(item, Transition([again])).failed()
+            return self._settle(item, Transition([again])).mark_failed()
         duration = max(0.0, self._wall() - asked.started)
         envelope.attempts, envelope.failure = 0, None
-        return self._fail_stage(item, envelope, failure, asked.attempt, asked.started, duration).failed()
+        return self._fail_stage(item, envelope, failure, asked.attempt, asked.started, duration).mark_failed()
 
 
 def _clear_attempts(envelope: Envelope) -> None:
