@@ -163,7 +163,7 @@ def test_kills_for_memory_count_as_deaths_in_a_row(court: Court) -> None:
 def test_workers_that_need_too_much_memory_to_begin_with_pause_the_pool_with_that_reason(court: Court) -> None:
     for _ in range(MAX_FAILED_STARTS):
         decision = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
-    assert "(they need more than max_memory=5 to begin with)" in decision.pause
+    assert "(each used more than max_memory=5 before its first message)" in decision.pause
 
 
 def test_the_first_restart_is_immediate_and_later_ones_wait_twice_as_long_each_up_to_a_limit(court: Court) -> None:
@@ -206,7 +206,7 @@ def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(cou
         court(1, lane(busy=True, settled=1))
     for _ in range(MAX_FAILED_STARTS):
         pause = court(EXIT_UNLOADABLE, IDLE).pause
-    assert pause.endswith("ended in a row before they did anything (its code or its services cannot be loaded)")
+    assert pause.endswith("ended in a row before they began a message (its code or its services cannot be loaded)")
 
 
 def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
@@ -214,7 +214,7 @@ def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -
         court.policy.reset()
         for _ in range(MAX_FAILED_STARTS):
             pause = court(status, IDLE).pause
-        assert pause.endswith(f"ended in a row before they did anything (the last: {how})")
+        assert pause.endswith(f"ended in a row before they began a message (the last: {how})")
 
 
 def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
@@ -223,7 +223,7 @@ def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> 
     for _ in range(MAX_FAILED_STARTS - 1):
         decision = court.policy.decide_failed_start(spec(), NOW)
     assert f"{MAX_FAILED_STARTS} of its workers ended in a row" in decision.pause
-    assert "no room for its process" in decision.pause
+    assert "its process could not be started" in decision.pause
 
 
 def test_what_is_forgotten_counts_no_more(court: Court) -> None:

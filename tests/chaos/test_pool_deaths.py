@@ -61,7 +61,7 @@ def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
         alone.pool._fill()
         alone.idle_end()
     assert alone.broker.paused
-    assert "10 of its workers ended in a row before they did anything" in alone.said[0]
+    assert "10 of its workers ended in a row before they began a message" in alone.said[0]
 
 
 def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_itself(alone: Any) -> None:
@@ -199,7 +199,7 @@ def test_a_stopped_zygote_that_owes_a_death_is_ended_and_the_dead_are_judged_all
     two.pool.on_receive(ZygoteLost(zygote))
     (first, first_charged, failure), second = two.buried()
     assert (first, first_charged, failure.kind) == ([0], True, "died")
-    assert "how is not known" in failure.message
+    assert "exit status unknown" in failure.message
     assert second == ([], False, None)
     assert len(two.zygote.asked) == 2
 

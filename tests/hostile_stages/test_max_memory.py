@@ -196,7 +196,7 @@ def test_a_limit_that_no_worker_can_keep_pauses_the_pool_with_that_reason(
             return "is paused" in "".join(said)
 
         eventually(is_told, "a word that the pool is paused")
-        assert "they need more than max_memory=5000000 to begin with" in "".join(said)
+        assert "each used more than max_memory=5000000 before its first message" in "".join(said)
         assert f"stageflow queue resume {queue}" in "".join(said)
         eventually(lambda: runtime.queues(queue)[0].state == "paused", "the pause")
     finally:

@@ -77,12 +77,12 @@ def test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten(
         assert runtime.instance("i7").result(timeout=5).success
         runtime.submit(flow, {"log": str(days.log)}, instance_id="i7")
         assert runtime.instances(status="waiting") == []
-    assert "30 instances that the journal holds for live have finished by the history" in capfd.readouterr().err
+    assert "30 instances that are live in the journal have finished in the history" in capfd.readouterr().err
     assert days.runs() == dict.fromkeys(IDS, 1)
     assert run_checks(DataDir(days.data)).sound
     with Runtime(flow, data_dir=days.data):
         pass
-    assert "finished by the history" not in capfd.readouterr().err
+    assert "finished in the history" not in capfd.readouterr().err
 
 
 def test_an_instance_that_was_restarted_is_not_a_finished_one(days: Days) -> None:

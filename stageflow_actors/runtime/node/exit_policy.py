@@ -1,7 +1,9 @@
-"""`ExitPolicy`: decides on exits of one pool's workers: messages responsible, next start, pause of the pool.
+"""`ExitPolicy`: decides what follows from the exit of a pool's worker.
 
-Facts go in (exit status, what the lanes said, whether the pool had killed the worker), decisions come out, and the pool
-carries them out. No clock, no process and no broker here: `now` is handed in.
+The input is facts: the exit status, the state of the worker's lanes, and the reason if the pool has killed the worker.
+The output is a decision, which the pool carries out: the messages that are responsible, the time of the next start, and
+whether the pool pauses. This module must never read a clock (`now` is an argument) and never touch a process or the
+broker.
 """
 
 from __future__ import annotations
@@ -30,25 +32,32 @@ __all__ = [
 ]
 
 MAX_DEATHS_IN_A_ROW = 16
-"""Worker deaths without a message settled well in between before the pool is paused. Five messages in a row that
-each kill as many workers as they may are dead letters by then; a stage that kills them all is not for ever tried."""
+"""Worker deaths in a row, without a successfully settled message in between, after which the pool pauses. By then five
+messages in a row, each of which kills as many workers as `max_deaths` allows, are dead letters; a stage whose messages
+all kill their workers is not tried for ever."""
 
 MAX_FAILED_STARTS = 10
-"""Workers that end before they begin anything, in a row, before the pool is paused."""
+"""Workers in a row that exit before they begin a message, after which the pool pauses."""
 
-NO_PROCESS = "there was no room for its process"
+NO_PROCESS = "its process could not be started"
+"""In place of an exit status: the system had no room for the process."""
 
 BACK_OFF_SECONDS = 0.05
+"""Delay before the second restart in a row, doubled for each further one; the first restart is immediate."""
 MAX_BACK_OFF_SECONDS = 0.5
-"""Seconds before the second restart in a row, doubled for each one more; the first is immediate."""
+"""Longest delay before a restart."""
 
 CANCELLED = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
-"""Why a stage was killed that did not end when its instance had been cancelled."""
+"""The failure of a stage that was killed because it did not end after its instance had been cancelled."""
 
 
 class ExitDecision(Struct, frozen=True):
-    """`responsible`: the messages that carry `failure` from now on; `counted`: it counts as a death that they caused.
-    `pause`: why the pool is to stop trying; empty while it is not."""
+    """The consequences of one exit.
+
+    - `responsible`: ids of the messages that carry `failure` from now on
+    - `counted`: the exit counts as a death that these messages caused
+    - `pause`: the reason for which the pool pauses; empty if it continues
+    """
 
     responsible: Sequence[int] = ()
     failure: Failure | None = None
@@ -57,14 +66,16 @@ class ExitDecision(Struct, frozen=True):
 
 
 NO_CONSEQUENCE = ExitDecision()
-"""No message is responsible, and nothing follows."""
+"""No message is responsible and the pool continues."""
 
 
 class ExitPolicy:
-    """Counts what happens in a row. `out_of_memory` claims one process that the kernel has killed for want of memory:
-    it is asked only about a death that it may explain, because each one explains no other.
+    """Counts deaths and failed starts in a row, and decides on each exit.
 
-    `not_before`: when the next worker may be started (monotonic, seconds).
+    `out_of_memory` claims one kill by the kernel's OOM killer (see `OomKills.claim`). It is called only for an exit by
+    SIGKILL, because one OOM kill explains exactly one exit.
+
+    `not_before` is the time of the earliest next start (monotonic, seconds).
     """
 
     def __init__(self, out_of_memory: Callable[[], bool | None]) -> None:
@@ -83,21 +94,29 @@ class ExitPolicy:
         expected: bool = False,
         now: float,
     ) -> ExitDecision:
-        """A worker has ended. `status` is None where the zygote was not there to find it out; `states` are its lanes as
-        it left them, `killed` why its pool had killed it; `expected`: all workers of the pool are to end."""
+        """Return the decision on the exit of a worker.
+
+        Args:
+            spec: The pool's specification.
+            states: The worker's lanes as the worker left them.
+            status: The exit status; None if the zygote was lost and could not report it.
+            killed: The pool's reason for killing the worker; None if the pool has not killed it.
+            expected: True if all workers of the pool are stopping.
+            now: Monotonic, in seconds.
+        """
         started = any(state.started for state in states)
         if states[0].settled:
             self._deaths = 0
         if started:
             self._failed_starts = 0
-        # One that had ended by itself when the signal came is judged by how it did.
+        # A worker that had exited before the pool's signal arrived has another status, and is judged by that.
         if killed is not None and status in (None, -signal.SIGKILL):
             return self._decide_killed(spec, states, status, killed, now)
         if expected or (status in (None, EXIT_RECYCLED) and not any(state.is_busy for state in states)):
             return NO_CONSEQUENCE
         if not started:
             return ExitDecision(pause=self._record_failed_start(spec, status, now))
-        # Also when its handler had returned: what it had settled is no longer its own, and is not counted.
+        # If no lane is busy, the last message of each is responsible: the broker does not count one that is settled.
         busy = [state for state in states if state.is_busy]
         suspects = _blocking_event_loop(busy) or busy or [state for state in states if state.started]
         how = self._describe_status(status)
@@ -107,23 +126,23 @@ class ExitPolicy:
         return ExitDecision([state.message_id for state in suspects], died, True, self._record_death(spec, how, now))
 
     def decide_failed_start(self, spec: PoolSpec, now: float) -> ExitDecision:
-        """There was no room for a worker's process: at once is too soon even for the first one more."""
+        """Return the decision on a worker whose process could not be started; even the first retry is delayed."""
         self.back_off(1, now)
         return ExitDecision(pause=self._record_failed_start(spec, NO_PROCESS, now))
 
     def back_off(self, times: int, now: float) -> None:
-        """The first restart is immediate, later ones wait: a machine in trouble is not helped by a fork bomb."""
+        """Delay the next start by the back-off for `times` restarts: restarting at once would be a fork bomb."""
         self.not_before = now + min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** min(times - 1, 8))
 
     def reset(self) -> None:
-        """The pool begins anew: whatever ailed it may have been mended."""
+        """Forget all counts: a person has resumed the pool's queue and may have fixed the cause."""
         self._deaths = self._failed_starts = 0
         self.not_before = 0.0
 
     def _decide_killed(
         self, spec: PoolSpec, states: Sequence[SlotState], status: int | None, killed: Kill, now: float
     ) -> ExitDecision:
-        # Not what it had been done with before the signal came.
+        # A message that the worker had finished before the signal arrived is not responsible.
         current = {state.message_id for state in states if state.started}
         responsible = [id for id in killed.responsible if id in current]
         pause = ""
@@ -134,7 +153,7 @@ class ExitPolicy:
         return ExitDecision(responsible, killed.failure, killed.counted, pause)
 
     def _record_death(self, spec: PoolSpec, how: str, now: float) -> str:
-        """One more death in a row; why the pool is to be paused, if it is."""
+        """Count one more death in a row. Return the reason for a pause, or an empty text."""
         self._deaths += 1
         if self._deaths >= MAX_DEATHS_IN_A_ROW:
             return f"{self._deaths} of its workers died in a row while running {_describe_work(spec)} (the last: {how})"
@@ -143,30 +162,32 @@ class ExitPolicy:
         return ""
 
     def _record_failed_start(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
-        """One more that has begun nothing; why the pool is to be paused, if it is."""
+        """Count one more worker that began no message. Return the reason for a pause, or an empty text."""
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             if status == EXIT_UNLOADABLE:
                 hint = "its code or its services cannot be loaded"
             elif status == -signal.SIGKILL and spec.max_memory:
-                hint = f"they need more than max_memory={spec.max_memory} to begin with"
+                hint = f"each used more than max_memory={spec.max_memory} before its first message"
             else:
                 hint = f"the last: {status if isinstance(status, str) else self._describe_status(status)}"
-            return f"{self._failed_starts} of its workers ended in a row before they did anything ({hint})"
+            return f"{self._failed_starts} of its workers ended in a row before they began a message ({hint})"
         if self._failed_starts > 1:
             self.back_off(self._failed_starts - 1, now)
         return ""
 
     def _describe_status(self, status: int | None) -> str:
         if status is None:
-            return "how is not known, for the zygote process did not report it"
+            return "exit status unknown, because the zygote process did not report it"
         return describe_exit(status, out_of_memory=self._out_of_memory() if status == -signal.SIGKILL else None)
 
 
 def overdue_states(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
-    """The messages for which their worker is to be killed now; of those, a kill is for handlers or for policies.
+    """Return the lanes whose message has run too long, so that the worker must be killed.
 
-    While an event loop waits for what a policy says, nobody else there can end in time: it alone is late.
+    If one of them waits for a retry policy, only those that do are returned: a kill is attributed to policies or to
+    handlers, never to both. While a policy blocks a worker's event loop no handler there can end in time, so that only
+    the policy can be late.
     """
     limited = [state for state in _blocking_event_loop(running) if state.timeout_ns]
     late = [state for state in limited or running if state.is_overdue(now_ns)]
@@ -174,17 +195,17 @@ def overdue_states(running: Sequence[SlotState], now_ns: int) -> list[SlotState]
 
 
 def _blocking_event_loop(running: Sequence[SlotState]) -> list[SlotState]:
-    """The message about whose failure a policy is asked on an event loop: nothing else that runs there goes on."""
+    """Return the lanes whose retry policy runs on an event loop, where it blocks all other lanes."""
     return [state for state in running if state.policy_failure and state.grace_ns]
 
 
 def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
-    """Why a worker is killed whose message, and `others`, have run past their timeout."""
+    """Return the failure of a worker's messages, `late` and `others`, that ran past their timeout."""
     if late.policy_failure:
         how = f"ran longer than the timeout of {late.timeout_ns / 1e9:g} s"
-        known = undecided_failure(late.policy_failure, how)
-        if known is not None and all(state.policy_failure == late.policy_failure for state in others):
-            return known
+        failure = undecided_failure(late.policy_failure, how)
+        if failure is not None and all(state.policy_failure == late.policy_failure for state in others):
+            return failure
         return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_describe_work(spec)} {how}", "StageTimeout")
     reason = f"StageTimeout: {_describe_work(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
     if late.grace_ns:
@@ -193,7 +214,7 @@ def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Fail
 
 
 def memory_failure(spec: PoolSpec, used: int) -> Failure:
-    """Why a worker is killed that uses so many bytes of memory."""
+    """Return the failure of the messages of a worker that uses `used` bytes of memory."""
     return Failure(
         "died",
         f"WorkerDied: the worker was killed while running {_describe_work(spec)}: "

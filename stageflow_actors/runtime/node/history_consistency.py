@@ -1,8 +1,9 @@
-"""The history that a cluster goes on with: whether it is the journal's own, and both are of the same day.
+"""Checks that journal and history belong together and are of the same age.
 
-The history is written before the journal forgets an instance, and the journal is told before that how much had been
-written. So a history with less than that has lost rows, and one with more may know the ends of instances that the
-journal still holds for live. Only what was copied or mended apart comes to that; nothing that ended is run again.
+An instance's row is written to the history before the broker forgets the instance, and the number of rows written until
+then is recorded in the journal. So a history with fewer rows has lost some, and a history with more rows may contain
+the ends of instances that are still live in the journal. Neither happens unless one of the two was copied or repaired
+without the other. An instance that has finished must never run again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from stageflow_brokers.api import BrokerAdmin
 __all__ = ["HISTORY_FACT", "WRITTEN_FACT", "check_journal", "forget_finished", "open_history"]
 
 HISTORY_FACT = "history"
-"""Under which the broker keeps the identity of the history that belongs to its journal."""
+"""Name of the broker's fact with the identity of the history that belongs to its journal."""
 
 WRITTEN_FACT = "history-written"
-"""Under which the broker keeps how many rows had ever been written to that history when it was told of them."""
+"""Name of the broker's fact with the number of rows ever written to that history, at the time of the last update."""
 
 LOOKUP_BATCH = 5_000
-"""Instances asked for in one query."""
+"""Instances looked up with one query."""
 
 
 def check_journal(data: DataDir) -> None:
-    """Before a broker makes a journal: raises `JournalMissing` where one is missing that the history remembers."""
+    """Raise `JournalMissing` if the history belongs to a journal that is missing.
+
+    Called before the broker starts, because the broker would create a new journal.
+    """
     if data.history.exists() and not any(data.journal.glob("*.journal")):
         with HistoryWriter.open(data.history, create=False) as history:
             if history.has_journal:
@@ -33,18 +37,18 @@ def check_journal(data: DataDir) -> None:
 
 
 def open_history(data: DataDir, admin: BrokerAdmin, *, lasting: bool) -> HistoryWriter:
-    """The history of the journal behind `admin`, made where there is none; `lasting`: the journal outlives the broker.
+    """Open the history that belongs to the broker's journal, or create it for a new journal.
 
-    Raises `HistoryMissing`, `HistoryOutdated`, `JournalMissing` where the two do not belong together, and what opening
-    it raises.
+    `lasting` is True if the journal outlives the broker process. Raises `HistoryMissing`, `HistoryOutdated` or
+    `JournalMissing` if the two do not belong together, and the errors of `HistoryWriter.open`.
     """
-    known = admin.get_fact(HISTORY_FACT).result()
+    identity = admin.get_fact(HISTORY_FACT).result()
     recorded = admin.get_fact(WRITTEN_FACT).result()
-    history = HistoryWriter.open(data.history, create=known is None)
+    history = HistoryWriter.open(data.history, create=identity is None)
     try:
-        if known is not None and history.identity != known:
+        if identity is not None and history.identity != identity:
             raise HistoryMissing(data.history)
-        if lasting and known is None and history.has_journal:
+        if lasting and identity is None and history.has_journal:
             raise JournalMissing(data.history, data.journal)
         if recorded is not None and history.written < int(recorded):
             raise HistoryOutdated(data.history, int(recorded) - history.written)
@@ -58,9 +62,10 @@ def open_history(data: DataDir, admin: BrokerAdmin, *, lasting: bool) -> History
 
 
 def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
-    """Have the broker forget what it holds for live and the history knows the end of; what is to be said of that.
+    """Make the broker forget live instances that have finished in the history.
 
-    To be called before anything is delivered.
+    Return a notice for the user; empty if there are none. Must be called before any message is delivered, or finished
+    instances would run again.
     """
     recorded = admin.get_fact(WRITTEN_FACT).result() or "0"
     found: list[str] = []
@@ -73,7 +78,7 @@ def forget_finished(history: HistoryWriter, admin: BrokerAdmin) -> str:
     if not found:
         return ""
     return (
-        f"{pluralize(len(found), 'instance')} that the journal holds for live have finished by the history, and will "
-        f"not be run again ({', '.join(found[:3])}{' …' if len(found) > 3 else ''}): the journal is an older copy, or "
-        "a repair has given up its end. What was started after that, and had not finished, is not known any more"
+        f"{pluralize(len(found), 'instance')} that are live in the journal have finished in the history, and will not "
+        f"run again ({', '.join(found[:3])}{' …' if len(found) > 3 else ''}): the journal is an older copy, or its "
+        "end was lost in a repair. Unfinished instances that were started after that point are lost"
     )

@@ -1,6 +1,7 @@
-"""`PoolPause`: the pause of a pool's own queue, from too many deaths of its workers until a person resumes it.
+"""`PoolPause`: the pause that a pool sets on its own queue when its workers die too fast.
 
-A pool's pause does not outlive a restart of the cluster; a person's does.
+It lasts until a person resumes the queue, or until the cluster restarts. A pause that a person has set outlives a
+restart: this module must never lift one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from stageflow_brokers.api import Broker
 __all__ = ["PoolPause"]
 
 CHECK_INTERVAL_SECONDS = 1.0
-"""Time between checks whether a person has resumed the queue."""
+"""Seconds between checks whether a person has resumed the queue."""
 
 
 class PoolPause:
-    """The pause of a pool's own: begun when its workers die too fast, over when a person resumes the queue.
+    """The pause of one pool: begins when its workers die too fast, ends when a person resumes the queue.
 
-    `notify` is given sentences for people. All but `lift_earlier` is for one thread; `now` is monotonic, in seconds.
+    `notify` receives notices for the user. All methods except `lift_earlier` are called by one thread; `now` is
+    monotonic, in seconds.
     """
 
     def __init__(self, broker: Broker, queue: str, notify: Callable[[str], None]) -> None:
@@ -32,44 +34,48 @@ class PoolPause:
 
     @property
     def is_active(self) -> bool:
-        """Whether the pool starts nothing because of it."""
+        """True while the pool starts no workers because of the pause."""
         return self._checked_at is not None
 
     def begin(self, why: str, now: float) -> None:
-        """Once: who dies of what it had begun before, or of a moment that a person has given it, changes nothing."""
+        """Pause the queue for the reason `why`; without effect during a pause.
+
+        A worker that was started before the pause can die during it.
+        """
         if self.is_active:
             return
         broker, queue = self._broker, self._queue
         self._checked_at = now
 
-        def seen(stats: Future[Any]) -> None:
+        def keep_earlier(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), queue) == "paused":
-                broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no")  # by a person, who shall end it too
+                # A person had paused the queue already: only a person may resume it.
+                broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no")
 
         before = broker.admin.stats(queue)
         broker.admin.pause(queue)
         broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "yes")
         broker.admin.set_fact(PAUSE_REASON_FACT + queue, why)
-        before.add_done_callback(seen)
+        before.add_done_callback(keep_earlier)
         self._notify(
-            f"pool {queue} is paused: {why}; see what they said above, if they said anything, then resume it with "
-            f"`stageflow queue resume {queue}` or runtime.resume({queue!r})"
+            f"pool {queue} is paused: {why}; fix the cause (see the workers' output on stderr above), then resume it "
+            f"with `stageflow queue resume {queue}` or runtime.resume({queue!r})"
         )
 
     def check_resumed(self, now: float, resumed: Callable[[], None]) -> None:
-        """Now and then, whether the queue is open again: then `resumed` is called, on the broker's thread."""
+        """Check from time to time if the queue is open again; if so, call `resumed` on the broker's thread."""
         if self._checked_at is None or now - self._checked_at <= CHECK_INTERVAL_SECONDS:
             return
         self._checked_at = now
 
-        def heard(stats: Future[Any]) -> None:
+        def on_stats(stats: Future[Any]) -> None:
             if stats.exception() is None and _state_in(stats.result(), self._queue) not in (None, "paused"):
                 resumed()
 
-        self._broker.admin.stats(self._queue).add_done_callback(heard)
+        self._broker.admin.stats(self._queue).add_done_callback(on_stats)
 
     def end(self) -> bool:
-        """The queue has been resumed. False: the pool knew that already."""
+        """End the pause: the queue has been resumed. Return False if it had ended before."""
         if not self.is_active:
             return False
         self._checked_at = None
@@ -77,17 +83,17 @@ class PoolPause:
         return True
 
     def lift_earlier(self) -> None:
-        """That of an earlier pool of this queue ends with the node it was made in: what ailed may be mended."""
+        """Lift the pause that a pool of this queue has set under an earlier node: the cause may have been fixed."""
         broker, queue = self._broker, self._queue
 
-        def heard(known: Future[Any]) -> None:
-            if known.exception() is None and known.result() == "yes":
+        def on_fact(fact: Future[Any]) -> None:
+            if fact.exception() is None and fact.result() == "yes":
                 broker.admin.resume(queue)
                 broker.admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no")
 
-        broker.admin.get_fact(PAUSED_BY_POOL_FACT + queue).add_done_callback(heard)
+        broker.admin.get_fact(PAUSED_BY_POOL_FACT + queue).add_done_callback(on_fact)
 
 
 def _state_in(stats: dict[str, Any], queue: str) -> str | None:
-    """The state of one queue in a broker's statistics."""
-    return next((found["state"] for found in stats["queues"] if found["name"] == queue), None)
+    """Return the state of one queue in the broker's statistics, or None."""
+    return next((each["state"] for each in stats["queues"] if each["name"] == queue), None)
