@@ -1,7 +1,8 @@
-"""`Coordinator`: drives what does not go well, ends instances, and writes the history. It runs no user code.
+"""`Coordinator`: handles failures, ends instances, and writes the history. It runs no user code.
 
-Nothing depends on its memory: each event it handles is a message that stays leased until what follows from it is
-durable. It writes finished instances in bulk a few milliseconds behind, and only then lets the broker forget their ids.
+Nothing depends on its memory: each event is a message that stays leased until its consequences are durable. Finished
+instances are written to the history in batches, a few milliseconds late, and only then does the broker forget their
+ids: the broker must never forget an instance whose row is not durable, or the same id could run again.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ __all__ = ["AddPlan", "Coordinator", "Deliveries", "Flush"]
 logger = logging.getLogger("stageflow_actors.node.coordinator")
 
 MAX_ROWS = 2_000
-"""Rows in one transaction."""
+"""Most rows in one transaction."""
 
 WRITE_DELAY_SECONDS = 0.02
-"""Seconds that a finished instance may wait for others before it is written."""
+"""Time for which a finished instance waits for others to be written with it."""
 
 FULL_RETRY_SECONDS = 1.0
-"""Seconds before another try when the history's disk is full."""
+"""Delay before the next attempt after the history could not be written."""
 
 
 class Deliveries:
-    """A batch from the broker."""
+    """A batch of deliveries from the broker."""
 
     __slots__ = ("bodies", "items", "queue")
 
@@ -64,11 +65,11 @@ class Deliveries:
 
 
 class Flush:
-    """Time has passed: write what has waited long enough."""
+    """Time has passed: write the rows that have waited long enough."""
 
 
 class AddPlan:
-    """A workflow has been registered."""
+    """A workflow version has been registered."""
 
     __slots__ = ("plan",)
 
@@ -77,7 +78,10 @@ class AddPlan:
 
 
 class Coordinator(pykka.ThreadingActor):
-    """Consumes the queues of finished and of failed instances."""
+    """Consumes the queues of finished and of failed instances.
+
+    `retention` is the age in seconds at which rows are deleted from the history; None keeps them.
+    """
 
     use_daemon_thread = True
 
@@ -97,12 +101,12 @@ class Coordinator(pykka.ThreadingActor):
         self._pruned_at = time.monotonic()
 
     def on_failure(self, *args: Any) -> None:
-        """Nothing goes on without a coordinator: end the node, which is started again and resumes from the broker."""
+        """End the node: no instance can end without a coordinator. The next node resumes from the broker."""
         sys.stderr.flush()
         os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> None:
-        """One batch, or the passing of time."""
+        """Handle one message: a batch of deliveries, a flush, or a new plan."""
         if isinstance(message, Deliveries):
             failpoint("coordinator.received")
             if message.queue == self._naming.finished:
@@ -112,8 +116,8 @@ class Coordinator(pykka.ThreadingActor):
                 if len(self._pending) >= MAX_ROWS:
                     self._write()
             else:
-                # Of a queue that nobody serves: what belongs to a version that is not registered.
-                self._coordinate(message, lost=message.queue != self._naming.coordinator)
+                # Any other queue is one without a pool: its messages belong to versions that are not registered.
+                self._coordinate(message, orphaned=message.queue != self._naming.coordinator)
         elif isinstance(message, Flush):
             now = time.monotonic()
             if self._pending and now >= self._pending_since + WRITE_DELAY_SECONDS:
@@ -130,14 +134,14 @@ class Coordinator(pykka.ThreadingActor):
     # the history
 
     def _history_rows(self, batch: Deliveries) -> list[tuple[DeliveryItem, HistoryRow]]:
-        """What is to be written; what is no end of an instance is parked, for it would come again with every start."""
+        """Return the rows to write. Park each invalid outcome: the broker would deliver it again at every start."""
         rows: list[tuple[DeliveryItem, HistoryRow]] = []
         parked: list[SettleItem] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
                 rows.append((item, _history_row(item, body)))
             except (msgspec.MsgspecError, ValueError) as error:
-                logger.error("what came as the end of instance %r is none, and is parked: %s", item.group, error)
+                logger.error("the outcome of instance %r is invalid and is parked: %s", item.group, error)
                 parked.append(_park(item, error))
         if parked:
             self._broker.settle([], [], [], parked, [])
@@ -152,10 +156,11 @@ class Coordinator(pykka.ThreadingActor):
         try:
             self._history.write(rows)
         except HistoryUnavailable as error:
-            # The instances stay live in the broker, so nothing is lost and nothing can be started twice.
-            logger.warning("the history waits: %s", error)
+            # The instances stay live in the broker, so nothing is lost and no id can be started twice.
+            logger.warning("the write of finished instances is delayed: %s", error)
             self._retry_at = time.monotonic() + FULL_RETRY_SECONDS
-            # Part of it may find room, and lets the journal, which keeps all of it meanwhile, make some more.
+            # Half of the rows may fit. Each instance that is written lets the journal, which holds it until then, free
+            # disk space for the next.
             self._batch_rows = max(1, len(batch) // 2)
             return
         failpoint("coordinator.history-written")
@@ -163,25 +168,26 @@ class Coordinator(pykka.ThreadingActor):
         self._batch_rows = min(MAX_ROWS, 2 * self._batch_rows)
         self._pending_since = time.monotonic()
         acks: list[Ack] = [(item.id, item.lease, FLAG_CLOSE_GROUP, item.group) for item, _ in batch]
-        # Said before, and on disk no later: what the journal has forgotten it knows to be in the history.
+        # Sent before the settlements, and durable no later than they are: an instance that the journal has forgotten
+        # is always among the rows that the journal counts.
         self._broker.admin.set_fact(WRITTEN_FACT, str(self._history.written))
         self._broker.settle([], [], acks, [], [])
         failpoint("coordinator.settled")
 
     # failures
 
-    def _coordinate(self, batch: Deliveries, *, lost: bool = False) -> None:
+    def _coordinate(self, batch: Deliveries, *, orphaned: bool = False) -> None:
         targets: list[Target] = []
         settled: list[SettleItem] = []
         bodies: list[bytes] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                settlement = forward_orphan(item, body, self._plans) if lost else self._handle(item, body)
+                settlement = forward_orphan(item, body, self._plans) if orphaned else self._handle(item, body)
             except UnknownPlan:
                 workflow_id, version, stage_id = head_of(body) or ("?", 0, "?")
                 settlement = park_unknown_version(item, workflow_id, version, f"stage {stage_id!r}")
-            except Exception as error:  # what one event is wrong in must not stop all others
-                logger.exception("an event of instance %s cannot be handled; it is parked", item.group)
+            except Exception as error:  # one invalid event must not stop the others
+                logger.exception("the coordinator cannot handle an event of instance %r; it is parked", item.group)
                 settled.append(_park(item, error))
                 continue
             settled.append(assign_target_numbers(settlement, targets))
@@ -207,7 +213,7 @@ class Coordinator(pykka.ThreadingActor):
             if extra.label != DEAD_EVENT:
                 return decide_gathered(body, arrivals, plans, naming, now, extra.cancelled)
         if extra.label == DEAD_EVENT and extra.steps:
-            # What the stage had completed before it killed its workers is not lost to a retry.
+            # A retry needs the steps that the stage had completed before it killed its workers.
             envelope = decode_envelope(body)
             envelope.steps = {**(envelope.steps or {}), **extra.steps}
             body = encode(envelope)
@@ -215,7 +221,7 @@ class Coordinator(pykka.ThreadingActor):
         return decide(extra.label, body, failure, attempts, plans, naming, now, extra.cancelled, arrivals)
 
     def _cancel_timed_out(self, item: DeliveryItem, body: bytes) -> None:
-        """The instance has run for as long as its workflow may: it is cancelled, and says why."""
+        """Cancel an instance whose workflow timeout has passed, with that as the reason."""
         base, _ = split_parts(item, body)
         seconds = msgspec.msgpack.decode(base, type=float)
         reason = f"StageTimeout: the workflow ran longer than its timeout of {seconds:g} s"
@@ -228,12 +234,12 @@ def _park(item: DeliveryItem, error: Exception) -> SettleItem:
 
 
 def _history_row(item: DeliveryItem, body: bytes) -> HistoryRow:
-    """Raises `ValueError` for what the history could not keep."""
+    """Return the history's row of a finished instance. Raises `ValueError` for one that the history cannot hold."""
     outcome = decode_outcome(body)
     if not item.group or not 0 <= outcome.version < 1 << 63:
-        raise ValueError(f"the outcome of version {outcome.version} of no instance")
+        raise ValueError(f"it has no instance id, or an invalid version ({outcome.version})")
     if not math.isfinite(outcome.started_at) or not math.isfinite(outcome.finished_at):
-        raise ValueError(f"began at {outcome.started_at}, ended at {outcome.finished_at}")
+        raise ValueError(f"it has an invalid time (started at {outcome.started_at}, finished at {outcome.finished_at})")
     return HistoryRow(
         item.group,
         item.epoch,

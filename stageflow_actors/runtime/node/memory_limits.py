@@ -1,6 +1,7 @@
-"""How much memory a worker uses, with the processes it has started; and whether the kernel has killed for want of any.
+"""Memory use of workers with their child processes, and the kernel's count of OOM kills.
 
-Looked at ten times a second at most, and only where a stage has a `max_memory`. Must never decide who is to blame.
+Memory is measured at most ten times per second, and only for a stage with `max_memory`. This module must never decide
+which message is responsible.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ __all__ = ["OomKills", "count_oom_kills", "memory_above"]
 
 
 def memory_above(pid: int, limit: int) -> int:
-    """Bytes used by `pid` and its descendants if that is more than `limit`, else 0.
+    """Return the bytes used by `pid` and its descendants if above `limit`, else 0.
 
-    One process counts by its RSS. Several share pages (a fork shares them all), so that the sum of their RSS says too
-    much: where only the sum is over the limit, each shared page counts once (PSS), which is dearer to find out.
+    A process without descendants counts by its RSS. Processes of one family share pages (after a fork, all of them), so
+    that the sum of their RSS is too high: if only the sum is above the limit, PSS is measured, which divides a shared
+    page among its users but is slower to read.
     """
     own = _rss(pid)
     if own > limit:
@@ -47,7 +49,7 @@ def _pss(pid: int) -> int:
 
 
 class OomKills:
-    """The kernel's count of processes killed for want of memory. Each is claimed once; from any thread."""
+    """Matches exits of workers with kills by the kernel's OOM killer: each kill is claimed once. Thread-safe."""
 
     def __init__(self, count: Callable[[], int | None] | None = None) -> None:
         self._count = count_oom_kills if count is None else count
@@ -55,7 +57,7 @@ class OomKills:
         self._claimed = self._count()
 
     def claim(self) -> bool | None:
-        """Whether one more has been counted than was claimed before; None where the kernel does not say."""
+        """Claim one OOM kill. Return True if there was an unclaimed one; None if the kernel has no counter."""
         with self._lock:
             now = self._count()
             if now is None or self._claimed is None:
@@ -67,7 +69,7 @@ class OomKills:
 
 
 def count_oom_kills(root: Path = Path("/")) -> int | None:
-    """Processes of our control group (of the machine where it has none) that the kernel killed for want of memory."""
+    """Return the number of OOM kills in our control group, or on the machine if the group has no counter."""
     for path in _counters(root):
         try:
             lines = path.read_text().splitlines()
@@ -92,7 +94,7 @@ def _counters(root: Path) -> Sequence[Path]:
             found.append(root / "sys/fs/cgroup" / path.lstrip("/") / "memory.events")
         elif "memory" in controllers.split(","):
             found.append(root / "sys/fs/cgroup/memory" / path.lstrip("/") / "memory.oom_control")
-    # What a container sees as the root of its groups is its own.
+    # In a container the root of the control groups is the container's own group.
     found.append(root / "sys/fs/cgroup/memory.events")
     found.append(root / "proc/vmstat")
     return found

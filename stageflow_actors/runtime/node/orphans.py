@@ -1,7 +1,8 @@
-"""What belongs to versions that are not registered: found, parked with a reason, and resumed when they are again.
+"""`OrphanedMessages`: finds messages of versions that are not registered, and resumes them when their version is.
 
-A message at the queue of a pool is parked by its worker. What lies where no pool serves any more (a workflow that has
-grown shorter, or is not there at all) is taken by the coordinator, whom this module sends there.
+A worker parks such a message when it finds one in its own queue. In a queue that has no pool any more (its workflow has
+fewer stages now, or is not registered at all) no worker sees it: this module makes the coordinator consume the queue,
+and the coordinator forwards or parks each message. It must never consume a queue that has a pool.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from stageflow_brokers.api import Broker, DeliveryItem
 __all__ = ["OrphanedMessages", "forward_orphan"]
 
 PAGE_SIZE = 1_000
+"""Dead letters read with one query."""
 ORPHAN_CREDIT = 200
+"""Messages of one orphaned queue that the broker delivers before the first of them is settled."""
 UNKNOWN_VERSION = ("refused", "WorkflowDefinitionError")
 """Kind and error type of the failure with which a message of an unregistered version is parked."""
 
@@ -29,7 +32,11 @@ _STAGE_QUEUE = re.compile(r"\.stage\d+(\.|$)")
 
 
 class OrphanedMessages:
-    """Keeps watch for one node."""
+    """The search for orphaned messages of one node.
+
+    `_with_consumer` are the queues that have a pool or are the coordinator's own, `_consuming` the orphaned queues that
+    the coordinator consumes.
+    """
 
     def __init__(self, broker: Broker, naming: Naming) -> None:
         self._broker = broker
@@ -38,18 +45,21 @@ class OrphanedMessages:
         self._consuming: set[str] = set()
 
     def exclude(self, queues: Iterable[str]) -> None:
-        """These have pools from now on. Nothing of them is on its way to the coordinator when this returns."""
+        """Exclude queues that have pools from now on, and stop consuming them.
+
+        When this returns, no delivery from these queues is on its way to the coordinator.
+        """
         new = set(queues) - self._with_consumer
         self._with_consumer |= new
         for queue in new & self._consuming:
             self._consuming.discard(queue)
             self._broker.release([], queue, 0)
-        # The answer to the first question may come in one frame with deliveries; that to the second comes behind them.
+        # The first answer may share a frame with deliveries and be handled before them; the second comes after them.
         self._broker.admin.ping().result()
         self._broker.admin.ping().result()
 
     def check(self) -> None:
-        """Have the coordinator take what lies in queues that nobody serves. Returns at once."""
+        """Make the coordinator consume each queue that holds messages and has no consumer. Does not wait."""
         self._broker.admin.stats("").add_done_callback(self._consume_orphaned)
 
     def _consume_orphaned(self, future: Any) -> None:
@@ -63,11 +73,14 @@ class OrphanedMessages:
 
     def _is_orphaned(self, name: str) -> bool:
         if name in self._with_consumer or name.startswith(self._naming.endpoint("")):
-            return False  # a command to an endpoint waits for it, as long as whoever asked does
+            return False  # a request to an endpoint waits for its worker until the request expires
         return bool(_STAGE_QUEUE.search(name)) or name.startswith(self._naming.compensation_prefix)
 
     def resume(self, plans: Plans) -> int:
-        """Requeue what was parked for want of a version that is registered now; how many messages that were."""
+        """Requeue messages that were parked because their version was not registered, and that now is.
+
+        Return the number of requeued messages.
+        """
         count = 0
         for queue in self._broker.admin.stats("").result()["queues"]:
             if queue["dead"]:
@@ -84,7 +97,7 @@ class OrphanedMessages:
             page = self._broker.admin.peek(name, offset, PAGE_SIZE).result()
             for letter in page:
                 if "body" not in letter:
-                    break  # as many as there was room for; the next page begins here
+                    break  # the answer was full; the next page begins here
                 offset += 1
                 failure = read_failure(letter["reason"])
                 if failure is None or (failure.kind, failure.error_type) != UNKNOWN_VERSION or letter["evidence"]:
@@ -98,7 +111,10 @@ class OrphanedMessages:
 
 
 def forward_orphan(item: DeliveryItem, body: bytes, plans: Plans) -> Settlement:
-    """What becomes of a message where nobody serves: to where its stage is now, or parked until its version is back."""
+    """Return the settlement of a message from an orphaned queue.
+
+    It is forwarded to the present queue of its stage, or parked until its version is registered again.
+    """
     head = head_of(body)
     if head is None:
         return park_unknown_version(item, "?", 0, "queue of this name")

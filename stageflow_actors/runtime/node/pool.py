@@ -1,8 +1,8 @@
-"""`Pool`: the workers of one queue — started, watched, replaced, scaled.
+"""`Pool`: starts, watches, replaces and scales the workers of one queue.
 
-Its `ExitPolicy` decides on an exit by facts: the exit status, what the worker's lanes say it was running, and
-whether this pool killed it. Only a running message is counted, and the broker counts it only if the dead worker still
-held it. No user code runs here.
+Its `ExitPolicy` decides what follows from the exit of a worker. Only a message that the worker was running can be
+responsible for its death, and the broker counts the death only if the dead worker still held the message. User code
+must never run here.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ __all__ = ["Cancelled", "Pool", "ReplaceSpec", "Retire", "ScaleTo", "Tick", "Zyg
 logger = logging.getLogger("stageflow_actors.node.pool")
 
 LONG_MESSAGE_NS = 50_000_000
-"""Nanoseconds after which a message in work is long: what its worker holds beyond it is recalled."""
+"""Nanoseconds after which a running message is long: the messages that wait behind it in its worker are recalled."""
 
 LANES_PER_TICK = 64
-"""Lanes of one worker that are looked at in each tick, about."""
+"""Approximate number of lanes of one worker that are checked per tick."""
 
 RETIRE_RETRY_NS = 50_000_000
-"""Nanoseconds before a worker that is to end is asked again when the broker did not know it yet."""
+"""Nanoseconds before a worker is asked again to retire because the broker did not know the worker yet."""
 RETIRE_REPEAT_NS = 2_000_000_000
-"""Nanoseconds before a worker that has been asked to end, and is still there, is asked once more: words get lost."""
+"""Nanoseconds before a worker that has not exited is asked again to retire: a request can be lost with the broker."""
 
 EXIT_CHECK_NS = 100_000_000
-"""Nanoseconds between looks whether workers have ended of which the zygote has said nothing."""
+"""Nanoseconds between checks for exits that the zygote has not reported."""
 UNREPORTED_NS = 2_000_000_000
-"""Nanoseconds in which a zygote reports a death; one that has been stopped meanwhile is ended, for nobody else will."""
+"""Nanoseconds after which a zygote that owes a report and is stopped (SIGSTOP) is killed."""
 MAX_UNREPORTED_NS = 15_000_000_000
-"""The same for a zygote that is not stopped: it may have much to kill of what its workers have left behind."""
+"""The same for a zygote that is not stopped: it may still be killing processes that its workers have left behind."""
 
 MEMORY_CHECK_NS = 100_000_000
-"""Nanoseconds between looks at the memory of workers that have a limit."""
+"""Nanoseconds between checks of the memory of workers that have a limit."""
 
 
 class _Resumed:
-    """The queue of a pool that had paused it is open again."""
+    """A person has resumed the queue that this pool had paused."""
 
 
 class Pool(pykka.ThreadingActor):
@@ -92,18 +92,18 @@ class Pool(pykka.ThreadingActor):
         self._next_memory_check = self._next_exit_check = 0
 
     def on_start(self) -> None:
-        """The first workers."""
+        """Start the first workers."""
         self._pause.lift_earlier()
         self._fill()
         self._update_active()
 
     def on_failure(self, *args: Any) -> None:
-        """A pool that is broken must not look like one that is idle: end the node, which is started again."""
+        """End the node, which the program starts again: a broken pool must not look like an idle one."""
         sys.stderr.flush()
         os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> None:
-        """One event."""
+        """Handle one message: a report of the zygote, a tick, or a command of the supervisor."""
         if isinstance(message, Tick):
             self._tick()
         elif isinstance(message, Spawned):
@@ -128,7 +128,7 @@ class Pool(pykka.ThreadingActor):
 
     def _update_active(self) -> None:
         unsettled = len(self._workers) != self._wanted and not self._retiring
-        # Who uses too much is also found out when it has just done its work.
+        # With a memory limit the pool is always active: an idle worker can be above the limit too.
         if (
             self._spec.max_memory
             or self._pause.is_active
@@ -142,17 +142,17 @@ class Pool(pykka.ThreadingActor):
     def _publish_lanes(self) -> None:
         self._context.lanes[self._spec.queue] = [lane for w in self._workers.values() for lane in w.lanes]
 
-    # births
+    # starts
 
     def _fill(self) -> None:
         while len(self._workers) < self._wanted:
-            # Asked anew for each: one that cannot be started makes the next wait.
+            # Checked before each start: a worker that cannot be started delays the next one.
             if self._retiring or self._pause.is_active or time.monotonic() < self._exit_policy.not_before:
                 return
             slot = self._context.allocate_slots(self._spec.concurrency)
             if slot is None:
                 logger.error(
-                    "pool %s: no room for more than %d of %d workers: all %d slots of the node are taken",
+                    "pool %s: only %d of %d workers can be started, because all %d slots of the node are in use",
                     self._spec.queue,
                     len(self._workers),
                     self._wanted,
@@ -195,8 +195,8 @@ class Pool(pykka.ThreadingActor):
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, stderr=theirs)
         except OSError as error:
             if error.errno == errno.EBADF:
-                return  # the zygote has gone and is closed: `ZygoteLost` is on its way, and buries this one too
-            self._on_spawn_failed(SpawnFailed(worker.id, f"a worker could not be asked for: {error}"))
+                return  # the zygote is dead and closed: `ZygoteLost` follows, and handles this worker too
+            self._on_spawn_failed(SpawnFailed(worker.id, f"a worker could not be requested from the zygote: {error}"))
         finally:
             if theirs >= 0:
                 os.close(theirs)
@@ -204,7 +204,7 @@ class Pool(pykka.ThreadingActor):
     def _on_spawned(self, event: Spawned) -> None:
         worker = self._workers.get(event.worker_id)
         if worker is None:
-            # Nobody would ever be told of its death.
+            # The pool does not know this worker any more and would ignore its exit.
             kill_group(event.pid, event.pidfd)
             os.close(event.pidfd)
             return
@@ -219,7 +219,7 @@ class Pool(pykka.ThreadingActor):
             logger.error("pool %s: %s", self._spec.queue, event.reason)
             self._apply(worker, self._exit_policy.decide_failed_start(self._spec, time.monotonic()))
 
-    # deaths
+    # exits
 
     def _on_exited(self, event: Exited) -> None:
         worker = self._workers.get(event.worker_id)
@@ -242,13 +242,13 @@ class Pool(pykka.ThreadingActor):
             self._pause.begin(decision.pause, time.monotonic())
 
     def _handle_exit(self, worker: WorkerHandle, decision: ExitDecision) -> None:
-        """Report the exit to the broker, which releases the messages; only the responsible ones carry the failure."""
+        """Report the exit to the broker, which releases the worker's messages; responsible ones carry the failure."""
         pool_context = self._context
         responsible, failure = list(decision.responsible), decision.failure
         if worker.stderr is not None:
-            said = last_lines(worker.stderr.finish())
-            if said and failure is not None and failure.kind != "cancelled":
-                failure = structs.replace(failure, message=f"{failure.message}{STDERR_HEADING}{said}")
+            lines = last_lines(worker.stderr.finish())
+            if lines and failure is not None and failure.kind != "cancelled":
+                failure = structs.replace(failure, message=f"{failure.message}{STDERR_HEADING}{lines}")
         data = b"" if failure is None or not responsible else write_failure(failure)
         pool_context.broker.admin.report_death(
             worker.peer, responsible, decision.counted and bool(responsible), False, data
@@ -260,12 +260,12 @@ class Pool(pykka.ThreadingActor):
         del self._workers[worker.id]
         self._publish_lanes()
 
-    # time
+    # checks over time
 
     def _tick(self) -> None:
         now = time.monotonic_ns()
         self._ticks += 1
-        # Hundreds of lanes are looked at less often: most are of async stages, which are ended by their own worker.
+        # Hundreds of lanes are checked less often: most belong to async stages, whose worker ends late handlers.
         if self._ticks % (1 + self._spec.concurrency // LANES_PER_TICK) == 0:
             for worker in self._workers.values():
                 if worker.pidfd >= 0 and worker.killed is None:
@@ -287,7 +287,7 @@ class Pool(pykka.ThreadingActor):
         self._fill()
 
     def _check_running(self, worker: WorkerHandle, running: list[SlotState], now: int) -> None:
-        """End a worker with a message past its time; recall what waits behind one that takes long."""
+        """Kill a worker with an overdue message; recall the messages that wait behind a long one."""
         if worker.cancelled:
             worker.mark_cancelled(now)
             late = [state for state in running if now > worker.cancelled.get(state.message_id, now)]
@@ -303,7 +303,7 @@ class Pool(pykka.ThreadingActor):
             self._recall_waiting(worker, oldest.message_id, now, now - oldest.since_ns)
 
     def _check_unreported_exits(self, now: int) -> None:
-        """End a zygote that owes a death, or a birth, for too long: its successor does what it does not."""
+        """Kill a zygote that owes the report of an exit or a start for too long; another zygote takes its place."""
         for worker in self._workers.values():
             dead = worker.pidfd >= 0 and self._context.has_exited(worker.pidfd)
             if not dead and worker.pidfd >= 0:
@@ -313,11 +313,16 @@ class Pool(pykka.ThreadingActor):
             if missed < UNREPORTED_NS or worker.died_before_zygote:
                 continue
             if worker.zygote.is_stopped() or (dead and missed > MAX_UNREPORTED_NS):
-                logger.error("pool %s: the zygote process does not report: it is ended", self._spec.queue)
+                logger.error(
+                    "pool %s: the zygote process did not report the start or the exit of a worker for %.1f s and is "
+                    "killed; another one is started",
+                    self._spec.queue,
+                    missed / 1e9,
+                )
                 self._kill_zygote(worker.zygote)
 
     def _kill_zygote(self, zygote: ZygoteHandle) -> None:
-        """`ZygoteLost` follows. Who is dead by now has died by itself."""
+        """Kill a zygote; `ZygoteLost` follows. A worker that is dead already did not die with its zygote."""
         dead = [w for w in self._workers.values() if w.zygote is zygote and w.pidfd >= 0]
         dead = [worker for worker in dead if self._context.has_exited(worker.pidfd)]
         if zygote.kill():
@@ -325,7 +330,7 @@ class Pool(pykka.ThreadingActor):
                 worker.died_before_zygote = True
 
     def _check_memory(self) -> None:
-        """End workers that use too much. One that is idle has nobody to blame, and is replaced once that is certain."""
+        """Kill workers above their memory limit. An idle worker retires instead: no message is responsible."""
         limit = self._spec.max_memory
         for worker in self._workers.values():
             if worker.pidfd < 0 or worker.killed is not None:
@@ -341,7 +346,7 @@ class Pool(pykka.ThreadingActor):
                 self._request_retirement(worker)
 
     def _recall_waiting(self, worker: WorkerHandle, message_id: int, now: int, age: int) -> None:
-        """Have others work on what waits behind a long message; again now and then, as more may have arrived since."""
+        """Recall the messages that wait behind a long one, for other workers; repeat it, because more may arrive."""
         if worker.long_message_id != message_id:
             worker.long_message_id, worker.recall_at = message_id, now
         if now >= worker.recall_at:
@@ -349,7 +354,7 @@ class Pool(pykka.ThreadingActor):
             self._context.broker.admin.recall(worker.peer)
 
     def _cancel(self, event: Cancelled) -> None:
-        """Let the handler know, and end it if it has not ended after a grace. Compensations are never cancelled."""
+        """Notify the handler, which is killed if it does not end in time. Compensations are never cancelled."""
         for worker in self._workers.values():
             if worker.peer == event.peer and self._spec.kind != "compensation":
                 worker.cancel(event.message_id, time.monotonic_ns())
@@ -358,7 +363,7 @@ class Pool(pykka.ThreadingActor):
         self, worker: WorkerHandle, responsible: list[SlotState], failure: Failure, *, counted: bool = False
     ) -> None:
         if self._context.has_exited(worker.pidfd):
-            return  # its lanes say what it was at when it died; how it did is on its way
+            return  # its exit is decided by its own status, which the zygote has yet to report
         worker.killed = Kill([state.message_id for state in responsible], failure, counted)
         kill_group(worker.pid, worker.pidfd)
 
@@ -367,18 +372,23 @@ class Pool(pykka.ThreadingActor):
             self._exit_policy.reset()
             self._fill()
 
-    # wishes
+    # commands
 
     def _scale(self, actors: int) -> None:
         most = self._spec.most // self._spec.concurrency if self._spec.most else actors
         if actors > most:
-            logger.warning("pool %s: %d actors, because max_stage_concurrency allows no more", self._spec.queue, most)
+            logger.warning(
+                "pool %s: scaled to %d actors and not to %d, because max_stage_concurrency allows no more",
+                self._spec.queue,
+                most,
+                actors,
+            )
         self._wanted = min(actors, most)
         self._trim()
         self._fill()
 
     def _trim(self) -> None:
-        """End idle workers beyond what is wanted; busy ones are looked at again at the next tick."""
+        """Retire surplus workers that are idle. Busy ones are checked again at the next tick."""
         staying = [worker for worker in self._workers.values() if worker.killed is None and not worker.retiring]
         for worker in reversed(staying):
             if len(staying) <= self._wanted:
@@ -388,7 +398,7 @@ class Pool(pykka.ThreadingActor):
                 staying.remove(worker)
 
     def _replace_spec(self, spec: PoolSpec) -> None:
-        """Workers are replaced: each ends when it is done with what it runs, or meets a message it does not know."""
+        """Replace all workers: each retires after its current messages, or at a message of a version unknown to it."""
         if self._wanted == self._spec.actors:
             self._wanted = spec.actors
         self._spec = spec
@@ -398,8 +408,11 @@ class Pool(pykka.ThreadingActor):
         self._fill()
 
     def _request_retirement(self, worker: WorkerHandle) -> None:
-        """Through the broker, never by a signal: it may have begun something, or be about to settle what it has done,
-        and would be killed between the doing and the settling, so that all of that were done once more."""
+        """Ask a worker, through the broker, to exit after its current messages.
+
+        Never by a signal: it would kill a worker between the end of a handler and the settlement of its message, and
+        the handler would run again.
+        """
         worker.retiring = True
         worker.request_at = time.monotonic_ns() + RETIRE_REPEAT_NS
 
@@ -417,9 +430,9 @@ class Pool(pykka.ThreadingActor):
                     kill_group(worker.pid, worker.pidfd)
 
     def _on_zygote_lost(self, zygote: ZygoteHandle) -> None:
-        """End what is left of each of its workers, of which no report will come.
+        """Kill the remaining workers of a dead zygote: no report about them will come.
 
-        The death of a zygote counts for no message; an earlier death of a worker, not reported yet, does.
+        No message is responsible for the death of a zygote; a worker that died before it is judged as usual.
         """
         for worker in [worker for worker in self._workers.values() if worker.zygote is zygote]:
             if worker.pidfd >= 0:

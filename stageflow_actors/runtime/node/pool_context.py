@@ -1,6 +1,7 @@
-"""What the pools of one node have in common: slots, zygote, broker, and the roster of who lives.
+"""`PoolContext`: the parts that all pools of a node share: slots, zygote, broker, and the list of live workers.
 
-Shared between threads: pools write their own entries, others read. Must never decide anything about a worker.
+Several threads use it: each pool writes only its own entries, and other threads read them. It must never decide
+anything about a worker.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ __all__ = ["PoolContext"]
 
 
 class PoolContext:
-    """What all pools of a node share.
+    """The shared parts and the shared state of a node's pools.
 
-    `live` is the roster: peers of workers not known to be dead, by queue. `lanes` are the slots of a queue's workers,
-    and `active` the queues whose pool has something to do when time passes, though none of them may be busy.
-    `stderr` reads what workers write there (None: it is the node's own), `oom_kills` what the kernel has killed;
-    `has_exited` says whether the process behind a pidfd has ended (None: there is none, only the zygote's word).
+    - `live`: the queue of each worker that is not known to be dead, by the worker's peer id
+    - `lanes`: the slots of each queue's workers
+    - `active`: the queues whose pool needs ticks even while no worker is busy
+    - `stderr`: reads the stderr of workers; None if they share the node's
+    - `oom_kills`: the kernel's count of OOM kills
+    - `has_exited`: returns True if the process behind a pidfd has exited; by default, only the zygote's reports count
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class PoolContext:
         self._lock = threading.Lock()
 
     def allocate_slots(self, count: int) -> int | None:
-        """The first of `count` slots in a row for a new worker; None when all are taken."""
+        """Allocate `count` consecutive slots for a new worker. Return the first; None if too few are free."""
         with self._lock:
             free = self._free.get(count)
             if free:
@@ -73,10 +76,10 @@ class PoolContext:
             return first
 
     def free_slots(self, first: int, count: int) -> None:
-        """The worker of these slots is dead. They are kept together: pools of as many lanes will want them again."""
+        """Free the slots of a dead worker. They stay together for the next worker with as many lanes."""
         with self._lock:
             self._free.setdefault(count, []).append(first)
 
     def is_active(self, queue: str) -> bool:
-        """Whether the pool of this queue is to be told that time has passed. Costs next to nothing if not."""
+        """Return True if the pool of this queue needs the next tick. The check is cheap for an idle pool."""
         return queue in self.active or any(lane.is_busy for lane in self.lanes.get(queue, ()))

@@ -1,4 +1,7 @@
-"""What a pool is told by the supervisor, beside what the zygote reports. Values; nothing here decides anything."""
+"""The messages that the supervisor sends to a pool, apart from the zygote's reports.
+
+Values only: nothing here decides anything.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,36 @@ __all__ = ["Cancelled", "ReplaceSpec", "Retire", "ScaleTo", "Tick", "ZygoteLost"
 
 
 class Tick:
-    """Time has passed."""
+    """Time has passed: check timeouts, memory limits and unreported exits."""
 
 
 class ScaleTo(Struct, frozen=True):
-    """So many actors for a queue from now on."""
+    """Change the number of actors of a queue."""
 
     queue: str
     actors: int
 
 
 class ReplaceSpec(Struct, frozen=True):
-    """The pool of a queue runs something else from now on: another version has been registered."""
+    """Replace the specification of a queue's pool: another version has been registered."""
 
     spec: PoolSpec
 
 
 class Retire(Struct, frozen=True):
-    """Start nothing more. `kill`: end the workers now."""
+    """Start no more workers; if `kill` is true, kill the running ones now."""
 
     kill: bool
 
 
 class Cancelled(Struct, frozen=True):
-    """The instance of this message has been cancelled while the worker `peer` runs it."""
+    """The instance of this message has been cancelled while the worker `peer` held the message."""
 
     peer: int
     message_id: int
 
 
 class ZygoteLost(Struct, frozen=True):
-    """This zygote is gone, and with it every worker that it forked; there is another one by now."""
+    """This zygote has died, and with it every worker that it forked. Its successor has been started."""
 
     zygote: ZygoteHandle

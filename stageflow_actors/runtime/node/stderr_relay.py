@@ -1,9 +1,9 @@
-"""What workers write to stderr: passed on to the program's stderr, its end kept for the error of one that dies.
+"""`StderrRelay`: passes the stderr of workers on to the program, and keeps its last lines for errors.
 
-Each worker writes into a pipe of its own. One thread of the node reads them all and writes to the node's stderr, which
-is the program's; it waits for that one if it must, and a worker that fills its pipe meanwhile waits too, as it would
-without a pipe. Nothing else in the node ever waits for either. What a worker wrote is read to the end also when it is
-dead; only what is in a pipe when the node itself is killed is lost.
+Each worker writes into a pipe of its own. One thread of the node reads all pipes and writes to the node's stderr, which
+is the program's. If the program's stderr blocks, this thread blocks, and then each worker that fills its pipe, as it
+would without a pipe; no other thread of the node may ever wait for either. The output of a dead worker is read to its
+end. Output that is still in a pipe when the node itself is killed is lost.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 __all__ = ["StderrRelay", "WorkerStderr"]
 
 CHUNK_BYTES = 65_536
-"""Bytes read at once: what a pipe holds."""
+"""Bytes read at once: the capacity of a pipe."""
 KEPT_BYTES = 32_768
-"""Bytes at the end of what a worker wrote that are kept: room for a traceback of the interpreter's own."""
+"""Last bytes of a worker's output that are kept: room for a traceback by the interpreter."""
 GATHER_SECONDS = 0.005
-"""Seconds in which more may gather, so that a stage that writes line by line does not wake the node at each."""
+"""Pause between two rounds, so that a stage that writes line by line does not wake the node for each line."""
 MAX_LINE_BYTES = CHUNK_BYTES
-"""Bytes of a line that are held back until its end comes."""
+"""Longest beginning of a line that is held back until the line is complete."""
 LINE_SECONDS = 0.2
-"""Seconds for which the first half of a line is held back: a worker may have to wait for its turn in between."""
+"""Time for which the beginning of a line is held back: between two writes a worker may have to wait for the CPU."""
 MAX_READS = 16
-"""Reads after a worker's end: a process that it has left behind may write for ever."""
+"""Most reads after a worker's exit: a process that it has started may continue to write."""
 MAX_ORPHANED_PIPES = 64
-"""Most pipes kept open for what dead workers have left behind. The oldest are closed: who writes there is told so."""
+"""Most pipes kept open for processes that dead workers have started. The oldest are closed first; a process that
+writes to a closed pipe gets SIGPIPE or EPIPE."""
 
 
 class WorkerStderr:
-    """The reading end of one worker's stderr. `finish` is the pool's, everything else the relay's.
+    """The read end of one worker's stderr. The pool calls `finish`; the relay calls everything else.
 
-    `_partial_since`: when the half line that is held back was begun or last went on; nought without one.
+    `_partial_since` is the time since which an incomplete line is held back; zero without one.
     """
 
     def __init__(self, fd: int, relay: StderrRelay) -> None:
@@ -50,7 +51,10 @@ class WorkerStderr:
         self._partial_since = 0.0
 
     def read(self) -> int:
-        """Take in what there is, a chunk at most; how many bytes. Never waits, nor does whoever holds the lock."""
+        """Read what is available, at most one chunk. Return the number of bytes.
+
+        Never waits; no thread may wait for anything else while it holds the lock.
+        """
         with self._lock:
             if self.at_end:
                 return 0
@@ -66,9 +70,9 @@ class WorkerStderr:
             return len(data)
 
     def take(self) -> bytes:
-        """What is to be passed on now: whole lines, so that those of two workers do not mix.
+        """Return the output to pass on now: whole lines, so that lines of two workers do not mix.
 
-        Half a line is passed on when its end does not come, or it is very long, or there cannot be an end.
+        An incomplete line is passed on if its end does not come in time, if it is very long, or at the end of the pipe.
         """
         now = time.monotonic()
         with self._lock:
@@ -86,17 +90,17 @@ class WorkerStderr:
 
     @property
     def has_pending(self) -> bool:
-        """Whether something waits to be passed on."""
+        """True if output is waiting to be passed on."""
         return bool(self._pending)
 
     def close_pipe(self) -> None:
-        """Nothing more is read: the number may soon be another file's."""
+        """Close the pipe and read no more: another file may get the same descriptor number."""
         with self._lock:
             self.at_end = True
             os.close(self.fd)
 
     def finish(self) -> bytes:
-        """The worker has ended: the end of what it wrote. The rest is still passed on."""
+        """Return the last bytes of the output of a worker that has exited. The relay still passes the rest on."""
         for _ in range(MAX_READS):
             if not self.read():
                 break
@@ -106,7 +110,7 @@ class WorkerStderr:
 
 
 class StderrRelay:
-    """Reads what all workers of a node write, and writes it to the descriptor `out`."""
+    """Reads the stderr of all workers of a node and writes it to the descriptor `out`."""
 
     def __init__(self, out: int = 2) -> None:
         self._out = out
@@ -122,9 +126,9 @@ class StderrRelay:
         self._thread.start()
 
     def open(self) -> tuple[WorkerStderr, int]:
-        """For a new worker: our end, and the descriptor that becomes its stderr, which the caller closes.
+        """Make a pipe for a new worker. Return its read end, and the descriptor that becomes the worker's stderr.
 
-        Raises `OSError` when there are no descriptors left.
+        The caller closes that descriptor. Raises `OSError` if no descriptors are free.
         """
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(ours, False)
@@ -135,14 +139,14 @@ class StderrRelay:
         return stderr, theirs
 
     def mark_exited(self, stderr: WorkerStderr) -> None:
-        """Its worker has ended; what it left behind may still write."""
+        """Mark the pipe of a worker that has exited; processes that the worker has started may still write to it."""
         with self._lock:
-            if self._open.get(stderr.fd) is stderr:  # else it has been shut, and the number may be another's by now
+            if self._open.get(stderr.fd) is stderr:  # else it is closed, and another pipe may have the same number
                 self._exited[stderr.fd] = stderr
         self._wake()
 
     def close(self, timeout: float) -> None:
-        """All workers have ended: pass on what is left of what they wrote, for `timeout` seconds at most."""
+        """Pass on the remaining output of all workers, which have exited, for at most `timeout` seconds."""
         self._deadline = time.monotonic() + timeout
         self._wake()
         self._thread.join(timeout)
@@ -154,12 +158,12 @@ class StderrRelay:
         try:
             while not self._round():
                 pass
-        except BaseException:  # noqa: BLE001 - with nobody to read, workers would wait for ever
+        except BaseException:  # noqa: BLE001 - without a reader, workers would block on stderr for ever
             traceback.print_exc()
-            os._exit(EXIT_NODE_FAILED)  # the node is started again
+            os._exit(EXIT_NODE_FAILED)  # the program starts the node again
 
     def _round(self) -> bool:
-        """Read what there is, as much of one as of another. Whether it was the last round."""
+        """Read at most one chunk from each pipe and pass it on. Return True if this was the last round."""
         closing = self._deadline != float("inf")
         ready = [fd for fd, _ in self._poll.poll(0 if closing else LINE_SECONDS / 4 if self._partial else None)]
         if self._wake_fd in ready:
@@ -209,4 +213,4 @@ class StderrRelay:
                 room.register(self._out, select.POLLOUT)
                 room.poll(1000)
             except OSError:
-                return  # closed, or its disk is full: there is nobody to tell
+                return  # stderr is closed or its disk is full: no place is left to report that

@@ -1,8 +1,8 @@
-"""`Supervisor`: keeps the zygote and the pools of a node alive, and hands each event to the pool that it concerns.
+"""`Supervisor`: keeps the zygote and the pools of a node alive, and passes each event to the pool concerned.
 
-A zygote that has died is started again at once; its workers died with it, and each pool starts its own anew. What
-dies faster than it can be started ends the node with an error that the program is told. The broker, which the
-supervisor and everybody else depend on, is kept by a thread of its own (`BrokerProcess.keep`).
+A zygote that has died is started again at once. Its workers died with it, and each pool starts new ones. If the zygote
+dies too often (`RestartLimit`), the node ends and reports the error to the program. The broker process is not
+supervised here but by a thread of its own (`BrokerProcess.keep`), because the supervisor itself depends on the broker.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["AddPools", "Supervisor", "queue_options"]
 
 logger = logging.getLogger("stageflow_actors.node.supervisor")
 
-ROLL_CALL_TICKS = 50
-"""Ticks after which also pools that have nothing to do are told of one: a worker may have died of itself."""
+IDLE_TICK_INTERVAL = 50
+"""Every so many ticks, idle pools get a tick too: a worker may have died while no message ran."""
 
 
 class AddPools:
-    """More queues to serve."""
+    """Start pools for more queues, or replace the specification of existing pools."""
 
     __slots__ = ("specs",)
 
@@ -44,7 +44,10 @@ class AddPools:
 
 
 class Supervisor(pykka.ThreadingActor):
-    """One per node. `make_zygote` starts one and makes it the current; `fail` is told what cannot be mended."""
+    """The supervisor of one node.
+
+    `make_zygote` starts a zygote and makes it the current one. `fail` ends the node with an error for the program.
+    """
 
     use_daemon_thread = True
 
@@ -68,22 +71,21 @@ class Supervisor(pykka.ThreadingActor):
         self._ticks = 0
 
     def on_failure(self, *args: Any) -> None:
-        """A node without a supervisor is no node: end it, and it is started again."""
+        """End the node: without a supervisor no worker is replaced. The program starts the node again."""
         sys.stderr.flush()
         os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> Any:
-        """One event."""
+        """Handle one message: a tick, a report of the zygote, or a command."""
         if isinstance(message, Tick):
             self._ticks += 1
-            all_of_them = self._ticks % ROLL_CALL_TICKS == 0
+            all_pools = self._ticks % IDLE_TICK_INTERVAL == 0
+            # Fifty ticks per second to each of a hundred idle pools would cost too much.
             for name, pool in self._pools.items():
-                if all_of_them or self._context.is_active(
-                    name
-                ):  # telling a hundred idle pools fifty times a second adds up
+                if all_pools or self._context.is_active(name):
                     pool.tell(message)
         elif isinstance(message, (Spawned, Exited, SpawnFailed)):
-            # The pool of a worker is there as long as the node is.
+            # A pool lives as long as its node, so that each report finds the pool of its worker.
             self._pools[message.worker_id.rpartition("#")[0]].tell(message)
         elif isinstance(message, ZygoteGone):
             self._on_zygote_gone(message)
@@ -93,9 +95,9 @@ class Supervisor(pykka.ThreadingActor):
             if message.queue in self._pools:
                 self._pools[message.queue].tell(message)
         elif isinstance(message, Cancelled):
-            consumed = self._context.live.get(message.peer)
-            if consumed in self._pools:
-                self._pools[consumed].tell(message)
+            queue = self._context.live.get(message.peer)
+            if queue in self._pools:
+                self._pools[queue].tell(message)
         elif isinstance(message, Retire):
             self._retiring = True
             for pool in self._pools.values():
@@ -107,7 +109,7 @@ class Supervisor(pykka.ThreadingActor):
             if spec.queue not in self._pools:
                 self._pools[spec.queue] = Pool.start(spec, self._context)
             else:
-                # Waited for: once this returns no worker parks what only its successor knows.
+                # Wait for it: afterwards no outdated worker parks a message that only its successor can run.
                 self._pools[spec.queue].ask(ReplaceSpec(spec))
 
     def _on_zygote_gone(self, event: ZygoteGone) -> None:
@@ -118,22 +120,35 @@ class Supervisor(pykka.ThreadingActor):
                 self._zygote_restarts.record()
                 self._make_zygote()
             except (StageFlowError, OSError) as error:
-                self._fail(StageFlowError(f"the zygote cannot be started again: {error}"))
+                self._fail(StageFlowError(f"the zygote process cannot be started again: {error}"))
                 return
         for pool in self._pools.values():
             pool.tell(ZygoteLost(lost))
 
 
 def queue_options(specs: Sequence[PoolSpec], naming: Naming, max_deaths: int) -> list[QueueOptions]:
-    """How each queue treats deaths: where the coordinator takes over, a dead letter is evidence; else it waits."""
+    """Return the broker's options for the queue of each pool.
+
+    With `spec.evidence` the coordinator takes over the instance of a message that killed too many workers, and the
+    dead letter stays as evidence; otherwise the dead letter waits for a person to requeue it.
+    """
     options = []
     for spec in specs:
-        place = spec.programs[-1].plan.stage(spec.stage_id)
-        failures, reset = (0, 0.0) if place is None else place.breaker
-        told, label = "", ""
+        planned = spec.programs[-1].plan.stage(spec.stage_id)
+        failures, reset = (0, 0.0) if planned is None else planned.breaker
+        notify_queue, notify_label = "", ""
         if spec.evidence:
-            told, label = naming.coordinator, UNANSWERED if spec.kind == "endpoint" else DEAD
+            notify_queue, notify_label = naming.coordinator, UNANSWERED if spec.kind == "endpoint" else DEAD
         options.append(
-            QueueOptions(spec.queue, max_deaths, spec.evidence, told, label, spec.max_length, failures, reset)
+            QueueOptions(
+                spec.queue,
+                max_deaths,
+                spec.evidence,
+                notify_queue,
+                notify_label,
+                spec.max_length,
+                failures,
+                reset,
+            )
         )
     return options

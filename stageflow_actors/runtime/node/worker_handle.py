@@ -1,4 +1,4 @@
-"""One worker as its pool knows it. Only its pool changes anything here."""
+"""`WorkerHandle`: the state of one worker, as its pool knows it. Only that pool may change it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 __all__ = ["Kill", "WorkerHandle"]
 
 CANCEL_MEMORY_NS = 60_000_000_000
-"""Nanoseconds for which it is remembered that a message was cancelled which its worker does not run."""
+"""Nanoseconds for which the cancellation of a message is remembered while the worker does not run the message."""
 
 CANCEL_GRACE_NS = 1_000_000_000
-"""Nanoseconds that a stage in work gets to end by itself (`ctx.cancelled`) once its instance has been cancelled."""
+"""Nanoseconds in which a running stage may end (see `ctx.cancelled`) after its instance has been cancelled."""
 
 
 class Kill:
-    """The messages for which this pool has killed a worker, and why; `counted`: it counts as a death they caused."""
+    """The reason for which a pool has killed a worker.
+
+    `responsible` are the messages that carry `failure`; `counted` is True if the kill counts as a death they caused.
+    """
 
     __slots__ = ("counted", "failure", "responsible")
 
@@ -82,18 +85,18 @@ class WorkerHandle:
         self.died_before_zygote = False
 
     def running(self) -> list[SlotState]:
-        """What its lanes are at."""
-        # Most are idle, and asking that costs less than reading all of a lane; it may have ended in between.
+        """Return the state of each lane that runs a message."""
+        # Most lanes are idle, and `is_busy` is cheaper than `read`. The message may end in between: check again.
         states = [lane.read() for lane in self.lanes if lane.is_busy]
         return [state for state in states if state.is_busy]
 
     def cancel(self, message_id: int, now: int) -> None:
-        """The instance of this message has been cancelled: its handler is told, and gets a grace (`now` in ns)."""
+        """Notify the handler that its instance is cancelled, and give it `CANCEL_GRACE_NS` to end (`now` in ns)."""
         self.cancelled[message_id] = now + CANCEL_GRACE_NS
         self.mark_cancelled(now)
 
     def mark_cancelled(self, now: int) -> None:
-        """Mark the lanes of what has been cancelled: it may have begun since that was heard of, or never begin."""
+        """Mark the lanes that run a cancelled message; a message may begin after its cancellation, or never."""
         for message_id, until in list(self.cancelled.items()):
             if now - until > CANCEL_MEMORY_NS:
                 del self.cancelled[message_id]
