@@ -1,7 +1,7 @@
-"""The one seam between the journal and the operating system.
+"""The interface between the journal and the operating system.
 
-All of the journal reaches files through `FileSystem`, so that a test can put a disk in its place that fails, tears and
-forgets. Nothing here retries a sync or hides an error: an OSError goes up as it came.
+The journal uses files only through `FileSystem`, so that a test can replace it with a disk that fails, tears writes and
+forgets unsynced data. This module must never retry a sync or hide an error: each OSError reaches the caller unchanged.
 """
 
 import errno
@@ -18,66 +18,66 @@ __all__ = ["FileSystem", "OsFileSystem", "is_full", "is_unreadable", "read_aroun
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
-_IOV_MAX = 1024  # what Linux takes in one call
+_IOV_MAX = 1024  # the most buffers that Linux accepts in one call
 
 
 class FileSystem(Protocol):
-    """What the journal asks of an operating system. Descriptors are small integers; sizes and offsets are bytes."""
+    """The operations that the journal needs. Descriptors are small integers; sizes and offsets are bytes."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
-        """A descriptor for reading, and for writing too unless `write` is false; `create` makes a missing file."""
+        """Open a file for reading, and for writing unless `write` is false; `create` creates a missing file."""
 
     def close(self, fd: int) -> None: ...
 
     def size(self, fd: int) -> int: ...
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        """Up to `size` bytes; fewer at the end of the file, and perhaps elsewhere."""
+        """Read up to `size` bytes; fewer at the end of the file, and possibly elsewhere."""
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """The number of bytes written, which may be fewer than were given."""
+        """Write the buffers; return the number of bytes written, which may be smaller than their size."""
 
     def fdatasync(self, fd: int) -> None: ...
 
     def fsync(self, fd: int) -> None: ...
 
     def fallocate(self, fd: int, size: int) -> None:
-        """Blocks for the first `size` bytes, and the file at least that long."""
+        """Allocate blocks for the first `size` bytes, and extend the file to at least that size."""
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that this user can still have on the disk that holds the directory, as far as is known."""
+        """Return the bytes that this user can still allocate on the disk of the directory, as far as known."""
 
     def rename(self, source: Path, target: Path) -> None: ...
 
     def unlink(self, path: Path) -> None: ...
 
     def fsync_dir(self, path: Path) -> None:
-        """Make what was created, renamed and unlinked in this directory last."""
+        """Sync a directory, so that creations, renames and deletions in it survive a crash."""
 
     def listdir(self, path: Path) -> list[str]: ...
 
     def mkdir(self, path: Path) -> None:
-        """Make the directory and its parents, private to their owner, and let that last; nothing if it is there."""
+        """Create the directory and its parents, private to their owner, and sync them; do nothing if it exists."""
 
     def try_lock(self, fd: int) -> bool:
-        """Take the exclusive lock of an open file, without waiting; false if another has it."""
+        """Take the exclusive lock of an open file without waiting; return False if another process holds it."""
 
     def is_alive(self, pid: int) -> bool: ...
 
     def drop_cache(self, fd: int) -> None:
-        """Let the next read come from the disk: after a failed sync, memory holds what the disk does not."""
+        """Drop the cached pages of the file: after a failed sync the cache holds data that is not on the disk."""
 
     def random(self) -> int:
-        """An unsigned 64-bit number."""
+        """Return a random unsigned 64-bit number."""
 
 
 class OsFileSystem:
-    """The real thing, on Linux."""
+    """The file system of Linux."""
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
         flags = os.O_RDWR if write else os.O_RDONLY
         fd = os.open(path, flags | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
-        # A directory can be opened for reading, and the first read of it fails without a name.
+        # A directory can be opened for reading; the error of its first read would not name it.
         if not write and stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -155,17 +155,17 @@ class OsFileSystem:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the error says that there is no room, rather than that something is broken."""
+    """True if the error means that the disk or the quota is full."""
     return error.errno in _FULL
 
 
 def is_unreadable(error: OSError) -> bool:
-    """Whether a read fails because of what it was to read: a bad sector, or a checksum of the file system."""
+    """True if the data could not be read: a bad sector, or a wrong checksum of the file system."""
     return error.errno in _UNREADABLE
 
 
 def read_at(files: FileSystem, fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, or what there is of them before the end of the file."""
+    """Return `size` bytes from `offset`, fewer only at the end of the file."""
     data = files.pread(fd, size, offset)
     if len(data) == size or not data:
         return data
@@ -178,7 +178,7 @@ def read_at(files: FileSystem, fd: int, size: int, offset: int) -> bytes:
 
 
 def read_around(files: FileSystem, fd: int, size: int, offset: int) -> tuple[bytes, list[int]]:
-    """As `read_at`, with zeros in the place of sectors that cannot be read; and where these begin."""
+    """Read like `read_at`, with zeros for unreadable sectors; return the bytes and the offsets of those sectors."""
     try:
         return read_at(files, fd, size, offset), []
     except OSError as error:
@@ -197,9 +197,9 @@ def read_around(files: FileSystem, fd: int, size: int, offset: int) -> tuple[byt
 
 
 def write_at(files: FileSystem, fd: int, buffers: Sequence[Buffer], size: int, offset: int) -> None:
-    """Write all `size` bytes of the buffers, in one call if the system takes them in one.
+    """Write all `size` bytes of the buffers, in one call if the system accepts that.
 
-    A short write is continued, which is how the reason for it (a full disk, say) comes out as the next call's error.
+    A short write is continued, so that its reason (a full disk, for example) appears as the error of the next call.
     """
     if len(buffers) <= _IOV_MAX:
         try:
@@ -207,19 +207,19 @@ def write_at(files: FileSystem, fd: int, buffers: Sequence[Buffer], size: int, o
                 return
         except InterruptedError:
             pass
-        # Begin again from the front: writing the same bytes to the same place twice changes nothing.
-    left = [memoryview(piece) for piece in buffers if len(piece)]
+        # Write again from the beginning: the same bytes at the same offset change nothing.
+    remaining = [memoryview(piece) for piece in buffers if len(piece)]
     first = 0
-    while first < len(left):
+    while first < len(remaining):
         try:
-            written = files.pwritev(fd, left[first : first + _IOV_MAX], offset)
+            written = files.pwritev(fd, remaining[first : first + _IOV_MAX], offset)
         except InterruptedError:
             continue
         if written == 0:
-            raise OSError(errno.EIO, "nothing was written")
+            raise OSError(errno.EIO, "the write wrote no byte")
         offset += written
-        while first < len(left) and written >= len(left[first]):
-            written -= len(left[first])
+        while first < len(remaining) and written >= len(remaining[first]):
+            written -= len(remaining[first])
             first += 1
         if written:
-            left[first] = left[first][written:]
+            remaining[first] = remaining[first][written:]

@@ -1,21 +1,21 @@
-"""The bytes of the journal, and nothing but the bytes: no file is opened here, no clock read.
+"""The format of the journal on disk. This module only encodes and decodes: it must never open a file or read a clock.
 
 A journal is a directory of *segments*, ``{number:016d}.journal``, numbered without a gap; numbers are little-endian.
-Everything starts at a multiple of 512 bytes (a *sector*), so that no write touches a sector which holds something that
-was acknowledged before.
+Each item starts at a multiple of 512 bytes (a *sector*), so that no write touches a sector that holds acknowledged
+data.
 
 Segment
-    Sector 0 holds the segment header, the batches follow from byte 512, and the file is as long as ``size`` says from
-    the moment it has its name: an append never changes the length of the file.
+    Sector 0 holds the segment header; the batches follow from byte 512. The file has the length ``size`` from the
+    moment it gets its name: an append never changes the length of the file.
 
     ======  ====  =======================================================================
     offset  size  segment header
     ======  ====  =======================================================================
     0       8     magic, ``BROKERJ\\n``
-    8       4     format version (1). Magic and version stay where they are in all versions
+    8       4     format version (1). Magic and version have this place in all versions
     12      4     zero
     16      8     number of the segment
-    24      8     salt: random, another one for each segment
+    24      8     salt: random, different for each segment
     32      8     number of the first batch
     40      8     size of the file in bytes
     48      12    zero
@@ -23,7 +23,7 @@ Segment
     ======  ====  =======================================================================
 
 Batch
-    What one commit wrote. Numbers go up by one, across segments too, and a batch lies whole in one segment.
+    The records of one commit. Numbers increase by one, across segments too. A batch lies in one segment.
 
     ======  ====  =======================================================================
     offset  size  batch header
@@ -39,29 +39,33 @@ Batch
     ======  ====  =======================================================================
 
 Record
-    ``kind`` u8, ``first_id`` u64, ``peer`` u64, length of header u32, length of blob u32; then header, then blob. What
-    they mean is the business of whoever wrote them.
+    ``kind`` u8, ``first_id`` u64, ``peer`` u64, length of header u32, length of blob u32; then header, then blob. Their
+    meaning is defined by the writer (`stageflow_brokers.core.records`).
 
 End mark
-    Behind the last batch, written with it and overwritten by the next one, stands a sector with an *end mark*: a batch
-    header with a marker of its own, the number of the batch before it, no time and no payload. It tells a clean end
-    from a lost one: segments are recycled, so what follows may be batches of an earlier life. Those carry an earlier
-    salt and are taken for nothing. The last sector of a segment is kept for it; one of an earlier release may be filled
-    to its last byte, and has none.
+    After the last batch, written with it and overwritten by the next one, stands a sector with an *end mark*: a batch
+    header with its own marker, the number of the batch before it, no time and no payload. It distinguishes a clean end
+    from a lost one: segments are recycled, so the bytes after it may be batches of an earlier use of the file. Those
+    carry an earlier salt and are ignored. The last sector of a segment is reserved for the end mark; a segment of an
+    earlier release may be filled to its last byte and has none.
 
-    Once the next segment is in its directory for good, and before a batch goes into that, another end mark takes the
-    place of this one, with a second marker: *followed*. So the newest segment cannot be lost without a trace. An
-    earlier release takes it for no end mark, which a segment that is not the last one can do without.
+    When the next segment is durable in its directory, and before a batch is written to it, a second kind of end mark
+    replaces this one: *followed*. So the loss of the newest segment is always noticed. An earlier release does not
+    recognize this mark, which does no harm in a segment that is not the last one.
 
 How it is read
-    Batch after batch while each is whole: marker, salt, the expected number, a length that fits into the file, the CRC.
-    Where that stops there is either the end mark (the clean end), or damage. Damage with nothing whole behind it, in
-    the last segment, is a write that was torn by a crash, and was never acknowledged; the end mark of the very batch
-    that is not whole belongs to that write. Damage followed by a whole batch or an end mark of a higher number, by the
-    mark of a followed segment, or by a segment that begins with a higher number, lies in what was acknowledged, because
-    batch n + 1 is never written before n is synced. So does a damaged header: it was synced before the file got its
-    name. A last segment shorter than its header says, without an end mark, ends like a torn one: nothing can tell what
-    stood there.
+    Batch after batch, while each is intact: marker, salt, the expected number, a length that fits into the file, and
+    the CRC. After the last one there is either the end mark (a clean end) or damage.
+
+    Damage in the last segment with nothing intact after it is a write that a crash has torn, and was never
+    acknowledged. The end mark of the damaged batch itself belongs to that write.
+
+    Damage lies in acknowledged data if it is followed by an intact batch or end mark of a higher number, by the mark of
+    a followed segment, or by a segment that begins with a higher number: batch n + 1 is never written before batch n is
+    synced. A damaged segment header is acknowledged data too: it was synced before the file got its name.
+
+    A last segment that is shorter than its header says, and has no end mark, counts as torn: nothing shows which data
+    it held.
 """
 
 import struct
@@ -108,7 +112,7 @@ SUFFIX = ".journal"
 BATCH_HEADER = 40
 MAX_PAYLOAD = 0xFFFFFFFF
 
-# High bytes that neither ASCII nor UTF-8 text contains in this order, so that a search for them rarely stops in vain.
+# High bytes that neither ASCII nor UTF-8 text contains in this order, so that a search rarely finds them by chance.
 BATCH_MARKER = b"\xd3\xf7\xb1\xff"
 END_MARKER = b"\xd3\xf7\xe2\xff"
 FOLLOWED_MARKER = b"\xd3\xf7\xe4\xff"
@@ -121,7 +125,7 @@ _U32 = struct.Struct("<I")
 
 
 class Record(NamedTuple):
-    """One command as it is kept. `header` and `blob` are opaque; `first_id` and `peer` are unsigned 64-bit numbers.
+    """One record. `header` and `blob` are opaque; `first_id` and `peer` are unsigned 64-bit numbers.
 
     Memoryviews must be contiguous and of single bytes.
     """
@@ -134,10 +138,10 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch read back. `blob_offsets[i]` is where in the file of `segment` the blob of `records[i]` begins, `offset`
-    where the batch does.
+    """A batch that was read. In the file of `segment` the batch begins at `offset`, and the blob of `records[i]` at
+    `blob_offsets[i]`.
 
-    Blobs are views into a shared buffer of up to several megabytes: copy what is to be kept. Headers are bytes.
+    Blobs are views into a shared buffer of up to several megabytes: copy a blob in order to keep it. Headers are bytes.
     """
 
     number: int
@@ -149,7 +153,7 @@ class Batch(NamedTuple):
 
 
 class SegmentHeader(NamedTuple):
-    """What sector 0 says: `first` is the number of the first batch, `size` the length of the file in bytes."""
+    """The fields of sector 0: `first` is the number of the first batch, `size` the length of the file in bytes."""
 
     number: int
     salt: int
@@ -158,7 +162,7 @@ class SegmentHeader(NamedTuple):
 
 
 class BatchHeader(NamedTuple):
-    """The fields in front of a batch, or of an end mark; none of them has been checked against the CRC."""
+    """The header fields of a batch or an end mark, not checked against the CRC."""
 
     marker: bytes
     number: int
@@ -170,58 +174,58 @@ class BatchHeader(NamedTuple):
 
 
 def file_name(number: int) -> str:
-    """The name of a segment; names sort as numbers do."""
+    """Return the name of a segment file; names sort like numbers."""
     return f"{number:016d}{SUFFIX}"
 
 
 def span(length: int) -> int:
-    """Bytes that a batch with a payload of `length` bytes takes up, padding included."""
+    """Return the bytes that a batch with a payload of `length` bytes occupies, with padding."""
     return -(-(BATCH_HEADER + length) // SECTOR) * SECTOR
 
 
 def encode_segment(header: SegmentHeader) -> bytes:
-    """Sector 0."""
+    """Return the bytes of sector 0."""
     fields = _SEGMENT.pack(MAGIC, VERSION, header.number, header.salt, header.first, header.size)
     return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
 
 
 def read_segment(sector: bytes) -> SegmentHeader | int | str:
-    """The header; or the version, when it is a newer one; or what is wrong with it, in words."""
+    """Return the header, the version if it is a newer one, or a description of the damage."""
     if len(sector) < SECTOR:
         return "the file ends inside the segment header"
     magic, version, number, salt, first, size = _SEGMENT.unpack_from(sector)
     if magic != MAGIC:
-        return "the file does not begin like a segment"
+        return "the file does not begin with the magic of a segment"
     crc = _U32.unpack_from(sector, _SEGMENT.size)[0]
     if version > VERSION:
         if crc == crc32(sector[12 : _SEGMENT.size], crc32(sector[:8] + _U32.pack(VERSION))):
             return "the format version in the segment header is damaged"
-        return int(version)  # before the CRC, which a newer format may keep elsewhere
+        return int(version)  # before the CRC, which a newer format may have elsewhere
     if crc != crc32(sector[: _SEGMENT.size]):
         return "the checksum of the segment header does not match"
     return SegmentHeader(number, salt, first, size)
 
 
 def encode_payload(records: Sequence[Record], offset: int) -> tuple[list[Buffer], int, list[int]]:
-    """The pieces of a payload that is to begin at `offset`, its length, and the offset of each record's blob.
+    """Return the pieces of a payload that begins at `offset`, its length, and the offset of each record's blob.
 
-    Raises PayloadTooLarge, or struct.error for a number out of its range; either before anything is written.
+    Raises PayloadTooLarge, or struct.error for a number out of its range; both before any byte is written.
     """
     pieces: list[Buffer] = []
     offsets: list[int] = []
-    add, place, pack, start = pieces.append, offsets.append, _RECORD.pack, offset
+    add, add_offset, pack, start = pieces.append, offsets.append, _RECORD.pack, offset
     for kind, first_id, peer, header, blob in records:
         header_length, blob_length = len(header), len(blob)
         add(pack(kind, first_id, peer, header_length, blob_length))
         add(header)
         add(blob)
         offset += 25 + header_length
-        place(offset)
+        add_offset(offset)
         offset += blob_length
     length = offset - start
     if length > MAX_PAYLOAD:
         raise PayloadTooLarge(
-            f"one commit holds at most {MAX_PAYLOAD} bytes, these {len(records)} records take {length}: "
+            f"one commit holds at most {MAX_PAYLOAD} bytes, but these {len(records)} records have {length}: "
             "commit them in several batches",
             size=length,
             limit=MAX_PAYLOAD,
@@ -230,7 +234,7 @@ def encode_payload(records: Sequence[Record], offset: int) -> tuple[list[Buffer]
 
 
 def encode_header(number: int, salt: int, wall: float, payload: Iterable[Buffer], length: int, count: int) -> bytes:
-    """The header of a batch with this payload, given in pieces of `length` bytes together."""
+    """Return the header of a batch whose payload consists of these pieces, `length` bytes in total."""
     fields = _BATCH.pack(BATCH_MARKER, number, salt, wall, length, count)
     crc = crc32(fields)
     for piece in payload:
@@ -239,31 +243,31 @@ def encode_header(number: int, salt: int, wall: float, payload: Iterable[Buffer]
 
 
 def encode_end(number: int, salt: int, *, followed: bool = False) -> bytes:
-    """The sector that says: batch `number` is the last one; and, when `followed`, that there is a next segment."""
+    """Return the end mark after batch `number`; `followed` adds that a next segment exists."""
     fields = _BATCH.pack(FOLLOWED_MARKER if followed else END_MARKER, number, salt, 0.0, 0, 0)
     return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
 
 
 def read_header(buffer: Buffer, at: int = 0) -> BatchHeader:
-    """The 40 bytes at `at`, taken apart and not yet believed."""
+    """Decode the 40 bytes at `at`, without any check."""
     return BatchHeader(*_BATCH.unpack_from(buffer, at), *_U32.unpack_from(buffer, at + _BATCH.size))
 
 
 def is_batch(header: BatchHeader, buffer: memoryview) -> bool:
-    """Whether `buffer`, header and payload, is what was written."""
+    """True if the checksum of `buffer`, header and payload, matches."""
     head = _BATCH.size
     return header.crc == crc32(buffer[BATCH_HEADER:], crc32(buffer[:head]))
 
 
 def is_end(header: BatchHeader, number: int, salt: int) -> bool:
-    """Whether this is the end mark behind batch `number`, of either kind."""
+    """True if this is the end mark, of either kind, after batch `number`."""
     if header.marker not in END_MARKERS or header.number != number or header.salt != salt:
         return False
     return header.crc == crc32(_BATCH.pack(*header[:6]))
 
 
 def parse_records(payload: memoryview, count: int, offset: int) -> tuple[list[Record], list[int]]:
-    """Undo `encode_payload`. Raises ValueError when `count` records do not fill the payload exactly."""
+    """Decode a payload. Raises ValueError if `count` records do not fill it exactly."""
     records: list[Record] = []
     offsets: list[int] = []
     unpack, at, end = _RECORD.unpack_from, 0, len(payload)
@@ -276,26 +280,26 @@ def parse_records(payload: memoryview, count: int, offset: int) -> tuple[list[Re
         blob = at + 25 + header_length
         following = blob + blob_length
         if following > end:
-            raise ValueError("a record reaches past the end of its batch")
+            raise ValueError("a record extends past the end of its batch")
         records.append(Record(kind, first_id, peer, bytes(payload[at + 25 : blob]), payload[blob:following]))
         offsets.append(offset + blob)
         at = following
     if at != end:
-        raise ValueError(f"{end - at} bytes are left over behind the last record")
+        raise ValueError(f"{end - at} bytes are left over after the last record")
     return records, offsets
 
 
 def readable_records(payload: memoryview, count: int | None) -> list[Record]:
-    """As much of `parse_records` as can be had of a payload that is damaged, `count` records at most, if that is known.
+    """Decode as many records as possible from a damaged payload, at most `count` if it is known.
 
-    The last one may be cut short, or be no record at all.
+    The last one may be cut short, or not be a record at all.
     """
     records: list[Record] = []
     at, end = 0, len(payload)
     while at + 25 <= end and (count is None or len(records) < count):
         kind, first_id, peer, header_length, blob_length = _RECORD.unpack_from(payload, at)
         if not kind and not header_length and not blob_length:
-            break  # zeros go on for ever
+            break  # a record of zeros would repeat to the end
         blob = at + 25 + header_length
         following = blob + blob_length
         records.append(Record(kind, first_id, peer, bytes(payload[at + 25 : blob]), payload[blob:following]))

@@ -1,7 +1,8 @@
-"""The lock of a journal's directory: one writer, known by its process id.
+"""The lock of a journal directory: one writer, named by its process id.
 
-The lock is the kernel's, so it goes with its process however that ends; the number in the file is only for the reader.
-The file is never removed: whoever had opened it before would then hold the lock of a file that nobody else sees.
+The kernel holds the lock and releases it when the process ends, however it ends. The number in the file only informs
+readers. The file must never be removed: a process that had opened it before would lock a file that no other process
+sees.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ _WIDTH = 20
 
 
 class DirectoryLock:
-    """Held from construction to `release`. Raises JournalLocked when another process, or another journal, has it."""
+    """The lock, held from construction to `release`. Raises JournalLocked if another process or journal holds it."""
 
     def __init__(self, files: FileSystem, directory: Path, pid: int) -> None:
         self._files = files
@@ -25,9 +26,9 @@ class DirectoryLock:
         try:
             if not files.try_lock(self._fd):
                 holder = _read_pid(files, self._fd)
-                who = f"process {holder}" if holder is not None else "another process"
+                owner = f"process {holder}" if holder is not None else "another process"
                 raise JournalLocked(
-                    f"{who} is using the journal in {directory}: stop it, or choose another directory",
+                    f"{owner} is using the journal in {directory}: stop it, or choose another directory",
                     path=path,
                     pid=holder,
                 )
@@ -37,24 +38,24 @@ class DirectoryLock:
             raise
 
     def release(self) -> None:
-        """Let go. What is left in the file of a process that was killed is harmless."""
+        """Release the lock. The number that a killed process leaves in the file is harmless."""
         try:
             self._write(b"")
         finally:
             self._files.close(self._fd)
 
     def _write(self, name: bytes) -> None:
-        line = name.ljust(_WIDTH) + b"\n"  # always as long, so that on a full disk there is room for it
+        line = name.ljust(_WIDTH) + b"\n"  # always the same length, so that it fits on a full disk
         try:
             write_at(self._files, self._fd, [line], len(line), 0)
         except OSError:
-            pass  # the number is for the reader; the lock, which is what counts, is held without it
+            pass  # the number only informs readers; the lock is held without it
 
 
 def writer_of(files: FileSystem, directory: Path) -> int | None:
-    """The process that seems to write this journal now, by what the lock file says; None if there is none.
+    """Return the process that writes this journal according to the lock file; None if there is none.
 
-    Takes no lock, not even for a moment: a broker that starts just then would be refused.
+    Takes no lock, not even briefly: a broker that starts at that moment would be refused.
     """
     try:
         fd = files.open(directory / _NAME, write=False)
@@ -71,5 +72,5 @@ def _read_pid(files: FileSystem, fd: int) -> int | None:
     try:
         text = read_at(files, fd, 32, 0).strip()
     except OSError:
-        return None  # the number is for the reader
+        return None  # the number only informs readers
     return int(text) if text.isdigit() else None
