@@ -290,11 +290,11 @@ def _repairs(
 ) -> None:
     """Check that repair keeps the batches before the damage, copies the rest aside, and lists the lost ones."""
     number, offset = at
-    report = repair(DIRECTORY, files=disk, names=lambda batch: [f"batch {batch.number}"])
+    report = repair(DIRECTORY, files=disk, names_in=lambda batch: [f"batch {batch.number}"])
     assert (report.file, report.offset) == (file_name(number), offset)
     assert (report.batches, report.records) == (len(given_up), sum(len(records) for _, records in given_up))
-    lines = [] if report.listed is None else disk.content(report.listed).decode().splitlines()
-    assert lines[: len(report.lost)] == [f"# {lost.told()}" for lost in report.lost]
+    lines = [] if report.list_file is None else disk.content(report.list_file).decode().splitlines()
+    assert lines[: len(report.lost)] == [f"# {lost.describe()}" for lost in report.lost]
     assert report.lost[0][:2] == (file_name(number), offset)
     assert lines[len(report.lost) :] == [f"batch {batch}" for batch, _ in given_up] == report.names
     copied = {path.name: disk.content(path) for path in report.copies}
@@ -308,6 +308,6 @@ def _repairs(
 def _mends_header(disk: SimulatedDisk, sample: SampleJournal, number: int, damaged: bytes) -> None:
     """Check that repair rewrites a header from the batches behind it and gives up nothing."""
     report = repair(DIRECTORY, files=disk)
-    assert (report.file, report.offset, report.batches, report.listed) == (file_name(number), 0, 0, None)
+    assert (report.file, report.offset, report.batches, report.list_file) == (file_name(number), 0, 0, None)
     assert [disk.content(path) for path in report.copies] == [damaged]
     _recovers(disk, sample.decoded)

@@ -19,7 +19,7 @@ def test_a_journal_that_grows_as_fast_as_it_is_read_is_read_to_an_end(
     batch = [Record(1, 0, 0, b"h", b"x" * 1_000)]
     for _ in range(20):
         journal.commit(batch, time.time())
-    look_through = SegmentReader.later
+    look_through = SegmentReader.find_next_batch
     looked: list[int] = []
 
     def while_the_writer_goes_on(self: SegmentReader, *where: Any) -> Any:
@@ -36,7 +36,7 @@ def test_a_journal_that_grows_as_fast_as_it_is_read_is_read_to_an_end(
         journal.commit(batch, time.time())
         again(self)
 
-    monkeypatch.setattr(SegmentReader, "later", while_the_writer_goes_on)
+    monkeypatch.setattr(SegmentReader, "find_next_batch", while_the_writer_goes_on)
     monkeypatch.setattr(SegmentReader, "refresh", refresh)
     try:
         assert verify(tmp_path) == []

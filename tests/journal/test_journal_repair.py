@@ -16,7 +16,7 @@ from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked
 from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import LOST_NAMES_PATTERN, RepairReport, repair
-from stageflow_brokers.journal.salvage import Lost
+from stageflow_brokers.journal.salvage import LostData
 from stageflow_brokers.journal.verify import Finding, scan, verify
 from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
@@ -215,14 +215,14 @@ def test_repair_reports_where_each_damaged_batch_was_and_what_can_still_be_read_
     flip(bench, 1, begin[1] + 120)  # in a body
     flip(bench, 1, begin[2] + 6)  # in the number of the batch
     flip(bench, 1, begin[3] + 31)  # in its length
-    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    report = repair(bench.directory, files=bench.disk, names_in=headers_of, possible_names_in=headers_of)
     size = read_header(bench.content(1), begin[0]).length + 40
     assert [(lost.offset, lost.records) for lost in report.lost] == [(begin[1], 2), (begin[2], 2), (begin[3], None)]
     assert [lost.length for lost in report.lost] == [size, size, length]
-    assert {(lost.file, lost.torn, lost.whole) for lost in report.lost} == {(file_name(1), False, False)}
-    assert list(report.perhaps) == [f"header {number}.{each}" for number in (2, 3, 4) for each in (0, 1)]
+    assert {(lost.file, lost.is_torn, lost.whole_file) for lost in report.lost} == {(file_name(1), False, False)}
+    assert list(report.possible_names) == [f"header {number}.{each}" for number in (2, 3, 4) for each in (0, 1)]
     assert report.names == [f"header {number}.{each}" for number in (5, 6) for each in (0, 1)]
-    listed = bench.disk.content(report.listed).decode().splitlines()
+    listed = bench.disk.content(report.list_file).decode().splitlines()
     assert f"# {file_name(1)} at offset {begin[1]}, {size} bytes, 2 records: {report.reason}" in listed
     assert listed.index("header 5.0") < listed.index("header 2.0")
 
@@ -231,11 +231,11 @@ def test_repair_reports_where_each_damaged_batch_was_and_what_can_still_be_read_
 def test_repair_reports_that_a_whole_segment_was_given_up_with_its_contents(bench: Any, size: int) -> None:
     filled(bench, 2)
     bench.disk.damage(bench.path(1), bytes(size))
-    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    report = repair(bench.directory, files=bench.disk, names_in=headers_of, possible_names_in=headers_of)
     (lost,) = report.lost
-    assert lost == Lost(file_name(1), 0, size, None, report.reason, whole=True)
-    assert not report.left
-    assert "all of it" in bench.disk.content(report.listed).decode()
+    assert lost == LostData(file_name(1), 0, size, None, report.reason, whole_file=True)
+    assert not report.has_segments
+    assert "all of it" in bench.disk.content(report.list_file).decode()
 
 
 def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: Any) -> None:
@@ -248,9 +248,9 @@ def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: An
     content[begin + 2 * SECTOR : len(earlier)] = earlier[begin + 2 * SECTOR :]
     content[begin + 50] ^= 1
     bench.disk.damage(bench.path(1), content)
-    report = repair(bench.directory, files=bench.disk, perhaps=headers_of)
-    assert [(lost.offset, lost.torn) for lost in report.lost] == [(begin, True)]
-    assert list(report.perhaps) == ["header 2.0", "header 2.1"]
+    report = repair(bench.directory, files=bench.disk, possible_names_in=headers_of)
+    assert [(lost.offset, lost.is_torn) for lost in report.lost] == [(begin, True)]
+    assert list(report.possible_names) == ["header 2.0", "header 2.1"]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -263,7 +263,7 @@ def test_whatever_the_damage_is_repair_ends_and_reports_places_within_the_file(b
             at = chance.randrange(SECTOR, 6 * SECTOR)
             content[at : at + chance.randint(1, 700)] = chance.randbytes(chance.randint(1, 700))
         bench.disk.damage(bench.path(number), content[: bench.segment_bytes])
-    report = repair(bench.directory, files=bench.disk, names=headers_of, perhaps=headers_of)
+    report = repair(bench.directory, files=bench.disk, names_in=headers_of, possible_names_in=headers_of)
     assert look(bench) == []
     assert bool(report.lost) == bool(report.copies)
     for lost in report.lost:
@@ -592,11 +592,11 @@ def test_repair_stopped_at_any_call_loses_no_byte_and_can_be_run_again(make_benc
         bench.disk.on_call = on_call
         stopped = False
         try:
-            repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names=named)
+            repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names_in=named)
         except Crash:
             stopped = True
         bench.disk.crash(random.Random(step))
-        repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names=named)
+        repair(bench.directory, backup_dir=elsewhere, files=bench.disk, names_in=named)
         bench.open().close()
         assert bench.replayed == said[:4]
         everything = [bytes(inode.durable) for inode in bench.disk._durable_names.values()]

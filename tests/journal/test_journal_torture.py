@@ -122,7 +122,7 @@ def test_damage_that_is_dropped_without_a_word_is_found_out(
 ) -> None:
     from stageflow_brokers.journal.segment_reader import SegmentReader
 
-    monkeypatch.setattr(SegmentReader, "later", lambda self, offset, number, salt: (None, 0))
+    monkeypatch.setattr(SegmentReader, "find_next_batch", lambda self, offset, number, salt: (None, 0))
     with pytest.raises(AssertionError):
         flip_bits(sample, Counter(), share=0.0015, bodies=0.00005, chance=random.Random(3))
 

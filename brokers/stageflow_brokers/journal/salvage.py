@@ -1,7 +1,7 @@
-"""What lay in damage: where each batch was, how long, and what of it can still be read.
+"""Read what remains of damaged batches: their places, their lengths, and the records that can still be decoded.
 
-All of it is a guess, to be told to people: a checksum says that something here is not what was written, and not what.
-Nothing that is read here may be replayed. A length is believed only as far as the damage reaches.
+The result is a guess, for reports to people: a checksum shows that bytes have changed, but not which ones. Data that is
+read here must never be replayed. A length is believed only within the damaged range.
 """
 
 from collections.abc import Iterator
@@ -24,21 +24,20 @@ from stageflow_brokers.journal.format import (
 )
 from stageflow_brokers.journal.scanner import Damage
 
-__all__ = ["Lost", "salvage"]
+__all__ = ["LostData", "salvage"]
 
-MOST = 256 << 20
-"""Bytes of one damaged place that are looked through: more than the largest segment that is made by itself."""
+MAX_SALVAGE_BYTES = 256 << 20
+"""Bytes of one damaged place that are searched: more than the largest segment that is created automatically."""
+
+MIN_RECORD_BYTES = 25
+"""Bytes of a record without header and blob."""
 
 
-SMALLEST = 25
-"""Bytes of a record with nothing in it."""
+class LostData(NamedTuple):
+    """`length` damaged bytes at `offset` of `file`: one batch, or several that cannot be distinguished.
 
-
-class Lost(NamedTuple):
-    """`length` bytes that are damaged at `offset` of `file`: one batch, or what cannot be told apart.
-
-    `records` is how many the batch's header speaks of, None where it cannot be read. `torn`: it lies at the end of the
-    journal, like a write that nobody was told of. `whole`: all of the file is given up for it, whatever it held.
+    `records` is the count in the header of the batch, None if the header cannot be read. `is_torn`: the bytes lie at
+    the end of the journal, like a write that was never acknowledged. `whole_file`: the whole file is discarded.
     """
 
     file: str
@@ -46,30 +45,32 @@ class Lost(NamedTuple):
     length: int
     records: int | None
     reason: str
-    torn: bool = False
-    whole: bool = False
+    is_torn: bool = False
+    whole_file: bool = False
 
-    def told(self) -> str:
-        """In words: file, offset, length, count of records, reason."""
-        if self.whole:
+    def describe(self) -> str:
+        """Return a line with file, offset, length, count of records and reason."""
+        if self.whole_file:
             return f"{self.file}: all of it, {self.length:,} bytes as it is now: {self.reason}"
         length = f", {self.length:,} bytes" if self.length else ""
         records = "" if self.records is None else f", {self.records:,} record{'' if self.records == 1 else 's'}"
         return f"{self.file} at offset {self.offset}{length}{records}: {self.reason}"
 
 
-def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tuple[Lost, Batch | None]]:
-    """What is lost with this damage, and what can be read of each batch in it: the records up to where they make no
-    sense, of which the last may be cut short."""
-    first = Lost(damage.file, damage.offset, 0, None, damage.reason, not damage.fatal, damage.offset == 0)
+def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tuple[LostData, Batch | None]]:
+    """Yield the data lost with this damage, and of each batch in it the records that can be read.
+
+    The records end where they cannot be decoded; the last one may be cut short.
+    """
+    first = LostData(damage.file, damage.offset, 0, None, damage.reason, not damage.fatal, damage.offset == 0)
     if damage.file not in files.listdir(directory):
-        yield first._replace(whole=False), None
+        yield first._replace(whole_file=False), None
         return
     start = damage.offset or SECTOR
     fd = files.open(directory / damage.file, write=False)
     try:
         size = files.size(fd)
-        end = min(size, damage.until or (damage.torn if damage.torn > start else size), start + MOST)
+        end = min(size, damage.until or (damage.torn if damage.torn > start else size), start + MAX_SALVAGE_BYTES)
         data = memoryview(read_around(files, fd, end - start, start)[0] if end > start else b"")
     finally:
         files.close(fd)
@@ -78,13 +79,15 @@ def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tupl
     for at, length, header in _pieces(data, damage):
         reason = damage.reason
         if at or damage.offset == 0:
-            reason = "what is here makes no sense" if header is None else f"batch {header.number} is damaged too"
-        lost = first._replace(offset=start + at, length=length, reason=reason, whole=False)
-        count = None if header is None or header.records * SMALLEST > length else header.records
+            reason = (
+                "the bytes here cannot be understood" if header is None else f"batch {header.number} is damaged too"
+            )
+        lost = first._replace(offset=start + at, length=length, reason=reason, whole_file=False)
+        count = None if header is None or header.records * MIN_RECORD_BYTES > length else header.records
         if header is not None:
             lost = lost._replace(records=count)
         elif damage.offset == 0:
-            continue  # said already, and of what was written before the file got its present use nothing can be told
+            continue  # reported already; bytes from an earlier use of the file say nothing about this one
         elif not length:
             yield lost, None
             continue
@@ -95,8 +98,10 @@ def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tupl
 
 
 def _pieces(data: memoryview, damage: Damage) -> Iterator[tuple[int, int, BatchHeader | None]]:
-    """(offset, length, header) of each damaged batch, the first one at the beginning; a header that says nothing
-    believable is None, and its piece reaches to the next that does."""
+    """Yield (offset, length, header) of each damaged batch; the first one begins at offset 0.
+
+    The header is None if it is not plausible; its piece extends to the next plausible header.
+    """
     at, begun = 0, -1
     while at < len(data):
         header = read_header(data, at) if at + BATCH_HEADER <= len(data) else None
@@ -107,10 +112,10 @@ def _pieces(data: memoryview, damage: Damage) -> Iterator[tuple[int, int, BatchH
                 yield begun, at - begun, None
                 begun = -1
             if not damage.until:
-                return  # behind the end lies what the file held in an earlier life
+                return  # after the end mark lie bytes of an earlier use of the file
             if not at:
-                begun = at  # it is in the place of a batch
-        elif header is not None and _believable(header, data[at:], damage, first=not at):
+                begun = at  # a batch should be here
+        elif header is not None and _is_plausible(header, data[at:], damage, first=not at):
             if begun >= 0:
                 yield begun, at - begun, None
                 begun = -1
@@ -130,12 +135,12 @@ def _is_end(header: BatchHeader, damage: Damage) -> bool:
     return header.marker in END_MARKERS and is_end(header, header.number, damage.salt or header.salt)
 
 
-def _believable(header: BatchHeader, data: memoryview, damage: Damage, *, first: bool) -> bool:
-    """Whether a batch that was lost here may have had this header."""
+def _is_plausible(header: BatchHeader, data: memoryview, damage: Damage, *, first: bool) -> bool:
+    """True if a batch that was lost here may have had this header."""
     length = BATCH_HEADER + header.length
     if length > len(data) or not header.records or header.number < damage.number:
         return False
-    # One sound field may be wanting of the first, for it is known to have been here: the damage may be in its header.
+    # The first batch is known to have been here, so one of the two fields may be damaged.
     signs = (header.marker == BATCH_MARKER, damage.salt in (0, header.salt))
     if not all(signs) and not (first and any(signs) and header.number == damage.number):
         return False

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from stageflow_brokers.journal.filesystem import FileSystem
 from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, SUFFIX, Batch, SegmentHeader, file_name
-from stageflow_brokers.journal.segment_reader import Broken, End, NextBatch, SegmentReader
+from stageflow_brokers.journal.segment_reader import BrokenBatch, NextBatch, SegmentEnd, SegmentReader
 
 __all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
 
@@ -75,7 +75,7 @@ class JournalScanner:
         """Whole batches and damage, as they come. Close it if you stop before its end: it holds an open file."""
         self._numbers = segment_numbers(self._files, self._directory)
         previous: ScannedSegment | None = None
-        stopped: End | Broken = End(marked=True)
+        stopped: SegmentEnd | BrokenBatch = SegmentEnd(marked=True)
         at = -1  # the segment read last
         while (number := next((n for n in self._numbers if n > at), None)) is not None:
             if at >= 0 and number != at + 1 and self._still_there(at):
@@ -90,7 +90,7 @@ class JournalScanner:
                 continue
             with reader:
                 header = reader.header
-                if isinstance(header, Broken):
+                if isinstance(header, BrokenBatch):
                     if not self._still_there(number):
                         previous, at = None, number
                         continue
@@ -110,7 +110,7 @@ class JournalScanner:
 
     def _chain(
         self, reader: SegmentReader, header: SegmentHeader
-    ) -> Generator[Batch | Damage, None, tuple[ScannedSegment, End | Broken] | None]:
+    ) -> Generator[Batch | Damage, None, tuple[ScannedSegment, SegmentEnd | BrokenBatch] | None]:
         """The batches of one segment. None at the end if the segment was given back meanwhile."""
         offset, number, salt = SECTOR, header.first, header.salt
         growing = False
@@ -122,22 +122,22 @@ class JournalScanner:
                 # Behind the end of a segment that grows is only what was written since the rest was looked through.
                 # To look through it each time would never come to an end beside a busy writer.
                 if not growing and self._first_of(reader.number + 1) != number:
-                    later, mark = reader.later(offset, number, salt)
+                    later, mark = reader.find_next_batch(offset, number, salt)
                 again = self._look_again(reader, offset, number, header)
                 if again is None:
                     return None
                 goes_on = isinstance(again, Batch) and later is None and reader.number == self._numbers[-1]
                 if growing and goes_on:
-                    return ScannedSegment(header, offset, number, False, reader.size), End(marked=False)
+                    return ScannedSegment(header, offset, number, False, reader.size), SegmentEnd(marked=False)
                 growing = goes_on
                 found = again
             if isinstance(found, Batch):
                 yield found
                 offset, number = _behind(found, offset), number + 1
                 continue
-            if isinstance(found, End) and (later is not None or mark):
-                found = Broken("a batch has been lost", mark)
-            if isinstance(found, End):
+            if isinstance(found, SegmentEnd) and (later is not None or mark):
+                found = BrokenBatch("a batch has been lost", mark)
+            if isinstance(found, SegmentEnd):
                 if found.followed and reader.number == self._numbers[-1]:
                     yield Damage(reader.number, offset, number, "the segment behind it is missing", True, salt=salt)
                 return ScannedSegment(header, offset, number, found.marked, reader.size, found.followed), found
@@ -151,7 +151,7 @@ class JournalScanner:
 
     def _look_again(
         self, reader: SegmentReader, offset: int, number: int, header: SegmentHeader
-    ) -> Batch | End | Broken | None:
+    ) -> Batch | SegmentEnd | BrokenBatch | None:
         """What stands there now, after anything newer was seen; None if the segment is there no more.
 
         A batch that was in the making then is whole now, if anything was written behind it. And a segment that is still
@@ -167,32 +167,32 @@ class JournalScanner:
                 return found
         return None
 
-    def _end(self, reader: SegmentReader, found: Broken, damage: Damage, mark: int) -> Iterator[Damage]:
+    def _end(self, reader: SegmentReader, found: BrokenBatch, damage: Damage, mark: int) -> Iterator[Damage]:
         """Damage with nothing whole behind it in this segment, but perhaps its own end mark, which ends at `mark`."""
         if reader.number == self._numbers[-1]:
-            torn = found.torn if found.torn is not None else reader.used(damage.offset)
+            torn = found.torn if found.torn is not None else reader.content_end(damage.offset)
             # What the disk does not give back is no torn write: perhaps it is all there, and another time to be read.
             yield damage._replace(fatal=found.unreadable, torn=max(torn, mark))
         elif self._first_of(reader.number + 1) is None:
             # A sealed segment ends cleanly. If the next one can be read, it says how many batches are missing here.
             yield damage
 
-    def _gap(self, previous: ScannedSegment, stopped: End | Broken, header: SegmentHeader) -> Damage:
+    def _gap(self, previous: ScannedSegment, stopped: SegmentEnd | BrokenBatch, header: SegmentHeader) -> Damage:
         last = header.first - 1
         lost = (
             f"batches {previous.following} to {last} are missing" if last > previous.following else "a batch is missing"
         )
         if header.first < previous.following:
             lost = f"{file_name(header.number)} begins again with batch {header.first}"
-        reason = f"{stopped.reason}; {lost}" if isinstance(stopped, Broken) else lost
+        reason = f"{stopped.reason}; {lost}" if isinstance(stopped, BrokenBatch) else lost
         number, salt = previous.header.number, previous.header.salt
         return Damage(number, previous.end, previous.following, reason, fatal=True, salt=salt)
 
-    def _bad_header(self, reader: SegmentReader, broken: Broken, previous: ScannedSegment | None) -> Damage:
+    def _bad_header(self, reader: SegmentReader, broken: BrokenBatch, previous: ScannedSegment | None) -> Damage:
         number = previous.following if previous else 0
-        guess = reader.guess_header()
+        guess = reader.rebuild_header()
         if guess is None:
-            whole, _ = reader.later(SECTOR, number, None)
+            whole, _ = reader.find_next_batch(SECTOR, number, None)
             if whole is not None:
                 guess = SegmentHeader(reader.number, whole.salt, number or whole.number, reader.size)
         return Damage(reader.number, 0, number, broken.reason, fatal=True, rebuilt=guess)

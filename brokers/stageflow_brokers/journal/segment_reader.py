@@ -29,13 +29,13 @@ from stageflow_brokers.journal.format import (
     read_segment,
 )
 
-__all__ = ["Broken", "End", "NextBatch", "SegmentReader", "check_batch"]
+__all__ = ["BrokenBatch", "NextBatch", "SegmentEnd", "SegmentReader", "check_batch"]
 
 WINDOW = 4 << 20
 _PIECE = 1 << 20
 
 
-class End(NamedTuple):
+class SegmentEnd(NamedTuple):
     """A clean end. `marked` is false where a full segment of an earlier release ends without an end mark; `followed`:
     the mark says that there is a next segment."""
 
@@ -43,7 +43,7 @@ class End(NamedTuple):
     followed: bool = False
 
 
-class Broken(NamedTuple):
+class BrokenBatch(NamedTuple):
     """Neither a whole batch nor a clean end. `torn` is where a batch that claims to begin here would end, or None.
 
     `unreadable`: the disk does not give back what is here, so nothing can be said of it. `cut`: the file is shorter
@@ -91,7 +91,7 @@ class SegmentReader:
     ) -> None:
         self._files.close(self._fd)
 
-    def _read_header(self) -> SegmentHeader | Broken:
+    def _read_header(self) -> SegmentHeader | BrokenBatch:
         header = read_segment(self._read(SECTOR, 0))
         if broken := self._unreadable(0, SECTOR):
             return broken
@@ -104,56 +104,56 @@ class SegmentReader:
                 supported=VERSION,
             )
         if isinstance(header, str):
-            return Broken(header)
+            return BrokenBatch(header)
         if header.number != self.number:
-            return Broken(f"the file holds segment {header.number}")
+            return BrokenBatch(f"the file holds segment {header.number}")
         return header
 
-    def batch(self, offset: int, number: int, segment: SegmentHeader) -> Batch | End | Broken:
+    def batch(self, offset: int, number: int, segment: SegmentHeader) -> Batch | SegmentEnd | BrokenBatch:
         """What stands at `offset`, where batch `number` would follow. `segment` says what the file was made to be."""
         left = self.size - offset
         if left <= 0 and offset >= segment.size:
-            return End(marked=False)
+            return SegmentEnd(marked=False)
         if left < BATCH_HEADER:
             return self._short(number, segment)
         header = read_header(self._view(offset, BATCH_HEADER))
         if broken := self._unreadable(offset, offset + BATCH_HEADER):
             return broken
         if is_end(header, number - 1, segment.salt):
-            return End(marked=True, followed=header.marker == FOLLOWED_MARKER)
+            return SegmentEnd(marked=True, followed=header.marker == FOLLOWED_MARKER)
         if header.marker != BATCH_MARKER:
-            return Broken("neither a batch nor an end mark is here")
+            return BrokenBatch("neither a batch nor an end mark is here")
         if header.salt != segment.salt:
-            return Broken("the batch here belongs to an earlier life of this file")
+            return BrokenBatch("the batch here belongs to an earlier life of this file")
         if header.number != number:
-            return Broken(f"batch {header.number} is here instead of batch {number}")
+            return BrokenBatch(f"batch {header.number} is here instead of batch {number}")
         if BATCH_HEADER + header.length > left:
             if self.size < segment.size:
                 return self._short(number, segment)
-            return Broken(f"the length of batch {number} reaches past the end of the file", self.size)
+            return BrokenBatch(f"the length of batch {number} reaches past the end of the file", self.size)
         return self._whole(offset, header)
 
-    def _short(self, number: int, segment: SegmentHeader) -> Broken:
+    def _short(self, number: int, segment: SegmentHeader) -> BrokenBatch:
         lost = f"what was written behind batch {number - 1} is lost" if number > 1 else "what was written to it is lost"
-        return Broken(
+        return BrokenBatch(
             f"the file is {self.size} bytes long where {segment.size} were allocated: {lost}", self.size, cut=True
         )
 
-    def _whole(self, offset: int, header: BatchHeader) -> Batch | Broken:
+    def _whole(self, offset: int, header: BatchHeader) -> Batch | BrokenBatch:
         """The batch whose header is at `offset` and fits into the file."""
         view = self._view(offset, BATCH_HEADER + header.length)
         torn = offset + len(view)
         if broken := self._unreadable(offset, torn):
             return broken
         if not is_batch(header, view):
-            return Broken(f"the checksum of batch {header.number} does not match", torn)
+            return BrokenBatch(f"the checksum of batch {header.number} does not match", torn)
         try:
             records, offsets = parse_records(view[BATCH_HEADER:], header.records, offset + BATCH_HEADER)
         except ValueError as error:
-            return Broken(f"the records of batch {header.number} make no sense: {error}", torn)
+            return BrokenBatch(f"the records of batch {header.number} make no sense: {error}", torn)
         return Batch(header.number, self.number, header.wall, records, offsets, offset)
 
-    def later(self, offset: int, number: int, salt: int | None) -> tuple[NextBatch | None, int]:
+    def find_next_batch(self, offset: int, number: int, salt: int | None) -> tuple[NextBatch | None, int]:
         """What shows, at `offset` or behind it, that batch `number` was acknowledged, or that there are later ones.
 
         A whole batch of that number or a higher one; the end mark of a higher one; or the mark of a followed segment.
@@ -187,11 +187,11 @@ class SegmentReader:
         header = read_header(self._view(offset, BATCH_HEADER))
         if header.number < number or (salt is not None and header.salt != salt) or BATCH_HEADER + header.length > left:
             return None
-        if isinstance(self._whole(offset, header), Broken):
+        if isinstance(self._whole(offset, header), BrokenBatch):
             return None
         return NextBatch(offset, header.number, header.salt)
 
-    def guess_header(self) -> SegmentHeader | None:
+    def rebuild_header(self) -> SegmentHeader | None:
         """What a damaged header must have said, by the batch or the end mark behind it."""
         if self.size < SECTOR + BATCH_HEADER:
             return None
@@ -208,7 +208,7 @@ class SegmentReader:
         self._bad.clear()
         self.size = self._files.size(self._fd)
 
-    def used(self, offset: int) -> int:
+    def content_end(self, offset: int) -> int:
         """Where the last byte from `offset` on ends that is not zero; `offset` if there is none."""
         used = at = offset
         while at < self.size and (chunk := self._read(WINDOW, at)):
@@ -233,12 +233,12 @@ class SegmentReader:
         self._bad.update(bad)
         return data
 
-    def _unreadable(self, start: int, end: int) -> Broken | None:
+    def _unreadable(self, start: int, end: int) -> BrokenBatch | None:
         """What is wrong with these bytes, if the disk would not give them all back."""
         if not self._bad:
             return None
         bad = min((sector for sector in self._bad if start < sector + SECTOR and sector < end), default=None)
-        return None if bad is None else Broken(f"the sector at offset {bad} cannot be read", end, unreadable=True)
+        return None if bad is None else BrokenBatch(f"the sector at offset {bad} cannot be read", end, unreadable=True)
 
 
 def check_batch(files: FileSystem, fd: int, offset: int, salt: int) -> tuple[int, str]:

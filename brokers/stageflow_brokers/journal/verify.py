@@ -1,4 +1,4 @@
-"""Reading a journal without its lock: `verify` reports damage, `scan` yields the batches.
+"""Read a journal without its lock: `verify` reports damage, `scan` yields the batches.
 
 Both may run beside the broker that writes. They must never change a file.
 """
@@ -19,8 +19,10 @@ __all__ = ["Finding", "require_journal", "scan", "verify"]
 
 
 class Finding(NamedTuple):
-    """Something wrong at `offset` of `file`. If not `damage`, it is a torn end, which the next start cuts off. `cut`:
-    the file is shorter than it was made, so that what was acknowledged may be missing."""
+    """A damaged place: `offset` in `file`. If `damage` is false it is a torn end, which the next start cuts off.
+
+    `cut`: the file is shorter than its header says, so acknowledged data may be missing.
+    """
 
     file: str
     offset: int
@@ -30,10 +32,10 @@ class Finding(NamedTuple):
 
 
 def verify(directory: Path, *, files: FileSystem | None = None) -> list[Finding]:
-    """Everything wrong with the journal in `directory`; an empty list if nothing is.
+    """Return every damaged place of the journal in `directory`; an empty list if there is none.
 
-    Reads all of it and changes nothing. Raises JournalVersion, and JournalError if there is no journal or it may not
-    be read.
+    Reads the whole journal and changes nothing. Raises JournalVersion, and JournalError if there is no journal or it
+    cannot be read.
     """
     files = require_journal(files, directory)
     with _reading(directory):
@@ -43,15 +45,15 @@ def verify(directory: Path, *, files: FileSystem | None = None) -> list[Finding]
             if isinstance(item, Damage)
         ]
     if writer_of(files, directory) is not None:
-        return [finding for finding in findings if finding.damage]  # a batch in the making is not whole yet
+        return [finding for finding in findings if finding.damage]  # the broker may be writing its last batch
     return findings
 
 
 def scan(directory: Path, *, files: FileSystem | None = None) -> Iterator[Batch]:
-    """All whole batches in `directory`, in order, up to a torn end. Batches in the making may or may not be seen.
+    """Yield all intact batches in `directory`, in order, up to a torn end.
 
-    Raises JournalCorrupt where it meets damage, JournalVersion, and JournalError if there is no journal or it may not
-    be read.
+    A batch that a broker writes at the same time may or may not be included. Raises JournalCorrupt at damage,
+    JournalVersion, and JournalError if there is no journal or it cannot be read.
     """
     with closing(JournalScanner(require_journal(files, directory), directory).read()) as items:
         while True:
@@ -74,6 +76,7 @@ def _reading(directory: Path) -> Iterator[None]:
 
 
 def require_journal(files: FileSystem | None, directory: Path) -> FileSystem:
+    """Return the file system to use. Raises JournalError if there is no journal in `directory`."""
     files = files if files is not None else OsFileSystem()
     try:
         files.listdir(directory)

@@ -226,7 +226,7 @@ def repair(yes: bool, data: Path) -> int:
         _print_lists(earlier)
         return 0
     check_confirmed("copy the changed files and discard the data from the first damage on", yes)
-    report = mend(directory, names=groups_in, perhaps=possible_groups_in)
+    report = mend(directory, names_in=groups_in, possible_names_in=possible_groups_in)
     if not report.copies:
         click.echo("no damage found any more; nothing was changed")
         return 0
@@ -235,10 +235,10 @@ def repair(yes: bool, data: Path) -> int:
     if report.unreadable:
         click.echo(f"{size(report.unreadable)} could not be read from the disk; the copies hold zeros in their place")
     for lost in report.lost[:MAX_NAMED]:
-        click.echo(f"discarded ({'a torn end' if lost.torn else 'damaged'}): {lost.told()}")
+        click.echo(f"discarded ({'a torn end' if lost.is_torn else 'damaged'}): {lost.describe()}")
     if len(report.lost) > MAX_NAMED:
         click.echo(f"and {len(report.lost) - MAX_NAMED:,} more damaged places")
-    if any(lost.whole for lost in report.lost):
+    if any(lost.whole_file for lost in report.lost):
         click.echo("the former contents of such a file cannot be determined")
     if report.batches:
         batches = pluralize(report.batches, "whole batch", "whole batches")
@@ -247,13 +247,13 @@ def repair(yes: bool, data: Path) -> int:
         click.echo("no whole batch was discarded")
     else:
         click.echo("nothing was discarded")
-    if report.perhaps:
-        click.echo(f"possibly in the damaged bytes, as far as they can be read: {_named(report.perhaps)}")
-    if report.listed is not None:
-        ids = " with all ids; their data before the damage is kept" if report.names or report.perhaps else ""
-        click.echo(f"the discarded data is listed in {report.listed}{ids}")
+    if report.possible_names:
+        click.echo(f"possibly in the damaged bytes, as far as they can be read: {_named(report.possible_names)}")
+    if report.list_file is not None:
+        ids = " with all ids; their data before the damage is kept" if report.names or report.possible_names else ""
+        click.echo(f"the discarded data is listed in {report.list_file}{ids}")
     _print_lists(earlier)
-    return _print_next_step(data_dir, report.left)
+    return _print_next_step(data_dir, report.has_segments)
 
 
 def _named(names: Sequence[str]) -> str:
