@@ -449,7 +449,7 @@ class RandomTimes(RuleBasedStateMachine):
             len(worker.held) >= self.cluster.prefetch for worker in self.cluster.workers
         )
         before = self._delivered()
-        world.machine.state.touched[world.machine.state.queue("q")] = None
+        world.machine.state.changed_queues[world.machine.state.queue("q")] = None
         world.round()
         if breaker.state == OPEN:
             assert self._delivered() == before

@@ -200,7 +200,7 @@ def test_only_a_peer_in_the_supervisor_role_may_report_live_and_dead_workers(rol
         ("recall", (VICTIM,)),
         ("retire", (VICTIM,)),
     ):
-        assert thief.query(name, *args) == {"refused": "only the supervisor may say this"}, name
+        assert thief.query(name, *args) == {"refused": "this query is only for the supervisor"}, name
     world.pass_time(1.0)
     # The last hello decides the role, which gives no access to the leases of others.
     for later in ("worker", "supervisor"):

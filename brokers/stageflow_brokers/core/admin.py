@@ -216,7 +216,7 @@ class Admin:
             queue.owner = session
             if queue.options != option:
                 self._state.declare(option)
-                self._state.touched[queue] = None
+                self._state.changed_queues[queue] = None
                 self._writer.keep_queue(queue)
 
     def _pause(self, session: Session, name: str) -> None:
@@ -232,7 +232,7 @@ class Admin:
         if queue.paused != paused:
             queue.paused = paused
             self._writer.keep_queue(queue)
-            self._state.touched[queue] = None
+            self._state.changed_queues[queue] = None
 
     def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
         queue, _ = named(self._state, name)
@@ -261,7 +261,7 @@ class Admin:
         delivery_state.expires = delivery_state.expires_wall = 0.0
         self._writer.mark(message)
         self._state.enqueue(message)
-        self._state.touched[queue] = None
+        self._state.changed_queues[queue] = None
 
     def _dead_letters(self, queue: Queue, ids: list[int]) -> list[Message]:
         if not ids:
@@ -333,7 +333,7 @@ class Admin:
                 state = message.state()
                 if state == READY and message.queue.breaker is not None:
                     self._state.enqueue(self._state.replace(message))
-                    self._state.touched[message.queue] = None
+                    self._state.changed_queues[message.queue] = None
                 elif state in (DELAYED, PARKED):
                     again = self._state.replace(message)
                     delivery_state = again.ensure_delivery_state()
@@ -341,7 +341,7 @@ class Admin:
                     delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
                     self._writer.mark(again)
                     self._state.enqueue(again)
-                    self._state.touched[again.queue] = None
+                    self._state.changed_queues[again.queue] = None
             self._gather_manager.release(group)
             self._supervision.announce_cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
@@ -420,7 +420,7 @@ class Admin:
         first = state.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(state.wall), 0)
         self._writer.copy(first)
         state.enqueue(first)
-        state.touched[target] = None
+        state.changed_queues[target] = None
         answer = {"epoch": group.epoch}
         session.keep_answer(session.received_frame, answer)
         return answer

@@ -135,4 +135,4 @@ class GatherManager:
             return
         self._writer.copy(message)
         state.enqueue(message)
-        state.touched[queue] = None
+        state.changed_queues[queue] = None

@@ -1,7 +1,8 @@
-"""Who holds what: credit, delivery, return, adoption after a restart, and what becomes of the messages of the dead.
+"""Leases: credit, delivery, release, adoption after a restart, and the messages of dead consumers.
 
-A lease names the epoch of the broker and a sequence number; only the current one counts. Delivery happens after the
-commit, and is not recorded: after a crash whoever holds a message says so, and everything else is ready again.
+A lease is the epoch of the broker and a sequence number; only the current lease of a message is valid. Deliveries
+happen after the commit and must not be recorded: after a restart each peer reports the messages that it holds, and all
+others are ready again.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from stageflow_brokers.types import DeliveryExtra
 __all__ = ["Leases"]
 
 MAX_DELIVERY_BYTES = 4 << 20
-"""A delivery to one consumer ends with the body that reaches this many bytes, whatever its credit."""
+"""Size of one delivery: it ends with the body that reaches this many bytes, even if there is more credit."""
 
 EXPIRED = b"expired"
-"""The failure of a message that waited longer than its time to live, or of a gather that passed its deadline."""
+"""Failure of a message that waited longer than its time to live, and of a gather that passed its deadline."""
 
 
 class Leases:
     """The leases and deliveries of one machine.
 
-    `workers_known` is True once the supervisor has reported which consumers may hold messages. While
-    `delivery_suspended` is True, only the supervisor receives messages.
+    Attributes:
+        workers_known: True once the supervisor has reported which consumers may hold messages.
+        delivery_suspended: True while only the supervisor receives messages.
+        stale_epoch_messages: Messages of earlier epochs that a worker may still hold from before the broker's restart.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Leases:
         self.stale_epoch_messages: list[Message] = []
 
     def get_held(self, session: Session, id: int, lease: int) -> Message | None:
-        """The message, if this session holds it under this lease."""
+        """Return the message if this session holds it under this lease, otherwise None."""
         message = self.state.messages.get(id)
         if message is None or message.lease != lease:
             return None
@@ -56,41 +59,50 @@ class Leases:
         return message
 
     def end_lease(self, message: Message) -> None:
-        """Its holder has settled it and has room for another."""
+        """End the lease of a message, and give its credit back to the holder."""
         holder = message.holder
         if holder is not None:
             del holder.held[message.id]
-            self.state.touched[holder.queue] = None
+            self.state.changed_queues[holder.queue] = None
         message.holder, message.lease = None, 0
 
     def free_credit(self, session: Session, ids: Iterable[int]) -> None:
-        """The peer has settled or returned these, which were not its own any more: there is room for others."""
+        """Free the credit of deleted messages that the peer has settled or released."""
         for consumer in session.consumers.values():
             if consumer.removed_ids and not consumer.removed_ids.isdisjoint(ids):
                 consumer.removed_ids.difference_update(ids)
-                self.state.touched[consumer.queue] = None
+                self.state.changed_queues[consumer.queue] = None
 
     def release(self, message: Message) -> None:
-        """It was not begun, or nobody knows: to the head of its queue, uncharged. It must be in no lane."""
+        """End the lease and put the message at the head of its queue. No attempt is counted.
+
+        The message must not be in a lane.
+        """
         self.end_lease(message)
         if message.is_stale_epoch:
             self.divert(message)
         else:
             message.queue.push_front(message)
-            self.state.touched[message.queue] = None
+            self.state.changed_queues[message.queue] = None
 
     def redeliver(self, message: Message, seconds: float = 0.0) -> None:
-        """Deliver once more, after a delay or at once at the head. It must be in no lane, and nobody's."""
+        """Make a message ready again after a delay, or at once at the head of its queue.
+
+        The message must not be in a lane and must have no holder.
+        """
         state = self.state
         state.delay(message.ensure_delivery_state(), seconds)
         if message.is_stale_epoch:
             self.divert(message)
         else:
             state.enqueue(message, front=not seconds)
-            state.touched[message.queue] = None
+            state.changed_queues[message.queue] = None
 
     def record_failure(self, message: Message) -> None:
-        """An attempt at it has failed, in the queue it is in: too many in a row, and that queue waits."""
+        """Record a failed attempt in the breaker of the queue.
+
+        If this opens the breaker, consumers are asked to release the messages that they have not begun.
+        """
         queue, now = message.queue, self.state.now
         breaker = queue.breaker
         if breaker is None or not breaker.record_failure(message.id, now):
@@ -101,18 +113,21 @@ class Leases:
                 self._outbox.add_notice(consumer.session, "recall", None)
 
     def wake_queue(self, name: str) -> None:
-        """The time of an open breaker is over."""
-        self.state.touched[self.state.queue(name)] = None
+        """Look at a queue again, because the time of its open breaker is over."""
+        self.state.changed_queues[self.state.queue(name)] = None
 
     def divert(self, message: Message) -> None:
-        """A message of an epoch that is over goes to whoever raised the epoch. It must be in no lane."""
+        """Move a message of an earlier epoch to the queue that the group diverts to. It must not be in a lane."""
         group = message.group
         assert group is not None
         assert group.divert_to is not None
         self.move(message, *group.divert_to)
 
     def move(self, message: Message, name: str, label: str) -> None:
-        """To another queue, under another label, with all that has happened to it. It must be in no lane."""
+        """Move a message to another queue under another label, with its attempts, failure and steps.
+
+        Delay, dead letter and expiry end. The message must not be in a lane.
+        """
         message.queue = self.state.queue(name)
         message.label = label
         delivery_state = message.delivery_state
@@ -122,23 +137,26 @@ class Leases:
             delivery_state.expires = delivery_state.expires_wall = 0.0
         self._writer.copy(message)
         self.state.enqueue(message)
-        self.state.touched[message.queue] = None
+        self.state.changed_queues[message.queue] = None
 
     # consumers
 
     def consume(self, session: Session, name: str, prefetch: int) -> None:
-        """`session` takes messages of a queue, `prefetch` at once."""
+        """Let `session` consume a queue, with at most `prefetch` messages at once."""
         consumer = session.consumers.get(name)
         if consumer is None:
             queue = self.state.queue(name)
             consumer = session.consumers[name] = Consumer(session, queue, prefetch)
             queue.consumers.append(consumer)
         consumer.prefetch = min(prefetch, self._max_prefetch)
-        self.state.touched[consumer.queue] = None
+        self.state.changed_queues[consumer.queue] = None
 
     def reconcile(self, session: Session, holding: list[tuple[int, int]]) -> list[int]:
-        """What a peer says that it holds: what it was given and does not name never reached it. The ids that it must
-        drop are returned."""
+        """Compare the leases of a peer with those that it reports after its hello.
+
+        A delivered message that it does not name never reached it, and is released. Return the ids of reported messages
+        that are not leased to it; it must drop them.
+        """
         named = set(holding)
         for consumer in session.consumers.values():
             consumer.removed_ids.clear()
@@ -147,7 +165,7 @@ class Leases:
         return [id for id, lease in holding if not self._adopt(session, id, lease)]
 
     def _adopt(self, session: Session, id: int, lease: int) -> bool:
-        """Give a worker that outlived a broker the lease it had; False when the message is not its own any more."""
+        """Restore a lease from before the broker's restart. Return False if it is not valid any more."""
         message = self.state.messages.get(id)
         if message is None:
             return False
@@ -158,7 +176,7 @@ class Leases:
         if consumer is None or not 0 < lease < self.state.epoch << 40:
             return False
         if holder is not None:
-            # Two claim it from before the restart: the later lease made the earlier one void.
+            # Two peers report a lease from before the restart: only the later lease is valid.
             if message.lease >= lease:
                 return False
             self.end_lease(message)
@@ -171,36 +189,38 @@ class Leases:
         return True
 
     def release_all(
-        self, session: Session, *, responsible: Sequence[int] = (), blame: Callable[[Message], None] | None = None
+        self, session: Session, *, responsible: Sequence[int] = (), charge: Callable[[Message], None] | None = None
     ) -> None:
-        """The session is over: what it held goes back to the head of its queue, in order, uncharged.
+        """End a session: put its messages at the head of their queues, in order. No attempt is counted.
 
-        `blame` is given the messages it was running, in place of putting them back.
+        If `charge` is given, it is called with each of the `responsible` messages, which it must redeliver or park.
         """
         for consumer in session.consumers.values():
             consumer.queue.consumers.remove(consumer)
-            culprits = [] if blame is None else [m for m in consumer.held.values() if m.id in responsible]
+            charged = [] if charge is None else [m for m in consumer.held.values() if m.id in responsible]
             for message in reversed(list(consumer.held.values())):
-                if message not in culprits:
+                if message not in charged:
                     self.release(message)
-            if blame is not None:
-                for culprit in reversed(culprits):  # each to the head of the queue: the first one last
-                    self.end_lease(culprit)
-                    blame(culprit)
+            if charge is not None:
+                for message in reversed(charged):  # each goes to the head of the queue, so the first one comes last
+                    self.end_lease(message)
+                    charge(message)
         session.consumers.clear()
         session.connected = False
         self.state.sessions.pop(session.peer, None)
 
     def stop_awaiting(self, peer: int) -> None:
-        """The peer has announced what it holds, or is dead: no queue waits for it any longer."""
+        """Stop waiting for a peer, because it has reported its leases or is dead."""
         for queue in self.state.queues.values():
             if peer in queue.awaited_peers:
                 queue.awaited_peers.discard(peer)
-                self.state.touched[queue] = None
+                self.state.changed_queues[queue] = None
 
     def divert_stale_epochs(self) -> None:
-        """Messages that were in work when their epoch was raised, and that nobody claims after a restart, go to
-        whoever raised it, as soon as all who might have claimed them have spoken."""
+        """Divert messages that were in work when their epoch was raised, and that no worker reports after a restart.
+
+        Each waits until all peers that might hold it have reported their leases.
+        """
         waiting = []
         for message in self.stale_epoch_messages:
             if self.state.messages.get(message.id) is not message or message.state() != READY:
@@ -214,32 +234,32 @@ class Leases:
     # deliveries
 
     def deliver(self) -> None:
-        """Give what is ready in the queues that were touched to those who have room for it."""
-        touched = self.state.touched
-        if not touched:
+        """Deliver ready messages of the changed queues to consumers that have credit."""
+        changed_queues = self.state.changed_queues
+        if not changed_queues:
             return
         paging, deep = self.state.paging, self.state.deep
-        for queue in touched:
+        for queue in changed_queues:
             if self.workers_known and queue.consumers and not queue.paused and not queue.awaited_peers:
                 if queue.breaker is None:
-                    self._pump(queue)
+                    self._deliver_queue(queue)
                 else:
-                    self._pump_guarded(queue, queue.breaker)
+                    self._deliver_guarded(queue, queue.breaker)
             if paging and queue.depth > deep:
                 queue.page_out(deep)
-        touched.clear()
+        changed_queues.clear()
 
-    def _free(self, queue: Queue) -> list[Consumer]:
+    def _free_consumers(self, queue: Queue) -> list[Consumer]:
         free = [c for c in queue.consumers if c.credit > 0 and c.session.connected]
         if self.delivery_suspended:
             free = [c for c in free if c.session.role == "supervisor"]
         return free
 
-    def _pump_guarded(self, queue: Queue, breaker: Breaker) -> None:
-        """As `_pump`, as far as the breaker lets it."""
-        free = self._free(queue)
+    def _deliver_guarded(self, queue: Queue, breaker: Breaker) -> None:
+        """Deliver like `_deliver_queue`, within the limits of the breaker."""
+        free = self._free_consumers(queue)
         while free and queue.has_cancelled_next():
-            self._deliver(queue, free[0], 1)
+            self._deliver_to(queue, free[0], 1)
             if free[0].credit <= 0:
                 free.pop(0)
         breaker.advance(self.state.now)
@@ -249,36 +269,36 @@ class Leases:
             while free and queue.next_lane():
                 share = -(-max(1, queue.ready_count) // len(free))
                 consumer = free.pop(0)
-                room = min(consumer.credit, breaker.max_held - len(consumer.held))
-                if room > 0:
-                    self._deliver(queue, consumer, min(share, room))
+                credit = min(consumer.credit, breaker.max_held - len(consumer.held))
+                if credit > 0:
+                    self._deliver_to(queue, consumer, min(share, credit))
             return
         probe = self.state.messages.get(breaker.probe)
         if free and (probe is None or probe.holder is None or probe.queue is not queue):
             consumer = min(free, key=lambda each: len(each.held))
             held = len(consumer.held)
-            self._deliver(queue, consumer, 1)
+            self._deliver_to(queue, consumer, 1)
             if len(consumer.held) > held:
                 breaker.probe = next(reversed(consumer.held))
 
-    def _pump(self, queue: Queue) -> None:
-        free = self._free(queue)
+    def _deliver_queue(self, queue: Queue) -> None:
+        free = self._free_consumers(queue)
         while free and queue.next_lane():
             share = -(-max(1, queue.ready_count) // len(free))
             consumer = free.pop(0)
-            self._deliver(queue, consumer, min(share, consumer.credit))
+            self._deliver_to(queue, consumer, min(share, consumer.credit))
         if len(queue.consumers) > 1:
             queue.consumers.append(queue.consumers.pop(0))
 
-    def _deliver(self, queue: Queue, consumer: Consumer, count: int) -> None:
+    def _deliver_to(self, queue: Queue, consumer: Consumer, count: int) -> None:
         session = consumer.session
         held = consumer.held
         now = self.state.now
         lease = self.state.next_lease
         items: list[tuple[Any, ...]] = []
         bodies = session.bodies
-        room = MAX_DELIVERY_BYTES
-        while count > 0 and room > 0 and (lane := queue.next_lane()):
+        bytes_left = MAX_DELIVERY_BYTES
+        while count > 0 and bytes_left > 0 and (lane := queue.next_lane()):
             message = lane.popleft()
             if message.holder is not None:
                 queue.taken_entries -= 1
@@ -290,7 +310,7 @@ class Leases:
             if body is None:
                 body = message.body = self._writer.body(message)
             bodies.append(body)
-            room -= message.size
+            bytes_left -= message.size
             group = message.group
             delivery_state = message.delivery_state
             items.append(
@@ -302,7 +322,7 @@ class Leases:
                     message.epoch,
                     None
                     if delivery_state is None and not message.priority and (group is None or group.cancelled is None)
-                    else _as_delivered(message, now),
+                    else _delivery_extra(message, now),
                 )
             )
             lease += 1
@@ -314,7 +334,7 @@ class Leases:
             self._outbox.dirty[session] = None
 
 
-def _as_delivered(message: Message, now: float) -> DeliveryExtra:
+def _delivery_extra(message: Message, now: float) -> DeliveryExtra:
     delivery_state = message.delivery_state or DeliveryState()
     failure, fresh = delivery_state.failure, delivery_state.fresh
     if delivery_state.expires and delivery_state.expires <= now and not fresh:

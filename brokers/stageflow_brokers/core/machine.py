@@ -260,7 +260,7 @@ class Machine:
         self.writer.mark(message)
         message.queue.delayed -= 1
         message.queue.push(message)
-        self.state.touched[message.queue] = None
+        self.state.changed_queues[message.queue] = None
 
     # sessions
 

@@ -220,7 +220,7 @@ class Group:
 
     Attributes:
         digest: Hash of the input that started the group.
-        started: True if the group began with a start, so that a second start with its id is refused.
+        started: True if the group began with a start.
         ended: The label of its terminal message, once that is published; empty before.
         first_message: One of its messages. Nearly always there is only one, so a dict would waste memory.
         other_messages: The other messages by id, None if there never were any.

@@ -209,12 +209,12 @@ class PublishHandler:
     def resolve(self, targets: list[Target]) -> Resolved:
         """The queues of a frame's targets; something will happen in each of them."""
         queue = self.state.queue
-        touched = self.state.touched
+        changed_queues = self.state.changed_queues
         resolved: Resolved = []
         for target in targets:
             found = None if target.flags & PUSH_ONLY else queue(target.queue)
             if found is not None:
-                touched[found] = None
+                changed_queues[found] = None
             resolved.append((found, target.label, target.flags))
         return resolved
 

@@ -212,7 +212,7 @@ class SettleHandler:
         state = self.state
         messages = state.messages
         next_id = state.next_id
-        touched = state.touched
+        changed_queues = state.changed_queues
         push = self._outbox.push_to_watchers
         at = 0
         grown = 0
@@ -235,7 +235,7 @@ class SettleHandler:
             del holder.held[id]
             old = holder.queue
             old.settled += 1
-            touched[old] = None
+            changed_queues[old] = None
             queue, label, flags = targets[target]
             assert queue is not None
             body = blob[at : at + size]

@@ -65,7 +65,7 @@ class BrokerState:
         self.gathers: dict[tuple[str, str], Group] = {}
         self.queues: dict[str, Queue] = {}
         self.guarded = False
-        self.touched: dict[Queue, None] = {}  # in order: the same calls make the same state
+        self.changed_queues: dict[Queue, None] = {}  # in order: the same calls make the same state
         self.sessions: dict[int, Session] = {}
         self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
@@ -102,8 +102,8 @@ class BrokerState:
         if self.now < self._forget_again:
             return
         self._forget_again = self.now + 1.0
-        touched = self.touched
-        self.queues = {name: q for name, q in self.queues.items() if q in touched or not q.is_idle}
+        changed_queues = self.changed_queues
+        self.queues = {name: q for name, q in self.queues.items() if q in changed_queues or not q.is_idle}
 
     def declare(self, options: QueueOptions) -> Queue:
         """How the queue of that name treats its messages from now on."""
@@ -207,7 +207,7 @@ class BrokerState:
         if holder is not None:
             if holder is not GONE:
                 del holder.held[message.id]
-                self.touched[holder.queue] = None
+                self.changed_queues[holder.queue] = None
         elif message.delivery_state is not None and message.delivery_state.parked:
             del queue.dead_letters[message.id]
         elif message.delivery_state is not None and message.delivery_state.due:

@@ -1,7 +1,8 @@
-"""Supervision: what only the supervisor may say. Who has died, who is alive, and whether anything is to be delivered.
+"""Supervision: the reports and requests of the supervisor, which no other role may send.
 
-Death is news from whoever saw the process exit. What that process sent before may still be on its way here, so its
-consequences wait a moment, and the supervisor is answered when they are recorded.
+The supervisor reports which workers are alive and which have died. Frames that a process sent before its death may
+arrive after the report, so the consequences of a death wait for `DEATH_DELAY_SECONDS`. The report is confirmed only
+when they are recorded: without this, a broker that stops in between would forget the death.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from stageflow_brokers.errors import Refused
 __all__ = ["Supervision"]
 
 DEATH_DELAY_SECONDS = 0.005
-"""Seconds between the news of a death and its consequences; a settlement that arrives in between counts first."""
+"""Seconds from the report of a death to its consequences; a settlement that arrives in between is accepted."""
 
 
 class _Death:
-    """What the supervisor said of one process, until it has its consequences."""
+    """A reported death that has no consequences yet."""
 
     __slots__ = ("attempt", "charge", "due", "failure", "frame", "peer", "responsible", "session")
 
@@ -48,7 +49,7 @@ class _Death:
 
 
 class Supervision:
-    """The supervisor's part of one machine."""
+    """The handler of the supervisor's queries of one machine."""
 
     def __init__(self, state: BrokerState, writer: RecordWriter, outbox: Outbox, leases: Leases) -> None:
         self._state = state
@@ -59,29 +60,29 @@ class Supervision:
 
     @property
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next."""
+        """The time of the next death's consequences on the monotonic clock, None without one."""
         return self._deaths[0].due if self._deaths else None
 
     def _check(self, session: Session) -> None:
         if session.role != "supervisor":
-            raise Refused("only the supervisor may say this")
+            raise Refused("this query is only for the supervisor")
 
     def report_death(
         self, session: Session, peer: int, responsible: int | list[int], charge: bool, attempt: bool, failure: bytes
     ) -> None:
-        """The process of `peer` has ended. `responsible` is the message it was running, or all that it was running at
-        once; 0 for none or for nobody's fault.
+        """Note that the process of `peer` has ended.
 
-        `charge` counts a death of each, `attempt` an attempt; `failure` is delivered with the message.
+        `responsible` is the message, or the messages, that it was running; 0 if it was idle or no message caused the
+        death. `charge` counts a death for each of them, `attempt` a failed attempt; `failure` is delivered with them.
         """
         self._check(session)
         due = self._state.now + DEATH_DELAY_SECONDS
-        culprits = tuple(responsible) if isinstance(responsible, list) else (responsible,)
-        self._deaths.append(_Death(session, peer, culprits, charge, attempt, failure, due))
+        ids = tuple(responsible) if isinstance(responsible, list) else (responsible,)
+        self._deaths.append(_Death(session, peer, ids, charge, attempt, failure, due))
         session.deferred_frames.append(session.received_frame)
 
     def tick(self) -> None:
-        """Let deaths have their consequences whose last words have been heard."""
+        """Apply the deaths that are due, and let their reports be confirmed."""
         while self._deaths and self._deaths[0].due <= self._state.now:
             death = self._deaths.pop(0)
             self._apply_death(death)
@@ -91,30 +92,30 @@ class Supervision:
 
     def _apply_death(self, death: _Death) -> None:
         state, leases = self._state, self._leases
-        innocent = not (death.charge or death.attempt or death.failure)
+        has_effect = bool(death.charge or death.attempt or death.failure)
         unclaimed = self._unclaimed(death)
         session = state.sessions.get(death.peer)
         if session is not None:
             leases.release_all(
                 session,
                 responsible=death.responsible,
-                blame=None if innocent else lambda message: self._charge_message(message, death),
+                charge=(lambda message: self._charge_message(message, death)) if has_effect else None,
             )
-        if not innocent:
+        if has_effect:
             for message in reversed(unclaimed):
                 self._charge_message(state.replace(message), death)
         state.last_frames.pop(death.peer, None)
         leases.stop_awaiting(death.peer)
 
     def _unclaimed(self, death: _Death) -> list[Message]:
-        """Guilty messages, if the broker began anew since their worker got them, and nobody has had them since."""
+        """Return the responsible messages without a holder: the broker has restarted since their delivery."""
         found = []
         for id in death.responsible:
             message = self._state.messages.get(id)
             if message is None or message.state() != READY:
                 continue
             if message.delivery_state is not None and message.delivery_state.last_death_peer == death.peer:
-                continue  # the broker has ended before it could say that it knows
+                continue  # the broker stopped after it recorded this death and before it confirmed the report
             if not self._leases.workers_known or death.peer in message.queue.awaited_peers:
                 found.append(message)
         return found
@@ -127,15 +128,15 @@ class Supervision:
         delivery_state.attempts += death.attempt
         delivery_state.failure, delivery_state.fresh, delivery_state.last_death_peer = death.failure, True, death.peer
         delivery_state.expires = delivery_state.expires_wall = 0.0
-        most = message.queue.options.max_deaths
-        if death.charge and most and delivery_state.deaths >= most and not message.is_stale_epoch:
+        max_deaths = message.queue.options.max_deaths
+        if death.charge and max_deaths and delivery_state.deaths >= max_deaths and not message.is_stale_epoch:
             self._make_dead_letter(message, death.failure)
         else:
             self._leases.redeliver(message)
             self._writer.mark(message)
 
     def _make_dead_letter(self, message: Message, reason: bytes) -> None:
-        """It has killed as many as it may: a dead letter, and whoever is to be told gets a copy."""
+        """Park a message that reached `max_deaths`, and publish a copy to `notify_queue` if there is one."""
         state = self._state
         options = message.queue.options
         group = message.group
@@ -147,17 +148,17 @@ class Supervision:
             return
         queue = state.queue(options.notify_queue)
         body = self._writer.body(message)
-        told = state.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.location, 0)
-        known, delivery_state = message.ensure_delivery_state(), told.ensure_delivery_state()
+        copy = state.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.location, 0)
+        known, delivery_state = message.ensure_delivery_state(), copy.ensure_delivery_state()
         delivery_state.failure, delivery_state.fresh = reason, True
         delivery_state.attempts, delivery_state.deaths, delivery_state.parts = known.attempts, known.deaths, known.parts
-        state.keep_steps(told, known.steps)
-        self._writer.copy(told)
-        state.enqueue(told)
-        state.touched[queue] = None
+        state.keep_steps(copy, known.steps)
+        self._writer.copy(copy)
+        state.enqueue(copy)
+        state.changed_queues[queue] = None
 
     def set_workers(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
-        """Which consumers are alive: a queue opens when each of its own has announced what it holds."""
+        """Set the consumers that are alive. A queue opens when each of them has reported the messages that it holds."""
         self._check(session)
         state, leases = self._state, self._leases
         if leases.workers_known:
@@ -168,27 +169,27 @@ class Supervision:
                 for name in queues:
                     state.queue(name).awaited_peers.add(peer)
         for death in self._deaths:
-            # It has been told of already, and not had its consequences: nobody is given what it was at before.
+            # This death is reported and not applied yet: its messages must not be delivered before they are charged.
             for id in death.responsible:
                 message = state.messages.get(id)
                 if message is not None and message.state() == READY:
                     message.queue.awaited_peers.add(death.peer)
         leases.workers_known = True
-        state.touched.update(dict.fromkeys(state.queues.values()))
+        state.changed_queues.update(dict.fromkeys(state.queues.values()))
 
     def suspend_delivery(self, session: Session, suspended: bool) -> None:
-        """Deliver nothing more (or again) but to the supervisor itself, which is about to stop."""
+        """Stop deliveries except to the supervisor, which is about to stop, or continue them."""
         self._check(session)
         self._leases.delivery_suspended = suspended
         if not suspended:
-            self._state.touched.update(dict.fromkeys(self._state.queues.values()))
+            self._state.changed_queues.update(dict.fromkeys(self._state.queues.values()))
             return
         for other in self._state.sessions.values():
             if other.consumers and other is not session:
                 self._outbox.add_notice(other, "recall", None)
 
     def close_groups(self, session: Session, ids: list[str]) -> int:
-        """Groups that have ended, as is known elsewhere, are forgotten with all that was theirs; how many were live."""
+        """Close groups that the caller knows to have ended. Return how many were live."""
         self._check(session)
         live = [id for id in dict.fromkeys(ids) if id in self._state.groups]
         for id in live:
@@ -198,8 +199,10 @@ class Supervision:
         return len(live)
 
     def announce_cancel(self, group: Group) -> None:
-        """Tell the supervisor which of its workers are at messages of a group that has been cancelled. Those that may
-        not have begun them, because they hold others, too, are asked to return what waits."""
+        """Notify the supervisor of the workers that hold messages of a cancelled group.
+
+        Workers that hold other messages, too, may not have begun these; they are asked to release what waits.
+        """
         running = []
         several: dict[Session, None] = {}
         for message in group.messages():
@@ -216,15 +219,17 @@ class Supervision:
                     self._outbox.add_notice(session, "cancel", running)
 
     def recall(self, session: Session, peer: int) -> None:
-        """Ask a consumer to return what it has not begun: the message it is at takes long."""
+        """Ask a consumer to release the messages that it has not begun, because its present one takes long."""
         self._check(session)
         other = self._state.sessions.get(peer)
         if other is not None and any(len(c.held) + len(c.removed_ids) > 1 for c in other.consumers.values()):
             self._outbox.add_notice(other, "recall", None)
 
     def retire(self, session: Session, peer: int) -> bool:
-        """Deliver nothing more to a consumer, and ask it to end once it is done with what it is at; whether it can be
-        asked now. What it does with that is its own affair: nothing is kept, and nothing is taken from it."""
+        """Stop deliveries to a consumer and ask it to end after its present messages. Return True if it is connected.
+
+        The request is not stored, and the consumer keeps its leases.
+        """
         self._check(session)
         other = self._state.sessions.get(peer)
         if other is None or not other.connected:
@@ -235,10 +240,10 @@ class Supervision:
         return True
 
     def notify_supervisor(self, session: Session, word: str, detail: Any) -> bool:
-        """Pass a word on to the supervisor, as the notice `told`; whether there is one now. It is not kept."""
-        told = False
+        """Send the notice `told` to the supervisor. Return True if one is connected; the notice is not stored."""
+        notified = False
         for other in self._state.sessions.values():
             if other.role == "supervisor" and other.connected:
                 self._outbox.add_notice(other, "told", (word, detail))
-                told = True
-        return told
+                notified = True
+        return notified

@@ -188,7 +188,7 @@ class Engine:
     def next_timeout(self, most: float) -> float:
         """Return the seconds until the next round must run if no frame arrives; at most `most`."""
         machine = self.machine
-        if machine.writer.records or machine.state.touched or machine.compacting:
+        if machine.writer.records or machine.state.changed_queues or machine.compacting:
             return 0.0
         if machine.refusal_reason and self._compactor is not None and self._compactor.is_busy:
             return 0.0
