@@ -223,7 +223,7 @@ class Nursery:
     def death(self, message_id: int = 7, *, settled: int = 0) -> None:
         """The last worker asked for is born, and dies of a message after it has settled others."""
         id = self.birth()
-        self.lane(id).settle(settled)
+        self.lane(id).count_settled(settled)
         self.lane(id).begin(message_id, 0, time.monotonic_ns())
         self.end(id, -6)
 
