@@ -1,11 +1,11 @@
-"""Contexts and results as msgpack, and back, without a loss that nobody is told of.
+"""`ContextCodec`: contexts and results as msgpack, without silent loss.
 
-The rule: what is encoded comes back equal, or is refused by stage and field. It is kept by doing just that on
-each encoding: encode, decode, compare. Only when the comparison fails is a slower walk asked for the reason (or
-finds that it was NaN, which equals nothing). So a subclass that equals its plain form (`IntEnum`, `OrderedDict`,
-`bytearray`, an aware datetime of another zone) passes, and arrives as the plain form.
+Rule: a value is equal after decoding, or the encoder rejects it with its stage and field. To enforce the rule, each
+encoding is decoded and compared. Only if the comparison fails, the slower functions of `roundtrip` look for the reason;
+they find no difference if the reason is NaN, which equals nothing. A subclass that equals its plain form (`IntEnum`,
+`OrderedDict`, `bytearray`, an aware datetime of another zone) is accepted, and decoded as the plain form.
 
-Nothing here pickles, and nothing here knows what a stage does.
+This module must not pickle, and must not know about stages beyond the id that an error names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core.pydantic_codec import PydanticCodec, explain_validation, is_model
-from stageflow_actors.core.roundtrip import RoundTripFault, field_items, find_difference, find_unencodable
+from stageflow_actors.core.roundtrip import RoundTripFault, field_items, find_difference, find_unencodable, too_deep
 from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
@@ -48,13 +48,13 @@ _NIL = b"\xc0"
 class ContextCodec(Generic[C]):
     """Encodes and decodes contexts of one type: dict, a dataclass, a msgspec Struct or a pydantic model.
 
-    Raises `WorkflowDefinitionError` when made for a type whose annotations cannot be resolved.
+    The constructor raises `WorkflowDefinitionError` for a type whose annotations cannot be resolved.
     """
 
     __slots__ = ("_decode", "_fields", "_model", "_same", "_typed", "context_type", "encode_unchecked")
 
     encode_unchecked: Callable[[C], bytes]
-    """As `encode` without any check."""
+    """`encode` without the check: the context may differ after decoding."""
 
     def __init__(self, context_type: type[C]) -> None:
         self.context_type = context_type
@@ -63,7 +63,11 @@ class ContextCodec(Generic[C]):
         self._decode: Callable[[bytes | Raw], C]
         self._same: Callable[[Any, Any], bool]
         if self._model is not None:
-            self.encode_unchecked, self._decode, self._same = self._model.encode, self._model.decode, self._model.same
+            self.encode_unchecked, self._decode, self._same = (
+                self._model.encode,
+                self._model.decode,
+                self._model.is_equal,
+            )
             self._fields: frozenset[str] = frozenset()
         else:
             self.encode_unchecked, self._decode = _encode, _decoder(context_type)
@@ -71,30 +75,34 @@ class ContextCodec(Generic[C]):
             self._fields = _encoded_names(context_type)
 
     def encode(self, context: C, *, stage: str | None = None) -> bytes:
-        """`context` as msgpack. Raises `InvalidContext`, naming `stage` and field, for what would not come back."""
+        """Return `context` as msgpack.
+
+        Raises `InvalidContext`, with `stage` and the field, if the context would not be equal after decoding.
+        """
         try:
             data = self.encode_unchecked(context)
             if self._same(self._decode(data), context):
                 return data
-        except Exception:  # noqa: BLE001 - whatever it was, the walk below finds it or encodes again
+        except Exception:  # noqa: BLE001 - the slow path below repeats the call and explains the error
             pass
         return self._encode_slowly(context, stage)
 
     def decode(self, data: bytes | Raw) -> C:
-        """The context in `data`. Raises `InvalidContext` for a missing or wrongly typed field."""
+        """Return the context in `data`. Raises `InvalidContext` for a missing or wrongly typed field."""
         try:
             return self._decode(data)
-        except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise whatever it likes
+        except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise any exception
             self._refuse_decoding(error, None)
 
     def prepare(self, context: Any, *, strict: bool = True) -> bytes:
-        """What submit does with `context`: convert a dict where a typed context is due, validate, encode.
+        """Convert, validate and encode a context that is submitted.
 
-        With `strict=False` strings are read as what the fields need ("99.5" for a float), for input from CSV.
-        Raises `InvalidContext` for what is refused, with the message of `validate()` if it was that.
+        A dict is converted to the context type. With `strict=False` strings are converted to the types of the fields
+        ("99.5" to a float), for input from CSV. Raises `InvalidContext` for a wrong context; if `validate()` raised,
+        with its message.
         """
         context = self._convert(context, strict)
-        has_own = self._typed if self._model is None else self._model.validates
+        has_own = self._typed if self._model is None else self._model.has_validate
         validate = getattr(context, "validate", None) if has_own else None
         if callable(validate):
             try:
@@ -103,15 +111,15 @@ class ContextCodec(Generic[C]):
                 raise
             except Exception as error:
                 if isinstance(error, (TypeError, AttributeError)):
-                    self.encode(context)  # a wrongly typed field explains it better
+                    self.encode(context)  # if a field has a wrong type, its message is the better explanation
                 message = str(error) or f"{self.context_type.__name__}.validate() raised {type(error).__name__}"
                 raise InvalidContext(message) from error
         return self.encode(context)
 
     def digest(self, data: bytes | Raw, scope: str = "") -> bytes:
-        """16 bytes that are the same for equal contexts, whatever the order of keys and of sets in `data`.
+        """Return 16 bytes that are the same for equal contexts, in any order of keys and set elements.
 
-        `scope` tells apart what is equal and not the same, such as the input of another workflow.
+        `scope` separates equal inputs that must differ, such as those of two workflows.
         """
         context: Any = self.decode(data)
         encode, encode_sorted = _encode, _encode_sorted
@@ -125,8 +133,10 @@ class ContextCodec(Generic[C]):
         return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
 
     def canonical(self, data: bytes | Raw) -> Raw | None:
-        """The context in `data` once more, with sets in an order that depends on their contents only; None where they
-        have none, as those of mixed types."""
+        """Return the context in `data` encoded again, each set in the order of its elements.
+
+        Return None if the elements of a set have no order, such as those of mixed types.
+        """
         context: Any = self.decode(data)
         try:
             if self._model is not None:
@@ -136,7 +146,7 @@ class ContextCodec(Generic[C]):
             return None
 
     def field_name(self, field: Any) -> str:
-        """The name of a field as it is encoded: of a Struct that travels as an array that is its place."""
+        """Return the name of an encoded field; a Struct that is encoded as an array has indexes in place of names."""
         kind: Any = self.context_type
         if not self._typed or not issubclass(kind, msgspec.Struct) or not kind.__struct_config__.array_like:
             return str(field)
@@ -154,20 +164,21 @@ class ContextCodec(Generic[C]):
         if type(context) is wanted:
             return context
         if not isinstance(context, Mapping):
-            due = f"{wanted.__name__} or a dict with its fields" if self._typed else "a dict"
+            expected = f"{wanted.__name__} or a dict with its fields" if self._typed else "a dict"
             kind = type(context).__name__
             if isinstance(context, wanted):
                 raise InvalidContext(
-                    f"the context must be {due}, not its subclass {kind}: what {kind} adds would be lost"
+                    f"the context must be {expected}, not its subclass {kind}: the fields that {kind} adds would be "
+                    f"lost; use {kind} as the context type of the workflow"
                 )
-            raise InvalidContext(f"the context must be {due}, not {kind}: {context!r:.80}")
+            raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}")
         given = dict(context)
         if not self._typed:
             return given
         if self._model is not None:
             try:
-                return self._model.read(given, strict)
-            except Exception as error:  # noqa: BLE001 - a validator may raise whatever it likes
+                return self._model.from_input(given, strict)
+            except Exception as error:  # noqa: BLE001 - a validator may raise any exception
                 self._refuse_decoding(error, None)
         unknown = [key for key in given if key not in self._fields]
         if unknown:
@@ -177,7 +188,7 @@ class ContextCodec(Generic[C]):
             )
         try:
             return msgspec.convert(given, wanted, strict=strict)
-        except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise whatever it likes
+        except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise any exception
             self._refuse_decoding(error, None)
 
     def _encode_slowly(self, context: C, stage: str | None) -> bytes:
@@ -203,10 +214,11 @@ class ContextCodec(Generic[C]):
 
 
 def encode_value(value: Any, *, what: str) -> bytes:
-    """A stage's result or a step's value as msgpack, under the rule of this module.
+    """Return the result of a stage or the value of a step as msgpack, under the rule of this module.
 
-    `what` names it in errors, as in "the result of stage 'pay'". Raises `InvalidContext` for what would not come
-    back equal: a dataclass, tuple, set, Decimal or datetime has no type to come back to here.
+    `what` is the subject of the error: "the result of stage 'pay'". Raises `InvalidContext` for a value that would
+    not be equal after decoding. That includes dataclasses, tuples, sets, Decimals and datetimes: the value has no
+    annotation that the decoder could use.
     """
     if value is None:
         return _NIL
@@ -214,7 +226,7 @@ def encode_value(value: Any, *, what: str) -> bytes:
         data = _encode(value)
         if _decode_any(data) == value:
             return data
-    except Exception:  # noqa: BLE001 - whatever it was, the walk below finds it or encodes again
+    except Exception:  # noqa: BLE001 - the slow path below repeats the call and explains the error
         pass
 
     def refuse(error: Exception) -> NoReturn:
@@ -224,14 +236,14 @@ def encode_value(value: Any, *, what: str) -> bytes:
 
 
 def decode_value(data: bytes | Raw) -> Any:
-    """The value that `encode_value` encoded."""
+    """Return the value that `encode_value` encoded."""
     return _decode_any(data)
 
 
 def json_view(data: bytes | Raw) -> Any:
-    """What msgpack `data` holds, as plain values that any JSON writer takes, for people and files.
+    """Return msgpack `data` as plain values that every JSON encoder accepts, for display and export.
 
-    Not meant to be read back: bytes become base64 text, NaN and the infinities "NaN", "Infinity" and "-Infinity",
+    The conversion loses types: bytes become base64 text, NaN and the infinities "NaN", "Infinity" and "-Infinity",
     datetimes ISO text, and keys strings.
     """
     return _plain(_decode_any(data))
@@ -254,7 +266,7 @@ def _encode_or_explain(
 
     try:
         data = _encode(value) if model is None else model.encode(value)
-    except Exception as error:  # noqa: BLE001 - a foreign object may raise whatever it likes
+    except Exception as error:  # noqa: BLE001 - an object of user code may raise any exception
         fault = find_unencodable(value, root) if model is None else model.find_unencodable(value)
         if fault is None:
             refuse(error)
@@ -262,8 +274,8 @@ def _encode_or_explain(
     try:
         copy = decode(data)
     except RecursionError:
-        refuse_for(RoundTripFault(root, "is nested too deeply", "flatten it: keep nested data in a list, with indexes"))
-    except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise whatever it likes
+        refuse_for(too_deep(root))
+    except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise any exception
         refuse(error)
     fault = find_difference(value, copy, root)
     if fault is not None:
@@ -276,12 +288,15 @@ def _decoder(context_type: type[Any]) -> Callable[[bytes | Raw], Any]:
         try:
             return msgspec.msgpack.Decoder(context_type).decode
         except NameError:
-            # Annotations as strings whose names are not globals of the module: of a class that is local to a
-            # function, or that came by value to another process.
+            # The annotations are strings with names that are not globals of the module: the class is local to a
+            # function, or was sent to this process by value.
             import_types(context_type, export_types(context_type))
             return msgspec.msgpack.Decoder(context_type).decode
     except (NameError, TypeError) as error:
-        raise WorkflowDefinitionError(f"{context_type.__name__} cannot be a context: {error}") from error
+        raise WorkflowDefinitionError(
+            f"{context_type.__name__} cannot be a context: {error}; annotate its fields with types that its module "
+            "defines and msgspec supports"
+        ) from error
 
 
 def _encoded_names(context_type: type[Any]) -> frozenset[str]:
@@ -294,7 +309,7 @@ def _encoded_names(context_type: type[Any]) -> frozenset[str]:
 
 
 def _comparison(context_type: type[Any]) -> Callable[[Any, Any], bool]:
-    """The quickest function that never takes a changed copy for the same."""
+    """Return the fastest function (copy, context) that is never true for a changed copy."""
     if context_type is dict:
         return operator.eq
     for nested in reachable_types(context_type):
@@ -304,8 +319,8 @@ def _comparison(context_type: type[Any]) -> Callable[[Any, Any], bool]:
         return _comparison_of_fields(context_type, context_type.__struct_fields__)
     if any("__slots__" in owner.__dict__ for owner in context_type.__mro__[:-1]):
         return _comparison_of_fields(context_type, tuple(f.name for f in dataclasses.fields(context_type)))
-    # Comparing what the objects hold instead of the objects leaves no say to an `__eq__` or `compare=False`, and
-    # sees attributes that are no fields.
+    # Compare `__dict__`, not the objects: an `__eq__` of the class or `compare=False` must not hide a change, and
+    # attributes that are not fields must be noticed.
     return lambda copy, context: type(context) is context_type and copy.__dict__ == context.__dict__
 
 
@@ -321,14 +336,14 @@ def _never(copy: Any, context: Any) -> bool:
 
 
 def _has_plain_equality(kind: type[Any]) -> bool:
-    """Whether `==` on instances compares all their fields."""
+    """Return True if `==` on instances compares all their fields."""
     if issubclass(kind, msgspec.Struct):
         return bool(kind.__struct_config__.eq) and kind.__eq__ is msgspec.Struct.__eq__
     if dataclasses.is_dataclass(kind):
         code = getattr(kind.__eq__, "__code__", None)
-        # A method written by hand comes from a file; the one dataclasses makes does not.
-        made = code is not None and code.co_filename == "<string>"
-        return made and all(f.compare for f in dataclasses.fields(kind))
+        # The code of a method in a source file names the file; dataclasses generates its own from a string.
+        generated = code is not None and code.co_filename == "<string>"
+        return generated and all(f.compare for f in dataclasses.fields(kind))
     return True
 
 
@@ -339,7 +354,7 @@ _WORDS = {"object": "dict", "array": "list", "null": "None"}
 
 
 def _reword(message: str, type_name: str) -> tuple[str, str | None]:
-    """msgspec's message in our words, and the field it is about."""
+    """Return the message of a msgspec error in the words of this package, and the field."""
     match = _AT.match(message)
     what, path = (match["what"], match["path"] or "") if match else (message, "")
     missing = _MISSING.match(what)
@@ -362,7 +377,7 @@ def _prefix(stage: str | None) -> str:
 
 
 def _canonical(value: Any, encode: Callable[[Any], bytes] = _encode) -> Any:
-    """`value` with dicts and sets in an order that depends on their contents only."""
+    """Return `value` with each dict and set as a list that is sorted by the encoded elements."""
     if isinstance(value, dict):
         return sorted(([_canonical(k, encode), _canonical(v, encode)] for k, v in value.items()), key=encode)
     if isinstance(value, (set, frozenset)):

@@ -1,7 +1,7 @@
-"""Contexts of several branches as one: what each changed, field by field, without knowing what a field means.
+"""`merge_fields`: merges the contexts of parallel branches, field by field.
 
-Works on encoded contexts, so that the coordinator, which runs no code of the user's, can do it, too. Fields are those
-of a map, or the places of an array. Nothing here raises for contexts that a codec has made.
+It works on encoded contexts, so that the coordinator, which runs no user code, can merge, too. A field is a key of a
+map or an index of an array. These functions must not raise for contexts that `ContextCodec` encoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec import Raw
 __all__ = ["MergeConflict", "merge_fields"]
 
 MergeConflict = tuple[Any, str, str]
-"""A field (of an array: its place), and two branches that changed it differently."""
+"""(field, branch, branch): a field, or an index of an array, that two branches changed differently."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _map = msgspec.msgpack.Decoder(dict[Any, Raw]).decode
@@ -23,10 +23,10 @@ _array = msgspec.msgpack.Decoder(list[Raw]).decode
 
 
 def merge_fields(base: Raw, branches: Mapping[str, Raw]) -> tuple[Raw, MergeConflict | None]:
-    """`base` with what each branch changed, and the first contradiction; of a disputed field the first change counts.
+    """Return `base` with the changes of each branch, and the first conflict; the first change of a field wins.
 
-    Fields are compared as they are encoded, so that NaN equals itself. A set that was read and written again may differ
-    from itself that way: encode contexts in a canonical order where that matters.
+    Encoded fields are compared, so that NaN equals NaN. A set may have another order after decoding and encoding, and
+    then counts as changed: where that matters, pass contexts in canonical order (`ContextCodec.canonical`).
     """
     in_array = _is_array(base)
     merged = _fields(base)

@@ -1,6 +1,6 @@
-"""Whether what is kept of an instance that has ended can be read, agrees with itself, and can be true.
+"""`check_outcome`: is the stored outcome of a finished instance readable and consistent?
 
-Pure: the columns and the encoded outcome are handed in.
+A pure function: the caller passes the columns of the history row and the encoded outcome.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TERMINAL = frozenset(status.value for status in WorkflowStatus if status.termin
 def check_outcome(
     workflow_id: str, version: int, status: str, error: str | None, failed_stage: str | None, outcome: bytes
 ) -> str | None:
-    """What is wrong with how an instance ended, as a clause; None if nothing is. The first fault is told."""
+    """Return the first fault of a history row and its outcome as a clause ("its outcome …"), or None."""
     try:
         read = decode_outcome(outcome)
         decode_trail(read.trail)
@@ -30,32 +30,33 @@ def check_outcome(
             msgspec.msgpack.decode(read.context)
     except (msgspec.MsgspecError, ValueError, RecursionError) as fault:
         return f"its outcome cannot be read: {fault}"
-    told = (read.workflow_id, read.version, read.status, read.error, read.failed_stage)
+    in_outcome = (read.workflow_id, read.version, read.status, read.error, read.failed_stage)
     for name, column, inside in zip(
         ("workflow", "version", "status", "error", "failed stage"),
         (workflow_id, version, status, error, failed_stage),
-        told,
+        in_outcome,
         strict=True,
     ):
         if column != inside:
             return f"its row says {name} {column!r}, its outcome {inside!r}"
     if status not in _TERMINAL:
-        return f"{status!r} is no way to end"
+        return f"its status {status!r} is not terminal"
     if not (math.isfinite(read.started_at) and math.isfinite(read.finished_at)):
-        return f"it began at {read.started_at} and ended at {read.finished_at}"
+        return f"its times are not finite: it started at {read.started_at} and ended at {read.finished_at}"
     return _contradiction(read)
 
 
 def _contradiction(read: Outcome) -> str | None:
     failed = [done.stage_id for done in read.compensations if done.status == StageStatus.failed]
     if read.status == WorkflowStatus.completed and read.compensations:
-        return f"it is called completed, and {read.compensations[0].stage_id} was compensated"
+        return f"its status is completed, but {read.compensations[0].stage_id} was compensated"
     if read.status == WorkflowStatus.compensated and (failed or not read.compensations):
-        return f"it is called compensated, and {f'the compensation of {failed[0]} failed' if failed else 'nothing was'}"
+        fault = f"the compensation of {failed[0]} failed" if failed else "no stage was"
+        return f"its status is compensated, but {fault}"
     if read.status == WorkflowStatus.compensation_failed and not failed:
-        return "it is called compensation_failed, and no compensation failed"
+        return "its status is compensation_failed, but no compensation failed"
     undone = [done.stage_id for done in read.compensations]
     backwards = dict.fromkeys(id.removesuffix(ITEM_SUFFIX) for id in reversed(completed_stages(read.trail)))
     if undone != [id for id in backwards if id in undone]:
-        return f"compensated were {', '.join(undone)}, which is not the reverse of what completed"
+        return f"it compensated {', '.join(undone)}, which is not the reverse order of completion"
     return None

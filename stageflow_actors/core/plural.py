@@ -1,4 +1,4 @@
-"""Numbers of things, as they are told to people."""
+"""`pluralize`: a number with its noun, for messages."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ __all__ = ["pluralize"]
 
 
 def pluralize(number: int, noun: str, nouns: str = "") -> str:
-    """`1 message`, `12,345 messages`; `nouns` is the plural where an s does not make it."""
+    """Return `1 message` or `12,345 messages`; `nouns` is an irregular plural."""
     return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"

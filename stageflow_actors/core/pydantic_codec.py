@@ -1,8 +1,9 @@
-"""Contexts that are pydantic models: as plain data on their way, through `model_validate` when they arrive.
+"""`PydanticCodec`: contexts that are pydantic models, encoded as plain data and decoded by `model_validate`.
 
-pydantic is never imported before there is a model. Validators run on each arrival, so what they refuse is refused where
-it happens; a serialiser that its validators do not understand makes a context that would not come back equal, and is
-refused by the codec like any other.
+Validators run at each decoding, so an invalid context is rejected in the stage that made it. If the validators cannot
+read the output of a serialiser, the context is not equal after decoding, and `ContextCodec` rejects it.
+
+This module must not import pydantic before a context is a model: pydantic is optional, and slow to import.
 """
 
 from __future__ import annotations
@@ -23,66 +24,66 @@ _PYDANTIC = "pydantic"
 
 
 def is_model(kind: type[Any]) -> bool:
-    """Whether instances of this class are pydantic models."""
+    """Return True if instances of this class are pydantic models."""
     pydantic = sys.modules.get(_PYDANTIC)
     return pydantic is not None and issubclass(kind, pydantic.BaseModel)
 
 
 class PydanticCodec:
-    """One model class as bytes and back."""
+    """Encodes and decodes the instances of one model class."""
 
-    __slots__ = ("_kind", "encode_dumped", "encode_sorted", "validates")
+    __slots__ = ("_kind", "encode_dumped", "encode_sorted", "has_validate")
 
     def __init__(self, kind: type[Any]) -> None:
         self._kind: Any = kind
         self.encode_dumped = msgspec.msgpack.Encoder(enc_hook=_plain).encode
         self.encode_sorted = msgspec.msgpack.Encoder(enc_hook=_plain, order="deterministic").encode
-        # BaseModel has a `validate` of its own, which is something else than ours.
-        self.validates = kind.validate is not None and not _is_of_pydantic(kind, "validate")
+        # BaseModel has a deprecated `validate`, which is not the `validate()` of a context.
+        self.has_validate = kind.validate is not None and not _is_of_pydantic(kind, "validate")
 
     def encode(self, model: Any) -> bytes:
-        """The model as msgpack; raises whatever its parts raise."""
+        """Return the model as msgpack. Exceptions of its serialisers and fields pass through."""
         return self.encode_dumped(self.dump(model))
 
     def decode(self, data: bytes | Raw) -> Any:
-        """The model in `data`; raises `ValidationError`."""
-        # Lax, whatever the model says: on the way a Decimal is text and a set is a list.
+        """Return the model in `data`. Raises `ValidationError`."""
+        # Not strict, even if the model is: msgpack has a Decimal as text and a set as a list.
         return self._kind.model_validate(_decode(data), strict=False, by_name=True, by_alias=False)
 
-    def read(self, given: Mapping[str, Any], strict: bool) -> Any:
-        """A model from what a user gave; how strictly is up to the model, unless `strict` is False."""
+    def from_input(self, given: Mapping[str, Any], strict: bool) -> Any:
+        """Return a model with the fields `given` by a user; `strict=False` overrides the setting of the model."""
         return self._kind.model_validate(dict(given), strict=None if strict else False)
 
     def find_unencodable(self, model: Any) -> RoundTripFault | None:
-        """The first part that has no form."""
+        """Return the fault of the first part of `model` that cannot be encoded, or None."""
         try:
             dumped = self.dump(model)
-        except Exception as error:  # noqa: BLE001 - a serialiser may raise whatever it likes
+        except Exception as error:  # noqa: BLE001 - a serialiser may raise any exception
             return RoundTripFault(
-                "context", f"cannot be serialised ({error})", "check its serialisers and what is in its fields"
+                "context", f"cannot be serialised ({error})", "check its serialisers and the types of its values"
             )
         for name, value in dumped.items():
             try:
                 self.encode_dumped(value)
-            except Exception as error:  # noqa: BLE001 - a foreign object may raise whatever it likes
+            except Exception as error:  # noqa: BLE001 - an object of user code may raise any exception
                 path = f"context.{name}"
-                known = find_unencodable(value, path)
-                return known or RoundTripFault(path, f"cannot be serialised ({error})", "store plain data in it")
+                fault = find_unencodable(value, path)
+                return fault or RoundTripFault(path, f"cannot be serialised ({error})", "store plain data in it")
         return None
 
-    def same(self, copy: Any, model: Any) -> bool:
-        """Never true of a changed copy."""
+    def is_equal(self, copy: Any, model: Any) -> bool:
+        """Return True if the decoded copy equals the model; never for a changed copy."""
         return type(model) is self._kind and bool(copy == model)
 
     @staticmethod
     def dump(model: Any) -> dict[str, Any]:
-        """What is encoded: fields by name, with sets still sets."""
+        """Return the data to encode: fields by name, sets still as sets."""
         dumped: dict[str, Any] = model.model_dump(mode="python", round_trip=True, by_alias=False, warnings=False)
         return dumped
 
 
 def explain_validation(error: Exception, type_name: str) -> tuple[str, str | None] | None:
-    """The first complaint of a pydantic `ValidationError` in our words, and its field; None for any other error."""
+    """Return the message and field of the first fault in a pydantic `ValidationError`; None for other errors."""
     errors: Callable[..., list[dict[str, Any]]] | None = getattr(error, "errors", None)
     if type(error).__name__ != "ValidationError" or not callable(errors):
         return None
@@ -113,7 +114,7 @@ def _is_of_pydantic(kind: type[Any], name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Paths, urls, addresses and the like, which msgpack does not know and pydantic does."""
+    """Convert types that pydantic can serialise and msgpack cannot, such as paths, URLs and addresses."""
     secret = getattr(value, "get_secret_value", None)
     if callable(secret):
         return secret()
@@ -122,4 +123,4 @@ def _plain(value: Any) -> Any:
     try:
         return pydantic_core.to_jsonable_python(value)
     except pydantic_core.PydanticSerializationError:
-        raise TypeError(f"{type(value).__name__} has no plain form") from None
+        raise TypeError(f"{type(value).__name__} cannot be converted to plain data") from None

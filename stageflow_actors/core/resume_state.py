@@ -1,7 +1,8 @@
-"""What a retry goes on from: how far the stage that failed had come.
+"""The state from which a retry of a failed instance resumes the failed stage.
 
-Kept as steps are, in the envelope of the failure and in the outcome: of a stage its own steps, of a parallel stage the
-context before it and how each branch ended. Pure; nothing here decides whether something is retried.
+It is stored in the field `steps` of the envelope and of the outcome: for a stage the values of its completed steps, for
+a parallel stage the context before it and the last envelope of each branch. Pure functions; whether an instance is
+retried is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -23,55 +24,56 @@ _ENDED = ":ended:"
 _STEP = ":step:"
 
 TOO_LARGE = ":too-large"
-"""In place of all that would have been kept: it is more than a message may be."""
+"""Key that replaces all steps if they exceed the size limit of a message."""
 
 
 def limit_steps(steps: dict[str, bytes] | None, limit: int) -> dict[str, bytes] | None:
-    """`steps`, if they are not larger than `limit` bytes in all."""
+    """Return `steps`, or only the key `TOO_LARGE` if their values exceed `limit` bytes in total."""
     if steps and sum(map(len, steps.values())) > limit:
         return {TOO_LARGE: b""}
     return steps
 
 
 def save_branches(before: Raw, arrivals: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
-    """What is to be kept of a parallel stage: the context before it, and the envelopes that its branches ended with."""
+    """Return the resume state of a parallel stage: the context `before` it, and the last envelope of each branch."""
     return {_BEFORE: bytes(before), **{f"{_ENDED}{slot}": bytes(body) for slot, body in arrivals}}
 
 
 def resume_branches(kept: Steps, given: Raw | None) -> tuple[Raw, dict[str, bytes]] | None:
-    """The context with which the branches that did not complete begin once more, and all that is known of each.
+    """Return the context for the branches that run again, and the state of each branch.
 
-    With another context `given`, what the others changed is changed in that. None where nothing was kept.
+    If the user has `given` another context, the changes of the completed branches are merged into it. Return None if
+    `kept` holds no state of a parallel stage.
     """
     if _BEFORE not in kept:
         return None
     before = Raw(kept[_BEFORE])
-    taken: dict[str, bytes] = {}
+    branches: dict[str, bytes] = {}
     for key, body in kept.items():
         if not key.startswith(_ENDED):
             continue
         branch = decode_envelope(body)
         if _failed(branch):
             prefix = f"{_STEP}{key.removeprefix(_ENDED)}:"
-            taken.update({f"{prefix}{name}": value for name, value in (branch.steps or {}).items()})
+            branches.update({f"{prefix}{name}": value for name, value in (branch.steps or {}).items()})
             continue
         branch.steps = None
         if given is not None:
-            # Of what both have changed that of the branch counts: it has been done.
+            # If both changed a field, the branch wins: its effects have happened.
             branch.context, _ = merge_fields(before, {"branch": branch.context, "given": given})
-        taken[key] = encode(branch)
-    return (before if given is None else given), taken
+        branches[key] = encode(branch)
+    return (before if given is None else given), branches
 
 
-def completed_branch(taken: Steps, name: str) -> bytes | None:
-    """The envelope of a branch that need not run again."""
-    return taken.get(f"{_ENDED}{name}")
+def completed_branch(branches: Steps, name: str) -> bytes | None:
+    """Return the last envelope of a branch that does not run again, or None."""
+    return branches.get(f"{_ENDED}{name}")
 
 
-def steps_of_branch(taken: Steps, name: str) -> dict[str, bytes] | None:
-    """The steps that a branch had completed before it failed."""
+def steps_of_branch(branches: Steps, name: str) -> dict[str, bytes] | None:
+    """Return the steps that a failed branch had completed, or None."""
     prefix = f"{_STEP}{name}:"
-    own = {key.removeprefix(prefix): value for key, value in taken.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in branches.items() if key.startswith(prefix)}
     return own or None
 
 

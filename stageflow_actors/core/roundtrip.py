@@ -1,7 +1,7 @@
-"""Where and why a value would not survive its way through msgpack, in words.
+"""`RoundTripFault`: where and why a value would change when it is encoded as msgpack and decoded.
 
-The codec finds out *that* something is lost by encoding, decoding and comparing; this module is asked only then,
-and takes its time. It changes nothing and raises nothing.
+The codec encodes, decodes and compares; it calls this module only after the comparison failed, so speed does not
+matter here. The functions must not change a value and must not raise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-__all__ = ["RoundTripFault", "field_items", "find_difference", "find_unencodable"]
+__all__ = ["RoundTripFault", "field_items", "find_difference", "find_unencodable", "too_deep"]
 
 _LIMIT_LOW, _LIMIT_HIGH = -(2**63), 2**64 - 1
 _PLAIN = frozenset({type(None), bool, float, bytes})
@@ -26,7 +26,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class RoundTripFault(NamedTuple):
-    """`path` of the value from the root, what is wrong with it, and what to do."""
+    """One fault: the path of the value from the root, the problem, and the advice what to write instead."""
 
     path: str
     problem: str
@@ -34,26 +34,26 @@ class RoundTripFault(NamedTuple):
 
 
 def find_unencodable(value: Any, path: str) -> RoundTripFault | None:
-    """The first part of `value` that msgpack has no form for; None if there is none."""
+    """Return the fault of the first part of `value` that msgpack cannot encode, or None."""
     try:
         return _unencodable(value, path, set())
     except RecursionError:
-        return _too_deep(path)
+        return too_deep(path)
 
 
 def find_difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
-    """The first part of `value` that came back as something else in `copy`; None if all is well.
+    """Return the fault of the first part of `value` that differs in its decoded `copy`, or None.
 
-    NaN is taken for equal to NaN, which `==` does not.
+    NaN counts as equal to NaN here, although `==` is false.
     """
     try:
         return _difference(value, copy, path)
     except RecursionError:
-        return _too_deep(path)
+        return too_deep(path)
 
 
 def field_items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """(name, value) of the fields of a dataclass, Struct or pydantic instance; None for anything else."""
+    """Return (name, value) for the fields of a dataclass, Struct or pydantic instance; None for other values."""
     if isinstance(value, type):
         return None
     if dataclasses.is_dataclass(value):
@@ -89,7 +89,7 @@ def _unencodable(value: Any, path: str, above: set[int]) -> RoundTripFault | Non
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[Any, str]] | None:
-    """The values inside a container with their paths; None for what is no container."""
+    """Return the values inside a container with their paths; None for a value that is not a container."""
     if isinstance(value, dict):
         return _dict_parts(value, path)
     if isinstance(value, (list, tuple)):
@@ -107,19 +107,19 @@ def _dict_parts(value: dict[Any, Any], path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _opaque(value: Any, path: str) -> RoundTripFault | None:
-    """A fault for a leaf that the encoder refuses."""
+    """Return the fault of a leaf value that the encoder rejects, or None."""
     try:
         _encode(value)
     except RecursionError:
-        return _too_deep(path)
-    except Exception as error:  # noqa: BLE001 - a foreign object may raise whatever it likes
+        return too_deep(path)
+    except Exception as error:  # noqa: BLE001 - an object of user code may raise any exception
         base = next((b for b in (bool, int, float, str, bytes, list, dict) if isinstance(value, b)), None)
         if base is not None:
             advice = f"convert it with {base.__name__}(...)"
         elif callable(value):
             advice = "store its name, or make it a service"
         else:
-            advice = "store the plain data it stands for, or make it a service (Runtime(services=...))"
+            advice = "store plain data from which it can be rebuilt, or make it a service (Runtime(services=...))"
         what = _a(type(value))
         detail = "" if isinstance(error, TypeError) else f" ({error})"
         return RoundTripFault(path, f"is {what}, which cannot be serialised{detail}", advice)
@@ -128,7 +128,7 @@ def _opaque(value: Any, path: str) -> RoundTripFault | None:
 
 def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     kind, kind_of_copy = type(value), type(copy)
-    # A subclass of dict or list arrives as the plain form; whether that equals it is for its contents to say.
+    # A subclass of dict or list is decoded as the plain form: compare the contents.
     if kind_of_copy is dict and isinstance(value, dict):
         return _difference_in_dict(value, copy, path)
     if kind_of_copy is list and isinstance(value, list):
@@ -140,7 +140,7 @@ def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
         if kind is tuple:
             return _difference_in_sequence(value, copy, path)
         if kind is set or kind is frozenset:
-            # NaN is never equal, not even to itself, and a set has no order to pair them by.
+            # NaN does not equal NaN, and a set has no order that could pair them.
             same = {v for v in value if v == v} == {v for v in copy if v == v} and len(value) == len(copy)
             return None if same else _changed(value, copy, path)
         if field_items(value) is not None:
@@ -152,7 +152,9 @@ def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
 
 def _difference_in_sequence(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     if len(value) != len(copy):
-        return RoundTripFault(path, f"has {len(value)} elements and would come back with {len(copy)}", "check its type")
+        return RoundTripFault(
+            path, f"has {len(value)} elements and is decoded with {len(copy)}", "check its type annotation"
+        )
     for index, (part, part_copy) in enumerate(zip(value, copy, strict=True)):
         fault = _difference(part, part_copy, f"{path}[{index}]")
         if fault is not None:
@@ -167,10 +169,12 @@ def _difference_in_dict(value: dict[Any, Any], copy: dict[Any, Any], path: str) 
         if part_copy is missing:
             if key != key:
                 return RoundTripFault(
-                    path, "has NaN as a key, which is never found again", "use strings or integers as keys"
+                    path, "has NaN as a key, which no lookup finds", "use strings or integers as keys"
                 )
             return RoundTripFault(
-                path, f"has the key {key!r} ({_a(type(key))}), which would change", "use strings or integers as keys"
+                path,
+                f"has the key {key!r} ({_a(type(key))}), which is decoded as another key",
+                "use strings or integers as keys",
             )
         fault = _difference(part, part_copy, _at_key(path, key))
         if fault is not None:
@@ -183,15 +187,15 @@ def _difference_in_fields(value: Any, copy: Any, path: str) -> RoundTripFault | 
         fault = _difference(part, getattr(copy, name, None), f"{path}.{name}")
         if fault is not None:
             return fault
-    # What `__post_init__` or a cached property makes is made anew on the other side. What a handler hung on the
-    # object is not a field, and would be gone without a word.
+    # Attributes that `__post_init__` or a cached property sets exist in the copy, too. An attribute that a handler
+    # added to the object is not a field, and would be lost without an error.
     fields = {name for name, _ in field_items(value) or ()}
     for name in getattr(value, "__dict__", ()):
         if name not in fields and not hasattr(type(value), name) and not hasattr(copy, name):
             return RoundTripFault(
                 f"{path}.{name}",
-                f"is no field of {type(value).__name__} and would be lost",
-                f"declare it in {type(value).__name__}",
+                f"is not a field of {type(value).__name__} and would be lost",
+                f"declare it as a field of {type(value).__name__}",
             )
     return None
 
@@ -199,7 +203,7 @@ def _difference_in_fields(value: Any, copy: Any, path: str) -> RoundTripFault | 
 def _equal(value: Any, copy: Any) -> bool:
     try:
         return bool(value == copy)
-    except Exception:  # noqa: BLE001 - a foreign __eq__ may raise whatever it likes
+    except Exception:  # noqa: BLE001 - an __eq__ of user code may raise any exception
         return False
 
 
@@ -207,13 +211,13 @@ def _changed(value: Any, copy: Any, path: str) -> RoundTripFault:
     kind, other = type(value), type(copy)
     if kind is other:
         return RoundTripFault(
-            path, f"is {value!r:.80} and would come back as {copy!r:.80}", "check what its __post_init__ does"
+            path, f"is {value!r:.80} and is decoded as {copy!r:.80}", "check its __post_init__ and validators"
         )
-    return RoundTripFault(path, f"is {_a(kind)}, which would come back as {_a(other)}", _advice(value))
+    return RoundTripFault(path, f"is {_a(kind)} and is decoded as {_a(other)}", _advice(value))
 
 
 def _advice(value: Any) -> str:
-    """What to do about a value that changed its type."""
+    """Return the advice for a value whose type changed."""
     annotated = "or annotate the field with its type in a dataclass context"
     if isinstance(value, (set, frozenset)):
         return f"use a sorted list, {annotated}"
@@ -232,7 +236,7 @@ def _advice(value: Any) -> str:
     if isinstance(value, msgspec.Struct):
         return f"use msgspec.to_builtins(...), {annotated}"
     if isinstance(value, list):
-        return "annotate the field as a list, or store what its annotation says"
+        return "annotate the field as a list, or store a value of its annotated type"
     return "store plain data: None, bool, int, float, str, bytes, list, dict"
 
 
@@ -261,7 +265,7 @@ def _is_text(value: str) -> bool:
 
 def _not_text(path: str) -> RoundTripFault:
     return RoundTripFault(
-        path, "is a str with a lone surrogate, which has no UTF-8 form", "use bytes, or clean the string"
+        path, "is a str with a lone surrogate, which UTF-8 cannot encode", "use bytes, or replace the surrogate"
     )
 
 
@@ -269,5 +273,8 @@ def _too_large(path: str) -> RoundTripFault:
     return RoundTripFault(path, "is an integer beyond 64 bits (-2**63 to 2**64-1)", "use a str, bytes or a float")
 
 
-def _too_deep(path: str) -> RoundTripFault:
-    return RoundTripFault(path, "is nested too deeply", "flatten it: keep nested data in a list, with indexes")
+def too_deep(path: str) -> RoundTripFault:
+    """Return the fault of a value that exceeds the recursion limit."""
+    return RoundTripFault(
+        path, "is nested too deeply", "flatten it: keep the objects in one list, and refer to them by index"
+    )

@@ -1,4 +1,4 @@
-"""`ValueCodec`: values that travel by themselves and come back as the type that somebody wrote down for them."""
+"""`ValueCodec`: single values (results, payloads, items) of an annotated type as msgpack."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class ValueCodec:
-    """Encodes and decodes values of the annotated type `kind`; of `Any`, or of one msgspec does not know, plain ones.
+    """Encodes and decodes values of the annotated type `kind`.
 
-    A plain value is taken for one of a type, too, if it can be read as one: a dict for a dataclass.
+    For `Any`, and for a type that msgspec does not support, only plain values are accepted. A plain value is also
+    accepted in place of a typed one, and decoded as the type if it matches: a dict for a dataclass.
     """
 
     __slots__ = ("_decode",)
@@ -30,16 +31,19 @@ class ValueCodec:
             try:
                 self._decode = msgspec.msgpack.Decoder(kind).decode
             except (TypeError, NameError):
-                pass  # a type of which plain values are all that can travel
+                pass  # msgspec does not support the type: only plain values
 
     def encode(self, value: Any, *, what: str) -> bytes:
-        """`value` as msgpack. Raises `InvalidContext` for what would not come back; `what` names it in errors."""
+        """Return `value` as msgpack; `what` is the subject of the error, as in "the result of stage 'pay'".
+
+        Raises `InvalidContext` if the value would not be equal after decoding.
+        """
         if self._decode is None:
             return encode_value(value, what=what)
         try:
             data = _encode(value)
             copy = self._decode(data)
-        except Exception:  # noqa: BLE001 - no value of the type: the error should say what is wrong with it as it is
+        except Exception:  # noqa: BLE001 - not a value of the type: encode it as a plain value, or explain why not
             return encode_value(value, what=what)
         if type(copy) is type(value):
             fault = find_difference(value, copy, "value")
@@ -49,7 +53,7 @@ class ValueCodec:
         return encode_value(value, what=what)
 
     def decode(self, data: bytes | Raw) -> Any:
-        """The value that `encode` encoded; as a plain one where it is no value of the type."""
+        """Return the value that `encode` encoded; a plain value if it does not match the type."""
         if self._decode is None:
             return decode_value(data)
         try:

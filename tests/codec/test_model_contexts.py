@@ -199,10 +199,10 @@ def hidden(**changes: Any) -> Hidden:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (hidden(left_out=1), "context.left_out is 1 and would come back as 0"),
-        (hidden(_private=1), "context._private is 1 and would come back as 0"),
-        (hidden(text="abcd"), "context.text is 'abcd' and would come back as 'abc'"),
-        (hidden(shown={1, 2}), "context.shown is a set, which would come back as a list"),
+        (hidden(left_out=1), "context.left_out is 1 and is decoded as 0"),
+        (hidden(_private=1), "context._private is 1 and is decoded as 0"),
+        (hidden(text="abcd"), "context.text is 'abcd' and is decoded as 'abc'"),
+        (hidden(shown={1, 2}), "context.shown is a set and is decoded as a list"),
         (hidden(shown=[{"f": object()}]), "context.shown[0].f is an object, which cannot be serialised"),
         (hidden(shown=2**70), "context.shown is an integer beyond 64 bits"),
         (hidden(text=7), "context cannot be serialised (Error calling function `_shorten`"),

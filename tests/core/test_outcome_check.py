@@ -58,13 +58,16 @@ def test_what_can_be_true_is_taken(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("outcome", "fault"),
     [
-        (ended("running"), "'running' is no way to end"),
-        (ended("completed", ("a", "completed"), trail=DONE), "it is called completed, and a was compensated"),
-        (ended("compensated"), "it is called compensated, and nothing was"),
+        (ended("running"), "its status 'running' is not terminal"),
+        (ended("completed", ("a", "completed"), trail=DONE), "its status is completed, but a was compensated"),
+        (ended("compensated"), "its status is compensated, but no stage was"),
         (ended("compensated", ("b", "failed"), trail=DONE), "the compensation of b failed"),
         (ended("compensation_failed", ("b", "completed"), trail=DONE), "no compensation failed"),
         (ended("compensated", ("a", "completed"), ("b", "completed"), trail=DONE), "a, b, which is not the reverse"),
-        (ended("compensated", ("d", "completed"), trail=DONE), "d, which is not the reverse of what completed"),
+        (
+            ended("compensated", ("d", "completed"), trail=DONE),
+            "it compensated d, which is not the reverse order of completion",
+        ),
         (ended("compensated", ("b", "completed"), ("b", "completed"), trail=DONE), "b, b, which is not the reverse"),
     ],
 )
