@@ -27,6 +27,7 @@ from stageflow_actors import (
     Workflow,
     WorkflowStatus,
 )
+from stageflow_actors.runtime.client.completion import Completion
 
 
 @dataclass
@@ -221,7 +222,7 @@ def test_an_id_given_twice_in_one_call_is_one_instance_or_a_conflict(runtime: Ru
 def test_submit_many_names_the_wrong_argument(runtime: Runtime) -> None:
     with pytest.raises(ValueError, match="10000"):
         runtime.submit_many(orders, [Order("x")] * 10_001)
-    with pytest.raises(ValueError, match="2 contexts were given 1 instance_ids"):
+    with pytest.raises(ValueError, match="there are 2 contexts and 1 instance_ids"):
         runtime.submit_many(orders, [Order("x")] * 2, instance_ids=["a"])
     with pytest.raises((ValueError, InvalidContext), match="instance_ids"):
         runtime.submit_many(orders, [Order("x")], instance_ids="a")
@@ -250,7 +251,7 @@ def test_as_completed_runs_out_of_time(runtime: Runtime, gate: Path) -> None:
 def test_as_completed_takes_handles_of_finished_and_foreign_instances(runtime: Runtime) -> None:
     runtime.execute(orders, Order("h"), instance_id="handle", timeout=20)
     found = runtime.instance("handle")
-    fresh = Instance(runtime, "handle", None)
+    fresh = Instance(Completion(runtime._session, "handle", None))
     assert list(runtime.as_completed([found], timeout=20)) == [found]
     assert list(runtime.as_completed([fresh], timeout=20)) == [found]
 

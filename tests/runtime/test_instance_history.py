@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stageflow_actors import InstanceNotFound, Retry, Runtime, Stage, Workflow
+from stageflow_actors.runtime.client.completion import Completion
 from stageflow_actors.runtime.client.instance import Instance
 
 
@@ -111,5 +112,5 @@ def test_an_unknown_instance_has_no_history_and_that_is_reported_at_once(runtime
     began = time.monotonic()
     for ask in (Instance.history, Instance.status, Instance.done, Instance.result, Instance.retry, Instance.cancel):
         with pytest.raises(InstanceNotFound, match="'unheard-of'"):
-            ask(Instance(runtime, "unheard-of", None))
+            ask(Instance(Completion(runtime._session, "unheard-of", None)))
     assert time.monotonic() - began < 8

@@ -14,6 +14,7 @@ from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import node_handle
+from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, runtime_path
 
 waits = Workflow("waits").add_signal("go")
@@ -60,10 +61,10 @@ def test_a_start_that_fails_before_any_process_leaves_no_record(
 def test_a_cluster_that_its_program_cannot_reach_is_ended_and_leaves_nothing(
     tmp_path: Path, sockets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(self: Runtime, *arguments: object) -> None:
+    def unreachable(self: Session, *arguments: object) -> None:
         raise BrokerUnavailable("no descriptors are left")
 
-    monkeypatch.setattr(Runtime, "_attach", unreachable)
+    monkeypatch.setattr(Session, "connect", unreachable)
     with pytest.raises(BrokerUnavailable, match="no descriptors"):
         Runtime(waits, data_dir=tmp_path).start()
     assert not sockets.exists()
