@@ -191,7 +191,7 @@ def test_only_the_oldest_sealed_segment_can_be_dropped(bench: Any) -> None:
         assert bench.path(oldest).name not in bench.disk.listdir(bench.directory)
     with pytest.raises(JournalError, match="the only segment"):
         journal.drop_oldest()
-    with pytest.raises(JournalError, match="not part of the journal any more"):
+    with pytest.raises(JournalError, match="no longer part of the journal"):
         journal.read(1, SECTOR + 65, 1, batch=SECTOR)
     said = bench.fill(journal, 2, first=5)
     journal.close()
@@ -236,7 +236,7 @@ def test_small_journals_have_small_segments() -> None:
     allocator._segment_bytes = 64 << 20
     sizes: list[int] = []
     for _ in range(7):
-        sizes.append(allocator.size_of(sum(sizes) - 4000 * len(sizes)))  # none is filled to its last byte
+        sizes.append(allocator.next_size(sum(sizes) - 4000 * len(sizes)))  # none is filled to its last byte
     assert [size >> 20 for size in sizes] == [4, 8, 16, 32, 64, 64, 64]
 
 
@@ -334,7 +334,7 @@ def test_bytes_that_are_not_of_the_batch_are_refused(bench: Any) -> None:
 def test_which_batches_were_verified_is_forgotten_with_their_segment_and_when_there_are_many(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "_VERIFIED", 3)
+    monkeypatch.setattr(journal_module, "_MAX_CHECKED_BATCHES", 3)
     journal = bench.open()
     places = []
     for number in range(1, 7):
@@ -343,9 +343,9 @@ def test_which_batches_were_verified_is_forgotten_with_their_segment_and_when_th
             journal.seal()
     for place in places:
         journal.read(place.segment, place.blob_offsets[0], 10, batch=place.batch)
-    assert list(journal._verified) == [(place.segment, place.batch) for place in places[3:]]
+    assert list(journal._checked_batches) == [(place.segment, place.batch) for place in places[3:]]
     journal.drop_oldest()
-    assert list(journal._verified) == [(place.segment, place.batch) for place in places[4:]]
+    assert list(journal._checked_batches) == [(place.segment, place.batch) for place in places[4:]]
 
 
 def test_a_spare_is_ready_before_it_is_needed(bench: Any) -> None:

@@ -64,7 +64,7 @@ def test_a_spare_segment_leaves_room_to_other_users_of_the_disk() -> None:
 def test_a_journal_uses_all_free_space_before_it_reports_that_it_is_full() -> None:
     disk = SimulatedDisk(size_bytes=7 * MB)
     with journal(disk) as opened:
-        with pytest.raises(JournalFull, match="no room for a segment of"):
+        with pytest.raises(JournalFull, match="no space for a segment of"):
             for number in range(100):
                 opened.commit([Record(1, number, 0, b"", bytes(100_000))], 0.0)
         assert disk.size_bytes is not None

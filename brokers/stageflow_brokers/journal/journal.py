@@ -1,9 +1,9 @@
-"""The journal: one writer, batches in, every acknowledged batch out again.
+"""The journal: one writer commits batches, and every acknowledged batch is replayed after a restart.
 
-It keeps bytes and knows nothing of what they mean. A batch is on disk when `commit` returns; after a write or a sync
-has failed nothing is ever committed again by this process, because nobody can know what is on disk.
+The journal does not interpret the bytes. A batch is on disk when `commit` returns. After a failed write or sync this
+process must never commit again, because the state on disk is unknown.
 
-One thread uses it. It must not be carried over a fork: the lock would be held twice.
+Only one thread may use a journal. It must not survive a fork: two processes would hold the lock.
 """
 
 import errno
@@ -40,15 +40,17 @@ Durability = Literal["fsync", "write"]
 
 _LOG = logging.getLogger(__name__)
 _ZEROS = bytes(SECTOR)
-_SCATTER = 256 << 10  # bytes: from here on joining costs more (new pages) than handing the pieces over one by one
-_PIECE = 2048  # bytes on average, for that to be true
-_READERS = 64  # sealed segments kept open for reading
-_VERIFIED = 4096  # batches whose checksum is not computed again when more is read of them
+_SCATTER_BYTES = 256 << 10  # from this size, copying the pieces into one buffer costs more than passing each piece
+_SCATTER_PIECE_BYTES = 2048  # the average size of a piece from which that is true
+_MAX_READERS = 64  # sealed segments that stay open for reading
+_MAX_CHECKED_BATCHES = 4096  # batches whose checksum is not computed again for another read
 
 
 class BatchLocation(NamedTuple):
-    """Where a commit went: the blob of record i begins at `blob_offsets[i]` in the file of `segment`, the batch itself
-    at `batch`."""
+    """The place of a committed batch: the file of `segment`, at offset `batch`.
+
+    The blob of record i begins at `blob_offsets[i]` in that file.
+    """
 
     segment: int
     blob_offsets: list[int]
@@ -56,7 +58,7 @@ class BatchLocation(NamedTuple):
 
 
 class SegmentInfo(NamedTuple):
-    """`used` of `size` bytes hold batches, from number `first` on. A sealed segment is never written again."""
+    """A segment: `used` of `size` bytes hold batches, from number `first` on. A sealed one gets no more batches."""
 
     number: int
     first: int
@@ -78,7 +80,7 @@ class FreeSpace(NamedTuple):
 
 
 class Journal:
-    """Made by `open`; used by one thread; ended by `close`."""
+    """A journal that is open for writing. Create it with `open`, use it from one thread, and `close` it."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Journal:
         self._sealed: list[SegmentInfo] = []
         self._readers: dict[int, int] = {}
         self._salts: dict[int, int] = {}
-        self._verified: dict[tuple[int, int], int] = {}  # (segment, batch) → where the batch ends
+        self._checked_batches: dict[tuple[int, int], int] = {}  # (segment, batch) → end of the batch
         self._sealed_bytes = 0
         self._fd = -1
         self._segment = self._salt = self._first = self._end = self._capacity = 0
@@ -114,16 +116,27 @@ class Journal:
         segment_bytes: int = 64 << 20,
         warn: Callable[[str], None] = _LOG.warning,
     ) -> Self:
-        """Take the lock, recover, and hand every whole batch to `replay`, in order. A missing directory is made.
+        """Take the lock, recover the journal, and open it for writing.
 
-        With durability "write" a commit survives the end of any process, but not of the machine, which may keep later
-        batches and lose earlier ones: the next start then refuses, as for any damage, and `repair` is the way on.
+        With durability "write" a commit survives the end of any process, but not a crash of the machine, which may keep
+        later batches and lose earlier ones. The next start then refuses the journal as damaged; `repair` makes it
+        usable again.
 
-        `warn` gets a sentence when the torn end of the last batch was cut off. An error of `replay` goes up, with the
-        journal closed.
+        Args:
+            directory: Directory of the journal; created if it is missing.
+            replay: Called with every intact batch in order. An error that it raises closes the journal.
+            files: The file system. Default: that of the operating system.
+            durability: "fsync" syncs each commit, "write" does not. Default: "fsync".
+            segment_bytes: Size of a segment once the journal has grown. Default: 64 MiB.
+            warn: Called with a sentence if a torn end was cut off. Default: a log message.
 
-        Raises JournalLocked, JournalCorrupt, JournalVersion; JournalFull without room for the first segment;
-        JournalFailed when the disk fails.
+        Raises:
+            JournalLocked: Another process uses the directory.
+            JournalCorrupt: Acknowledged data is damaged.
+            JournalVersion: A newer program wrote the journal.
+            JournalFull: The disk has no space for the first segment.
+            JournalFailed: The disk failed.
+            JournalError: The directory cannot be used.
         """
         if segment_bytes < 4 * SECTOR:
             raise ValueError(f"segment_bytes is {segment_bytes}: give at least {4 * SECTOR}")
@@ -156,7 +169,7 @@ class Journal:
         else:
             for each in found[:-1]:
                 self._seal(SegmentInfo(each.header.number, each.header.first, each.end, each.size, sealed=True))
-                if not each.followed:  # the process ended before it could be said, or an earlier release does not
+                if not each.followed:  # the process ended before it wrote the mark, or an earlier release wrote none
                     fd = self._files.open(self.directory / file_name(each.header.number))
                     try:
                         self._mark_followed(fd, each.end, each.size, each.following - 1, each.header.salt)
@@ -172,13 +185,13 @@ class Journal:
         self._refusal = ""
 
     def _reserve(self, size: int, marked: bool) -> None:
-        """Blocks for all of the open segment: it may have been cut short, or copied without its empty parts."""
+        """Allocate blocks for the whole open segment: the file may be shorter, or a sparse copy."""
         try:
             self._files.fallocate(self._fd, size)
         except OSError as error:
             if not is_full(error):
                 raise
-            self._capacity = self._end  # what cannot be reserved is not written to; the next commit takes the spare
+            self._capacity = self._end  # write nothing here without reserved blocks; the next commit uses the spare
             return
         self._capacity = max(size, self._files.size(self._fd) // SECTOR * SECTOR)
         if not marked and self._end + SECTOR <= self._capacity:
@@ -186,15 +199,15 @@ class Journal:
         self._files.fsync(self._fd)
 
     def commit(self, records: Sequence[Record], wall: float) -> BatchLocation:
-        """Write one batch, and sync it if the durability says so. `wall` is the time, in seconds since 1970.
+        """Write one batch, and sync it with durability "fsync". `wall` is the time in seconds since 1970.
 
-        Raises JournalFull (nothing was written; try again when there is room), PayloadTooLarge or struct.error (the
-        records are at fault), JournalFailed (end this process).
+        Raises JournalFull (nothing was written; try again when the disk has space), PayloadTooLarge or struct.error
+        (the records are invalid), and JournalFailed (end this process).
         """
         if self._refusal:
-            self._refuse()
+            self._raise_refusal()
         if not records:
-            raise ValueError("a batch without records says nothing: commit when there are some")
+            raise ValueError("cannot commit a batch without records")
         pieces, length, offsets = encode_payload(records, self._end + BATCH_HEADER)
         total = span(length)
         if self._end + total + SECTOR > self._capacity:
@@ -203,7 +216,7 @@ class Journal:
             moved = self._end - before
             offsets = [offset + moved for offset in offsets]
         number, salt, end = self._next, self._salt, self._end
-        if length < _SCATTER or length < _PIECE * len(pieces):
+        if length < _SCATTER_BYTES or length < _SCATTER_PIECE_BYTES * len(pieces):
             pieces = [b"".join(pieces)]
         header = encode_header(number, salt, wall, pieces, length, len(records))
         padding = _ZEROS[: total - BATCH_HEADER - length] + encode_end(number, salt)
@@ -213,8 +226,8 @@ class Journal:
             if self._sync:
                 self._files.fdatasync(self._fd)
             failpoint("journal.synced")
-        except BaseException as error:  # noqa: BLE001 - goes up as it is, or as JournalFailed
-            self._die(error, f"batch {number} could not be written to {file_name(self._segment)}")
+        except BaseException as error:  # noqa: BLE001 - raised again, or as JournalFailed
+            self._fail(error, f"batch {number} could not be written to {file_name(self._segment)}")
         self._end, self._next = end + total, number + 1
         return BatchLocation(self._segment, offsets, end)
 
@@ -229,7 +242,7 @@ class Journal:
         """
         fd = self._reader(segment)
         try:
-            end = self._verified.get((segment, batch))
+            end = self._checked_batches.get((segment, batch))
             if end is None:
                 end = self._verify(fd, segment, batch)
             if not batch + BATCH_HEADER <= offset <= offset + size <= end:
@@ -248,73 +261,75 @@ class Journal:
         end, wrong = check_batch(self._files, fd, batch, self._salts[segment])
         if wrong:
             raise self._unreadable(segment, batch, wrong)
-        if len(self._verified) >= _VERIFIED:
-            del self._verified[next(iter(self._verified))]
-        self._verified[segment, batch] = end
+        if len(self._checked_batches) >= _MAX_CHECKED_BATCHES:
+            del self._checked_batches[next(iter(self._checked_batches))]
+        self._checked_batches[segment, batch] = end
         return end
 
     def segments(self) -> list[SegmentInfo]:
-        """All live segments, oldest first; the last one is the open one."""
+        """Return all segments, oldest first; the last one is the open one."""
         return [*self._sealed, SegmentInfo(self._segment, self._first, self._end, self._capacity, sealed=False)]
 
     @property
     def last_batch(self) -> int:
-        """The number of the last batch committed or replayed; 0 if there never was one."""
+        """The number of the last batch that was committed or replayed; 0 if there is none."""
         return self._next - 1
 
     @property
     def free_space(self) -> FreeSpace:
-        """How much can be written before the disk must give more."""
+        """The bytes that can be written before the journal needs another segment from the disk."""
         allocator = self._allocator
         open_bytes = max(0, self._capacity - SECTOR - self._end)
         return FreeSpace(allocator.spare_bytes > 0, allocator.is_low, open_bytes, allocator.spare_bytes)
 
     @property
     def is_space_low(self) -> bool:
-        """The disk has no room for a spare segment: refuse what is new, let what is under way go on."""
+        """True if the disk has no space for a spare segment: starts should be refused, work in hand goes on."""
         return self._allocator.is_low
 
     @property
     def disk_free_bytes(self) -> int:
-        """Bytes free on the disk that holds the journal, as far as is known."""
+        """Bytes free on the disk of the journal, as far as known."""
         return self._files.free_bytes(self.directory)
 
     def prepare(self, at_least: int = 0) -> bool:
-        """Try to have a spare segment, of at least so many bytes; false if the disk has no room for that.
+        """Make sure that a spare segment of at least `at_least` bytes exists; return False without space for it.
 
-        Cheap when there is one.
+        Cheap if there is one.
         """
         with self._fatal("a spare segment could not be prepared"):
             return self._allocator.prepare(self._in_use, at_least)
 
     def seal(self) -> None:
-        """End the open segment and begin the next one. Raises JournalFull, with nothing changed."""
+        """Close the open segment and begin the next one. Raises JournalFull, with nothing changed."""
         if self._refusal:
-            self._refuse()
+            self._raise_refusal()
         self._rotate(2 * SECTOR)
 
     def drop_oldest(self) -> None:
-        """Give the oldest sealed segment back: everything in it that still matters must be committed again before.
+        """Release the oldest sealed segment. Commit its live records again before.
 
-        There is no way to drop another one: what it says has ended would come back from the ones before it.
-        Raises JournalError if only the open one is left.
+        No other segment can be dropped: messages whose end it records would come back from the older segments.
+        Raises JournalError if only the open segment remains.
         """
         if self._refusal:
-            self._refuse()
+            self._raise_refusal()
         if not self._sealed:
             raise JournalError(f"{file_name(self._segment)} is open and the only segment: seal it before dropping it")
         oldest = self._sealed[0]
-        with self._fatal(f"{file_name(oldest.number)} could not be given back"):
+        with self._fatal(f"{file_name(oldest.number)} could not be released"):
             if (fd := self._readers.pop(oldest.number, None)) is not None:
                 self._files.close(fd)
-            self._allocator.give_back(oldest.number, oldest.size)
+            self._allocator.release(oldest.number, oldest.size)
         del self._sealed[0]
         del self._salts[oldest.number]
         self._sealed_bytes -= oldest.used
-        self._verified = {place: end for place, end in self._verified.items() if place[0] != oldest.number}
+        self._checked_batches = {
+            batch: end for batch, end in self._checked_batches.items() if batch[0] != oldest.number
+        }
 
     def close(self) -> None:
-        """Close the files and let go of the lock; everything committed is where it should be. Twice is once."""
+        """Close the files and release the lock. A second call does nothing."""
         if self._fd < 0:
             return
         self._refusal = "the journal is closed"
@@ -330,17 +345,17 @@ class Journal:
         self.close()
 
     def _begin(self, number: int, needed: int) -> None:
-        self._fd, header = self._allocator.make(number, self._next, needed, self._in_use)
+        self._fd, header = self._allocator.create(number, self._next, needed, self._in_use)
         self._segment, self._salt, self._first, self._capacity = header
         self._salts[number] = self._salt
         self._end = SECTOR
 
     def _rotate(self, needed: int) -> None:
-        """Go on in a new segment with room for `needed` bytes, the end mark among them."""
+        """Continue in a new segment with space for `needed` bytes, including the end mark."""
         sealed = SegmentInfo(self._segment, self._first, self._end, self._capacity, sealed=True)
-        with self._fatal(f"the segment after {file_name(self._segment)} could not be begun"):
+        with self._fatal(f"the segment after {file_name(self._segment)} could not be created"):
             if not self._sync:
-                self._files.fdatasync(self._fd)  # recovery takes a sealed segment for synced
+                self._files.fdatasync(self._fd)  # recovery relies on sealed segments being synced
             fd, salt = self._fd, self._salt
             self._begin(self._segment + 1, needed)
             self._seal(sealed)
@@ -355,10 +370,10 @@ class Journal:
         self._sealed_bytes += sealed.used
 
     def _mark_followed(self, fd: int, end: int, size: int, last: int, salt: int) -> None:
-        """Let the segment that ends at `end` with batch `last` say, for good, that there is another one behind it.
+        """Write and sync the followed mark of the segment that ends at `end` with batch `last`.
 
-        Whatever the durability: without this, the loss of the newest segment would look like a clean end. Where a
-        segment has no room for an end mark, its successor's name has to do.
+        It is synced with every durability: without the mark, the loss of the newest segment would look like a clean
+        end. A segment without space for an end mark gets none; the name of its successor has to suffice.
         """
         if end + SECTOR <= size:
             write_at(self._files, fd, [encode_end(last, salt, followed=True)], SECTOR, end)
@@ -366,7 +381,7 @@ class Journal:
 
     @property
     def _in_use(self) -> int:
-        """Bytes of batches in all segments, once the open one is full."""
+        """Bytes of the batches in all segments once the open one is full."""
         return self._sealed_bytes + self._capacity
 
     def _reader(self, segment: int) -> int:
@@ -375,8 +390,8 @@ class Journal:
         if (fd := self._readers.get(segment)) is not None:
             return fd
         if not any(info.number == segment for info in self._sealed):
-            raise JournalError(f"{file_name(segment)} is not part of the journal any more")
-        if len(self._readers) >= _READERS:
+            raise JournalError(f"{file_name(segment)} is no longer part of the journal")
+        if len(self._readers) >= _MAX_READERS:
             self._files.close(self._readers.pop(next(iter(self._readers))))
         try:
             fd = self._files.open(self.directory / file_name(segment), write=False)
@@ -388,7 +403,7 @@ class Journal:
     def _unreadable(self, segment: int, offset: int, reason: str) -> JournalCorrupt:
         name = file_name(segment)
         return JournalCorrupt(
-            f"a body at offset {offset} of {self.directory / name} cannot be read: {reason}. "
+            f"a body at offset {offset} of {self.directory / name} cannot be read: {reason}; "
             "`stageflow journal verify` lists all damage",
             file=name,
             offset=offset,
@@ -397,29 +412,31 @@ class Journal:
 
     @contextmanager
     def _fatal(self, what: str) -> Iterator[None]:
-        """An error of the disk in here is the end of this journal; a full disk, before anything changed, is not."""
+        """Make this journal unusable if the block raises an error other than JournalFull."""
         if self._refusal:
-            self._refuse()
+            self._raise_refusal()
         try:
             yield
         except JournalFull:
             raise
-        except BaseException as error:  # noqa: BLE001 - goes up as it is, or as JournalFailed
-            self._die(error, what)
+        except BaseException as error:  # noqa: BLE001 - raised again, or as JournalFailed
+            self._fail(error, what)
 
-    def _die(self, error: BaseException, what: str) -> NoReturn:
-        """Whatever the error was (a Ctrl-C, too, may come between a write and its sync): no commit after it."""
-        why = (
+    def _fail(self, error: BaseException, what: str) -> NoReturn:
+        """Refuse all further commits, whatever the error was: a Ctrl-C, too, may come between a write and its sync."""
+        reason = (
             error.strerror or errno.errorcode.get(error.errno or 0, str(error))
             if isinstance(error, OSError)
             else repr(error)
         )
-        self._refusal = f"{what}: {why}. What is on disk is unknown, so end this process and start it again to recover"
+        self._refusal = (
+            f"{what}: {reason}. The state on disk is unknown, so end this process and start it again to recover"
+        )
         if isinstance(error, OSError):
             raise JournalFailed(self._refusal) from error
         raise error
 
-    def _refuse(self) -> NoReturn:
+    def _raise_refusal(self) -> NoReturn:
         raise (JournalError if self._fd < 0 else JournalFailed)(self._refusal)
 
     def _release(self) -> None:

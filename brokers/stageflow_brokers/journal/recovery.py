@@ -1,7 +1,7 @@
-"""From what is on disk to a journal that can be written again.
+"""Recovery: open an existing journal for writing.
 
-The law: what was acknowledged is replayed, or the start is refused. Only a torn end, which nobody was told of, is cut
-off; it is copied aside before, and said. Nothing acknowledged is ever changed here.
+The rule: acknowledged data is replayed, or the start is refused. Only a torn end, which was never acknowledged, is cut
+off; before that it is copied aside, and a warning reports it. Recovery must never change acknowledged data.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from stageflow_brokers.journal.format import SECTOR, Batch, encode_end, file_nam
 from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
 from stageflow_brokers.journal.segment_allocator import TEMPORARY, SegmentAllocator
 
-__all__ = ["clear_end", "copy_aside", "corrupt", "recover", "remove_leftovers", "unused"]
+__all__ = ["clear_end", "copy_aside", "corrupt_error", "recover", "remove_leftovers", "unused_path"]
 
-_CHUNK = 4 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 def recover(
@@ -26,35 +26,36 @@ def recover(
     replay: Callable[[Batch], None],
     warn: Callable[[str], None],
 ) -> list[ScannedSegment]:
-    """Replay every whole batch in order and mend a torn end. The last segment returned is the one to go on with.
+    """Replay every intact batch in order and cut off a torn end. Return the segments; the last one stays open.
 
-    Raises JournalCorrupt (then nothing on disk has changed), JournalVersion, JournalFull when a torn end cannot be
-    copied aside.
+    Raises JournalCorrupt (then nothing on disk has changed), JournalVersion, and JournalFull if the disk has no space
+    to copy a torn end aside.
     """
-    files.fsync_dir(directory)  # a rename that a killed process did not live to sync
+    files.fsync_dir(directory)  # a killed process may have renamed without a sync
     for number in segment_numbers(files, directory)[-2:]:
-        _settle(files, directory / file_name(number))
-    survey = JournalScanner(files, directory)
+        _sync_tail(files, directory / file_name(number))
+    scanner = JournalScanner(files, directory)
     torn: Damage | None = None
-    with closing(survey.read()) as items:
+    with closing(scanner.read()) as items:
         for item in items:
             if isinstance(item, Batch):
                 replay(item)
             elif item.fatal:
-                raise corrupt(item, directory)
+                raise corrupt_error(item, directory)
             else:
                 torn = item
     if torn is not None:
-        _cut(files, directory, allocator, torn, warn)
-    return survey.segments
+        _cut_torn_end(files, directory, allocator, torn, warn)
+    return scanner.segments
 
 
-def corrupt(damage: Damage, directory: Path) -> JournalCorrupt:
-    """The refusal, as advice."""
+def corrupt_error(damage: Damage, directory: Path) -> JournalCorrupt:
+    """Return the error that refuses the start, with advice."""
     return JournalCorrupt(
-        f"{directory / damage.file} is damaged at offset {damage.offset}: {damage.reason}. Acknowledged batches lie "
-        "here, so nothing has been changed. `stageflow journal verify` lists all damage; restore a backup, or let "
-        "`stageflow journal repair` copy the files aside and give up what follows the damage",
+        f"{directory / damage.file} is damaged at offset {damage.offset}: {damage.reason}. The damage lies in "
+        "acknowledged data, so nothing has been changed. `stageflow journal verify` lists all damage; restore a "
+        "backup, or run `stageflow journal repair`, which copies the files aside and discards everything after the "
+        "damage",
         file=damage.file,
         offset=damage.offset,
         reason=damage.reason,
@@ -62,16 +63,19 @@ def corrupt(damage: Damage, directory: Path) -> JournalCorrupt:
 
 
 def remove_leftovers(files: FileSystem, directory: Path) -> None:
-    """Remove what was in the making when its process ended. Only under the lock."""
+    """Remove the unfinished files of an earlier process. Call it only under the lock."""
     for name in files.listdir(directory):
         if name.endswith(TEMPORARY):
             files.unlink(directory / name)
 
 
-def _settle(files: FileSystem, path: Path) -> None:
-    """What the last process wrote and did not sync must be on disk before anyone acts on it; what a failed sync left
-    in memory must not be taken for it. Only the last segment can hold either, for a new one is begun after a sync; and
-    the one before it, the mark that it is followed."""
+def _sync_tail(files: FileSystem, path: Path) -> None:
+    """Sync a segment and drop its cached pages.
+
+    Data that the last process wrote without a sync must be on disk before it is used, and data that a failed sync left
+    only in the cache must not be used. Only the last segment can hold either, because a new one begins after a sync;
+    the segment before it can hold an unsynced followed mark.
+    """
     fd = files.open(path)
     try:
         files.fdatasync(fd)
@@ -80,42 +84,42 @@ def _settle(files: FileSystem, path: Path) -> None:
         files.close(fd)
 
 
-def _cut(
+def _cut_torn_end(
     files: FileSystem, directory: Path, allocator: SegmentAllocator, torn: Damage, warn: Callable[[str], None]
 ) -> None:
     path = directory / torn.file
-    kept = "there was nothing left to copy"
+    kept = "it held no data to copy"
     if torn.torn > torn.offset:
-        target = unused(files, directory, f"{torn.segment:016d}.{torn.offset}", ".broken")
+        target = unused_path(files, directory, f"{torn.segment:016d}.{torn.offset}", ".broken")
         try:
             zeros = copy_aside(files, path, torn.offset, torn.torn, target)
         except JournalFull:
             if not allocator.release_spare():
                 raise
             zeros = copy_aside(files, path, torn.offset, torn.torn, target)
-        kept = f"what stood there was copied to {target}"
+        kept = f"its data was copied to {target}"
         if zeros:
-            kept += f", with zeros for {zeros} bytes that cannot be read"
+            kept += f", with zeros for {zeros} unreadable bytes"
     clear_end(files, path, torn.offset, torn.number, torn.salt, torn.torn)
-    warn(f"{path} has no clean end at offset {torn.offset}: {torn.reason}; {kept}, and cut off")
+    warn(f"{path} has no clean end at offset {torn.offset}: {torn.reason}; {kept}, and the end was cut off")
 
 
 def clear_end(
     files: FileSystem, path: Path, offset: int, following: int, salt: int, until: int, *, grow: bool = False
 ) -> None:
-    """Put the end mark before batch `following` at `offset`, zeros from there to `until`, and sync.
+    """Write an end mark at `offset`, where batch `following` would begin, zeros from there to `until`, and sync.
 
-    A file that ends before `offset` stays as it is, unless it may `grow`.
+    A file that ends before `offset` stays unchanged, unless `grow` is true.
     """
     fd = files.open(path)
     try:
         size = files.size(fd)
-        # Whole, also where the file ends within it: less than that would be damage again.
+        # Write the whole mark even if the file ends within it: a part of it would count as damage again.
         mark = encode_end(following - 1, salt) if grow or size > offset else b""
         write_at(files, fd, [mark], len(mark), offset)
         at, until = offset + len(mark), min(until, size)
         while at < until:
-            zeros = bytes(min(_CHUNK, until - at))
+            zeros = bytes(min(_CHUNK_BYTES, until - at))
             write_at(files, fd, [zeros], len(zeros), at)
             at += len(zeros)
         files.fsync(fd)
@@ -126,8 +130,8 @@ def clear_end(
 def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, target: Path) -> int:
     """Copy the bytes from `start` to `end` (None: to the last) into a new file, synced before it gets its name.
 
-    Sectors that cannot be read are zeros in the copy; how many bytes these are is returned. Raises JournalFull, and
-    leaves nothing behind.
+    Unreadable sectors are zeros in the copy; the number of these bytes is returned. Raises JournalFull, and leaves no
+    file then.
     """
     temporary = target.with_name(target.name + TEMPORARY)
     reading = files.open(source, write=False)
@@ -139,7 +143,7 @@ def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, tar
         try:
             at = start
             while at < end:
-                chunk, bad = read_around(files, reading, min(_CHUNK, end - at), at)
+                chunk, bad = read_around(files, reading, min(_CHUNK_BYTES, end - at), at)
                 if not chunk:
                     break
                 write_at(files, writing, [chunk], len(chunk), at - start)
@@ -155,7 +159,8 @@ def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, tar
         if temporary.name in files.listdir(target.parent):
             files.unlink(temporary)
         raise JournalFull(
-            f"no room to copy {source} to {target}: free some space", needed=(end or files.size(reading)) - start
+            f"the disk has no space to copy {source} to {target}: free some space",
+            needed=(end or files.size(reading)) - start,
         ) from error
     finally:
         files.close(reading)
@@ -164,8 +169,8 @@ def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, tar
     return zeros
 
 
-def unused(files: FileSystem, directory: Path, stem: str, suffix: str) -> Path:
-    """A name that no earlier copy has: what it holds may be the only evidence."""
+def unused_path(files: FileSystem, directory: Path, stem: str, suffix: str) -> Path:
+    """Return a path that no earlier copy has: an earlier copy may be the only evidence."""
     taken = set(files.listdir(directory))
     name, count = stem + suffix, 1
     while name in taken:

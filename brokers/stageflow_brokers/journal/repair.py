@@ -15,7 +15,7 @@ from stageflow_brokers.errors import JournalError, JournalFailed
 from stageflow_brokers.journal.filesystem import FileSystem, write_at
 from stageflow_brokers.journal.format import Batch, SegmentHeader, encode_segment, file_name
 from stageflow_brokers.journal.lock import DirectoryLock
-from stageflow_brokers.journal.recovery import clear_end, copy_aside, remove_leftovers, unused
+from stageflow_brokers.journal.recovery import clear_end, copy_aside, remove_leftovers, unused_path
 from stageflow_brokers.journal.salvage import LostData, salvage
 from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
 from stageflow_brokers.journal.segment_allocator import TEMPORARY
@@ -112,7 +112,7 @@ class _Repair:
     ) -> None:
         self._files = files
         self._directory = directory
-        self._backup = backup_dir if backup_dir is not None else unused(files, directory, "repair", "")
+        self._backup = backup_dir if backup_dir is not None else unused_path(files, directory, "repair", "")
         self._names_in = names_in
         self._possible_names_in = possible_names_in
         self._names: dict[str, None] = {}
@@ -200,7 +200,7 @@ class _Repair:
 
     def _write_list(self) -> None:
         """Write the list of the discarded data and sync it, before anything is cut."""
-        list_file = unused(self._files, self._backup, *LOST_NAMES_PATTERN.split("*"))
+        list_file = unused_path(self._files, self._backup, *LOST_NAMES_PATTERN.split("*"))
         temporary = list_file.with_name(list_file.name + TEMPORARY)
         lines = [f"# {each.describe()}" for each in self._lost]
         lines += self._names
@@ -245,7 +245,7 @@ class _Repair:
 
     def _copy(self, name: str) -> int:
         """Copy the file aside. Return how many bytes of it cannot be read."""
-        target = unused(self._files, self._backup, name, "")
+        target = unused_path(self._files, self._backup, name, "")
         unreadable = copy_aside(self._files, self._directory / name, 0, None, target)
         self._unreadable += unreadable
         self._copies.append(target)

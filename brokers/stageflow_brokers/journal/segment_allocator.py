@@ -1,11 +1,11 @@
-"""Where segments come from and where they go: preallocation, the spare, recycling.
+"""The segment allocator: preallocates segments, keeps a spare one, and recycles released ones.
 
-One segment is kept ready beside the open one, whenever the disk permits, so that the work in hand and the compaction
-that frees room can always be written. A segment that is given back becomes the spare: its blocks have been written
-before and sync faster. Nothing here knows what is in a segment or decides which one may go.
+While the disk permits, a spare segment exists beside the open one, so that work in hand and compaction can always be
+written. A released segment becomes the spare: its blocks have been written before, so syncs are faster. The allocator
+must not depend on the content of a segment, and does not decide which one is released.
 
-A segment gets its name only when its header is on disk, and a batch only when its name is: each step here is synced
-before the next, whatever the durability of commits.
+Each step is synced before the next one, whatever the durability of commits: a segment gets its name only when its
+header is on disk, and a batch is written only when the name is.
 """
 
 from pathlib import Path
@@ -18,14 +18,16 @@ __all__ = ["MIN_SEGMENT_BYTES", "SPARE", "TEMPORARY", "SegmentAllocator"]
 
 SPARE = "spare"
 TEMPORARY = ".tmp"
-MIN_SEGMENT_BYTES = 4 << 20  # the first segment; they double with what is in use, so that small journals stay small
+
+MIN_SEGMENT_BYTES = 4 << 20
+"""Size of the first segment. Sizes double with the bytes in use, so that small journals stay small."""
 
 
 class SegmentAllocator:
-    """The segments to come, of `segment_bytes` each once the journal has grown."""
+    """Creates the segments of a journal, of `segment_bytes` each once the journal has grown."""
 
     def __init__(self, files: FileSystem, directory: Path, segment_bytes: int) -> None:
-        self.is_low = False  # the last attempt to have a spare failed for want of room
+        self.is_low = False  # the last attempt to make a spare failed: the disk has no space
         self.spare_bytes = 0
         self._files = files
         self._directory = directory
@@ -36,22 +38,22 @@ class SegmentAllocator:
             self.spare_bytes = files.size(fd) // SECTOR * SECTOR
             files.close(fd)
 
-    def size_of(self, in_use: int) -> int:
-        """How large the next segment is to be beside so many bytes in use: 4, 8, 16 … MiB while each one is filled."""
+    def next_size(self, in_use: int) -> int:
+        """Return the size of the next segment when `in_use` bytes are in use: 4, 8, 16 … MiB as the segments fill."""
         doublings = (in_use + MIN_SEGMENT_BYTES // 2) // MIN_SEGMENT_BYTES + 1
         return min(self._segment_bytes, MIN_SEGMENT_BYTES << doublings.bit_length() - 1)
 
     def prepare(self, in_use: int, at_least: int = 0) -> bool:
-        """Have a spare for the next segment, of `at_least` so many bytes; false if there is no room for that.
+        """Make sure that a spare of at least `at_least` bytes exists; return False if the disk has no space for it.
 
-        Where there is no room for a whole one a smaller one is kept or made meanwhile, down to the smallest; and some
-        room is left to those who share the disk, such as the history: half of what is free, but where a small disk or
-        work in hand needs more. Any error but a full disk goes up.
+        If the disk has no space for a full-size spare, a smaller one is kept or made, down to the smallest size. Half
+        of the free space is left to other users of the disk, such as the history, unless work in hand or a small disk
+        requires more. Every error except a full disk is raised.
         """
         at_least = -(-at_least // SECTOR) * SECTOR
-        size = max(self.size_of(in_use), at_least)
+        size = max(self.next_size(in_use), at_least)
         while self.spare_bytes < size:
-            if self._room_for(
+            if self._has_space(
                 size - self.spare_bytes, max(MIN_SEGMENT_BYTES, at_least - self.spare_bytes)
             ) and self._reserve(size):
                 break
@@ -61,13 +63,13 @@ class SegmentAllocator:
         self.is_low = self.spare_bytes == 0
         return self.spare_bytes >= max(at_least, 1)
 
-    def _room_for(self, more: int, must: int) -> bool:
-        """Whether so much more may be taken: up to `must` as it comes, beyond that half of what is free at most."""
-        left_to_others = min(more, MIN_SEGMENT_BYTES) // 4 if more <= must else more
+    def _has_space(self, more: int, required: int) -> bool:
+        """True if `more` bytes may be allocated: up to `required` always, beyond that half of the free space."""
+        left_to_others = min(more, MIN_SEGMENT_BYTES) // 4 if more <= required else more
         return self._files.free_bytes(self._directory) >= more + left_to_others
 
     def _reserve(self, size: int) -> bool:
-        """A spare of `size` bytes; one that is there grows in its place, for there may be no room for two."""
+        """Make a spare of `size` bytes. An existing one grows in place: the disk may have no space for two."""
         if self.spare_bytes:
             fd = self._files.open(self._spare)
             try:
@@ -77,7 +79,7 @@ class SegmentAllocator:
                     if not is_full(error):
                         raise
                     return False
-                self._files.fsync(fd)  # whatever it says when it fails, it does not say that nothing has happened
+                self._files.fsync(fd)  # a failed fallocate may still have changed the file
             finally:
                 self._files.close(fd)
             self.spare_bytes = size
@@ -95,11 +97,16 @@ class SegmentAllocator:
         self._files.fsync_dir(self._directory)
         return True
 
-    def make(self, number: int, first: int, needed: int, in_use: int) -> tuple[int, SegmentHeader]:
-        """Segment `number`, ready for batch `first` of up to `needed` bytes with its end mark: its descriptor, and what
-        its header says. `in_use`: bytes of those before it.
+    def create(self, number: int, first: int, needed: int, in_use: int) -> tuple[int, SegmentHeader]:
+        """Create segment `number`; return its descriptor and its header.
 
         Raises JournalFull, with nothing changed.
+
+        Args:
+            number: Number of the segment.
+            first: Number of its first batch.
+            needed: Bytes of that batch with its end mark.
+            in_use: Bytes in use in the earlier segments.
         """
         files = self._files
         at_least = SECTOR + -(-needed // SECTOR) * SECTOR
@@ -108,9 +115,9 @@ class SegmentAllocator:
             fd = files.open(source)
             self.spare_bytes = 0
         else:
-            size = max(self.size_of(in_use), at_least)
-            # A disk without room for the first one has none for a journal.
-            source, fd, size = self._find_room(file_name(number), size, at_least if number > 1 else size)
+            size = max(self.next_size(in_use), at_least)
+            # The first segment must have its full size: a disk without space for it has none for a journal.
+            source, fd, size = self._allocate_largest(file_name(number), size, at_least if number > 1 else size)
         try:
             header = SegmentHeader(number, files.random(), first, size)
             write_at(files, fd, [encode_segment(header), encode_end(first - 1, header.salt)], 2 * SECTOR, 0)
@@ -122,8 +129,8 @@ class SegmentAllocator:
             raise
         return fd, header
 
-    def give_back(self, number: int, size: int) -> None:
-        """Segment `number` is needed no more. Before its bytes are used again, its name is gone for good."""
+    def release(self, number: int, size: int) -> None:
+        """Release segment `number`, which becomes the spare. Its name is durably gone before its bytes are reused."""
         path = self._directory / file_name(number)
         size = size // SECTOR * SECTOR
         if self.spare_bytes <= size <= self._segment_bytes:
@@ -135,27 +142,27 @@ class SegmentAllocator:
         self._files.fsync_dir(self._directory)
 
     def release_spare(self) -> bool:
-        """Give the room of the spare back to the disk; false if there was none."""
+        """Delete the spare to free disk space; return False if there was none."""
         if not self.spare_bytes:
             return False
         self._files.unlink(self._spare)
         self.spare_bytes = 0
         return True
 
-    def _find_room(self, name: str, size: int, at_least: int) -> tuple[Path, int, int]:
-        """A new file of `size` bytes, or as much as there is of that, and how much it is. Raises JournalFull."""
-        wanted: JournalFull | None = None
+    def _allocate_largest(self, name: str, size: int, at_least: int) -> tuple[Path, int, int]:
+        """Allocate a file of up to `size` bytes; return its path, descriptor and size. Raises JournalFull."""
+        first_error: JournalFull | None = None
         while True:
             try:
                 return *self._allocate(name, size), size
             except JournalFull as error:
-                wanted = wanted or error
+                first_error = first_error or error
                 if size <= at_least:
-                    raise wanted from error.__cause__
+                    raise first_error from error.__cause__
                 size = max(size // 2 // SECTOR * SECTOR, at_least)
 
     def _allocate(self, name: str, size: int) -> tuple[Path, int]:
-        """A new file with blocks for `size` bytes, not yet synced. Raises JournalFull, and leaves nothing behind."""
+        """Create a file with blocks for `size` bytes, without a sync. Raises JournalFull, and leaves no file then."""
         path = self._directory / (name + TEMPORARY)
         fd = -1
         try:
@@ -168,6 +175,7 @@ class SegmentAllocator:
             if not is_full(error):
                 raise
             raise JournalFull(
-                f"no room for a segment of {size} bytes in {self._directory}: free some space there", needed=size
+                f"the disk has no space for a segment of {size} bytes in {self._directory}: free some space there",
+                needed=size,
             ) from error
         return path, fd

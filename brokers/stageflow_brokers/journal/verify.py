@@ -12,7 +12,7 @@ from stageflow_brokers.errors import JournalError
 from stageflow_brokers.journal.filesystem import FileSystem, OsFileSystem
 from stageflow_brokers.journal.format import Batch
 from stageflow_brokers.journal.lock import writer_of
-from stageflow_brokers.journal.recovery import corrupt
+from stageflow_brokers.journal.recovery import corrupt_error
 from stageflow_brokers.journal.scanner import Damage, JournalScanner
 
 __all__ = ["Finding", "require_journal", "scan", "verify"]
@@ -64,7 +64,7 @@ def scan(directory: Path, *, files: FileSystem | None = None) -> Iterator[Batch]
             if isinstance(item, Batch):
                 yield item
             elif item.fatal:
-                raise corrupt(item, directory)
+                raise corrupt_error(item, directory)
 
 
 @contextmanager
