@@ -1,6 +1,6 @@
-"""Starting a node from the program, and keeping one: a node that dies is started again.
+"""`NodeHandle`: starts the node process from the program, and starts it again when it dies.
 
-The program holds the lock of the data directory; its node inherits it. Must never run the program's code in the node:
+The program holds the lock of the data directory and its node inherits it. User code must never run in the node:
 definitions pass through it as bytes.
 """
 
@@ -36,20 +36,21 @@ main(int(sys.argv[1]))
 """
 
 READY_SECONDS = 180.0
-"""How long a node may take: a large journal is read in that time."""
+"""Longest time in which a node becomes ready: within it a large journal is read."""
 REGISTER_SECONDS = 30.0
+"""Longest wait for the node to confirm a registration."""
 STOP_MARGIN_SECONDS = 10.0
-"""What a node gets beyond the grace to end all that is in work, and itself, before it is killed with its cluster."""
+"""Time beyond the grace in which a node may stop its cluster before both are killed."""
 SURVIVOR_SECONDS = 5.0
-"""How long what is left of a dead node's cluster may take to follow it."""
+"""Time in which the processes of a dead node's cluster must end after it."""
 
 
 class _DiedWhileStarting(BrokerUnavailable):
-    """The node ended while it was starting, and said nothing."""
+    """A signal killed the node while it was starting, before it sent a report: another attempt may succeed."""
 
 
 class NodeHandle:
-    """The node of a runtime. `notify` is given sentences for people; `on_failure` why the node cannot be kept."""
+    """The node of a runtime. `notify` receives notices for the user; `on_failure` the error that ends the cluster."""
 
     def __init__(
         self,
@@ -76,17 +77,17 @@ class NodeHandle:
 
     @property
     def pid(self) -> int:
-        """The process id of the node as it is now."""
+        """The process id of the current node."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Start the node and wait until it is ready. Raises what kept it from starting."""
+        """Start the node and wait until it is ready. Raises the error that prevents the start."""
         self._launch_until_ready()
         threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
-        """More workflows, for this node and any later one."""
+        """Register more workflows with this node and with each that replaces it; wait for the confirmation."""
         self._config.plans.extend(register.plans)
         replaced = {pool.queue: pool for pool in register.pools}
         self._config.pools = [pool for pool in self._config.pools if pool.queue not in replaced] + register.pools
@@ -103,7 +104,7 @@ class NodeHandle:
             self._registered.notify_all()
 
     def scale(self, queue: str, actors: int) -> None:
-        """Another number of actors, for this node and any later one."""
+        """Change a queue's number of actors, for this node and for each that replaces it."""
         self._record_scale(queue, actors)
         self._send(Scale(queue, actors))
 
@@ -113,15 +114,18 @@ class NodeHandle:
                 pool.actors = actors
 
     def stop(self, grace: float | None) -> None:
-        """End the cluster; returns when its node has ended. A KeyboardInterrupt meanwhile kills it, and so does the
-        grace when it has long been over: the node may be stopped, or wait for a broker that is."""
+        """Stop the cluster and wait until its node has ended.
+
+        A KeyboardInterrupt during the wait kills the cluster. So does the end of `grace` and `STOP_MARGIN_SECONDS`: the
+        node may be stopped (SIGSTOP), or wait for a broker that is.
+        """
         deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
         notes = StopNotes(self._notify)
         try:
             failpoint("program.leaving")
             self._stopping.set()
             if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-                self._kill_late()  # in the middle of its start
+                self._kill_late()  # it is still starting, and the thread that starts it holds the lock
                 self._lock.acquire()
             self._lock.release()
             self._send(Stop(grace))
@@ -129,30 +133,30 @@ class NodeHandle:
                 if deadline is not None and time.monotonic() >= deadline:
                     self._kill_late()
                     wait_dead(self._pidfd, None)
-                elif is_stopped(self.pid):  # else it says by itself what it waits for
+                elif is_stopped(self.pid):  # otherwise the node itself sends notices about its wait
                     notes.wait_for(lambda: describe_unresponsive("the node", self.pid))
             if self._reap() != 0:
                 self._wait_for_survivors()
-                self._data.remove_cluster()  # which it would have done itself
+                self._data.remove_cluster()  # the node does it only when it stops normally
         except BaseException:
             self.kill()
             raise
         self._close_pidfd()
 
     def _kill_late(self) -> None:
-        self._notify("the cluster has not ended in time and is killed; what is unfinished goes on at the next start")
+        self._notify("the cluster did not stop in time and is killed; unfinished instances continue at the next start")
         if self._process is not None:
             self._process.kill()
 
     def kill(self) -> None:
-        """End the cluster at once; its journal has all that counts."""
+        """Kill the cluster. Its journal is complete at any time."""
         self._stopping.set()
         try:
             self._send(Stop(None, kill=True))
             if self._process is not None:
                 wait_dead(self._pidfd, 0.0 if is_stopped(self.pid) else 3.0)
         finally:
-            # Also when Ctrl-C comes once more.
+            # Also after another Ctrl-C.
             if self._process is not None:
                 self._process.kill()
         self._reap()
@@ -160,11 +164,11 @@ class NodeHandle:
             self._wait_for_survivors()
             self._data.remove_cluster()
         except BrokerUnavailable as error:
-            self._notify(str(error))  # whoever kills has a reason of their own to tell
+            self._notify(str(error))  # not raised: it would hide the error for which the caller kills the cluster
         self._close_pidfd()
 
     def _close_pidfd(self) -> None:
-        """The node has ended, and no other follows."""
+        """Close the pidfd of the last node."""
         with self._lock:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
@@ -173,14 +177,14 @@ class NodeHandle:
     def _send(self, message: Register | Scale | Stop) -> None:
         channel = self._channel
         if channel is None:
-            return  # between two nodes: the next is told by its configuration, or is not started any more
+            return  # between two nodes: the next one, if any, has it in its configuration
         try:
             channel.send(message)
         except OSError:
-            pass  # the node is gone; the watch starts another, which is told by its configuration
+            pass  # the node has died; the watch thread starts another, which has it in its configuration
 
     def _launch_until_ready(self) -> None:
-        """Start a node until one is ready or has said why it cannot be."""
+        """Start nodes until one is ready. Raises the error that one reports, or `BrokerUnavailable` after too many."""
         while True:
             try:
                 with self._lock:
@@ -192,7 +196,7 @@ class NodeHandle:
                 self._wait_for_survivors()
 
     def _launch(self) -> None:
-        runtime_dir(self._data.path)  # refused here, whoever asks for the cluster is told by whom and why
+        runtime_dir(self._data.path)  # an unusable directory is reported by the program and not by a node that fails
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
@@ -224,7 +228,7 @@ class NodeHandle:
             channel.close()
             if report is None and status < 0:
                 raise _DiedWhileStarting(f"the node process ended while it was starting ({describe_exit(status)})")
-            self._wait_for_survivors()  # they hold the directory, which may be opened again at once
+            self._wait_for_survivors()  # they hold the lock of the directory, which may be opened again at once
             raise _error_of(report)
         failpoint("program.ready")
         self._channel = channel
@@ -242,7 +246,7 @@ class NodeHandle:
         return Report("failed", f"the node was not ready within {READY_SECONDS:g} s", "BrokerUnavailable")
 
     def _watch(self) -> None:
-        """Hear what the node says; start another when it ends unasked, unless it has said why it cannot go on."""
+        """Handle the node's reports. If it ends without a stop, start another, unless it has reported a failure."""
         failure_report: Report | None = None
         while True:
             channel = self._channel
@@ -270,16 +274,18 @@ class NodeHandle:
                 self._restart_limit.record()
                 self._wait_for_survivors()
                 self._launch_until_ready()
-                self._confirm_registered(self._last_requested)  # the new node has it in its configuration
+                self._confirm_registered(self._last_requested)  # the new node has all of them in its configuration
             except StageFlowError as error:
                 self._on_failure(error)
                 return
-            except Exception as error:  # noqa: BLE001 - whoever waits must hear that nobody keeps the node any more
-                self._on_failure(BrokerUnavailable(f"the node process could not be kept: {describe_error(error)}"))
+            except Exception as error:  # noqa: BLE001 - callers that wait must learn that no node will be started
+                self._on_failure(
+                    BrokerUnavailable(f"the node process cannot be started again: {describe_error(error)}")
+                )
                 return
 
     def _wait_for_survivors(self) -> None:
-        """Wait for what the node has left behind. Raises `BrokerUnavailable` for what does not end."""
+        """Wait until the other processes of a dead node's cluster end. Raises `BrokerUnavailable` if one does not."""
         deadline = time.monotonic() + SURVIVOR_SECONDS
         while survivors := _survivors(self._data):
             if time.monotonic() > deadline:
@@ -289,7 +295,7 @@ class NodeHandle:
                     "start again"
                 )
             for pid in survivors:
-                resume_process(pid)  # one that is stopped does not see that it is to end
+                resume_process(pid)  # a stopped process (SIGSTOP) does not notice the end of its node
             time.sleep(0.01)
 
     def _reap(self) -> int:
@@ -301,21 +307,24 @@ class NodeHandle:
 
 
 def remove_cluster_files(data: DataDir) -> None:
-    """A cluster that did not come to be leaves neither its record nor its sockets; what lives of it may need both."""
+    """Remove the cluster record and the socket directory of a cluster that failed to start.
+
+    Both stay while a process of the cluster is still running, which may need them.
+    """
     if _survivors(data):
         return
     data.remove_cluster()
     try:
         remove_runtime_dir(runtime_dir(data.path))
     except DataDirUnusable:
-        pass  # it is not ours
+        pass  # the directory belongs to another user
 
 
 def _survivors(data: DataDir) -> list[int]:
-    """What lives of a cluster on this directory, whose lock this process holds.
+    """Return the running processes of a cluster on this directory, whose lock this process holds.
 
-    What the program itself has forked (a process pool) holds the lock too, in the program's own session; of the
-    cluster each process leads, or belongs to, another one.
+    They are the holders of the lock outside the program's session. A process that the program itself has forked (in a
+    process pool) holds the lock too, but inside that session.
     """
     own = os.getsid(0)
     return [pid for pid in data.holders() if _session(pid) not in (own, None)]
@@ -325,12 +334,13 @@ def _session(pid: int) -> int | None:
     try:
         return os.getsid(pid)
     except OSError:
-        return None  # it has just ended
+        return None  # the process has just ended
 
 
 def _error_of(report: Report | None) -> StageFlowError:
+    """Return the error that the node has reported, of the same type as in the node if that is public."""
     if report is None:
-        return BrokerUnavailable("the node process ended while it was starting; see stderr for its reason")
+        return BrokerUnavailable("the node process ended while it was starting; see stderr for the reason")
     error_type = getattr(errors, report.kind, None) or getattr(history_errors, report.kind, None)
     if error_type is errors.JournalCorrupt:
         file = report.fields.get("file")
@@ -338,7 +348,7 @@ def _error_of(report: Report | None) -> StageFlowError:
             report.text, file=None if file is None else os.fsdecode(file), offset=report.fields.get("offset")
         )
     if error_type is not None and isinstance(error_type, type) and issubclass(error_type, StageFlowError):
-        made = error_type.__new__(error_type, report.text)
-        made.args = (report.text,)
-        return made
+        error = error_type.__new__(error_type, report.text)  # without `__init__`, which takes other arguments
+        error.args = (report.text,)
+        return error
     return StageFlowError(report.text)

@@ -1,18 +1,18 @@
-"""The node process: supervisor, pools and coordinator. It runs no user code.
+"""The node process: supervisor, pools and coordinator of one cluster. It must never run user code.
 
 =======================  ============================================================
-`main`                   the process: starts the parts, stops them in reverse
-`supervisor`             starts, restarts and stops the pools
-`pool`                   one queue's workers: start, watch, scale, restart
-`exit_policy`            decides what follows the exit of a worker
-`worker_handle`          one worker as its pool sees it
-`pool_context`           what all pools share
-`pool_events`            the messages of a pool's inbox
-`pool_pause`             when a pool pauses its queue
-`memory_limits`          workers over their memory limit
-`stderr_relay`           passes on what workers write to stderr
-`coordinator`            drives compensations, ends instances, writes the history
-`orphans`                messages that no pool of this node consumes
-`history_consistency`    whether journal and history belong together
+`main`                   the process: starts the parts in order, stops them in reverse
+`supervisor`             keeps the zygote and the pools alive
+`pool`                   starts, watches, replaces and scales one queue's workers
+`exit_policy`            decides what follows from the exit of a worker
+`worker_handle`          the state of one worker, as its pool knows it
+`pool_context`           the parts that all pools share
+`pool_events`            the messages that the supervisor sends to a pool
+`pool_pause`             the pause that a pool sets on its own queue
+`memory_limits`          memory use of workers, and the kernel's count of OOM kills
+`stderr_relay`           passes the stderr of workers on to the program
+`coordinator`            handles failures, ends instances, writes the history
+`orphans`                messages of versions that are not registered
+`history_consistency`    checks that journal and history belong together
 =======================  ============================================================
 """

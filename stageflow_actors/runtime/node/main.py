@@ -1,8 +1,9 @@
-"""The node process: supervisor, pools and coordinator of one cluster, apart from the user's program.
+"""The node process: runs the supervisor, the pools and the coordinator of one cluster.
 
-A program that holds the GIL for seconds must not delay deaths, timeouts and deliveries, so none of that lives in it.
-The main thread hears the zygote and passes on what it sees, one thread watches the program, one keeps the broker; the
-actors decide. When the program dies, however it dies, everything here dies with it.
+It is a process of its own because a program that holds the GIL for seconds must not delay the handling of worker
+deaths, timeouts and deliveries. The main thread receives the zygote's reports and passes them to the supervisor; other
+threads watch the program, keep the broker process running and receive commands; all decisions are made by the actors.
+When the program dies, for any reason, the node and everything below it must die too. No user code may run here.
 """
 
 from __future__ import annotations
@@ -52,26 +53,32 @@ logger = logging.getLogger("stageflow_actors.node")
 T = TypeVar("T")
 
 SLOT_COUNT = 65_536
+"""Most lanes of all workers of a node."""
 TICK_SECONDS = 0.02
-"""Seconds between looks at the slots: how late a timeout may be noticed."""
+"""Time between two checks of the slots: the longest delay after a timeout."""
 ORPHAN_CHECK_SECONDS = 2.0
-"""Seconds between looks at queues that nobody serves."""
+"""Time between two searches for queues without a consumer."""
 FIRST_FIELD = [1, 3]
-"""Where the first field of a msgpack array may be: of one of up to fifteen fields, or of more."""
+"""Possible offsets of the first field in a msgpack array: with up to fifteen fields, or with more."""
 STOP_POLL_SECONDS = 0.01
+"""Time between two checks of a condition during a stop."""
 BROKER_ANSWER_SECONDS = 3.0
-"""What a broker gets to answer in a stop that may not take for ever, however short the grace is: it answers within
-milliseconds unless it is stopped, or its disk hangs."""
+"""Shortest time that the broker gets to answer during a stop with a deadline, even if the grace is shorter. It answers
+within milliseconds unless it is stopped (SIGSTOP) or its disk hangs."""
 SILENT_BROKER_STOP_SECONDS = 1.0
-"""How long a broker that has not answered is asked to end before it is killed."""
+"""Time that a broker that has not answered gets to end before it is killed."""
 HISTORY_WRITE_SECONDS = 30.0
+"""Longest wait for finished instances that are not in the history yet; they are safe in the broker until then."""
 HISTORY_HURRY_SECONDS = 5.0
-"""The longest wait for ended instances that are not in the history yet; the grace is that of a stop with a deadline.
-They are safe in the broker until the next start."""
+"""The same during a stop with a deadline."""
 
 
 class _NodeListener(Listener):
-    """Hands deliveries to the coordinator, and tells a broker that comes back who lives and whether to hold back."""
+    """Passes deliveries to the coordinator, and restores the node's state in a broker that has restarted.
+
+    That state is the list of live workers, and whether delivery is suspended. `on_request` handles requests that
+    clients in other processes send through the broker.
+    """
 
     def __init__(self) -> None:
         self.broker: Broker | None = None
@@ -95,12 +102,12 @@ class _NodeListener(Listener):
         failpoint("node.greeted")
         if self.broker is not None and self.pool_context is not None:
             if self.delivery_suspended:
-                self.broker.admin.suspend_delivery(True)  # before the roster, which opens the queues
+                self.broker.admin.suspend_delivery(True)  # before `set_workers`, which opens the queues
             self.broker.admin.set_workers([(peer, [queue]) for peer, queue in list(self.pool_context.live.items())])
 
 
 def main(control_fd: int) -> NoReturn:
-    """Run the node in this process until told to stop, or until its program is gone."""
+    """Run the node in this process until the program stops it or ends."""
     name_process("stageflow-node")
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
@@ -130,11 +137,11 @@ def _send_report(channel: Channel, report: Report) -> None:
     try:
         channel.send(report)
     except OSError:
-        pass  # the program is gone; its pidfd says the same
+        pass  # the program has ended, which the thread that watches it notices too
 
 
 class Node:
-    """Puts the parts of one cluster together, in order, and takes them apart in reverse."""
+    """Starts the parts of one cluster in order, and stops them in reverse order."""
 
     def __init__(self, config: NodeConfig, channel: Channel, program: int) -> None:
         self._config = config
@@ -159,9 +166,9 @@ class Node:
         self._next_tick = self._next_orphan_check = 0.0
 
     def start(self) -> None:
-        """Broker, connection, history, pools: each needs the one before. The zygote warms up beside them.
+        """Start broker, connection, history and pools: each needs the one before. The zygote loads in parallel.
 
-        Raises `StageFlowError`.
+        Raises `StageFlowError` if a part cannot start.
         """
         config = self._config
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
@@ -232,25 +239,26 @@ class Node:
         for name, queue in queues.items():
             if queue["state"] == "paused" and queue["ready"] and name not in reopening:
                 held = pluralize(queue["ready"], "message")
-                text = f"queue {name} is paused and holds {held}: `stageflow queue resume {name}`"
+                text = f"queue {name} is paused and holds {held}; resume it with `stageflow queue resume {name}`"
                 _send_report(self._channel, Report("notice", text))
 
     def run(self) -> NoReturn:
-        """Hear the zygote and let time pass for the actors, until it is time to stop."""
+        """Pass the zygote's reports and ticks to the actors until a stop is requested."""
         threading.Thread(target=self._receive_commands, name="control", daemon=True).start()
         while self._stopping is None:
             self._round(TICK_SECONDS)
         self._stop(self._stopping)
 
     def abandon(self, status: int) -> NoReturn:
-        """End everything at once: the program is gone, or the node cannot go on. The journal has all that counts.
+        """End this process at once: the program has ended, or the node cannot continue.
 
-        Nothing is told to anybody, who might not listen: broker, zygote and workers each watch for this node's end.
+        Nothing is sent to other processes, which might block: broker, zygote and workers each notice the end of this
+        process. The journal is complete at any time.
         """
         os._exit(status)
 
     def fail(self, error: StageFlowError) -> NoReturn:
-        """Tell the program why there cannot be a cluster, and end."""
+        """Report the error to the program, and end this process."""
         file = getattr(error, "file", None)
         fields = {
             "file": None if file is None else os.fsencode(file),
@@ -262,9 +270,9 @@ class Node:
     # parts
 
     def _wait_for_answer(self, deadline: float | None, asked: Future[T]) -> T:
-        """Return the answer of an operation while deaths and timeouts go on to count.
+        """Return the answer of a broker operation; exits and timeouts of workers are handled during the wait.
 
-        Raises `TimeoutError` when there is none by the deadline, which is never at once.
+        Raises `TimeoutError` at the deadline, or after `BROKER_ANSWER_SECONDS` if that is later.
         """
         if deadline is not None:
             deadline = max(deadline, time.monotonic() + BROKER_ANSWER_SECONDS)
@@ -280,39 +288,39 @@ class Node:
             self._round(0.0)
 
     def _queues_to_reopen(self) -> set[str]:
-        """Queues that pools had paused by themselves: each opens its own when it starts, and nobody has to."""
+        """Return the queues that pools had paused under an earlier node: each pool reopens its own at its start."""
         asked = {
             pool.queue: self._broker.admin.get_fact(PAUSED_BY_POOL_FACT + pool.queue) for pool in self._config.pools
         }
-        return {queue for queue, known in asked.items() if known.result() == "yes"}
+        return {queue for queue, fact in asked.items() if fact.result() == "yes"}
 
     def _publish_plans(self) -> None:
-        """Have clients in other processes know what is served."""
+        """Publish the manifest of registered workflows, for clients in other processes."""
         config = self._config
-        served = write_manifest(ClusterManifest(config.plans, config.naming, config.max_message_bytes))
-        self._broker.admin.set_fact(MANIFEST_FACT, served).result()
+        manifest = write_manifest(ClusterManifest(config.plans, config.naming, config.max_message_bytes))
+        self._broker.admin.set_fact(MANIFEST_FACT, manifest).result()
 
     def _on_client_request(self, word: str, detail: Any) -> None:
-        """What a client in another process has the broker pass on; on the connection's thread."""
+        """Handle a request that a client in another process sent through the broker; on the connection's thread."""
         try:
             scale = msgspec.convert(detail, tuple[str, int]) if word == "scale" else None
         except msgspec.ValidationError:
             scale = None
         if scale is None or scale[1] < 0:
-            logger.warning("a client said something that is not understood: %s", word[:40])
+            logger.warning("a client sent an unknown or invalid request, which is ignored: %r", word[:40])
             return
         queue, actors = scale
         self._supervisor.tell(ScaleTo(queue, actors))
-        # For the node after this one, should it come to that.
+        # The program passes it to the next node, if this one crashes.
         _send_report(self._channel, Report("scaled", "", "", {"queue": queue, "actors": actors}))
 
     def _count_unfinished(self) -> dict[str, int]:
-        """Instances of each workflow that will go on, those that wait for something from outside included."""
+        """Return the number of unfinished instances of each workflow, including those that wait for a signal."""
         plans, coordinator = self._config.plans, self._config.naming.coordinator
         ids = list(dict.fromkeys(plan.id for plan in plans))
         owners = {stage.queue: plan.id for plan in plans for stage in plan.stages if stage.queue != coordinator}
         owners.update((plan.compensation.queue, plan.id) for plan in plans)
-        # What waits in the coordinator's queue is told apart by its workflow's id, the first field of an envelope.
+        # Messages in the coordinator's queue are counted by the workflow's id, the first field of an envelope.
         tally = self._broker.admin.tally([coordinator], [encode(id) for id in ids], FIRST_FIELD).result()
         found = dict.fromkeys(ids, 0)
         for queue, count in tally["queues"].items():
@@ -347,7 +355,7 @@ class Node:
         while True:
             message = self._channel.receive()
             if message is None:
-                return  # the program is gone or has let go: its pidfd tells which
+                return  # the program has ended, or has closed the channel: its pidfd shows which
             if isinstance(message, Stop):
                 if message.kill:
                     self.abandon(0)
@@ -361,7 +369,10 @@ class Node:
                 self._supervisor.tell(ScaleTo(message.queue, message.actors))
 
     def _register(self, message: Register) -> None:
-        """More to serve. What was parked for want of it goes on, once nobody is left who would park it again."""
+        """Add workflows, and resume messages that were parked because these versions were not registered.
+
+        The messages are requeued last: an outdated worker or the coordinator would park them again.
+        """
         self._supervisor.ask(AddPools(message.pools))
         self._orphans.exclude(pool.queue for pool in message.pools)
         for plan in message.plans:
@@ -373,31 +384,32 @@ class Node:
         self._orphans.resume({(plan.id, plan.version): plan for plan in self._config.plans})
 
     def _changed_definitions(self, plans: list[WorkflowPlan]) -> list[str]:
-        """Warnings of definitions that have changed since they last ran here, under an unchanged version."""
+        """Return a warning for each definition that has changed since it last ran here under the same version."""
         changed = []
         for plan in plans:
             fact = f"definition:{plan.id}:{plan.version}"
-            known = self._broker.admin.get_fact(fact).result()
-            if known != plan.fingerprint:
+            previous = self._broker.admin.get_fact(fact).result()
+            if previous != plan.fingerprint:
                 self._broker.admin.set_fact(fact, plan.fingerprint).result()
-            if known not in (None, plan.fingerprint):
+            if previous not in (None, plan.fingerprint):
                 changed.append(
                     f"workflow {plan.id!r} version {plan.version} has changed since it last ran here (its stages, "
-                    f"compensations or context): instances in flight go on by the new definition as far as it fits; "
-                    f"give it version={plan.version + 1} and keep the old one registered until they have ended"
+                    f"compensations or context): unfinished instances continue with the new definition as far as it "
+                    f"fits them. Give it version={plan.version + 1} and keep the old definition registered until its "
+                    f"instances have finished"
                 )
         return changed
 
     def _round(self, seconds: float) -> None:
-        """Pass on what the zygote has to say within `seconds`; let time pass when as much of it has."""
+        """Pass on the zygote's reports, waiting `seconds` at most for one; send ticks that are due."""
         zygote = self._current_zygote()
         if zygote is self._lost_zygote:
-            time.sleep(0.002)  # its successor is on its way
+            time.sleep(0.002)  # the supervisor is starting its successor
         else:
             poller = select.poll()
             poller.register(zygote.fileno(), select.POLLIN)
-            left = self._next_tick - time.monotonic()
-            poller.poll(max(0.0, min(seconds, left)) * 1000)
+            until_tick = self._next_tick - time.monotonic()
+            poller.poll(max(0.0, min(seconds, until_tick)) * 1000)
             for event in zygote.events():
                 self._supervisor.tell(event)
                 if isinstance(event, ZygoteGone):
@@ -414,7 +426,7 @@ class Node:
     # the end
 
     def _stop(self, stop: Stop) -> NoReturn:
-        """Deliver nothing more, let what is in work settle, write the history, end the workers, end the broker."""
+        """Suspend delivery, let running messages settle, write the history, end the workers and then the broker."""
         failpoint("node.stopping")
         self._notes = StopNotes(lambda text: _send_report(self._channel, Report("notice", text)))
         self._listener.delivery_suspended = True
@@ -428,7 +440,10 @@ class Node:
             self._broker.close(timeout=2.0)
             self._broker_process.stop()
         else:
-            logger.warning("the broker does not answer: it is ended without having been told how the work in hand went")
+            logger.warning(
+                "the broker does not answer and is stopped; messages that were being processed may be processed again "
+                "at the next start"
+            )
             self._broker_process.stop(SILENT_BROKER_STOP_SECONDS)
             self._broker.close(timeout=0.0)
         self._coordinator.stop()
@@ -438,14 +453,17 @@ class Node:
         os._exit(0)
 
     def _settle_work(self, deadline: float | None) -> bool:
-        """Until no worker holds a message, with deaths and timeouts still counting. Whether the broker answers."""
+        """Wait until no worker holds a message, or until the deadline; exits and timeouts are handled.
+
+        Return True if the broker answers.
+        """
         own = {self._config.naming.finished, self._config.naming.coordinator}
         try:
             self._wait_for_answer(deadline, self._broker.admin.suspend_delivery(True))
             while deadline is None or time.monotonic() < deadline:
                 stats = self._wait_for_answer(deadline, self._broker.admin.stats(""))
                 queues = [queue for queue in stats["queues"] if queue["name"] not in own]
-                # Of a queue that a new broker has not opened yet nobody knows what is in work.
+                # A queue that a restarted broker has not opened yet may have messages in work.
                 if not any(queue["leased"] or queue["state"] == "closed" for queue in queues):
                     break
                 self._notes.wait_for(lambda: describe_work(self._context.lanes, time.monotonic_ns()))
@@ -460,9 +478,9 @@ class Node:
             self._round(STOP_POLL_SECONDS)
 
     def _write_history(self, hurried: bool) -> bool:
-        """Until every ended instance is in the history, or its disk has been full for too long: they wait then.
+        """Wait until every finished instance is in the history; if its disk is full, only for a limited time.
 
-        Whether the broker answers.
+        Instances that are not written then are safe in the broker. Return True if the broker answers.
         """
         own = {self._config.naming.finished}
         deadline = time.monotonic() + (HISTORY_HURRY_SECONDS if hurried else HISTORY_WRITE_SECONDS)
@@ -471,7 +489,7 @@ class Node:
                 queues = self._wait_for_answer(deadline if hurried else None, self._broker.admin.stats(""))["queues"]
                 if not any(queue["leased"] or queue["ready"] for queue in queues if queue["name"] in own):
                     break
-                self._notes.wait_for(lambda: "instances that have ended to be written to the history")
+                self._notes.wait_for(lambda: "finished instances to be written to the history")
                 self._round(STOP_POLL_SECONDS)
         except TimeoutError:
             return False
