@@ -1,8 +1,8 @@
-"""What travels: the envelope of a stage, and the outcome of an instance.
+"""The bodies of messages: `Envelope` of a stage, `Outcome` of an instance, and their parts.
 
-Both are msgpack arrays, so that a field can be added at the end. Context and stage results stay raw bytes
-until somebody needs them: a worker decodes the context of its own stage and nothing else, the coordinator and
-the history decode neither. This module never looks inside a context.
+They are msgpack arrays, so a release may add fields at the end; the order of fields must not change. Contexts and
+results stay raw bytes until they are needed: a worker decodes only the context of its own stage, and the coordinator
+and the history decode none. This module must not decode a context.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 
 NIL = Raw(b"\xc0")
-"""The msgpack nil: a stage that returned nothing, a context that is None."""
-
+"""The msgpack nil: the result of a stage that returned None, or a missing context."""
 
 EMPTY_TRAIL = b"\xdd\x00\x00\x00\x00"
-"""A msgpack array of length nought, its length in four bytes so that appending rewrites it in place."""
+"""An empty msgpack array with a length of four bytes, so that appending a record only replaces these bytes."""
 
 
 class StageRecord(Struct, array_like=True, gc=False):
-    """One finished stage in the trail of an instance.
+    """One ended stage in the trail of an instance.
 
-    `status` is a `StageStatus` value, `started_at` seconds since the Unix epoch, `duration` seconds,
-    `data` what the handler returned, as msgpack; `undo` what its compensation needs beyond that: of a map stage
-    [number, item, result] of each item that was handled well, in their order.
+    `status` is a `StageStatus` value; `started_at` is in seconds since the Unix epoch, `duration` in seconds; `data` is
+    the handler's result as msgpack. `undo` holds more data for the compensation: for a map stage [number, item, result]
+    of each completed item, in order.
     """
 
     stage_id: str
@@ -66,7 +65,7 @@ class StageRecord(Struct, array_like=True, gc=False):
 
 
 class CompensationRecord(Struct, array_like=True, gc=False):
-    """One compensation that ran: `status` is `completed` or `failed`, `finished_at` seconds since the Unix epoch."""
+    """One compensation: `status` is `completed` or `failed`, `finished_at` is in seconds since the Unix epoch."""
 
     stage_id: str
     status: str
@@ -76,8 +75,11 @@ class CompensationRecord(Struct, array_like=True, gc=False):
 
 
 class Failure(Struct, array_like=True, gc=False):
-    """Why a stage attempt failed. `kind`: `exception`, `timeout`, `died`, `expired`, `refused`, `cancelled` or
-    `undecided_failure` (a policy was asked about it, and did not answer)."""
+    """Why an attempt of a stage failed.
+
+    `kind` is `exception`, `timeout`, `died`, `expired`, `refused`, `cancelled` or `undecided`: the retry policy was
+    called for it and did not return.
+    """
 
     kind: str
     message: str
@@ -86,7 +88,7 @@ class Failure(Struct, array_like=True, gc=False):
 
 
 class CompensationTask(Struct, array_like=True):
-    """What is left to compensate, next first; `done` is what ran already, in the order run."""
+    """The compensations of an instance: `plan` has the remaining stage ids, the next first; `done` those that ran."""
 
     plan: list[str]
     done: list[CompensationRecord]
@@ -94,8 +96,10 @@ class CompensationTask(Struct, array_like=True):
 
 
 class ItemEnd(Struct, array_like=True, gc=False):
-    """How one item of a map stage ended: its result, or why there is none; the item where it may have to be undone, or
-    done once more, with the steps of it that were completed."""
+    """The end of one item of a map stage: its result or error.
+
+    `item` is set if the item may be compensated or run again; `steps` are its completed steps.
+    """
 
     result: Raw = NIL
     error: str | None = None
@@ -104,7 +108,7 @@ class ItemEnd(Struct, array_like=True, gc=False):
 
 
 class Command(Struct, array_like=True):
-    """A request on its way to an endpoint. The reply arrives at the gather `key`."""
+    """A request to an endpoint. The reply arrives at the gather `key`."""
 
     key: str
     command: Raw
@@ -114,22 +118,21 @@ class Command(Struct, array_like=True):
 
 
 class Reply(Struct, array_like=True):
-    """What an endpoint answered: a value, or why there is none."""
+    """The reply of an endpoint: a value or an error."""
 
     value: Raw = NIL
     error: str | None = None
 
 
 class Envelope(Struct, array_like=True):
-    """Everything a stage needs to run. `trail` is a msgpack array of `StageRecord`.
+    """The input of a stage. `trail` is a msgpack array of `StageRecord`.
 
-    `payload` is nil where no request was answered; `Raw | None` would take nil and nothing else when it is decoded.
-    `attempts` counts those made under earlier messages: a request that failed is tried again under a new one, which has
-    the `failure` and the `steps` of the one before. -1: it is to be parked.
-    `digest` is that of the input where a user chose the instance's id, for the comparison with a later submit.
-    `run` is the epoch in which this run of the instance began, where it goes on in another one, after a retry; else 0.
-    `since`, in seconds since the Unix epoch, is when what waits now began to: a delay, a signal, a parallel or a map
-    stage.
+    `payload` is nil if there is none; its type is not `Raw | None`, because msgspec then decodes only nil.
+    `attempts` counts the attempts of earlier messages: a failed request is retried in a new message, which has the
+    `failure` and the `steps` of the earlier one. -1 means: park the message.
+    `digest` is that of the input if the user chose the instance id; a later submit with this id is compared with it.
+    `run` is the epoch in which this run of the instance started, if a retry continues it in a later epoch; else 0.
+    `since` is the time, in seconds since the Unix epoch, at which a delay, signal, parallel or map stage began to wait.
     """
 
     workflow_id: str
@@ -151,10 +154,10 @@ class Envelope(Struct, array_like=True):
 
 
 class Outcome(Struct, array_like=True):
-    """How an instance ended; this is what a waiting client is sent and what the history keeps.
+    """How an instance ended. Waiting clients receive it, and the history stores it.
 
-    Of one that failed with nothing compensated `payload`, `steps` and `run` are as its failed stage had them, so that
-    it can be retried.
+    If the instance failed without a compensation, `payload`, `steps` and `run` are those of the failed stage, so that
+    the instance can be retried.
     """
 
     workflow_id: str
@@ -184,25 +187,25 @@ decode_outcome = _outcome_decoder.decode
 
 
 def append_record(trail: bytes, record: StageRecord) -> bytes:
-    """The trail with one more record at its end; the records before are copied, not decoded."""
+    """Return the trail with one more record at its end. The other records are copied, not decoded."""
     count = int.from_bytes(trail[1:5], "big") + 1
     return b"\xdd" + count.to_bytes(4, "big") + trail[5:] + encode(record)
 
 
 def decode_trail(trail: bytes) -> list[StageRecord]:
-    """The records of a trail in the order they were appended. Raises `msgspec.DecodeError` for damage."""
+    """Return the records of a trail in the order of appending. Raises `msgspec.DecodeError` for damaged data."""
     return _trail_decoder.decode(trail)
 
 
 def head_of(body: bytes) -> tuple[str, int, str] | None:
-    """Workflow id, version and the third field of an envelope (its stage) or an outcome (its status), whatever follows.
+    """Return workflow id, version and third field (stage or status) of an envelope or outcome; None for other bodies.
 
-    A gathered body goes on behind its envelope, which no decoder takes. None for a body of another kind.
+    Data may follow the envelope, as in the body of a completed gather, which a msgspec decoder rejects.
     """
     try:
-        if 0x96 <= body[0] <= 0x9F:  # an array of six to fifteen fields: anything shorter is something else
+        if 0x96 <= body[0] <= 0x9F:  # an array of 6 to 15 fields; a shorter one is another kind of body
             at = 1
-        elif body[0] == 0xDC:  # or of more
+        elif body[0] == 0xDC:  # an array of 16 fields or more
             at = 3
         else:
             return None
@@ -238,5 +241,5 @@ def _number(body: bytes, at: int) -> tuple[int, int]:
 
 
 def raw(value: Any) -> Raw:
-    """`value` as msgpack that can be embedded unread."""
+    """Return `value` as msgpack that can be embedded without decoding."""
     return Raw(encode(value))

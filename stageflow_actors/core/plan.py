@@ -1,7 +1,7 @@
-"""A workflow as data: what routing, the coordinator and the node need to know of it, without any of its code.
+"""`WorkflowPlan`: a workflow as data for routing, coordinator and node, without user code.
 
-A plan is made where the definition is and travels as msgpack. Routing goes by stage id and version; an index only
-names a queue.
+`compile_plan` makes it in the process that has the definition; it is sent as msgpack, so its field names are part of
+the format. Routing uses stage ids and versions; an index is only part of a queue name.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ __all__ = [
 ]
 
 COMPENSATE = "compensate:"
-"""Label prefix of compensation messages; no stage id holds a colon."""
+"""Label prefix of compensation messages. No stage id contains a colon."""
 FAILED = ":failed"
-"""Label of the event that a required stage has failed."""
+"""Label of the event: a required stage has failed."""
 DEAD = ":dead"
-"""Label of the event that a message has been dead-lettered for its deaths."""
+"""Label of the event: a message is a dead letter, because its workers died."""
 UNANSWERED = ":unanswered"
-"""Label of the event that a request has been dead-lettered for its deaths: whoever asked is told."""
+"""Label of the event: a request is a dead letter, because its workers died; its sender receives an error reply."""
 FINISHED = ":finished"
-"""Label of the event that an instance has ended."""
+"""Label of the event: an instance has ended."""
 BEGIN = ":begin"
-"""Label of the event that an instance begins at a place which is more than one message to one queue."""
+"""Label of the event: an instance starts at a stage that needs more than one message to one queue."""
 CANCELLED = ":cancelled"
-"""Label of the event that a cancelled instance has come to where nothing of it is in work any more."""
+"""Label of the event: a cancelled instance has reached a point where none of its stages runs."""
 TIMEOUT = ":timeout"
-"""Label of the event, and key of the gather, that an instance has run for as long as its workflow may."""
+"""Label of the event, and key of the gather: an instance has reached the timeout of its workflow."""
 RESUME = ":resume"
-"""Label of the event that a wait is over which needs no code of the user's."""
+"""Label of the event: a wait that needs no user code is over."""
 
 STAGE, PARALLEL, BRANCH, MAP, ITEM, DELAY, SIGNAL = "stage", "parallel", "branch", "map", "item", "delay", "signal"
 ENDPOINT = "endpoint"
@@ -54,52 +54,52 @@ ENDPOINT = "endpoint"
 COORDINATOR = "stageflow.coordinator"
 
 DLQ_PREFIX = "dlq."
-"""The dead letters of queue `q` are the queue `dlq.q`. The broker has the same prefix, which `core` may not import."""
+"""Queue `q` has its dead letters in `dlq.q`. The broker defines the same prefix, but `core` must not import it."""
 
 
 class Naming(Struct, frozen=True):
-    """How queues are called."""
+    """The names of queues."""
 
     stage_prefix: str = "stageflow."
     compensation_prefix: str = "stageflow.compensation."
 
     def branch(self, workflow_id: str, index: int, stage_id: str) -> str:
-        """The queue of one stage of a parallel, branch or map stage."""
+        """Return the queue of a stage inside a parallel, branch or map stage."""
         return f"{self.stage(workflow_id, index)}.{stage_id}"
 
     def endpoint(self, name: str) -> str:
-        """The queue of an endpoint; no workflow is called like it, for its stages end in a number."""
+        """Return the queue of an endpoint; stage queues have another form, because they end in a number."""
         return f"{self.stage_prefix}endpoint.{name}"
 
     @property
     def finished(self) -> str:
-        """The queue of ended instances, on their way into the history."""
+        """The queue of the outcomes that the history stores."""
         return "stageflow.finished"
 
     @property
     def coordinator(self) -> str:
-        """The queue of failed stages and dead letters."""
+        """The queue of the coordinator's events: failed stages, dead letters, waits."""
         return COORDINATOR
 
     def stage(self, workflow_id: str, index: int) -> str:
-        """The queue of a stage."""
+        """Return the queue of a stage."""
         return f"{self.stage_prefix}{workflow_id}.stage{index}"
 
     def compensation(self, workflow_id: str) -> str:
-        """The queue of a workflow's compensations."""
+        """Return the queue of a workflow's compensations."""
         return f"{self.compensation_prefix}{workflow_id}"
 
 
 class StagePlan(Struct):
-    """One place of a workflow where something happens, as routing sees it. Seconds throughout.
+    """One stage of a workflow as routing sees it. All times are in seconds.
 
-    `following` is the place behind it ("" at the end); `joins` the parallel or map stage whose gather it reports to
-    instead. `branches` are the stages of a parallel one, `arms` the first stage of each arm of a branch by key. `ttl`:
-    how long a message may wait in the queue, 0 for any time; `seconds`: of a delay, or until a signal is given up.
-    `timeout`: what one attempt of its handler may take, or one call of another function of the user's there: a map
-    stage's `over`, what selects an arm, what merges branches, what takes in a signal or its absence.
-    `breaker`: after how many failures in a row its queue waits, and for how many seconds; (0, 0) for never.
-    `max_memory`: bytes that a worker may use; 0 for any number.
+    `following` is the id of the next stage ("" at the end); `joins` is set instead for branches and items: the parallel
+    or map stage whose gather they arrive at. `branches` are the stages of a parallel stage, `arms` the first stage of
+    each arm of a branch by key. `ttl`: maximum time of a message in the queue, 0 for no limit. `seconds`: duration of a
+    delay, or timeout of a signal. `timeout`: limit of one attempt of the handler, or of one call of another user
+    function of the stage: `over` of a map, the selector of a branch, the merge of a parallel stage, `on_signal` and
+    `on_timeout`. `breaker`: failures in a row before the queue is stopped, and seconds until it is tried again; (0, 0)
+    for no breaker. `max_memory`: limit of a worker in bytes, 0 for no limit.
     """
 
     id: str
@@ -126,7 +126,7 @@ class StagePlan(Struct):
 
     @property
     def has_pool(self) -> bool:
-        """Whether workers embody its queue; what only waits is the coordinator's."""
+        """True if a pool of workers consumes its queue; a stage that only waits belongs to the coordinator."""
         return self.queue != COORDINATOR
 
 
@@ -138,7 +138,7 @@ class CompensationPlan(Struct):
 
 
 class WorkflowPlan(Struct):
-    """One version of a workflow as data. `shape` is that of its contexts, None where nothing can be told of it."""
+    """One version of a workflow as data. `shape` is the `ContextSchema` of its context type, or None."""
 
     id: str
     version: int
@@ -150,30 +150,30 @@ class WorkflowPlan(Struct):
     shape: Any = None
 
     def stage(self, stage_id: str) -> StagePlan | None:
-        """The stage of that id."""
+        """Return the stage with that id, or None."""
         return next((stage for stage in self.stages if stage.id == stage_id), None)
 
     def next_stage(self, stage: StagePlan) -> StagePlan | None:
-        """The place behind that one; None behind the last."""
+        """Return the stage after that one, or None."""
         return self.stage(stage.following) if stage.following else None
 
     def check_signal(self, name: str) -> None:
-        """Raise `StageFlowError` for a signal that no instance of this workflow ever waits for."""
+        """Raise `StageFlowError` for a signal that no stage of this workflow waits for."""
         awaited = dict.fromkeys(stage.signal for stage in self.stages if stage.kind == SIGNAL)
         if name not in awaited:
-            names = f"it waits for {', '.join(map(repr, awaited))}" if awaited else "it waits for no signal at all"
+            names = f"it waits for {', '.join(map(repr, awaited))}" if awaited else "it waits for no signal"
             raise StageFlowError(
                 f"workflow {self.id!r} version {self.version} never waits for a signal {name!r}: {names}"
             )
 
     @property
     def order(self) -> list[str]:
-        """The ids in order of definition, for results."""
+        """The stage ids in order of definition, for results."""
         return [stage.id for stage in self.stages if stage.kind != ITEM]
 
 
 def breaker_of(stage: Stage) -> tuple[int, float]:
-    """The breaker of a stage as its place has it."""
+    """Return the breaker of a stage as `StagePlan.breaker` has it."""
     return (0, 0.0) if stage.breaker is None else (stage.breaker.failures, stage.breaker.reset)
 
 
@@ -181,12 +181,12 @@ ITEM_SUFFIX = "[item]"
 
 
 def item_id(map_id: str) -> str:
-    """The id of the place where one item of a map stage is handled; no stage of a user's can have it."""
+    """Return the id of the stage that handles one item of a map stage; user code cannot define such an id."""
     return map_id + ITEM_SUFFIX
 
 
 def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float = 0.0) -> WorkflowPlan:
-    """The plan of a validated workflow."""
+    """Return the plan of a validated workflow."""
     steps = workflow.steps
     stages = {stage.id: stage for stage in workflow.stages}
     places: list[StagePlan] = []
@@ -247,7 +247,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
             )
         else:
             assert isinstance(step, Signal)
-            # Only a worker can park a message; what asks for no code of the user's waits for none of them otherwise.
+            # A signal without user code needs no pool, unless it may be parked: only a worker can park a message.
             parks = step.timeout is not None and workflow.on_failure == "park"
             bare = step.on_signal is None and step.on_timeout is None and not parks
             own = naming.coordinator if bare else queue

@@ -1,7 +1,7 @@
-"""What follows: from an envelope and what became of its stage to the next body and where it goes.
+"""Routing: the messages and gathers that follow from the result of a stage.
 
-Pure functions over values. A stage actor, the coordinator, a compensation actor and the in-process test runner all ask
-here, so that a workflow means the same everywhere.
+Pure functions: an envelope and a result in, a `Transition` out. Workers, the coordinator and the in-process test runner
+all call them, so that a workflow behaves the same everywhere. They must not read a clock: the caller passes `now`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
     "continue_compensation",
     "enter_stage",
     "fail_stage",
-    "finish",
+    "finish_instance",
     "item_slot",
     "leave_stage",
     "missing_dependencies",
@@ -66,7 +66,7 @@ __all__ = [
 
 
 class Publish(Struct, frozen=True):
-    """One message to be published: `terminal` when it ends the instance. `ttl` and `delay` in seconds."""
+    """A message to publish. `terminal`: it ends the instance. `ttl` and `delay` are in seconds."""
 
     queue: str
     label: str
@@ -77,7 +77,7 @@ class Publish(Struct, frozen=True):
 
 
 class OpenGather(Struct, frozen=True):
-    """A gather to be opened: after `need` arrivals, or `deadline` seconds (0: never), `base` goes to the queue."""
+    """A gather to open: `base` is published to `queue` after `need` arrivals, or after `deadline` seconds if not 0."""
 
     key: str
     need: int
@@ -88,7 +88,7 @@ class OpenGather(Struct, frozen=True):
 
 
 class GatherArrival(Struct, frozen=True):
-    """An arrival at a gather."""
+    """An arrival at the gather `key`; each slot of a gather accepts one."""
 
     key: str
     slot: str
@@ -96,24 +96,24 @@ class GatherArrival(Struct, frozen=True):
 
 
 class Transition(Struct):
-    """What follows from one message, all of it in one settlement."""
+    """All that follows from one message; it is sent in one settlement, so it happens completely or not at all."""
 
     publishes: list[Publish] = []
     opens: list[OpenGather] = []
     arrivals: list[GatherArrival] = []
 
     def largest(self) -> int:
-        """The size of the largest body, in bytes."""
-        bodies = [step.body for step in self.publishes] + [one.base for one in self.opens]
+        """Return the size of the largest body in bytes."""
+        bodies = [one.body for one in self.publishes] + [one.base for one in self.opens]
         return max(map(len, bodies + [one.body for one in self.arrivals]), default=0)
 
 
 CANCELLABLE_GATHER_PREFIXES = ("signal:", "reply:", ":timeout")
-"""How the keys of gathers begin that a cancelled instance does not wait for. It does wait for branches and items."""
+"""Prefixes of the gathers that a cancelled instance leaves at once. It still waits for its branches and items."""
 
 
 def signal_key(name: str) -> str:
-    """The gather at which signals of that name arrive; no stage id holds a colon."""
+    """Return the key of the gather that receives the signals of that name. No stage id contains a colon."""
     return f"signal:{name}"
 
 
@@ -123,18 +123,21 @@ def enter_stage(
     envelope: Envelope,
     naming: Naming,
     now: float,
-    kept: dict[str, bytes] | None = None,
+    resume_state: dict[str, bytes] | None = None,
 ) -> Transition:
-    """What begins a place of the workflow; the end, for the empty id. `kept`: how far it came before it failed."""
+    """Return what starts a stage; for the empty id, what ends the instance.
+
+    `resume_state` is the state of the stage before it failed, if the instance is retried.
+    """
     stage = plan.stage(stage_id) if stage_id else None
     if stage is None:
-        return Transition([finish(envelope, WorkflowStatus.completed, naming, now)])
+        return Transition([finish_instance(envelope, WorkflowStatus.completed, naming, now)])
     envelope.stage_id = stage.id
     envelope.attempts, envelope.failure, envelope.steps, envelope.since = 0, None, None, None
     if stage.kind == PARALLEL:
         envelope.since = now
-        return _fork(plan, stage, envelope, kept or {})
-    envelope.steps = kept
+        return _fork(plan, stage, envelope, resume_state or {})
+    envelope.steps = resume_state
     if stage.kind == DELAY and not stage.seconds:
         done = StageRecord(stage.id, StageStatus.completed.value, 1, now)
         envelope.trail = append_record(envelope.trail, done)
@@ -150,24 +153,24 @@ def enter_stage(
     return Transition([Publish(stage.queue, stage.id, encode(envelope), ttl=stage.ttl)])
 
 
-def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, kept: Mapping[str, bytes]) -> Transition:
+def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, resume_state: Mapping[str, bytes]) -> Transition:
     join = OpenGather(stage.id, len(stage.branches), stage.queue, stage.id, encode(envelope))
     envelope.since = None
-    steps = []
+    publishes = []
     arrivals = []
     for name in stage.branches:
-        if (ended := completed_branch(kept, name)) is not None:
-            arrivals.append(GatherArrival(stage.id, name, ended))
+        if (completed := completed_branch(resume_state, name)) is not None:
+            arrivals.append(GatherArrival(stage.id, name, completed))
             continue
         branch = plan.stage(name)
         assert branch is not None, f"branch {name} of {stage.id} is not in its plan"
-        envelope.stage_id, envelope.steps = name, steps_of_branch(kept, name)
-        steps.append(Publish(branch.queue, name, encode(envelope), ttl=branch.ttl))
-    return Transition(steps, [join], arrivals)
+        envelope.stage_id, envelope.steps = name, steps_of_branch(resume_state, name)
+        publishes.append(Publish(branch.queue, name, encode(envelope), ttl=branch.ttl))
+    return Transition(publishes, [join], arrivals)
 
 
 def skip_cancelled(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
-    """The instance was cancelled before this place was worked: to its join, or to the coordinator."""
+    """Return what follows if an instance is cancelled before a stage runs: it goes to its join, or the coordinator."""
     if stage.kind == ITEM:
         return Transition(arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
     envelope.payload, envelope.steps = NIL, None
@@ -179,34 +182,36 @@ def skip_cancelled(stage: StagePlan, envelope: Envelope, reason: str, naming: Na
 
 
 def item_slot(envelope: Envelope) -> str:
-    """Where the end of an item arrives: its number, which the payload of its envelope is."""
+    """Return the slot of the gather for the end of an item: the item's number, the payload of its envelope."""
     return str(msgspec.msgpack.decode(envelope.payload, type=int))
 
 
 def passes_payload(plan: WorkflowPlan, stage: StagePlan) -> bool:
-    """Whether a stage comes next that is given what this one hands on: not at the end, of the workflow or of a parallel
-    branch, and not before a map or a signal. A delay has no handler, and passes it on."""
-    place = None if stage.joins else plan.next_stage(stage)
-    while place is not None and place.kind == DELAY:
-        place = plan.next_stage(place)
-    return place is not None and place.kind in (STAGE, BRANCH, PARALLEL)
+    """Return True if the next stage receives the payload that this stage passes on.
+
+    False at the end of the workflow or of a parallel branch, and before a map or a signal. A delay passes it through.
+    """
+    following = None if stage.joins else plan.next_stage(stage)
+    while following is not None and following.kind == DELAY:
+        following = plan.next_stage(following)
+    return following is not None and following.kind in (STAGE, BRANCH, PARALLEL)
 
 
 def leave_stage(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming: Naming, now: float) -> Transition:
-    """The stage is over and the instance goes on: `envelope` holds the context and trail as they are now."""
+    """Return what follows a stage that has ended; `envelope` has the context and trail after it."""
     if stage.joins:
         return Transition(arrivals=[GatherArrival(stage.joins, stage.id, encode(envelope))])
     return enter_stage(plan, stage.following, envelope, naming, now)
 
 
-def finish(
+def finish_instance(
     envelope: Envelope,
     status: WorkflowStatus,
     naming: Naming,
     now: float,
     compensations: list[CompensationRecord] | None = None,
 ) -> Publish:
-    """The instance has ended."""
+    """Return the terminal message of an instance, with its outcome."""
     outcome = Outcome(
         envelope.workflow_id,
         envelope.version,
@@ -226,7 +231,7 @@ def finish(
 
 
 def report_failure(envelope: Envelope, stage_id: str, record: StageRecord, naming: Naming) -> Publish:
-    """A required stage has failed for good: the coordinator decides what is to be undone."""
+    """Return the event of a required stage that failed finally: the coordinator decides which stages to compensate."""
     envelope.trail = append_record(envelope.trail, record)
     envelope.error = record.error
     envelope.failed_stage = stage_id
@@ -236,7 +241,11 @@ def report_failure(envelope: Envelope, stage_id: str, record: StageRecord, namin
 def fail_stage(
     plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, record: StageRecord, naming: Naming, now: float
 ) -> Transition:
-    """A stage has failed for good: to its join if it has one, on if it is optional, else to the coordinator."""
+    """Return what follows a stage that failed finally.
+
+    A branch or item arrives at its join, an optional stage goes on to the next stage, and a required stage reports to
+    the coordinator.
+    """
     if stage.kind == ITEM:
         return Transition(
             arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))]
@@ -249,7 +258,7 @@ def fail_stage(
 
 
 def completed_stages(trail: bytes) -> list[str]:
-    """The stages that completed, in order of completion, once each."""
+    """Return the ids of the completed stages in order of completion, each once."""
     found: dict[str, None] = {}
     for record in decode_trail(trail):
         if record.status == StageStatus.completed:
@@ -258,7 +267,7 @@ def completed_stages(trail: bytes) -> list[str]:
 
 
 def missing_dependencies(after: Collection[str], trail: bytes) -> list[str]:
-    """Which of `after` have not completed."""
+    """Return the stages in `after` that have not completed."""
     done = set(completed_stages(trail))
     return [stage_id for stage_id in after if stage_id not in done]
 
@@ -266,16 +275,17 @@ def missing_dependencies(after: Collection[str], trail: bytes) -> list[str]:
 def begin_compensation(
     plan: WorkflowPlan, envelope: Envelope, naming: Naming, now: float, final_status: WorkflowStatus
 ) -> Publish:
-    """Plan what is to be undone: the completed stages that have a compensation, last completed first.
+    """Plan the compensations, and return the first one; return the terminal message if there is none.
 
-    Optional stages that failed never completed, so they are not in the plan; optional ones that completed are.
+    Each completed stage with a compensation is undone, the last completed first. An optional stage that failed has not
+    completed, so it is not undone.
     """
-    undone = {s.id for s in plan.stages if s.compensated}
+    compensated = {s.id for s in plan.stages if s.compensated}
     done = (stage_id.removesuffix(ITEM_SUFFIX) for stage_id in reversed(completed_stages(envelope.trail)))
-    todo = [stage_id for stage_id in dict.fromkeys(done) if stage_id in undone]
+    todo = [stage_id for stage_id in dict.fromkeys(done) if stage_id in compensated]
     if not todo:
         status = WorkflowStatus.failed if final_status == WorkflowStatus.compensated else final_status
-        return finish(envelope, status, naming, now)
+        return finish_instance(envelope, status, naming, now)
     envelope.payload, envelope.steps = NIL, None
     envelope.compensation = CompensationTask(todo, [], final_status.value)
     return _compensate_next(plan, envelope)
@@ -284,7 +294,10 @@ def begin_compensation(
 def continue_compensation(
     plan: WorkflowPlan, envelope: Envelope, record: CompensationRecord, naming: Naming, now: float
 ) -> Publish:
-    """One compensation is over, well or not: the next one, or the end that says truthfully how it went."""
+    """Return what follows a compensation that completed or failed: the next one, or the terminal message.
+
+    A failed compensation does not stop the others, but the final status is `compensation_failed`.
+    """
     task = envelope.compensation
     assert task is not None, "a compensation message without its task"
     record.finished_at = now
@@ -294,7 +307,7 @@ def continue_compensation(
         return _compensate_next(plan, envelope)
     failed = any(done.status == StageStatus.failed for done in task.done)
     status = WorkflowStatus.compensation_failed if failed else WorkflowStatus(task.final_status)
-    return finish(envelope, status, naming, now, task.done)
+    return finish_instance(envelope, status, naming, now, task.done)
 
 
 def _compensate_next(plan: WorkflowPlan, envelope: Envelope) -> Publish:
