@@ -193,7 +193,7 @@ def test_the_mark_that_a_segment_is_followed_lasts_before_a_batch_goes_into_the_
     assert calls == ["fdatasync", "pwritev", "fsync", "rename", "fsync_dir", "pwritev", "fdatasync"]
     disk.crash()
     disk.remove(DIRECTORY / "0000000000000002.journal")
-    with pytest.raises(JournalCorrupt, match="the segment behind it is missing"):
+    with pytest.raises(JournalCorrupt, match="the segment after it is missing"):
         Story(disk).open()
 
 
@@ -215,7 +215,7 @@ def test_a_mark_that_a_killed_process_did_not_sync_is_synced_before_anyone_trust
     story.commit(journal, 100)
     disk.crash()
     disk.remove(DIRECTORY / "0000000000000002.journal")
-    with pytest.raises(JournalCorrupt, match="the segment behind it is missing"):
+    with pytest.raises(JournalCorrupt, match="the segment after it is missing"):
         story.open()
 
 
@@ -383,7 +383,7 @@ def test_a_new_segment_is_durable_in_its_directory_before_a_batch_goes_into_it()
         if survives:
             assert story.open().last_batch == 2
         else:
-            with pytest.raises(JournalCorrupt, match="the segment behind it is missing"):
+            with pytest.raises(JournalCorrupt, match="the segment after it is missing"):
                 story.open()
 
 

@@ -44,8 +44,8 @@ def test_the_last_batch_cut_at_each_byte_leaves_the_state_before_or_after_it(ben
             if cut == starts[2]:
                 (warning,) = bench.warnings
                 assert f"{bench.path(1)} has no clean end at offset {cut}" in warning
-                assert f"the file is {cut} bytes long where 16384 were allocated" in warning
-                assert "what was written behind batch 2 is lost" in warning
+                assert f"the file is {cut} bytes long, but 16384 were allocated" in warning
+                assert "the data after batch 2 is lost" in warning
         with bench.open() as journal:
             assert bench.warnings == []
             after = bench.replayed + bench.fill(journal, 1, first=journal.last_batch + 1)
@@ -202,7 +202,7 @@ def test_batches_of_another_journal_in_the_spare_segment_are_never_replayed(make
     bench.disk.damage(bench.path(2), ours[:end] + theirs[end : end + SECTOR] + ours[end + SECTOR :])
     with bench.open():
         assert bench.replayed == said
-        assert "an earlier life" in bench.warnings[0]
+        assert "an earlier use of the file" in bench.warnings[0]
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 17 << 10])
@@ -213,7 +213,7 @@ def test_a_length_that_lies_is_compared_with_the_file_before_anything_is_read(be
     bench.disk.damage(bench.path(1), broken)
     bench.open()
     assert len(bench.replayed) == 2
-    assert "reaches past the end of the file" in bench.warnings[0]
+    assert "extends past the end of the file" in bench.warnings[0]
 
 
 def three_segments(bench: Any) -> list[Any]:
@@ -295,7 +295,7 @@ def test_a_segment_cut_within_its_first_sector_is_refused(bench: Any, number: in
 def test_a_missing_newest_segment_is_refused_with_its_place(bench: Any) -> None:
     said = three_segments(bench)
     bench.disk.remove(bench.path(3))
-    with pytest.raises(JournalCorrupt, match="the segment behind it is missing") as caught:
+    with pytest.raises(JournalCorrupt, match="the segment after it is missing") as caught:
         bench.open()
     assert (caught.value.file, caught.value.offset) == (file_name(2), 2 * SECTOR)
     assert bench.replayed == said[:2]
@@ -315,7 +315,7 @@ def test_segments_not_yet_marked_as_followed_are_marked_after_the_next_start(ben
     bench.disk.crash()
     for number in (3, 2):
         bench.disk.remove(bench.path(number))
-        with pytest.raises(JournalCorrupt, match="the segment behind it is missing") as caught:
+        with pytest.raises(JournalCorrupt, match="the segment after it is missing") as caught:
             bench.open()
         assert caught.value.file == file_name(number - 1)
 
@@ -483,7 +483,7 @@ def test_huge_header_lengths_inside_a_batch_that_passes_its_checksum_are_refused
     crc = crc32(broken[starts[0] + 40 : starts[0] + 40 + length], crc32(broken[starts[0] : starts[0] + 36]))
     struct.pack_into("<I", broken, starts[0] + 36, crc)
     bench.disk.damage(bench.path(1), broken)
-    with pytest.raises(JournalCorrupt, match="make no sense"):
+    with pytest.raises(JournalCorrupt, match="cannot be decoded"):
         bench.open()
 
 

@@ -301,7 +301,7 @@ def test_repair_puts_segments_behind_a_missing_one_aside(bench: Any, lost: int) 
         assert (report.file, report.offset, report.batches) == (file_name(2), 0, 2)
         assert bench.replayed == said[:2]
     elif lost == 3:
-        assert (report.file, report.reason) == (file_name(2), "the segment behind it is missing")
+        assert (report.file, report.reason) == (file_name(2), "the segment after it is missing")
         assert (report.offset, report.batches) == (3 * SECTOR, 0)
         assert bench.replayed == said[:4]
     else:
@@ -408,8 +408,7 @@ def test_what_was_cut_off_a_last_segment_between_two_batches_is_found_and_mended
     (finding,) = look(bench)
     assert (finding.file, finding.offset, finding.damage) == (file_name(1), end, False)
     assert finding.reason == (
-        f"the file is {end} bytes long where {bench.segment_bytes} were allocated: "
-        "what was written behind batch 2 is lost"
+        f"the file is {end} bytes long, but {bench.segment_bytes} were allocated: the data after batch 2 is lost"
     )
     report = repair(bench.directory, files=bench.disk)
     assert (report.offset, report.reason) == (end, finding.reason)

@@ -1,8 +1,7 @@
-"""All segments in their order, batch by batch, past damage too. It reads; what follows from it is for others to decide.
+"""Read all segments in order, batch by batch, and continue after damage. The caller decides what follows from damage.
 
-A survey may run beside the broker that writes the journal. Then what it sees may be older than what it saw before: a
-batch that looked torn is looked at again after anything newer was seen, and a segment that has been given back is left
-out.
+A scanner may run beside the broker that writes the journal, and then may read old data after newer data. Therefore it
+reads a batch that looked torn again after it has read anything newer, and it skips a segment that was released.
 """
 
 from collections.abc import Generator, Iterator
@@ -17,12 +16,12 @@ __all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
 
 
 class Damage(NamedTuple):
-    """Bytes that cannot be read from `offset` of `segment` on, where batch `number` was to be.
+    """A damaged place: `offset` in `segment`, where batch `number` is expected.
 
-    `fatal`: it lies in what was acknowledged. If not, it is the torn end of the last segment, which reaches to `torn`.
-    At offset 0 the header is damaged, or the file missing; `rebuilt` is what the header must have said, where batches
-    behind it tell. Elsewhere `salt` is the segment's. `until` is where something whole follows in it, or 0.
-    `cut`: the file is shorter than it was made.
+    `fatal`: it lies in acknowledged data. Otherwise it is the torn end of the last segment and extends to `torn`. At
+    offset 0 the header is damaged or the file is missing; `rebuilt` is then the content of the header, if batches after
+    it show it. Elsewhere `salt` is the salt of the segment. `until` is the offset of the next intact data, or 0.
+    `cut`: the file is shorter than its header says.
     """
 
     segment: int
@@ -42,8 +41,10 @@ class Damage(NamedTuple):
 
 
 class ScannedSegment(NamedTuple):
-    """A segment read to its end: `end` is where batch `following` would begin; `marked`: an end mark is there, and
-    says, if `followed`, that there is a next segment."""
+    """A segment that was read to its end. `end` is the offset where batch `following` would begin.
+
+    `marked`: it has an end mark. `followed`: the mark says that a next segment exists.
+    """
 
     header: SegmentHeader
     end: int
@@ -54,15 +55,15 @@ class ScannedSegment(NamedTuple):
 
 
 def segment_numbers(files: FileSystem, directory: Path) -> list[int]:
-    """The numbers of all segments in the directory, in order."""
+    """Return the numbers of all segments in the directory, in order."""
     names = (name.removesuffix(SUFFIX) for name in files.listdir(directory) if name.endswith(SUFFIX))
     return sorted(int(name) for name in names if len(name) == 16 and name.isascii() and name.isdigit())
 
 
 class JournalScanner:
-    """`read` it once; `segments` then holds what was read to its end.
+    """Reads a journal once, with `read`; `segments` then holds the segments that were read to their end.
 
-    Raises JournalVersion on a segment of a newer format.
+    Raises JournalVersion at a segment of a newer format.
     """
 
     def __init__(self, files: FileSystem, directory: Path) -> None:
@@ -72,123 +73,125 @@ class JournalScanner:
         self._numbers: list[int] = []
 
     def read(self) -> Generator[Batch | Damage, None, None]:
-        """Whole batches and damage, as they come. Close it if you stop before its end: it holds an open file."""
+        """Yield intact batches and damage in order. Close the generator if you stop early: it holds an open file."""
         self._numbers = segment_numbers(self._files, self._directory)
         previous: ScannedSegment | None = None
         stopped: SegmentEnd | BrokenBatch = SegmentEnd(marked=True)
         at = -1  # the segment read last
         while (number := next((n for n in self._numbers if n > at), None)) is not None:
-            if at >= 0 and number != at + 1 and self._still_there(at):
+            if at >= 0 and number != at + 1 and self._exists(at):
                 yield Damage(at + 1, 0, previous.following if previous else 0, "the file is missing", fatal=True)
                 previous = None
             try:
                 reader = SegmentReader(self._files, self._directory, number)
             except FileNotFoundError:
-                if self._still_there(number):
+                if self._exists(number):
                     raise
                 previous, at = None, number
                 continue
             with reader:
                 header = reader.header
                 if isinstance(header, BrokenBatch):
-                    if not self._still_there(number):
+                    if not self._exists(number):
                         previous, at = None, number
                         continue
-                    damage = self._bad_header(reader, header, previous)
+                    damage = self._header_damage(reader, header, previous)
                     yield damage
                     if damage.rebuilt is None:
                         previous, at = None, number
                         continue
                     header = damage.rebuilt
                 if previous is not None and header.first != previous.following:
-                    yield self._gap(previous, stopped, header)
-                end = yield from self._chain(reader, header)
+                    yield self._missing_batches(previous, stopped, header)
+                end = yield from self._read_segment(reader, header)
             previous, at = None, number
             if end is not None:
                 previous, stopped = end
                 self.segments.append(previous)
 
-    def _chain(
+    def _read_segment(
         self, reader: SegmentReader, header: SegmentHeader
     ) -> Generator[Batch | Damage, None, tuple[ScannedSegment, SegmentEnd | BrokenBatch] | None]:
-        """The batches of one segment. None at the end if the segment was given back meanwhile."""
+        """Yield the batches of one segment; return its end, or None if the segment was released at the same time."""
         offset, number, salt = SECTOR, header.first, header.salt
         growing = False
         while True:
-            later: NextBatch | None = None
+            next_batch: NextBatch | None = None
             mark = 0
-            found = reader.batch(offset, number, header)
+            found = reader.read_batch(offset, number, header)
             if not isinstance(found, Batch):
-                # Behind the end of a segment that grows is only what was written since the rest was looked through.
-                # To look through it each time would never come to an end beside a busy writer.
-                if not growing and self._first_of(reader.number + 1) != number:
-                    later, mark = reader.find_next_batch(offset, number, salt)
-                again = self._look_again(reader, offset, number, header)
-                if again is None:
+                # After the end of a growing segment lies only data written since the last search. Searching it each
+                # time would never end beside a busy writer.
+                if not growing and self._first_batch_of(reader.number + 1) != number:
+                    next_batch, mark = reader.find_next_batch(offset, number, salt)
+                current = self._reread(reader, offset, number, header)
+                if current is None:
                     return None
-                goes_on = isinstance(again, Batch) and later is None and reader.number == self._numbers[-1]
-                if growing and goes_on:
+                continues = isinstance(current, Batch) and next_batch is None and reader.number == self._numbers[-1]
+                if growing and continues:
                     return ScannedSegment(header, offset, number, False, reader.size), SegmentEnd(marked=False)
-                growing = goes_on
-                found = again
+                growing = continues
+                found = current
             if isinstance(found, Batch):
                 yield found
-                offset, number = _behind(found, offset), number + 1
+                offset, number = _offset_after(found, offset), number + 1
                 continue
-            if isinstance(found, SegmentEnd) and (later is not None or mark):
+            if isinstance(found, SegmentEnd) and (next_batch is not None or mark):
                 found = BrokenBatch("a batch has been lost", mark)
             if isinstance(found, SegmentEnd):
                 if found.followed and reader.number == self._numbers[-1]:
-                    yield Damage(reader.number, offset, number, "the segment behind it is missing", True, salt=salt)
+                    yield Damage(reader.number, offset, number, "the segment after it is missing", True, salt=salt)
                 return ScannedSegment(header, offset, number, found.marked, reader.size, found.followed), found
             damage = Damage(reader.number, offset, number, found.reason, fatal=True, salt=salt, cut=found.cut)
-            if later is not None:
-                yield damage._replace(until=later.offset)
-                offset, number = later.offset, later.number
+            if next_batch is not None:
+                yield damage._replace(until=next_batch.offset)
+                offset, number = next_batch.offset, next_batch.number
                 continue
-            yield from self._end(reader, found, damage, mark)
+            yield from self._classify_end(reader, found, damage, mark)
             return ScannedSegment(header, offset, number, False, reader.size), found
 
-    def _look_again(
+    def _reread(
         self, reader: SegmentReader, offset: int, number: int, header: SegmentHeader
     ) -> Batch | SegmentEnd | BrokenBatch | None:
-        """What stands there now, after anything newer was seen; None if the segment is there no more.
+        """Read the batch at `offset` again, after newer data was read; return None if the segment was released.
 
-        A batch that was in the making then is whole now, if anything was written behind it. And a segment that is still
-        there after it was read has not been given back, to be overwritten, before.
+        A batch that was being written is intact now if anything was written after it. A segment that still exists
+        after the read was not released, and so not overwritten, before.
         """
         self._numbers = segment_numbers(self._files, self._directory)
         while reader.number in self._numbers:
             before = self._numbers
             reader.refresh()
-            found = reader.batch(offset, number, header)
+            found = reader.read_batch(offset, number, header)
             self._numbers = segment_numbers(self._files, self._directory)
             if isinstance(found, Batch) or self._numbers == before:
                 return found
         return None
 
-    def _end(self, reader: SegmentReader, found: BrokenBatch, damage: Damage, mark: int) -> Iterator[Damage]:
-        """Damage with nothing whole behind it in this segment, but perhaps its own end mark, which ends at `mark`."""
+    def _classify_end(self, reader: SegmentReader, found: BrokenBatch, damage: Damage, mark: int) -> Iterator[Damage]:
+        """Yield damage that nothing intact follows in this segment, except perhaps its own end mark, ending at `mark`."""
         if reader.number == self._numbers[-1]:
             torn = found.torn if found.torn is not None else reader.content_end(damage.offset)
-            # What the disk does not give back is no torn write: perhaps it is all there, and another time to be read.
+            # Unreadable data is not a torn write: it may be complete, and readable at another time.
             yield damage._replace(fatal=found.unreadable, torn=max(torn, mark))
-        elif self._first_of(reader.number + 1) is None:
-            # A sealed segment ends cleanly. If the next one can be read, it says how many batches are missing here.
+        elif self._first_batch_of(reader.number + 1) is None:
+            # A sealed segment ends cleanly. If the next one can be read, it shows how many batches are missing here.
             yield damage
 
-    def _gap(self, previous: ScannedSegment, stopped: SegmentEnd | BrokenBatch, header: SegmentHeader) -> Damage:
+    def _missing_batches(
+        self, previous: ScannedSegment, stopped: SegmentEnd | BrokenBatch, header: SegmentHeader
+    ) -> Damage:
         last = header.first - 1
         lost = (
             f"batches {previous.following} to {last} are missing" if last > previous.following else "a batch is missing"
         )
         if header.first < previous.following:
-            lost = f"{file_name(header.number)} begins again with batch {header.first}"
+            lost = f"{file_name(header.number)} repeats batch {header.first}"
         reason = f"{stopped.reason}; {lost}" if isinstance(stopped, BrokenBatch) else lost
         number, salt = previous.header.number, previous.header.salt
         return Damage(number, previous.end, previous.following, reason, fatal=True, salt=salt)
 
-    def _bad_header(self, reader: SegmentReader, broken: BrokenBatch, previous: ScannedSegment | None) -> Damage:
+    def _header_damage(self, reader: SegmentReader, broken: BrokenBatch, previous: ScannedSegment | None) -> Damage:
         number = previous.following if previous else 0
         guess = reader.rebuild_header()
         if guess is None:
@@ -197,8 +200,8 @@ class JournalScanner:
                 guess = SegmentHeader(reader.number, whole.salt, number or whole.number, reader.size)
         return Damage(reader.number, 0, number, broken.reason, fatal=True, rebuilt=guess)
 
-    def _first_of(self, number: int) -> int | None:
-        """The number of the first batch of that segment, if it is there and says so."""
+    def _first_batch_of(self, number: int) -> int | None:
+        """Return the number of the first batch of a segment; None if it is missing or its header is damaged."""
         if number not in self._numbers:
             return None
         try:
@@ -207,12 +210,12 @@ class JournalScanner:
         except FileNotFoundError:
             return None
 
-    def _still_there(self, number: int) -> bool:
+    def _exists(self, number: int) -> bool:
         self._numbers = segment_numbers(self._files, self._directory)
         return number in self._numbers
 
 
-def _behind(batch: Batch, offset: int) -> int:
-    """Where the batch after this one begins; O(1), as a survey of a large journal does it a hundred thousand times."""
+def _offset_after(batch: Batch, offset: int) -> int:
+    """Return where the next batch begins. O(1), because a large journal has hundreds of thousands of batches."""
     end = batch.blob_offsets[-1] + len(batch.records[-1].blob) if batch.records else offset + BATCH_HEADER
     return -(-end // SECTOR) * SECTOR

@@ -1,7 +1,7 @@
-"""One segment, read: what stands at an offset, and where the next whole batch is. Nothing here writes.
+"""Read one segment: the batch at an offset, and the next intact batch after damage.
 
-A length is believed only after it has been checked against the size of the file, so no damage makes this allocate more
-than the file holds.
+This module must never write. It checks each length against the size of the file, so damage cannot make it allocate more
+memory than the file has bytes.
 """
 
 from pathlib import Path
@@ -31,23 +31,25 @@ from stageflow_brokers.journal.format import (
 
 __all__ = ["BrokenBatch", "NextBatch", "SegmentEnd", "SegmentReader", "check_batch"]
 
-WINDOW = 4 << 20
-_PIECE = 1 << 20
+WINDOW_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 
 
 class SegmentEnd(NamedTuple):
-    """A clean end. `marked` is false where a full segment of an earlier release ends without an end mark; `followed`:
-    the mark says that there is a next segment."""
+    """A clean end. `marked` is false if a full segment of an earlier release ends without an end mark.
+
+    `followed`: the mark says that a next segment exists.
+    """
 
     marked: bool
     followed: bool = False
 
 
 class BrokenBatch(NamedTuple):
-    """Neither a whole batch nor a clean end. `torn` is where a batch that claims to begin here would end, or None.
+    """Neither an intact batch nor a clean end. `torn` is the end of the batch according to its header, or None.
 
-    `unreadable`: the disk does not give back what is here, so nothing can be said of it. `cut`: the file is shorter
-    than it was made, which no crash does.
+    `unreadable`: the disk cannot read the bytes, so their content is unknown. `cut`: the file is shorter than its
+    header says, which no crash causes.
     """
 
     reason: str
@@ -57,8 +59,10 @@ class BrokenBatch(NamedTuple):
 
 
 class NextBatch(NamedTuple):
-    """Where to go on behind damage, and what shows that it is damage: the batch of this number, or the end mark behind
-    the one before it, is whole."""
+    """The place to continue after damage, and the proof that acknowledged data is damaged.
+
+    At `offset` begins the intact batch `number`, or the intact end mark before batch `number`.
+    """
 
     offset: int
     number: int
@@ -66,7 +70,7 @@ class NextBatch(NamedTuple):
 
 
 class SegmentReader:
-    """An open segment. Raises FileNotFoundError if it is not there, JournalVersion if it is of a newer format."""
+    """An open segment. Raises FileNotFoundError if it does not exist, JournalVersion if its format is newer."""
 
     def __init__(self, files: FileSystem, directory: Path, number: int) -> None:
         self.number = number
@@ -109,12 +113,12 @@ class SegmentReader:
             return BrokenBatch(f"the file holds segment {header.number}")
         return header
 
-    def batch(self, offset: int, number: int, segment: SegmentHeader) -> Batch | SegmentEnd | BrokenBatch:
-        """What stands at `offset`, where batch `number` would follow. `segment` says what the file was made to be."""
-        left = self.size - offset
-        if left <= 0 and offset >= segment.size:
+    def read_batch(self, offset: int, number: int, segment: SegmentHeader) -> Batch | SegmentEnd | BrokenBatch:
+        """Read what stands at `offset`, where batch `number` is expected. `segment` is the header of the segment."""
+        remaining = self.size - offset
+        if remaining <= 0 and offset >= segment.size:
             return SegmentEnd(marked=False)
-        if left < BATCH_HEADER:
+        if remaining < BATCH_HEADER:
             return self._short(number, segment)
         header = read_header(self._view(offset, BATCH_HEADER))
         if broken := self._unreadable(offset, offset + BATCH_HEADER):
@@ -122,25 +126,25 @@ class SegmentReader:
         if is_end(header, number - 1, segment.salt):
             return SegmentEnd(marked=True, followed=header.marker == FOLLOWED_MARKER)
         if header.marker != BATCH_MARKER:
-            return BrokenBatch("neither a batch nor an end mark is here")
+            return BrokenBatch("there is neither a batch nor an end mark")
         if header.salt != segment.salt:
-            return BrokenBatch("the batch here belongs to an earlier life of this file")
+            return BrokenBatch("the batch here is from an earlier use of the file")
         if header.number != number:
             return BrokenBatch(f"batch {header.number} is here instead of batch {number}")
-        if BATCH_HEADER + header.length > left:
+        if BATCH_HEADER + header.length > remaining:
             if self.size < segment.size:
                 return self._short(number, segment)
-            return BrokenBatch(f"the length of batch {number} reaches past the end of the file", self.size)
-        return self._whole(offset, header)
+            return BrokenBatch(f"the length of batch {number} extends past the end of the file", self.size)
+        return self._parse_batch(offset, header)
 
     def _short(self, number: int, segment: SegmentHeader) -> BrokenBatch:
-        lost = f"what was written behind batch {number - 1} is lost" if number > 1 else "what was written to it is lost"
+        lost = f"the data after batch {number - 1} is lost" if number > 1 else "its data is lost"
         return BrokenBatch(
-            f"the file is {self.size} bytes long where {segment.size} were allocated: {lost}", self.size, cut=True
+            f"the file is {self.size} bytes long, but {segment.size} were allocated: {lost}", self.size, cut=True
         )
 
-    def _whole(self, offset: int, header: BatchHeader) -> Batch | BrokenBatch:
-        """The batch whose header is at `offset` and fits into the file."""
+    def _parse_batch(self, offset: int, header: BatchHeader) -> Batch | BrokenBatch:
+        """Read the batch whose header is at `offset` and fits into the file."""
         view = self._view(offset, BATCH_HEADER + header.length)
         torn = offset + len(view)
         if broken := self._unreadable(offset, torn):
@@ -150,25 +154,25 @@ class SegmentReader:
         try:
             records, offsets = parse_records(view[BATCH_HEADER:], header.records, offset + BATCH_HEADER)
         except ValueError as error:
-            return BrokenBatch(f"the records of batch {header.number} make no sense: {error}", torn)
+            return BrokenBatch(f"the records of batch {header.number} cannot be decoded: {error}", torn)
         return Batch(header.number, self.number, header.wall, records, offsets, offset)
 
     def find_next_batch(self, offset: int, number: int, salt: int | None) -> tuple[NextBatch | None, int]:
-        """What shows, at `offset` or behind it, that batch `number` was acknowledged, or that there are later ones.
+        """Search from `offset` for the proof that batch `number`, or a later one, was acknowledged.
 
-        A whole batch of that number or a higher one; the end mark of a higher one; or the mark of a followed segment.
-        With `salt` None, whole batches of any salt. The end mark of that very batch shows only that its write began:
-        where it ends is the second value, 0 if there is none.
+        The proof is an intact batch with this or a higher number, an end mark with a higher number, or the mark of a
+        followed segment. With `salt` None, intact batches of any salt count. The end mark of batch `number` itself only
+        shows that its write began; the second value is the end of that mark, 0 if there is none.
         """
         mark = 0
         while offset < self.size:
-            chunk = self._read(WINDOW, offset)
+            chunk = self._read(WINDOW_BYTES, offset)
             if not chunk:
                 break
             for at in range(0, len(chunk), SECTOR):
                 marker = chunk[at : at + 4]
                 if marker == BATCH_MARKER:
-                    if found := self._later_batch(offset + at, number, salt):
+                    if found := self._parse_later_batch(offset + at, number, salt):
                         return found, mark
                 elif marker in END_MARKERS and len(chunk) - at >= BATCH_HEADER and salt is not None:
                     end = read_header(chunk, at)
@@ -180,61 +184,65 @@ class SegmentReader:
             offset += len(chunk)
         return None, mark
 
-    def _later_batch(self, offset: int, number: int, salt: int | None) -> NextBatch | None:
-        left = self.size - offset
-        if left < BATCH_HEADER:
+    def _parse_later_batch(self, offset: int, number: int, salt: int | None) -> NextBatch | None:
+        remaining = self.size - offset
+        if remaining < BATCH_HEADER:
             return None
         header = read_header(self._view(offset, BATCH_HEADER))
-        if header.number < number or (salt is not None and header.salt != salt) or BATCH_HEADER + header.length > left:
+        if (
+            header.number < number
+            or (salt is not None and header.salt != salt)
+            or BATCH_HEADER + header.length > remaining
+        ):
             return None
-        if isinstance(self._whole(offset, header), BrokenBatch):
+        if isinstance(self._parse_batch(offset, header), BrokenBatch):
             return None
         return NextBatch(offset, header.number, header.salt)
 
     def rebuild_header(self) -> SegmentHeader | None:
-        """What a damaged header must have said, by the batch or the end mark behind it."""
+        """Return the content of a damaged header, derived from the batch or end mark after it; None if unknown."""
         if self.size < SECTOR + BATCH_HEADER:
             return None
         header = read_header(self._view(SECTOR, BATCH_HEADER))
         if is_end(header, header.number, header.salt):
             return SegmentHeader(self.number, header.salt, header.number + 1, self.size)
-        if header.marker == BATCH_MARKER and self._later_batch(SECTOR, header.number, header.salt):
+        if header.marker == BATCH_MARKER and self._parse_later_batch(SECTOR, header.number, header.salt):
             return SegmentHeader(self.number, header.salt, header.number, self.size)
         return None
 
     def refresh(self) -> None:
-        """Forget what was read ahead: a writer may have gone on since."""
+        """Drop the bytes read ahead: a writer may have written since."""
         self._window = b""
         self._bad.clear()
         self.size = self._files.size(self._fd)
 
     def content_end(self, offset: int) -> int:
-        """Where the last byte from `offset` on ends that is not zero; `offset` if there is none."""
-        used = at = offset
-        while at < self.size and (chunk := self._read(WINDOW, at)):
+        """Return the end of the last byte from `offset` on that is not zero; `offset` if there is none."""
+        end = at = offset
+        while at < self.size and (chunk := self._read(WINDOW_BYTES, at)):
             if content := chunk.rstrip(b"\0"):
-                used = at + len(content)
+                end = at + len(content)
             at += len(chunk)
-        return used
+        return end
 
     def _view(self, offset: int, size: int) -> memoryview:
-        """`size` bytes at `offset`, which the caller has compared with the size of the file."""
+        """Return `size` bytes at `offset`. The caller has compared them with the size of the file."""
         start = offset - self._start
         if start < 0 or start + size > len(self._window):
-            self._window = self._read(max(size, min(WINDOW, self.size - offset)), offset)
+            self._window = self._read(max(size, min(WINDOW_BYTES, self.size - offset)), offset)
             self._start, start = offset, 0
-            if len(self._window) < size:  # cut off since we looked; zeros are not whole either
+            if len(self._window) < size:  # the file was cut since; zeros are no intact batch either
                 self._window = self._window.ljust(size, b"\0")
         return memoryview(self._window)[start : start + size]
 
     def _read(self, size: int, offset: int) -> bytes:
-        """What is there; sectors that cannot be read are zeros, and remembered."""
+        """Read bytes, with zeros for unreadable sectors, and remember these sectors."""
         data, bad = read_around(self._files, self._fd, size, offset)
         self._bad.update(bad)
         return data
 
     def _unreadable(self, start: int, end: int) -> BrokenBatch | None:
-        """What is wrong with these bytes, if the disk would not give them all back."""
+        """Return the damage if the disk could not read all of these bytes, otherwise None."""
         if not self._bad:
             return None
         bad = min((sector for sector in self._bad if start < sector + SECTOR and sector < end), default=None)
@@ -242,7 +250,7 @@ class SegmentReader:
 
 
 def check_batch(files: FileSystem, fd: int, offset: int, salt: int) -> tuple[int, str]:
-    """Where the batch at `offset` ends, and what is wrong with it ("" if nothing is); read in pieces.
+    """Check the batch at `offset`, in pieces; return its end, and a description of the damage ("" if there is none).
 
     Raises the OSError of a read.
     """
@@ -251,10 +259,10 @@ def check_batch(files: FileSystem, fd: int, offset: int, salt: int) -> tuple[int
         return offset, "the file ends inside a batch header"
     header = read_header(head)
     if header.marker != BATCH_MARKER or header.salt != salt:
-        return offset, "no batch of this segment is here"
+        return offset, "there is no batch of this segment"
     at, end = offset + BATCH_HEADER, offset + BATCH_HEADER + header.length
     crc = crc32(head[:-4])
-    while at < end and (piece := read_at(files, fd, min(_PIECE, end - at), at)):
+    while at < end and (piece := read_at(files, fd, min(_PIECE_BYTES, end - at), at)):
         crc = crc32(piece, crc)
         at += len(piece)
     return end, "" if at == end and crc == header.crc else f"the checksum of batch {header.number} does not match"
