@@ -169,7 +169,7 @@ class JournalScanner:
         return None
 
     def _classify_end(self, reader: SegmentReader, found: BrokenBatch, damage: Damage, mark: int) -> Iterator[Damage]:
-        """Yield damage that nothing intact follows in this segment, except perhaps its own end mark, ending at `mark`."""
+        """Yield damage that nothing intact follows in this segment, except its own end mark up to `mark`, if any."""
         if reader.number == self._numbers[-1]:
             torn = found.torn if found.torn is not None else reader.content_end(damage.offset)
             # Unreadable data is not a torn write: it may be complete, and readable at another time.
