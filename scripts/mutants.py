@@ -385,7 +385,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "                self.publish_handler.watch_again(session, frame)\n",
+                "                self.publish_handler.watch_groups(session, frame)\n",
                 "                pass\n",
             ),
         ),

@@ -74,10 +74,10 @@ def test_a_name_has_so_many_characters_and_no_more(op: bytes, fields: Any, blob:
     answer = peer.send(op, named(fields, "n" * (MAX_NAME_CHARS + 1)), blob)
     assert answer["error"] == "ProtocolError"
     assert f"length <= {MAX_NAME_CHARS}" in answer["message"]
-    assert here.machine.malformed == 1
+    assert here.machine.malformed_frames == 1
     assert not here.machine.state.messages
     peer.send(op, named(fields, "n" * MAX_NAME_CHARS), blob)
-    assert here.machine.malformed == 1
+    assert here.machine.malformed_frames == 1
 
 
 def test_a_list_that_declares_more_items_than_allowed_is_refused_before_it_is_read() -> None:

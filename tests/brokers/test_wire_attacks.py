@@ -81,7 +81,7 @@ def test_a_header_or_a_body_may_end_anywhere(number: int) -> None:
     for cut in range(len(blob)):
         world.round([(peer, op, header, blob[:cut]), (peer, op, header, blob + bytes(cut + 1))])
     # Only a header that ends where optional fields begin makes sense without them, and then not with these bodies.
-    assert world.machine.malformed >= len(header)
+    assert world.machine.malformed_frames >= len(header)
     assert set(world.machine.state.queues) <= {"q"}
     unharmed(world, victim)
 
@@ -91,7 +91,7 @@ def test_a_hello_may_end_anywhere() -> None:
     whole = hello(1, consume=[("r", 1)], holding=[(1, 1)], watching=["g0"])
     for cut in range(len(whole) - 1):
         world.round([(ATTACKER + 1, wire.HELLO, whole[:cut], b"")])
-    assert world.machine.malformed > 10
+    assert world.machine.malformed_frames > 10
     unharmed(world, victim)
 
 
@@ -124,7 +124,7 @@ def test_every_byte_of_a_header_may_be_another(number: int) -> None:
         for value in (*telling, header[place] ^ 1):
             bent = header[:place] + bytes([value]) + header[place + 1 :]
             world.round([(peer, op, bent, blob)])
-    assert world.machine.malformed > len(header)
+    assert world.machine.malformed_frames > len(header)
     unharmed(world, victim)
 
 

@@ -165,7 +165,7 @@ def test_no_frame_harms_the_machine_or_another_peer(sent: list[tuple[bytes, Any,
 def test_a_frame_that_makes_no_sense_is_counted_answered_and_not_asked_for_again() -> None:
     world, _, attacker = world_with_a_victim()
     attacker.send(wire.PUBLISH, ([("q", "a")], [(0, 99)]), b"short")
-    assert world.machine.malformed == 1
+    assert world.machine.malformed_frames == 1
     assert attacker.acked == attacker.frame
     assert attacker.results[attacker.frame]["error"] == "ProtocolError"
     assert ("malformed", attacker.results[attacker.frame]["message"]) in attacker.notices

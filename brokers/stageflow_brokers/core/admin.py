@@ -44,14 +44,14 @@ _Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
 class Status:
     """The condition of one broker that is no part of its state, for its machine, its shell and who asks.
 
-    `malformed` counts frames that made no sense. `compacting` is True from the request for a compaction until the shell
+    `malformed_frames` counts frames that cannot be decoded. `compacting` is True from the request for a compaction until the shell
     has ended it.
     """
 
-    __slots__ = ("compacting", "malformed")
+    __slots__ = ("compacting", "malformed_frames")
 
     def __init__(self) -> None:
-        self.malformed = 0
+        self.malformed_frames = 0
         self.compacting = False
 
 
@@ -172,7 +172,7 @@ class Admin:
             "sessions": sum(1 for s in state.sessions.values() if s.connected),
             "live_bytes": state.live_bytes,
             "left_seq": state.closed_sequence,
-            "malformed": self._status.malformed,
+            "malformed": self._status.malformed_frames,
             "refusing": self._publish_handler.refusal_reason,
         }
 
@@ -309,7 +309,7 @@ class Admin:
             for message in group.messages():
                 if message.is_stale_epoch and message.state() != LEASED:
                     self._leases.divert(self._state.replace(message))
-            self._gather_manager.overtake(group)
+            self._gather_manager.divert_stale_gathers(group)
         leased = [message.id for message in group.messages() if message.state() == LEASED]
         return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
 
@@ -342,7 +342,7 @@ class Admin:
                     self._writer.mark(again)
                     self._state.enqueue(again)
                     self._state.changed_queues[again.queue] = None
-            self._gather_manager.release(group)
+            self._gather_manager.publish_released(group)
             self._supervision.announce_cancel(group)
         return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
 

@@ -28,7 +28,7 @@ class GatherManager:
         self._leases = leases
         self.changed: list[tuple[Group, str]] = []
 
-    def take(
+    def apply(
         self,
         opens: list[GatherOpen],
         arrivals: list[Arrival],
@@ -74,7 +74,7 @@ class GatherManager:
                     self._writer.keep_gather(group, state.gather(group, opening.key, location))
         return whole
 
-    def complete(self) -> list[tuple[Group, str]]:
+    def publish_complete(self) -> list[tuple[Group, str]]:
         """Publish what has become complete in this frame. Returns all gathers that the frame has changed."""
         changed = self.changed
         if changed:
@@ -83,19 +83,19 @@ class GatherManager:
                 self._settle(group, key)
         return changed
 
-    def due(self, due: float, id: str, key: str) -> None:
+    def expire(self, due: float, id: str, key: str) -> None:
         """The deadline that was `due` has passed."""
         group = self.state.groups.get(id)
         gather = None if group is None or group.gathers is None else group.gathers.get(key)
         if group is not None and gather is not None and gather.need is not None and gather.due == due:
             self._publish(group, key, failure=EXPIRED)
 
-    def overtake(self, group: Group) -> None:
+    def divert_stale_gathers(self, group: Group) -> None:
         """The epoch of the group was raised: what waits in its open gathers goes to whoever raised it."""
         for key in list(group.gathers or ()):
             self._settle(group, key)
 
-    def release(self, group: Group) -> None:
+    def publish_released(self, group: Group) -> None:
         """The group was cancelled: publish what waits in the open gathers that it does not wait for any more."""
         for key in list(group.gathers or ()):
             if (

@@ -99,13 +99,13 @@ class Machine:
         }
 
     @property
-    def malformed(self) -> int:
+    def malformed_frames(self) -> int:
         """How many frames made no sense."""
-        return self._status.malformed
+        return self._status.malformed_frames
 
-    @malformed.setter
-    def malformed(self, count: int) -> None:
-        self._status.malformed = count
+    @malformed_frames.setter
+    def malformed_frames(self, count: int) -> None:
+        self._status.malformed_frames = count
 
     @property
     def compacting(self) -> bool:
@@ -160,7 +160,7 @@ class Machine:
             else:
                 self._handle(session, op, header, blob)
         except ProtocolError as error:
-            self.malformed += 1
+            self.malformed_frames += 1
             if session is None or not session.connected:
                 self.outbox.add_stranger_notice(peer, "refused", str(error))
             else:
@@ -191,7 +191,7 @@ class Machine:
                 try:
                     self._handle(session, op, header, blob)
                 except ProtocolError as error:
-                    self.malformed += 1
+                    self.malformed_frames += 1
                     self._refuse(session, header, error)
             if not session.waiting_frames:
                 del self._waiting_sessions[session]
@@ -206,7 +206,7 @@ class Machine:
             elif id == BREAKER_TIMER:
                 self.leases.wake_queue(key)
             else:
-                self.gather_manager.due(due, group_id, key)
+                self.gather_manager.expire(due, group_id, key)
         if not more:
             self.supervision.tick()
         if self.leases.stale_epoch_messages:
@@ -223,11 +223,11 @@ class Machine:
 
     def take_records(self) -> list[Record]:
         """The records of this round, to be made durable before anything is dispatched."""
-        return self.writer.take()
+        return self.writer.take_records()
 
     def set_record_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
         """Where the blobs of the records just taken lie, and the batch of them all."""
-        self.writer.placed(segment, batch, offsets)
+        self.writer.set_locations(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
         """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
@@ -361,29 +361,29 @@ class Machine:
         frame = wire.decode_publish(header, blob)
         taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.publish_handler.take(session, frame, header, blob)
+            self.publish_handler.handle(session, frame, header, blob)
         elif taken == DUPLICATE:
             if self._resend_answer(session, frame.frame):
-                self.publish_handler.watch_again(session, frame)
+                self.publish_handler.watch_groups(session, frame)
             else:
-                self.publish_handler.answer_again(session, frame)
+                self.publish_handler.handle_duplicate(session, frame)
 
     def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_settle(header, blob)
         taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.settle_handler.take(session, frame, header, blob)
+            self.settle_handler.handle(session, frame, header, blob)
         elif taken == DUPLICATE:
             self._resend_answer(session, frame.frame)
-            self.settle_handler.seen(session, frame)
+            self.settle_handler.handle_duplicate(session, frame)
 
     def _checkpoint(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_checkpoint(header)
         taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
         if taken == NEW:
-            self.settle_handler.checkpoint(session, frame, header, blob)
+            self.settle_handler.handle_checkpoint(session, frame, header, blob)
         elif taken == DUPLICATE and not self._resend_answer(session, frame.frame):
-            self.settle_handler.checkpoint_seen(session, frame, blob)
+            self.settle_handler.handle_duplicate_checkpoint(session, frame, blob)
 
     def _release(self, session: Session, header: bytes, blob: bytes) -> None:
         release = wire.decode_release(header)
@@ -391,7 +391,7 @@ class Machine:
             return
         if release.queue in session.consumers and release.prefetch >= 0:
             self.leases.consume(session, release.queue, release.prefetch)
-        self.settle_handler.release(session, release.leases)
+        self.settle_handler.handle_release(session, release.leases)
 
     def _mark_read(self, session: Session, header: bytes, blob: bytes) -> None:
         session.confirm_read(wire.decode_mark_read(header))
@@ -406,6 +406,6 @@ class Machine:
         except Refused as error:
             answer = {"refused": str(error)}
         except ProtocolError as error:
-            self.malformed += 1
+            self.malformed_frames += 1
             answer = {"refused": str(error)}
         self.outbox.add_answer(session, query.frame, answer)

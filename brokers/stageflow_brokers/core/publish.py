@@ -52,7 +52,7 @@ class PublishHandler:
         self._limit_checker = limit_checker
         self._watch = watch
 
-    def take(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
+    def handle(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
         """A frame that is new."""
         try:
             refused = self._judge(session, frame)
@@ -74,8 +74,8 @@ class PublishHandler:
             self.put(item, targets, blob, at, location, session)
             at += item.size
         if frame.opens or frame.arrivals:
-            self._gather_manager.take(frame.opens, frame.arrivals, targets, blob, at, location)
-            self._gather_manager.complete()
+            self._gather_manager.apply(frame.opens, frame.arrivals, targets, blob, at, location)
+            self._gather_manager.publish_complete()
         if self.ended_by_old:
             self.correct_ends()
 
@@ -87,7 +87,7 @@ class PublishHandler:
             if self.state.groups.get(group.id) is group:
                 self._writer.keep_group(group)
 
-    def answer_again(self, session: Session, frame: PublishFrame) -> None:
+    def handle_duplicate(self, session: Session, frame: PublishFrame) -> None:
         """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""
         if self._refuse_size(session, frame):
             return
@@ -104,7 +104,7 @@ class PublishHandler:
         if again:
             self._outbox.add_result(session, frame.frame, self._refusals(again) | {"again": True})
 
-    def watch_again(self, session: Session, frame: PublishFrame) -> None:
+    def watch_groups(self, session: Session, frame: PublishFrame) -> None:
         """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
         refused = {index: why for index, why, _ in session.answers[frame.frame].get("items", ())}
         if frame.atomic and any(why != EXISTS for why in refused.values()):

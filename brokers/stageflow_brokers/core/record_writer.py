@@ -38,13 +38,13 @@ class RecordWriter:
         self._locations: list[RecordLocation] = []
         self._paged: list[Message] = []
 
-    def take(self) -> list[Record]:
+    def take_records(self) -> list[Record]:
         """The records of this round, to be made durable before anything is dispatched."""
         taken = self.records
         self.records = []
         return taken
 
-    def placed(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
+    def set_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
         """Where the blobs of the records just taken lie, and the batch of them all."""
         for location, offset in zip(self._locations, offsets, strict=True):
             location.segment = segment

@@ -60,7 +60,7 @@ class SettleHandler:
         self._gather_manager = gather_manager
         self._limit_checker = limit_checker
 
-    def take(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
+    def handle(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
         """A frame that is new."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
             self._leases.consume(session, frame.queue, frame.prefetch)
@@ -100,7 +100,7 @@ class SettleHandler:
         if len(self._writer.records) > index + 1 and _closes_group(frame):
             # What was concluded on the way here may be of a group that left after all.
             whole = False
-        changed = self._gather_manager.complete()
+        changed = self._gather_manager.publish_complete()
         if refused_moves or refused_acks or refused_others or not whole:
             self._restate(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
             stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
@@ -140,12 +140,12 @@ class SettleHandler:
         if told:
             self._outbox.notify_subscribers(told)
 
-    def seen(self, session: Session, frame: SettleFrame) -> None:
+    def handle_duplicate(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
         longer, even where the message still is (it was to be delivered again)."""
-        self.release(session, _leases(frame))
+        self.handle_release(session, _leases(frame))
 
-    def release(self, session: Session, leases: list[tuple[int, int]]) -> None:
+    def handle_release(self, session: Session, leases: list[tuple[int, int]]) -> None:
         """Messages that were not begun: back to the head of their queue, in order, uncharged."""
         for id, lease in reversed(leases):
             message = self._leases.get_held(session, id, lease)
@@ -154,7 +154,7 @@ class SettleHandler:
             else:
                 self._leases.free_credit(session, (id,))
 
-    def checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
+    def handle_checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
         """Keep the result of a step with the message it belongs to."""
         message = self._leases.get_held(session, frame.id, frame.lease)
         if message is None:
@@ -169,7 +169,7 @@ class SettleHandler:
         self.state.keep_step(message, frame.name, blob)
         self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
 
-    def checkpoint_seen(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
+    def handle_duplicate_checkpoint(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
         """A checkpoint sent again: whether it was taken shows."""
         message = self._leases.get_held(session, frame.id, frame.lease)
         steps = None if message is None or message.delivery_state is None else message.delivery_state.steps
@@ -360,7 +360,7 @@ class SettleHandler:
                 self._publish_handler.put(publish, targets, blob, at, location, session)
             at += publish.size
         if item.opens or item.arrivals:
-            whole &= self._gather_manager.take(
+            whole &= self._gather_manager.apply(
                 item.opens, item.arrivals, targets, blob, at, location, messages[0].priority if messages else 0
             )
         if item.close_group:

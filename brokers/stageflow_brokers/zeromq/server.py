@@ -124,7 +124,7 @@ class Server:
                 self._more = False
                 break
             if len(parts) != 4 or len(parts[0]) != 8 or len(parts[1]) != 1 or not any(parts[0]):
-                self._engine.machine.malformed += 1
+                self._engine.machine.malformed_frames += 1
                 continue
             frames.append((int.from_bytes(parts[0], "big"), parts[1], parts[2], parts[3]))
             room -= len(parts[2]) + len(parts[3])
