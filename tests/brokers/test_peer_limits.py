@@ -40,7 +40,7 @@ def test_one_peer_too_many_is_refused_and_let_in_when_another_has_left() -> None
     third = here.peer(3)
     ((word, detail),) = third.notices
     assert word == "refused"
-    assert "more than 2 peers (max_peers): let others close" in detail
+    assert "2 peers are connected (max_peers): close other connections" in detail
     first.query("bye")
     third.hello()
     assert third.welcomed
@@ -101,7 +101,9 @@ def test_a_header_beyond_its_limit_is_refused_without_being_decoded() -> None:
     here = world()
     peer = here.peer(1)
     here.round([(1, wire.PUBLISH, bytes(MAX_HEADER + 1), b"")])
-    assert any(word == "malformed" and f"{MAX_HEADER} are the most" in detail for word, detail in peer.notices)
+    assert any(
+        word == "malformed" and f"more than the limit of {MAX_HEADER}" in detail for word, detail in peer.notices
+    )
     assert peer.query("ping") is not None
 
 

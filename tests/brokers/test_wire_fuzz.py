@@ -191,7 +191,7 @@ def test_a_peer_of_another_protocol_is_notified() -> None:
     world.round([(5, wire.HELLO, wire.encode((99, "client", "", 1, 1)), b"")])
     ((word, detail),) = stranger.notices
     assert word == "refused"
-    assert "speaks protocol 99" in detail
+    assert "uses protocol 99" in detail
 
 
 @pytest.fixture

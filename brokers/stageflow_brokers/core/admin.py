@@ -42,10 +42,11 @@ _Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
 
 
 class Status:
-    """The condition of one broker that is no part of its state, for its machine, its shell and who asks.
+    """Figures of one broker that are not part of its state.
 
-    `malformed_frames` counts frames that cannot be decoded. `compacting` is True from the request for a compaction until the shell
-    has ended it.
+    Attributes:
+        malformed_frames: Number of frames that could not be decoded.
+        compacting: True from the request for a compaction until the engine has ended it.
     """
 
     __slots__ = ("compacting", "malformed_frames")

@@ -1,12 +1,14 @@
-"""The broker as a machine without sockets, files or clocks: frames and time in, records and frames out.
+"""The broker as a machine without I/O: frames and time go in, records and frames come out.
 
-A round is: `begin(now, wall)`, any number of `receive`, `tick`, then `take_records` (which the caller makes durable),
-`placed` with where they lie, and only then `dispatch`, which gives what may leave. Nothing leaves before the record
-that caused it is on disk: `receive` never produces output, it only lays it ready. No peer can make it raise: a frame
-that makes no sense is counted, and answered with a notice.
+A round: `begin(now, wall)`, any number of `receive`, `tick`, then `take_records` (the caller makes them durable),
+`set_record_locations`, and only then `dispatch`, which returns the frames to send. `receive` and `tick` must never
+return frames, only fill the outbox: a frame that leaves before its record is on disk is a promise that a crash breaks.
 
-The machine itself keeps the talk in order (who is known, which frame comes next); what frames mean is decided in
-`publish_handler`, `settle_handler`, `gather_manager`, `leases`, `supervision` and `admin`.
+No peer can make the machine raise: a frame that cannot be decoded is counted and answered with a notice. The machine
+must not use sockets, files or clocks.
+
+This module checks sessions and the order of frames, and calls the handlers of `publish`, `settle`, `gathers`, `leases`,
+`supervision`, `watches` and `admin`, which decide the rest.
 """
 
 from __future__ import annotations
@@ -34,13 +36,22 @@ from stageflow_brokers.errors import ProtocolError, Refused
 __all__ = ["Limits", "Machine"]
 
 OUT_OF_ORDER, NEW, DUPLICATE = range(3)
+"""Results of `Machine._accept_frame`."""
 
 MAX_WAITING_FRAMES = 10_000
-"""Frames that may wait for a peer to read what it has asked for; who sends more is cut off."""
+"""Frames of one peer that may wait until it has read earlier answers. A peer that sends more is disconnected."""
 
 
 class Machine:
-    """The one decision-maker. `read_body(segment, batch, offset, size)` fetches a body that has left memory."""
+    """The state of one broker and the handlers of its frames.
+
+    Args:
+        limits: Limits of what one peer may use. Default: `Limits()`.
+        supervised: True if a supervisor reports deaths. The leases of a disconnected worker then stay until its death
+            is reported, and queues stay closed until the workers are known. Default: False.
+        paging: True to drop bodies from memory that `read_body` can read. Default: False.
+        read_body: `read_body(segment, batch, offset, size)` returns a body from the journal. Default: None.
+    """
 
     def __init__(
         self,
@@ -100,7 +111,7 @@ class Machine:
 
     @property
     def malformed_frames(self) -> int:
-        """How many frames made no sense."""
+        """Number of frames that could not be decoded."""
         return self._status.malformed_frames
 
     @malformed_frames.setter
@@ -113,20 +124,20 @@ class Machine:
         return self._status.compacting
 
     @compacting.setter
-    def compacting(self, going_on: bool) -> None:
-        self._status.compacting = going_on
+    def compacting(self, compacting: bool) -> None:
+        self._status.compacting = compacting
 
     @property
     def refusal_reason(self) -> str:
-        """Why nothing new is started at present; empty when all is well."""
+        """Why new starts are refused at present; empty if they are accepted."""
         return self.publish_handler.refusal_reason
 
     @refusal_reason.setter
-    def refusal_reason(self, why: str) -> None:
-        self.publish_handler.refusal_reason = why
+    def refusal_reason(self, reason: str) -> None:
+        self.publish_handler.refusal_reason = reason
 
     def begin_epoch(self, now: float, wall: float) -> None:
-        """After the replay: a new broker epoch, to be made durable before anybody is answered."""
+        """Begin a new broker epoch after the replay. Its record must be durable before any peer is answered."""
         state = self.state
         Replay(state).finish(now, wall)
         self.writer.keep_epoch()
@@ -141,16 +152,16 @@ class Machine:
     # a round
 
     def begin(self, now: float, wall: float) -> None:
-        """Time for the round: `now` monotonic, `wall` since the Unix epoch, seconds."""
+        """Begin a round at `now` on the monotonic clock, `wall` seconds since the Unix epoch."""
         self.state.now = now
         self.state.wall = wall
 
     def receive(self, peer: int, op: bytes, header: bytes, blob: bytes) -> None:
-        """One frame of a peer."""
+        """Process one frame of a peer."""
         session = self.state.sessions.get(peer)
         try:
             if len(header) > wire.MAX_HEADER:
-                raise ProtocolError(f"a header of {len(header)} bytes, {wire.MAX_HEADER} are the most")
+                raise ProtocolError(f"the header has {len(header)} bytes, more than the limit of {wire.MAX_HEADER}")
             if op == wire.HELLO:
                 self._hello(peer, header)
             elif session is None or not session.connected:
@@ -176,15 +187,15 @@ class Machine:
             handler(session, header, blob)
 
     def _put_aside(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
-        """A peer that asks and does not read is answered when it has read, and all that it sends meanwhile waits."""
+        """Keep a frame until the peer has read earlier answers. All its later frames wait behind this one."""
         session.put_aside(op, header, blob)
         self._waiting_sessions[session] = None
-        crowded = len(session.waiting_frames) > MAX_WAITING_FRAMES or session.waiting_bytes > UNREAD_PAUSE_BYTES
-        if crowded and session not in self.outbox.slow_peers:
+        too_many = len(session.waiting_frames) > MAX_WAITING_FRAMES or session.waiting_bytes > UNREAD_PAUSE_BYTES
+        if too_many and session not in self.outbox.slow_peers:
             self.outbox.slow_peers.append(session)
 
     def _take_waiting_frames(self) -> None:
-        """Take the frames that have waited until their peers had read enough."""
+        """Process waiting frames and pushes of peers that have read enough."""
         for session in list(self._waiting_sessions):
             while session.waiting_frames and session.unread_bytes <= UNREAD_PAUSE_BYTES:
                 op, header, blob = session.pop_waiting_frame()
@@ -199,7 +210,11 @@ class Machine:
             self.watches.push_pending_ends(session)
 
     def tick(self, *, more: bool = False) -> None:
-        """Do what has become due. With `more` frames waiting to be received, nobody's last word is taken for heard."""
+        """Process timers and everything else that is due.
+
+        With `more` frames waiting to be received, reported deaths stay pending: a frame of a dead process may be among
+        them.
+        """
         for due, id, group_id, key in self.state.due_timers():
             if id > 0:
                 self._message_due(due, id)
@@ -215,33 +230,33 @@ class Machine:
             self._take_waiting_frames()
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next, on the monotonic clock."""
+        """Return the time of the next timer on the monotonic clock, None without one."""
         timer, death = self.state.next_timer(), self.supervision.next_deadline
         if timer is None or death is None:
             return timer if death is None else death
         return min(timer, death)
 
     def take_records(self) -> list[Record]:
-        """The records of this round, to be made durable before anything is dispatched."""
+        """Return the records of this round. They must be durable before `dispatch`."""
         return self.writer.take_records()
 
     def set_record_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
-        """Where the blobs of the records just taken lie, and the batch of them all."""
+        """Set the locations of the records that `take_records` returned: their batch, and the offset of each blob."""
         self.writer.set_locations(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
-        """What may leave now, as (peer, header, blob). Who reads nothing is cut off, and told so behind the rest."""
+        """Deliver ready messages and return all frames to send. Peers that do not read are disconnected."""
         self.leases.deliver()
-        spoken = self.outbox.drain()
+        outgoing = self.outbox.drain()
         if self.outbox.slow_peers:
             for session in self.outbox.slow_peers:
                 self.disconnect(session.peer)
-                spoken.append(self.outbox.disconnect_notice(session))
+                outgoing.append(self.outbox.disconnect_notice(session))
             self.outbox.slow_peers.clear()
-        return spoken
+        return outgoing
 
     def probe_peers(self) -> None:
-        """Say something to everyone, if only how far they have been heard: who cannot be reached shows."""
+        """Send a confirmation to every connected peer, so that the transport notices those that are unreachable."""
         for session in self.state.sessions.values():
             if session.connected:
                 self.outbox.dirty[session] = None
@@ -256,7 +271,7 @@ class Machine:
         ):
             return
         message.delivery_state.due = message.delivery_state.due_wall = 0.0
-        # Whoever is given it now holds it, also after a restart with a clock that was set back meanwhile.
+        # Recorded: after a restart with a clock set back, a worker that holds it must not find it delayed again.
         self.writer.mark(message)
         message.queue.delayed -= 1
         message.queue.push(message)
@@ -276,12 +291,12 @@ class Machine:
         if session is None:
             if sum(1 for known in state.sessions.values() if known.connected) >= self.limits.max_peers:
                 raise ProtocolError(
-                    f"more than {self.limits.max_peers} peers (max_peers): let others close their connections first"
+                    f"{self.limits.max_peers} peers are connected (max_peers): close other connections first"
                 )
             session = state.sessions[peer] = Session(peer)
             session.highest_frame = state.last_frames.pop(peer, 0)
         elif hello.number <= session.hello_number:
-            return  # it came twice, or late: what has been said since would be taken back
+            return  # a repeated or late hello: processing it would drop everything sent since the first one
         session.hello_number = hello.number
         session.connected = True
         self._drop_waiting_frames(session)
@@ -291,7 +306,7 @@ class Machine:
         session.highest_frame = max(session.highest_frame, session.received_frame)
         session.deferred_frames = [frame for frame in session.deferred_frames if frame > session.received_frame]
         session.answers = {frame: answer for frame, answer in session.answers.items() if frame > session.received_frame}
-        # Whatever was laid ready for the talk before is said anew, or is no longer true.
+        # Frames for the connection before are sent again or no longer true.
         session.clear_outgoing()
         for name, prefetch in hello.consume:
             self.leases.consume(session, name, prefetch)
@@ -302,7 +317,7 @@ class Machine:
             self.watches.watch(session, hello.watching)
 
     def disconnect(self, peer: int) -> None:
-        """The peer cannot be reached. What a supervised worker holds stays its own until its death is confirmed."""
+        """Note that a peer is unreachable. A supervised worker keeps its leases until its death is reported."""
         session = self.state.sessions.get(peer)
         if session is not None:
             self._drop_waiting_frames(session)
@@ -315,7 +330,7 @@ class Machine:
         self.watches.pending_sessions.pop(session, None)
 
     def close_session(self, session: Session) -> None:
-        """The peer says that it is leaving; it is answered once more."""
+        """End a session at the peer's request. It receives one more frame."""
         session.is_leaving = True
         self._end_session(session)
 
@@ -328,7 +343,7 @@ class Machine:
     # frames that are numbered
 
     def _accept_frame(self, session: Session, broker_epoch: int, frame: int) -> int:
-        """Return NEW, DUPLICATE (taken before the last hello of its sender) or OUT_OF_ORDER for a numbered frame."""
+        """Return NEW, DUPLICATE (accepted before the last hello of its sender) or OUT_OF_ORDER for a numbered frame."""
         self.outbox.dirty[session] = None
         if broker_epoch != self.state.epoch:
             self.outbox.add_notice(session, "hello", None)
@@ -344,14 +359,14 @@ class Machine:
         return NEW
 
     def _resend_answer(self, session: Session, frame: int) -> bool:
-        """Whether what is known of this frame's answer is all there is to say."""
+        """Send the kept answer of a duplicate frame again. Return False if none was kept."""
         if frame not in session.answers:
             return False
         self.outbox.add_result(session, frame, session.answers[frame])
         return True
 
     def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
-        """A frame that makes no sense is answered as far as it can be: its sender would send it for ever otherwise."""
+        """Answer a malformed frame by its number if that can be read; otherwise its sender would repeat it for ever."""
         self.outbox.add_notice(session, "malformed", str(error))
         number = wire.numbered(header)
         if number is not None and self._accept_frame(session, *number) != OUT_OF_ORDER:
@@ -359,10 +374,10 @@ class Machine:
 
     def _publish(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_publish(header, blob)
-        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
-        if taken == NEW:
+        accepted = self._accept_frame(session, frame.broker_epoch, frame.frame)
+        if accepted == NEW:
             self.publish_handler.handle(session, frame, header, blob)
-        elif taken == DUPLICATE:
+        elif accepted == DUPLICATE:
             if self._resend_answer(session, frame.frame):
                 self.publish_handler.watch_groups(session, frame)
             else:
@@ -370,19 +385,19 @@ class Machine:
 
     def _settle(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_settle(header, blob)
-        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
-        if taken == NEW:
+        accepted = self._accept_frame(session, frame.broker_epoch, frame.frame)
+        if accepted == NEW:
             self.settle_handler.handle(session, frame, header, blob)
-        elif taken == DUPLICATE:
+        elif accepted == DUPLICATE:
             self._resend_answer(session, frame.frame)
             self.settle_handler.handle_duplicate(session, frame)
 
     def _checkpoint(self, session: Session, header: bytes, blob: bytes) -> None:
         frame = wire.decode_checkpoint(header)
-        taken = self._accept_frame(session, frame.broker_epoch, frame.frame)
-        if taken == NEW:
+        accepted = self._accept_frame(session, frame.broker_epoch, frame.frame)
+        if accepted == NEW:
             self.settle_handler.handle_checkpoint(session, frame, header, blob)
-        elif taken == DUPLICATE and not self._resend_answer(session, frame.frame):
+        elif accepted == DUPLICATE and not self._resend_answer(session, frame.frame):
             self.settle_handler.handle_duplicate_checkpoint(session, frame, blob)
 
     def _release(self, session: Session, header: bytes, blob: bytes) -> None:
@@ -398,8 +413,8 @@ class Machine:
 
     def _query(self, session: Session, header: bytes, blob: bytes) -> None:
         query = wire.decode_query(header)
-        taken = self._accept_frame(session, query.broker_epoch, query.frame)
-        if taken == OUT_OF_ORDER or (taken == DUPLICATE and self._resend_answer(session, query.frame)):
+        accepted = self._accept_frame(session, query.broker_epoch, query.frame)
+        if accepted == OUT_OF_ORDER or (accepted == DUPLICATE and self._resend_answer(session, query.frame)):
             return
         try:
             answer = self.admin.call(session, query.name, query.args)

@@ -1,15 +1,15 @@
-"""The grammar of frames: what peers and broker say to each other, as typed msgpack arrays.
+"""The format of frames between peers and broker: typed msgpack arrays.
 
-A message on the wire is three parts: one byte that names the operation, a header, and a blob that holds the bodies
-one behind the other. Headers are decoded into the structs below, which checks every type; sizes are checked
-against the blob here. Bodies are never looked into. Every frame of a peer carries the broker epoch that
-the peer believes in and a frame number that rises by one, so that a frame sent again after a reconnect is recognised.
+A message on the wire has three parts: one byte for the operation, a header, and a blob with the bodies one after the
+other. A header is decoded into one of the structs below, which checks every type; then the sizes are compared with the
+blob. Bodies must never be decoded here. Every frame of a peer carries the broker epoch that the peer knows and a frame
+number that rises by one, so that a frame that is sent again after a reconnect is recognised.
 
-Trust: every peer is a process of the user who owns the broker (the directory of its socket is closed to all others,
-see `stageflow_brokers.zeromq.access`), and the broker believes the role and the number that a peer states. A role is
-no right: only a `supervisor` may report a worker dead or alive, so that no other peer does so by mistake.
-What is defended against is error, not the user himself: no frame, however wrong, makes the broker end, forget or grow
-without bound, and none settles, returns or marks a message but by the lease that its sender itself holds.
+Trust: every peer is a process of the user who owns the broker (its socket is in a directory closed to all others, see
+`stageflow_brokers.zeromq.access`), and the broker believes the role and the number that a peer states. Roles prevent
+mistakes, not attacks: only a `supervisor` may report a worker dead or alive. The decoders defend against defects: no
+frame, however wrong, may make the broker stop, lose a message or grow without bound, and no frame settles, releases or
+checkpoints a message without the lease that its sender holds.
 """
 
 from __future__ import annotations
@@ -66,29 +66,31 @@ __all__ = [
 ]
 
 PROTOCOL = 1
+"""Version of the protocol; peers with another one are refused."""
 
 FIRST_EPOCH = 1
-"""The epoch in which a group begins, unless its publisher says otherwise: the one that costs least to keep."""
+"""The epoch in which a group begins by default. A move of a message in a later epoch needs an additional record."""
 
 MAX_FRAME = 256 << 20
-"""Most bytes of one part of a frame. A peer that sends more is cut off by the transport, so its client refuses to."""
+"""Limit of bytes of one part of a frame. The transport disconnects a peer that sends more, so clients refuse to."""
 
 MAX_HEADER = 64 << 20
-"""Most bytes of a header."""
+"""Limit of bytes of a header."""
 
 MAX_NUMBER = 1 << 62
-"""Numbers of frames, epochs and needs lie below this, so that counting on from them never leaves 64 bits."""
+"""Limit of numbers of frames, epochs and needs, so that counting on from them stays within 64 bits."""
 
 HELLO, PUBLISH, SETTLE, CHECKPOINT, RELEASE, QUERY, MARK_READ = b"H", b"P", b"S", b"C", b"R", b"Q", b"A"
+"""The operations of peers."""
 
 Buffer = bytes | memoryview
-"""Bytes as they came: from a socket, or out of a batch of the journal."""
+"""Received bytes: from a socket, or from a batch of the journal."""
 
 encode = msgspec.msgpack.Encoder().encode
 
 
 class PublishFrame(Struct, array_like=True):
-    """New messages from outside. `atomic`: all of them or none."""
+    """New messages that follow from no settlement. With `atomic`, all or none are accepted."""
 
     broker_epoch: int
     frame: int
@@ -100,7 +102,10 @@ class PublishFrame(Struct, array_like=True):
 
 
 class SettleFrame(Struct, array_like=True):
-    """Settlements, the common shapes apart. `prefetch`: how many messages the sender wants to hold (-1: as before)."""
+    """Settlements; the two common forms have lists of their own.
+
+    `prefetch` is the new limit of messages of `queue` that the sender holds, -1 for no change.
+    """
 
     broker_epoch: int
     frame: int
@@ -113,7 +118,7 @@ class SettleFrame(Struct, array_like=True):
 
 
 class Checkpoint(Struct, array_like=True, gc=False):
-    """A step of a message in work has completed; its value is the blob."""
+    """The result of a step of a leased message; the blob is its value."""
 
     broker_epoch: int
     frame: int
@@ -123,7 +128,7 @@ class Checkpoint(Struct, array_like=True, gc=False):
 
 
 class Release(Struct, array_like=True):
-    """Messages that were delivered and not begun: back to the head of their queue, uncharged."""
+    """Release delivered messages that were not begun. They go to the head of their queue; no attempt is counted."""
 
     broker_epoch: int
     frame: int
@@ -133,7 +138,7 @@ class Release(Struct, array_like=True):
 
 
 class Query(Struct, array_like=True):
-    """Everything that is not hot, by name; `args` is a msgpack array."""
+    """An administrative operation by name; `args` is a msgpack array."""
 
     broker_epoch: int
     frame: int
@@ -142,11 +147,11 @@ class Query(Struct, array_like=True):
 
 
 class Hello(Struct, array_like=True):
-    """The first frame of a connection, and again after a broker restart: who I am and what I hold.
+    """The first frame of a connection, and of each reconnect: the identity of a peer and its leases.
 
-    `next_frame` is the first frame that will follow: the oldest one unconfirmed. `number` comes back in the welcome.
-    Whatever the broker says between a hello and its welcome is lost on the peer, and the broker knows it: a message
-    that it has delivered and that is not in `holding` never arrived.
+    `next_frame` is the first frame that will follow, the oldest unconfirmed one. `number` rises with each hello, and
+    the welcome repeats it. A peer ignores all frames between its hello and the welcome, so a message that was delivered
+    to it and is not in `holding` never arrived.
     """
 
     protocol: int
@@ -161,10 +166,15 @@ class Hello(Struct, array_like=True):
 
 
 class Out(Struct, array_like=True):
-    """Everything the broker tells one peer after one commit.
+    """Everything that the broker sends to one peer after one commit.
 
-    `acked`: every frame up to this number is durable. `results`: (frame, value) for frames that have an answer.
-    `deliveries`: (queue, items). `pushes`: (group, label, size). `notices`: (word, detail).
+    Attributes:
+        broker_epoch: The epoch of the broker.
+        acked: Every frame up to this number is durable; -1 for a peer without a session.
+        results: (frame, value) for frames that have an answer.
+        deliveries: (queue, items).
+        pushes: (group, label, size of the body).
+        notices: (word, detail).
     """
 
     broker_epoch: int
@@ -186,19 +196,19 @@ _items = msgspec.msgpack.Decoder(list[Raw]).decode
 _number = msgspec.msgpack.Decoder(int).decode
 
 _MALFORMED = (msgspec.MsgspecError, RecursionError, ValueError)
-"""What a decoder may raise on bytes from anywhere."""
+"""The errors that a decoder may raise for arbitrary bytes."""
 
 
 def decode_out(header: bytes) -> Out:
-    """The broker's side of the talk, read by a peer."""
+    """Decode a frame of the broker, for a peer."""
     return _out(header)
 
 
 def refusal(error: BrokerError) -> dict[str, str]:
     """Return the answer to a frame that is refused whole.
 
-    `error` names a class that peers of every release know; `kind`, where it is there, a narrower one. A peer that does
-    not know that kind reads the refusal.
+    `error` names a class that peers of every release know, `kind`, if present, a subclass of it. A peer that does not
+    know this subclass raises the class in `error`.
     """
     name = type(error).__name__
     if isinstance(error, Refused) and type(error) is not Refused:
@@ -207,7 +217,7 @@ def refusal(error: BrokerError) -> dict[str, str]:
 
 
 def numbered(header: bytes) -> tuple[int, int] | None:
-    """(broker epoch, frame) of a header that is wrong in other ways, so that its frame can be answered; or None."""
+    """Return (broker epoch, frame) of a malformed header, so that the frame can be answered; None if unreadable."""
     try:
         epoch, frame = (_number(raw) for raw in _items(header)[:2])
     except _MALFORMED:
@@ -216,30 +226,30 @@ def numbered(header: bytes) -> tuple[int, int] | None:
 
 
 def decode_hello(header: bytes) -> Hello:
-    """Raises `ProtocolError` for anything that is not a hello of this protocol."""
+    """Decode a hello. Raise `ProtocolError` if it is malformed or of another protocol."""
     try:
         hello = _hello(header)
     except _MALFORMED as error:
         raise ProtocolError(f"hello: {error}") from None
     if hello.protocol != PROTOCOL:
         raise ProtocolError(
-            f"the peer speaks protocol {hello.protocol}, this broker {PROTOCOL}; run the same version on both sides"
+            f"the peer uses protocol {hello.protocol} and this broker {PROTOCOL}; run the same version on both sides"
         )
     if not 0 < hello.next_frame < MAX_NUMBER:
-        raise ProtocolError(f"hello: {hello.next_frame} is no number of a frame")
+        raise ProtocolError(f"hello: {hello.next_frame} is not a frame number")
     for queue, prefetch in hello.consume:
         check_consume(queue, prefetch)
     return hello
 
 
 def check_consume(queue: str, prefetch: int) -> None:
-    """Raises `ProtocolError` unless these are a queue and a credit."""
+    """Raise `ProtocolError` unless the queue has a name and the prefetch is not negative."""
     if not queue or prefetch < 0:
-        raise ProtocolError("consume: needs a queue and a prefetch of 0 or more")
+        raise ProtocolError("consume needs a queue and a prefetch of at least 0")
 
 
 def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
-    """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
+    """Decode a publish. Raise `ProtocolError` if it is malformed or its sizes do not match the blob."""
     try:
         frame = _publish(header)
     except _MALFORMED as error:
@@ -249,21 +259,21 @@ def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
     total = 0
     for item in frame.items:
         if item.size < 0 or not 0 <= item.target < count or not 0 <= item.epoch < MAX_NUMBER:
-            raise ProtocolError("publish: an item with an impossible size, target or epoch")
+            raise ProtocolError("publish: an item has an invalid size, target or epoch")
         if not item.delay >= 0 or not item.ttl >= 0:
-            raise ProtocolError("publish: an item with an impossible delay or ttl")
+            raise ProtocolError("publish: an item has an invalid delay or ttl")
         total += item.size
     if frame.opens or frame.arrivals:
         total += _check_gathers(frame.opens, frame.arrivals, frame.targets)
         if not all(each.group for each in frame.opens) or not all(each.group for each in frame.arrivals):
-            raise ProtocolError("publish: a gather belongs to a group, and here one is not named")
+            raise ProtocolError("publish: a gather or arrival has no group")
     if total != len(blob):
-        raise ProtocolError(f"publish: the bodies are {len(blob)} bytes, the header says {total}")
+        raise ProtocolError(f"publish: the bodies have {len(blob)} bytes, but the header states {total}")
     return frame
 
 
 def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
-    """Raises `ProtocolError` unless types fit and the sizes add up to the blob."""
+    """Decode a settle. Raise `ProtocolError` if it is malformed or its sizes do not match the blob."""
     try:
         frame = _settle(header)
     except _MALFORMED as error:
@@ -275,52 +285,52 @@ def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
     for move in frame.moves:
         size = move[3]
         if size < 0 or not 0 <= move[2] < count or targets[move[2]].flags & PUSH_ONLY:
-            raise ProtocolError("settle: a move with an impossible size or target")
+            raise ProtocolError("settle: a move has an invalid size or target")
         total += size
     for other in frame.others:
         if other.outcome not in (ACK, RETRY, DEAD_LETTER) or not other.delay >= 0:
-            raise ProtocolError("settle: an item with an impossible outcome or delay")
+            raise ProtocolError("settle: an item has an invalid outcome or delay")
         if not ATTEMPT_UNKNOWN <= other.attempt_result <= ATTEMPT_SUCCEEDED:
-            raise ProtocolError("settle: an item with an impossible attempt result")
+            raise ProtocolError("settle: an item has an invalid attempt result")
         if not other.leases or len({id for id, _ in other.leases}) != len(other.leases):
-            raise ProtocolError("settle: an item without a lease, or with one twice")
+            raise ProtocolError("settle: an item has no lease, or one lease twice")
         for item in other.publishes:
             if item.size < 0 or not 0 <= item.target < count or not 0 <= item.epoch < MAX_NUMBER:
-                raise ProtocolError("settle: a publish with an impossible size, target or epoch")
+                raise ProtocolError("settle: a publish has an invalid size, target or epoch")
             if not item.delay >= 0 or not item.ttl >= 0:
-                raise ProtocolError("settle: a publish with an impossible delay or ttl")
+                raise ProtocolError("settle: a publish has an invalid delay or ttl")
             total += item.size
         total += _check_gathers(other.opens, other.arrivals, targets)
     if total != len(blob):
-        raise ProtocolError(f"settle: the bodies are {len(blob)} bytes, the header says {total}")
+        raise ProtocolError(f"settle: the bodies have {len(blob)} bytes, but the header states {total}")
     return frame
 
 
 def _check_targets(targets: list[Target]) -> None:
     for target in targets:
         if not target.queue and not target.flags & PUSH_ONLY:
-            raise ProtocolError("a target without a queue")
+            raise ProtocolError("a target has no queue")
 
 
 def _check_gathers(opens: list[GatherOpen], arrivals: list[Arrival], targets: list[Target]) -> int:
     total = 0
     for gather in opens:
         if gather.size < 0 or not 0 <= gather.need < MAX_NUMBER or not gather.deadline >= 0:
-            raise ProtocolError("a gather with an impossible size, need or deadline")
+            raise ProtocolError("a gather has an invalid size, need or deadline")
         if not 0 <= gather.epoch < MAX_NUMBER:
-            raise ProtocolError("a gather with an impossible epoch")
+            raise ProtocolError("a gather has an invalid epoch")
         if not 0 <= gather.target < len(targets) or targets[gather.target].flags & PUSH_ONLY:
-            raise ProtocolError("a gather with an impossible target")
+            raise ProtocolError("a gather has an invalid target")
         total += gather.size
     for arrival in arrivals:
         if arrival.size < 0 or not 0 <= arrival.epoch < MAX_NUMBER:
-            raise ProtocolError("an arrival with an impossible size or epoch")
+            raise ProtocolError("an arrival has an invalid size or epoch")
         total += arrival.size
     return total
 
 
 def decode_checkpoint(header: Buffer) -> Checkpoint:
-    """Raises `ProtocolError` for a wrong shape."""
+    """Decode a checkpoint. Raise `ProtocolError` if it is malformed."""
     try:
         return _checkpoint(header)
     except _MALFORMED as error:
@@ -328,7 +338,7 @@ def decode_checkpoint(header: Buffer) -> Checkpoint:
 
 
 def decode_release(header: bytes) -> Release:
-    """Raises `ProtocolError` for a wrong shape."""
+    """Decode a release. Raise `ProtocolError` if it is malformed."""
     try:
         return _release(header)
     except _MALFORMED as error:
@@ -336,7 +346,7 @@ def decode_release(header: bytes) -> Release:
 
 
 def decode_mark_read(header: bytes) -> int:
-    """What a `mark` said, in answer to it. Raises `ProtocolError` for a wrong shape."""
+    """Decode the answer to a notice `mark`: its number. Raise `ProtocolError` if it is malformed."""
     try:
         return _number(header)
     except _MALFORMED as error:
@@ -344,7 +354,7 @@ def decode_mark_read(header: bytes) -> int:
 
 
 def decode_query(header: bytes) -> Query:
-    """Raises `ProtocolError` for a wrong shape."""
+    """Decode a query. Raise `ProtocolError` if it is malformed."""
     try:
         return _query(header)
     except _MALFORMED as error:

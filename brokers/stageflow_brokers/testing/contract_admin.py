@@ -175,7 +175,7 @@ class AdminContract:
         for call in nonsense:
             with pytest.raises(ProtocolError):
                 peer.broker.publish(*call).result(TIMEOUT_SECONDS)
-        with pytest.raises(ProtocolError, match="not named"):
+        with pytest.raises(ProtocolError, match="has no group"):
             peer.broker.publish([Target("q")], [], [], opens=[GatherOpen("k", 1, 0, 0)]).result(TIMEOUT_SECONDS)
         peer.broker.settle([Target("q")], [], [], [SettleItem([], 0)], [])
         for query in (("unknown",), ("peek", "q"), ("consume", "", 1), ("consume", "q", -1), ("watch", "g")):
