@@ -1,6 +1,6 @@
-"""The coordinator's decisions: what becomes of an instance whose stage failed or whose message was dead-lettered.
+"""The coordinator's decisions: what follows when a stage failed, a message is a dead letter, or a wait is over.
 
-Pure: an event in, what follows out. The coordinator itself only carries these out, in batches.
+Pure functions: an event in, a `Transition` out. The coordinator executes transitions in batches, and decides nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ Plans = Mapping[tuple[str, int], WorkflowPlan]
 
 
 class UnknownPlan(Exception):
-    """No plan is registered for the workflow and version of an event; the message says which."""
+    """No plan is registered for the workflow and version of an event, or the plan lacks its stage."""
 
 
 def decide(
@@ -80,13 +80,12 @@ def decide(
     cancelled: str | None = None,
     arrivals: Arrivals | None = None,
 ) -> Transition:
-    """What follows an event. `cancelled` says why the instance has been.
+    """Return what follows an event. `cancelled` is the reason if the instance is cancelled.
 
-    Of a gathered message that was dead-lettered `body` is the base, and `arrivals` are what had come to it.
+    If the message of a gather is a dead letter, `body` is its base and `arrivals` are the arrivals of the gather. The
+    broker omits the label of a first delivery (""): it is `FAILED` if the envelope has a failed stage, else `BEGIN`.
 
-    Raises `UnknownPlan` when the version it belongs to is not registered.
-
-    A first delivery comes without its label (""): it is a failure if the envelope says so, else a beginning.
+    Raises `UnknownPlan` if the workflow version of the event is not registered.
     """
     if label == UNANSWERED:
         error = "WorkerDied: the worker process died" if failure is None else failure.message
@@ -98,15 +97,15 @@ def decide(
     if not label:
         label = BEGIN if envelope.failed_stage is None else FAILED
     if cancelled is not None and label in (BEGIN, RESUME, CANCELLED, FAILED):
-        if label == CANCELLED and (passed := _passed_through(plan, envelope, cancelled, naming, now)) is not None:
-            return passed
-        # A stage that fails once its instance has been cancelled was told to end: that is not why the instance ends.
+        if label == CANCELLED and (skipped := _skip_waiting(plan, envelope, cancelled, naming, now)) is not None:
+            return skipped
+        # A stage that fails after the cancellation was interrupted by it: it is not the reason for the end.
         envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
     if label == FAILED:
         return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])
     if label == DEAD:
-        return _dead(plan, envelope, failure, attempts, naming, now, arrivals)
+        return _handle_dead_letter(plan, envelope, failure, attempts, naming, now, arrivals)
     if label == BEGIN:
         transition = enter_stage(plan, envelope.stage_id, envelope, naming, now, envelope.steps)
         if plan.timeout:
@@ -115,7 +114,7 @@ def decide(
         return transition
     if label == RESUME:
         return _resume(plan, envelope, None, naming, now)
-    raise ValueError(f"the coordinator knows no event {label!r}")
+    raise ValueError(f"unknown event {label!r}")
 
 
 def decide_gathered(
@@ -126,7 +125,7 @@ def decide_gathered(
     now: float,
     cancelled: str | None = None,
 ) -> Transition:
-    """What follows a signal that needs no code of the user's, or its absence."""
+    """Return what follows a signal that needs no user code, or its timeout if there is no arrival."""
     envelope = decode_envelope(base)
     plan = plans.get((envelope.workflow_id, envelope.version))
     if plan is None:
@@ -136,11 +135,11 @@ def decide_gathered(
     return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
 
 
-def _passed_through(
-    plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float
-) -> Transition | None:
-    """What waited for a worker of its stage and was handed over: to its join, if it has one. None: nothing of the
-    instance is left in work."""
+def _skip_waiting(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition | None:
+    """Return what follows a message that no worker had started when the instance was cancelled.
+
+    A branch or item arrives at its join. None: no other part of the instance is running.
+    """
     stage = plan.stage(envelope.stage_id)
     if stage is None:
         return None
@@ -150,27 +149,28 @@ def _passed_through(
 
 
 def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
-    """Undo what completed; the end says `cancelled`, unless undoing fails."""
+    """Compensate the completed stages; the final status is `cancelled` unless a compensation fails."""
     envelope.error = reason
     return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.cancelled)])
 
 
 def _resume(plan: WorkflowPlan, envelope: Envelope, payload: bytes | None, naming: Naming, now: float) -> Transition:
-    stage = _known(plan, envelope)
+    stage = _stage_of(plan, envelope)
     began = now if envelope.since is None else envelope.since
-    took, envelope.since = max(0.0, now - began), None
+    duration, envelope.since = max(0.0, now - began), None
     if stage.kind == SIGNAL:
         envelope.payload = NIL
     if stage.kind == SIGNAL and payload is None:
         text = f"StageTimeout: no signal {stage.signal!r} came within {stage.seconds:g} s"
-        lost = StageRecord(stage.id, StageStatus.failed.value, 1, began, took, text)
-        return _compensating(plan, fail_stage(plan, stage, envelope, lost, naming, now), envelope, naming, now)
-    record = StageRecord(stage.id, StageStatus.completed.value, 1, began, took, None, Raw(payload) if payload else NIL)
+        failed = StageRecord(stage.id, StageStatus.failed.value, 1, began, duration, text)
+        return _compensate_at_once(plan, fail_stage(plan, stage, envelope, failed, naming, now), envelope, naming, now)
+    data = Raw(payload) if payload else NIL
+    record = StageRecord(stage.id, StageStatus.completed.value, 1, began, duration, None, data)
     envelope.trail = append_record(envelope.trail, record)
     return leave_stage(plan, stage, envelope, naming, now)
 
 
-def _known(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
+def _stage_of(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
     stage = plan.stage(envelope.stage_id)
     if stage is None:
         raise UnknownPlan(
@@ -179,7 +179,7 @@ def _known(plan: WorkflowPlan, envelope: Envelope) -> StagePlan:
     return stage
 
 
-def _dead(
+def _handle_dead_letter(
     plan: WorkflowPlan,
     envelope: Envelope,
     failure: Failure | None,
@@ -192,7 +192,7 @@ def _dead(
     if envelope.compensation is not None:
         record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
         return Transition([continue_compensation(plan, envelope, record, naming, now)])
-    stage = _known(plan, envelope)
+    stage = _stage_of(plan, envelope)
     started = now if envelope.since is None else envelope.since
     if stage.kind == MAP and arrivals is None and is_carrier(envelope):
         return fail_unpublished_items(stage, envelope, error)
@@ -206,17 +206,17 @@ def _dead(
         if undo is not None:
             envelope.trail = append_record(envelope.trail, undo)
     elif arrivals is not None and stage.kind == STAGE:
-        asked = decode_request(envelope.payload)
-        envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
-        attempts, started = asked.attempt + attempts - 1, asked.started
-    lost = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
-    return _compensating(plan, fail_stage(plan, stage, envelope, lost, naming, now), envelope, naming, now)
+        request = decode_request(envelope.payload)
+        envelope.context, envelope.payload, envelope.steps = request.before, request.payload, request.steps
+        attempts, started = request.attempt + attempts - 1, request.started
+    failed = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
+    return _compensate_at_once(plan, fail_stage(plan, stage, envelope, failed, naming, now), envelope, naming, now)
 
 
-def _compensating(
+def _compensate_at_once(
     plan: WorkflowPlan, transition: Transition, envelope: Envelope, naming: Naming, now: float
 ) -> Transition:
-    """A failure that would be told to the coordinator is dealt with at once: it is the coordinator that asks."""
-    if [step.label for step in transition.publishes] != [FAILED]:
+    """Replace the failure event by the compensation: the caller is the coordinator, which would receive the event."""
+    if [one.label for one in transition.publishes] != [FAILED]:
         return transition
     return Transition([begin_compensation(plan, envelope, naming, now, WorkflowStatus.compensated)])

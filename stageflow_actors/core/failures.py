@@ -1,7 +1,7 @@
-"""Failures as values: from an exception to what travels with a message, and back to what a policy is asked about.
+"""`Failure` values: from an exception to the bytes attached to a message, and to the exception for a retry policy.
 
-An exception never crosses a process boundary itself: its type may not exist on the other side, and unpickling is not
-done. What a policy sees of a death or a timeout is made anew here.
+An exception itself must never cross a process boundary: its type may not exist in the other process, and the runtime
+unpickles nothing that it received. `exception_of` makes the exception that a policy receives for a death or timeout.
 """
 
 from __future__ import annotations
@@ -28,46 +28,43 @@ __all__ = [
 ]
 
 EXPIRED = b"expired"
-"""What the broker attaches to a message that waited longer than its ttl."""
+"""The bytes that the broker attaches to a message that exceeded its ttl."""
 
 UNDECIDED = "undecided"
-"""Kind of a failure about which a policy was asked that did not answer: it is final, or it would be asked for ever."""
+"""Kind of a failure whose retry policy did not return. It is final: otherwise the policy would be called forever."""
 
 STDERR_HEADING = "; the last on its stderr:\n"
-"""What comes before the last lines of a worker, in the text of how it ended."""
+"""Precedes the last lines of a worker's stderr in the message of its death."""
 
 MAX_ERROR_CHARACTERS = 2_000
-"""Characters of an exception's text that are kept: an error is read by people, and travels with every hop."""
+"""Limit of an exception's text: it is sent with each following message of the instance."""
 
 _decode = msgspec.msgpack.Decoder(Failure).decode
 
 
 def describe_error(error: BaseException) -> str:
-    """`ValueError: boom failed`, the way a traceback ends."""
+    """Return `ValueError: no address`, as the last line of a traceback."""
     try:
         text = str(error)
-    except BaseException:  # noqa: BLE001 - a __str__ of the user's may do anything, and leaving is no exception to that
-        text = "(its text cannot be made)"
-    # Undecodable file names come as lone surrogates, which no encoder takes.
+    except BaseException:  # noqa: BLE001 - __str__ is user code: it may even raise SystemExit
+        text = "(str() failed)"
+    # Undecodable file names contain lone surrogates, which UTF-8 cannot encode.
     text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) > MAX_ERROR_CHARACTERS:
         text = text[:MAX_ERROR_CHARACTERS] + " …"
-    if not text.isascii():
-        # Names of files may hold bytes that are no text, and have no form in a message.
-        text = text.encode(errors="backslashreplace").decode()
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure that an exception of a handler is."""
+    """Return the failure for an exception of a handler."""
     retryable = error.retryable if isinstance(error, StageError) else None
     kind = "timeout" if isinstance(error, StageTimeout) else "exception"
     return Failure(kind, describe_error(error), type(error).__name__, retryable)
 
 
 def read_failure(data: bytes | None) -> Failure | None:
-    """The failure attached to a message, if there is one."""
+    """Return the failure attached to a message, or None. Raises `msgspec.MsgspecError` for damaged data."""
     if data is None:
         return None
     if data == EXPIRED:
@@ -76,13 +73,12 @@ def read_failure(data: bytes | None) -> Failure | None:
 
 
 def write_failure(failure: Failure) -> bytes:
-    """The failure as it is attached to a message."""
+    """Return the failure as bytes to attach to a message."""
     return encode(failure)
 
 
 def shorten_failure(failure: Failure, size: int) -> bytes:
-    """The failure in `size` bytes (from 200), as it is attached to a message: without what a worker has written, and
-    cut short if need be."""
+    """Return the failure as at most `size` bytes (at least 200): without stderr, and truncated if necessary."""
     text = failure.message.partition(STDERR_HEADING)[0]
     data = encode(Failure(failure.kind, text, failure.error_type, failure.retryable))
     if len(data) <= size:
@@ -107,7 +103,7 @@ def undecided_failure(asked: bytes, how: str) -> Failure | None:
 
 
 def exception_of(failure: Failure) -> Exception:
-    """What a retry policy, or a later attempt's `ctx.previous_failure`, is given for a failure."""
+    """Return the exception for a failure, for a retry policy and `ctx.previous_failure`."""
     message = failure.message
     prefix = f"{failure.error_type}: "
     text = message.removeprefix(prefix)
@@ -126,16 +122,19 @@ MAX_STDERR_LINES = 5
 MAX_STDERR_LINE_CHARACTERS = 200
 
 FATAL_ERROR_PREFIX = "Fatal Python error: "
-"""How the interpreter begins its last words; its traceback, most recent call first, follows."""
+"""Start of the interpreter's fatal error message; a traceback follows, most recent call first."""
 
 _OURS = re.compile(r'^ *File ".*/(stageflow_actors/(runtime|definition)|stageflow_brokers/zeromq)/[a-z_/]+\.py", line ')
-"""Frames between the worker's loop and a handler, which tell nobody anything."""
+"""Frames between the worker's loop and a handler: they do not help to find the error."""
 _HEADINGS = ("Extension modules:", "Current thread 0x", "Stack (most recent call first)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def last_lines(written: bytes) -> str:
-    """What a worker wrote to stderr, of which this is the end, as it is told with its death: a few lines, or ""."""
+    """Return the lines of a worker's stderr for the message of its death; `written` is the end of the stream.
+
+    After a fatal error of the interpreter these are its message and the first frames of user code, else the last lines.
+    """
     text = _CONTROL.sub("", written.decode(errors="backslashreplace").replace("\r", "\n"))
     fatal = text.rfind(FATAL_ERROR_PREFIX)
     lines = [line.rstrip()[:MAX_STDERR_LINE_CHARACTERS] for line in text[max(fatal, 0) :].splitlines() if line.strip()]

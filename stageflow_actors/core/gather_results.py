@@ -1,6 +1,6 @@
-"""What came together in a gather, taken apart: branches, items, a reply; and what of it counts once its stage fails.
+"""The bodies of gathers: the ends of branches, items or a request, and what is compensated if the stage fails.
 
-Pure, for workers and the coordinator alike: whoever finds that a stage is over has the same to be undone.
+Pure functions. Workers and the coordinator use the same ones, so that both compensate the same stages and items.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ __all__ = [
 ]
 
 Arrivals = list[tuple[str, bytes]]
-"""Slot and body of each arrival, in the order they came."""
+"""Slot and body of each arrival, in order of arrival."""
 
 
 class RequestState(Struct, array_like=True):
-    """What waits for a reply as the payload of its envelope: the attempt, and what the stage was given and has kept."""
+    """The state of a remote stage that waits for a reply; it is the payload of the waiting envelope.
+
+    `before` is the context as delivered, `steps` are the completed steps, `timeout` is in seconds.
+    """
 
     attempt: int
     started: float
@@ -58,10 +61,10 @@ class RequestState(Struct, array_like=True):
 
 
 class UnpublishedItems(Struct, array_like=True):
-    """Items still to be published: the payload of an envelope without a context.
+    """Items of a map stage that are not published yet: the payload of an envelope without a context.
 
-    Their numbers are those from `first` on, or `numbers` where they are not in a row; `steps` are those that each has
-    completed before, where it was tried before.
+    The items are numbered from `first`, or by `numbers` if they are not consecutive. `steps` are the completed steps of
+    each item that ran before.
     """
 
     first: int
@@ -70,7 +73,7 @@ class UnpublishedItems(Struct, array_like=True):
     steps: list[dict[str, bytes] | None] | None = None
 
     def split(self, count: int) -> tuple[UnpublishedItems, UnpublishedItems]:
-        """The next `count` of them, and those behind."""
+        """Return the first `count` items, and the others."""
         numbers, steps = self.numbers, self.steps
         return (
             UnpublishedItems(self.first, self.items[:count], numbers and numbers[:count], steps and steps[:count]),
@@ -90,8 +93,11 @@ decode_unpublished = msgspec.msgpack.Decoder(UnpublishedItems).decode
 
 
 class JoinResult(Struct):
-    """What came of branches: the envelopes of those that completed, the first contradiction between them, and how the
-    first required one that failed did so."""
+    """The result of joining branches.
+
+    `completed` are the envelopes of the completed branches, `conflict` is the first field that two of them changed
+    differently, and `failure` the record of the first required branch that failed.
+    """
 
     completed: dict[str, Envelope]
     conflict: MergeConflict | None = None
@@ -99,7 +105,7 @@ class JoinResult(Struct):
 
 
 def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> JoinResult:
-    """`base` is given the trail of each branch, and what they changed, for all that may have to be undone."""
+    """Add the trails and the merged changes of the branches to `base`, so that their stages can be compensated."""
     joined = JoinResult({})
     before = len(decode_trail(base.trail))
     for slot, body in arrivals:
@@ -119,14 +125,16 @@ def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> Joi
 
 
 def decode_item_ends(arrivals: Arrivals) -> list[tuple[int, ItemEnd]]:
-    """Number and end of each item, in order."""
+    """Return number and end of each item, by number."""
     return sorted(((int(slot), decode_item_end(body)) for slot, body in arrivals), key=lambda pair: pair[0])
 
 
-def completed_items_record(stage: StagePlan, ended: list[tuple[int, ItemEnd]], now: float) -> StageRecord | None:
-    """The record, beside that of map stage `stage` itself, by which its items that are done are undone; None where
-    there is nothing to be undone."""
-    done = [[number, one.item, one.result] for number, one in ended if one.error is None] if stage.compensated else []
+def completed_items_record(stage: StagePlan, ends: list[tuple[int, ItemEnd]], now: float) -> StageRecord | None:
+    """Return the record from which the completed items of a map stage are compensated; None if there are none.
+
+    The trail holds it in addition to the record of the stage.
+    """
+    done = [[number, end.item, end.result] for number, end in ends if end.error is None] if stage.compensated else []
     if not done:
         return None
     undo = Raw(encode(done))
@@ -134,12 +142,12 @@ def completed_items_record(stage: StagePlan, ended: list[tuple[int, ItemEnd]], n
 
 
 def is_carrier(envelope: Envelope) -> bool:
-    """Whether it brings items that are still to be published, and nothing else."""
+    """Return True if the envelope only carries unpublished items of a map stage."""
     return bytes(envelope.context) == bytes(NIL)
 
 
 def fail_unpublished_items(stage: StagePlan, envelope: Envelope, error: str) -> Transition:
-    """The items that a carrier brings are over before they began."""
+    """Return the arrivals that end each item of a carrier with `error`; no item has started."""
     end = encode(ItemEnd(NIL, error))
     return Transition(
         arrivals=[

@@ -37,7 +37,7 @@ class Unspeakable(Exception):
         (KeyError("name"), "KeyError: 'name'"),
         (SystemExit(3), "SystemExit: 3"),
         (StageError("no stock"), "StageError: no stock"),
-        (Unspeakable(), "Unspeakable: (its text cannot be made)"),
+        (Unspeakable(), "Unspeakable: (str() failed)"),
         (OSError("caf\udce9"), "OSError: caf\\udce9"),
     ],
 )

@@ -62,7 +62,7 @@ def test_an_error_whose_text_exits_the_process_is_reported_like_any_other() -> N
         def __str__(self) -> str:
             raise SystemExit
 
-    assert describe_error(Leaving()) == "Leaving: (its text cannot be made)"
+    assert describe_error(Leaving()) == "Leaving: (str() failed)"
 
 
 @pytest.mark.parametrize(
