@@ -291,7 +291,9 @@ def test_a_dead_letter_that_cannot_be_read_is_reported(runtime: Runtime, monkeyp
         lambda admin: admin.replace(f"dlq.{group['messages'][0]['queue']}", group["messages"][0]["id"], b"\x93nothing")
     )
     for again in (instance.retry, instance.restart):
-        with pytest.raises(StageFlowError, match=r"dead letter \d+ in dlq\.stageflow\.parking\.stage1 cannot be decoded"):
+        with pytest.raises(
+            StageFlowError, match=r"dead letter \d+ in dlq\.stageflow\.parking\.stage1 cannot be decoded"
+        ):
             again()
     runtime._session.ask(lambda admin: admin.purge("dlq.stageflow.parking.stage1", []))
 
