@@ -70,7 +70,7 @@ class BrokerAdmin(Protocol):
         """Compact the journal: rewrite live records and delete old segments.
 
         Args:
-            begin: True to start, False to ask only whether it still goes on.
+            begin: True to start one, False only to read the state.
 
         Returns:
             A future; True while the compaction goes on.
@@ -423,7 +423,7 @@ class BrokerAdmin(Protocol):
 
     @abstractmethod
     def suspend_delivery(self, suspended: bool) -> Future[None]:
-        """Deliver nothing but to the supervisor, or deliver again.
+        """Stop deliveries to all but the supervisor, or continue them.
 
         Args:
             suspended: True to stop deliveries, False to continue them.

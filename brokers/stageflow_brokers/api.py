@@ -247,8 +247,8 @@ class Broker(Protocol):
         atomic: bool = False,
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
-        taken: Callable[[], None] | None = None,
-        waiting: Callable[[], None] | None = None,
+        on_numbered: Callable[[], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
         """Publish new messages; the future resolves when they are durable.
 
@@ -262,9 +262,9 @@ class Broker(Protocol):
             atomic: True to refuse all items if one is refused. Default: False.
             opens: Gathers to open. Default: none.
             arrivals: Arrivals at gathers. Default: none.
-            taken: Called at the moment when the frame is numbered; it must not block. Groups that are watched from then
-                on are never reported as gone before the frame starts them. Default: none.
-            waiting: Called every half second while the call waits; it may raise to stop. Default: none.
+            on_numbered: Called at the moment when the frame gets its number; it must not block. A group that is
+                watched from then on is never reported as gone before the frame starts it. Default: none.
+            on_wait: Called every half second while the call waits; it may raise to stop. Default: none.
 
         Returns:
             A future of the answer. It fails with `QueueFull`, `PayloadTooLarge` or `Refused`.

@@ -39,7 +39,7 @@ __all__ = [
     "EpochResult",
     "Failure",
     "GatherOpen",
-    "Leases",
+    "LeaseList",
     "LookupResult",
     "Many",
     "Move",
@@ -104,7 +104,7 @@ Failure = Annotated[bytes, Meta(max_length=MAX_FAILURE_BYTES)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 Digest = Annotated[bytes, Meta(max_length=1024)]
 Many = Meta(max_length=MAX_LIST_ITEMS)
-Leases = Annotated[list[tuple[int, int]], Many]
+LeaseList = Annotated[list[tuple[int, int]], Many]
 
 
 class Target(Struct, array_like=True, gc=False):
@@ -212,7 +212,7 @@ class SettleItem(Struct, array_like=True):
         attempt_result: `ATTEMPT_SUCCEEDED`, `ATTEMPT_FAILED` or 0, for the breaker of the queue. Default: 0.
     """
 
-    leases: Leases
+    leases: LeaseList
     outcome: int
     publishes: Annotated[list[PublishItem], Many] = []
     delay: float = 0.0
@@ -347,7 +347,7 @@ class TallyResult(TypedDict):
 
 
 class RequeueResult(TypedDict):
-    """How many dead letters are ready again, and the ids of those that are evidence and stay."""
+    """The number of requeued dead letters, and the ids of those that are evidence and stay."""
 
     requeued: int
     refused: list[int]
@@ -383,7 +383,7 @@ class EpochResult(TypedDict):
 
 
 class PingResult(TypedDict):
-    """The epoch of the broker, and whether its queues are open: the roster of consumers is known."""
+    """The epoch of the broker; `open` is True if the consumers are known, so that queues deliver."""
 
     epoch: int
     open: bool

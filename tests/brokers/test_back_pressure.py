@@ -65,7 +65,7 @@ def test_a_program_that_publishes_faster_than_its_broker_keeps_is_slowed_down(
     answers: list[Future[PublishAnswer]] = []
     looks: list[int] = []
     publisher = threading.Thread(
-        target=lambda: answers.extend(flood(client, 1000, waiting=lambda: looks.append(len(answers))))
+        target=lambda: answers.extend(flood(client, 1000, on_wait=lambda: looks.append(len(answers))))
     )
     before = psutil.Process().memory_info().rss
     publisher.start()
@@ -111,10 +111,10 @@ def test_a_caller_that_waits_for_room_is_notified_when_it_is_not_worth_waiting(s
         raise InterruptedError("nobody serves it any more")
 
     with pytest.raises(InterruptedError):
-        client.publish([Target("q", "")], [(0, 1)], [b"1"], waiting=give_up)
+        client.publish([Target("q", "")], [(0, 1)], [b"1"], on_wait=give_up)
     closing = threading.Thread(target=client.close, args=(0.0,))
     with pytest.raises(BrokerUnavailable, match="closed"):
-        client.publish([Target("q", "")], [(0, 1)], [b"1"], waiting=lambda: None if closing.ident else closing.start())
+        client.publish([Target("q", "")], [(0, 1)], [b"1"], on_wait=lambda: None if closing.ident else closing.start())
     closing.join(TIMEOUT_SECONDS)
 
 

@@ -26,10 +26,17 @@ class ForgetfulBroker:
         self.ended = ended
 
     def publish(
-        self, targets: Any, items: Any, bodies: Any, *, atomic: bool = False, taken: Any = None, waiting: Any = None
+        self,
+        targets: Any,
+        items: Any,
+        bodies: Any,
+        *,
+        atomic: bool = False,
+        on_numbered: Any = None,
+        on_wait: Any = None,
     ) -> Future[PublishAnswer]:
-        if taken is not None:
-            taken()
+        if on_numbered is not None:
+            on_numbered()
         refused = []
         for index, (item, body) in enumerate(zip(items, bodies, strict=True)):
             id, flags = item[2], item[4]
@@ -119,9 +126,9 @@ class SilentBroker(ForgetfulBroker):
 class FullBroker(ForgetfulBroker):
     """Has no room for as long as a caller waits for it."""
 
-    def publish(self, *args: Any, waiting: Any, **options: Any) -> Future[PublishAnswer]:
+    def publish(self, *args: Any, on_wait: Any, **options: Any) -> Future[PublishAnswer]:
         while True:
-            waiting()
+            on_wait()
 
 
 @pytest.mark.parametrize("kind", [SilentBroker, FullBroker])

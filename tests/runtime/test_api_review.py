@@ -45,12 +45,12 @@ def test_what_is_being_published_is_never_asked_after_in_a_hello() -> None:
     talk = Talk(watcher)
     seen: list[list[str]] = []
 
-    def taken() -> None:
+    def on_numbered() -> None:
         assert talk._lock.locked(), "a hello could be made between the watch and the frame"
         watcher.watched.append("new")
 
     item = PublishItem(0, 1, "new", 1, FLAG_START | FLAG_WATCH)
-    talk.publish([Target("q", "a")], [item], [b"x"], taken=taken)
+    talk.publish([Target("q", "a")], [item], [b"x"], on_numbered=on_numbered)
     seen.append(wire.decode_hello(talk._hello()[1]).watching)
     assert seen == [[]]
     assert watcher.watched == ["new"]

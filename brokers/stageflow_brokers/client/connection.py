@@ -123,16 +123,16 @@ class Connection(ABC):
         atomic: bool = False,
         opens: Sequence[GatherOpen] = (),
         arrivals: Sequence[Arrival] = (),
-        taken: Callable[[], None] | None = None,
-        waiting: Callable[[], None] | None = None,
+        on_numbered: Callable[[], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> Future[PublishAnswer]:
         """See `stageflow_brokers.api.Broker.publish`."""
         future: Future[PublishAnswer] = Future()
         blob = b"".join(bodies)
         weight = len(blob) + ITEM_OVERHEAD_BYTES * (1 + len(items) + len(opens) + len(arrivals))
         if self._unconfirmed_bytes >= self._max_unconfirmed_bytes:
-            self._wait_for_confirmations(waiting)
-        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), blob, future, taken, weight)
+            self._wait_for_confirmations(on_wait)
+        self._send(wire.PUBLISH, (targets, items, atomic, opens, arrivals), blob, future, on_numbered, weight)
         return future
 
     def settle(
@@ -176,7 +176,7 @@ class Connection(ABC):
 
     # sending
 
-    def _wait_for_confirmations(self, waiting: Callable[[], None] | None) -> None:
+    def _wait_for_confirmations(self, on_wait: Callable[[], None] | None) -> None:
         """One frame more is let in whenever there is any room, be it larger than that: none waits for ever."""
         while True:
             with self._lock:
@@ -187,8 +187,8 @@ class Connection(ABC):
                     self._confirmed.wait(BLOCKED_CHECK_SECONDS)
                 finally:
                     self._blocked_publishers -= 1
-            if waiting is not None:
-                waiting()
+            if on_wait is not None:
+                on_wait()
 
     def _send(
         self,
@@ -196,7 +196,7 @@ class Connection(ABC):
         fields: tuple[Any, ...],
         blob: bytes,
         future: Future[Any] | None,
-        taken: Callable[[], None] | None = None,
+        on_numbered: Callable[[], None] | None = None,
         weight: int = 0,
     ) -> None:
         if len(blob) > wire.MAX_FRAME:
@@ -222,8 +222,8 @@ class Connection(ABC):
                 )
             self._frame = frame
             self._unconfirmed_bytes += weight
-            if taken is not None:
-                taken()
+            if on_numbered is not None:
+                on_numbered()
             self._unconfirmed.append(UnconfirmedFrame(frame, op, fields, blob, future, weight))
             if self._welcomed:
                 self._transmit(op, header, blob)

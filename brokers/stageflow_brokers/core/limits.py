@@ -120,16 +120,16 @@ class LimitChecker:
         """Raise `Refused` if the message cannot keep this step."""
         limits = self.limits
         delivery_state = message.delivery_state
-        known = None if delivery_state is None else delivery_state.steps
+        steps = None if delivery_state is None else delivery_state.steps
         if len(value) > limits.max_message_bytes:
             raise Refused(
                 f"the value of the step has {len(value)} bytes, and max_message_bytes is {limits.max_message_bytes}"
             )
-        if delivery_state is None or not known:
+        if delivery_state is None or not steps:
             return
-        if name not in known and len(known) >= limits.max_steps:
-            raise Refused(f"the message has {len(known)} steps, and max_steps is {limits.max_steps}")
-        kept = delivery_state.step_bytes + (len(name) if name not in known else -len(known[name]))
+        if name not in steps and len(steps) >= limits.max_steps:
+            raise Refused(f"the message has {len(steps)} steps, and max_steps is {limits.max_steps}")
+        kept = delivery_state.step_bytes + (len(name) if name not in steps else -len(steps[name]))
         if kept + len(value) > limits.max_steps_bytes:
             raise Refused(
                 f"the steps of this message would take {kept + len(value)} bytes, and max_steps_bytes is "

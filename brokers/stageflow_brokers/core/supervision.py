@@ -149,10 +149,11 @@ class Supervision:
         queue = state.queue(options.notify_queue)
         body = self._writer.body(message)
         copy = state.put(queue, group, message.epoch, options.notify_label, 0, body, len(body), message.location, 0)
-        known, delivery_state = message.ensure_delivery_state(), copy.ensure_delivery_state()
+        original, delivery_state = message.ensure_delivery_state(), copy.ensure_delivery_state()
         delivery_state.failure, delivery_state.fresh = reason, True
-        delivery_state.attempts, delivery_state.deaths, delivery_state.parts = known.attempts, known.deaths, known.parts
-        state.keep_steps(copy, known.steps)
+        delivery_state.attempts, delivery_state.deaths = original.attempts, original.deaths
+        delivery_state.parts = original.parts
+        state.keep_steps(copy, original.steps)
         self._writer.copy(copy)
         state.enqueue(copy)
         state.changed_queues[queue] = None
@@ -164,8 +165,8 @@ class Supervision:
         if leases.workers_known:
             return
         for peer, queues in peers:
-            known = state.sessions.get(peer)
-            if known is None or not known.connected:
+            worker = state.sessions.get(peer)
+            if worker is None or not worker.connected:
                 for name in queues:
                     state.queue(name).awaited_peers.add(peer)
         for death in self._deaths:

@@ -31,7 +31,7 @@ from stageflow_brokers.types import (
     Arrival,
     DeliveryItem,
     GatherOpen,
-    Leases,
+    LeaseList,
     Many,
     Move,
     Name,
@@ -132,7 +132,7 @@ class Release(Struct, array_like=True):
 
     broker_epoch: int
     frame: int
-    leases: Leases
+    leases: LeaseList
     queue: Name = ""
     prefetch: int = -1
 
@@ -160,7 +160,7 @@ class Hello(Struct, array_like=True):
     pid: int
     next_frame: int
     consume: Annotated[list[tuple[Name, int]], Many] = []
-    holding: Leases = []
+    holding: LeaseList = []
     watching: Annotated[list[Name], Many] = []
     number: int = 0
 

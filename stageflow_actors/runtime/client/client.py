@@ -565,8 +565,10 @@ class Client:
             answer = None
             try:
                 batch = [request for request, _ in waiting]
-                taken = partial(self._watch, waiting)
-                future = session.publish(ref, batch, priority=priority, atomic=True, taken=taken, check=check)
+                on_numbered = partial(self._watch, waiting)
+                future = session.publish(
+                    ref, batch, priority=priority, atomic=True, on_numbered=on_numbered, check=check
+                )
                 answer = session.wait_for(future, check=check)
             finally:
                 if answer is None:

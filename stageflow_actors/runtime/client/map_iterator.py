@@ -280,7 +280,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 if not batch:
                     return False
             inbox, ids = self._inbox, [request.id for request in batch]
-            future = self._session.publish(self._ref, batch, taken=lambda: waiters.add_all(ids, inbox))
+            future = self._session.publish(self._ref, batch, on_numbered=lambda: waiters.add_all(ids, inbox))
         except Exception as error:  # noqa: BLE001 - after any error no instance of the batch has been started
             for request in batch:
                 self._refuse(request.id, copy.copy(error))

@@ -285,12 +285,12 @@ class Session:
         *,
         priority: int = 0,
         atomic: bool = False,
-        taken: Callable[[], None] | None = None,
+        on_numbered: Callable[[], None] | None = None,
         check: Callable[[], None] | None = None,
     ) -> Future[port.PublishAnswer]:
         """Send the starts of `batch` to the broker; the future resolves when they are durable.
 
-        `taken` is called when the frame is sent, `check` while the call waits for room on the connection.
+        `on_numbered` is called when the frame is sent, `check` while the call waits for room on the connection.
         """
         now = time.time()
         bodies = [ref.body(request, now, self.max_message_bytes) for request in batch]
@@ -298,7 +298,7 @@ class Session:
         failpoint("client.publishing")
         try:
             published = self.broker().publish(
-                [ref.target], items, bodies, atomic=atomic, taken=taken, waiting=check or self.check_alive
+                [ref.target], items, bodies, atomic=atomic, on_numbered=on_numbered, on_wait=check or self.check_alive
             )
             failpoint("client.published")
             return published
