@@ -365,10 +365,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/client/connection.py",
-                (
-                    "            # `hello` answers what was sent before ours, which is on its way: "
-                    "another one would only be told the same.\n"
-                ),
+                "            # A `hello` notice answers frames sent before our hello, so it needs no second hello.\n",
                 '            if word == "hello":\n                self.send_hello()\n                return False\n',
             ),
         ),

@@ -1,7 +1,7 @@
-"""A broker inside this process: the same machine and the same client, with a queue in place of the socket, and no file.
+"""A broker inside this process: the same machine and client protocol, with a queue instead of a socket and no journal.
 
-For tests, and for workflows whose loss with the process does not matter. It promises everything that the broker
-process does, save surviving the process.
+For tests, and for workflows that may be lost with the process. It gives every guarantee of the broker process except
+that messages survive the process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryBroker:
-    """The hub. `connect` gives connections; `close` ends them all. Its one thread calls all listeners."""
+    """A broker in memory. `connect` opens connections, `close` ends them all. One thread calls all listeners.
+
+    Args:
+        limits: Limits of the machine. Default: those of `Limits`.
+        supervised: True if nothing is delivered before a supervisor has reported the workers.
+        engine: The engine to run. Default: a new one without a journal.
+    """
 
     def __init__(self, *, limits: Limits | None = None, supervised: bool = False, engine: Engine | None = None) -> None:
         self._engine = engine or Engine(journal_dir=None, limits=limits, supervised=supervised)
         self._inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._clients: dict[int, _MemoryClient] = {}
+        self._clients: dict[int, _MemoryConnection] = {}
         self._ended = ""
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="memory-broker", daemon=True)
@@ -43,8 +49,16 @@ class MemoryBroker:
         peer: int = 0,
         max_unconfirmed_bytes: int = MAX_UNCONFIRMED_BYTES,
     ) -> Connection:
-        """A new connection, which says hello by itself. Raises `BrokerUnavailable` when the broker has ended."""
-        client = _MemoryClient(
+        """Open a connection and send its hello. Raises `BrokerUnavailable` if the broker has ended.
+
+        Args:
+            listener: Receives deliveries, pushes and notices, on the thread of the broker.
+            role: "client", "worker" or "supervisor".
+            name: Name of the peer, for reports. Default: none.
+            peer: Number of the peer. Default: a new random one.
+            max_unconfirmed_bytes: `publish` blocks while as many published bytes are not confirmed.
+        """
+        client = _MemoryConnection(
             self, listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes
         )
         with self._lock:
@@ -60,31 +74,31 @@ class MemoryBroker:
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
 
-    def put(self, frame: Frame) -> None:
-        """One frame from a client."""
+    def enqueue(self, frame: Frame) -> None:
+        """Queue a frame from a client."""
         self._inbox.put(frame)
 
-    def drop(self, peer: int) -> None:
-        """Forget a connection."""
+    def remove(self, peer: int) -> None:
+        """Remove a connection."""
         self._clients.pop(peer, None)
 
     def is_own_thread(self) -> bool:
-        """Whether this is the broker's own thread, which must never wait for itself."""
+        """True if this is the thread of the broker, which must never wait for itself."""
         return threading.current_thread() is self._thread
 
     def _run(self) -> None:
-        why = "the broker was closed"
+        reason = "the broker was closed"
         try:
             self._serve()
             self._engine.close()
         except Exception as error:
-            why = f"the broker has failed: {error!r}"
-            logger.exception("the broker in this process has failed")
+            reason = f"the broker has failed: {error!r}"
+            logger.exception("the in-memory broker has failed")
         with self._lock:
-            self._ended = why
+            self._ended = reason
             clients = list(self._clients.values())
         for client in clients:
-            client.end(why)
+            client.end(reason)
 
     def _serve(self) -> None:
         engine = self._engine
@@ -103,35 +117,37 @@ class MemoryBroker:
                 if client is None:
                     engine.machine.disconnect(peer)
                 else:
-                    self._say(client, header, blob)
+                    self._deliver(client, header, blob)
 
-    def _say(self, client: _MemoryClient, header: bytes, blob: bytes) -> None:
+    def _deliver(self, client: _MemoryConnection, header: bytes, blob: bytes) -> None:
         try:
             client.on_frame(header, blob)
         except Exception:
-            logger.exception("a listener has failed, so its connection %s ends", client.name or client.peer)
-            self.drop(client.peer)
+            logger.exception(
+                "the listener of connection %s has failed; the connection ends", client.name or client.peer
+            )
+            self.remove(client.peer)
             self._engine.machine.disconnect(client.peer)
             client.end("its listener has failed")
 
 
-class _MemoryClient(Connection):
+class _MemoryConnection(Connection):
     def __init__(self, hub: MemoryBroker, listener: Listener, **names: Any) -> None:
         super().__init__(listener, **names)
         self._hub = hub
 
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
-        self._hub.put((self.peer, op, header, blob))
+        self._hub.enqueue((self.peer, op, header, blob))
 
     def send_hello(self) -> None:
-        self._hub.put((self.peer, *self._hello()))
+        self._hub.enqueue((self.peer, *self._hello()))
 
     def is_own_thread(self) -> bool:
-        """Whether this is the broker's own thread."""
+        """True if this is the thread of the broker."""
         return self._hub.is_own_thread()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Take leave. What was sent before is taken before, so there is nothing else to wait for."""
+        """Announce the end to the broker and end the connection. The broker handles all earlier frames first."""
         try:
             bye = self._query("bye")
         except BrokerUnavailable:
@@ -141,5 +157,5 @@ class _MemoryClient(Connection):
                 bye.result(timeout)
             except (BrokerUnavailable, TimeoutError):
                 pass
-        self._hub.drop(self.peer)
+        self._hub.remove(self.peer)
         self.end("the connection was closed")

@@ -1,12 +1,12 @@
-"""A peer's side of the talk, without a transport: numbering, sending again, futures, the hello.
+"""A peer's side of the protocol, without a transport: numbers frames, resends them, resolves futures, sends the hello.
 
-A frame stays here until the broker has said that it is durable. After a hello everything unconfirmed is sent again in
-order under its old number; the broker takes each once. Nothing is sent, and nothing heard, between a hello and its
-welcome.
+A frame is kept until the broker confirms that it is durable. After a hello all unconfirmed frames are sent again in
+order with their old numbers; the broker accepts each once. Between a hello and its welcome no other frame is sent, and
+frames that arrive are ignored.
 
-Memory is bounded while the broker is away or slow: who publishes waits until enough of what was published before is
-confirmed. Nobody else ever waits: what workers settle is bounded by what they were given, and the connection's own
-thread, on which listeners and the callbacks of futures run, is the one that hears confirmations.
+Memory is bounded while the broker is away or slow: `publish` blocks until enough of the earlier frames are confirmed.
+No other call may block: settlements are bounded by the messages delivered, and the connection's own thread, which runs
+listeners and callbacks of futures, is the thread that receives the confirmations.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from stageflow_brokers.types import Ack, Arrival, GatherOpen, Move, PublishItem,
 __all__ = ["Connection", "new_peer"]
 
 MAX_UNCONFIRMED_BYTES = 64 << 20
-"""How much a connection publishes ahead of what is confirmed, unless it is told otherwise."""
+"""Default of the bytes that a connection publishes ahead of the confirmations."""
 
 ITEM_OVERHEAD_BYTES = 256
-"""What an item takes beside its body, about."""
+"""Estimate of the bytes of an item without its body."""
 
 BLOCKED_CHECK_SECONDS = 0.5
-"""Seconds between looks of who waits for room at whether it is worth waiting."""
+"""Seconds after which a blocked `publish` checks whether the connection still exists."""
 
 MAX_WATCHED_PER_FRAME = 50_000
-"""Groups named in one hello or query; each name may have as many characters as a name can."""
+"""The most groups named in one hello or query, even if each name has the greatest length."""
 
 HEADER_MARGIN_BYTES = 64
-"""Bytes that a header may grow by when it is sent again, to a broker of a larger epoch."""
+"""Bytes that a header may grow by when it is sent again to a broker with a larger epoch."""
 
 
 def new_peer() -> int:
-    """A name for a connection that nobody else has: 63 random bits, never 0."""
+    """Return a unique number for a connection: 63 random bits, never 0."""
     return int.from_bytes(os.urandom(8), "big") >> 1 | 1
 
 
@@ -86,7 +86,7 @@ class Connection(ABC):
         self._max_unconfirmed_bytes = max_unconfirmed_bytes
         self._unconfirmed_bytes = 0
         self._blocked_publishers = 0
-        self._frame = 0
+        self._last_number = 0
         self._hello_number = 0
         self._unconfirmed: deque[UnconfirmedFrame] = deque()
         self._consuming: dict[str, int] = {}
@@ -94,23 +94,23 @@ class Connection(ABC):
         self._welcomed = False
         self._ended = ""
 
-    # what a subclass provides
+    # provided by a subclass
 
     @abstractmethod
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
-        """Send a frame, or lay it ready for the thread that does. It must neither block nor call back."""
+        """Send a frame, or queue it for the thread that sends. It must neither block nor call back."""
 
     @abstractmethod
     def send_hello(self) -> None:
-        """Send `_hello()` before anything that follows, and nothing of what was laid ready before."""
+        """Send `_hello()` before all later frames, and discard the frames that are queued."""
 
     def is_own_thread(self) -> bool:
-        """Whether this is the thread that calls `on_frame`, which must never wait for what it would hear."""
+        """True if this is the thread that calls `on_frame`, which must never wait for a frame."""
         return False
 
     @abstractmethod
     def close(self, timeout: float = 5.0) -> None:
-        """Send what is waiting, take leave, and end."""
+        """Send the queued frames, announce the end to the broker, and end the connection."""
 
     # the port
 
@@ -177,7 +177,10 @@ class Connection(ABC):
     # sending
 
     def _wait_for_confirmations(self, on_wait: Callable[[], None] | None) -> None:
-        """One frame more is let in whenever there is any room, be it larger than that: none waits for ever."""
+        """Wait until the unconfirmed bytes are below the limit.
+
+        One more frame is then accepted, however large it is, so that no caller waits forever.
+        """
         while True:
             with self._lock:
                 if self._ended or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.is_own_thread():
@@ -201,58 +204,58 @@ class Connection(ABC):
     ) -> None:
         if len(blob) > wire.MAX_FRAME:
             raise PayloadTooLarge(
-                f"{len(blob)} bytes of bodies in one call, {wire.MAX_FRAME} are the most; send fewer at once",
+                f"{len(blob)} bytes of bodies in one call exceed the limit of {wire.MAX_FRAME}; send fewer at once",
                 size=len(blob),
                 limit=wire.MAX_FRAME,
             )
         if future is not None:
-            future.set_running_or_notify_cancel()  # what is on its way cannot be cancelled
+            future.set_running_or_notify_cancel()  # a frame that is sent cannot be cancelled
         with self._lock:
             if self._ended:
                 raise BrokerUnavailable(f"{self._ended}; open another connection")
-            frame = self._frame + 1
-            # Encoded first: what cannot be encoded must not take a number.
-            header = wire.encode((self.broker_epoch, frame, *fields))
+            number = self._last_number + 1
+            # Encode first: a frame that cannot be encoded must not use a number.
+            header = wire.encode((self.broker_epoch, number, *fields))
             if len(header) > wire.MAX_HEADER - HEADER_MARGIN_BYTES:
                 raise PayloadTooLarge(
-                    f"{len(header)} bytes of names and numbers in one call, {wire.MAX_HEADER} are the most; send fewer "
-                    "at once",
+                    f"{len(header)} bytes of names and numbers in one call exceed the limit of {wire.MAX_HEADER}; send "
+                    "fewer at once",
                     size=len(header),
                     limit=wire.MAX_HEADER,
                 )
-            self._frame = frame
+            self._last_number = number
             self._unconfirmed_bytes += weight
             if on_numbered is not None:
                 on_numbered()
-            self._unconfirmed.append(UnconfirmedFrame(frame, op, fields, blob, future, weight))
+            self._unconfirmed.append(UnconfirmedFrame(number, op, fields, blob, future, weight))
             if self._welcomed:
                 self._transmit(op, header, blob)
 
     def _hello(self) -> tuple[bytes, bytes, bytes]:
-        """The frame that opens the talk. What is held is read source first, so that nothing on its way is missed."""
+        """Return the hello frame. The listener's leases are read first, so that no settlement in between is missed."""
         holding = list(self._listener.holding())
         with self._lock:
-            # Read with the frames: whoever begins to watch what it publishes does so under this lock.
+            # Read under the lock, as are the frames: a publisher adds its watches under this lock.
             watching = set(self._listener.watching())
             self._welcomed = False
             self._hello_number += 1
-            first = self._unconfirmed[0].frame if self._unconfirmed else self._frame + 1
-            for pending in self._unconfirmed:
-                holding.extend(leases_in(pending))
-                # What is still being published is not live yet, and not gone either: its own frame asks to be told.
-                watching.difference_update(groups_in(pending))
+            first = self._unconfirmed[0].number if self._unconfirmed else self._last_number + 1
+            for frame in self._unconfirmed:
+                holding.extend(leases_in(frame))
+                # A group of an unconfirmed frame is not live yet, and has not ended either: its frame sets the watch.
+                watching.difference_update(groups_in(frame))
             consume = list(self._consuming.items())
             watched = list(watching)
-            # What there is no room for here is asked for behind all that is sent again.
+            # The groups that do not fit are watched by queries after the frames that are sent again.
             self._to_watch = watched[MAX_WATCHED_PER_FRAME:]
         watched = watched[:MAX_WATCHED_PER_FRAME]
         hello = (wire.PROTOCOL, self.role, self.name, os.getpid(), first, consume, holding, watched, self._hello_number)
         return wire.HELLO, wire.encode(hello), b""
 
-    # hearing
+    # receiving
 
     def on_frame(self, header: bytes, blob: bytes) -> None:
-        """What the broker says, on the owning thread."""
+        """Handle a frame from the broker, on the connection's own thread."""
         out = wire.decode_out(header)
         if not self._welcomed or out.broker_epoch != self.broker_epoch:
             if not self._handle_welcome(out):
@@ -283,7 +286,7 @@ class Connection(ABC):
                     if other != "welcome":
                         self._handle_notice(other, more)
                 return True
-            # `hello` answers what was sent before ours, which is on its way: another one would only be told the same.
+            # A `hello` notice answers frames sent before our hello, so it needs no second hello.
             if word == "refused":
                 self._listener.on_notice("refused", detail)
                 self.end(f"the broker refuses this connection: {detail}")
@@ -296,9 +299,9 @@ class Connection(ABC):
         with self._lock:
             self.broker_epoch = epoch
             self._welcomed = True
-            for pending in self._unconfirmed:
-                header = wire.encode((epoch, pending.frame, *pending.fields))
-                self._transmit(pending.op, header, pending.blob)
+            for frame in self._unconfirmed:
+                header = wire.encode((epoch, frame.number, *frame.fields))
+                self._transmit(frame.op, header, frame.blob)
         for at in range(0, len(self._to_watch), MAX_WATCHED_PER_FRAME):
             self._query("watch", self._to_watch[at : at + MAX_WATCHED_PER_FRAME])
         self._to_watch = []
@@ -315,7 +318,7 @@ class Connection(ABC):
 
     def _handle_notice(self, word: str, detail: Any) -> None:
         if word == "mark":
-            # The broker counts what it has said, and cuts off who does not answer any more.
+            # The broker counts the bytes it has sent, and disconnects a peer that does not answer its marks.
             with self._lock:
                 self._transmit(wire.MARK_READ, wire.encode(detail), b"")
         else:
@@ -324,34 +327,34 @@ class Connection(ABC):
     def _confirm(self, out: wire.Out) -> None:
         with self._lock:
             unconfirmed = self._unconfirmed
-            if not unconfirmed or unconfirmed[0].frame > out.acked:
+            if not unconfirmed or unconfirmed[0].number > out.acked:
                 return
             confirmed = []
-            while unconfirmed and unconfirmed[0].frame <= out.acked:
+            while unconfirmed and unconfirmed[0].number <= out.acked:
                 confirmed.append(unconfirmed.popleft())
-            for pending in confirmed:
-                self._unconfirmed_bytes -= pending.weight
+            for frame in confirmed:
+                self._unconfirmed_bytes -= frame.weight
             if self._blocked_publishers:
                 self._confirmed.notify_all()
         results = dict(out.results) if out.results else {}
-        for pending in confirmed:
-            raw = results.get(pending.frame)
+        for frame in confirmed:
+            raw = results.get(frame.number)
             answer = None if raw is None else msgspec.msgpack.decode(raw)
-            if pending.future is not None:
-                resolve(pending, answer)
+            if frame.future is not None:
+                resolve(frame, answer)
             elif isinstance(answer, dict) and answer.get("stale"):
                 self._listener.on_stale(answer["stale"])
 
     def end(self, reason: str) -> None:
-        """Nothing more will be said or heard: whoever waits is told why."""
+        """End the connection: futures get `BrokerUnavailable` with the reason, and the listener is notified."""
         with self._lock:
             if self._ended:
                 return
             self._ended = reason
-            left = list(self._unconfirmed)
+            remaining = list(self._unconfirmed)
             self._unconfirmed.clear()
             self._confirmed.notify_all()
-        for pending in left:
-            if pending.future is not None:
-                pending.future.set_exception(BrokerUnavailable(reason))
+        for frame in remaining:
+            if frame.future is not None:
+                frame.future.set_exception(BrokerUnavailable(reason))
         self._listener.on_closed(reason)

@@ -1,6 +1,6 @@
-"""Frames that a peer has sent and that are not confirmed yet: what they name, and how their answers are told.
+"""Unconfirmed frames: the leases and groups they name, and the resolution of their futures.
 
-Nothing here sends, or knows of a connection.
+This module must neither send a frame nor depend on a connection.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _ERRORS: dict[str, type[BrokerError]] = {
 
 
 class UnconfirmedFrame:
-    """One frame that is not confirmed yet."""
+    """A frame that the broker has not confirmed yet. `number` identifies it; `weight` is its share of the limit."""
 
-    __slots__ = ("blob", "fields", "frame", "future", "op", "weight")
+    __slots__ = ("blob", "fields", "future", "number", "op", "weight")
 
     def __init__(
         self,
-        frame: int,
+        number: int,
         op: bytes,
         fields: tuple[Any, ...],
         blob: bytes,
         future: Future[Any] | None,
         weight: int,
     ) -> None:
-        self.frame = frame
+        self.number = number
         self.op = op
         self.fields = fields
         self.blob = blob
@@ -42,19 +42,19 @@ class UnconfirmedFrame:
         self.weight = weight
 
 
-def resolve(pending: UnconfirmedFrame, answer: Any) -> None:
-    """Give the future of a frame its answer, or the error that it says."""
-    future = pending.future
+def resolve(frame: UnconfirmedFrame, answer: Any) -> None:
+    """Set the result of the future of a frame from the broker's answer, or its error."""
+    future = frame.future
     assert future is not None
     if isinstance(answer, dict):
         if "refused" in answer and len(answer) == 1:
             future.set_exception(Refused(answer["refused"]))
             return
         if "error" in answer and "message" in answer:
-            known = _ERRORS.get(answer["error"], BrokerError)
-            future.set_exception(_ERRORS.get(answer.get("kind", ""), known)(answer["message"]))
+            kind = _ERRORS.get(answer["error"], BrokerError)
+            future.set_exception(_ERRORS.get(answer.get("kind", ""), kind)(answer["message"]))
             return
-    if pending.op != wire.PUBLISH:
+    if frame.op != wire.PUBLISH:
         future.set_result(answer)
     elif answer is None:
         future.set_result(PublishAnswer())
@@ -63,22 +63,22 @@ def resolve(pending: UnconfirmedFrame, answer: Any) -> None:
         future.set_result(PublishAnswer(sequence, [tuple(item) for item in answer["items"]]))
 
 
-def leases_in(pending: UnconfirmedFrame) -> list[tuple[int, int]]:
-    """What a frame settles or returns, and its sender holds until that is confirmed."""
-    if pending.op == wire.SETTLE:
-        _, moves, acks, others, _, _ = pending.fields
+def leases_in(frame: UnconfirmedFrame) -> list[tuple[int, int]]:
+    """Return the leases that a frame settles or releases. Its sender holds them until the frame is confirmed."""
+    if frame.op == wire.SETTLE:
+        _, moves, acks, others, _, _ = frame.fields
         found = [(move[0], move[1]) for move in moves] + [(ack[0], ack[1]) for ack in acks]
         for other in others:
             found.extend(other.leases)
         return found
-    if pending.op == wire.RELEASE:
-        return [(lease[0], lease[1]) for lease in pending.fields[0]]
+    if frame.op == wire.RELEASE:
+        return [(lease[0], lease[1]) for lease in frame.fields[0]]
     return []
 
 
-def groups_in(pending: UnconfirmedFrame) -> list[str]:
-    """The groups that a frame publishes into."""
-    if pending.op != wire.PUBLISH:
+def groups_in(frame: UnconfirmedFrame) -> list[str]:
+    """Return the groups that a frame publishes into."""
+    if frame.op != wire.PUBLISH:
         return []
-    items = pending.fields[1]
+    items = frame.fields[1]
     return [item.group if isinstance(item, PublishItem) else "".join(item[2:3]) for item in items]

@@ -2,10 +2,10 @@
 
 ===================  ============================================================================
 `journal`            `Journal`: open, commit, read, seal, drop_oldest
-`repair`             makes a damaged journal usable again; `salvage` reads what is left of a batch
+`repair`             makes a damaged journal usable again; `salvage` reads damaged batches
 `verify`             reads a journal without its lock: reports damage, yields batches
 `recovery`           opens an existing journal for writing
-`scanner`            reads all segments in order, and continues behind damage
+`scanner`            reads all segments in order, and continues after damage
 `segment_allocator`  future segments: preallocation, the spare, recycling
 `segment_reader`     reads one segment
 `lock`               one writer per directory
