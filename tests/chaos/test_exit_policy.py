@@ -132,7 +132,7 @@ def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(cou
     decision = court(-signal.SIGKILL, BUSY)
     assert court.claims == 1
     assert decision.failure is not None
-    assert "out of memory: the kernel chose it" in decision.failure.message
+    assert "by the kernel's OOM killer: out of memory" in decision.failure.message
 
 
 @pytest.mark.parametrize("status", [-signal.SIGKILL, None])

@@ -99,7 +99,7 @@ def test_a_refusal_and_a_silent_broker_are_reported(filled: Any, monkeypatch: py
 
 
 def test_what_is_no_data_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(DataDirUnusable, match="no such directory"), attach(tmp_path / "nowhere"):
+    with pytest.raises(DataDirUnusable, match="directory does not exist"), attach(tmp_path / "nowhere"):
         pass
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(DataDirUnusable, match="no journal"), attach(tmp_path, write=True):

@@ -316,7 +316,7 @@ def test_a_table_has_place_finding_and_advice(books: Any, capfd: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("doctor", "--data", "nowhere"), 1, "there is no such directory"),
+        (("doctor", "--data", "nowhere"), 1, "the directory does not exist"),
         (("doctor", "--output", "csv"), 2, "csv"),
         (("doctor", "extra"), 2, "extra"),
     ],

@@ -103,7 +103,7 @@ def test_each_process_that_the_kernel_has_counted_is_claimed_once() -> None:
 
 
 def test_a_kill_is_attributed_to_memory_only_if_the_kernel_reports_it() -> None:
-    assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL (out of memory, or killed by hand)"
+    assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL (out of memory, or killed by a person)"
     assert "out of memory" in describe_exit(-signal.SIGKILL, out_of_memory=True)
     assert "out of memory" not in describe_exit(-signal.SIGKILL, out_of_memory=False)
     assert describe_exit(-signal.SIGSEGV, out_of_memory=True) == "killed by SIGSEGV (segmentation fault)"

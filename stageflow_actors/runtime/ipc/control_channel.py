@@ -1,6 +1,7 @@
-"""What program and node say to each other over their socket pair: length-prefixed msgpack, parent and child only.
+"""Messages between program and node over their socket pair: msgpack with a length prefix.
 
-The node never opens the code in it. Must not be reachable by anybody but the parent: it is an inherited descriptor.
+The node must never unpickle the code in these messages. No other process can reach the socket: the node inherits its
+descriptor from the program.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _LENGTH = struct.Struct("<I")
 
 
 class NodeConfig(Struct, tag="start"):
-    """The first word to a node. `lock_fd` is the inherited lock of the data directory. Paths are bytes, as the system
-    has them: not every name of a file is text."""
+    """The first message to a node. `lock_fd` is the inherited lock of the data directory. Paths are bytes, as in the
+    operating system: a file name need not be valid text."""
 
     data_dir: bytes
     lock_fd: int
@@ -41,7 +42,7 @@ class NodeConfig(Struct, tag="start"):
 
 
 class Register(Struct, tag="register"):
-    """Another workflow on a running node, which answers with `number`."""
+    """Add workflows to a running node, which answers with the same `number`."""
 
     plans: list[WorkflowPlan]
     pools: list[PoolSpec]
@@ -49,22 +50,22 @@ class Register(Struct, tag="register"):
 
 
 class Scale(Struct, tag="scale"):
-    """The number of actors of a queue from now on."""
+    """Set the number of actors of a queue."""
 
     queue: str
     actors: int
 
 
 class Stop(Struct, tag="stop"):
-    """End. `grace`: seconds that stages in work get (None: until they are done); `kill`: do not wait for anything."""
+    """Stop the node. `grace`: seconds for running stages (None: until they end); `kill`: do not wait at all."""
 
     grace: float | None = None
     kill: bool = False
 
 
 class Report(Struct, tag="report"):
-    """From the node. `kind` names an error's type; `word` is `ready`, `failed`, `registered`, `scaled` (by a client in
-    another process), `notice` or `stopped`."""
+    """A message from the node. `word` is `ready`, `failed`, `registered`, `scaled` (by a client in another process),
+    `notice` or `stopped`; `kind` is the class name of an error, `fields` its attributes."""
 
     word: str
     text: str = ""
@@ -72,7 +73,7 @@ class Report(Struct, tag="report"):
     fields: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        # It may name a file, and not every name of one can be sent as text.
+        # The text may contain a file name that is not valid text, which msgpack would refuse.
         self.text = self.text.encode(errors="backslashreplace").decode()
 
 
@@ -89,17 +90,17 @@ class Channel:
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """To be polled."""
+        """Return the descriptor to poll."""
         return self.connection.fileno()
 
     def send(self, message: Command | Report) -> None:
-        """Raises `OSError` when the other side is gone."""
+        """Send a message. Raises `OSError` if the other side has closed."""
         data = msgspec.msgpack.encode(message)
         with self._lock:
             self.connection.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self) -> Command | Report | None:
-        """The next message, waiting for it; None when the other side is gone."""
+        """Wait for the next message and return it; None if the other side has closed."""
         head = self._read(_LENGTH.size)
         if head is None:
             return None
@@ -107,7 +108,7 @@ class Channel:
         return None if data is None else _commands.decode(data)
 
     def close(self) -> None:
-        """Let go of it; a `receive` in another thread returns None."""
+        """Close this end; a `receive` that waits in another thread returns None."""
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -1,7 +1,7 @@
-"""What a worker is sent at its birth: the code it runs and the data it routes by.
+"""Pool specifications: the code that workers run, and the plan by which they route.
 
-Code travels as one opaque blob made by `definition.pickling` in the program and opened in the worker, and nowhere
-between: the node and the zygote pass it on unread.
+Code travels as one opaque blob: `definition.pickling` writes it in the program and the worker reads it. The node and
+the zygote must pass it on without unpickling it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,15 @@ __all__ = [
 
 @dataclass
 class StageCode:
-    """The code of one place of one version: pickled whole.
+    """The code of one place of one version, pickled as a whole.
 
-    `place` is its id in the plan; `stage` its handler and options, None for a place without one; `parts` what a
-    parallel, branch, map or signal stage needs beyond that, by name; `retry` what decides on failures there.
+    Attributes:
+        place: The id of the place in the plan.
+        stage: Its handler and options; None for a place without a handler.
+        parts: Functions and options of a parallel, branch, map or signal stage, by name.
+        factories: The factories of the services that the handler takes, by parameter name.
+        interceptors: The interceptors around each attempt.
+        retry: The policy that decides on failures at this place.
     """
 
     workflow_id: str
@@ -68,7 +73,10 @@ class StageCode:
 
 @dataclass
 class CompensationCode:
-    """The code of all compensations of one version: pickled whole. `items` are the types of what map stages undo."""
+    """The code of all compensations of one version, pickled as a whole.
+
+    `items` holds the item type that the compensation of each map stage takes, by stage id.
+    """
 
     workflow_id: str
     version: int
@@ -80,7 +88,7 @@ class CompensationCode:
 
 
 class VersionCode(Struct):
-    """What one version of a workflow has run at a queue: the code, opaque to the node, and the plan it routes by."""
+    """One version of a workflow at a queue: its code, which the node never opens, and its plan."""
 
     version: int
     code: bytes
@@ -88,10 +96,25 @@ class VersionCode(Struct):
 
 
 class PoolSpec(Struct):
-    """One pool as the node starts it. `programs` are those of each registered version that has a place at the queue,
-    the latest last. `concurrency` messages are in work at once per worker, `most` in all (0: any number); `max_deaths`
-    is how many worker deaths a message may cause (0: any number), `max_memory` how many bytes a worker may use (0: any
-    number)."""
+    """One pool as the node starts it.
+
+    Attributes:
+        queue: The queue that its workers consume.
+        workflow_id: The workflow of the queue; `endpoint` for an endpoint.
+        stage_id: The stage, or the endpoint; empty for compensations.
+        kind: `stage`, `compensation` or `endpoint`.
+        actors: Number of workers.
+        env: Environment variables that are added for each worker.
+        programs: The code of each registered version that has a place at the queue, the latest last.
+        max_tasks: Messages after which a worker is replaced; 0 for no limit.
+        evidence: True if the coordinator takes over when a message causes too many worker deaths, so that its dead
+            letter cannot be requeued; False if the dead letter waits for a person.
+        max_length: Messages that may wait in the queue; 0 for no limit.
+        concurrency: Messages in work at once in one worker.
+        most: Messages in work at once in the pool; 0 for no limit.
+        max_deaths: Worker deaths that one message may cause; 0 for any number.
+        max_memory: Bytes of memory that a worker may use; 0 for no limit.
+    """
 
     queue: str
     workflow_id: str
@@ -110,7 +133,7 @@ class PoolSpec(Struct):
 
 
 class WorkerPayload(Struct):
-    """What one worker process is given."""
+    """The start parameters of one worker process, sent through the zygote."""
 
     address: str
     peer: int
@@ -136,7 +159,7 @@ def pool_specs(
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
 ) -> list[PoolSpec]:
-    """The pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be sent to a process."""
+    """Return the pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be pickled."""
     specs = []
     for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
@@ -191,9 +214,10 @@ def pool_specs(
 
 
 def merge_pools(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
-    """One pool for each queue: versions of a workflow share theirs, on the latest's terms and with the most actors.
+    """Return one pool per queue: the versions of a workflow share pools.
 
-    The places that versions have at a queue need not be the same, nor of one kind.
+    A shared pool has the options of the latest version, and the largest number of actors of all versions. The places of
+    the versions at a queue need not be the same place, nor of one kind.
     """
     by_queue: dict[str, list[PoolSpec]] = {}
     for spec in specs:
@@ -211,7 +235,7 @@ def merge_pools(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
 
 
 def limit_concurrency(place: StagePlan, most: int | None) -> tuple[int, int]:
-    """Actors and concurrency of a place, so that no more than `most` messages are in work there at once."""
+    """Return actors and concurrency of a place, reduced so that at most `most` messages are in work at once."""
     concurrency = place.concurrency if place.kind in (STAGE, ITEM, ENDPOINT) else 1
     if most is None or place.actors * concurrency <= most:
         return place.actors, concurrency
@@ -228,7 +252,7 @@ def endpoint_spec(
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
 ) -> PoolSpec:
-    """The pool that serves an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
+    """Return the pool of an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
     missing = sorted(stage.services - set(services))
     if missing:
         raise WorkflowDefinitionError(
@@ -258,16 +282,16 @@ def endpoint_spec(
 def endpoint_code(
     stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
 ) -> tuple[StageCode, WorkflowPlan]:
-    """The program of an endpoint, without interceptors, and the plan of which it is the only place.
+    """Return the code of an endpoint, without interceptors, and a plan with the endpoint as its only place.
 
-    Raises `WorkflowDefinitionError` for options that say something of a workflow, which an endpoint has none of.
+    Raises `WorkflowDefinitionError` for options that only stages of a workflow may have.
     """
     misplaced = {"required": not stage.required, "after": stage.after, "when": stage.when, "ttl": stage.ttl}
     for option, given in misplaced.items():
         if given:
             raise WorkflowDefinitionError(
-                f"endpoint {stage.id!r}: {option} is for the stages of a workflow; whoever asks an endpoint says in "
-                "request(..., timeout=...) how long an answer is waited for"
+                f"endpoint {stage.id!r} cannot have {option}, which only stages of a workflow have: remove it; the "
+                "caller sets how long it waits for an answer with request(..., timeout=...)"
             )
     place = StagePlan(
         stage.id,
@@ -288,7 +312,7 @@ def endpoint_code(
 
 
 def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:
-    """The program of each place that workers embody, without the services' factories."""
+    """Yield the code of each place that has a pool, without the factories of services."""
     current = {stage.id: stage for stage in workflow.stages}
     steps = {step.id: step for step in workflow.steps}
     for planned in plan.stages:
@@ -308,7 +332,7 @@ def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[S
 
 
 def compensated_item_types(workflow: Workflow[Any]) -> dict[str, Any]:
-    """The type of an item as the compensation of each map stage takes it, by stage id."""
+    """Return the item type that the compensation of each map stage takes, by stage id."""
     return {
         step.id: first_parameter_type(stage.compensation.spec.function)
         for step in workflow.steps
@@ -319,13 +343,13 @@ def compensated_item_types(workflow: Workflow[Any]) -> dict[str, Any]:
 
 
 def _types_of(program: StageCode) -> list[type[Any]]:
-    """The types beside the context that values travel as."""
+    """Return the classes, other than the context, that values of this place are decoded to."""
     hints = [program.parts.get("item_type"), program.parts.get("result_type")]
     return [kind for hint in hints for kind in classes_in(hint)]
 
 
 def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
-    """The user's functions in a step, and no more: what they close over travels with them."""
+    """Return only the user's functions of a step: everything that they close over is pickled with them."""
     if isinstance(step, Parallel):
         return {"merge": step.merge}
     if isinstance(step, Branch):

@@ -29,19 +29,20 @@ class StopNotes:
         self._next = time.monotonic() + FIRST_NOTE_SECONDS
 
     def wait_for(self, what: Callable[[], str]) -> None:
-        """Send a note if one is due; `what` describes the cause, or returns an empty text if there is none to name."""
+        """Send a note if one is due; `what` returns a description of the cause, or an empty text if there is none."""
         if time.monotonic() < self._next:
             return
         words = what()
         if words:
             self._next = time.monotonic() + NOTE_INTERVAL_SECONDS
             self._notify(
-                f"stopping waits for {words}; Ctrl-C ends all at once, and what is unfinished goes on at the next start"
+                f"the stop waits for {words}; Ctrl-C kills all workers now, and unfinished instances continue at the "
+                "next start"
             )
 
 
 def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
-    """Return a description of the messages in work, by queue; `now` is monotonic, in ns."""
+    """Return a description of the messages in work, by queue; `now` is `CLOCK_MONOTONIC` in nanoseconds."""
     found = []
     for queue, theirs in list(lanes.items()):
         since = [state.since_ns for state in (lane.read() for lane in theirs) if state.is_busy]
@@ -50,16 +51,16 @@ def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
     words = [text for _, text in sorted(found)]
     more = f" and {pluralize(len(words) - MAX_QUEUES_NAMED, 'more queue')}" if len(words) > MAX_QUEUES_NAMED else ""
     return (
-        f"what is in work: {', '.join(words[:MAX_QUEUES_NAMED])}{more}"
+        f"running handlers: {', '.join(words[:MAX_QUEUES_NAMED])}{more}"
         if words
-        else "what workers have not settled yet"
+        else "messages that workers have not settled yet"
     )
 
 
 def describe_unresponsive(what: str, pid: int) -> str:
     """Return a description of a process that does not answer."""
     if is_stopped(pid):
-        return f"{what} (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on"
+        return f"{what} (process {pid}), which is stopped: `kill -CONT {pid}` resumes it"
     return f"{what} (process {pid}), which does not answer"
 
 

@@ -1,8 +1,8 @@
-"""Processes, directories and limits of the operating system. Knows nothing of workflows.
+"""Processes, directories and limits of the operating system. This package must not know workflows.
 
 ================  ====================================================================
-`processes`       how a process ended, and whether it still lives
+`processes`       kills processes, waits for their exit, describes it
 `data_dir`        the data directory: its files, its lock, and the private socket directory
-`restart_limit`   how often something may restart within a period
+`restart_limit`   the number of restarts allowed within a period
 ================  ====================================================================
 """

@@ -1,8 +1,8 @@
-"""The data directory: where the journal, the history and the lock of one cluster lie, and who owns it.
+"""The data directory: holds the journal, the history and the lock of one cluster, and records its processes.
 
-The lock is an `flock` whose descriptor is handed on to every process of the cluster, so that it is free only when
-the last of them has ended: nobody starts on a journal that a straggler of the old cluster may still write.
-This module never reads a journal or a history.
+The lock is an `flock` whose descriptor every process of the cluster inherits, so that it is free only when the last of
+them has ended: no cluster can start on a journal that a remaining process of the previous cluster may still write.
+This module must not read a journal or a history.
 """
 
 from __future__ import annotations
@@ -42,25 +42,27 @@ NETWORK_FILE_SYSTEMS = frozenset(
     "fuse.mfsmount fuse.rclone fuse.s3fs fuse.seaweedfs fuse.smbnetfs fuse.sshfs gfs gfs2 gfarm glusterfs gpfs lustre "
     "ncp ncpfs nfs nfs4 ocfs2 orangefs panfs pvfs2 quobyte smb2 smb3 smbfs wekafs".split()
 )
-"""Types, as in /proc/mounts, on which locks, shared memory or syncs of several processes cannot be relied upon."""
+"""Types, as in /proc/mounts, on which locks, shared memory or syncs are not reliable between processes."""
 
 SHARED_FOLDERS = frozenset({"fuse.vmhgfs-fuse", "prl_fs", "vboxsf", "vmhgfs"})
-"""Types of what a hypervisor shows its guests of the host's files: no better."""
+"""Types of the folders that a hypervisor shares with its guests: as unreliable as a network file system."""
 
 LOCAL_FUSE = frozenset(
     "fuse.bindfs fuse.encfs fuse.fuse-overlayfs fuse.gocryptfs fuse.mergerfs fuse.unionfs fuse.unionfs-fuse".split()
 )
-"""Those of the types `fuse.*` that lie on a local disk: what one that is not known does with a sync, nobody can say."""
+"""The types `fuse.*` that store files on a local disk. Any other FUSE file system is refused: it may ignore a sync."""
 
 _JOURNAL = "journal"
 _HISTORY = "history.db"
-_ADVICE = "no release makes it like that: look what it is, and move it away"
+_ADVICE = "no version of stageflow creates it in this form: check what it is, and move it away"
 _MAX_SOCKET_PATH_BYTES = 107
+"""Limit of the kernel for the path of a Unix socket: `sun_path` has 108 bytes with the final zero."""
 _MAX_SOCKET_NAME_BYTES = 24
+"""Longest name of a socket in the socket directory."""
 
 
 class DataDirUnusable(StageFlowError):
-    """The data directory, or the private directory of the sockets, cannot be used; `path` is which."""
+    """The data directory or the private socket directory cannot be used; `path` is that directory."""
 
     def __init__(self, message: str, *, path: Path) -> None:
         super().__init__(message)
@@ -68,10 +70,14 @@ class DataDirUnusable(StageFlowError):
 
 
 class ClusterRecord(Struct, kw_only=True, frozen=True):
-    """Who serves a data directory (cluster.json).
+    """The cluster that runs on a data directory, as recorded in cluster.json.
 
-    `program` and `node` are process ids, `program_ticks` the program's start in clock ticks since boot (with the
-    pid it names one process), `address` the broker's, `started` seconds since the Unix epoch.
+    Attributes:
+        program: Process id of the program.
+        program_ticks: Start of the program in clock ticks since boot; together with the pid it identifies one process.
+        node: Process id of the node.
+        address: Address of the broker.
+        started: Seconds since the Unix epoch.
     """
 
     program: int
@@ -81,16 +87,16 @@ class ClusterRecord(Struct, kw_only=True, frozen=True):
     started: float = 0.0
 
     def is_program_alive(self) -> bool:
-        """Whether that very program still runs."""
+        """Return True if the recorded program still runs, and not another process with its pid."""
         ticks = start_ticks(self.program)
         return ticks is not None and self.program_ticks in (None, ticks)
 
 
 class DataDir:
-    """A data directory that exists, is private if it is new, and lies on a local disk."""
+    """A data directory that exists, is private if this class created it, and lies on a local disk."""
 
     def __init__(self, path: Path | str, *, create: bool = True) -> None:
-        """Makes the directory (mode 0700) if there is none. Raises `DataDirUnusable`, also for a network disk."""
+        """Create the directory (mode 0700) if it is missing. Raises `DataDirUnusable`, also for a network disk."""
         self.path = Path(path).absolute()
         try:
             if create:
@@ -99,9 +105,9 @@ class DataDir:
         except OSError as error:
             raise self._unusable(error.strerror or str(error)) from error
         if not self.path.is_dir():
-            raise self._unusable("there is no such directory; is --data right?")
+            raise self._unusable("the directory does not exist; check --data")
         if not usable:
-            raise self._unusable("it may not be read and written by this user")
+            raise self._unusable("this user has no permission to read and write it")
         _check_local_disk(self.path)
         self._lock_fd: int | None = None
 
@@ -112,32 +118,32 @@ class DataDir:
 
     @property
     def history(self) -> Path:
-        """The file of finished instances."""
+        """The SQLite database of finished instances."""
         return self.path / _HISTORY
 
     @property
     def lock(self) -> Path:
-        """The lock file. It is never removed: two clusters could each hold a lock on a file of that name."""
+        """The lock file. It is never removed: otherwise two clusters could each lock a file of this name."""
         return self.path / "lock"
 
     @property
     def cluster(self) -> Path:
-        """The file that says who serves this directory."""
+        """The file that records the cluster running on this directory."""
         return self.path / "cluster.json"
 
     @property
     def lock_fd(self) -> int:
-        """The descriptor that holds the lock, to be passed on (`pass_fds`). Raises `RuntimeError` without one."""
+        """The descriptor that holds the lock, for `pass_fds`. Raises `RuntimeError` before `acquire` or `adopt`."""
         if self._lock_fd is None:
-            raise RuntimeError(f"{self.path} has not been acquired")
+            raise RuntimeError(f"the lock of {self.path} is not held: call acquire() or adopt() first")
         return self._lock_fd
 
     def acquire(self, program_pid: int, wait: float = 5.0) -> int:
-        """Takes the directory for `program_pid`, and returns the lock's descriptor.
+        """Lock the directory for `program_pid`, record it, and return the descriptor of the lock.
 
-        If the program that has it is dead, waits up to `wait` seconds for the rest of its cluster to end. Raises
-        `JournalLocked` if it lives, or if something of it is left after that; `DataDirUnusable` if what is there
-        under the names of the lock and the record cannot be used.
+        If the recorded program has ended, waits up to `wait` seconds until the other processes of its cluster have
+        ended too. Raises `JournalLocked` if that program runs, or if one of its processes still holds the lock after
+        `wait` seconds; `DataDirUnusable` if the lock or the record cannot be opened or written.
         """
         try:
             fd = _open_private(self.lock)
@@ -146,17 +152,17 @@ class DataDir:
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(fd):
-                # Read each time: a new owner writes its name only after it has the lock.
+                # Read in each round: a new owner writes the record only after it has the lock.
                 owner = self.read_cluster()
                 if owner is not None and owner.is_program_alive():
                     raise JournalLocked(
-                        f"{self.path} is in use by the program with pid {owner.program}; use "
-                        f"Runtime.connect({str(self.path)!r}) to work with it from here, or another data_dir",
+                        f"{self.path} is in use by the program with pid {owner.program}; connect to its cluster with "
+                        f"Runtime.connect({str(self.path)!r}), or use another data_dir",
                         data_dir=str(self.path),
                         pid=owner.program,
                     )
                 if time.monotonic() >= deadline:
-                    raise self._still_held(owner, wait)
+                    raise self._remaining_processes_error(owner, wait)
                 time.sleep(0.02)
         except BaseException:
             os.close(fd)
@@ -173,25 +179,25 @@ class DataDir:
         return fd
 
     def adopt(self, lock_fd: int) -> None:
-        """Takes over a lock that was inherited from the process that acquired it."""
+        """Take over the lock that this process inherited from the process that acquired it."""
         self._lock_fd = lock_fd
 
     def release(self) -> None:
-        """Closes this process's descriptor; the lock is free when all who inherited it have ended or released."""
+        """Close this process's descriptor. The lock is free when no process holds an inherited copy of it."""
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
 
     def is_empty_or_used(self) -> bool:
-        """Whether a cluster has been here, or nothing has: any other directory is somebody else's."""
+        """Return True if a cluster has used the directory or it is empty; False if it holds only other files."""
         if self.journal.is_dir() or self.history.is_file() or self.cluster.is_file():
             return True
         return {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
 
     def read_cluster(self) -> ClusterRecord | None:
-        """Who serves the directory, or None if nobody is on record. The record may be of a cluster that has ended.
+        """Return the record of the cluster, or None. The recorded cluster may have ended.
 
-        One that cannot be read, or says what no runtime has written, is no record.
+        A record that cannot be decoded counts as missing.
         """
         try:
             return msgspec.json.decode(self.cluster.read_bytes(), type=ClusterRecord)
@@ -199,7 +205,7 @@ class DataDir:
             return None
 
     def write_cluster(self, record: ClusterRecord) -> None:
-        """Replaces the record at once: a reader sees the old one or the new one."""
+        """Replace the record atomically: a reader sees the old one or the new one."""
         draft = self.cluster.with_suffix(f".{os.getpid()}.new")
         with open(_open_private(draft), "wb") as file:
             file.truncate()
@@ -211,11 +217,11 @@ class DataDir:
             raise
 
     def remove_cluster(self) -> None:
-        """Takes the record away at the end of a graceful stop."""
+        """Remove the record, at the end of a graceful stop."""
         self.cluster.unlink(missing_ok=True)
 
     def holders(self) -> list[int]:
-        """The processes that have the lock file open, as far as this user may see."""
+        """Return the processes that have the lock file open, as far as this user has permission to see them."""
         found = []
         for name in filter(str.isdecimal, os.listdir("/proc")):
             try:
@@ -223,22 +229,22 @@ class DataDir:
                     if any(self._is_lock(each.path) for each in open_files):
                         found.append(int(name))
             except OSError:
-                continue  # ended meanwhile, or another user's
+                continue  # it has just ended, or belongs to another user
         return sorted(set(found) - {os.getpid()})
 
     def _is_lock(self, descriptor: str) -> bool:
         try:
             return os.path.samefile(descriptor, self.lock)
         except OSError:
-            return False  # closed meanwhile: whoever starts up opens and closes many
+            return False  # it has just been closed
 
-    def _still_held(self, owner: ClusterRecord | None, wait: float) -> JournalLocked:
+    def _remaining_processes_error(self, owner: ClusterRecord | None, wait: float) -> JournalLocked:
         pids = self.holders()
         who = f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another process"
-        before = f"the program {owner.program} that used it has ended, but " if owner is not None else ""
+        before = f"its program, {owner.program}, has ended, but " if owner is not None else ""
         return JournalLocked(
-            f"{self.path} is in use: {before}{who} still held it after {wait:g} s; end what is left, and start again "
-            "(Runtime.connect is for a cluster whose program lives)",
+            f"{self.path} is in use: {before}{who} still held its lock after {wait:g} s; kill what remains, and start "
+            "again (Runtime.connect needs a cluster whose program runs)",
             data_dir=str(self.path),
             pid=pids[0] if pids else None,
         )
@@ -248,11 +254,11 @@ class DataDir:
 
 
 _ACQUIRED: weakref.WeakSet[DataDir] = weakref.WeakSet()
-"""Directories that this process has acquired itself."""
+"""The directories that this process itself has acquired."""
 
 
 def _release_in_child() -> None:
-    """What a program forks for itself is no part of its cluster, and may outlive both."""
+    """Release the locks in a process that the program forks: it is no part of the cluster, and may outlive it."""
     for data_dir in list(_ACQUIRED):
         data_dir.release()
 
@@ -261,7 +267,7 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _make_private(path: Path) -> None:
-    """Makes the directory with mode 0700, and its parents with what the umask leaves and their owner needs."""
+    """Create the directory with mode 0700, and missing parents with the umask's mode plus access for their owner."""
     if path.is_dir():
         return
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -277,11 +283,11 @@ def _make_private(path: Path) -> None:
         if not path.is_dir():
             raise
     else:
-        path.chmod(0o700)  # whatever the umask has taken away
+        path.chmod(0o700)  # independent of the umask
 
 
 def _open_private(path: Path) -> int:
-    """A descriptor for reading and writing; a file that it makes is its owner's, whatever the umask takes away."""
+    """Open the file for reading and writing; a new file gets mode 0600, independent of the umask."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if os.fstat(fd).st_mode & 0o600 != 0o600:
         os.fchmod(fd, 0o600)
@@ -299,14 +305,14 @@ def _try_lock(fd: int) -> bool:
 
 
 def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
-    """(type, mount point) of the file system that holds `path`, from the text of /proc/mounts."""
+    """Return (type, mount point) of the file system that holds `path`; `mounts` is the text of /proc/mounts."""
     best = ("", "")
     for line in mounts.splitlines():
         fields = line.split(" ")
         if len(fields) < 3:
             continue
         mount = _unescape(fields[1])
-        # A later mount on the same point covers the earlier one.
+        # A later mount on the same point hides the earlier one.
         if len(mount) >= len(best[1]) and path.is_relative_to(mount):
             best = (fields[2], mount)
     return best
@@ -323,54 +329,54 @@ def _check_local_disk(path: Path, mounts: str | None = None) -> None:
         try:
             mounts = Path("/proc/self/mounts").read_text(errors="surrogateescape")
         except OSError:
-            return  # no /proc: nothing is known, and nothing can be said
-    # The journal and the history may be links, or mounts of their own.
+            return  # without /proc the type is unknown, and the directory is accepted
+    # Journal and history may be links, or mount points themselves.
     for what, part in (("data directory", path), ("journal", path / _JOURNAL), ("history", path / _HISTORY)):
         if not os.path.lexists(part):
             continue
         kind, mount = file_system_of(Path(os.path.realpath(part)), mounts)
-        on = _nonlocal_kind(kind)
-        if on:
+        description = _nonlocal_kind(kind)
+        if description:
             raise DataDirUnusable(
-                f"the {what} {part} lies on {on} ({kind}, mounted at {mount}), where locks and syncs are not "
-                "reliable; choose a data_dir on a local disk and copy results from there",
+                f"the {what} {part} lies on {description} ({kind}, mounted at {mount}), where locks and syncs are not "
+                "reliable; use a data_dir on a local disk and copy results from there",
                 path=part,
             )
 
 
 def _nonlocal_kind(kind: str) -> str:
-    """What else a file system of this type is; empty for a local one."""
+    """Return a description of a file system type that is not local; empty for a local one."""
     if kind in NETWORK_FILE_SYSTEMS:
         return "a network file system"
     if kind in SHARED_FOLDERS:
         return "a shared folder of a virtual machine's host"
     if (kind == "fuse" or kind.startswith("fuse.")) and kind not in LOCAL_FUSE:
-        return "a FUSE file system that is not known to be local"
+        return "a FUSE file system that is not in the list of local ones"
     return ""
 
 
 def runtime_dir(data_dir: Path) -> Path:
-    """The private directory (mode 0700) of the sockets that belong to `data_dir`; made if there is none.
+    """Return the private socket directory (mode 0700) of `data_dir`; create it if it is missing.
 
-    It lies below `$XDG_RUNTIME_DIR` or the directory for temporary files, because a socket's path may have 107
-    bytes at most. Always the same for the same data directory. Raises `DataDirUnusable` if what lies there is not
-    this user's alone.
+    It lies below `$XDG_RUNTIME_DIR` or the directory for temporary files, because the path of a socket may have at most
+    107 bytes. It is always the same for the same data directory. Raises `DataDirUnusable` if other users have access to
+    it.
     """
     path = runtime_path(data_dir)
     try:
         path.mkdir(mode=0o700)
-        path.chmod(0o700)  # whatever the umask has taken away
+        path.chmod(0o700)  # independent of the umask
     except FileExistsError:
         pass
     except OSError as error:
-        raise DataDirUnusable(f"cannot make the sockets' directory {path}: {error.strerror}", path=path) from error
+        raise DataDirUnusable(f"the socket directory {path} cannot be created: {error.strerror}", path=path) from error
     _check_private(path)
     return path
 
 
 def runtime_path(data_dir: Path) -> Path:
-    """Where `runtime_dir` is, whether it is there or not. Raises `DataDirUnusable` if there is no place for it."""
-    # The user's number is part of the name: in a shared /tmp two users may each have a /data of their container.
+    """Return the path of `runtime_dir`, which need not exist. Raises `DataDirUnusable` if no base directory fits."""
+    # The name contains the user id: in a shared /tmp, two users may each have a /data in their container.
     digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
     name = f"stageflow-{os.geteuid()}-{digest}"
     return _runtime_base(len(name)) / name
@@ -378,20 +384,20 @@ def runtime_path(data_dir: Path) -> Path:
 
 def _runtime_base(name_length: int) -> Path:
     candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    room = _MAX_SOCKET_PATH_BYTES - _MAX_SOCKET_NAME_BYTES - name_length - 2
+    max_bytes = _MAX_SOCKET_PATH_BYTES - _MAX_SOCKET_NAME_BYTES - name_length - 2
     for candidate in candidates:
-        fits = candidate and len(os.fsencode(candidate)) <= room
+        fits = candidate and len(os.fsencode(candidate)) <= max_bytes
         if fits and os.access(candidate, os.W_OK | os.X_OK) and _is_protected(candidate):
             return Path(candidate)
     raise DataDirUnusable(
-        f"there is no writable directory for sockets among {', '.join(filter(None, candidates))} with a path of at "
-        f"most {room} bytes in which nobody else can replace what is there; set XDG_RUNTIME_DIR to one",
+        f"no directory is suitable for sockets: tried {', '.join(filter(None, candidates))}; set XDG_RUNTIME_DIR to a "
+        f"writable directory with a path of at most {max_bytes} bytes, in which other users cannot replace files",
         path=Path(candidates[-1]),
     )
 
 
 def _is_protected(directory: str) -> bool:
-    """Whether nobody but this user can rename or remove what this user makes there, and put another in its place."""
+    """Return True if no other user can rename, remove or replace what this user creates in the directory."""
     found = os.stat(directory)
     if found.st_uid not in (0, os.geteuid()):
         return False
@@ -403,13 +409,13 @@ def _check_private(path: Path) -> None:
     if not reason:
         return
     raise DataDirUnusable(
-        f"the sockets' directory {path} is not private: {reason}; remove it, or set XDG_RUNTIME_DIR to a private "
+        f"the socket directory {path} is not private: {reason}; remove it, or set XDG_RUNTIME_DIR to a private "
         "directory",
         path=path,
     )
 
 
 def remove_runtime_dir(path: Path) -> None:
-    """Removes a directory that `runtime_dir` made, with the sockets in it; once everything has stopped."""
+    """Remove a directory that `runtime_dir` created, with its sockets; only after the whole cluster has stopped."""
     if path.name.startswith("stageflow-"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Deaths of processes: to cause them, to wait for them, to be told of them. Linux only.
+"""Processes: kill them, wait for their exit, describe it. Linux only.
 
-A process is held by a pidfd, never by its number alone: numbers are used again. This module knows nothing of
-workers' work, and never ends a process that it was not handed.
+A pidfd identifies a process, never its number alone, because the kernel assigns numbers again. This module does not
+know what workers do, and must never kill a process other than those that the caller passes and what these started.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 MAX_KILL_ROUNDS = 100
-"""Looks through the process table for what is to be killed: whoever kills has others to look after."""
+"""Scans of the process table per kill. The limit keeps a process that forks without end from blocking the caller."""
 
 OOM_SCORE_INCREASE = 300
-"""Thousandths of the machine's memory by which a worker looks larger to the kernel than it is: a broker with a million
-messages is still less worth ending."""
+"""Added to a worker's `oom_score_adj`, in thousandths of the machine's memory: the kernel's OOM killer then chooses a
+worker before a broker that holds a million messages."""
 
 _SIGNAL_WORDS = {
     signal.SIGSEGV: "segmentation fault",
@@ -48,16 +48,17 @@ _SIGNAL_WORDS = {
     signal.SIGABRT: "abort",
     signal.SIGFPE: "arithmetic error",
     signal.SIGILL: "illegal instruction",
-    signal.SIGKILL: "out of memory, or killed by hand",
-    signal.SIGTERM: "asked to end",
-    signal.SIGXCPU: "CPU time limit",
+    signal.SIGKILL: "out of memory, or killed by a person",
+    signal.SIGTERM: "termination request",
+    signal.SIGXCPU: "CPU time limit reached",
 }
 
 
 def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
-    """How a process ended, in words. `status` as in `subprocess`: an exit code, or minus the signal's number.
+    """Return a description of how a process ended.
 
-    `out_of_memory`: whether the kernel has killed a process for want of memory at about that time; None if unknown.
+    `status` is as in `subprocess`: an exit code, or minus the number of a signal. `out_of_memory` is True if the
+    kernel's OOM killer ran at about that time, None if that is unknown.
     """
     if status >= 0:
         return f"exit code {status}"
@@ -67,40 +68,40 @@ def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
         return f"killed by signal {-status}"  # a real-time signal
     words = _SIGNAL_WORDS.get(which)
     if which == signal.SIGKILL and out_of_memory is not None:
-        words = "out of memory: the kernel chose it" if out_of_memory else "by somebody: no memory was wanting"
+        words = "by the kernel's OOM killer: out of memory" if out_of_memory else "not by the kernel's OOM killer"
     return f"killed by {which.name} ({words})" if words else f"killed by {which.name}"
 
 
 def exit_now(code: int, words: str = "", stream: TextIO | None = None) -> NoReturn:
-    """End this process, with `words` on stderr: whatever has become of its streams, and whatever threads are left."""
+    """Exit this process at once, with `words` on stderr: works with closed streams and with running threads."""
     try:
         stream = stream or sys.stderr
         stream.write(words)
         stream.flush()
     except (OSError, ValueError, AttributeError):
-        pass  # closed, or taken away, by a handler
+        pass  # a handler closed or removed the stream
     os._exit(code)
 
 
 def has_exited(pidfd: int) -> bool:
-    """Whether the process has ended, be it reaped or not."""
+    """Return True if the process has ended, reaped or not."""
     return wait_dead(pidfd, 0)
 
 
 def wait_dead(pidfd: int, timeout: float | None) -> bool:
-    """Waits until the process has ended, at most `timeout` seconds (None: for ever); whether it has."""
+    """Wait at most `timeout` seconds (None: without limit) for the process; return True if it has ended."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0.0, timeout) * 1000))
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether somebody has stopped the process (SIGSTOP, a debugger): it does nothing until it is let go on."""
-    return _stat(str(pid))[:1] in ([b"T"], [b"t"])
+    """Return True if the process is stopped (SIGSTOP, a debugger): it does nothing until it receives SIGCONT."""
+    return _read_stat(str(pid))[:1] in ([b"T"], [b"t"])
 
 
 def resume_process(pid: int) -> None:
-    """Undoes SIGSTOP; nothing happens to a process that is not stopped."""
+    """Send SIGCONT to the process if it is stopped."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -113,22 +114,22 @@ def resume_process(pid: int) -> None:
 
 
 def kill_group(pid: int, pidfd: int) -> None:
-    """SIGKILLs the process, its process group, everything else in the session that it leads, and what it has started.
+    """Send SIGKILL to the process, its group, the session that it leads, and all its descendants.
 
-    A process that has left the session is found only while all between it and the worker live: a daemon outlives.
-    Returns at once; `wait_dead` tells when the process itself is gone. Nothing happens to strangers that were given
-    the same number after the process had ended and been reaped.
+    A descendant that has left the session is found only while all processes between it and `pid` live: a daemon
+    survives. Returns at once; `wait_dead` waits for the end of the process itself. If the process has been reaped and
+    its number belongs to another process, that process is not killed.
     """
     kill_groups([(pid, pidfd)])
 
 
 def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
-    """`kill_group` for several `(pid, pidfd)`, looking through the process table once."""
+    """Do `kill_group` for several `(pid, pidfd)`, with one scan of the process table for all of them."""
     sessions: set[int] = set()
     for pid, pidfd in processes:
         if not _is_unreaped(pidfd):
-            # The leader is gone for good. Its number is taken only while members of its session remain, unless a
-            # stranger carries it by now.
+            # The leader has been reaped. Its number stays reserved while members of its session remain; if the number
+            # is in use, it belongs to an unrelated process.
             if not os.path.exists(f"/proc/{pid}"):
                 sessions.add(pid)
             continue
@@ -138,34 +139,34 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
                 sessions.update(_sessions_of(descendants(pid)))
                 os.killpg(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
-            pass  # it has just gone, or its group consists of what we may not touch
+            pass  # it has just ended, or we have no permission for any process of its group
         _send(pidfd, signal.SIGKILL)
     if sessions:
         _kill_sessions(sessions)
 
 
 def _kill_sessions(sessions: set[int]) -> None:
-    """What a handler started in process groups of its own; again while there are new ones, because they may fork.
+    """Kill all process groups of these sessions; repeat while new processes appear, because they may fork.
 
-    Each group is killed at one stroke, as soon as a member of it is seen: those that fork all the time would otherwise
-    be more with each look. The number of a group is not given to another within that moment.
+    A whole group is killed as soon as one member of it is found: processes that fork continuously would otherwise be
+    more at each scan. The kernel does not assign the number of a group again within that moment.
     """
     killed: set[int] = set()
     for _ in range(MAX_KILL_ROUNDS):
         seen: set[int] = set()
-        for pid, group in _living(sessions):
+        for pid, group in _live_members(sessions):
             seen.add(pid)
             try:
                 os.killpg(group, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                pass  # it has just gone, or may not be touched
+                pass  # it has just ended, or we have no permission
         if seen <= killed:
             return
         killed |= seen
 
 
 def _sessions_of(pids: Iterable[int]) -> Iterator[int]:
-    """The sessions of what a worker has started: its own, or made since."""
+    """Yield the session of each of these processes: the worker's, or one that a process created itself."""
     for pid in pids:
         try:
             yield os.getsid(pid)
@@ -175,7 +176,7 @@ def _sessions_of(pids: Iterable[int]) -> Iterator[int]:
 
 def _is_unreaped(pidfd: int) -> bool:
     try:
-        signal.pidfd_send_signal(pidfd, 0)  # nought is no signal, only a question
+        signal.pidfd_send_signal(pidfd, 0)  # signal 0 only checks
     except ProcessLookupError:
         return False
     return True
@@ -189,21 +190,21 @@ def _send(pidfd: int, which: signal.Signals) -> None:
 
 
 def session_members(sessions: set[int]) -> list[int]:
-    """The living processes of these sessions."""
-    return [pid for pid, _ in _living(sessions)]
+    """Return the live processes of these sessions."""
+    return [pid for pid, _ in _live_members(sessions)]
 
 
-def _living(sessions: set[int]) -> Iterator[tuple[int, int]]:
-    """(process, its group) of each that lives in one of these sessions, as it is found."""
+def _live_members(sessions: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield (process, its group) for each live process of these sessions, during the scan."""
     for name in os.listdir("/proc"):
-        fields = _stat(name) if name.isdecimal() else []
-        # Zombies are dead already.
+        fields = _read_stat(name) if name.isdecimal() else []
+        # A zombie has ended already.
         if fields and int(fields[3]) in sessions and fields[0] not in (b"Z", b"X"):
             yield int(name), int(fields[2])
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that `pid` has started, and theirs; none where the kernel does not say."""
+    """Return the descendants of `pid`; empty if the kernel does not list children."""
     found: list[int] = []
     parents = [pid]
     while parents:
@@ -220,26 +221,26 @@ def descendants(pid: int) -> list[int]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When `pid` started, in clock ticks since boot; None if there is none. With the pid it names one process."""
-    fields = _stat(str(pid))
+    """Return when `pid` started, in clock ticks since boot, or None if it ended. Pid and ticks identify a process."""
+    fields = _read_stat(str(pid))
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
-def _stat(pid: str) -> list[bytes]:
-    """The fields of /proc/pid/stat from the state on; empty when there is no such process."""
+def _read_stat(pid: str) -> list[bytes]:
+    """Return the fields of /proc/pid/stat from the state on; empty if the process does not exist."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             content = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return []
-    return content[content.rindex(b")") + 2 :].split()  # the name before may hold anything
+    return content[content.rindex(b")") + 2 :].split()  # the name before it may contain any character
 
 
 def parent_death_fd(expected: int | None = None) -> int:
-    """A pidfd that turns readable when this process's parent ends.
+    """Return a pidfd that becomes readable when this process's parent ends.
 
-    `expected` is the parent's pid where it is known. Raises `ProcessLookupError` if that parent has ended already:
-    whoever is the parent now is somebody else.
+    `expected` is the pid of the parent, if known. Raises `ProcessLookupError` if that parent has already ended, and
+    this process has another parent.
     """
     parent = os.getppid() if expected is None else expected
     pidfd = os.pidfd_open(parent)
@@ -250,26 +251,26 @@ def parent_death_fd(expected: int | None = None) -> int:
 
 
 def set_pdeathsig(which: int = signal.SIGKILL) -> None:
-    """Has the kernel send `which` to this process when the *thread* that made it ends.
+    """Make the kernel send `which` to this process when the *thread* that created it ends.
 
-    The parent may be dead before this is called: compare `os.getppid()` afterwards. A child does not inherit it.
+    The parent may end before this call: compare `os.getppid()` afterwards. Child processes do not inherit the setting.
     """
     _prctl(_PR_SET_PDEATHSIG, int(which))
 
 
 def raise_oom_score() -> None:
-    """When memory runs out, the kernel shall rather end this process, and what it starts, than others of its size."""
+    """Make the kernel's OOM killer choose this process, and what it starts, before others of the same size."""
     try:
         with open("/proc/self/oom_score_adj", "r+") as file:
             adjusted = min(1000, int(file.read()) + OOM_SCORE_INCREASE)
             file.seek(0)
             file.write(str(adjusted))
     except (OSError, ValueError):
-        pass  # not allowed here: then all are equal
+        pass  # not permitted here: all processes keep equal scores
 
 
 def name_process(name: str) -> None:
-    """Sets the name that `ps -o comm` and `top` show; the kernel keeps 15 bytes."""
+    """Set the name that `ps -o comm` and `top` show; the kernel keeps 15 bytes."""
     _prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]))
 
 

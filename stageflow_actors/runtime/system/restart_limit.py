@@ -1,4 +1,7 @@
-"""`RestartLimit`: how often something may be started again before it counts as broken."""
+"""`RestartLimit`: the number of restarts within a period after which a process counts as broken.
+
+The restart intensity of an OTP supervisor, `StartLimitBurst` of systemd.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from stageflow_actors.errors import BrokerUnavailable
 __all__ = ["MAX_RESTARTS", "PERIOD_SECONDS", "RestartLimit"]
 
 MAX_RESTARTS = 20
-"""Restarts within `PERIOD_SECONDS` seconds: far more than accidents make, far fewer than a loop of crashes does."""
+"""Restarts within `PERIOD_SECONDS`: far more than accidents cause, far fewer than a crash loop causes."""
 PERIOD_SECONDS = 60.0
 
 
 class RestartLimit:
-    """Counts the restarts of one thing. `what` names it in the error."""
+    """Counts the restarts of one process; `what` names the process in the error."""
 
     def __init__(
         self,
@@ -32,11 +35,11 @@ class RestartLimit:
         self._times: list[float] = []
 
     def record(self) -> None:
-        """It has ended and is to be started again. Raises `BrokerUnavailable` if that has happened too often."""
+        """Count a restart. Raises `BrokerUnavailable` if there were too many within the period."""
         now = self._clock()
         self._times = [at for at in self._times if now - at < self._period] + [now]
         if len(self._times) > self._most:
             raise BrokerUnavailable(
-                f"the {self._what} ended {len(self._times)} times within {self._period:g} s and is not started again; "
-                "what it said is on stderr above"
+                f"the {self._what} ended {len(self._times)} times within {self._period:g} s and is not restarted; "
+                "its stderr, above, shows the cause: fix it, and start the cluster again"
             )

@@ -1,7 +1,7 @@
-"""The node's side of the zygote: asks for workers, and hears of their births and deaths.
+"""`ZygoteHandle`, the node's side of the zygote: requests workers, and receives reports of their starts and exits.
 
-Requests and reports are small datagrams over a socket pair. Nothing here blocks on a worker, and nothing
-here decides what a death means.
+Requests and reports are small datagrams over a socket pair. This module must not block on a worker, and must not
+decide what follows from an exit.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from stageflow_actors.runtime.zygote.protocol import (
 __all__ = ["Event", "Exited", "SpawnFailed", "Spawned", "ZygoteGone", "ZygoteHandle", "describe_exit"]
 
 PRELOAD = ("zmq", "msgspec", "pykka", "cloudpickle", "stageflow_actors.runtime.worker.main")
-"""What every worker imports. None of these starts a thread or opens a socket when it is imported."""
+"""Modules that every worker imports. None of them starts a thread or opens a socket at import."""
 
-# `-c` and not `-m`: the program's own sys.path, not the working directory, says where this package lies.
+# `-c` and not `-m`: this package is found by the program's sys.path, not in the working directory.
 _BOOTSTRAP = """\
 import sys
 sys.path[:] = sys.argv[2:]
@@ -45,7 +45,7 @@ _REPORT = msgspec.msgpack.Decoder(tuple[int, str, int, int | str])
 
 
 class Spawned(Struct, frozen=True):
-    """A worker lives. `pidfd` belongs to the receiver, who closes it."""
+    """A worker has started. The receiver owns `pidfd` and closes it."""
 
     worker_id: str
     pid: int
@@ -53,7 +53,7 @@ class Spawned(Struct, frozen=True):
 
 
 class Exited(Struct, frozen=True):
-    """A worker has ended and so has what it had started. `status` as in `subprocess`; see `describe_exit`."""
+    """A worker and the processes that it started have ended. `status` is as in `subprocess`; see `describe_exit`."""
 
     worker_id: str
     pid: int
@@ -61,16 +61,16 @@ class Exited(Struct, frozen=True):
 
 
 class SpawnFailed(Struct, frozen=True):
-    """A worker could not be forked: `reason` says why (no memory, too many processes)."""
+    """A worker could not be forked. `reason` describes the cause (no memory, too many processes)."""
 
     worker_id: str
     reason: str
 
 
 class ZygoteGone(Struct, frozen=True):
-    """The zygote has ended. Its workers die with it, unreported; requests that were not answered are lost.
+    """The zygote has ended. Its workers end with it, without reports; unanswered requests are lost.
 
-    `status` as in `subprocess`.
+    `status` is as in `subprocess`.
     """
 
     status: int
@@ -92,11 +92,17 @@ class ZygoteHandle:
         cwd: str | None = None,
         preload: Sequence[str] = PRELOAD,
     ) -> None:
-        """`entry` is `module:function`; each worker calls it with (payload: bytes, slot: Slot or None).
+        """Prepare a zygote; `start` starts it.
 
-        What it returns is the worker's exit code; an exception makes it 70, with a traceback on stderr. `keep_fds`
-        (the data directory's lock) stay open in the zygote and in the workers under the same numbers. `sys_path`
-        and `cwd` are the workers', by default those of this process.
+        Args:
+            entry: `module:function`, which each worker calls with (payload: bytes, slot: Slot or None). Its return
+                value is the exit code of the worker; an exception gives 70, with a traceback on stderr.
+            slots: The table of the workers' slots. Default: workers without slots.
+            keep_fds: Descriptors (the lock of the data directory) that stay open, under the same numbers, in the zygote
+                and the workers.
+            sys_path: The workers' `sys.path`. Default: that of this process.
+            cwd: The workers' working directory. Default: that of this process.
+            preload: Modules that the zygote imports before the first fork.
         """
         self._entry = entry
         self._slots = slots
@@ -113,13 +119,13 @@ class ZygoteHandle:
     def pid(self) -> int:
         """The zygote's process id. Raises `RuntimeError` before `start`."""
         if self._process is None:
-            raise RuntimeError("the zygote has not been started")
+            raise RuntimeError("the zygote has not been started: call start() first")
         return self._process.pid
 
     def start(self) -> None:
-        """Starts the process; requests may follow at once. Raises `OSError` if there is no room for a process."""
+        """Start the process; requests may follow at once. Raises `OSError` if no process can be created."""
         if self._process is not None:
-            raise RuntimeError("a zygote is started once; make another")
+            raise RuntimeError("a ZygoteHandle starts only once; create another one")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         config = ZygoteConfig(
             socket_fd=theirs.fileno(),
@@ -139,7 +145,7 @@ class ZygoteHandle:
                 [sys.executable, "-c", _BOOTSTRAP, str(config_fd), *self._sys_path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=passed,
-                start_new_session=True,  # the terminal's Ctrl-C is for the program
+                start_new_session=True,  # the terminal's Ctrl-C must reach only the program
             )
         except BaseException:
             ours.close()
@@ -150,7 +156,7 @@ class ZygoteHandle:
         self._socket = ours
 
     def fileno(self) -> int:
-        """Readable when `events` has something to tell. After `ZygoteGone` it stays readable: `close` then."""
+        """Return a descriptor that is readable if there are reports, and always after `ZygoteGone`: then `close`."""
         return self._connection().fileno()
 
     def spawn(
@@ -162,11 +168,16 @@ class ZygoteHandle:
         *,
         stderr: int = -1,
     ) -> None:
-        """Asks for a worker. `Spawned`, then some day `Exited`, or `SpawnFailed`, comes through `events`.
+        """Request a worker. `events` then returns `Spawned` and later `Exited`, or `SpawnFailed`.
 
-        `payload` may be megabytes; `slot` is an index in the slot table; `env` is added to the environment; the
-        worker's stderr is a copy of `stderr`, or the zygote's. If the zygote has gone the request is lost, as
-        `ZygoteGone` says.
+        If the zygote has ended, the request is lost, and `events` returns `ZygoteGone`.
+
+        Args:
+            worker_id: The name of the worker in all reports.
+            payload: The bytes for the entry function; may be megabytes.
+            slot: Index of the worker's slot. Default: no slot.
+            env: Variables that are added to the environment.
+            stderr: A descriptor of which the worker gets a copy as its stderr. Default: the stderr of the zygote.
         """
         message = msgspec.msgpack.encode((worker_id, -1 if slot is None else slot))
         input_fd = _anonymous_file(msgspec.msgpack.encode(WorkerInput(dict(env or {}), payload)))
@@ -179,7 +190,7 @@ class ZygoteHandle:
             os.close(input_fd)
 
     def events(self) -> list[Event]:
-        """What has happened since the last call; does not wait."""
+        """Return the reports since the last call, without waiting."""
         events: list[Event] = []
         while not self._gone:
             message, pidfd = self._receive()
@@ -187,7 +198,7 @@ class ZygoteHandle:
                 break
             if not message:
                 self._gone = True
-                assert self._process is not None  # there is a socket only once there is a process
+                assert self._process is not None  # the socket exists only with a process
                 events.append(ZygoteGone(self._process.wait()))
                 break
             kind, worker_id, pid, detail = _REPORT.decode(message)
@@ -200,18 +211,18 @@ class ZygoteHandle:
         return events
 
     def is_stopped(self) -> bool:
-        """Whether somebody has stopped the process (SIGSTOP, a debugger): it neither forks nor reports."""
+        """Return True if the process is stopped (SIGSTOP, a debugger): it neither forks nor reports."""
         return is_stopped(self.pid)
 
     def kill(self) -> bool:
-        """Ends the process, stopped or not, from any thread; `ZygoteGone` follows. False: it had ended already."""
+        """Kill the process, stopped or not; `ZygoteGone` follows. Return False if it had already ended. Any thread."""
         if self._process is None or self._process.poll() is not None:
             return False
         self._process.kill()
         return True
 
     def close(self, timeout: float = 5.0) -> None:
-        """Ends the zygote, all workers and what they have started; waits for the zygote's end. Idempotent."""
+        """End the zygote, all workers and their child processes; wait for the zygote. Idempotent."""
         if self._socket is not None:
             with self._lock:
                 self._socket.close()
@@ -220,12 +231,12 @@ class ZygoteHandle:
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            # Stopped, or starved. Its workers die with it.
+            # It is stopped, or gets no CPU time. Its workers die with it.
             self._process.kill()
             self._process.wait()
 
     def _receive(self) -> tuple[bytes | None, int]:
-        """One report and the pidfd that came with it (or -1); None when there is none, empty at the end."""
+        """Return one report and its pidfd (or -1): None if there is no report, empty after the end of the zygote."""
         try:
             message, ancillary, _, _ = self._connection().recvmsg(
                 MAX_DATAGRAM_BYTES, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -242,12 +253,12 @@ class ZygoteHandle:
 
     def _connection(self) -> socket.socket:
         if self._socket is None:
-            raise RuntimeError("the zygote has not been started")
+            raise RuntimeError("the zygote has not been started: call start() first")
         return self._socket
 
 
 def _anonymous_file(content: bytes) -> int:
-    """A file without a name that holds `content`; whoever inherits it reads from the start."""
+    """Create an anonymous file with `content`; a process that inherits it must seek to the start."""
     fd = os.memfd_create("stageflow")
     try:
         rest = memoryview(content)

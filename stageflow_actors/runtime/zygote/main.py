@@ -1,12 +1,11 @@
-"""The zygote: a warm process with one thread, which does nothing but fork workers and tell how they end.
+"""The zygote process: forks workers and reports their exits, in one thread.
 
-It has imported what every worker needs, so that a worker is there within milliseconds; it never loads user code,
-never starts a thread, and never reads what a worker is sent: the payload travels as an anonymous file that only
-the worker opens.
+It has imported the modules that every worker needs, so that a worker starts within milliseconds. It must never load
+user code, start a thread, or read a worker's payload, which travels in an anonymous file that only the worker opens.
 
-It ends when its socket closes, that is when the node has ended however, and takes all workers and what they
-started with it. That is why it has no `PR_SET_PDEATHSIG` of its own: a zygote killed in the same instant could
-not kill its workers' children any more.
+It ends when its socket closes, which happens however the node ends, and first kills all workers and their child
+processes. It must not have a `PR_SET_PDEATHSIG`: a zygote that is killed together with the node cannot kill the child
+processes of its workers.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ class _Worker(Struct):
 
 
 def main(config_fd: int) -> NoReturn:
-    """Runs the zygote in this process until the node ends."""
+    """Run the zygote in this process until the node ends."""
     config = read_config(config_fd)
-    del sys.argv[1:]  # a worker's code that looks at them shall find none
+    del sys.argv[1:]  # user code in a worker must not see these arguments
     try:
         node = parent_death_fd(config.node_pid)
     except ProcessLookupError:
         os._exit(0)
-    # Whoever wants the cluster to end tells the program; the zygote follows the node.
+    # The program receives the signals that stop the cluster; the zygote ends with the node.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     for fd in (config.socket_fd, config.slots_fd, *config.keep_fds):
@@ -75,7 +74,7 @@ def main(config_fd: int) -> NoReturn:
     gc.disable()
     _preload(config.preload)
     gc.collect()
-    gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page it shares with the zygote
+    gc.freeze()  # a collection in a worker would write to, and so copy, every page that it shares with the zygote
     failpoint("zygote.born")
     ZygoteServer(config, node).serve()
 
@@ -86,14 +85,14 @@ def _preload(modules: list[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # it is there, but something that it needs is not
+                raise  # the module exists, but one of its imports does not
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
-        # A lock held by another thread at the time of a fork stays locked in the child for ever.
-        raise RuntimeError(f"the zygote must have one thread, and importing {modules} has started others")
+        # A lock that another thread holds during a fork stays locked in the child permanently.
+        raise RuntimeError(f"the zygote must have one thread, but importing {modules} started others")
 
 
 class ZygoteServer:
-    """The loop: requests in, forks, reports out. Nothing in it blocks but the poll."""
+    """The loop of the zygote: receive requests, fork, send reports. Only the poll may block."""
 
     def __init__(self, config: ZygoteConfig, node_pidfd: int) -> None:
         self._config = config
@@ -109,7 +108,7 @@ class ZygoteServer:
         self._poller.register(config.socket_fd, select.POLLIN)
 
     def serve(self) -> NoReturn:
-        """Serves the node until it is gone."""
+        """Serve the node until it ends, then exit."""
         connection = self._socket.fileno()
         while True:
             for fd, event in self._poller.poll():
@@ -145,14 +144,14 @@ class ZygoteServer:
         try:
             failpoint("zygote.before-fork")
             pid = os.fork()
-        except OSError as error:  # no memory, or the limit of processes
+        except OSError as error:  # no memory, or too many processes
             _close(fds)
             self._report(FAILED, worker_id, 0, f"cannot fork: {error.strerror}")
             return
         if pid == 0:
             self._become_worker(slot, *fds)
         _close(fds)
-        # Nobody but this thread reaps, so the number still means the child, dead or alive.
+        # Only this thread reaps, so the pid still identifies the child, even if it has ended.
         pidfd = os.pidfd_open(pid)
         self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
         self._poller.register(pidfd, select.POLLIN)
@@ -160,7 +159,7 @@ class ZygoteServer:
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
     def _reap(self, pidfd: int) -> None:
-        """A worker has ended: its children follow, while its number is still its own; then it is reaped."""
+        """Kill the child processes of a worker that ended, then reap it: only until then is its pid its own."""
         worker = self._workers.pop(pidfd)
         self._poller.unregister(pidfd)
         kill_group(worker.pid, pidfd)
@@ -173,7 +172,7 @@ class ZygoteServer:
         self._flush()
 
     def _flush(self) -> None:
-        """Sends what the node has room for. A blocking send could meet the node blocked in its own."""
+        """Send as many reports as fit. A blocking send could wait for a node that is blocked in its own send."""
         while self._reports:
             message, pidfd = self._reports[0]
             try:
@@ -192,7 +191,7 @@ class ZygoteServer:
         self._poller.modify(self._socket.fileno(), select.POLLIN)
 
     def _become_worker(self, slot: int, input_fd: int, stderr: int = -1) -> NoReturn:
-        """The child's side of the fork. It must never return into the zygote's loop."""
+        """Run the worker in the forked child. Must never return into the loop of the zygote."""
         code = EXIT_UNHANDLED
         try:
             os.setsid()
@@ -202,21 +201,21 @@ class ZygoteServer:
             if stderr >= 0:
                 os.dup2(stderr, 2)
                 os.close(stderr)
-            self._let_go()
+            self._release_zygote_resources()
             raise_oom_score()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
-        except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
+        except BaseException:  # noqa: BLE001 - the child must end here in any case
             traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
                 except (OSError, ValueError, AttributeError):
-                    pass  # closed by a handler, or a reader that has gone
+                    pass  # a handler closed it, or its reader has ended
             os._exit(code & 0xFF)
 
-    def _let_go(self) -> None:
-        """Gives up what is the zygote's: descriptors and signal handlers."""
+    def _release_zygote_resources(self) -> None:
+        """Close the descriptors of the zygote and reset its signal handlers, in a child."""
         self._socket.close()
         os.close(self._node)
         for pidfd in self._workers:
@@ -226,7 +225,7 @@ class ZygoteServer:
                 os.close(pidfd)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        # A handler and not SIG_IGN: what is ignored stays ignored in programs that the worker starts.
+        # A handler and not SIG_IGN: programs that the worker starts would inherit an ignored signal.
         signal.signal(signal.SIGINT, _ignore_signal)
         gc.enable()
 
@@ -237,7 +236,7 @@ def _close(fds: list[int]) -> None:
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:
-    """Ctrl-C is for the program; a worker ends when it is told to."""
+    """Ignore Ctrl-C, which is for the program; the node stops the workers."""
 
 
 def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:

@@ -26,7 +26,7 @@ SPAWNED, EXITED, FAILED = range(3)
 """Kinds of report: `[kind, worker_id, pid, status or reason]`."""
 
 MAX_DATAGRAM_BYTES = 65_536
-"""The most that one request or report may take."""
+"""Size limit of one request or report."""
 
 
 class ZygoteConfig(Struct):
@@ -34,7 +34,7 @@ class ZygoteConfig(Struct):
 
     `entry` is `module:function`, called in each worker with (payload, slot or None); its return value is the exit
     code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start. Paths are bytes,
-    as the system has them: not every name of a file is text.
+    as in the operating system: a file name need not be valid text.
     """
 
     socket_fd: int

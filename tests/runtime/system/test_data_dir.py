@@ -52,7 +52,7 @@ def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "data"):
         with pytest.raises(DataDirUnusable, match="cannot be used"):
             DataDir(path)
-    with pytest.raises(DataDirUnusable, match="no such directory"):
+    with pytest.raises(DataDirUnusable, match="does not exist"):
         DataDir(tmp_path / "absent", create=False)
     assert not (tmp_path / "absent").exists()
 
@@ -219,7 +219,7 @@ def test_a_shared_folder_of_a_hypervisor_is_refused_with_advice(kind: str, tmp_p
     "kind", ["fuse", "fuse.blobfuse2", "fuse.mount-s3", "fuse.fuse-nfs", "fuse.hdfs", "fuse.of-tomorrow"]
 )
 def test_a_fuse_file_system_that_is_not_known_to_be_local_is_refused_with_advice(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(DataDirUnusable, match=rf"not known to be local \({kind}, .*local disk"):
+    with pytest.raises(DataDirUnusable, match=rf"not in the list of local ones \({kind}, .*local disk"):
         data_dir._check_local_disk(tmp_path, f"x / {kind} rw 0 0\n")
 
 

@@ -370,7 +370,7 @@ def test_when_the_node_dies_nothing_that_came_from_it_lives_a_second_later(how: 
         (0, "exit code 0"),
         (3, "exit code 3"),
         (-11, "killed by SIGSEGV (segmentation fault)"),
-        (-9, "killed by SIGKILL (out of memory, or killed by hand)"),
+        (-9, "killed by SIGKILL (out of memory, or killed by a person)"),
         (-10, "killed by SIGUSR1"),
         (-40, "killed by signal 40"),
     ],
