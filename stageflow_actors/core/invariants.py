@@ -1,7 +1,7 @@
-"""What must hold in a cluster, judged from the broker's audit: one carrier for each instance, no lease without a peer.
+"""The invariants of a cluster, checked on the broker's audit: one carrier per instance, no lease without a live worker.
 
-The broker tells instances apart by shape and knows nothing of workflows; what a shape means is said here. Pure: the
-audit and whatever else is asked for is handed in.
+The audit groups instances by their messages and gathers ("shapes"), and has no knowledge of workflows; these functions
+interpret the shapes. Pure functions: the caller passes the audit and everything else.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ __all__ = [
 ERROR, WARNING, INFO = "error", "warning", "info"
 
 MAX_NAMED_INSTANCES = 3
-"""Most instances that one finding names."""
+"""Limit of instance ids in one finding."""
 
 MAX_LISTED_QUEUES = 20
-"""A list of queues ends here."""
+"""Limit of queues in one list."""
 
 WAITING_GATHER_PREFIXES = ("signal:", "reply:", "moved:")
-"""How the keys of gathers begin that carry an instance on by themselves. All others join what is in work."""
+"""Prefixes of the gathers that alone continue an instance. All others join branches or items in work."""
 
 RESTORE = (
-    "restore the directory from a backup, or start the instance anew under another id once you know what it has done "
-    "(`stageflow instances show {id}`)"
+    "restore the directory from a backup; or check what the instance has done (`stageflow instances show {id}`), and "
+    "start it again under another id"
 )
 
 
 class Finding(NamedTuple):
-    """One thing that was found. `check` is the invariant, `where` what it is about, `advice` what to do: a command to
-    type, where there is one. Only an error breaks an invariant."""
+    """One result of a check: the invariant (`check`), the instance, queue or peer (`where`), the fault and the advice.
+
+    The advice is a command if there is one. Only a finding of severity `ERROR` violates an invariant.
+    """
 
     severity: str
     check: str
@@ -55,7 +57,7 @@ class Finding(NamedTuple):
 
 
 class MessageCount(NamedTuple):
-    """Messages of one kind that an instance has."""
+    """The number of an instance's messages with the same queue, label and state."""
 
     queue: str
     label: str
@@ -64,7 +66,7 @@ class MessageCount(NamedTuple):
 
 
 class GatherState(NamedTuple):
-    """A gather of an instance; `need` is None where nobody waits for what has arrived."""
+    """A gather of an instance. `need` is None if it has arrivals and is not open; `bounded` if it has a deadline."""
 
     key: str
     need: int | None
@@ -74,8 +76,11 @@ class GatherState(NamedTuple):
 
 
 def instance_findings(audit: Mapping[str, Any], naming: Naming) -> Iterator[Finding]:
-    """Each live instance has exactly one message, gather or timer that carries it on, or one for each piece of it that
-    is in work; one that has ended has the event that tells the history."""
+    """Check that each instance has exactly one carrier.
+
+    A live instance has one message, gather or timer that continues it, or one for each of its branches or items in
+    work. An ended instance has one message for the history.
+    """
     for ended, messages, gathers, count, ids in audit["shapes"]:
         held = [MessageCount(*kind) for kind in messages]
         opened = [GatherState(*gather) for gather in gathers]
@@ -92,12 +97,11 @@ def _of_ended(label: str, held: Sequence[MessageCount]) -> _Wrong | None:
     events = [one for one in held if one.label == label]
     if sum(one.number for one in events) != 1:
         number = sum(one.number for one in events)
-        what = f"it has ended, and {pluralize(number, 'message') if number else 'no message'} for the history" + _in(
-            held
-        )
+        messages = pluralize(number, "message") if number else "no message"
+        what = f"it has ended, but has {messages} for the history{_in(held)}"
         return ERROR, "carrier", what, RESTORE
     if events[0].state == "dead":
-        what = f"it has ended, and the message that tells the history is a dead letter of {events[0].queue}"
+        what = f"it has ended, but its message for the history is a dead letter of {events[0].queue}"
         return WARNING, "carrier", what, f"stageflow dlq requeue --queue {events[0].queue}"
     return None
 
@@ -111,10 +115,10 @@ def _of_live(held: Sequence[MessageCount], gathers: Sequence[GatherState], namin
     number = sum(one.number for one in tokens) + len(waits)
     for wait in waits:
         if wait.key.startswith("reply:") and not wait.bounded and not asked:
-            what = f"it waits for a reply ({wait.key}) to a request that is in no queue, and without a deadline"
+            what = f"it waits for a reply ({wait.key}) without a deadline, but the request is in no queue"
             return ERROR, "carrier", what, "stageflow instances cancel {id}"
     if len(joins) > 1:
-        what = f"two stages of it wait for their pieces at once: {', '.join(one.key for one in joins)}"
+        what = f"two of its stages wait for branches or items at once: {', '.join(one.key for one in joins)}"
         return ERROR, "carrier", what, RESTORE
     if joins:
         return _of_join(joins[0], tokens, number)
@@ -122,58 +126,59 @@ def _of_live(held: Sequence[MessageCount], gathers: Sequence[GatherState], namin
         return None
     if number == 0:
         early = [one.key for one in gathers if one.need is None and one.arrived]
-        beside = f"; beside it there is {', '.join(early)}, which nobody has asked for yet" if early else ""
-        what = f"nothing carries it on: no message, gather or timer{beside}"
+        unused = f"; {', '.join(early)} has arrived, but no stage waits for it yet" if early else ""
+        what = f"nothing continues it: no message, gather or timer{unused}"
         return ERROR, "carrier", what, RESTORE
     keys = f"; it waits at {', '.join(one.key for one in waits)}" if waits else ""
-    what = f"{number} messages or gathers carry it on, where there must be one{_in(tokens)}{keys}"
+    what = f"{number} messages or gathers continue it, and there must be one{_in(tokens)}{keys}"
     return ERROR, "carrier", what, "stageflow instances show {id}; " + RESTORE
 
 
 def _of_join(join: GatherState, tokens: Sequence[MessageCount], number: int) -> _Wrong | None:
-    """Of the pieces that a join waits for each is in work once; of a map stage some may still be in one message."""
+    """Check that each branch or item that a join waits for is in work once.
+
+    The unpublished items of a map stage are in one message.
+    """
     assert join.need is not None
     missing = join.need - join.arrived
     unsplit = sum(one.number for one in tokens if one.queue == join.queue and one.label == join.key)
     if missing <= 0:
-        return ERROR, "carrier", f"all that stage {join.key} waits for has arrived, and it waits", RESTORE
+        return ERROR, "carrier", f"stage {join.key} waits, although all its branches or items have arrived", RESTORE
     if unsplit == 1 and number - 1 < missing:
         return None
     if unsplit == 0 and number == missing:
         return None
-    pieces = f"stage {join.key} waits for {missing} more of its {join.need} pieces, and {number} are in work"
+    parts = f"stage {join.key} waits for {missing} more of its {join.need} branches or items, and {number} are in work"
     if unsplit == 0 and number < missing:
-        return ERROR, "carrier", f"{pieces}: it will never go on", RESTORE
-    return ERROR, "carrier", f"{pieces}: some are in work twice{_in(tokens)}", RESTORE
+        return ERROR, "carrier", f"{parts}: it will never continue", RESTORE
+    return ERROR, "carrier", f"{parts}: some are in work twice{_in(tokens)}", RESTORE
 
 
 def lease_findings(audit: Mapping[str, Any], alive: Callable[[int], bool]) -> Iterator[Finding]:
-    """No lease without a live peer. `alive` tells whether a process, known by its id, lives."""
+    """Check that no lease is held by a dead process; `alive` returns True for the pid of a live one."""
     for session in audit["sessions"]:
         if not session["held"] or alive(session["pid"]):
             continue
         who = f"{session['name'] or session['role']} (pid {session['pid']})"
         what = (
-            f"it holds {pluralize(session['held'], 'message')} of {', '.join(session['queues'])}, and its process has "
-            "ended without the broker being told: nobody else is given them"
+            f"it holds {pluralize(session['held'], 'message')} of {', '.join(session['queues'])}, but its process has "
+            "ended and the broker was not notified: no other worker receives them"
         )
-        yield Finding(ERROR, "lease", who, what, "restart the cluster: what nobody claims is delivered again")
+        yield Finding(ERROR, "lease", who, what, "restart the cluster: messages without a holder are delivered again")
     for queue, peers in audit["awaited"].items():
-        what = (
-            f"it delivers nothing until {pluralize(peers, 'worker')} announced what they hold, or are known to be dead"
-        )
-        yield Finding(WARNING, "lease", queue, what, "stageflow health; restart the cluster if it stays so")
+        what = f"it delivers nothing until {pluralize(peers, 'worker')} reported their messages, or are confirmed dead"
+        yield Finding(WARNING, "lease", queue, what, "stageflow health; restart the cluster if this does not change")
 
 
 def broker_findings(audit: Mapping[str, Any]) -> Iterator[Finding]:
-    """The broker's own books agree."""
+    """Report the contradictions that the broker found in its own state."""
     for fault in audit["faults"]:
-        advice = "restart the cluster: the broker reads its state anew from the journal; report it as a bug"
+        advice = "restart the cluster: the broker rebuilds its state from the journal; report this as a bug"
         yield Finding(ERROR, "books", "broker", fault, advice)
 
 
 def consumed_queues(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
-    """The queues that somebody takes messages from when these workflows are served."""
+    """Return the queues that a cluster with these workflows consumes."""
     names = {naming.finished, naming.coordinator}
     for plan in plans:
         names.update(stage.queue for stage in plan.stages if stage.has_pool)
@@ -184,9 +189,9 @@ def consumed_queues(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
 def queue_findings(
     audit: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool
 ) -> Iterator[Finding]:
-    """Messages where nobody serves, and what stands still because somebody wanted it so.
+    """Report queues that no worker consumes, and queues that are paused, have dead letters or an open breaker.
 
-    `served` are the queues of the registered workflows, None where that is not known. `live`: a cluster runs.
+    `served` are the queues of the registered workflows, None if unknown. `live`: a cluster is running.
     """
     unserved = []
     for queue in audit["queues"]:
@@ -198,24 +203,32 @@ def queue_findings(
             what = f"it is paused and holds {pluralize(waiting, 'message')}" if waiting else "it is paused"
             yield Finding(INFO, "paused", name, what, f"stageflow queue resume {name}")
         if queue["dead"]:
-            letters = f"{queue['dead']} dead letters: parked instances, or evidence of what killed its workers"
+            letters = (
+                f"{queue['dead']} dead letters: parked instances, or evidence of messages that ended their workers"
+            )
             yield Finding(INFO, "dead letters", f"{DLQ_PREFIX}{name}", letters, f"stageflow dlq list --queue {name}")
         if queue["breaker"] not in ("", "closed"):
             what = f"its circuit breaker is {queue['breaker']}, with {pluralize(waiting, 'message')} waiting"
-            yield Finding(INFO, "breaker", name, what, "nothing: it tries again by itself; `stageflow queue stats`")
+            yield Finding(
+                INFO,
+                "breaker",
+                name,
+                what,
+                "nothing: it closes automatically after a success; see `stageflow queue stats`",
+            )
     if unserved:
         shown = ", ".join(unserved[:MAX_LISTED_QUEUES]) + (
             f" and {len(unserved) - MAX_LISTED_QUEUES} more" if len(unserved) > MAX_LISTED_QUEUES else ""
         )
-        whose = "that runs" if live else "that ran last"
-        advice = "register the workflow (and version) that they belong to, as in Runtime(workflow, ...)"
-        yield Finding(WARNING, "unserved", shown, f"messages wait in queues that no workflow {whose} serves", advice)
+        whose = "of the running cluster" if live else "of the last run"
+        advice = "register the workflow and version that the queues belong to: Runtime(workflow, ...)"
+        yield Finding(WARNING, "unserved", shown, f"messages wait in queues that no workflow {whose} consumes", advice)
 
 
 def _is_served(queue: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool) -> bool:
     if queue["consumers"] or served is None or queue["name"] in served:
         return True
-    # Endpoints are no part of a workflow: of a cluster at rest nobody knows which ones it will have.
+    # Endpoints are not part of a workflow, so the endpoints of the next start are unknown while no cluster runs.
     return not live and queue["name"].startswith(naming.endpoint(""))
 
 

@@ -155,7 +155,7 @@ def _alive(pid: int) -> bool:
 
 def _of_departures(data: DataDir, gone: EndedGroups) -> Iterator[Finding]:
     if gone.idle:
-        what = "by the journal it is live, and nothing carries it on: no message, gather or timer"
+        what = "by the journal it is live, and nothing continues it: no message, gather or timer"
         advice = "the next start forgets it; restore the directory from a backup, or start it anew"
         yield Finding(ERROR, "carrier", _named(gone.idle), what, advice)
     yield from _of_clock(data.journal, gone.latest)

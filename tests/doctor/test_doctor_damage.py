@@ -98,19 +98,19 @@ class Planted(NamedTuple):
 
 
 CARRIERS = {
-    "nothing at all": Planted(lambda b: b.publish("A"), (1,), "nothing carries it on"),
+    "nothing at all": Planted(lambda b: b.publish("A"), (1,), "nothing continues it"),
     "an early signal only": Planted(
         lambda b: (b.publish("A"), b.publish("A", "", arrivals=[("signal:go", "1")])),
         (1,),
-        "nothing carries it on: no message, gather or timer; beside it there is signal:go",
+        "nothing continues it: no message, gather or timer; signal:go has arrived",
     ),
     "a timeout only": Planted(
-        lambda b: b.publish("A", opens=[(TIMEOUT, 1, COORDINATOR, 60.0)]), (1,), "nothing carries it on"
+        lambda b: b.publish("A", opens=[(TIMEOUT, 1, COORDINATOR, 60.0)]), (1,), "nothing continues it"
     ),
     "two messages": Planted(
         lambda b: (b.publish("A"), b.publish("A", "stageflow.orders.stage1", "pay", flags=0)),
         (),
-        "2 messages or gathers carry it on, where there must be one (in stageflow.orders.stage0 (ready), "
+        "2 messages or gathers continue it, and there must be one (in stageflow.orders.stage0 (ready), "
         "stageflow.orders.stage1 (ready))",
     ),
     "a message and a signal": Planted(
@@ -119,7 +119,7 @@ CARRIERS = {
     "a request that nobody has": Planted(
         lambda b: b.publish("A", ENDPOINT, "pay", opens=[("reply:pay:1", 1, FIRST, 0.0)]),
         (1,),
-        "in no queue, and without a deadline",
+        "without a deadline, but the request is in no queue",
     ),
     "a lost branch": Planted(
         lambda b: (
@@ -127,7 +127,7 @@ CARRIERS = {
             b.publish("A", f"{JOIN}.right", "right", flags=0),
         ),
         (2,),
-        "waits for 2 more of its 2 pieces, and 1 are in work: it will never go on",
+        "waits for 2 more of its 2 branches or items, and 1 are in work: it will never continue",
     ),
     "an item twice": Planted(
         lambda b: (
@@ -135,10 +135,10 @@ CARRIERS = {
             + [b.publish("A", ITEMS, "lines", flags=0) for _ in range(2)]
         ),
         (),
-        "waits for 2 more of its 2 pieces, and 3 are in work: some are in work twice",
+        "waits for 2 more of its 2 branches or items, and 3 are in work: some are in work twice",
     ),
     "two joins": Planted(
-        lambda b: b.publish("A", opens=[("one", 1, JOIN, 0.0), ("two", 1, JOIN, 0.0)]), (), "two stages of it wait"
+        lambda b: b.publish("A", opens=[("one", 1, JOIN, 0.0), ("two", 1, JOIN, 0.0)]), (), "two of its stages wait"
     ),
     "an end nobody is told of": Planted(
         lambda b: (
@@ -146,14 +146,14 @@ CARRIERS = {
             b.publish("A", flags=0),
         ),
         (1,),
-        "it has ended, and no message for the history",
+        "it has ended, but has no message for the history",
     ),
     "an end told twice": Planted(
         lambda b: [
             b.publish("A", "stageflow.finished", FINISHED, flags=flags, terminal=True) for flags in (FLAG_START, 0)
         ],
         (),
-        "it has ended, and 2 messages for the history",
+        "it has ended, but has 2 messages for the history",
     ),
 }
 
