@@ -196,9 +196,9 @@ def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch
 @pytest.fixture
 def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Engine]]:
     """A server in a thread that lets a peer leave 200 small frames unread, or 8 MiB."""
-    monkeypatch.setattr(zeromq_server, "UNREAD_FRAMES", 200)
-    monkeypatch.setattr(zeromq_server, "PROBE", 0.05)
-    monkeypatch.setattr(zeromq_server, "IDLE", 0.01)
+    monkeypatch.setattr(zeromq_server, "MAX_UNREAD_FRAMES", 200)
+    monkeypatch.setattr(zeromq_server, "PROBE_INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(zeromq_server, "IDLE_SECONDS", 0.01)
     engine = Engine(journal_dir=None, limits=Limits(max_unread_bytes=8 << 20))
     server = zeromq_server.Server(engine, f"ipc://{tmp_path}/broker")
     stopping = threading.Event()

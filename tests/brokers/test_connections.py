@@ -109,8 +109,8 @@ def test_a_connection_without_a_broker_can_be_closed(tmp_path: Path) -> None:
 @pytest.fixture
 def probing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Engine]]:
     """A server in a thread, which looks all the time whether its peers are there."""
-    monkeypatch.setattr(zeromq_server, "PROBE", 0.0)
-    monkeypatch.setattr(zeromq_server, "IDLE", 0.01)
+    monkeypatch.setattr(zeromq_server, "PROBE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(zeromq_server, "IDLE_SECONDS", 0.01)
     engine = Engine(journal_dir=None)
     server = zeromq_server.Server(engine, f"ipc://{tmp_path}/broker")
     stopping = threading.Event()

@@ -13,7 +13,7 @@ from broker_process import BrokerProcess
 
 from stageflow_brokers.api import FLAG_START, Listener, PublishItem, Target
 from stageflow_brokers.zeromq.client import ZmqClient
-from stageflow_brokers.zeromq.process import EXIT_JOURNAL
+from stageflow_brokers.zeromq.process import EXIT_JOURNAL_FAILED
 
 ENTRY = Path(__file__).with_name("failing_broker.py")
 
@@ -47,7 +47,7 @@ def test_a_failed_sync_ends_the_broker_which_acknowledges_nothing_and_recovers(d
     assert broker.process is not None
     _, written = broker.process.communicate(timeout=20)
     said = written.decode()
-    assert broker.process.returncode == EXIT_JOURNAL
+    assert broker.process.returncode == EXIT_JOURNAL_FAILED
     assert "the broker ends because its journal failed" in said
     assert "Input/output error" in said
     assert broker.orders.read_text() == "failed", "the disk worked again, and nobody tried"

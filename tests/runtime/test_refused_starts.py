@@ -88,7 +88,7 @@ def test_a_cluster_that_is_killed_in_its_stop_is_not_on_record_any_more(
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda path, aside: path.mkdir() or path.chmod(0o777), "others have access to it"),
+        (lambda path, aside: path.mkdir() or path.chmod(0o777), "other users have access to it"),
         (lambda path, aside: aside.mkdir(mode=0o700) or path.symlink_to(aside), "it is a symbolic link"),
     ],
 )

@@ -4,7 +4,7 @@
 `process`      the broker process: journal, engine, socket
 `server`       the broker on its ROUTER socket: one thread, one loop
 `client`       a connection over a DEALER socket
-`access`       who may connect to the socket
-`private_dir`  whether a directory belongs to this user alone
+`access`       checks that only this user can connect to the socket
+`private_dir`  checks that only this user can access a directory
 =============  =====================================================
 """

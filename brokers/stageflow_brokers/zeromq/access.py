@@ -1,8 +1,8 @@
-"""Who may come to the socket, and whose socket a client has come to: this user, and nobody else.
+"""Access checks: only processes of this user may connect to the broker, and clients only to a broker of this user.
 
-The broker asks no password: whoever can open its socket may publish, settle what he holds, and administer. So the
-directory in which the socket lies is the door. It must belong to this user and be closed to all others, on the broker's
-side before it binds and on the client's before it says a word. This module must never change what it finds.
+The broker has no passwords: a process that can open its socket may publish, settle and administer. Access is therefore
+controlled by the directory of the socket, which must belong to this user and be closed to all others. The broker checks
+it before it binds, and a client before it sends a frame. This module must never change the directory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def check_address(address: str, *, missing_ok: bool = False) -> None:
-    """Raises `SocketNotPrivate` unless `address` is a socket in a directory of this user's alone.
+    """Raise `SocketNotPrivate` unless `address` is a socket in a directory that only this user can access.
 
-    With `missing_ok` there may be nothing yet: the broker may come later. What is there then is looked at then.
+    With `missing_ok` the directory may not exist yet, because the broker may start later; check it again then.
     """
     name = address.removeprefix(_IPC)
     if name == address or not name or name[0] == "@":
         raise SocketNotPrivate(
-            f"{address!r} has no door that others are kept out by: a broker listens at ipc://DIRECTORY/NAME only",
+            f"{address!r} is not in a private directory: a broker listens only at ipc://DIRECTORY/NAME",
             path=address,
         )
     directory = Path(name).parent
@@ -39,32 +39,34 @@ def check_address(address: str, *, missing_ok: bool = False) -> None:
         if missing_ok:
             return
         raise SocketNotPrivate(
-            f"the sockets' directory {directory} cannot be looked at: {error.strerror}; make it, with mode 0700",
+            f"the sockets' directory {directory} cannot be checked: {error.strerror}; create it with mode 0700",
             path=directory,
         ) from None
     if not reason:
         return
     raise SocketNotPrivate(
-        f"the sockets' directory {directory} is not private: {reason}; work as the user who started the broker, or "
-        "have it listen in a directory with mode 0700",
+        f"the sockets' directory {directory} is not private: {reason}; run as the user that started the broker, or "
+        "let the broker listen in a directory with mode 0700",
         path=directory,
     )
 
 
 def check_listener(descriptor: int) -> None:
-    """Raises `SocketNotPrivate` if another user's process listens at the other end of this connected socket: that its
-    directory is ours when we look says nothing of a connection made a moment before. One that has gone is nobody's.
+    """Raise `SocketNotPrivate` if a process of another user listens at the other end of this connected socket.
+
+    A check of the directory is not enough: the connection may be older than the check. A socket that is closed already
+    passes.
     """
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             if connection.family != socket.AF_UNIX:
                 return
-            told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     except OSError:
         return
-    process, user, _ = _CREDENTIALS.unpack(told)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
     if user != os.geteuid():
         raise SocketNotPrivate(
-            f"process {process} of the user with id {user} listens there, and this is user {os.geteuid()}",
+            f"process {process} of user id {user} listens at the socket, but this process has user id {os.geteuid()}",
             path=f"/proc/{process}",
         )

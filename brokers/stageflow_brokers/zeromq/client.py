@@ -1,8 +1,8 @@
 """A connection over a DEALER socket that one thread owns.
 
-Other threads lay frames ready and wake it through an eventfd. The socket's own monitor tells of each (re)connect, so
-that a restarted broker hears a hello at once rather than after a time-out. Nothing is said to a socket that others than
-this user may have put there: neither to the first one nor, after a broker has gone, to any later one.
+Other threads queue frames and wake the thread through an eventfd. The monitor of the socket reports each connect and
+reconnect, so that a restarted broker gets a hello at once rather than after a timeout. The client must never send a
+frame to a socket that another user may have created, neither at the first connect nor at any later one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ __all__ = ["ZmqClient"]
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 1.0
-"""Seconds after which an unanswered hello is said again."""
+HELLO_RETRY_SECONDS = 1.0
+"""Seconds after which an unanswered hello is sent again."""
 
-KNOCK_AGAIN = 0.3
-"""Seconds after which whoever was turned away comes again."""
+RECONNECT_SECONDS = 0.3
+"""Seconds after which a connection that the broker rejected is tried again."""
 
-WATCHED_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+MONITORED_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
-LEAVE_TAKING = 0.05
-"""Seconds between looks at whether all is confirmed, while closing."""
+CLOSE_CHECK_SECONDS = 0.05
+"""Seconds between checks whether all frames are confirmed, while the connection closes."""
 
 
 class ZmqClient(Connection):
-    """Connects to `address` on construction, in a daemon thread of its own.
+    """A connection to the broker at `address`. The constructor connects, in a daemon thread.
 
-    Raises `SocketNotPrivate` if others have access to where the broker listens.
+    Raises `SocketNotPrivate` if other users have access to the directory of the socket. The arguments are those of
+    `Connection`.
     """
 
     def __init__(
@@ -62,15 +63,15 @@ class ZmqClient(Connection):
         self._stopping = threading.Event()
         self._deadline = 0.0
         self._hello_due = float("inf")
-        self._turned_away = 0.0
+        self._reconnect_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"broker-io-{name or self.peer}", daemon=True)
         self._thread.start()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Wait up to `timeout` seconds for what is unconfirmed, then end the connection."""
+        """Wait up to `timeout` seconds for unconfirmed frames, then end the connection."""
         self._deadline = time.monotonic() + timeout
         with self._lock:
-            # The eventfd is open for as long as the connection has not ended.
+            # The eventfd stays open until the connection has ended.
             if not self._ended and not self._stopping.is_set():
                 self._stopping.set()
                 os.eventfd_write(self._wakeup, 1)
@@ -78,7 +79,7 @@ class ZmqClient(Connection):
             self._thread.join(timeout + 1)
 
     def is_own_thread(self) -> bool:
-        """Whether this is the connection's own thread."""
+        """True if this is the thread of the connection."""
         return threading.current_thread() is self._thread
 
     def _transmit(self, op: bytes, header: bytes, blob: bytes) -> None:
@@ -87,11 +88,11 @@ class ZmqClient(Connection):
             os.eventfd_write(self._wakeup, 1)
 
     def send_hello(self) -> None:
-        self._hello_due = time.monotonic() + SILENCE
+        self._hello_due = time.monotonic() + HELLO_RETRY_SECONDS
         hello = self._hello()
-        # Not welcomed any more: nothing is laid ready now, and what was is sent again.
+        # From here to the welcome no frame is queued, and the queued ones are sent again after it.
         self._outgoing.clear()
-        self._put(hello)
+        self._send_frame(hello)
 
     def _run(self) -> None:
         context = zmq.Context()
@@ -99,47 +100,47 @@ class ZmqClient(Connection):
         dealer.setsockopt(zmq.ROUTING_ID, self.peer.to_bytes(8, "big"))
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.setsockopt(zmq.RCVHWM, 0)
-        # What has not left when a connection breaks is sent again after the next hello, not to whoever is there next.
+        # Frames that were not sent when a connection breaks are sent again after the next hello, and only then.
         dealer.setsockopt(zmq.IMMEDIATE, 1)
         dealer.setsockopt(zmq.LINGER, 200)
         dealer.setsockopt(zmq.RECONNECT_IVL, 10)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
-        monitor = dealer.get_monitor_socket(WATCHED_EVENTS)
+        monitor = dealer.get_monitor_socket(MONITORED_EVENTS)
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
-        why = "the connection to the broker was closed"
+        reason = "the connection to the broker was closed"
         try:
-            wrong = _connect(dealer, self._address)
-            if wrong:
-                why = f"the broker cannot be reached at {self._address!r}: {wrong}"
+            problem = _connect(dealer, self._address)
+            if problem:
+                reason = f"the broker cannot be reached at {self._address!r}: {problem}"
                 return
-            while not self._finished():
+            while not self._is_finished():
                 self._round(poller, dealer, monitor)
-            self._take_leave()
+            self._send_bye()
         except SocketNotPrivate as error:
-            why = f"the connection to the broker has been given up: {error}"
-            logger.error("%s", why)
+            reason = f"the connection to the broker has been closed: {error}"
+            logger.error("%s", reason)
         except Exception as error:
-            why = f"the connection to the broker has failed: {error!r}"
+            reason = f"the connection to the broker has failed: {error!r}"
             logger.exception("the connection to the broker at %s has failed", self._address)
         finally:
-            self.end(why)
+            self.end(reason)
             dealer.disable_monitor()
             monitor.close(0)
             dealer.close()
             context.term()
             os.close(self._wakeup)
 
-    def _finished(self) -> bool:
+    def _is_finished(self) -> bool:
         if self._ended:
             return True
         if not self._stopping.is_set():
             return False
         return not self._unconfirmed or time.monotonic() >= self._deadline
 
-    def _take_leave(self) -> None:
+    def _send_bye(self) -> None:
         if self._welcomed and not self._ended:
             try:
                 self._query("bye")
@@ -148,19 +149,19 @@ class ZmqClient(Connection):
             self._send_all()
 
     def _round(self, poller: zmq.Poller, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        if self._turned_away and time.monotonic() >= self._turned_away:
-            self._turned_away = 0.0
+        if self._reconnect_at and time.monotonic() >= self._reconnect_at:
+            self._reconnect_at = 0.0
             dealer.disconnect(self._address)
             dealer.connect(self._address)
         self._sleeping = True
-        # Between these lines another thread may lay a frame ready: it finds us asleep then, and wakes us.
-        patience = 0.0 if self._outgoing else LEAVE_TAKING if self._stopping.is_set() else SILENCE / 2
-        if self._turned_away:
-            patience = min(patience, KNOCK_AGAIN)
-        ready = dict(poller.poll(int(patience * 1000)))
+        # Between these lines another thread may queue a frame: it sees `_sleeping` then, and wakes this thread.
+        timeout = 0.0 if self._outgoing else CLOSE_CHECK_SECONDS if self._stopping.is_set() else HELLO_RETRY_SECONDS / 2
+        if self._reconnect_at:
+            timeout = min(timeout, RECONNECT_SECONDS)
+        ready = dict(poller.poll(int(timeout * 1000)))
         self._sleeping = False
-        if not ready and patience and not self._is_sound():
-            raise OSError("the connection's own descriptors have been closed, and others opened in their place")
+        if not ready and timeout and not self._has_own_descriptors():
+            raise OSError("other code has closed the file descriptors of the connection")
         if self._wakeup in ready:
             try:
                 os.eventfd_read(self._wakeup)
@@ -168,7 +169,7 @@ class ZmqClient(Connection):
                 pass
         if monitor in ready:
             event = recv_monitor_message(monitor)
-            self._look(event["event"], event["value"])
+            self._handle_monitor_event(event["event"], event["value"])
         elif not self._welcomed and time.monotonic() >= self._hello_due:
             self.send_hello()
         while True:
@@ -180,19 +181,19 @@ class ZmqClient(Connection):
                 self.on_frame(parts[0], parts[1])
         self._send_all()
 
-    def _look(self, event: int, descriptor: int) -> None:
-        """See who is there, and then talk to him: before the handshake there is no way to."""
+    def _handle_monitor_event(self, event: int, descriptor: int) -> None:
+        """Check the peer when the connection is made, and send the hello when the handshake is complete."""
         if event == zmq.EVENT_CONNECTED:
             check_address(self._address, missing_ok=True)
             check_listener(descriptor)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            # There are as many as there may be; the transport does not try again by itself.
-            self._turned_away = time.monotonic() + KNOCK_AGAIN
+            # The broker has too many connections. ZeroMQ does not try again automatically.
+            self._reconnect_at = time.monotonic() + RECONNECT_SECONDS
         else:
             self.send_hello()
 
-    def _is_sound(self) -> bool:
-        """Whether we still have our descriptors: code that closes whatever is open leaves us waiting for ever."""
+    def _has_own_descriptors(self) -> bool:
+        """True if the eventfd is still open. If other code closed it, this thread would wait forever."""
         try:
             os.fstat(self._wakeup)
         except OSError:
@@ -200,24 +201,24 @@ class ZmqClient(Connection):
         try:
             return os.readlink(f"/proc/self/fd/{self._wakeup}") == "anon_inode:[eventfd]"
         except OSError:
-            return True  # no /proc, or none that may be read
+            return True  # /proc is missing or cannot be read
 
     def _send_all(self) -> None:
         outgoing = self._outgoing
         while outgoing:
-            self._put(outgoing.popleft())
+            self._send_frame(outgoing.popleft())
 
-    def _put(self, frame: tuple[bytes, bytes, bytes]) -> None:
+    def _send_frame(self, frame: tuple[bytes, bytes, bytes]) -> None:
         try:
             self._dealer.send_multipart(frame, zmq.NOBLOCK, copy=len(frame[2]) < 65536)
         except zmq.Again:
-            pass  # nobody is there: it is sent again when somebody is
+            pass  # no broker is connected: the frame is sent again after the next hello
 
 
 def _connect(dealer: zmq.Socket[bytes], address: str) -> str:
-    """Has `dealer` connect in its own time; what is wrong with the address, or nothing."""
+    """Let `dealer` connect in the background; return the problem of the address, or an empty text."""
     if "\0" in address:
-        return "no file has a name with a NUL in it"  # ZeroMQ would take what is before it
+        return "a file name cannot contain a NUL"  # ZeroMQ would use the part before it
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:

@@ -1,4 +1,4 @@
-"""Whether a directory is this user's alone: asked on both sides of a socket. Looks, and never changes anything."""
+"""Check that only this user can access a directory, for both sides of a socket. It must never change the directory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["why_not_private"]
 
 
 def why_not_private(directory: Path) -> str:
-    """Why others may have access to what lies in `directory`; empty if it is a directory of this user's alone.
+    """Return why other users may have access to `directory`; an empty text if only this user has.
 
-    Raises `OSError` if it cannot be looked at.
+    Raises `OSError` if the directory cannot be read.
     """
     found = directory.lstat()
     if stat.S_ISLNK(found.st_mode):
@@ -20,7 +20,7 @@ def why_not_private(directory: Path) -> str:
     if not stat.S_ISDIR(found.st_mode):
         return "it is not a directory"
     if found.st_uid != os.geteuid():
-        return f"it belongs to the user with id {found.st_uid}, and this is {os.geteuid()}"
+        return f"it belongs to user id {found.st_uid}, but this process has user id {os.geteuid()}"
     if stat.S_IMODE(found.st_mode) & 0o077:
-        return f"others have access to it (mode {stat.S_IMODE(found.st_mode):o})"
+        return f"other users have access to it (mode {stat.S_IMODE(found.st_mode):o})"
     return ""

@@ -1,8 +1,7 @@
-"""The broker process: journal, engine, socket; says when it is ready, ends when told or when its parent is gone.
+"""The broker process: journal, engine and socket. It ends on SIGTERM, or when its parent process ends.
 
-`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. The report of its start goes to the file
-descriptor `ready_fd` as one line of JSON. It runs no user code, unpickles nothing and starts no thread but those of
-ZeroMQ.
+`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. It reports its start as one line of JSON on
+the file descriptor `ready_fd`. It must never run user code, unpickle data, or start threads other than those of ZeroMQ.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ __all__ = ["ProcessOptions", "main"]
 
 PR_SET_PDEATHSIG = 1
 
-MOST_DESCRIPTORS = 16_384
-"""As many as the broker asks the system for, at most."""
+MAX_REQUESTED_DESCRIPTORS = 16_384
+"""The most file descriptors that the broker requests from the operating system."""
 
-EXIT_JOURNAL = 70
-"""How the process ends when its journal has failed: start it again, and it recovers from what is on disk."""
+EXIT_JOURNAL_FAILED = 70
+"""Exit code after a failure of the journal. A new start recovers from the data on disk."""
 
 
 class ProcessOptions(msgspec.Struct):
-    """What a broker process is told at its start. `max_message_bytes` counts, whatever `limits` says of it."""
+    """The options of a broker process. `max_message_bytes` replaces the value in `limits`."""
 
     address: str
     journal: str | None
@@ -50,29 +49,29 @@ class ProcessOptions(msgspec.Struct):
 
 
 class _Stop:
-    """SIGTERM, remembered; `wakeup` becomes readable with it."""
+    """Records SIGTERM; `wakeup` becomes readable with it."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.requested = False
         self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._heard)
+        signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def __call__(self) -> bool:
-        return self.wanted
+        return self.requested
 
-    def _heard(self, signum: int, frame: object) -> None:
-        self.wanted = True
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self.requested = True
 
 
 def main(argument: str) -> int:
-    """Run until SIGTERM; 0 when all went well, 1 when it could not start, 70 when the journal failed."""
-    # Not msgspec's JSON, here and in what it says: it takes no file names that are not text.
+    """Run until SIGTERM. Return 0 after a clean stop, 1 if the start failed; exit with 70 if the journal failed."""
+    # Not msgspec's JSON, here and in the report: it rejects file names that are not valid UTF-8.
     options = msgspec.convert(json.loads(argument), ProcessOptions)
     stop = _Stop()
-    descriptors = _descriptors()
-    gc.disable()  # nothing here makes cycles, and looking through a million messages for some takes seconds
+    max_descriptors = _raise_descriptor_limit()
+    gc.disable()  # the broker creates no reference cycles, and a collection of a million messages takes seconds
     if options.parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != options.parent:
@@ -84,51 +83,54 @@ def main(argument: str) -> int:
             limits=msgspec.structs.replace(
                 options.limits,
                 max_message_bytes=options.max_message_bytes,
-                max_peers=min(options.limits.max_peers, descriptors),
+                max_peers=min(options.limits.max_peers, max_descriptors),
             ),
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
             warn=_warn,
             stop_requested=stop,
         )
-        server = Server(engine, options.address, wakeup=stop.wakeup, most_descriptors=descriptors)
+        server = Server(engine, options.address, wakeup=stop.wakeup, max_descriptors=max_descriptors)
     except (BrokerError, OSError) as error:
         report: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, JournalCorrupt):
             report |= {"file": error.file, "offset": error.offset, "reason": error.reason}
-        _say(options.ready_fd, report)
+        _report(options.ready_fd, report)
         return 1
-    _say(options.ready_fd, {"ready": True, "epoch": engine.machine.state.epoch})
+    _report(options.ready_fd, {"ready": True, "epoch": engine.machine.state.epoch})
     try:
         server.run(stop)
     except JournalError as error:
-        # Nothing that was not committed may leave, and sockets that are closed in good order still send.
+        # Uncommitted frames must never leave, but a socket that is closed regularly still sends: exit at once.
         _warn(f"the broker ends because its journal failed: {error}")
-        os._exit(EXIT_JOURNAL)
+        os._exit(EXIT_JOURNAL_FAILED)
     server.close()
     engine.close()
     return 0
 
 
-def _descriptors() -> int:
-    """How many descriptors connections may have taken when another one comes: the others are needed for the rest."""
+def _raise_descriptor_limit() -> int:
+    """Raise the limit of descriptors; return how many may be open when a connection is accepted.
+
+    A quarter of them is reserved for files and sockets of the broker itself.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    wanted = MAX_REQUESTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_REQUESTED_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         except (OSError, ValueError):
             pass
-    most = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MOST_DESCRIPTORS)
-    return most - most // 4
+    limit = MAX_REQUESTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MAX_REQUESTED_DESCRIPTORS)
+    return limit - limit // 4
 
 
 def _warn(text: str) -> None:
     print(f"stageflow: {text}", file=sys.stderr, flush=True)
 
 
-def _say(fd: int, report: dict[str, object]) -> None:
+def _report(fd: int, report: dict[str, object]) -> None:
     if fd >= 0:
         os.write(fd, json.dumps(report).encode() + b"\n")
         os.close(fd)

@@ -1,7 +1,8 @@
-"""The broker on a ROUTER socket: one thread, one loop, no decision of its own.
+"""The broker on a ROUTER socket: one thread and one loop, without decisions.
 
-Drain what has arrived, give it to the engine, send what the engine lets go. The machine is told of a peer that cannot
-be reached; a frame of the wrong shape is counted and dropped. Must never send anything that the engine did not return.
+The loop receives frames, passes them to the engine, and sends the frames that the engine returns. It notifies the
+machine of unreachable peers, and counts and drops malformed frames. It must never send a frame that the engine did not
+return.
 """
 
 from __future__ import annotations
@@ -19,37 +20,41 @@ from stageflow_brokers.zeromq.access import check_address
 
 __all__ = ["Server"]
 
-DRAINED_FRAMES = 512
-"""Most frames taken in one round: one commit for all of them, yet a round stays well under a second."""
+MAX_ROUND_FRAMES = 512
+"""The most frames received in one round: one commit covers all of them, and a round still takes well under a second."""
 
-UNREAD_FRAMES = 100_000
-"""A peer that leaves more frames unread is cut off, however small they are; the machine looks at their bytes."""
+MAX_UNREAD_FRAMES = 100_000
+"""A peer that leaves more frames unread is disconnected, however small they are. The machine limits their bytes."""
 
-UNTAKEN_FRAMES = 1_000
-"""How many frames of one peer wait here; what it sends beyond them waits on its own side."""
+MAX_QUEUED_FRAMES = 1_000
+"""Frames of one peer that wait in the socket of the broker. Further ones wait in the socket of the peer."""
 
-IDLE = 0.5
-"""Seconds that a round may wait when nothing is due."""
+IDLE_SECONDS = 0.5
+"""The longest wait of a round when no timer is due."""
 
-MOST_DESCRIPTORS = 10_000
+DEFAULT_MAX_DESCRIPTORS = 10_000
+"""The broker accepts no connection while the process has this many descriptors open."""
 
-HANDSHAKE = 5_000
-"""Milliseconds for somebody who connects to say what protocol it speaks."""
+HANDSHAKE_TIMEOUT_MS = 5_000
+"""Milliseconds in which a new connection must complete the ZeroMQ handshake."""
 
-PROBE = 5.0
-"""Seconds between words to everybody: a socket tells of a peer that has gone only when something is sent to it."""
+PROBE_INTERVAL_SECONDS = 5.0
+"""Seconds between probes of all peers: a socket reports that a peer has gone only when a frame is sent to it."""
 
 
 class Server:
-    """Serves `engine` at `address` until `stopping()` says so, which is asked again when `wakeup` can be read.
+    """Runs `engine` behind a ROUTER socket. Raises `SocketNotPrivate` if other users could connect to the address.
 
-    While `most_descriptors` are taken nobody else is let in, and whoever comes has to come again: each connection takes
-    one, and the transport does not survive the want of one. Raises `SocketNotPrivate` if others than this user could
-    come to that address.
+    Args:
+        engine: The engine.
+        address: Address to listen at, ipc://DIRECTORY/NAME.
+        wakeup: A descriptor that becomes readable when `run` should check `stopping`. Default: none.
+        max_descriptors: While the process has as many descriptors open, new connections are rejected and must try
+            again: each connection uses one, and ZeroMQ aborts the process when none is left.
     """
 
     def __init__(
-        self, engine: Engine, address: str, *, wakeup: int = -1, most_descriptors: int = MOST_DESCRIPTORS
+        self, engine: Engine, address: str, *, wakeup: int = -1, max_descriptors: int = DEFAULT_MAX_DESCRIPTORS
     ) -> None:
         check_address(address)
         self._engine = engine
@@ -57,67 +62,67 @@ class Server:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._router.setsockopt(zmq.SNDHWM, UNREAD_FRAMES)
-        self._router.setsockopt(zmq.RCVHWM, UNTAKEN_FRAMES)
+        self._router.setsockopt(zmq.SNDHWM, MAX_UNREAD_FRAMES)
+        self._router.setsockopt(zmq.RCVHWM, MAX_QUEUED_FRAMES)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-        self._most = most_descriptors
-        self._porter = self._context.socket(zmq.REP)
-        self._porter.bind("inproc://zeromq.zap.01")
+        self._max_descriptors = max_descriptors
+        self._zap_socket = self._context.socket(zmq.REP)
+        self._zap_socket.bind("inproc://zeromq.zap.01")
         self._router.setsockopt_string(zmq.ZAP_DOMAIN, "stageflow")
-        self._router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE)
+        self._router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
         self._router.bind(address)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._porter, zmq.POLLIN)
+        self._poller.register(self._zap_socket, zmq.POLLIN)
         if wakeup >= 0:
             self._poller.register(wakeup, zmq.POLLIN)
         self._probe_due = 0.0
         self._more = False
-        self._cut_off: set[int] = set()
+        self._disconnected: set[int] = set()
 
     def run(self, stopping: Callable[[], bool]) -> None:
-        """The loop. Raises `JournalFailed` when the journal has failed: end the process then."""
+        """Run until `stopping()` is true. Raises `JournalFailed` if the journal has failed: end the process then."""
         engine = self._engine
         while not stopping():
-            ready = self._poller.poll(0 if self._more else int(engine.next_timeout(IDLE) * 1000 + 0.999))
-            if any(socket is self._porter for socket, _ in ready):
-                self._mind_the_door()
-            frames = self._drain()
+            ready = self._poller.poll(0 if self._more else int(engine.next_timeout(IDLE_SECONDS) * 1000 + 0.999))
+            if any(socket is self._zap_socket for socket, _ in ready):
+                self._answer_connection_requests()
+            frames = self._receive()
             self._send(engine.round(frames, more=self._more))
             if frames:
                 failpoint("broker.dispatched")
             if (now := time.monotonic()) >= self._probe_due:
-                self._probe_due = now + PROBE
+                self._probe_due = now + PROBE_INTERVAL_SECONDS
                 engine.machine.probe_peers()
-                for peer in self._cut_off:
-                    # It hears that it was cut off as soon as it hears anything again.
+                for peer in self._disconnected:
+                    # The peer learns that it was disconnected with the first frame it reads again.
                     engine.machine.outbox.add_stranger_notice(peer, "hello", None)
 
-    def _mind_the_door(self) -> None:
-        """Let in who asks for it, while there is room."""
-        room = self._most - len(os.listdir("/proc/self/fd"))
+    def _answer_connection_requests(self) -> None:
+        """Accept new connections while descriptors are left (ZeroMQ asks by its authentication protocol, ZAP)."""
+        free = self._max_descriptors - len(os.listdir("/proc/self/fd"))
         while True:
             try:
-                version, request, *_ = self._porter.recv_multipart(zmq.NOBLOCK)
+                version, request, *_ = self._zap_socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            # Whoever is told no does not try again by itself: who did would take a descriptor each time.
-            status = b"200" if room > 0 else b"400"
-            self._porter.send_multipart([version, request, status, b"", b"", b""])
+            # After status 400 a client's ZeroMQ does not reconnect on its own: each attempt would use a descriptor.
+            status = b"200" if free > 0 else b"400"
+            self._zap_socket.send_multipart([version, request, status, b"", b"", b""])
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._router.close()
-        self._porter.close()
+        self._zap_socket.close()
         self._context.term()
 
-    def _drain(self) -> list[Frame]:
+    def _receive(self) -> list[Frame]:
         frames: list[Frame] = []
         receive = self._router.recv_multipart
-        room = self._engine.round_bytes
+        remaining_bytes = self._engine.round_bytes
         self._more = True
-        for _ in range(DRAINED_FRAMES):
+        for _ in range(MAX_ROUND_FRAMES):
             try:
                 parts = receive(zmq.NOBLOCK)
             except zmq.Again:
@@ -127,8 +132,8 @@ class Server:
                 self._engine.machine.malformed_frames += 1
                 continue
             frames.append((int.from_bytes(parts[0], "big"), parts[1], parts[2], parts[3]))
-            room -= len(parts[2]) + len(parts[3])
-            if room < 0:
+            remaining_bytes -= len(parts[2]) + len(parts[3])
+            if remaining_bytes < 0:
                 break
         return frames
 
@@ -136,13 +141,13 @@ class Server:
         for peer, header, blob in outgoing:
             try:
                 self._router.send_multipart([peer.to_bytes(8, "big"), header, blob], zmq.NOBLOCK, len(blob) < 65536)
-                if self._cut_off:
-                    self._cut_off.discard(peer)
+                if self._disconnected:
+                    self._disconnected.discard(peer)
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise
                 self._engine.machine.disconnect(peer)
                 if error.errno == zmq.EAGAIN:
-                    self._cut_off.add(peer)
+                    self._disconnected.add(peer)
                 else:
-                    self._cut_off.discard(peer)
+                    self._disconnected.discard(peer)

@@ -291,7 +291,7 @@ def test_sockets_lie_in_a_short_private_directory_that_is_always_the_same(
         assert len(str(path / "broker-12345.socket")) <= 107
         assert runtime_dir(tmp_path) != path
         path.chmod(0o750)
-        with pytest.raises(DataDirUnusable, match="others have access"):
+        with pytest.raises(DataDirUnusable, match="other users have access"):
             runtime_dir(data)
     finally:
         remove_runtime_dir(path)
