@@ -474,8 +474,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "        self.writer.mark(message)\n        message.queue.delayed -= 1\n",
-                "        message.queue.delayed -= 1\n",
+                "        self.writer.mark(message)\n        message.queue.delayed_count -= 1\n",
+                "        message.queue.delayed_count -= 1\n",
             ),
         ),
         (

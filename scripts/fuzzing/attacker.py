@@ -53,7 +53,7 @@ class _Attacker:
                 header = self.socket.recv_multipart(zmq.NOBLOCK)[0]
             except zmq.Again:
                 return
-            out = wire.decode_out(header)
+            out = wire.decode_broker_frame(header)
             for word, _ in out.notices:
                 self.answers[word] += 1
             for _, raw in out.results:

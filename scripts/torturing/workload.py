@@ -225,5 +225,5 @@ class Workload:
 
     def _receive(self, out: list[Outgoing]) -> None:
         for _, header, _ in out:
-            for queue, items in wire.decode_out(header).deliveries:
+            for queue, items in wire.decode_broker_frame(header).deliveries:
                 self.held.update((item.id, (queue, item)) for item in items)

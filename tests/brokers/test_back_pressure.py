@@ -239,7 +239,7 @@ def test_a_subscriber_that_never_reads_is_cut_off_and_hears_so_when_it_reads(
     words: list[str] = []
     while "hello" not in words:
         assert deaf.poll(int(TIMEOUT_SECONDS * 1000)), "the word that it was cut off"
-        words.extend(word for word, _ in wire.decode_out(deaf.recv_multipart()[0]).notices)
+        words.extend(word for word, _ in wire.decode_broker_frame(deaf.recv_multipart()[0]).notices)
     deaf.close()
     context.term()
     worker.broker.close()

@@ -24,7 +24,7 @@ class Reader(Peer):
 
     def hear(self, header: bytes, blob: bytes) -> None:
         super().hear(header, blob)
-        self.heard += [detail for word, detail in wire.decode_out(header).notices if word == "mark"]
+        self.heard += [detail for word, detail in wire.decode_broker_frame(header).notices if word == "mark"]
 
     def read(self) -> bool:
         """Read what there is; whether there was anything."""

@@ -389,7 +389,7 @@ class RandomTimes(RuleBasedStateMachine):
         return self.cluster.workers[place % len(self.cluster.workers)]
 
     def _delivered(self) -> int:
-        return self.cluster.world.machine.state.queue("q").delivered
+        return self.cluster.world.machine.state.queue("q").delivered_count
 
     @rule(count=st.integers(1, 4))
     def publish(self, count: int) -> None:

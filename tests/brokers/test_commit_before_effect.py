@@ -42,7 +42,7 @@ def test_a_confirmation_and_a_delivery_leave_after_their_sync() -> None:
     order.clear()
     ((_, header, _),) = peer.publish()
     assert order == ["pwritev", "fdatasync", "dispatch"]
-    out = wire.decode_out(header)
+    out = wire.decode_broker_frame(header)
     assert out.acked == 1
     assert [queue for queue, _ in out.deliveries] == ["q"]
 
@@ -76,14 +76,14 @@ def test_a_full_disk_holds_everything_back_until_there_is_room() -> None:
     peer = Publisher(engine)
     files.size_bytes = files.used()
     answers = peer.publish()
-    while wire.decode_out(answers[0][1]).acked == peer.frame:
+    while wire.decode_broker_frame(answers[0][1]).acked == peer.frame:
         answers = peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 6000)], blob=bytes(6000)) or answers
         assert peer.frame < 100
     taken = len(engine.machine.state.messages)
     assert engine.round([]) == []
     files.size_bytes = None
     answers = engine.round([])
-    assert wire.decode_out(answers[0][1]).acked == peer.frame
+    assert wire.decode_broker_frame(answers[0][1]).acked == peer.frame
     assert len(engine.machine.state.messages) == taken + 1
 
 
@@ -104,7 +104,7 @@ def test_the_brokers_own_decisions_on_a_full_disk_wait_until_there_is_room() -> 
     engine.machine.writer.record(11, 0, wire.encode(("much", "x" * 40_000)))
     answers = peer.publish()
     assert looks == 2
-    assert wire.decode_out(answers[0][1]).acked == peer.frame
+    assert wire.decode_broker_frame(answers[0][1]).acked == peer.frame
 
 
 def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
@@ -113,20 +113,22 @@ def test_with_little_room_starts_are_refused_and_work_in_hand_goes_on() -> None:
     engine = Engine(journal_dir=DIRECTORY, files=files, segment_bytes=16 << 10, monotonic=lambda: float(next(clock)))
     peer = Publisher(engine)
     ((_, header, _),) = peer.publish()
-    (item,) = wire.decode_out(header).deliveries[0][1]
+    (item,) = wire.decode_broker_frame(header).deliveries[0][1]
     files.size_bytes = files.used()
-    refused = wire.decode_out(peer.publish()[0][1])
+    refused = wire.decode_broker_frame(peer.publish()[0][1])
     while not refused.results:
         item_of = (0, 2000, f"more{peer.frame}", 1, FLAG_START)
-        refused = wire.decode_out(peer.send(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1])
+        refused = wire.decode_broker_frame(
+            peer.send(wire.PUBLISH, [("elsewhere", "a")], [item_of], blob=bytes(2000))[0][1]
+        )
     assert "nearly full" in msgspec.msgpack.decode(refused.results[0][1])["message"]
     move = (item.id, item.lease, 0, 6, item.group)
     settled = peer.send(wire.SETTLE, [("end", ":done", TERMINAL)], [move], [], [], blob=b"result")
-    assert [queue for queue, _ in wire.decode_out(settled[0][1]).deliveries] == ["end"]
+    assert [queue for queue, _ in wire.decode_broker_frame(settled[0][1]).deliveries] == ["end"]
     files.size_bytes = None
     peer.send(wire.PUBLISH, [("elsewhere", "a")], [(0, 4)], blob=b"more")
     assert not engine.machine.refusal_reason
-    assert not wire.decode_out(peer.publish()[0][1]).results
+    assert not wire.decode_broker_frame(peer.publish()[0][1]).results
 
 
 def test_a_caller_that_waits_for_room_can_be_stopped() -> None:

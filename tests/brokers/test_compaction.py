@@ -105,7 +105,7 @@ class RecordedPeer(EnginePeer):
         self.wall += 0.001
         outgoing = super().round(op, header, blob)
         for _, answer, _ in outgoing:
-            for _, items in wire.decode_out(answer).deliveries:
+            for _, items in wire.decode_broker_frame(answer).deliveries:
                 self.held.update((item.id, item) for item in items)
         return outgoing
 

@@ -142,7 +142,7 @@ def test_a_peer_that_vanishes_is_forgotten_and_its_messages_return(probing: tupl
     gone.connect(address)
     hello = wire.encode((wire.PROTOCOL, "client", "gone", 1, 1, [("q", 1)], [], [], 1))
     gone.send_multipart([wire.HELLO, hello, b""])
-    while not wire.decode_out(gone.recv_multipart()[0]).deliveries:
+    while not wire.decode_broker_frame(gone.recv_multipart()[0]).deliveries:
         pass
     gone.close(0)
     context.term()

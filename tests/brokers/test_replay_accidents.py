@@ -123,7 +123,7 @@ def test_an_end_published_in_an_old_epoch_ends_nothing() -> None:
     peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
     peer.publish(TARGETS, [(2, 3, "g", 1)], [b"end"])
     assert peer.pushes == []
-    assert world.machine.state.groups["g"].ended == ""
+    assert world.machine.state.groups["g"].end_label == ""
     same_after_replay(world)
 
 
@@ -135,7 +135,7 @@ def test_of_two_ends_in_one_call_the_one_of_the_present_epoch_counts() -> None:
         peer.query("raise-epoch", "g", 2, "coordinator", "cancel")
         peer.publish(TARGETS, [(2, 1, "g", epoch) for epoch in epochs], [b"%d" % epoch for epoch in epochs])
         assert peer.pushes == [("g", ":end", b"2")]
-        assert world.machine.state.groups["g"].ended == ":end"
+        assert world.machine.state.groups["g"].end_label == ":end"
         same_after_replay(world)
 
 

@@ -162,7 +162,7 @@ def test_frames_of_another_peer_replayed_by_a_stranger_settle_nothing() -> None:
         world.round([(ATTACKER, op, header, blob)])
     store = world.machine.state
     assert store.queues["r"].ready_count == 1, "what it published is its own"
-    assert store.queues["r"].delayed == 1
+    assert store.queues["r"].delayed_count == 1
     assert "fin" not in store.queues or not store.queues["fin"].ready_count
     assert all(store.messages[id].ensure_delivery_state().steps is None for id in victim.held)
     victim.frame -= 5  # it has not sent them itself

@@ -74,7 +74,7 @@ def group_lost(store: Any) -> None:
 
 
 def counted_wrong(store: Any) -> None:
-    store.queues["q"].delayed += 1
+    store.queues["q"].delayed_count += 1
 
 
 def buried_elsewhere(store: Any) -> None:

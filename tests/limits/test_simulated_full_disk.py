@@ -52,7 +52,7 @@ class Tight:
     def round(self, frames: list[tuple[int, bytes, bytes, bytes]]) -> None:
         self.clock += 0.01
         for _, header, _ in self.engine.round(frames):
-            out = wire.decode_out(header)
+            out = wire.decode_broker_frame(header)
             for queue, items in out.deliveries:
                 self.held.update((item.id, (queue, item)) for item in items)
             self.answers.update((frame, msgspec.msgpack.decode(raw)) for frame, raw in out.results)
@@ -328,7 +328,7 @@ def test_instances_that_grow_on_their_way_all_end_though_the_history_waits(
         ):
             break
     store = tight.engine.machine.state
-    assert sum(1 for group in store.groups.values() if group.ended) == len(tight.started)
+    assert sum(1 for group in store.groups.values() if group.end_label) == len(tight.started)
     tight.files.size_bytes = room << 20
     tight.clock += 1
     tight.work_off()
@@ -348,7 +348,7 @@ def test_instances_that_grow_beyond_all_bounds_wait_for_room_and_end_when_there_
     for _ in range(300):
         tight.work(history=False)
     store = tight.engine.machine.state
-    assert sum(1 for group in store.groups.values() if group.ended) < len(tight.started)
+    assert sum(1 for group in store.groups.values() if group.end_label) < len(tight.started)
     tight.files.kill()
     tight.begin()
     tight.files.size_bytes = 400 << 20

@@ -91,9 +91,9 @@ def answered(answer: Any) -> BaseException | None:
 
 
 def test_a_peer_that_does_not_know_the_narrower_kind_reads_a_refusal() -> None:
-    answer = wire.refusal(StorageFull("full"))
+    answer = wire.error_answer(StorageFull("full"))
     assert answer == {"error": "Refused", "kind": "StorageFull", "message": "full"}
     assert type(answered(answer)) is StorageFull
     assert type(answered(answer | {"kind": "OfALaterRelease"})) is Refused
     assert type(answered({"error": "Refused", "message": "full"})) is Refused, "a broker of an earlier release"
-    assert wire.refusal(Refused("no")) == {"error": "Refused", "message": "no"}
+    assert wire.error_answer(Refused("no")) == {"error": "Refused", "message": "no"}

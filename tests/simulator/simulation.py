@@ -160,7 +160,7 @@ class Simulation:
             return False  # it was parked, and has been cancelled since: how it ended is on its way
         unserved = NAMING.endpoint(NOBODY)
         at_rest = all(m.state() == PARKED or m.queue.name == unserved for m in store.messages.values())
-        return at_rest and not any(group.ended for group in store.groups.values())
+        return at_rest and not any(group.end_label for group in store.groups.values())
 
     # accidents
 

@@ -256,7 +256,7 @@ class Connection(ABC):
 
     def on_frame(self, header: bytes, blob: bytes) -> None:
         """Handle a frame from the broker, on the connection's own thread."""
-        out = wire.decode_out(header)
+        out = wire.decode_broker_frame(header)
         if not self._welcomed or out.broker_epoch != self.broker_epoch:
             if not self._handle_welcome(out):
                 return
@@ -278,7 +278,7 @@ class Connection(ABC):
                 at += size
             self._listener.on_pushes(pushes)
 
-    def _handle_welcome(self, out: wire.Out) -> bool:
+    def _handle_welcome(self, out: wire.BrokerFrame) -> bool:
         for word, detail in out.notices:
             if word == "welcome" and detail[0] == self._hello_number:
                 self._welcome(out.broker_epoch, detail[1])
@@ -307,7 +307,7 @@ class Connection(ABC):
         self._to_watch = []
         self._listener.on_connected(epoch)
 
-    def _handle_notices(self, out: wire.Out) -> bool:
+    def _handle_notices(self, out: wire.BrokerFrame) -> bool:
         for word, detail in out.notices:
             if word in ("hello", "resend"):
                 self.send_hello()
@@ -324,7 +324,7 @@ class Connection(ABC):
         else:
             self._listener.on_notice(word, detail)
 
-    def _confirm(self, out: wire.Out) -> None:
+    def _confirm(self, out: wire.BrokerFrame) -> None:
         with self._lock:
             unconfirmed = self._unconfirmed
             if not unconfirmed or unconfirmed[0].number > out.acked:

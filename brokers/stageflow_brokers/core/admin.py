@@ -303,7 +303,7 @@ class Admin:
         if not queue or not 0 <= epoch < MAX_NUMBER:
             raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
         self._limit_checker.check_queues((queue,))
-        if epoch > group.epoch and not group.ended:
+        if epoch > group.epoch and not group.end_label:
             group.epoch = epoch
             group.divert_to = (queue, label)
             self._writer.keep_group(group)
@@ -312,7 +312,7 @@ class Admin:
                     self._leases.divert(self._state.replace(message))
             self._gather_manager.divert_stale_gathers(group)
         leased = [message.id for message in group.messages() if message.state() == LEASED]
-        return {"epoch": group.epoch, "leased": leased, "ended": group.ended}
+        return {"epoch": group.epoch, "leased": leased, "ended": group.end_label}
 
     def _cancel(self, session: Session, id: str, reason: str, prefixes: list[str]) -> dict[str, Any]:
         """Raise the epoch of a group; its older messages are delivered where they are, to be passed through unworked.
@@ -324,7 +324,7 @@ class Admin:
         group = self._state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
-        if group.cancelled is None and not group.ended:
+        if group.cancelled is None and not group.end_label:
             group.cancelled = reason
             group.released_prefixes = tuple(prefixes)
             group.cancel_lease = self._state.next_lease
@@ -345,7 +345,7 @@ class Admin:
                     self._state.changed_queues[again.queue] = None
             self._gather_manager.publish_released(group)
             self._supervision.announce_cancel(group)
-        return {"epoch": group.epoch, "ended": group.ended, "reason": group.cancelled}
+        return {"epoch": group.epoch, "ended": group.end_label, "reason": group.cancelled}
 
     def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:
         """Messages of a cancelled group that wait for their turn go to `queue`, whose consumer passes them through in
@@ -399,7 +399,7 @@ class Admin:
         if group is None:
             raise Refused(f"{id} is not live")
         messages = group.messages()
-        if group.ended or not any(message.state() == PARKED for message in messages):
+        if group.end_label or not any(message.state() == PARKED for message in messages):
             raise Refused(f"{id} is not parked")
         working = [message for message in messages if message.state() == LEASED]
         if working:

@@ -57,7 +57,7 @@ class Audit:
             known[0] += 1
             if known[0] <= IDS_SHOWN:
                 known[1].append(group.id)
-            if not group.ended:
+            if not group.end_label:
                 live.append(group.id)
                 if group.epoch != FIRST_EPOCH:
                     epochs[group.id] = group.epoch
@@ -100,7 +100,7 @@ def _shape(group: Group) -> tuple[Any, ...]:
             for g in group.gathers.values()
             if g.need is not None or g.arrivals
         )
-    return group.ended, messages, gathers
+    return group.end_label, messages, gathers
 
 
 def _session(session: Session) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> It
         (READY, counted[READY], queue.ready_count),
         ("to be delivered", counted[READY], sum(1 for m in queue.iterate_ready() if _lies_right(state, queue, m))),
         (LEASED, counted[LEASED], sum(len(consumer.held) for consumer in queue.consumers)),
-        (DELAYED, counted[DELAYED], queue.delayed),
+        (DELAYED, counted[DELAYED], queue.delayed_count),
         (PARKED, counted[PARKED], len(queue.dead_letters)),
     )
     for what, real, known in figures:

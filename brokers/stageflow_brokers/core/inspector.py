@@ -102,7 +102,7 @@ class Inspector:
         return list(self._state.groups)
 
     def _group(self, group: Group, room: _Room, *, bodies: bool = False) -> dict[str, Any]:
-        ended = group.ended
+        ended = group.end_label
         return {
             "id": group.id,
             "epoch": group.epoch,
@@ -136,7 +136,7 @@ class Inspector:
         common = set(shared)
         known = _Marks(marks, at)
         for group in self._state.groups.values():
-            if group.ended:
+            if group.end_label:
                 continue
             one = group.first_message
             if (
@@ -208,13 +208,13 @@ class Inspector:
             "name": queue.name,
             "ready": queue.ready_count,
             "leased": sum(len(consumer.held) for consumer in queue.consumers),
-            "delayed": queue.delayed,
+            "delayed": queue.delayed_count,
             "dead": len(queue.dead_letters),
             "oldest": 0.0 if first is None else max(0.0, self._state.wall - first.location.wall),
             "consumers": len(queue.consumers),
             "busy": sum(1 for consumer in queue.consumers if consumer.held),
-            "delivered": queue.delivered,
-            "settled": queue.settled,
+            "delivered": queue.delivered_count,
+            "settled": queue.settled_count,
             "breaker": "" if queue.breaker is None else queue.breaker.state,
             "state": "paused" if queue.paused else "closed" if closed else "open",
         }

@@ -162,9 +162,9 @@ class Leases:
             consumer.removed_ids.clear()
             for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
                 self.release(message)
-        return [id for id, lease in holding if not self._adopt(session, id, lease)]
+        return [id for id, lease in holding if not self._restore_lease(session, id, lease)]
 
-    def _adopt(self, session: Session, id: int, lease: int) -> bool:
+    def _restore_lease(self, session: Session, id: int, lease: int) -> bool:
         """Restore a lease from before the broker's restart. Return False if it is not valid any more."""
         message = self.state.messages.get(id)
         if message is None:
@@ -329,7 +329,7 @@ class Leases:
             count -= 1
         self.state.next_lease = lease
         if items:
-            queue.delivered += len(items)
+            queue.delivered_count += len(items)
             session.deliveries.append((queue.name, items))
             self._outbox.dirty[session] = None
 

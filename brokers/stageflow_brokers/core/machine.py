@@ -273,7 +273,7 @@ class Machine:
         message.delivery_state.due = message.delivery_state.due_wall = 0.0
         # Recorded: after a restart with a clock set back, a worker that holds it must not find it delayed again.
         self.writer.mark(message)
-        message.queue.delayed -= 1
+        message.queue.delayed_count -= 1
         message.queue.push(message)
         self.state.changed_queues[message.queue] = None
 
@@ -340,7 +340,7 @@ class Machine:
         else:
             self.leases.release_all(session)
 
-    # frames that are numbered
+    # numbered frames
 
     def _accept_frame(self, session: Session, broker_epoch: int, frame: int) -> int:
         """Return NEW, DUPLICATE (accepted before the last hello of its sender) or OUT_OF_ORDER for a numbered frame."""
@@ -368,7 +368,7 @@ class Machine:
     def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
         """Answer a malformed frame by its number if that can be read; otherwise its sender would repeat it for ever."""
         self.outbox.add_notice(session, "malformed", str(error))
-        number = wire.numbered(header)
+        number = wire.read_frame_number(header)
         if number is not None and self._accept_frame(session, *number) != OUT_OF_ORDER:
             self.outbox.add_result(session, number[1], {"error": "ProtocolError", "message": str(error)})
 

@@ -221,7 +221,7 @@ class Group:
     Attributes:
         digest: Hash of the input that started the group.
         started: True if the group began with a start.
-        ended: The label of its terminal message, once that is published; empty before.
+        end_label: The label of its terminal message, once that is published; empty before.
         first_message: One of its messages. Nearly always there is only one, so a dict would waste memory.
         other_messages: The other messages by id, None if there never were any.
         gathers: Its gathers by key, None if there never were any.
@@ -237,7 +237,7 @@ class Group:
         "cancelled",
         "digest",
         "divert_to",
-        "ended",
+        "end_label",
         "epoch",
         "first_message",
         "gathers",
@@ -255,7 +255,7 @@ class Group:
         self.location = location
         self.digest: bytes | None = None
         self.started = False
-        self.ended = ""
+        self.end_label = ""
         self.first_message: Message | None = None
         self.other_messages: dict[int, Message] | None = None
         self.gathers: dict[str, Gather] | None = None

@@ -57,7 +57,7 @@ class PublishHandler:
         try:
             refused = self._judge(session, frame)
         except (QueueFull, PayloadTooLarge, Refused) as error:
-            self._answer(session, frame, wire.refusal(error))
+            self._answer(session, frame, wire.error_answer(error))
             return
         if refused:
             self._answer(session, frame, self._refusals(refused))
@@ -117,7 +117,7 @@ class PublishHandler:
         try:
             self._check_sizes(frame)
         except PayloadTooLarge as error:
-            self._outbox.add_result(session, frame.frame, wire.refusal(error))
+            self._outbox.add_result(session, frame.frame, wire.error_answer(error))
             return True
         return False
 
@@ -178,7 +178,7 @@ class PublishHandler:
         if queue is None or not queue.options.max_length:
             return
         most = queue.options.max_length
-        waiting = queue.ready_count + queue.delayed
+        waiting = queue.ready_count + queue.delayed_count
         if waiting + count > most:
             raise QueueFull(f"queue {name} has {waiting} messages waiting, its max_queue_length is {most}")
 
@@ -240,7 +240,7 @@ class PublishHandler:
                 self.ended_by_old.append(group)
             return message
         if flags & TERMINAL:
-            group.ended = label
+            group.end_label = label
             self._outbox.push_to_watchers(group, label, body)
         if message.delivery_state is not None and message.delivery_state.due and message.is_cancelled:
             self.state.delay(message.delivery_state, 0.0)

@@ -33,12 +33,12 @@ class Queue:
         owner: The session that declared the queue last.
         ready: The lane of priority 0.
         taken_entries: Number of lane entries whose message was taken: their holder is not None.
-        delayed: Number of delayed messages.
+        delayed_count: Number of delayed messages.
         dead_letters: The dead letters, by id.
         awaited_peers: Peers that may hold messages of this queue and have not reported them since the broker started.
             Until this set is empty, nothing is delivered.
-        delivered: Number of deliveries since the broker started.
-        settled: Number of settlements since the broker started.
+        delivered_count: Number of deliveries since the broker started.
+        settled_count: Number of settlements since the broker started.
     """
 
     __slots__ = (
@@ -47,14 +47,14 @@ class Queue:
         "breaker",
         "consumers",
         "dead_letters",
-        "delayed",
-        "delivered",
+        "delayed_count",
+        "delivered_count",
         "name",
         "options",
         "owner",
         "paused",
         "ready",
-        "settled",
+        "settled_count",
         "taken_entries",
     )
 
@@ -66,12 +66,12 @@ class Queue:
         self.ready: deque[Message] = deque()
         self._other_lanes: list[tuple[int, deque[Message]]] = []
         self.consumers: list[Consumer] = []
-        self.delayed = 0
+        self.delayed_count = 0
         self.dead_letters: dict[int, Message] = {}
         self.awaited_peers: set[int] = set()
         self.paused = False
-        self.delivered = 0
-        self.settled = 0
+        self.delivered_count = 0
+        self.settled_count = 0
         self.taken_entries = 0
 
     def declare(self, options: QueueOptions) -> None:
@@ -144,7 +144,7 @@ class Queue:
         """True if the queue is empty, not paused, and used by no connected peer. It may be forgotten then."""
         if self.consumers or self.awaited_peers or self.paused or (self.owner is not None and self.owner.connected):
             return False
-        return not self.delayed and not self.dead_letters and not self.ready_count
+        return not self.delayed_count and not self.dead_letters and not self.ready_count
 
     @property
     def depth(self) -> int:
@@ -172,7 +172,7 @@ class Queue:
         self.ready.clear()
         self._other_lanes.clear()
         self.dead_letters.clear()
-        self.delayed = self.taken_entries = 0
+        self.delayed_count = self.taken_entries = 0
 
     @property
     def ready_count(self) -> int:

@@ -179,7 +179,7 @@ def group_state(group: Group) -> GroupState:
         group.epoch,
         group.digest,
         group.started,
-        group.ended,
+        group.end_label,
         group.divert_to,
         group.cancelled,
         group.released_prefixes,

@@ -140,7 +140,7 @@ class Replay:
         body = None if state.paging else bytes(blob[at : at + item.size])
         group, _ = state.admit(item, queue, target.label, body, location, at)
         if target.flags & TERMINAL and not pushed and group is not None:
-            group.ended = target.label
+            group.end_label = target.label
 
     def _settle(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame = wire.decode_settle(header, blob)
@@ -165,7 +165,7 @@ class Replay:
                 state.forget(message)
             group = state.group(group_id, epoch, location)
             if flags and group is not None:
-                group.ended = label
+                group.end_label = label
             body = None if paging else bytes(blob[at : at + size])
             state.put(queue, group, epoch, label, 0, body, size, location, at)
             at += size
@@ -309,7 +309,7 @@ class Replay:
         group = state.group(record.id, record.epoch, location)
         if group is not None:
             group.epoch, group.digest, group.started = record.epoch, record.digest, record.started
-            group.ended, group.divert_to, group.cancelled = record.ended, record.divert, record.cancelled
+            group.end_label, group.divert_to, group.cancelled = record.ended, record.divert, record.cancelled
             group.released_prefixes = record.released
             state.relocate_group(group, location)
 

@@ -234,7 +234,7 @@ class SettleHandler:
             del messages[id]
             del holder.held[id]
             old = holder.queue
-            old.settled += 1
+            old.settled_count += 1
             changed_queues[old] = None
             queue, label, flags = targets[target]
             assert queue is not None
@@ -272,7 +272,7 @@ class SettleHandler:
                         queue.push(message)
                         continue
                 if flags:
-                    group.ended = label
+                    group.end_label = label
                     if group.watchers is not None:
                         push(group, label, body)
             queue.ready.append(message)
@@ -296,7 +296,7 @@ class SettleHandler:
             if message is None or (flags & FLAG_CLOSE_GROUP and (group is None or group_id != group.id)):
                 refused.append(index)
                 continue
-            message.queue.settled += 1
+            message.queue.settled_count += 1
             if message.queue.breaker is not None:
                 message.queue.breaker.record_success((id,))
             state.remove(message)
@@ -324,7 +324,7 @@ class SettleHandler:
         whole = True
         parked: list[Group] = []
         for message in messages:
-            message.queue.settled += 1
+            message.queue.settled_count += 1
             group = message.group
             if message.queue.breaker is not None:
                 if item.attempt_result == ATTEMPT_FAILED:

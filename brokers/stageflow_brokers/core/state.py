@@ -176,7 +176,7 @@ class BrokerState:
         queue = message.queue
         delivery_state = message.delivery_state
         if delivery_state is not None and delivery_state.due:
-            queue.delayed += 1
+            queue.delayed_count += 1
             self.timer(delivery_state.due, message.id, "", "")
             if delivery_state.delay >= LONG:
                 self.waiting.append(message)
@@ -211,7 +211,7 @@ class BrokerState:
         elif message.delivery_state is not None and message.delivery_state.parked:
             del queue.dead_letters[message.id]
         elif message.delivery_state is not None and message.delivery_state.due:
-            queue.delayed -= 1
+            queue.delayed_count -= 1
         else:
             queue.taken_entries += 1
         message.holder = GONE

@@ -93,7 +93,7 @@ class Supervision:
     def _apply_death(self, death: _Death) -> None:
         state, leases = self._state, self._leases
         has_effect = bool(death.charge or death.attempt or death.failure)
-        unclaimed = self._unclaimed(death)
+        unheld = self._unheld_messages(death)
         session = state.sessions.get(death.peer)
         if session is not None:
             leases.release_all(
@@ -102,12 +102,12 @@ class Supervision:
                 charge=(lambda message: self._charge_message(message, death)) if has_effect else None,
             )
         if has_effect:
-            for message in reversed(unclaimed):
+            for message in reversed(unheld):
                 self._charge_message(state.replace(message), death)
         state.last_frames.pop(death.peer, None)
         leases.stop_awaiting(death.peer)
 
-    def _unclaimed(self, death: _Death) -> list[Message]:
+    def _unheld_messages(self, death: _Death) -> list[Message]:
         """Return the responsible messages without a holder: the broker has restarted since their delivery."""
         found = []
         for id in death.responsible:

@@ -49,7 +49,7 @@ class Watches:
                 group.watchers = [session]
             elif session not in group.watchers:
                 group.watchers = [w for w in group.watchers if w.connected] + [session]
-            if group.ended:
+            if group.end_label:
                 session.unpushed_ends[id] = None
             elif group.is_halted(self._state.now):
                 self._outbox.add_notice(session, "parked", id)
@@ -68,7 +68,7 @@ class Watches:
                 self._outbox.add_notice(session, "gone", id)
                 continue
             for message in group.messages():
-                if message.label == group.ended:
+                if message.label == group.end_label:
                     self._outbox.add_push(session, group, message.label, self._writer.body(message))
         if not session.unpushed_ends:
             self.pending_sessions.pop(session, None)

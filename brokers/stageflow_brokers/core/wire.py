@@ -52,17 +52,17 @@ __all__ = [
     "QUERY",
     "RELEASE",
     "SETTLE",
+    "BrokerFrame",
     "Buffer",
     "Checkpoint",
     "Hello",
-    "Out",
     "PublishFrame",
     "Query",
     "Release",
     "SettleFrame",
     "encode",
-    "numbered",
-    "refusal",
+    "error_answer",
+    "read_frame_number",
 ]
 
 PROTOCOL = 1
@@ -165,7 +165,7 @@ class Hello(Struct, array_like=True):
     number: int = 0
 
 
-class Out(Struct, array_like=True):
+class BrokerFrame(Struct, array_like=True):
     """Everything that the broker sends to one peer after one commit.
 
     Attributes:
@@ -191,7 +191,7 @@ _checkpoint = msgspec.msgpack.Decoder(Checkpoint).decode
 _release = msgspec.msgpack.Decoder(Release).decode
 _query = msgspec.msgpack.Decoder(Query).decode
 _hello = msgspec.msgpack.Decoder(Hello).decode
-_out = msgspec.msgpack.Decoder(Out).decode
+_broker_frame = msgspec.msgpack.Decoder(BrokerFrame).decode
 _items = msgspec.msgpack.Decoder(list[Raw]).decode
 _number = msgspec.msgpack.Decoder(int).decode
 
@@ -199,12 +199,12 @@ _MALFORMED = (msgspec.MsgspecError, RecursionError, ValueError)
 """The errors that a decoder may raise for arbitrary bytes."""
 
 
-def decode_out(header: bytes) -> Out:
+def decode_broker_frame(header: bytes) -> BrokerFrame:
     """Decode a frame of the broker, for a peer."""
-    return _out(header)
+    return _broker_frame(header)
 
 
-def refusal(error: BrokerError) -> dict[str, str]:
+def error_answer(error: BrokerError) -> dict[str, str]:
     """Return the answer to a frame that is refused whole.
 
     `error` names a class that peers of every release know, `kind`, if present, a subclass of it. A peer that does not
@@ -216,7 +216,7 @@ def refusal(error: BrokerError) -> dict[str, str]:
     return {"error": name, "message": str(error)}
 
 
-def numbered(header: bytes) -> tuple[int, int] | None:
+def read_frame_number(header: bytes) -> tuple[int, int] | None:
     """Return (broker epoch, frame) of a malformed header, so that the frame can be answered; None if unreadable."""
     try:
         epoch, frame = (_number(raw) for raw in _items(header)[:2])

@@ -268,7 +268,7 @@ class DiskSpaceGuard:
         """Add the sizes of the messages with which groups have just ended, or wait for the history, to the average."""
         for message in islice(reversed(self._machine.state.messages.values()), SAMPLED_MESSAGES):
             group = message.group
-            if group is not None and group.ended == message.label and group.ended:
+            if group is not None and group.end_label == message.label and group.end_label:
                 self._final_bytes += message.weight + MESSAGE_OVERHEAD_BYTES + GROUP_OVERHEAD_BYTES
                 self._final_count += 1
         if self._final_count > MAX_FINAL_SAMPLES:
