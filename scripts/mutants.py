@@ -251,7 +251,7 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/pool.py",
-                "        self._context.broker.admin.retire(worker.peer).add_done_callback(answered)\n",
+                "        self._context.broker.admin.retire(worker.peer).add_done_callback(on_answer)\n",
                 (
                     "        if worker.pidfd >= 0 and not any(lane.is_busy for lane in worker.lanes):\n"
                     "            worker.killed = ((), Failure('stopped', 'not needed'))\n"

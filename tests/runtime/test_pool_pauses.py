@@ -25,7 +25,7 @@ broken = Workflow("broken").add_stage(use)
 def test_the_exits_of_its_workers_are_reported_and_distinguished_from_a_manual_pause(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PATIENCE", 0.0)
+    monkeypatch.setattr(health, "FAULT_CONFIRM_SECONDS", 0.0)
     why = "10 of its workers ended in a row before they began a message (the last: exit code 13)"
     with Runtime(broken, data_dir=tmp_path, services={"shop": end}) as runtime:
         (queue,) = runtime.queues("stageflow.broken.")

@@ -36,7 +36,7 @@ from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
-from stageflow_actors.runtime.node.pool import Cancelled, Retire, ScaleTo, Tick
+from stageflow_actors.runtime.node.pool import Cancelled, ScaleTo, ShutDown, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
@@ -56,6 +56,10 @@ SLOT_COUNT = 65_536
 """Most lanes of all workers of a node."""
 TICK_SECONDS = 0.02
 """Time between two checks of the slots: the longest delay after a timeout."""
+FINISHED_CREDIT = 4_000
+"""Finished instances that the broker delivers before the first of them is settled: two transactions of the history."""
+COORDINATOR_CREDIT = 500
+"""The same for events that the coordinator decides on."""
 ORPHAN_CHECK_SECONDS = 2.0
 """Time between two searches for queues without a consumer."""
 FIRST_FIELD = [1, 3]
@@ -204,8 +208,8 @@ class Node:
         self._listener.coordinator = self._coordinator
         self._listener.pool_context = pool_context
         self._listener.broker = self._broker
-        self._broker.consume(config.naming.finished, 4_000)
-        self._broker.consume(config.naming.coordinator, 500)
+        self._broker.consume(config.naming.finished, FINISHED_CREDIT)
+        self._broker.consume(config.naming.coordinator, COORDINATOR_CREDIT)
         self._supervisor = Supervisor.start(
             self._make_zygote, pool_context, config.naming, config.max_deaths, self.fail
         )
@@ -431,7 +435,7 @@ class Node:
         self._notes = StopNotes(lambda text: _send_report(self._channel, Report("notice", text)))
         self._listener.delivery_suspended = True
         broker_answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
-        self._supervisor.tell(Retire(True))
+        self._supervisor.tell(ShutDown(True))
         self._await_workers()
         broker_answers = broker_answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()

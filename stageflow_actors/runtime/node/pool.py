@@ -35,7 +35,7 @@ from stageflow_actors.runtime.node.exit_policy import (
 )
 from stageflow_actors.runtime.node.memory_limits import memory_above
 from stageflow_actors.runtime.node.pool_context import PoolContext
-from stageflow_actors.runtime.node.pool_events import Cancelled, ReplaceSpec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool_events import Cancelled, ReplaceSpec, ScaleTo, ShutDown, Tick, ZygoteLost
 from stageflow_actors.runtime.node.pool_pause import PoolPause
 from stageflow_actors.runtime.node.worker_handle import Kill, WorkerHandle
 from stageflow_actors.runtime.system.processes import kill_group, wait_dead
@@ -43,7 +43,7 @@ from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed,
 from stageflow_brokers.client.connection import new_peer
 from stageflow_brokers.failpoints import failpoint
 
-__all__ = ["Cancelled", "Pool", "ReplaceSpec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "Pool", "ReplaceSpec", "ScaleTo", "ShutDown", "Tick", "ZygoteLost"]
 
 logger = logging.getLogger("stageflow_actors.node.pool")
 
@@ -82,12 +82,12 @@ class Pool(pykka.ThreadingActor):
         super().__init__()
         self._spec = spec
         self._context = pool_context
-        self._wanted = spec.actors
+        self._target_workers = spec.actors
         self._workers: dict[str, WorkerHandle] = {}
         self._serial = 0
         self._exit_policy = ExitPolicy(pool_context.oom_kills.claim)
         self._pause = PoolPause(pool_context.broker, spec.queue, pool_context.notify)
-        self._retiring = False
+        self._shutting_down = False
         self._ticks = 0
         self._next_memory_check = self._next_exit_check = 0
 
@@ -116,8 +116,8 @@ class Pool(pykka.ThreadingActor):
             self._scale(message.actors)
         elif isinstance(message, ReplaceSpec):
             self._replace_spec(message.spec)
-        elif isinstance(message, Retire):
-            self._retire(message.kill)
+        elif isinstance(message, ShutDown):
+            self._shut_down(message.kill)
         elif isinstance(message, Cancelled):
             self._cancel(message)
         elif isinstance(message, ZygoteLost):
@@ -127,12 +127,12 @@ class Pool(pykka.ThreadingActor):
         self._update_active()
 
     def _update_active(self) -> None:
-        unsettled = len(self._workers) != self._wanted and not self._retiring
+        is_incomplete = len(self._workers) != self._target_workers and not self._shutting_down
         # With a memory limit the pool is always active: an idle worker can be above the limit too.
         if (
             self._spec.max_memory
             or self._pause.is_active
-            or unsettled
+            or is_incomplete
             or any(w.cancelled or w.retiring or w.report_due_since for w in self._workers.values())
         ):
             self._context.active.add(self._spec.queue)
@@ -145,9 +145,9 @@ class Pool(pykka.ThreadingActor):
     # starts
 
     def _fill(self) -> None:
-        while len(self._workers) < self._wanted:
+        while len(self._workers) < self._target_workers:
             # Checked before each start: a worker that cannot be started delays the next one.
-            if self._retiring or self._pause.is_active or time.monotonic() < self._exit_policy.not_before:
+            if self._shutting_down or self._pause.is_active or time.monotonic() < self._exit_policy.not_before:
                 return
             slot = self._context.allocate_slots(self._spec.concurrency)
             if slot is None:
@@ -155,7 +155,7 @@ class Pool(pykka.ThreadingActor):
                     "pool %s: only %d of %d workers can be started, because all %d slots of the node are in use",
                     self._spec.queue,
                     len(self._workers),
-                    self._wanted,
+                    self._target_workers,
                     len(self._context.slots),
                 )
                 self._exit_policy.back_off(8, time.monotonic())
@@ -210,7 +210,7 @@ class Pool(pykka.ThreadingActor):
             return
         worker.pid, worker.pidfd, worker.report_due_since = event.pid, event.pidfd, 0
         failpoint("pool.spawned")
-        if self._retiring or worker.killed is not None:
+        if self._shutting_down or worker.killed is not None:
             kill_group(worker.pid, worker.pidfd)
 
     def _on_spawn_failed(self, event: SpawnFailed) -> None:
@@ -232,7 +232,7 @@ class Pool(pykka.ThreadingActor):
     def _decide_exit(self, worker: WorkerHandle, status: int | None) -> None:
         states = [lane.read() for lane in worker.lanes]
         decision = self._exit_policy.decide(
-            self._spec, states, status, killed=worker.killed, expected=self._retiring, now=time.monotonic()
+            self._spec, states, status, killed=worker.killed, expected=self._shutting_down, now=time.monotonic()
         )
         self._apply(worker, decision)
 
@@ -282,7 +282,7 @@ class Pool(pykka.ThreadingActor):
         for worker in self._workers.values():
             if worker.retiring and now >= worker.request_at:
                 self._request_retirement(worker)
-        if len(self._workers) > self._wanted:
+        if len(self._workers) > self._target_workers:
             self._trim()
         self._fill()
 
@@ -383,7 +383,7 @@ class Pool(pykka.ThreadingActor):
                 most,
                 actors,
             )
-        self._wanted = min(actors, most)
+        self._target_workers = min(actors, most)
         self._trim()
         self._fill()
 
@@ -391,7 +391,7 @@ class Pool(pykka.ThreadingActor):
         """Retire surplus workers that are idle. Busy ones are checked again at the next tick."""
         staying = [worker for worker in self._workers.values() if worker.killed is None and not worker.retiring]
         for worker in reversed(staying):
-            if len(staying) <= self._wanted:
+            if len(staying) <= self._target_workers:
                 return
             if worker.pidfd >= 0 and not any(lane.is_busy for lane in worker.lanes):
                 self._request_retirement(worker)
@@ -399,8 +399,8 @@ class Pool(pykka.ThreadingActor):
 
     def _replace_spec(self, spec: PoolSpec) -> None:
         """Replace all workers: each retires after its current messages, or at a message of a version unknown to it."""
-        if self._wanted == self._spec.actors:
-            self._wanted = spec.actors
+        if self._target_workers == self._spec.actors:
+            self._target_workers = spec.actors
         self._spec = spec
         for worker in self._workers.values():
             worker.lanes[0].mark_stale()
@@ -416,14 +416,14 @@ class Pool(pykka.ThreadingActor):
         worker.retiring = True
         worker.request_at = time.monotonic_ns() + RETIRE_REPEAT_NS
 
-        def answered(asked: Future[Any]) -> None:
+        def on_answer(asked: Future[Any]) -> None:
             if asked.exception() is not None or not asked.result():
                 worker.request_at = time.monotonic_ns() + RETIRE_RETRY_NS
 
-        self._context.broker.admin.retire(worker.peer).add_done_callback(answered)
+        self._context.broker.admin.retire(worker.peer).add_done_callback(on_answer)
 
-    def _retire(self, kill: bool) -> None:
-        self._retiring = True
+    def _shut_down(self, kill: bool) -> None:
+        self._shutting_down = True
         if kill:
             for worker in self._workers.values():
                 if worker.pidfd >= 0:

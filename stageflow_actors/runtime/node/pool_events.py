@@ -10,7 +10,7 @@ from msgspec import Struct
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
-__all__ = ["Cancelled", "ReplaceSpec", "Retire", "ScaleTo", "Tick", "ZygoteLost"]
+__all__ = ["Cancelled", "ReplaceSpec", "ScaleTo", "ShutDown", "Tick", "ZygoteLost"]
 
 
 class Tick:
@@ -30,7 +30,7 @@ class ReplaceSpec(Struct, frozen=True):
     spec: PoolSpec
 
 
-class Retire(Struct, frozen=True):
+class ShutDown(Struct, frozen=True):
     """Start no more workers; if `kill` is true, kill the running ones now."""
 
     kill: bool

@@ -19,7 +19,7 @@ from stageflow_actors.core.plan import DEAD, UNANSWERED, Naming
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
-from stageflow_actors.runtime.node.pool import Cancelled, Pool, ReplaceSpec, Retire, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.pool import Cancelled, Pool, ReplaceSpec, ScaleTo, ShutDown, Tick, ZygoteLost
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.system.processes import describe_exit
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
@@ -67,7 +67,7 @@ class Supervisor(pykka.ThreadingActor):
         self._fail = fail
         self._pools: dict[str, pykka.ActorRef[Pool]] = {}
         self._zygote_restarts = RestartLimit("zygote process")
-        self._retiring = False
+        self._shutting_down = False
         self._ticks = 0
 
     def on_failure(self, *args: Any) -> None:
@@ -98,8 +98,8 @@ class Supervisor(pykka.ThreadingActor):
             queue = self._context.live.get(message.peer)
             if queue in self._pools:
                 self._pools[queue].tell(message)
-        elif isinstance(message, Retire):
-            self._retiring = True
+        elif isinstance(message, ShutDown):
+            self._shutting_down = True
             for pool in self._pools.values():
                 pool.tell(message)
 
@@ -114,7 +114,7 @@ class Supervisor(pykka.ThreadingActor):
 
     def _on_zygote_gone(self, event: ZygoteGone) -> None:
         lost = self._context.zygote()
-        if not self._retiring:
+        if not self._shutting_down:
             logger.warning("the zygote process has ended (%s); it is started again", describe_exit(event.status))
             try:
                 self._zygote_restarts.record()
