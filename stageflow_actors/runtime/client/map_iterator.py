@@ -63,7 +63,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         ordered: bool,
     ) -> None:
         self._index: dict[str, int] = {}
-        self._inbox = _Inbox()
+        self._waiter = _MapWaiter()
         self._unsent: deque[list[StartRequest]] = deque()
         """Batches that the first stage's queue had no room for."""
         self._session = session
@@ -82,8 +82,8 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         self._retried: dict[str, int] = {}
         self._history_current = not retry_failed
         self._digests: dict[str, bytes | None] = {}
-        self._arrived = self._inbox.arrived
-        self._event = self._inbox.event
+        self._arrived = self._waiter.arrived
+        self._event = self._waiter.event
         self._ready: dict[int, WorkflowResult[C] | BaseException] = {}
         self._retry_full_at = 0.0
         self._bar = _bar(contexts) if progress else None
@@ -101,8 +101,8 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 if isinstance(found, BaseException):
                     raise found
                 return found
-            if self._inbox.error is not None:
-                raise self._inbox.error
+            if self._waiter.error is not None:
+                raise self._waiter.error
             if self._unsent:
                 self._probe()
             if not self._exhausted and not self._unsent and self._has_room():
@@ -125,15 +125,15 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
             self._bar = None
 
     def __del__(self) -> None:
-        inbox, waiters = self._inbox, self._session.waiters
-        inbox.dropped = waiters
+        waiter, waiters = self._waiter, self._session.waiters
+        waiter.dropped = waiters
         for instance_id in self._index:
-            waiters.abandon(instance_id, inbox)
+            waiters.abandon(instance_id, waiter)
         for batch in self._unsent:
-            inbox.abandon_refused(batch, None)
-        for batch_or_id, answer in inbox.arrived:
+            waiter.abandon_refused(batch, None)
+        for batch_or_id, answer in waiter.arrived:
             if isinstance(batch_or_id, list):
-                inbox.abandon_refused(batch_or_id, answer)
+                waiter.abandon_refused(batch_or_id, answer)
 
     # results
 
@@ -194,7 +194,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
 
     def _refuse(self, instance_id: str, error: BaseException) -> None:
         at = self._index.pop(instance_id, None)
-        self._session.waiters.remove(instance_id, self._inbox)
+        self._session.waiters.remove(instance_id, self._waiter)
         if at is not None:
             error.instance_id = instance_id  # type: ignore[attr-defined]
             self._put(instance_id, at, error)
@@ -279,13 +279,13 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 batch = self._without_finished(batch)
                 if not batch:
                     return False
-            inbox, ids = self._inbox, [request.id for request in batch]
-            future = self._session.publish(self._ref, batch, on_numbered=lambda: waiters.add_all(ids, inbox))
+            waiter, ids = self._waiter, [request.id for request in batch]
+            future = self._session.publish(self._ref, batch, on_numbered=lambda: waiters.add_all(ids, waiter))
         except Exception as error:  # noqa: BLE001 - after any error no instance of the batch has been started
             for request in batch:
                 self._refuse(request.id, copy.copy(error))
             return False
-        on_answer = self._inbox.on_answer
+        on_answer = self._waiter.on_answer
         future.add_done_callback(lambda done: on_answer(batch, done))
         return True
 
@@ -311,7 +311,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         return remaining
 
     def _handle_answer(self, batch: list[StartRequest], answer: PublishAnswer | BaseException) -> None:
-        probed, self._inbox.probing = self._inbox.probing, False
+        probed, self._waiter.probing = self._waiter.probing, False
         if isinstance(answer, port.QueueFull):
             # A batch is accepted whole or not at all, and may be larger than the queue.
             half = (len(batch) + 1) // 2
@@ -336,16 +336,16 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])
                 # Its outcome may be in the history: then no notification follows.
-                self._session.waiters.remove(instance_id, self._inbox)
+                self._session.waiters.remove(instance_id, self._waiter)
         if look_again:
             self._start(look_again)
 
     def _probe(self) -> None:
         """Send the next batch that the first stage's queue had no room for; one at a time until one is accepted."""
-        if not self._inbox.probing and time.monotonic() >= self._retry_full_at:
-            self._inbox.probing = True
+        if not self._waiter.probing and time.monotonic() >= self._retry_full_at:
+            self._waiter.probing = True
             if not self._start(self._unsent.popleft()):
-                self._inbox.probing = False
+                self._waiter.probing = False
 
     def _wait(self) -> None:
         if not self._arrived:
@@ -354,7 +354,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
             self._bar.refresh()
 
 
-class _Inbox:
+class _MapWaiter:
     """The waiter of an iterator: the connection's thread appends to it, and it does not keep the iterator alive.
 
     After the iterator is `dropped`, refused starts are not sent again, so the program no longer waits for them.
