@@ -84,7 +84,7 @@ def run_checks(data: DataDir, *, readable: bool = True) -> DoctorReport:
         # A program that has just been started is waited for: its broker answers for the journal.
         report.live = live_address(data) is not None
         if has_journal and readable:
-            gone = ended_groups(data.journal, FINISHED, picture=not report.live)
+            gone = ended_groups(data.journal, FINISHED, audit=not report.live)
             found.extend(_of_departures(data, gone))
         if report.live:
             with attach(data.path, with_history=False) as attached:
@@ -92,7 +92,7 @@ def run_checks(data: DataDir, *, readable: bool = True) -> DoctorReport:
                 found.extend(_of_history(data, gone, picture, attached, has_journal, report.checked))
         else:
             if gone is not None:
-                picture = gone.picture
+                picture = gone.audit
                 found.extend([*_lasting(picture), *_passing(picture, live=False).values()])
             found.extend(_of_history(data, gone, picture, None, has_journal, report.checked))
     except JournalCorrupt as error:
@@ -158,7 +158,7 @@ def _of_departures(data: DataDir, gone: EndedGroups) -> Iterator[Finding]:
         what = "by the journal it is live, and nothing continues it: no message, gather or timer"
         advice = "the next start forgets it; restore the directory from a backup, or start it anew"
         yield Finding(ERROR, "carrier", _named(gone.idle), what, advice)
-    yield from _of_clock(data.journal, gone.latest)
+    yield from _of_clock(data.journal, gone.latest_wall)
 
 
 def _of_clock(where: object, latest: float) -> Iterator[Finding]:

@@ -42,7 +42,7 @@ READERS: list[Callable[[Path], object]] = [
     lambda path: Engine(journal_dir=path, segment_bytes=SEGMENT),
     count_settlements,
     load_engine,
-    lambda path: ended_groups(path, ":finished", picture=True),
+    lambda path: ended_groups(path, ":finished", audit=True),
 ]
 
 

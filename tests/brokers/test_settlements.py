@@ -20,7 +20,7 @@ def test_each_accepted_transition_counts_once_under_instance_epoch_and_label(fil
     filled.settle_next("stageflow.compensation.orders")
     accounts = count_settlements(filled.close() / "journal")
     assert accounts.settled == {("i1", 1, "reserve"): 1, ("i1", 1, "pay"): 1, ("i1", 1, "compensate:reserve"): 1}
-    assert accounts.live == accounts.groups == accounts.unnamed == 0
+    assert accounts.live_messages == accounts.live_groups == accounts.unnamed == 0
 
 
 def test_what_waits_is_parked_or_was_purged_has_not_been_settled(filled: Any) -> None:
@@ -31,7 +31,7 @@ def test_what_waits_is_parked_or_was_purged_has_not_been_settled(filled: Any) ->
     assert filled.ask.purge("elsewhere", [])["purged"] == 1
     accounts = count_settlements(filled.close() / "journal")
     assert accounts.settled == {}
-    assert (accounts.live, accounts.groups) == (2, 2)
+    assert (accounts.live_messages, accounts.live_groups) == (2, 2)
 
 
 def test_a_requeued_message_counts_when_it_is_done_at_last(filled: Any) -> None:
@@ -59,8 +59,8 @@ def test_the_journal_may_be_read_while_it_is_written(filled: Any) -> None:
     filled.settle_next(FIRST)
     filled.start("i2", {})
     accounts = count_settlements(filled.data_dir.journal)
-    assert (accounts.settled, accounts.live) == ({("i1", 1, "reserve"): 1}, 1)
-    assert sum(accounts.kinds.values()) == accounts.records
+    assert (accounts.settled, accounts.live_messages) == ({("i1", 1, "reserve"): 1}, 1)
+    assert sum(accounts.record_kinds.values()) == accounts.records
 
 
 def test_damage_and_absence_are_reported_not_counted(filled: Any, tmp_path: Path) -> None:

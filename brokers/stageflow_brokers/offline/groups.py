@@ -1,6 +1,6 @@
-"""Which groups the records of a batch speak of; of a damaged batch, which they may speak of.
+"""The groups named by the records of a batch, and those that a damaged batch may name.
 
-It only looks: what a record does to a group is the business of a replay.
+This module must not apply records: that is the task of `Replay`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from stageflow_brokers.types import MAX_NAME_CHARS
 
 __all__ = ["groups_in", "possible_groups_in"]
 
-LOOKED_THROUGH = 32 << 20
-"""Bytes of a damaged header that are looked through for names."""
+MAX_SEARCHED_BYTES = 32 << 20
+"""Bytes of a damaged header that are searched for names."""
 
 _ARRAY = re.compile(rb"[\x92-\x9f\xdc]")
 _SHAPES = {
@@ -29,11 +29,11 @@ _SHAPES = {
     records.GROUP: ("s",),
     records.GATHER: ("s",),
 }
-"""How arrays begin that name a group, by the kind of record: integers and strings, of which the last is the group."""
+"""How arrays begin that name a group, by kind of record: integers and strings, the last of which is the group."""
 
 
 def groups_in(batch: Batch) -> dict[str, None]:
-    """The groups that the records of a batch speak of, in that order; those that cannot be understood are left out."""
+    """Return the groups that the records of a batch name, in order, without records that cannot be decoded."""
     named: dict[str, None] = {}
     for kind, _, _, header, blob in batch.records:
         try:
@@ -45,33 +45,33 @@ def groups_in(batch: Batch) -> dict[str, None]:
 
 
 def possible_groups_in(batch: Batch) -> dict[str, None]:
-    """The groups of which the records of a damaged batch may speak: what stands where a name would stand."""
+    """Return the groups that a damaged batch may name: the strings at places where a group is expected."""
     named: dict[str, None] = {}
     for kind, _, _, header, blob in batch.records:
         try:
             found = _groups_of(kind, bytes(header), bytes(blob))
         except (ProtocolError, msgspec.MsgspecError, RecursionError, ValueError):
-            found = list(_guessed(kind, bytes(header[:LOOKED_THROUGH])))
+            found = list(_guess_groups(kind, bytes(header[:MAX_SEARCHED_BYTES])))
         named.update((name, None) for name in found if name.isprintable() and len(name) <= MAX_NAME_CHARS)
     named.pop("", None)
     return named
 
 
-def _guessed(kind: int, header: bytes) -> Iterator[str]:
+def _guess_groups(kind: int, header: bytes) -> Iterator[str]:
     for array in _ARRAY.finditer(header):
         at = array.end() + 2 * (array[0] == b"\xdc")
         shape, last = "", ""
         while len(shape) < 5:
-            sort, last, at = _value(header, at)
-            shape += sort
+            kind_of_value, last, at = _value(header, at)
+            shape += kind_of_value
             if shape in _SHAPES.get(kind, ()):
                 yield last
-            if not sort:
+            if not kind_of_value:
                 break
 
 
 def _value(data: bytes, at: int) -> tuple[str, str, int]:
-    """What stands there in msgpack, "i"nteger or "s"tring; that string; where it ends. Nothing if neither."""
+    """Decode a msgpack value: its kind ("i" integer, "s" string, "" neither), its string, and its end."""
     first = data[at] if at < len(data) else 0xC1
     if first < 0x80:
         return "i", "", at + 1

@@ -1,8 +1,8 @@
-"""What the journal on disk testifies to: how often each transition was accepted. An audit that asks no broker.
+"""Count accepted settlements, list ended groups, and load an engine, all from the journal on disk without a broker.
 
-The records are read as they lie in the files and replayed through the broker's own fold, so that a settlement counts
-under the name of the message it acknowledged. Only what is still in the journal can be counted: a segment is given back
-once nothing in it is alive. It reads, beside a running broker too, and never writes.
+The records are replayed through the broker's own `Replay`, so that a settlement counts for the message that it
+acknowledged. Records of deleted segments cannot be counted: compaction deletes a segment when nothing in it is live.
+The functions may run beside a broker. They must never write to the journal.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = [
 ]
 
 SettlementKey = tuple[str, int, str]
-"""(group, epoch, label) of a message that was acknowledged."""
+"""(group, epoch, label) of an acknowledged message."""
 
 
 class SegmentUse(Struct):
-    """What one segment holds; `bytes` are those of its records, headers and padding left out."""
+    """The content of one segment. `bytes` counts its records without batch headers and padding."""
 
     file: str
     batches: int = 0
@@ -54,85 +54,96 @@ class SegmentUse(Struct):
 
 
 class SettlementCounts(Struct):
-    """The count. `settled` says how often a settlement of each message was accepted: once, if all is well.
+    """Counts of the records in a journal.
 
-    `unnamed` settlements acknowledged messages whose own record is gone with its segment. `kinds` are records by kind,
-    `live` the messages, `groups` the instances that have not ended by these records.
+    Args:
+        segments: The content of each segment.
+        settled: How often a settlement of each message was accepted; each number must be 1.
+        record_kinds: Number of records of each kind.
+        unnamed: Settlements of messages whose own record was in a deleted segment.
+        live_messages: Messages that have not ended according to the records.
+        live_groups: Groups that have not ended according to the records.
     """
 
     segments: list[SegmentUse]
     settled: Counter[SettlementKey]
-    kinds: Counter[str]
+    record_kinds: Counter[str]
     unnamed: int = 0
-    live: int = 0
-    groups: int = 0
+    live_messages: int = 0
+    live_groups: int = 0
 
     @property
     def batches(self) -> int:
-        """All batches."""
+        """Number of all batches."""
         return sum(segment.batches for segment in self.segments)
 
     @property
     def records(self) -> int:
-        """All records."""
+        """Number of all records."""
         return sum(segment.records for segment in self.segments)
 
     @property
     def bytes(self) -> int:
-        """The bytes of all records."""
+        """Bytes of all records."""
         return sum(segment.bytes for segment in self.segments)
 
 
 def count_settlements(journal: Path) -> SettlementCounts:
-    """Count what is in the journal in this directory.
+    """Count the settlements and records of the journal in directory `journal`.
 
     Raises `JournalCorrupt` at damage, `JournalVersion`, and `JournalError` if there is no journal.
     """
-    accounts = SettlementCounts([], Counter(), Counter())
-    settled = accounts.settled
+    counts = SettlementCounts([], Counter(), Counter())
+    settled = counts.settled
 
     def on_settled(message: Message | None, group_id: str, label: str) -> None:
         if message is None:
-            accounts.unnamed += 1
+            counts.unnamed += 1
         else:
             settled["" if message.group is None else message.group.id, message.epoch, label] += 1
 
-    store = BrokerState(paging=True)  # bodies are not looked at, so none is kept
-    replay = Replay(store, on_settled=on_settled)
+    state = BrokerState(paging=True)  # bodies are not needed, so none stays in memory
+    replay = Replay(state, on_settled=on_settled)
     use = SegmentUse("")
     for batch in _scan(journal, replay):
         name = file_name(batch.segment)
         if name != use.file:
             use = SegmentUse(name)
-            accounts.segments.append(use)
+            counts.segments.append(use)
         use.batches += 1
         use.records += len(batch.records)
         for record in batch.records:
             use.bytes += len(record.header) + len(record.blob)
-            accounts.kinds[records.NAMES.get(record.kind, f"kind {record.kind}")] += 1
-    accounts.live = len(store.messages)
-    accounts.groups = sum(1 for group in store.groups.values() if group.messages() or group.gathers)
-    return accounts
+            counts.record_kinds[records.NAMES.get(record.kind, f"kind {record.kind}")] += 1
+    counts.live_messages = len(state.messages)
+    counts.live_groups = sum(1 for group in state.groups.values() if group.messages() or group.gathers)
+    return counts
 
 
 class EndedGroups(Struct):
-    """Who has gone, by the records of a journal. `ended`: the groups whose message under the label asked for was
-    acknowledged, with the epoch and the time (seconds since the Unix epoch) of that message. `idle`: groups that have
-    not ended and of which nothing is left. `latest`: the time of the latest batch, 0 for none. `facts` as they stand.
-    `picture`: what a broker that is started on this journal now would answer to the query `audit`.
+    """The ended groups of a journal.
+
+    Args:
+        ended: Groups whose message with the requested label was acknowledged, with the epoch of that message and its
+            time in seconds since 1970.
+        idle: Groups that have not ended, but have no message, gather or timer.
+        latest_wall: Time of the latest batch in seconds since 1970, 0 if there is none.
+        facts: The current facts.
+        audit: The answer to the query `audit` that a broker would give after a start on this journal; empty if it was
+            not requested.
     """
 
     ended: dict[str, tuple[int, float]]
     idle: list[str]
-    latest: float
+    latest_wall: float
     facts: dict[str, str]
-    picture: dict[str, Any]
+    audit: dict[str, Any]
 
 
-def ended_groups(journal: Path, label: str, *, picture: bool) -> EndedGroups:
-    """Who has gone after a message under `label`, as far as the journal still has it; with the `picture` if wanted.
+def ended_groups(journal: Path, label: str, *, audit: bool) -> EndedGroups:
+    """Return the groups that ended with a message of label `label`, as far as the journal still holds it.
 
-    Bodies are not kept. Raises as `count_settlements` does.
+    `audit` adds the audit of the messages. Bodies are not kept in memory. Raises like `count_settlements`.
     """
     ended: dict[str, tuple[int, float]] = {}
 
@@ -143,34 +154,32 @@ def ended_groups(journal: Path, label: str, *, picture: bool) -> EndedGroups:
                 ended[message.group.id] = (message.epoch, message.location.wall)
 
     machine = Machine(paging=True)
-    store = machine.state
-    replay = Replay(store, on_settled=on_settled)
-    latest = 0.0
-    with _without_collecting():
+    state = machine.state
+    replay = Replay(state, on_settled=on_settled)
+    latest_wall = 0.0
+    with _gc_disabled():
         for batch in _scan(journal, replay):
-            latest = batch.wall
-    idle = [group.id for group in store.groups.values() if group.is_idle]
-    if picture:
+            latest_wall = batch.wall
+    idle = [group.id for group in state.groups.values() if group.is_idle]
+    if audit:
         replay.finish(0.0, time.time())
-    return EndedGroups(ended, idle, latest, store.facts, _picture(machine) if picture else {})
+    return EndedGroups(ended, idle, latest_wall, state.facts, _audit_of(machine) if audit else {})
 
 
 def _scan(journal: Path, replay: Replay) -> Iterator[Batch]:
-    """All batches, each replayed when it is given."""
+    """Yield all batches, each after its replay."""
     first = 0
     for batch in scan(journal):
         first = first or batch.segment
         replay_batch(replay, batch)
         yield batch
-    if (
-        first and writer_of(OsFileSystem(), journal) is None
-    ):  # beside a broker, segments are given back while they are read
+    if first and writer_of(OsFileSystem(), journal) is None:  # a running broker may delete segments at the same time
         check_oldest(replay, first)
 
 
 @contextmanager
-def _without_collecting() -> Iterator[None]:
-    """All that is read stays: to look for garbage among it takes longer than reading it."""
+def _gc_disabled() -> Iterator[None]:
+    """Disable the garbage collector: nothing read here is garbage, and collections would take longer than reading."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -180,20 +189,20 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _picture(machine: Machine) -> dict[str, Any]:
-    picture: dict[str, Any] = machine.admin.call(Session(0), "audit", msgspec.Raw(msgspec.msgpack.encode(())))
-    return picture
+def _audit_of(machine: Machine) -> dict[str, Any]:
+    answer: dict[str, Any] = machine.admin.call(Session(0), "audit", msgspec.Raw(msgspec.msgpack.encode(())))
+    return answer
 
 
 def load_engine(journal: Path) -> Engine:
-    """A broker's engine that knows what the journal says and writes nothing: to look at a cluster at rest.
+    """Return an engine with the state of the journal, which writes nothing: for reading the data of a stopped cluster.
 
-    What is changed in it is forgotten with it. Raises as `count_settlements` does.
+    Changes exist only in that engine. Raises like `count_settlements`.
     """
     engine = Engine(journal_dir=None)
-    store = engine.machine.state
-    replay = Replay(store)
+    state = engine.machine.state
+    replay = Replay(state)
     for _ in _scan(journal, replay):
         pass
-    replay.finish(store.now, store.wall)
+    replay.finish(state.now, state.wall)
     return engine

@@ -128,9 +128,9 @@ def stats(data: Path, output: str) -> None:
                 "batches": accounts.batches,
                 "records": accounts.records,
                 "bytes": accounts.bytes,
-                "kinds": dict(accounts.kinds),
-                "live_messages": accounts.live,
-                "live_instances": accounts.groups,
+                "kinds": dict(accounts.record_kinds),
+                "live_messages": accounts.live_messages,
+                "live_instances": accounts.live_groups,
                 "unnamed": accounts.unnamed,
                 "settlements": stages,
                 "compensations": compensations,
@@ -142,8 +142,8 @@ def stats(data: Path, output: str) -> None:
     click.echo()
     print_facts(
         {
-            "records": ", ".join(f"{count(number)} {kind}" for kind, number in accounts.kinds.most_common()),
-            "live": f"{pluralize(accounts.live, 'message')} of {pluralize(accounts.groups, 'instance')}",
+            "records": ", ".join(f"{count(number)} {kind}" for kind, number in accounts.record_kinds.most_common()),
+            "live": f"{pluralize(accounts.live_messages, 'message')} of {pluralize(accounts.live_groups, 'instance')}",
             "transitions": f"{count(sum(row['count'] for row in stages))} of stages, "
             f"{count(sum(row['count'] for row in compensations))} of compensations, "
             f"of {pluralize(len({row['instance'] for row in (*stages, *compensations)}), 'instance')}",
