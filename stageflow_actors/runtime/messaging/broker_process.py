@@ -1,4 +1,7 @@
-"""The broker process as its parent sees it: started, ready or refused, kept alive, asked to end."""
+"""`BrokerProcess`: starts the broker process, restarts it when it ends, and stops it.
+
+This module must not open the journal: the broker process alone reads and writes it.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,18 @@ sys.exit(main(sys.argv[1]))
 """
 
 START_TIMEOUT_SECONDS = 120.0
-"""How long a broker may take to read its journal before its start has failed."""
+"""Time for a broker to read its journal; after that its start counts as failed."""
 
 MAX_START_ATTEMPTS = 5
-"""Starts at once of a broker that ends without a word: somebody has killed it, and it may do better next time."""
+"""Attempts to start a broker that ends without a report: it was probably killed, and the next start may succeed."""
 
 
 class _EndedSilently(BrokerUnavailable):
-    """It ended while it was starting, and said nothing."""
+    """The broker process ended during its start without a report."""
 
 
 class BrokerProcess:
-    """One broker on one journal, whichever process it is by now."""
+    """The broker of one journal, over all restarts of its process."""
 
     def __init__(
         self,
@@ -69,14 +72,15 @@ class BrokerProcess:
 
     @property
     def pid(self) -> int:
-        """The process id of the broker last started."""
+        """Process id of the broker started last."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Start it and wait until it is ready. Raises `JournalCorrupt`, `JournalLocked`, `BrokerUnavailable`.
+        """Start the process and wait until it is ready.
 
-        The broker dies with the *thread* that starts it (`PR_SET_PDEATHSIG`): call it from one that stays.
+        The kernel kills the broker when the *thread* that starts it ends (`PR_SET_PDEATHSIG`): call this method from a
+        thread that lives as long as the broker. Raises `JournalCorrupt`, `JournalLocked`, `BrokerUnavailable`.
         """
         for attempt in range(1, MAX_START_ATTEMPTS + 1):
             try:
@@ -86,10 +90,11 @@ class BrokerProcess:
                 if attempt == MAX_START_ATTEMPTS:
                     raise
 
-    def keep(self, failed: Callable[[StageFlowError], None]) -> None:
-        """Start it again whenever it has ended unasked; the journal holds everything. For a thread of its own.
+    def keep_running(self, on_failure: Callable[[StageFlowError], None]) -> None:
+        """Restart the process whenever it ends unexpectedly; its journal holds the whole state.
 
-        Returns when it was asked to end. `failed` is told why it cannot be kept.
+        Blocks until `stop`, so it needs a thread of its own. If the process cannot be restarted, calls `on_failure` and
+        returns.
         """
         restart_limit = RestartLimit("broker process")
         while True:
@@ -98,20 +103,18 @@ class BrokerProcess:
                 if self._ending:
                     return
                 assert self._process is not None
-                logger.warning(
-                    "the broker process has ended (%s); it is started again", describe_exit(self._process.wait())
-                )
+                logger.warning("the broker process ended (%s) and is restarted", describe_exit(self._process.wait()))
                 try:
                     restart_limit.record()
                     self.start()
                     continue
                 except StageFlowError as error:
-                    told = error
-            failed(told)
+                    failure = error
+            on_failure(failure)
             return
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ask it to end, and wait; killed after `timeout` seconds."""
+        """Send SIGTERM and wait; after `timeout` seconds, kill the process."""
         self._ending = True
         with self._lock:
             process = self._process
@@ -125,31 +128,31 @@ class BrokerProcess:
                 process.wait()
 
     def _start_once(self) -> None:
-        ready, said = os.pipe()
+        ready_fd, report_fd = os.pipe()
         try:
-            # Not msgspec's JSON, which takes no file names that are not text.
-            options = json.dumps({**self._options, "ready_fd": said})
+            # Not msgspec's JSON, which refuses file names that are not valid text.
+            options = json.dumps({**self._options, "ready_fd": report_fd})
             process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, options, *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(said, *self._keep_fds),
+                pass_fds=(report_fd, *self._keep_fds),
                 start_new_session=True,
                 umask=0o077,
             )
-            os.close(said)
-            said = -1
+            os.close(report_fd)
+            report_fd = -1
             if self._pidfd >= 0:
                 os.close(self._pidfd)
             self._pidfd = os.pidfd_open(process.pid)
             self._process = process
-            report = _read_line(ready, START_TIMEOUT_SECONDS)
+            report = _read_report(ready_fd, START_TIMEOUT_SECONDS)
         except OSError as error:
-            raise BrokerUnavailable(f"the broker process could not be started: {error}") from error
+            raise BrokerUnavailable(f"the broker process cannot be started: {error}") from error
         finally:
-            os.close(ready)
-            if said >= 0:
-                os.close(said)
+            os.close(ready_fd)
+            if report_fd >= 0:
+                os.close(report_fd)
         if report is not None and report.get("ready"):
             return
         if wait_dead(self._pidfd, 1.0):
@@ -158,19 +161,22 @@ class BrokerProcess:
             process.kill()
             status = process.wait()
         if report is None:
-            raise _EndedSilently(f"the broker process ended while it was starting ({describe_exit(status)})")
+            raise _EndedSilently(
+                f"the broker process ended during its start ({describe_exit(status)}) and sent no report; its stderr, "
+                "above, may show the cause"
+            )
         raise _error(report)
 
 
-def _read_line(fd: int, timeout: float) -> dict[str, object] | None:
-    """What the process says about its start; None if it ends without having said anything."""
+def _read_report(fd: int, timeout: float) -> dict[str, object] | None:
+    """Return the report of the process about its start; None if it ends without one."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     deadline = time.monotonic() + timeout
     data = b""
     while not data.endswith(b"\n"):
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return {"error": "BrokerUnavailable", "message": f"the broker was not ready within {timeout:g} s"}
+            return {"error": "BrokerUnavailable", "message": f"it was not ready within {timeout:g} s"}
         chunk = os.read(fd, 65536)
         if not chunk:
             return None
@@ -181,11 +187,11 @@ def _read_line(fd: int, timeout: float) -> dict[str, object] | None:
 
 
 def _error(report: dict[str, object]) -> StageFlowError:
-    message = str(report.get("message", "the broker did not start"))
+    message = str(report.get("message", "it gave no reason"))
     kind = report.get("error")
     if kind == "JournalCorrupt":
         offset = report.get("offset")
         return JournalCorrupt(message, file=str(report.get("file")), offset=offset if isinstance(offset, int) else None)
     if kind == "JournalLocked":
         return JournalLocked(message)
-    return BrokerUnavailable(f"the broker could not start: {message}")
+    return BrokerUnavailable(f"the broker cannot start: {message}")

@@ -1,4 +1,7 @@
-"""Which broker carries the messages: the one place outside the composition root that knows of ZeroMQ."""
+"""`connect`: opens a connection to the broker at an address.
+
+Only this module and the composition root may import the ZeroMQ client.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ __all__ = ["connect"]
 
 
 def connect(address: str, listener: Listener, *, role: str, name: str, peer: int = 0) -> Broker:
-    """A connection to the broker at `address`, which keeps itself up.
+    """Return a connection to the broker at `address`; it reconnects automatically.
 
-    Raises `DataDirUnusable` if others than this user have access to where the broker listens.
+    Raises `DataDirUnusable` if other users have access to the directory of the broker's socket.
     """
     try:
         return ZmqClient(address, listener, role=role, name=name, peer=peer)

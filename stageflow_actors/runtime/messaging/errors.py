@@ -1,4 +1,7 @@
-"""What a broker refuses, in the words of those who asked: its errors know of frames and queues, ours of workflows."""
+"""`translate_error`: errors of the broker become errors of `stageflow_actors.errors`.
+
+No error may be classified by its text: only its type decides.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ __all__ = ["translate_error"]
 
 
 def translate_error(error: BaseException) -> StageFlowError:
-    """The error of ours that says what `error` of a broker says."""
+    """Return the `StageFlowError` that corresponds to an error of the broker, with the same text."""
     text = str(error)
     if isinstance(error, port.QueueFull):
         return QueueFull(text, queue=error.queue or None, limit=error.limit)

@@ -1,6 +1,7 @@
-"""`ClusterManifest`: the plans, names and limits of a cluster, for clients in other processes. No code.
+"""`ClusterManifest`: the plans, names and limits of a cluster, for clients in other processes.
 
-The node keeps it in the broker as a fact, so that a client which reaches the broker knows what it may submit.
+The node stores it in the broker as a fact, so that every client of the broker knows which workflows it can submit. It
+must not contain code.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan
 __all__ = ["MANIFEST_FACT", "ClusterManifest", "read_manifest", "write_manifest"]
 
 MANIFEST_FACT = "served"
+"""Name of the fact in the broker."""
 
 
 class ClusterManifest(Struct):
-    """One cluster as its clients see it. The environment of workers is left out of the plans: it may hold secrets."""
+    """One cluster as its clients see it. Its plans have no environment of workers, which may hold secrets."""
 
     plans: list[WorkflowPlan]
     naming: Naming
@@ -24,7 +26,7 @@ class ClusterManifest(Struct):
 
     @property
     def names(self) -> str:
-        """The workflows for an error message: `orders (version 1, 2), refunds (version 1)`."""
+        """The workflows, for an error message: `orders (version 1, 2), refunds (version 1)`."""
         versions: dict[str, list[int]] = {}
         for plan in self.plans:
             versions.setdefault(plan.id, []).append(plan.version)
@@ -34,16 +36,17 @@ class ClusterManifest(Struct):
         )
 
 
-def write_manifest(served: ClusterManifest) -> str:
-    """As the fact is kept."""
+def write_manifest(manifest: ClusterManifest) -> str:
+    """Return the value of the fact."""
     plans = [
-        structs.replace(plan, stages=[structs.replace(stage, env={}) for stage in plan.stages]) for plan in served.plans
+        structs.replace(plan, stages=[structs.replace(stage, env={}) for stage in plan.stages])
+        for plan in manifest.plans
     ]
-    return msgspec.json.encode(structs.replace(served, plans=plans)).decode()
+    return msgspec.json.encode(structs.replace(manifest, plans=plans)).decode()
 
 
 def read_manifest(fact: str | None) -> ClusterManifest | None:
-    """What the fact says; None where there is none yet, or one of another release."""
+    """Return the manifest in a fact; None if there is no fact, or another release wrote it."""
     if fact is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Pauses of queues: the facts that mark a pool's own pause, and the pause by a person.
+"""Pauses of queues: the pause by a person, and the facts that mark a pause by a pool.
 
 A pause by a person outlives a restart of the cluster; a pause by a pool whose workers died too fast does not.
 """
@@ -14,11 +14,10 @@ from stageflow_brokers.api import BrokerAdmin
 __all__ = ["PAUSED_BY_POOL_FACT", "PAUSE_REASON_FACT", "pause"]
 
 PAUSED_BY_POOL_FACT = "paused-by-pool:"
-"""Prefix of the broker's fact that a queue was paused by its pool, whose workers died too fast, and not by a person."""
+"""Prefix of a fact in the broker: `yes` if the queue was paused by its pool, whose workers died too fast."""
 
 PAUSE_REASON_FACT = "why-paused-by-pool:"
-"""Prefix of the broker's fact that says why; it counts only while the queue is paused by its pool."""
-
+"""Prefix of a fact in the broker: the reason of the pool. It is valid only during a pause by the pool."""
 
 Ask = Callable[[Callable[[BrokerAdmin], Future[Any]]], Any]
 """Performs an operation of the broker and returns its answer."""
@@ -27,6 +26,6 @@ Ask = Callable[[Callable[[BrokerAdmin], Future[Any]]], Any]
 def pause(ask: Ask, queue: str) -> None:
     """Pause a queue for a person; `ask` performs an operation and waits for its answer."""
     ask(lambda admin: admin.pause(queue))
-    # Its pool, had that paused it before, would open it at the next start.
+    # Otherwise a pool that paused the queue before would resume it at the next start.
     if ask(lambda admin: admin.get_fact(PAUSED_BY_POOL_FACT + queue)) == "yes":
         ask(lambda admin: admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no"))

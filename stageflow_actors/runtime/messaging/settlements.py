@@ -1,6 +1,6 @@
-"""Settlements of another shape than the plain happy path, as whoever does the work puts them together.
+"""Settlements that an executor, the coordinator or the node builds for one delivery.
 
-Nothing here runs user code, and nothing is sent: that is the actor's.
+This module must not run user code and must not send anything: the caller sends what it returns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from stageflow_brokers.api import (
     ATTEMPT_FAILED,
     ATTEMPT_SUCCEEDED,
     DEAD_LETTER,
+    TERMINAL,
     Arrival,
     DeliveryItem,
     GatherOpen,
@@ -28,7 +29,6 @@ from stageflow_brokers.api import (
 )
 
 __all__ = [
-    "TERMINAL",
     "Result",
     "Settlement",
     "assign_target_numbers",
@@ -40,15 +40,18 @@ __all__ = [
     "split_parts",
 ]
 
-TERMINAL = 1
-
 
 class Settlement:
-    """A settlement that is not the plain happy path: the item, and what it publishes, opens and lets arrive.
+    """One settlement with all that it publishes, and the gathers that it opens or arrives at.
 
-    Targets are found their number by whoever sends it; `bodies` are in the order publishes, opens, arrivals. `unknown`:
-    it parks a message of a version that is not known here. `ran`: code of the user's has run for it in this worker, and
-    has returned or raised; a worker that only finds out how another one ended has not shown that it can work.
+    Attributes:
+        outcome: The item to send; its targets have no numbers before `assign_target_numbers`.
+        publishes: The messages to publish, each with its target.
+        bodies: The bodies, in the order publishes, opens, arrivals.
+        opens: The gathers to open, each with its target.
+        version_unknown: True if it parks a message because this worker does not know the version.
+        user_code_ran: True if user code ran for it in this worker, and returned or raised. A worker that only records
+            how another worker ended has not proved that it can run user code.
     """
 
     __slots__ = ("bodies", "opens", "outcome", "publishes", "user_code_ran", "version_unknown")
@@ -67,27 +70,27 @@ class Settlement:
         self.version_unknown = self.user_code_ran = False
 
     def mark_user_code_ran(self) -> Settlement:
-        """By code of the user's, which has returned or raised."""
+        """Record that user code ran in this worker, and returned or raised."""
         self.user_code_ran = True
         return self
 
     def mark_succeeded(self) -> Settlement:
-        """With the verdict that the attempt went well."""
+        """Count the attempt as a success for the breaker."""
         self.outcome.attempt_result = ATTEMPT_SUCCEEDED
         return self.mark_user_code_ran()
 
     def mark_failed(self) -> Settlement:
-        """With the verdict that the attempt failed. What was found out about an earlier one has been counted."""
+        """Count the attempt as a failure for the breaker. Failures of earlier attempts are counted already."""
         self.outcome.attempt_result = ATTEMPT_FAILED
         return self.mark_user_code_ran()
 
 
 Result = tuple[int, bytes] | Settlement
-"""(target, body) of the happy path, or a settlement of another shape."""
+"""(target number, body) of a plain acknowledgement with one message, or any other settlement."""
 
 
 def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
-    """Send a message on to where its place is now: with the steps and attempts it has had, and all that it gathered."""
+    """Forward a message to the current queue of its place, with its completed steps, attempts and gathered parts."""
     extra = item.extra
     if extra is not None and extra.parts is not None:
         base, arrivals = split_parts(item, body)
@@ -107,10 +110,10 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
 
 
 def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
-    """Park what belongs to a version, or a place of it, that is not registered; `resumable` finds it once it is."""
+    """Park a message of a version or place that is not registered. `resumable` lists it when the version is known."""
     text = (
-        f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance goes on there "
-        "when a runtime with that version is started, or registers it"
+        f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance continues there "
+        "after a runtime has started with this version, or has registered it"
     )
     reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
     parked = Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
@@ -119,21 +122,21 @@ def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, pla
 
 
 def park_unreadable(item: DeliveryItem, error: Exception) -> Settlement:
-    """Park what is no message of a workflow at all: it is there to be looked at, and no worker dies of it."""
-    reason = Failure("refused", f"what was delivered is no message of a workflow: {describe_error(error)}")
+    """Park a body that cannot be decoded as a message: a person can inspect it, and no worker fails on it again."""
+    reason = Failure("refused", f"the body of the message cannot be decoded: {describe_error(error)}")
     parts = None if item.extra is None else item.extra.parts
     if parts is not None and any(not size for slot, size in parts if slot):
-        # What would have made it larger than any message can be has arrived as nothing.
+        # The broker empties the parts that would make a gathered message larger than the limit.
         reason = Failure(
             "refused",
-            "PayloadTooLarge: what its branches or items have handed on is too much for one message; keep large data "
-            "in files and pass their names",
+            "PayloadTooLarge: the results of its branches or items are too large for one message; keep large data in "
+            "files and pass their names",
         )
     return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
 
 
 def completed_steps(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] | None:
-    """The steps that were completed under this message, and under those before it."""
+    """Return the steps that were completed under this message and under those before it."""
     own = None if item.extra is None else item.extra.steps
     if envelope.steps is None:
         return own
@@ -141,9 +144,9 @@ def completed_steps(envelope: Envelope, item: DeliveryItem) -> dict[str, bytes] 
 
 
 def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0) -> Settlement:
-    """The settlement that acknowledges a message and does what follows from it.
+    """Return the settlement that acknowledges a message and performs a transition.
 
-    What follows belongs to the epoch of the message, or to `epoch` where that is given.
+    The published messages and opened gathers belong to the epoch of the message, or to `epoch` if given.
     """
     group = item.group if epoch else ""
     priority = 0 if item.extra is None else item.extra.priority
@@ -176,7 +179,7 @@ def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0
 
 
 def assign_target_numbers(settled: Settlement, targets: list[Target]) -> SettleItem:
-    """The item of a settlement with its targets by number; `targets` grows by those it has not got."""
+    """Return the item of a settlement with its targets as numbers in `targets`, which gets the missing ones."""
     item = settled.outcome
     item.publishes = []
     for target, publish in settled.publishes:
@@ -190,15 +193,15 @@ def assign_target_numbers(settled: Settlement, targets: list[Target]) -> SettleI
 
 
 def _number(target: Target, targets: list[Target]) -> int:
-    for number, known in enumerate(targets):
-        if known == target:
+    for number, existing in enumerate(targets):
+        if existing == target:
             return number
     targets.append(target)
     return len(targets) - 1
 
 
 def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """A gathered message taken apart: its base, and the arrivals as (slot, body) in the order they came."""
+    """Return the base of a gathered message, and its arrivals as (slot, body) in the order of arrival."""
     parts = None if item.extra is None else item.extra.parts
     if parts is None:
         return body, []

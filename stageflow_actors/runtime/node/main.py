@@ -184,7 +184,9 @@ class Node:
             check_journal(self._data)
         self._broker_process.start()
         failpoint("node.broker-started")
-        threading.Thread(target=self._broker_process.keep, args=(self.fail,), name="broker-keeper", daemon=True).start()
+        threading.Thread(
+            target=self._broker_process.keep_running, args=(self.fail,), name="broker-keeper", daemon=True
+        ).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = open_history(self._data, self._broker.admin, lasting=lasting)
         forgotten = forget_finished(self._history, self._broker.admin)

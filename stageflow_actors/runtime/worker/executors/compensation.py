@@ -23,7 +23,7 @@ from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
-from stageflow_actors.runtime.messaging.settlements import TERMINAL, Settlement, park_unknown_version, park_unreadable
+from stageflow_actors.runtime.messaging.settlements import Settlement, park_unknown_version, park_unreadable
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
     CANCEL_GRACE_NS,
@@ -34,7 +34,7 @@ from stageflow_actors.runtime.worker.executors.base import (
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request
-from stageflow_brokers.api import ACK, RETRY, DeliveryItem, PublishItem, SettleItem, Target
+from stageflow_brokers.api import ACK, RETRY, TERMINAL, DeliveryItem, PublishItem, SettleItem, Target
 
 __all__ = ["CompensationExecutor"]
 

@@ -28,11 +28,11 @@ from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import TERMINAL, Result, Settlement, split_parts
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import Request, check_no_request
-from stageflow_brokers.api import DeliveryItem, Target
+from stageflow_brokers.api import TERMINAL, DeliveryItem, Target
 
 __all__ = ["StageExecutor"]
 
