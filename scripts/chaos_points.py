@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import click
 
 import chaos
-from stageflow_brokers.failpoints import FAILPOINTS, VARIABLE
+from stageflow_brokers.failpoints import FAILPOINT_ENV, FAILPOINTS
 
 SIGNALS = ("kill", "stop", "term")
 LIMIT_SECONDS = 60.0
@@ -54,7 +54,7 @@ def try_point(point: str, signal: str, nth: int, instances: int) -> Run:
 def _try_in(place: Path, run: Run, instances: int) -> None:
     log, out, data, mark = place / "effects", place / "report.json", place / "data", place / "mark"
     command = [sys.executable, chaos.__file__, "program", str(data), str(out), str(instances), "0.002", "1"]
-    env = {**os.environ, "CHAOS_LOG": str(log), VARIABLE: f"{run.point}:{run.signal}:{run.nth}:{mark}"}
+    env = {**os.environ, "CHAOS_LOG": str(log), FAILPOINT_ENV: f"{run.point}:{run.signal}:{run.nth}:{mark}"}
     while not out.exists() and run.starts < STARTS:
         run.starts += 1
         program = subprocess.Popen(command, start_new_session=True, env=env, stderr=subprocess.PIPE, text=True)
@@ -75,7 +75,7 @@ def _try_in(place: Path, run: Run, instances: int) -> None:
     # The accident may have hit the cluster while it stopped: the next start, without an accident, finishes the rest.
     out.unlink()
     last = subprocess.run(
-        command, env={**env, VARIABLE: ""}, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        command, env={**env, FAILPOINT_ENV: ""}, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     if last.returncode or not out.exists():
         run.wrong.append(f"the last start ended with {last.returncode}: {last.stderr[-500:]}")

@@ -122,7 +122,7 @@ class NodeHandle:
         deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
         notes = StopNotes(self._notify)
         try:
-            failpoint("program.leaving")
+            failpoint("program.stopping")
             self._stopping.set()
             if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
                 self._kill_late()  # it is still starting, and the thread that starts it holds the lock

@@ -12,7 +12,7 @@ from stageflow_brokers.failpoints import FAILPOINTS
 SAMPLE = (
     ("broker.committed", "kill"),
     ("coordinator.history-written", "kill"),
-    ("worker.worked", "stop"),
+    ("worker.before-settle", "stop"),
     ("pool.exit-seen", "term"),
 )
 

@@ -88,7 +88,7 @@ class OutcomeListener(Listener):
         self._connected()
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        failpoint("client.told")
+        failpoint("client.notified")
         self._waiters.notify_ended(pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:

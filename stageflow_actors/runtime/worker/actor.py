@@ -175,7 +175,7 @@ class WorkActor(pykka.ThreadingActor):
             return
         broker = self._mailbox.broker
         assert broker is not None
-        failpoint("worker.worked")
+        failpoint("worker.before-settle")
         bodies = self._bodies + self._other_bodies
         targets = self._targets if others else self._targets[: self._plain_targets]
         broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
