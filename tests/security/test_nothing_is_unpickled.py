@@ -195,7 +195,16 @@ def test_a_broker_unpickles_no_body_header_name_step_failure_fact_or_query(
         ends = [PublishItem(0, len(bomb), f"end{number}", 1, FLAG_START)]
         peer.broker.publish([Target("fin", text, TERMINAL)], ends, [bomb]).result(PATIENCE)
         # Not a frame at all, in each place of one.
-        for op in (wire.HELLO, wire.PUBLISH, wire.SETTLE, wire.CHECKPOINT, wire.RELEASE, wire.QUERY, wire.MARK_READ, b"?"):
+        for op in (
+            wire.HELLO,
+            wire.PUBLISH,
+            wire.SETTLE,
+            wire.CHECKPOINT,
+            wire.RELEASE,
+            wire.QUERY,
+            wire.MARK_READ,
+            b"?",
+        ):
             with peer.broker._lock:
                 peer.broker._transmit(op, bomb, bomb)
         for query in ("peek", "inspect", "declare", "dead", "roster", "replace", "restart", "unknown"):
