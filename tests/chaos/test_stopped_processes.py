@@ -243,9 +243,9 @@ with Runtime(work, data_dir=sys.argv[1]) as runtime:
 """
 
 WAITS = {
-    "": "what is in work: stageflow.work.stage0 (1 message, for ",
-    "brokers": "the broker (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on",
-    "nodes": "the node (process {pid}), which is stopped: `kill -CONT {pid}` lets it go on",
+    "": "running handlers: stageflow.work.stage0 (1 message, for ",
+    "brokers": "the broker (process {pid}), which is stopped: `kill -CONT {pid}` resumes it",
+    "nodes": "the node (process {pid}), which is stopped: `kill -CONT {pid}` resumes it",
     "nodes brokers zygotes": "the node (process {pid}), which is stopped",
 }
 
@@ -261,7 +261,7 @@ def test_a_stop_prints_what_it_waits_for_and_a_second_ctrl_c_ends_what_is_stoppe
     for process in stopped:
         process.suspend()
     program.send_signal(signal.SIGINT)
-    said = next(line for line in program.stderr if "stopping waits for" in line)
+    said = next(line for line in program.stderr if "the stop waits for" in line)
     assert WAITS[kinds].format(pid=stopped[0].pid if stopped else 0) in said
     program.send_signal(signal.SIGINT)
     assert program.wait(PATIENT) == -signal.SIGINT
@@ -291,20 +291,20 @@ def test_what_a_stop_waits_for_is_printed_at_intervals(monkeypatch: pytest.Monke
         now[0] = 100.0 + seconds
         notes.wait_for(lambda: "" if now[0] < 110.0 else f"what it waits for at {now[0]:g}")
     assert [line.split(";")[0] for line in said] == [
-        "stopping waits for what it waits for at 110",
-        "stopping waits for what it waits for at 170",
+        "the stop waits for what it waits for at 110",
+        "the stop waits for what it waits for at 170",
     ]
 
 
 def test_what_is_in_work_is_named_by_queue_the_longest_first() -> None:
     with contextlib.closing(SlotTable.create(10)) as slots:
         lanes = [slots.lanes(number, 1) for number in range(10)]
-        assert stop_notes.describe_work({"q": lanes[0]}, 0) == "what workers have not settled yet"
+        assert stop_notes.describe_work({"q": lanes[0]}, 0) == "messages that workers have not settled yet"
         for number, (lane,) in enumerate(lanes):
             lane.begin(number, 0, 90_000_000_000 - number * 1_000_000_000)
         queues = {f"q{number}": lanes[number] for number in range(8)} | {"r": lanes[8] + lanes[9]}
         words = stop_notes.describe_work(queues, 100_000_000_000)
     assert words == (
-        "what is in work: r (2 messages, for 19 s), q7 (1 message, for 17 s), q6 (1 message, for 16 s), "
+        "running handlers: r (2 messages, for 19 s), q7 (1 message, for 17 s), q6 (1 message, for 16 s), "
         "q5 (1 message, for 15 s), q4 (1 message, for 14 s) and 4 more queues"
     )
