@@ -9,6 +9,7 @@
 `breaker`         `Breaker`
 `handler`         `HandlerSpec`: how a handler is called
 `callables`       checks of user functions that are not handlers
+`parameters`      the parameters of user functions, through decorators and base classes
 `http`, `remote`  handlers that send a request to a server or to an endpoint
 `context_type`    which classes can be contexts; `type_hints` reads annotations
 `duration`        seconds as users write them; `ids` checks names

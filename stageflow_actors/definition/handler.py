@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from stageflow_actors.definition.parameters import POSITIONAL, VARIADIC, constructor_parameters, parameters_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = ["BoundCall", "HandlerSpec", "default_id", "inspect_handler"]
@@ -19,7 +21,19 @@ __all__ = ["BoundCall", "HandlerSpec", "default_id", "inspect_handler"]
 BoundCall = Callable[[Any, Any], Any]
 """A handler with its services filled in: a function of the context and the `StageContext`."""
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+@dataclass(frozen=True, slots=True)
+class ServiceParameter:
+    """A parameter that receives the service of its name.
+
+    `required`: it has no default. `positional`: it cannot be passed by keyword; `default` is passed in its place where
+    an optional service is not provided and another argument follows.
+    """
+
+    name: str
+    required: bool
+    positional: bool = False
+    default: Any = None
 
 
 class HandlerSpec:
@@ -31,8 +45,8 @@ class HandlerSpec:
         function: The function that is called; for a class its plain method.
         method: The name of the method, `execute` or `compensate`.
         wants_ctx: True if it takes the `StageContext`.
-        services: Names of the services that it takes by keyword.
-        constructor_services: Names of the services that the constructor of a class takes.
+        parameters: The parameters behind the context that receive services.
+        constructor: The parameters of the constructor of a class, which receive services too.
         is_async: True for `async def`: the bound function returns a coroutine.
         compensate: The spec of the object's own method `compensate`, if it has one.
     """
@@ -40,12 +54,12 @@ class HandlerSpec:
     __slots__ = (
         "_ctx_by_keyword",
         "compensate",
-        "constructor_services",
+        "constructor",
         "function",
         "is_async",
         "kind",
         "method",
-        "services",
+        "parameters",
         "target",
         "wants_ctx",
     )
@@ -58,8 +72,8 @@ class HandlerSpec:
         function: Callable[..., Any],
         wants_ctx: bool,
         ctx_by_keyword: bool = False,
-        services: tuple[str, ...] = (),
-        constructor_services: tuple[str, ...] = (),
+        parameters: tuple[ServiceParameter, ...] = (),
+        constructor: tuple[ServiceParameter, ...] = (),
         is_async: bool = False,
         method: str = "execute",
         compensate: HandlerSpec | None = None,
@@ -69,40 +83,70 @@ class HandlerSpec:
         self.function = function
         self.wants_ctx = wants_ctx
         self._ctx_by_keyword = ctx_by_keyword
-        self.services = services
-        self.constructor_services = constructor_services
+        self.parameters = parameters
+        self.constructor = constructor
         self.is_async = is_async
         self.method = method
         self.compensate = compensate
 
     @property
+    def services(self) -> tuple[str, ...]:
+        """The names of the services that it and its constructor take and have no default for."""
+        return tuple(p.name for p in (*self.parameters, *self.constructor) if p.required)
+
+    @property
     def all_services(self) -> frozenset[str]:
-        """The services of the handler, of its constructor and of its method `compensate`."""
-        own = frozenset(self.services) | frozenset(self.constructor_services)
+        """The services without a default, those of its method `compensate` included."""
+        own = frozenset(self.services)
         return own | self.compensate.all_services if self.compensate else own
+
+    def is_constructed_with(self, name: str) -> bool:
+        """Return True if the constructor of a class takes the service `name`."""
+        return any(p.name == name for p in self.constructor)
+
+    def services_among(self, provided: Collection[str]) -> frozenset[str]:
+        """Return the services that it takes: those without a default, and of the others those that are provided."""
+        taken = (*self.parameters, *self.constructor)
+        return frozenset(p.name for p in taken if p.required or p.name in provided)
 
     def bind(self, services: Mapping[str, Any]) -> BoundCall:
         """Return the handler as a function of (context, ctx), with its services filled in.
 
         Constructs the object of a class handler. Raises `WorkflowDefinitionError` if a service is missing.
         """
-        missing = [name for name in (*self.services, *self.constructor_services) if name not in services]
+        missing = [name for name in self.services if name not in services]
         if missing:
             raise WorkflowDefinitionError(
                 f"the service {missing[0]!r} is not provided: add services={{{missing[0]!r}: factory}} to the Runtime"
             )
         function = self.function
         if self.kind == "class":
-            made = self.target(**{name: services[name] for name in self.constructor_services})
-            function = getattr(made, self.method)
-        if self.services:
-            function = functools.partial(function, **{name: services[name] for name in self.services})
+            ahead, named = _arguments(self.constructor, services)
+            function = getattr(self.target(*ahead, **named), self.method)
+        ahead, named = _arguments(self.parameters, services)
+        if named:
+            function = functools.partial(function, **named)
+        if ahead:
+            if self.wants_ctx and not self._ctx_by_keyword:
+                return lambda context, ctx: function(context, ctx, *ahead)
+            if self.wants_ctx:
+                return lambda context, ctx: function(context, *ahead, ctx=ctx)
+            return lambda context, ctx: function(context, *ahead)
         if not self.wants_ctx:
             return lambda context, ctx: function(context)
         if self._ctx_by_keyword:
             return lambda context, ctx: function(context, ctx=ctx)
         # Taking the same two arguments in the same order, the function is its own bound form.
         return function
+
+
+def _arguments(parameters: Sequence[ServiceParameter], services: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return the services for `parameters` as positional and keyword arguments."""
+    named = {p.name: services[p.name] for p in parameters if not p.positional and p.name in services}
+    ahead = [p for p in parameters if p.positional]
+    while ahead and ahead[-1].name not in services:
+        ahead.pop()
+    return [services.get(p.name, p.default) for p in ahead], named
 
 
 def inspect_handler(handler: Any, what: str) -> HandlerSpec:
@@ -147,17 +191,13 @@ def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
     execute = getattr(handler, "execute", None)
     if not callable(execute):
         raise WorkflowDefinitionError(f"{what} has the class {handler.__name__}, which has no execute(context) method")
-    try:
-        parameters = list(inspect.signature(handler).parameters.values())
-    except (ValueError, TypeError):
-        parameters = []
-    for parameter in parameters:
-        if parameter.kind in _POSITIONAL and parameter.default is parameter.empty:
-            raise WorkflowDefinitionError(
-                f"{what}: {handler.__name__} is constructed in the worker, which has no value for {parameter.name!r}: "
-                "give it a default, make it keyword-only to receive the service of that name, or pass an instance"
-            )
-    constructor = _services(parameters)
+    if inspect.isabstract(handler):
+        missing = ", ".join(sorted(handler.__abstractmethods__))
+        raise WorkflowDefinitionError(
+            f"{what} has the abstract class {handler.__name__}, which cannot be constructed: "
+            f"it does not define {missing}"
+        )
+    constructor = _service_parameters(constructor_parameters(handler))
     compensate = getattr(handler, "compensate", None)
     undo = None
     if callable(compensate):
@@ -167,7 +207,7 @@ def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
             compensate,
             f"compensate of {what}",
             method="compensate",
-            constructor_services=constructor,
+            constructor=constructor,
             bound=_is_bound(handler, "compensate"),
         )
     return _call(
@@ -175,7 +215,7 @@ def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
         handler,
         execute,
         f"execute of {what}",
-        constructor_services=constructor,
+        constructor=constructor,
         compensate=undo,
         bound=_is_bound(handler, "execute"),
     )
@@ -192,7 +232,7 @@ def _call(
     what: str,
     *,
     method: str = "execute",
-    constructor_services: tuple[str, ...] = (),
+    constructor: tuple[ServiceParameter, ...] = (),
     compensate: HandlerSpec | None = None,
     bound: bool = True,
 ) -> HandlerSpec:
@@ -205,23 +245,23 @@ def _call(
         raise WorkflowDefinitionError(
             f"{what} is a generator: calling it would run nothing. Return a value instead of yielding"
         )
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (ValueError, TypeError):
+    found = parameters_of(function, 1 if bound else 2)
+    if found is None:
         # Some builtins have no readable signature; they are called with the context only.
-        parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)]
-        bound = True
-    if not bound:
-        parameters = parameters[1:]
-    wants_ctx, by_keyword = _check_parameters(parameters, what)
+        found = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)]
+    elif not bound:
+        found = found[1:]
+    wants_ctx, by_keyword = _check_parameters(found, what)
+    first = next((p for p in found if p.kind in POSITIONAL), None)
+    services = _service_parameters([p for p in found if p is not first and p.name != "ctx"])
     return HandlerSpec(
         kind=kind,
         target=target,
         function=function,
         wants_ctx=wants_ctx,
         ctx_by_keyword=by_keyword,
-        services=_services(parameters),
-        constructor_services=constructor_services,
+        parameters=services,
+        constructor=constructor,
         is_async=inspect.iscoroutinefunction(plain),
         method=method,
         compensate=compensate,
@@ -230,7 +270,7 @@ def _call(
 
 def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[bool, bool]:
     """Return whether the handler takes the ctx, and whether it takes it by keyword."""
-    positional = [p for p in parameters if p.kind in _POSITIONAL]
+    positional = [p for p in parameters if p.kind in POSITIONAL]
     takes_rest = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     if positional and positional[0].name == "ctx":
         raise WorkflowDefinitionError(
@@ -241,13 +281,7 @@ def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[b
         raise WorkflowDefinitionError(
             f"{what} takes no context: its first parameter must be the workflow's context, as in `def handler(order)`"
         )
-    for parameter in positional[1:]:
-        if parameter.name != "ctx" and parameter.default is parameter.empty:
-            raise WorkflowDefinitionError(
-                f"{what} has a parameter {parameter.name!r} without a value: make it keyword-only for a service "
-                f"(`*, {parameter.name}`), or call it `ctx` for the StageContext"
-            )
-    ctx = next((p for p in parameters if p.name == "ctx" and p.kind not in _VARIADIC), None)
+    ctx = next((p for p in parameters if p.name == "ctx" and p.kind not in VARIADIC), None)
     if ctx is None:
         return False, False
     second = len(positional) > 1 and positional[1].name == "ctx"
@@ -256,12 +290,16 @@ def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[b
     return True, not second
 
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _services(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
+def _service_parameters(parameters: list[inspect.Parameter]) -> tuple[ServiceParameter, ...]:
+    """Return the parameters that receive a service: all but `*args` and `**kwargs`."""
+    named = [p for p in parameters if p.kind not in VARIADIC]
+    last = max((n for n, p in enumerate(named) if p.kind is inspect.Parameter.POSITIONAL_ONLY), default=-1)
     return tuple(
-        p.name
-        for p in parameters
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty and p.name != "ctx"
+        ServiceParameter(
+            p.name,
+            p.default is p.empty,
+            n <= last and p.kind in POSITIONAL,
+            None if p.default is p.empty or n > last else p.default,
+        )
+        for n, p in enumerate(named)
     )

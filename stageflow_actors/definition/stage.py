@@ -57,8 +57,8 @@ class Compensation:
     undoes the items that are not undone yet, the last item first. An item is undone once, unless its worker dies.
 
     Args:
-        function: Called as `function(context)` or `function(context, ctx)`; services are keyword-only parameters.
-            An object with a method `execute` is accepted, too.
+        function: Called as `function(context)` or `function(context, ctx)`; every other parameter is a service by its
+            name. An object with a method `execute` is accepted, too.
         timeout: Seconds (or a `timedelta`) for one attempt; None for no limit. Default: 60.
         retry: Policy for failed attempts; None for one attempt. Default: None.
         actors: Number of worker processes, 1 to 1,000. The workflow has one pool for all its compensations; the
@@ -180,9 +180,9 @@ class Stage:
     a process of its own. Processes that a handler starts end with the worker, except daemons.
 
     Args:
-        handler: Called as `handler(context)` or `handler(context, ctx)`, where `ctx` is the `StageContext`; services
-            are keyword-only parameters. A function, an async function, an object with a method `execute`, or a
-            class of such objects, which is constructed in the worker.
+        handler: Called as `handler(context)` or `handler(context, ctx)`, where `ctx` is the `StageContext`; every
+            other parameter is a service by its name. A function, an async function, an object with a method
+            `execute`, or a class of such objects, which is constructed in the worker with services as arguments.
         id: Letters, digits, '-', '_' and '.', unique in the workflow. Default: made of the handler's name
             (`charge_card` becomes `charge-card`); a lambda in a workflow is called `stage-N`.
         compensation: The function or `Compensation` that undoes the stage. Default: the method `compensate` of the
@@ -284,16 +284,13 @@ class Stage:
 
     @property
     def services(self) -> frozenset[str]:
-        """The names of the services that the handler and its constructor take."""
-        return frozenset(self.spec.services) | frozenset(self.spec.constructor_services)
+        """The services that the handler and its constructor need."""
+        return frozenset(self.spec.services)
 
     @property
     def compensation_services(self) -> frozenset[str]:
-        """The names of the services that the compensation takes."""
-        if self.compensation is None:
-            return frozenset()
-        spec = self.compensation.spec
-        return frozenset(spec.services) | frozenset(spec.constructor_services)
+        """The services that the compensation needs."""
+        return frozenset() if self.compensation is None else frozenset(self.compensation.spec.services)
 
     @classmethod
     def http(

@@ -670,15 +670,16 @@ class Workflow(Generic[C]):
                 )
 
     def _check_services(self, stage: Stage, provided: Collection[str]) -> None:
-        for needed, what in (
-            (stage.services, f"stage {stage.id!r}"),
-            (stage.compensation_services, f"the compensation of stage {stage.id!r}"),
+        for spec, what in (
+            (stage.spec, f"stage {stage.id!r}"),
+            (stage.compensation.spec if stage.compensation else None, f"the compensation of stage {stage.id!r}"),
         ):
-            missing = sorted(needed - set(provided))
-            if missing:
+            missing = [] if spec is None else sorted(set(spec.services) - set(provided))
+            if spec is not None and missing:
                 name = missing[0]
+                place = "a parameter of its constructor" if spec.is_constructed_with(name) else "a parameter"
                 raise WorkflowDefinitionError(
-                    f"{what} of workflow {self.id!r} needs the service {name!r}, which is not provided: "
+                    f"{what} of workflow {self.id!r} needs the service {name!r} ({place}), which is not provided: "
                     f"add services={{{name!r}: factory}} to the Runtime, or give the parameter a default"
                 )
 

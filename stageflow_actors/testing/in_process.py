@@ -117,8 +117,9 @@ def run(
     ref = session.adopt(workflow)
     request = ref.prepare(context)
     body = ref.body(request, time.time(), session.max_message_bytes)
-    needed = frozenset[str]().union(*(stage.services | stage.compensation_services for stage in workflow.stages))
-    needed = needed.union(*(stage.services for stage in served))
+    undoing = [stage.compensation.spec for stage in workflow.stages if stage.compensation is not None]
+    specs = [*(stage.spec for stage in (*workflow.stages, *served)), *undoing]
+    needed = frozenset[str]().union(*(spec.services_among(factories) for spec in specs))
     made = {name: factory() for name, factory in factories.items() if name in needed}
     with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
         instance: _Instance[C] = _Instance(session.naming, workflow, ref, request.id, made, loop, given, served, around)

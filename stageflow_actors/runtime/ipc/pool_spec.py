@@ -163,7 +163,7 @@ def pool_specs(
     specs = []
     for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
-            program.factories = {name: services[name] for name in program.stage.services}
+            program.factories = {name: services[name] for name in program.stage.spec.services_among(services)}
             program.stage = program.stage.replace(compensation=None)
             program.interceptors = tuple(interceptors)
         actors, concurrency = limit_concurrency(planned, max_concurrency)
@@ -188,7 +188,7 @@ def pool_specs(
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
     if compensations:
         items = compensated_item_types(workflow)
-        names = {name for s in workflow.stages for name in s.compensation_services}
+        names = {name for one in compensations.values() for name in one.spec.services_among(services)}
         undo = CompensationCode(
             workflow.id,
             workflow.version,
@@ -307,7 +307,7 @@ def endpoint_code(
         max_memory=stage.max_memory or 0,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
-    factories = {name: services[name] for name in stage.services if name in services}
+    factories = {name: services[name] for name in stage.spec.services_among(services) if name in services}
     return StageCode("endpoint", 1, dict, stage.id, stage, {}, factories), plan
 
 
