@@ -1,19 +1,19 @@
-"""The decisions of the runtime: pure functions without sockets, clocks or files.
+"""The decisions of the runtime: pure functions. They must not use sockets, clocks or files.
 
 ================  =================================================================================
-`plan`            a workflow as data: stages, queues, limits, without user code
-`routing`         which messages follow a stage
-`coordination`    which messages follow a failed stage or a dead letter
-`gather_results`  the bodies of a gather: branches, items, a reply; `merge` merges contexts
-`envelope`        the bodies of messages: envelope and outcome; `failures` encodes errors
-`codec`           contexts as msgpack; `value_codec` for single values, `pydantic_codec` for models
-`schema`          the fields of a context type, for clients that do not have the class
-`roundtrip`       where a value changes by encoding and decoding, in words
-`result`          `WorkflowResult`; `status` its states, `timeline` its history
-`description`     the state of an instance, from the broker or from its outcome
-`resume_state`    the point from which a retry continues
-`invariants`      checks of an audit of the broker; `outcome_check` those of an outcome
-`plural`          counted nouns in messages
+`plan`            `WorkflowPlan`: a workflow as data, without user code
+`routing`         `Transition`: the messages and gathers that follow a stage
+`coordination`    the transitions after a failed stage, a dead letter or a wait
+`gather_results`  the bodies of gathers: branches, items, a request; `merge` merges contexts
+`envelope`        the bodies of messages: `Envelope` and `Outcome`; `failures` encodes errors
+`codec`           `ContextCodec`; `value_codec` for single values, `pydantic_codec` for models
+`schema`          `ContextSchema`: the fields of a context type, for clients without the class
+`roundtrip`       `RoundTripFault`: where a value changes by encoding and decoding
+`result`          `WorkflowResult`; `status` its states, `timeline` its entries
+`description`     `InstanceDescription`: the state of an instance, live or finished
+`resume_state`    the state from which a retry resumes the failed stage
+`invariants`      checks of the broker's audit; `outcome_check` of a stored outcome
+`plural`          `pluralize`: a number with its noun, for messages
 ================  =================================================================================
 
 This package may import `definition` and `errors` only.

@@ -1,7 +1,7 @@
-"""Where an instance stands, read from what the broker says of its group of messages, or from how it ended.
+"""`InstanceDescription`: the state of an instance, from the broker's description of its group, or from its outcome.
 
-The broker knows messages and labels only; what they mean for an instance is told here, once for the runtime and the
-command line. Pure: groups are the broker's plain descriptions, and nothing here asks a broker anything.
+The broker has only messages, gathers and labels; this module interprets them, once for the runtime and the command
+line. Pure functions: the caller passes the broker's answer. They must not query a broker.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ __all__ = [
 ]
 
 GroupDescription = Mapping[str, Any]
-"""A group, or a message of one, as the broker's `lookup`, `groups` and `inspect` describe it."""
+"""A group, a message or a gather as the broker's queries `lookup`, `groups` and `inspect` return it."""
 
 _FIRST = re.compile(r"\.stage0(\.|$)")
-"""Queues of a first stage, whatever their prefix."""
+"""Matches queues of a first stage with any prefix."""
 
 
 class InstanceDescription(Struct, frozen=True, kw_only=True):
-    """All that is known of one instance. `started_at`, `finished_at`: seconds since the Unix epoch, 0 where unknown.
+    """The state of one instance. `started_at` and `finished_at` are in seconds since the Unix epoch, 0 if unknown.
 
-    `stage` is the stage it is at, or that failed it; `queue` where its message is, empty where there is none; `waiting`
-    what it waits for: a signal, a reply, branches or items. `context` is msgpack, as the last transition left it.
-    `progress` is (done, total, note).
+    `stage` is the current stage, or the stage that failed the instance; `queue` is the queue of its message, or empty;
+    `waiting` lists the signals, replies, branches or items that it waits for. `context` is the msgpack of the last
+    transition. `progress` is (done, total, note).
     """
 
     instance_id: str
@@ -75,16 +75,16 @@ class InstanceDescription(Struct, frozen=True, kw_only=True):
 
 
 def progress_of(group: GroupDescription) -> tuple[float, float, str] | None:
-    """What a stage in work last said of how far it is, as (done, total, note); the latest where several are in work."""
-    said = [message["progress"] for message in group["messages"] if "progress" in message]
-    if not said:
+    """Return the latest progress that a stage in work reported, as (done, total, note), or None."""
+    reports = [message["progress"] for message in group["messages"] if "progress" in message]
+    if not reports:
         return None
-    done, total, note = msgspec.msgpack.decode(max(said)[1])
+    done, total, note = msgspec.msgpack.decode(max(reports)[1])
     return done, total, note
 
 
 def version_of(group: GroupDescription) -> tuple[str, int] | None:
-    """The workflow, and the version of it, whose instance this group is: its bodies say so, queues are shared."""
+    """Return workflow id and version of a group, or None. Message bodies have them; versions share their queues."""
     for body in group["heads"]:
         head = head_of(body)
         if head is not None:
@@ -107,14 +107,14 @@ def _is_at_first_stage(group: GroupDescription, queue: str) -> bool:
 
 
 def status_of(group: GroupDescription) -> WorkflowStatus:
-    """The status of the live instance whose group this is, as `lookup` or `groups` describes it."""
+    """Return the status of a live instance; `lookup` or `groups` returned its group."""
     messages: Sequence[GroupDescription] = group["messages"]
     if group["ended"]:
         for message in messages:
             body = message.get("body")
             if message["label"] == group["ended"] and body is not None:
                 return WorkflowStatus(decode_outcome(body).status)
-        return WorkflowStatus.running  # it has ended, and how is on its way into the history
+        return WorkflowStatus.running  # it has ended; its outcome is being written to the history
     if any(message["state"] == "dead" and not message["evidence"] for message in messages):
         return WorkflowStatus.parked
     if any(message["label"].startswith(COMPENSATE) or message["label"] in (FAILED, DEAD) for message in messages):
@@ -130,7 +130,7 @@ def status_of(group: GroupDescription) -> WorkflowStatus:
 
 
 def describe_live(group: GroupDescription) -> InstanceDescription:
-    """All about the live instance whose group this is, as `inspect` describes it: with the bodies."""
+    """Return the state of a live instance; `inspect` returned its group, with message bodies."""
     status = status_of(group)
     messages: Sequence[GroupDescription] = group["messages"]
     for message in messages:
@@ -138,11 +138,11 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
             return describe_finished(group["id"], group["epoch"], message["body"])
     gathers = [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
     waiting = [_wait(gather) for gather in gathers]
-    chosen = _telling(messages)
+    chosen = _most_relevant(messages)
     envelope = None if chosen is None else _envelope(chosen["body"][: chosen["base"]])
-    whole = _gathered(gathers)
-    if whole is not None and (envelope is None or envelope.stage_id.endswith(ITEM_SUFFIX)):
-        envelope = whole  # an item has no context of its own, and neither has what is sent to an endpoint
+    waiting_envelope = _waiting_envelope(gathers)
+    if waiting_envelope is not None and (envelope is None or envelope.stage_id.endswith(ITEM_SUFFIX)):
+        envelope = waiting_envelope  # the messages of items and of requests contain no context
     failure = None if chosen is None else failure_text(chosen["reason"] or chosen["failure"])
     queue = "" if chosen is None else chosen["queue"]
     if envelope is None:
@@ -159,7 +159,7 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
     stages = trail_stages(envelope.trail, done)
     if status != WorkflowStatus.compensating:
         ahead = _ahead(messages, gathers)
-        # A stage that is being tried once more, after a requeue, stands in the trail as failed.
+        # A stage that runs again after a requeue is in the trail as failed.
         stages = [stage for stage in stages if stage.stage_id not in ahead] + list(ahead.values())
     return InstanceDescription(
         instance_id=group["id"],
@@ -181,7 +181,7 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
 
 
 def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> InstanceDescription:
-    """All about an instance that has ended, from its encoded `Outcome`."""
+    """Return the state of an ended instance, from its encoded `Outcome`."""
     read: Outcome = decode_outcome(outcome)
     return InstanceDescription(
         instance_id=instance_id,
@@ -201,9 +201,9 @@ def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> Ins
 
 
 def trail_stages(trail: bytes, compensations: Iterable[CompensationRecord] = ()) -> list[StageResult]:
-    """The stages in a trail, in the order they were first reached, those that were undone as `compensated`."""
+    """Return the stages in a trail in order of first appearance; undone stages have the status `compensated`."""
     undone = {record.stage_id for record in compensations if record.status == StageStatus.completed}
-    # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
+    # A stage that failed, was parked and completed after a requeue is in the trail twice: use the last record.
     records = {record.stage_id: record for record in decode_trail(trail or EMPTY_TRAIL)}
     return [
         StageResult(
@@ -222,11 +222,11 @@ def trail_stages(trail: bytes, compensations: Iterable[CompensationRecord] = ())
 
 
 def failure_text(failure: bytes | None) -> str | None:
-    """What a failure that is attached to a message says, in one line."""
+    """Return the text of a failure attached to a message in one line, or None."""
     try:
         read = read_failure(failure)
     except msgspec.MsgspecError:
-        return "(an unreadable reason)"
+        return "(an unreadable failure)"
     return None if read is None else " ".join(read.message.split()) or read.kind
 
 
@@ -234,8 +234,8 @@ def _untouched(message: GroupDescription) -> bool:
     return message["state"] in ("ready", "delayed") and not message["attempts"] and not message["deaths"]
 
 
-def _telling(messages: Sequence[GroupDescription]) -> GroupDescription | None:
-    """The message that says most about its instance: a parked one before one in work, before one that waits."""
+def _most_relevant(messages: Sequence[GroupDescription]) -> GroupDescription | None:
+    """Return the message that best shows the state: a parked one, else one in work, else a waiting one."""
     rank = {"dead": 0, "leased": 1, "delayed": 2, "ready": 3}
     with_body = [message for message in messages if message.get("body") is not None]
     return min(with_body, key=lambda message: (rank[message["state"]], message["id"]), default=None)
@@ -245,11 +245,11 @@ def _envelope(body: bytes) -> Envelope | None:
     try:
         return decode_envelope(body)
     except msgspec.MsgspecError:
-        return None  # a message of a kind that this release does not know
+        return None  # a later release sent it
 
 
 def _wait(gather: GroupDescription) -> str:
-    """What an open gather waits for, in words."""
+    """Return the subject that an open gather waits for, as `signal approval` or `checks (1 of 3)`."""
     key: str = gather["key"]
     kind, _, name = key.partition(":")
     if name and kind == "signal":
@@ -259,8 +259,8 @@ def _wait(gather: GroupDescription) -> str:
     return f"{key} ({gather['arrived']} of {gather['need']})"
 
 
-def _gathered(gathers: Iterable[GroupDescription]) -> Envelope | None:
-    """The envelope that waits in the gather which was opened last."""
+def _waiting_envelope(gathers: Iterable[GroupDescription]) -> Envelope | None:
+    """Return the envelope that waits in the gather opened last, or None."""
     for gather in sorted(gathers, key=lambda gather: float(gather.get("opened", 0.0)), reverse=True):
         envelope = _envelope(gather.get("base", b""))
         if envelope is not None:
@@ -272,7 +272,7 @@ _RANK = (StageStatus.failed, StageStatus.running, StageStatus.pending)
 
 
 def _ahead(messages: Iterable[GroupDescription], gathers: Iterable[GroupDescription]) -> dict[str, StageResult]:
-    """The stages that are not over, by id: those that wait for others, and those that have a message."""
+    """Return the stages that have not ended, by id: those of gathers and those of messages."""
     found: dict[str, StageResult] = {}
     for gather in gathers:
         head = head_of(gather.get("base", b""))
@@ -285,9 +285,9 @@ def _ahead(messages: Iterable[GroupDescription], gathers: Iterable[GroupDescript
         if head is None:
             continue
         one = _stage_ahead(message, head[2].removesuffix(ITEM_SUFFIX))
-        known = found.get(one.stage_id)
-        # Of a map stage with many items in work, what says most.
-        if known is None or _RANK.index(one.status) < _RANK.index(known.status):
+        other = found.get(one.stage_id)
+        # A map stage has many items: a failed one has precedence, then a running one.
+        if other is None or _RANK.index(one.status) < _RANK.index(other.status):
             found[one.stage_id] = one
     return found
 

@@ -1,14 +1,14 @@
-"""The durable store of finished instances and their results: one SQLite file, one row per instance.
+"""The history: a durable SQLite file of finished instances and their results, one row per instance.
 
 ========  ========================================================
-`writer`  `HistoryWriter`: the coordinator alone writes
-`reader`  `HistoryReader`: any process reads
+`writer`  `HistoryWriter`: used only by the coordinator
+`reader`  `HistoryReader`: used by any process
 `rows`    `HistoryRow`: one finished instance
-`schema`  the format of the file, and how it is created and opened
+`schema`  the format of the file; creating and opening it
 `errors`  the errors below `HistoryError`
 ========  ========================================================
 
-The history decides whether a start is a duplicate once its instance has finished.
+After an instance has finished, the history decides whether a submit with its id is a duplicate.
 """
 
 from stageflow_actors.history.errors import (

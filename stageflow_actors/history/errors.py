@@ -1,15 +1,16 @@
-"""What can go wrong with the history.
+"""The errors of the history.
 
     StageFlowError
     └── HistoryError            .path
-        ├── HistoryMissing      it is not where it must be: restore it
-        ├── HistoryOutdated     it lacks what the journal knows to be written: restore both
-        ├── HistoryDamaged      it is there and cannot be trusted: restore it
+        ├── HistoryMissing      the file does not exist: restore it
+        ├── HistoryOutdated     it lacks rows that the journal has counted: restore both
+        ├── JournalMissing      its journal is missing or replaced: restore both
+        ├── HistoryDamaged      it is corrupt or not a history: restore both
         ├── HistoryTooNew       written by a newer release: upgrade
         └── HistoryUnavailable  disk full, locked: nothing was written, try again
 
-Callers decide by type alone: only `HistoryUnavailable` may be retried. SQLite's own exceptions never leave this
-package.
+Callers decide by type alone: only `HistoryUnavailable` may be retried. Exceptions of SQLite about the file must not
+leave this package.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 
 
 class HistoryError(StageFlowError):
-    """Base of this package's errors. `path` is the history's file."""
+    """Base of this package's errors. `path` is the file of the history."""
 
     def __init__(self, path: Path | str, message: str) -> None:
         super().__init__(message)
@@ -42,43 +43,43 @@ class HistoryError(StageFlowError):
 
 
 class HistoryMissing(HistoryError):
-    """The history does not exist although it must: results and idempotency keys would be lost by starting afresh."""
+    """The history does not exist, but the journal has recorded one; a new file would lose results and instance ids."""
 
     def __init__(self, path: Path | str, detail: str = "") -> None:
         super().__init__(
             path,
             f"the history of finished instances is missing: {path}{f' ({detail})' if detail else ''}. "
             "Restore it from the backup taken with the journal; "
-            "starting without it would run finished instances a second time",
+            "without it, finished instances could run a second time",
         )
 
 
 class HistoryOutdated(HistoryError):
-    """The history is older than the journal: ends of instances that were durable are not in it."""
+    """The history is older than the journal: it lacks `missing` rows that were durable."""
 
     def __init__(self, path: Path | str, missing: int) -> None:
         super().__init__(
             path,
-            f"the history {path} is older than the journal: the last {missing} of the rows that were written to it are "
-            f"not there (has its write-ahead log, {Path(path).name}-wal, been left behind?). Restore both from one "
-            "backup; with this one finished instances would be run a second time",
+            f"the history {path} is older than the journal: the last {missing} rows that were written to it are "
+            f"missing (was it copied without its write-ahead log {Path(path).name}-wal?). Restore both from one backup; "
+            "with this history, finished instances could run a second time",
         )
         self.missing = missing
 
 
 class JournalMissing(HistoryError):
-    """The history has had a journal, and the one that is there knows nothing of it: live instances would be lost."""
+    """The history had a journal, but the present journal does not know it: live instances would be lost."""
 
     def __init__(self, path: Path | str, journal: Path | str) -> None:
         super().__init__(
             path,
-            f"the journal that belongs to {path} is missing, or is another one: {journal}. It holds the instances that "
-            "were live. Restore it from the backup taken with the history, or start with another data directory",
+            f"the journal of the history {path} is missing or replaced: {journal}. It holds the live instances. "
+            "Restore it from the backup taken with the history, or start with another data directory",
         )
 
 
 class HistoryDamaged(HistoryError):
-    """The file exists and is not a sound history."""
+    """The file exists, but is corrupt or not a history."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(
@@ -89,7 +90,7 @@ class HistoryDamaged(HistoryError):
 
 
 class HistoryTooNew(HistoryError):
-    """The file has a format that this release does not know."""
+    """The file has the format `found`; this release reads formats up to `known`."""
 
     def __init__(self, path: Path | str, found: int, known: int) -> None:
         super().__init__(
@@ -102,17 +103,17 @@ class HistoryTooNew(HistoryError):
 
 
 class HistoryUnavailable(HistoryError):
-    """The history could not be read or written just now. Nothing was written; the call may be tried again.
+    """The history cannot be read or written at present. Nothing was written, and the call may be repeated.
 
-    That holds after a failed sync too: SQLite writes the pages of the next transaction anew, over those whose
-    sync failed, and never counts on them.
+    This also holds after a failed sync: SQLite writes the pages again in the next transaction, and does not rely on
+    those whose sync failed.
     """
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(
             path,
-            f"the history {path} cannot be used at the moment: {reason}. Nothing was written, and it will be "
-            "tried again; free space on its disk, or end what holds it",
+            f"the history {path} cannot be used at present: {reason}. Nothing was written, and the runtime tries "
+            "again; free space on its disk, or end the process that locks it",
         )
 
 
@@ -121,7 +122,7 @@ _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLI
 
 @contextmanager
 def typed_errors(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors about the file into this package's; mistakes in the calling code pass through."""
+    """Translate SQLite's errors about the file; mistakes of the calling code, such as wrong types, pass through."""
     try:
         yield
     except (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError):

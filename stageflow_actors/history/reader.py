@@ -1,7 +1,7 @@
-"""Reads the history while the coordinator, in another process, writes it. Never changes anything.
+"""`HistoryReader`: reads the history while the coordinator, in another process, writes it.
 
-Each call sees everything committed before it began; no call keeps a read transaction open after it returns, so a
-reader never holds back the writer's checkpoints.
+Each call sees all transactions committed before it started. No call may leave a read transaction open after it returns:
+that would delay the writer's checkpoints. A reader must not change the file.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from stageflow_actors.history.schema import COLUMNS, META_PRUNED, connect
 
 __all__ = ["HistoryReader"]
 
-Rows = list[Any]  # inside the class, `list` is the method
+Rows = list[Any]  # in the class, `list` is a method
 Findings = list[str]
 HistoryRows = list[HistoryRow]
 
-_ROWS_PER_QUERY = 500  # names per query: below the 999 variables of old SQLite builds
+_ROWS_PER_QUERY = 500  # old builds of SQLite allow 999 variables in a query
 
 
 class HistoryReader:
-    """A read-only view of the history. One may be used by several threads."""
+    """A read-only connection to the history. It is thread-safe."""
 
     @classmethod
     def open(cls, path: Path | str, *, offline: bool = False) -> HistoryReader:
-        """Opens the history at `path`; `offline` if nobody writes it.
+        """Open the history at `path`; pass `offline` if no process writes it.
 
         Raises `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
         """
@@ -43,16 +43,16 @@ class HistoryReader:
 
     @property
     def identity(self) -> str:
-        """The name given to this history when it was made."""
+        """The random id of this history, made when the file was created."""
         return self._identity
 
     def get(self, instance_id: str) -> HistoryRow | None:
-        """The row of `instance_id`, or None if it has not finished (or was pruned)."""
+        """Return the row of an instance, or None if it has not finished or was pruned."""
         rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id = ?", (instance_id,))
         return HistoryRow._make(rows[0]) if rows else None
 
     def get_many(self, instance_ids: Iterable[str]) -> dict[str, HistoryRow]:
-        """The rows of those of `instance_ids` that have finished, by id."""
+        """Return the rows of the finished instances among `instance_ids`, by id."""
         wanted = list(instance_ids)
         found: dict[str, HistoryRow] = {}
         for start in range(0, len(wanted), _ROWS_PER_QUERY):
@@ -63,11 +63,11 @@ class HistoryReader:
         return found
 
     def exists(self, instance_id: str) -> bool:
-        """Whether `instance_id` has finished."""
+        """Return True if the history has a row of the instance."""
         return bool(self._query("SELECT 1 FROM instance WHERE instance_id = ?", (instance_id,)))
 
     def list(self, status: str | None = None, workflow: str | None = None, limit: int = 100) -> HistoryRows:
-        """The instances that finished last, newest first, at most `limit`, of that status and workflow id."""
+        """Return at most `limit` rows with that status and workflow id, those written last first."""
         conditions, parameters = _conditions(status, workflow)
         rows = self._query(
             f"SELECT {COLUMNS} FROM instance{conditions} ORDER BY seq DESC LIMIT ?", [*parameters, limit]
@@ -75,7 +75,7 @@ class HistoryReader:
         return [HistoryRow._make(row) for row in rows]
 
     def iterate(self, status: str | None = None, workflow: str | None = None) -> Iterator[HistoryRow]:
-        """All instances that have finished, in the order in which they did, of that status and workflow id."""
+        """Yield all rows with that status and workflow id, in the order in which they were written."""
         conditions, parameters = _conditions(status, workflow)
         conditions = f"{conditions} AND" if conditions else " WHERE"
         last = -1
@@ -91,13 +91,13 @@ class HistoryReader:
             last = rows[-1][0]
 
     def count(self, workflow: str | None = None) -> dict[str, int]:
-        """How many instances ended in which status, statuses without any left out."""
+        """Return the number of instances by status, without the statuses that no instance has."""
         if workflow is not None:
             rows = self._query(
                 "SELECT status, count(*) FROM instance WHERE workflow_id = ? GROUP BY status", [workflow]
             )
             return dict(rows)
-        # Both parts come from indexes alone; grouping the table itself would read every outcome.
+        # Both parts use indexes only; grouping the table would read each outcome.
         rows = self._query(
             "SELECT status, count(*) FROM instance WHERE status <> 'completed' GROUP BY status "
             "UNION ALL SELECT NULL, count(*) FROM instance",
@@ -109,7 +109,7 @@ class HistoryReader:
         return {"completed": completed, **counts} if completed else counts
 
     def epochs(self, instance_ids: Iterable[str]) -> dict[str, int]:
-        """The epochs of those of `instance_ids` that have finished, by id."""
+        """Return the epochs of the finished instances among `instance_ids`, by id."""
         wanted = list(instance_ids)
         found: dict[str, int] = {}
         for start in range(0, len(wanted), _ROWS_PER_QUERY):
@@ -119,19 +119,19 @@ class HistoryReader:
         return found
 
     def pruned_before(self) -> float:
-        """Rows that finished before this time (seconds since the Unix epoch) may have been deleted; 0 if none was."""
+        """Return the time before which rows may be pruned, in seconds since the Unix epoch; 0 if none was."""
         rows = self._query("SELECT value FROM meta WHERE name = ?", (META_PRUNED,))
         return float(rows[0][0]) if rows else 0.0
 
     def latest(self) -> float:
-        """When the instance that was written last finished, in seconds since the Unix epoch; 0 for none."""
+        """Return the finish time of the row written last, in seconds since the Unix epoch; 0 without rows."""
         rows = self._query("SELECT finished_at FROM instance ORDER BY seq DESC LIMIT 1", ())
         return float(rows[0][0]) if rows else 0.0
 
     def check(self, *, thorough: bool = False) -> Findings:
-        """What is wrong with the file, one finding a line; empty when it is sound. Reads all of it.
+        """Read the whole file and return its faults, one string each; an empty list if it is sound.
 
-        `thorough`: whether each index has an entry for each row, and nothing else, too.
+        `thorough`: also check that each index has exactly one entry for each row.
         """
         try:
             statement = "PRAGMA integrity_check" if thorough else "PRAGMA quick_check"
@@ -141,7 +141,7 @@ class HistoryReader:
         return [] if findings == ["ok"] else findings
 
     def close(self) -> None:
-        """Closes the file. May be called twice."""
+        """Close the file. Further calls do nothing."""
         with self._lock:
             self._connection.close()
 
@@ -162,7 +162,7 @@ def _conditions(status: str | None, workflow: str | None) -> tuple[str, list[Any
     clauses: list[str] = []
     parameters: list[Any] = []
     if status is not None:
-        # The literal lets SQLite use the partial index: a parameter may be 'completed' for all it knows.
+        # SQLite uses the partial index only with this literal: it cannot know that a parameter is not 'completed'.
         clauses.append("status = ?" if status == "completed" else "status = ? AND status <> 'completed'")
         parameters.append(status)
     if workflow is not None:

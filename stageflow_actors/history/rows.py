@@ -1,4 +1,4 @@
-"""A row of the history: one instance that has ended. Plain data; nothing here touches a file."""
+"""`HistoryRow`: one finished instance as plain data, without file access."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["HistoryRow"]
 
 
 class HistoryRow(NamedTuple):
-    """How one instance ended. A tuple in column order, so that writing it binds it as it is.
+    """A finished instance. The fields are in column order, so that the tuple is the parameters of the statement.
 
-    `started_at` and `finished_at` are seconds since the Unix epoch; `status` is a terminal `WorkflowStatus`
-    value; `digest` identifies the input the instance was started with; `outcome` is the instance's `Outcome` as
-    msgpack, stored and returned unread.
+    `started_at` and `finished_at` are in seconds since the Unix epoch; `status` is a terminal `WorkflowStatus` value;
+    `digest` identifies the input of the submit; `outcome` is the `Outcome` as msgpack, which the history does not
+    decode.
     """
 
     instance_id: str

@@ -1,7 +1,7 @@
-"""The history's file: its format, how it comes into being, and how a connection to it is opened.
+"""The file of the history: its format; creating and opening it.
 
-A history appears under its name complete or not at all: it is made beside it and renamed. So a file that exists
-and has no schema is damage, never a start that was interrupted. This module never writes a row of an instance.
+A history is created under another name and then renamed, so it appears completely or not at all: a file without a
+schema is damaged, not the result of an interrupted start. This module must not write rows of instances.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ FORMAT = 1
 COLUMNS = (
     "instance_id, epoch, workflow_id, version, status, started_at, finished_at, error, failed_stage, digest, outcome"
 )
-"""In the order of `HistoryRow`."""
+"""The columns in the order of `HistoryRow`."""
 
 META_PRUNED = "pruned"
-"""In `meta`: rows that finished before this time (seconds since the Unix epoch) may have been deleted."""
+"""Key in `meta`: rows that finished before this time (seconds since the Unix epoch) may be pruned."""
 
 META_JOURNAL = "journal"
-"""In `meta`: a journal belongs to this history, and remembers it."""
+"""Key in `meta`: a journal has recorded the identity of this history."""
 
 META_WRITTEN = "written"
-"""In `meta`: how many rows have ever been written, those that were replaced or deleted since included."""
+"""Key in `meta`: the number of rows ever written, including those replaced or deleted later."""
 
 _BUSY_TIMEOUT_SECONDS = 10.0
-"""Seconds. A checkpoint or a vacuum by another process is over long before."""
+"""A checkpoint or vacuum by another process takes less time."""
 
-# The partial index holds only what did not complete: an index on every status would cost the happy path half a
-# microsecond a row, and "which ones failed?" is the question that is asked.
+# The partial index has only instances that did not complete: an index on every status would cost each completed
+# instance half a microsecond, and users search for the failed ones.
 _SCHEMA = f"""
 CREATE TABLE instance (
     seq INTEGER PRIMARY KEY,
@@ -77,16 +77,16 @@ PRAGMA user_version = {FORMAT};
 
 
 def create(path: Path) -> None:
-    """Makes an empty history at `path`, durably, with mode 0600: contexts and results are their owner's alone.
+    """Create an empty history at `path`, durably, with mode 0600: contexts and results are private data.
 
-    Raises `HistoryMissing` where remains of an older one lie.
+    Raises `HistoryMissing` if the write-ahead log of an older history is there.
     """
     if has_log(path):
-        # SQLite would replay the log of the lost file into the new one.
+        # SQLite would replay the log of the lost file into the new file.
         raise HistoryMissing(path, f"its write-ahead log {path.name}-wal is still there")
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        # SQLite would make it for all to read; its log and index get the mode of the file itself.
+        # SQLite would make the file readable for all users; its log and index get the mode of the file.
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(descriptor, 0o600)
@@ -94,7 +94,7 @@ def create(path: Path) -> None:
             os.close(descriptor)
         connection = sqlite3.connect(draft, isolation_level=None)
         try:
-            # 8 KiB pages: a fifth less CPU per row than 4 KiB, as fewer frames are written and summed.
+            # Pages of 8 KiB need a fifth less CPU per row than 4 KiB: fewer frames are written and checksummed.
             connection.execute("PRAGMA page_size = 8192")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(_SCHEMA)
@@ -112,29 +112,29 @@ def create(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Takes away from others what an earlier release let them see of a history of this user's."""
+    """Set mode 0600 on the files of a history of this user that an earlier release made readable for others."""
     for file in _files(path):
         try:
             found = file.stat()
             if found.st_uid == os.geteuid() and found.st_mode & 0o077:
                 file.chmod(0o600)
         except OSError:
-            continue  # not there, or on a disk that takes no modes
+            continue  # no such file, or a file system without modes
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, then what SQLite keeps beside it while it is open."""
+    """Return the file, and the files that SQLite keeps next to it while it is open."""
     return [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
 
 
 def has_log(path: Path) -> bool:
-    """Whether rows of it may be in its write-ahead log only."""
+    """Return True if the write-ahead log is not empty: some rows may be only there."""
     log = Path(f"{path}-wal")
     return log.exists() and log.stat().st_size > 0
 
 
 def in_wal_mode(path: Path) -> bool:
-    """Whether its header says that it is written by way of a write-ahead log."""
+    """Return True if the header of the file names write-ahead logging."""
     with path.open("rb") as file:
         return file.read(20)[18:20] == b"\x02\x02"
 
@@ -148,12 +148,12 @@ def _sync(path: Path) -> None:
 
 
 def connect(path: Path, *, read_only: bool, offline: bool = False) -> tuple[sqlite3.Connection, str]:
-    """A connection to the history at `path`, and the history's identity.
+    """Return a connection to the history at `path`, and the identity of the history.
 
-    `offline`: nobody writes it. Reading it leaves no file behind then, if its writer has left none.
+    Pass `offline` if no process writes the file: reading then creates no files next to it, unless the log has rows.
 
-    The connection is in autocommit mode and may be handed from thread to thread, one at a time. Raises
-    `HistoryMissing`, `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
+    The connection is in autocommit mode; several threads may use it, one at a time. Raises `HistoryMissing`,
+    `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
     """
     if not path.is_file():
         raise HistoryMissing(path)
@@ -178,7 +178,7 @@ def connect(path: Path, *, read_only: bool, offline: bool = False) -> tuple[sqli
 def _identity(path: Path, connection: sqlite3.Connection) -> str:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     if application != APPLICATION_ID:
-        raise HistoryDamaged(path, "it does not carry the mark of a StageFlow history")
+        raise HistoryDamaged(path, "its application id is not that of a StageFlow history")
     (found,) = connection.execute("PRAGMA user_version").fetchone()
     if found > FORMAT:
         raise HistoryTooNew(path, found, FORMAT)

@@ -1,7 +1,7 @@
-"""The one writer of the history. It lives in the coordinator, in one thread at a time.
+"""`HistoryWriter`: the only writer of the history. The coordinator uses it, in one thread at a time.
 
-When `write` returns the rows are on disk (WAL, `synchronous=FULL`), so the broker may forget the instances. It
-must never leave a transaction open: an error rolls back, and the same rows may be given again.
+When `write` returns, the rows are on disk (WAL, `synchronous=FULL`), so the broker may delete the instances. The writer
+must not leave a transaction open: an error rolls back, and the caller may write the same rows again.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from stageflow_actors.history.schema import (
 __all__ = ["ROWS_PER_TRANSACTION", "HistoryWriter"]
 
 ROWS_PER_TRANSACTION = 2_000
-"""Rows per transaction: the sync is spread over enough rows not to count, and the stall stays near 10 ms."""
+"""With this number the cost of the sync per row is negligible, and a transaction takes about 10 ms."""
 
-_CHECKPOINT_PAGES = 2_000  # of 8 KiB: some 16 MB of log between checkpoints
+_CHECKPOINT_PAGES = 2_000  # of 8 KiB: about 16 MB of log between checkpoints
 _CACHE_KIB = 64 * 1024
 _LAST_CHECKPOINT_MS = 500
+_MAX_LOG_BYTES = 64 << 20
 
-# An instance has one row, that of its latest run. A finished event that is delivered again rewrites its row; one
-# of an earlier epoch that arrives late must not replace a later one. A row that is replaced becomes the newest.
+# An instance has one row, that of its latest run. A message for the history that is delivered again rewrites its row; a
+# late one of an earlier epoch must not replace a later row. A replaced row becomes the newest.
 _UPSERT = f"""
 INSERT INTO instance ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (instance_id) DO UPDATE SET
@@ -59,14 +60,14 @@ INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded
 
 
 class HistoryWriter:
-    """Writes finished instances. Not safe for use by several threads at once."""
+    """Writes and prunes rows of finished instances. Not thread-safe."""
 
     @classmethod
     def open(cls, path: Path | str, *, create: bool) -> HistoryWriter:
-        """Opens the history at `path`; with `create`, makes it first if there is none.
+        """Open the history at `path`; with `create`, create it first if the file does not exist.
 
-        Pass `create=False` whenever the journal says that a history has existed. Raises `HistoryMissing`,
-        `HistoryDamaged`, `HistoryTooNew` or `HistoryUnavailable`.
+        Pass `create=False` if the journal has recorded a history. Raises `HistoryMissing`, `HistoryDamaged`,
+        `HistoryTooNew` or `HistoryUnavailable`.
         """
         return cls(Path(path), create_missing=create)
 
@@ -84,8 +85,8 @@ class HistoryWriter:
                 execute("PRAGMA synchronous = FULL")
                 execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
                 execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-                # Cut the log back after a long reader has let it grow.
-                execute("PRAGMA journal_size_limit = 67108864")
+                # Truncate the log after a long read has let it grow.
+                execute(f"PRAGMA journal_size_limit = {_MAX_LOG_BYTES}")
                 found = execute("SELECT value FROM meta WHERE name = ?", (META_WRITTEN,)).fetchone()
                 self._written = 0 if found is None else int(found[0])
         except BaseException:
@@ -94,48 +95,49 @@ class HistoryWriter:
 
     @property
     def identity(self) -> str:
-        """The name given to this history when it was made; the journal remembers it."""
+        """The random id of this history, made when the file was created; the journal records it."""
         return self._identity
 
     @property
     def has_journal(self) -> bool:
-        """Whether a journal belongs to it that remembers it."""
+        """True if a journal has recorded the identity of this history."""
         with typed_errors(self.path):
             return bool(self._connection.execute("SELECT 1 FROM meta WHERE name = ?", (META_JOURNAL,)).fetchall())
 
     def mark_journal_bound(self) -> None:
-        """From now on a journal remembers it: one that does not is not its own."""
+        """Record that a journal knows this history; from then on a journal without its identity is refused."""
         if not self.has_journal:
             self._transact("INSERT INTO meta VALUES (?, ?)", [(META_JOURNAL, "yes")])
 
     @property
     def written(self) -> int:
-        """How many rows have ever been written, those that were replaced or deleted since included."""
+        """The number of rows ever written, including those replaced or deleted later."""
         return self._written
 
     def written_since(self, before: int, at_once: int) -> Iterator[dict[str, int]]:
-        """The epochs by instance of all rows written after the first `before`, and maybe of some more: the newest
-        first, up to `at_once` at a time. Nothing may be written meanwhile.
+        """Yield the epochs by instance of all rows written after the first `before`, and possibly of older ones.
+
+        The newest rows come first, at most `at_once` in one dict. Do not write until the iterator is exhausted.
         """
-        left = self._written - before
+        remaining = self._written - before
         last = None
-        while left > 0:
+        while remaining > 0:
             with typed_errors(self.path):
                 rows = self._connection.execute(
                     "SELECT seq, instance_id, epoch FROM instance WHERE ? IS NULL OR seq < ? ORDER BY seq DESC LIMIT ?",
-                    (last, last, min(left, at_once)),
+                    (last, last, min(remaining, at_once)),
                 ).fetchall()
             if not rows:
                 return
             yield {instance_id: epoch for _, instance_id, epoch in rows}
-            left -= len(rows)
+            remaining -= len(rows)
             last = rows[-1][0]
 
     def write(self, rows: Iterable[HistoryRow]) -> None:
-        """Stores `rows` durably, replacing rows of the same instance whose epoch is not higher.
+        """Store `rows` durably. A row replaces that of the same instance unless the latter has a higher epoch.
 
-        One transaction per 2,000 rows. Raises `HistoryUnavailable` for a full disk: of the transaction that failed
-        nothing is stored, and giving all rows again is harmless.
+        A transaction has at most 2,000 rows. Raises `HistoryUnavailable` if the disk is full: nothing of the failed
+        transaction is stored, and all rows may be written again.
         """
         remaining = iter(rows)
         while batch := list(islice(remaining, ROWS_PER_TRANSACTION)):
@@ -144,42 +146,43 @@ class HistoryWriter:
             self._written = written
 
     def prune(self, older_than: float, *, limit: int | None = None) -> int:
-        """Deletes instances that finished before `older_than` (seconds since the Unix epoch), oldest first.
+        """Delete instances that finished before `older_than` (seconds since the Unix epoch), and return their number.
 
-        Goes through the history in transactions of 2,000 rows, and ends at the first stretch of that length in
-        which all are younger, or once `limit` are deleted. Returns how many were. The space is reused; `vacuum`
-        gives it back.
+        Reads the rows in the order of writing, 2,000 at a time, and stops at the first batch that has no old row, or
+        when `limit` rows are deleted. The file keeps its size and reuses the space; `vacuum` makes it smaller.
         """
         deleted, after = 0, -1
         while limit is None or deleted < limit:
             size = ROWS_PER_TRANSACTION if limit is None else min(ROWS_PER_TRANSACTION, limit - deleted)
             with typed_errors(self.path):
-                stretch = self._connection.execute(
+                batch = self._connection.execute(
                     "SELECT seq, finished_at FROM instance WHERE seq > ? ORDER BY seq LIMIT ?",
                     (after, ROWS_PER_TRANSACTION),
                 ).fetchall()
-            old = [(seq,) for seq, finished_at in stretch if finished_at < older_than][:size]
+            old = [(seq,) for seq, finished_at in batch if finished_at < older_than][:size]
             if not old:
                 break
             if not deleted:
-                # Said before it is done: a row that is missing without having been pruned was lost.
+                # Record the time before deleting: a row that is missing and not pruned counts as lost.
                 self._transact(_PRUNED, [(META_PRUNED, repr(older_than))])
             self._transact("DELETE FROM instance WHERE seq = ?", old)
             deleted += len(old)
-            after = stretch[-1][0]
+            after = batch[-1][0]
         return deleted
 
     def vacuum(self) -> None:
-        """Rewrites the file without unused space, and empties the log. Needs free space of the file's size."""
+        """Rewrite the file without unused space, and empty the log. Needs free disk space of the size of the file."""
         with typed_errors(self.path):
             self._connection.execute("VACUUM")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Closes the file; what was written is there already, in the log or, if nobody reads now, in the file itself.
-        May be called twice."""
+        """Close the file. All rows are durable before; if no process reads the file, the log is moved into it.
+
+        Further calls do nothing.
+        """
         try:
-            # By itself SQLite does this for whoever closes the file last, and that may be somebody who only reads it.
+            # SQLite does this only for the process that closes the file last, and that may be a reader.
             self._connection.execute(f"PRAGMA busy_timeout = {_LAST_CHECKPOINT_MS}")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:
@@ -187,8 +190,7 @@ class HistoryWriter:
         try:
             self._connection.close()
         except sqlite3.DatabaseError:
-            # The closing checkpoint is a convenience: with a full disk it fails, and the log is replayed when the
-            # history is opened next.
+            # The checkpoint at closing may fail on a full disk; SQLite replays the log at the next opening.
             pass
 
     def __enter__(self) -> HistoryWriter:
@@ -206,7 +208,7 @@ class HistoryWriter:
         written: int | None = None,
     ) -> None:
         connection = self._connection
-        # SQLite would go on for ever with a file that has no name any more, and the rows would be gone at the end.
+        # SQLite continues to write to a file that was deleted, and the rows would be lost when it is closed.
         try:
             moved = os.stat(self.path).st_ino != self._inode
         except OSError:
@@ -221,7 +223,7 @@ class HistoryWriter:
                     connection.execute(_WRITTEN, (META_WRITTEN, str(written)))
                 connection.execute("COMMIT")
             except BaseException:
-                # SQLite has rolled back by itself after some errors (disk full), not after others.
+                # SQLite rolls back automatically after some errors, such as a full disk, but not after all.
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise

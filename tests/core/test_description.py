@@ -201,7 +201,7 @@ def test_reasons_are_one_line_and_never_break_anything() -> None:
     assert failure_text(b"expired") == "StageError: the message waited in its queue for longer than its ttl"
     assert failure_text(encode(Failure("exception", "ValueError: two\nlines"))) == "ValueError: two lines"
     assert failure_text(encode(Failure("died", ""))) == "died"
-    assert failure_text(b"\xff not msgpack") == "(an unreadable reason)"
+    assert failure_text(b"\xff not msgpack") == "(an unreadable failure)"
 
 
 def test_a_message_of_an_unknown_kind_is_shown_as_far_as_it_is_known() -> None:

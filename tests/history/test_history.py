@@ -253,7 +253,7 @@ def test_another_programs_database_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE instance (x)")
     connection.close()
-    with pytest.raises(HistoryDamaged, match="mark"):
+    with pytest.raises(HistoryDamaged, match="application id"):
         HistoryWriter.open(path, create=True)
 
 

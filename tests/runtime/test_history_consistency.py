@@ -62,7 +62,7 @@ def days(tmp_path: Path) -> Days:
 def test_a_history_older_than_the_journal_is_refused(days: Days) -> None:
     days.restore(journal=days.second, history=days.first)
     for _ in range(2):
-        with pytest.raises(HistoryOutdated, match="the last 30 of the rows"), Runtime(flow, data_dir=days.data):
+        with pytest.raises(HistoryOutdated, match="the last 30 rows"), Runtime(flow, data_dir=days.data):
             pass
     days.restore(journal=days.second, history=days.second)
     with Runtime(flow, data_dir=days.data) as runtime:
