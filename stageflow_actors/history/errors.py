@@ -61,8 +61,8 @@ class HistoryOutdated(HistoryError):
         super().__init__(
             path,
             f"the history {path} is older than the journal: the last {missing} rows that were written to it are "
-            f"missing (was it copied without its write-ahead log {Path(path).name}-wal?). Restore both from one backup; "
-            "with this history, finished instances could run a second time",
+            f"missing (was it copied without its write-ahead log {Path(path).name}-wal?). Restore both from one "
+            "backup; with this history, finished instances could run a second time",
         )
         self.missing = missing
 
