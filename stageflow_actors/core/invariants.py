@@ -66,13 +66,13 @@ class MessageCount(NamedTuple):
 
 
 class GatherState(NamedTuple):
-    """A gather of an instance. `need` is None if it has arrivals and is not open; `bounded` if it has a deadline."""
+    """A gather of an instance; `need` is None if it is not open, and only has early arrivals."""
 
     key: str
     need: int | None
     arrived: int
     queue: str
-    bounded: bool
+    has_deadline: bool
 
 
 def instance_findings(audit: Mapping[str, Any], naming: Naming) -> Iterator[Finding]:
@@ -114,7 +114,7 @@ def _of_live(held: Sequence[MessageCount], gathers: Sequence[GatherState], namin
     joins = [one for one in gathers if one.need is not None and one.key != TIMEOUT and one not in waits]
     number = sum(one.number for one in tokens) + len(waits)
     for wait in waits:
-        if wait.key.startswith("reply:") and not wait.bounded and not asked:
+        if wait.key.startswith("reply:") and not wait.has_deadline and not asked:
             what = f"it waits for a reply ({wait.key}) without a deadline, but the request is in no queue"
             return ERROR, "carrier", what, "stageflow instances cancel {id}"
     if len(joins) > 1:

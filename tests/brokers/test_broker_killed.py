@@ -58,7 +58,7 @@ def back(*peers: Peer) -> None:
         peer.until(lambda peer=peer: len(peer.epochs) >= 2, "a second welcome")
 
 
-def standing(peer: Peer, groups: list[str]) -> dict[str, Any]:
+def description_of(peer: Peer, groups: list[str]) -> dict[str, Any]:
     """What a lookup says of groups, without what a restart changes."""
     found = peer.ask.inspect(groups)
     for group in found.values():
@@ -97,10 +97,10 @@ def test_whatever_was_in_the_broker_is_in_it_again(broker: BrokerProcess) -> Non
     peer.publish("q", b"urgent", priority=3)
     peer.ask.pause("paused")
     peer.ask.set_fact("history", "made")
-    before, stats = standing(peer, groups), peer.ask.stats("")
+    before, stats = description_of(peer, groups), peer.ask.stats("")
     restart(broker)
     back(peer)
-    assert standing(peer, groups) == before
+    assert description_of(peer, groups) == before
     after = peer.ask.stats("")
     assert after["epoch"] == stats["epoch"] + 1
     for key in ("messages", "groups", "live_bytes"):

@@ -94,45 +94,49 @@ def test_an_id_that_looks_like_a_first_stage_does_not_change_the_status(
 
 
 def test_a_stage_that_is_retried_shows_its_attempt_and_what_failed_it() -> None:
-    standing = describe_live(group(message(SECOND, "pay", "leased", attempts=1, failure=DECLINED, body=envelope())))
-    assert (standing.workflow_id, standing.version, standing.started_at) == ("orders", 3, 9.0)
-    assert (standing.status, standing.stage, standing.queue) == ("running", "pay", SECOND)
-    assert [(s.stage_id, s.status, s.attempts, s.error, s.data) for s in standing.stages] == [
+    description = describe_live(group(message(SECOND, "pay", "leased", attempts=1, failure=DECLINED, body=envelope())))
+    assert (description.workflow_id, description.version, description.started_at) == ("orders", 3, 9.0)
+    assert (description.status, description.stage, description.queue) == ("running", "pay", SECOND)
+    assert [(s.stage_id, s.status, s.attempts, s.error, s.data) for s in description.stages] == [
         ("reserve", "completed", 2, None, {"kept": 1}),
         ("pay", "running", 2, "ValueError: card declined", None),
     ]
 
 
 def test_a_parked_one_names_the_stage_and_the_reason() -> None:
-    standing = describe_live(group(message(SECOND, "pay", "dead", attempts=3, reason=DECLINED, body=envelope())))
-    assert (standing.failed_stage, standing.error) == ("pay", "ValueError: card declined")
-    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "failed")]
+    description = describe_live(group(message(SECOND, "pay", "dead", attempts=3, reason=DECLINED, body=envelope())))
+    assert (description.failed_stage, description.error) == ("pay", "ValueError: card declined")
+    assert [(s.stage_id, s.status) for s in description.stages] == [("reserve", "completed"), ("pay", "failed")]
 
 
 def test_one_that_is_being_undone_shows_what_has_been() -> None:
     task = CompensationTask(["other"], [CompensationRecord("reserve", "completed", None, 0.5)], "compensated")
     body = envelope(error="ValueError: no", failed_stage="pay", compensation=task)
-    standing = describe_live(group(message(UNDO, "compensate:other", body=body)))
-    assert (standing.status, standing.error, standing.failed_stage) == ("compensating", "ValueError: no", "pay")
-    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "compensated")]
-    assert [(c.stage_id, c.status, c.duration) for c in standing.compensations] == [("reserve", "completed", 0.5)]
+    description = describe_live(group(message(UNDO, "compensate:other", body=body)))
+    assert (description.status, description.error, description.failed_stage) == (
+        "compensating",
+        "ValueError: no",
+        "pay",
+    )
+    assert [(s.stage_id, s.status) for s in description.stages] == [("reserve", "compensated")]
+    assert [(c.stage_id, c.status, c.duration) for c in description.compensations] == [("reserve", "completed", 0.5)]
 
 
 def test_a_waiting_instance_names_what_it_waits_for() -> None:
-    standing = describe_live(group(gathers=[{"key": "checks", "need": 3, "arrived": 1}]))
-    assert (standing.status, standing.waiting) == ("waiting", ["checks (1 of 3)"])
+    description = describe_live(group(gathers=[{"key": "checks", "need": 3, "arrived": 1}]))
+    assert (description.status, description.waiting) == ("waiting", ["checks (1 of 3)"])
 
 
 def test_an_instance_that_waits_for_a_signal_is_described_from_the_waiting_message() -> None:
     joined = gather("checks", b"", need=None)
     early = gather("signal:other", b"", need=None, arrived=1)
     late = gather(":timeout", encode(60.0))
-    standing = describe_live(group(gathers=[joined, early, late, gather("signal:approval", envelope())]))
-    assert (standing.workflow_id, standing.version, standing.started_at) == ("orders", 3, 9.0)
-    assert (standing.status, standing.stage, standing.queue) == ("waiting", "pay", "")
-    assert standing.waiting == ["signal approval"]
-    assert decode_value(standing.context) == {"n": 1}
-    assert [(s.stage_id, s.status, s.started_at) for s in standing.stages] == [
+    description = describe_live(group(gathers=[joined, early, late, gather("signal:approval", envelope())]))
+    assert (description.workflow_id, description.version, description.started_at) == ("orders", 3, 9.0)
+    assert (description.status, description.stage, description.queue) == ("waiting", "pay", "")
+    assert description.waiting == ["signal approval"]
+    assert decode_value(description.context) == {"n": 1}
+    assert [(s.stage_id, s.status, s.started_at) for s in description.stages] == [
         ("reserve", "completed", 10.0),
         ("pay", "running", 20.0),
     ]
@@ -141,9 +145,9 @@ def test_an_instance_that_waits_for_a_signal_is_described_from_the_waiting_messa
 def test_of_several_waiting_messages_the_newest_describes_the_instance() -> None:
     branch = encode(Envelope("orders", 3, "stock", raw({"n": 2}), TRAIL, 9.0))
     waits = [gather("reply:stock:7", branch, opened=21.0), gather("pay", envelope(), need=2, arrived=1)]
-    standing = describe_live(group(gathers=waits))
-    assert (standing.stage, standing.waiting) == ("stock", ["reply to stock", "pay (1 of 2)"])
-    assert [s.stage_id for s in standing.stages] == ["reserve", "stock", "pay"]
+    description = describe_live(group(gathers=waits))
+    assert (description.stage, description.waiting) == ("stock", ["reply to stock", "pay (1 of 2)"])
+    assert [s.stage_id for s in description.stages] == ["reserve", "stock", "pay"]
 
 
 def test_of_a_map_stage_its_context_is_shown_and_not_its_items() -> None:
@@ -151,28 +155,32 @@ def test_of_a_map_stage_its_context_is_shown_and_not_its_items() -> None:
     work = [
         message(f"{SECOND}.pay", "pay[item]", state, id=id, body=item) for id, state in enumerate(("ready", "leased"))
     ]
-    standing = describe_live(group(*work, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
-    assert (standing.status, standing.stage, standing.waiting) == ("running", "pay", ["pay (1 of 3)"])
-    assert decode_value(standing.context) == {"n": 1}
-    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "running")]
+    description = describe_live(group(*work, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
+    assert (description.status, description.stage, description.waiting) == ("running", "pay", ["pay (1 of 3)"])
+    assert decode_value(description.context) == {"n": 1}
+    assert [(s.stage_id, s.status) for s in description.stages] == [("reserve", "completed"), ("pay", "running")]
     parked = message(f"{SECOND}.pay", "pay[item]", "dead", id=5, body=item, reason=DECLINED)
-    standing = describe_live(group(*work, parked, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
-    assert (standing.status, standing.failed_stage, standing.error) == ("parked", "pay", "ValueError: card declined")
-    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("pay", "failed")]
+    description = describe_live(group(*work, parked, gathers=[gather("pay", envelope(), need=3, arrived=1)]))
+    assert (description.status, description.failed_stage, description.error) == (
+        "parked",
+        "pay",
+        "ValueError: card declined",
+    )
+    assert [(s.stage_id, s.status) for s in description.stages] == [("reserve", "completed"), ("pay", "failed")]
 
 
 def test_an_instance_at_an_endpoint_is_described_from_the_message_that_waits_for_the_reply() -> None:
     command = message("stageflow.endpoint.bank", "bank", body=encode(Command("reply:pay:3", raw(1), "orders", "pay")))
-    standing = describe_live(group(command, gathers=[gather("reply:pay:3", envelope())]))
-    assert (standing.workflow_id, standing.stage, standing.waiting) == ("orders", "pay", ["reply to pay"])
-    assert [s.stage_id for s in standing.stages] == ["reserve", "pay"]
+    description = describe_live(group(command, gathers=[gather("reply:pay:3", envelope())]))
+    assert (description.workflow_id, description.stage, description.waiting) == ("orders", "pay", ["reply to pay"])
+    assert [s.stage_id for s in description.stages] == ["reserve", "pay"]
 
 
 def test_one_in_a_delay_names_the_delay() -> None:
     body = encode(Envelope("orders", 3, "cool-off", raw({}), TRAIL, 9.0))
-    standing = describe_live(group(message("stageflow.coordinator", ":resume", "delayed", body=body)))
-    assert (standing.status, standing.stage) == ("waiting", "cool-off")
-    assert [(s.stage_id, s.status) for s in standing.stages] == [("reserve", "completed"), ("cool-off", "pending")]
+    description = describe_live(group(message("stageflow.coordinator", ":resume", "delayed", body=body)))
+    assert (description.status, description.stage) == ("waiting", "cool-off")
+    assert [(s.stage_id, s.status) for s in description.stages] == [("reserve", "completed"), ("cool-off", "pending")]
 
 
 def test_the_workflow_of_a_group_is_read_from_its_bodies() -> None:
@@ -182,8 +190,8 @@ def test_the_workflow_of_a_group_is_read_from_its_bodies() -> None:
 
 
 def test_a_finished_instance_is_described_from_its_outcome() -> None:
-    standing = describe_live(group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"))
-    assert (standing.status, standing.finished_at, standing.error) == ("compensated", 12.0, "ValueError: no")
+    description = describe_live(group(message("stageflow.finished", ":finished", body=OUTCOME), ended=":finished"))
+    assert (description.status, description.finished_at, description.error) == ("compensated", 12.0, "ValueError: no")
 
 
 def test_of_a_stage_that_was_reached_twice_the_last_time_counts() -> None:
@@ -205,5 +213,10 @@ def test_reasons_are_one_line_and_never_break_anything() -> None:
 
 
 def test_a_message_of_an_unknown_kind_is_shown_as_far_as_it_is_known() -> None:
-    standing = describe_live(group(message(SECOND, "odd", body=b"\xff")))
-    assert (standing.stage, standing.queue, standing.workflow_id, standing.stages) == ("odd", SECOND, "", [])
+    description = describe_live(group(message(SECOND, "odd", body=b"\xff")))
+    assert (description.stage, description.queue, description.workflow_id, description.stages) == (
+        "odd",
+        SECOND,
+        "",
+        [],
+    )

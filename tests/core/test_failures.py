@@ -112,7 +112,7 @@ def test_a_failure_fits_where_there_is_little_room(text: str, error_type: str, s
 
 def test_a_failure_without_a_policy_decision_is_reported_once_with_the_reason() -> None:
     died = Failure("died", f"WorkerDied: exit code 3{STDERR_HEADING}Traceback", "WorkerDied")
-    told = undecided_failure(shorten_failure(died, 1_000), "ran longer than a second")
+    failure = undecided_failure(shorten_failure(died, 1_000), "ran longer than a second")
     text = "WorkerDied: exit code 3 (and its retry policy ran longer than a second)"
-    assert told == Failure(UNDECIDED, text, "WorkerDied")
+    assert failure == Failure(UNDECIDED, text, "WorkerDied")
     assert undecided_failure(b"\xc1", "ran longer than a second") is None

@@ -117,8 +117,8 @@ def test_of_an_optional_map_nothing_is_undone_and_the_workflow_goes_on() -> None
 
 
 def test_of_a_request_the_stage_goes_on_or_fails_with_the_context_that_it_was_given() -> None:
-    asked = RequestState(2, 4.0, "e", 60.0, raw({"x": 0}), raw("handed on"))
-    (step,) = dead(envelope("r", {"x": 1}, payload=raw(asked)), [("reply", encode(1))]).publishes
+    request_state = RequestState(2, 4.0, "e", 60.0, raw({"x": 0}), raw("handed on"))
+    (step,) = dead(envelope("r", {"x": 1}, payload=raw(request_state)), [("reply", encode(1))]).publishes
     after = decode_envelope(step.body)
     assert (step.label, msgspec.msgpack.decode(after.context), bytes(after.payload)) == ("last", {"x": 0}, bytes(NIL))
     last = decode_trail(after.trail)[-1]

@@ -72,10 +72,10 @@ class Named(msgspec.Struct, rename="camel"):
 )
 def test_what_the_class_refuses_is_refused_with_the_same_words_and_nothing_else(given: dict[str, Any]) -> None:
     shape = msgspec.json.decode(msgspec.json.encode(derive_schema(Order)))  # as it travels
-    assert said(SchemaCodec(shape), given) == said(ContextCodec(Order), given)
+    assert rejection(SchemaCodec(shape), given) == rejection(ContextCodec(Order), given)
 
 
-def said(codec: ContextCodec[Any], given: dict[str, Any]) -> tuple[str, str | None] | None:
+def rejection(codec: ContextCodec[Any], given: dict[str, Any]) -> tuple[str, str | None] | None:
     """What is wrong with it, and with which field."""
     try:
         codec.prepare(given)

@@ -161,8 +161,8 @@ def queue(name: str, **facts: Any) -> dict[str, Any]:
     ],
 )
 def test_the_statistics_of_a_queue(described: dict[str, Any], live: bool, found: list[tuple[str, str]]) -> None:
-    told = queue_findings({"queues": [described]}, {"served"}, Naming(), live)
-    assert [(one.check, one.where) for one in told] == found
+    findings = queue_findings({"queues": [described]}, {"served"}, Naming(), live)
+    assert [(one.check, one.where) for one in findings] == found
 
 
 def test_without_a_manifest_no_message_counts_as_orphaned() -> None:

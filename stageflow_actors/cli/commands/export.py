@@ -71,16 +71,16 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[In
 
     seen: set[str] = set()
     # Also for finished instances only: some have ended and are not in the history yet.
-    for standing in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
-        seen.add(standing.instance_id)
-        yield standing
+    for description in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
+        seen.add(description.instance_id)
+        yield description
     if attached.history is not None and status not in LIVE:
         for row in attached.history.iterate(status, workflow):
             if row.instance_id not in seen:
                 yield describe_finished(row.instance_id, row.epoch, row.outcome)
 
 
-def _write(standings: Iterator[InstanceDescription], file: IO[str], *, csv: bool) -> int:
+def _write(descriptions: Iterator[InstanceDescription], file: IO[str], *, csv: bool) -> int:
     import csv as writing
 
     import orjson
@@ -89,9 +89,9 @@ def _write(standings: Iterator[InstanceDescription], file: IO[str], *, csv: bool
     writer = writing.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore") if csv else None
     if writer is not None:
         writer.writeheader()
-    for standing in standings:
+    for description in descriptions:
         number += 1
-        row = _row(standing, whole=not csv)
+        row = _row(description, whole=not csv)
         if writer is not None:
             writer.writerow(row)
         else:
@@ -99,20 +99,20 @@ def _write(standings: Iterator[InstanceDescription], file: IO[str], *, csv: bool
     return number
 
 
-def _row(standing: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
+def _row(description: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
     from stageflow_actors.core.codec import json_view
 
-    finished = standing.finished_at or None
+    finished = description.finished_at or None
     row: dict[str, Any] = {
-        "instance_id": standing.instance_id,
-        "workflow": standing.workflow_id,
-        "version": standing.version,
-        "status": standing.status.value,
-        "started": standing.started_at or None,
+        "instance_id": description.instance_id,
+        "workflow": description.workflow_id,
+        "version": description.version,
+        "status": description.status.value,
+        "started": description.started_at or None,
         "finished": finished,
-        "duration": finished - standing.started_at if finished else None,
-        "failed_stage": standing.failed_stage,
-        "error": standing.error,
+        "duration": finished - description.started_at if finished else None,
+        "failed_stage": description.failed_stage,
+        "error": description.error,
     }
     if whole:
         row["stages"] = [
@@ -125,11 +125,11 @@ def _row(standing: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
                 "error": stage.error,
                 "result": stage.data,
             }
-            for stage in standing.stages
+            for stage in description.stages
         ]
         row["compensations"] = [
             {"stage": each.stage_id, "status": each.status.value, "error": each.error}
-            for each in standing.compensations
+            for each in description.compensations
         ]
-        row["context"] = json_view(standing.context)
+        row["context"] = json_view(description.context)
     return row

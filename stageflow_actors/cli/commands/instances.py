@@ -113,8 +113,8 @@ def list_instances(status: str | None, workflow: str | None, limit: int, data: P
 
     with attach(data) as attached:
         found: dict[str, dict[str, Any]] = {}
-        for standing in _live(attached, status, workflow, limit):
-            found[standing.instance_id] = _row(standing)
+        for description in _live(attached, status, workflow, limit):
+            found[description.instance_id] = _row(description)
         if attached.history is not None and len(found) < limit and status not in LIVE:
             for row in attached.history.list(status, workflow, limit):
                 found.setdefault(
@@ -153,14 +153,14 @@ def show(instance_id: str, data: Path, output: str) -> None:
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
-        standing = _standing(attached, instance_id)
-    facts = _row(standing) | {
-        "version": standing.version,
-        "epoch": standing.epoch,
-        "failed_stage": standing.failed_stage,
-        "queue": standing.queue or None,
-        "waiting": standing.waiting,
-        "progress": _progress(standing),
+        description = _describe(attached, instance_id)
+    facts = _row(description) | {
+        "version": description.version,
+        "epoch": description.epoch,
+        "failed_stage": description.failed_stage,
+        "queue": description.queue or None,
+        "waiting": description.waiting,
+        "progress": _progress(description),
         "stages": [
             {
                 "stage": stage.stage_id,
@@ -171,13 +171,13 @@ def show(instance_id: str, data: Path, output: str) -> None:
                 "error": stage.error,
                 "result": stage.data,
             }
-            for stage in standing.stages
+            for stage in description.stages
         ],
         "compensations": [
             {"compensation": each.stage_id, "status": each.status.value, "duration": each.duration, "error": each.error}
-            for each in standing.compensations
+            for each in description.compensations
         ],
-        "context": json_view(standing.context),
+        "context": json_view(description.context),
     }
     if output == "json":
         print_json(facts)
@@ -185,10 +185,10 @@ def show(instance_id: str, data: Path, output: str) -> None:
         _print(facts)
 
 
-def _progress(standing: InstanceDescription) -> str | None:
-    if standing.progress is None:
+def _progress(description: InstanceDescription) -> str | None:
+    if description.progress is None:
         return None
-    done, total, note = standing.progress
+    done, total, note = description.progress
     return f"{done:g} of {total:g}" + (f": {note}" if note else "")
 
 
@@ -247,12 +247,12 @@ def _described(
             if not all("body" in message for message in group["messages"]):
                 # The answer for the page had no room for its bodies.
                 group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
-            standing = describe_live(group)
-            if workflow in (None, standing.workflow_id) and status in (None, standing.status.value):
-                yield standing
+            description = describe_live(group)
+            if workflow in (None, description.workflow_id) and status in (None, description.status.value):
+                yield description
 
 
-def _standing(attached: Attached, instance_id: str) -> InstanceDescription:
+def _describe(attached: Attached, instance_id: str) -> InstanceDescription:
     from stageflow_actors.core.description import describe_finished, describe_live
 
     group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
@@ -265,16 +265,16 @@ def _standing(attached: Attached, instance_id: str) -> InstanceDescription:
     return describe_finished(instance_id, row.epoch, row.outcome)
 
 
-def _row(standing: InstanceDescription) -> dict[str, Any]:
+def _row(description: InstanceDescription) -> dict[str, Any]:
     """Return the row of an instance; only a finished one has a duration."""
-    finished = standing.finished_at or None
+    finished = description.finished_at or None
     return {
-        "instance_id": standing.instance_id,
-        "workflow": standing.workflow_id,
-        "status": standing.status.value,
-        "stage": standing.stage,
-        "started": standing.started_at or None,
+        "instance_id": description.instance_id,
+        "workflow": description.workflow_id,
+        "status": description.status.value,
+        "stage": description.stage,
+        "started": description.started_at or None,
         "finished": finished,
-        "duration": finished - standing.started_at if finished else None,
-        "error": standing.error,
+        "duration": finished - description.started_at if finished else None,
+        "error": description.error,
     }

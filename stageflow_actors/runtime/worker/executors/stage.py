@@ -197,11 +197,11 @@ class StageExecutor(HandlerExecutor):
         key = f"reply:{stage_id}:{item.id}"
         steps = dict(request.steps) or None
         before, payload = envelope.context, envelope.payload
-        asked = RequestState(attempt, started, request.endpoint, request.timeout, before, payload, steps)
+        request_state = RequestState(attempt, started, request.endpoint, request.timeout, before, payload, steps)
         sent = encode(Command(key, command, envelope.workflow_id, stage_id, envelope.run))
         if len(sent) > self._limit:
             raise self._too_large(len(sent), f"the request to endpoint {request.endpoint!r} is")
-        envelope.context, envelope.payload = Raw(encoded), Raw(encode(asked))
+        envelope.context, envelope.payload = Raw(encoded), Raw(encode(request_state))
         waits = encode(envelope)
         envelope.context, envelope.payload = before, payload
         size = len(waits) - len(before)  # the delivered context only waits in the gather and is never sent on
@@ -232,41 +232,45 @@ class StageExecutor(HandlerExecutor):
         envelope = decode_envelope(base)
         if not self._belongs_here(envelope):
             return self._forward_or_park(item, envelope, body)
-        asked, extra = decode_request(envelope.payload), item.extra
+        request_state, extra = decode_request(envelope.payload), item.extra
         if extra is not None:
-            asked.attempt += extra.attempts
+            request_state.attempt += extra.attempts
             if extra.cancelled is not None or (extra.fresh and arrivals):
-                envelope.context, envelope.payload = asked.before, asked.payload
+                envelope.context, envelope.payload = request_state.before, request_state.payload
             if extra.cancelled is not None:
                 return self._skip_cancelled(item, envelope)
             if extra.fresh and arrivals:
                 # A worker died at the reply. The message still contains it: no new request is needed.
-                return self._handle_lost_attempt(item, envelope, asked.attempt)
+                return self._handle_lost_attempt(item, envelope, request_state.attempt)
         if not arrivals:
             last = read_failure(extra.failure) if extra is not None and extra.fresh else None
             if last is not None and last.kind == UNDECIDED:
-                return self._request_failed(item, envelope, asked, last)
-            late = f"StageTimeout: endpoint {asked.endpoint!r} did not answer within {asked.timeout:g} s"
-            return self._request_failed(item, envelope, asked, Failure("timeout", late, "StageTimeout"))
+                return self._request_failed(item, envelope, request_state, last)
+            late = (
+                f"StageTimeout: endpoint {request_state.endpoint!r} did not answer within {request_state.timeout:g} s"
+            )
+            return self._request_failed(item, envelope, request_state, Failure("timeout", late, "StageTimeout"))
         reply = decode_reply(arrivals[0][1])
         if reply.error is not None:
-            text = f"StageError: endpoint {asked.endpoint!r} answered with an error: {reply.error}"
-            return self._request_failed(item, envelope, asked, Failure("exception", text, "StageError", True))
-        duration = max(0.0, self._wall() - asked.started)
+            text = f"StageError: endpoint {request_state.endpoint!r} answered with an error: {reply.error}"
+            return self._request_failed(item, envelope, request_state, Failure("exception", text, "StageError", True))
+        duration = max(0.0, self._wall() - request_state.started)
         remote = self.stage.handler
         try:
             if isinstance(remote, RemoteCall):
-                return self._apply_reply(item, envelope, asked, reply.value, remote, duration)
-            return self._pass_payload(item, envelope, asked.attempt, asked.started, duration, reply.value)
+                return self._apply_reply(item, envelope, request_state, reply.value, remote, duration)
+            return self._pass_payload(
+                item, envelope, request_state.attempt, request_state.started, duration, reply.value
+            )
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._on_error(error)
-            return self._request_failed(item, envelope, asked, failure_of(error))
+            return self._request_failed(item, envelope, request_state, failure_of(error))
 
     def _apply_reply(
         self,
         item: DeliveryItem,
         envelope: Envelope,
-        asked: RequestState,
+        request_state: RequestState,
         value: Raw,
         remote: RemoteCall,
         duration: float,
@@ -279,27 +283,35 @@ class StageExecutor(HandlerExecutor):
             check_no_request(given, f"on_reply of {self.planned.id!r}")
             context, data = self._split_result(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
-        record = StageRecord(self.planned.id, "completed", asked.attempt, asked.started, duration, None, data)
+        record = StageRecord(
+            self.planned.id, "completed", request_state.attempt, request_state.started, duration, None, data
+        )
         return self._complete_stage(item, envelope, record, encoded)
 
     def _request_failed(
-        self, item: DeliveryItem, envelope: Envelope, asked: RequestState, failure: Failure
+        self, item: DeliveryItem, envelope: Envelope, request_state: RequestState, failure: Failure
     ) -> Settlement:
         """Publish another attempt with the delivered context, or fail the stage."""
-        envelope.context, envelope.payload, envelope.steps = asked.before, asked.payload, asked.steps
-        delay, failure = self._ask_policy(asked.attempt, failure, None)
+        envelope.context, envelope.payload, envelope.steps = (
+            request_state.before,
+            request_state.payload,
+            request_state.steps,
+        )
+        delay, failure = self._ask_policy(request_state.attempt, failure, None)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # This message contains an obsolete reply: a new message is parked in its place.
             envelope.attempts, delay = -1, 0.0
         elif delay is not None:
-            envelope.attempts = asked.attempt
+            envelope.attempts = request_state.attempt
         if delay is not None:
             envelope.failure = write_failure(failure)
             again = Publish(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
             return self._settle(item, Transition([again])).mark_failed()
-        duration = max(0.0, self._wall() - asked.started)
+        duration = max(0.0, self._wall() - request_state.started)
         envelope.attempts, envelope.failure = 0, None
-        return self._fail_stage(item, envelope, failure, asked.attempt, asked.started, duration).mark_failed()
+        return self._fail_stage(
+            item, envelope, failure, request_state.attempt, request_state.started, duration
+        ).mark_failed()
 
 
 def _clear_attempts(envelope: Envelope) -> None:
