@@ -166,7 +166,7 @@ def make_journal(directory: Path) -> None:
     # As it is when the machine stops after what lives in the oldest segments has been written again, before those go.
     engine = _open(directory)
     for segment in (1, 2):
-        engine.machine.writer.copy_forward(segment, 1 << 20)
+        engine.machine.writer.copy_live(segment, 1 << 20)
         engine.round([])
     engine.machine.writer.restate()
     engine.round([])

@@ -113,8 +113,8 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",
-                "        if self._machine.writer.copy_forward(",
-                "        if False and self._machine.writer.copy_forward(",
+                "        if self._machine.writer.copy_live(",
+                "        if False and self._machine.writer.copy_live(",
             ),
         ),
         (
@@ -170,7 +170,7 @@ MUTANTS = (
     Mutant(
         "epoch-not-durable",
         "a broker that starts does not record its new epoch",
-        (("brokers/stageflow_brokers/core/machine.py", "        self.writer.keep_epoch()\n", ""),),
+        (("brokers/stageflow_brokers/core/machine.py", "        self.writer.record_epoch()\n", ""),),
         ("tests/brokers/test_broker_killed.py::test_whatever_was_in_the_broker_is_in_it_again",),
     ),
     Mutant(
@@ -396,7 +396,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/record_writer.py",
-                "list(frames.items())))\n        self.keep_epoch()\n",
+                "list(frames.items())))\n        self.record_epoch()\n",
                 "list(frames.items())))\n",
             ),
         ),

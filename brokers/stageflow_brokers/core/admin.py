@@ -188,7 +188,7 @@ class Admin:
             size = self._state.fact_bytes + len(value)
             if size > limits.max_facts_bytes:
                 raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
-            self._state.keep_fact(name, value)
+            self._state.set_fact(name, value)
             self._writer.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
 
@@ -218,7 +218,7 @@ class Admin:
             if queue.options != option:
                 self._state.declare(option)
                 self._state.changed_queues[queue] = None
-                self._writer.keep_queue(queue)
+                self._writer.record_queue(queue)
 
     def _pause(self, session: Session, name: str) -> None:
         self._set_paused(name, True)
@@ -232,7 +232,7 @@ class Admin:
             raise Refused(f"{name} holds dead letters; pause {queue.name} instead")
         if queue.paused != paused:
             queue.paused = paused
-            self._writer.keep_queue(queue)
+            self._writer.record_queue(queue)
             self._state.changed_queues[queue] = None
 
     def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
@@ -306,7 +306,7 @@ class Admin:
         if epoch > group.epoch and not group.end_label:
             group.epoch = epoch
             group.divert_to = (queue, label)
-            self._writer.keep_group(group)
+            self._writer.record_group(group)
             for message in group.messages():
                 if message.is_stale_epoch and message.state() != LEASED:
                     self._leases.divert(self._state.replace(message))
@@ -329,7 +329,7 @@ class Admin:
             group.released_prefixes = tuple(prefixes)
             group.cancel_lease = self._state.next_lease
             group.epoch += 1
-            self._writer.keep_group(group)
+            self._writer.record_group(group)
             for message in group.messages():
                 state = message.state()
                 if state == READY and message.queue.breaker is not None:
@@ -411,12 +411,12 @@ class Admin:
         self._writer.record(records.FORGET, 0, records.encode((0, [message.id for message in messages])))
         group.epoch += 1
         group.cancelled, group.released_prefixes = None, ()
-        self._writer.keep_group(group)
+        self._writer.record_group(group)
         for gather in (group.gathers or {}).values():
             state.live_bytes -= gather.weight
             gather.begin_anew()
             state.live_bytes += gather.weight
-            self._writer.keep_gather(group, gather)
+            self._writer.record_gather(group, gather)
         target = state.queue(queue)
         first = state.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(state.wall), 0)
         self._writer.copy(first)

@@ -71,7 +71,7 @@ class GatherManager:
             for opening in opens:
                 group = state.groups.get(opening.group)
                 if group is not None:
-                    self._writer.keep_gather(group, state.gather(group, opening.key, location))
+                    self._writer.record_gather(group, state.gather(group, opening.key, location))
         return whole
 
     def publish_complete(self) -> list[tuple[Group, str]]:
@@ -129,7 +129,7 @@ class GatherManager:
         delivery_state = message.ensure_delivery_state()
         delivery_state.parts = parts
         delivery_state.failure, delivery_state.fresh = failure, failure is not None
-        self._writer.keep_gather(group, gather)
+        self._writer.record_gather(group, gather)
         if message.is_stale_epoch:
             self._leases.divert(message)
             return

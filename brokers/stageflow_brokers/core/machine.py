@@ -140,7 +140,7 @@ class Machine:
         """Begin a new broker epoch after the replay. Its record must be durable before any peer is answered."""
         state = self.state
         Replay(state).finish(now, wall)
-        self.writer.keep_epoch()
+        self.writer.record_epoch()
         self.leases.stale_epoch_messages = [
             message
             for group in state.groups.values()

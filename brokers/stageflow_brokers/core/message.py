@@ -50,7 +50,7 @@ class DeliveryState:
         fresh: True if no worker has judged that failure yet.
         last_death_peer: The peer whose death was last charged to the message. A repeated report of this death is not
             charged again.
-        steps: Results of steps by name. Set only by `BrokerState.keep_steps` and `keep_step`, which count their bytes.
+        steps: Results of steps by name. Set only by `BrokerState.set_steps` and `add_step`, which count their bytes.
         step_bytes: Bytes of the steps and their names.
         parts: (slot, size) of the parts of a gathered body.
         due: Time at which a delayed message becomes ready; 0 if it is not delayed.

@@ -85,7 +85,7 @@ class PublishHandler:
         groups, self.ended_by_old = self.ended_by_old, []
         for group in dict.fromkeys(groups):
             if self.state.groups.get(group.id) is group:
-                self._writer.keep_group(group)
+                self._writer.record_group(group)
 
     def handle_duplicate(self, session: Session, frame: PublishFrame) -> None:
         """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""

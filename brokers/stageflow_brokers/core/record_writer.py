@@ -106,25 +106,25 @@ class RecordWriter:
         location.wall = wall
         self.state.relocate(message, location)
 
-    def keep_group(self, group: Group) -> None:
+    def record_group(self, group: Group) -> None:
         """Record the state of a group; it lies there from now on."""
         location = self.record(records.GROUP, 0, records.encode(records.group_state(group)))
         self.state.relocate_group(group, location)
 
-    def keep_gather(self, group: Group, gather: Gather) -> None:
+    def record_gather(self, group: Group, gather: Gather) -> None:
         """Record the state of a gather; it lies there from now on."""
         location = self.record(records.GATHER, 0, records.encode(records.gather_state(group, gather)))
         self.state.relocate_gather(group, gather, location)
 
-    def keep_queue(self, queue: Queue) -> None:
+    def record_queue(self, queue: Queue) -> None:
         """Record how a queue is declared and whether it is paused."""
         self.record(records.QUEUE, 0, records.encode(records.QueueState(queue.options, queue.paused)))
 
-    def keep_epoch(self) -> None:
+    def record_epoch(self) -> None:
         """Record the epoch of the broker."""
         self.record(records.STARTED, 0, records.encode(self.state.epoch))
 
-    def keep_oldest(self, segment: int) -> None:
+    def record_oldest(self, segment: int) -> None:
         """Record that the segments from this one on must be there."""
         self.record(records.OLDEST, 0, records.encode(segment))
 
@@ -132,7 +132,7 @@ class RecordWriter:
         """Record that these groups have ended, and all that was theirs."""
         self.record(records.GROUPS_CLOSED, 0, records.encode(list(groups)))
 
-    def copy_forward(self, segment: int, budget: int) -> bool:
+    def copy_live(self, segment: int, budget: int) -> bool:
         """Record again what lies in `segment` or before it and is alive, until that takes `budget` bytes.
 
         False when nothing does any more. To be called between rounds, when all that was recorded has its place.
@@ -140,7 +140,7 @@ class RecordWriter:
         state = self.state
         most = budget // COPIED + 1
         for group in _lying_in(segment, state.groups.values(), lambda group: group.location, most):
-            self.keep_group(group)
+            self.record_group(group)
             budget -= COPIED
             if budget < 0:
                 return True
@@ -151,14 +151,14 @@ class RecordWriter:
                 return True
         gathers = ((group, group.gathers[key]) for (_, key), group in state.gathers.items() if group.gathers)
         for group, gather in _lying_in(segment, gathers, lambda pair: pair[1].location, most):
-            self.keep_gather(group, gather)
+            self.record_gather(group, gather)
             budget -= COPIED + gather.weight
             if budget < 0:
                 return True
         return bool(self.records)
 
     def weigh(self, segment: int) -> int:
-        """About how many bytes `copy_forward` would record of what lies in `segment` or before it."""
+        """About how many bytes `copy_live` would record of what lies in `segment` or before it."""
         state = self.state
         groups, messages = len(state.groups), len(state.messages)
         weight = COPIED * len(_lying_in(segment, state.groups.values(), lambda group: group.location, groups))
@@ -173,14 +173,14 @@ class RecordWriter:
         """Record anew what lies in no particular segment, so that any may go; all before `oldest` will have gone."""
         state = self.state
         if oldest:
-            self.keep_oldest(oldest)
+            self.record_oldest(oldest)
         for queue in state.queues.values():
-            self.keep_queue(queue)
+            self.record_queue(queue)
         for fact in state.facts.items():
             self.record(records.FACT, 0, records.encode(fact))
         frames = state.last_frames | {s.peer: s.highest_frame for s in state.sessions.values()}
         self.record(records.SESSIONS, 0, records.encode(list(frames.items())))
-        self.keep_epoch()
+        self.record_epoch()
 
 
 def _lying_in(segment: int, things: Iterable[_T], location: Callable[[_T], RecordLocation], most: int) -> list[_T]:

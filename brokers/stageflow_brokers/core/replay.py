@@ -214,7 +214,7 @@ class Replay:
         self.state.remember_peer(peer, frame.frame)
         message = self.state.messages.get(frame.id)
         if message is not None:
-            self.state.keep_step(message, frame.name, bytes(blob))
+            self.state.add_step(message, frame.name, bytes(blob))
 
     def _apply_gathers(
         self,
@@ -276,7 +276,7 @@ class Replay:
         plain = MessageState(
             record.id, record.queue, record.group, record.epoch, record.label, record.priority, record.wall
         )
-        self.state.keep_steps(message, record.steps)
+        self.state.set_steps(message, record.steps)
         if record == plain:
             message.delivery_state = None
             return
@@ -338,7 +338,7 @@ class Replay:
 
     def _fact(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         name, value = records.decode_fact(header)
-        self.state.keep_fact(name, value)
+        self.state.set_fact(name, value)
 
     def _sessions(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         for known, frame in records.decode_sessions(header):

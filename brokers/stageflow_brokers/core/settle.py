@@ -166,7 +166,7 @@ class SettleHandler:
         except Refused as error:
             self._refuse(session, frame.frame, {"refused": str(error)})
             return
-        self.state.keep_step(message, frame.name, blob)
+        self.state.add_step(message, frame.name, blob)
         self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
 
     def handle_duplicate_checkpoint(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
@@ -405,10 +405,10 @@ class SettleHandler:
         groups.update((group.id, group) for group, _ in changed)
         for group in groups.values():
             if state.groups.get(group.id) is group:
-                writer.keep_group(group)
+                writer.record_group(group)
         for group, key in dict.fromkeys(changed):
             if state.groups.get(group.id) is group and group.gathers is not None:
-                writer.keep_gather(group, group.gathers[key])
+                writer.record_gather(group, group.gathers[key])
 
 
 def _leases(frame: SettleFrame) -> list[tuple[int, int]]:

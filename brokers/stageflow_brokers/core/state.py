@@ -244,7 +244,7 @@ class BrokerState:
         message.location, message.body_offset = location, 0
         self.messages[message.id] = self.messages.pop(message.id)
 
-    def keep_steps(self, message: Message, steps: dict[str, bytes] | None) -> None:
+    def set_steps(self, message: Message, steps: dict[str, bytes] | None) -> None:
         """These are the steps of the message from now on."""
         delivery_state = message.ensure_delivery_state()
         self.step_bytes -= delivery_state.step_bytes
@@ -252,7 +252,7 @@ class BrokerState:
         delivery_state.step_bytes = sum(map(len, steps)) + sum(map(len, steps.values())) if steps else 0
         self.step_bytes += delivery_state.step_bytes
 
-    def keep_step(self, message: Message, name: str, value: bytes) -> None:
+    def add_step(self, message: Message, name: str, value: bytes) -> None:
         """One more step of the message. What was said of it before refers to the others, so that they are not changed
         in place."""
         delivery_state = message.ensure_delivery_state()
@@ -262,7 +262,7 @@ class BrokerState:
         delivery_state.step_bytes += grown
         self.step_bytes += grown
 
-    def keep_fact(self, name: str, value: str) -> None:
+    def set_fact(self, name: str, value: str) -> None:
         """A fact as it is from now on."""
         known = self.facts.get(name)
         self.fact_bytes += len(value) - len(known) if known is not None else len(name) + len(value)

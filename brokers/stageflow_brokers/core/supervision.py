@@ -153,7 +153,7 @@ class Supervision:
         delivery_state.failure, delivery_state.fresh = reason, True
         delivery_state.attempts, delivery_state.deaths = original.attempts, original.deaths
         delivery_state.parts = original.parts
-        state.keep_steps(copy, original.steps)
+        state.set_steps(copy, original.steps)
         self._writer.copy(copy)
         state.enqueue(copy)
         state.changed_queues[queue] = None

@@ -144,7 +144,7 @@ class Compactor:
         budget = max(SLICE_BYTES, written)
         if space_low:
             budget = min(budget, max(journal.free_space.open_bytes // 4, SLICE_BYTES // 16))
-        if self._machine.writer.copy_forward(self._oldest, budget):
+        if self._machine.writer.copy_live(self._oldest, budget):
             return
         if not self._restated:
             self._machine.writer.restate(self._oldest + 1)

@@ -139,7 +139,7 @@ class Engine:
         self.machine.begin(now, wall_now)
         self.machine.begin_epoch(now, wall_now)
         if self.journal is not None:
-            self.machine.writer.keep_oldest(self.journal.segments()[0].number)
+            self.machine.writer.record_oldest(self.journal.segments()[0].number)
         self._commit()
         failpoint("broker.started")
 
@@ -232,7 +232,7 @@ class Engine:
         if location.segment != self._oldest_recorded_in:
             # Each segment records the oldest one: whichever segments are lost, a remaining one reveals the loss.
             if self._oldest_recorded_in:
-                self.machine.writer.keep_oldest(self.journal.segments()[0].number)
+                self.machine.writer.record_oldest(self.journal.segments()[0].number)
             self._oldest_recorded_in = location.segment
         if self.journal.is_space_low:
             self.machine.refusal_reason = NEARLY_FULL
