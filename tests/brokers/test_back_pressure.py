@@ -186,11 +186,11 @@ def test_many_watches_are_requested_in_parts(stopped: BrokerProcess, monkeypatch
     peer.watched = groups
     stopped.kill()
     stopped.start()
-    peer.until(lambda: len(peer.epochs) >= 2, "a second welcome")
+    peer.wait_until(lambda: len(peer.epochs) >= 2, "a second welcome")
     peer.ask.ping()  # behind the questions
     ends = [PublishItem(0, 3, group, 1) for group in groups]
     peer.broker.publish([Target("fin", "end", TERMINAL)], ends, [b"end"] * 35).result(TIMEOUT_SECONDS)
-    peer.until(lambda: {group for group, _, _ in peer.pushes} == set(groups), "the end of all")
+    peer.wait_until(lambda: {group for group, _, _ in peer.pushes} == set(groups), "the end of all")
 
 
 @pytest.fixture

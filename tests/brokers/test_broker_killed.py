@@ -55,7 +55,7 @@ def restart(broker: BrokerProcess) -> None:
 def back(*peers: Peer) -> None:
     """Wait until these are talking to the broker that was started last."""
     for peer in peers:
-        peer.until(lambda peer=peer: len(peer.epochs) >= 2, "a second welcome")
+        peer.wait_until(lambda peer=peer: len(peer.epochs) >= 2, "a second welcome")
 
 
 def description_of(peer: Peer, groups: list[str]) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def test_a_worker_keeps_what_it_holds_and_its_settlement_counts_once(supervised:
     worker.move(two, "next", b"2, done")
     worker.ask.ping()
     worker.move(one, "next", b"again")
-    worker.until(lambda: worker.stale == [one.item.id], "the second settlement refused")
+    worker.wait_until(lambda: worker.stale == [one.item.id], "the second settlement refused")
     assert worker.ask.stats("next")["queues"][0]["ready"] == 2
-    assert other.quiet()
+    assert other.is_quiet()
 
 
 def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervised: BrokerProcess) -> None:
@@ -169,9 +169,9 @@ def test_a_queue_opens_when_each_of_its_workers_has_reported_or_is_dead(supervis
     back(supervisor)
     heir = Peer(supervised, role="worker")
     heir.broker.consume("q", 9)
-    assert heir.quiet()
+    assert heir.is_quiet()
     supervisor.ask.set_workers([(dying.broker.peer, ["q"])])
-    assert heir.quiet()
+    assert heir.is_quiet()
     assert heir.ask.stats("q")["queues"][0]["state"] == "closed"
     # The message it ran when it died is known, and charged, although the broker has restarted since.
     supervisor.ask.report_death(dying.broker.peer, held.item.id, True, False, b"SIGKILL")
@@ -216,8 +216,8 @@ def test_a_watcher_is_notified_after_a_restart_too(broker: BrokerProcess) -> Non
     peer.notices.clear()
     restart(broker)
     back(peer)
-    peer.until(lambda: peer.pushes == [("ended", ":completed", b"end")], "how it ended")
-    peer.until(lambda: {("parked", "parked"), ("gone", "left")} <= set(peer.notices), "what became of the others")
+    peer.wait_until(lambda: peer.pushes == [("ended", ":completed", b"end")], "how it ended")
+    peer.wait_until(lambda: {("parked", "parked"), ("gone", "left")} <= set(peer.notices), "what became of the others")
 
 
 class Mover(Listener):

@@ -50,7 +50,7 @@ def test_a_broker_in_this_process_that_fails_fails_its_waiting_callers(caplog: p
     engine.broken = True
     with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
         peer.ask.ping()
-    other.until(lambda: other.closed, "the end of every connection")
+    other.wait_until(lambda: other.closed, "the end of every connection")
     with pytest.raises(BrokerUnavailable, match="open another"):
         other.ask.ping()
     with pytest.raises(BrokerUnavailable, match="a bug of the broker"):
@@ -63,7 +63,7 @@ def test_a_listener_that_fails_ends_its_own_connection_only(caplog: pytest.LogCa
     failing, other = Failing(hub), Peer(hub)
     other.publish("q", b"1")
     failing.broker.consume("q", 1)
-    failing.until(lambda: failing.closed, "the end of the connection")
+    failing.wait_until(lambda: failing.closed, "the end of the connection")
     other.broker.consume("q", 1)
     assert other.receive()[0].body == b"1"
     assert "a bug of the listener" in caplog.text
@@ -75,7 +75,7 @@ def test_a_closed_broker_notifies_every_peer() -> None:
     peer = Peer(hub)
     peer.ask.ping()
     hub.close()
-    peer.until(lambda: peer.closed == ["the broker was closed"], "the end")
+    peer.wait_until(lambda: peer.closed == ["the broker was closed"], "the end")
     peer.broker.close()
 
 
@@ -94,7 +94,7 @@ def test_a_listener_that_fails_ends_its_connection_to_a_process_too(
         failing = Failing(broker)
         failing.publish("q", b"1")
         failing.broker.consume("q", 1)
-        failing.until(lambda: failing.closed, "the end of the connection")
+        failing.wait_until(lambda: failing.closed, "the end of the connection")
     assert "a bug of the listener" in caplog.text
 
 

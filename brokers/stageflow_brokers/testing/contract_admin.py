@@ -1,4 +1,4 @@
-"""Operation: pause, purge, peek, stats, facts, limits."""
+"""Administration: pause, purge, peek, stats, facts, limits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AdminContract:
         (received,) = peer.receive()
         peer.ask.pause("q")
         peer.publish("q", b"2")
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert peer.ask.stats("q")["queues"][0]["state"] == "paused"
         peer.ack(received)
         peer.ask.resume("q")

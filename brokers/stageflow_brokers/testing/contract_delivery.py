@@ -1,4 +1,4 @@
-"""Publishing and delivery: order, credit, priority, return."""
+"""Publishing and delivery: order, credit, priority, release."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DeliveryContract:
         peer.publish("q", b"1", b"2", b"3", b"4")
         peer.broker.consume("q", 2)
         first, second = peer.receive(2)
-        assert peer.quiet()
+        assert peer.is_quiet()
         peer.ack(second)
         (third,) = peer.receive()
         assert third.body == b"3"
@@ -85,7 +85,7 @@ class DeliveryContract:
         received = peer.receive(3)
         peer.drop(*received[1:])
         peer.broker.release([each.lease for each in received[1:]], "q", 1)
-        assert peer.quiet()
+        assert peer.is_quiet()
         peer.ack(received[0])
         for expected in (b"2", b"3", b"4"):
             (one,) = peer.receive()
@@ -109,13 +109,13 @@ class DeliveryContract:
         peer.broker.consume("q", 5)
         peer.broker.consume("q", 0)
         peer.publish("q", b"1")
-        assert peer.quiet()
+        assert peer.is_quiet()
 
     def test_a_delayed_message_waits_and_then_comes(self, hub: Hub) -> None:
         peer = Peer(hub)
         peer.broker.consume("q", 5)
         peer.publish("q", b"much later", delay=3600.0)
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert peer.ask.stats("q")["queues"][0]["delayed"] == 1
         peer.publish("q", b"soon", delay=0.01)
         assert peer.receive()[0].body == b"soon"

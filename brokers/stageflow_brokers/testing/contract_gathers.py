@@ -13,7 +13,7 @@ Parts = list[tuple[str, bytes]]
 
 
 def parts_of(received: Received) -> Parts:
-    """What a completed gather brought: the base under the empty name, then the arrivals in their order."""
+    """Return the parts of a completed gather: the base under the empty name, then the arrivals in order."""
     assert received.item.extra is not None
     parts, at = [], 0
     for slot, size in received.item.extra.parts or ():
@@ -34,7 +34,7 @@ def arrive(peer: Peer, key: str, *slots: str, group: str = "g") -> Any:
 
 
 def wait_for(peer: Peer, received: Received, key: str, need: int, base: bytes = b"base", deadline: float = 0.0) -> None:
-    """Settle a message: it goes on in `joined` once `need` have arrived."""
+    """Settle a message with a gather that continues in `joined` after `need` arrivals."""
     peer.drop(received)
     opening = GatherOpen(key, need, 0, len(base), deadline=deadline)
     peer.broker.settle([Target("joined", "join")], [], [], [SettleItem([received.lease], ACK, opens=[opening])], [base])
@@ -54,7 +54,7 @@ class GatherContract:
         peer, received = self._begin(hub)
         wait_for(peer, received, "k", 2)
         arrive(peer, "k", "a")
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert peer.ask.lookup(["g"])["groups"]["g"]["gathers"] == [{"key": "k", "need": 2, "arrived": 1}]
         arrive(peer, "k", "b")
         (joined,) = peer.receive()
@@ -74,12 +74,12 @@ class GatherContract:
         wait_for(peer, received, "k", 2)
         arrive(peer, "k", "a", "a")
         arrive(peer, "k", "a")
-        assert peer.quiet()
+        assert peer.is_quiet()
         arrive(peer, "k", "b")
         (joined,) = peer.receive()
         arrive(peer, "k", "a", "b")
         wait_for(peer, joined, "k", 1)
-        assert peer.quiet()
+        assert peer.is_quiet()
         arrive(peer, "k", "c")
         (joined,) = peer.receive()
         assert parts_of(joined) == [("", b"base"), ("c", b"c")]
@@ -109,7 +109,7 @@ class GatherContract:
         assert joined.item.extra is not None
         assert (joined.item.extra.failure, joined.item.extra.fresh) == (b"expired", True)
         arrive(peer, "k", "late")
-        assert peer.quiet()
+        assert peer.is_quiet()
 
     def test_items_of_a_map_arrive_by_their_settlements(self, hub: Hub) -> None:
         peer, received = self._begin(hub)
@@ -162,6 +162,6 @@ class GatherContract:
             SettleItem([other.lease], ACK, opens=[GatherOpen("k", 2, 0, 0)], arrivals=[arrival]),
         ]
         peer.broker.settle([Target("joined")], [], [], others, [b"x", b"", b"y"])
-        peer.until(lambda: peer.stale == [received.item.id], "the stale part refused")
+        peer.wait_until(lambda: peer.stale == [received.item.id], "the stale part refused")
         arrive(peer, "k", "b")
         assert parts_of(peer.receive()[0]) == [("", b""), ("a", b"y"), ("b", b"b")]

@@ -66,7 +66,7 @@ class GroupContract:
         peer.ack(peer.receive()[0], flags=FLAG_CLOSE_GROUP)
         assert peer.start("q", "other", flags=FLAG_CHECK, seen=seen) == []
         peer.ack(peer.receive()[0], flags=FLAG_CLOSE_GROUP)
-        # It has left since the sender looked, so the history has to be asked first.
+        # The group has ended since the sender read the history, so the sender must read it again.
         answer = peer.broker.publish(
             [Target("q")], [(0, 1, "mine", 1, 1 | FLAG_CHECK, 0, 0.0, 0.0, None, seen)], [b"x"]
         ).result(TIMEOUT_SECONDS)
@@ -80,10 +80,10 @@ class GroupContract:
         starter.start("q", "g", watch=True)
         worker.broker.consume("q", 1)
         worker.move(worker.receive()[0], "finished", b"result", label=":completed", flags=TERMINAL)
-        starter.until(lambda: starter.pushes == [("g", ":completed", b"result")], "the result")
+        starter.wait_until(lambda: starter.pushes == [("g", ":completed", b"result")], "the result")
         late = Peer(hub)
         assert late.ask.watch(["g", "unknown"]) == ["unknown"]
-        late.until(lambda: late.pushes == [("g", ":completed", b"result")], "the result, after the end")
+        late.wait_until(lambda: late.pushes == [("g", ":completed", b"result")], "the result, after the end")
         assert ("gone", "unknown") in late.notices
 
     def test_news_may_be_pushed_without_a_message(self, hub: Hub) -> None:
@@ -95,7 +95,7 @@ class GroupContract:
         publishes = [PublishItem(0, 4), PublishItem(1, 4)]
         others = [SettleItem([received.lease], ACK, publishes)]
         peer.broker.settle([Target("", "news", PUSH_ONLY), Target("q", "next")], [], [], others, [b"half", b"rest"])
-        peer.until(lambda: peer.pushes == [("g", "news", b"half")], "the news")
+        peer.wait_until(lambda: peer.pushes == [("g", "news", b"half")], "the news")
         assert peer.receive()[0].body == b"rest"
         assert peer.ask.stats("")["messages"] == 1
 
@@ -112,10 +112,10 @@ class GroupContract:
         peer.ack(received["q"], flags=FLAG_CLOSE_GROUP)
         assert peer.ask.stats("")["messages"] == 1
         assert peer.ask.lookup(["g", "h"])["groups"].keys() == {"h"}
-        # Whoever works on the purged message is still at it, and has no room for another before it is done.
-        assert peer.quiet()
+        # The consumer still works on the purged message; its credit is free only after the settlement.
+        assert peer.is_quiet()
         peer.ack(received["held"])
-        peer.until(lambda: peer.stale == [received["held"].item.id], "the purged message refused")
+        peer.wait_until(lambda: peer.stale == [received["held"].item.id], "the purged message refused")
         assert peer.receive()[0].body == b"another's"
         assert peer.start("q", "g") == []
 
@@ -157,10 +157,10 @@ class GroupContract:
         (received,) = peer.receive()
         peer.drop(received)
         peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, b"why")], [])
-        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        peer.wait_until(lambda: ("parked", "g") in peer.notices, "the halt")
         other = Peer(hub)
         other.ask.watch(["g"])
-        other.until(lambda: ("parked", "g") in other.notices, "the halt, told late")
+        other.wait_until(lambda: ("parked", "g") in other.notices, "the notice of the halt")
 
     # epochs
 
@@ -178,7 +178,7 @@ class GroupContract:
         diverted = peer.receive(2)
         assert sorted(each.body for each in diverted) == [b"delayed", b"ready"]
         assert {each.item.epoch for each in diverted} == {1}
-        # What is in hand follows when it is settled; of what is not begun any more, nothing is delivered again.
+        # Messages in hand follow when they are settled; the others are not delivered again.
         peer.move(held, "q", b"settled", label="next")
         assert peer.receive()[0].body == b"settled"
         states = {message["queue"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]}
@@ -222,4 +222,4 @@ class GroupContract:
         assert second.start("q", "g", digest=b"d", watch=True) == [(0, "exists", "g")]
         first.broker.consume("q", 1)
         first.move(first.receive()[0], "finished", b"end", label=":completed", flags=TERMINAL)
-        second.until(lambda: second.pushes == [("g", ":completed", b"end")], "the end")
+        second.wait_until(lambda: second.pushes == [("g", ":completed", b"end")], "the end")

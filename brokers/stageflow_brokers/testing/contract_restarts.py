@@ -1,4 +1,4 @@
-"""Groups that are cancelled, halted, changed and begun anew."""
+"""Restarts: groups that are cancelled, halted, changed and started again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REASON = "no longer wanted"
 
 
 def waits(key: str, need: int = 1) -> GatherOpen:
-    """A gather that goes to the only target of its settlement."""
+    """Return a gather that continues in the only target of its settlement."""
     return GatherOpen(key, need, 0, 4)
 
 
@@ -37,7 +37,7 @@ class RestartContract:
         peer.drop(received)
         peer.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, b"why")], [])
 
-    # cancelling
+    # cancellation
 
     def test_what_is_older_than_a_cancel_says_so(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
@@ -60,16 +60,16 @@ class RestartContract:
     def test_what_knows_of_a_cancel_and_cannot_be_passed_through_is_parked_until_it_is_requeued(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
         self._park(peer, received)
-        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        peer.wait_until(lambda: ("parked", "g") in peer.notices, "the halt")
         self._cancel(peer)
         (released,) = peer.receive()
         assert released.item.extra is not None
         assert (released.item.extra.cancelled, released.item.extra.attempts) == (REASON, 1)
         peer.notices.clear()
         self._park(peer, released)
-        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        peer.wait_until(lambda: ("parked", "g") in peer.notices, "the halt")
         self._cancel(peer)
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert [message["state"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]] == ["dead"]
         peer.ask.requeue("q", [released.item.id])
         (requeued,) = peer.receive()
@@ -83,7 +83,7 @@ class RestartContract:
         (warned,) = peer.receive()
         peer.drop(warned)
         peer.broker.settle([], [], [], [SettleItem([warned.lease], RETRY, [], 3600.0, b"why")], [])
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert [message["state"] for message in peer.ask.lookup(["g"])["groups"]["g"]["messages"]] == ["delayed"]
 
     def test_a_group_that_was_cancelled_and_begun_anew_can_be_cancelled_again(self, hub: Hub) -> None:
@@ -106,7 +106,7 @@ class RestartContract:
         messages = peer.ask.lookup(["g"])["groups"]["g"]["messages"]
         ids = sorted(message["id"] for message in messages if message["id"] != received.item.id)
         peer.publish("other", b"other", group="other")
-        assert peer.ask.hand_over("g", ids, "aside", "passed") == 0, "nobody has cancelled it"
+        assert peer.ask.hand_over("g", ids, "aside", "passed") == 0, "it is not cancelled"
         self._cancel(peer)
         peer.broker.consume("aside", 9)
         assert peer.ask.hand_over("g", [received.item.id, *ids, ids[0], 999], "aside", "passed") == 2
@@ -118,7 +118,7 @@ class RestartContract:
             assert (each.item.extra.label, each.item.extra.cancelled) == ("passed", REASON)
         assert peer.ask.hand_over("g", ids, "aside", "passed") == 0
         with pytest.raises(Refused, match="not live"):
-            peer.ask.hand_over("nobody", [], "aside", "passed")
+            peer.ask.hand_over("unknown", [], "aside", "passed")
 
     def test_what_was_gathered_is_not_handed_over(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)
@@ -151,13 +151,13 @@ class RestartContract:
         peer.broker.consume("other", 1)
         (other,) = peer.receive()
         self._park(peer, received)
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert ("parked", "g") not in peer.notices
         peer.drop(other)
         peer.broker.settle([], [], [], [SettleItem([other.lease], ACK, arrivals=[Arrival("k", "s", 4)])], [b"body"])
-        peer.until(lambda: ("parked", "g") in peer.notices, "the halt")
+        peer.wait_until(lambda: ("parked", "g") in peer.notices, "the halt")
 
-    # other bodies, new beginnings
+    # replaced bodies, restarts
 
     def test_a_dead_letter_can_be_given_another_body(self, hub: Hub) -> None:
         peer, received = self._in_work(hub)

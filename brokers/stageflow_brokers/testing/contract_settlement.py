@@ -11,7 +11,7 @@ __all__ = ["SettlementContract"]
 
 
 def settle_again(peer: Peer, received: Received, delay: float = 0.0, failure: bytes | None = b"boom") -> None:
-    """Settle a message as to be delivered again."""
+    """Settle a message with a request to deliver it again."""
     peer.drop(received)
     peer.broker.settle([], [], [], [SettleItem([received.lease], RETRY, [], delay, failure)], [])
 
@@ -72,7 +72,7 @@ class SettlementContract:
         (received,) = peer.receive()
         peer.move(received, "q1", b"2")
         peer.move(received, "q1", b"twice")
-        peer.until(lambda: peer.stale == [received.item.id], "the second settlement refused")
+        peer.wait_until(lambda: peer.stale == [received.item.id], "the second settlement refused")
         assert peer.ask.stats("q1")["queues"][0]["ready"] == 1
 
     def test_a_lease_ends_when_the_message_is_given_back(self, hub: Hub) -> None:
@@ -85,7 +85,7 @@ class SettlementContract:
         (again,) = other.receive()
         assert again.item.id == received.item.id
         peer.ack(received)
-        peer.until(lambda: peer.stale == [received.item.id], "the old lease refused")
+        peer.wait_until(lambda: peer.stale == [received.item.id], "the old lease refused")
         other.ack(again)
         assert other.ask.stats("q")["messages"] == 0
         assert other.stale == []
@@ -105,11 +105,11 @@ class SettlementContract:
         with pytest.raises(Refused, match="not held"):
             peer.broker.checkpoint(*old.lease, "step", b"x").result(TIMEOUT_SECONDS)
         peer.broker.release([old.lease], "q", 1)
-        peer.until(lambda: peer.stale == [old.item.id] * 4, "everything refused")
+        peer.wait_until(lambda: peer.stale == [old.item.id] * 4, "everything refused")
         peer.move(held, "q1", b"moved once")
         assert peer.ask.stats("q1")["queues"][0]["ready"] == 1
         assert peer.stale == [old.item.id] * 4
-        assert peer.quiet()
+        assert peer.is_quiet()
 
     def test_nobody_settles_what_another_holds(self, hub: Hub) -> None:
         holder, thief = Peer(hub), Peer(hub)
@@ -123,7 +123,7 @@ class SettlementContract:
         with pytest.raises(Refused, match="not held"):
             thief.broker.checkpoint(*one.lease, "step", b"x").result(TIMEOUT_SECONDS)
         thief.broker.release([one.lease], "q", 2)
-        thief.until(lambda: thief.stale == [one.item.id] * 3, "everything refused")
+        thief.wait_until(lambda: thief.stale == [one.item.id] * 3, "everything refused")
         holder.move(one, "q1", b"mine")
         holder.ask.ping()
         assert holder.stale == []
@@ -148,7 +148,7 @@ class SettlementContract:
         peer.broker.consume("q0", 1)
         (received,) = peer.receive()
         peer.broker.settle([Target("q1")], [(*received.lease, 0, 1, "yours")], [], [], [b"2"])
-        peer.until(lambda: peer.stale == [received.item.id], "the move refused")
+        peer.wait_until(lambda: peer.stale == [received.item.id], "the move refused")
 
     def test_again_counts_an_attempt_and_brings_the_body_as_delivered(self, hub: Hub) -> None:
         peer = Peer(hub)
@@ -200,7 +200,7 @@ class SettlementContract:
             b"hopeless",
             "dead",
         )
-        assert peer.quiet()
+        assert peer.is_quiet()
         assert peer.ask.requeue("dlq.q", [first.item.id]) == {"requeued": 1, "refused": []}
         (again,) = peer.receive()
         assert (again.item.id, again.body) == (first.item.id, b"1")

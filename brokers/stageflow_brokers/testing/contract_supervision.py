@@ -1,4 +1,4 @@
-"""Oversight: what the supervisor says of deaths and rosters, and what follows."""
+"""Supervision: reports of deaths, known workers, suspended delivery, recall and retire."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ class SupervisionContract:
         supervisor.ask.set_workers([])
         return supervisor
 
-    def _die(self, supervisor: Peer, dead: Peer, guilty: int = 0, *, charge: bool = True, failure: bytes = b"") -> None:
-        supervisor.ask.report_death(dead.broker.peer, guilty, charge, False, failure)
+    def _report_death(
+        self, supervisor: Peer, dead: Peer, responsible: int = 0, *, charge: bool = True, failure: bytes = b""
+    ) -> None:
+        supervisor.ask.report_death(dead.broker.peer, responsible, charge, False, failure)
 
     def test_nothing_is_delivered_before_the_roster_is_known(self, supervised_hub: Hub) -> None:
         supervisor, worker = Peer(supervised_hub, role="supervisor"), Peer(supervised_hub, role="worker")
         worker.broker.consume("q", 1)
         worker.publish("q", b"1")
-        assert worker.quiet()
+        assert worker.is_quiet()
         assert worker.ask.stats("q")["queues"][0]["state"] == "closed"
         supervisor.ask.set_workers([])
         assert worker.receive()[0].body == b"1"
@@ -41,7 +43,7 @@ class SupervisionContract:
         worker.publish("free", b"2")
         supervisor.ask.set_workers([(12345, ["q"])])
         assert worker.receive()[0].body == b"2"
-        assert worker.quiet()
+        assert worker.is_quiet()
         supervisor.ask.report_death(12345, 0, False, False, b"")
         assert worker.receive()[0].body == b"1"
 
@@ -64,8 +66,8 @@ class SupervisionContract:
         dying, next_one = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
         supervisor.publish("q", b"1", b"2", b"3", b"4")
         dying.broker.consume("q", 3)
-        guilty = dying.receive(3)[0]
-        self._die(supervisor, dying, guilty.item.id, failure=b"SIGSEGV")
+        responsible = dying.receive(3)[0]
+        self._report_death(supervisor, dying, responsible.item.id, failure=b"SIGSEGV")
         next_one.broker.consume("q", 9)
         received = next_one.receive(4)
         assert [each.body for each in received] == [b"1", b"2", b"3", b"4"]
@@ -79,8 +81,8 @@ class SupervisionContract:
         dying, next_one = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
         supervisor.publish("q", b"1", b"2")
         dying.broker.consume("q", 2)
-        guilty = dying.receive(2)[0]
-        self._die(supervisor, dying, guilty.item.id, charge=False)
+        responsible = dying.receive(2)[0]
+        self._report_death(supervisor, dying, responsible.item.id, charge=False)
         next_one.broker.consume("q", 9)
         assert [each.item.extra for each in next_one.receive(2)] == [None, None]
 
@@ -91,12 +93,12 @@ class SupervisionContract:
         dying.broker.consume("q", 2)
         one, two = dying.receive(2)
         dying.ack(one)
-        self._die(supervisor, dying, one.item.id)
+        self._report_death(supervisor, dying, one.item.id)
         stats = supervisor.ask.stats("q")["queues"][0]
         assert (stats["ready"], stats["dead"], stats["leased"]) == (1, 0, 0)
-        # Not so dead: what it says from now on counts for nothing, for its lease ended with the news.
+        # The worker still runs: its later settlements are refused, because its leases ended with the report.
         dying.ack(two)
-        dying.until(lambda: dying.lost == [two.item.id] and dying.stale == [two.item.id], "the dead one refused")
+        dying.wait_until(lambda: dying.lost == [two.item.id] and dying.stale == [two.item.id], "the refused settlement")
         assert dying.receive()[0].item.id == two.item.id
 
     def test_a_message_that_kills_too_often_becomes_a_dead_letter(self, supervised_hub: Hub) -> None:
@@ -108,8 +110,8 @@ class SupervisionContract:
             worker.broker.consume("q", 2)
             received = worker.receive(2)
             assert [each.body for each in received] == [b"bad", b"good"]
-            self._die(supervisor, worker, received[0].item.id, failure=b"SIGKILL")
-        supervisor.until(lambda: ("parked", "g") in supervisor.notices, "the halt of its group")
+            self._report_death(supervisor, worker, received[0].item.id, failure=b"SIGKILL")
+        supervisor.wait_until(lambda: ("parked", "g") in supervisor.notices, "the halt of its group")
         (letter,) = supervisor.ask.peek("dlq.q", 0, 9)
         assert (letter["body"], letter["deaths"], letter["reason"]) == (b"bad", 2, b"SIGKILL")
         worker = Peer(supervised_hub, role="worker")
@@ -125,14 +127,14 @@ class SupervisionContract:
         supervisor.start("q", "g", b"bad", watch=True)
         worker = Peer(supervised_hub, role="worker")
         worker.broker.consume("q", 1)
-        (guilty,) = worker.receive()
-        worker.broker.checkpoint(*guilty.lease, "step", b"done").result(20)
-        self._die(supervisor, worker, guilty.item.id, failure=b"OOM")
+        (responsible,) = worker.receive()
+        worker.broker.checkpoint(*responsible.lease, "step", b"done").result(20)
+        self._report_death(supervisor, worker, responsible.item.id, failure=b"OOM")
         supervisor.broker.consume("coordinator", 1)
-        (told,) = supervisor.receive()
-        extra = told.item.extra
+        (notified,) = supervisor.receive()
+        extra = notified.item.extra
         assert extra is not None
-        assert (told.body, told.item.group, extra.label, extra.failure, extra.deaths, extra.steps) == (
+        assert (notified.body, notified.item.group, extra.label, extra.failure, extra.deaths, extra.steps) == (
             b"bad",
             "g",
             "dead-letter",
@@ -146,8 +148,8 @@ class SupervisionContract:
         with pytest.raises(Refused, match="evidence"):
             supervisor.ask.requeue("dlq.q", [letter["id"]])
         assert supervisor.ask.requeue("dlq.q", []) == {"requeued": 0, "refused": [letter["id"]]}
-        # The group leaves, and the evidence stays until somebody purges it.
-        supervisor.ack(told, flags=1)
+        # The group is closed, and the evidence stays until it is purged.
+        supervisor.ack(notified, flags=1)
         supervisor.ask.ping()
         assert supervisor.ask.lookup(["g"])["groups"] == {}
         assert len(supervisor.ask.peek("dlq.q", 0, 9)) == 1
@@ -166,16 +168,16 @@ class SupervisionContract:
         )
         worker.broker.settle([Target("q", "join")], [], [], [joined], [b"base", b"A", b"BB"])
         worker.broker.consume("q", 1)
-        (guilty,) = worker.receive()
-        self._die(supervisor, worker, guilty.item.id, failure=b"OOM")
+        (responsible,) = worker.receive()
+        self._report_death(supervisor, worker, responsible.item.id, failure=b"OOM")
         supervisor.broker.consume("coordinator", 1)
-        (told,) = supervisor.receive()
-        assert told.item.extra is not None
-        assert (told.body, told.item.extra.label) == (b"baseABB", "dead-letter")
-        assert [tuple(part) for part in told.item.extra.parts or ()] == [("", 4), ("a", 1), ("b", 2)]
+        (notified,) = supervisor.receive()
+        assert notified.item.extra is not None
+        assert (notified.body, notified.item.extra.label) == (b"baseABB", "dead-letter")
+        assert [tuple(part) for part in notified.item.extra.parts or ()] == [("", 4), ("a", 1), ("b", 2)]
 
     def test_a_worker_that_left_without_settling_is_waited_for(self, supervised_hub: Hub) -> None:
-        """It may be at it still: only its death is an end."""
+        """The worker may still work on the message: only its death ends the lease."""
         supervisor = self._supervise(supervised_hub)
         worker, other = Peer(supervised_hub, role="worker"), Peer(supervised_hub, role="worker")
         supervisor.publish("q", b"1", b"2")
@@ -184,8 +186,8 @@ class SupervisionContract:
         worker.broker.close()
         other.broker.consume("q", 9)
         assert other.receive()[0].body == b"2"
-        assert other.quiet()
-        self._die(supervisor, worker)
+        assert other.is_quiet()
+        self._report_death(supervisor, worker)
         assert other.receive()[0].body == b"1"
 
     def test_held_back_nothing_is_delivered_but_to_the_supervisor(self, supervised_hub: Hub) -> None:
@@ -195,11 +197,11 @@ class SupervisionContract:
         worker.ask.ping()
         supervisor.broker.consume("own", 1)
         supervisor.ask.suspend_delivery(True)
-        worker.until(lambda: ("recall", None) in worker.notices, "the recall")
+        worker.wait_until(lambda: ("recall", None) in worker.notices, "the recall")
         supervisor.publish("q", b"1")
         supervisor.publish("own", b"2")
         assert supervisor.receive()[0].body == b"2"
-        assert worker.quiet()
+        assert worker.is_quiet()
         supervisor.ask.suspend_delivery(False)
         assert worker.receive()[0].body == b"1"
 
@@ -209,17 +211,17 @@ class SupervisionContract:
         supervisor.publish("q", b"1")
         worker.broker.consume("q", 3)
         (one,) = worker.receive()
-        worker.ask.ping()  # its greeting may have asked for messages too: it has asked for the last time now
+        worker.ask.ping()  # its hello may have requested messages too: this was the last request
         assert supervisor.ask.retire(worker.broker.peer) is True
-        worker.until(lambda: ("retire", None) in worker.notices, "the notice")
+        worker.wait_until(lambda: ("retire", None) in worker.notices, "the notice")
         supervisor.publish("q", b"2")
-        assert worker.quiet(), "it is given nothing more"
+        assert worker.is_quiet(), "nothing more is delivered to it"
         worker.ack(one)
         worker.ask.ping()
         assert supervisor.ask.stats("q")["queues"][0]["leased"] == 0
         heir.broker.consume("q", 1)
         assert heir.receive()[0].body == b"2"
-        assert supervisor.ask.retire(987654321) is False, "nobody of that number is there"
+        assert supervisor.ask.retire(987654321) is False, "no peer has that number"
 
     def test_a_consumer_with_more_than_it_works_on_can_be_recalled(self, supervised_hub: Hub) -> None:
         supervisor = self._supervise(supervised_hub)
@@ -228,7 +230,7 @@ class SupervisionContract:
         worker.broker.consume("q", 3)
         _, two, three = worker.receive(3)
         supervisor.ask.recall(worker.broker.peer)
-        worker.until(lambda: ("recall", None) in worker.notices, "the recall")
+        worker.wait_until(lambda: ("recall", None) in worker.notices, "the recall")
         worker.drop(two, three)
         worker.broker.release([two.lease, three.lease], "q", 1)
         other.broker.consume("q", 3)

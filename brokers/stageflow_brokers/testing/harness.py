@@ -1,4 +1,4 @@
-"""A hub to connect to, and a peer that remembers what it hears. For tests; nothing here waits for time to pass."""
+"""A hub to connect to, and a peer that records everything it receives. For tests; the harness must never sleep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stageflow_brokers.api import FLAG_START, FLAG_WATCH, Broker, BrokerAdmin, D
 __all__ = ["TIMEOUT_SECONDS", "Answers", "Hub", "Peer", "Received"]
 
 TIMEOUT_SECONDS = 20.0
-"""Seconds until something that has to happen counts as not happening."""
+"""Seconds after which an expected event counts as missing."""
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class Hub(Protocol):
     """A running broker, empty at first."""
 
     def connect(self, listener: Listener, *, role: str = "client", name: str = "") -> Broker:
-        """A new connection."""
+        """Open a connection."""
 
 
 class Answers:
@@ -54,10 +54,10 @@ class Received:
 
 
 class Peer(Listener):
-    """A connection with a memory. What it holds it holds until `drop`, `ack` or another settlement of its own."""
+    """A connection that records what it receives. It holds each delivery until `drop`, `ack` or `move`."""
 
     def __init__(self, hub: Hub, *, role: str = "client", name: str = "") -> None:
-        self._news = threading.Condition()
+        self._received = threading.Condition()
         self.deliveries: list[Received] = []
         self.pushes: list[tuple[str, str, bytes]] = []
         self.notices: list[tuple[str, Any]] = []
@@ -70,73 +70,73 @@ class Peer(Listener):
         self.broker: Broker = hub.connect(self, role=role, name=name)
         self.ask = Answers(self.broker.admin)
 
-    # what it hears
+    # received
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
-        """Remember and hold them."""
-        with self._news:
+        """Record and hold the deliveries."""
+        with self._received:
             for item, body in zip(items, bodies, strict=True):
                 received = Received(queue, item, body)
                 self.deliveries.append(received)
                 self.held[item.id] = received
-            self._news.notify_all()
+            self._received.notify_all()
 
     def on_pushes(self, pushes: list[tuple[str, str, bytes]]) -> None:
-        """Remember them."""
-        self._hear(self.pushes, pushes)
+        """Record the pushes."""
+        self._record(self.pushes, pushes)
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """Remember it."""
-        self._hear(self.notices, [(word, detail)])
+        """Record the notice."""
+        self._record(self.notices, [(word, detail)])
 
     def on_stale(self, ids: list[int]) -> None:
-        """Remember them."""
-        self._hear(self.stale, ids)
+        """Record the ids."""
+        self._record(self.stale, ids)
 
     def on_lost(self, ids: list[int]) -> None:
-        """Hold them no longer."""
+        """Record the lost leases, and hold the messages no longer."""
         for id in ids:
             self.held.pop(id, None)
-        self._hear(self.lost, ids)
+        self._record(self.lost, ids)
 
     def on_connected(self, broker_epoch: int) -> None:
-        """Remember it."""
-        self._hear(self.epochs, [broker_epoch])
+        """Record the epoch."""
+        self._record(self.epochs, [broker_epoch])
 
     def on_closed(self, reason: str) -> None:
-        """Remember it."""
-        self._hear(self.closed, [reason])
+        """Record the reason."""
+        self._record(self.closed, [reason])
 
     def holding(self) -> list[tuple[int, int]]:
-        """What was delivered and not settled."""
-        with self._news:
+        """Return the leases that were delivered and not settled."""
+        with self._received:
             return [received.lease for received in self.held.values()]
 
     def watching(self) -> list[str]:
-        """What a test said is of interest."""
+        """Return the groups in `watched`, which a test sets."""
         return self.watched
 
-    def _hear(self, heard: list[T], more: Sequence[T]) -> None:
-        with self._news:
-            heard.extend(more)
-            self._news.notify_all()
+    def _record(self, records: list[T], more: Sequence[T]) -> None:
+        with self._received:
+            records.extend(more)
+            self._received.notify_all()
 
-    # what it waits for
+    # waiting
 
-    def until(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait for something heard to make `condition` true."""
-        with self._news:
-            assert self._news.wait_for(condition, TIMEOUT_SECONDS), f"{what}: heard {self!r}"
+    def wait_until(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait until a received frame makes `condition` true; `what` describes it for the failure."""
+        with self._received:
+            assert self._received.wait_for(condition, TIMEOUT_SECONDS), f"{what}: received {self!r}"
 
     def receive(self, count: int = 1) -> list[Received]:
-        """The next `count` deliveries that no `receive` has returned before."""
-        self.until(lambda: len(self.deliveries) >= count, f"{count} deliveries")
-        with self._news:
+        """Wait for `count` deliveries that no `receive` has returned before, and return them."""
+        self.wait_until(lambda: len(self.deliveries) >= count, f"{count} deliveries")
+        with self._received:
             taken, self.deliveries[:count] = self.deliveries[:count], []
         return taken
 
-    def quiet(self) -> bool:
-        """Whether nothing has been delivered, by a round trip after which it would have been."""
+    def is_quiet(self) -> bool:
+        """True if nothing was delivered before the answer to a ping, which any delivery would precede."""
         self.ask.ping()
         return not self.deliveries
 
@@ -145,14 +145,14 @@ class Peer(Listener):
         connection: Any = self.broker
         return connection._query(name, *args).result(TIMEOUT_SECONDS)
 
-    # what it does
+    # sending
 
     def publish(self, queue: str, *bodies: bytes, **fields: Any) -> list[tuple[int, str, str]]:
-        """Publish messages to a queue, alike but for their bodies; what was refused of them."""
+        """Publish messages with these bodies and the same fields to a queue; return the refused ones."""
         return self.publish_items([(queue, body, fields) for body in bodies])
 
     def publish_items(self, items: Sequence[tuple[str, bytes, dict[str, Any]]]) -> list[tuple[int, str, str]]:
-        """Publish (queue, body, fields of the item) each."""
+        """Publish one message per (queue, body, fields of the item); return the refused ones."""
         names = list(dict.fromkeys(queue for queue, _, _ in items))
         fields = [
             (
@@ -173,26 +173,26 @@ class Peer(Listener):
         return answer.result(TIMEOUT_SECONDS).refused
 
     def start(self, queue: str, group: str, body: bytes = b"start", *, watch: bool = False, **more: Any) -> Any:
-        """Start a group with one message; what was refused."""
+        """Start a group with one message; return the refused ones."""
         flags = FLAG_START | (FLAG_WATCH if watch else 0) | more.pop("flags", 0)
         return self.publish(queue, body, group=group, flags=flags, **more)
 
     def move(self, received: Received, queue: str, body: bytes, *, label: str = "moved", flags: int = 0) -> None:
-        """Settle one message with another that follows."""
+        """Settle a message, and publish a following one."""
         item = received.item
         self.drop(received)
         moves = [(item.id, item.lease, 0, len(body), item.group)]
         self.broker.settle([Target(queue, label, flags)], moves, [], [], [body])
 
     def ack(self, *messages: Received, flags: int = 0) -> None:
-        """Settle messages with nothing that follows."""
+        """Acknowledge messages without a following one."""
         self.drop(*messages)
         acks = [(m.item.id, m.item.lease, flags, m.item.group) for m in messages]
         self.broker.settle([], [], acks, [], [])
 
     def drop(self, *messages: Received) -> None:
-        """Hold them no longer."""
-        with self._news:
+        """Hold the messages no longer."""
+        with self._received:
             for received in messages:
                 self.held.pop(received.item.id, None)
 
