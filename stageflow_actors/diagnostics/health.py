@@ -1,7 +1,7 @@
-"""Whether a cluster is well: what can be seen from outside of its program, node, broker, coordinator and pools.
+"""`stageflow health`: checks program, node, zygote, broker, coordinator and pools of a running cluster.
 
-A fault that might be over in a moment (a worker on its way, a queue that is being opened) is looked at again before it
-counts. Nothing here changes anything.
+A fault may be temporary (a worker that is starting, a queue that is being opened), so it counts only if it lasts for
+`FAULT_CONFIRM_SECONDS`. This module must not change anything.
 """
 
 from __future__ import annotations
@@ -27,107 +27,114 @@ from stageflow_brokers.types import QueueStats
 __all__ = ["Fault", "examine"]
 
 FAULT_CONFIRM_SECONDS = 3.0
-"""Seconds that a fault must last."""
+"""Time that a fault must last to be reported."""
 RECHECK_INTERVAL_SECONDS = 0.1
 
 
 class Fault(NamedTuple):
-    """What is wrong with which part."""
+    """One fault: the part of the cluster, and a description with the command that helps."""
 
     part: str
     text: str
 
 
 def examine(path: Path | str) -> list[Fault]:
-    """The faults of the cluster that serves a data directory, none if all is well."""
+    """Return the faults of the cluster on a data directory; an empty list if it is healthy."""
     deadline = time.monotonic() + FAULT_CONFIRM_SECONDS
     progress: dict[str, int] = {}
     while True:
-        faults = _look(path, progress)
+        faults = _check_cluster(path, progress)
         if not faults or time.monotonic() > deadline:
             return faults
         time.sleep(RECHECK_INTERVAL_SECONDS)
 
 
-def _look(path: Path | str, progress: dict[str, int]) -> list[Fault]:
+def _check_cluster(path: Path | str, progress: dict[str, int]) -> list[Fault]:
     try:
         data = DataDir(path, create=False)
         record = data.read_cluster()
         if record is None or not record.is_program_alive():
-            return [Fault("program", f"nobody serves {data.path}")]
+            return [Fault("program", f"no cluster runs on {data.path}; start one with Runtime or `stageflow up`")]
         if record.node is None or start_ticks(record.node) is None:
-            return [Fault("node", "it is not running; its program starts it again, or says why it cannot")]
-        faults = _of_processes(record.node)
+            return [Fault("node", "it does not run; its program restarts it, or reports the cause on stderr")]
+        faults = _check_processes(record.node)
         try:
             with attach(path) as attached:
-                return faults + _of_cluster(attached, progress)
+                return faults + _check_parts(attached, progress)
         except (BrokerUnavailable, BrokerError) as error:
             return [*faults, Fault("broker", str(error))]
     except StageFlowError as error:
         return [Fault("data directory", str(error))]
 
 
-def _of_processes(node: int) -> list[Fault]:
-    """The node, and the zygote below it: nothing that either is asked for happens while it is stopped."""
+def _check_processes(node: int) -> list[Fault]:
+    """Return a fault if the node or its zygote is stopped: a stopped process answers no request."""
     try:
         process = psutil.Process(node)
-        faults = [Fault("node", f"process {node} is stopped")] if is_stopped(node) else []
+        faults = (
+            [Fault("node", f"process {node} is stopped: `kill -CONT {node}` resumes it")] if is_stopped(node) else []
+        )
         for child in process.children():
             if child.name() == ZYGOTE_NAME and is_stopped(child.pid):
-                faults.append(Fault("zygote", f"process {child.pid} is stopped: it starts no workers"))
+                faults.append(
+                    Fault(
+                        "zygote",
+                        f"process {child.pid} is stopped and starts no workers: `kill -CONT {child.pid}` resumes it",
+                    )
+                )
     except psutil.Error:
-        return []  # it has just ended, which the next look finds
+        return []  # the process has just ended, which the next check reports
     return faults
 
 
-def _of_cluster(attached: Attached, progress: dict[str, int]) -> list[Fault]:
+def _check_parts(attached: Attached, progress: dict[str, int]) -> list[Fault]:
     stats = attached.wait(attached.admin.stats(""))
     faults = [Fault("broker", f"it refuses new instances: {stats['refusing']}")] if stats["refusing"] else []
     queues = {queue["name"]: queue for queue in stats["queues"]}
-    served = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
-    naming = Naming() if served is None else served.naming
+    manifest = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
+    naming = Naming() if manifest is None else manifest.naming
     for name in (naming.finished, naming.coordinator):
-        faults += _of_coordinator(name, queues.get(name), progress)
-    for plan in () if served is None else served.plans:
-        for name in _pools(plan):
-            faults += _of_pool(name, queues.get(name), attached)
+        faults += _check_coordinator(name, queues.get(name), progress)
+    for plan in () if manifest is None else manifest.plans:
+        for name in _pool_queues(plan):
+            faults += _check_pool(name, queues.get(name), attached)
     return list(dict.fromkeys(faults))
 
 
-def _of_coordinator(name: str, queue: QueueStats | None, progress: dict[str, int]) -> list[Fault]:
+def _check_coordinator(name: str, queue: QueueStats | None, progress: dict[str, int]) -> list[Fault]:
     if queue is None or not queue["consumers"]:
-        return [Fault("coordinator", f"it does not take what arrives in {name}")]
+        return [Fault("coordinator", f"it does not consume {name}; see the cluster's stderr, and restart the cluster")]
     waiting = queue["ready"] + queue["leased"]
-    before = progress.setdefault(name, queue["settled"])
-    if waiting and queue["settled"] == before:
-        return [Fault("coordinator", f"{pluralize(waiting, 'message')} waiting in {name}, and none gets done")]
+    settled_before = progress.setdefault(name, queue["settled"])
+    if waiting and queue["settled"] == settled_before:
+        return [Fault("coordinator", f"{pluralize(waiting, 'message')} waiting in {name}, and none is processed")]
     return []
 
 
-def _of_pool(name: str, queue: QueueStats | None, attached: Attached) -> list[Fault]:
+def _check_pool(name: str, queue: QueueStats | None, attached: Attached) -> list[Fault]:
     part = f"pool {name}"
     if queue is None:
-        return [Fault(part, "its queue does not exist")]
+        return [Fault(part, "its queue does not exist; restart the cluster")]
     faults = []
     if queue["state"] == "paused":
-        why = _why_paused(name, attached)
+        why = _pause_reason(name, attached)
         faults.append(Fault(part, f"it is paused{why} `stageflow queue resume {name}`"))
     elif queue["state"] == "closed":
-        faults.append(Fault(part, "it waits for workers to announce themselves after a restart of the broker"))
+        faults.append(Fault(part, "it is closed until its workers have registered after a restart of the broker"))
     if not queue["consumers"]:
-        faults.append(Fault(part, "no worker takes its messages"))
+        faults.append(Fault(part, "no worker consumes its messages; see the cluster's stderr"))
     return faults
 
 
-def _why_paused(name: str, attached: Attached) -> str:
-    """What its pool has paused it for, where it was not a person who did."""
+def _pause_reason(name: str, attached: Attached) -> str:
+    """Return the part of the text that gives the reason of the pool, or only a colon for a pause by a person."""
     if attached.wait(attached.admin.get_fact(PAUSED_BY_POOL_FACT + name)) != "yes":
         return ":"
     why = attached.wait(attached.admin.get_fact(PAUSE_REASON_FACT + name)) or "its workers died too fast"
-    return f" by itself, because {why}; mend that, then"
+    return f" by its pool because {why}; fix the cause, then"
 
 
-def _pools(plan: WorkflowPlan) -> list[str]:
+def _pool_queues(plan: WorkflowPlan) -> list[str]:
     names = [stage.queue for stage in plan.stages if stage.has_pool]
     if any(stage.compensated for stage in plan.stages):
         names.append(plan.compensation.queue)

@@ -258,7 +258,10 @@ def test_a_directory_without_a_cluster_is_not_healthy(
 ) -> None:
     monkeypatch.setattr("stageflow_actors.diagnostics.health.FAULT_CONFIRM_SECONDS", 0.0)
     code, out, _ = stageflow("health", "--data", tmp_path)
-    assert (code, out) == (1, f"program: nobody serves {tmp_path}\n")
+    assert (code, out) == (
+        1,
+        f"program: no cluster runs on {tmp_path}; start one with Runtime or `stageflow up`\n",
+    )
     assert stageflow("health", "--data", tmp_path / "none")[0] == 1
 
 
@@ -273,7 +276,7 @@ def test_a_stopped_coordinator_is_noticed(own_up: Up, stageflow: Stageflow, monk
         stageflow("start", "orders", "--wait", "--data", own_up.data)
         code, out, _ = stageflow("health", "--data", own_up.data)
         assert code == 1
-        assert "coordinator: 1 message waiting in stageflow.finished, and none gets done" in out
+        assert "coordinator: 1 message waiting in stageflow.finished, and none is processed" in out
     finally:
         os.kill(node.node, signal.SIGCONT)
 

@@ -246,7 +246,7 @@ def test_files_that_others_may_write_are_reported(books: Any, doctor: Doctor) ->
         "severity": "warning",
         "check": "access",
         "where": str(path),
-        "what": "others may write to it (mode 777): what it holds cannot be trusted",
+        "what": "other users can write to it (mode 777): its content cannot be trusted",
         "advice": f"chmod go-w {path}",
     }
 

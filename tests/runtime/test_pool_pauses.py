@@ -40,7 +40,7 @@ def test_the_exits_of_its_workers_are_reported_and_distinguished_from_a_manual_p
         assert f"pool {queue.name} is paused: {why}" in said
         paused = eventually(lambda: [f.text for f in health.examine(tmp_path) if "is paused" in f.text], "the fault")
         assert paused == [
-            f"it is paused by itself, because {why}; mend that, then `stageflow queue resume {queue.name}`"
+            f"it is paused by its pool because {why}; fix the cause, then `stageflow queue resume {queue.name}`"
         ]
         runtime.pause(queue.name)
         texts = [fault.text for fault in health.examine(tmp_path)]
