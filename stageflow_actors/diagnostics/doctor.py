@@ -1,8 +1,10 @@
-"""A check-up: whether the invariants hold in the cluster of a data directory, running or at rest.
+"""`stageflow doctor`: checks the invariants of a data directory and of its cluster, running or not.
 
-The broker is asked for one consistent picture; at rest, its journal is read into a broker in this process. The history
-is read after it, so that whatever had ended by then is in it. Nothing on disk is changed: of a history with an
-unfinished log SQLite makes its index (`-shm`) anew, and nothing else.
+The broker is asked for one consistent audit; without a running cluster, its journal is read into a broker in this
+process. The history is read after the audit, so that it contains every instance that had ended by then.
+
+This module must not change a file. Only SQLite creates the index (`-shm`) of a history whose write-ahead log is not
+empty.
 """
 
 from __future__ import annotations
@@ -42,22 +44,27 @@ from stageflow_brokers.offline.settlements import EndedGroups, ended_groups
 __all__ = ["DoctorReport", "run_checks"]
 
 FAULT_CONFIRM_SECONDS = 3.0
-"""Seconds that something wrong in a running cluster must last: deaths take a moment to be known."""
+"""Time that a fault in a running cluster must last to be reported: an exit of a worker is noticed after a moment."""
 RECHECK_INTERVAL_SECONDS = 0.2
 CLOCK_TOLERANCE_SECONDS = 60.0
-"""Seconds by which clocks may be set back, and an instance may take from its end to the broker."""
+"""Tolerated change of a clock, and time that the outcome of an instance may take to reach the broker."""
 MAX_IDS_NAMED = 3
+"""Instances that one finding names."""
 MAX_LOOKUPS = 10_000
+"""Instances that one query asks the broker for."""
 MAX_FINDINGS_PER_CHECK = 20
 
 RESTORE_ADVICE = "restore history.db, and the journal with it, from the last backup"
 
 
 class DoctorReport(Struct):
-    """What was looked at, and what was found.
+    """The findings of one run, and the number of checked objects.
 
-    `checked` is how many there were: live `instances`, `messages`, `queues`, `ended` in the history, and of those
-    `ended_in_journal`, whose end the journal still tells too, so that the two could be compared.
+    Attributes:
+        live: True if a cluster runs on the directory.
+        findings: The findings, errors first.
+        checked: The number of live `instances`, `messages`, `queues`, instances in the history (`ended`), and ended
+            instances that the journal still contains (`ended_in_journal`), which are compared with the history.
     """
 
     live: bool
@@ -65,48 +72,53 @@ class DoctorReport(Struct):
     checked: dict[str, int]
 
     @property
-    def sound(self) -> bool:
-        """Whether the invariants hold."""
+    def is_sound(self) -> bool:
+        """True if the invariants hold."""
         return all(finding.severity != ERROR for finding in self.findings)
 
 
 def run_checks(data: DataDir, *, readable: bool = True) -> DoctorReport:
-    """Look at everything. `readable`: whether the journal is undamaged, so that it can be read through.
+    """Run all checks on a data directory.
 
-    Raises `StageFlowError` where nothing can be looked at.
+    Args:
+        data: The data directory.
+        readable: False if the journal is damaged, so that it is not read. Default: True.
+
+    Returns:
+        The report. An error of the cluster or of a file is a finding, not an exception.
     """
     report = DoctorReport(False, list(check_environment(data)), {"ended": 0})
     found = report.findings
-    gone: EndedGroups | None = None
-    picture: dict[str, Any] = {}
+    ended: EndedGroups | None = None
+    audit: dict[str, Any] = {}
     has_journal = any(data.journal.glob("*.journal"))
     try:
-        # A program that has just been started is waited for: its broker answers for the journal.
+        # This waits for a program that has just been started, because its broker holds the journal.
         report.live = live_address(data) is not None
         if has_journal and readable:
-            gone = ended_groups(data.journal, FINISHED, audit=not report.live)
-            found.extend(_of_departures(data, gone))
+            ended = ended_groups(data.journal, FINISHED, audit=not report.live)
+            found.extend(_check_ended_groups(data, ended))
         if report.live:
             with attach(data.path, with_history=False) as attached:
-                picture = _look(attached, found)
-                found.extend(_of_history(data, gone, picture, attached, has_journal, report.checked))
+                audit = _check_broker(attached, found)
+                found.extend(_check_history(data, ended, audit, attached, has_journal, report.checked))
         else:
-            if gone is not None:
-                picture = gone.audit
-                found.extend([*_lasting(picture), *_passing(picture, live=False).values()])
-            found.extend(_of_history(data, gone, picture, None, has_journal, report.checked))
+            if ended is not None:
+                audit = ended.audit
+                found.extend([*_permanent_findings(audit), *_transient_findings(audit, live=False).values()])
+            found.extend(_check_history(data, ended, audit, None, has_journal, report.checked))
     except JournalCorrupt as error:
         found.append(Finding(ERROR, "journal", str(data.journal), str(error), "stageflow journal verify"))
     except (StageFlowError, BrokerError) as error:
         found.append(Finding(ERROR, "broker", str(data.path), str(error), "stageflow health"))
     if not has_journal and not report.live and not data.history.exists():
         what = "nothing has run in this directory yet"
-        found.append(Finding(INFO, "journal", str(data.path), what, "is --data right?"))
+        found.append(Finding(INFO, "journal", str(data.path), what, "check --data"))
     report.checked |= {
-        "instances": len(picture.get("live", ())),
-        "messages": picture.get("messages", 0),
-        "queues": len(picture.get("queues", ())),
-        "ended_in_journal": 0 if gone is None else len(gone.ended),
+        "instances": len(audit.get("live", ())),
+        "messages": audit.get("messages", 0),
+        "queues": len(audit.get("queues", ())),
+        "ended_in_journal": 0 if ended is None else len(ended.ended),
     }
     order = {ERROR: 0, WARNING: 1, INFO: 2}
     found.sort(key=lambda finding: order[finding.severity])
@@ -116,114 +128,114 @@ def run_checks(data: DataDir, *, readable: bool = True) -> DoctorReport:
 # the broker
 
 
-def _look(attached: Attached, found: list[Finding]) -> dict[str, Any]:
-    """The broker's picture; what is wrong in it, and stays wrong, is added to `found`."""
+def _check_broker(attached: Attached, found: list[Finding]) -> dict[str, Any]:
+    """Return the broker's audit, and add its findings to `found`; transient ones only if they last."""
     deadline = time.monotonic() + FAULT_CONFIRM_SECONDS
-    picture: dict[str, Any] = attached.wait(attached.admin.audit())
-    found.extend(_lasting(picture))
-    passing = _passing(picture, live=True)
-    while any(one.severity != INFO for one in passing.values()) and time.monotonic() < deadline:
+    audit: dict[str, Any] = attached.wait(attached.admin.audit())
+    found.extend(_permanent_findings(audit))
+    transient = _transient_findings(audit, live=True)
+    while any(one.severity != INFO for one in transient.values()) and time.monotonic() < deadline:
         time.sleep(RECHECK_INTERVAL_SECONDS)
-        now = _passing(attached.wait(attached.admin.audit()), live=True)
-        passing = {key: now[key] for key in passing if key in now}
-    found.extend(passing.values())
-    return picture
+        current = _transient_findings(attached.wait(attached.admin.audit()), live=True)
+        transient = {key: current[key] for key in transient if key in current}
+    found.extend(transient.values())
+    return audit
 
 
-def _lasting(picture: dict[str, Any]) -> list[Finding]:
-    """What the broker knows of instances is true at any one moment."""
-    served = read_manifest(picture["facts"].get(MANIFEST_FACT))
-    return [*instance_findings(picture, Naming() if served is None else served.naming), *broker_findings(picture)]
+def _permanent_findings(audit: dict[str, Any]) -> list[Finding]:
+    """Return the findings on instances, which are consistent in every audit, so that one audit proves them."""
+    manifest = read_manifest(audit["facts"].get(MANIFEST_FACT))
+    return [*instance_findings(audit, Naming() if manifest is None else manifest.naming), *broker_findings(audit)]
 
 
-def _passing(picture: dict[str, Any], *, live: bool) -> dict[tuple[str, str], Finding]:
-    """What may be over in a moment: workers come and go, and it takes a moment to be known."""
-    served = read_manifest(picture["facts"].get(MANIFEST_FACT))
-    naming = Naming() if served is None else served.naming
-    known = None if served is None else consumed_queues(served.plans, naming)
+def _transient_findings(audit: dict[str, Any], *, live: bool) -> dict[tuple[str, str], Finding]:
+    """Return the findings on workers and queues, which may be over in a moment: workers start and end."""
+    manifest = read_manifest(audit["facts"].get(MANIFEST_FACT))
+    naming = Naming() if manifest is None else manifest.naming
+    consumed = None if manifest is None else consumed_queues(manifest.plans, naming)
     found = [
-        *lease_findings(picture, _alive if live else lambda pid: True),
-        *queue_findings(picture, known, naming, live),
+        *lease_findings(audit, _is_alive if live else lambda pid: True),
+        *queue_findings(audit, consumed, naming, live),
     ]
-    # Of the queues that nobody serves there is one finding, whose figures change.
+    # All queues without consumers share one finding, whose counts change.
     return {(one.check, "" if one.check == "unserved" else one.where): one for one in found}
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     return start_ticks(pid) is not None
 
 
-def _of_departures(data: DataDir, gone: EndedGroups) -> Iterator[Finding]:
-    if gone.idle:
-        what = "by the journal it is live, and nothing continues it: no message, gather or timer"
-        advice = "the next start forgets it; restore the directory from a backup, or start it anew"
-        yield Finding(ERROR, "carrier", _named(gone.idle), what, advice)
-    yield from _of_clock(data.journal, gone.latest_wall)
+def _check_ended_groups(data: DataDir, ended: EndedGroups) -> Iterator[Finding]:
+    if ended.idle:
+        what = "it is live in the journal, but nothing continues it: no message, gather or timer"
+        advice = "the next start deletes it: restore the directory from a backup, or submit the instance again"
+        yield Finding(ERROR, "carrier", _join_ids(ended.idle), what, advice)
+    yield from _check_clock(data.journal, ended.latest_wall)
 
 
-def _of_clock(where: object, latest: float) -> Iterator[Finding]:
+def _check_clock(where: object, latest: float) -> Iterator[Finding]:
     ahead = latest - time.time()
     if ahead > CLOCK_TOLERANCE_SECONDS:
         what = f"its latest entry is {ahead:,.0f} s ahead of this machine's clock, which was set back"
-        yield Finding(WARNING, "clock", str(where), what, "set the clock; until then ages and timeouts are wrong")
+        yield Finding(WARNING, "clock", str(where), what, "set the clock; until then, ages and timeouts are wrong")
 
 
 # the history
 
 
-def _of_history(
+def _check_history(
     data: DataDir,
-    gone: EndedGroups | None,
-    picture: dict[str, Any],
+    ended: EndedGroups | None,
+    audit: dict[str, Any],
     attached: Attached | None,
     has_journal: bool,
     checked: dict[str, int],
 ) -> Iterator[Finding]:
-    facts: dict[str, str] | None = picture.get("facts", None if gone is None else gone.facts)
+    facts: dict[str, str] | None = audit.get("facts", None if ended is None else ended.facts)
     identity = None if facts is None else facts.get(HISTORY_FACT)
     where = str(data.history)
     if not data.history.exists():
         if identity is not None:
-            what = "the journal says that there is a history of finished instances, and it is missing"
+            what = "the history is missing, but the journal refers to one"
             yield Finding(ERROR, "history", where, what, RESTORE_ADVICE)
         return
     live = attached is not None and attached.live
     try:
         with closing(HistoryReader.open(data.history, offline=not live)) as reader:
-            yield from _of_file(reader)
+            yield from _check_history_file(reader)
             if reader.count():
-                yield from _of_journal(where, facts, has_journal or live)
-            yield from _of_rows(reader, checked)
+                yield from _check_journal_belongs(where, facts, has_journal or live)
+            yield from _check_outcomes(reader, checked)
             if identity is not None and reader.identity != identity:
-                what = "it is not the history that belongs to this journal, but another one"
+                what = "the journal refers to another one: this history does not belong to it"
                 yield Finding(ERROR, "history", where, what, RESTORE_ADVICE)
-            yield from _of_clock(where, reader.latest())
-            yield from _agreement(reader, gone, picture, attached)
+            yield from _check_clock(where, reader.latest())
+            yield from _compare_with_history(reader, ended, audit, attached)
     except HistoryError as error:
         yield Finding(ERROR, "history", where, str(error), RESTORE_ADVICE)
 
 
-def _of_journal(where: str, facts: dict[str, str] | None, has_journal: bool) -> Iterator[Finding]:
-    """Where instances have finished there is a journal that knows of the history; None: it cannot be read."""
+def _check_journal_belongs(where: str, facts: dict[str, str] | None, has_journal: bool) -> Iterator[Finding]:
+    """Yield a finding if instances finished without a journal that refers to the history; None: it is unreadable."""
     advice = "restore the journal directory from the last backup"
     if not has_journal:
-        what = "instances have finished here, and the journal is missing: which ones were live is not known any more"
+        what = "instances have finished here, but the journal is missing: its live instances are lost"
         yield Finding(ERROR, "journal", where, what, advice)
     elif facts is not None and HISTORY_FACT not in facts:
-        what = "instances have finished here, and the journal knows of no history: it is not the one they lived in"
+        what = "instances have finished here, but the journal refers to no history: it is not their journal"
         yield Finding(ERROR, "history", where, what, advice)
 
 
-def _of_file(reader: HistoryReader) -> Iterator[Finding]:
+def _check_history_file(reader: HistoryReader) -> Iterator[Finding]:
     where = str(reader.path)
     for text in reader.check(thorough=True)[:MAX_FINDINGS_PER_CHECK]:
         yield Finding(ERROR, "history", where, text, RESTORE_ADVICE)
     if not in_wal_mode(reader.path):
-        what = "it is not in WAL mode: something other than stageflow has written it"
-        yield Finding(WARNING, "history", where, what, "nothing: the next start sets it again")
+        what = "it is not in WAL mode: a program other than stageflow has written it"
+        yield Finding(WARNING, "history", where, what, "nothing: the next start sets the mode again")
 
 
-def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding]:
+def _check_outcomes(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding]:
     faults: dict[str, str] = {}
     for row in reader.iterate():
         checked["ended"] += 1
@@ -233,41 +245,41 @@ def _of_rows(reader: HistoryReader, checked: dict[str, int]) -> Iterator[Finding
             if len(faults) == MAX_FINDINGS_PER_CHECK:
                 break
     for id, wrong in faults.items():
-        yield Finding(ERROR, "ending", id, f"what the history keeps of it is not sound: {wrong}", RESTORE_ADVICE)
+        yield Finding(ERROR, "ending", id, f"its row in the history is inconsistent: {wrong}", RESTORE_ADVICE)
 
 
-def _agreement(
-    reader: HistoryReader, gone: EndedGroups | None, picture: dict[str, Any], attached: Attached | None
+def _compare_with_history(
+    reader: HistoryReader, ended: EndedGroups | None, audit: dict[str, Any], attached: Attached | None
 ) -> Iterator[Finding]:
-    live: list[str] = picture.get("live", [])
-    others: dict[str, int] = picture.get("epochs", {})
+    live: list[str] = audit.get("live", [])
+    others: dict[str, int] = audit.get("epochs", {})
     finished = reader.epochs(live)
     both = [id for id in live if id in finished and finished[id] >= others.get(id, 1)]
     if both and attached is not None and attached.live:
-        # It may have ended since the picture was taken, but whoever is still live now was not finished before.
+        # An instance may have ended since the audit, but one that is still live now had not ended before.
         both = both[:MAX_LOOKUPS]
         groups = attached.wait(attached.admin.lookup(both))["groups"]
         both = [id for id in both if id in groups and not groups[id]["ended"] and groups[id]["epoch"] <= finished[id]]
     if both:
-        what = "it is live, and in the history the same run of it has finished: it would be finished a second time"
-        advice = "stageflow instances show {id}; after a `journal repair` cancel it, else restore a backup of both"
-        yield Finding(ERROR, "agreement", _named(both), what, advice.format(id=both[0]))
-    if gone is None:
+        what = "it is live, but the same run of it is in the history: it would be finished a second time"
+        advice = "stageflow instances show {id}; after `journal repair`, cancel it; else restore a backup of both files"
+        yield Finding(ERROR, "agreement", _join_ids(both), what, advice.format(id=both[0]))
+    if ended is None:
         return
-    rows = reader.epochs(gone.ended)
+    rows = reader.epochs(ended.ended)
     pruned = reader.pruned_before()
     lost = [
         id
-        for id, (epoch, when) in gone.ended.items()
+        for id, (epoch, when) in ended.ended.items()
         if rows.get(id, 0) < epoch and (not pruned or when > pruned + CLOCK_TOLERANCE_SECONDS)
     ]
     if lost:
-        what = "by the journal it has ended and is in the history, and the history does not have it"
+        what = "it has ended according to the journal, but the history does not have it"
         advice = f"{RESTORE_ADVICE}; without it the same ids can be started again"
-        yield Finding(ERROR, "agreement", _named(lost), what, advice)
+        yield Finding(ERROR, "agreement", _join_ids(lost), what, advice)
 
 
-def _named(ids: Iterable[str]) -> str:
-    known = list(ids)
-    shown = ", ".join(known[:MAX_IDS_NAMED])
-    return shown if len(known) <= MAX_IDS_NAMED else f"{shown} and {len(known) - MAX_IDS_NAMED} more"
+def _join_ids(ids: Iterable[str]) -> str:
+    listed = list(ids)
+    shown = ", ".join(listed[:MAX_IDS_NAMED])
+    return shown if len(listed) <= MAX_IDS_NAMED else f"{shown} and {len(listed) - MAX_IDS_NAMED} more"

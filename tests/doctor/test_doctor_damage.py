@@ -308,7 +308,7 @@ def test_a_table_has_place_finding_and_advice(books: Any, capfd: pytest.CaptureF
     said = capfd.readouterr()
     assert said.err == ""
     first, advice, last = said.out.splitlines()
-    assert first.startswith("error    agreement: A: it is live, and in the history")
+    assert first.startswith("error    agreement: A: it is live, but the same run of it is in the history")
     assert advice.startswith("         → ")
     assert last == f"1 error: 1 live instance, 1 message, 1 ended (0 of them still in the journal), {path}, at rest"
 

@@ -79,7 +79,7 @@ def test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten(
         assert runtime.instances(status="waiting") == []
     assert "30 instances that are live in the journal have finished in the history" in capfd.readouterr().err
     assert days.runs() == dict.fromkeys(IDS, 1)
-    assert run_checks(DataDir(days.data)).sound
+    assert run_checks(DataDir(days.data)).is_sound
     with Runtime(flow, data_dir=days.data):
         pass
     assert "finished in the history" not in capfd.readouterr().err
