@@ -1,4 +1,6 @@
-"""A circuit breaker: after several failed attempts in a row, a queue delivers nothing for a while, then one message.
+"""A circuit breaker: it stops the deliveries of a queue after failures.
+
+After several failed attempts in a row the queue delivers nothing for a while, then one message.
 
 States: `closed` (messages are delivered, and failures in a row are counted), `open` (no message is delivered until
 `open_until`), `half-open` (one message is delivered, the probe; its result decides the next state). Results of attempts
@@ -50,7 +52,10 @@ class Breaker:
         return max(1, self.max_failures - self.failure_count)
 
     def record_failure(self, id: int, now: float) -> bool:
-        """Record a failed attempt at message `id`. Return True if this opened the breaker."""
+        """Record a failed attempt at message `id`.
+
+        Return True if this opened the breaker.
+        """
         if self.state == CLOSED:
             self.failure_count += 1
             if self.failure_count < self.max_failures:

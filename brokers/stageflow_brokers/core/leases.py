@@ -1,4 +1,4 @@
-"""Leases: credit, delivery, release, adoption after a restart, and the messages of dead consumers.
+"""Leases: credit, delivery, release, and adoption after a restart.
 
 A lease is the epoch of the broker and a sequence number; only the current lease of a message is valid. Deliveries
 happen after the commit and must not be recorded: after a restart each peer reports the messages that it holds, and all
@@ -117,16 +117,19 @@ class Leases:
         self.state.changed_queues[self.state.queue(name)] = None
 
     def divert(self, message: Message) -> None:
-        """Move a message of an earlier epoch to the queue that the group diverts to. It must not be in a lane."""
+        """Move a message of an earlier epoch to the queue that the group diverts to.
+
+        It must not be in a lane.
+        """
         group = message.group
         assert group is not None
         assert group.divert_to is not None
         self.move(message, *group.divert_to)
 
     def move(self, message: Message, name: str, label: str) -> None:
-        """Move a message to another queue under another label, with its attempts, failure and steps.
+        """Move a message to another queue under another label.
 
-        Delay, dead letter and expiry end. The message must not be in a lane.
+        It keeps its attempts, failure and steps. Delay, dead letter and expiry end. The message must not be in a lane.
         """
         message.queue = self.state.queue(name)
         message.label = label
@@ -165,7 +168,10 @@ class Leases:
         return [id for id, lease in holding if not self._restore_lease(session, id, lease)]
 
     def _restore_lease(self, session: Session, id: int, lease: int) -> bool:
-        """Restore a lease from before the broker's restart. Return False if it is not valid any more."""
+        """Restore a lease from before the broker's restart.
+
+        Return False if it is not valid any more.
+        """
         message = self.state.messages.get(id)
         if message is None:
             return False
@@ -217,9 +223,10 @@ class Leases:
                 self.state.changed_queues[queue] = None
 
     def divert_stale_epochs(self) -> None:
-        """Divert messages that were in work when their epoch was raised, and that no worker reports after a restart.
+        """Divert messages of earlier epochs that no worker reports after a restart.
 
-        Each waits until all peers that might hold it have reported their leases.
+        They were in work when their epoch was raised. Each waits until all peers that might hold it have reported
+        their leases.
         """
         waiting = []
         for message in self.stale_epoch_messages:

@@ -1,4 +1,4 @@
-"""The limits of one peer: no peer can take all memory or time of the broker from the others.
+"""The limits of one peer: no peer can take all memory or time of the broker.
 
 Requests from outside that exceed a limit are refused with an error that names it. Settlements of leased messages are
 not limited, except for their steps: they follow from work that was accepted before. `wire` limits the sizes of frames,
@@ -56,7 +56,10 @@ class Limits(Struct, frozen=True):
 
 
 class LimitChecker:
-    """Compares requests with the limits and the state of one machine. Each check raises `Refused`."""
+    """Compares requests with the limits and the state of one machine.
+
+    Each check raises `Refused`.
+    """
 
     def __init__(self, state: BrokerState, limits: Limits) -> None:
         self.limits = limits
@@ -64,7 +67,10 @@ class LimitChecker:
 
     @property
     def is_queue_limit_reached(self) -> bool:
-        """True if there are `max_queues` queues, and all are in use. Forgets idle queues first."""
+        """True if there are `max_queues` queues, and all are in use.
+
+        Forgets idle queues first.
+        """
         if len(self._state.queues) < self.limits.max_queues:
             return False
         self._state.forget_idle_queues()

@@ -1,4 +1,4 @@
-"""The broker as a machine without I/O: frames and time go in, records and frames come out.
+"""The broker without I/O: frames and time in, records and frames out.
 
 A round: `begin(now, wall)`, any number of `receive`, `tick`, then `take_records` (the caller makes them durable),
 `set_record_locations`, and only then `dispatch`, which returns the frames to send. `receive` and `tick` must never
@@ -137,7 +137,10 @@ class Machine:
         self.publish_handler.refusal_reason = reason
 
     def begin_epoch(self, now: float, wall: float) -> None:
-        """Begin a new broker epoch after the replay. Its record must be durable before any peer is answered."""
+        """Begin a new broker epoch after the replay.
+
+        Its record must be durable before any peer is answered.
+        """
         state = self.state
         Replay(state).finish(now, wall)
         self.writer.record_epoch()
@@ -187,7 +190,10 @@ class Machine:
             handler(session, header, blob)
 
     def _put_aside(self, session: Session, op: bytes, header: bytes, blob: bytes) -> None:
-        """Keep a frame until the peer has read earlier answers. All its later frames wait behind this one."""
+        """Keep a frame until the peer has read earlier answers.
+
+        All its later frames wait behind this one.
+        """
         session.put_aside(op, header, blob)
         self._waiting_sessions[session] = None
         too_many = len(session.waiting_frames) > MAX_WAITING_FRAMES or session.waiting_bytes > UNREAD_PAUSE_BYTES
@@ -241,11 +247,17 @@ class Machine:
         return self.writer.take_records()
 
     def set_record_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
-        """Set the locations of the records that `take_records` returned: their batch, and the offset of each blob."""
+        """Set the locations of the records that `take_records` returned.
+
+        They share a batch; `offsets` are those of the blobs.
+        """
         self.writer.set_locations(segment, batch, offsets)
 
     def dispatch(self) -> list[Outgoing]:
-        """Deliver ready messages and return all frames to send. Peers that do not read are disconnected."""
+        """Deliver ready messages and return all frames to send.
+
+        Peers that do not read are disconnected.
+        """
         self.leases.deliver()
         outgoing = self.outbox.drain()
         if self.outbox.slow_peers:
@@ -256,7 +268,10 @@ class Machine:
         return outgoing
 
     def probe_peers(self) -> None:
-        """Send a confirmation to every connected peer, so that the transport notices those that are unreachable."""
+        """Send a confirmation to every connected peer.
+
+        The transport then notices the peers that are unreachable.
+        """
         for session in self.state.sessions.values():
             if session.connected:
                 self.outbox.dirty[session] = None
@@ -317,7 +332,10 @@ class Machine:
             self.watches.watch(session, hello.watching)
 
     def disconnect(self, peer: int) -> None:
-        """Note that a peer is unreachable. A supervised worker keeps its leases until its death is reported."""
+        """Note that a peer is unreachable.
+
+        A supervised worker keeps its leases until its death is reported.
+        """
         session = self.state.sessions.get(peer)
         if session is not None:
             self._drop_waiting_frames(session)
@@ -343,7 +361,10 @@ class Machine:
     # numbered frames
 
     def _accept_frame(self, session: Session, broker_epoch: int, frame: int) -> int:
-        """Return NEW, DUPLICATE (accepted before the last hello of its sender) or OUT_OF_ORDER for a numbered frame."""
+        """Return NEW, DUPLICATE or OUT_OF_ORDER for a numbered frame.
+
+        A duplicate was accepted before the last hello of its sender.
+        """
         self.outbox.dirty[session] = None
         if broker_epoch != self.state.epoch:
             self.outbox.add_notice(session, "hello", None)
@@ -359,14 +380,20 @@ class Machine:
         return NEW
 
     def _resend_answer(self, session: Session, frame: int) -> bool:
-        """Send the kept answer of a duplicate frame again. Return False if none was kept."""
+        """Send the kept answer of a duplicate frame again.
+
+        Return False if none was kept.
+        """
         if frame not in session.answers:
             return False
         self.outbox.add_result(session, frame, session.answers[frame])
         return True
 
     def _refuse(self, session: Session, header: bytes, error: ProtocolError) -> None:
-        """Answer a malformed frame by its number if that can be read; otherwise its sender would repeat it for ever."""
+        """Answer a malformed frame by its number, if that can be read.
+
+        Without an answer its sender would repeat it for ever.
+        """
         self.outbox.add_notice(session, "malformed", str(error))
         number = wire.read_frame_number(header)
         if number is not None and self._accept_frame(session, *number) != OUT_OF_ORDER:

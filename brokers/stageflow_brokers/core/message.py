@@ -1,4 +1,4 @@
-"""Messages, groups and the location of their records in the journal: the values of the broker core.
+"""Messages, groups and record locations: the values of the broker core.
 
 Values have slots and make no decisions. A message that never failed, was delayed or checkpointed has no
 `DeliveryState`, so a million plain queued messages need no memory for it.
@@ -39,7 +39,9 @@ class RecordLocation:
 
 
 class DeliveryState:
-    """The state of a message that is not new and plain: failures, delays, steps, dead letter.
+    """The state of a message that is not new and plain.
+
+    It holds failures, delays, steps and the dead letter.
 
     Times whose name ends with `_wall` are seconds since the Unix epoch; `due` and `expires` are on the monotonic clock.
 
@@ -182,13 +184,19 @@ class Message:
 
     @property
     def is_cancelled(self) -> bool:
-        """True if its group was cancelled after it was published: consumers pass it through without work."""
+        """True if its group was cancelled after it was published.
+
+        Consumers pass it through without work.
+        """
         group = self.group
         return group is not None and group.cancelled is not None and self.epoch < group.epoch
 
     @property
     def is_cancel_unannounced(self) -> bool:
-        """True if it was cancelled after its delivery: its holder does not know, so it must be delivered again."""
+        """True if it was cancelled after its delivery.
+
+        Its holder does not know, so it must be delivered again.
+        """
         group = self.group
         return self.is_cancelled and group is not None and self.lease < group.cancel_lease
 
@@ -293,7 +301,10 @@ class Group:
             self.other_messages[message.id] = message
 
     def is_halted(self, now: float) -> bool:
-        """True if it has dead letters and no other message except expired ones, which no consumer works on."""
+        """True if it has dead letters and no other message except expired ones.
+
+        No consumer works on an expired message.
+        """
         found, parked = self.messages(), False
         for message in found:
             if message.state() == PARKED:
@@ -304,7 +315,7 @@ class Group:
 
     @property
     def is_idle(self) -> bool:
-        """True if nothing can continue: no message, and no gather that is open or has arrivals."""
+        """True if it has no message, and no gather that is open or has arrivals."""
         if self.first_message is not None or self.other_messages:
             return False
         return not self.gathers or not any(g.need is not None or g.arrivals for g in self.gathers.values())

@@ -1,4 +1,4 @@
-"""The outbox: frames to peers, collected per session until the records of the round are on disk.
+"""The outbox: frames to peers, collected until the round is on disk.
 
 A transactional outbox: `drain` is the only way out, and its caller must call it after the commit. This module must not
 decide what is sent.
@@ -81,7 +81,10 @@ class Outbox:
             self.add_push(session, group, label, body)
 
     def add_answer(self, session: Session, frame: int, value: Any) -> None:
-        """Add the answer to a query. Its size counts at once, so that later queries of this round wait."""
+        """Add the answer to a query.
+
+        Its size counts at once, so that later queries of this round wait.
+        """
         raw = msgspec.Raw(wire.encode(value))
         session.owed_bytes += len(raw)
         self.add_result(session, frame, raw)
@@ -94,12 +97,18 @@ class Outbox:
         self.dirty[session] = None
 
     def disconnect_notice(self, session: Session) -> Outgoing:
-        """Return the last frame for a disconnected session: when the peer reads it, it sends a new hello."""
+        """Return the last frame for a disconnected session.
+
+        When the peer reads it, it sends a new hello.
+        """
         session.read_bytes = session.marked_bytes = session.sent_bytes
         return session.peer, wire.encode((self._state.epoch, -1, (), (), (), (("hello", None),))), b""
 
     def drain(self) -> list[Outgoing]:
-        """Return the frames for all peers, and clear them here. Call it only after the commit of the round."""
+        """Return the frames for all peers, and clear them here.
+
+        Call it only after the commit of the round.
+        """
         epoch = self._state.epoch
         out = []
         for session in self.dirty:

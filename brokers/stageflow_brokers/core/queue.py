@@ -1,4 +1,4 @@
-"""One queue: its ready messages in order, its dead letters, its consumers and its breaker.
+"""One queue: its ready messages in order, its dead letters, its consumers.
 
 Messages of one priority are first in, first out. This module must not use a clock, the journal or sockets.
 """
@@ -110,7 +110,10 @@ class Queue:
         return new
 
     def has_cancelled_next(self) -> bool:
-        """True if the next message is cancelled, so that no breaker stops it. Drops taken entries before it."""
+        """True if the next message is cancelled, so that no breaker stops it.
+
+        Drops taken entries before it.
+        """
         if not self._other_lanes or self._other_lanes[0][0] != CANCELLED_PRIORITY:
             return False
         lane = self._other_lanes[0][1]
@@ -141,7 +144,10 @@ class Queue:
 
     @property
     def is_idle(self) -> bool:
-        """True if the queue is empty, not paused, and used by no connected peer. It may be forgotten then."""
+        """True if the queue is empty, not paused, and used by no connected peer.
+
+        It may be forgotten then.
+        """
         if self.consumers or self.awaited_peers or self.paused or (self.owner is not None and self.owner.connected):
             return False
         return not self.delayed_count and not self.dead_letters and not self.ready_count
@@ -152,7 +158,10 @@ class Queue:
         return len(self.ready) + (sum(len(lane) for _, lane in self._other_lanes) if self._other_lanes else 0)
 
     def page_out(self, keep: int) -> None:
-        """Drop the bodies behind the first `keep` messages from memory, as far as they are on disk."""
+        """Drop the bodies behind the first `keep` messages from memory.
+
+        Bodies that are not on disk yet stay.
+        """
         excess = self.depth - keep
         lanes = [lane for priority, lane in self._other_lanes if priority > 0]
         lanes.append(self.ready)

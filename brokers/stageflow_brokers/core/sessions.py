@@ -1,4 +1,4 @@
-"""Sessions: the state of each peer, and its credit on each queue that it consumes.
+"""Sessions: the state of each peer, and its credit on each queue.
 
 Values without decisions: this module must not accept or refuse a frame, and must not change messages or queues.
 """
@@ -44,7 +44,7 @@ class Consumer:
 
 
 class Session:
-    """One peer: its connection, its consumers, and everything that waits to be sent to it.
+    """One peer: its connection, its consumers, and what waits to be sent to it.
 
     Attributes:
         peer: The number that the peer chose; it survives reconnects.
@@ -134,7 +134,7 @@ class Session:
         return op, header, blob
 
     def drop_waiting_frames(self) -> None:
-        """Drop waiting frames and pushes: the peer sends and watches again after its next hello."""
+        """Drop waiting frames and pushes; a peer repeats them after its hello."""
         self.waiting_frames.clear()
         self.waiting_bytes = 0
         self.unpushed_ends.clear()
@@ -151,7 +151,10 @@ class Session:
             del self.answers[next(iter(self.answers))]
 
     def confirm_read(self, mark: int) -> None:
-        """Note that the peer has read everything up to this mark. A number that is no sent mark is ignored."""
+        """Note that the peer has read everything up to this mark.
+
+        A number that is no sent mark is ignored.
+        """
         if self.read_bytes < mark <= self.marked_bytes:
             self.read_bytes = mark
 

@@ -1,4 +1,4 @@
-"""Supervision: the reports and requests of the supervisor, which no other role may send.
+"""Supervision: the queries of the supervisor, which no other role may send.
 
 The supervisor reports which workers are alive and which have died. Frames that a process sent before its death may
 arrive after the report, so the consequences of a death wait for `DEATH_DELAY_SECONDS`. The report is confirmed only
@@ -108,7 +108,10 @@ class Supervision:
         leases.stop_awaiting(death.peer)
 
     def _unheld_messages(self, death: _Death) -> list[Message]:
-        """Return the responsible messages without a holder: the broker has restarted since their delivery."""
+        """Return the responsible messages without a holder.
+
+        The broker has restarted since their delivery.
+        """
         found = []
         for id in death.responsible:
             message = self._state.messages.get(id)
@@ -136,7 +139,10 @@ class Supervision:
             self._writer.mark(message)
 
     def _make_dead_letter(self, message: Message, reason: bytes) -> None:
-        """Park a message that reached `max_deaths`, and publish a copy to `notify_queue` if there is one."""
+        """Park a message that reached `max_deaths`, and notify `notify_queue`.
+
+        The notification is a copy of the message.
+        """
         state = self._state
         options = message.queue.options
         group = message.group
@@ -159,7 +165,10 @@ class Supervision:
         state.changed_queues[queue] = None
 
     def set_workers(self, session: Session, peers: list[tuple[int, list[str]]]) -> None:
-        """Set the consumers that are alive. A queue opens when each of them has reported the messages that it holds."""
+        """Set the consumers that are alive.
+
+        A queue opens when each of them has reported the messages that it holds.
+        """
         self._check(session)
         state, leases = self._state, self._leases
         if leases.workers_known:
@@ -220,7 +229,10 @@ class Supervision:
                     self._outbox.add_notice(session, "cancel", running)
 
     def recall(self, session: Session, peer: int) -> None:
-        """Ask a consumer to release the messages that it has not begun, because its present one takes long."""
+        """Ask a consumer to release the messages that it has not begun.
+
+        Its present message takes long.
+        """
         self._check(session)
         other = self._state.sessions.get(peer)
         if other is not None and any(len(c.held) + len(c.removed_ids) > 1 for c in other.consumers.values()):
@@ -241,7 +253,10 @@ class Supervision:
         return True
 
     def notify_supervisor(self, session: Session, word: str, detail: Any) -> bool:
-        """Send the notice `told` to the supervisor. Return True if one is connected; the notice is not stored."""
+        """Send the notice `told` to the supervisor.
+
+        Return True if one is connected; the notice is not stored.
+        """
         notified = False
         for other in self._state.sessions.values():
             if other.role == "supervisor" and other.connected:

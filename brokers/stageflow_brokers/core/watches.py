@@ -1,4 +1,4 @@
-"""Watches: notify peers when a group ends or is parked, and subscribers of the settlements of all groups.
+"""Watches: notify peers of the end of groups, subscribers of settlements.
 
 This module must not change messages or groups. It only reads them and fills the outbox.
 """
@@ -57,7 +57,10 @@ class Watches:
         return gone
 
     def push_pending_ends(self, session: Session) -> None:
-        """Push watched ends until the peer has enough to read. A group that was closed since then is `gone`."""
+        """Push watched ends until the peer has enough to read.
+
+        A group that was closed since then is `gone`.
+        """
         if session.unpushed_ends:
             self.pending_sessions[session] = None
         while session.unpushed_ends and session.unread_bytes <= UNREAD_PAUSE_BYTES:

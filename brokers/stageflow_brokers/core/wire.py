@@ -90,7 +90,10 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 class PublishFrame(Struct, array_like=True):
-    """New messages that follow from no settlement. With `atomic`, all or none are accepted."""
+    """New messages that follow from no settlement.
+
+    With `atomic`, all or none are accepted.
+    """
 
     broker_epoch: int
     frame: int
@@ -128,7 +131,10 @@ class Checkpoint(Struct, array_like=True, gc=False):
 
 
 class Release(Struct, array_like=True):
-    """Release delivered messages that were not begun. They go to the head of their queue; no attempt is counted."""
+    """Release delivered messages that were not begun.
+
+    They go to the head of their queue; no attempt is counted.
+    """
 
     broker_epoch: int
     frame: int
@@ -147,7 +153,9 @@ class Query(Struct, array_like=True):
 
 
 class Hello(Struct, array_like=True):
-    """The first frame of a connection, and of each reconnect: the identity of a peer and its leases.
+    """The first frame of a connection and of each reconnect.
+
+    It states the identity of a peer and its leases.
 
     `next_frame` is the first frame that will follow, the oldest unconfirmed one. `number` rises with each hello, and
     the welcome repeats it. A peer ignores all frames between its hello and the welcome, so a message that was delivered
@@ -217,7 +225,10 @@ def error_answer(error: BrokerError) -> dict[str, str]:
 
 
 def read_frame_number(header: bytes) -> tuple[int, int] | None:
-    """Return (broker epoch, frame) of a malformed header, so that the frame can be answered; None if unreadable."""
+    """Return (broker epoch, frame) of a malformed header, None if unreadable.
+
+    With these the frame can be answered.
+    """
     try:
         epoch, frame = (_number(raw) for raw in _items(header)[:2])
     except _MALFORMED:
@@ -226,7 +237,10 @@ def read_frame_number(header: bytes) -> tuple[int, int] | None:
 
 
 def decode_hello(header: bytes) -> Hello:
-    """Decode a hello. Raise `ProtocolError` if it is malformed or of another protocol."""
+    """Decode a hello.
+
+    Raise `ProtocolError` if it is malformed or of another protocol.
+    """
     try:
         hello = _hello(header)
     except _MALFORMED as error:
@@ -249,7 +263,10 @@ def check_consume(queue: str, prefetch: int) -> None:
 
 
 def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
-    """Decode a publish. Raise `ProtocolError` if it is malformed or its sizes do not match the blob."""
+    """Decode a publish.
+
+    Raise `ProtocolError` if it is malformed or its sizes do not match the blob.
+    """
     try:
         frame = _publish(header)
     except _MALFORMED as error:
@@ -273,7 +290,10 @@ def decode_publish(header: Buffer, blob: Buffer) -> PublishFrame:
 
 
 def decode_settle(header: Buffer, blob: Buffer) -> SettleFrame:
-    """Decode a settle. Raise `ProtocolError` if it is malformed or its sizes do not match the blob."""
+    """Decode a settle.
+
+    Raise `ProtocolError` if it is malformed or its sizes do not match the blob.
+    """
     try:
         frame = _settle(header)
     except _MALFORMED as error:
@@ -346,7 +366,10 @@ def decode_release(header: bytes) -> Release:
 
 
 def decode_mark_read(header: bytes) -> int:
-    """Decode the answer to a notice `mark`: its number. Raise `ProtocolError` if it is malformed."""
+    """Decode the answer to a notice `mark`: its number.
+
+    Raise `ProtocolError` if it is malformed.
+    """
     try:
         return _number(header)
     except _MALFORMED as error:
