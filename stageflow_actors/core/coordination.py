@@ -99,7 +99,7 @@ def decide(
     if cancelled is not None and label in (BEGIN, RESUME, CANCELLED, FAILED):
         if label == CANCELLED and (skipped := _skip_waiting(plan, envelope, cancelled, naming, now)) is not None:
             return skipped
-        # A stage that fails after the cancellation was interrupted by it: it is not the reason for the end.
+        # The cancellation interrupts running stages: a stage that fails then is not the reason for the end.
         envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
     if label == FAILED:

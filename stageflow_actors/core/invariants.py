@@ -187,18 +187,18 @@ def consumed_queues(plans: Iterable[WorkflowPlan], naming: Naming) -> set[str]:
 
 
 def queue_findings(
-    audit: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool
+    audit: Mapping[str, Any], consumed: Collection[str] | None, naming: Naming, live: bool
 ) -> Iterator[Finding]:
     """Report queues that no worker consumes, and queues that are paused, have dead letters or an open breaker.
 
-    `served` are the queues of the registered workflows, None if unknown. `live`: a cluster is running.
+    `consumed` are the queues of the registered workflows, None if unknown. `live`: a cluster is running.
     """
-    unserved = []
+    orphaned = []
     for queue in audit["queues"]:
         name = queue["name"]
         waiting = queue["ready"] + queue["delayed"]
-        if waiting and not _is_served(queue, served, naming, live):
-            unserved.append(f"{name} ({waiting})")
+        if waiting and not _is_consumed(queue, consumed, naming, live):
+            orphaned.append(f"{name} ({waiting})")
         if queue["state"] == "paused":
             what = f"it is paused and holds {pluralize(waiting, 'message')}" if waiting else "it is paused"
             yield Finding(INFO, "paused", name, what, f"stageflow queue resume {name}")
@@ -209,24 +209,18 @@ def queue_findings(
             yield Finding(INFO, "dead letters", f"{DLQ_PREFIX}{name}", letters, f"stageflow dlq list --queue {name}")
         if queue["breaker"] not in ("", "closed"):
             what = f"its circuit breaker is {queue['breaker']}, with {pluralize(waiting, 'message')} waiting"
-            yield Finding(
-                INFO,
-                "breaker",
-                name,
-                what,
-                "nothing: it closes automatically after a success; see `stageflow queue stats`",
-            )
-    if unserved:
-        shown = ", ".join(unserved[:MAX_LISTED_QUEUES]) + (
-            f" and {len(unserved) - MAX_LISTED_QUEUES} more" if len(unserved) > MAX_LISTED_QUEUES else ""
-        )
+            advice = "nothing: it closes automatically after a success; see `stageflow queue stats`"
+            yield Finding(INFO, "breaker", name, what, advice)
+    if orphaned:
+        others = len(orphaned) - MAX_LISTED_QUEUES
+        shown = ", ".join(orphaned[:MAX_LISTED_QUEUES]) + (f" and {others} more" if others > 0 else "")
         whose = "of the running cluster" if live else "of the last run"
         advice = "register the workflow and version that the queues belong to: Runtime(workflow, ...)"
         yield Finding(WARNING, "unserved", shown, f"messages wait in queues that no workflow {whose} consumes", advice)
 
 
-def _is_served(queue: Mapping[str, Any], served: Collection[str] | None, naming: Naming, live: bool) -> bool:
-    if queue["consumers"] or served is None or queue["name"] in served:
+def _is_consumed(queue: Mapping[str, Any], consumed: Collection[str] | None, naming: Naming, live: bool) -> bool:
+    if queue["consumers"] or consumed is None or queue["name"] in consumed:
         return True
     # Endpoints are not part of a workflow, so the endpoints of the next start are unknown while no cluster runs.
     return not live and queue["name"].startswith(naming.endpoint(""))
@@ -235,9 +229,8 @@ def _is_served(queue: Mapping[str, Any], served: Collection[str] | None, naming:
 def _in(held: Sequence[MessageCount]) -> str:
     if not held:
         return ""
-    places = [
-        f"{one.queue}{f' × {one.number}' if one.number > 1 else ''} ({one.state})" for one in held[:MAX_LISTED_QUEUES]
-    ]
+    shown = held[:MAX_LISTED_QUEUES]
+    places = [f"{one.queue}{f' × {one.number}' if one.number > 1 else ''} ({one.state})" for one in shown]
     return f" (in {', '.join(places)})"
 
 

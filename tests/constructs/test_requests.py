@@ -277,7 +277,7 @@ def test_an_endpoint_is_served_once(runtime: Runtime) -> None:
     ("option", "given"), [("required", False), ("after", ["a"]), ("when", lambda command: True), ("ttl", 5)]
 )
 def test_an_endpoint_takes_no_options_that_only_stages_of_a_workflow_have(option: str, given: Any) -> None:
-    with pytest.raises(WorkflowDefinitionError, match=f"endpoint 'stock': {option} is for the stages of a workflow"):
+    with pytest.raises(WorkflowDefinitionError, match=f"endpoint 'stock' cannot have {option}, which only stages"):
         Runtime(parking).endpoint("stock", stock, **{option: given})
 
 
