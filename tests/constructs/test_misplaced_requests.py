@@ -51,7 +51,7 @@ def test_a_compensation_that_returns_a_request_has_failed(execute: Any, workflow
     result = execute(workflow, {})
     assert result.status == "compensation_failed"
     error = result.compensations[0].error
-    assert f"{what} returned ctx.request('refund', ...), and the request is not sent" in error
+    assert f"{what} made ctx.request('refund', ...), and the request is not sent" in error
     assert noted("asked to refund") == []
 
 
@@ -69,4 +69,4 @@ def test_a_compensation_that_returns_a_request_has_failed(execute: Any, workflow
 def test_a_request_from_where_none_is_sent_fails_the_stage(execute: Any, workflow: Any, what: str) -> None:
     result = execute(workflow, {}, signals={"a": 1} if workflow is signalled else None)
     assert (result.status, result.failed_stage) == ("failed", "a")
-    assert f"{what} returned ctx.request('refund', ...), and the request is not sent" in result.error
+    assert f"{what} made ctx.request('refund', ...), and the request is not sent" in result.error

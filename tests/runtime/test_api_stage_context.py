@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from effect_log import note, noted
 
-from stageflow_actors import Retry, Runtime, StageContext, Workflow
+from stageflow_actors import Retry, Runtime, StageContext, StageError, Workflow
 
 
 @dataclass
@@ -73,7 +73,8 @@ def book(trip: Trip, ctx: StageContext) -> dict[str, Any]:
     flight = ctx.step("flight", charge, trip.name, 100)
     assert ctx.is_step_completed("flight")
     assert ctx.get_step_result("flight") == flight
-    assert ctx.step("flight", charge, trip.name, 999) == flight
+    with pytest.raises(StageError, match="uses the step 'flight' twice in one attempt"):
+        ctx.step("flight", charge, trip.name, 999)
     if trip.fail == "raise" and ctx.attempt < 3:
         raise ValueError("between")
     if trip.fail == "die" and ctx.attempt < 3:

@@ -19,7 +19,16 @@ from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_brokers.api import DeliveryExtra, DeliveryItem
 
-__all__ = ["CancelFlag", "RememberedSteps", "Request", "StageContext", "StepStore", "check_no_request"]
+__all__ = [
+    "CancelFlag",
+    "RememberedSteps",
+    "Request",
+    "StageContext",
+    "StepStore",
+    "check_no_request",
+    "check_requests_returned",
+    "take_requests",
+]
 
 REQUEST_TIMEOUT_SECONDS = 60.0
 """The time a request waits for its reply by default."""
@@ -47,9 +56,41 @@ class Request:
 def check_no_request(value: Any, what: str) -> None:
     """Raise `StageError` if `value` is a request: only a request that a stage's handler returns is sent."""
     if type(value) is Request:
+        raise _misplaced_request(value.endpoint, what)
+
+
+def _misplaced_request(endpoint: str, what: str) -> StageError:
+    return StageError(
+        f"{what} made ctx.request({endpoint!r}, ...), and the request is not sent: only the handler of a "
+        "stage can send a request to an endpoint, by returning it",
+        retryable=False,
+    )
+
+
+_made_requests: dict[int, tuple[Envelope, list[Request]]] = {}
+"""The requests that handlers in work have made, by the identity of the envelope. Almost always empty."""
+
+
+def take_requests(envelope: Envelope) -> list[Request]:
+    """Return and forget the requests that the attempt with this envelope has made."""
+    if not _made_requests:
+        return []
+    return _made_requests.pop(id(envelope), (envelope, []))[1]
+
+
+def check_requests_returned(made: list[Request], value: Any, stage_id: str) -> None:
+    """Raise `StageError` if a stage's handler made requests and did not return them: they would not be sent."""
+    lost = [request for request in made if request is not value]
+    if lost:
+        endpoint = lost[0].endpoint
+        few = (
+            "one request is sent per stage: use a stage for each"
+            if value in made
+            else "write `return ctx.request(...)`"
+        )
         raise StageError(
-            f"{what} returned ctx.request({value.endpoint!r}, ...), and the request is not sent: only the handler of a "
-            "stage can send a request to an endpoint, by returning it",
+            f"stage {stage_id!r} made ctx.request({endpoint!r}, ...) and did not return it, so that it is not sent: "
+            f"{few}, or leave the call out",
             retryable=False,
         )
 
@@ -124,12 +165,14 @@ class StageContext:
         "_epoch": "",
         "_failure": "",
         "_limit": "",
+        "_place": "",
         "_progress_at": "",
         "_results": "",
         "_scope": "",
         "_slot": "",
         "_steps": "",
         "_store": "",
+        "_used_steps": "",
         "attempt": "The number of this attempt, from 1.",
         "deadline": "When the attempt times out, in seconds of `time.monotonic()`; None without a timeout.",
         "error": "In a compensation, the error that failed the workflow; otherwise None.",
@@ -150,12 +193,14 @@ class StageContext:
     _epoch: int
     _failure: bytes | None
     _limit: int
+    _place: str
     _progress_at: float
     _results: dict[str, Any] | None
     _scope: str
     _slot: CancelFlag | None
     _steps: dict[str, bytes]
     _store: StepStore
+    _used_steps: set[str] | None
 
     def __init__(self) -> None:
         raise TypeError("the runtime creates each StageContext: to test a handler, use stageflow_actors.testing.run")
@@ -177,8 +222,13 @@ class StageContext:
         item: str | None = None,
         limit: int = 16 << 20,
         slot: CancelFlag | None = None,
+        place: str = "",
     ) -> Self:
-        """Return the context of one attempt. `failure` is that of the attempt before, `limit` in bytes."""
+        """Return the context of one attempt.
+
+        `failure` is that of the attempt before, `limit` in bytes. `place` names a place in errors that cannot send a
+        request to an endpoint; it is empty for the handler of a stage.
+        """
         self = cls.__new__(cls)
         self.workflow_id = envelope.workflow_id
         self.instance_id = instance_id
@@ -197,12 +247,15 @@ class StageContext:
         self._slot = slot
         self._progress_at = 0.0
         self._results = None
+        self._place = place
+        self._used_steps = None
         return self
 
     def _enter_item(self, number: int, deadline: float | None, results: dict[str, Any]) -> None:
         """Make this the context of one item of a map stage; the item has steps of its own."""
         self.item = str(number)
         self._scope = f"{number}:"
+        self._place = f"the compensation of an item of {self.stage_id!r}"
         self.deadline = deadline
         self._results = results
 
@@ -280,6 +333,8 @@ class StageContext:
 
         Raises:
             ValueError: If `endpoint` is empty or not a string, or `timeout` is not more than 0.
+            StageError: If this is not the handler of a stage. A handler that makes a request and does not return it
+                fails with this error too.
 
         Example:
             >>> from stageflow_actors import Workflow
@@ -292,7 +347,12 @@ class StageContext:
             >>> run(flow, {}, endpoints={"stock": lambda command: 12}).stages[-1].data
             12
         """
-        return Request(endpoint, command, REQUEST_TIMEOUT_SECONDS if timeout is None else float(timeout), self._steps)
+        seconds = REQUEST_TIMEOUT_SECONDS if timeout is None else float(timeout)
+        request = Request(endpoint, command, seconds, self._steps)
+        if self._place:
+            raise _misplaced_request(endpoint, self._place)
+        _made_requests.setdefault(id(self._envelope), (self._envelope, []))[1].append(request)
+        return request
 
     @property
     def previous_failure(self) -> Exception | None:
@@ -363,7 +423,8 @@ class StageContext:
         `async def` function this returns an awaitable: `await ctx.step("charge", charge, order)`.
 
         Args:
-            name: The name of the step, not empty. A second step of the same name returns the first one's result.
+            name: The name of the step, not empty; each step of an attempt has a name of its own. In a loop put the
+                item into it: `ctx.step(f"charge-{item}", charge, item)`. A step that raised may be tried again.
             function: The function to call, `async def` or not.
             args: The positional arguments of `function`.
 
@@ -372,6 +433,8 @@ class StageContext:
 
         Raises:
             ValueError: If `name` is empty or not a string.
+            StageError: If another step of this attempt has the name: its result would be returned in place of this
+                one's.
             InvalidContext: If the result would not come back equal from storage.
             PayloadTooLarge: If the encoded result is larger than `Config(max_message_bytes)`.
             StageFlowError: If this worker no longer holds the message.
@@ -390,9 +453,14 @@ class StageContext:
         """
         if inspect.iscoroutinefunction(function):
             return self._async_step(name, function, *args)
+        self._begin_step(name)
         if self.is_step_completed(name):
             return self.get_step_result(name)
-        return self._keep(name, function(*args))
+        try:
+            return self._keep(name, function(*args))
+        except BaseException:
+            self._abandon_step(name)
+            raise
 
     def is_step_completed(self, name: str) -> bool:
         """Return True if the step completed in this attempt or an earlier one.
@@ -463,10 +531,34 @@ class StageContext:
         self._keep(name, None)
 
     async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        self._begin_step(name)
         if self.is_step_completed(name):
             return self.get_step_result(name)
-        value = await function(*args)
-        return await asyncio.to_thread(self._keep, name, value)  # the loop runs other handlers until it is durable
+        try:
+            value = await function(*args)
+            return await asyncio.to_thread(self._keep, name, value)  # the loop runs other handlers until it is durable
+        except BaseException:
+            self._abandon_step(name)
+            raise
+
+    def _begin_step(self, name: str) -> None:
+        """Raise `StageError` if a step of this name has begun in this attempt and has not raised."""
+        used, scoped = self._used_steps, f"{self._scope}{name}"
+        if used is None:
+            used = self._used_steps = set()
+        if scoped in used:
+            raise StageError(
+                f"stage {self.stage_id!r} uses the step {name!r} twice in one attempt, and the second call would "
+                f"return the result of the first: give each step a name of its own, such as "
+                f"ctx.step(f{name + '-{number}'!r}, ...) in a loop",
+                retryable=False,
+            )
+        used.add(scoped)
+
+    def _abandon_step(self, name: str) -> None:
+        """Allow a step whose function raised to be tried again in this attempt."""
+        if self._used_steps is not None:
+            self._used_steps.discard(f"{self._scope}{name}")
 
     def _keep(self, name: str, value: Any) -> Any:
         if not isinstance(name, str) or not name:

@@ -34,7 +34,7 @@ from stageflow_actors.core.failures import (
     shorten_failure,
     write_failure,
 )
-from stageflow_actors.core.plan import ITEM, Naming, StagePlan, WorkflowPlan
+from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
@@ -396,4 +396,13 @@ class Executor:
             store=RememberedSteps(self._store(item), item),
             limit=self._limit,
             slot=self._slot,
+            place=self._place_without_requests(),
         )
+
+    def _place_without_requests(self) -> str:
+        """Return the name of this place for errors if it cannot send a request to an endpoint, or ""."""
+        if self.planned.kind == STAGE:
+            return ""
+        if self.planned.kind == ITEM:
+            return f"an item of {self.planned.joins!r}"
+        return f"{'endpoint' if self.planned.kind == ENDPOINT else 'stage'} {self.planned.id!r}"

@@ -240,6 +240,7 @@ class CompensationExecutor:
             error=envelope.error,
             limit=self._limit,
             slot=self._slot,
+            place=f"the compensation of stage {stage_id!r}",
         )
 
     def _handle_failure(

@@ -115,6 +115,12 @@ class MapExecutor(Executor):
             if self._when is not None and not self._when(context):
                 return self._skip(item, envelope)
             given = self._over(context)
+            if given is None or isinstance(given, (str, bytes, bytearray, memoryview)):
+                shown = "None" if given is None else f"the {type(given).__name__} {given!r:.60}"
+                raise StageError(
+                    f"over of map stage {self.planned.id!r} returned {shown}: return the items as a list or another "
+                    "iterable, and [] where there are none"
+                )
             if type(given) in BUILTIN_COLLECTIONS:
                 self._set_time_limit(0)
             items = [self._item(number, one) for number, one in enumerate(given)]

@@ -31,7 +31,12 @@ from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
-from stageflow_actors.runtime.worker.stage_context import Request, check_no_request
+from stageflow_actors.runtime.worker.stage_context import (
+    Request,
+    check_no_request,
+    check_requests_returned,
+    take_requests,
+)
 from stageflow_brokers.api import TERMINAL, DeliveryItem, Target
 
 __all__ = ["StageExecutor"]
@@ -93,7 +98,10 @@ class StageExecutor(HandlerExecutor):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         stage_id = self._id
+        made = take_requests(envelope)
         try:
+            if made:
+                check_requests_returned(made, value, stage_id)
             data = NIL
             if value is not None:
                 if type(value) is Replace:
@@ -140,6 +148,12 @@ class StageExecutor(HandlerExecutor):
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
             return self._handle_failure(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
         return self.first_target, done
+
+    def _handler_failed(
+        self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
+    ) -> Settlement:
+        take_requests(envelope)
+        return super()._handler_failed(item, envelope, attempt, started, clock, error)
 
     def _complete_with_transition(
         self,
