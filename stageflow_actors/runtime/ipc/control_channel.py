@@ -23,8 +23,11 @@ _LENGTH = struct.Struct("<I")
 
 
 class NodeConfig(Struct, tag="start"):
-    """The first message to a node. `lock_fd` is the inherited lock of the data directory. Paths are bytes, as in the
-    operating system: a file name need not be valid text."""
+    """The first message to a node.
+
+    `lock_fd` is the inherited lock of the data directory. Paths are bytes, as in the operating system: a file name need
+    not be valid text.
+    """
 
     data_dir: bytes
     lock_fd: int
@@ -57,15 +60,21 @@ class Scale(Struct, tag="scale"):
 
 
 class Stop(Struct, tag="stop"):
-    """Stop the node. `grace`: seconds for running stages (None: until they end); `kill`: do not wait at all."""
+    """Stop the node.
+
+    `grace`: seconds for running stages (None: until they end); `kill`: do not wait at all.
+    """
 
     grace: float | None = None
     kill: bool = False
 
 
 class Report(Struct, tag="report"):
-    """A message from the node. `word` is `ready`, `failed`, `registered`, `scaled` (by a client in another process),
-    `notice` or `stopped`; `kind` is the class name of an error, `fields` its attributes."""
+    """A message from the node.
+
+    `word` is `ready`, `failed`, `registered`, `scaled` (by a client in another process), `notice` or `stopped`; `kind`
+    is the class name of an error, `fields` its attributes.
+    """
 
     word: str
     text: str = ""

@@ -1,4 +1,4 @@
-"""Exit codes of a node's processes: a child exits with one, and its parent decides by it what to do next.
+"""Exit codes by which a parent decides what follows the end of a child.
 
 Constants only. The values are those of `sysexits.h` where it has one that fits.
 """

@@ -159,7 +159,10 @@ def pool_specs(
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
 ) -> list[PoolSpec]:
-    """Return the pools that run a workflow. Raises `WorkflowDefinitionError` for code that cannot be pickled."""
+    """Return the pools that run a workflow.
+
+    Raises `WorkflowDefinitionError` for code that cannot be pickled.
+    """
     specs = []
     for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
@@ -235,7 +238,10 @@ def merge_pools(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
 
 
 def limit_concurrency(place: StagePlan, most: int | None) -> tuple[int, int]:
-    """Return actors and concurrency of a place, reduced so that at most `most` messages are in work at once."""
+    """Return the actors and the concurrency of a place.
+
+    Both are reduced until at most `most` messages are in work at once.
+    """
     concurrency = place.concurrency if place.kind in (STAGE, ITEM, ENDPOINT) else 1
     if most is None or place.actors * concurrency <= most:
         return place.actors, concurrency
@@ -282,9 +288,9 @@ def endpoint_spec(
 def endpoint_code(
     stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
 ) -> tuple[StageCode, WorkflowPlan]:
-    """Return the code of an endpoint, without interceptors, and a plan with the endpoint as its only place.
+    """Return the code of an endpoint, and a plan with only this place.
 
-    Raises `WorkflowDefinitionError` for options that only stages of a workflow may have.
+    The code has no interceptors yet. Raises `WorkflowDefinitionError` for options that only stages of a workflow have.
     """
     misplaced = {"required": not stage.required, "after": stage.after, "when": stage.when, "ttl": stage.ttl}
     for option, given in misplaced.items():
@@ -349,7 +355,10 @@ def _types_of(program: StageCode) -> list[type[Any]]:
 
 
 def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
-    """Return only the user's functions of a step: everything that they close over is pickled with them."""
+    """Return the user's functions of a step.
+
+    Nothing else of the step: everything that the functions close over is pickled with them.
+    """
     if isinstance(step, Parallel):
         return {"merge": step.merge}
     if isinstance(step, Branch):

@@ -1,9 +1,10 @@
-"""Shared memory in which each worker publishes its current message, the start time and the time limit.
+"""Shared memory in which each worker publishes its current message.
 
-One anonymous file holds an array of 64-byte slots; the node creates it, the zygote and the workers inherit it. A
-worker writes its own slot, twice per message, so this module must not lock, call the system or allocate there. The
-node reads the slots to enforce timeouts, to show busy workers, and to find the message that a dead worker was running.
-A worker that runs several messages at once has several consecutive slots, one for each: its lanes.
+A slot holds the message in work, its start time and its time limit. One anonymous file holds an array of 64-byte
+slots; the node creates it, the zygote and the workers inherit it. A worker writes its own slot, twice per message, so
+the code for it must not lock, call the system or allocate. The node reads the slots to enforce timeouts, to show busy
+workers, and to find the message that a dead worker was running. A worker that runs several messages at once has several
+consecutive slots, one for each: its lanes.
 
 ::
 
@@ -77,7 +78,10 @@ class SlotState(Struct, frozen=True):
 
 
 class Slot:
-    """One lane of a worker: the node calls `cancel`, `mark_stale` and `clear`, the worker calls the other writers."""
+    """One lane of a worker.
+
+    Of the methods that write, the node calls `cancel`, `mark_stale` and `clear`, and the worker calls the others.
+    """
 
     __slots__ = ("_cells", "_index", "_policy_text", "_started", "_table", "_timeout")
 
@@ -153,7 +157,10 @@ class Slot:
         return self._cells[1] != 0
 
     def mark_stale(self) -> None:
-        """Record that a version was registered after this worker started, which it therefore does not know."""
+        """Record that this worker does not know all registered versions.
+
+        A version was registered after the worker started.
+        """
         self._cells[_STALE] = 1
 
     @property
@@ -210,7 +217,10 @@ class Slot:
 
 
 class SlotTable:
-    """All slots of a node. Child processes may inherit `fd`. After `close`, each use of a slot raises `ValueError`."""
+    """All slots of a node.
+
+    Child processes may inherit `fd`. After `close`, each use of a slot raises `ValueError`.
+    """
 
     def __init__(self, fd: int, count: int) -> None:
         self.fd = fd

@@ -1,6 +1,6 @@
-"""`StopNotes`: notices of a slow stop, which name the work or the process that the stop waits for.
+"""`StopNotes`: notices of a slow stop.
 
-Notices only: whether the stop continues is decided elsewhere.
+They name the work or the process that the stop waits for. This module must not decide whether the stop continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class StopNotes:
         self._next = time.monotonic() + FIRST_NOTE_SECONDS
 
     def wait_for(self, what: Callable[[], str]) -> None:
-        """Send a note if one is due; `what` returns a description of the cause, or an empty text if there is none."""
+        """Send a note if one is due.
+
+        `what` returns a description of the cause, or an empty text if there is none.
+        """
         if time.monotonic() < self._next:
             return
         words = what()
@@ -42,7 +45,10 @@ class StopNotes:
 
 
 def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
-    """Return a description of the messages in work, by queue; `now` is `CLOCK_MONOTONIC` in nanoseconds."""
+    """Return a description of the messages in work, by queue.
+
+    `now` is `CLOCK_MONOTONIC` in nanoseconds.
+    """
     found = []
     for queue, theirs in list(lanes.items()):
         since = [state.since_ns for state in (lane.read() for lane in theirs) if state.is_busy]

@@ -18,7 +18,10 @@ MANIFEST_FACT = "served"
 
 
 class ClusterManifest(Struct):
-    """One cluster as its clients see it. Its plans have no environment of workers, which may hold secrets."""
+    """One cluster as its clients see it.
+
+    Its plans do not contain the environment of workers, which may hold secrets.
+    """
 
     plans: list[WorkflowPlan]
     naming: Naming

@@ -80,7 +80,10 @@ class Settlement:
         return self.mark_user_code_ran()
 
     def mark_failed(self) -> Settlement:
-        """Count the attempt as a failure for the breaker. Failures of earlier attempts are counted already."""
+        """Count the attempt as a failure for the breaker.
+
+        Failures of earlier attempts have been counted already.
+        """
         self.outcome.attempt_result = ATTEMPT_FAILED
         return self.mark_user_code_ran()
 
@@ -90,14 +93,17 @@ Result = tuple[int, bytes] | Settlement
 
 
 def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
-    """Forward a message to the current queue of its place, with its completed steps, attempts and gathered parts."""
+    """Forward a message to the current queue of its place.
+
+    Its completed steps, attempts and gathered parts go with it.
+    """
     extra = item.extra
     if extra is not None and extra.parts is not None:
         base, arrivals = split_parts(item, body)
         key = f"moved:{item.id}"
-        again = OpenGather(key, len(arrivals), place.queue, place.id, base)
+        reopened = OpenGather(key, len(arrivals), place.queue, place.id, base)
         return settle_transition(
-            item, Transition([], [again], [GatherArrival(key, slot, arrived) for slot, arrived in arrivals])
+            item, Transition([], [reopened], [GatherArrival(key, slot, arrived) for slot, arrived in arrivals])
         )
     if extra is not None:
         envelope = decode_envelope(body)
@@ -110,7 +116,10 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
 
 
 def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
-    """Park a message of a version or place that is not registered. `resumable` lists it when the version is known."""
+    """Park a message of a version or place that is not registered.
+
+    `resumable` lists its instance after the version has been registered.
+    """
     text = (
         f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance continues there "
         "after a runtime has started with this version, or has registered it"
@@ -122,7 +131,10 @@ def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, pla
 
 
 def park_unreadable(item: DeliveryItem, error: Exception) -> Settlement:
-    """Park a body that cannot be decoded as a message: a person can inspect it, and no worker fails on it again."""
+    """Park a message whose body cannot be decoded.
+
+    A person can inspect it, and no worker fails on it again.
+    """
     reason = Failure("refused", f"the body of the message cannot be decoded: {describe_error(error)}")
     parts = None if item.extra is None else item.extra.parts
     if parts is not None and any(not size for slot, size in parts if slot):
@@ -179,7 +191,10 @@ def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0
 
 
 def assign_target_numbers(settled: Settlement, targets: list[Target]) -> SettleItem:
-    """Return the item of a settlement with its targets as numbers in `targets`, which gets the missing ones."""
+    """Return the item of a settlement, with its targets as numbers.
+
+    A number is an index in `targets`, to which missing targets are added.
+    """
     item = settled.outcome
     item.publishes = []
     for target, publish in settled.publishes:
@@ -201,7 +216,10 @@ def _number(target: Target, targets: list[Target]) -> int:
 
 
 def split_parts(item: DeliveryItem, body: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """Return the base of a gathered message, and its arrivals as (slot, body) in the order of arrival."""
+    """Return the base and the arrivals of a gathered message.
+
+    Arrivals are (slot, body), in the order of arrival.
+    """
     parts = None if item.extra is None else item.extra.parts
     if parts is None:
         return body, []

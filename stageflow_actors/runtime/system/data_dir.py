@@ -1,4 +1,6 @@
-"""The data directory: holds the journal, the history and the lock of one cluster, and records its processes.
+"""The data directory: journal, history and lock of one cluster.
+
+Its record, cluster.json, names the processes of the cluster.
 
 The lock is an `flock` whose descriptor every process of the cluster inherits, so that it is free only when the last of
 them has ended: no cluster can start on a journal that a remaining process of the previous cluster may still write.
@@ -96,7 +98,10 @@ class DataDir:
     """A data directory that exists, is private if this class created it, and lies on a local disk."""
 
     def __init__(self, path: Path | str, *, create: bool = True) -> None:
-        """Create the directory (mode 0700) if it is missing. Raises `DataDirUnusable`, also for a network disk."""
+        """Open the directory, and create it (mode 0700) if it is missing.
+
+        Raises `DataDirUnusable` if it is missing (with `create=False`), not accessible, or on a network disk.
+        """
         self.path = Path(path).absolute()
         try:
             if create:
@@ -133,7 +138,10 @@ class DataDir:
 
     @property
     def lock_fd(self) -> int:
-        """The descriptor that holds the lock, for `pass_fds`. Raises `RuntimeError` before `acquire` or `adopt`."""
+        """The descriptor that holds the lock, for `pass_fds`.
+
+        Raises `RuntimeError` before `acquire` or `adopt`.
+        """
         if self._lock_fd is None:
             raise RuntimeError(f"the lock of {self.path} is not held: call acquire() or adopt() first")
         return self._lock_fd
@@ -183,13 +191,19 @@ class DataDir:
         self._lock_fd = lock_fd
 
     def release(self) -> None:
-        """Close this process's descriptor. The lock is free when no process holds an inherited copy of it."""
+        """Close this process's descriptor of the lock.
+
+        The lock is free when no process holds an inherited copy of it.
+        """
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
 
     def is_empty_or_used(self) -> bool:
-        """Return True if a cluster has used the directory or it is empty; False if it holds only other files."""
+        """Return True if a cluster has used the directory, or it is empty.
+
+        False if it holds only files of other programs.
+        """
         if self.journal.is_dir() or self.history.is_file() or self.cluster.is_file():
             return True
         return {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
@@ -221,7 +235,10 @@ class DataDir:
         self.cluster.unlink(missing_ok=True)
 
     def holders(self) -> list[int]:
-        """Return the processes that have the lock file open, as far as this user has permission to see them."""
+        """Return the processes that have the lock file open.
+
+        Only processes that this user has permission to inspect.
+        """
         found = []
         for name in filter(str.isdecimal, os.listdir("/proc")):
             try:
@@ -258,7 +275,10 @@ _ACQUIRED: weakref.WeakSet[DataDir] = weakref.WeakSet()
 
 
 def _release_in_child() -> None:
-    """Release the locks in a process that the program forks: it is no part of the cluster, and may outlive it."""
+    """Release the locks in a process that the program forks.
+
+    Such a process is no part of the cluster, and may outlive it.
+    """
     for data_dir in list(_ACQUIRED):
         data_dir.release()
 
@@ -267,7 +287,10 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _make_private(path: Path) -> None:
-    """Create the directory with mode 0700, and missing parents with the umask's mode plus access for their owner."""
+    """Create the directory with mode 0700.
+
+    Missing parents get the mode of the umask, plus access for their owner.
+    """
     if path.is_dir():
         return
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -305,7 +328,10 @@ def _try_lock(fd: int) -> bool:
 
 
 def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
-    """Return (type, mount point) of the file system that holds `path`; `mounts` is the text of /proc/mounts."""
+    """Return (type, mount point) of the file system that holds `path`.
+
+    `mounts` is the text of /proc/mounts.
+    """
     best = ("", "")
     for line in mounts.splitlines():
         fields = line.split(" ")
@@ -375,7 +401,10 @@ def runtime_dir(data_dir: Path) -> Path:
 
 
 def runtime_path(data_dir: Path) -> Path:
-    """Return the path of `runtime_dir`, which need not exist. Raises `DataDirUnusable` if no base directory fits."""
+    """Return the path of `runtime_dir`, which need not exist.
+
+    Raises `DataDirUnusable` if no base directory fits.
+    """
     # The name contains the user id: in a shared /tmp, two users may each have a /data in their container.
     digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
     name = f"stageflow-{os.geteuid()}-{digest}"
@@ -397,7 +426,10 @@ def _runtime_base(name_length: int) -> Path:
 
 
 def _is_protected(directory: str) -> bool:
-    """Return True if no other user can rename, remove or replace what this user creates in the directory."""
+    """Return True if other users cannot replace files in the directory.
+
+    They must not rename, remove or replace what this user creates there.
+    """
     found = os.stat(directory)
     if found.st_uid not in (0, os.geteuid()):
         return False
@@ -416,6 +448,9 @@ def _check_private(path: Path) -> None:
 
 
 def remove_runtime_dir(path: Path) -> None:
-    """Remove a directory that `runtime_dir` created, with its sockets; only after the whole cluster has stopped."""
+    """Remove a directory that `runtime_dir` created, with its sockets.
+
+    Only after the whole cluster has stopped.
+    """
     if path.name.startswith("stageflow-"):
         shutil.rmtree(path, ignore_errors=True)

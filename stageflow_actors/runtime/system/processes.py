@@ -73,7 +73,10 @@ def describe_exit(status: int, *, out_of_memory: bool | None = None) -> str:
 
 
 def exit_now(code: int, words: str = "", stream: TextIO | None = None) -> NoReturn:
-    """Exit this process at once, with `words` on stderr: works with closed streams and with running threads."""
+    """Exit this process at once, with `words` on stderr.
+
+    Works with closed streams and with running threads.
+    """
     try:
         stream = stream or sys.stderr
         stream.write(words)
@@ -89,14 +92,20 @@ def has_exited(pidfd: int) -> bool:
 
 
 def wait_dead(pidfd: int, timeout: float | None) -> bool:
-    """Wait at most `timeout` seconds (None: without limit) for the process; return True if it has ended."""
+    """Wait for the process; return True if it has ended.
+
+    Waits at most `timeout` seconds; None is no limit.
+    """
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0.0, timeout) * 1000))
 
 
 def is_stopped(pid: int) -> bool:
-    """Return True if the process is stopped (SIGSTOP, a debugger): it does nothing until it receives SIGCONT."""
+    """Return True if the process is stopped (SIGSTOP, a debugger).
+
+    It does nothing until it receives SIGCONT.
+    """
     return _read_stat(str(pid))[:1] in ([b"T"], [b"t"])
 
 
@@ -146,7 +155,9 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
 
 
 def _kill_sessions(sessions: set[int]) -> None:
-    """Kill all process groups of these sessions; repeat while new processes appear, because they may fork.
+    """Kill all process groups of these sessions.
+
+    Repeats while new processes appear, because the processes may fork.
 
     A whole group is killed as soon as one member of it is found: processes that fork continuously would otherwise be
     more at each scan. The kernel does not assign the number of a group again within that moment.
@@ -166,7 +177,10 @@ def _kill_sessions(sessions: set[int]) -> None:
 
 
 def _sessions_of(pids: Iterable[int]) -> Iterator[int]:
-    """Yield the session of each of these processes: the worker's, or one that a process created itself."""
+    """Yield the session of each of these processes.
+
+    It is the session of the worker, or one that a process created itself.
+    """
     for pid in pids:
         try:
             yield os.getsid(pid)
@@ -221,7 +235,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return when `pid` started, in clock ticks since boot, or None if it ended. Pid and ticks identify a process."""
+    """Return when `pid` started, in clock ticks since boot; None if it ended.
+
+    Pid and ticks together identify a process.
+    """
     fields = _read_stat(str(pid))
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
@@ -259,7 +276,10 @@ def set_pdeathsig(which: int = signal.SIGKILL) -> None:
 
 
 def raise_oom_score() -> None:
-    """Make the kernel's OOM killer choose this process, and what it starts, before others of the same size."""
+    """Make the kernel's OOM killer choose this process before others.
+
+    Among processes of the same size; child processes inherit the score.
+    """
     try:
         with open("/proc/self/oom_score_adj", "r+") as file:
             adjusted = min(1000, int(file.read()) + OOM_SCORE_INCREASE)

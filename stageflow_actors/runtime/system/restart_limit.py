@@ -18,7 +18,7 @@ PERIOD_SECONDS = 60.0
 
 
 class RestartLimit:
-    """Counts the restarts of one process; `what` names the process in the error."""
+    """A counter of the restarts of one process, which `what` names in the error."""
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""`ZygoteHandle`, the node's side of the zygote: requests workers, and receives reports of their starts and exits.
+"""`ZygoteHandle`: the node's side of the zygote.
+
+It requests workers, and receives reports of their starts and exits.
 
 Requests and reports are small datagrams over a socket pair. This module must not block on a worker, and must not
 decide what follows from an exit.
@@ -53,7 +55,10 @@ class Spawned(Struct, frozen=True):
 
 
 class Exited(Struct, frozen=True):
-    """A worker and the processes that it started have ended. `status` is as in `subprocess`; see `describe_exit`."""
+    """A worker and the processes that it started have ended.
+
+    `status` is as in `subprocess`; see `describe_exit`.
+    """
 
     worker_id: str
     pid: int
@@ -156,7 +161,10 @@ class ZygoteHandle:
         self._socket = ours
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable if there are reports, and always after `ZygoteGone`: then `close`."""
+        """Return a descriptor that is readable if there are reports.
+
+        After `ZygoteGone` it is always readable: call `close` then.
+        """
         return self._connection().fileno()
 
     def spawn(
@@ -215,7 +223,10 @@ class ZygoteHandle:
         return is_stopped(self.pid)
 
     def kill(self) -> bool:
-        """Kill the process, stopped or not; `ZygoteGone` follows. Return False if it had already ended. Any thread."""
+        """Kill the process, stopped or not; return False if it had already ended.
+
+        `events` then returns `ZygoteGone`. May be called from any thread.
+        """
         if self._process is None or self._process.poll() is not None:
             return False
         self._process.kill()
@@ -236,7 +247,10 @@ class ZygoteHandle:
             self._process.wait()
 
     def _receive(self) -> tuple[bytes | None, int]:
-        """Return one report and its pidfd (or -1): None if there is no report, empty after the end of the zygote."""
+        """Return one report and its pidfd (or -1).
+
+        The report is None if there is none yet, and empty after the end of the zygote.
+        """
         try:
             message, ancillary, _, _ = self._connection().recvmsg(
                 MAX_DATAGRAM_BYTES, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC

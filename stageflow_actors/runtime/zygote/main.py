@@ -159,7 +159,10 @@ class ZygoteServer:
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
     def _reap(self, pidfd: int) -> None:
-        """Kill the child processes of a worker that ended, then reap it: only until then is its pid its own."""
+        """Kill the child processes of a worker that ended, then reap it.
+
+        In this order: after the reap, its pid may belong to another process.
+        """
         worker = self._workers.pop(pidfd)
         self._poller.unregister(pidfd)
         kill_group(worker.pid, pidfd)
@@ -172,7 +175,10 @@ class ZygoteServer:
         self._flush()
 
     def _flush(self) -> None:
-        """Send as many reports as fit. A blocking send could wait for a node that is blocked in its own send."""
+        """Send as many reports as fit.
+
+        Must not block: the node may be blocked in its own send to the zygote.
+        """
         while self._reports:
             message, pidfd = self._reports[0]
             try:

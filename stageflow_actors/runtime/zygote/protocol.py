@@ -1,4 +1,6 @@
-"""The protocol of node and zygote: the configuration, the spawn request's file, the kinds of report.
+"""The protocol of node and zygote.
+
+The configuration of the zygote, the file of a spawn request, the kinds of report.
 
 Requests and reports are datagrams over a socket pair. Values only: nothing here forks or waits.
 """
