@@ -1,4 +1,4 @@
-"""The errors of the brokers: what happened, where, and what to do next.
+"""The errors of the brokers. Each message states what happened, where, and what to do next.
 
 ::
 
@@ -57,17 +57,17 @@ class BrokerError(Exception):
 
 
 class JournalError(BrokerError):
-    """The journal cannot be used, or was used in a wrong way."""
+    """The journal cannot be used, or a call to it is invalid."""
 
 
 class JournalCorrupt(JournalError):
     """Acknowledged data cannot be read. Nothing was changed.
 
     Args:
-        message: What is damaged.
+        message: Description of the damage, with advice.
         file: Name of the segment.
         offset: Offset of the damage in bytes.
-        reason: What is wrong there.
+        reason: Kind of the damage.
     """
 
     def __init__(self, message: str, *, file: str, offset: int, reason: str) -> None:
@@ -83,7 +83,7 @@ class JournalLocked(JournalError):
     Args:
         message: Which journal.
         path: Path of its directory.
-        pid: Process id of its owner, None if it is not known.
+        pid: Process id of its owner. None: not known.
     """
 
     def __init__(self, message: str, *, path: str | PathLike[str], pid: int | None) -> None:
@@ -123,9 +123,9 @@ class JournalFull(JournalError):
 
 
 class JournalFailed(JournalError):
-    """A write or a sync failed, so what is on disk is unknown: the process must end, and recover when it starts again.
+    """A write or a sync failed, so the state on disk is unknown. The process must end; its next start recovers.
 
-    The operating system may forget the data of a failed sync and report success the next time. Hence no second try.
+    A second attempt is no use: the operating system may drop the data of a failed sync and report success next time.
     """
 
 
@@ -137,7 +137,7 @@ class SocketNotPrivate(BrokerError):
     """Other users may have access to the directory of the socket, or it belongs to another user.
 
     Args:
-        message: What is wrong.
+        message: Description of the access, with advice.
         path: Path of the directory.
     """
 

@@ -32,7 +32,7 @@ class Disk(SimulatedDisk):
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
         """Open a file; may fail by injection."""
         if path in self._names:
-            self._note("open", path)
+            self._on_call("open", path)
         return super().open(path, create=create, write=write)
 
 

@@ -548,7 +548,7 @@ def test_a_sector_that_cannot_be_read_once_is_read_again(bench: Any) -> None:
     bench.disk = Watched(meanwhile=lambda: None)
     bench.disk.mkdir(bench.directory)
     for path, inode in names.items():
-        bench.disk.damage(path, bytes(inode.seen))
+        bench.disk.damage(path, bytes(inode.content))
     bench.disk.reading = meanwhile
     assert look(bench) == []
     assert left < 0

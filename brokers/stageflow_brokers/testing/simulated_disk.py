@@ -1,8 +1,8 @@
-"""A disk in memory that fails, tears and forgets: `FileSystem` for tests and simulators. Never for data that matters.
+"""A simulated disk: a `FileSystem` in memory that fails, tears writes and loses unsynced data. Only for tests.
 
-It is stricter than any real disk. What was written lasts only after the file was synced; a name that was made, moved or
-removed lasts only after its directory was synced; until then a crash of the machine may keep any part of it, sector by
-sector and name by name. After a failed sync the data is still to be read, and yet will never reach the disk.
+It is stricter than any real disk. Written data is durable only after a sync of the file; a created, renamed or deleted
+name is durable only after a sync of its directory. Until then a crash of the machine may keep any part of it, sector by
+sector and name by name. After a failed sync the data can still be read, but never reaches the disk.
 """
 
 import errno
@@ -17,40 +17,40 @@ from stageflow_brokers.journal.format import SECTOR, Buffer
 __all__ = ["Call", "Crash", "SimulatedDisk"]
 
 Call = tuple[str, str]  # operation, name of the file or directory
-Write = tuple[int, bytes]  # where, what
+Write = tuple[int, bytes]  # offset, data
 
-LOST, KEPT, FRONT, BACK = range(4)  # what a crash makes of an unsynced step; the last two: half of a write's sectors
+LOST, KEPT, FRONT, BACK = range(4)  # the effect of a crash on an unsynced step; FRONT and BACK keep half of the sectors
 
 
 class Crash(BaseException):
-    """The process, or its machine, ends in the middle of a call. Not an Exception: nothing may handle it."""
+    """The process or its machine ends in the middle of a call. Not an Exception: no code may handle it."""
 
 
 @dataclass(eq=False, slots=True)
 class _Inode:
-    seen: bytearray = field(default_factory=bytearray)  # what a read returns
-    durable: bytearray = field(default_factory=bytearray)  # what a crash of the machine leaves for certain
-    dirty: list[Write | int] = field(default_factory=list)  # on the way there: writes, and sizes
-    bad: set[int] = field(default_factory=set)  # where sectors begin that cannot be read until they are written
+    content: bytearray = field(default_factory=bytearray)  # returned by reads
+    durable: bytearray = field(default_factory=bytearray)  # survives every crash of the machine
+    dirty: list[Write | int] = field(default_factory=list)  # unsynced writes and sizes
+    bad: set[int] = field(default_factory=set)  # offsets of sectors that are unreadable until written
 
 
 @dataclass(eq=False, slots=True)
 class _Change:
-    """One step of a directory: `gone` is a name that ends, `path` one that begins to mean `inode`."""
+    """One change of a directory: `removed` is a deleted name, `path` a name that now refers to `inode`."""
 
-    gone: Path | None
+    removed: Path | None
     path: Path | None
     inode: _Inode | None
 
     def apply(self, names: dict[Path, _Inode]) -> None:
-        if self.gone is not None:
-            names.pop(self.gone, None)
+        if self.removed is not None:
+            names.pop(self.removed, None)
         if self.path is not None and self.inode is not None:
             names[self.path] = self.inode
 
     @property
     def directory(self) -> Path:
-        path = self.path or self.gone
+        path = self.path or self.removed
         assert path is not None
         return path.parent
 
@@ -79,19 +79,20 @@ class SimulatedDisk:
         self._locks: dict[_Inode, int] = {}
         self._next_fd = 3
 
-    # -- what happens to the disk
+    # -- accidents
 
     def kill(self) -> None:
-        """The process is gone: its descriptors and locks with it, but nothing that it wrote."""
+        """End the process: its descriptors and locks are gone, its written data stays."""
         self._open.clear()
         self._locks.clear()
         self.on_call = lambda name, path: None
         self.on_read = lambda path, offset: None
 
     def crash(self, chance: random.Random | None = None) -> None:
-        """The machine is gone. Without `chance` it leaves only what was synced; with it, any part of the rest too."""
+        """Crash the machine. Only synced data stays; with `chance`, also a random part of the unsynced data."""
         self.kill()
-        for inode in dict.fromkeys([*self._names.values(), *self._durable_names.values()]):  # one seed, one crash
+        # The order is fixed (dict, not set), so that one seed gives one result.
+        for inode in dict.fromkeys([*self._names.values(), *self._durable_names.values()]):
             if chance is not None:
                 for step in inode.dirty:
                     if isinstance(step, int):
@@ -100,7 +101,7 @@ class SimulatedDisk:
                     else:
                         _tear(inode.durable, step, chance)
             inode.dirty.clear()
-            inode.seen[:] = inode.durable
+            inode.content[:] = inode.durable
         if chance is not None:
             for change in self._changes:
                 if chance.random() < 0.5:
@@ -109,11 +110,11 @@ class SimulatedDisk:
         self._names = dict(self._durable_names)
 
     def crash_states(self, most: int, chance: random.Random) -> Iterator["SimulatedDisk"]:
-        """What a crash of the machine now might leave, as other disks; this one goes on.
+        """Yield the possible disks after a crash of the machine now; this disk stays unchanged.
 
-        Every combination of unsynced steps lost, kept and (a write of several sectors) half kept, whatever the order
-        they were made in; where there are more than `most`, the two extremes, each step alone lost and each alone kept,
-        and others by `chance`.
+        Each unsynced step is lost, kept or (a write of several sectors) half kept, independently of the order of the
+        steps. If there are more than `most` combinations: the two extremes, each step alone lost and each alone kept,
+        and others chosen by `chance`.
         """
         inodes = list(dict.fromkeys([*self._durable_names.values(), *self._names.values()]))
         steps = [step for inode in inodes for step in inode.dirty]
@@ -135,9 +136,9 @@ class SimulatedDisk:
                 chosen.add(tuple(chance.randrange(count) for count in fates))
             chosen = set(sorted(chosen)[:most]) if len(chosen) > most else chosen
         for combination in chosen:
-            yield self._left_by(inodes, iter(combination))
+            yield self._after_crash(inodes, iter(combination))
 
-    def _left_by(self, inodes: list[_Inode], fates: Iterator[int]) -> "SimulatedDisk":
+    def _after_crash(self, inodes: list[_Inode], fates: Iterator[int]) -> "SimulatedDisk":
         disk = SimulatedDisk(size_bytes=self.size_bytes)
         disk._random.setstate(self._random.getstate())
         disk._directories = set(self._directories)
@@ -162,42 +163,42 @@ class SimulatedDisk:
         return disk
 
     def content(self, path: Path) -> bytes:
-        """What a read of the file returns."""
-        return bytes(self._names[path].seen)
+        """Return the content of a file as a read returns it."""
+        return bytes(self._names[path].content)
 
     def damage(self, path: Path, content: bytes) -> None:
-        """Put other bytes in the place of a file, on the disk too; one that is not there is made."""
+        """Replace the content of a file, on the disk too; create it if it is missing."""
         if path not in self._names:
             self._names[path] = self._durable_names[path] = _Inode()
         inode = self._names[path]
-        inode.seen[:] = inode.durable[:] = content
+        inode.content[:] = inode.durable[:] = content
         inode.dirty.clear()
 
     def spoil(self, path: Path, offset: int) -> None:
-        """The sector at `offset` cannot be read any more, until it is written again."""
+        """Make the sector at `offset` unreadable until it is written again."""
         self._names[path].bad.add(offset // SECTOR * SECTOR)
 
     def heal(self) -> None:
-        """Every sector can be read again, and nothing was lost."""
+        """Make every sector readable again, with its content."""
         for inode in self._names.values():
             inode.bad.clear()
 
     def remove(self, path: Path) -> None:
-        """Someone deletes a file, for good."""
+        """Delete a file durably, as an operator would."""
         del self._names[path], self._durable_names[path]
 
     def used(self) -> int:
-        """Bytes of all files."""
-        return sum(len(inode.seen) for inode in self._names.values())
+        """Return the bytes of all files."""
+        return sum(len(inode.content) for inode in self._names.values())
 
-    # -- Files
+    # -- the interface `FileSystem`
 
     def open(self, path: Path, *, create: bool = False, write: bool = True) -> int:
         inode = self._names.get(path)
         if inode is None:
             if not create:
                 raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
-            self._note("create", path)
+            self._on_call("create", path)
             inode = self._names[path] = _Inode()
             self._changes.append(_Change(None, path, inode))
         fd, self._next_fd = self._next_fd, self._next_fd + 1
@@ -210,22 +211,22 @@ class SimulatedDisk:
             del self._locks[inode]
 
     def size(self, fd: int) -> int:
-        return len(self._open[fd][0].seen)
+        return len(self._open[fd][0].content)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         inode, path, _ = self._open[fd]
         self.on_read(path, offset)
         if inode.bad and any(sector < offset + size and offset < sector + SECTOR for sector in inode.bad):
             raise OSError(errno.EIO, "unreadable sector")
-        return bytes(inode.seen[offset : offset + size])
+        return bytes(inode.content[offset : offset + size])
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         inode, path, write = self._open[fd]
         assert write, f"{path} is open for reading"
-        limit = self._note("pwritev", path)
+        limit = self._on_call("pwritev", path)
         data = b"".join(buffers)[:limit]
-        self._need(max(0, offset + len(data) - len(inode.seen)))
-        _put(inode.seen, offset, data)
+        self._check_space(max(0, offset + len(data) - len(inode.content)))
+        _put(inode.content, offset, data)
         inode.bad -= {sector for sector in inode.bad if offset <= sector < offset + len(data)}
         inode.dirty.append((offset, data))
         return len(data)
@@ -238,17 +239,17 @@ class SimulatedDisk:
 
     def fallocate(self, fd: int, size: int) -> None:
         inode, path, _ = self._open[fd]
-        self._note("fallocate", path)
-        if size > len(inode.seen):
-            self._need(size - len(inode.seen))
-            _resize(inode.seen, size)
+        self._on_call("fallocate", path)
+        if size > len(inode.content):
+            self._check_space(size - len(inode.content))
+            _resize(inode.content, size)
             inode.dirty.append(size)
 
     def free_bytes(self, path: Path) -> int:
         return 1 << 60 if self.size_bytes is None else max(0, self.size_bytes - self.used())
 
     def rename(self, source: Path, target: Path) -> None:
-        self._note("rename", target)
+        self._on_call("rename", target)
         inode = self._names.pop(source)
         self._names[target] = inode
         if source.parent == target.parent:
@@ -257,12 +258,12 @@ class SimulatedDisk:
             self._changes += [_Change(None, target, inode), _Change(source, None, None)]
 
     def unlink(self, path: Path) -> None:
-        self._note("unlink", path)
+        self._on_call("unlink", path)
         del self._names[path]
         self._changes.append(_Change(path, None, None))
 
     def fsync_dir(self, path: Path) -> None:
-        self._note("fsync_dir", path)
+        self._on_call("fsync_dir", path)
         for change in self._changes:
             if change.directory == path:
                 change.apply(self._durable_names)
@@ -271,7 +272,7 @@ class SimulatedDisk:
     def listdir(self, path: Path) -> list[str]:
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(path))
-        start = f"{path}/"  # compared as text, for a torture lists a million times
+        start = f"{path}/"  # compared as text, which is faster: some tests list directories a million times
         below = (str(each)[len(start) :] for each in (*self._directories, *self._names) if str(each).startswith(start))
         return sorted(name for name in below if "/" not in name)
 
@@ -286,29 +287,29 @@ class SimulatedDisk:
 
     def drop_cache(self, fd: int) -> None:
         inode = self._open[fd][0]
-        inode.seen[:] = inode.durable
+        inode.content[:] = inode.durable
         for step in inode.dirty:
-            _apply(inode.seen, step)
+            _apply(inode.content, step)
 
     def random(self) -> int:
         return self._random.getrandbits(64)
 
-    # -- inside
+    # -- private
 
-    def _note(self, name: str, path: Path) -> int | None:
+    def _on_call(self, name: str, path: Path) -> int | None:
         self.calls.append((name, path.name))
         return self.on_call(name, path.name)
 
-    def _need(self, more: int) -> None:
+    def _check_space(self, more: int) -> None:
         if self.size_bytes is not None and more and self.used() + more > self.size_bytes:
             raise OSError(errno.ENOSPC, "no space left on this device")
 
     def _sync(self, name: str, fd: int) -> None:
         inode, path, _ = self._open[fd]
         try:
-            self._note(name, path)
+            self._on_call(name, path)
         except OSError:
-            inode.dirty.clear()  # as Linux does: the pages are clean from now on, and the data nowhere
+            inode.dirty.clear()  # like Linux: the pages count as clean from now on, and the data is never written
             raise
         for step in inode.dirty:
             _apply(inode.durable, step)
@@ -334,7 +335,7 @@ def _apply(data: bytearray, step: Write | int) -> None:
 
 
 def _tear(data: bytearray, write: Write, chance: random.Random) -> None:
-    """Of a write that was not synced, each sector is there, or not, or full of something else."""
+    """Apply an unsynced write sector by sector: each one is written, lost, or filled with random bytes."""
     offset, piece = write
     at = 0
     while at < len(piece):
