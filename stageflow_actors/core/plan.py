@@ -189,12 +189,12 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
     """Return the plan of a validated workflow."""
     steps = workflow.steps
     stages = {stage.id: stage for stage in workflow.stages}
-    places: list[StagePlan] = []
+    plans: list[StagePlan] = []
     for index, step in enumerate(steps):
         following = steps[index + 1].id if index + 1 < len(steps) else ""
         queue = naming.stage(workflow.id, index)
 
-        def handled(stage: Stage, queue: str, at: int = index, **place: Any) -> StagePlan:
+        def plan_stage(stage: Stage, queue: str, at: int = index, **fields: Any) -> StagePlan:
             return StagePlan(
                 stage.id,
                 at,
@@ -210,53 +210,53 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
                 concurrency=stage.concurrency,
                 breaker=breaker_of(stage),
                 max_memory=stage.max_memory or 0,
-                **place,
+                **fields,
             )
 
         if isinstance(step, Stage):
-            places.append(handled(step, queue, following=following))
+            plans.append(plan_stage(step, queue, following=following))
         elif isinstance(step, Parallel):
             ids = [stage.id for stage in step.branches]
-            joined = StagePlan(step.id, index, queue, kind=PARALLEL, following=following, branches=ids)
-            joined.timeout = workflow.stage_timeout
-            places.append(joined)
+            parallel_plan = StagePlan(step.id, index, queue, kind=PARALLEL, following=following, branches=ids)
+            parallel_plan.timeout = workflow.stage_timeout
+            plans.append(parallel_plan)
             for name in ids:
                 own = naming.branch(workflow.id, index, name)
-                places.append(handled(stages[name], own, joins=step.id))
+                plans.append(plan_stage(stages[name], own, joins=step.id))
         elif isinstance(step, Branch):
             arms = {key: arm[0].id if arm else following for key, arm in step.arms.items()}
-            choice = StagePlan(step.id, index, queue, kind=BRANCH, following=following, arms=arms)
-            choice.timeout = workflow.stage_timeout
-            places.append(choice)
+            branch_plan = StagePlan(step.id, index, queue, kind=BRANCH, following=following, arms=arms)
+            branch_plan.timeout = workflow.stage_timeout
+            plans.append(branch_plan)
             for arm in step.arms.values():
                 for place, stage in enumerate(arm):
-                    behind = arm[place + 1].id if place + 1 < len(arm) else following
+                    next_id = arm[place + 1].id if place + 1 < len(arm) else following
                     own = naming.branch(workflow.id, index, stage.id)
-                    places.append(handled(stages[stage.id], own, following=behind))
+                    plans.append(plan_stage(stages[stage.id], own, following=next_id))
         elif isinstance(step, MapStage):
             item = stages[step.id]
-            whole = handled(item, queue, kind=MAP, following=following)
-            whole.breaker = (0, 0.0)
-            whole.actors, whole.max_tasks, whole.env, whole.max_memory = 1, None, {}, 0
-            one = handled(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
-            one.id, one.after, one.compensated = item_id(step.id), (), False
-            places += [whole, one]
+            map_plan = plan_stage(item, queue, kind=MAP, following=following)
+            map_plan.breaker = (0, 0.0)
+            map_plan.actors, map_plan.max_tasks, map_plan.env, map_plan.max_memory = 1, None, {}, 0
+            item_plan = plan_stage(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
+            item_plan.id, item_plan.after, item_plan.compensated = item_id(step.id), (), False
+            plans += [map_plan, item_plan]
         elif isinstance(step, Delay):
-            places.append(
+            plans.append(
                 StagePlan(step.id, index, naming.coordinator, kind=DELAY, following=following, seconds=step.seconds)
             )
         else:
             assert isinstance(step, Signal)
             # A signal without user code needs no pool, unless it may be parked: only a worker can park a message.
-            parks = step.timeout is not None and workflow.on_failure == "park"
-            bare = step.on_signal is None and step.on_timeout is None and not parks
-            own = naming.coordinator if bare else queue
-            places.append(
+            may_park = step.timeout is not None and workflow.on_failure == "park"
+            without_code = step.on_signal is None and step.on_timeout is None and not may_park
+            own = naming.coordinator if without_code else queue
+            plans.append(
                 StagePlan(
                     step.id,
                     index,
                     own,
-                    timeout=None if bare else workflow.stage_timeout,
+                    timeout=None if without_code else workflow.stage_timeout,
                     kind=SIGNAL,
                     following=following,
                     seconds=step.timeout or 0.0,
@@ -269,7 +269,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         workflow.version,
         workflow.fingerprint(),
         workflow.on_failure,
-        places,
+        plans,
         CompensationPlan(naming.compensation(workflow.id), actors),
         workflow.timeout or 0.0,
         derive_schema(workflow.context),

@@ -218,7 +218,7 @@ def _changed(value: Any, copy: Any, path: str) -> RoundTripFault:
 
 def _advice(value: Any) -> str:
     """Return the advice for a value whose type changed."""
-    annotated = "or annotate the field with its type in a dataclass context"
+    annotated = "or store it in a dataclass context, in a field annotated with its type"
     if isinstance(value, (set, frozenset)):
         return f"use a sorted list, {annotated}"
     if isinstance(value, tuple):
@@ -270,7 +270,7 @@ def _not_text(path: str) -> RoundTripFault:
 
 
 def _too_large(path: str) -> RoundTripFault:
-    return RoundTripFault(path, "is an integer beyond 64 bits (-2**63 to 2**64-1)", "use a str, bytes or a float")
+    return RoundTripFault(path, "is an integer beyond 64 bits (-2**63 to 2**64-1)", "store it as a str, bytes or float")
 
 
 def too_deep(path: str) -> RoundTripFault:
