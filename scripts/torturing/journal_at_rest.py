@@ -11,7 +11,7 @@ import random
 from collections import Counter
 
 from stageflow_brokers.errors import JournalCorrupt
-from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, Record, file_name
+from stageflow_brokers.journal.format import BATCH_HEADER_BYTES, SECTOR_BYTES, Record, file_name
 from stageflow_brokers.journal.repair import repair
 from stageflow_brokers.journal.verify import scan, verify
 from stageflow_brokers.testing.simulated_disk import SimulatedDisk
@@ -43,22 +43,24 @@ def cut_everywhere(
         spots = [spot for spot in sample.spots if spot.segment == number]
         end = spots[-1].following
         ends = [edge for spot in spots for edge in (spot.start, spot.end, spot.following)]
-        near = {at for edge in (*ends, end + BATCH_HEADER, SEGMENT_HEADER, SECTOR) for at in (edge - 1, edge)}
+        near = {
+            at for edge in (*ends, end + BATCH_HEADER_BYTES, SEGMENT_HEADER, SECTOR_BYTES) for at in (edge - 1, edge)
+        }
         alone = sample.unfollowed(number)
-        for at in range(min(len(content), end + SECTOR) + 1):
+        for at in range(min(len(content), end + SECTOR_BYTES) + 1):
             if chance.random() >= (edges if at in near else share):
                 continue
             figures["bytes cut"] += 1
             whole = sample.whole_until(number, at)
             disk = sample.disk(until=number, changed={number: alone[:at]})
-            if at < SECTOR:
+            if at < SECTOR_BYTES:
                 figures["  in the header: refused"] += 1
                 _refused(disk, sample, whole, number, 0)
                 if chance.random() < REPAIRED:
                     figures["journals repaired"] += 1
                     _repairs(disk, sample, (number, 0), sample.decoded[:whole], [], alone[:at], until=number)
             else:
-                silent = at >= end + BATCH_HEADER
+                silent = at >= end + BATCH_HEADER_BYTES
                 figures["  behind the end mark: nothing lost" if silent else "  before it: warning"] += 1
                 found = verify(DIRECTORY, files=disk)
                 place = next((spot.start for spot in spots if at < spot.end), end)
@@ -73,7 +75,7 @@ def cut_everywhere(
                 _recovers(disk, sample.decoded, again=False)
                 continue
             torn = next(spot for spot in spots if at < spot.end)
-            offset = 0 if at < SECTOR else torn.start
+            offset = 0 if at < SECTOR_BYTES else torn.start
             _refused(disk, sample, whole, number, offset)
             if chance.random() < REPAIRED:
                 figures["journals repaired"] += 1
@@ -111,17 +113,17 @@ def spoil_sectors(everything: SampleJournal, figures: Counter[str], *, share: fl
     for number, content in everything.files.items():
         sample = everything.around(number)
         spots = [spot for spot in sample.spots if spot.segment == number]
-        for at in range(0, spots[-1].following + SECTOR, SECTOR):
+        for at in range(0, spots[-1].following + SECTOR_BYTES, SECTOR_BYTES):
             if at >= len(content) or chance.random() >= share:
                 continue
             figures["sectors made unreadable"] += 1
             disk = sample.disk()
             disk.spoil(DIRECTORY / file_name(number), at)
             spot = next((spot for spot in spots if spot.start <= at < spot.following), None)
-            if at >= SECTOR and spot is None and number < max(sample.files):
+            if at >= SECTOR_BYTES and spot is None and number < max(sample.files):
                 _recovers(disk, sample.decoded)  # an end mark, and the next segment says as much
                 continue
-            offset = 0 if at < SECTOR else spots[-1].following if spot is None else spot.start
+            offset = 0 if at < SECTOR_BYTES else spots[-1].following if spot is None else spot.start
             whole = sample.whole_until(number, offset)
             _refused(disk, sample, whole, number, offset)
             (found, *_) = verify(DIRECTORY, files=disk)
@@ -131,11 +133,11 @@ def spoil_sectors(everything: SampleJournal, figures: Counter[str], *, share: fl
                 _recovers(disk, sample.decoded)
                 continue
             report = repair(DIRECTORY, files=disk)
-            assert (report.file, report.offset, report.unreadable) == (file_name(number), offset, SECTOR)
+            assert (report.file, report.offset, report.unreadable) == (file_name(number), offset, SECTOR_BYTES)
             copied = {path.name: disk.content(path) for path in report.copies}
-            assert copied[file_name(number)] == content[:at] + bytes(SECTOR) + content[at + SECTOR :]
+            assert copied[file_name(number)] == content[:at] + bytes(SECTOR_BYTES) + content[at + SECTOR_BYTES :]
             assert verify(DIRECTORY, files=disk) == []
-            _recovers(disk, sample.decoded if at < SECTOR else sample.decoded[:whole])
+            _recovers(disk, sample.decoded if at < SECTOR_BYTES else sample.decoded[:whole])
 
 
 def lose_sectors(sample: SampleJournal, figures: Counter[str], *, rounds: int, chance: random.Random) -> None:
@@ -146,22 +148,22 @@ def lose_sectors(sample: SampleJournal, figures: Counter[str], *, rounds: int, c
     _lose_acknowledged(sample, figures, rounds, chance)
     spot = sample.spots[-1]
     content = sample.files[spot.segment]
-    sectors = list(range(spot.start, min(spot.following + SECTOR, len(content)), SECTOR))
+    sectors = list(range(spot.start, min(spot.following + SECTOR_BYTES, len(content)), SECTOR_BYTES))
     losses: list[tuple[int, ...]] = [(each,) for each in sectors]
     losses += [tuple(each for each in sectors if chance.random() < 0.5) for _ in range(rounds)]
     for lost in losses:
         for fate in range(4):
             damaged = bytearray(content)
             for at in lost:
-                garbled = chance.randbytes(SECTOR)
-                before = sample.before[at : at + SECTOR]
-                damaged[at : at + SECTOR] = (bytes(SECTOR), b"\xff" * SECTOR, garbled, before)[fate]
+                garbled = chance.randbytes(SECTOR_BYTES)
+                before = sample.before[at : at + SECTOR_BYTES]
+                damaged[at : at + SECTOR_BYTES] = (bytes(SECTOR_BYTES), b"\xff" * SECTOR_BYTES, garbled, before)[fate]
             figures["sectors lost"] += len(lost)
             intact = damaged[spot.start : spot.end] == content[spot.start : spot.end]
             disk = sample.disk(changed={spot.segment: bytes(damaged)})
-            unwritten = bytes(damaged[spot.start : spot.following + SECTOR]) in (
-                sample.before[spot.start : spot.following + SECTOR],
-                content[spot.start : spot.following + SECTOR],
+            unwritten = bytes(damaged[spot.start : spot.following + SECTOR_BYTES]) in (
+                sample.before[spot.start : spot.following + SECTOR_BYTES],
+                content[spot.start : spot.following + SECTOR_BYTES],
             )
             warned = None if fate == 3 else not unwritten
             _recovers(disk, sample.decoded if intact else sample.decoded[:-1], warned=warned)
@@ -177,9 +179,13 @@ def _lose_acknowledged(sample: SampleJournal, figures: Counter[str], rounds: int
         for fate in range(3):
             damaged = bytearray(content)
             # A sector or two of one batch, or all of some: the first sector of the first in any case.
-            sectors = range(spots[first].start, spots[last].following, SECTOR)
+            sectors = range(spots[first].start, spots[last].following, SECTOR_BYTES)
             for at in sectors if chance.random() < 0.5 else (sectors[0], *chance.sample(sectors, 1)):
-                damaged[at : at + SECTOR] = (bytes(SECTOR), b"\xff" * SECTOR, chance.randbytes(SECTOR))[fate]
+                damaged[at : at + SECTOR_BYTES] = (
+                    bytes(SECTOR_BYTES),
+                    b"\xff" * SECTOR_BYTES,
+                    chance.randbytes(SECTOR_BYTES),
+                )[fate]
             figures["acknowledged batches lost"] += last - first + 1
             disk = sample.disk(changed={segment: bytes(damaged)})
             index = sample.spots.index(spots[first])
@@ -193,7 +199,7 @@ def flip_bits(
     for number, content in everything.files.items():
         sample = everything.around(number)
         spots = [spot for spot in sample.spots if spot.segment == number]
-        for at in range(min(spots[-1].following + BATCH_HEADER, len(content))):
+        for at in range(min(spots[-1].following + BATCH_HEADER_BYTES, len(content))):
             headers, spot = _what_is_at(sample, spots, at)
             for bit in range(8):
                 if chance.random() >= (share if headers else bodies):
@@ -223,12 +229,12 @@ def flip_bits(
 
 def _what_is_at(sample: SampleJournal, spots: list[Spot], at: int) -> tuple[bool, Spot | None]:
     """Return (True if the byte belongs to a header, the batch that holds it)."""
-    if at < SECTOR:
+    if at < SECTOR_BYTES:
         return at < SEGMENT_HEADER, None
     spot = next((spot for spot in spots if spot.start <= at < spot.end), None)
     if spot is None:
         return at >= spots[-1].following, None
-    at -= spot.start + BATCH_HEADER
+    at -= spot.start + BATCH_HEADER_BYTES
     if at < 0:
         return True, spot
     for _, _, _, header, blob in sample.decoded[sample.spots.index(spot)][1]:

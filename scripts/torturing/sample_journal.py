@@ -13,8 +13,8 @@ from typing import Self
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.journal.format import (
-    BATCH_HEADER,
-    SECTOR,
+    BATCH_HEADER_BYTES,
+    SECTOR_BYTES,
     Batch,
     SegmentHeader,
     encode_end,
@@ -101,7 +101,7 @@ class SampleJournal:
         assert journal is not None
         for info in journal.segments():
             content = disk.content(DIRECTORY / file_name(info.number))
-            workload.quotes += [content[at:][: 3 * SECTOR] for at in (0, 1, SECTOR, SECTOR + 487)]
+            workload.quotes += [content[at:][: 3 * SECTOR_BYTES] for at in (0, 1, SECTOR_BYTES, SECTOR_BYTES + 487)]
         workload.compact()
         workload.work(rounds - rounds // 4)
         bodies = [chance.choice(workload.quotes).ljust(1300, b"z")[:1300] for _ in range(2)]
@@ -118,11 +118,11 @@ class SampleJournal:
         files = {info.number: disk.content(DIRECTORY / file_name(info.number)) for info in journal.segments()}
         spots = []
         for number, content in files.items():
-            at = SECTOR
+            at = SECTOR_BYTES
             for batch in batches:
                 if batch.segment == number:
                     length = read_header(content, at).length
-                    spots.append(Spot(number, at, at + BATCH_HEADER + length, at + span(length)))
+                    spots.append(Spot(number, at, at + BATCH_HEADER_BYTES + length, at + span(length)))
                     at += span(length)
         return cls(files, spots, [keep(batch) for batch in batches], before, workload.pictures)
 
@@ -150,7 +150,7 @@ class SampleJournal:
         spot, decoded = [pair for pair in zip(self.spots, self.decoded, strict=True) if pair[0].segment == number][-1]
         content = self.files[number]
         salt = read_header(content, spot.start).salt
-        return content[: spot.following] + encode_end(decoded[0], salt) + content[spot.following + SECTOR :]
+        return content[: spot.following] + encode_end(decoded[0], salt) + content[spot.following + SECTOR_BYTES :]
 
     def around(self, number: int) -> SampleJournal:
         """Return a journal of that segment and its neighbours; the others count as deleted or not yet made."""
@@ -184,7 +184,7 @@ def _forged(chance: random.Random) -> list[bytes]:
         salt = chance.getrandbits(64)
         record = JournalRecord(4, number, 7, b"header", b"body")
         pieces, length, _ = encode_payload([record], 0)
-        batch = (encode_header(number, salt, 0.0, pieces, length, 1) + b"".join(pieces)).ljust(SECTOR, b"\0")
+        batch = (encode_header(number, salt, 0.0, pieces, length, 1) + b"".join(pieces)).ljust(SECTOR_BYTES, b"\0")
         header = encode_segment(SegmentHeader(number % 100, salt, number, SEGMENT))
         forged += [header + batch + encode_end(number, salt), batch * 2, bytes(25) + batch, encode_end(number, salt)]
     return forged

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stageflow_brokers.core import wire
 from stageflow_brokers.errors import BrokerError, JournalFailed
-from stageflow_brokers.journal.format import SECTOR, Batch, file_name
+from stageflow_brokers.journal.format import SECTOR_BYTES, Batch, file_name
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import repair
 from stageflow_brokers.journal.verify import scan, verify
@@ -112,7 +112,7 @@ class Scenario:
         def on_call(name: str, path: str) -> int | None:
             if name == "fdatasync":
                 raise OSError(errno.EIO, "the end")
-            return 2 * SECTOR + 100 if name == "pwritev" else None
+            return 2 * SECTOR_BYTES + 100 if name == "pwritev" else None
 
         workload.chance = random.Random(1)
         self.disk.on_call = on_call
@@ -148,7 +148,7 @@ class RepairScenario(Scenario):
         numbers = sorted({batch.segment for batch in before})
         first, second = numbers[0], numbers[len(numbers) // 2]
         self._damage(first, 30)
-        self._damage(second, SECTOR + 44)
+        self._damage(second, SECTOR_BYTES + 44)
         self.expected = [batch.number for batch in before if batch.segment < second]
         self.originals = [disk.content(DIRECTORY / file_name(number)) for number in numbers if number >= second]
         self.originals.append(disk.content(DIRECTORY / file_name(first)))

@@ -12,7 +12,7 @@ from programs import Stageflow
 from stageflow_actors.history import HistoryWriter
 from stageflow_brokers.api import Target
 
-SECTOR = 512
+SECTOR_BYTES = 512
 
 
 @pytest.fixture
@@ -41,22 +41,22 @@ def test_a_sound_journal_is_ok(stageflow: Stageflow, data: Path) -> None:
 
 
 def test_damage_is_named_by_file_and_offset(stageflow: Stageflow, data: Path) -> None:
-    flip(segment_of(data), 2 * SECTOR + 50)
+    flip(segment_of(data), 2 * SECTOR_BYTES + 50)
     code, out, err = stageflow("journal", "verify", "--data", data)
     assert (code, out) == (1, "")
-    assert f"{segment_of(data).name} at offset {2 * SECTOR}: damaged" in err
+    assert f"{segment_of(data).name} at offset {2 * SECTOR_BYTES}: damaged" in err
     code, out, _ = stageflow("journal", "verify", "--data", data, "--output", "json")
     assert code == 1
-    assert [(found["offset"], found["kind"]) for found in json.loads(out)] == [(2 * SECTOR, "damage")]
+    assert [(found["offset"], found["kind"]) for found in json.loads(out)] == [(2 * SECTOR_BYTES, "damage")]
 
 
 def test_every_command_refuses_a_damaged_journal_in_one_line(stageflow: Stageflow, data: Path) -> None:
-    flip(segment_of(data), 2 * SECTOR + 50)
+    flip(segment_of(data), 2 * SECTOR_BYTES + 50)
     for command in (["queue", "list"], ["dlq", "requeue", "--all"], ["journal", "stats"], ["instances", "show", "i1"]):
         code, out, err = stageflow(*command, "--data", data)
         assert (code, out, err.count("\n")) == (1, "", 1), command
         assert segment_of(data).name in err
-        assert str(2 * SECTOR) in err
+        assert str(2 * SECTOR_BYTES) in err
 
 
 def test_a_torn_end_is_no_damage(stageflow: Stageflow, data: Path) -> None:
@@ -86,20 +86,20 @@ def test_stats_count_accepted_settlements(stageflow: Stageflow, data: Path) -> N
 
 def test_repair_asks_then_keeps_what_comes_before_the_damage(stageflow: Stageflow, data: Path) -> None:
     assert stageflow("journal", "repair", "--data", data)[1] == "no damage found; nothing was changed\n"
-    flip(segment_of(data), 2 * SECTOR + 50)
+    flip(segment_of(data), 2 * SECTOR_BYTES + 50)
     before = segment_of(data).read_bytes()
     code, _, err = stageflow("journal", "repair", "--data", data)
     assert (code, err.count("\n"), segment_of(data).read_bytes()) == (2, 1, before)
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert code == 0
-    assert f"offset {2 * SECTOR}" in out
+    assert f"offset {2 * SECTOR_BYTES}" in out
     assert stageflow("journal", "verify", "--data", data)[0] == 0
     assert any(path.read_bytes() == before for path in (data / "journal").rglob("*") if path.is_file())
 
 
 def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(stageflow: Stageflow, data: Path) -> None:
     content = segment_of(data).read_bytes()
-    begin = content.index(b"i1") // SECTOR * SECTOR
+    begin = content.index(b"i1") // SECTOR_BYTES * SECTOR_BYTES
     flip(segment_of(data), begin + 50)
     damaged = segment_of(data).read_bytes()
     code, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
@@ -120,7 +120,7 @@ def test_repair_names_what_it_gives_up_and_lists_it_beside_the_copies(stageflow:
 
 
 def test_repair_names_what_may_have_been_in_the_damaged_batch_itself(stageflow: Stageflow, data: Path) -> None:
-    begin = segment_of(data).read_bytes().index(b"i2") // SECTOR * SECTOR
+    begin = segment_of(data).read_bytes().index(b"i2") // SECTOR_BYTES * SECTOR_BYTES
     flip(segment_of(data), begin + 41)
     _, out, _ = stageflow("journal", "repair", "--data", data, "--yes")
     assert "possibly in the damaged bytes, as far as they can be read: 1 instance: i2\n" in out

@@ -15,7 +15,7 @@ from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterMa
 from stageflow_actors.runtime.system.data_dir import runtime_path
 from stageflow_brokers.api import FLAG_START
 from stageflow_brokers.core import records
-from stageflow_brokers.journal.format import SECTOR
+from stageflow_brokers.journal.format import SECTOR_BYTES
 
 Doctor = Callable[[Path], Any]
 FIRST = "stageflow.orders.stage0"
@@ -186,7 +186,7 @@ def test_damage_in_the_journal_is_found_with_file_and_offset(books: Any, doctor:
     path = books.close()
     segment = path / "journal" / "0000000000000001.journal"
     with segment.open("r+b") as file:
-        file.seek(3 * SECTOR + 60)
+        file.seek(3 * SECTOR_BYTES + 60)
         file.write(b"\xff\x00\xff")
     found = doctor(path).one("error", "journal")
     assert found["where"].startswith(f"{segment} at offset ")
@@ -202,7 +202,7 @@ def test_after_a_repair_the_directory_is_sound_and_the_copies_are_named(
         books.publish(f"A{number}")
     path = books.close()
     with (path / "journal" / "0000000000000001.journal").open("r+b") as file:
-        file.seek(5 * SECTOR + 60)
+        file.seek(5 * SECTOR_BYTES + 60)
         file.write(b"\xff\x00\xff")
     assert doctor(path).code == 1
     assert main(["journal", "repair", "--yes", "--data", str(path)]) == 0
@@ -361,7 +361,7 @@ def test_a_segment_that_was_cut_short_is_not_called_the_remains_of_a_crash(books
     path = books.close()
     (segment,) = (path / "journal").glob("*.journal")
     with segment.open("r+b") as file:
-        file.truncate(SECTOR + 700)
+        file.truncate(SECTOR_BYTES + 700)
     report = doctor(path)
     found = report.one("warning", "journal")
     assert "No crash causes this; the missing data may be acknowledged" in found["what"]

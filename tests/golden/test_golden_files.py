@@ -44,7 +44,7 @@ from stageflow_brokers.core.records import NAMES
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.journal import scan, verify
 from stageflow_brokers.journal.format import (
-    SECTOR,
+    SECTOR_BYTES,
     Record,
     encode_end,
     encode_header,
@@ -302,7 +302,7 @@ def test_a_journal_is_sound_and_holds_the_batches_that_were_written(journal: Pat
 def test_a_journal_written_today_would_be_the_same_bytes(journal: Path) -> None:
     batches = list(scan(journal))
     for number, path in enumerate(sorted(journal.glob("*.journal")), start=1):
-        header = read_segment(path.read_bytes()[:SECTOR])
+        header = read_segment(path.read_bytes()[:SECTOR_BYTES])
         assert not isinstance(header, (int, str))
         made = encode_segment(header)
         for batch in (batch for batch in batches if batch.segment == number):

@@ -9,7 +9,7 @@ import pytest
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
 from stageflow_brokers.journal import journal as journal_module
 from stageflow_brokers.journal import segment_allocator as supply_module
-from stageflow_brokers.journal.format import SECTOR, Batch, Record, encode_end, encode_header
+from stageflow_brokers.journal.format import SECTOR_BYTES, Batch, Record, encode_end, encode_header
 from stageflow_brokers.journal.journal import BatchLocation, Journal
 from stageflow_brokers.journal.segment_allocator import SegmentAllocator
 from stageflow_brokers.testing.simulated_disk import SimulatedDisk
@@ -63,17 +63,17 @@ def test_bodies_that_hold_journal_bytes_are_not_read_as_records(bench: Any) -> N
         bench.fill(journal, 3)
         salt = struct.unpack_from("<Q", bench.content(1), 24)[0]
         forged = [
-            b"".join((encode_header(n, salt + d, 0.0, [], 0, 0).ljust(SECTOR, b"\0")) for n in range(1, 9))
+            b"".join((encode_header(n, salt + d, 0.0, [], 0, 0).ljust(SECTOR_BYTES, b"\0")) for n in range(1, 9))
             for d in (0, 1)
         ]
-        journal.commit([Record(1, 1, 1, b"", bench.content(1)[: 6 * SECTOR])], 4.0)
+        journal.commit([Record(1, 1, 1, b"", bench.content(1)[: 6 * SECTOR_BYTES])], 4.0)
         journal.commit([Record(1, 1, 1, b"", body) for body in (*forged, encode_end(5, salt) * 3)], 5.0)
         before = bench.content(1)
     bench.open().close()
     assert len(bench.replayed) == 5
     # The same bytes in a torn batch are still only its body.
     end = bytes(before).rindex(encode_end(5, salt)[:40])
-    bench.disk.damage(bench.path(1), before[: end - SECTOR])
+    bench.disk.damage(bench.path(1), before[: end - SECTOR_BYTES])
     bench.open()
     assert [number for number, _, _ in bench.replayed] == [1, 2, 3, 4]
 
@@ -122,7 +122,7 @@ def test_a_body_is_read_back_from_the_place_that_commit_and_replay_return(real: 
 
 
 def test_reading_opens_few_files_however_many_segments_there_are(real: Any) -> None:
-    with real.open(segment_bytes=4 * SECTOR) as journal:
+    with real.open(segment_bytes=4 * SECTOR_BYTES) as journal:
         places = [journal.commit(real.records(number, count=1), 0.0) for number in range(1, 310)]
         assert len(journal.segments()) > 100
         for _ in range(2):
@@ -142,7 +142,7 @@ def test_a_batch_larger_than_a_segment_gets_a_segment_of_its_own_size(bench: Any
     assert journal.read(place.segment, place.blob_offsets[0], 102_400, batch=place.batch) == large[0].blob
     assert [info.size for info in journal.segments()] == [
         16 << 10,
-        len(large[0].blob) // SECTOR * SECTOR + 3 * SECTOR,
+        len(large[0].blob) // SECTOR_BYTES * SECTOR_BYTES + 3 * SECTOR_BYTES,
         16 << 10,
     ]
     journal.close()
@@ -150,11 +150,11 @@ def test_a_batch_larger_than_a_segment_gets_a_segment_of_its_own_size(bench: Any
     assert bench.replayed == said
 
 
-@pytest.mark.parametrize("spare", range(0, 3 * SECTOR, 61))
+@pytest.mark.parametrize("spare", range(0, 3 * SECTOR_BYTES, 61))
 def test_a_segment_may_be_filled_to_its_last_byte(bench: Any, spare: int) -> None:
     """Whatever is left at its end: room for an end mark, a sector, nothing."""
     journal = bench.open()
-    first = [Record(1, 1, 1, b"", b"x" * (bench.segment_bytes - SECTOR - 40 - 25 - spare))]
+    first = [Record(1, 1, 1, b"", b"x" * (bench.segment_bytes - SECTOR_BYTES - 40 - 25 - spare))]
     journal.commit(first, 1.0)
     bench.disk.crash()
     journal = bench.open()
@@ -172,8 +172,8 @@ def test_segments_lists_their_contents(bench: Any) -> None:
     journal.seal()
     bench.fill(journal, 1, first=3)
     assert [tuple(info) for info in journal.segments()] == [
-        (1, 1, 3 * SECTOR, 16 << 10, True),
-        (2, 3, 2 * SECTOR, 16 << 10, False),
+        (1, 1, 3 * SECTOR_BYTES, 16 << 10, True),
+        (2, 3, 2 * SECTOR_BYTES, 16 << 10, False),
     ]
     before = journal.segments()
     journal.close()
@@ -192,7 +192,7 @@ def test_only_the_oldest_sealed_segment_can_be_dropped(bench: Any) -> None:
     with pytest.raises(JournalError, match="the only segment"):
         journal.drop_oldest()
     with pytest.raises(JournalError, match="no longer part of the journal"):
-        journal.read(1, SECTOR + 65, 1, batch=SECTOR)
+        journal.read(1, SECTOR_BYTES + 65, 1, batch=SECTOR_BYTES)
     said = bench.fill(journal, 2, first=5)
     journal.close()
     bench.open()
@@ -209,7 +209,7 @@ def test_a_dropped_segment_is_used_again_and_its_old_batches_are_not(bench: Any)
     stale = bytes(bench.disk.content(bench.directory / "spare"))
     journal.seal()
     segment = journal.segments()[-1].number
-    assert bench.content(segment)[2 * SECTOR :] == stale[2 * SECTOR :]
+    assert bench.content(segment)[2 * SECTOR_BYTES :] == stale[2 * SECTOR_BYTES :]
     said = bench.fill(journal, 1, first=26)
     for cut in (False, True):
         bench.disk.crash()
@@ -252,7 +252,7 @@ def test_a_small_journal_that_is_compacted_again_and_again_stays_small(bench: An
         room.append(bench.disk.used())
         journal.close()
         journal = bench.open(segment_bytes=64 << 20)
-    assert max(room) == room[0] < (16 << 20) + SECTOR
+    assert max(room) == room[0] < (16 << 20) + SECTOR_BYTES
 
 
 def test_a_journal_that_is_filled_has_larger_and_larger_segments(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_a_body_on_an_unreadable_sector_is_refused_with_file_and_offset(bench: A
     journal = bench.open()
     place = journal.commit(bench.records(1, count=1, size=5000), 0.0)
     assert journal.read(1, place.blob_offsets[0], 2500, batch=place.batch)
-    bench.disk.spoil(bench.path(1), place.batch + 3 * SECTOR)
+    bench.disk.spoil(bench.path(1), place.batch + 3 * SECTOR_BYTES)
     with pytest.raises(JournalCorrupt) as caught:
         journal.read(1, place.blob_offsets[0], 2500, batch=place.batch)
     assert (caught.value.file, caught.value.offset) == (bench.path(1).name, place.batch)
@@ -318,7 +318,7 @@ def test_a_batch_of_an_earlier_life_of_the_segment_is_no_body_of_ours(bench: Any
     journal.drop_oldest()
     journal.seal()
     place = journal.commit(bench.records(1), 0.0)
-    bench.disk.damage(bench.path(3), bench.content(3)[:SECTOR] + old[SECTOR:])
+    bench.disk.damage(bench.path(3), bench.content(3)[:SECTOR_BYTES] + old[SECTOR_BYTES:])
     with pytest.raises(JournalCorrupt, match="no batch of this segment"):
         journal.read(3, place.blob_offsets[0], 10, batch=place.batch)
 
@@ -350,7 +350,7 @@ def test_which_batches_were_verified_is_forgotten_with_their_segment_and_when_th
 
 def test_a_spare_is_ready_before_it_is_needed(bench: Any) -> None:
     journal = bench.open()
-    assert journal.free_space == (True, False, bench.segment_bytes - 2 * SECTOR, bench.segment_bytes)
+    assert journal.free_space == (True, False, bench.segment_bytes - 2 * SECTOR_BYTES, bench.segment_bytes)
     bench.disk.calls.clear()
     assert journal.prepare()
     assert bench.disk.calls == []

@@ -70,7 +70,7 @@ def test_names_of_segments_sort_as_their_numbers_do() -> None:
 
 
 def test_a_payload_longer_than_its_length_field_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fmt, "MAX_PAYLOAD", 1000)
+    monkeypatch.setattr(fmt, "MAX_PAYLOAD_BYTES", 1000)
     with pytest.raises(PayloadTooLarge, match="commit them in several batches") as caught:
         fmt.encode_payload([Record(0, 0, 0, b"", b"x" * 1000)], 0)
     assert (caught.value.size, caught.value.limit) == (1025, 1000)

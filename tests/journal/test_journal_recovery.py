@@ -9,7 +9,7 @@ import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalVersion
 from stageflow_brokers.journal.format import (
-    SECTOR,
+    SECTOR_BYTES,
     Record,
     encode_end,
     encode_header,
@@ -27,7 +27,7 @@ def committed(bench: Any, count: int = 3, **options: Any) -> tuple[list[Any], li
     said = bench.fill(journal, count, **options)
     journal.close()
     content = bench.content(1)
-    starts = [SECTOR]
+    starts = [SECTOR_BYTES]
     for _ in said:
         starts.append(starts[-1] + span(read_header(content, starts[-1]).length))
     return said, starts, content
@@ -36,7 +36,7 @@ def committed(bench: Any, count: int = 3, **options: Any) -> tuple[list[Any], li
 def test_the_last_batch_cut_at_each_byte_leaves_the_state_before_or_after_it(bench: Any) -> None:
     said, starts, content = committed(bench)
     whole = starts[2] + 40 + read_header(content, starts[2]).length
-    for cut in range(starts[2], starts[3] + SECTOR + 1):
+    for cut in range(starts[2], starts[3] + SECTOR_BYTES + 1):
         bench.disk.damage(bench.path(1), content[:cut])
         with bench.open() as journal:
             assert bench.replayed == (said if cut >= whole else said[:2])
@@ -65,7 +65,7 @@ def test_a_torn_end_is_copied_aside_before_it_is_cut(bench: Any) -> None:
             assert copy in warning
             assert f"offset {starts[2]}" in warning
             assert bench.disk.content(bench.directory / copy) == torn[starts[2] :]
-            assert not any(bench.content(1)[starts[2] + SECTOR :])
+            assert not any(bench.content(1)[starts[2] + SECTOR_BYTES :])
             assert journal.last_batch == 2
         bench.disk.damage(bench.path(1), torn)
 
@@ -91,10 +91,10 @@ def test_a_flip_anywhere_in_a_sealed_segment_is_refused(bench: Any) -> None:
     journal.seal()
     journal.close()
     content = bench.content(1)
-    end = SECTOR
+    end = SECTOR_BYTES
     for _ in range(2):
         end += span(read_header(content, end).length)
-    used = {*range(64), *range(SECTOR, end)} - padding(content, SECTOR, end)
+    used = {*range(64), *range(SECTOR_BYTES, end)} - padding(content, SECTOR_BYTES, end)
     for at in used:
         broken = bytearray(content)
         broken[at] ^= 0x10
@@ -128,12 +128,14 @@ def test_a_flip_in_the_last_batch_counts_as_a_torn_write_and_is_reported(bench: 
 def test_any_sectors_of_an_unsynced_batch_may_be_lost(bench: Any, fill: bytes | None) -> None:
     chance = random.Random(1)
     said, starts, content = committed(bench, 3, size=2000)
-    sectors = range(starts[2], starts[3] + SECTOR, SECTOR)
+    sectors = range(starts[2], starts[3] + SECTOR_BYTES, SECTOR_BYTES)
     lost_alone = [{sector} for sector in sectors]
     for lost in lost_alone + [{sector for sector in sectors if chance.random() < 0.5} for _ in range(60)]:
         broken = bytearray(content)
         for sector in lost:
-            broken[sector : sector + SECTOR] = chance.randbytes(SECTOR) if fill is None else fill * SECTOR
+            broken[sector : sector + SECTOR_BYTES] = (
+                chance.randbytes(SECTOR_BYTES) if fill is None else fill * SECTOR_BYTES
+            )
         bench.disk.damage(bench.path(1), broken)
         with bench.open() as journal:
             assert bench.replayed == (said[:2] if lost - {starts[3]} else said)
@@ -145,11 +147,11 @@ def test_any_sectors_of_an_unsynced_batch_may_be_lost(bench: Any, fill: bytes | 
 
 def test_a_lost_first_sector_of_an_acknowledged_batch_is_refused_even_if_it_leaves_the_old_end_mark(bench: Any) -> None:
     said, starts, _ = committed(bench, 2)
-    with_mark = bench.content(1)[starts[2] : starts[2] + SECTOR]
+    with_mark = bench.content(1)[starts[2] : starts[2] + SECTOR_BYTES]
     with bench.open() as journal:
         bench.fill(journal, 2, first=3)
     broken = bytearray(bench.content(1))
-    broken[starts[2] : starts[2] + SECTOR] = with_mark
+    broken[starts[2] : starts[2] + SECTOR_BYTES] = with_mark
     bench.disk.damage(bench.path(1), broken)
     with pytest.raises(JournalCorrupt) as caught:
         bench.open()
@@ -168,9 +170,9 @@ def test_a_recycled_segment_cut_anywhere_never_brings_back_old_batches(bench: An
     place = journal.segments()[-1].used
     journal.close()
     content = bench.content(segment)
-    for sector in range(SECTOR, place + SECTOR, SECTOR):
+    for sector in range(SECTOR_BYTES, place + SECTOR_BYTES, SECTOR_BYTES):
         broken = bytearray(content)
-        broken[sector : place + SECTOR] = random.Random(sector).randbytes(place + SECTOR - sector)
+        broken[sector : place + SECTOR_BYTES] = random.Random(sector).randbytes(place + SECTOR_BYTES - sector)
         bench.disk.damage(bench.path(segment), broken)
         bench.open().close()
         recovered = [each for each in bench.replayed if each[0] > 20]
@@ -199,7 +201,7 @@ def test_batches_of_another_journal_in_the_spare_segment_are_never_replayed(make
         assert bench.warnings == []
     # The sector of the end mark did not make it to the disk: a whole batch of the other journal follows ours.
     ours, theirs = bench.content(2), other.content(2)
-    bench.disk.damage(bench.path(2), ours[:end] + theirs[end : end + SECTOR] + ours[end + SECTOR :])
+    bench.disk.damage(bench.path(2), ours[:end] + theirs[end : end + SECTOR_BYTES] + ours[end + SECTOR_BYTES :])
     with bench.open():
         assert bench.replayed == said
         assert "an earlier use of the file" in bench.warnings[0]
@@ -253,7 +255,7 @@ def test_a_batch_lost_at_the_end_of_a_sealed_segment_is_refused(bench: Any) -> N
     journal.seal()
     journal.close()
     content = bench.content(1)
-    second = SECTOR + span(read_header(content, SECTOR).length)
+    second = SECTOR_BYTES + span(read_header(content, SECTOR_BYTES).length)
     for broken in (content[:second], content[:second] + bytes(len(content) - second), content[: second + 100]):
         bench.disk.damage(bench.path(1), broken)
         with pytest.raises(JournalCorrupt, match="missing") as caught:
@@ -282,7 +284,7 @@ def test_a_last_segment_without_a_header_is_refused(bench: Any, content: bytes, 
     assert bench.content(number) == content
 
 
-@pytest.mark.parametrize("size", [0, 1, 63, 64, SECTOR - 1])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, SECTOR_BYTES - 1])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_segment_cut_within_its_first_sector_is_refused(bench: Any, number: int, size: int) -> None:
     three_segments(bench)
@@ -297,7 +299,7 @@ def test_a_missing_newest_segment_is_refused_with_its_place(bench: Any) -> None:
     bench.disk.remove(bench.path(3))
     with pytest.raises(JournalCorrupt, match="the segment after it is missing") as caught:
         bench.open()
-    assert (caught.value.file, caught.value.offset) == (file_name(2), 2 * SECTOR)
+    assert (caught.value.file, caught.value.offset) == (file_name(2), 2 * SECTOR_BYTES)
     assert bench.replayed == said[:2]
 
 
@@ -307,8 +309,10 @@ def test_segments_not_yet_marked_as_followed_are_marked_after_the_next_start(ben
     said = three_segments(bench)
     for number in range(marked, 3):
         content = bench.content(number)
-        salt = read_header(content, SECTOR).salt
-        bench.disk.damage(bench.path(number), content[: 2 * SECTOR] + encode_end(number, salt) + content[3 * SECTOR :])
+        salt = read_header(content, SECTOR_BYTES).salt
+        bench.disk.damage(
+            bench.path(number), content[: 2 * SECTOR_BYTES] + encode_end(number, salt) + content[3 * SECTOR_BYTES :]
+        )
     with bench.open():
         assert bench.replayed == said
         assert bench.warnings == []
@@ -323,11 +327,11 @@ def test_segments_not_yet_marked_as_followed_are_marked_after_the_next_start(ben
 def test_a_segment_filled_to_its_last_byte_by_an_earlier_release_is_whole_and_can_be_followed(bench: Any) -> None:
     committed(bench, 1)
     content = bytearray(bench.content(1))
-    salt = read_header(bytes(content), SECTOR).salt
-    size = bench.segment_bytes - SECTOR - 40
+    salt = read_header(bytes(content), SECTOR_BYTES).salt
+    size = bench.segment_bytes - SECTOR_BYTES - 40
     record = Record(1, 1, 1, b"", b"x" * (size - 25))
     pieces, length, _ = encode_payload([record], 0)
-    content[SECTOR:] = encode_header(1, salt, 1.0, pieces, length, 1) + b"".join(pieces)
+    content[SECTOR_BYTES:] = encode_header(1, salt, 1.0, pieces, length, 1) + b"".join(pieces)
     assert len(content) == bench.segment_bytes
     bench.disk.damage(bench.path(1), bytes(content))
     with bench.open() as journal:
@@ -366,7 +370,7 @@ def test_a_last_batch_that_left_the_end_mark_before_it_and_its_own_is_not_droppe
         bench.fill(journal, 1, first=3, size=1000)
     content = bench.content(1)
     at = starts[2]
-    bench.disk.damage(bench.path(1), content[:at] + before[at : at + SECTOR] + content[at + SECTOR :])
+    bench.disk.damage(bench.path(1), content[:at] + before[at : at + SECTOR_BYTES] + content[at + SECTOR_BYTES :])
     bench.open().close()
     assert bench.replayed == said
     assert "a batch has been lost" in bench.warnings[0]
@@ -378,11 +382,11 @@ def test_the_mark_of_a_followed_segment_shows_that_its_last_batch_was_acknowledg
     three_segments(bench)
     bench.disk.remove(bench.path(3))
     content = bytearray(bench.content(2))
-    content[SECTOR + 50] ^= 1
+    content[SECTOR_BYTES + 50] ^= 1
     bench.disk.damage(bench.path(2), content)
     with pytest.raises(JournalCorrupt, match="checksum") as caught:
         bench.open()
-    assert (caught.value.file, caught.value.offset) == (file_name(2), SECTOR)
+    assert (caught.value.file, caught.value.offset) == (file_name(2), SECTOR_BYTES)
 
 
 def test_a_newer_format_has_its_own_error(bench: Any) -> None:

@@ -13,7 +13,7 @@ from zlib import crc32
 import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalLocked, JournalVersion
-from stageflow_brokers.journal.format import SECTOR, Batch, file_name, read_header, span
+from stageflow_brokers.journal.format import SECTOR_BYTES, Batch, file_name, read_header, span
 from stageflow_brokers.journal.journal import Journal
 from stageflow_brokers.journal.repair import LOST_NAMES_PATTERN, RepairReport, repair
 from stageflow_brokers.journal.salvage import LostData
@@ -39,7 +39,7 @@ def flip(bench: Any, segment: int, at: int) -> None:
 
 
 def second(bench: Any, segment: int) -> int:
-    return SECTOR + span(read_header(bench.content(segment), SECTOR).length)
+    return SECTOR_BYTES + span(read_header(bench.content(segment), SECTOR_BYTES).length)
 
 
 def of_version(version: int, content: bytes) -> bytes:
@@ -67,10 +67,10 @@ def test_a_whole_journal_has_no_findings_and_scans_in_full(bench: Any) -> None:
 
 def test_verify_finds_all_damage_not_only_the_first(bench: Any) -> None:
     filled(bench, 9, 3)
-    flip(bench, 1, SECTOR + 50)
+    flip(bench, 1, SECTOR_BYTES + 50)
     flip(bench, 2, second(bench, 2) + 60)
     flip(bench, 3, 3)
-    places = [(file_name(1), SECTOR, True), (file_name(2), second(bench, 2), True), (file_name(3), 0, True)]
+    places = [(file_name(1), SECTOR_BYTES, True), (file_name(2), second(bench, 2), True), (file_name(3), 0, True)]
     assert [(found.file, found.offset, found.damage) for found in look(bench)] == places
     with pytest.raises(JournalCorrupt) as caught:
         list(scan(bench.directory, files=bench.disk))
@@ -210,8 +210,8 @@ def headers_of(batch: Batch) -> list[str]:
 
 def test_repair_reports_where_each_damaged_batch_was_and_what_can_still_be_read_of_it(bench: Any) -> None:
     filled(bench, 6, 6)
-    length = span(read_header(bench.content(1), SECTOR).length)
-    begin = [SECTOR + at * length for at in range(6)]
+    length = span(read_header(bench.content(1), SECTOR_BYTES).length)
+    begin = [SECTOR_BYTES + at * length for at in range(6)]
     flip(bench, 1, begin[1] + 120)  # in a body
     flip(bench, 1, begin[2] + 6)  # in the number of the batch
     flip(bench, 1, begin[3] + 31)  # in its length
@@ -227,7 +227,7 @@ def test_repair_reports_where_each_damaged_batch_was_and_what_can_still_be_read_
     assert listed.index("header 5.0") < listed.index("header 2.0")
 
 
-@pytest.mark.parametrize("size", [0, 10, SECTOR, 3 * SECTOR])
+@pytest.mark.parametrize("size", [0, 10, SECTOR_BYTES, 3 * SECTOR_BYTES])
 def test_repair_reports_that_a_whole_segment_was_given_up_with_its_contents(bench: Any, size: int) -> None:
     filled(bench, 2)
     bench.disk.damage(bench.path(1), bytes(size))
@@ -245,7 +245,7 @@ def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: An
     filled(bench, 2)
     begin = second(bench, 1)
     content = bytearray(bench.content(1))
-    content[begin + 2 * SECTOR : len(earlier)] = earlier[begin + 2 * SECTOR :]
+    content[begin + 2 * SECTOR_BYTES : len(earlier)] = earlier[begin + 2 * SECTOR_BYTES :]
     content[begin + 50] ^= 1
     bench.disk.damage(bench.path(1), content)
     report = repair(bench.directory, files=bench.disk, possible_names_in=headers_of)
@@ -260,7 +260,7 @@ def test_whatever_the_damage_is_repair_ends_and_reports_places_within_the_file(b
     for number in (1, 2):
         content = bytearray(bench.content(number))
         for _ in range(chance.randint(1, 4)):
-            at = chance.randrange(SECTOR, 6 * SECTOR)
+            at = chance.randrange(SECTOR_BYTES, 6 * SECTOR_BYTES)
             content[at : at + chance.randint(1, 700)] = chance.randbytes(chance.randint(1, 700))
         bench.disk.damage(bench.path(number), content[: bench.segment_bytes])
     report = repair(bench.directory, files=bench.disk, names_in=headers_of, possible_names_in=headers_of)
@@ -284,7 +284,7 @@ def test_repair_rewrites_a_damaged_header_and_gives_up_nothing_for_it(bench: Any
 def test_repair_mends_several_kinds_of_damage_in_one_go(bench: Any) -> None:
     said = filled(bench, 9, 3)
     flip(bench, 1, 30)
-    flip(bench, 2, SECTOR + 44)
+    flip(bench, 2, SECTOR_BYTES + 44)
     report = repair(bench.directory, files=bench.disk)
     assert (report.file, report.offset, report.batches) == (file_name(1), 0, 5)
     bench.open()
@@ -302,7 +302,7 @@ def test_repair_puts_segments_behind_a_missing_one_aside(bench: Any, lost: int) 
         assert bench.replayed == said[:2]
     elif lost == 3:
         assert (report.file, report.reason) == (file_name(2), "the segment after it is missing")
-        assert (report.offset, report.batches) == (3 * SECTOR, 0)
+        assert (report.offset, report.batches) == (3 * SECTOR_BYTES, 0)
         assert bench.replayed == said[:4]
     else:
         assert report.file == ""  # nothing says that it was ever there
@@ -329,9 +329,9 @@ def test_repair_of_a_journal_that_ends_anywhere_ends_and_leaves_one_that_opens(
     real.fill(journal, 2, first=3)
     journal.close()
     content = real.path(segment).read_bytes()
-    end = SECTOR + 2 * span(read_header(content, SECTOR).length)
+    end = SECTOR_BYTES + 2 * span(read_header(content, SECTOR_BYTES).length)
     header = range(end - 3, end + 60, 3)
-    for cut in [*range(SECTOR, end, 97), *header, end + SECTOR]:
+    for cut in [*range(SECTOR_BYTES, end, 97), *header, end + SECTOR_BYTES]:
         there = tmp_path / str(cut)
         shutil.copytree(real.directory, there)
         os.truncate(there / file_name(segment), cut)
@@ -348,7 +348,7 @@ def test_repair_copies_to_a_directory_of_your_choice(real: Any, tmp_path: Path) 
     real.fill(journal, 1, first=3)
     journal.close()
     data = bytearray(real.path(1).read_bytes())
-    data[SECTOR + 50] ^= 1
+    data[SECTOR_BYTES + 50] ^= 1
     real.path(1).write_bytes(data)
     later = real.path(2).read_bytes()
     report = repair(real.directory, backup_dir=tmp_path / "kept" / "here")
@@ -403,7 +403,7 @@ def test_a_last_segment_without_readable_records_is_refused_and_removed_by_repai
 
 def test_what_was_cut_off_a_last_segment_between_two_batches_is_found_and_mended(bench: Any) -> None:
     said = filled(bench, 4, 4)
-    end = SECTOR + 2 * SECTOR
+    end = SECTOR_BYTES + 2 * SECTOR_BYTES
     bench.disk.damage(bench.path(1), bench.content(1)[:end])
     (finding,) = look(bench)
     assert (finding.file, finding.offset, finding.damage) == (file_name(1), end, False)
@@ -420,8 +420,8 @@ def test_what_was_cut_off_a_last_segment_between_two_batches_is_found_and_mended
 
 def test_a_last_segment_that_lost_only_what_is_behind_its_end_mark_is_whole(bench: Any) -> None:
     said = filled(bench, 4, 4)
-    end = SECTOR + 4 * SECTOR
-    bench.disk.damage(bench.path(1), bench.content(1)[: end + SECTOR])
+    end = SECTOR_BYTES + 4 * SECTOR_BYTES
+    bench.disk.damage(bench.path(1), bench.content(1)[: end + SECTOR_BYTES])
     assert look(bench) == []
     with bench.open() as journal:
         assert bench.warnings == []
@@ -489,17 +489,17 @@ def test_an_unreadable_sector_is_damage_with_a_place_and_repair_reports_what_it_
 ) -> None:
     said = filled(bench)
     content = bench.content(segment)
-    bench.disk.spoil(bench.path(segment), sector * SECTOR)
+    bench.disk.spoil(bench.path(segment), sector * SECTOR_BYTES)
     (finding,) = look(bench)
-    reason = f"the sector at offset {sector * SECTOR} cannot be read"
-    assert (finding.file, finding.offset, finding.damage) == (file_name(segment), sector * SECTOR, True)
+    reason = f"the sector at offset {sector * SECTOR_BYTES} cannot be read"
+    assert (finding.file, finding.offset, finding.damage) == (file_name(segment), sector * SECTOR_BYTES, True)
     assert reason in finding.reason
     with pytest.raises(JournalCorrupt, match=reason) as caught:
         bench.open()
-    assert (caught.value.file, caught.value.offset) == (file_name(segment), sector * SECTOR)
+    assert (caught.value.file, caught.value.offset) == (file_name(segment), sector * SECTOR_BYTES)
     report = repair(bench.directory, files=bench.disk)
-    assert report.unreadable == SECTOR
-    zeros = content[: sector * SECTOR] + bytes(SECTOR) + content[(sector + 1) * SECTOR :]
+    assert report.unreadable == SECTOR_BYTES
+    zeros = content[: sector * SECTOR_BYTES] + bytes(SECTOR_BYTES) + content[(sector + 1) * SECTOR_BYTES :]
     assert {path.name: bench.disk.content(path) for path in report.copies}[file_name(segment)] == zeros
     assert look(bench) == []
     bench.open()
@@ -521,9 +521,9 @@ class WornOut(SimulatedDisk):
 def test_a_sector_that_takes_no_write_either_is_left_behind_by_repair(bench: Any, sector: int) -> None:
     bench.disk = WornOut()
     said = filled(bench)
-    bench.disk.spoil(bench.path(2), sector * SECTOR)
+    bench.disk.spoil(bench.path(2), sector * SECTOR_BYTES)
     report = repair(bench.directory, files=bench.disk)
-    assert (report.file, report.offset, report.unreadable) == (file_name(2), sector * SECTOR, SECTOR)
+    assert (report.file, report.offset, report.unreadable) == (file_name(2), sector * SECTOR_BYTES, SECTOR_BYTES)
     bench.disk.crash()
     assert look(bench) == []
     with bench.open() as journal:

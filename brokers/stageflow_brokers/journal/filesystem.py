@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from stageflow_brokers.journal.format import SECTOR, Buffer
+from stageflow_brokers.journal.format import SECTOR_BYTES, Buffer
 
 __all__ = ["FileSystem", "OsFileSystem", "is_full", "is_unreadable", "read_around", "read_at", "write_at"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN})
-_IOV_MAX = 1024  # the most buffers that Linux accepts in one call
+_MAX_BUFFERS = 1024  # the most buffers that Linux accepts in one call
 
 
 class FileSystem(Protocol):
@@ -184,11 +184,11 @@ def read_around(files: FileSystem, fd: int, size: int, offset: int) -> tuple[byt
     except OSError as error:
         if not is_unreadable(error):
             raise
-    middle = (offset + size // 2) // SECTOR * SECTOR
+    middle = (offset + size // 2) // SECTOR_BYTES * SECTOR_BYTES
     if middle <= offset:
-        middle = (offset // SECTOR + 1) * SECTOR
+        middle = (offset // SECTOR_BYTES + 1) * SECTOR_BYTES
     if middle >= offset + size:
-        return bytes(max(0, min(size, files.size(fd) - offset))), [offset // SECTOR * SECTOR]
+        return bytes(max(0, min(size, files.size(fd) - offset))), [offset // SECTOR_BYTES * SECTOR_BYTES]
     front, bad = read_around(files, fd, middle - offset, offset)
     if len(front) < middle - offset:
         return front, bad
@@ -201,7 +201,7 @@ def write_at(files: FileSystem, fd: int, buffers: Sequence[Buffer], size: int, o
 
     A short write is continued, so that its reason (a full disk, for example) appears as the error of the next call.
     """
-    if len(buffers) <= _IOV_MAX:
+    if len(buffers) <= _MAX_BUFFERS:
         try:
             if files.pwritev(fd, buffers, offset) == size:
                 return
@@ -212,7 +212,7 @@ def write_at(files: FileSystem, fd: int, buffers: Sequence[Buffer], size: int, o
     first = 0
     while first < len(remaining):
         try:
-            written = files.pwritev(fd, remaining[first : first + _IOV_MAX], offset)
+            written = files.pwritev(fd, remaining[first : first + _MAX_BUFFERS], offset)
         except InterruptedError:
             continue
         if written == 0:

@@ -76,14 +76,14 @@ from zlib import crc32
 from stageflow_brokers.errors import PayloadTooLarge
 
 __all__ = [
-    "BATCH_HEADER",
+    "BATCH_HEADER_BYTES",
     "BATCH_MARKER",
     "END_MARKERS",
     "FOLLOWED_MARKER",
-    "MAX_PAYLOAD",
-    "SECTOR",
-    "SUFFIX",
-    "VERSION",
+    "FORMAT_VERSION",
+    "MAX_PAYLOAD_BYTES",
+    "SECTOR_BYTES",
+    "SEGMENT_SUFFIX",
     "Batch",
     "BatchHeader",
     "Buffer",
@@ -94,8 +94,8 @@ __all__ = [
     "encode_payload",
     "encode_segment",
     "file_name",
-    "is_batch",
-    "is_end",
+    "has_batch_checksum",
+    "is_end_mark",
     "parse_records",
     "read_header",
     "read_segment",
@@ -106,11 +106,11 @@ __all__ = [
 Buffer = bytes | memoryview
 
 MAGIC = b"BROKERJ\n"
-VERSION = 1
-SECTOR = 512
-SUFFIX = ".journal"
-BATCH_HEADER = 40
-MAX_PAYLOAD = 0xFFFFFFFF
+FORMAT_VERSION = 1
+SECTOR_BYTES = 512
+SEGMENT_SUFFIX = ".journal"
+BATCH_HEADER_BYTES = 40
+MAX_PAYLOAD_BYTES = 0xFFFFFFFF
 
 # High bytes that neither ASCII nor UTF-8 text contains in this order, so that a search rarely finds them by chance.
 BATCH_MARKER = b"\xd3\xf7\xb1\xff"
@@ -175,30 +175,30 @@ class BatchHeader(NamedTuple):
 
 def file_name(number: int) -> str:
     """Return the name of a segment file; names sort like numbers."""
-    return f"{number:016d}{SUFFIX}"
+    return f"{number:016d}{SEGMENT_SUFFIX}"
 
 
 def span(length: int) -> int:
     """Return the bytes that a batch with a payload of `length` bytes occupies, with padding."""
-    return -(-(BATCH_HEADER + length) // SECTOR) * SECTOR
+    return -(-(BATCH_HEADER_BYTES + length) // SECTOR_BYTES) * SECTOR_BYTES
 
 
 def encode_segment(header: SegmentHeader) -> bytes:
     """Return the bytes of sector 0."""
-    fields = _SEGMENT.pack(MAGIC, VERSION, header.number, header.salt, header.first, header.size)
-    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
+    fields = _SEGMENT.pack(MAGIC, FORMAT_VERSION, header.number, header.salt, header.first, header.size)
+    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR_BYTES, b"\0")
 
 
 def read_segment(sector: bytes) -> SegmentHeader | int | str:
     """Return the header, the version if it is a newer one, or a description of the damage."""
-    if len(sector) < SECTOR:
+    if len(sector) < SECTOR_BYTES:
         return "the file ends inside the segment header"
     magic, version, number, salt, first, size = _SEGMENT.unpack_from(sector)
     if magic != MAGIC:
         return "the file does not begin with the magic of a segment"
     crc = _U32.unpack_from(sector, _SEGMENT.size)[0]
-    if version > VERSION:
-        if crc == crc32(sector[12 : _SEGMENT.size], crc32(sector[:8] + _U32.pack(VERSION))):
+    if version > FORMAT_VERSION:
+        if crc == crc32(sector[12 : _SEGMENT.size], crc32(sector[:8] + _U32.pack(FORMAT_VERSION))):
             return "the format version in the segment header is damaged"
         return int(version)  # before the CRC, which a newer format may have elsewhere
     if crc != crc32(sector[: _SEGMENT.size]):
@@ -223,12 +223,12 @@ def encode_payload(records: Sequence[Record], offset: int) -> tuple[list[Buffer]
         add_offset(offset)
         offset += blob_length
     length = offset - start
-    if length > MAX_PAYLOAD:
+    if length > MAX_PAYLOAD_BYTES:
         raise PayloadTooLarge(
-            f"one commit holds at most {MAX_PAYLOAD} bytes, but these {len(records)} records have {length}: "
+            f"one commit holds at most {MAX_PAYLOAD_BYTES} bytes, but these {len(records)} records have {length}: "
             "commit them in several batches",
             size=length,
-            limit=MAX_PAYLOAD,
+            limit=MAX_PAYLOAD_BYTES,
         )
     return pieces, length, offsets
 
@@ -245,7 +245,7 @@ def encode_header(number: int, salt: int, wall: float, payload: Iterable[Buffer]
 def encode_end(number: int, salt: int, *, followed: bool = False) -> bytes:
     """Return the end mark after batch `number`; `followed` adds that a next segment exists."""
     fields = _BATCH.pack(FOLLOWED_MARKER if followed else END_MARKER, number, salt, 0.0, 0, 0)
-    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR, b"\0")
+    return (fields + _U32.pack(crc32(fields))).ljust(SECTOR_BYTES, b"\0")
 
 
 def read_header(buffer: Buffer, at: int = 0) -> BatchHeader:
@@ -253,13 +253,13 @@ def read_header(buffer: Buffer, at: int = 0) -> BatchHeader:
     return BatchHeader(*_BATCH.unpack_from(buffer, at), *_U32.unpack_from(buffer, at + _BATCH.size))
 
 
-def is_batch(header: BatchHeader, buffer: memoryview) -> bool:
+def has_batch_checksum(header: BatchHeader, buffer: memoryview) -> bool:
     """True if the checksum of `buffer`, header and payload, matches."""
     head = _BATCH.size
-    return header.crc == crc32(buffer[BATCH_HEADER:], crc32(buffer[:head]))
+    return header.crc == crc32(buffer[BATCH_HEADER_BYTES:], crc32(buffer[:head]))
 
 
-def is_end(header: BatchHeader, number: int, salt: int) -> bool:
+def is_end_mark(header: BatchHeader, number: int, salt: int) -> bool:
     """True if this is the end mark, of either kind, after batch `number`."""
     if header.marker not in END_MARKERS or header.number != number or header.salt != salt:
         return False

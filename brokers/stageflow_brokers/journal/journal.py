@@ -19,8 +19,8 @@ from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFailed
 from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.journal.filesystem import FileSystem, OsFileSystem, is_full, read_at, write_at
 from stageflow_brokers.journal.format import (
-    BATCH_HEADER,
-    SECTOR,
+    BATCH_HEADER_BYTES,
+    SECTOR_BYTES,
     Batch,
     Record,
     encode_end,
@@ -39,7 +39,7 @@ __all__ = ["BatchLocation", "Durability", "FreeSpace", "Journal", "SegmentInfo"]
 Durability = Literal["fsync", "write"]
 
 _LOG = logging.getLogger(__name__)
-_ZEROS = bytes(SECTOR)
+_ZEROS = bytes(SECTOR_BYTES)
 _SCATTER_BYTES = 256 << 10  # from this size, copying the pieces into one buffer costs more than passing each piece
 _SCATTER_PIECE_BYTES = 2048  # the average size of a piece from which that is true
 _MAX_READERS = 64  # sealed segments that stay open for reading
@@ -138,8 +138,8 @@ class Journal:
             JournalFailed: The disk failed.
             JournalError: The directory cannot be used.
         """
-        if segment_bytes < 4 * SECTOR:
-            raise ValueError(f"segment_bytes is {segment_bytes}: give at least {4 * SECTOR}")
+        if segment_bytes < 4 * SECTOR_BYTES:
+            raise ValueError(f"segment_bytes is {segment_bytes}: give at least {4 * SECTOR_BYTES}")
         files = files if files is not None else OsFileSystem()
         try:
             files.mkdir(directory)
@@ -165,7 +165,7 @@ class Journal:
     def _start(self, replay: Callable[[Batch], None], warn: Callable[[str], None]) -> None:
         found = recover(self._files, self.directory, self._allocator, replay, warn)
         if not found:
-            self._begin(number=1, needed=2 * SECTOR)
+            self._begin(number=1, needed=2 * SECTOR_BYTES)
         else:
             for each in found[:-1]:
                 self._seal(SegmentInfo(each.header.number, each.header.first, each.end, each.size, sealed=True))
@@ -193,9 +193,9 @@ class Journal:
                 raise
             self._capacity = self._end  # write nothing here without reserved blocks; the next commit uses the spare
             return
-        self._capacity = max(size, self._files.size(self._fd) // SECTOR * SECTOR)
-        if not marked and self._end + SECTOR <= self._capacity:
-            write_at(self._files, self._fd, [encode_end(self._next - 1, self._salt)], SECTOR, self._end)
+        self._capacity = max(size, self._files.size(self._fd) // SECTOR_BYTES * SECTOR_BYTES)
+        if not marked and self._end + SECTOR_BYTES <= self._capacity:
+            write_at(self._files, self._fd, [encode_end(self._next - 1, self._salt)], SECTOR_BYTES, self._end)
         self._files.fsync(self._fd)
 
     def commit(self, records: Sequence[Record], wall: float) -> BatchLocation:
@@ -208,20 +208,20 @@ class Journal:
             self._raise_refusal()
         if not records:
             raise ValueError("cannot commit a batch without records")
-        pieces, length, offsets = encode_payload(records, self._end + BATCH_HEADER)
+        pieces, length, offsets = encode_payload(records, self._end + BATCH_HEADER_BYTES)
         total = span(length)
-        if self._end + total + SECTOR > self._capacity:
+        if self._end + total + SECTOR_BYTES > self._capacity:
             before = self._end
-            self._rotate(total + SECTOR)
+            self._rotate(total + SECTOR_BYTES)
             moved = self._end - before
             offsets = [offset + moved for offset in offsets]
         number, salt, end = self._next, self._salt, self._end
         if length < _SCATTER_BYTES or length < _SCATTER_PIECE_BYTES * len(pieces):
             pieces = [b"".join(pieces)]
         header = encode_header(number, salt, wall, pieces, length, len(records))
-        padding = _ZEROS[: total - BATCH_HEADER - length] + encode_end(number, salt)
+        padding = _ZEROS[: total - BATCH_HEADER_BYTES - length] + encode_end(number, salt)
         try:
-            write_at(self._files, self._fd, [header, *pieces, padding], total + SECTOR, end)
+            write_at(self._files, self._fd, [header, *pieces, padding], total + SECTOR_BYTES, end)
             failpoint("journal.written")
             if self._sync:
                 self._files.fdatasync(self._fd)
@@ -245,7 +245,7 @@ class Journal:
             end = self._checked_batches.get((segment, batch))
             if end is None:
                 end = self._verify(fd, segment, batch)
-            if not batch + BATCH_HEADER <= offset <= offset + size <= end:
+            if not batch + BATCH_HEADER_BYTES <= offset <= offset + size <= end:
                 raise JournalError(
                     f"the batch at offset {batch} of {file_name(segment)} ends at {end}: it does not hold {size} bytes "
                     f"at {offset}"
@@ -279,7 +279,7 @@ class Journal:
     def free_space(self) -> FreeSpace:
         """The bytes that can be written before the journal needs another segment from the disk."""
         allocator = self._allocator
-        open_bytes = max(0, self._capacity - SECTOR - self._end)
+        open_bytes = max(0, self._capacity - SECTOR_BYTES - self._end)
         return FreeSpace(allocator.spare_bytes > 0, allocator.is_low, open_bytes, allocator.spare_bytes)
 
     @property
@@ -304,7 +304,7 @@ class Journal:
         """Close the open segment and begin the next one. Raises JournalFull, with nothing changed."""
         if self._refusal:
             self._raise_refusal()
-        self._rotate(2 * SECTOR)
+        self._rotate(2 * SECTOR_BYTES)
 
     def drop_oldest(self) -> None:
         """Release the oldest sealed segment. Commit its live records again before.
@@ -348,7 +348,7 @@ class Journal:
         self._fd, header = self._allocator.create(number, self._next, needed, self._in_use)
         self._segment, self._salt, self._first, self._capacity = header
         self._salts[number] = self._salt
-        self._end = SECTOR
+        self._end = SECTOR_BYTES
 
     def _rotate(self, needed: int) -> None:
         """Continue in a new segment with space for `needed` bytes, including the end mark."""
@@ -375,8 +375,8 @@ class Journal:
         It is synced with every durability: without the mark, the loss of the newest segment would look like a clean
         end. A segment without space for an end mark gets none; the name of its successor has to suffice.
         """
-        if end + SECTOR <= size:
-            write_at(self._files, fd, [encode_end(last, salt, followed=True)], SECTOR, end)
+        if end + SECTOR_BYTES <= size:
+            write_at(self._files, fd, [encode_end(last, salt, followed=True)], SECTOR_BYTES, end)
             self._files.fdatasync(fd)
 
     @property

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from stageflow_brokers.errors import JournalCorrupt, JournalFull
 from stageflow_brokers.journal.filesystem import FileSystem, is_full, read_around, write_at
-from stageflow_brokers.journal.format import SECTOR, Batch, encode_end, file_name
+from stageflow_brokers.journal.format import SECTOR_BYTES, Batch, encode_end, file_name
 from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
-from stageflow_brokers.journal.segment_allocator import TEMPORARY, SegmentAllocator
+from stageflow_brokers.journal.segment_allocator import TEMPORARY_SUFFIX, SegmentAllocator
 
 __all__ = ["clear_end", "copy_aside", "corrupt_error", "recover", "remove_leftovers", "unused_path"]
 
@@ -65,7 +65,7 @@ def corrupt_error(damage: Damage, directory: Path) -> JournalCorrupt:
 def remove_leftovers(files: FileSystem, directory: Path) -> None:
     """Remove the unfinished files of an earlier process. Call it only under the lock."""
     for name in files.listdir(directory):
-        if name.endswith(TEMPORARY):
+        if name.endswith(TEMPORARY_SUFFIX):
             files.unlink(directory / name)
 
 
@@ -133,7 +133,7 @@ def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, tar
     Unreadable sectors are zeros in the copy; the number of these bytes is returned. Raises JournalFull, and leaves no
     file then.
     """
-    temporary = target.with_name(target.name + TEMPORARY)
+    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
     reading = files.open(source, write=False)
     syncing = False
     zeros = 0
@@ -148,7 +148,7 @@ def copy_aside(files: FileSystem, source: Path, start: int, end: int | None, tar
                     break
                 write_at(files, writing, [chunk], len(chunk), at - start)
                 at += len(chunk)
-                zeros += len(bad) * SECTOR
+                zeros += len(bad) * SECTOR_BYTES
             syncing = True
             files.fsync(writing)
         finally:

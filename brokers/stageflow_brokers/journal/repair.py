@@ -18,7 +18,7 @@ from stageflow_brokers.journal.lock import DirectoryLock
 from stageflow_brokers.journal.recovery import clear_end, copy_aside, remove_leftovers, unused_path
 from stageflow_brokers.journal.salvage import LostData, salvage
 from stageflow_brokers.journal.scanner import Damage, JournalScanner, ScannedSegment, segment_numbers
-from stageflow_brokers.journal.segment_allocator import TEMPORARY
+from stageflow_brokers.journal.segment_allocator import TEMPORARY_SUFFIX
 from stageflow_brokers.journal.verify import require_journal
 
 __all__ = ["LOST_NAMES_PATTERN", "RepairReport", "repair"]
@@ -201,7 +201,7 @@ class _Repair:
     def _write_list(self) -> None:
         """Write the list of the discarded data and sync it, before anything is cut."""
         list_file = unused_path(self._files, self._backup, *LOST_NAMES_PATTERN.split("*"))
-        temporary = list_file.with_name(list_file.name + TEMPORARY)
+        temporary = list_file.with_name(list_file.name + TEMPORARY_SUFFIX)
         lines = [f"# {each.describe()}" for each in self._lost]
         lines += self._names
         if possible := self._only_possible():

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from stageflow_brokers.journal.filesystem import FileSystem, read_around
 from stageflow_brokers.journal.format import (
-    BATCH_HEADER,
+    BATCH_HEADER_BYTES,
     BATCH_MARKER,
     END_MARKERS,
-    SECTOR,
+    SECTOR_BYTES,
     Batch,
     BatchHeader,
-    is_batch,
-    is_end,
+    has_batch_checksum,
+    is_end_mark,
     read_header,
     readable_records,
     span,
@@ -66,7 +66,7 @@ def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tupl
     if damage.file not in files.listdir(directory):
         yield first._replace(whole_file=False), None
         return
-    start = damage.offset or SECTOR
+    start = damage.offset or SECTOR_BYTES
     fd = files.open(directory / damage.file, write=False)
     try:
         size = files.size(fd)
@@ -91,7 +91,7 @@ def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tupl
         elif not length:
             yield lost, None
             continue
-        payload = data[at + BATCH_HEADER : at + length]
+        payload = data[at + BATCH_HEADER_BYTES : at + length]
         records = readable_records(payload, count)
         number, wall = (damage.number, 0.0) if header is None else (header.number, header.wall)
         yield lost, Batch(number, damage.segment, wall, records, [], lost.offset)
@@ -104,7 +104,7 @@ def _pieces(data: memoryview, damage: Damage) -> Iterator[tuple[int, int, BatchH
     """
     at, begun = 0, -1
     while at < len(data):
-        header = read_header(data, at) if at + BATCH_HEADER <= len(data) else None
+        header = read_header(data, at) if at + BATCH_HEADER_BYTES <= len(data) else None
         if header is not None and _is_end(header, damage):
             if not at and not damage.until:
                 break
@@ -119,29 +119,29 @@ def _pieces(data: memoryview, damage: Damage) -> Iterator[tuple[int, int, BatchH
             if begun >= 0:
                 yield begun, at - begun, None
                 begun = -1
-            length = BATCH_HEADER + header.length
+            length = BATCH_HEADER_BYTES + header.length
             yield at, length, header
             at += span(header.length)
             continue
-        elif begun < 0 and (not at or data[at : at + SECTOR].tobytes().strip(b"\0")):
+        elif begun < 0 and (not at or data[at : at + SECTOR_BYTES].tobytes().strip(b"\0")):
             begun = at
-        at += SECTOR
+        at += SECTOR_BYTES
     if begun >= 0 or not at:
         rest = data[max(begun, 0) :]
         yield max(begun, 0), len(rest) if damage.until else len(rest.tobytes().rstrip(b"\0")) if at else 0, None
 
 
 def _is_end(header: BatchHeader, damage: Damage) -> bool:
-    return header.marker in END_MARKERS and is_end(header, header.number, damage.salt or header.salt)
+    return header.marker in END_MARKERS and is_end_mark(header, header.number, damage.salt or header.salt)
 
 
 def _is_plausible(header: BatchHeader, data: memoryview, damage: Damage, *, first: bool) -> bool:
     """True if a batch that was lost here may have had this header."""
-    length = BATCH_HEADER + header.length
+    length = BATCH_HEADER_BYTES + header.length
     if length > len(data) or not header.records or header.number < damage.number:
         return False
     # The first batch is known to have been here, so one of the two fields may be damaged.
     signs = (header.marker == BATCH_MARKER, damage.salt in (0, header.salt))
     if not all(signs) and not (first and any(signs) and header.number == damage.number):
         return False
-    return damage.offset == 0 or not is_batch(header, data[:length])
+    return damage.offset == 0 or not has_batch_checksum(header, data[:length])

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stageflow_brokers.journal.filesystem import FileSystem
-from stageflow_brokers.journal.format import BATCH_HEADER, SECTOR, SUFFIX, Batch, SegmentHeader, file_name
+from stageflow_brokers.journal.format import (
+    BATCH_HEADER_BYTES,
+    SECTOR_BYTES,
+    SEGMENT_SUFFIX,
+    Batch,
+    SegmentHeader,
+    file_name,
+)
 from stageflow_brokers.journal.segment_reader import BrokenBatch, NextBatch, SegmentEnd, SegmentReader
 
 __all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
@@ -56,7 +63,7 @@ class ScannedSegment(NamedTuple):
 
 def segment_numbers(files: FileSystem, directory: Path) -> list[int]:
     """Return the numbers of all segments in the directory, in order."""
-    names = (name.removesuffix(SUFFIX) for name in files.listdir(directory) if name.endswith(SUFFIX))
+    names = (name.removesuffix(SEGMENT_SUFFIX) for name in files.listdir(directory) if name.endswith(SEGMENT_SUFFIX))
     return sorted(int(name) for name in names if len(name) == 16 and name.isascii() and name.isdigit())
 
 
@@ -113,7 +120,7 @@ class JournalScanner:
         self, reader: SegmentReader, header: SegmentHeader
     ) -> Generator[Batch | Damage, None, tuple[ScannedSegment, SegmentEnd | BrokenBatch] | None]:
         """Yield the batches of one segment; return its end, or None if the segment was released at the same time."""
-        offset, number, salt = SECTOR, header.first, header.salt
+        offset, number, salt = SECTOR_BYTES, header.first, header.salt
         growing = False
         while True:
             next_batch: NextBatch | None = None
@@ -195,7 +202,7 @@ class JournalScanner:
         number = previous.following if previous else 0
         guess = reader.rebuild_header()
         if guess is None:
-            whole, _ = reader.find_next_batch(SECTOR, number, None)
+            whole, _ = reader.find_next_batch(SECTOR_BYTES, number, None)
             if whole is not None:
                 guess = SegmentHeader(reader.number, whole.salt, number or whole.number, reader.size)
         return Damage(reader.number, 0, number, broken.reason, fatal=True, rebuilt=guess)
@@ -217,5 +224,5 @@ class JournalScanner:
 
 def _offset_after(batch: Batch, offset: int) -> int:
     """Return where the next batch begins. O(1), because a large journal has hundreds of thousands of batches."""
-    end = batch.blob_offsets[-1] + len(batch.records[-1].blob) if batch.records else offset + BATCH_HEADER
-    return -(-end // SECTOR) * SECTOR
+    end = batch.blob_offsets[-1] + len(batch.records[-1].blob) if batch.records else offset + BATCH_HEADER_BYTES
+    return -(-end // SECTOR_BYTES) * SECTOR_BYTES

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from stageflow_brokers.errors import JournalFull
 from stageflow_brokers.journal.filesystem import FileSystem, is_full, write_at
-from stageflow_brokers.journal.format import SECTOR, SegmentHeader, encode_end, encode_segment, file_name
+from stageflow_brokers.journal.format import SECTOR_BYTES, SegmentHeader, encode_end, encode_segment, file_name
 
-__all__ = ["MIN_SEGMENT_BYTES", "SPARE", "TEMPORARY", "SegmentAllocator"]
+__all__ = ["MIN_SEGMENT_BYTES", "SPARE_NAME", "TEMPORARY_SUFFIX", "SegmentAllocator"]
 
-SPARE = "spare"
-TEMPORARY = ".tmp"
+SPARE_NAME = "spare"
+TEMPORARY_SUFFIX = ".tmp"
 
 MIN_SEGMENT_BYTES = 4 << 20
 """Size of the first segment. Sizes double with the bytes in use, so that small journals stay small."""
@@ -31,11 +31,11 @@ class SegmentAllocator:
         self.spare_bytes = 0
         self._files = files
         self._directory = directory
-        self._segment_bytes = -(-segment_bytes // SECTOR) * SECTOR
-        self._spare = directory / SPARE
-        if SPARE in files.listdir(directory):
+        self._segment_bytes = -(-segment_bytes // SECTOR_BYTES) * SECTOR_BYTES
+        self._spare = directory / SPARE_NAME
+        if SPARE_NAME in files.listdir(directory):
             fd = files.open(self._spare)
-            self.spare_bytes = files.size(fd) // SECTOR * SECTOR
+            self.spare_bytes = files.size(fd) // SECTOR_BYTES * SECTOR_BYTES
             files.close(fd)
 
     def next_size(self, in_use: int) -> int:
@@ -50,7 +50,7 @@ class SegmentAllocator:
         of the free space is left to other users of the disk, such as the history, unless work in hand or a small disk
         requires more. Every error except a full disk is raised.
         """
-        at_least = -(-at_least // SECTOR) * SECTOR
+        at_least = -(-at_least // SECTOR_BYTES) * SECTOR_BYTES
         size = max(self.next_size(in_use), at_least)
         while self.spare_bytes < size:
             if self._has_space(
@@ -85,7 +85,7 @@ class SegmentAllocator:
             self.spare_bytes = size
             return True
         try:
-            temporary, fd = self._allocate(SPARE, size)
+            temporary, fd = self._allocate(SPARE_NAME, size)
         except JournalFull:
             return False
         try:
@@ -109,7 +109,7 @@ class SegmentAllocator:
             in_use: Bytes in use in the earlier segments.
         """
         files = self._files
-        at_least = SECTOR + -(-needed // SECTOR) * SECTOR
+        at_least = SECTOR_BYTES + -(-needed // SECTOR_BYTES) * SECTOR_BYTES
         if self.spare_bytes >= at_least:
             source, size = self._spare, self.spare_bytes
             fd = files.open(source)
@@ -120,7 +120,7 @@ class SegmentAllocator:
             source, fd, size = self._allocate_largest(file_name(number), size, at_least if number > 1 else size)
         try:
             header = SegmentHeader(number, files.random(), first, size)
-            write_at(files, fd, [encode_segment(header), encode_end(first - 1, header.salt)], 2 * SECTOR, 0)
+            write_at(files, fd, [encode_segment(header), encode_end(first - 1, header.salt)], 2 * SECTOR_BYTES, 0)
             files.fsync(fd)
             files.rename(source, self._directory / file_name(number))
             files.fsync_dir(self._directory)
@@ -132,7 +132,7 @@ class SegmentAllocator:
     def release(self, number: int, size: int) -> None:
         """Release segment `number`, which becomes the spare. Its name is durably gone before its bytes are reused."""
         path = self._directory / file_name(number)
-        size = size // SECTOR * SECTOR
+        size = size // SECTOR_BYTES * SECTOR_BYTES
         if self.spare_bytes <= size <= self._segment_bytes:
             self._files.rename(path, self._spare)
             self.spare_bytes = size
@@ -159,11 +159,11 @@ class SegmentAllocator:
                 first_error = first_error or error
                 if size <= at_least:
                     raise first_error from error.__cause__
-                size = max(size // 2 // SECTOR * SECTOR, at_least)
+                size = max(size // 2 // SECTOR_BYTES * SECTOR_BYTES, at_least)
 
     def _allocate(self, name: str, size: int) -> tuple[Path, int]:
         """Create a file with blocks for `size` bytes, without a sync. Raises JournalFull, and leaves no file then."""
-        path = self._directory / (name + TEMPORARY)
+        path = self._directory / (name + TEMPORARY_SUFFIX)
         fd = -1
         try:
             fd = self._files.open(path, create=True)

@@ -12,18 +12,18 @@ from zlib import crc32
 from stageflow_brokers.errors import JournalVersion
 from stageflow_brokers.journal.filesystem import FileSystem, read_around, read_at
 from stageflow_brokers.journal.format import (
-    BATCH_HEADER,
+    BATCH_HEADER_BYTES,
     BATCH_MARKER,
     END_MARKERS,
     FOLLOWED_MARKER,
-    SECTOR,
-    VERSION,
+    FORMAT_VERSION,
+    SECTOR_BYTES,
     Batch,
     BatchHeader,
     SegmentHeader,
     file_name,
-    is_batch,
-    is_end,
+    has_batch_checksum,
+    is_end_mark,
     parse_records,
     read_header,
     read_segment,
@@ -96,16 +96,16 @@ class SegmentReader:
         self._files.close(self._fd)
 
     def _read_header(self) -> SegmentHeader | BrokenBatch:
-        header = read_segment(self._read(SECTOR, 0))
-        if broken := self._unreadable(0, SECTOR):
+        header = read_segment(self._read(SECTOR_BYTES, 0))
+        if broken := self._unreadable(0, SECTOR_BYTES):
             return broken
         if isinstance(header, int):
             raise JournalVersion(
-                f"{self.name} has format version {header}, this program reads versions up to {VERSION}: "
+                f"{self.name} has format version {header}, this program reads versions up to {FORMAT_VERSION}: "
                 "use the program that wrote it, or a newer one",
                 file=self.name,
                 found=header,
-                supported=VERSION,
+                supported=FORMAT_VERSION,
             )
         if isinstance(header, str):
             return BrokenBatch(header)
@@ -118,12 +118,12 @@ class SegmentReader:
         remaining = self.size - offset
         if remaining <= 0 and offset >= segment.size:
             return SegmentEnd(marked=False)
-        if remaining < BATCH_HEADER:
+        if remaining < BATCH_HEADER_BYTES:
             return self._short(number, segment)
-        header = read_header(self._view(offset, BATCH_HEADER))
-        if broken := self._unreadable(offset, offset + BATCH_HEADER):
+        header = read_header(self._view(offset, BATCH_HEADER_BYTES))
+        if broken := self._unreadable(offset, offset + BATCH_HEADER_BYTES):
             return broken
-        if is_end(header, number - 1, segment.salt):
+        if is_end_mark(header, number - 1, segment.salt):
             return SegmentEnd(marked=True, followed=header.marker == FOLLOWED_MARKER)
         if header.marker != BATCH_MARKER:
             return BrokenBatch("there is neither a batch nor an end mark")
@@ -131,7 +131,7 @@ class SegmentReader:
             return BrokenBatch("the batch here is from an earlier use of the file")
         if header.number != number:
             return BrokenBatch(f"batch {header.number} is here instead of batch {number}")
-        if BATCH_HEADER + header.length > remaining:
+        if BATCH_HEADER_BYTES + header.length > remaining:
             if self.size < segment.size:
                 return self._short(number, segment)
             return BrokenBatch(f"the length of batch {number} extends past the end of the file", self.size)
@@ -145,14 +145,14 @@ class SegmentReader:
 
     def _parse_batch(self, offset: int, header: BatchHeader) -> Batch | BrokenBatch:
         """Read the batch whose header is at `offset` and fits into the file."""
-        view = self._view(offset, BATCH_HEADER + header.length)
+        view = self._view(offset, BATCH_HEADER_BYTES + header.length)
         torn = offset + len(view)
         if broken := self._unreadable(offset, torn):
             return broken
-        if not is_batch(header, view):
+        if not has_batch_checksum(header, view):
             return BrokenBatch(f"the checksum of batch {header.number} does not match", torn)
         try:
-            records, offsets = parse_records(view[BATCH_HEADER:], header.records, offset + BATCH_HEADER)
+            records, offsets = parse_records(view[BATCH_HEADER_BYTES:], header.records, offset + BATCH_HEADER_BYTES)
         except ValueError as error:
             return BrokenBatch(f"the records of batch {header.number} cannot be decoded: {error}", torn)
         return Batch(header.number, self.number, header.wall, records, offsets, offset)
@@ -169,30 +169,30 @@ class SegmentReader:
             chunk = self._read(WINDOW_BYTES, offset)
             if not chunk:
                 break
-            for at in range(0, len(chunk), SECTOR):
+            for at in range(0, len(chunk), SECTOR_BYTES):
                 marker = chunk[at : at + 4]
                 if marker == BATCH_MARKER:
                     if found := self._parse_later_batch(offset + at, number, salt):
                         return found, mark
-                elif marker in END_MARKERS and len(chunk) - at >= BATCH_HEADER and salt is not None:
+                elif marker in END_MARKERS and len(chunk) - at >= BATCH_HEADER_BYTES and salt is not None:
                     end = read_header(chunk, at)
-                    if end.number < number or not is_end(end, end.number, salt):
+                    if end.number < number or not is_end_mark(end, end.number, salt):
                         continue
                     if end.number > number or marker == FOLLOWED_MARKER:
                         return NextBatch(offset + at, end.number + 1, salt), mark
-                    mark = offset + at + BATCH_HEADER
+                    mark = offset + at + BATCH_HEADER_BYTES
             offset += len(chunk)
         return None, mark
 
     def _parse_later_batch(self, offset: int, number: int, salt: int | None) -> NextBatch | None:
         remaining = self.size - offset
-        if remaining < BATCH_HEADER:
+        if remaining < BATCH_HEADER_BYTES:
             return None
-        header = read_header(self._view(offset, BATCH_HEADER))
+        header = read_header(self._view(offset, BATCH_HEADER_BYTES))
         if (
             header.number < number
             or (salt is not None and header.salt != salt)
-            or BATCH_HEADER + header.length > remaining
+            or BATCH_HEADER_BYTES + header.length > remaining
         ):
             return None
         if isinstance(self._parse_batch(offset, header), BrokenBatch):
@@ -201,12 +201,12 @@ class SegmentReader:
 
     def rebuild_header(self) -> SegmentHeader | None:
         """Return the content of a damaged header, derived from the batch or end mark after it; None if unknown."""
-        if self.size < SECTOR + BATCH_HEADER:
+        if self.size < SECTOR_BYTES + BATCH_HEADER_BYTES:
             return None
-        header = read_header(self._view(SECTOR, BATCH_HEADER))
-        if is_end(header, header.number, header.salt):
+        header = read_header(self._view(SECTOR_BYTES, BATCH_HEADER_BYTES))
+        if is_end_mark(header, header.number, header.salt):
             return SegmentHeader(self.number, header.salt, header.number + 1, self.size)
-        if header.marker == BATCH_MARKER and self._parse_later_batch(SECTOR, header.number, header.salt):
+        if header.marker == BATCH_MARKER and self._parse_later_batch(SECTOR_BYTES, header.number, header.salt):
             return SegmentHeader(self.number, header.salt, header.number, self.size)
         return None
 
@@ -245,7 +245,7 @@ class SegmentReader:
         """Return the damage if the disk could not read all of these bytes, otherwise None."""
         if not self._bad:
             return None
-        bad = min((sector for sector in self._bad if start < sector + SECTOR and sector < end), default=None)
+        bad = min((sector for sector in self._bad if start < sector + SECTOR_BYTES and sector < end), default=None)
         return None if bad is None else BrokenBatch(f"the sector at offset {bad} cannot be read", end, unreadable=True)
 
 
@@ -254,13 +254,13 @@ def check_batch(files: FileSystem, fd: int, offset: int, salt: int) -> tuple[int
 
     Raises the OSError of a read.
     """
-    head = read_at(files, fd, BATCH_HEADER, offset)
-    if len(head) < BATCH_HEADER:
+    head = read_at(files, fd, BATCH_HEADER_BYTES, offset)
+    if len(head) < BATCH_HEADER_BYTES:
         return offset, "the file ends inside a batch header"
     header = read_header(head)
     if header.marker != BATCH_MARKER or header.salt != salt:
         return offset, "there is no batch of this segment"
-    at, end = offset + BATCH_HEADER, offset + BATCH_HEADER + header.length
+    at, end = offset + BATCH_HEADER_BYTES, offset + BATCH_HEADER_BYTES + header.length
     crc = crc32(head[:-4])
     while at < end and (piece := read_at(files, fd, min(_PIECE_BYTES, end - at), at)):
         crc = crc32(piece, crc)

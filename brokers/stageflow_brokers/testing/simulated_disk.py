@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stageflow_brokers.journal.format import SECTOR, Buffer
+from stageflow_brokers.journal.format import SECTOR_BYTES, Buffer
 
 __all__ = ["Call", "Crash", "SimulatedDisk"]
 
@@ -118,7 +118,7 @@ class SimulatedDisk:
         """
         inodes = list(dict.fromkeys([*self._durable_names.values(), *self._names.values()]))
         steps = [step for inode in inodes for step in inode.dirty]
-        fates = [4 if not isinstance(step, int) and len(step[1]) > SECTOR else 2 for step in steps]
+        fates = [4 if not isinstance(step, int) and len(step[1]) > SECTOR_BYTES else 2 for step in steps]
         fates += [2] * len(self._changes)
         combinations = 1
         for count in fates:
@@ -151,7 +151,7 @@ class SimulatedDisk:
                     _apply(durable, step)
                 elif fate in (FRONT, BACK) and not isinstance(step, int):
                     offset, piece = step
-                    half = len(piece) // SECTOR // 2 * SECTOR or SECTOR
+                    half = len(piece) // SECTOR_BYTES // 2 * SECTOR_BYTES or SECTOR_BYTES
                     _put(durable, *((offset, piece[:half]) if fate == FRONT else (offset + half, piece[half:])))
             copies[inode] = _Inode(bytearray(durable), durable)
         names = dict(self._durable_names)
@@ -176,7 +176,7 @@ class SimulatedDisk:
 
     def spoil(self, path: Path, offset: int) -> None:
         """Make the sector at `offset` unreadable until it is written again."""
-        self._names[path].bad.add(offset // SECTOR * SECTOR)
+        self._names[path].bad.add(offset // SECTOR_BYTES * SECTOR_BYTES)
 
     def heal(self) -> None:
         """Make every sector readable again, with its content."""
@@ -216,7 +216,7 @@ class SimulatedDisk:
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         inode, path, _ = self._open[fd]
         self.on_read(path, offset)
-        if inode.bad and any(sector < offset + size and offset < sector + SECTOR for sector in inode.bad):
+        if inode.bad and any(sector < offset + size and offset < sector + SECTOR_BYTES for sector in inode.bad):
             raise OSError(errno.EIO, "unreadable sector")
         return bytes(inode.content[offset : offset + size])
 
@@ -339,7 +339,7 @@ def _tear(data: bytearray, write: Write, chance: random.Random) -> None:
     offset, piece = write
     at = 0
     while at < len(piece):
-        sector = piece[at : at + SECTOR - (offset + at) % SECTOR]
+        sector = piece[at : at + SECTOR_BYTES - (offset + at) % SECTOR_BYTES]
         fate = chance.random()
         if fate < 0.45:
             _put(data, offset + at, sector)
