@@ -135,7 +135,7 @@ def test_repair_reports_that_the_only_segment_is_given_up_and_what_to_do_next(
     os.truncate(segment_of(data), size)
     shutil.copytree(data, data.with_name("other"))
     code, out, err = stageflow("journal", "repair", "--data", data, "--yes")
-    assert f"0000000000000001.journal: all of it, {size} bytes as it is now" in out
+    assert f"0000000000000001.journal: the whole file, {size} bytes" in out
     assert "cannot be determined" in out
     assert (code, err, out.splitlines()[-1].split(":")[0]) == (
         0,

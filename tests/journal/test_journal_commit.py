@@ -8,7 +8,7 @@ import pytest
 
 from stageflow_brokers.errors import JournalCorrupt, JournalError, JournalFull, JournalLocked
 from stageflow_brokers.journal import journal as journal_module
-from stageflow_brokers.journal import segment_allocator as supply_module
+from stageflow_brokers.journal import segment_allocator as allocator_module
 from stageflow_brokers.journal.format import SECTOR_BYTES, Batch, Record, encode_end, encode_header
 from stageflow_brokers.journal.journal import BatchLocation, Journal
 from stageflow_brokers.journal.segment_allocator import SegmentAllocator
@@ -256,7 +256,7 @@ def test_a_small_journal_that_is_compacted_again_and_again_stays_small(bench: An
 
 
 def test_a_journal_that_is_filled_has_larger_and_larger_segments(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supply_module, "MIN_SEGMENT_BYTES", 64 << 10)
+    monkeypatch.setattr(allocator_module, "MIN_SEGMENT_BYTES", 64 << 10)
     journal = bench.open(segment_bytes=512 << 10)
     bench.fill(journal, 600, size=1000)
     sizes = [info.size >> 10 for info in journal.segments()]

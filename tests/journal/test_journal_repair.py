@@ -235,7 +235,7 @@ def test_repair_reports_that_a_whole_segment_was_given_up_with_its_contents(benc
     (lost,) = report.lost
     assert lost == LostData(file_name(1), 0, size, None, report.reason, whole_file=True)
     assert not report.has_segments
-    assert "all of it" in bench.disk.content(report.list_file).decode()
+    assert "the whole file" in bench.disk.content(report.list_file).decode()
 
 
 def test_what_a_file_held_before_its_reuse_is_not_reported_as_given_up(bench: Any) -> None:

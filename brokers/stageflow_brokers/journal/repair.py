@@ -1,4 +1,4 @@
-"""Repair of a damaged journal: keep everything before the first damage, list and give up the rest.
+"""Repair of a damaged journal: keep everything before the first damage, list and discard the rest.
 
 `repair` takes the lock of the journal. It copies everything that it changes before it changes it, and reports what is
 lost. It must never run beside a broker.

@@ -51,7 +51,7 @@ class LostData(NamedTuple):
     def describe(self) -> str:
         """Return a line with file, offset, length, count of records and reason."""
         if self.whole_file:
-            return f"{self.file}: all of it, {self.length:,} bytes as it is now: {self.reason}"
+            return f"{self.file}: the whole file, {self.length:,} bytes: {self.reason}"
         length = f", {self.length:,} bytes" if self.length else ""
         records = "" if self.records is None else f", {self.records:,} record{'' if self.records == 1 else 's'}"
         return f"{self.file} at offset {self.offset}{length}{records}: {self.reason}"
@@ -102,33 +102,33 @@ def _pieces(data: memoryview, damage: Damage) -> Iterator[tuple[int, int, BatchH
 
     The header is None if it is not plausible; its piece extends to the next plausible header.
     """
-    at, begun = 0, -1
+    at, piece_start = 0, -1
     while at < len(data):
         header = read_header(data, at) if at + BATCH_HEADER_BYTES <= len(data) else None
         if header is not None and _is_end(header, damage):
             if not at and not damage.until:
                 break
-            if begun >= 0:
-                yield begun, at - begun, None
-                begun = -1
+            if piece_start >= 0:
+                yield piece_start, at - piece_start, None
+                piece_start = -1
             if not damage.until:
                 return  # after the end mark lie bytes of an earlier use of the file
             if not at:
-                begun = at  # a batch should be here
+                piece_start = at  # a batch should be here
         elif header is not None and _is_plausible(header, data[at:], damage, first=not at):
-            if begun >= 0:
-                yield begun, at - begun, None
-                begun = -1
+            if piece_start >= 0:
+                yield piece_start, at - piece_start, None
+                piece_start = -1
             length = BATCH_HEADER_BYTES + header.length
             yield at, length, header
             at += span(header.length)
             continue
-        elif begun < 0 and (not at or data[at : at + SECTOR_BYTES].tobytes().strip(b"\0")):
-            begun = at
+        elif piece_start < 0 and (not at or data[at : at + SECTOR_BYTES].tobytes().strip(b"\0")):
+            piece_start = at
         at += SECTOR_BYTES
-    if begun >= 0 or not at:
-        rest = data[max(begun, 0) :]
-        yield max(begun, 0), len(rest) if damage.until else len(rest.tobytes().rstrip(b"\0")) if at else 0, None
+    if piece_start >= 0 or not at:
+        rest = data[max(piece_start, 0) :]
+        yield max(piece_start, 0), len(rest) if damage.until else len(rest.tobytes().rstrip(b"\0")) if at else 0, None
 
 
 def _is_end(header: BatchHeader, damage: Damage) -> bool:

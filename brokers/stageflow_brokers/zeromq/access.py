@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 
 from stageflow_brokers.errors import SocketNotPrivate
-from stageflow_brokers.zeromq.private_dir import why_not_private
+from stageflow_brokers.zeromq.private_dir import privacy_problem
 
 __all__ = ["check_address", "check_listener"]
 
@@ -34,7 +34,7 @@ def check_address(address: str, *, missing_ok: bool = False) -> None:
         )
     directory = Path(name).parent
     try:
-        reason = why_not_private(directory)
+        reason = privacy_problem(directory)
     except OSError as error:
         if missing_ok:
             return

@@ -6,10 +6,10 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["why_not_private"]
+__all__ = ["privacy_problem"]
 
 
-def why_not_private(directory: Path) -> str:
+def privacy_problem(directory: Path) -> str:
     """Return why other users may have access to `directory`; an empty text if only this user has.
 
     Raises `OSError` if the directory cannot be read.

@@ -26,7 +26,7 @@ from msgspec import Meta, Struct
 
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.system.processes import start_ticks
-from stageflow_brokers.zeromq.private_dir import why_not_private
+from stageflow_brokers.zeromq.private_dir import privacy_problem
 
 __all__ = [
     "ClusterRecord",
@@ -437,7 +437,7 @@ def _is_protected(directory: str) -> bool:
 
 
 def _check_private(path: Path) -> None:
-    reason = why_not_private(path)
+    reason = privacy_problem(path)
     if not reason:
         return
     raise DataDirUnusable(
