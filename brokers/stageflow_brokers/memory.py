@@ -35,7 +35,7 @@ class MemoryBroker:
         self._engine = engine or Engine(journal_dir=None, limits=limits, supervised=supervised)
         self._inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._clients: dict[int, _MemoryConnection] = {}
-        self._ended = ""
+        self._end_reason = ""
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="memory-broker", daemon=True)
         self._thread.start()
@@ -62,8 +62,8 @@ class MemoryBroker:
             self, listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes
         )
         with self._lock:
-            if self._ended:
-                raise BrokerUnavailable(self._ended)
+            if self._end_reason:
+                raise BrokerUnavailable(self._end_reason)
             self._clients[client.peer] = client
         client.send_hello()
         return client
@@ -95,7 +95,7 @@ class MemoryBroker:
             reason = f"the broker has failed: {error!r}"
             logger.exception("the in-memory broker has failed")
         with self._lock:
-            self._ended = reason
+            self._end_reason = reason
             clients = list(self._clients.values())
         for client in clients:
             client.end(reason)

@@ -92,7 +92,7 @@ class Connection(ABC):
         self._consuming: dict[str, int] = {}
         self._to_watch: list[str] = []
         self._welcomed = False
-        self._ended = ""
+        self._end_reason = ""
 
     # provided by a subclass
 
@@ -183,7 +183,7 @@ class Connection(ABC):
         """
         while True:
             with self._lock:
-                if self._ended or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.is_own_thread():
+                if self._end_reason or self._unconfirmed_bytes < self._max_unconfirmed_bytes or self.is_own_thread():
                     return
                 self._blocked_publishers += 1
                 try:
@@ -211,8 +211,8 @@ class Connection(ABC):
         if future is not None:
             future.set_running_or_notify_cancel()  # a frame that is sent cannot be cancelled
         with self._lock:
-            if self._ended:
-                raise BrokerUnavailable(f"{self._ended}; open another connection")
+            if self._end_reason:
+                raise BrokerUnavailable(f"{self._end_reason}; open another connection")
             number = self._last_number + 1
             # Encode first: a frame that cannot be encoded must not use a number.
             header = wire.encode((self.broker_epoch, number, *fields))
@@ -348,9 +348,9 @@ class Connection(ABC):
     def end(self, reason: str) -> None:
         """End the connection: futures get `BrokerUnavailable` with the reason, and the listener is notified."""
         with self._lock:
-            if self._ended:
+            if self._end_reason:
                 return
-            self._ended = reason
+            self._end_reason = reason
             remaining = list(self._unconfirmed)
             self._unconfirmed.clear()
             self._confirmed.notify_all()

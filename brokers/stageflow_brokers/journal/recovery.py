@@ -89,19 +89,19 @@ def _cut_torn_end(
 ) -> None:
     path = directory / torn.file
     kept = "it held no data to copy"
-    if torn.torn > torn.offset:
+    if torn.torn_end > torn.offset:
         target = unused_path(files, directory, f"{torn.segment:016d}.{torn.offset}", ".broken")
         try:
-            zeros = copy_aside(files, path, torn.offset, torn.torn, target)
+            zeros = copy_aside(files, path, torn.offset, torn.torn_end, target)
         except JournalFull:
             if not allocator.release_spare():
                 raise
-            zeros = copy_aside(files, path, torn.offset, torn.torn, target)
+            zeros = copy_aside(files, path, torn.offset, torn.torn_end, target)
         kept = f"its data was copied to {target}"
         if zeros:
             kept += f", with zeros for {zeros} unreadable bytes"
-    clear_end(files, path, torn.offset, torn.number, torn.salt, torn.torn)
-    warn(f"{path} has no clean end at offset {torn.offset}: {torn.reason}; {kept}, and the end was cut off")
+    clear_end(files, path, torn.offset, torn.number, torn.salt, torn.torn_end)
+    warn(f"{path} has no clean end at offset {torn.offset}: {torn.reason}; {kept}, and the torn end was cut off")
 
 
 def clear_end(

@@ -70,7 +70,9 @@ def salvage(files: FileSystem, directory: Path, damage: Damage) -> Iterator[tupl
     fd = files.open(directory / damage.file, write=False)
     try:
         size = files.size(fd)
-        end = min(size, damage.until or (damage.torn if damage.torn > start else size), start + MAX_SALVAGE_BYTES)
+        end = min(
+            size, damage.until or (damage.torn_end if damage.torn_end > start else size), start + MAX_SALVAGE_BYTES
+        )
         data = memoryview(read_around(files, fd, end - start, start)[0] if end > start else b"")
     finally:
         files.close(fd)

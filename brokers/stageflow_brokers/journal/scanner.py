@@ -25,7 +25,7 @@ __all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
 class Damage(NamedTuple):
     """A damaged place: `offset` in `segment`, where batch `number` is expected.
 
-    `fatal`: it lies in acknowledged data. Otherwise it is the torn end of the last segment and extends to `torn`. At
+    `fatal`: it lies in acknowledged data. Otherwise it is the torn end of the last segment and extends to `torn_end`. At
     offset 0 the header is damaged or the file is missing; `rebuilt` is then the content of the header, if batches after
     it show it. Elsewhere `salt` is the salt of the segment. `until` is the offset of the next intact data, or 0.
     `cut`: the file is shorter than its header says.
@@ -36,7 +36,7 @@ class Damage(NamedTuple):
     number: int
     reason: str
     fatal: bool
-    torn: int = 0
+    torn_end: int = 0
     salt: int = 0
     rebuilt: SegmentHeader | None = None
     until: int = 0
@@ -178,9 +178,9 @@ class JournalScanner:
     def _classify_end(self, reader: SegmentReader, found: BrokenBatch, damage: Damage, mark: int) -> Iterator[Damage]:
         """Yield damage that nothing intact follows in this segment, except its own end mark up to `mark`, if any."""
         if reader.number == self._numbers[-1]:
-            torn = found.torn if found.torn is not None else reader.content_end(damage.offset)
+            end = found.torn_end if found.torn_end is not None else reader.content_end(damage.offset)
             # Unreadable data is not a torn write: it may be complete, and readable at another time.
-            yield damage._replace(fatal=found.unreadable, torn=max(torn, mark))
+            yield damage._replace(fatal=found.unreadable, torn_end=max(end, mark))
         elif self._first_batch_of(reader.number + 1) is None:
             # A sealed segment ends cleanly. If the next one can be read, it shows how many batches are missing here.
             yield damage

@@ -46,14 +46,14 @@ class SegmentEnd(NamedTuple):
 
 
 class BrokenBatch(NamedTuple):
-    """Neither an intact batch nor a clean end. `torn` is the end of the batch according to its header, or None.
+    """Neither an intact batch nor a clean end. `torn_end` is the end of the batch according to its header, or None.
 
     `unreadable`: the disk cannot read the bytes, so their content is unknown. `cut`: the file is shorter than its
     header says, which no crash causes.
     """
 
     reason: str
-    torn: int | None = None
+    torn_end: int | None = None
     unreadable: bool = False
     cut: bool = False
 
@@ -146,15 +146,15 @@ class SegmentReader:
     def _parse_batch(self, offset: int, header: BatchHeader) -> Batch | BrokenBatch:
         """Read the batch whose header is at `offset` and fits into the file."""
         view = self._view(offset, BATCH_HEADER_BYTES + header.length)
-        torn = offset + len(view)
-        if broken := self._unreadable(offset, torn):
+        end = offset + len(view)
+        if broken := self._unreadable(offset, end):
             return broken
         if not has_batch_checksum(header, view):
-            return BrokenBatch(f"the checksum of batch {header.number} does not match", torn)
+            return BrokenBatch(f"the checksum of batch {header.number} does not match", end)
         try:
             records, offsets = parse_records(view[BATCH_HEADER_BYTES:], header.records, offset + BATCH_HEADER_BYTES)
         except ValueError as error:
-            return BrokenBatch(f"the records of batch {header.number} cannot be decoded: {error}", torn)
+            return BrokenBatch(f"the records of batch {header.number} cannot be decoded: {error}", end)
         return Batch(header.number, self.number, header.wall, records, offsets, offset)
 
     def find_next_batch(self, offset: int, number: int, salt: int | None) -> tuple[NextBatch | None, int]:

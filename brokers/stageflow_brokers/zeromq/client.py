@@ -72,7 +72,7 @@ class ZmqClient(Connection):
         self._deadline = time.monotonic() + timeout
         with self._lock:
             # The eventfd stays open until the connection has ended.
-            if not self._ended and not self._stopping.is_set():
+            if not self._end_reason and not self._stopping.is_set():
                 self._stopping.set()
                 os.eventfd_write(self._wakeup, 1)
         if not self.is_own_thread():
@@ -134,14 +134,14 @@ class ZmqClient(Connection):
             os.close(self._wakeup)
 
     def _is_finished(self) -> bool:
-        if self._ended:
+        if self._end_reason:
             return True
         if not self._stopping.is_set():
             return False
         return not self._unconfirmed or time.monotonic() >= self._deadline
 
     def _send_bye(self) -> None:
-        if self._welcomed and not self._ended:
+        if self._welcomed and not self._end_reason:
             try:
                 self._query("bye")
             except BrokerUnavailable:
