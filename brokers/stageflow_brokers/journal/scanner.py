@@ -25,10 +25,19 @@ __all__ = ["Damage", "JournalScanner", "ScannedSegment", "segment_numbers"]
 class Damage(NamedTuple):
     """A damaged place: `offset` in `segment`, where batch `number` is expected.
 
-    `fatal`: it lies in acknowledged data. Otherwise it is the torn end of the last segment and extends to `torn_end`. At
-    offset 0 the header is damaged or the file is missing; `rebuilt` is then the content of the header, if batches after
-    it show it. Elsewhere `salt` is the salt of the segment. `until` is the offset of the next intact data, or 0.
-    `cut`: the file is shorter than its header says.
+    At offset 0 the header is damaged or the file is missing.
+
+    Args:
+        segment: Number of the segment.
+        offset: Offset in bytes.
+        number: Number of the expected batch.
+        reason: Description of the damage.
+        fatal: True if it lies in acknowledged data. Otherwise it is the torn end of the last segment.
+        torn_end: End of the torn data in bytes.
+        salt: Salt of the segment; 0 if the header is damaged.
+        rebuilt: Content of a damaged header, if batches after it show it.
+        until: Offset of the next intact data; 0 if there is none.
+        cut: True if the file is shorter than its header says.
     """
 
     segment: int
