@@ -168,7 +168,7 @@ def make_journal(directory: Path) -> None:
     for segment in (1, 2):
         engine.machine.writer.copy_live(segment, 1 << 20)
         engine.round([])
-    engine.machine.writer.restate()
+    engine.machine.writer.record_global_state()
     engine.round([])
     engine.close()
 

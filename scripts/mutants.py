@@ -197,7 +197,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/settle.py",
-                "        self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)\n",
+                "        self._writer.record(records.CHECKPOINT_FRAME, session.peer, header, blob)\n",
                 "",
             ),
         ),
@@ -474,7 +474,7 @@ MUTANTS = (
         (
             (
                 "brokers/stageflow_brokers/core/machine.py",
-                "        self.writer.mark(message)\n        message.queue.delayed_count -= 1\n",
+                "        self.writer.record_message_state(message)\n        message.queue.delayed_count -= 1\n",
                 "        message.queue.delayed_count -= 1\n",
             ),
         ),

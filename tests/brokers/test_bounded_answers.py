@@ -168,7 +168,7 @@ def test_one_whose_answer_cannot_be_made_is_cut_off_and_the_others_are_served(
 
 
 def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspector, "ANSWER_BYTES", 1_000)
+    monkeypatch.setattr(inspector, "MAX_ANSWER_BYTES", 1_000)
     monkeypatch.setattr(machine, "UNREAD_PAUSE_BYTES", 1 << 20)
     peer = here.peer(1)
     peer.publish([("q", "")], [(0, 400, f"g{number}", 1, FLAG_START) for number in range(4)], [bytes(400)] * 4)
@@ -238,7 +238,7 @@ def test_unused_queues_make_room_for_others() -> None:
 
 
 def test_what_is_gathered_is_never_more_than_one_message_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "MAX_GATHERED", 100)
+    monkeypatch.setattr(gather, "MAX_GATHERED_BYTES", 100)
     here = World()
     peer = here.peer(1, consume={"joined": 1})
     peer.publish(

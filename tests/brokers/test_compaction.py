@@ -226,7 +226,7 @@ def test_a_backlog_that_is_worked_off_gives_its_space_back() -> None:
 
 
 def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "DEEP", 100)
+    monkeypatch.setattr(store, "MAX_RESIDENT_BODIES", 100)
     peer = RecordedPeer()
     for number in range(50):
         peer.start(*(f"g{number}.{each}" for each in range(10)), queue="unread", size=30)
@@ -243,7 +243,7 @@ def test_long_queues_keep_their_bodies_on_disk_while_segments_come_and_go(monkey
 def test_bodies_of_every_lane_and_of_what_is_delayed_leave_memory(
     monkeypatch: pytest.MonkeyPatch, priority: int, delay: float
 ) -> None:
-    monkeypatch.setattr(store, "DEEP", 20)
+    monkeypatch.setattr(store, "MAX_RESIDENT_BODIES", 20)
     peer = RecordedPeer()
     for number in range(100):
         peer.start(f"g{number}", queue="unread", size=30, priority=priority, delay=delay)
@@ -254,7 +254,7 @@ def test_bodies_of_every_lane_and_of_what_is_delayed_leave_memory(
 
 
 def test_the_bodies_of_large_messages_leave_memory_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "DEEP_BYTES", 100_000)
+    monkeypatch.setattr(store, "MAX_RESIDENT_BODY_BYTES", 100_000)
     peer = RecordedPeer()
     for number in range(200):
         peer.start(f"g{number}", queue="unread", size=1_000)

@@ -14,7 +14,7 @@ from broker_process import BrokerProcess
 
 from stageflow_brokers.api import BrokerUnavailable, DeliveryItem, Listener
 from stageflow_brokers.core import wire
-from stageflow_brokers.core.state import FRAMES_KEPT
+from stageflow_brokers.core.state import MAX_REMEMBERED_PEERS
 from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
 from stageflow_brokers.memory import MemoryBroker
 from stageflow_brokers.testing.contract import TIMEOUT_SECONDS, Peer
@@ -151,9 +151,9 @@ def test_a_peer_that_vanishes_is_forgotten_and_its_messages_return(probing: tupl
     assert peer.ask.stats("")["sessions"] == 1
     # It may come back with frames that were taken, so its last number is kept, for so many and no more.
     assert len(engine.machine.state.last_frames) == 1
-    for number in range(FRAMES_KEPT + 10):
+    for number in range(MAX_REMEMBERED_PEERS + 10):
         engine.machine.state.remember_peer(number + 1, 1)
-    assert len(engine.machine.state.last_frames) == FRAMES_KEPT
+    assert len(engine.machine.state.last_frames) == MAX_REMEMBERED_PEERS
     peer.broker.close()
 
 

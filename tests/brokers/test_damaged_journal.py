@@ -85,7 +85,7 @@ def test_deleted_segments_are_not_missed(tmp_path: Path) -> None:
         Record(records.COPY, 1, 0, b"\xc1 no msgpack", b"body"),
         Record(records.STARTED, 1, 0, wire.encode(1 << 40), b""),
         Record(records.GROUP, 1 << 63, 0, wire.encode(("g", 1, None, False, "", None)), b""),
-        Record(records.KEPT_PUBLISH, 1, 7, wire.encode((1, 1, [], [(5, 1)])), b"x"),
+        Record(records.PUBLISH_FRAME, 1, 7, wire.encode((1, 1, [], [(5, 1)])), b"x"),
     ],
     ids=["an unknown kind", "no msgpack", "an impossible epoch", "an impossible number", "a target that is not there"],
 )
@@ -106,7 +106,7 @@ def test_a_record_that_makes_no_sense_is_refused_with_its_place(tmp_path: Path, 
 def test_a_body_that_has_changed_on_the_disk_is_neither_delivered_nor_copied_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "DEEP", 5)
+    monkeypatch.setattr(store_module, "MAX_RESIDENT_BODIES", 5)
     peer = Publisher(tmp_path)
     peer.publish(60)
     path = segments(tmp_path)[1]

@@ -26,26 +26,26 @@ def batch_of(kind: int, header: bytes, blob: bytes = b"") -> Batch:
 
 def test_a_flipped_bit_hides_no_other_name() -> None:
     header, body = published(), bytes(sum(range(200)))
-    whole = batch_of(records.KEPT_PUBLISH, header, body)
+    whole = batch_of(records.PUBLISH_FRAME, header, body)
     assert list(groups_in(whole)) == list(possible_groups_in(whole)) == NAMES
     chance = random.Random(1)
     for _ in range(300):
         damaged = bytearray(header)
         damaged[chance.randrange(len(header))] ^= 1 << chance.randrange(8)
-        found = possible_groups_in(batch_of(records.KEPT_PUBLISH, bytes(damaged), body))
+        found = possible_groups_in(batch_of(records.PUBLISH_FRAME, bytes(damaged), body))
         assert len(found.keys() & set(NAMES)) >= len(NAMES) - 1
 
 
 def test_what_is_cut_short_names_what_is_left() -> None:
     header = published()
-    assert list(possible_groups_in(batch_of(records.KEPT_PUBLISH, header[: len(header) // 2])))[:90] == NAMES[:90]
+    assert list(possible_groups_in(batch_of(records.PUBLISH_FRAME, header[: len(header) // 2])))[:90] == NAMES[:90]
 
 
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        (records.KEPT_SETTLE, wire.SettleFrame(1, 1, [Target("q", "l")], [(1, 2, 0, 9, "moved")], [])),
-        (records.KEPT_SETTLE, wire.SettleFrame(1, 1, [], [], [(1, 2, 0, "acked")])),
+        (records.SETTLE_FRAME, wire.SettleFrame(1, 1, [Target("q", "l")], [(1, 2, 0, 9, "moved")], [])),
+        (records.SETTLE_FRAME, wire.SettleFrame(1, 1, [], [], [(1, 2, 0, "acked")])),
         (records.COPY, records.MessageState(1, "q", "copied", 1, "label", 0, 1.0)),
         (records.GROUP, records.GroupState("known", 1, None, True, "", None)),
     ],

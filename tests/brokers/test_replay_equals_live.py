@@ -376,7 +376,7 @@ TestBrokerAndItsReplay.settings = settings(
 @pytest.fixture(scope="module", autouse=True)
 def shallow() -> Any:
     """Bodies leave memory from the third message of a queue on."""
-    before = store.DEEP
-    store.DEEP = 2
+    before = store.MAX_RESIDENT_BODIES
+    store.MAX_RESIDENT_BODIES = 2
     yield
-    store.DEEP = before
+    store.MAX_RESIDENT_BODIES = before

@@ -41,7 +41,7 @@ def machine() -> Machine:
     assert waiting is not None
     gather = store.gather(waiting, "k", RecordLocation(1000.0))
     gather.need, gather.due = 1, 200.0
-    store.timer(200.0, 0, "waiting", "k")
+    store.set_timer(200.0, 0, "waiting", "k")
     return made
 
 

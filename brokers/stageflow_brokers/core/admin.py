@@ -14,7 +14,7 @@ import msgspec
 from stageflow_brokers.core import records
 from stageflow_brokers.core.audit import Audit
 from stageflow_brokers.core.gathers import GatherManager
-from stageflow_brokers.core.inspector import DLQ, Inspector, named
+from stageflow_brokers.core.inspector import DLQ_PREFIX, Inspector, find_queue
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.limits import LimitChecker
 from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Message, RecordLocation
@@ -33,11 +33,11 @@ from stageflow_brokers.types import MAX_NAME_CHARS, Failure, Name, QueueOptions,
 __all__ = ["Admin", "Status"]
 
 
-TOLD_BYTES = 64 << 10
+MAX_NOTICE_BYTES = 64 << 10
 """Most bytes of what is passed on to the supervisor."""
 
 _T = TypeVar("_T")
-_Few = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
+_ShortList = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
 """What each live group may have to be compared with."""
 
 
@@ -94,7 +94,7 @@ class Admin:
             "inspect": (tuple[list[Name]], self._inspect),
             "groups": (tuple[Name, int], inspector.groups),
             "live": (tuple[()], inspector.live),
-            "tally": (tuple[_Few[Name], _Few[bytes], _Few[int]], inspector.tally),
+            "tally": (tuple[_ShortList[Name], _ShortList[bytes], _ShortList[int]], inspector.tally),
             "audit": (tuple[()], Audit(state, leases, inspector).audit),
             "progress": (tuple[int, int, bytes], inspector.progress),
             "declare": (tuple[list[QueueOptions]], self._declare),
@@ -128,8 +128,8 @@ class Admin:
         if known is None:
             raise ProtocolError(f"unknown query {name[:40]!r}")
         kind, method = known
-        if name == "tell" and len(args) > TOLD_BYTES:
-            raise Refused(f"tell: {len(args)} bytes, {TOLD_BYTES} are the most")
+        if name == "tell" and len(args) > MAX_NOTICE_BYTES:
+            raise Refused(f"tell: {len(args)} bytes, {MAX_NOTICE_BYTES} are the most")
         try:
             values = msgspec.msgpack.decode(args, type=kind)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
@@ -205,7 +205,7 @@ class Admin:
 
     def _declare(self, session: Session, options: list[QueueOptions]) -> None:
         for option in options:
-            if not option.name or option.name.startswith(DLQ):
+            if not option.name or option.name.startswith(DLQ_PREFIX):
                 raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
             if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME_CHARS:
                 raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME_CHARS} characters at most")
@@ -227,7 +227,7 @@ class Admin:
         self._set_paused(name, False)
 
     def _set_paused(self, name: str, paused: bool) -> None:
-        queue, dead = named(self._state, name)
+        queue, dead = find_queue(self._state, name)
         if dead:
             raise Refused(f"{name} holds dead letters; pause {queue.name} instead")
         if queue.paused != paused:
@@ -236,7 +236,7 @@ class Admin:
             self._state.changed_queues[queue] = None
 
     def _requeue(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
-        queue, _ = named(self._state, name)
+        queue, _ = find_queue(self._state, name)
         chosen = self._dead_letters(queue, ids)
         refused = [m.id for m in chosen if m.delivery_state is not None and m.delivery_state.evidence]
         if refused and ids:
@@ -260,7 +260,7 @@ class Admin:
         delivery_state.attempts = delivery_state.deaths = 0
         delivery_state.failure, delivery_state.fresh = None, False
         delivery_state.expires = delivery_state.expires_wall = 0.0
-        self._writer.mark(message)
+        self._writer.record_message_state(message)
         self._state.enqueue(message)
         self._state.changed_queues[queue] = None
 
@@ -269,11 +269,11 @@ class Admin:
             return list(queue.dead_letters.values())
         missing = [id for id in ids if id not in queue.dead_letters]
         if missing:
-            raise Refused(f"no dead letter {missing[0]} in {DLQ}{queue.name}")
+            raise Refused(f"no dead letter {missing[0]} in {DLQ_PREFIX}{queue.name}")
         return [queue.dead_letters[id] for id in dict.fromkeys(ids)]
 
     def _purge(self, session: Session, name: str, ids: list[int]) -> dict[str, Any]:
-        queue, dead = named(self._state, name)
+        queue, dead = find_queue(self._state, name)
         if dead:
             chosen = self._dead_letters(queue, ids)
         else:
@@ -284,7 +284,7 @@ class Admin:
         if chosen:
             self._writer.record(records.FORGET, 0, records.encode((0, [message.id for message in chosen])))
         groups = {group.id: group for message in chosen if (group := message.group) is not None}
-        self._settle_handler.close(list(groups.values()))
+        self._settle_handler.close_idle_groups(list(groups.values()))
         ended = [id for id, group in groups.items() if self._state.groups.get(id) is not group]
         answer = {"purged": len(chosen), "instances": ended}
         session.keep_answer(session.received_frame, answer)
@@ -340,7 +340,7 @@ class Admin:
                     delivery_state = again.ensure_delivery_state()
                     delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
                     delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
-                    self._writer.mark(again)
+                    self._writer.record_message_state(again)
                     self._state.enqueue(again)
                     self._state.changed_queues[again.queue] = None
             self._gather_manager.publish_released(group)
@@ -374,10 +374,10 @@ class Admin:
 
     def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
         """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
-        queue, _ = named(self._state, name)
+        queue, _ = find_queue(self._state, name)
         message = queue.dead_letters.get(id)
         if message is None:
-            raise Refused(f"no dead letter {id} in {DLQ}{queue.name}")
+            raise Refused(f"no dead letter {id} in {DLQ_PREFIX}{queue.name}")
         delivery_state = message.ensure_delivery_state()
         if delivery_state.evidence:
             raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
@@ -388,7 +388,7 @@ class Admin:
             body += self._writer.body(message)[size:]
         self._state.live_bytes += len(body) - message.size
         message.body, message.size = body, len(body)
-        self._writer.copy(message)
+        self._writer.record_message(message)
         return {"epoch": message.epoch}
 
     def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
@@ -414,12 +414,12 @@ class Admin:
         self._writer.record_group(group)
         for gather in (group.gathers or {}).values():
             state.live_bytes -= gather.weight
-            gather.begin_anew()
+            gather.reset()
             state.live_bytes += gather.weight
             self._writer.record_gather(group, gather)
         target = state.queue(queue)
         first = state.put(target, group, group.epoch, label, 0, body, len(body), RecordLocation(state.wall), 0)
-        self._writer.copy(first)
+        self._writer.record_message(first)
         state.enqueue(first)
         state.changed_queues[target] = None
         answer = {"epoch": group.epoch}

@@ -17,15 +17,15 @@ from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.message import DELAYED, LEASED, PARKED, READY, Group, Message
 from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Session
-from stageflow_brokers.core.state import GONE, BrokerState
+from stageflow_brokers.core.state import DETACHED, BrokerState
 from stageflow_brokers.core.wire import FIRST_EPOCH
 
 __all__ = ["Audit", "contradictions"]
 
-IDS_SHOWN = 20
+MAX_SHOWN_IDS = 20
 """Most groups of one shape that are named."""
 
-FAULTS_SHOWN = 100
+MAX_SHOWN_FAULTS = 100
 """Most contradictions of the broker's own books that are told."""
 
 _NUMBER = re.compile(r":\d+$")
@@ -55,7 +55,7 @@ class Audit:
         for group in state.groups.values():
             known = shapes.setdefault(_shape(group), [0, []])
             known[0] += 1
-            if known[0] <= IDS_SHOWN:
+            if known[0] <= MAX_SHOWN_IDS:
                 known[1].append(group.id)
             if not group.end_label:
                 live.append(group.id)
@@ -64,7 +64,7 @@ class Audit:
         faults = []
         for fault in contradictions(state):
             faults.append(fault)
-            if len(faults) >= FAULTS_SHOWN:
+            if len(faults) >= MAX_SHOWN_FAULTS:
                 break
         return {
             "epoch": state.epoch,
@@ -121,7 +121,7 @@ def _session(session: Session) -> dict[str, Any]:
 def contradictions(state: BrokerState) -> Iterator[str]:
     """Where the books of a broker contradict one another; nothing, for as long as it has no bug."""
     states: dict[Queue, Counter[str]] = {queue: Counter() for queue in state.queues.values()}
-    alarms = state.alarms()
+    timers = state.timers()
     grouped = size = 0
     for id, message in state.messages.items():
         message_state = message.state()
@@ -141,7 +141,7 @@ def contradictions(state: BrokerState) -> Iterator[str]:
             yield f"message {id} in {message.queue.name} has lease {message.lease}, and nobody holds it"
         if message_state == DELAYED:
             assert message.delivery_state is not None
-            if (message.delivery_state.due, id, "", "") not in alarms:
+            if (message.delivery_state.due, id, "", "") not in timers:
                 yield f"message {id} in {message.queue.name} is delayed, and no timer will wake it"
         elif message_state == PARKED and message.queue.dead_letters.get(id) is not message:
             yield f"message {id} is a dead letter that {message.queue.name} does not know of"
@@ -152,7 +152,7 @@ def contradictions(state: BrokerState) -> Iterator[str]:
             size += gather.weight
             if state.gathers.get((group.id, gather.key)) is not group:
                 yield f"gather {gather.key} of {group.id} is not among the gathers"
-            if gather.need is not None and gather.due and (gather.due, 0, group.id, gather.key) not in alarms:
+            if gather.need is not None and gather.due and (gather.due, 0, group.id, gather.key) not in timers:
                 yield f"gather {gather.key} of {group.id} has a deadline, and no timer will end it"
     if linked != grouped:
         yield f"{grouped} messages belong to groups, and groups have {linked}"
@@ -169,7 +169,7 @@ def _lease_faults(state: BrokerState, message: Message) -> Iterator[str]:
     holder = message.holder
     assert holder is not None
     where = f"message {message.id} in {message.queue.name}"
-    if holder is GONE:
+    if holder is DETACHED:
         yield f"{where} has been replaced, and is still known"
     elif state.sessions.get(holder.session.peer) is not holder.session:
         yield f"{where} is held by {holder.session.name or holder.session.peer}, which is no peer any more"
@@ -182,7 +182,7 @@ def _lease_faults(state: BrokerState, message: Message) -> Iterator[str]:
 def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
     figures: Iterable[tuple[str, int, int]] = (
         (READY, counted[READY], queue.ready_count),
-        ("to be delivered", counted[READY], sum(1 for m in queue.iterate_ready() if _lies_right(state, queue, m))),
+        ("to be delivered", counted[READY], sum(1 for m in queue.iterate_ready() if _is_current(state, queue, m))),
         (LEASED, counted[LEASED], sum(len(consumer.held) for consumer in queue.consumers)),
         (DELAYED, counted[DELAYED], queue.delayed_count),
         (PARKED, counted[PARKED], len(queue.dead_letters)),
@@ -192,5 +192,5 @@ def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> It
             yield f"{queue.name} counts {known} messages as {what}, and there are {real}"
 
 
-def _lies_right(state: BrokerState, queue: Queue, message: Message) -> bool:
+def _is_current(state: BrokerState, queue: Queue, message: Message) -> bool:
     return message.queue is queue and state.messages.get(message.id) is message

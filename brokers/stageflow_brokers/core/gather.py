@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from stageflow_brokers.core.message import RecordLocation
 
-__all__ = ["MAX_GATHERED", "Gather"]
+__all__ = ["MAX_GATHERED_BYTES", "Gather"]
 
-MAX_GATHERED = 256 << 20
+MAX_GATHERED_BYTES = 256 << 20
 """Most bytes of bodies at one gather: they become one message, and no frame is larger."""
 
 
@@ -74,7 +74,7 @@ class Gather:
         """
         if slot in self.seen:
             return False
-        if self.weight + len(body) > MAX_GATHERED:
+        if self.weight + len(body) > MAX_GATHERED_BYTES:
             body = b""
         self.seen.add(slot)
         self.arrivals[slot] = body
@@ -86,7 +86,7 @@ class Gather:
         self.base, self.arrivals, self.seen = base, dict(arrivals), set(seen)
         self.weight = len(base) + sum(map(len, self.arrivals.values()))
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Nobody waits any longer, and what has arrived for who did is void. What came early stays, and any slot that
         is not among it may come again."""
         if self.need is not None:

@@ -13,9 +13,9 @@ from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.state import BrokerState
 from stageflow_brokers.types import Arrival, GatherOpen
 
-__all__ = ["GatherManager", "Resolved"]
+__all__ = ["GatherManager", "ResolvedTargets"]
 
-Resolved = list[tuple[Queue | None, str, int]]
+ResolvedTargets = list[tuple[Queue | None, str, int]]
 """The targets of a frame: queue (None: push only), label, flags."""
 
 
@@ -32,47 +32,47 @@ class GatherManager:
         self,
         opens: list[GatherOpen],
         arrivals: list[Arrival],
-        targets: Resolved,
+        targets: ResolvedTargets,
         blob: bytes,
-        at: int,
+        offset: int,
         location: RecordLocation,
         priority: int = 0,
     ) -> bool:
-        """Openings and arrivals, whose bodies begin at `at`. False when some belong to no group, and were dropped.
+        """Openings and arrivals, whose bodies begin at `offset`. False when some belong to no group, and were dropped.
 
         An opening makes its group; an arrival does not, for it may be a late one, and its group would never end.
         """
         state = self.state
-        whole = True
+        all_accepted = True
         for opening in opens:
             group = state.group(opening.group, opening.epoch, location)
-            base = blob[at : at + opening.size]
-            at += opening.size
+            base = blob[offset : offset + opening.size]
+            offset += opening.size
             if group is None:
-                whole = False
+                all_accepted = False
                 continue
             queue, label, _ = targets[opening.target]
             assert queue is not None
-            state.open(group, opening, queue.name, label, base, location, priority)
+            state.open_gather(group, opening, queue.name, label, base, location, priority)
             due = state.gather(group, opening.key, location).due
             if due:
-                state.timer(due, 0, group.id, opening.key)
+                state.set_timer(due, 0, group.id, opening.key)
             self.changed.append((group, opening.key))
         for arrival in arrivals:
             group = state.groups.get(arrival.group)
             if group is None:
-                whole = False
+                all_accepted = False
             else:
-                state.arrive(group, arrival.key, arrival.slot, blob[at : at + arrival.size], location)
+                state.add_arrival(group, arrival.key, arrival.slot, blob[offset : offset + arrival.size], location)
                 self.changed.append((group, arrival.key))
-            at += arrival.size
+            offset += arrival.size
         if priority:
             # A replay knows it by the message that opened the gather, which may be gone with its segment by then.
             for opening in opens:
                 group = state.groups.get(opening.group)
                 if group is not None:
                     self._writer.record_gather(group, state.gather(group, opening.key, location))
-        return whole
+        return all_accepted
 
     def publish_complete(self) -> list[tuple[Group, str]]:
         """Publish what has become complete in this frame. Returns all gathers that the frame has changed."""
@@ -133,6 +133,6 @@ class GatherManager:
         if message.is_stale_epoch:
             self._leases.divert(message)
             return
-        self._writer.copy(message)
+        self._writer.record_message(message)
         state.enqueue(message)
         state.changed_queues[queue] = None

@@ -17,37 +17,37 @@ from stageflow_brokers.core.wire import MAX_NUMBER
 from stageflow_brokers.errors import ProtocolError, Refused
 from stageflow_brokers.types import MAX_LISTED_GROUPS
 
-__all__ = ["DLQ", "Inspector", "named"]
+__all__ = ["DLQ_PREFIX", "Inspector", "find_queue"]
 
-DLQ = "dlq."
+DLQ_PREFIX = "dlq."
 """Prefix under which the dead letters of a queue are named."""
 
-PROGRESS_BYTES = 4_096
-PROGRESS_KEPT = 10_000
+MAX_PROGRESS_BYTES = 4_096
+MAX_PROGRESS_REPORTS = 10_000
 """Reports of progress that are kept before those are dropped which nobody will see again."""
 
-PARTS_SHOWN = 100
+MAX_SHOWN_PARTS = 100
 """Most arrivals of a gather that are shown."""
 
 HEAD_BYTES = 512
 """How much of a body a group is described with, for those who know how their bodies begin."""
 
-HEADS = 4
+MAX_HEADS = 4
 """Most bodies that do so for one group."""
 
-ANSWER_BYTES = 64 << 20
+MAX_ANSWER_BYTES = 64 << 20
 """Most bytes of bodies in one answer about groups; beyond them they are described without."""
 
-SHOWN_BYTES = 16 << 20
+MAX_PEEK_BYTES = 16 << 20
 """A list of messages leaves out the bodies beyond this many bytes."""
 
 
-def named(state: BrokerState, name: str) -> tuple[Queue, bool]:
+def find_queue(state: BrokerState, name: str) -> tuple[Queue, bool]:
     """The queue of that name, and whether its dead letters are meant. Raises `Refused` if there is none."""
     if name in state.queues:
         return state.queues[name], False
-    if name.startswith(DLQ) and name[len(DLQ) :] in state.queues:
-        return state.queues[name[len(DLQ) :]], True
+    if name.startswith(DLQ_PREFIX) and name[len(DLQ_PREFIX) :] in state.queues:
+        return state.queues[name[len(DLQ_PREFIX) :]], True
     raise Refused(f"no queue is named {name!r}")
 
 
@@ -62,46 +62,46 @@ class Inspector:
 
     def progress(self, session: Session, id: int, lease: int, body: bytes) -> None:
         """How far the holder of a message is, for whoever looks: in no journal, and gone with the lease."""
-        if len(body) > PROGRESS_BYTES:
-            raise ProtocolError(f"progress: {len(body)} bytes, {PROGRESS_BYTES} are the most")
+        if len(body) > MAX_PROGRESS_BYTES:
+            raise ProtocolError(f"progress: {len(body)} bytes, {MAX_PROGRESS_BYTES} are the most")
         if self._leases.get_held(session, id, lease) is None:
             return
         known = self._progress
         known[id] = (lease, self._state.wall, body)
-        if len(known) > PROGRESS_KEPT:
+        if len(known) > MAX_PROGRESS_REPORTS:
             messages = self._state.messages
             self._progress = {id: it for id, it in known.items() if id in messages and messages[id].lease == it[0]}
 
     def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
-        state, room = self._state, _Room()
-        found = {id: self._group(group, room) for id in ids if (group := state.groups.get(id)) is not None}
+        state, budget = self._state, _BodyBudget()
+        found = {id: self._group(group, budget) for id in ids if (group := state.groups.get(id)) is not None}
         return {"epoch": state.epoch, "left_seq": state.closed_sequence, "groups": found}
 
     def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
         """The groups with the bodies of their messages, without those that have no room in one answer: to be looked at
         by people, a few at a time."""
-        groups, room = self._state.groups, _Room()
-        return {id: self._group(group, room, bodies=True) for id in ids if (group := groups.get(id)) is not None}
+        groups, budget = self._state.groups, _BodyBudget()
+        return {id: self._group(group, budget, bodies=True) for id in ids if (group := groups.get(id)) is not None}
 
     def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
         """Up to `limit` groups with a message in a queue whose name begins so; mostly the latest first."""
         if not 0 <= limit <= MAX_LISTED_GROUPS:
             raise Refused(f"groups: a limit from 0 to {MAX_LISTED_GROUPS:,}, not {limit}")
         found: list[dict[str, Any]] = []
-        room = _Room()
+        budget = _BodyBudget()
         for group in reversed(self._state.groups.values()):
             if len(found) >= limit:
                 break
             if not queue_prefix or any(m.queue.name.startswith(queue_prefix) for m in group.messages()):
-                found.append(self._group(group, room))
+                found.append(self._group(group, budget))
         return found
 
     def live(self, session: Session) -> list[str]:
         """All groups by id, the latest last."""
         return list(self._state.groups)
 
-    def _group(self, group: Group, room: _Room, *, bodies: bool = False) -> dict[str, Any]:
+    def _group(self, group: Group, budget: _BodyBudget, *, bodies: bool = False) -> dict[str, Any]:
         ended = group.end_label
         return {
             "id": group.id,
@@ -110,18 +110,18 @@ class Inspector:
             "ended": ended,
             "heads": self._heads(group),
             "messages": [
-                self._message(m, body=bool(bodies or (ended and m.label == ended)) and room.has(_base_size(m)))
+                self._message(m, body=bool(bodies or (ended and m.label == ended)) and budget.take(_base_size(m)))
                 for m in group.messages()
             ],
-            "gathers": [_gather(gather, room if bodies else None) for gather in (group.gathers or {}).values()],
+            "gathers": [_gather(gather, budget if bodies else None) for gather in (group.gathers or {}).values()],
         }
 
     def _heads(self, group: Group) -> list[bytes]:
         """How the bodies of a group begin: of what its open gathers wait with, then of its messages."""
         heads = [gather.base[:HEAD_BYTES] for gather in (group.gathers or {}).values() if gather.need is not None]
-        for message in islice(group.messages(), max(0, HEADS - len(heads))):
+        for message in islice(group.messages(), max(0, MAX_HEADS - len(heads))):
             heads.append(self._writer.head(message, HEAD_BYTES))
-        return heads[:HEADS]
+        return heads[:MAX_HEADS]
 
     def tally(self, session: Session, shared: list[str], marks: list[bytes], at: list[int]) -> dict[str, Any]:
         """How many groups have something left that will go on, each counted once: `queues` by the queue where it is.
@@ -134,7 +134,7 @@ class Inspector:
         counts = [0] * len(marks)
         most = max(at, default=0) + max(map(len, marks), default=0)
         common = set(shared)
-        known = _Marks(marks, at)
+        known = _MarkFinder(marks, at)
         for group in self._state.groups.values():
             if group.end_label:
                 continue
@@ -221,24 +221,24 @@ class Inspector:
 
     def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
         """Messages of a queue that are ready, in their order, or its dead letters; bodies up to 16 MiB in all."""
-        queue, dead = named(self._state, name)
+        queue, dead = find_queue(self._state, name)
         if not 0 <= offset < MAX_NUMBER or not 0 <= limit <= 10_000:
             raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
         found: list[dict[str, Any]] = []
-        room = SHOWN_BYTES
+        budget = MAX_PEEK_BYTES
         for message in islice(queue.dead_letters.values() if dead else queue.iterate_ready(), offset, offset + limit):
-            room -= _base_size(message)
-            found.append(self._message(message, body=room >= 0 or not found))
+            budget -= _base_size(message)
+            found.append(self._message(message, body=budget >= 0 or not found))
         return found
 
 
-class _Room:
+class _BodyBudget:
     """How much of bodies goes into one answer."""
 
     def __init__(self) -> None:
-        self._left = ANSWER_BYTES
+        self._left = MAX_ANSWER_BYTES
 
-    def has(self, size: int) -> bool:
+    def take(self, size: int) -> bool:
         """Whether there is room for so many bytes, which are taken then."""
         if size > self._left:
             return False
@@ -251,7 +251,7 @@ def _base_size(message: Message) -> int:
     return message.size if delivery_state is None or delivery_state.parts is None else delivery_state.parts[0][1]
 
 
-class _Marks:
+class _MarkFinder:
     """Finds which of many marks is at one of some places, however many there are."""
 
     def __init__(self, marks: list[bytes], at: list[int]) -> None:
@@ -271,12 +271,12 @@ class _Marks:
         return min(found, default=None)
 
 
-def _gather(gather: Gather, room: _Room | None) -> dict[str, Any]:
+def _gather(gather: Gather, budget: _BodyBudget | None) -> dict[str, Any]:
     described: dict[str, Any] = {"key": gather.key, "need": gather.need, "arrived": len(gather.arrivals)}
-    if room is not None:
-        described["base"] = gather.base if room.has(len(gather.base)) else b""
+    if budget is not None:
+        described["base"] = gather.base if budget.take(len(gather.base)) else b""
         # What was gathered of many items is of no interest one by one.
-        few = len(gather.arrivals) <= PARTS_SHOWN and room.has(gather.weight - len(gather.base))
+        few = len(gather.arrivals) <= MAX_SHOWN_PARTS and budget.take(gather.weight - len(gather.base))
         described["parts"] = list(gather.arrivals.values()) if few else []
         described["opened"] = gather.location.wall
     return described

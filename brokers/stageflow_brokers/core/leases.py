@@ -107,7 +107,7 @@ class Leases:
         breaker = queue.breaker
         if breaker is None or not breaker.record_failure(message.id, now):
             return
-        self.state.timer(breaker.open_until, BREAKER_TIMER, "", queue.name)
+        self.state.set_timer(breaker.open_until, BREAKER_TIMER, "", queue.name)
         for consumer in queue.consumers:
             if len(consumer.held) > 1:
                 self._outbox.add_notice(consumer.session, "recall", None)
@@ -138,7 +138,7 @@ class Leases:
             delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
             delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
             delivery_state.expires = delivery_state.expires_wall = 0.0
-        self._writer.copy(message)
+        self._writer.record_message(message)
         self.state.enqueue(message)
         self.state.changed_queues[message.queue] = None
 
@@ -245,15 +245,15 @@ class Leases:
         changed_queues = self.state.changed_queues
         if not changed_queues:
             return
-        paging, deep = self.state.paging, self.state.deep
+        paging, max_resident_bodies = self.state.paging, self.state.max_resident_bodies
         for queue in changed_queues:
             if self.workers_known and queue.consumers and not queue.paused and not queue.awaited_peers:
                 if queue.breaker is None:
                     self._deliver_queue(queue)
                 else:
                     self._deliver_guarded(queue, queue.breaker)
-            if paging and queue.depth > deep:
-                queue.page_out(deep)
+            if paging and queue.depth > max_resident_bodies:
+                queue.page_out(max_resident_bodies)
         changed_queues.clear()
 
     def _free_consumers(self, queue: Queue) -> list[Consumer]:

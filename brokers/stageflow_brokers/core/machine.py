@@ -287,7 +287,7 @@ class Machine:
             return
         message.delivery_state.due = message.delivery_state.due_wall = 0.0
         # Recorded: after a restart with a clock set back, a worker that holds it must not find it delayed again.
-        self.writer.mark(message)
+        self.writer.record_message_state(message)
         message.queue.delayed_count -= 1
         message.queue.push(message)
         self.state.changed_queues[message.queue] = None

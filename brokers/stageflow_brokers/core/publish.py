@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_brokers.core import records, wire
-from stageflow_brokers.core.gathers import GatherManager, Resolved
+from stageflow_brokers.core.gathers import GatherManager, ResolvedTargets
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.limits import LimitChecker
 from stageflow_brokers.core.message import Group, Message, RecordLocation
@@ -44,7 +44,7 @@ class PublishHandler:
     ) -> None:
         self.state = state
         self.refusal_reason = ""
-        self.ended_by_old: list[Group] = []
+        self.stale_end_groups: list[Group] = []
         self._writer = writer
         self._outbox = outbox
         self._leases = leases
@@ -55,7 +55,7 @@ class PublishHandler:
     def handle(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
         """A frame that is new."""
         try:
-            refused = self._judge(session, frame)
+            refused = self._check_items(session, frame)
         except (QueueFull, PayloadTooLarge, Refused) as error:
             self._answer(session, frame, wire.error_answer(error))
             return
@@ -63,26 +63,26 @@ class PublishHandler:
             self._answer(session, frame, self._refusals(refused))
             if frame.atomic and any(why != EXISTS for _, why, _ in refused):
                 return
-            frame, blob = _without(frame, blob, {index for index, _, _ in refused})
+            frame, blob = _without_items(frame, blob, {index for index, _, _ in refused})
             header = wire.encode(frame)
         if not frame.items and not frame.opens and not frame.arrivals:
             return
-        location = self._writer.record(records.KEPT_PUBLISH, session.peer, header, blob)
-        at = 0
+        location = self._writer.record(records.PUBLISH_FRAME, session.peer, header, blob)
+        offset = 0
         targets = self.resolve(frame.targets)
         for item in frame.items:
-            self.put(item, targets, blob, at, location, session)
-            at += item.size
+            self.put(item, targets, blob, offset, location, session)
+            offset += item.size
         if frame.opens or frame.arrivals:
-            self._gather_manager.apply(frame.opens, frame.arrivals, targets, blob, at, location)
+            self._gather_manager.apply(frame.opens, frame.arrivals, targets, blob, offset, location)
             self._gather_manager.publish_complete()
-        if self.ended_by_old:
-            self.correct_ends()
+        if self.stale_end_groups:
+            self.record_stale_ends()
 
-    def correct_ends(self) -> None:
+    def record_stale_ends(self) -> None:
         """A replay takes for ended whatever has an end published, for it does not know of epochs: behind a frame in
         which an end came too late, how the group stands is recorded."""
-        groups, self.ended_by_old = self.ended_by_old, []
+        groups, self.stale_end_groups = self.stale_end_groups, []
         for group in dict.fromkeys(groups):
             if self.state.groups.get(group.id) is group:
                 self._writer.record_group(group)
@@ -137,7 +137,7 @@ class PublishHandler:
                 if item.size > limit:
                     raise PayloadTooLarge(f"a message of {item.size} bytes is over max_message_bytes={limit}")
 
-    def _judge(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
+    def _check_items(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
         """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
         self._check_sizes(frame)
         self._limit_checker.check_queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
@@ -162,18 +162,18 @@ class PublishHandler:
                     refused.append((index, EXISTS, name))
                     if item.flags & FLAG_WATCH and group is not None:
                         self._watch(session, [name])
-            elif item.flags & FLAG_CHECK and self._may_have_left(item):
+            elif item.flags & FLAG_CHECK and self._may_have_ended(item):
                 refused.append((index, LOOK_AGAIN, name))
             else:
                 fresh[name] = item.digest
                 incoming[item.target] = incoming.get(item.target, 0) + 1
         for target, count in incoming.items():
-            self._check_room(frame.targets[target].queue, count)
+            self._check_queue_length(frame.targets[target].queue, count)
         if frame.arrivals:
             refused.extend(self._late_arrivals(frame, {index for index, _, _ in refused}))
         return refused
 
-    def _check_room(self, name: str, count: int) -> None:
+    def _check_queue_length(self, name: str, count: int) -> None:
         queue = self.state.queues.get(name)
         if queue is None or not queue.options.max_length:
             return
@@ -182,7 +182,7 @@ class PublishHandler:
         if waiting + count > most:
             raise QueueFull(f"queue {name} has {waiting} messages waiting, its max_queue_length is {most}")
 
-    def _may_have_left(self, item: PublishItem) -> bool:
+    def _may_have_ended(self, item: PublishItem) -> bool:
         state = self.state
         epoch, seen = divmod(item.history_sequence, 1 << 40)
         if epoch != state.epoch:
@@ -206,11 +206,11 @@ class PublishHandler:
 
     # taking
 
-    def resolve(self, targets: list[Target]) -> Resolved:
+    def resolve(self, targets: list[Target]) -> ResolvedTargets:
         """The queues of a frame's targets; something will happen in each of them."""
         queue = self.state.queue
         changed_queues = self.state.changed_queues
-        resolved: Resolved = []
+        resolved: ResolvedTargets = []
         for target in targets:
             found = None if target.flags & PUSH_ONLY else queue(target.queue)
             if found is not None:
@@ -219,12 +219,18 @@ class PublishHandler:
         return resolved
 
     def put(
-        self, item: PublishItem, targets: Resolved, blob: bytes, at: int, location: RecordLocation, session: Session
+        self,
+        item: PublishItem,
+        targets: ResolvedTargets,
+        blob: bytes,
+        offset: int,
+        location: RecordLocation,
+        session: Session,
     ) -> Message | None:
         """One new message, to where it belongs."""
         queue, label, flags = targets[item.target]
-        body = blob[at : at + item.size]
-        group, message = self.state.admit(item, queue, label, body, location, at)
+        body = blob[offset : offset + item.size]
+        group, message = self.state.admit(item, queue, label, body, location, offset)
         if group is None:
             if message is not None:
                 self.state.enqueue(message)
@@ -237,22 +243,22 @@ class PublishHandler:
         if message.is_stale_epoch:
             self._leases.divert(message)
             if flags & TERMINAL:
-                self.ended_by_old.append(group)
+                self.stale_end_groups.append(group)
             return message
         if flags & TERMINAL:
             group.end_label = label
             self._outbox.push_to_watchers(group, label, body)
         if message.delivery_state is not None and message.delivery_state.due and message.is_cancelled:
             self.state.delay(message.delivery_state, 0.0)
-            self._writer.mark(message)
+            self._writer.record_message_state(message)
         self.state.enqueue(message)
         return message
 
 
-def _without(frame: PublishFrame, blob: bytes, dropped: set[int]) -> tuple[PublishFrame, bytes]:
+def _without_items(frame: PublishFrame, blob: bytes, dropped: set[int]) -> tuple[PublishFrame, bytes]:
     """The frame and its bodies without some of its items and, numbered behind them, arrivals."""
     bodies: list[bytes] = []
-    at = 0
+    offset = 0
     kept: list[list[Any]] = []
     index = 0
     for part, counted in ((frame.items, True), (frame.opens, False), (frame.arrivals, True)):
@@ -260,9 +266,9 @@ def _without(frame: PublishFrame, blob: bytes, dropped: set[int]) -> tuple[Publi
         for item in part:
             if not (counted and index in dropped):
                 left.append(item)
-                bodies.append(blob[at : at + item.size])
+                bodies.append(blob[offset : offset + item.size])
             index += counted
-            at += item.size
+            offset += item.size
         kept.append(left)
     items, opens, arrivals = kept
     left_over = PublishFrame(frame.broker_epoch, frame.frame, frame.targets, items, frame.atomic, opens, arrivals)

@@ -1,7 +1,7 @@
-"""The ledger: what is to be written in this round, and where it lies once it has been.
+"""Collect the records of a round, and set their locations.
 
-Every change of state that must outlive the process passes here. Nothing is decided here, and nothing is read but bodies
-that have left memory.
+Each change of state that must survive the process is recorded here. This module must not decide anything, and must not
+change the state of the broker, except for locations and for bodies that are dropped from memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ from stageflow_brokers.core.state import BrokerState
 __all__ = ["ReadBody", "RecordWriter"]
 
 ReadBody = Callable[[int, int, int, int], bytes]
-"""(segment, batch, offset, size) of a body that has been written, to be read back; at `batch` its batch begins."""
+"""Called as (segment, batch, offset, size) to read a body; `batch` is the offset of the batch that holds it."""
 
-COPIED = 128
-"""About how many bytes a copied state takes beside the body."""
+RECORD_OVERHEAD_BYTES = 128
+"""Approximate bytes of a record besides its body."""
 
 _T = TypeVar("_T")
 
 
 class RecordWriter:
-    """Collects the records of one round after the other."""
+    """Collects the records of each round.
+
+    Args:
+        state: The state of the broker.
+        read_body: Reads a body from the journal; None if bodies always stay in memory.
+
+    Attributes:
+        records: The records of this round, until `take_records`.
+    """
 
     def __init__(self, state: BrokerState, read_body: ReadBody | None) -> None:
         self.state = state
@@ -39,13 +47,19 @@ class RecordWriter:
         self._paged: list[Message] = []
 
     def take_records(self) -> list[Record]:
-        """The records of this round, to be made durable before anything is dispatched."""
-        taken = self.records
+        """Return the records of this round.
+
+        They must be durable before any frame is sent.
+        """
+        records = self.records
         self.records = []
-        return taken
+        return records
 
     def set_locations(self, segment: int, batch: int, offsets: Sequence[int]) -> None:
-        """Where the blobs of the records just taken lie, and the batch of them all."""
+        """Set the locations of the records that `take_records` returned.
+
+        They share a batch; `offsets` are those of their blobs. Bodies that can be read there are dropped from memory.
+        """
         for location, offset in zip(self._locations, offsets, strict=True):
             location.segment = segment
             location.batch = batch
@@ -55,16 +69,19 @@ class RecordWriter:
             if message.holder is None:
                 message.body = None
         self._paged.clear()
-        waiting = self.state.waiting
-        if waiting:
+        candidates = self.state.page_out_candidates
+        if candidates:
             if self.state.paging:
-                for message in waiting:
+                for message in candidates:
                     if message.state() in (DELAYED, PARKED) and message.location.segment >= 0:
                         message.body = None
-            waiting.clear()
+            candidates.clear()
 
     def record(self, kind: int, peer: int, header: bytes, blob: bytes = b"") -> RecordLocation:
-        """One more record of this round; its place is known once it has been written."""
+        """Add a record to this round and return its location.
+
+        The location is set after the record is written.
+        """
         state = self.state
         location = RecordLocation(state.wall)
         self.records.append((kind, state.next_id, peer, header, blob))
@@ -72,7 +89,7 @@ class RecordWriter:
         return location
 
     def body(self, message: Message) -> bytes:
-        """The body, from memory or read back."""
+        """Return the body of a message; read it from the journal if necessary."""
         if message.body is not None:
             return message.body
         location = message.location
@@ -81,7 +98,7 @@ class RecordWriter:
         return self._read_body(location.segment, location.batch, location.offset + message.body_offset, message.size)
 
     def head(self, message: Message, size: int) -> bytes:
-        """How the body begins: its first `size` bytes, or all of it."""
+        """Return the first `size` bytes of the body of a message."""
         if message.body is not None:
             return message.body[:size]
         location = message.location
@@ -91,14 +108,14 @@ class RecordWriter:
             location.segment, location.batch, location.offset + message.body_offset, min(size, message.size)
         )
 
-    def mark(self, message: Message) -> None:
-        """Record the state of a message that the journal knows already."""
+    def record_message_state(self, message: Message) -> None:
+        """Record the state of a message whose body is in the journal already."""
         self.record(records.MARK, 0, records.encode(records.message_state(message)))
 
-    def copy(self, message: Message) -> None:
-        """Record a message whole; it lies there from now on."""
+    def record_message(self, message: Message) -> None:
+        """Record a message with its body; this record is its location from now on."""
         if message.body is None:
-            # Until the record is on disk nobody could read it there.
+            # The new location cannot be read until it is on disk, so the body stays in memory until then.
             message.body = self.body(message)
             self._paged.append(message)
         wall = message.location.wall
@@ -107,17 +124,17 @@ class RecordWriter:
         self.state.relocate(message, location)
 
     def record_group(self, group: Group) -> None:
-        """Record the state of a group; it lies there from now on."""
+        """Record the state of a group; this record is its location from now on."""
         location = self.record(records.GROUP, 0, records.encode(records.group_state(group)))
         self.state.relocate_group(group, location)
 
     def record_gather(self, group: Group, gather: Gather) -> None:
-        """Record the state of a gather; it lies there from now on."""
+        """Record the state of a gather; this record is its location from now on."""
         location = self.record(records.GATHER, 0, records.encode(records.gather_state(group, gather)))
         self.state.relocate_gather(group, gather, location)
 
     def record_queue(self, queue: Queue) -> None:
-        """Record how a queue is declared and whether it is paused."""
+        """Record the options of a queue, and whether it is paused."""
         self.record(records.QUEUE, 0, records.encode(records.QueueState(queue.options, queue.paused)))
 
     def record_epoch(self) -> None:
@@ -125,52 +142,59 @@ class RecordWriter:
         self.record(records.STARTED, 0, records.encode(self.state.epoch))
 
     def record_oldest(self, segment: int) -> None:
-        """Record that the segments from this one on must be there."""
+        """Record that all segments from this one on must exist."""
         self.record(records.OLDEST, 0, records.encode(segment))
 
     def record_closed_groups(self, groups: Iterable[str]) -> None:
-        """Record that these groups have ended, and all that was theirs."""
+        """Record that these groups are closed, and everything that belongs to them."""
         self.record(records.GROUPS_CLOSED, 0, records.encode(list(groups)))
 
     def copy_live(self, segment: int, budget: int) -> bool:
-        """Record again what lies in `segment` or before it and is alive, until that takes `budget` bytes.
+        """Record the live state of `segment` and earlier segments again.
 
-        False when nothing does any more. To be called between rounds, when all that was recorded has its place.
+        At most about `budget` bytes are recorded. Return False if these segments hold no live state any more. Must be
+        called between rounds, when every record has its location.
         """
         state = self.state
-        most = budget // COPIED + 1
-        for group in _lying_in(segment, state.groups.values(), lambda group: group.location, most):
+        limit = budget // RECORD_OVERHEAD_BYTES + 1
+        for group in _until_segment(segment, state.groups.values(), lambda group: group.location, limit):
             self.record_group(group)
-            budget -= COPIED
+            budget -= RECORD_OVERHEAD_BYTES
             if budget < 0:
                 return True
-        for message in _lying_in(segment, state.messages.values(), lambda message: message.location, most):
-            self.copy(message)
-            budget -= COPIED + message.weight
+        for message in _until_segment(segment, state.messages.values(), lambda message: message.location, limit):
+            self.record_message(message)
+            budget -= RECORD_OVERHEAD_BYTES + message.weight
             if budget < 0:
                 return True
         gathers = ((group, group.gathers[key]) for (_, key), group in state.gathers.items() if group.gathers)
-        for group, gather in _lying_in(segment, gathers, lambda pair: pair[1].location, most):
+        for group, gather in _until_segment(segment, gathers, lambda pair: pair[1].location, limit):
             self.record_gather(group, gather)
-            budget -= COPIED + gather.weight
+            budget -= RECORD_OVERHEAD_BYTES + gather.weight
             if budget < 0:
                 return True
         return bool(self.records)
 
-    def weigh(self, segment: int) -> int:
-        """About how many bytes `copy_live` would record of what lies in `segment` or before it."""
+    def estimate_copy_bytes(self, segment: int) -> int:
+        """Estimate the bytes that `copy_live` would record for `segment`."""
         state = self.state
         groups, messages = len(state.groups), len(state.messages)
-        weight = COPIED * len(_lying_in(segment, state.groups.values(), lambda group: group.location, groups))
-        for message in _lying_in(segment, state.messages.values(), lambda message: message.location, messages):
-            weight += COPIED + message.weight
+        weight = RECORD_OVERHEAD_BYTES * len(
+            _until_segment(segment, state.groups.values(), lambda group: group.location, groups)
+        )
+        for message in _until_segment(segment, state.messages.values(), lambda message: message.location, messages):
+            weight += RECORD_OVERHEAD_BYTES + message.weight
         gathers = ((group, group.gathers[key]) for (_, key), group in state.gathers.items() if group.gathers)
-        for _, gather in _lying_in(segment, gathers, lambda pair: pair[1].location, len(state.gathers)):
-            weight += COPIED + gather.weight
+        for _, gather in _until_segment(segment, gathers, lambda pair: pair[1].location, len(state.gathers)):
+            weight += RECORD_OVERHEAD_BYTES + gather.weight
         return weight
 
-    def restate(self, oldest: int = 0) -> None:
-        """Record anew what lies in no particular segment, so that any may go; all before `oldest` will have gone."""
+    def record_global_state(self, oldest: int = 0) -> None:
+        """Record all state that has no location again.
+
+        After that, every older segment can be deleted. If `oldest` is given, segments before it are about to be
+        deleted, and may be missing from then on.
+        """
         state = self.state
         if oldest:
             self.record_oldest(oldest)
@@ -183,9 +207,15 @@ class RecordWriter:
         self.record_epoch()
 
 
-def _lying_in(segment: int, things: Iterable[_T], location: Callable[[_T], RecordLocation], most: int) -> list[_T]:
+def _until_segment(
+    segment: int, things: Iterable[_T], location: Callable[[_T], RecordLocation], limit: int
+) -> list[_T]:
+    """Return the things in `segment` and earlier ones, at most `limit`.
+
+    `things` must be ordered by location.
+    """
     found = []
-    for thing in islice(things, most):
+    for thing in islice(things, limit):
         if location(thing).segment > segment:
             break
         found.append(thing)

@@ -1,10 +1,12 @@
-"""What the journal is told: record kinds and the absolute facts they state.
+"""The records of the journal: their kinds and the state that they hold.
 
-Frames that publish, settle or checkpoint are kept as they arrived. Whatever the broker concluded by itself (a death
-counted, a message moved aside, a gather completed) is kept as the state that resulted, never as a conclusion
-to be drawn again: records of the past may be gone with their segment when a later one is replayed. For the same reason
-a frame names the group and epoch of all that it publishes; only a move takes its epoch from the message before, and
-where that is not the first one, a MARK beside the frame says so.
+Frames that publish, settle or checkpoint are recorded as they arrived. A decision of the broker (a death is counted, a
+message is diverted, a gather is complete) is recorded as the resulting state: a replay must not have to repeat the
+decision, because the records on which it was based may have been deleted with their segment. For the same reason a
+frame names the group and epoch of everything that it publishes. The one exception is a move: its message keeps the
+epoch of the settled one, and a MARK record follows the frame if that is not the first epoch.
+
+The numbers of the kinds and the order of the fields are the format on disk: neither may change.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from stageflow_brokers.core.message import DeliveryState, Group, Message
 from stageflow_brokers.types import QueueOptions
 
 __all__ = [
+    "CHECKPOINT_FRAME",
     "COPY",
     "FACT",
     "FORGET",
     "GATHER",
     "GROUP",
     "GROUPS_CLOSED",
-    "KEPT_CHECKPOINT",
-    "KEPT_PUBLISH",
-    "KEPT_SETTLE",
     "MARK",
     "NAMES",
     "OLDEST",
+    "PUBLISH_FRAME",
     "QUEUE",
     "SESSIONS",
+    "SETTLE_FRAME",
     "STARTED",
     "GatherState",
     "GroupState",
@@ -45,15 +47,15 @@ __all__ = [
 ]
 
 Record = tuple[int, int, int, bytes, bytes]
-"""(kind, first message id that it may create, peer, header, blob)"""
+"""(kind, first message id that the record may create, peer, header, blob)"""
 
-KEPT_PUBLISH, KEPT_SETTLE, KEPT_CHECKPOINT = 1, 2, 3
+PUBLISH_FRAME, SETTLE_FRAME, CHECKPOINT_FRAME = 1, 2, 3
 COPY, MARK, FORGET, GROUP, GROUPS_CLOSED, GATHER, QUEUE, FACT, SESSIONS, STARTED, OLDEST = range(4, 15)
 
 NAMES = {
-    KEPT_PUBLISH: "publish",
-    KEPT_SETTLE: "settle",
-    KEPT_CHECKPOINT: "checkpoint",
+    PUBLISH_FRAME: "publish",
+    SETTLE_FRAME: "settle",
+    CHECKPOINT_FRAME: "checkpoint",
     COPY: "copy",
     MARK: "mark",
     FORGET: "forget",
@@ -69,7 +71,10 @@ NAMES = {
 
 
 class MessageState(Struct, array_like=True):
-    """All of a message but its body. In a COPY the body is the blob; a MARK says it of a message known already."""
+    """The state of a message without its body.
+
+    A COPY record has the body as its blob; a MARK record changes a message that an earlier record holds.
+    """
 
     id: int
     queue: str
@@ -95,7 +100,7 @@ class MessageState(Struct, array_like=True):
 
 
 class GroupState(Struct, array_like=True):
-    """All of a group but its messages and gathers."""
+    """The state of a group without its messages and gathers."""
 
     id: str
     epoch: int
@@ -108,7 +113,11 @@ class GroupState(Struct, array_like=True):
 
 
 class GatherState(Struct, array_like=True):
-    """All of a gather; `need` is None while nobody has opened it. `wait` bounds what is left of it after a restart."""
+    """The state of a gather with its bodies.
+
+    `need` is None while it is not open. `wait` is the deadline in seconds from the opening; after a restart the
+    remaining wait is never longer, even if the clock was set back.
+    """
 
     group: str
     key: str
@@ -125,7 +134,7 @@ class GatherState(Struct, array_like=True):
 
 
 class QueueState(Struct, array_like=True):
-    """Options of a queue and whether it is paused."""
+    """The options of a queue, and whether it is paused."""
 
     options: QueueOptions
     paused: bool
@@ -136,8 +145,8 @@ decode_message = msgspec.msgpack.Decoder(MessageState).decode
 decode_group = msgspec.msgpack.Decoder(GroupState).decode
 decode_gather = msgspec.msgpack.Decoder(GatherState).decode
 decode_queue = msgspec.msgpack.Decoder(QueueState).decode
-decode_forgotten = msgspec.msgpack.Decoder(tuple[int, list[int]]).decode
-decode_names = msgspec.msgpack.Decoder(list[str]).decode
+decode_forget = msgspec.msgpack.Decoder(tuple[int, list[int]]).decode
+decode_closed_groups = msgspec.msgpack.Decoder(list[str]).decode
 decode_fact = msgspec.msgpack.Decoder(tuple[str, str]).decode
 decode_sessions = msgspec.msgpack.Decoder(list[tuple[int, int]]).decode
 decode_epoch = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]).decode
@@ -145,7 +154,7 @@ decode_oldest = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=1)]).deco
 
 
 def message_state(message: Message) -> MessageState:
-    """The state of a message as a record states it."""
+    """Return the state of a message for a record."""
     delivery_state = message.delivery_state or DeliveryState()
     return MessageState(
         message.id,
@@ -173,7 +182,7 @@ def message_state(message: Message) -> MessageState:
 
 
 def group_state(group: Group) -> GroupState:
-    """The state of a group as a record states it."""
+    """Return the state of a group for a record."""
     return GroupState(
         group.id,
         group.epoch,
@@ -187,7 +196,7 @@ def group_state(group: Group) -> GroupState:
 
 
 def gather_state(group: Group, gather: Gather) -> GatherState:
-    """The state of a gather as a record states it."""
+    """Return the state of a gather for a record."""
     return GatherState(
         group.id,
         gather.key,

@@ -1,7 +1,8 @@
-"""From records back to state: a fold over the journal.
+"""Rebuild the state of a broker from the records of its journal.
 
-Replay draws no conclusions. A record about a message that is not known speaks of one whose own record went with a
-segment: it had ended by then, or a COPY further on states it whole.
+Each record sets state; a replay must not decide anything, because the records on which a decision was based may have
+been deleted with their segment. A record about an unknown message is no error for the same reason: either that message
+has ended, or a later COPY record holds all of it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from stageflow_brokers.types import (
 __all__ = ["Replay"]
 
 OnSettled = Callable[[Message | None, str, str], None]
-"""(message, group, label) of each settlement that was accepted; the message is None if its own record is gone."""
+"""Called as (message, group, label) for each accepted settlement. The message is None if its record was deleted."""
 
 
 class Replay:
-    """Feeds records into a store. `finish` makes it ready for a new broker epoch.
+    """Applies records to a state.
 
-    `oldest`: the segments from this one on must be there; 0 where nothing is said of it.
+    Args:
+        state: The state to fill, empty at first.
+        on_settled: Called for each accepted settlement. Default: None.
+
+    Attributes:
+        oldest: Number of the segment from which on all segments must exist; 0 if no record states it.
     """
 
     def __init__(self, state: BrokerState, *, on_settled: OnSettled | None = None) -> None:
@@ -45,10 +51,10 @@ class Replay:
         self.oldest = 0
         state.replaying = True
         self._on_settled = on_settled
-        self._kinds: dict[int, Callable[[int, Buffer, Buffer, RecordLocation], None]] = {
-            records.KEPT_PUBLISH: self._publish,
-            records.KEPT_SETTLE: self._settle,
-            records.KEPT_CHECKPOINT: self._checkpoint,
+        self._handlers: dict[int, Callable[[int, Buffer, Buffer, RecordLocation], None]] = {
+            records.PUBLISH_FRAME: self._publish,
+            records.SETTLE_FRAME: self._settle,
+            records.CHECKPOINT_FRAME: self._checkpoint,
             records.COPY: self._copy,
             records.MARK: self._mark,
             records.FORGET: self._forget,
@@ -65,24 +71,27 @@ class Replay:
     def apply(
         self, kind: int, first_id: int, peer: int, header: Buffer, blob: Buffer, location: RecordLocation
     ) -> None:
-        """One record, in the order of the journal. Raises `ProtocolError` and msgspec's errors for one that makes no
-        sense."""
+        """Apply the next record of the journal.
+
+        Raise `ProtocolError` or an error of msgspec if it is invalid.
+        """
         state = self.state
         if state.next_id < first_id:
             if first_id >= wire.MAX_NUMBER:
-                raise ProtocolError(f"messages are numbered from {first_id} on")
+                raise ProtocolError(f"message id {first_id} is out of range")
             state.next_id = first_id
         state.wall = location.wall
-        method = self._kinds.get(kind)
-        if method is None:
-            raise ProtocolError(f"a record of kind {kind}, of which this release knows nothing")
-        method(peer, header, blob, location)
+        handler = self._handlers.get(kind)
+        if handler is None:
+            raise ProtocolError(f"record kind {kind} is unknown to this release: open the journal with a newer one")
+        handler(peer, header, blob, location)
 
     def finish(self, now: float, wall: float) -> None:
-        """All has been read: lanes, delays and timers are made anew, clocks clamped to what was asked for.
+        """Rebuild lanes, delays and timers, and begin a new broker epoch.
 
-        A queue is in the order in which its messages were made. That differs from the order of before only for those
-        that had been put back at its end.
+        A wait is never longer than the delay, time to live or deadline that was requested, even if the clock was set
+        back. Each queue is in the order of message ids. This differs from the order before the restart only for
+        messages that were appended to their queue again.
         """
         state = self.state
         state.replaying = False
@@ -102,14 +111,14 @@ class Replay:
             else:
                 delivery_state.due = delivery_state.due_wall = 0.0
             if delivery_state.expires_wall:
-                most = delivery_state.expires_wall - message.location.wall
-                delivery_state.expires = now + min(max(delivery_state.expires_wall - wall, 0.0), most)
+                max_wait = delivery_state.expires_wall - message.location.wall
+                delivery_state.expires = now + min(max(delivery_state.expires_wall - wall, 0.0), max_wait)
             state.enqueue(message)
         for (_, key), group in state.gathers.items():
             gather = state.gather(group, key, group.location)
             if gather.due_wall:
                 gather.due = now + min(max(gather.due_wall - wall, 0.0), gather.wait)
-                state.timer(gather.due, 0, group.id, key)
+                state.set_timer(gather.due, 0, group.id, key)
         for id in [group.id for group in state.groups.values() if group.is_idle]:
             state.close_group(id)
         state.closed_groups.clear()
@@ -120,25 +129,27 @@ class Replay:
             if group.cancelled is not None:
                 group.cancel_lease = state.next_lease
 
-    # frames
+    # records of frames
 
     def _publish(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         frame = wire.decode_publish(header, blob)
         self.state.remember_peer(peer, frame.frame)
-        at = 0
+        offset = 0
         for item in frame.items:
-            self._item(item, frame.targets, blob, at, location)
-            at += item.size
+            self._item(item, frame.targets, blob, offset, location)
+            offset += item.size
         if frame.opens or frame.arrivals:
-            self._apply_gathers(frame.opens, frame.arrivals, frame.targets, blob, at, location)
+            self._apply_gathers(frame.opens, frame.arrivals, frame.targets, blob, offset, location)
 
-    def _item(self, item: PublishItem, targets: list[Target], blob: Buffer, at: int, location: RecordLocation) -> None:
+    def _item(
+        self, item: PublishItem, targets: list[Target], blob: Buffer, offset: int, location: RecordLocation
+    ) -> None:
         state = self.state
         target = targets[item.target]
         pushed = target.flags & PUSH_ONLY
         queue = None if pushed else state.queue(target.queue)
-        body = None if state.paging else bytes(blob[at : at + item.size])
-        group, _ = state.admit(item, queue, target.label, body, location, at)
+        body = None if state.paging else bytes(blob[offset : offset + item.size])
+        group, _ = state.admit(item, queue, target.label, body, location, offset)
         if target.flags & TERMINAL and not pushed and group is not None:
             group.end_label = target.label
 
@@ -147,7 +158,7 @@ class Replay:
         state = self.state
         state.remember_peer(peer, frame.frame)
         messages = state.messages
-        at = 0
+        offset = 0
         resolved: list[tuple[Queue | None, str, int]] = [
             (None if t.flags & PUSH_ONLY else state.queue(t.queue), t.label, t.flags) for t in frame.targets
         ]
@@ -156,7 +167,7 @@ class Replay:
         for id, _, target, size, group_id in frame.moves:
             message = messages.get(id)
             if on_settled is not None:
-                self._settled(message, group_id)
+                self._report_settled(message, group_id)
             queue, label, flags = resolved[target]
             assert queue is not None
             epoch = wire.FIRST_EPOCH if group_id else 0
@@ -166,20 +177,22 @@ class Replay:
             group = state.group(group_id, epoch, location)
             if flags and group is not None:
                 group.end_label = label
-            body = None if paging else bytes(blob[at : at + size])
-            state.put(queue, group, epoch, label, 0, body, size, location, at)
-            at += size
+            body = None if paging else bytes(blob[offset : offset + size])
+            state.put(queue, group, epoch, label, 0, body, size, location, offset)
+            offset += size
         for id, _, flags, group_id in frame.acks:
             message = messages.get(id)
-            self._settled(message, group_id)
+            self._report_settled(message, group_id)
             if message is not None:
                 state.forget(message)
             if flags & FLAG_CLOSE_GROUP and group_id:
                 state.close_group(group_id)
         for other in frame.others:
-            at = self._other(other, frame.targets, blob, at, location)
+            offset = self._other(other, frame.targets, blob, offset, location)
 
-    def _other(self, item: SettleItem, targets: list[Target], blob: Buffer, at: int, location: RecordLocation) -> int:
+    def _other(
+        self, item: SettleItem, targets: list[Target], blob: Buffer, offset: int, location: RecordLocation
+    ) -> int:
         state = self.state
         priority = None
         for id, _ in item.leases:
@@ -187,7 +200,7 @@ class Replay:
             if priority is None and message is not None:
                 priority = message.priority
             if item.outcome == ACK:
-                self._settled(message, "")
+                self._report_settled(message, "")
                 if message is not None:
                     state.forget(message)
             elif message is not None:
@@ -197,15 +210,15 @@ class Replay:
                 else:
                     state.park(message, reason=item.failure, evidence=False)
         for publish in item.publishes:
-            self._item(publish, targets, blob, at, location)
-            at += publish.size
+            self._item(publish, targets, blob, offset, location)
+            offset += publish.size
         if item.opens or item.arrivals:
-            at = self._apply_gathers(item.opens, item.arrivals, targets, blob, at, location, priority or 0)
+            offset = self._apply_gathers(item.opens, item.arrivals, targets, blob, offset, location, priority or 0)
         if item.close_group:
             state.close_group(item.close_group)
-        return at
+        return offset
 
-    def _settled(self, message: Message | None, group_id: str) -> None:
+    def _report_settled(self, message: Message | None, group_id: str) -> None:
         if self._on_settled is not None:
             self._on_settled(message, group_id, "" if message is None else message.label)
 
@@ -222,43 +235,45 @@ class Replay:
         arrivals: list[Arrival],
         targets: list[Target],
         blob: Buffer,
-        at: int,
+        offset: int,
         location: RecordLocation,
         priority: int = 0,
     ) -> int:
         state = self.state
         for opening in opens:
             group = state.group(opening.group, opening.epoch, location)
-            base = bytes(blob[at : at + opening.size])
-            at += opening.size
+            base = bytes(blob[offset : offset + opening.size])
+            offset += opening.size
             if group is not None:
                 target = targets[opening.target]
-                state.open(group, opening, target.queue, target.label, base, location, priority)
+                state.open_gather(group, opening, target.queue, target.label, base, location, priority)
         for arrival in arrivals:
             group = state.group(arrival.group, arrival.epoch, location)
             if group is not None:
-                state.arrive(group, arrival.key, arrival.slot, bytes(blob[at : at + arrival.size]), location)
-            at += arrival.size
-        return at
+                state.add_arrival(
+                    group, arrival.key, arrival.slot, bytes(blob[offset : offset + arrival.size]), location
+                )
+            offset += arrival.size
+        return offset
 
-    # facts
+    # records of state
 
     def _copy(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         record = records.decode_message(header)
         state = self.state
-        known = state.messages.get(record.id)
-        if known is not None:
-            state.forget(known)
+        earlier = state.messages.get(record.id)
+        if earlier is not None:
+            state.forget(earlier)
         location.wall = record.wall
-        # Evidence belongs to its group in name only: the group may have left, and one of the same name have begun.
+        # Evidence is not linked to its group: the group may be closed, and another one may have the same id.
         group = None if record.evidence else state.group(record.group, record.epoch, location)
-        kept, state.next_id = state.next_id, record.id
+        next_id, state.next_id = state.next_id, record.id
         queue = state.queue(record.queue)
         body = None if state.paging else bytes(blob)
         message = state.put(queue, group, record.epoch, record.label, record.priority, body, len(blob), location, 0)
         if record.evidence and record.group:
             message.group = Group(record.group, record.epoch, location)
-        state.next_id = max(kept, record.id + 1)
+        state.next_id = max(next_id, record.id + 1)
         self._restore(message, record)
 
     def _mark(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
@@ -280,8 +295,8 @@ class Replay:
         if record == plain:
             message.delivery_state = None
             return
-        known, delivery_state = message.ensure_delivery_state(), DeliveryState()
-        delivery_state.steps, delivery_state.step_bytes = known.steps, known.step_bytes
+        earlier, delivery_state = message.ensure_delivery_state(), DeliveryState()
+        delivery_state.steps, delivery_state.step_bytes = earlier.steps, earlier.step_bytes
         delivery_state.attempts, delivery_state.deaths = record.attempts, record.deaths
         delivery_state.failure, delivery_state.fresh = record.failure, record.fresh
         delivery_state.parts = record.parts
@@ -293,13 +308,13 @@ class Replay:
         message.delivery_state = delivery_state
 
     def _forget(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
-        frame, ids = records.decode_forgotten(header)
+        frame, ids = records.decode_forget(header)
         if peer:
             self.state.remember_peer(peer, frame)
         for id in ids:
             message = self.state.messages.get(id)
-            if peer:  # nobody in particular: somebody purged it, which is no settlement
-                self._settled(message, "")
+            if peer:  # without a peer the message was purged or replaced by a restart, which is no settlement
+                self._report_settled(message, "")
             if message is not None:
                 self.state.forget(message)
 
@@ -314,7 +329,7 @@ class Replay:
             state.relocate_group(group, location)
 
     def _groups_closed(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
-        for id in records.decode_names(header):
+        for id in records.decode_closed_groups(header):
             self.state.close_group(id)
 
     def _gather(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
@@ -341,8 +356,8 @@ class Replay:
         self.state.set_fact(name, value)
 
     def _sessions(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
-        for known, frame in records.decode_sessions(header):
-            self.state.remember_peer(known, frame)
+        for each, frame in records.decode_sessions(header):
+            self.state.remember_peer(each, frame)
 
     def _oldest(self, peer: int, header: Buffer, blob: Buffer, location: RecordLocation) -> None:
         self.oldest = max(self.oldest, records.decode_oldest(header))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from stageflow_brokers.core import records, wire
 from stageflow_brokers.core.breaker import Breaker
-from stageflow_brokers.core.gathers import GatherManager, Resolved
+from stageflow_brokers.core.gathers import GatherManager, ResolvedTargets
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.limits import LimitChecker
 from stageflow_brokers.core.message import PARKED, Group, Message, RecordLocation
@@ -64,86 +64,86 @@ class SettleHandler:
         """A frame that is new."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
             self._leases.consume(session, frame.queue, frame.prefetch)
-        if self._limit_checker.is_queue_limit_reached and not self._holds_some(session, frame):
+        if self._limit_checker.is_queue_limit_reached and not self._holds_any(session, frame):
             # Whoever has nothing in hand makes no queues by naming them.
-            stale = [id for id, _ in _leases(frame)]
+            stale = [id for id, _ in _frame_leases(frame)]
             self._leases.free_credit(session, stale)
             self._refuse(session, frame.frame, {"stale": stale})
             return
-        if frame.others and self._name_groups(session, frame.others):
+        if frame.others and self._fill_in_groups(session, frame.others):
             header = wire.encode(frame)
         targets = self._publish_handler.resolve(frame.targets)
         index = len(self._writer.records)
         first_id = self.state.next_id
-        location = self._writer.record(records.KEPT_SETTLE, session.peer, header, blob)
-        guarded = _guarded(session, frame.moves) if self.state.guarded else None
+        location = self._writer.record(records.SETTLE_FRAME, session.peer, header, blob)
+        breakers = _affected_breakers(session, frame.moves) if self.state.has_breakers else None
         refused_moves = self._move(session, frame.moves, targets, blob, location) if frame.moves else []
-        if guarded:
+        if breakers:
             stale_ids = {frame.moves[index][0] for index in refused_moves}
-            for breaker, ids in guarded:
+            for breaker, ids in breakers:
                 if ids := ids - stale_ids:
                     breaker.record_success(ids)
         emptied: list[Group] = []
         refused_acks = self._acknowledge(session, frame.acks, emptied) if frame.acks else []
         refused_others: list[int] = []
-        whole = True
+        all_accepted = True
         if frame.others:
-            at = sum(move[3] for move in frame.moves)
+            offset = sum(move[3] for move in frame.moves)
             for position, other in enumerate(frame.others):
                 held = [self._leases.get_held(session, id, lease) for id, lease in other.leases]
                 messages = [message for message in held if message is not None]
                 if len(messages) == len(held):
-                    whole &= self._settle(session, other, messages, targets, blob, at, location, emptied)
+                    all_accepted &= self._settle(session, other, messages, targets, blob, offset, location, emptied)
                 else:
                     refused_others.append(position)
-                at += _size(other)
+                offset += _bodies_size(other)
         if len(self._writer.records) > index + 1 and _closes_group(frame):
             # What was concluded on the way here may be of a group that left after all.
-            whole = False
+            all_accepted = False
         changed = self._gather_manager.publish_complete()
-        if refused_moves or refused_acks or refused_others or not whole:
-            self._restate(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
+        if refused_moves or refused_acks or refused_others or not all_accepted:
+            self._replace_record(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
             stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
             stale += [id for i in refused_others for id, _ in frame.others[i].leases]
             if stale:
                 self._leases.free_credit(session, stale)
                 self._refuse(session, frame.frame, {"stale": stale})
-        if self._publish_handler.ended_by_old:
-            self._publish_handler.correct_ends()
+        if self._publish_handler.stale_end_groups:
+            self._publish_handler.record_stale_ends()
         if emptied:
-            self.close(emptied)
+            self.close_idle_groups(emptied)
         if self._outbox.subscribers:
-            self._tell(first_id, frame, set(refused_others), blob)
+            self._notify_subscribers(first_id, frame, set(refused_others), blob)
 
-    def _holds_some(self, session: Session, frame: SettleFrame) -> bool:
-        return any(self._leases.get_held(session, id, lease) is not None for id, lease in _leases(frame))
+    def _holds_any(self, session: Session, frame: SettleFrame) -> bool:
+        return any(self._leases.get_held(session, id, lease) is not None for id, lease in _frame_leases(frame))
 
     def _refuse(self, session: Session, frame: int, answer: Mapping[str, object]) -> None:
         session.keep_answer(frame, answer)
         self._outbox.add_result(session, frame, answer)
 
-    def _tell(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
+    def _notify_subscribers(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
         """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
-        told: list[tuple[str, int, str, bytes]] = []
+        notices: list[tuple[str, int, str, bytes]] = []
         for id in range(first_id, self.state.next_id):
             message = self.state.messages.get(id)
             if message is not None and message.group is not None:
-                told.append((message.group.id, message.epoch, message.label, self._writer.body(message)))
-        at = sum(move[3] for move in frame.moves)
+                notices.append((message.group.id, message.epoch, message.label, self._writer.body(message)))
+        offset = sum(move[3] for move in frame.moves)
         for position, other in enumerate(frame.others):
-            at += sum(publish.size for publish in other.publishes)
+            offset += sum(publish.size for publish in other.publishes)
             gathered: list[GatherOpen | Arrival] = [*other.opens, *other.arrivals]
             for each in gathered:
                 if position not in refused_others:
-                    told.append((each.group, each.epoch, each.key, blob[at : at + each.size]))
-                at += each.size
-        if told:
-            self._outbox.notify_subscribers(told)
+                    notices.append((each.group, each.epoch, each.key, blob[offset : offset + each.size]))
+                offset += each.size
+        if notices:
+            self._outbox.notify_subscribers(notices)
 
     def handle_duplicate(self, session: Session, frame: SettleFrame) -> None:
         """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
         longer, even where the message still is (it was to be delivered again)."""
-        self.handle_release(session, _leases(frame))
+        self.handle_release(session, _frame_leases(frame))
 
     def handle_release(self, session: Session, leases: list[tuple[int, int]]) -> None:
         """Messages that were not begun: back to the head of their queue, in order, uncharged."""
@@ -167,7 +167,7 @@ class SettleHandler:
             self._refuse(session, frame.frame, {"refused": str(error)})
             return
         self.state.add_step(message, frame.name, blob)
-        self._writer.record(records.KEPT_CHECKPOINT, session.peer, header, blob)
+        self._writer.record(records.CHECKPOINT_FRAME, session.peer, header, blob)
 
     def handle_duplicate_checkpoint(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
         """A checkpoint sent again: whether it was taken shows."""
@@ -177,7 +177,7 @@ class SettleHandler:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
             self._outbox.add_result(session, frame.frame, answer)
 
-    def close(self, groups: list[Group]) -> None:
+    def close_idle_groups(self, groups: list[Group]) -> None:
         """Groups of which nothing is left have ended, though nobody said so."""
         state = self.state
         idle = {group.id: None for group in groups if group.is_idle and state.groups.get(group.id) is group}
@@ -186,10 +186,10 @@ class SettleHandler:
         if idle:
             self._writer.record_closed_groups(idle)
 
-    def _name_groups(self, session: Session, others: list[SettleItem]) -> bool:
+    def _fill_in_groups(self, session: Session, others: list[SettleItem]) -> bool:
         """What follows from a message belongs to its group and epoch unless it says otherwise, and the record has to
         say so by itself. Whether anything was filled in."""
-        named = False
+        filled_in = False
         for other in others:
             message = self._leases.get_held(session, *other.leases[0])
             if message is None:
@@ -200,13 +200,13 @@ class SettleHandler:
                 if not each.group and (message.group is not None or each.epoch != message.epoch):
                     each.group = "" if message.group is None else message.group.id
                     each.epoch = message.epoch
-                    named = True
-        return named
+                    filled_in = True
+        return filled_in
 
     # the shapes of a settlement
 
     def _move(
-        self, session: Session, moves: list[Move], targets: Resolved, blob: bytes, location: RecordLocation
+        self, session: Session, moves: list[Move], targets: ResolvedTargets, blob: bytes, location: RecordLocation
     ) -> list[int]:
         """The happy path, once per stage of each instance: the message settled becomes the one that follows."""
         state = self.state
@@ -214,7 +214,7 @@ class SettleHandler:
         next_id = state.next_id
         changed_queues = state.changed_queues
         push = self._outbox.push_to_watchers
-        at = 0
+        offset = 0
         grown = 0
         stale: list[int] = []
         odd: list[Message] = []
@@ -223,13 +223,13 @@ class SettleHandler:
             message = messages.get(id)
             if message is None or message.lease != lease:
                 stale.append(index)
-                at += size
+                offset += size
                 continue
             holder = message.holder
             group = message.group
             if holder is None or holder.session is not session or group_id != ("" if group is None else group.id):
                 stale.append(index)
-                at += size
+                offset += size
                 continue
             del messages[id]
             del holder.held[id]
@@ -238,7 +238,7 @@ class SettleHandler:
             changed_queues[old] = None
             queue, label, flags = targets[target]
             assert queue is not None
-            body = blob[at : at + size]
+            body = blob[offset : offset + size]
             grown += size - message.size
             message.id = next_id
             message.queue = queue
@@ -247,7 +247,7 @@ class SettleHandler:
             message.body = body
             message.size = size
             message.location = location
-            message.body_offset = at
+            message.body_offset = offset
             message.lease = 0
             message.holder = None
             if message.delivery_state is not None:
@@ -255,7 +255,7 @@ class SettleHandler:
                 message.delivery_state = None
             messages[next_id] = message
             next_id += 1
-            at += size
+            offset += size
             if group is None:
                 if message.epoch:
                     odd.append(message)
@@ -279,11 +279,11 @@ class SettleHandler:
         state.next_id = next_id
         state.live_bytes += grown
         for message in odd:
-            self._writer.mark(message)
+            self._writer.record_message_state(message)
         for message, flags in diverted:
             self._leases.divert(message)
             if flags and message.group is not None:
-                self._publish_handler.ended_by_old.append(message.group)
+                self._publish_handler.stale_end_groups.append(message.group)
         return stale
 
     def _acknowledge(self, session: Session, acks: list[Ack], emptied: list[Group]) -> list[int]:
@@ -313,15 +313,15 @@ class SettleHandler:
         session: Session,
         item: SettleItem,
         messages: list[Message],
-        targets: Resolved,
+        targets: ResolvedTargets,
         blob: bytes,
-        at: int,
+        offset: int,
         location: RecordLocation,
         emptied: list[Group],
     ) -> bool:
         """False when some of what follows was not taken: it belongs to a group that is not live, or that is already."""
         state = self.state
-        whole = True
+        all_accepted = True
         parked: list[Group] = []
         for message in messages:
             message.queue.settled_count += 1
@@ -346,7 +346,7 @@ class SettleHandler:
             if is_cancel_unannounced:
                 # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
                 self._leases.redeliver(message)
-                self._writer.mark(message)
+                self._writer.record_message_state(message)
             elif item.outcome == RETRY or message.is_stale_epoch:
                 self._leases.redeliver(message, item.delay)
             else:
@@ -355,22 +355,22 @@ class SettleHandler:
                     parked.append(group)
         for publish in item.publishes:
             if publish.flags & FLAG_START and publish.group in state.groups:
-                whole = False
+                all_accepted = False
             else:
-                self._publish_handler.put(publish, targets, blob, at, location, session)
-            at += publish.size
+                self._publish_handler.put(publish, targets, blob, offset, location, session)
+            offset += publish.size
         if item.opens or item.arrivals:
-            whole &= self._gather_manager.apply(
-                item.opens, item.arrivals, targets, blob, at, location, messages[0].priority if messages else 0
+            all_accepted &= self._gather_manager.apply(
+                item.opens, item.arrivals, targets, blob, offset, location, messages[0].priority if messages else 0
             )
         if item.close_group:
             state.close_group(item.close_group)
         for group in parked:
             if group.is_halted(state.now):
                 self._outbox.notify_watchers(group, "parked")
-        return whole
+        return all_accepted
 
-    def _restate(
+    def _replace_record(
         self,
         index: int,
         frame: SettleFrame,
@@ -395,13 +395,13 @@ class SettleHandler:
         for id in range(first_id, state.next_id):
             message = state.messages.get(id)
             if message is not None:
-                writer.copy(message)
+                writer.record_message(message)
                 if message.group is not None:
                     groups[message.group.id] = message.group
         for other in others:
             for id, _ in other.leases:
                 if other.outcome != ACK and id in state.messages:
-                    writer.mark(state.messages[id])
+                    writer.record_message_state(state.messages[id])
         groups.update((group.id, group) for group, _ in changed)
         for group in groups.values():
             if state.groups.get(group.id) is group:
@@ -411,7 +411,7 @@ class SettleHandler:
                 writer.record_gather(group, group.gathers[key])
 
 
-def _leases(frame: SettleFrame) -> list[tuple[int, int]]:
+def _frame_leases(frame: SettleFrame) -> list[tuple[int, int]]:
     """All that a frame settles."""
     leases = [(move[0], move[1]) for move in frame.moves] + [(ack[0], ack[1]) for ack in frame.acks]
     return leases + [lease for other in frame.others for lease in other.leases]
@@ -422,7 +422,7 @@ def _closes_group(frame: SettleFrame) -> bool:
     return any(ack[2] & FLAG_CLOSE_GROUP for ack in frame.acks) or any(other.close_group for other in frame.others)
 
 
-def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:
+def _affected_breakers(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:
     """The breakers that are told of these moves, and which of them each."""
     found = []
     for consumer in session.consumers.values():
@@ -432,7 +432,7 @@ def _guarded(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int
     return found
 
 
-def _size(item: SettleItem) -> int:
+def _bodies_size(item: SettleItem) -> int:
     return (
         sum(publish.size for publish in item.publishes)
         + sum(opening.size for opening in item.opens)

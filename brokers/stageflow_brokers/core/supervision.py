@@ -136,7 +136,7 @@ class Supervision:
             self._make_dead_letter(message, death.failure)
         else:
             self._leases.redeliver(message)
-            self._writer.mark(message)
+            self._writer.record_message_state(message)
 
     def _make_dead_letter(self, message: Message, reason: bytes) -> None:
         """Park a message that reached `max_deaths`, and notify `notify_queue`.
@@ -147,7 +147,7 @@ class Supervision:
         options = message.queue.options
         group = message.group
         state.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
-        self._writer.mark(message)
+        self._writer.record_message_state(message)
         if not options.notify_queue:
             if group is not None:
                 self._outbox.notify_watchers(group, "parked")
@@ -160,7 +160,7 @@ class Supervision:
         delivery_state.attempts, delivery_state.deaths = original.attempts, original.deaths
         delivery_state.parts = original.parts
         state.set_steps(copy, original.steps)
-        self._writer.copy(copy)
+        self._writer.record_message(copy)
         state.enqueue(copy)
         state.changed_queues[queue] = None
 

@@ -147,7 +147,7 @@ class Compactor:
         if self._machine.writer.copy_live(self._oldest, budget):
             return
         if not self._restated:
-            self._machine.writer.restate(self._oldest + 1)
+            self._machine.writer.record_global_state(self._oldest + 1)
             self._restated = True
             return
         self._recyclable_to = self._oldest + 1
@@ -203,7 +203,7 @@ class Compactor:
         """Return the live bytes of a segment, from an estimate that is at most some rounds old."""
         estimated, weight, rounds = self._estimate
         if estimated != segment or rounds <= 0:
-            weight, rounds = self._machine.writer.weigh(segment), CHECK_INTERVAL_ROUNDS
+            weight, rounds = self._machine.writer.estimate_copy_bytes(segment), CHECK_INTERVAL_ROUNDS
         self._estimate = (segment, weight, rounds - 1)
         return weight
 
@@ -212,7 +212,7 @@ class Compactor:
         if self._rounds_to_check > 0:
             self._rounds_to_check -= 1
             return False
-        if self._machine.writer.weigh(segment) * COPY_MARGIN <= self.available_bytes:
+        if self._machine.writer.estimate_copy_bytes(segment) * COPY_MARGIN <= self.available_bytes:
             return True
         self._rounds_to_check = CHECK_INTERVAL_ROUNDS
         return False

@@ -22,8 +22,8 @@ MAX_SEARCHED_BYTES = 32 << 20
 
 _ARRAY = re.compile(rb"[\x92-\x9f\xdc]")
 _SHAPES = {
-    records.KEPT_PUBLISH: ("iis", "siiis", "ssis"),
-    records.KEPT_SETTLE: ("iis", "iiis", "iiiis", "siiis", "ssis"),
+    records.PUBLISH_FRAME: ("iis", "siiis", "ssis"),
+    records.SETTLE_FRAME: ("iis", "iiis", "iiiis", "siiis", "ssis"),
     records.COPY: ("iss",),
     records.MARK: ("iss",),
     records.GROUP: ("s",),
@@ -92,10 +92,10 @@ def _value(data: bytes, at: int) -> tuple[str, str, int]:
 
 
 def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
-    if kind == records.KEPT_PUBLISH:
+    if kind == records.PUBLISH_FRAME:
         publish = wire.decode_publish(header, blob)
         return [each.group for part in (publish.items, publish.opens, publish.arrivals) for each in part]
-    if kind == records.KEPT_SETTLE:
+    if kind == records.SETTLE_FRAME:
         settle = wire.decode_settle(header, blob)
         named = [move[4] for move in settle.moves] + [ack[3] for ack in settle.acks]
         for other in settle.others:
@@ -108,4 +108,4 @@ def _groups_of(kind: int, header: bytes, blob: bytes) -> list[str]:
         return [records.decode_group(header).id]
     if kind == records.GATHER:
         return [records.decode_gather(header).group]
-    return list(records.decode_names(header)) if kind == records.GROUPS_CLOSED else []
+    return list(records.decode_closed_groups(header)) if kind == records.GROUPS_CLOSED else []
