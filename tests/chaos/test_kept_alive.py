@@ -166,7 +166,7 @@ def test_a_cluster_that_cannot_be_kept_notifies_every_waiting_caller(
 
 def test_what_ends_again_and_again_is_given_up_with_an_error_that_names_it() -> None:
     now = [0.0]
-    intensity = RestartLimit("node process", most=3, period=10.0, clock=lambda: now[0])
+    intensity = RestartLimit("node process", max_restarts=3, period_seconds=10.0, clock=lambda: now[0])
     for _ in range(20):
         now[0] += 4.0
         intensity.record()

@@ -22,43 +22,43 @@ MAX_QUEUES_NAMED = 5
 
 
 class StopNotes:
-    """The notes of one stop, which begins at construction; `notify` receives sentences for people."""
+    """The notes of one stop, which begins at construction; `notify` receives each note as text."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self._notify = notify
-        self._next = time.monotonic() + FIRST_NOTE_SECONDS
+        self._next_note_at = time.monotonic() + FIRST_NOTE_SECONDS
 
     def wait_for(self, what: Callable[[], str]) -> None:
         """Send a note if one is due.
 
         `what` returns a description of the cause, or an empty text if there is none.
         """
-        if time.monotonic() < self._next:
+        if time.monotonic() < self._next_note_at:
             return
-        words = what()
-        if words:
-            self._next = time.monotonic() + NOTE_INTERVAL_SECONDS
+        cause = what()
+        if cause:
+            self._next_note_at = time.monotonic() + NOTE_INTERVAL_SECONDS
             self._notify(
-                f"the stop waits for {words}; Ctrl-C kills all workers now, and unfinished instances continue at the "
+                f"the stop waits for {cause}; Ctrl-C kills all workers now, and unfinished instances continue at the "
                 "next start"
             )
 
 
-def describe_work(lanes: Mapping[str, Sequence[Slot]], now: int) -> str:
+def describe_work(lanes: Mapping[str, Sequence[Slot]], now_ns: int) -> str:
     """Return a description of the messages in work, by queue.
 
-    `now` is `CLOCK_MONOTONIC` in nanoseconds.
+    `now_ns` is `CLOCK_MONOTONIC` in nanoseconds.
     """
     found = []
-    for queue, theirs in list(lanes.items()):
-        since = [state.since_ns for state in (lane.read() for lane in theirs) if state.is_busy]
+    for queue, slots in list(lanes.items()):
+        since = [state.since_ns for state in (lane.read() for lane in slots) if state.is_busy]
         if since:
-            found.append((min(since), f"{queue} ({pluralize(len(since), 'message')}, for {_age(now - min(since))})"))
-    words = [text for _, text in sorted(found)]
-    more = f" and {pluralize(len(words) - MAX_QUEUES_NAMED, 'more queue')}" if len(words) > MAX_QUEUES_NAMED else ""
+            found.append((min(since), f"{queue} ({pluralize(len(since), 'message')}, for {_age(now_ns - min(since))})"))
+    parts = [text for _, text in sorted(found)]
+    more = f" and {pluralize(len(parts) - MAX_QUEUES_NAMED, 'more queue')}" if len(parts) > MAX_QUEUES_NAMED else ""
     return (
-        f"running handlers: {', '.join(words[:MAX_QUEUES_NAMED])}{more}"
-        if words
+        f"running handlers: {', '.join(parts[:MAX_QUEUES_NAMED])}{more}"
+        if parts
         else "messages that workers have not settled yet"
     )
 

@@ -24,22 +24,22 @@ class RestartLimit:
         self,
         what: str,
         *,
-        most: int = MAX_RESTARTS,
-        period: float = PERIOD_SECONDS,
+        max_restarts: int = MAX_RESTARTS,
+        period_seconds: float = PERIOD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what = what
-        self._most = most
-        self._period = period
+        self._max_restarts = max_restarts
+        self._period_seconds = period_seconds
         self._clock = clock
         self._times: list[float] = []
 
     def record(self) -> None:
         """Count a restart. Raises `BrokerUnavailable` if there were too many within the period."""
         now = self._clock()
-        self._times = [at for at in self._times if now - at < self._period] + [now]
-        if len(self._times) > self._most:
+        self._times = [at for at in self._times if now - at < self._period_seconds] + [now]
+        if len(self._times) > self._max_restarts:
             raise BrokerUnavailable(
-                f"the {self._what} ended {len(self._times)} times within {self._period:g} s and is not restarted; "
-                "its stderr, above, shows the cause: fix it, and start the cluster again"
+                f"the {self._what} ended {len(self._times)} times within {self._period_seconds:g} s and is not "
+                "restarted; its stderr, above, shows the cause: fix it, and start the cluster again"
             )
