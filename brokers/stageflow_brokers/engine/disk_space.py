@@ -47,6 +47,7 @@ RESERVE_INCREMENT_BYTES = 1 << 20
 """The reserved space grows in multiples of this."""
 
 MIN_ROUND_BYTES, MAX_ROUND_BYTES = 64 << 10, 64 << 20
+"""Limits of the bytes that one round receives, whatever the free space is."""
 
 SAMPLED_MESSAGES = 256
 """Messages inspected per check to learn the size that instances end with."""

@@ -38,7 +38,7 @@ __all__ = ["BatchLocation", "Durability", "FreeSpace", "Journal", "SegmentInfo"]
 
 Durability = Literal["fsync", "write"]
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _ZEROS = bytes(SECTOR_BYTES)
 _SCATTER_BYTES = 256 << 10  # from this size, copying the pieces into one buffer costs more than passing each piece
 _SCATTER_PIECE_BYTES = 2048  # the average size of a piece from which that is true
@@ -114,7 +114,7 @@ class Journal:
         files: FileSystem | None = None,
         durability: Durability = "fsync",
         segment_bytes: int = 64 << 20,
-        warn: Callable[[str], None] = _LOG.warning,
+        warn: Callable[[str], None] = logger.warning,
     ) -> Self:
         """Take the lock, recover the journal, and open it for writing.
 

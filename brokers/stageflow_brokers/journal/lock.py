@@ -12,8 +12,8 @@ from stageflow_brokers.journal.filesystem import FileSystem, read_at, write_at
 
 __all__ = ["DirectoryLock", "writer_of"]
 
-_NAME = "lock"
-_WIDTH = 20
+_LOCK_NAME = "lock"
+_PID_WIDTH = 20
 
 
 class DirectoryLock:
@@ -21,7 +21,7 @@ class DirectoryLock:
 
     def __init__(self, files: FileSystem, directory: Path, pid: int) -> None:
         self._files = files
-        path = directory / _NAME
+        path = directory / _LOCK_NAME
         self._fd = files.open(path, create=True)
         try:
             if not files.try_lock(self._fd):
@@ -45,7 +45,7 @@ class DirectoryLock:
             self._files.close(self._fd)
 
     def _write(self, name: bytes) -> None:
-        line = name.ljust(_WIDTH) + b"\n"  # always the same length, so that it fits on a full disk
+        line = name.ljust(_PID_WIDTH) + b"\n"  # always the same length, so that it fits on a full disk
         try:
             write_at(self._files, self._fd, [line], len(line), 0)
         except OSError:
@@ -58,7 +58,7 @@ def writer_of(files: FileSystem, directory: Path) -> int | None:
     Takes no lock, not even briefly: a broker that starts at that moment would be refused.
     """
     try:
-        fd = files.open(directory / _NAME, write=False)
+        fd = files.open(directory / _LOCK_NAME, write=False)
     except FileNotFoundError:
         return None
     try:
