@@ -8,6 +8,8 @@
 `retry`           `Retry` and the interface `RetryPolicy`
 `breaker`         `Breaker`
 `handler`         `HandlerSpec`: how a handler is called
+`guesses`         calls that do not fit a signature, and what is to be written instead
+`class_options`   options that a class declares as attributes
 `callables`       checks of user functions that are not handlers
 `parameters`      the parameters of user functions, through decorators and base classes
 `http`, `remote`  handlers that send a request to a server or to an endpoint

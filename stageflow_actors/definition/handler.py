@@ -16,7 +16,7 @@ from typing import Any, Literal
 from stageflow_actors.definition.parameters import POSITIONAL, VARIADIC, constructor_parameters, parameters_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["BoundCall", "HandlerSpec", "default_id", "inspect_handler"]
+__all__ = ["BoundCall", "HandlerSpec", "default_id", "has_options", "inspect_compensation", "inspect_handler"]
 
 BoundCall = Callable[[Any, Any], Any]
 """A handler with its services filled in: a function of the context and the `StageContext`."""
@@ -45,6 +45,7 @@ class HandlerSpec:
         function: The function that is called; for a class its plain method.
         method: The name of the method, `execute` or `compensate`.
         wants_ctx: True if it takes the `StageContext`.
+        before_context: The number of parameters of `function` before the context: 1 for the plain method of a class.
         parameters: The parameters behind the context that receive services.
         constructor: The parameters of the constructor of a class, which receive services too.
         is_async: True for `async def`: the bound function returns a coroutine.
@@ -53,6 +54,7 @@ class HandlerSpec:
 
     __slots__ = (
         "_ctx_by_keyword",
+        "before_context",
         "compensate",
         "constructor",
         "function",
@@ -77,7 +79,9 @@ class HandlerSpec:
         is_async: bool = False,
         method: str = "execute",
         compensate: HandlerSpec | None = None,
+        before_context: int = 0,
     ) -> None:
+        self.before_context = before_context
         self.kind = kind
         self.target = target
         self.function = function
@@ -164,10 +168,62 @@ def inspect_handler(handler: Any, what: str) -> HandlerSpec:
             undo = _call("object", handler, compensate, f"compensate of {what}", method="compensate")
         return _call("object", handler, execute, f"execute of {what}", compensate=undo)
     if not callable(handler):
-        raise WorkflowDefinitionError(
-            f"{what} has {handler!r} as its handler: use a function, or an object with execute(context)"
-        )
+        raise WorkflowDefinitionError(f"{what} has {handler!r} as its handler: {_advice(handler)}")
     return _call("function", handler, handler, what)
+
+
+def inspect_compensation(given: Any, what: str) -> HandlerSpec:
+    """Return the `HandlerSpec` for a compensation: as for a handler, with `compensate` in preference to `execute`."""
+    if inspect.isclass(given):
+        if callable(getattr(given, "compensate", None)):
+            constructor = _service_parameters(constructor_parameters(given))
+            return _class_method(given, "compensate", f"compensate of {what}", constructor)
+        if not callable(getattr(given, "execute", None)):
+            raise WorkflowDefinitionError(
+                f"{what} is the class {given.__name__}, which has neither compensate(context) nor execute(context)"
+            )
+    elif not inspect.isroutine(given) and callable(method := getattr(given, "compensate", None)):
+        return _call("object", given, method, f"compensate of {what}", method="compensate")
+    spec = inspect_handler(given, what)
+    spec.compensate = None
+    return spec
+
+
+def has_options(handler: Any) -> bool:
+    """Return True if plain attributes of the handler are options of its stage: of classes and objects with methods."""
+    if inspect.isclass(handler):
+        return True
+    if inspect.isroutine(handler) or isinstance(handler, functools.partial):
+        return False
+    return any(callable(getattr(type(handler), name, None)) for name in ("execute", "compensate"))
+
+
+def _class_advice(kind: type[Any]) -> str:
+    if callable(getattr(kind, "add_stage", None)):
+        return f": {_advice(kind)}"
+    for name in ("run", "__call__", "handle", "process", "call"):
+        if name in kind.__dict__ and callable(getattr(kind, name)):
+            return f": name its method {name} execute, or give the object's method"
+    return ""
+
+
+def _advice(handler: Any) -> str:
+    """Return what to write instead of something that is no handler."""
+    if callable(getattr(handler, "add_stage", None)):
+        return (
+            "a workflow cannot be a stage of another: add its stages here, or start it from a handler with "
+            "Runtime.connect(data_dir).submit(...)"
+        )
+    if isinstance(handler, (list, tuple, set)):
+        return "call add_stage(handler) for each, or add_parallel(id, handlers) to run them at the same time"
+    if inspect.iscoroutine(handler):
+        handler.close()
+        return "give the async function itself, without calling it"
+    if handler is None:
+        return "give the function itself, without calling it"
+    if isinstance(handler, str):
+        return "write add_stage(handler, id=...): a string is no handler"
+    return "use a function, or an object with execute(context)"
 
 
 def default_id(handler: Any) -> str:
@@ -190,7 +246,9 @@ def _kebab(name: str) -> str:
 def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
     execute = getattr(handler, "execute", None)
     if not callable(execute):
-        raise WorkflowDefinitionError(f"{what} has the class {handler.__name__}, which has no execute(context) method")
+        raise WorkflowDefinitionError(
+            f"{what} has the class {handler.__name__}, which has no execute(context) method{_class_advice(handler)}"
+        )
     if inspect.isabstract(handler):
         missing = ", ".join(sorted(handler.__abstractmethods__))
         raise WorkflowDefinitionError(
@@ -198,26 +256,28 @@ def _inspect_class(handler: type[Any], what: str) -> HandlerSpec:
             f"it does not define {missing}"
         )
     constructor = _service_parameters(constructor_parameters(handler))
-    compensate = getattr(handler, "compensate", None)
     undo = None
-    if callable(compensate):
-        undo = _call(
-            "class",
-            handler,
-            compensate,
-            f"compensate of {what}",
-            method="compensate",
-            constructor=constructor,
-            bound=_is_bound(handler, "compensate"),
-        )
+    if callable(getattr(handler, "compensate", None)):
+        undo = _class_method(handler, "compensate", f"compensate of {what}", constructor)
+    return _class_method(handler, "execute", f"execute of {what}", constructor, undo)
+
+
+def _class_method(
+    handler: type[Any],
+    method: str,
+    what: str,
+    constructor: tuple[ServiceParameter, ...],
+    compensate: HandlerSpec | None = None,
+) -> HandlerSpec:
     return _call(
         "class",
         handler,
-        execute,
-        f"execute of {what}",
+        getattr(handler, method),
+        what,
+        method=method,
         constructor=constructor,
-        compensate=undo,
-        bound=_is_bound(handler, "execute"),
+        compensate=compensate,
+        bound=_is_bound(handler, method),
     )
 
 
@@ -265,6 +325,7 @@ def _call(
         is_async=inspect.iscoroutinefunction(plain),
         method=method,
         compensate=compensate,
+        before_context=0 if bound else 1,
     )
 
 

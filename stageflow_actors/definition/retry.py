@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, seconds
+from stageflow_actors.definition.guesses import adapts
 from stageflow_actors.errors import StageError, WorkflowDefinitionError
 
 __all__ = ["Condition", "Retry", "RetryPolicy", "check_policy"]
@@ -86,6 +87,7 @@ class Retry:
 
     __slots__ = ("_abort", "_kind", "_random", "_retry", "factor", "initial", "jitter", "max_attempts", "maximum")
 
+    @adapts("Retry.exponential(max_attempts=3, initial=1, maximum=30) or Retry.fixed(max_attempts=3, delay=1)")
     def __init__(
         self,
         kind: str,
@@ -133,6 +135,7 @@ class Retry:
         self._random = random
 
     @classmethod
+    @adapts("Retry.exponential(max_attempts=3, initial=1, maximum=30)")
     def exponential(
         cls,
         max_attempts: int,
@@ -186,6 +189,7 @@ class Retry:
         )
 
     @classmethod
+    @adapts("Retry.linear(max_attempts=3, initial=1, maximum=30)")
     def linear(
         cls,
         max_attempts: int,
@@ -224,6 +228,7 @@ class Retry:
         )
 
     @classmethod
+    @adapts("Retry.fixed(max_attempts=3, delay=1)")
     def fixed(
         cls, max_attempts: int, delay: Duration, *, retry_on: Condition = Exception, abort_on: Condition = ()
     ) -> Retry:

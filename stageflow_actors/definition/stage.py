@@ -5,20 +5,38 @@ A workflow never changes a stage: where it fills in an id or a compensation, it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypedDict, Unpack
+from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
 from stageflow_actors.definition.breaker import Breaker, check_breaker
 from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.class_options import attribute_options, warn_misspelt
 from stageflow_actors.definition.duration import Duration, optional_seconds
-from stageflow_actors.definition.handler import HandlerSpec, default_id, inspect_handler
+from stageflow_actors.definition.guesses import adapts, keyword_arguments, named_handler
+from stageflow_actors.definition.handler import (
+    HandlerSpec,
+    default_id,
+    has_options,
+    inspect_compensation,
+    inspect_handler,
+)
 from stageflow_actors.definition.http import HttpCall, HttpOptions, kill_after, shown_url
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["MAX_ACTORS", "Compensation", "HttpStageOptions", "Replace", "Stage", "StageOptions"]
+__all__ = [
+    "MAX_ACTORS",
+    "Compensation",
+    "HttpStageOptions",
+    "Replace",
+    "Stage",
+    "StageOptions",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_ACTORS = 1_000
 """Each actor is a process. The broker accepts 4,096 peers, and a host runs out of memory long before that."""
@@ -50,6 +68,42 @@ class Replace:
         return f"Replace({self.value!r})"
 
 
+def _with_class_options(names: tuple[str, ...]) -> Callable[[F], F]:
+    """Return a decorator for a constructor: options that are not given are taken from attributes of the handler."""
+
+    def decorate(init: F) -> F:
+        ordered = init.__code__.co_varnames[1 : init.__code__.co_argcount]
+
+        @functools.wraps(init)
+        def constructed(self: Any, *args: Any, **options: Any) -> None:
+            handler = args[0] if args else options.get(ordered[0])
+            if not has_options(handler) or isinstance(handler, (HttpCall, RemoteCall)):
+                init(self, *args, **options)
+                return
+            given = {*ordered[: len(args)], *options}
+            own = {name: value for name, value in attribute_options(handler, names).items() if name not in given}
+            kind = handler if isinstance(handler, type) else type(handler)
+            try:
+                init(self, *args, **options, **own)
+            except WorkflowDefinitionError as error:
+                wrong = next((name for name in own if name in str(error)), None)
+                if wrong is None:
+                    raise
+                raise WorkflowDefinitionError(
+                    f"{error} (it is the attribute {wrong!r} of {kind.__name__}: plain attributes of a handler class "
+                    "that are named like options set them)"
+                ) from None
+            warn_misspelt(handler, repr(self), names, _METHODS)
+
+        return constructed  # type: ignore[return-value]
+
+    return decorate
+
+
+_METHODS = ("execute", "compensate")
+_COMPENSATION_OPTIONS = ("timeout", "retry", "actors")
+
+
 class Compensation:
     """The function that undoes a completed stage, and how it is attempted.
 
@@ -58,7 +112,8 @@ class Compensation:
 
     Args:
         function: Called as `function(context)` or `function(context, ctx)`; every other parameter is a service by its
-            name. An object with a method `execute` is accepted, too.
+            name. An object with a method `compensate`, or else `execute`, and a class of such objects are accepted,
+            too; their plain attributes `timeout`, `retry` and `actors` are defaults of these options.
         timeout: Seconds (or a `timedelta`) for one attempt; None for no limit. Default: 60.
         retry: Policy for failed attempts; None for one attempt. Default: None.
         actors: Number of worker processes, 1 to 1,000. The workflow has one pool for all its compensations; the
@@ -83,16 +138,22 @@ class Compensation:
 
     __slots__ = ("actors", "function", "retry", "spec", "timeout")
 
+    @adapts("Compensation(function, timeout=60, retry=None, actors=1)")
+    @_with_class_options(_COMPENSATION_OPTIONS)
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Any,
         timeout: Duration | None = 60,
         retry: RetryPolicy | None = None,
         actors: int = 1,
     ) -> None:
-        what = f"compensation {getattr(function, '__name__', repr(function))!r}"
+        what = f"compensation {getattr(function, '__name__', type(function).__name__)!r}"
+        if isinstance(function, (Compensation, Stage)) or not (callable(function) or has_options(function)):
+            raise WorkflowDefinitionError(
+                f"a compensation must be a function, or a class or object with compensate(context), not {function!r}"
+            )
         self.function = function
-        self.spec: HandlerSpec = inspect_handler(function, what)
+        self.spec: HandlerSpec = inspect_compensation(function, what)
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.actors: int = check_count(actors, f"actors of {what}", MAX_ACTORS)
@@ -147,7 +208,7 @@ class Compensation:
 class CommonOptions(TypedDict, total=False):
     """The options of each kind of stage with a handler; see `Stage`."""
 
-    compensation: Callable[..., Any] | Compensation | None
+    compensation: Any
     retry: RetryPolicy | None
     actors: int
     concurrency: int
@@ -172,6 +233,9 @@ class HttpStageOptions(HttpOptions, CommonOptions, total=False):
     """The options that `Workflow.add_http_stage` and `Stage.http` have in common; see `Stage.http`."""
 
 
+_OPTIONS = tuple(name for name in (*StageOptions.__annotations__, *CommonOptions.__annotations__) if name != "when")
+
+
 class Stage:
     """A handler, and how it is run.
 
@@ -183,9 +247,11 @@ class Stage:
         handler: Called as `handler(context)` or `handler(context, ctx)`, where `ctx` is the `StageContext`; every
             other parameter is a service by its name. A function, an async function, an object with a method
             `execute`, or a class of such objects, which is constructed in the worker with services as arguments.
+            Plain attributes of the class or object that are named like the options below are their defaults.
         id: Letters, digits, '-', '_' and '.', unique in the workflow. Default: made of the handler's name
             (`charge_card` becomes `charge-card`); a lambda in a workflow is called `stage-N`.
-        compensation: The function or `Compensation` that undoes the stage. Default: the method `compensate` of the
+        compensation: What undoes the stage: a function, a class or object with a method `compensate` (or else
+            `execute`), or a `Compensation`. Default: the method `compensate` of the
             handler, if it has one.
         retry: Policy for failed attempts. Default: that of the workflow, or else one attempt; the death of a worker is
             retried at once in any case, up to `Config.max_stage_retries` times.
@@ -242,12 +308,14 @@ class Stage:
         "when",
     )
 
+    @adapts("Stage(handler, id=..., timeout=...)", named_handler)
+    @_with_class_options(_OPTIONS)
     def __init__(
         self,
         handler: Any,
         *,
         id: str | None = None,
-        compensation: Callable[..., Any] | Compensation | None = None,
+        compensation: Any = None,
         retry: RetryPolicy | None = None,
         timeout: Duration | None = None,
         actors: int = 1,
@@ -293,6 +361,10 @@ class Stage:
         return frozenset() if self.compensation is None else frozenset(self.compensation.spec.services)
 
     @classmethod
+    @adapts(
+        "Stage.http(id, url='https://…', timeout=5)",
+        lambda cls, *args, **options: keyword_arguments(cls, args, ("id", "url"), options),
+    )
     def http(
         cls,
         id: str,
@@ -340,6 +412,10 @@ class Stage:
         return cls(call, id=id, timeout=kill_after(call.timeout), **own)
 
     @classmethod
+    @adapts(
+        "Stage.remote(id, endpoint='name', command=function)",
+        lambda cls, *args, **options: keyword_arguments(cls, args, ("id", "endpoint", "command", "on_reply"), options),
+    )
     def remote(
         cls,
         id: str,
@@ -448,11 +524,15 @@ def _check_compensation(given: Any, spec: HandlerSpec, what: str) -> Compensatio
         return None if spec.compensate is None else _own_compensation(spec.compensate)
     if isinstance(given, Compensation):
         return given
-    if isinstance(given, Stage) or not callable(given):
+    if isinstance(given, Stage) or not (callable(given) or has_options(given)):
         raise WorkflowDefinitionError(
-            f"the compensation of {what} must be a function or Compensation(function, ...), not {given!r}"
+            f"the compensation of {what} must be a function, a class or object with compensate(context), or "
+            f"Compensation(function, ...), not {given!r}"
         )
-    return Compensation(given)
+    try:
+        return Compensation(given)
+    except WorkflowDefinitionError as error:
+        raise WorkflowDefinitionError(f"the compensation of {what} does not fit: {error}") from None
 
 
 def _own_compensation(spec: HandlerSpec) -> Compensation:

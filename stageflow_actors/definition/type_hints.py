@@ -18,12 +18,12 @@ _PLAIN = frozenset({Any, object, None, type(None), bool, int, float, str, bytes,
 _SEQUENCES = frozenset({list, tuple, collections.abc.Sequence, collections.abc.MutableSequence})
 
 
-def first_parameter_type(function: Callable[..., Any]) -> Any:
-    """Return the annotation of the first parameter; `Any` if the codec does not need it."""
+def first_parameter_type(function: Callable[..., Any], before: int = 0) -> Any:
+    """Return the annotation of the first parameter behind `before` others; `Any` if the codec does not need it."""
     try:
-        first = next(iter(inspect.signature(function).parameters))
+        first = list(inspect.signature(function).parameters)[before]
         hint = _hints(function).get(first, Any)
-    except (StopIteration, ValueError, TypeError, NameError, AttributeError, SyntaxError):
+    except (IndexError, ValueError, TypeError, NameError, AttributeError, SyntaxError):
         return Any
     return hint if _is_needed(hint) else Any
 

@@ -13,23 +13,78 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 import msgspec
 
 from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.class_options import attribute_options, warn_misspelt
 from stageflow_actors.definition.context_type import check_context_type, fields_of
 from stageflow_actors.definition.decorator import CompensationDecorator, StageFunction
 from stageflow_actors.definition.duration import Duration, optional_seconds
+from stageflow_actors.definition.guesses import (
+    adapts,
+    branch_arguments,
+    closest,
+    delay_arguments,
+    keyword_arguments,
+    map_arguments,
+    named_handler,
+    parallel_arguments,
+)
+from stageflow_actors.definition.handler import default_id
 from stageflow_actors.definition.http import SECONDS, HttpCall, HttpOptions
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
-from stageflow_actors.definition.stage import Compensation, HttpStageOptions, Stage, StageOptions, check_count
+from stageflow_actors.definition.stage import (
+    CommonOptions,
+    Compensation,
+    HttpStageOptions,
+    Stage,
+    StageOptions,
+    check_count,
+)
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal, Step, shape_of, stages_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["OnFailure", "Workflow"]
+__all__ = ["OnFailure", "Workflow", "workflow_of"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C")
 
 OnFailure = Literal["compensate", "park"]
+
+
+_OPTIONS = {
+    "name": None,
+    "context": dict,
+    "version": 1,
+    "timeout": None,
+    "on_failure": "compensate",
+    "retry": None,
+    "stage_timeout": None,
+}
+"""The options of a workflow, with their defaults."""
+
+
+def workflow_of(given: Any) -> Any:
+    """Return the workflow for a subclass of `Workflow`, made once; everything else as it is."""
+    if not isinstance(given, type) or not issubclass(given, Workflow) or given is Workflow:
+        return given
+    made = given.__dict__.get("_made")
+    if made is None:
+        made = given()
+        type.__setattr__(given, "_made", made)
+    return made
+
+
+def _declared_options(kind: type[Any]) -> dict[str, Any]:
+    """Return the options that the class of a workflow declares as attributes."""
+    for name in ("stages", "steps"):
+        if not isinstance(getattr(kind, name), property):
+            raise WorkflowDefinitionError(
+                f"the class {kind.__name__} sets {name!r}, which lists what has been added: "
+                f"write `def configure(self): self.add_stage(...)`"
+            )
+    names = ("id", *_OPTIONS)
+    warn_misspelt(kind, f"workflow class {kind.__name__}", names, vars(Workflow))
+    return attribute_options(kind, names)
 
 
 class Workflow(Generic[C]):
@@ -39,9 +94,12 @@ class Workflow(Generic[C]):
     branches and parallel steps share one namespace of ids. A `Runtime` runs the workflow, and
     `stageflow_actors.testing.run` runs one instance of it in the calling thread.
 
+    A subclass may set the options below as class attributes, and override `configure`, which adds the steps. A
+    `Runtime` takes such a class or an instance of it.
+
     Args:
         id: Letters, digits, '-', '_' and '.', at most 200 characters. It names queues and must not change while
-            instances are in flight.
+            instances are in flight. Default: of a subclass its name, as `order-workflow`.
         name: A name for people. Default: the id.
         context: Type of the context: dict, a dataclass, a msgspec Struct or a pydantic model. Default: dict.
         version: Version of the definition, from 1. Instances in flight finish on the version that they started with.
@@ -71,7 +129,7 @@ class Workflow(Generic[C]):
     @overload
     def __init__(
         self: Workflow[dict[str, Any]],
-        id: str,
+        id: str = ...,
         *,
         name: str | None = None,
         version: int = 1,
@@ -84,7 +142,7 @@ class Workflow(Generic[C]):
     @overload
     def __init__(
         self,
-        id: str,
+        id: str = ...,
         *,
         name: str | None = None,
         context: type[C],
@@ -95,9 +153,13 @@ class Workflow(Generic[C]):
         stage_timeout: Duration | None = None,
     ) -> None: ...
 
+    @adapts(
+        "Workflow(id, context=dict, version=1, ...)",
+        lambda self, *args, **options: keyword_arguments(self, args, ("id", "context"), options),
+    )
     def __init__(
         self,
-        id: str,
+        id: str | None = None,
         *,
         name: str | None = None,
         context: type[Any] = dict,
@@ -107,6 +169,18 @@ class Workflow(Generic[C]):
         retry: RetryPolicy | None = None,
         stage_timeout: Duration | None = None,
     ) -> None:
+        kind = type(self)
+        if kind is not Workflow:
+            given = (name, context, version, timeout, on_failure, retry, stage_timeout)
+            declared = _declared_options(kind)
+            chosen: list[Any] = [
+                declared.get(option, default) if type(value) is type(default) and value == default else value
+                for (option, default), value in zip(_OPTIONS.items(), given, strict=True)
+            ]
+            name, context, version, timeout, on_failure, retry, stage_timeout = chosen
+            id = id if id is not None else declared.get("id") or default_id(kind)
+        elif id is None:
+            raise WorkflowDefinitionError("a workflow needs an id: write Workflow('order-processing')")
         self.id: str = check_id(id, "the workflow")
         what = f"workflow {id!r}"
         if name is not None and not isinstance(name, str):
@@ -123,6 +197,23 @@ class Workflow(Generic[C]):
         self._stages: dict[str, Stage] = {}
         self._steps: list[Step] = []
         self._ids: set[str] = set()
+        self.configure()
+
+    def configure(self) -> None:
+        """Add the steps of a subclass, which overrides this.
+
+        Called once, when the workflow is constructed.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> class Greeting(Workflow):
+            ...     version = 2
+            ...     def configure(self):
+            ...         self.add_stage(lambda context: f"Hello, {context['name']}!", id="say")
+            >>> run(Greeting, {"name": "Ada"}).stages[0].data
+            'Hello, Ada!'
+        """
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -172,10 +263,13 @@ class Workflow(Generic[C]):
             >>> flow.stages[0].compensation
             Compensation(refund)
         """
+        if isinstance(handler, str) and "id" not in options:
+            options, handler = {**options, "id": handler}, None
         if handler is None:
             return lambda function: self._decorate(function, options)
         return self._decorate(handler, options)
 
+    @adapts("add_stage(handler, id=..., timeout=...)", named_handler)
     def add_stage(self, handler: Any, /, **options: Unpack[StageOptions]) -> Workflow[C]:
         """Append a stage.
 
@@ -201,6 +295,7 @@ class Workflow(Generic[C]):
         self._add(handler, options)
         return self
 
+    @adapts("add_parallel(id, [handler, ...])", parallel_arguments)
     def add_parallel(
         self,
         id: str,
@@ -242,6 +337,7 @@ class Workflow(Generic[C]):
         self._steps.append(step)
         return self
 
+    @adapts("add_conditional(handler, when=lambda context: ...)")
     def add_conditional(self, handler: Any, /, when: Callable[[Any], Any], **options: Any) -> Workflow[C]:
         """Append a stage that is skipped unless a predicate is true.
 
@@ -269,6 +365,7 @@ class Workflow(Generic[C]):
             self._add(handler, {**options, "when": when})
         return self
 
+    @adapts("add_branch(id, selector, {'key': [handler, ...]})", branch_arguments)
     def add_branch(
         self,
         id: str,
@@ -312,6 +409,7 @@ class Workflow(Generic[C]):
         self._steps.append(step)
         return self
 
+    @adapts("add_map(id, handler, over=lambda context: ...)", map_arguments)
     def add_map(
         self,
         id: str,
@@ -356,6 +454,12 @@ class Workflow(Generic[C]):
         self._steps.append(step)
         return self
 
+    @adapts(
+        "add_remote_stage(id, endpoint='name', command=lambda context: ...)",
+        lambda self, *args, **options: keyword_arguments(
+            self, args, ("id", "endpoint", "command", "on_reply"), options
+        ),
+    )
     def add_remote_stage(
         self,
         id: str,
@@ -397,6 +501,10 @@ class Workflow(Generic[C]):
         self._add(stage, {})
         return self
 
+    @adapts(
+        "add_http_stage(id, url='https://…')",
+        lambda self, *args, **options: keyword_arguments(self, args, ("id", "url"), options),
+    )
     def add_http_stage(
         self,
         id: str,
@@ -438,6 +546,7 @@ class Workflow(Generic[C]):
         self._add(Stage.http(id, url=url, timeout=timeout, **options), {})
         return self
 
+    @adapts("add_delay(id, seconds)", delay_arguments)
     def add_delay(self, id: str, duration: Duration) -> Workflow[C]:
         """Append a wait. It occupies no worker.
 
@@ -461,6 +570,7 @@ class Workflow(Generic[C]):
         self._steps.append(step)
         return self
 
+    @adapts("add_signal(id, timeout=..., on_signal=lambda context, payload: ...)")
     def add_signal(
         self,
         id: str,
@@ -573,10 +683,16 @@ class Workflow(Generic[C]):
             compensation: A function of the context, or a `Compensation`.
 
         Raises:
-            KeyError: If the workflow has no such stage.
-            WorkflowDefinitionError: If the stage already has a compensation, or the function does not fit.
+            WorkflowDefinitionError: If the workflow has no such stage, the stage already has a compensation, or the
+                function does not fit.
         """
-        stage = self._stages[stage_id]
+        stage = self._stages.get(stage_id) if isinstance(stage_id, str) else None
+        if stage is None:
+            meant = closest(stage_id, self._stages) if isinstance(stage_id, str) else None
+            raise WorkflowDefinitionError(
+                f"workflow {self.id!r} has no stage {stage_id!r} that a compensation could be set for"
+                + (f": did you mean {meant!r}?" if meant else f": its stages are {', '.join(self._stages) or 'none'}")
+            )
         if stage.compensation is not None:
             raise WorkflowDefinitionError(
                 f"stage {stage_id!r} of workflow {self.id!r} already has a compensation "
@@ -636,11 +752,14 @@ class Workflow(Generic[C]):
         return Stage(handler, **options)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        unknown = options.keys() - StageOptions.__annotations__.keys()
+        known = sorted({*StageOptions.__annotations__, *CommonOptions.__annotations__})
+        unknown = options.keys() - set(known)
         if unknown:
+            meant = closest(min(unknown), known)
             raise WorkflowDefinitionError(
                 f"a stage of workflow {self.id!r} has the unknown option {min(unknown)!r}: "
-                f"the options are {', '.join(sorted(StageOptions.__annotations__))}"
+                + (f"did you mean {meant!r}? " if meant else "")
+                + f"the options are {', '.join(known)}"
             )
 
     def _check_after(self, stage: Stage, wanted: str, before: set[str]) -> None:

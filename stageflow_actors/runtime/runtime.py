@@ -15,7 +15,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import Stage
-from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.session import NOT_RUNNING, Session
@@ -39,7 +39,7 @@ class Runtime(Client):
     in work; a second Ctrl-C kills them. Unfinished instances resume at the next start on the same directory.
 
     Args:
-        *workflows: The workflows; `register` adds more.
+        *workflows: The workflows, or subclasses of `Workflow`; `register` adds more.
         data_dir: Directory of journal and history; created if missing. Default: `stageflow-data`.
         services: Factories by the name of the service. Each worker that needs a service calls its factory once.
         interceptors: Objects with `around_stage(call, next)`, `around_compensation(call, next)` or both. Workers call
@@ -71,7 +71,7 @@ class Runtime(Client):
 
     def __init__(
         self,
-        *workflows: Workflow[Any],
+        *workflows: Workflow[Any] | type[Workflow[Any]],
         data_dir: str | Path = "stageflow-data",
         services: Mapping[str, Callable[[], Any]] | None = None,
         interceptors: Sequence[Any] = (),
@@ -269,11 +269,11 @@ class Runtime(Client):
 
     # workflows
 
-    def register(self, workflow: Workflow[Any]) -> None:
+    def register(self, workflow: Workflow[Any] | type[Workflow[Any]]) -> None:
         """Add a workflow, also while the runtime is running.
 
         Args:
-            workflow: The workflow, or another version of a registered one.
+            workflow: The workflow, a subclass of `Workflow`, or another version of a registered one.
 
         Raises:
             WorkflowDefinitionError: If the workflow is invalid, its id and version are taken, or it would share a queue
@@ -288,21 +288,22 @@ class Runtime(Client):
             >>> [workflow.version for workflow in runtime.workflows]
             [1, 2]
         """
-        new = workflow not in self.workflows
-        self._add(workflow)
+        added: Workflow[Any] = workflow_of(workflow)
+        new = added not in self.workflows
+        self._add(added)
         if self._local.node is None:
             return
         try:
             # With the other versions of it, which share its queues.
-            plans, pools = self._compile([other for other in self.workflows if other.id == workflow.id])
+            plans, pools = self._compile([other for other in self.workflows if other.id == added.id])
             queues = _owners(pools, self._queues, self._local.naming)
         except WorkflowDefinitionError:
             if new:  # otherwise the next start would fail
-                self.workflows.remove(workflow)
-                self._local.workflows.pop((workflow.id, workflow.version), None)
+                self.workflows.remove(added)
+                self._local.workflows.pop((added.id, added.version), None)
             raise
         self._queues = queues
-        own = [plan for plan in plans if plan.version == workflow.version]
+        own = [plan for plan in plans if plan.version == added.version]
         self._local.node.register(Register(own, merge_pools(pools)))
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
@@ -348,9 +349,12 @@ class Runtime(Client):
             interceptors=self.interceptors,
         )
 
-    def _add(self, workflow: Workflow[Any]) -> None:
+    def _add(self, workflow: Workflow[Any] | type[Workflow[Any]]) -> None:
+        workflow = workflow_of(workflow)
         if not isinstance(workflow, Workflow):
-            raise WorkflowDefinitionError(f"a Runtime takes workflows, not {workflow!r}")
+            advice = ": write Runtime(*workflows)" if isinstance(workflow, (list, tuple, set)) else ""
+            advice = ": give an instance, as Workflow('orders')" if workflow is Workflow else advice
+            raise WorkflowDefinitionError(f"a Runtime takes workflows, not {workflow!r}{advice}")
         for other in self.workflows:
             if other is not workflow and (other.id, other.version) == (workflow.id, workflow.version):
                 raise WorkflowDefinitionError(

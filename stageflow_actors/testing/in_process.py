@@ -27,7 +27,7 @@ from stageflow_actors.core.routing import signal_key
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
-from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import StageFlowError, WorkflowDefinitionError
 from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
@@ -54,7 +54,7 @@ AnyExecutor = Executor | CompensationExecutor
 
 
 def run(
-    workflow: Workflow[C],
+    workflow: Workflow[C] | type[Workflow[C]],
     context: C | Mapping[str, Any],
     *,
     services: Mapping[str, Callable[[], Any]] | None = None,
@@ -104,6 +104,7 @@ def run(
         >>> result.stages[0].data
         'receipt for 450'
     """
+    workflow = workflow_of(workflow)
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
     factories = _check_factories(services or {})

@@ -97,7 +97,7 @@ def test_what_a_condition_does_to_the_context_is_gone(execute: Any) -> None:
 def test_a_condition_has_to_be_a_function() -> None:
     with pytest.raises(WorkflowDefinitionError, match="when of stage 'x' must be a function"):
         Workflow("w").add_stage(does("x"), id="x", when=True)  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
+    with pytest.raises(WorkflowDefinitionError, match=r"missing .*'when': write add_conditional\(handler, when="):
         Workflow("w").add_conditional(does("x"), id="x")  # type: ignore[call-arg]
 
 

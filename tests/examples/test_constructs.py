@@ -83,6 +83,7 @@ IN_PROCESS: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object
         lambda result: (result.status.value, result.context["reserved"]),
         ("compensated", False),
     ),
+    "workflow class": ({"name": "Ada"}, lambda result: result.stages[0].data, "Hello, Ada!"),
     "async handler": ({}, lambda result: result.status.value, "completed"),
     "blocking handler": ({}, lambda result: result.status.value, "completed"),
     "retry": ({"total": 8}, lambda result: (result.stages[0].attempts, result.stages[0].data), (2, 8.0)),
@@ -138,7 +139,17 @@ PRINTING = {
     "prefixes": "['shop.flow.stage0', 'undo.flow']",
 }
 
-OTHERS = ("services", "signal", "HTTP stage", "breaker", "cancelled", "events", "external persistence", *PRINTING)
+OTHERS = (
+    "services",
+    "compensation class",
+    "signal",
+    "HTTP stage",
+    "breaker",
+    "cancelled",
+    "events",
+    "external persistence",
+    *PRINTING,
+)
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)
@@ -161,6 +172,20 @@ class Bank:
 @pytest.mark.parametrize("name", ["services"])
 def test_a_service_is_handed_in(name: str, example: Example) -> None:
     assert example.run({"total": 5}, services={"bank": Bank}).stages[0].data == "charged 5"
+
+
+@pytest.mark.parametrize("name", ["compensation class"])
+def test_a_compensation_class_gets_its_services(name: str, example: Example) -> None:
+    refunded: list[int] = []
+
+    class Till:
+        def refund(self, total: int) -> None:
+            refunded.append(total)
+            if len(refunded) == 1:
+                raise OSError("the till is locked")
+
+    assert example.run({"total": 5}, services={"bank": Till}).status == "compensated"
+    assert refunded == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["signal"])

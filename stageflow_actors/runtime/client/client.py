@@ -22,7 +22,7 @@ from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.stage import MAX_ACTORS
-from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
     InstanceConflict,
@@ -91,7 +91,12 @@ class Client:
     # starting instances
 
     def submit(
-        self, workflow: Workflow[C] | str, context: C, *, instance_id: str | None = None, priority: int = 0
+        self,
+        workflow: Workflow[C] | type[Workflow[C]] | str,
+        context: C,
+        *,
+        instance_id: str | None = None,
+        priority: int = 0,
     ) -> Instance[C]:
         """Start one instance; it is durable when this returns.
 
@@ -118,7 +123,11 @@ class Client:
         return self._start(ref, [ref.prepare(context, instance_id)], priority)[0]
 
     def submit_many(
-        self, workflow: Workflow[C] | str, contexts: Iterable[C], *, instance_ids: Sequence[str] | None = None
+        self,
+        workflow: Workflow[C] | type[Workflow[C]] | str,
+        contexts: Iterable[C],
+        *,
+        instance_ids: Sequence[str] | None = None,
     ) -> list[Instance[C]]:
         """Start up to 10,000 instances, all or none; `map` takes more.
 
@@ -160,7 +169,7 @@ class Client:
 
     def execute(
         self,
-        workflow: Workflow[C] | str,
+        workflow: Workflow[C] | type[Workflow[C]] | str,
         context: C,
         *,
         timeout: Duration | None = None,
@@ -202,7 +211,7 @@ class Client:
 
     def map(
         self,
-        workflow: Workflow[C] | str,
+        workflow: Workflow[C] | type[Workflow[C]] | str,
         contexts: Iterable[C],
         *,
         key: Callable[[C], Any] | str | None = None,
@@ -245,7 +254,7 @@ class Client:
 
     def map_unordered(
         self,
-        workflow: Workflow[C] | str,
+        workflow: Workflow[C] | type[Workflow[C]] | str,
         contexts: Iterable[C],
         *,
         key: Callable[[C], Any] | str | None = None,
@@ -316,7 +325,7 @@ class Client:
     def instances(
         self,
         status: WorkflowStatus | str | None = None,
-        workflow: Workflow[Any] | str | None = None,
+        workflow: Workflow[Any] | type[Workflow[Any]] | str | None = None,
         limit: int = 100,
     ) -> list[Instance[Any]]:
         """List instances: live ones before finished ones, each newest first.
@@ -336,7 +345,8 @@ class Client:
         """
         session = self._session
         wanted = None if status is None else WorkflowStatus(status)
-        workflow_id = workflow.id if isinstance(workflow, Workflow) else workflow
+        of: Any = workflow_of(workflow)
+        workflow_id: str | None = of.id if isinstance(of, Workflow) else of
         found: list[Instance[Any]] = []
         ids: set[str] = set()
         if wanted is None or not wanted.terminal:
@@ -430,7 +440,7 @@ class Client:
         """
         self._session.ask(lambda admin: admin.resume(queue))
 
-    def scale(self, workflow: Workflow[Any] | str, stage: str, actors: int) -> None:
+    def scale(self, workflow: Workflow[Any] | type[Workflow[Any]] | str, stage: str, actors: int) -> None:
         """Change the number of worker processes of a stage until the cluster stops.
 
         For a map stage this is the number of workers that handle its items. When scaling down, idle workers stop first.

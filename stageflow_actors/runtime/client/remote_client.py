@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import live_address
 from stageflow_actors.runtime.client.client import Client
@@ -131,17 +131,18 @@ class RemoteSession(Session):
         }
         return manifest
 
-    def resolve(self, workflow: Workflow[Any] | str) -> WorkflowRef:
+    def resolve(self, workflow: Workflow[Any] | type[Workflow[Any]] | str) -> WorkflowRef:
         """See `Session.resolve`; the workflows are those of the running cluster."""
+        wanted: Workflow[Any] | str = workflow_of(workflow)
         manifest = self._manifest
-        if manifest is None or self._manifest_outdated or self._find(workflow) is None:
+        if manifest is None or self._manifest_outdated or self._find(wanted) is None:
             manifest = self._read_manifest()
-        ref = self._find(workflow)
+        ref = self._find(wanted)
         if ref is None:
-            name = repr(workflow) if isinstance(workflow, str) else f"{workflow.id!r} version {workflow.version}"
+            name = repr(wanted) if isinstance(wanted, str) else f"{wanted.id!r} version {wanted.version}"
             raise StageFlowError(f"workflow {name} is not served in {self._path}: it has {manifest.names}")
-        if isinstance(workflow, Workflow) and ref.codec.context_type is not workflow.context:
-            ref = self.adopt(workflow)
+        if isinstance(wanted, Workflow) and ref.codec.context_type is not wanted.context:
+            ref = self.adopt(wanted)
         return ref
 
     def _find(self, workflow: Workflow[Any] | str) -> WorkflowRef | None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.description import version_of
 from stageflow_actors.core.plan import Naming, compile_plan
-from stageflow_actors.definition.workflow import Workflow
+from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
     StageFlowError,
@@ -231,12 +231,13 @@ class Session:
 
     # workflows
 
-    def resolve(self, workflow: Workflow[Any] | str) -> WorkflowRef:
+    def resolve(self, workflow: Workflow[Any] | type[Workflow[Any]] | str) -> WorkflowRef:
         """Return the workflow, given as an object or by id (the highest version then).
 
         Raises `StageFlowError` if it is unknown, `BrokerUnavailable` if this session has no connection.
         """
         self.broker()
+        workflow = workflow_of(workflow)
         if isinstance(workflow, Workflow):
             ref = self.workflows.get((workflow.id, workflow.version))
             if ref is None:

@@ -340,7 +340,7 @@ def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[S
 def compensated_item_types(workflow: Workflow[Any]) -> dict[str, Any]:
     """Return the item type that the compensation of each map stage takes, by stage id."""
     return {
-        step.id: first_parameter_type(stage.compensation.spec.function)
+        step.id: first_parameter_type(stage.compensation.spec.function, stage.compensation.spec.before_context)
         for step in workflow.steps
         if isinstance(step, MapStage)
         for stage in workflow.stages
@@ -370,7 +370,7 @@ def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
             "into": step.into,
             "max_failures": step.max_failures,
             "undo": step.item.compensation is not None,
-            "item_type": first_parameter_type(step.item.spec.function),
+            "item_type": first_parameter_type(step.item.spec.function, step.item.spec.before_context),
             "result_type": Any if step.into is None else element_type(context, step.into),
         }
     if isinstance(step, Signal):
