@@ -184,14 +184,14 @@ def test_bodies_that_have_no_room_in_an_answer_are_left_out(here: World, monkeyp
 def test_no_more_groups_are_listed_than_one_answer_holds() -> None:
     peer = World().peer(1)
     for limit in (-1, MAX_LISTED_GROUPS + 1, 1 << 60):
-        assert "a limit from 0 to 100,000" in peer.query("groups", "", limit)["refused"]
+        assert "the limit must be from 0 to 100,000" in peer.query("groups", "", limit)["refused"]
 
 
 def test_facts_have_a_size_in_all() -> None:
     here = World(limits=msgspec.structs.replace(Limits(), max_facts_bytes=100))
     peer = here.peer(1)
     assert peer.query("fact", "a", "x" * 60) == "x" * 60
-    assert peer.query("fact", "b", "x" * 60)["refused"] == "facts would take 121 bytes, and max_facts_bytes is 100"
+    assert peer.query("fact", "b", "x" * 60)["refused"] == "the facts would have 121 bytes, and max_facts_bytes is 100"
     assert peer.query("fact", "b", "x" * 30) == "x" * 30
     check_whole(here.machine)
 

@@ -214,9 +214,9 @@ def test_facts_and_bodies_that_queries_bring_are_bounded_too() -> None:
     peer = here.peer(1)
     assert peer.query("fact", "a", "1") == "1"
     assert peer.query("fact", "a", "2") == "2"
-    assert peer.query("fact", "b", "1")["refused"] == "1 facts are kept, and max_facts is 1"
+    assert peer.query("fact", "b", "1")["refused"] == "1 facts are stored, and max_facts is 1"
     assert "max_message_bytes=10" in peer.query("fact", "a", "x" * 11)["refused"]
-    assert "65536 are the most" in peer.query("tell", "word", "x" * 70_000)["refused"]
+    assert "is over the limit of 65536" in peer.query("tell", "word", "x" * 70_000)["refused"]
     worker, (id, lease) = holding_one(here)
     worker.settle([], others=[([(id, lease)], DEAD_LETTER, [], 0.0, b"why")])
     assert "max_message_bytes=10" in peer.query("replace", "dlq.work", id, bytes(11))["refused"]

@@ -1,7 +1,7 @@
-"""Everything a peer may ask of the broker that is not hot: named queries with typed arguments.
+"""The queries of the broker: named operations with typed arguments.
 
-Each answer is plain data. What changes state is recorded like any other change, so that the answer leaves only
-once it is true on disk.
+Each is answered with plain data. Publishing, settling and checkpoints are no queries, because they must be fast. A
+query that changes state must record the change; its answer is then sent only after the record is durable.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["Admin", "Status"]
 
 
 MAX_NOTICE_BYTES = 64 << 10
-"""Most bytes of what is passed on to the supervisor."""
+"""Limit of bytes of a notice that is passed on to the supervisor."""
 
 _T = TypeVar("_T")
 _ShortList = Annotated[list[_T], msgspec.Meta(max_length=10_000)]
-"""What each live group may have to be compared with."""
+"""A list with which each live group may be compared, and which is therefore shorter than other lists."""
 
 
 class Status:
@@ -57,7 +57,10 @@ class Status:
 
 
 class Admin:
-    """The queries of one machine. `close_session` ends the session of a peer that leaves."""
+    """Answers the queries of one machine.
+
+    `close_session` ends the session of a peer that disconnects with `bye`.
+    """
 
     def __init__(
         self,
@@ -123,20 +126,23 @@ class Admin:
         }
 
     def call(self, session: Session, name: str, args: msgspec.Raw) -> Any:
-        """Answer one query. Raises `ProtocolError` for a wrong shape, `Refused` for what cannot be done."""
-        known = self._queries.get(name)
-        if known is None:
+        """Answer one query.
+
+        Raise `ProtocolError` if its name or arguments are invalid, `Refused` if it cannot be done.
+        """
+        query = self._queries.get(name)
+        if query is None:
             raise ProtocolError(f"unknown query {name[:40]!r}")
-        kind, method = known
+        kind, method = query
         if name == "tell" and len(args) > MAX_NOTICE_BYTES:
-            raise Refused(f"tell: {len(args)} bytes, {MAX_NOTICE_BYTES} are the most")
+            raise Refused(f"tell: a notice of {len(args)} bytes is over the limit of {MAX_NOTICE_BYTES}")
         try:
             values = msgspec.msgpack.decode(args, type=kind)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise ProtocolError(f"query {name}: {error}") from None
         return method(session, *values)
 
-    # consuming
+    # consumers
 
     def _consume(self, session: Session, queue: str, prefetch: int) -> None:
         check_consume(queue, prefetch)
@@ -158,7 +164,10 @@ class Admin:
         return self._inspector.inspect(session, ids)
 
     def _bye(self, session: Session) -> None:
-        """A peer takes its leave. What it still holds waits for its confirmed death, if anybody watches for that."""
+        """End the session of a peer.
+
+        With a supervisor, messages that it still holds wait until its death is reported.
+        """
         self._close_session(session)
 
     # the broker as a whole
@@ -178,22 +187,25 @@ class Admin:
         }
 
     def _fact(self, session: Session, name: str, value: str | None) -> str | None:
-        """Read a fact, or keep one."""
+        """Set a fact if `value` is given; return its value."""
         facts = self._state.facts
         if value is not None and facts.get(name) != value:
             limits = self._limit_checker.limits
             if name not in facts and len(facts) >= limits.max_facts:
-                raise Refused(f"{len(facts)} facts are kept, and max_facts is {limits.max_facts}")
+                raise Refused(f"{len(facts)} facts are stored, and max_facts is {limits.max_facts}")
             self._limit_checker.check_body(value.encode())
             size = self._state.fact_bytes + len(value)
             if size > limits.max_facts_bytes:
-                raise Refused(f"facts would take {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
+                raise Refused(f"the facts would have {size} bytes, and max_facts_bytes is {limits.max_facts_bytes}")
             self._state.set_fact(name, value)
             self._writer.record(records.FACT, 0, records.encode((name, value)))
         return facts.get(name)
 
     def _compact(self, session: Session, begin: bool) -> bool:
-        """Have the space of all that is not alive given back, whether worthwhile or not; whether it still goes on."""
+        """Begin a compaction if `begin`, even for little space.
+
+        Return True until it has ended.
+        """
         if begin:
             self._status.compacting = True
         return self._status.compacting
@@ -206,11 +218,15 @@ class Admin:
     def _declare(self, session: Session, options: list[QueueOptions]) -> None:
         for option in options:
             if not option.name or option.name.startswith(DLQ_PREFIX):
-                raise ProtocolError(f"declare: {option.name!r} cannot be the name of a queue")
+                raise ProtocolError(
+                    f"declare: {option.name!r} is no queue name: it must not be empty or begin with {DLQ_PREFIX!r}"
+                )
             if max(len(option.name), len(option.notify_queue), len(option.notify_label)) > MAX_NAME_CHARS:
-                raise ProtocolError(f"declare: {option.name[:40]!r}…: names have {MAX_NAME_CHARS} characters at most")
+                raise ProtocolError(
+                    f"declare: {option.name[:40]!r}…: a name may have at most {MAX_NAME_CHARS} characters"
+                )
             if option.breaker_failures < 0 or not 0 <= option.breaker_reset < float("inf"):
-                raise ProtocolError("declare: a breaker with impossible failures or reset")
+                raise ProtocolError("declare: breaker_failures and breaker_reset must be finite and not negative")
         self._limit_checker.check_queues([option.name for option in options])
         for option in options:
             queue = self._state.queue(option.name)
@@ -229,7 +245,7 @@ class Admin:
     def _set_paused(self, name: str, paused: bool) -> None:
         queue, dead = find_queue(self._state, name)
         if dead:
-            raise Refused(f"{name} holds dead letters; pause {queue.name} instead")
+            raise Refused(f"{name} holds dead letters, which are not delivered: pause {queue.name} instead")
         if queue.paused != paused:
             queue.paused = paused
             self._writer.record_queue(queue)
@@ -241,18 +257,18 @@ class Admin:
         refused = [m.id for m in chosen if m.delivery_state is not None and m.delivery_state.evidence]
         if refused and ids:
             raise Refused(
-                f"dead letter {refused[0]} of {queue.name} is evidence of an instance that went on without it "
-                "(it was compensated, or the stage was optional); start the instance anew instead"
+                f"dead letter {refused[0]} of {queue.name} is evidence: its instance continued without it "
+                "(it was compensated, or the stage was optional); start the instance again instead"
             )
         evidence = set(refused)
-        revived = [message for message in chosen if message.id not in evidence]
-        for message in revived:
-            self._revive(message)
-        answer = {"requeued": len(revived), "refused": refused}
+        requeued = [message for message in chosen if message.id not in evidence]
+        for message in requeued:
+            self._requeue_message(message)
+        answer = {"requeued": len(requeued), "refused": refused}
         session.keep_answer(session.received_frame, answer)
         return answer
 
-    def _revive(self, message: Message) -> None:
+    def _requeue_message(self, message: Message) -> None:
         queue = message.queue
         del queue.dead_letters[message.id]
         delivery_state = message.ensure_delivery_state()
@@ -277,8 +293,8 @@ class Admin:
         if dead:
             chosen = self._dead_letters(queue, ids)
         else:
-            wanted = set(ids)
-            chosen = [message for message in queue.iterate_ready() if not wanted or message.id in wanted]
+            selected = set(ids)
+            chosen = [message for message in queue.iterate_ready() if not selected or message.id in selected]
         for message in chosen:
             self._state.remove(message)
         if chosen:
@@ -293,15 +309,18 @@ class Admin:
     # epochs
 
     def _raise_epoch(self, session: Session, id: str, epoch: int, queue: str, label: str) -> dict[str, Any]:
-        """Older messages of the group go to (queue, label) from now on; the same epoch once more changes nothing.
+        """Raise the epoch of a group.
 
-        A group that has ended keeps its epoch, and the answer says how it ended.
+        Messages of earlier epochs go to (queue, label).
+
+        A repeated request with the same epoch changes nothing. A group that has ended keeps its epoch; the answer has
+        the label of its end.
         """
         group = self._state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if not queue or not 0 <= epoch < MAX_NUMBER:
-            raise ProtocolError("raise-epoch: needs an epoch, and a queue for what is overtaken")
+            raise ProtocolError("raise-epoch: needs a valid epoch, and a queue for messages of earlier epochs")
         self._limit_checker.check_queues((queue,))
         if epoch > group.epoch and not group.end_label:
             group.epoch = epoch
@@ -315,11 +334,14 @@ class Admin:
         return {"epoch": group.epoch, "leased": leased, "ended": group.end_label}
 
     def _cancel(self, session: Session, id: str, reason: str, prefixes: list[str]) -> dict[str, Any]:
-        """Raise the epoch of a group; its older messages are delivered where they are, to be passed through unworked.
+        """Cancel a group.
 
-        Nothing of it waits any longer: what is delayed or parked is ready, and the open gathers whose key begins with
-        one of `prefixes` publish what they have. What cannot be passed through is parked again, until it is requeued.
-        Once more changes nothing; a group that has ended keeps its end.
+        Raise its epoch, and let consumers pass its messages through.
+
+        Its messages of earlier epochs stay in their queues, and their consumers do no work for them. No message waits
+        any longer: delayed and parked ones become ready, and the open gathers whose key begins with one of `prefixes`
+        publish the arrivals that they have. A message that fails to be passed through is parked again, until it is
+        requeued. A repeated cancel changes nothing, and neither does one of a group that has ended.
         """
         group = self._state.groups.get(id)
         if group is None:
@@ -336,28 +358,31 @@ class Admin:
                     self._state.enqueue(self._state.replace(message))
                     self._state.changed_queues[message.queue] = None
                 elif state in (DELAYED, PARKED):
-                    again = self._state.replace(message)
-                    delivery_state = again.ensure_delivery_state()
+                    replaced = self._state.replace(message)
+                    delivery_state = replaced.ensure_delivery_state()
                     delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
                     delivery_state.parked, delivery_state.parked_wall, delivery_state.reason = False, 0.0, None
-                    self._writer.record_message_state(again)
-                    self._state.enqueue(again)
-                    self._state.changed_queues[again.queue] = None
+                    self._writer.record_message_state(replaced)
+                    self._state.enqueue(replaced)
+                    self._state.changed_queues[replaced.queue] = None
             self._gather_manager.publish_released(group)
             self._supervision.announce_cancel(group)
         return {"epoch": group.epoch, "ended": group.end_label, "reason": group.cancelled}
 
     def _hand_over(self, session: Session, id: str, ids: list[int], queue: str, label: str) -> int:
-        """Messages of a cancelled group that wait for their turn go to `queue`, whose consumer passes them through in
-        place of their own, which may be busy for long. Those in work, and those that were gathered, stay. Returns how
-        many went.
+        """Move ready messages of a cancelled group to `queue`.
+
+        Return how many were moved.
+
+        The consumers of `queue` pass them through instead of those of their own queue, which may be busy for a long
+        time. Leased and gathered messages stay.
         """
         state, leases = self._state, self._leases
         group = state.groups.get(id)
         if group is None:
             raise Refused(f"{id} is not live")
         if not queue:
-            raise ProtocolError("hand-over: needs a queue")
+            raise ProtocolError("hand-over: needs the name of a queue")
         self._limit_checker.check_queues((queue,))
         count = 0
         for message_id in dict.fromkeys(ids):
@@ -365,7 +390,7 @@ class Admin:
             if message is None or message.group is not group or not message.is_cancelled or message.state() != READY:
                 continue
             gathered = message.delivery_state is not None and message.delivery_state.parts is not None
-            # After a restart somebody may still be at it who has not said so yet.
+            # After a restart a worker may hold the message and not have reported its leases yet.
             if not gathered and leases.workers_known and not message.queue.awaited_peers:
                 leases.move(state.replace(message), queue, label)
                 count += 1
@@ -373,14 +398,17 @@ class Admin:
         return count
 
     def _replace(self, session: Session, name: str, id: int, body: bytes) -> dict[str, Any]:
-        """Give a dead letter another body: of one that was gathered, another base. It stays a dead letter."""
+        """Replace the body of a dead letter, or the base of a gathered one.
+
+        It stays a dead letter.
+        """
         queue, _ = find_queue(self._state, name)
         message = queue.dead_letters.get(id)
         if message is None:
             raise Refused(f"no dead letter {id} in {DLQ_PREFIX}{queue.name}")
         delivery_state = message.ensure_delivery_state()
         if delivery_state.evidence:
-            raise Refused(f"dead letter {id} of {queue.name} is evidence, and stays as it is")
+            raise Refused(f"dead letter {id} of {queue.name} is evidence and cannot be changed")
         self._limit_checker.check_body(body)
         if delivery_state.parts is not None:
             (_, size), *arrived = delivery_state.parts
@@ -392,8 +420,10 @@ class Admin:
         return {"epoch": message.epoch}
 
     def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
-        """Begin a parked group anew, in the next epoch, with this one message: nothing is left of what it had, but
-        what arrived at gathers that nobody has opened."""
+        """Restart a parked group in the next epoch, with this one message.
+
+        Its messages are removed. Of its gathers only the arrivals at those that are not open stay.
+        """
         state = self._state
         group = state.groups.get(id)
         if group is None:
@@ -403,7 +433,7 @@ class Admin:
             raise Refused(f"{id} is not parked")
         working = [message for message in messages if message.state() == LEASED]
         if working:
-            raise Refused(f"{id} is in work in {working[0].queue.name}: wait for it, or cancel")
+            raise Refused(f"{id} is in work in {working[0].queue.name}: wait until that ends, or cancel it")
         self._limit_checker.check_queues((queue,))
         self._limit_checker.check_body(body)
         for message in messages:

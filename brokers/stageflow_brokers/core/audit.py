@@ -1,8 +1,8 @@
-"""An audit: all that the broker knows in one consistent picture, small enough to be sent, and whether its books agree.
+"""An audit: a summary of the broker's state, and its contradictions.
 
-It knows nothing of workflows: instances are told apart by their shape (which messages and gathers they consist of), and
-whoever asks judges the shapes. Between two records every group is whole, so a picture taken between two frames needs no
-second one. Nothing changes here.
+It is consistent, because it is taken between two frames, and small enough for one answer: groups of the same shape
+(the same kinds of messages and gathers) are counted together. The caller judges the shapes. This module must not change
+the state, and must not depend on workflows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from stageflow_brokers.core.wire import FIRST_EPOCH
 __all__ = ["Audit", "contradictions"]
 
 MAX_SHOWN_IDS = 20
-"""Most groups of one shape that are named."""
+"""Limit of ids that are listed for one shape."""
 
 MAX_SHOWN_FAULTS = 100
-"""Most contradictions of the broker's own books that are told."""
+"""Limit of contradictions that one audit lists."""
 
 _NUMBER = re.compile(r":\d+$")
-"""The end of a gather's key that tells it from others of its kind: shapes are of kinds."""
+"""A number at the end of a gather's key. It is left out of shapes, so that gathers of one kind have one shape."""
 
 
 class Audit:
-    """The auditor of one machine."""
+    """Makes the audits of one machine."""
 
     def __init__(self, state: BrokerState, leases: Leases, inspector: Inspector) -> None:
         self._state = state
@@ -41,22 +41,23 @@ class Audit:
         self._inspector = inspector
 
     def audit(self, session: Session) -> dict[str, Any]:
-        """The picture.
+        """Return the audit as a dict.
 
-        `shapes`: what groups consist of, how many are like that, and the ids of the first. `live`: the ids of all
-        groups that have not ended, `epochs` theirs where that is not the first. `sessions`: the peers, and how much
-        each holds. `awaited`: queues that are closed until peers have announced themselves. `faults`: where the books
-        contradict one another. Takes about 2 µs per message and group, during which nobody else is served.
+        `shapes`: each shape of groups with its count and the first ids. `live`: the ids of all groups that have not
+        ended; `epochs`: the epochs of those that are not in the first. `sessions`: the peers, and the number of
+        messages that each holds. `awaited`: queues that stay closed until peers have reported their leases, with their
+        number. `faults`: contradictions of the state. An audit takes about 2 µs per message and group, during which the
+        broker processes no other frame.
         """
         state = self._state
         shapes: dict[tuple[Any, ...], list[Any]] = {}
         live: list[str] = []
         epochs: dict[str, int] = {}
         for group in state.groups.values():
-            known = shapes.setdefault(_shape(group), [0, []])
-            known[0] += 1
-            if known[0] <= MAX_SHOWN_IDS:
-                known[1].append(group.id)
+            entry = shapes.setdefault(_shape(group), [0, []])
+            entry[0] += 1
+            if entry[0] <= MAX_SHOWN_IDS:
+                entry[1].append(group.id)
             if not group.end_label:
                 live.append(group.id)
                 if group.epoch != FIRST_EPOCH:
@@ -74,7 +75,7 @@ class Audit:
             "live": live,
             "epochs": epochs,
             "shapes": [[*shape, count, ids] for shape, (count, ids) in shapes.items()],
-            "sessions": [_session(known) for known in state.sessions.values()],
+            "sessions": [_session(session) for session in state.sessions.values()],
             "awaited": {queue.name: len(queue.awaited_peers) for queue in state.queues.values() if queue.awaited_peers},
             "rostered": self._leases.workers_known,
             "queues": self._inspector.queues(""),
@@ -84,7 +85,10 @@ class Audit:
 
 
 def _shape(group: Group) -> tuple[Any, ...]:
-    """(ended, messages as (queue, label, state, count), gathers as (key, need, arrived, queue, has a deadline))."""
+    """Return the shape of a group: its end, messages and gathers.
+
+    Messages are (queue, label, state, count); gathers are (key, need, arrived, queue, True with a deadline).
+    """
     if group.other_messages:
         counts = Counter((m.queue.name, m.label, m.state()) for m in group.messages())
         messages = tuple(sorted((*kind, count) for kind, count in counts.items()))
@@ -115,11 +119,14 @@ def _session(session: Session) -> dict[str, Any]:
     }
 
 
-# the books
+# contradictions
 
 
 def contradictions(state: BrokerState) -> Iterator[str]:
-    """Where the books of a broker contradict one another; nothing, for as long as it has no bug."""
+    """Yield contradictions of a broker's state.
+
+    There are none, unless the broker has a bug.
+    """
     states: dict[Queue, Counter[str]] = {queue: Counter() for queue in state.queues.values()}
     timers = state.timers()
     grouped = size = 0
@@ -128,7 +135,7 @@ def contradictions(state: BrokerState) -> Iterator[str]:
         size += message.size
         states.setdefault(message.queue, Counter())[message_state] += 1
         if message.id != id:
-            yield f"message {message.id} is known as {id}"
+            yield f"message {message.id} is stored under id {id}"
         group = message.group
         evidence = message.delivery_state is not None and message.delivery_state.evidence
         if group is not None and not evidence:
@@ -138,29 +145,29 @@ def contradictions(state: BrokerState) -> Iterator[str]:
         if message_state == LEASED:
             yield from _lease_faults(state, message)
         elif message.lease:
-            yield f"message {id} in {message.queue.name} has lease {message.lease}, and nobody holds it"
+            yield f"message {id} in {message.queue.name} has lease {message.lease} but no holder"
         if message_state == DELAYED:
             assert message.delivery_state is not None
             if (message.delivery_state.due, id, "", "") not in timers:
-                yield f"message {id} in {message.queue.name} is delayed, and no timer will wake it"
+                yield f"message {id} in {message.queue.name} is delayed but has no timer"
         elif message_state == PARKED and message.queue.dead_letters.get(id) is not message:
-            yield f"message {id} is a dead letter that {message.queue.name} does not know of"
+            yield f"message {id} is not among the dead letters of {message.queue.name}"
     linked = 0
     for group in state.groups.values():
         linked += (group.first_message is not None) + len(group.other_messages or ())
         for gather in (group.gathers or {}).values():
             size += gather.weight
             if state.gathers.get((group.id, gather.key)) is not group:
-                yield f"gather {gather.key} of {group.id} is not among the gathers"
+                yield f"gather {gather.key} of {group.id} is not in the index of gathers"
             if gather.need is not None and gather.due and (gather.due, 0, group.id, gather.key) not in timers:
-                yield f"gather {gather.key} of {group.id} has a deadline, and no timer will end it"
+                yield f"gather {gather.key} of {group.id} has a deadline but no timer"
     if linked != grouped:
-        yield f"{grouped} messages belong to groups, and groups have {linked}"
-    kept = sum(0 if m.delivery_state is None else m.delivery_state.step_bytes for m in state.messages.values())
-    if kept != state.step_bytes:
-        yield f"all steps have {kept} bytes, and {state.step_bytes} are accounted for"
+        yield f"{grouped} messages name a group, but groups have {linked} messages"
+    size_of_steps = sum(0 if m.delivery_state is None else m.delivery_state.step_bytes for m in state.messages.values())
+    if size_of_steps != state.step_bytes:
+        yield f"all steps have {size_of_steps} bytes, but {state.step_bytes} are counted"
     if size != state.live_bytes:
-        yield f"all bodies have {size} bytes, and {state.live_bytes} are accounted for"
+        yield f"all bodies have {size} bytes, but {state.live_bytes} are counted"
     for queue, counted in states.items():
         yield from _queue_faults(state, queue, counted)
 
@@ -169,14 +176,15 @@ def _lease_faults(state: BrokerState, message: Message) -> Iterator[str]:
     holder = message.holder
     assert holder is not None
     where = f"message {message.id} in {message.queue.name}"
+    peer = holder.session.name or holder.session.peer
     if holder is DETACHED:
-        yield f"{where} has been replaced, and is still known"
+        yield f"{where} was replaced, but its old object is still stored"
     elif state.sessions.get(holder.session.peer) is not holder.session:
-        yield f"{where} is held by {holder.session.name or holder.session.peer}, which is no peer any more"
+        yield f"{where} is held by {peer}, which has no session"
     elif holder.held.get(message.id) is not message:
-        yield f"{where} is held by {holder.session.name or holder.session.peer}, which does not know of it"
+        yield f"{where} is held by {peer}, but is not among the messages that it holds"
     elif not message.lease:
-        yield f"{where} is held by {holder.session.name or holder.session.peer} without a lease"
+        yield f"{where} is held by {peer} without a lease"
 
 
 def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> Iterator[str]:
@@ -187,9 +195,9 @@ def _queue_faults(state: BrokerState, queue: Queue, counted: Counter[str]) -> It
         (DELAYED, counted[DELAYED], queue.delayed_count),
         (PARKED, counted[PARKED], len(queue.dead_letters)),
     )
-    for what, real, known in figures:
-        if real != known:
-            yield f"{queue.name} counts {known} messages as {what}, and there are {real}"
+    for kind, actual, counted_by_queue in figures:
+        if actual != counted_by_queue:
+            yield f"{queue.name} counts {counted_by_queue} messages as {kind}, but {actual} exist"
 
 
 def _is_current(state: BrokerState, queue: Queue, message: Message) -> bool:

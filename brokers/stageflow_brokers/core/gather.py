@@ -1,8 +1,8 @@
-"""A gather: the broker waits for a number of arrivals and publishes once they are there.
+"""A gather: a number of arrivals for which the broker waits.
 
-Joins, maps, signals and replies are all this. A slot counts once from one opening to the next, so that a duplicate
-changes nothing, and who comes by again waits for all anew; arrivals may come before the gather is opened, and those
-beyond `need` stay for the next opening, first in, first out.
+It publishes one message when they are complete. Joins, maps, signals and replies are gathers. A slot counts once from
+one opening to the next, so that a duplicate changes nothing. Arrivals may come before the opening; those beyond `need`
+stay for the next opening, first in, first out. This module must not use a clock, the journal or queues.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from stageflow_brokers.core.message import RecordLocation
 __all__ = ["MAX_GATHERED_BYTES", "Gather"]
 
 MAX_GATHERED_BYTES = 256 << 20
-"""Most bytes of bodies at one gather: they become one message, and no frame is larger."""
+"""Limit of bytes of the bodies in one gather. They become one message, which must fit into a frame."""
 
 
 class Gather:
-    """State of one key of one group. `need` is None until somebody opens it. `wait` is the deadline in seconds from the
-    opening, at `due` on the monotonic clock; 0 for none. `priority` is that of the message that opened it. `weight` is
-    how many bytes of bodies are kept here."""
+    """The state of one gather of a group.
+
+    Attributes:
+        need: Number of arrivals to wait for; None while it is not open.
+        base: The body that the opening brings; it comes first in the published message.
+        due: Time of the deadline on the monotonic clock; 0 for none. `due_wall` is in seconds since the Unix epoch.
+        wait: Seconds from the opening to the deadline; 0 for none.
+        priority: The priority of the message that opened it.
+        arrivals: The bodies that arrived, by slot.
+        seen: The slots that have arrived since the last opening.
+        weight: Bytes of the base and of all arrivals.
+    """
 
     __slots__ = (
         "arrivals",
@@ -56,7 +65,10 @@ class Gather:
         self.weight = 0
 
     def open(self, *, need: int, queue: str, label: str, epoch: int, base: bytes, priority: int) -> None:
-        """Begin to wait for `need` arrivals, with no end to the wait; those already here count."""
+        """Begin to wait for `need` arrivals without a deadline.
+
+        Earlier arrivals count.
+        """
         self.seen = set(self.arrivals)
         self.need = need
         self.queue = queue
@@ -68,9 +80,9 @@ class Gather:
         self.due = self.due_wall = self.wait = 0.0
 
     def arrive(self, slot: str, body: bytes) -> bool:
-        """Store one arrival; False when this slot has been here before.
+        """Store one arrival. Return False if its slot has arrived before.
 
-        What would make more of it than one message can be arrives with an empty body, which says so.
+        A body that would exceed the limit is replaced by an empty one, by which the consumer notices it.
         """
         if slot in self.seen:
             return False
@@ -82,13 +94,16 @@ class Gather:
         return True
 
     def restore(self, base: bytes, arrivals: Iterable[tuple[str, bytes]], seen: Iterable[str]) -> None:
-        """All that is kept here, as it was recorded."""
+        """Set the bodies and slots from a record."""
         self.base, self.arrivals, self.seen = base, dict(arrivals), set(seen)
         self.weight = len(base) + sum(map(len, self.arrivals.values()))
 
     def reset(self) -> None:
-        """Nobody waits any longer, and what has arrived for who did is void. What came early stays, and any slot that
-        is not among it may come again."""
+        """Close the gather without publishing it, because its group is restarted.
+
+        Arrivals of an open gather are dropped. Those of one that is not open stay, because they came early; every other
+        slot may arrive again.
+        """
         if self.need is not None:
             self.arrivals.clear()
         self.need, self.base = None, b""
@@ -98,11 +113,14 @@ class Gather:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is open and all it needs has arrived."""
+        """True if it is open and has all arrivals that it needs."""
         return self.need is not None and len(self.arrivals) >= self.need
 
     def take(self) -> tuple[bytes, list[tuple[str, int]]]:
-        """Close it: the body (base, then what arrived) and its parts as (slot, size); the base is ("", size)."""
+        """Close the gather and return its body and parts.
+
+        The body is the base and then the arrivals. Each part is (slot, size); the base is ("", size).
+        """
         need = len(self.arrivals) if self.need is None else min(self.need, len(self.arrivals))
         slots = list(self.arrivals)[:need]
         parts = [("", len(self.base))]

@@ -1,7 +1,8 @@
-"""Gathers of the live broker: what opens, arrives, completes, runs out of time, or is overtaken by a new epoch.
+"""The gathers of the live broker: open them, count arrivals, publish them.
 
-What completes is recorded as the message that it makes and the gather that remains, behind all that the frame itself
-makes: a replay takes the frame for its openings and arrivals only.
+A gather is published when it is complete, when its deadline passes, or when a new epoch ends its wait. The resulting
+message and the remaining gather are recorded after the frame: a replay applies only the openings and arrivals of a
+frame, and must not decide whether a gather is complete.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from stageflow_brokers.types import Arrival, GatherOpen
 __all__ = ["GatherManager", "ResolvedTargets"]
 
 ResolvedTargets = list[tuple[Queue | None, str, int]]
-"""The targets of a frame: queue (None: push only), label, flags."""
+"""The targets of a frame as (queue, label, flags); without a queue the body is only pushed to watchers."""
 
 
 class GatherManager:
-    """The gathers of one machine. `changed`: what the frame in hand has touched, by group and key."""
+    """The gathers of one machine.
+
+    Attributes:
+        changed: (group, key) of each gather that the frame in hand has changed.
+    """
 
     def __init__(self, state: BrokerState, writer: RecordWriter, leases: Leases) -> None:
         self.state = state
@@ -38,9 +43,10 @@ class GatherManager:
         location: RecordLocation,
         priority: int = 0,
     ) -> bool:
-        """Openings and arrivals, whose bodies begin at `offset`. False when some belong to no group, and were dropped.
+        """Apply openings and arrivals, whose bodies begin at `offset` of the blob.
 
-        An opening makes its group; an arrival does not, for it may be a late one, and its group would never end.
+        Return False if some were dropped, because they have no live group. An opening creates its group. An arrival
+        does not, because it may be late, and its group would never end.
         """
         state = self.state
         all_accepted = True
@@ -67,7 +73,7 @@ class GatherManager:
                 self.changed.append((group, arrival.key))
             offset += arrival.size
         if priority:
-            # A replay knows it by the message that opened the gather, which may be gone with its segment by then.
+            # A replay finds the priority at the message that opened the gather, whose record may have been deleted.
             for opening in opens:
                 group = state.groups.get(opening.group)
                 if group is not None:
@@ -75,7 +81,10 @@ class GatherManager:
         return all_accepted
 
     def publish_complete(self) -> list[tuple[Group, str]]:
-        """Publish what has become complete in this frame. Returns all gathers that the frame has changed."""
+        """Publish the gathers that this frame made complete.
+
+        Return all gathers that the frame has changed.
+        """
         changed = self.changed
         if changed:
             self.changed = []
@@ -84,19 +93,22 @@ class GatherManager:
         return changed
 
     def expire(self, due: float, id: str, key: str) -> None:
-        """The deadline that was `due` has passed."""
+        """Publish a gather whose deadline was `due`, if it still has that deadline."""
         group = self.state.groups.get(id)
         gather = None if group is None or group.gathers is None else group.gathers.get(key)
         if group is not None and gather is not None and gather.need is not None and gather.due == due:
             self._publish(group, key, failure=EXPIRED)
 
     def divert_stale_gathers(self, group: Group) -> None:
-        """The epoch of the group was raised: what waits in its open gathers goes to whoever raised it."""
+        """Publish the open gathers of a group whose epoch was raised.
+
+        Their messages go to the queue that the group diverts to.
+        """
         for key in list(group.gathers or ()):
             self._settle(group, key)
 
     def publish_released(self, group: Group) -> None:
-        """The group was cancelled: publish what waits in the open gathers that it does not wait for any more."""
+        """Publish the open gathers for which a cancelled group does not wait."""
         for key in list(group.gathers or ()):
             if (
                 group.gathers is not None

@@ -1,4 +1,8 @@
-"""Looking: what a peer may see of queues, messages and groups. Plain data, and nothing changes."""
+"""Describe queues, messages and groups for peers, as plain data.
+
+This module must not change the state. The bytes of bodies in one answer are limited, because the broker holds the
+whole answer in memory.
+"""
 
 from __future__ import annotations
 
@@ -20,30 +24,35 @@ from stageflow_brokers.types import MAX_LISTED_GROUPS
 __all__ = ["DLQ_PREFIX", "Inspector", "find_queue"]
 
 DLQ_PREFIX = "dlq."
-"""Prefix under which the dead letters of a queue are named."""
+"""Prefix of a queue name that selects the dead letters of that queue."""
 
 MAX_PROGRESS_BYTES = 4_096
+"""Limit of bytes of one progress report."""
+
 MAX_PROGRESS_REPORTS = 10_000
-"""Reports of progress that are kept before those are dropped which nobody will see again."""
+"""Progress reports in memory from which on those of ended leases are dropped."""
 
 MAX_SHOWN_PARTS = 100
-"""Most arrivals of a gather that are shown."""
+"""A gather with more arrivals is described without their bodies."""
 
 HEAD_BYTES = 512
-"""How much of a body a group is described with, for those who know how their bodies begin."""
+"""Bytes of the beginning of a body in the description of a group, for callers whose bodies begin with a header."""
 
 MAX_HEADS = 4
-"""Most bodies that do so for one group."""
+"""Limit of such beginnings for one group."""
 
 MAX_ANSWER_BYTES = 64 << 20
-"""Most bytes of bodies in one answer about groups; beyond them they are described without."""
+"""Limit of bytes of bodies in one answer about groups; further messages are described without their bodies."""
 
 MAX_PEEK_BYTES = 16 << 20
-"""A list of messages leaves out the bodies beyond this many bytes."""
+"""Limit of bytes of bodies in one answer to `peek`; further messages are described without their bodies."""
 
 
 def find_queue(state: BrokerState, name: str) -> tuple[Queue, bool]:
-    """The queue of that name, and whether its dead letters are meant. Raises `Refused` if there is none."""
+    """Return the queue of that name, and True if its dead letters are selected.
+
+    Raise `Refused` if there is no such queue.
+    """
     if name in state.queues:
         return state.queues[name], False
     if name.startswith(DLQ_PREFIX) and name[len(DLQ_PREFIX) :] in state.queues:
@@ -52,7 +61,7 @@ def find_queue(state: BrokerState, name: str) -> tuple[Queue, bool]:
 
 
 class Inspector:
-    """The view into one machine."""
+    """Answers the queries about one machine that change nothing."""
 
     def __init__(self, state: BrokerState, writer: RecordWriter, leases: Leases) -> None:
         self._state = state
@@ -61,33 +70,47 @@ class Inspector:
         self._progress: dict[int, tuple[int, float, bytes]] = {}
 
     def progress(self, session: Session, id: int, lease: int, body: bytes) -> None:
-        """How far the holder of a message is, for whoever looks: in no journal, and gone with the lease."""
+        """Store a progress report of the holder of a message.
+
+        It is not recorded in the journal, and ends with the lease.
+        """
         if len(body) > MAX_PROGRESS_BYTES:
-            raise ProtocolError(f"progress: {len(body)} bytes, {MAX_PROGRESS_BYTES} are the most")
+            raise ProtocolError(f"progress: a report of {len(body)} bytes is over the limit of {MAX_PROGRESS_BYTES}")
         if self._leases.get_held(session, id, lease) is None:
             return
-        known = self._progress
-        known[id] = (lease, self._state.wall, body)
-        if len(known) > MAX_PROGRESS_REPORTS:
+        reports = self._progress
+        reports[id] = (lease, self._state.wall, body)
+        if len(reports) > MAX_PROGRESS_REPORTS:
             messages = self._state.messages
-            self._progress = {id: it for id, it in known.items() if id in messages and messages[id].lease == it[0]}
+            self._progress = {
+                id: report for id, report in reports.items() if id in messages and messages[id].lease == report[0]
+            }
 
     def lookup(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        """Those of these groups that are live, and how much has left: `seen` of a submit that comes after."""
+        """Describe those of these groups that are live.
+
+        The answer also has the `history_sequence` for a publish after it.
+        """
         state, budget = self._state, _BodyBudget()
         found = {id: self._group(group, budget) for id in ids if (group := state.groups.get(id)) is not None}
         return {"epoch": state.epoch, "left_seq": state.closed_sequence, "groups": found}
 
     def inspect(self, session: Session, ids: list[str]) -> dict[str, Any]:
-        """The groups with the bodies of their messages, without those that have no room in one answer: to be looked at
-        by people, a few at a time."""
+        """Describe those of these groups that are live, with message bodies.
+
+        Bodies beyond `MAX_ANSWER_BYTES` are left out.
+        """
         groups, budget = self._state.groups, _BodyBudget()
         return {id: self._group(group, budget, bodies=True) for id in ids if (group := groups.get(id)) is not None}
 
     def groups(self, session: Session, queue_prefix: str, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` groups with a message in a queue whose name begins so; mostly the latest first."""
+        """Describe up to `limit` groups with a message in certain queues.
+
+        These are the queues whose names begin with `queue_prefix`. Groups recorded last come first; these are mostly
+        the latest.
+        """
         if not 0 <= limit <= MAX_LISTED_GROUPS:
-            raise Refused(f"groups: a limit from 0 to {MAX_LISTED_GROUPS:,}, not {limit}")
+            raise Refused(f"groups: the limit must be from 0 to {MAX_LISTED_GROUPS:,}, not {limit}")
         found: list[dict[str, Any]] = []
         budget = _BodyBudget()
         for group in reversed(self._state.groups.values()):
@@ -98,7 +121,7 @@ class Inspector:
         return found
 
     def live(self, session: Session) -> list[str]:
-        """All groups by id, the latest last."""
+        """Return the ids of all live groups."""
         return list(self._state.groups)
 
     def _group(self, group: Group, budget: _BodyBudget, *, bodies: bool = False) -> dict[str, Any]:
@@ -117,24 +140,26 @@ class Inspector:
         }
 
     def _heads(self, group: Group) -> list[bytes]:
-        """How the bodies of a group begin: of what its open gathers wait with, then of its messages."""
+        """Return the beginnings of open gathers' bases, then of message bodies."""
         heads = [gather.base[:HEAD_BYTES] for gather in (group.gathers or {}).values() if gather.need is not None]
         for message in islice(group.messages(), max(0, MAX_HEADS - len(heads))):
             heads.append(self._writer.head(message, HEAD_BYTES))
         return heads[:MAX_HEADS]
 
     def tally(self, session: Session, shared: list[str], marks: list[bytes], at: list[int]) -> dict[str, Any]:
-        """How many groups have something left that will go on, each counted once: `queues` by the queue where it is.
+        """Count the groups that have a message or open gather that is not parked.
 
-        Those at a `shared` queue are counted by the first of `marks` (as many numbers in the same order) that their
-        body has `at` one of these places, and those with none of them not at all. Parked messages do not go on by
-        themselves.
+        Each group is counted once, under the queue of that message or gather. At a `shared` queue it is counted under
+        the first of `marks` that its body has at one of the offsets `at`; without any of them it is not counted.
+
+        Returns:
+            `queues`: the count by queue. `marks`: the counts in the order of `marks`.
         """
         queues: dict[str, int] = {}
         counts = [0] * len(marks)
-        most = max(at, default=0) + max(map(len, marks), default=0)
-        common = set(shared)
-        known = _MarkFinder(marks, at)
+        head_bytes = max(at, default=0) + max(map(len, marks), default=0)
+        shared_queues = set(shared)
+        finder = _MarkFinder(marks, at)
         for group in self._state.groups.values():
             if group.end_label:
                 continue
@@ -143,30 +168,33 @@ class Inspector:
                 one is not None
                 and one.delivery_state is None
                 and group.gathers is None
-                and one.queue.name not in common
+                and one.queue.name not in shared_queues
             ):
-                # Nearly all are so, and there may be a million of them.
+                # The fast path for nearly all groups, of which there may be a million.
                 queues[one.queue.name] = queues.get(one.queue.name, 0) + 1
                 continue
-            for name, head in self._waiting_heads(group, most, common):
-                if name not in common:
+            for name, head in self._waiting_heads(group, head_bytes, shared_queues):
+                if name not in shared_queues:
                     queues[name] = queues.get(name, 0) + 1
                     break
-                found = known.first_in(head)
+                found = finder.find_first(head)
                 if found is not None:
                     counts[found] += 1
                     break
         return {"queues": queues, "marks": counts}
 
-    def _waiting_heads(self, group: Group, most: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
-        """Where a group waits, and how the bodies there begin where the queue is a shared one."""
+    def _waiting_heads(self, group: Group, head_bytes: int, shared: set[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield (queue, beginning of the body) of open gathers and messages.
+
+        Parked messages are left out. The beginning is empty for the messages of queues that are not shared.
+        """
         for gather in (group.gathers or {}).values():
             if gather.need is not None:
-                yield gather.queue, gather.base[:most]
+                yield gather.queue, gather.base[:head_bytes]
         for message in group.messages():
             if message.delivery_state is None or not message.delivery_state.parked:
                 name = message.queue.name
-                yield name, self._writer.head(message, most) if name in shared else b""
+                yield name, self._writer.head(message, head_bytes) if name in shared else b""
 
     def _message(self, message: Message, *, body: bool) -> dict[str, Any]:
         delivery_state = message.delivery_state
@@ -192,13 +220,13 @@ class Inspector:
         if progress is not None and message.holder is not None and progress[0] == message.lease:
             described["progress"] = progress[1:]
         if body:
-            # Of what was gathered the base: what has arrived for it is of no interest one by one.
+            # Of a gathered body only the base: its parts may be a million results of items.
             described["base"] = _base_size(message)
             described["body"] = self._writer.head(message, described["base"])
         return described
 
     def queues(self, prefix: str) -> list[dict[str, Any]]:
-        """The queues whose names begin so, by name, with what is in them."""
+        """Describe the queues with this prefix, sorted by name."""
         return [self._queue(q) for name, q in sorted(self._state.queues.items()) if name.startswith(prefix)]
 
     def _queue(self, queue: Queue) -> dict[str, Any]:
@@ -220,29 +248,32 @@ class Inspector:
         }
 
     def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
-        """Messages of a queue that are ready, in their order, or its dead letters; bodies up to 16 MiB in all."""
+        """Describe ready messages of a queue in their order, or its dead letters.
+
+        Bodies beyond `MAX_PEEK_BYTES` are left out, except that of the first message.
+        """
         queue, dead = find_queue(self._state, name)
         if not 0 <= offset < MAX_NUMBER or not 0 <= limit <= 10_000:
-            raise ProtocolError("peek: offset from 0, limit from 0 to 10,000")
+            raise ProtocolError("peek: the offset must be 0 or more, and the limit from 0 to 10,000")
         found: list[dict[str, Any]] = []
-        budget = MAX_PEEK_BYTES
+        bytes_left = MAX_PEEK_BYTES
         for message in islice(queue.dead_letters.values() if dead else queue.iterate_ready(), offset, offset + limit):
-            budget -= _base_size(message)
-            found.append(self._message(message, body=budget >= 0 or not found))
+            bytes_left -= _base_size(message)
+            found.append(self._message(message, body=bytes_left >= 0 or not found))
         return found
 
 
 class _BodyBudget:
-    """How much of bodies goes into one answer."""
+    """The bytes of bodies that one answer may still take."""
 
     def __init__(self) -> None:
-        self._left = MAX_ANSWER_BYTES
+        self._bytes_left = MAX_ANSWER_BYTES
 
     def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes, which are taken then."""
-        if size > self._left:
+        """Take `size` bytes; return False if fewer are left."""
+        if size > self._bytes_left:
             return False
-        self._left -= size
+        self._bytes_left -= size
         return True
 
 
@@ -252,21 +283,24 @@ def _base_size(message: Message) -> int:
 
 
 class _MarkFinder:
-    """Finds which of many marks is at one of some places, however many there are."""
+    """Finds which of many marks a body has at one of some offsets.
+
+    Its time does not grow with the number of marks, only with their different lengths.
+    """
 
     def __init__(self, marks: list[bytes], at: list[int]) -> None:
-        self._at = sorted({where for where in at if where >= 0})
+        self._offsets = sorted({offset for offset in at if offset >= 0})
         self._by_length: dict[int, dict[bytes, int]] = {}
         for number, mark in enumerate(marks):
             self._by_length.setdefault(len(mark), {}).setdefault(mark, number)
 
-    def first_in(self, head: bytes) -> int | None:
-        """The number of the first mark that is there."""
+    def find_first(self, head: bytes) -> int | None:
+        """Return the index of the first mark in `head`, None without one."""
         found = [
             number
             for length, numbers in self._by_length.items()
-            for where in self._at
-            if (number := numbers.get(head[where : where + length])) is not None
+            for offset in self._offsets
+            if (number := numbers.get(head[offset : offset + length])) is not None
         ]
         return min(found, default=None)
 
@@ -275,8 +309,8 @@ def _gather(gather: Gather, budget: _BodyBudget | None) -> dict[str, Any]:
     described: dict[str, Any] = {"key": gather.key, "need": gather.need, "arrived": len(gather.arrivals)}
     if budget is not None:
         described["base"] = gather.base if budget.take(len(gather.base)) else b""
-        # What was gathered of many items is of no interest one by one.
-        few = len(gather.arrivals) <= MAX_SHOWN_PARTS and budget.take(gather.weight - len(gather.base))
-        described["parts"] = list(gather.arrivals.values()) if few else []
+        # The parts of a map over many items would be a long list that is not read.
+        shows_parts = len(gather.arrivals) <= MAX_SHOWN_PARTS and budget.take(gather.weight - len(gather.base))
+        described["parts"] = list(gather.arrivals.values()) if shows_parts else []
         described["opened"] = gather.location.wall
     return described

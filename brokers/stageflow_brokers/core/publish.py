@@ -1,6 +1,6 @@
-"""Publishing: which new messages are taken, which are refused and why, and what those taken make of the state.
+"""Accept or refuse the items of publish frames, and apply the accepted.
 
-What is refused leaves no trace in the journal: the frame is kept without it.
+A refused item must not reach the journal: the frame is recorded without it, because a replay checks nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from stageflow_brokers.types import FLAG_CHECK, FLAG_START, FLAG_WATCH, PUSH_ONL
 __all__ = ["PublishHandler"]
 
 EXISTS, CONFLICT, LOOK_AGAIN, GONE = "exists", "conflict", "look-again", "gone"
+"""Reasons why an item is refused, as `PublishAnswer.refused` describes them."""
 
 Watch = Callable[[Session, list[str]], Any]
 
 
 class PublishHandler:
-    """What comes into one machine from outside. `refusing` says why starts are refused at present, if they are."""
+    """Handles the publish frames of one machine.
+
+    Attributes:
+        refusal_reason: Why starts are refused at present; empty if they are accepted.
+        stale_end_groups: Groups for which the frame in hand published an end of an earlier epoch.
+    """
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class PublishHandler:
         self._watch = watch
 
     def handle(self, session: Session, frame: PublishFrame, header: bytes, blob: bytes) -> None:
-        """A frame that is new."""
+        """Apply a new frame."""
         try:
             refused = self._check_items(session, frame)
         except (QueueFull, PayloadTooLarge, Refused) as error:
@@ -61,7 +67,7 @@ class PublishHandler:
             return
         if refused:
             self._answer(session, frame, self._refusals(refused))
-            if frame.atomic and any(why != EXISTS for _, why, _ in refused):
+            if frame.atomic and any(reason != EXISTS for _, reason, _ in refused):
                 return
             frame, blob = _without_items(frame, blob, {index for index, _, _ in refused})
             header = wire.encode(frame)
@@ -80,34 +86,42 @@ class PublishHandler:
             self.record_stale_ends()
 
     def record_stale_ends(self) -> None:
-        """A replay takes for ended whatever has an end published, for it does not know of epochs: behind a frame in
-        which an end came too late, how the group stands is recorded."""
+        """Record the groups for which an end of an earlier epoch was published.
+
+        A replay does not compare epochs, so it takes such a group for ended; the record after the frame corrects it.
+        """
         groups, self.stale_end_groups = self.stale_end_groups, []
         for group in dict.fromkeys(groups):
             if self.state.groups.get(group.id) is group:
                 self._writer.record_group(group)
 
     def handle_duplicate(self, session: Session, frame: PublishFrame) -> None:
-        """A frame that was taken, or refused, before its answer was lost: say of its starts what is true now."""
+        """Answer a frame that is known, but whose answer was lost.
+
+        Its starts are answered by the present state of their groups.
+        """
         if self._refuse_size(session, frame):
             return
-        again = []
+        refused = []
         for index, item in enumerate(frame.items):
             if item.flags & FLAG_START:
                 group = self.state.groups.get(item.group)
                 if group is None:
-                    again.append((index, LOOK_AGAIN, item.group))
+                    refused.append((index, LOOK_AGAIN, item.group))
                 elif group.digest != item.digest:
-                    again.append((index, CONFLICT, item.group))
+                    refused.append((index, CONFLICT, item.group))
                 elif item.flags & FLAG_WATCH:
                     self._watch(session, [item.group])
-        if again:
-            self._outbox.add_result(session, frame.frame, self._refusals(again) | {"again": True})
+        if refused:
+            self._outbox.add_result(session, frame.frame, self._refusals(refused) | {"again": True})
 
     def watch_groups(self, session: Session, frame: PublishFrame) -> None:
-        """A frame whose answer is still known: how its starts ended may have been said in the talk that was lost."""
-        refused = {index: why for index, why, _ in session.answers[frame.frame].get("items", ())}
-        if frame.atomic and any(why != EXISTS for why in refused.values()):
+        """Watch the groups of a duplicate frame whose answer is still known.
+
+        A notice of their end may have been lost with the connection.
+        """
+        refused = {index: reason for index, reason, _ in session.answers[frame.frame].get("items", ())}
+        if frame.atomic and any(reason != EXISTS for reason in refused.values()):
             return
         for index, item in enumerate(frame.items):
             if item.flags & FLAG_START and item.flags & FLAG_WATCH and refused.get(index, EXISTS) == EXISTS:
@@ -128,7 +142,7 @@ class PublishHandler:
     def _refusals(self, refused: list[tuple[int, str, str]]) -> dict[str, Any]:
         return {"left_seq": self.state.closed_sequence, "epoch": self.state.epoch, "items": refused}
 
-    # judging
+    # checks
 
     def _check_sizes(self, frame: PublishFrame) -> None:
         limit = self._limit_checker.limits.max_message_bytes
@@ -138,7 +152,10 @@ class PublishHandler:
                     raise PayloadTooLarge(f"a message of {item.size} bytes is over max_message_bytes={limit}")
 
     def _check_items(self, session: Session, frame: PublishFrame) -> list[tuple[int, str, str]]:
-        """Which items are not to be taken, as (index, why, group). Raises what refuses the whole frame."""
+        """Return the items to refuse, as (index, reason, group).
+
+        Raise an error if the whole frame must be refused.
+        """
         self._check_sizes(frame)
         self._limit_checker.check_queues([target.queue for target in frame.targets if not target.flags & PUSH_ONLY])
         if frame.arrivals:
@@ -177,37 +194,37 @@ class PublishHandler:
         queue = self.state.queues.get(name)
         if queue is None or not queue.options.max_length:
             return
-        most = queue.options.max_length
+        limit = queue.options.max_length
         waiting = queue.ready_count + queue.delayed_count
-        if waiting + count > most:
-            raise QueueFull(f"queue {name} has {waiting} messages waiting, its max_queue_length is {most}")
+        if waiting + count > limit:
+            raise QueueFull(f"{waiting} messages wait in queue {name}, and max_queue_length is {limit}")
 
     def _may_have_ended(self, item: PublishItem) -> bool:
         state = self.state
-        epoch, seen = divmod(item.history_sequence, 1 << 40)
+        epoch, sequence = divmod(item.history_sequence, 1 << 40)
         if epoch != state.epoch:
             return True
-        return seen < state.closed_floor or state.closed_groups.get(item.group, 0) > seen
+        return sequence < state.closed_floor or state.closed_groups.get(item.group, 0) > sequence
 
     def _late_arrivals(self, frame: PublishFrame, dropped: set[int]) -> list[tuple[int, str, str]]:
         groups = self.state.groups
-        made = {
+        created = {
             item.group
             for index, item in enumerate(frame.items)
             if index not in dropped and not frame.targets[item.target].flags & PUSH_ONLY
         }
-        made.update(opening.group for opening in frame.opens)
+        created.update(opening.group for opening in frame.opens)
         first = len(frame.items)
         return [
             (first + index, GONE, arrival.group)
             for index, arrival in enumerate(frame.arrivals)
-            if arrival.group not in groups and arrival.group not in made
+            if arrival.group not in groups and arrival.group not in created
         ]
 
-    # taking
+    # changes of state
 
     def resolve(self, targets: list[Target]) -> ResolvedTargets:
-        """The queues of a frame's targets; something will happen in each of them."""
+        """Return the queues of a frame's targets, and mark them as changed."""
         queue = self.state.queue
         changed_queues = self.state.changed_queues
         resolved: ResolvedTargets = []
@@ -227,7 +244,10 @@ class PublishHandler:
         location: RecordLocation,
         session: Session,
     ) -> Message | None:
-        """One new message, to where it belongs."""
+        """Create the message of an item, or push it to the group's watchers.
+
+        Return the message, None if the item is only pushed.
+        """
         queue, label, flags = targets[item.target]
         body = blob[offset : offset + item.size]
         group, message = self.state.admit(item, queue, label, body, location, offset)
@@ -256,20 +276,23 @@ class PublishHandler:
 
 
 def _without_items(frame: PublishFrame, blob: bytes, dropped: set[int]) -> tuple[PublishFrame, bytes]:
-    """The frame and its bodies without some of its items and, numbered behind them, arrivals."""
+    """Return the frame and its bodies without the dropped items and arrivals.
+
+    Arrivals are numbered after the items.
+    """
     bodies: list[bytes] = []
     offset = 0
-    kept: list[list[Any]] = []
+    parts: list[list[Any]] = []
     index = 0
     for part, counted in ((frame.items, True), (frame.opens, False), (frame.arrivals, True)):
-        left = []
+        remaining = []
         for item in part:
             if not (counted and index in dropped):
-                left.append(item)
+                remaining.append(item)
                 bodies.append(blob[offset : offset + item.size])
             index += counted
             offset += item.size
-        kept.append(left)
-    items, opens, arrivals = kept
-    left_over = PublishFrame(frame.broker_epoch, frame.frame, frame.targets, items, frame.atomic, opens, arrivals)
-    return left_over, b"".join(bodies)
+        parts.append(remaining)
+    items, opens, arrivals = parts
+    reduced = PublishFrame(frame.broker_epoch, frame.frame, frame.targets, items, frame.atomic, opens, arrivals)
+    return reduced, b"".join(bodies)

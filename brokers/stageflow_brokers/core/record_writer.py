@@ -190,7 +190,7 @@ class RecordWriter:
         return weight
 
     def record_global_state(self, oldest: int = 0) -> None:
-        """Record all state that has no location again.
+        """Record again the state that has no location of its own.
 
         After that, every older segment can be deleted. If `oldest` is given, segments before it are about to be
         deleted, and may be missing from then on.

@@ -1,7 +1,8 @@
-"""Settling: messages end, and what follows from them begins, as one record.
+"""Apply settle frames: messages end and their successors begin.
 
-Each lease is checked by itself: what is not held is refused, the rest of the frame is taken. The record of a frame
-that was taken in part is replaced by what came of it, for a replay checks no leases.
+Both are one record: a crash between two would lose the instance. Each lease of a frame is checked separately:
+settlements of messages that the peer does not hold are refused, the others are applied. A replay checks no leases, so
+the record of a frame that was applied in part is replaced by records of the resulting state.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ __all__ = ["SettleHandler"]
 
 
 class SettleHandler:
-    """Settlements and checkpoints of one machine."""
+    """Handles the settlements, releases and checkpoints of one machine."""
 
     def __init__(
         self,
@@ -61,11 +62,11 @@ class SettleHandler:
         self._limit_checker = limit_checker
 
     def handle(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
-        """A frame that is new."""
+        """Apply a new frame."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
             self._leases.consume(session, frame.queue, frame.prefetch)
         if self._limit_checker.is_queue_limit_reached and not self._holds_any(session, frame):
-            # Whoever has nothing in hand makes no queues by naming them.
+            # A peer that holds none of these messages must not create queues by naming them as targets.
             stale = [id for id, _ in _frame_leases(frame)]
             self._leases.free_credit(session, stale)
             self._refuse(session, frame.frame, {"stale": stale})
@@ -86,22 +87,22 @@ class SettleHandler:
         emptied: list[Group] = []
         refused_acks = self._acknowledge(session, frame.acks, emptied) if frame.acks else []
         refused_others: list[int] = []
-        all_accepted = True
+        replayable = True
         if frame.others:
             offset = sum(move[3] for move in frame.moves)
             for position, other in enumerate(frame.others):
                 held = [self._leases.get_held(session, id, lease) for id, lease in other.leases]
                 messages = [message for message in held if message is not None]
                 if len(messages) == len(held):
-                    all_accepted &= self._settle(session, other, messages, targets, blob, offset, location, emptied)
+                    replayable &= self._settle(session, other, messages, targets, blob, offset, location, emptied)
                 else:
                     refused_others.append(position)
                 offset += _bodies_size(other)
         if len(self._writer.records) > index + 1 and _closes_group(frame):
-            # What was concluded on the way here may be of a group that left after all.
-            all_accepted = False
+            # A record added above may belong to a group that this frame closes.
+            replayable = False
         changed = self._gather_manager.publish_complete()
-        if refused_moves or refused_acks or refused_others or not all_accepted:
+        if refused_moves or refused_acks or refused_others or not replayable:
             self._replace_record(index, frame, set(refused_moves), set(refused_acks), set(refused_others), changed)
             stale = [frame.moves[i][0] for i in refused_moves] + [frame.acks[i][0] for i in refused_acks]
             stale += [id for i in refused_others for id, _ in frame.others[i].leases]
@@ -123,7 +124,7 @@ class SettleHandler:
         self._outbox.add_result(session, frame, answer)
 
     def _notify_subscribers(self, first_id: int, frame: SettleFrame, refused_others: set[int], blob: bytes) -> None:
-        """Those who have subscribed are told of each message, opening and arrival that came of this frame."""
+        """Notify subscribers of each message, opening and arrival of this frame."""
         notices: list[tuple[str, int, str, bytes]] = []
         for id in range(first_id, self.state.next_id):
             message = self.state.messages.get(id)
@@ -141,12 +142,18 @@ class SettleHandler:
             self._outbox.notify_subscribers(notices)
 
     def handle_duplicate(self, session: Session, frame: SettleFrame) -> None:
-        """A frame that was taken before a restart: what its sender has announced once more to be sure is not its any
-        longer, even where the message still is (it was to be delivered again)."""
+        """Release the messages of a frame that was applied before a restart.
+
+        The sender reported their leases after its reconnect, because it had no answer. A message that still
+        exists was settled with a retry, so the sender must not keep it.
+        """
         self.handle_release(session, _frame_leases(frame))
 
     def handle_release(self, session: Session, leases: list[tuple[int, int]]) -> None:
-        """Messages that were not begun: back to the head of their queue, in order, uncharged."""
+        """Put messages that were not begun at the head of their queue, in order.
+
+        No attempt is counted.
+        """
         for id, lease in reversed(leases):
             message = self._leases.get_held(session, id, lease)
             if message is not None:
@@ -155,7 +162,7 @@ class SettleHandler:
                 self._leases.free_credit(session, (id,))
 
     def handle_checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
-        """Keep the result of a step with the message it belongs to."""
+        """Store the result of a step with its message."""
         message = self._leases.get_held(session, frame.id, frame.lease)
         if message is None:
             answer = {"refused": f"message {frame.id} is not held under lease {frame.lease}"}
@@ -170,7 +177,7 @@ class SettleHandler:
         self._writer.record(records.CHECKPOINT_FRAME, session.peer, header, blob)
 
     def handle_duplicate_checkpoint(self, session: Session, frame: Checkpoint, blob: bytes) -> None:
-        """A checkpoint sent again: whether it was taken shows."""
+        """Refuse a checkpoint that was sent again, unless its step is stored."""
         message = self._leases.get_held(session, frame.id, frame.lease)
         steps = None if message is None or message.delivery_state is None else message.delivery_state.steps
         if steps is None or steps.get(frame.name) != blob:
@@ -178,7 +185,7 @@ class SettleHandler:
             self._outbox.add_result(session, frame.frame, answer)
 
     def close_idle_groups(self, groups: list[Group]) -> None:
-        """Groups of which nothing is left have ended, though nobody said so."""
+        """Close those of these groups that have no messages and gathers left."""
         state = self.state
         idle = {group.id: None for group in groups if group.is_idle and state.groups.get(group.id) is group}
         for id in idle:
@@ -187,8 +194,11 @@ class SettleHandler:
             self._writer.record_closed_groups(idle)
 
     def _fill_in_groups(self, session: Session, others: list[SettleItem]) -> bool:
-        """What follows from a message belongs to its group and epoch unless it says otherwise, and the record has to
-        say so by itself. Whether anything was filled in."""
+        """Fill in the group and epoch of items that name none.
+
+        They belong to the group of the settled message. The frame is recorded with them, because a replay may not have
+        that message. Return True if anything was filled in.
+        """
         filled_in = False
         for other in others:
             message = self._leases.get_held(session, *other.leases[0])
@@ -203,21 +213,25 @@ class SettleHandler:
                     filled_in = True
         return filled_in
 
-    # the shapes of a settlement
+    # kinds of settlements
 
     def _move(
         self, session: Session, moves: list[Move], targets: ResolvedTargets, blob: bytes, location: RecordLocation
     ) -> list[int]:
-        """The happy path, once per stage of each instance: the message settled becomes the one that follows."""
+        """Turn settled messages into their successors; return the refused indices.
+
+        This is the path of each successful stage, so the message object is reused and the code is written out for
+        speed.
+        """
         state = self.state
         messages = state.messages
         next_id = state.next_id
         changed_queues = state.changed_queues
         push = self._outbox.push_to_watchers
         offset = 0
-        grown = 0
+        growth = 0
         stale: list[int] = []
-        odd: list[Message] = []
+        other_epoch: list[Message] = []
         diverted: list[tuple[Message, int]] = []
         for index, (id, lease, target, size, group_id) in enumerate(moves):
             message = messages.get(id)
@@ -239,7 +253,7 @@ class SettleHandler:
             queue, label, flags = targets[target]
             assert queue is not None
             body = blob[offset : offset + size]
-            grown += size - message.size
+            growth += size - message.size
             message.id = next_id
             message.queue = queue
             message.label = label
@@ -258,7 +272,7 @@ class SettleHandler:
             offset += size
             if group is None:
                 if message.epoch:
-                    odd.append(message)
+                    other_epoch.append(message)
             else:
                 if group.other_messages is not None:
                     group.relink(id, message)
@@ -267,7 +281,7 @@ class SettleHandler:
                         diverted.append((message, flags))
                         continue
                     if message.epoch != FIRST_EPOCH:
-                        odd.append(message)
+                        other_epoch.append(message)
                     if queue.breaker is not None and message.is_cancelled:
                         queue.push(message)
                         continue
@@ -277,8 +291,8 @@ class SettleHandler:
                         push(group, label, body)
             queue.ready.append(message)
         state.next_id = next_id
-        state.live_bytes += grown
-        for message in odd:
+        state.live_bytes += growth
+        for message in other_epoch:
             self._writer.record_message_state(message)
         for message, flags in diverted:
             self._leases.divert(message)
@@ -319,7 +333,10 @@ class SettleHandler:
         location: RecordLocation,
         emptied: list[Group],
     ) -> bool:
-        """False when some of what follows was not taken: it belongs to a group that is not live, or that is already."""
+        """Apply one settlement with an outcome.
+
+        Return False if some of its items were dropped: a start of a group that exists, or an arrival without a group.
+        """
         state = self.state
         all_accepted = True
         parked: list[Group] = []
@@ -338,13 +355,13 @@ class SettleHandler:
                 if group.first_message is None:
                     emptied.append(group)
                 elif group.first_message.state() == PARKED or group.first_message.is_expired(state.now):
-                    parked.append(group)  # what is left of it, perhaps
+                    parked.append(group)  # its other messages may all be parked
                 continue
             is_cancel_unannounced = message.is_cancel_unannounced
             self._leases.end_lease(message)
             state.fail(message, item.failure)
             if is_cancel_unannounced:
-                # Once more, to be passed through. Who fails to do that, knowing, is to have what it asks for.
+                # Delivered again with the notice of the cancel. If it fails then too, the requested outcome is applied.
                 self._leases.redeliver(message)
                 self._writer.record_message_state(message)
             elif item.outcome == RETRY or message.is_stale_epoch:
@@ -379,18 +396,21 @@ class SettleHandler:
         refused_others: set[int],
         changed: list[tuple[Group, str]],
     ) -> None:
-        """Replace the record of a frame by what came of it, where a replay of it would come to something else."""
+        """Replace the record of a frame by records of the resulting state.
+
+        Needed if a replay of the frame would lead to another state.
+        """
         state, writer = self.state, self._writer
         _, first_id, peer, _, _ = writer.records[index]
         acks = [ack for i, ack in enumerate(frame.acks) if i not in refused_acks]
         others = [other for i, other in enumerate(frame.others) if i not in refused_others]
-        gone = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
-        gone += [id for other in others if other.outcome == ACK for id, _ in other.leases]
-        writer.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, gone)), b"")
-        if left := [ack[3] for ack in acks if ack[2] & FLAG_CLOSE_GROUP] + [
+        ended = [move[0] for i, move in enumerate(frame.moves) if i not in refused_moves] + [ack[0] for ack in acks]
+        ended += [id for other in others if other.outcome == ACK for id, _ in other.leases]
+        writer.records[index] = (records.FORGET, first_id, peer, records.encode((frame.frame, ended)), b"")
+        if closed := [ack[3] for ack in acks if ack[2] & FLAG_CLOSE_GROUP] + [
             other.close_group for other in others if other.close_group
         ]:
-            writer.record_closed_groups(left)
+            writer.record_closed_groups(closed)
         groups: dict[str, Group] = {}
         for id in range(first_id, state.next_id):
             message = state.messages.get(id)
@@ -412,24 +432,24 @@ class SettleHandler:
 
 
 def _frame_leases(frame: SettleFrame) -> list[tuple[int, int]]:
-    """All that a frame settles."""
+    """Return all (id, lease) pairs that a frame settles."""
     leases = [(move[0], move[1]) for move in frame.moves] + [(ack[0], ack[1]) for ack in frame.acks]
     return leases + [lease for other in frame.others for lease in other.leases]
 
 
 def _closes_group(frame: SettleFrame) -> bool:
-    """Whether a group ends with this frame."""
+    """True if the frame closes a group."""
     return any(ack[2] & FLAG_CLOSE_GROUP for ack in frame.acks) or any(other.close_group for other in frame.others)
 
 
 def _affected_breakers(session: Session, moves: list[Move]) -> list[tuple[Breaker, set[int]]]:
-    """The breakers that are told of these moves, and which of them each."""
-    found = []
+    """Return the breakers of the queues of these moves, each with the ids."""
+    affected = []
     for consumer in session.consumers.values():
         breaker = consumer.queue.breaker
         if breaker is not None:
-            found.append((breaker, {move[0] for move in moves if move[0] in consumer.held}))
-    return found
+            affected.append((breaker, {move[0] for move in moves if move[0] in consumer.held}))
+    return affected
 
 
 def _bodies_size(item: SettleItem) -> int:
