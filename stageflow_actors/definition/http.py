@@ -1,8 +1,8 @@
-"""`HttpCall`: the handler of a stage that sends an HTTP request. JSON out, JSON in, one exchange per attempt.
+"""`HttpCall`: the handler of a stage that sends an HTTP request.
 
-Its constructor validates it; httpx (the extra `http`) is imported in the worker that sends the first request. Answers
-are never trusted: their size is limited, and a redirect to another origin is not followed, because the headers of the
-request would be sent there.
+It sends JSON, reads JSON, and makes one exchange per attempt. Its constructor validates it; httpx (the extra `http`) is
+imported only in the worker that sends the first request. Answers must not be trusted: their size is limited, and a
+redirect to another origin is not followed, because the headers of the request would be sent there.
 """
 
 from __future__ import annotations
@@ -26,26 +26,31 @@ from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
-__all__ = ["SECONDS", "HttpCall", "HttpOptions", "kill_after", "shown_url"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "HttpCall", "HttpOptions", "kill_after", "redact_url"]
 
-SECONDS = 30.0
-"""Time limit of an attempt where neither the stage nor its workflow sets one."""
+DEFAULT_TIMEOUT_SECONDS = 30.0
+"""Time limit of an attempt if neither the stage nor its workflow sets one."""
 
-MAX_BYTES = 10 << 20
-"""Limit of the body of a response."""
+MAX_RESPONSE_BYTES = 10 << 20
+"""Limit of bytes of the body of a response."""
 
 MAX_REDIRECTS = 5
-SHOWN = 200
-"""Number of characters of a response's body that an error shows."""
+"""Limit of redirects of one exchange."""
+
+MAX_EXCERPT_CHARS = 200
+"""Limit of characters of a response's body in an error."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _VISIBLE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
-_making = threading.Lock()
+_client_lock = threading.Lock()
 
 
 class HttpOptions(TypedDict, total=False):
-    """The options of a request that HTTP stages and HTTP compensations have in common; see `HttpCall`."""
+    """The options that HTTP stages and HTTP compensations share.
+
+    `HttpCall` describes them.
+    """
 
     method: str
     request: Callable[[Any], Any] | None
@@ -97,7 +102,7 @@ class HttpCall:
         self.request = None if request is None else check_function(request, f"request of {what}")
         if self.request is not None and self.method in _BODILESS:
             raise WorkflowDefinitionError(
-                f"{what} sends no body with {self.method}: put what it asks for into the url, as in "
+                f"{what} sends no body with {self.method}: put the parameters into the url, as in "
                 "'https://example.org/prices/{sku}', or use another method"
             )
         self.on_response: Callable[[Any, Any], Any] | None = None
@@ -125,8 +130,8 @@ class HttpCall:
         client = self._open()
         seconds = self._seconds(ctx)
         ends = time.monotonic() + seconds
-        url = _checked_url(self.url(context))
-        at = f"{self.method} {shown_url(url)}"
+        url = _check_url(self.url(context))
+        at = f"{self.method} {redact_url(url)}"
         try:
             first = request = client.build_request(
                 self.method,
@@ -138,10 +143,10 @@ class HttpCall:
             for _ in range(MAX_REDIRECTS + 1):
                 response = client.send(request, stream=True, follow_redirects=False)
                 try:
-                    following = self._redirected(first, response)
+                    following = self._next_request(first, response)
                     if following is None:
                         body = _body(response, ends)
-                        return _judged(request, response, body)
+                        return _decode_answer(request, response, body)
                 finally:
                     response.close()
                 request = following
@@ -155,14 +160,17 @@ class HttpCall:
             raise StageError(f"{at} sent a body that cannot be decoded: {error}") from None
         except httpx.TransportError as error:
             text = str(error) or type(error).__name__
-            raise StageError(f"{at} could not be asked: {text}", retryable=True) from error
+            raise StageError(f"{at} failed: {text}", retryable=True) from error
 
     def _seconds(self, ctx: Any) -> float:
-        """Return the time limit of the exchange: shorter than the attempt, whose timeout kills the process."""
+        """Return the time limit of the exchange.
+
+        It is shorter than that of the attempt, whose timeout kills the process.
+        """
         if self.timeout is not None:
             return self.timeout
         if ctx.deadline is None:
-            return SECONDS
+            return DEFAULT_TIMEOUT_SECONDS
         return max(0.001, 0.9 * float(ctx.deadline - time.monotonic()))
 
     def _headers(self, context: Any, key: str) -> dict[str, str]:
@@ -179,22 +187,29 @@ class HttpCall:
         own = {name.lower() for name in given}
         return {name: value for name, value in made.items() if name.lower() not in own} | dict(given)
 
-    def _redirected(self, first: Any, response: Any) -> Any:
-        """Return the request of a redirect, None for other answers; raise `StageError` if it must not be followed."""
+    def _next_request(self, first: Any, response: Any) -> Any:
+        """Return the request of a redirect, None for other answers.
+
+        Raise `StageError` if the redirect must not be followed.
+        """
         following = response.next_request
         if following is None:
             return None
-        at = f"{_place(first)} answered {response.status_code}, a redirect to {shown_url(str(following.url))}"
+        target = redact_url(str(following.url))
+        at = f"{_describe_request(first)} answered {response.status_code}, a redirect to {target}"
         if _origin(following.url) != _origin(first.url):
-            raise StageError(f"{at}, which is another server and is not asked: give the url that is meant")
+            raise StageError(f"{at}, which is another server: use the final url")
         if following.method != response.request.method and response.status_code != 303:
             # A POST that becomes a GET would be reported as done without having been performed.
-            raise StageError(f"{at}, which {response.request.method} does not follow: give the url that is meant")
+            raise StageError(f"{at}, which {response.request.method} does not follow: use the final url")
         return following
 
     def _open(self) -> Any:
-        """Return the client of this process, made on first use; it keeps connections open."""
-        with _making:
+        """Return the client of this process, created on first use.
+
+        It keeps connections open.
+        """
+        with _client_lock:
             if self._client is None:
                 import httpx
 
@@ -219,7 +234,10 @@ class HttpCall:
 
 
 def kill_after(timeout: float | None) -> float | None:
-    """Return the timeout of an attempt whose exchange may take `timeout` seconds; its end kills the process."""
+    """Return the timeout of an attempt whose exchange may take `timeout` seconds.
+
+    The timeout of the attempt kills the process, so it is much longer.
+    """
     return None if timeout is None else 2 * timeout + 1
 
 
@@ -233,7 +251,10 @@ def _NoCookies() -> Any:  # noqa: N802 - used like a class
 
 
 class _Template:
-    """A url with fields of a context, each percent-encoded, as `https://host/orders/{id}`."""
+    """A url with fields of a context, as `https://host/orders/{id}`.
+
+    Each field is percent-encoded.
+    """
 
     __slots__ = ("_parts", "_text")
 
@@ -241,10 +262,10 @@ class _Template:
         if not text.startswith(("http://", "https://")):
             raise WorkflowDefinitionError(
                 f"the url of {what} must begin with http:// or https://, not {text!r}: "
-                "give a function of the context where the server itself depends on it"
+                "give a function of the context if the server itself depends on it"
             )
         self._text = text
-        self._parts = list(_parsed(text, what))
+        self._parts = list(_parse_template(text, what))
 
     @property
     def fields(self) -> list[str]:
@@ -258,16 +279,16 @@ class _Template:
             if path:
                 value = _look_up(context, path)
                 if value in (".", "..") or (not value and "?" not in made):
-                    raise StageError(f"the url has {'.'.join(path)}={value!r}, which would name another place")
+                    raise StageError(f"the url has {'.'.join(path)}={value!r}, which would change the path of the url")
                 made += quote(value, safe="")
         return made
 
     def __repr__(self) -> str:
-        return repr(shown_url(self._text))
+        return repr(redact_url(self._text))
 
 
-def _parsed(text: str, what: str) -> Iterator[tuple[str, list[str]]]:
-    """Return (literal, path of the field after it) for each part; the last path is empty."""
+def _parse_template(text: str, what: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (literal, path of the field after it); the last path may be empty."""
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -297,9 +318,9 @@ def _look_up(context: Any, path: list[str]) -> str:
     return str(value)
 
 
-def _checked_url(url: Any) -> str:
+def _check_url(url: Any) -> str:
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-        shown = shown_url(url) if isinstance(url, str) else url
+        shown = redact_url(url) if isinstance(url, str) else url
         raise StageError(f"the url must be a string that begins with http:// or https://, not {shown!r:.80}")
     return url
 
@@ -308,12 +329,15 @@ def _origin(url: Any) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
 
-def _place(request: Any) -> str:
-    return f"{request.method} {shown_url(str(request.url))}"
+def _describe_request(request: Any) -> str:
+    return f"{request.method} {redact_url(str(request.url))}"
 
 
-def shown_url(url: str) -> str:
-    """Return a url without user, password, query and fragment: they may be secret, and logs are not."""
+def redact_url(url: str) -> str:
+    """Return a url without user, password, query and fragment.
+
+    These may be secret, and logs are not.
+    """
     scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     place = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = place.partition("/")
@@ -361,38 +385,40 @@ def _holds_non_finite(value: Any) -> bool:
 
 def _body(response: Any, ends: float) -> bytes:
     """Return the body; raise if it exceeds the limits of size or time."""
-    at = _place(response.request)
+    at = _describe_request(response.request)
     announced = response.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > MAX_BYTES and response.request.method != "HEAD":
-        raise StageError(f"{at} answered with {int(announced):,} bytes, and at most {MAX_BYTES:,} are read")
+    if announced.isdigit() and int(announced) > MAX_RESPONSE_BYTES and response.request.method != "HEAD":
+        raise StageError(f"{at} answered with {int(announced):,} bytes, over the limit of {MAX_RESPONSE_BYTES:,}")
     body = bytearray()
     for chunk in response.iter_bytes():
         body += chunk
-        if len(body) > MAX_BYTES:
-            raise StageError(f"{at} answered with more than the {MAX_BYTES:,} bytes that are read")
+        if len(body) > MAX_RESPONSE_BYTES:
+            raise StageError(f"{at} answered with more than the limit of {MAX_RESPONSE_BYTES:,} bytes")
         if time.monotonic() > ends:
-            raise StageTimeout(f"{at} was still answering when its time was up")
+            raise StageTimeout(f"{at} did not finish its answer in time")
     return bytes(body)
 
 
-def _judged(request: Any, response: Any, body: bytes) -> Any:
+def _decode_answer(request: Any, response: Any, body: bytes) -> Any:
     """Return the JSON of a success; raise `StageError` for other answers."""
     status = response.status_code
     if not 200 <= status < 300:
-        text = f"{_place(request)} answered {status} {response.reason_phrase}".rstrip()
-        raise StageError(text + _shown(body), retryable=status >= 500 or status == 429)
+        text = f"{_describe_request(request)} answered {status} {response.reason_phrase}".rstrip()
+        raise StageError(text + _excerpt(body), retryable=status >= 500 or status == 429)
     if not body.strip():
         return None
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         kind = response.headers.get("content-type", "no content type")
-        raise StageError(f"{_place(request)} answered {status} with no JSON ({kind}){_shown(body)}") from None
+        raise StageError(
+            f"{_describe_request(request)} answered {status} with no JSON ({kind}){_excerpt(body)}"
+        ) from None
 
 
-def _shown(body: bytes) -> str:
-    text = " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split())
-    return f": {text[:SHOWN]}{'…' if len(text) > SHOWN else ''}" if text else ""
+def _excerpt(body: bytes) -> str:
+    text = " ".join(body[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", "replace").split())
+    return f": {text[:MAX_EXCERPT_CHARS]}{'…' if len(text) > MAX_EXCERPT_CHARS else ''}" if text else ""
 
 
 # definitions

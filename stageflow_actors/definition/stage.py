@@ -21,7 +21,7 @@ from stageflow_actors.definition.handler import (
     inspect_compensation,
     inspect_handler,
 )
-from stageflow_actors.definition.http import HttpCall, HttpOptions, kill_after, shown_url
+from stageflow_actors.definition.http import HttpCall, HttpOptions, kill_after, redact_url
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
@@ -197,7 +197,7 @@ class Compensation:
             >>> undo.actors
             1
         """
-        what = f"the compensation {options.get('method', 'POST')} {shown_url(url) if isinstance(url, str) else ''}"
+        what = f"the compensation {options.get('method', 'POST')} {redact_url(url) if isinstance(url, str) else ''}"
         call = HttpCall(url, what=what.rstrip(), timeout=timeout, undo=True, **options)
         return cls(call.execute, kill_after(call.timeout), retry, actors)
 

@@ -28,7 +28,7 @@ from stageflow_actors.definition.guesses import (
     parallel_arguments,
 )
 from stageflow_actors.definition.handler import default_id
-from stageflow_actors.definition.http import SECONDS, HttpCall, HttpOptions
+from stageflow_actors.definition.http import DEFAULT_TIMEOUT_SECONDS, HttpCall, HttpOptions
 from stageflow_actors.definition.ids import check_id
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import (
@@ -729,7 +729,7 @@ class Workflow(Generic[C]):
         if stage.timeout is None and self.stage_timeout is not None:
             stage = stage.replace(timeout=self.stage_timeout)
         if stage.timeout is None and isinstance(stage.handler, HttpCall):
-            stage = stage.replace(timeout=SECONDS)
+            stage = stage.replace(timeout=DEFAULT_TIMEOUT_SECONDS)
         self._stages[stage.id] = stage
         return stage
 
