@@ -99,7 +99,9 @@ def test_fields_of_the_context_go_into_the_url_and_cannot_change_where_it_leads(
 
 @pytest.mark.parametrize("value", ["", ".", ".."])
 def test_a_field_that_would_make_another_path_is_refused(value: str, server: Server) -> None:
-    assert "would change the path of the url" in failed(run(charge(server.url + "/orders/{id}/cancel"), Order(id=value)))
+    assert "would change the path of the url" in failed(
+        run(charge(server.url + "/orders/{id}/cancel"), Order(id=value))
+    )
     assert server.asked == []
 
 
