@@ -22,6 +22,7 @@ from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.interpreter_flags import service_flags
 from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, resume_process, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
 from stageflow_brokers.failpoints import failpoint
@@ -200,7 +201,7 @@ class NodeHandle:
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), *self._config.sys_path],
+                [sys.executable, *service_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), *self._config.sys_path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._data.lock_fd),
                 start_new_session=True,

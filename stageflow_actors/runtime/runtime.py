@@ -25,6 +25,7 @@ from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merge_pools, pool_specs
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.interpreter_flags import worker_flags
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
 
 __all__ = ["Runtime"]
@@ -141,6 +142,7 @@ class Runtime(Client):
                     self.config.log_level.upper(),
                     os.getcwdb(),
                     _import_path(),
+                    worker_flags(),
                 )
                 node = NodeHandle(data, config, _print_notice, self._local.fail)
                 node.start()

@@ -42,6 +42,7 @@ class NodeConfig(Struct, tag="start"):
     log_level: str
     cwd: bytes
     sys_path: list[bytes]
+    interpreter_flags: list[str] = []
 
 
 class Register(Struct, tag="register"):

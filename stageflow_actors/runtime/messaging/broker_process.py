@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
+from stageflow_actors.runtime.system.interpreter_flags import service_flags
 from stageflow_actors.runtime.system.processes import describe_exit, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
 
@@ -133,7 +134,7 @@ class BrokerProcess:
             # Not msgspec's JSON, which refuses file names that are not valid text.
             options = json.dumps({**self._options, "ready_fd": report_fd})
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, options, *sys.path],
+                [sys.executable, *service_flags(), "-c", _BOOTSTRAP, options, *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(report_fd, *self._keep_fds),

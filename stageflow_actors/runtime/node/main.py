@@ -348,6 +348,7 @@ class Node:
             keep_fds=(config.lock_fd,),
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],
             cwd=os.fsdecode(config.cwd),
+            flags=config.interpreter_flags,
         )
         zygote.start()
         self._zygote = zygote

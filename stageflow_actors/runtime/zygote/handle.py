@@ -96,6 +96,7 @@ class ZygoteHandle:
         sys_path: Sequence[str] | None = None,
         cwd: str | None = None,
         preload: Sequence[str] = PRELOAD,
+        flags: Sequence[str] = (),
     ) -> None:
         """Prepare a zygote; `start` starts it.
 
@@ -115,6 +116,7 @@ class ZygoteHandle:
         self._sys_path = list(sys.path if sys_path is None else sys_path)
         self._cwd = cwd
         self._preload = list(preload)
+        self._flags = list(flags)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -147,7 +149,7 @@ class ZygoteHandle:
         passed = [theirs.fileno(), config_fd, *self._keep_fds, *([self._slots.fd] if self._slots else [])]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(config_fd), *self._sys_path],
+                [sys.executable, *self._flags, "-c", _BOOTSTRAP, str(config_fd), *self._sys_path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=passed,
                 start_new_session=True,  # the terminal's Ctrl-C must reach only the program
