@@ -14,6 +14,7 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
+from stageflow_actors.definition.pickling import Script
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
@@ -349,6 +350,7 @@ class Runtime(Client):
             max_concurrency=self.config.max_stage_concurrency,
             max_deaths=self.config.max_stage_retries,
             interceptors=self.interceptors,
+            script=Script.of_program(),
         )
 
     def _add(self, workflow: Workflow[Any] | type[Workflow[Any]]) -> None:
@@ -368,6 +370,7 @@ class Runtime(Client):
     def _compile(self, workflows: list[Workflow[Any]]) -> tuple[list[WorkflowPlan], list[PoolSpec]]:
         plans: list[WorkflowPlan] = []
         pools: list[PoolSpec] = []
+        script = Script.of_program()
         for workflow in workflows:
             workflow.validate(self.services)
             plan = compile_plan(workflow, self._local.naming, default_ttl=self._local.default_ttl_seconds)
@@ -381,6 +384,7 @@ class Runtime(Client):
                     max_concurrency=self.config.max_stage_concurrency,
                     max_deaths=self.config.max_stage_retries,
                     interceptors=self.interceptors,
+                    script=script,
                 )
             )
             self._local.workflows[(workflow.id, workflow.version)] = WorkflowRef(plan, workflow.context)

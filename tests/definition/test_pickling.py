@@ -157,3 +157,107 @@ def test_a_handler_that_holds_a_lock_is_refused_with_advice() -> None:
 def test_a_dict_workflow_needs_no_types() -> None:
     workflow = loads(dumps(Workflow("w").add_stage(lambda order: order["a"]), contexts=(dict,)))
     assert workflow.stages[0].spec.bind({})({"a": 5}, None) == 5
+
+
+UNSENDABLE = """
+import contextvars, functools, io, socket, sqlite3, sys, threading, weakref
+from stageflow_actors import Runtime, Workflow, WorkflowDefinitionError
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.runtime.ipc.pool_spec import pool_specs
+
+LOCK = threading.Lock()
+EVENT = threading.Event()
+LOCAL = threading.local()
+VAR = contextvars.ContextVar("VAR", default=1)
+DB = sqlite3.connect(":memory:")
+FILE = open(__file__)
+GEN = (n for n in range(3))
+SOCK = socket.socket()
+WEAK = weakref.WeakValueDictionary()
+CONFIG = {"db": [DB]}
+RUNTIME = Runtime(Workflow("w").add_stage(lambda j: 1, id="x"))
+
+def helper(j):
+    return LOCK.locked()
+
+@functools.cache
+def cached():
+    return LOCK
+
+def local():
+    connection = DB
+    return lambda j: connection
+
+class Holder:
+    lock = LOCK
+    def execute(self, j): pass
+
+class Charge:
+    def __init__(self): self.connection = DB
+    def execute(self, j): pass
+
+def service():
+    return DB
+
+def uses(j, *, db): pass
+
+stages = [
+    lambda j: LOCK, lambda j: EVENT, lambda j: LOCAL, lambda j: VAR, lambda j: DB, lambda j: FILE, lambda j: GEN,
+    lambda j: SOCK, lambda j: WEAK, lambda j: CONFIG, lambda j: RUNTIME, lambda j: helper(j), lambda j: cached(),
+    local(), Holder, Charge(), uses,
+]
+for stage in stages:
+    flow = Workflow("flow").add_stage(lambda j: 1, id="fine").add_stage(stage, id="bad")
+    try:
+        pool_specs(flow, compile_plan(flow, Naming("s.", "c.")), {"db": service})
+        print("sent")
+    except WorkflowDefinitionError as error:
+        print(error)
+
+# What a module that workers import has, they find there; the standard streams and loggers by name.
+from importable import CLIENT, EMPTY, TABLE_LOCK
+import logging
+LOG, OUT = logging.getLogger("a.b"), sys.stdout
+sent = [lambda j: TABLE_LOCK, lambda j: CLIENT, lambda j: (LOG, OUT), lambda j, empty=EMPTY: empty is EMPTY]
+for stage in sent:
+    flow = Workflow("flow").add_stage(stage, id="good")
+    pool_specs(flow, compile_plan(flow, Naming("s.", "c.")), {})
+    print("sent")
+"""
+
+REFUSALS = """\
+`LOCK` (_thread.lock) cannot be sent
+`EVENT` (threading.Event), which holds _thread.lock in `_cond._lock`, cannot be sent
+`LOCAL` (_thread._local) cannot be sent
+`VAR` (_contextvars.ContextVar) cannot be sent
+`DB` (sqlite3.Connection) cannot be sent
+`FILE` (_io.TextIOWrapper) cannot be sent
+`GEN` (generator) cannot be sent
+`SOCK` (socket.socket) cannot be sent
+`WEAK` (weakref.WeakValueDictionary) cannot be sent
+`CONFIG` (dict), which holds sqlite3.Connection in `['db'][0]`, cannot be sent
+`RUNTIME` (stageflow_actors.runtime.runtime.Runtime)
+helper -> LOCK (_thread.lock) cannot be sent
+cached -> LOCK (_thread.lock) cannot be sent
+`connection` (sqlite3.Connection) cannot be sent
+the handler.lock (_thread.lock) cannot be sent
+the handler.connection (sqlite3.Connection) cannot be sent
+service 'db' -> DB (sqlite3.Connection) cannot be sent
+"""
+
+
+def test_what_cannot_be_sent_is_named_with_its_stage_and_the_way_to_it(tmp_path: Path) -> None:
+    (tmp_path / "importable.py").write_text(
+        "import threading\nTABLE_LOCK = threading.Lock()\nEMPTY = object()\n"
+        "class Client:\n    def __init__(self): self.lock = threading.Lock()\nCLIENT = Client()\n"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(UNSENDABLE)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60)
+    lines = done.stdout.splitlines()
+    expected = REFUSALS.splitlines()
+    for line, text in zip(lines, expected, strict=False):
+        assert line.startswith(f"stage 'bad' of workflow 'flow': {text}"), done.stderr
+    assert lines[len(expected) :] == ["sent"] * 4, done.stderr
+    assert "Runtime.connect(data_dir)" in lines[expected.index(next(t for t in expected if "RUNTIME" in t))]
+    assert 'services={"lock": factory}' in lines[0]

@@ -23,7 +23,7 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
     breaker_of,
 )
-from stageflow_actors.definition.pickling import dumps
+from stageflow_actors.definition.pickling import Script, dumps
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
@@ -158,6 +158,7 @@ def pool_specs(
     max_concurrency: int | None = None,
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
+    script: Script | None = None,
 ) -> list[PoolSpec]:
     """Return the pools that run a workflow.
 
@@ -170,6 +171,8 @@ def pool_specs(
             program.stage = program.stage.replace(compensation=None)
             program.interceptors = tuple(interceptors)
         actors, concurrency = limit_concurrency(planned, max_concurrency)
+        what = f"stage {planned.id!r} of workflow {workflow.id!r}"
+        code = dumps(program, (workflow.context, *_types_of(program)), what=what, script=script)
         specs.append(
             PoolSpec(
                 planned.queue,
@@ -178,7 +181,7 @@ def pool_specs(
                 "stage",
                 actors,
                 planned.env,
-                [VersionCode(workflow.version, dumps(program, (workflow.context, *_types_of(program))), plan)],
+                [VersionCode(workflow.version, code, plan)],
                 planned.max_tasks or 0,
                 not (planned.required and workflow.on_failure == "park"),
                 max_queue_length if planned.index == 0 else 0,
@@ -202,6 +205,8 @@ def pool_specs(
             items,
         )
         kinds = [kind for hint in items.values() for kind in classes_in(hint)]
+        what = f"compensations of workflow {workflow.id!r}"
+        code = dumps(undo, (workflow.context, *kinds), what=what, script=script)
         specs.append(
             PoolSpec(
                 plan.compensation.queue,
@@ -210,7 +215,7 @@ def pool_specs(
                 "compensation",
                 plan.compensation.actors,
                 {},
-                [VersionCode(workflow.version, dumps(undo, (workflow.context, *kinds)), plan)],
+                [VersionCode(workflow.version, code, plan)],
             )
         )
     return specs
@@ -257,6 +262,7 @@ def endpoint_spec(
     max_concurrency: int | None = None,
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
+    script: Script | None = None,
 ) -> PoolSpec:
     """Return the pool of an endpoint. Raises `WorkflowDefinitionError` as `pool_specs` does."""
     missing = sorted(stage.services - set(services))
@@ -276,7 +282,7 @@ def endpoint_spec(
         "endpoint",
         actors,
         place.env,
-        [VersionCode(1, dumps(program), plan)],
+        [VersionCode(1, dumps(program, what=f"endpoint {stage.id!r}", script=script), plan)],
         stage.max_tasks or 0,
         concurrency=concurrency,
         most=max_concurrency or 0,

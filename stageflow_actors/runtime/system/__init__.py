@@ -1,8 +1,9 @@
 """Processes, directories and limits of the operating system. This package must not know workflows.
 
-================  ====================================================================
-`processes`       kills processes, waits for their exit, describes it
-`data_dir`        the data directory: its files, its lock, and the private socket directory
-`restart_limit`   the number of restarts allowed within a period
-================  ====================================================================
+===================  =================================================================
+`processes`          kills processes, waits for their exit, describes it
+`data_dir`           the data directory: its files, its lock, and the private socket directory
+`interpreter_flags`  the program's `-O`, `-W`, `-X` … for child processes
+`restart_limit`      the number of restarts allowed within a period
+===================  =================================================================
 """
