@@ -1,6 +1,7 @@
 """User functions that are not handlers: predicates, selectors, `over`, `merge`, `on_reply`, service factories.
 
-They are called with a fixed number of values, and their result is not awaited. `check_function` rejects a function
+They are called with a fixed number of values, and with the `StageContext` where they have a parameter `ctx`; their
+result is not awaited. `check_function` rejects a function
 that does not fit when the workflow is defined, and not when the first instance reaches it. It calls no function.
 """
 
@@ -11,15 +12,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from stageflow_actors.definition.parameters import POSITIONAL, VARIADIC, parameters_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["check_function", "name_of"]
-
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+__all__ = ["asks_for_ctx", "check_function", "name_of", "with_ctx"]
 
 
 def check_function(
-    given: Any, what: str, takes: tuple[str, ...] = ("context",), *, also: str = "", yields: bool = False
+    given: Any,
+    what: str,
+    takes: tuple[str, ...] = ("context",),
+    *,
+    also: str = "",
+    yields: bool = False,
+    ctx: bool = True,
 ) -> Callable[..., Any]:
     """Return `given` if it can be called with as many values as `takes` names.
 
@@ -31,6 +37,7 @@ def check_function(
         takes: Names of the values that it is called with.
         also: Other accepted values, for the text of the error.
         yields: True if a generator function is accepted.
+        ctx: True if it may have a parameter `ctx` behind the values: see `with_ctx`.
 
     Returns:
         The function.
@@ -58,8 +65,35 @@ def check_function(
         signature = inspect.signature(given, follow_wrapped=False)
     except (ValueError, TypeError):
         return function
-    _check_arity(signature, f"{what}, {name_of(given)},", takes)
+    _check_arity(signature, f"{what}, {name_of(given)},", takes, _place_of_ctx(given, len(takes)) if ctx else "")
     return function
+
+
+def asks_for_ctx(function: Callable[..., Any] | None, values: int) -> bool:
+    """Return True if a function of so many values has a parameter `ctx` behind them."""
+    return function is not None and _place_of_ctx(function, values) != ""
+
+
+def with_ctx(function: Callable[..., Any], values: int) -> Callable[..., Any]:
+    """Return a function of `values` values and the `StageContext`, which is passed on where it is asked for."""
+    place = _place_of_ctx(function, values)
+    if place == "positional":
+        return function
+    if place == "keyword":
+        return lambda *given: function(*given[:-1], ctx=given[-1])
+    if values == 1:
+        return lambda context, ctx: function(context)
+    return lambda *given: function(*given[:-1])
+
+
+def _place_of_ctx(function: Callable[..., Any], values: int) -> str:
+    """Return "positional" or "keyword" if the function has a parameter `ctx` behind its values, else ""."""
+    found = parameters_of(function, values) or []
+    positional = [p.name for p in found if p.kind in POSITIONAL]
+    if positional[values : values + 1] == ["ctx"]:
+        return "positional"
+    named = any(p.name == "ctx" and p.kind not in VARIADIC for p in found)
+    return "keyword" if named and "ctx" not in positional[:values] else ""
 
 
 def name_of(function: Any) -> str:
@@ -77,14 +111,20 @@ def _plain(given: Any) -> Any:
     return given if inspect.isroutine(given) or inspect.isclass(given) else given.__call__
 
 
-def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]) -> None:
+def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...], ctx: str) -> None:
     called = f"it is called with {' and '.join(takes) or 'nothing'}"
     count = 0
     for parameter in signature.parameters.values():
-        if parameter.kind in _POSITIONAL:
+        if parameter.kind in POSITIONAL:
             count += 1
+            if 1 < count <= len(takes) and parameter.name == "ctx":
+                raise WorkflowDefinitionError(
+                    f"{what} has ctx where it receives the {takes[count - 1]}: write ({', '.join(takes)}, ctx)"
+                )
             if count <= len(takes):
                 continue
+        if ctx and parameter.name == "ctx":
+            continue
         if parameter.name == "ctx" and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             raise WorkflowDefinitionError(f"{what} asks for ctx, and only handlers receive a StageContext: {called}")
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
@@ -92,6 +132,7 @@ def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]
                 f"{what} asks for {parameter.name!r} by keyword, and only handlers receive services: {called}"
             )
     try:
-        signature.bind(*takes)
+        given = ("ctx",) if ctx == "positional" else ()
+        signature.bind(*takes, *given, **({"ctx": "ctx"} if ctx == "keyword" else {}))
     except TypeError as error:
         raise WorkflowDefinitionError(f"{what} does not fit: {called} ({error})") from None

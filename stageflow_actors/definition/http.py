@@ -22,7 +22,7 @@ from urllib.parse import quote
 import msgspec
 import orjson
 
-from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.callables import check_function, with_ctx
 from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.errors import StageError, StageTimeout, WorkflowDefinitionError
 
@@ -77,7 +77,18 @@ class HttpCall:
         undo: True for a compensation: its `Idempotency-Key` differs from that of the stage.
     """
 
-    __slots__ = ("__weakref__", "_client", "headers", "method", "on_response", "request", "timeout", "undo", "url")
+    __slots__ = (
+        "__weakref__",
+        "_calls",
+        "_client",
+        "headers",
+        "method",
+        "on_response",
+        "request",
+        "timeout",
+        "undo",
+        "url",
+    )
 
     def __init__(
         self,
@@ -112,11 +123,19 @@ class HttpCall:
         self.timeout = optional_seconds(timeout, f"the timeout of {what}")
         self.undo = undo
         self._client: Any = None
+        self._calls: dict[str, Callable[..., Any]] = {}
 
     def execute(self, context: Any, ctx: Any) -> Any:
         """Send the request and return the result of the stage."""
         answer = self._exchange(context, ctx)
-        return answer if self.on_response is None else self.on_response(context, answer)
+        return answer if self.on_response is None else self._call("on_response", context, answer, ctx)
+
+    def _call(self, name: str, *values: Any) -> Any:
+        """Call one of the user's functions with its values and the ctx, the last of `values`."""
+        call = self._calls.get(name)
+        if call is None:
+            call = self._calls[name] = with_ctx(getattr(self, name), len(values) - 1)
+        return call(*values)
 
     def fields(self) -> list[str]:
         """Return the fields of the context that the url names."""
@@ -130,14 +149,14 @@ class HttpCall:
         client = self._open()
         seconds = self._seconds(ctx)
         ends = time.monotonic() + seconds
-        url = _check_url(self.url(context))
+        url = _check_url(self._call("url", context, ctx))
         at = f"{self.method} {redact_url(url)}"
         try:
             first = request = client.build_request(
                 self.method,
                 url,
-                content=None if self.request is None else _json(self.request(context)),
-                headers=self._headers(context, ctx.idempotency_key),
+                content=None if self.request is None else _json(self._call("request", context, ctx)),
+                headers=self._headers(context, ctx),
                 timeout=seconds,
             )
             for _ in range(MAX_REDIRECTS + 1):
@@ -173,7 +192,8 @@ class HttpCall:
             return DEFAULT_TIMEOUT_SECONDS
         return max(0.001, 0.9 * float(ctx.deadline - time.monotonic()))
 
-    def _headers(self, context: Any, key: str) -> dict[str, str]:
+    def _headers(self, context: Any, ctx: Any) -> dict[str, str]:
+        key = ctx.idempotency_key
         if self.undo:
             key += ":undo"  # with the key of the stage, the server would repeat its answer to the stage
         made = {
@@ -183,7 +203,7 @@ class HttpCall:
         }
         if self.request is not None:
             made["Content-Type"] = "application/json"
-        given = self.headers(context) if callable(self.headers) else self.headers
+        given = self._call("headers", context, ctx) if callable(self.headers) else self.headers
         own = {name.lower() for name in given}
         return {name: value for name, value in made.items() if name.lower() not in own} | dict(given)
 
@@ -220,12 +240,14 @@ class HttpCall:
             return self._client
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name not in ("__weakref__", "_client")}
+        return {
+            name: getattr(self, name) for name in self.__slots__ if name not in ("__weakref__", "_calls", "_client")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        self._client = None
+        self._client, self._calls = None, {}
         # A worker has just started: the slow import must not count against the time of an attempt.
         self._open()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.callables import check_function, with_ctx
 from stageflow_actors.definition.ids import check_id
 
 __all__ = ["RemoteCall"]
@@ -17,7 +17,7 @@ class RemoteCall:
     `timeout` is in seconds; None stands for the default limit of `StageContext.request`.
     """
 
-    __slots__ = ("command", "endpoint", "on_reply", "timeout")
+    __slots__ = ("_command", "command", "endpoint", "on_reply", "timeout")
 
     def __init__(
         self,
@@ -33,7 +33,18 @@ class RemoteCall:
         if on_reply is not None:
             self.on_reply = check_function(on_reply, f"on_reply of {what}", ("context", "reply"))
         self.timeout = timeout
+        self._command: Callable[..., Any] | None = None
 
     def execute(self, context: Any, ctx: Any) -> Any:
         """Return the request; the stage continues when the reply has arrived."""
-        return ctx.request(self.endpoint, self.command(context), timeout=self.timeout)
+        if self._command is None:
+            self._command = with_ctx(self.command, 1)
+        return ctx.request(self.endpoint, self._command(context, ctx), timeout=self.timeout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_command"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._command = None

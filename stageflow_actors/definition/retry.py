@@ -305,7 +305,7 @@ def check_policy(policy: object, what: str) -> RetryPolicy | None:
             f"or an object with next_delay(attempt, error), not {policy!r}"
         )
     assert isinstance(policy, RetryPolicy)
-    check_function(policy.next_delay, f"next_delay of {what}", ("attempt", "error"))
+    check_function(policy.next_delay, f"next_delay of {what}", ("attempt", "error"), ctx=False)
     return policy
 
 
@@ -332,7 +332,7 @@ def _conditions(given: Any, what: str) -> tuple[Any, ...]:
                 f"{what} takes exception types and predicates such as `lambda error: …`, not {condition!r}"
             )
         if not isinstance(condition, type):
-            check_function(condition, f"a predicate in {what}", ("error",))
+            check_function(condition, f"a predicate in {what}", ("error",), ctx=False)
     return conditions
 
 

@@ -222,12 +222,8 @@ def shape_of(step: Step) -> list[Any]:
 
 
 def _on_timeout_spec(given: Any, what: str) -> HandlerSpec:
-    """Return how to call `on_timeout`: like a handler, async or not, but without ctx and services."""
+    """Return how to call `on_timeout`: like a handler, async or not, but without services."""
     spec = inspect_handler(given, what)
-    if spec.wants_ctx:
-        raise WorkflowDefinitionError(
-            f"{what} has the parameter ctx, and receives only the context: remove the parameter"
-        )
     if spec.all_services:
         raise WorkflowDefinitionError(
             f"{what} asks for the service {min(spec.all_services)!r}, and receives only the context: note the timeout "

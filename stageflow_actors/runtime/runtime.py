@@ -91,7 +91,7 @@ class Runtime(Client):
                 raise WorkflowDefinitionError(
                     f"service {name!r} must be a factory, called once in each worker that needs it, not {factory!r}"
                 )
-            check_function(factory, f"service {name!r}", ())
+            check_function(factory, f"service {name!r}", (), ctx=False)
         for workflow in workflows:
             self._add(workflow)
         self._local.naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)

@@ -134,7 +134,7 @@ def _check_factories(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, 
                 f"service {name!r} must be a factory, as for a Runtime, not {factory!r}: "
                 f"write services={{{name!r}: lambda: …}}"
             )
-        check_function(factory, f"service {name!r}", ())
+        check_function(factory, f"service {name!r}", (), ctx=False)
     return services
 
 

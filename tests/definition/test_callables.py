@@ -65,6 +65,9 @@ PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
     "service in process": (0, "service 'bank'", lambda f: run(flow().add_stage(DO), {}, services={"bank": f})),
 }
 
+WITHOUT_CTX = ("retry_on", "abort_on", "next_delay", "service", "service in process")
+"""The places whose functions never receive a StageContext."""
+
 CLASHES: dict[str, tuple[str, str, str]] = {
     # the callable, with ARGS for its expected arguments; the message
     "async": ("async def given(ARGS): return False", "given", "its result is not awaited: use a plain function of "),
@@ -106,12 +109,23 @@ def made(code: str, takes: int) -> Any:
 def test_what_could_not_work_is_refused_where_it_is_defined(place: str, clash: str) -> None:
     takes, what, define = PLACES[place]
     code, name, said = CLASHES[clash]
+    if clash.startswith("ctx") and place not in WITHOUT_CTX:
+        define(made(code, takes))  # it receives the StageContext
+        return
     if (place, clash) == ("over", "generator"):
         return  # it is iterated over, which runs it
     if not takes:
         code = code.replace("self, ARGS", "self").replace("(ARGS)", "()")
     with pytest.raises(WorkflowDefinitionError, match=f"{what}.*{name}.*{said}"):
         define(made(code, takes))
+
+
+@pytest.mark.parametrize("place", [place for place, (takes, _, _) in PLACES.items() if takes == 2])
+def test_ctx_in_the_place_of_a_value_is_refused_with_the_signature_to_write(place: str) -> None:
+    if place in WITHOUT_CTX:
+        return
+    with pytest.raises(WorkflowDefinitionError, match=r"has ctx where it receives the \w+: write \(\w+, \w+, ctx\)"):
+        PLACES[place][2](lambda order, ctx: None)
 
 
 @pytest.mark.parametrize("place", [place for place, (takes, _, _) in PLACES.items() if takes])
@@ -191,8 +205,8 @@ def test_what_is_done_when_no_signal_came_is_given_the_context_alone_and_may_be_
     async def late(order: Any) -> None:
         order["late"] = True
 
+    flow().add_signal("s", timeout=1, on_timeout=with_ctx)  # type: ignore[arg-type]
     for given, said in (
-        (with_ctx, "has the parameter ctx, and receives only the context"),
         (with_service, "asks for the service 'bank', and receives only the context"),
         (WithService, "asks for the service 'bank'"),
         (yields, "is a generator"),

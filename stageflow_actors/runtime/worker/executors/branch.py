@@ -10,6 +10,7 @@ from msgspec import Raw
 from stageflow_actors.core.envelope import StageRecord, encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
@@ -24,7 +25,8 @@ class BranchExecutor(Executor):
 
     def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
-        self._selector = program.parts["selector"]
+        self._selector = with_ctx(program.parts["selector"], 1)
+        self._wants_ctx = asks_for_ctx(program.parts["selector"], 1)
         self._default: str | None = program.parts["default"]
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
@@ -34,7 +36,8 @@ class BranchExecutor(Executor):
         started = self._wall()
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         try:
-            key = self._selector(self.codec.decode(opened.context))
+            ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
+            key = self._selector(self.codec.decode(opened.context), ctx)
             chosen = key if isinstance(key, str) and key in self.planned.arms else self._default
             if chosen is None:
                 raise StageError(

@@ -6,7 +6,7 @@ they ended; the base holds the context from before the branches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import Raw
@@ -17,11 +17,13 @@ from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.plan import FAILED, WorkflowPlan
 from stageflow_actors.core.routing import Publish, Transition
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
+from stageflow_actors.runtime.worker.stage_context import StageContext
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["JoinExecutor"]
@@ -32,7 +34,9 @@ class JoinExecutor(Executor):
 
     def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
-        self._merge: Callable[[Any, Mapping[str, Any]], Any] | None = program.parts["merge"]
+        merge: Callable[..., Any] | None = program.parts["merge"]
+        self._merge = None if merge is None else with_ctx(merge, 2)
+        self._wants_ctx = asks_for_ctx(merge, 2)
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
@@ -52,7 +56,8 @@ class JoinExecutor(Executor):
             return self._handle_lost_attempt(item, envelope, attempt)
         started = self._wall() if envelope.since is None else envelope.since
         try:
-            context = self._joined(before, envelope.context, joined)
+            ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
+            context = self._joined(before, envelope.context, joined, ctx)
             record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)
             return self._complete_stage(item, envelope, record, context)
         except BaseException as error:  # noqa: BLE001 - merge is user code
@@ -64,12 +69,12 @@ class JoinExecutor(Executor):
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Transition([Publish(self.naming.coordinator, FAILED, encode(envelope))]))
 
-    def _joined(self, before: Raw, merged: Raw, joined: JoinResult) -> bytes:
+    def _joined(self, before: Raw, merged: Raw, joined: JoinResult, ctx: StageContext | None) -> bytes:
         """Return the encoded joined context; `merged` is the field-wise merge of all branches."""
         contexts = {name: branch.context for name, branch in joined.completed.items()}
         if self._merge is not None:
             context = self.codec.decode(before)
-            given = self._merge(context, {name: self.codec.decode(one) for name, one in contexts.items()})
+            given = self._merge(context, {name: self.codec.decode(one) for name, one in contexts.items()}, ctx)
             if type(given) is Replace:
                 given = given.value
             return self.codec.encode(context if given is None else given, stage=self.planned.id)

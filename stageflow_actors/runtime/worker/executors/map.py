@@ -45,6 +45,7 @@ from stageflow_actors.core.routing import (
 )
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.value_codec import ValueCodec
+from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, completed_steps, split_parts
@@ -75,8 +76,10 @@ class MapExecutor(Executor):
 
     def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
-        self._over = program.parts["over"]
-        self._when = program.parts["when"]
+        over, when = program.parts["over"], program.parts["when"]
+        self._over = with_ctx(over, 1)
+        self._when = None if when is None else with_ctx(when, 1)
+        self._wants_ctx = asks_for_ctx(over, 1) or asks_for_ctx(when, 1)
         self._into: str | None = program.parts["into"]
         self._items = ValueCodec(program.parts["item_type"])
         self._results = ValueCodec(program.parts["result_type"])
@@ -112,9 +115,10 @@ class MapExecutor(Executor):
         try:
             self._set_time_limit(self._timeout_ns)
             context = self.codec.decode(envelope.context)
-            if self._when is not None and not self._when(context):
+            ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
+            if self._when is not None and not self._when(context, ctx):
                 return self._skip(item, envelope)
-            given = self._over(context)
+            given = self._over(context, ctx)
             if given is None or isinstance(given, (str, bytes, bytearray, memoryview)):
                 shown = "None" if given is None else f"the {type(given).__name__} {given!r:.60}"
                 raise StageError(

@@ -10,6 +10,7 @@ from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter_stage
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
@@ -26,9 +27,11 @@ class SignalExecutor(Executor):
 
     def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
-        self._on_signal = program.parts["on_signal"]
+        on_signal = program.parts["on_signal"]
+        self._on_signal = None if on_signal is None else with_ctx(on_signal, 2)
         late = program.parts["on_timeout"]
         self._on_timeout = None if late is None else bind_blocking(late, self.services, self._loop)
+        self._wants_ctx = asks_for_ctx(on_signal, 2) or (late is not None and late.wants_ctx)
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         base, arrivals = split_parts(item, body)
@@ -49,15 +52,16 @@ class SignalExecutor(Executor):
             return self._fail_stage(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
             context = self.codec.decode(opened.context)
+            ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             if arrivals:
                 payload = decode_value(arrivals[0][1])
                 if self._on_signal is None:
                     value: Any = payload
                 else:
-                    value = self._on_signal(context, payload)
+                    value = self._on_signal(context, payload, ctx)
             else:
                 assert self._on_timeout is not None
-                value = self._on_timeout(context, None)
+                value = self._on_timeout(context, ctx)
             check_no_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
             context, data = self._split_result(context, value)
             encoded = self.codec.encode(context, stage=self.planned.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
@@ -24,6 +24,7 @@ from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, 
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
+from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
@@ -49,7 +50,9 @@ class StageExecutor(HandlerExecutor):
         super().__init__(program, plan, environment)
         # Read for each message: one attribute lookup instead of two.
         self._id, self._version, self._prerequisites = self.planned.id, self.plan.version, self.planned.after
-        self._when = self.stage.when
+        when = self.stage.when
+        self._when = None if when is None else with_ctx(when, 1)
+        self._wants_ctx = self._wants_ctx or asks_for_ctx(when, 1)
         following = plan.next_stage(self.planned)
         self._following = following
         if following is None:
@@ -87,7 +90,8 @@ class StageExecutor(HandlerExecutor):
         try:
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
-            if self._when is not None and not self._when(context):
+            if self._when is not None and not self._when(context, ctx):
+                take_requests(envelope)
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
         except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
@@ -293,7 +297,12 @@ class StageExecutor(HandlerExecutor):
         data, encoded = value, None
         if remote.on_reply is not None:
             context = self.codec.decode(envelope.context)
-            given = remote.on_reply(context, decode_value(value))
+            ctx = None
+            if asks_for_ctx(remote.on_reply, 2):
+                before = structs.replace(envelope, payload=request_state.payload)
+                ctx = self._stage_context(item, before, request_state.attempt)
+                ctx._place = f"on_reply of {self.planned.id!r}"
+            given = with_ctx(remote.on_reply, 2)(context, decode_value(value), ctx)
             check_no_request(given, f"on_reply of {self.planned.id!r}")
             context, data = self._split_result(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
