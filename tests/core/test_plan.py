@@ -22,7 +22,7 @@ from stageflow_actors.core.plan import (
 )
 from stageflow_actors.definition.stage import check_id
 from stageflow_actors.errors import WorkflowDefinitionError
-from stageflow_brokers.core.inspector import DLQ
+from stageflow_brokers.core.inspector import DLQ_PREFIX as BROKER_DLQ_PREFIX
 
 
 def nothing(context: dict[str, Any]) -> None:
@@ -94,4 +94,4 @@ def test_the_fingerprint_distinguishes_plans_that_instances_in_flight_would_noti
 
 
 def test_the_dead_letter_prefix_is_the_one_of_the_broker() -> None:
-    assert DLQ_PREFIX == DLQ
+    assert DLQ_PREFIX == BROKER_DLQ_PREFIX

@@ -17,7 +17,7 @@ def test_a_history_whose_journal_is_gone_is_refused(tmp_path: Path) -> None:
     with Runtime(waits, data_dir=tmp_path) as runtime:
         runtime.submit(waits, {}, instance_id="A")
     shutil.move(tmp_path / "journal", tmp_path / "aside")
-    with pytest.raises(JournalMissing, match="is missing, or is another one"), Runtime(waits, data_dir=tmp_path):
+    with pytest.raises(JournalMissing, match="is missing or replaced"), Runtime(waits, data_dir=tmp_path):
         pass
     assert not (tmp_path / "journal").exists()  # the refused start has made none
     shutil.move(tmp_path / "aside", tmp_path / "journal")
