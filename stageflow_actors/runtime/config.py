@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Literal
 
 from stageflow_actors.core.plan import DLQ_PREFIX
-from stageflow_actors.definition.duration import optional_seconds
+from stageflow_actors.definition.duration import optional_seconds, seconds
 from stageflow_actors.errors import StageFlowError
 
 __all__ = ["Config"]
@@ -34,6 +34,9 @@ class Config:
         max_message_bytes: Largest context with its results, in bytes, from 1. Default: 16 MiB.
         max_queue_length: Most messages that may wait at a first stage before `QueueFull`, from 1; None (the default)
             for no limit.
+        worker_stop_timeout: Time in which a worker that holds no message has to end when it is stopped, scaled down or
+            recycled: its services are closed, `atexit` functions run, and processes that its handlers started end. It
+            is killed afterwards. 0 kills it at once. Default: 5.
         log_level: Level of the processes' own logs: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default:
             `WARNING`.
 
@@ -63,6 +66,7 @@ class Config:
     max_message_bytes: int = 16 << 20
     max_queue_length: int | None = None
     log_level: str = "WARNING"
+    worker_stop_timeout: float | timedelta = 5.0
 
     def __post_init__(self) -> None:
         for name in ("stage_queue_prefix", "compensation_queue_prefix"):
@@ -84,6 +88,15 @@ class Config:
                 optional_seconds(getattr(self, name), f"Config.{name}")
             except StageFlowError as error:
                 raise ValueError(str(error)) from None
+        try:
+            seconds(self.worker_stop_timeout, "Config.worker_stop_timeout")
+        except StageFlowError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def worker_stop_seconds(self) -> float:
+        """`worker_stop_timeout` in seconds."""
+        return seconds(self.worker_stop_timeout, "worker_stop_timeout")
 
     @property
     def ttl_seconds(self) -> float:

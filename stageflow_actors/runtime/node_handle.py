@@ -117,10 +117,11 @@ class NodeHandle:
     def stop(self, grace: float | None) -> None:
         """Stop the cluster and wait until its node has ended.
 
-        A KeyboardInterrupt during the wait kills the cluster. So does the end of `grace` and `STOP_MARGIN_SECONDS`: the
-        node may be stopped (SIGSTOP), or wait for a broker that is.
+        A KeyboardInterrupt during the wait kills the cluster. So does the end of `grace`, the workers' time to stop and
+        `STOP_MARGIN_SECONDS`: the node may be stopped (SIGSTOP), or wait for a broker that is.
         """
-        deadline = None if grace is None else time.monotonic() + grace + STOP_MARGIN_SECONDS
+        margin = STOP_MARGIN_SECONDS + self._config.worker_stop_timeout
+        deadline = None if grace is None else time.monotonic() + grace + margin
         notes = StopNotes(self._notify)
         try:
             failpoint("program.stopping")

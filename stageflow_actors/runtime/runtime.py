@@ -14,7 +14,8 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
-from stageflow_actors.definition.pickling import Script
+from stageflow_actors.definition.pickling import Script, dumps
+from stageflow_actors.definition.services import ServiceSource, check_services, inspect_services
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
@@ -43,7 +44,12 @@ class Runtime(Client):
     Args:
         *workflows: The workflows, or subclasses of `Workflow`; `register` adds more.
         data_dir: Directory of journal and history; created if missing. Default: `stageflow-data`.
-        services: Factories by the name of the service. Each worker that needs a service calls its factory once.
+        services: Factories or values by the name of the service. Each worker that needs a service calls its factory
+            once; parameters of the factory without a default are services in turn. A generator function or a function
+            of `contextlib.contextmanager` is left when the worker ends; of anything else `close()` or `aclose()` is
+            called. What is not callable is a value: it is sent to the workers as it is, and not closed.
+        initializer: A function without arguments that each worker calls first, before it loads handlers and makes
+            services: the place for seeds, API keys and instrumentation. Default: none.
         interceptors: Objects with `around_stage(call, next)`, `around_compensation(call, next)` or both. Workers call
             them around each handler, the first one outermost: `next(call)` continues to the handler and returns its
             result, `call` is a `StageCall`. With an async handler or interceptor, `next` returns an awaitable.
@@ -52,13 +58,14 @@ class Runtime(Client):
     Attributes:
         data_dir: The directory, as a `Path`.
         config: The settings.
-        services: The factories by name.
+        services: The factories and values by name.
+        initializer: The function that each worker calls first, or None.
         interceptors: The interceptors.
         workflows: The registered workflows.
 
     Raises:
-        WorkflowDefinitionError: If an argument is no workflow, two workflows have the same id and version, a service
-            is not callable, or an interceptor has no such method.
+        WorkflowDefinitionError: If an argument is no workflow, two workflows have the same id and version, a factory or
+            the initializer cannot be called so, or an interceptor has no such method.
 
     Example:
         >>> import tempfile
@@ -75,7 +82,8 @@ class Runtime(Client):
         self,
         *workflows: Workflow[Any] | type[Workflow[Any]],
         data_dir: str | Path = "stageflow-data",
-        services: Mapping[str, Callable[[], Any]] | None = None,
+        services: Mapping[str, Any] | None = None,
+        initializer: Callable[[], object] | None = None,
         interceptors: Sequence[Any] = (),
         config: Config | None = None,
     ) -> None:
@@ -86,12 +94,10 @@ class Runtime(Client):
         self.services = dict(services or {})
         self.interceptors = check_interceptors(interceptors)
         self.workflows: list[Workflow[Any]] = []
-        for name, factory in self.services.items():
-            if not callable(factory):
-                raise WorkflowDefinitionError(
-                    f"service {name!r} must be a factory, called once in each worker that needs it, not {factory!r}"
-                )
-            check_function(factory, f"service {name!r}", (), ctx=False)
+        inspect_services(self.services)
+        self.initializer = initializer
+        if initializer is not None:
+            check_function(initializer, "initializer", (), ctx=False)
         for workflow in workflows:
             self._add(workflow)
         self._local.naming = Naming(self.config.stage_queue_prefix, self.config.compensation_queue_prefix)
@@ -126,6 +132,7 @@ class Runtime(Client):
             plans, pools = self._compile(self.workflows)
             pools += [self._endpoint_spec(stage) for stage in self._endpoints]
             self._queues = _owners(pools, {}, self._local.naming)
+            initializer = self._initializer_code()
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:
@@ -144,6 +151,8 @@ class Runtime(Client):
                     os.getcwdb(),
                     _import_path(),
                     worker_flags(),
+                    self.config.worker_stop_seconds,
+                    initializer,
                 )
                 node = NodeHandle(data, config, _print_notice, self._local.fail)
                 node.start()
@@ -346,12 +355,22 @@ class Runtime(Client):
         return endpoint_spec(
             stage,
             self._local.naming,
-            self.services,
+            self._sources(),
             max_concurrency=self.config.max_stage_concurrency,
             max_deaths=self.config.max_stage_retries,
             interceptors=self.interceptors,
             script=Script.of_program(),
         )
+
+    def _initializer_code(self) -> bytes:
+        if self.initializer is None:
+            return b""
+        return dumps(self.initializer, what="the initializer", script=Script.of_program())
+
+    def _sources(self) -> dict[str, ServiceSource]:
+        sources = inspect_services(self.services)
+        check_services(sources)
+        return sources
 
     def _add(self, workflow: Workflow[Any] | type[Workflow[Any]]) -> None:
         workflow = workflow_of(workflow)
@@ -371,6 +390,7 @@ class Runtime(Client):
         plans: list[WorkflowPlan] = []
         pools: list[PoolSpec] = []
         script = Script.of_program()
+        sources = self._sources()
         for workflow in workflows:
             workflow.validate(self.services)
             plan = compile_plan(workflow, self._local.naming, default_ttl=self._local.default_ttl_seconds)
@@ -379,7 +399,7 @@ class Runtime(Client):
                 pool_specs(
                     workflow,
                     plan,
-                    self.services,
+                    sources,
                     max_queue_length=self.config.max_queue_length or 0,
                     max_concurrency=self.config.max_stage_concurrency,
                     max_deaths=self.config.max_stage_retries,

@@ -14,7 +14,7 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from stageflow_actors.core.codec import encode_value
@@ -24,7 +24,7 @@ from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
 from stageflow_actors.core.routing import signal_key
-from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.services import check_services, inspect_services, select_services
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
 from stageflow_actors.definition.workflow import Workflow, workflow_of
@@ -42,6 +42,7 @@ from stageflow_actors.runtime.worker.interceptors import (
     around_methods,
     check_interceptors,
 )
+from stageflow_actors.runtime.worker.services import ServiceScope, services_on_loop
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryExtra, DeliveryItem, SettleItem, Target
 
 __all__ = ["run"]
@@ -57,7 +58,7 @@ def run(
     workflow: Workflow[C] | type[Workflow[C]],
     context: C | Mapping[str, Any],
     *,
-    services: Mapping[str, Callable[[], Any]] | None = None,
+    services: Mapping[str, Any] | None = None,
     signals: Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
     endpoints: Mapping[str, Any] | None = None,
     interceptors: Sequence[Any] = (),
@@ -75,7 +76,8 @@ def run(
     Args:
         workflow: The workflow.
         context: The input: a context, or a dict of its fields.
-        services: Factories by name, as for `Runtime`. A factory is called at most once per run.
+        services: Factories or values by name, as for `Runtime`. A factory is called at most once per run, and its
+            service closed at the end of the run.
         signals: Payloads by the name of the signal, or a list of (name, payload). A step whose signal is missing runs
             into its timeout at once.
         endpoints: Handlers or `Stage`s by the name of the endpoint. A request to another endpoint runs into its
@@ -107,8 +109,9 @@ def run(
     workflow = workflow_of(workflow)
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
-    factories = _check_factories(services or {})
-    workflow.validate(factories)
+    sources = inspect_services(services or {})
+    check_services(sources)
+    workflow.validate(sources)
     given = list(signals.items() if isinstance(signals, Mapping) else signals or ())
     _check_signals(workflow, [name for name, _ in given])
     around = check_interceptors(interceptors)
@@ -120,22 +123,17 @@ def run(
     body = ref.body(request, time.time(), session.max_message_bytes)
     undoing = [stage.compensation.spec for stage in workflow.stages if stage.compensation is not None]
     specs = [*(stage.spec for stage in (*workflow.stages, *served)), *undoing]
-    needed = frozenset[str]().union(*(spec.services_among(factories) for spec in specs))
-    made = {name: factory() for name, factory in factories.items() if name in needed}
-    with contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop:
+    needed = frozenset[str]().union(*(spec.services_among(sources) for spec in specs))
+    with (
+        contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop,
+        contextlib.ExitStack() as ends,
+    ):
+        scope = ServiceScope(loop.get_loop)
+        ends.callback(scope.close)
+        taken = select_services([name for name in sources if name in needed], sources)
+        made = scope.make(taken, services_on_loop(specs, sources))
         instance: _Instance[C] = _Instance(session.naming, workflow, ref, request.id, made, loop, given, served, around)
         return instance.finish(_Message(ref.target.queue, ref.target.label, body))
-
-
-def _check_factories(services: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable[[], Any]]:
-    for name, factory in services.items():
-        if not callable(factory):
-            raise WorkflowDefinitionError(
-                f"service {name!r} must be a factory, as for a Runtime, not {factory!r}: "
-                f"write services={{{name!r}: lambda: …}}"
-            )
-        check_function(factory, f"service {name!r}", (), ctx=False)
-    return services
 
 
 def _check_signals(workflow: Workflow[Any], signals: Iterable[str]) -> None:

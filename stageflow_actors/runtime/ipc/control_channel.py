@@ -43,6 +43,8 @@ class NodeConfig(Struct, tag="start"):
     cwd: bytes
     sys_path: list[bytes]
     interpreter_flags: list[str] = []
+    worker_stop_timeout: float = 5.0
+    initializer: bytes = b""
 
 
 class Register(Struct, tag="register"):

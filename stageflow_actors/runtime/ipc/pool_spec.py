@@ -6,7 +6,7 @@ the zygote must pass it on without unpickling it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
     breaker_of,
 )
+from stageflow_actors.definition.handler import HandlerSpec
 from stageflow_actors.definition.pickling import Script, dumps
 from stageflow_actors.definition.retry import RetryPolicy
+from stageflow_actors.definition.services import ServiceSource, select_services
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
 from stageflow_actors.definition.type_hints import classes_in, element_type, first_parameter_type
@@ -55,7 +57,7 @@ class StageCode:
         place: The id of the place in the plan.
         stage: Its handler and options; None for a place without a handler.
         parts: Functions and options of a parallel, branch, map or signal stage, by name.
-        factories: The factories of the services that the handler takes, by parameter name.
+        services: The services that the handler takes, by parameter name, each behind those that its factory takes.
         interceptors: The interceptors around each attempt.
         retry: The policy that decides on failures at this place.
     """
@@ -66,9 +68,14 @@ class StageCode:
     place: str
     stage: Stage | None = None
     parts: dict[str, Any] = field(default_factory=dict)
-    factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    services: dict[str, ServiceSource] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
     retry: RetryPolicy | None = None
+
+    @property
+    def handlers(self) -> list[HandlerSpec]:
+        """The handlers that take the services."""
+        return [] if self.stage is None else [self.stage.spec]
 
 
 @dataclass
@@ -82,9 +89,14 @@ class CompensationCode:
     version: int
     context: type[Any]
     compensations: dict[str, Compensation]
-    factories: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    services: dict[str, ServiceSource] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
     items: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def handlers(self) -> list[HandlerSpec]:
+        """The handlers that take the services."""
+        return [compensation.spec for compensation in self.compensations.values()]
 
 
 class VersionCode(Struct):
@@ -114,6 +126,7 @@ class PoolSpec(Struct):
         most: Messages in work at once in the pool; 0 for no limit.
         max_deaths: Worker deaths that one message may cause; 0 for any number.
         max_memory: Bytes of memory that a worker may use; 0 for no limit.
+        has_set_up: True if its workers make services, so that even one that is starting may have some to close.
     """
 
     queue: str
@@ -130,6 +143,7 @@ class PoolSpec(Struct):
     most: int = 0
     max_deaths: int = 0
     max_memory: int = 0
+    has_set_up: bool = False
 
 
 class WorkerPayload(Struct):
@@ -147,12 +161,13 @@ class WorkerPayload(Struct):
     log_level: str = "WARNING"
     lanes: int = 1
     max_deaths: int = 0
+    initializer: bytes = b""
 
 
 def pool_specs(
     workflow: Workflow[Any],
     plan: WorkflowPlan,
-    services: Mapping[str, Callable[[], Any]],
+    services: Mapping[str, ServiceSource],
     *,
     max_queue_length: int = 0,
     max_concurrency: int | None = None,
@@ -167,7 +182,7 @@ def pool_specs(
     specs = []
     for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
-            program.factories = {name: services[name] for name in program.stage.spec.services_among(services)}
+            program.services = select_services(program.stage.spec.services_among(services), services)
             program.stage = program.stage.replace(compensation=None)
             program.interceptors = tuple(interceptors)
         actors, concurrency = limit_concurrency(planned, max_concurrency)
@@ -189,6 +204,7 @@ def pool_specs(
                 max_concurrency or 0,
                 max_deaths,
                 planned.max_memory,
+                has_set_up=bool(program.services),
             )
         )
     compensations = {s.id: s.compensation for s in workflow.stages if s.compensation is not None}
@@ -200,7 +216,7 @@ def pool_specs(
             workflow.version,
             workflow.context,
             compensations,
-            {n: services[n] for n in names},
+            select_services(sorted(names), services),
             tuple(interceptors),
             items,
         )
@@ -216,6 +232,7 @@ def pool_specs(
                 plan.compensation.actors,
                 {},
                 [VersionCode(workflow.version, code, plan)],
+                has_set_up=bool(undo.services),
             )
         )
     return specs
@@ -238,7 +255,8 @@ def merge_pools(specs: Iterable[PoolSpec]) -> list[PoolSpec]:
         actors = max(spec.actors for spec in same)
         if latest.most:
             actors = min(actors, latest.most // latest.concurrency)
-        pools.append(structs.replace(latest, programs=programs, actors=actors))
+        has_set_up = any(spec.has_set_up for spec in same)
+        pools.append(structs.replace(latest, programs=programs, actors=actors, has_set_up=has_set_up))
     return pools
 
 
@@ -257,7 +275,7 @@ def limit_concurrency(place: StagePlan, most: int | None) -> tuple[int, int]:
 def endpoint_spec(
     stage: Stage,
     naming: Naming,
-    services: Mapping[str, Callable[[], Any]],
+    services: Mapping[str, ServiceSource],
     *,
     max_concurrency: int | None = None,
     max_deaths: int = 0,
@@ -288,11 +306,12 @@ def endpoint_spec(
         most=max_concurrency or 0,
         max_deaths=max_deaths,
         max_memory=place.max_memory,
+        has_set_up=bool(program.services),
     )
 
 
 def endpoint_code(
-    stage: Stage, naming: Naming, services: Mapping[str, Callable[[], Any]]
+    stage: Stage, naming: Naming, services: Mapping[str, ServiceSource]
 ) -> tuple[StageCode, WorkflowPlan]:
     """Return the code of an endpoint, and a plan with only this place.
 
@@ -319,8 +338,8 @@ def endpoint_code(
         max_memory=stage.max_memory or 0,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
-    factories = {name: services[name] for name in stage.spec.services_among(services) if name in services}
-    return StageCode("endpoint", 1, dict, stage.id, stage, {}, factories), plan
+    taken = select_services([name for name in stage.spec.services_among(services) if name in services], services)
+    return StageCode("endpoint", 1, dict, stage.id, stage, {}, taken), plan
 
 
 def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:

@@ -17,6 +17,9 @@ therefore looks idle, which is correct: its handler has not started.
 Behind the slots, each of them has space for one text: the failure that its retry policy is deciding on, after the
 length of that text in two bytes, which is zero while no policy runs. If the policy ends the worker, this is the only
 copy of the failure.
+
+Behind these texts, each slot has an area for the life of its worker, of which the first lane's is used: whether the
+worker has started and takes messages, since when it is ending, and the step of its end that is running.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import os
 
 from msgspec import Struct
 
-__all__ = ["POLICY_TEXT_BYTES", "SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
+__all__ = ["LIFE_BYTES", "POLICY_TEXT_BYTES", "SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
 
 SLOT_BYTES = 64
 """Size of a cache line, so that two workers never write to the same line."""
@@ -34,8 +37,13 @@ SLOT_BYTES = 64
 POLICY_TEXT_BYTES = 1024
 """Space for the failure text of one slot, its length included. Pages that are never written take no memory."""
 
+LIFE_BYTES = 128
+"""Space for the life of a slot's worker: when its end began, whether it takes messages, and the step of its end."""
+
 _CELLS = SLOT_BYTES // 8
 _MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
+_BYTES_PER_SLOT = SLOT_BYTES + POLICY_TEXT_BYTES + LIFE_BYTES
+_READY, _STEP_LENGTH, _STEP = 8, 9, 10  # offsets in the life area, behind the time in eight bytes
 
 
 class SlotState(Struct, frozen=True):
@@ -83,15 +91,21 @@ class Slot:
     Of the methods that write, the node calls `cancel`, `mark_stale` and `clear`, and the worker calls the others.
     """
 
-    __slots__ = ("_cells", "_index", "_policy_text", "_started", "_table", "_timeout")
+    __slots__ = ("_cells", "_index", "_life", "_policy_text", "_started", "_table", "_timeout")
 
     def __init__(
-        self, cells: memoryview, table: SlotTable | None = None, index: int = 0, policy_text: memoryview | None = None
+        self,
+        cells: memoryview,
+        table: SlotTable | None = None,
+        index: int = 0,
+        policy_text: memoryview | None = None,
+        life: memoryview | None = None,
     ) -> None:
         self._cells = cells
         self._policy_text: memoryview | None = (
             table[index]._policy_text if policy_text is None and table is not None else policy_text
         )
+        self._life: memoryview = memoryview(bytearray(LIFE_BYTES)) if life is None else life
         self._table = table
         self._index = index
         self._started: int = cells[_STARTED]
@@ -168,6 +182,36 @@ class Slot:
         """True after `mark_stale`: other workers know versions that this one does not."""
         return self._cells[_STALE] != 0
 
+    def mark_ready(self) -> None:
+        """Record that the worker has started: its code and services are there, and it takes messages."""
+        self._life[_READY] = 1
+
+    @property
+    def is_ready(self) -> bool:
+        """True after `mark_ready`."""
+        return self._life[_READY] != 0
+
+    def begin_end(self, now_ns: int) -> None:
+        """Record that the worker ends: it holds no message, and user code that closes resources may run."""
+        self._life[:8] = now_ns.to_bytes(8, "little")
+
+    def set_end_step(self, step: str) -> None:
+        """Record the step of the end that begins, as in "the close of service 'bank'"."""
+        text = step.encode()[: LIFE_BYTES - _STEP]
+        self._life[_STEP_LENGTH] = 0
+        self._life[_STEP : _STEP + len(text)] = text
+        self._life[_STEP_LENGTH] = len(text)
+
+    @property
+    def ending_since_ns(self) -> int:
+        """The time of `begin_end`, as `CLOCK_MONOTONIC`; 0 for a worker that is not ending."""
+        return int.from_bytes(self._life[:8], "little")
+
+    @property
+    def end_step(self) -> str:
+        """The last step that `set_end_step` recorded; empty before the first one."""
+        return bytes(self._life[_STEP : _STEP + self._life[_STEP_LENGTH]]).decode(errors="replace")
+
     def is_cancelled(self) -> bool:
         """Return True if the node asked the worker to end the message in work."""
         cells = self._cells
@@ -183,6 +227,7 @@ class Slot:
         for cell in range(_CELLS):
             self._cells[cell] = 0
         self.end_policy()
+        self._life[:_STEP] = bytes(_STEP)
         self._started = self._timeout = 0
 
     def read(self) -> SlotState:
@@ -225,7 +270,7 @@ class SlotTable:
     def __init__(self, fd: int, count: int) -> None:
         self.fd = fd
         self._count = count
-        self._memory = mmap.mmap(fd, count * (SLOT_BYTES + POLICY_TEXT_BYTES))
+        self._memory = mmap.mmap(fd, count * _BYTES_PER_SLOT)
         self._bytes = memoryview(self._memory)
         self._cells = self._bytes.cast("Q")
         self._slots: dict[int, Slot] = {}  # created on demand: a table has many more slots than a node uses
@@ -235,7 +280,7 @@ class SlotTable:
         """Create a table of `count` empty slots."""
         fd = os.memfd_create("stageflow-slots")
         try:
-            os.ftruncate(fd, count * (SLOT_BYTES + POLICY_TEXT_BYTES))
+            os.ftruncate(fd, count * _BYTES_PER_SLOT)
             return cls(fd, count)
         except BaseException:
             os.close(fd)
@@ -256,7 +301,14 @@ class SlotTable:
         if slot is None:
             cells = self._cells[index * _CELLS : (index + 1) * _CELLS]
             at = self._count * SLOT_BYTES + index * POLICY_TEXT_BYTES
-            slot = self._slots[index] = Slot(cells, self, index, self._bytes[at : at + POLICY_TEXT_BYTES])
+            life = self._count * (SLOT_BYTES + POLICY_TEXT_BYTES) + index * LIFE_BYTES
+            slot = self._slots[index] = Slot(
+                cells,
+                self,
+                index,
+                self._bytes[at : at + POLICY_TEXT_BYTES],
+                self._bytes[life : life + LIFE_BYTES],
+            )
         return slot
 
     def lanes(self, index: int, count: int) -> list[Slot]:
@@ -267,6 +319,7 @@ class SlotTable:
         """Unmap the memory and close `fd`; other processes keep their own mappings."""
         for slot in self._slots.values():
             slot._cells.release()
+            slot._life.release()
             if slot._policy_text is not None:
                 slot._policy_text.release()
         self._slots.clear()

@@ -12,7 +12,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.system.processes import is_stopped
 
-__all__ = ["StopNotes", "describe_unresponsive", "describe_work"]
+__all__ = ["StopNotes", "describe_ends", "describe_unresponsive", "describe_work"]
 
 FIRST_NOTE_SECONDS = 4.0
 """Time from the beginning of a stop to its first note."""
@@ -61,6 +61,19 @@ def describe_work(lanes: Mapping[str, Sequence[Slot]], now_ns: int) -> str:
         if parts
         else "messages that workers have not settled yet"
     )
+
+
+def describe_ends(lanes: Mapping[str, Sequence[Slot]]) -> str:
+    """Return a description of the workers that are ending, by queue and by the step of the end that is running."""
+    found: dict[str, int] = {}
+    for queue, theirs in list(lanes.items()):
+        for lane in theirs:
+            if lane.ending_since_ns:
+                step = f"{queue} ({lane.end_step})"
+                found[step] = found.get(step, 0) + 1
+    words = [step if count == 1 else f"{count} of {step}" for step, count in found.items()]
+    more = f" and {pluralize(len(words) - MAX_QUEUES_NAMED, 'more')}" if len(words) > MAX_QUEUES_NAMED else ""
+    return f"workers that are ending: {', '.join(words[:MAX_QUEUES_NAMED])}{more}" if words else "workers to end"
 
 
 def describe_unresponsive(what: str, pid: int) -> str:

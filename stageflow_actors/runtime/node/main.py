@@ -28,7 +28,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.slots import SlotTable
-from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive, describe_work
+from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_ends, describe_unresponsive, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
@@ -71,6 +71,8 @@ BROKER_ANSWER_SECONDS = 3.0
 within milliseconds unless it is stopped (SIGSTOP) or its disk hangs."""
 SILENT_BROKER_STOP_SECONDS = 1.0
 """Time that a broker that has not answered gets to end before it is killed."""
+WORKER_KILL_SECONDS = 5.0
+"""Longest wait for the exits of workers that have been killed."""
 HISTORY_WRITE_SECONDS = 30.0
 """Longest wait for finished instances that are not in the history yet; they are safe in the broker until then."""
 HISTORY_HURRY_SECONDS = 5.0
@@ -202,6 +204,8 @@ class Node:
             notify=lambda text: _send_report(self._channel, Report("notice", text)),
             stderr=self._stderr,
             has_exited=has_exited,
+            worker_stop_timeout=config.worker_stop_timeout,
+            initializer=config.initializer,
         )
         self._context = pool_context
         self._coordinator = Coordinator.start(
@@ -438,8 +442,7 @@ class Node:
         self._notes = StopNotes(lambda text: _send_report(self._channel, Report("notice", text)))
         self._listener.delivery_suspended = True
         broker_answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
-        self._supervisor.tell(ShutDown(True))
-        self._await_workers()
+        self._end_workers(graceful=broker_answers)
         broker_answers = broker_answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()
         self._stderr.close(timeout=2.0)
@@ -479,9 +482,22 @@ class Node:
             return False
         return True
 
-    def _await_workers(self) -> None:
-        deadline = time.monotonic() + 5
+    def _end_workers(self, graceful: bool) -> None:
+        """End the workers as at the end of a Python program, in the time that the pools allow; then kill the rest.
+
+        Without a broker that answers, no worker can be asked to end.
+        """
+        limit = self._config.worker_stop_timeout
+        if graceful and limit > 0:
+            self._supervisor.tell(ShutDown(False))
+            self._await_workers(limit + WORKER_KILL_SECONDS)
+        self._supervisor.tell(ShutDown(True))
+        self._await_workers(WORKER_KILL_SECONDS)
+
+    def _await_workers(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while self._context.live and time.monotonic() < deadline:
+            self._notes.wait_for(lambda: describe_ends(self._context.lanes))
             self._round(STOP_POLL_SECONDS)
 
     def _write_history(self, hurried: bool) -> bool:

@@ -38,7 +38,7 @@ from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.pool_events import Cancelled, ReplaceSpec, ScaleTo, ShutDown, Tick, ZygoteLost
 from stageflow_actors.runtime.node.pool_pause import PoolPause
 from stageflow_actors.runtime.node.worker_handle import Kill, WorkerHandle
-from stageflow_actors.runtime.system.processes import kill_group, wait_dead
+from stageflow_actors.runtime.system.processes import is_stopped, kill_group, wait_dead
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
 from stageflow_brokers.client.connection import new_peer
 from stageflow_brokers.failpoints import failpoint
@@ -186,6 +186,7 @@ class Pool(pykka.ThreadingActor):
             pool_context.log_level,
             spec.concurrency,
             spec.max_deaths,
+            pool_context.initializer,
         )
         theirs = -1
         try:
@@ -232,7 +233,13 @@ class Pool(pykka.ThreadingActor):
     def _decide_exit(self, worker: WorkerHandle, status: int | None) -> None:
         states = [lane.read() for lane in worker.lanes]
         decision = self._exit_policy.decide(
-            self._spec, states, status, killed=worker.killed, expected=self._shutting_down, now=time.monotonic()
+            self._spec,
+            states,
+            status,
+            killed=worker.killed,
+            expected=self._shutting_down,
+            ending=worker.ending_since != 0,
+            now=time.monotonic(),
         )
         self._apply(worker, decision)
 
@@ -280,8 +287,9 @@ class Pool(pykka.ThreadingActor):
             self._check_memory()
         self._pause.check_resumed(time.monotonic(), lambda: self.actor_ref.tell(_Resumed()))
         for worker in self._workers.values():
-            if worker.retiring and now >= worker.request_at:
+            if worker.retiring and now >= worker.request_at and not worker.ending_since:
                 self._request_retirement(worker)
+            self._check_end(worker, now)
         if len(self._workers) > self._target_workers:
             self._trim()
         self._fill()
@@ -302,12 +310,32 @@ class Pool(pykka.ThreadingActor):
         if now - oldest.since_ns > LONG_MESSAGE_NS:
             self._recall_waiting(worker, oldest.message_id, now, now - oldest.since_ns)
 
+    def _check_end(self, worker: WorkerHandle, now: int) -> None:
+        """Kill a worker whose end takes too long, with all processes that it started."""
+        since = worker.ending_since or worker.stop_requested_at
+        if not since or worker.overdue or worker.pidfd < 0 or now - since < self._context.stop_timeout_ns:
+            return
+        worker.overdue = True
+        if worker.ending_since and self._context.stop_timeout_ns:
+            step = worker.lanes[0].end_step
+            if self._context.has_exited(worker.pidfd):
+                step = "the end of processes that its handlers started"
+            logger.warning(
+                "pool %s: a worker is killed, because it did not end within worker_stop_timeout=%g s; unfinished: %s",
+                self._spec.queue,
+                self._context.stop_timeout_ns / 1e9,
+                step,
+            )
+        kill_group(worker.pid, worker.pidfd)
+
     def _check_unreported_exits(self, now: int) -> None:
         """Kill a zygote that owes the report of an exit or a start for too long; another zygote takes its place."""
         for worker in self._workers.values():
             dead = worker.pidfd >= 0 and self._context.has_exited(worker.pidfd)
             if not dead and worker.pidfd >= 0:
                 continue
+            if worker.ending_since and not worker.overdue:
+                continue  # the zygote waits for the end of the processes that the worker started
             worker.report_due_since = worker.report_due_since or now
             missed = now - worker.report_due_since
             if missed < UNREPORTED_NS or worker.died_before_zygote:
@@ -333,7 +361,7 @@ class Pool(pykka.ThreadingActor):
         """Kill workers above their memory limit. An idle worker retires instead: no message is responsible."""
         limit = self._spec.max_memory
         for worker in self._workers.values():
-            if worker.pidfd < 0 or worker.killed is not None:
+            if worker.pidfd < 0 or worker.killed is not None or worker.ending_since:
                 continue
             used = memory_above(worker.pid, limit)
             if not used:
@@ -424,10 +452,17 @@ class Pool(pykka.ThreadingActor):
 
     def _shut_down(self, kill: bool) -> None:
         self._shutting_down = True
-        if kill:
-            for worker in self._workers.values():
-                if worker.pidfd >= 0:
-                    kill_group(worker.pid, worker.pidfd)
+        for worker in self._workers.values():
+            if worker.pidfd < 0:
+                continue  # `_on_spawned` kills it
+            slot = worker.lanes[0]
+            may_have_services = self._spec.has_set_up or self._context.initializer
+            can_end = slot.is_ready or slot.ending_since_ns or may_have_services
+            if kill or not can_end or any(lane.is_busy for lane in worker.lanes) or is_stopped(worker.pid):
+                kill_group(worker.pid, worker.pidfd)
+            else:
+                worker.stop_requested_at = time.monotonic_ns()
+                self._request_retirement(worker)
 
     def _on_zygote_lost(self, zygote: ZygoteHandle) -> None:
         """Kill the remaining workers of a dead zygote: no report about them will come.

@@ -27,6 +27,8 @@ class PoolContext:
     - `active`: the queues whose pool needs ticks even while no worker is busy
     - `stderr`: reads the stderr of workers; None if they share the node's
     - `oom_kills`: the kernel's count of OOM kills
+    - `stop_timeout_ns`: the time in which a worker that holds no message has to end
+    - `initializer`: the code of the runtime's initializer, which each worker calls first; empty if there is none
     - `has_exited`: returns True if the process behind a pidfd has exited; by default, only the zygote's reports count
     """
 
@@ -44,6 +46,8 @@ class PoolContext:
         stderr: StderrRelay | None = None,
         oom_kills: OomKills | None = None,
         has_exited: Callable[[int], bool] | None = None,
+        worker_stop_timeout: float = 5.0,
+        initializer: bytes = b"",
     ) -> None:
         self.slots = slots
         self.zygote = zygote
@@ -56,6 +60,8 @@ class PoolContext:
         self.stderr = stderr
         self.oom_kills = oom_kills or OomKills()
         self.has_exited = has_exited or (lambda pidfd: False)
+        self.stop_timeout_ns = int(worker_stop_timeout * 1e9)
+        self.initializer = initializer
         self.live: dict[int, str] = {}
         self.lanes: dict[str, list[Slot]] = {}
         self.active: set[str] = set()

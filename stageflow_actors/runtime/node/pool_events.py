@@ -31,7 +31,10 @@ class ReplaceSpec(Struct, frozen=True):
 
 
 class ShutDown(Struct, frozen=True):
-    """Start no more workers; if `kill` is true, kill the running ones now."""
+    """Start no more workers. End the idle ones, as at the end of a Python program, and kill those that run a message.
+
+    With `kill`, kill all of them now.
+    """
 
     kill: bool
 

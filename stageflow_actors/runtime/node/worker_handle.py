@@ -42,6 +42,8 @@ class WorkerHandle:
     - `long_message_id`: the long message behind which waiting messages were last recalled; `recall_at`: the next recall
     - `retiring`: the worker was asked to exit after its current messages, because there are too many workers or because
       another version was registered
+    - `stop_requested_at`: when the worker was asked to end because the cluster stops; zero before
+    - `overdue`: the worker did not end in time and was killed
     - `request_at`: when that request is repeated; requests can be lost when the broker restarts
     - `report_due_since`: since when the zygote owes a report about this worker; zero if none is due
     - `died_before_zygote`: the worker was dead when its unresponsive zygote was killed
@@ -54,6 +56,7 @@ class WorkerHandle:
         "killed",
         "lanes",
         "long_message_id",
+        "overdue",
         "peer",
         "pid",
         "pidfd",
@@ -63,6 +66,7 @@ class WorkerHandle:
         "retiring",
         "slot",
         "stderr",
+        "stop_requested_at",
         "zygote",
     )
 
@@ -80,9 +84,16 @@ class WorkerHandle:
         self.long_message_id = 0
         self.recall_at = 0
         self.retiring = False
+        self.stop_requested_at = 0
+        self.overdue = False
         self.request_at = 0
         self.report_due_since = 0
         self.died_before_zygote = False
+
+    @property
+    def ending_since(self) -> int:
+        """When the worker's end began: it holds no message any more; zero before."""
+        return self.lanes[0].ending_since_ns
 
     def running(self) -> list[SlotState]:
         """Return the state of each lane that runs a message."""

@@ -22,6 +22,7 @@ __all__ = [
     "is_stopped",
     "kill_group",
     "kill_groups",
+    "kill_other_sessions",
     "name_process",
     "parent_death_fd",
     "raise_oom_score",
@@ -152,6 +153,17 @@ def kill_groups(processes: Iterable[tuple[int, int]]) -> None:
         _send(pidfd, signal.SIGKILL)
     if sessions:
         _kill_sessions(sessions)
+
+
+def kill_other_sessions() -> None:
+    """Kill the descendants of this process that are not in its session, with their sessions.
+
+    After the end of this process, nothing would connect them with it.
+    """
+    own = os.getsid(0)
+    others = set(_sessions_of(descendants(os.getpid()))) - {own}
+    if others:
+        _kill_sessions(others)
 
 
 def _kill_sessions(sessions: set[int]) -> None:

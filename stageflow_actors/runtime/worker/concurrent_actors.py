@@ -163,6 +163,12 @@ class TaskActor(_ConcurrentActor):
         for lane in self._lanes:
             lane.set_grace(CANCEL_GRACE_NS)
 
+    def use_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run the handlers on this loop, on which their services were made. Called before the first message."""
+        inbox: Any = self.actor_inbox
+        inbox.loop.close()
+        self._loop = inbox.loop = loop
+
     @staticmethod
     def _create_actor_inbox() -> Any:
         return _LoopInbox()

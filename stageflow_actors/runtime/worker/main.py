@@ -8,6 +8,7 @@ adds deliveries to the mailbox and notifies the actor once per batch. The proces
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import fcntl
 import logging
@@ -22,6 +23,7 @@ import msgspec
 
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.definition.pickling import loads
+from stageflow_actors.definition.services import select_services
 from stageflow_actors.runtime.ipc.exit_codes import (
     EXIT_CUT_OFF,
     EXIT_DAMAGED,
@@ -41,6 +43,8 @@ from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import Mailbox
+from stageflow_actors.runtime.worker.process_exit import ProcessExit
+from stageflow_actors.runtime.worker.services import ServiceScope, services_on_loop
 from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["main"]
@@ -62,26 +66,35 @@ def main(data: bytes, slot: Slot | None) -> int:
     # A worker that crashes writes the traceback of the crash.
     faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
+    process = ProcessExit(slot)
     mailbox = _WorkerMailbox(payload.queue)
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    services = ServiceScope(runner.get_loop)
     try:
-        executor = _load_executor(payload, slot, mailbox, _DescriptorCheck(stderr))
+        if payload.initializer:
+            loads(payload.initializer)()
+        executor = _load_executor(payload, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
-        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {describe_error(error)}\n")
-        return EXIT_UNLOADABLE
+        made = f"service {services.failed!r} cannot be made: " if services.failed else ""
+        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {made}{describe_error(error)}\n")
+        return process.run(services.close, runner, EXIT_UNLOADABLE)
     failpoint("worker.loaded")
     mailbox.placeholders = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(executor, payload.lanes)(executor, mailbox, payload, slot)
+    if isinstance(actor, TaskActor):
+        actor.use_loop(runner.get_loop())
     mailbox.actor = actor
     mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
     mailbox.broker.consume(payload.queue, actor.min_prefetch)
+    slot.mark_ready()
     failpoint("worker.consuming")
     actor.serve()
     mailbox.closing = True
     if actor.held_leases():
         return EXIT_UNHANDLED  # the actor stopped although messages are in work
     mailbox.broker.close(timeout=CLOSE_TIMEOUT_SECONDS)
-    return EXIT_RECYCLED
+    return process.run(services.close, runner, EXIT_RECYCLED)
 
 
 class _WorkerMailbox(Mailbox):
@@ -156,12 +169,18 @@ def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, la
 
 
 def _load_executor(
-    payload: WorkerPayload, slot: Slot, mailbox: Mailbox, on_error: Callable[[BaseException], None]
+    payload: WorkerPayload,
+    slot: Slot,
+    mailbox: Mailbox,
+    on_error: Callable[[BaseException], None],
+    scope: ServiceScope,
+    loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> Executor | CompensationExecutor | VersionedExecutor:
     """Return the executor of this worker's queue, for all registered versions."""
     programs = [(one.plan, loads(one.code)) for one in payload.programs]
-    factories = {name: factory for _, program in programs for name, factory in program.factories.items()}
-    services = {name: factory() for name, factory in factories.items()}
+    sources = {name: source for _, program in programs for name, source in program.services.items()}
+    specs = [spec for _, program in programs for spec in program.handlers]
+    services = scope.make(select_services(sources, sources), services_on_loop(specs, sources))
     compensates = payload.kind == "compensation"
     environment = ExecutorEnvironment(
         naming=payload.naming,
@@ -170,6 +189,7 @@ def _load_executor(
         step_store=mailbox.steps_of,
         max_message_bytes=payload.max_message_bytes,
         on_error=on_error,
+        loop=loop,
         # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.
         awaits_handlers=not compensates
         and all(program.stage is not None and program.stage.spec.is_async for _, program in programs),

@@ -33,6 +33,7 @@ from stageflow_actors.runtime.system.processes import (
     name_process,
     parent_death_fd,
     raise_oom_score,
+    session_members,
     set_pdeathsig,
 )
 from stageflow_actors.runtime.zygote.protocol import (
@@ -41,6 +42,7 @@ from stageflow_actors.runtime.zygote.protocol import (
     MAX_DATAGRAM_BYTES,
     SPAWNED,
     ZYGOTE_NAME,
+    InterpreterExit,
     WorkerInput,
     ZygoteConfig,
     read_config,
@@ -51,9 +53,13 @@ __all__ = ["ZygoteServer", "main"]
 
 
 class _Worker(Struct):
+    """A worker that has not been reaped. `left`: pidfds of processes that it left behind at its end and that run."""
+
     worker_id: str
     pid: int
     pidfd: int
+    slot: int
+    left: set[int] = set()
 
 
 def main(config_fd: int) -> NoReturn:
@@ -102,6 +108,7 @@ class ZygoteServer:
         self._node = node_pidfd
         self._slots = SlotTable.attach(config.slots_fd, config.slot_count) if config.slots_fd >= 0 else None
         self._workers: dict[int, _Worker] = {}
+        self._left: dict[int, _Worker] = {}
         self._reports: deque[tuple[bytes, int]] = deque()
         self._poller = select.poll()
         self._poller.register(self._node, select.POLLIN)
@@ -114,8 +121,10 @@ class ZygoteServer:
             for fd, event in self._poller.poll():
                 if fd == self._node:
                     self._end()
+                elif fd in self._left:
+                    self._on_left_exited(fd)
                 elif fd != connection:
-                    self._reap(fd)
+                    self._on_worker_exited(self._workers[fd])
                 else:
                     if event & select.POLLIN:
                         self._serve_request()
@@ -153,19 +162,52 @@ class ZygoteServer:
         _close(fds)
         # Only this thread reaps, so the pid still identifies the child, even if it has ended.
         pidfd = os.pidfd_open(pid)
-        self._workers[pidfd] = _Worker(worker_id, pid, pidfd)
+        self._workers[pidfd] = _Worker(worker_id, pid, pidfd, slot)
         self._poller.register(pidfd, select.POLLIN)
         failpoint("zygote.forked")
         self._report(SPAWNED, worker_id, pid, 0, os.dup(pidfd))
 
-    def _reap(self, pidfd: int) -> None:
-        """Kill the child processes of a worker that ended, then reap it.
+    def _on_worker_exited(self, worker: _Worker) -> None:
+        """End the child processes of a worker that ended, then reap it.
 
         In this order: after the reap, its pid may belong to another process.
         """
-        worker = self._workers.pop(pidfd)
+        self._poller.unregister(worker.pidfd)
+        if self._slots is not None and worker.slot >= 0 and self._slots[worker.slot].ending_since_ns:
+            self._end_session(worker)
+        else:
+            kill_group(worker.pid, worker.pidfd)
+            self._reap(worker)
+
+    def _end_session(self, worker: _Worker) -> None:
+        """Send SIGTERM to the processes that a worker left behind at its end, or reap the worker if there are none.
+
+        Resource trackers (of multiprocessing and loky) ignore SIGTERM: they clean up, because the worker has closed its
+        pipe to them, and end. The node kills all of them once the worker's time to stop has passed.
+        """
+        for pid in session_members({worker.pid}):
+            try:
+                pidfd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            except OSError:
+                continue  # it has just ended, or belongs to another user
+            worker.left.add(pidfd)
+            self._left[pidfd] = worker
+            self._poller.register(pidfd, select.POLLIN)
+        if not worker.left:
+            self._reap(worker)
+
+    def _on_left_exited(self, pidfd: int) -> None:
+        worker = self._left.pop(pidfd)
+        worker.left.discard(pidfd)
         self._poller.unregister(pidfd)
-        kill_group(worker.pid, pidfd)
+        os.close(pidfd)
+        if not worker.left:
+            self._end_session(worker)  # which may have started others
+
+    def _reap(self, worker: _Worker) -> None:
+        pidfd = worker.pidfd
+        del self._workers[pidfd]
         _, status = os.waitpid(worker.pid, 0)
         os.close(pidfd)
         self._report(EXITED, worker.worker_id, worker.pid, os.waitstatus_to_exitcode(status))
@@ -198,7 +240,7 @@ class ZygoteServer:
 
     def _become_worker(self, slot: int, input_fd: int, stderr: int = -1) -> NoReturn:
         """Run the worker in the forked child. Must never return into the loop of the zygote."""
-        code = EXIT_UNHANDLED
+        code, finalize = EXIT_UNHANDLED, False
         try:
             os.setsid()
             set_pdeathsig(signal.SIGKILL)
@@ -210,6 +252,8 @@ class ZygoteServer:
             self._release_zygote_resources()
             raise_oom_score()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)
+        except InterpreterExit as request:
+            code, finalize = request.status, True
         except BaseException:  # noqa: BLE001 - the child must end here in any case
             traceback.print_exc()
         finally:
@@ -218,13 +262,15 @@ class ZygoteServer:
                     stream.flush()
                 except (OSError, ValueError, AttributeError):
                     pass  # a handler closed it, or its reader has ended
-            os._exit(code & 0xFF)
+            if not finalize:
+                os._exit(code & 0xFF)
+        raise SystemExit(code)  # the callers of this method catch nothing
 
     def _release_zygote_resources(self) -> None:
         """Close the descriptors of the zygote and reset its signal handlers, in a child."""
         self._socket.close()
         os.close(self._node)
-        for pidfd in self._workers:
+        for pidfd in (*self._workers, *self._left):
             os.close(pidfd)
         for _, pidfd in self._reports:
             if pidfd >= 0:
@@ -259,6 +305,8 @@ def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
     del given
     try:
         result = getattr(importlib.import_module(module), function)(payload, slot)
+    except InterpreterExit:
+        raise
     except SystemExit as exit_request:
         if isinstance(exit_request.code, str):
             sys.stderr.write(f"{exit_request.code}\n")

@@ -16,6 +16,7 @@ __all__ = [
     "MAX_DATAGRAM_BYTES",
     "SPAWNED",
     "ZYGOTE_NAME",
+    "InterpreterExit",
     "WorkerInput",
     "ZygoteConfig",
     "read_config",
@@ -29,6 +30,17 @@ SPAWNED, EXITED, FAILED = range(3)
 
 MAX_DATAGRAM_BYTES = 65_536
 """Size limit of one request or report."""
+
+
+class InterpreterExit(SystemExit):
+    """Raised by the entry function of a worker: the interpreter is finalized, as at the end of a Python program.
+
+    Otherwise the process ends at once when the entry function returns, with flushed standard streams.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class ZygoteConfig(Struct):

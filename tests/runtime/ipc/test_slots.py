@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from stageflow_actors.runtime.ipc.slots import POLICY_TEXT_BYTES, SLOT_BYTES, Slot, SlotTable
+from stageflow_actors.runtime.ipc.slots import LIFE_BYTES, POLICY_TEXT_BYTES, SLOT_BYTES, Slot, SlotTable
 
 
 def test_a_slot_shows_what_is_running_and_since_when() -> None:
@@ -41,7 +41,7 @@ def test_both_ends_see_the_same_memory() -> None:
     other = SlotTable.attach(os.dup(table.fd), 2)
     table[1].begin(5, 0, 9)
     assert other[1].read().message_id == 5
-    assert os.fstat(table.fd).st_size == 2 * (SLOT_BYTES + POLICY_TEXT_BYTES)
+    assert os.fstat(table.fd).st_size == 2 * (SLOT_BYTES + POLICY_TEXT_BYTES + LIFE_BYTES)
     table[1].begin_policy(b"why", 0, 9)
     assert other[1].read().policy_failure == b"why"
     other[1].cancel(5)
