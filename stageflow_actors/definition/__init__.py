@@ -11,6 +11,7 @@
 `guesses`         calls that do not fit a signature, and what is to be written instead
 `class_options`   options that a class declares as attributes
 `callables`       checks of user functions that are not handlers
+`services`        what `Runtime(services=...)` provides: values and factories
 `parameters`      the parameters of user functions, through decorators and base classes
 `http`, `remote`  handlers that send a request to a server or to an endpoint
 `context_type`    which classes can be contexts; `type_hints` reads annotations

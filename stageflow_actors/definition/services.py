@@ -99,7 +99,7 @@ def _inspect(name: str, given: Any) -> ServiceSource:
     if parameters is None:
         return ServiceSource(given)  # some builtins have no readable signature
     taken = [p for p in parameters if p.kind not in VARIADIC and p.default is p.empty]
-    if any(p.name == "ctx" for p in taken):
+    if any(p.name == "ctx" and p.kind not in VARIADIC for p in parameters):
         raise WorkflowDefinitionError(
             f"service {name!r}, {name_of(given)}, asks for ctx, and only handlers receive a StageContext: a service is "
             "made once in each worker. Its parameters without a default are other services"

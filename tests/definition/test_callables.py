@@ -61,8 +61,7 @@ PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
     "retry_on": (1, "a predicate in retry_on of Retry.fixed", lambda f: Retry.fixed(2, 0, retry_on=f)),
     "abort_on": (1, "a predicate in abort_on of Retry.fixed", lambda f: Retry.fixed(2, 0, abort_on=(ValueError, f))),
     "next_delay": (2, "next_delay of the retry of stage 'x'", lambda f: retried(Policy(f))),
-    "service": (0, "service 'bank'", lambda f: Runtime(flow().add_stage(DO), services={"bank": f})),
-    "service in process": (0, "service 'bank'", lambda f: run(flow().add_stage(DO), {}, services={"bank": f})),
+    "initializer": (0, "initializer", lambda f: Runtime(flow().add_stage(DO), initializer=f)),
 }
 
 WITHOUT_CTX = ("retry_on", "abort_on", "next_delay", "service", "service in process")
@@ -188,8 +187,8 @@ def test_over_may_yield_the_items() -> None:
 
 
 @pytest.mark.parametrize("given", [dict, type("Bank", (), {}), lambda: 1, Mock()])
-def test_a_factory_of_services_takes_nothing(given: Any) -> None:
-    Runtime(flow().add_stage(DO), services={"bank": given})
+def test_an_initializer_takes_nothing(given: Any) -> None:
+    Runtime(flow().add_stage(DO), initializer=given)
 
 
 def test_what_is_done_when_no_signal_came_is_given_the_context_alone_and_may_be_async() -> None:

@@ -274,7 +274,9 @@ def test_what_only_the_whole_can_show_is_refused_by_start_before_any_process(
         (lambda: Retry.fixed(0, 1), ["max_attempts"]),
         (lambda: Workflow("w", context=list), ["list"]),  # type: ignore[call-overload]
         (lambda: Runtime("orders"), ["'orders'"]),  # type: ignore[arg-type]
-        (lambda: Runtime(Workflow("w"), services={"a": 1}), ["'a'"]),  # type: ignore[dict-item]
+        (lambda: Runtime(Workflow("w"), services={"a": lambda ctx: 1}), ["'a'", "ctx"]),
+        (lambda: Runtime(Workflow("w"), services={1: dict}), ["string", "1"]),  # type: ignore[dict-item]
+        (lambda: Runtime(Workflow("w"), initializer=5), ["initializer", "5"]),  # type: ignore[arg-type]
     ],
 )
 def test_definition_mistakes_are_refused_where_they_are_made(make: Any, words: list[str]) -> None:

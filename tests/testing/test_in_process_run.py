@@ -292,8 +292,8 @@ def test_mistakes_in_the_definition_are_refused_as_by_a_runtime() -> None:
         run(Workflow("flow"), {})
     with pytest.raises(WorkflowDefinitionError, match="till"):
         run(Workflow("flow").add_stage(needs_till), {})
-    with pytest.raises(WorkflowDefinitionError, match="service 'till' must be a factory"):
-        run(Workflow("flow").add_stage(needs_till), {}, services={"till": 5})  # type: ignore[dict-item]
+    with pytest.raises(WorkflowDefinitionError, match=r"service 'till'.* asks for ctx"):
+        run(Workflow("flow").add_stage(needs_till), {}, services={"till": lambda ctx: None})
     with pytest.raises(WorkflowDefinitionError, match="takes a workflow"):
         run("flow", {})  # type: ignore[arg-type]
     with pytest.raises(WorkflowDefinitionError, match="unknown"):

@@ -7,6 +7,8 @@
 `mailbox`              passes batches from the connection to the actor
 `stage_context`        `StageContext`, which handlers receive
 `interceptors`         wraps the calls of user code
+`services`             `ServiceScope`: makes the services of a worker and closes them
+`process_exit`         the end of the process, as that of a Python program
 `executors`            one executor for each kind of message
 =====================  ==============================================================
 """
