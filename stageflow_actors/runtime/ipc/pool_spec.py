@@ -343,7 +343,7 @@ def endpoint_code(
 
 
 def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:
-    """Yield the code of each place that has a pool, without the factories of services."""
+    """Yield the code of each place that has a pool, without services."""
     current = {stage.id: stage for stage in workflow.stages}
     steps = {step.id: step for step in workflow.steps}
     for planned in plan.stages:
