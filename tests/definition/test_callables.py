@@ -64,7 +64,7 @@ PLACES: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
     "initializer": (0, "initializer", lambda f: Runtime(flow().add_stage(DO), initializer=f)),
 }
 
-WITHOUT_CTX = ("retry_on", "abort_on", "next_delay", "service", "service in process")
+WITHOUT_CTX = ("retry_on", "abort_on", "next_delay", "initializer")
 """The places whose functions never receive a StageContext."""
 
 CLASHES: dict[str, tuple[str, str, str]] = {

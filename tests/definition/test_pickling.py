@@ -163,6 +163,7 @@ UNSENDABLE = """
 import contextvars, functools, io, socket, sqlite3, sys, threading, weakref
 from stageflow_actors import Runtime, Workflow, WorkflowDefinitionError
 from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.services import inspect_services
 from stageflow_actors.runtime.ipc.pool_spec import pool_specs
 
 LOCK = threading.Lock()
@@ -209,7 +210,7 @@ stages = [
 for stage in stages:
     flow = Workflow("flow").add_stage(lambda j: 1, id="fine").add_stage(stage, id="bad")
     try:
-        pool_specs(flow, compile_plan(flow, Naming("s.", "c.")), {"db": service})
+        pool_specs(flow, compile_plan(flow, Naming("s.", "c.")), inspect_services({"db": service}))
         print("sent")
     except WorkflowDefinitionError as error:
         print(error)

@@ -22,7 +22,7 @@ __all__ = ["Unsendable", "find_unsendable", "is_of_runtime"]
 MAX_DEPTH = 60
 
 _ROLES = (
-    (r"^.*\.factories\['([^']*)'\]", r"service '\1'"),
+    (r"^.*\.services\['([^']*)'\](\[0\])?", r"service '\1'"),
     (r"^.*\.compensations\['([^']*)'\]\.(function|spec)(\.\w+)?", r"the compensation of '\1'"),
     (r"^.*\.interceptors\[(\d+)\]", r"interceptor \1"),
     (r"^.*\.parts\['([^']*)'\](\.function)?", r"\1"),
