@@ -10,6 +10,7 @@
 `handler`         `HandlerSpec`: how a handler is called
 `guesses`         calls that do not fit a signature, and what is to be written instead
 `class_options`   options that a class declares as attributes
+`notebook`        definitions of notebook cells, which replace earlier ones
 `callables`       checks of user functions that are not handlers
 `services`        what `Runtime(services=...)` provides: values and factories
 `parameters`      the parameters of user functions, through decorators and base classes

@@ -62,6 +62,8 @@ def _plain_attribute(owner: Any, name: str) -> Any:
         value = _ABSENT if isinstance(owner, type) else getattr(owner, name, _ABSENT)
     if isinstance(value, (staticmethod, classmethod)) or hasattr(type(value), "__get__"):
         return _ABSENT
+    if getattr(type(value), "is_decorator", False):  # `@flow.stage` has left it there
+        return _ABSENT
     return value
 
 

@@ -39,6 +39,8 @@ class CompensationDecorator:
 
     __slots__ = ("places",)
 
+    is_decorator = True
+
     def __init__(self, places: tuple[tuple[CompensationRegistry, str], ...] = ()) -> None:
         self.places = places
 

@@ -7,6 +7,7 @@ checks the workflow as a whole.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
@@ -30,6 +31,7 @@ from stageflow_actors.definition.guesses import (
 from stageflow_actors.definition.handler import default_id
 from stageflow_actors.definition.http import DEFAULT_TIMEOUT_SECONDS, HttpCall, HttpOptions
 from stageflow_actors.definition.ids import check_id
+from stageflow_actors.definition.notebook import is_defined_again
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import (
     CommonOptions,
@@ -43,6 +45,8 @@ from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel,
 from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = ["OnFailure", "Workflow", "workflow_of"]
+
+logger = logging.getLogger("stageflow_actors.definition")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -197,6 +201,9 @@ class Workflow(Generic[C]):
         self._stages: dict[str, Stage] = {}
         self._steps: list[Step] = []
         self._ids: set[str] = set()
+        self._redefined: set[str] = set()
+        self._compensations_redefined: set[str] = set()
+        self._running_in: list[str] = []
         self.configure()
 
     def configure(self) -> None:
@@ -693,11 +700,15 @@ class Workflow(Generic[C]):
                 f"workflow {self.id!r} has no stage {stage_id!r} that a compensation could be set for"
                 + (f": did you mean {meant!r}?" if meant else f": its stages are {', '.join(self._stages) or 'none'}")
             )
-        if stage.compensation is not None:
+        replaces = stage.compensation is not None and self._replaces_compensation(stage, compensation)
+        if not replaces:
+            self._check_not_running(f"the compensation of stage {stage_id!r}")
+        if stage.compensation is not None and not replaces:
             raise WorkflowDefinitionError(
                 f"stage {stage_id!r} of workflow {self.id!r} already has a compensation "
                 f"({stage.compensation!r}): combine both in one function"
             )
+        self._compensations_redefined.discard(stage_id)
         made = compensation if isinstance(compensation, Compensation) else Compensation(compensation)
         self._stages[stage_id] = stage.replace(compensation=made)
 
@@ -715,13 +726,52 @@ class Workflow(Generic[C]):
         stage = self._as_stage(handler, options)
         if not stage.id:
             stage = stage.replace(id=f"stage-{len(self._steps) + 1}")
+        if self._replaces(stage):
+            return self._replace(stage)
         stage = self._keep(stage)
         self._steps.append(stage)
         return stage
 
+    def _replaces(self, stage: Stage) -> bool:
+        """Return True if this stage is the same function as an earlier one, defined again in a notebook."""
+        earlier = self._stages.get(stage.id)
+        if earlier is None or not any(step.id == stage.id and isinstance(step, Stage) for step in self._steps):
+            return False
+        return is_defined_again(earlier.handler, stage.handler)
+
+    def _replace(self, stage: Stage) -> Stage:
+        """Put a stage in the place of the earlier one, whose compensation stays if this one brings none."""
+        earlier = self._stages[stage.id]
+        if stage.compensation is None and earlier.compensation is not None:
+            stage = stage.replace(compensation=earlier.compensation)
+            self._compensations_redefined.add(stage.id)
+        if stage.id not in self._redefined:
+            self._redefined.add(stage.id)
+            late = ", and takes effect when the runtime is started again" if self._running_in else ""
+            logger.warning(
+                "stage %r of workflow %r is defined again: this definition replaces the earlier one%s",
+                stage.id,
+                self.id,
+                late,
+            )
+        stage = self._stages[stage.id] = self._with_defaults(stage)
+        return stage
+
+    def _replaces_compensation(self, stage: Stage, given: Any) -> bool:
+        """Return True if a notebook defines the compensation again, or the stage since it got this one."""
+        if stage.id in self._compensations_redefined:
+            self._compensations_redefined.discard(stage.id)
+            return True
+        function = given.function if isinstance(given, Compensation) else given
+        return stage.compensation is not None and is_defined_again(stage.compensation.function, function)
+
     def _keep(self, stage: Stage) -> Stage:
         """Add a stage and return it with the workflow's defaults filled in."""
         self._claim(stage.id)
+        stage = self._stages[stage.id] = self._with_defaults(stage)
+        return stage
+
+    def _with_defaults(self, stage: Stage) -> Stage:
         if isinstance(stage.handler, HttpCall):
             self._check_url(stage, stage.handler)
         if stage.retry is None and self.retry is not None:
@@ -730,10 +780,19 @@ class Workflow(Generic[C]):
             stage = stage.replace(timeout=self.stage_timeout)
         if stage.timeout is None and isinstance(stage.handler, HttpCall):
             stage = stage.replace(timeout=DEFAULT_TIMEOUT_SECONDS)
-        self._stages[stage.id] = stage
         return stage
 
+    def _check_not_running(self, what: str) -> None:
+        """Raise `WorkflowDefinitionError` while a runtime runs this workflow: its workers have the code already."""
+        if self._running_in:
+            raise WorkflowDefinitionError(
+                f"{what} is added to workflow {self.id!r} while it runs in {self._running_in[0]}, whose workers would "
+                f"not know it: add it before start(), or register() it as Workflow({self.id!r}, "
+                f"version={self.version + 1})"
+            )
+
     def _claim(self, id: str) -> None:
+        self._check_not_running(f"stage {id!r}")
         if id in self._ids:
             raise WorkflowDefinitionError(
                 f"workflow {self.id!r} already has a stage {id!r}: choose another id with id=..."

@@ -145,6 +145,10 @@ class NodeHandle:
             raise
         self._close_pidfd()
 
+    def end_stop(self) -> None:
+        """Make `stop`, which waits in another thread, kill the stages in work instead of waiting for them."""
+        self._send(Stop(None, kill=True))
+
     def _kill_late(self) -> None:
         self._notify("the cluster did not stop in time and is killed; unfinished instances continue at the next start")
         if self._process is not None:

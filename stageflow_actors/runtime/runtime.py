@@ -37,9 +37,11 @@ class Runtime(Client):
     """Run workflows on this host, in processes of their own.
 
     A runtime starts a broker process, a node process and worker processes for each stage. Use it in a `with` block, or
-    call `start` and `stop`. Leaving the block normally waits until the instances that this program submitted have
-    ended, are parked, or wait for a signal or a delay. Leaving it by an exception or Ctrl-C waits only for the stages
-    in work; a second Ctrl-C kills them. Unfinished instances resume at the next start on the same directory.
+    call `start` and `stop`; in an event loop use `async with`, which does not block the loop. Leaving the block
+    normally waits until the instances that this program submitted have ended, are parked, or wait for a signal or a
+    delay. Leaving it by an exception or Ctrl-C waits only for the stages in work; a second Ctrl-C kills them.
+    Unfinished instances resume at the next start on the same directory. While a runtime runs, its workflows take no
+    further stages.
 
     Args:
         *workflows: The workflows, or subclasses of `Workflow`; `register` adds more.
@@ -106,6 +108,7 @@ class Runtime(Client):
         self._endpoints: list[Stage] = []
         self._queues: dict[str, str] = {}
         self._data: DataDir | None = None
+        self._stopping_node: NodeHandle | None = None
         self._lock = threading.Lock()
 
     # starting and stopping
@@ -168,6 +171,7 @@ class Runtime(Client):
                 remove_cluster_files(data)
                 data.release()
                 raise
+            self._mark_running(self.workflows)
         for workflow_id, count in node.resuming.items():
             _print_notice(f"resuming {pluralize(count, 'instance')} of {workflow_id}")
         return self
@@ -200,10 +204,14 @@ class Runtime(Client):
             node, data = self._local.node, self._data
             if node is None or data is None:
                 return
-            self._local.node = None
+            self._local.node, self._stopping_node = None, node
+            for workflow in self.workflows:
+                if self._place in workflow._running_in:
+                    workflow._running_in.remove(self._place)
             try:
                 node.stop(seconds)
             finally:
+                self._stopping_node = None
                 self._local.disconnect()
                 remove_runtime_dir(runtime_dir(data.path))
                 data.release()
@@ -259,6 +267,11 @@ class Runtime(Client):
             self.stop()
             raise
         self.stop()
+
+    def _kill(self) -> None:
+        node = self._stopping_node or self._local.node
+        if node is not None:
+            node.end_stop()
 
     @property
     def node_pid(self) -> int:
@@ -317,6 +330,7 @@ class Runtime(Client):
         self._queues = queues
         own = [plan for plan in plans if plan.version == added.version]
         self._local.node.register(Register(own, merge_pools(pools)))
+        self._mark_running([added])
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
         """Add an endpoint: a pool of workers that answers requests of stages.
@@ -385,6 +399,15 @@ class Runtime(Client):
                 )
         if workflow not in self.workflows:
             self.workflows.append(workflow)
+
+    @property
+    def _place(self) -> str:
+        return f"the runtime of {self.data_dir}"
+
+    def _mark_running(self, workflows: list[Workflow[Any]]) -> None:
+        for workflow in workflows:
+            if self._place not in workflow._running_in:
+                workflow._running_in.append(self._place)
 
     def _compile(self, workflows: list[Workflow[Any]]) -> tuple[list[WorkflowPlan], list[PoolSpec]]:
         plans: list[WorkflowPlan] = []

@@ -6,6 +6,8 @@ the outcome of an instance that has left the broker is read from the history.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -536,6 +538,39 @@ class Client:
 
     def __enter__(self) -> Self:
         return self
+
+    async def __aenter__(self) -> Self:
+        """Enter the `with` block in a thread, so that the event loop goes on."""
+        entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
+        try:
+            return await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            with contextlib.suppress(BaseException):
+                await entering
+            await asyncio.to_thread(self.close)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the `with` block in a thread; a cancellation ends the wait for instances, as Ctrl-C does."""
+        leaving = asyncio.ensure_future(asyncio.to_thread(self.__exit__, kind, error, trace))
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:
+            closing = asyncio.ensure_future(asyncio.to_thread(self.close))
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:
+                self._kill()
+                raise
+            finally:
+                with contextlib.suppress(BaseException):
+                    await asyncio.shield(leaving)
+            raise
+
+    def _kill(self) -> None:
+        """Kill the stages in work of a cluster that this client has started."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
