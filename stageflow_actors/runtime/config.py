@@ -37,6 +37,8 @@ class Config:
         worker_stop_timeout: Time in which a worker that holds no message has to end when it is stopped, scaled down or
             recycled: its services are closed, `atexit` functions run, and processes that its handlers started end. It
             is killed afterwards. 0 kills it at once. Default: 5.
+        start_timeout: How long `start()` and `register()` wait for workers to load their code, greater than 0; after
+            that they return without them. Default: 120 seconds.
         log_level: Level of the processes' own logs: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default:
             `WARNING`.
 
@@ -67,6 +69,7 @@ class Config:
     max_queue_length: int | None = None
     log_level: str = "WARNING"
     worker_stop_timeout: float | timedelta = 5.0
+    start_timeout: float | timedelta = 120
 
     def __post_init__(self) -> None:
         for name in ("stage_queue_prefix", "compensation_queue_prefix"):
@@ -90,6 +93,7 @@ class Config:
                 raise ValueError(str(error)) from None
         try:
             seconds(self.worker_stop_timeout, "Config.worker_stop_timeout")
+            seconds(self.start_timeout, "Config.start_timeout", zero=False)
         except StageFlowError as error:
             raise ValueError(str(error)) from None
 
@@ -114,3 +118,8 @@ class Config:
     def retention_seconds(self) -> float | None:
         """`history_retention` in seconds; None for no limit."""
         return optional_seconds(self.history_retention, "history_retention")
+
+    @property
+    def start_timeout_seconds(self) -> float:
+        """`start_timeout` in seconds."""
+        return seconds(self.start_timeout, "start_timeout")

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from stageflow_actors import errors
 from stageflow_actors.core.failures import describe_error
-from stageflow_actors.errors import BrokerUnavailable, StageFlowError
+from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
@@ -70,8 +70,10 @@ class NodeHandle:
         self._pidfd = -1
         self._stopping = threading.Event()
         self._stopped = threading.Event()
-        self._registered = threading.Condition()
-        self._last_requested = self._last_confirmed = 0
+        self._loaded = threading.Condition()
+        self._last_requested = 0
+        self._withdrawn: set[str] = set()
+        self._load_errors: dict[int, str] = {}
         self._restart_limit = RestartLimit("node process")
         self.address = ""
         self.resuming: dict[str, int] = {}
@@ -88,21 +90,54 @@ class NodeHandle:
         threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
-        """Register more workflows with this node and with each that replaces it; wait for the confirmation."""
+        """Register more workflows with this node and with each that replaces it; wait until their code is loaded.
+
+        Raises `WorkflowDefinitionError` if a worker cannot load it; the pools are then those from before.
+        """
+        earlier_plans, earlier_pools = list(self._config.plans), self._config.pools
         self._config.plans.extend(register.plans)
+        known = {source.module for source in self._config.sources}
+        self._config.sources += [source for source in register.sources if source.module not in known]
         replaced = {pool.queue: pool for pool in register.pools}
         self._config.pools = [pool for pool in self._config.pools if pool.queue not in replaced] + register.pools
-        with self._registered:
+        with self._loaded:
             self._last_requested += 1
             number = register.number = self._last_requested
         self._send(register)
-        with self._registered:
-            self._registered.wait_for(lambda: self._last_confirmed >= number, timeout=REGISTER_SECONDS)
+        for queue in self._withdrawn & replaced.keys():
+            self._withdrawn.discard(queue)
+            self._send(Scale(queue, replaced[queue].actors))
+        try:
+            self._wait_loaded(number)
+        except WorkflowDefinitionError:
+            self._config.plans, self._config.pools = earlier_plans, earlier_pools
+            restored = [pool for pool in earlier_pools if pool.queue in replaced]
+            self._send(Register([], restored))
+            for queue in replaced.keys() - {pool.queue for pool in restored}:
+                self._withdrawn.add(queue)
+                self._send(Scale(queue, 0))
+            raise
 
-    def _confirm_registered(self, number: int) -> None:
-        with self._registered:
-            self._last_confirmed = max(self._last_confirmed, number)
-            self._registered.notify_all()
+    def wait_loaded(self) -> None:
+        """Wait until a worker of each pool has loaded its code, or cannot start, or `start_timeout` has passed.
+
+        Raises `WorkflowDefinitionError` if an exception ends the load of a pool's code.
+        """
+        self._wait_loaded(0)
+
+    def _wait_loaded(self, number: int) -> None:
+        with self._loaded:
+            timeout = self._config.start_timeout + REGISTER_SECONDS
+            self._loaded.wait_for(lambda: number in self._load_errors or self._stopping.is_set(), timeout)
+            error = self._load_errors.get(number, "")
+        if error:
+            raise WorkflowDefinitionError(error)
+
+    def _confirm_loaded(self, numbers: Iterable[int], error: str = "") -> None:
+        with self._loaded:
+            for number in numbers:
+                self._load_errors.setdefault(number, error)
+            self._loaded.notify_all()
 
     def scale(self, queue: str, actors: int) -> None:
         """Change a queue's number of actors, for this node and for each that replaces it."""
@@ -258,8 +293,8 @@ class NodeHandle:
             channel = self._channel
             report = None if channel is None else channel.receive()
             if isinstance(report, Report):
-                if report.word == "registered":
-                    self._confirm_registered(report.fields["number"])
+                if report.word == "loaded":
+                    self._confirm_loaded([report.fields["number"]], report.text)
                 elif report.word == "notice":
                     self._notify(report.text)
                 elif report.word == "scaled":
@@ -280,14 +315,17 @@ class NodeHandle:
                 self._restart_limit.record()
                 self._wait_for_survivors()
                 self._launch_until_ready()
-                self._confirm_registered(self._last_requested)  # the new node has all of them in its configuration
+                # The new node has all of them in its configuration.
+                self._confirm_loaded(range(self._last_requested + 1))
             except StageFlowError as error:
                 self._on_failure(error)
+                self._confirm_loaded(range(self._last_requested + 1))
                 return
             except Exception as error:  # noqa: BLE001 - callers that wait must learn that no node will be started
                 self._on_failure(
                     BrokerUnavailable(f"the node process cannot be started again: {describe_error(error)}")
                 )
+                self._confirm_loaded(range(self._last_requested + 1))
                 return
 
     def _wait_for_survivors(self) -> None:

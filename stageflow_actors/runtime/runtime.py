@@ -28,6 +28,7 @@ from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merg
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.interpreter_flags import worker_flags
+from stageflow_actors.runtime.system.source_files import loaded_sources
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
 
 __all__ = ["Runtime"]
@@ -116,13 +117,14 @@ class Runtime(Client):
     def start(self) -> Self:
         """Start the cluster and resume unfinished instances.
 
-        The cluster accepts instances when this returns.
+        The cluster accepts instances when this returns, and a worker of each stage has loaded its code.
 
         Returns:
             This runtime.
 
         Raises:
             WorkflowDefinitionError: If a workflow is invalid, or there is none; no process has been started then.
+                Also if workers cannot load the code of a stage; the cluster is stopped then.
             JournalLocked: If another live program uses the directory: see `Runtime.connect`.
             JournalCorrupt: If the journal is damaged.
             StageFlowError: If this runtime is running already, or the cluster cannot start.
@@ -156,6 +158,8 @@ class Runtime(Client):
                     worker_flags(),
                     self.config.worker_stop_seconds,
                     initializer,
+                    self.config.start_timeout_seconds,
+                    loaded_sources(),
                 )
                 node = NodeHandle(data, config, _print_notice, self._local.fail)
                 node.start()
@@ -164,6 +168,7 @@ class Runtime(Client):
                 self._local.failure = None
                 self._local.connect(node.address, f"program {os.getpid()}")
                 self._local.open_events()
+                node.wait_loaded()
             except BaseException:
                 if self._local.node is not None:
                     self._local.node.kill()
@@ -318,18 +323,19 @@ class Runtime(Client):
         self._add(added)
         if self._local.node is None:
             return
+        earlier = self._queues
         try:
             # With the other versions of it, which share its queues.
             plans, pools = self._compile([other for other in self.workflows if other.id == added.id])
-            queues = _owners(pools, self._queues, self._local.naming)
+            self._queues = _owners(pools, earlier, self._local.naming)
+            own = [plan for plan in plans if plan.version == added.version]
+            self._local.node.register(Register(own, merge_pools(pools), sources=loaded_sources()))
         except WorkflowDefinitionError:
+            self._queues = earlier
             if new:  # otherwise the next start would fail
                 self.workflows.remove(added)
                 self._local.workflows.pop((added.id, added.version), None)
             raise
-        self._queues = queues
-        own = [plan for plan in plans if plan.version == added.version]
-        self._local.node.register(Register(own, merge_pools(pools)))
         self._mark_running([added])
 
     def endpoint(self, name: str, handler: Any, **options: Any) -> None:
@@ -360,10 +366,16 @@ class Runtime(Client):
             raise WorkflowDefinitionError(f"endpoint {name!r} exists already")
         spec = self._endpoint_spec(stage)
         queues = _owners([spec], self._queues, self._local.naming)
+        earlier, self._queues = self._queues, queues
         self._endpoints.append(stage)
-        self._queues = queues
-        if self._local.node is not None:
-            self._local.node.register(Register([], [spec]))
+        if self._local.node is None:
+            return
+        try:
+            self._local.node.register(Register([], [spec], sources=loaded_sources()))
+        except WorkflowDefinitionError:
+            self._endpoints.remove(stage)
+            self._queues = earlier
+            raise
 
     def _endpoint_spec(self, stage: Stage) -> PoolSpec:
         return endpoint_spec(

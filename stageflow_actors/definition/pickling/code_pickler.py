@@ -121,6 +121,8 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._reduce_module(obj)
         if kind is CellType:
             return _reduce_cell(obj)
+        if kind is CodeType:
+            return _reduce_code(obj)
         if kind is _CACHE_TYPE or kind in _TYPING_KINDS or kind is typing.NewType:
             return self._reduce_named(obj)
         if kind is functools.cached_property:
@@ -324,6 +326,12 @@ def check_sendable(obj: Any) -> None:
         raise TypeError(f"an open file ({type(obj).__name__}) belongs to the process that opened it")
     if isinstance(obj, (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.ref)):
         raise TypeError(f"a {type(obj).__name__} refers to objects of the process that made it")
+
+
+def _reduce_code(code: CodeType) -> Any:
+    """Keep the file name, which tracebacks and `inspect` need; cloudpickle replaces it by a constant."""
+    make, arguments = cloudpickle.cloudpickle._code_reduce(code)
+    return make, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
 
 
 def _reduce_cell(cell: CellType) -> Any:

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
+from stageflow_actors.runtime.system.source_files import SourceFile
 
 __all__ = ["Channel", "NodeConfig", "Register", "Report", "Scale", "Stop"]
 
@@ -45,6 +46,8 @@ class NodeConfig(Struct, tag="start"):
     interpreter_flags: list[str] = []
     worker_stop_timeout: float = 5.0
     initializer: bytes = b""
+    start_timeout: float = 120.0
+    sources: list[SourceFile] = []
 
 
 class Register(Struct, tag="register"):
@@ -53,6 +56,7 @@ class Register(Struct, tag="register"):
     plans: list[WorkflowPlan]
     pools: list[PoolSpec]
     number: int = 0
+    sources: list[SourceFile] = []
 
 
 class Scale(Struct, tag="scale"):
@@ -75,8 +79,8 @@ class Stop(Struct, tag="stop"):
 class Report(Struct, tag="report"):
     """A message from the node.
 
-    `word` is `ready`, `failed`, `registered`, `scaled` (by a client in another process), `notice` or `stopped`; `kind`
-    is the class name of an error, `fields` its attributes.
+    `word` is `ready`, `failed`, `loaded` (the code of a request, or of the start), `scaled` (by a client in another
+    process), `notice` or `stopped`; `kind` is the class name of an error, `fields` its attributes.
     """
 
     word: str

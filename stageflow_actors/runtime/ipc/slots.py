@@ -29,7 +29,17 @@ import os
 
 from msgspec import Struct
 
-__all__ = ["LIFE_BYTES", "POLICY_TEXT_BYTES", "SLOT_BYTES", "Slot", "SlotState", "SlotTable"]
+__all__ = [
+    "LIFE_BYTES",
+    "LOADED",
+    "LOADING",
+    "POLICY_TEXT_BYTES",
+    "SLOT_BYTES",
+    "UNLOADABLE",
+    "Slot",
+    "SlotState",
+    "SlotTable",
+]
 
 SLOT_BYTES = 64
 """Size of a cache line, so that two workers never write to the same line."""
@@ -38,12 +48,16 @@ POLICY_TEXT_BYTES = 1024
 """Space for the failure text of one slot, its length included. Pages that are never written take no memory."""
 
 LIFE_BYTES = 128
-"""Space for the life of a slot's worker: when its end began, whether it takes messages, and the step of its end."""
+"""Space for the life of a slot's worker: when its end began, whether it takes messages, whether its code is loaded, and
+the step of its end."""
+
+LOADING, LOADED, UNLOADABLE = range(3)
+"""States of a worker's code: not loaded yet, loaded, or an exception has ended the load."""
 
 _CELLS = SLOT_BYTES // 8
 _MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
 _BYTES_PER_SLOT = SLOT_BYTES + POLICY_TEXT_BYTES + LIFE_BYTES
-_READY, _STEP_LENGTH, _STEP = 8, 9, 10  # offsets in the life area, behind the time in eight bytes
+_READY, _STEP_LENGTH, _LOAD_STATE, _STEP = 8, 9, 10, 11  # offsets in the life area, behind the time in eight bytes
 
 
 class SlotState(Struct, frozen=True):
@@ -149,6 +163,26 @@ class Slot:
         """Record that the retry policy returned."""
         if self._policy_text is not None:
             self._policy_text[:2] = b"\0\0"
+
+    def mark_loaded(self) -> None:
+        """Record that the worker has loaded its code."""
+        self._life[_LOAD_STATE] = LOADED
+
+    def mark_unloadable(self, reason: bytes) -> None:
+        """Record that the worker's code cannot be loaded, and why. No policy runs yet: its space holds the reason."""
+        text = self._policy_text
+        if text is not None:
+            written = reason[: POLICY_TEXT_BYTES - 2]
+            text[2 : 2 + len(written)] = written
+            text[:2] = len(written).to_bytes(2, "big")
+        self._life[_LOAD_STATE] = UNLOADABLE
+
+    def load_state(self) -> tuple[int, bytes]:
+        """Return the state of the worker's code, and why it cannot be loaded."""
+        state, text = self._life[_LOAD_STATE], self._policy_text
+        if state != UNLOADABLE or text is None:
+            return state, b""
+        return state, bytes(text[2 : 2 + int.from_bytes(text[:2], "big")])
 
     def count_settled(self, count: int) -> None:
         """Add `count` settled messages, which prove that this worker does not die at every message."""

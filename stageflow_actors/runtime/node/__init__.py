@@ -9,7 +9,9 @@
 `pool_context`           the parts that all pools share
 `pool_events`            the messages that the supervisor sends to a pool
 `pool_pause`             the pause that a pool sets on its own queue
+`load_watch`             which pools have loaded their code
 `memory_limits`          memory use of workers, and the kernel's count of OOM kills
+`source_watch`           warns of modules that change on disk
 `stderr_relay`           passes the stderr of workers on to the program
 `coordinator`            handles failures, ends instances, writes the history
 `orphans`                messages of versions that are not registered

@@ -35,9 +35,11 @@ from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterMa
 from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
+from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
 from stageflow_actors.runtime.node.pool import Cancelled, ScaleTo, ShutDown, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
+from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, runtime_dir
@@ -54,6 +56,8 @@ T = TypeVar("T")
 
 SLOT_COUNT = 65_536
 """Most lanes of all workers of a node."""
+LOAD_CHECK_SECONDS = 0.002
+"""Time between two checks of workers that load their code while the program waits."""
 TICK_SECONDS = 0.02
 """Time between two checks of the slots: the longest delay after a timeout."""
 FINISHED_CREDIT = 4_000
@@ -180,6 +184,8 @@ class Node:
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
         self._slots = SlotTable.create(SLOT_COUNT)
         self._stderr = StderrRelay()
+        self._load_watch = LoadWatch(config.start_timeout)
+        self._source_watch = SourceWatch(config.sources)
         self._make_zygote()
         lasting = config.durability != "memory"
         if lasting:
@@ -206,6 +212,8 @@ class Node:
             has_exited=has_exited,
             worker_stop_timeout=config.worker_stop_timeout,
             initializer=config.initializer,
+            load_watch=self._load_watch,
+            source_watch=self._source_watch,
         )
         self._context = pool_context
         self._coordinator = Coordinator.start(
@@ -221,6 +229,7 @@ class Node:
         )
         self._listener.supervisor = self._supervisor
         reopening = self._queues_to_reopen()
+        self._load_watch.begin(0, config.pools, time.monotonic())
         self._supervisor.tell(AddPools(config.pools))
         failpoint("node.pools-added")
         self._listener.on_request = self._on_client_request
@@ -256,7 +265,8 @@ class Node:
         """Pass the zygote's reports and ticks to the actors until a stop is requested."""
         threading.Thread(target=self._receive_commands, name="control", daemon=True).start()
         while self._stopping is None:
-            self._round(TICK_SECONDS)
+            self._round(LOAD_CHECK_SECONDS if self._load_watch.is_waiting else TICK_SECONDS)
+            self._report_loaded()
         self._stop(self._stopping)
 
     def abandon(self, status: int) -> NoReturn:
@@ -374,10 +384,22 @@ class Node:
                     continue
                 self._stopping = message
             elif isinstance(message, Register):
+                self._source_watch.add(message.sources)
                 self._register(message)
-                _send_report(self._channel, Report("registered", "", "", {"number": message.number}))
+                self._load_watch.begin(message.number, message.pools, time.monotonic())
             elif isinstance(message, Scale):
                 self._supervisor.tell(ScaleTo(message.queue, message.actors))
+
+    def _report_loaded(self) -> None:
+        """Notify the program of the pools that have loaded their code, or cannot."""
+        if not self._load_watch.is_waiting:
+            return
+        for report in self._load_watch.check(self._context.lanes, time.monotonic()):
+            if report.note:
+                _send_report(self._channel, Report("notice", report.note))
+            if report.is_final:
+                fields = {"number": report.number, "queues": report.queues}
+                _send_report(self._channel, Report("loaded", report.error, "", fields))
 
     def _register(self, message: Register) -> None:
         """Add workflows, and resume messages that were parked because these versions were not registered.
@@ -433,6 +455,7 @@ class Node:
         if time.monotonic() >= self._next_orphan_check:
             self._next_orphan_check = time.monotonic() + ORPHAN_CHECK_SECONDS
             self._orphans.check()
+            self._source_watch.check()
 
     # the end
 

@@ -23,7 +23,7 @@ from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import STDERR_HEADING, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
-from stageflow_actors.runtime.ipc.slots import SlotState
+from stageflow_actors.runtime.ipc.slots import LOADING, SlotState
 from stageflow_actors.runtime.node.exit_policy import (
     CANCELLED,
     NO_CONSEQUENCE,
@@ -95,6 +95,8 @@ class Pool(pykka.ThreadingActor):
         """Start the first workers."""
         self._pause.lift_earlier()
         self._fill()
+        if not self._workers:
+            self._context.load_watch.on_exit(self._spec.queue, LOADING, b"")  # paused: no worker is on its way
         self._update_active()
 
     def on_failure(self, *args: Any) -> None:
@@ -165,6 +167,7 @@ class Pool(pykka.ThreadingActor):
     def _start(self, slot: int) -> None:
         pool_context, spec = self._context, self._spec
         self._serial += 1
+        pool_context.source_watch.check(worker_starts=True)
         zygote = pool_context.zygote()
         lanes = pool_context.slots.lanes(slot, spec.concurrency)
         worker = WorkerHandle(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
@@ -251,6 +254,8 @@ class Pool(pykka.ThreadingActor):
     def _handle_exit(self, worker: WorkerHandle, decision: ExitDecision) -> None:
         """Report the exit to the broker, which releases the worker's messages; responsible ones carry the failure."""
         pool_context = self._context
+        if not worker.lanes[0].is_stale:
+            pool_context.load_watch.on_exit(self._spec.queue, *worker.lanes[0].load_state())
         responsible, failure = list(decision.responsible), decision.failure
         if worker.stderr is not None:
             lines = last_lines(worker.stderr.finish())

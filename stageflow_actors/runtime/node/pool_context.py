@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
+from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.memory_limits import OomKills
+from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
@@ -29,6 +31,8 @@ class PoolContext:
     - `oom_kills`: the kernel's count of OOM kills
     - `stop_timeout_ns`: the time in which a worker that holds no message has to end
     - `initializer`: the code of the runtime's initializer, which each worker calls first; empty if there is none
+    - `load_watch`: receives the exits of workers
+    - `source_watch`: looks for changed modules when a worker starts
     - `has_exited`: returns True if the process behind a pidfd has exited; by default, only the zygote's reports count
     """
 
@@ -48,6 +52,8 @@ class PoolContext:
         has_exited: Callable[[int], bool] | None = None,
         worker_stop_timeout: float = 5.0,
         initializer: bytes = b"",
+        load_watch: LoadWatch | None = None,
+        source_watch: SourceWatch | None = None,
     ) -> None:
         self.slots = slots
         self.zygote = zygote
@@ -62,6 +68,8 @@ class PoolContext:
         self.has_exited = has_exited or (lambda pidfd: False)
         self.stop_timeout_ns = int(worker_stop_timeout * 1e9)
         self.initializer = initializer
+        self.load_watch = load_watch or LoadWatch(0.0)
+        self.source_watch = source_watch or SourceWatch([])
         self.live: dict[int, str] = {}
         self.lanes: dict[str, list[Slot]] = {}
         self.active: set[str] = set()

@@ -5,5 +5,6 @@
 `data_dir`           the data directory: its files, its lock, and the private socket directory
 `interpreter_flags`  the program's `-O`, `-W`, `-X` … for child processes
 `restart_limit`      the number of restarts allowed within a period
+`source_files`       the files of the program's own modules
 ===================  =================================================================
 """

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import msgspec
 
 from stageflow_actors.core.failures import describe_error
+from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.definition.pickling import loads
 from stageflow_actors.definition.services import select_services
 from stageflow_actors.runtime.ipc.exit_codes import (
@@ -52,6 +53,9 @@ __all__ = ["main"]
 MIN_OWN_DESCRIPTOR = 200
 """The least number of our own descriptors, where we choose it: handlers close low descriptors and open others."""
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The directory of this package, whose frames are none of the user's."""
+
 CLOSE_TIMEOUT_SECONDS = 60.0
 """The time in which a retired worker waits for durable settlements: a broker restarts within it."""
 
@@ -72,8 +76,10 @@ def main(data: bytes, slot: Slot | None) -> int:
     services = ServiceScope(runner.get_loop)
     try:
         if payload.initializer:
-            loads(payload.initializer)()
-        executor = _load_executor(payload, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
+            _load_code(payload.initializer, slot)()
+        programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
+        slot.mark_loaded()  # `start()` waits for this
+        executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
         made = f"service {services.failed!r} cannot be made: " if services.failed else ""
@@ -168,8 +174,27 @@ def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, la
     return CompensationActor if isinstance(executor, CompensationExecutor) else StageActor
 
 
-def _load_executor(
+def _load_code(code: bytes, slot: Slot) -> Any:
+    """Return the code that the program sent. If an exception ends the load, the slot says why: `start()` raises it."""
+    try:
+        return loads(code)
+    except BaseException as error:
+        slot.mark_unloadable(f"{describe_error(error)}{_place_of(error)}".encode("utf-8", "backslashreplace"))
+        raise
+
+
+def _place_of(error: BaseException) -> str:
+    """Return the line of user code that raised, in parentheses; an empty text if none did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith(("<frozen", _PACKAGE)) and "cloudpickle" not in frame.filename:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
+
+
+def _make_executor(
     payload: WorkerPayload,
+    programs: list[tuple[WorkflowPlan, Any]],
     slot: Slot,
     mailbox: Mailbox,
     on_error: Callable[[BaseException], None],
@@ -177,7 +202,6 @@ def _load_executor(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> Executor | CompensationExecutor | VersionedExecutor:
     """Return the executor of this worker's queue, for all registered versions."""
-    programs = [(one.plan, loads(one.code)) for one in payload.programs]
     sources = {name: source for _, program in programs for name, source in program.services.items()}
     specs = [spec for _, program in programs for spec in program.handlers]
     services = scope.make(select_services(sources, sources), services_on_loop(specs, sources))
