@@ -16,7 +16,12 @@ from typing import Any
 
 import click
 
+import stageflow_actors
+from stageflow_actors.errors import WorkflowDefinitionError
+
 __all__ = ["load"]
+
+_PACKAGE = str(Path(stageflow_actors.__file__).parent) + os.sep
 
 
 def load(target: str, *kinds: type[Any]) -> Any:
@@ -90,26 +95,36 @@ def _from_path(path: Path) -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
+    from stageflow_actors.runtime.system.start_guard import importing_for
+
     try:
-        return importlib.import_module(name)
+        with importing_for("`stageflow`"):
+            return importlib.import_module(name)
     except ModuleNotFoundError:
         raise
     except SystemExit:
         raise click.UsageError(
             f"{name} exited while it was imported: put the code that it runs under `if __name__ == '__main__':`"
         ) from None
+    except WorkflowDefinitionError as error:
+        raise click.UsageError(f"{name} cannot be imported: {error}{_place(error)}") from None
     except Exception as error:  # noqa: BLE001 - user code may raise anything
         raise _unimportable(name, error) from None
 
 
 def _unimportable(name: str, error: Exception) -> click.UsageError:
-    where = ""
-    if not isinstance(error, SyntaxError):  # its text contains the place
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        frames = [f for f in frames if f.filename != __file__]
-        if frames:
-            where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    where = "" if isinstance(error, SyntaxError) else _place(error)  # the text of a SyntaxError contains the place
     return click.UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}{where}")
+
+
+def _place(error: Exception) -> str:
+    """Return file and line of the innermost frame of user code, in parentheses, or ""."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    if isinstance(error, WorkflowDefinitionError):
+        frames = [f for f in frames if not f.filename.startswith(_PACKAGE)]
+    frames = [f for f in frames if f.filename != __file__]
+    place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return "" if not place or place in str(error) else f" ({place})"
 
 
 def _choices(module_name: str, module: ModuleType, kinds: tuple[type[Any], ...]) -> str:

@@ -459,6 +459,17 @@ class Stage:
         wait = optional_seconds(timeout, f"the timeout of {what}")
         return cls(RemoteCall(endpoint, command, on_reply, wait, what), id=id, **options)
 
+    def _modules(self) -> set[str]:
+        """Return the names of the modules that define the handler and the compensation."""
+        targets = [self.spec.target] + ([] if self.compensation is None else [self.compensation.spec.target])
+        found: set[str] = set()
+        for target in targets:
+            while isinstance(target, functools.partial):
+                target = target.func
+            name = getattr(target, "__module__", None)
+            found |= {name} if isinstance(name, str) else set()
+        return found
+
     def replace(self, **changes: Any) -> Stage:
         """Return a copy of the stage in which some attributes are replaced.
 

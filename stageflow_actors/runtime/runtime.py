@@ -29,6 +29,7 @@ from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_file
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.interpreter_flags import worker_flags
 from stageflow_actors.runtime.system.source_files import loaded_sources
+from stageflow_actors.runtime.system.start_guard import check_may_start
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
 
 __all__ = ["Runtime"]
@@ -123,12 +124,15 @@ class Runtime(Client):
             This runtime.
 
         Raises:
-            WorkflowDefinitionError: If a workflow is invalid, or there is none; no process has been started then.
-                Also if workers cannot load the code of a stage; the cluster is stopped then.
+            WorkflowDefinitionError: If a workflow is invalid, or there is none; or if this is the import of a module by
+                a worker or by `stageflow`. No process has been started then. Also if workers cannot load the code of
+                a stage; the cluster is stopped then.
             JournalLocked: If another live program uses the directory: see `Runtime.connect`.
             JournalCorrupt: If the journal is damaged.
             StageFlowError: If this runtime is running already, or the cluster cannot start.
         """
+        stages = [stage for workflow in self.workflows for stage in workflow.stages] + self._endpoints
+        check_may_start({module for stage in stages for module in stage._modules()})
         with self._lock:
             if self._local.node is not None:
                 raise StageFlowError("this runtime is running already")

@@ -36,6 +36,7 @@ from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.processes import exit_now
+from stageflow_actors.runtime.system.start_guard import importing_for
 from stageflow_actors.runtime.worker.actor import CompensationActor, StageActor, WorkActor
 from stageflow_actors.runtime.worker.concurrent_actors import TaskActor, ThreadActor
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
@@ -177,7 +178,8 @@ def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, la
 def _load_code(code: bytes, slot: Slot) -> Any:
     """Return the code that the program sent. If an exception ends the load, the slot says why: `start()` raises it."""
     try:
-        return loads(code)
+        with importing_for("a worker"):
+            return loads(code)
     except BaseException as error:
         slot.mark_unloadable(f"{describe_error(error)}{_place_of(error)}".encode("utf-8", "backslashreplace"))
         raise
