@@ -182,7 +182,8 @@ def pool_specs(
     specs = []
     for program, planned in stage_codes(workflow, plan):
         if program.stage is not None:
-            program.services = select_services(program.stage.spec.services_among(services), services)
+            taken = program.stage.spec.services_among(services)
+            program.services = select_services([name for name in services if name in taken], services)
             program.stage = program.stage.replace(compensation=None)
             program.interceptors = tuple(interceptors)
         actors, concurrency = limit_concurrency(planned, max_concurrency)
@@ -216,7 +217,7 @@ def pool_specs(
             workflow.version,
             workflow.context,
             compensations,
-            select_services(sorted(names), services),
+            select_services([name for name in services if name in names], services),
             tuple(interceptors),
             items,
         )
@@ -338,7 +339,8 @@ def endpoint_code(
         max_memory=stage.max_memory or 0,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
-    taken = select_services([name for name in stage.spec.services_among(services) if name in services], services)
+    names = stage.spec.services_among(services)
+    taken = select_services([name for name in services if name in names], services)
     return StageCode("endpoint", 1, dict, stage.id, stage, {}, taken), plan
 
 

@@ -103,8 +103,8 @@ class ExitPolicy:
             status: The exit status; None if the zygote was lost and could not report it.
             killed: The pool's reason for killing the worker; None if the pool has not killed it.
             expected: True if all workers of the pool are stopping.
-            ending: True if the worker was ending: it held no message, and closed its services or ran its `atexit`
-                functions, so that no message is responsible, however it exited.
+            ending: True if the worker had started and was ending: it held no message, so that none is responsible,
+                however it exited.
             now: Monotonic, in seconds.
         """
         started = any(state.started for state in states)
@@ -115,7 +115,6 @@ class ExitPolicy:
         # A worker that had exited before the pool's signal arrived has another status, and is judged by that.
         if killed is not None and status in (None, -signal.SIGKILL):
             return self._decide_killed(spec, states, status, killed, now)
-        ending = ending and status != EXIT_UNLOADABLE  # after a failed start, the services made so far are closed
         if expected or ending or (status in (None, EXIT_RECYCLED) and not any(state.is_busy for state in states)):
             return NO_CONSEQUENCE
         if not started:

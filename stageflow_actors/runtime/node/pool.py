@@ -241,7 +241,7 @@ class Pool(pykka.ThreadingActor):
             status,
             killed=worker.killed,
             expected=self._shutting_down,
-            ending=worker.ending_since != 0,
+            ending=worker.ending_since != 0 and worker.lanes[0].is_ready,
             now=time.monotonic(),
         )
         self._apply(worker, decision)
