@@ -11,6 +11,7 @@
 `journal`     the log on disk, which survives crashes
 `offline`     readers of a journal that need no broker
 `testing`     the contract that every broker passes, and a simulated disk
+`log_sender`  sends the log records of a process to the one that collects them
 `failpoints`  places at which a test can stop or kill a process
 ============  ==================================================================
 """

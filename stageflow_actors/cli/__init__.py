@@ -4,6 +4,7 @@
 `main`          the entry point: finds the command, turns errors into one line and an exit code
 `commands`      the commands, one file each
 `options`       options that several commands share
+`log_options`   the logging of `run` and `up`
 `output`        rows as a table, JSON or CSV; `message_rows` makes rows of messages
 `progress`      the progress of a run on stderr
 `importer`      imports MODULE:NAME

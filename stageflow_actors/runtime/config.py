@@ -39,8 +39,9 @@ class Config:
             is killed afterwards. 0 kills it at once. Default: 5.
         start_timeout: How long `start()` and `register()` wait for workers to load their code, greater than 0; after
             that they return without them. Default: 120 seconds.
-        log_level: Level of the processes' own logs: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default:
-            `WARNING`.
+        log_level: Least level of the records of StageFlow's own loggers, and of all loggers of a program that has not
+            configured logging: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default: `WARNING`, or what the
+            program's logging is configured to.
 
     Raises:
         ValueError: If a setting is out of range; the message names the setting.

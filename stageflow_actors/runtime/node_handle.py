@@ -19,6 +19,7 @@ from stageflow_actors import errors
 from stageflow_actors.core.failures import describe_error
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError, WorkflowDefinitionError
 from stageflow_actors.history import errors as history_errors
+from stageflow_actors.runtime.client.output import ProgramOutput
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
@@ -42,6 +43,8 @@ REGISTER_SECONDS = 30.0
 """Longest wait for the node to confirm a registration."""
 STOP_MARGIN_SECONDS = 10.0
 """Time beyond the grace in which a node may stop its cluster before both are killed."""
+KILLED_OUTPUT_SECONDS = 1.0
+"""Longest wait for the output of a cluster that has been killed."""
 SURVIVOR_SECONDS = 5.0
 """Time in which the processes of a dead node's cluster must end after it."""
 
@@ -65,6 +68,7 @@ class NodeHandle:
         self._notify = notify
         self._on_failure = on_failure
         self._lock = threading.Lock()
+        self._output = ProgramOutput(config.log_level)
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
@@ -86,7 +90,11 @@ class NodeHandle:
 
     def start(self) -> None:
         """Start the node and wait until it is ready. Raises the error that prevents the start."""
-        self._launch_until_ready()
+        try:
+            self._launch_until_ready()
+        except BaseException:
+            self._output.close(KILLED_OUTPUT_SECONDS)
+            raise
         threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
@@ -179,6 +187,7 @@ class NodeHandle:
             self.kill()
             raise
         self._close_pidfd()
+        self._output.close()
 
     def end_stop(self) -> None:
         """Make `stop`, which waits in another thread, kill the stages in work instead of waiting for them."""
@@ -207,6 +216,7 @@ class NodeHandle:
         except BrokerUnavailable as error:
             self._notify(str(error))  # not raised: it would hide the error for which the caller kills the cluster
         self._close_pidfd()
+        self._output.close(KILLED_OUTPUT_SECONDS)
 
     def _close_pidfd(self) -> None:
         """Close the pidfd of the last node."""
@@ -239,11 +249,14 @@ class NodeHandle:
     def _launch(self) -> None:
         runtime_dir(self._data.path)  # an unusable directory is reported by the program and not by a node that fails
         ours, theirs = socket.socketpair()
+        output = self._output.connect()
+        self._config.output_fd, self._config.levels_fd = output.fileno(), self._output.levels.fd
         try:
             self._process = subprocess.Popen(
                 [sys.executable, *service_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), *self._config.sys_path],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._data.lock_fd),
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._data.lock_fd, output.fileno(), self._output.levels.fd),
                 start_new_session=True,
             )
         except OSError as error:
@@ -251,6 +264,7 @@ class NodeHandle:
             raise BrokerUnavailable(f"the node process could not be started: {error}") from error
         finally:
             theirs.close()
+            output.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._pidfd = os.pidfd_open(self._process.pid)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import array
-import fcntl
 import os
 import select
+import socket
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,9 @@ import psutil
 import pytest
 
 from stageflow_actors import Runtime, Workflow
-from stageflow_actors.runtime.node.stderr_relay import CHUNK_BYTES, MAX_ORPHANED_PIPES, StderrRelay
+from stageflow_actors.runtime.ipc.output_frames import DROPPED_OUTPUT, STDERR, FrameReader
+from stageflow_actors.runtime.node.output_relay import CHUNK_BYTES, MAX_ORPHANED_PIPES, OutputRelay
+from stageflow_actors.runtime.node.program_channel import ProgramChannel
 
 Row = dict[str, Any]
 
@@ -46,24 +45,13 @@ heaps: Workflow[Row] = Workflow("heaps").add_stage(write_heaps)
 quiet: Workflow[Row] = Workflow("quiet").add_stage(nothing)
 
 
-@contextmanager
-def stderr_to(path: Path) -> Iterator[None]:
-    kept = os.dup(2)
-    with path.open("ab") as file:
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def test_ten_megabytes_on_stderr_arrive_line_by_line_and_take_neither_memory_nor_time_from_others(
-    tmp_path: Path, others_of: Callable[..., Any]
+    tmp_path: Path, others_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = Runtime(lines, heaps, quiet, data_dir=tmp_path / "data")
-    with stderr_to(tmp_path / "stderr"):
-        runtime.start()
+    file = (tmp_path / "stderr").open("w")
+    monkeypatch.setattr(sys, "stderr", file)
+    runtime.start()
     others = others_of(runtime, quiet)
     try:
         before = psutil.Process(runtime.node_pid).memory_info().rss
@@ -75,6 +63,7 @@ def test_ten_megabytes_on_stderr_arrive_line_by_line_and_take_neither_memory_nor
     finally:
         others.stop()
         runtime.stop(grace=0.0)
+        file.close()
     written = (tmp_path / "stderr").read_text().splitlines()
     assert len((tmp_path / "stderr").read_bytes()) > 10_000_000
     assert {len(line) for line in written} == {len("line 0 000000") + 1 + 80, len("heap 0 000000") + 80}
@@ -84,36 +73,40 @@ def test_ten_megabytes_on_stderr_arrive_line_by_line_and_take_neither_memory_nor
     assert after - before < 30_000_000, f"the node grew by {after - before} bytes"
 
 
-class Pipe:
-    """A pipe that a relay writes to, and everything read from it."""
+class Program:
+    """The program's end of the connection that a relay sends to, and all output read from it."""
 
     def __init__(self) -> None:
-        self.ours, self.theirs = os.pipe()
-        os.set_blocking(self.ours, False)
+        self.ours, theirs = socket.socketpair()
+        self.channel = ProgramChannel(theirs)
+        self.ours.setblocking(False)
         self.read = b""
+        self.dropped = 0
+        self._frames = FrameReader()
 
     def has(self, text: bytes) -> bool:
         try:
-            self.read += os.read(self.ours, 1 << 20)
+            for kind, data in self._frames.feed(self.ours.recv(1 << 20)):
+                if kind == STDERR:
+                    self.read += data
+                elif kind == DROPPED_OUTPUT:
+                    self.dropped += int(data)
         except BlockingIOError:
             pass
         return text in self.read
 
-    def close(self) -> None:
-        os.close(self.ours)
-        os.close(self.theirs)
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    program = Program()
+    yield program
+    program.ours.close()
+    program.channel.close()
 
 
 @pytest.fixture
-def pipe() -> Iterator[Pipe]:
-    pipe = Pipe()
-    yield pipe
-    pipe.close()
-
-
-@pytest.fixture
-def relay(pipe: Pipe) -> Iterator[StderrRelay]:
-    relay = StderrRelay(pipe.theirs)
+def relay(program: Program) -> Iterator[OutputRelay]:
+    relay = OutputRelay(program.channel)
     yield relay
     relay.close(timeout=5.0)
 
@@ -123,30 +116,30 @@ def descriptors() -> int:
 
 
 def test_what_a_worker_wrote_last_is_known_when_it_has_ended_and_still_passed_on(
-    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+    relay: OutputRelay, program: Program, eventually: Callable[..., Any]
 ) -> None:
     stderr, theirs = relay.open()
     os.write(theirs, b"one\n")
-    eventually(lambda: pipe.has(b"one\n"), "a line at once")
+    eventually(lambda: program.has(b"one\n"), "a line at once")
     os.write(theirs, b"two\nwithout an end")
     os.close(theirs)
     assert stderr.finish() == b"one\ntwo\nwithout an end"
-    eventually(lambda: pipe.has(b"two\nwithout an end"), "the rest")
+    eventually(lambda: program.has(b"two\nwithout an end"), "the rest")
 
 
 def test_reading_the_last_stderr_lines_does_not_wait_for_a_program_that_does_not_read_its_stderr(
-    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+    relay: OutputRelay, program: Program, eventually: Callable[..., Any]
 ) -> None:
     loud, theirs = relay.open()
     os.set_blocking(theirs, False)
-    eventually(lambda: fill(theirs) and unread(pipe.ours) == CHUNK_BYTES, "a program's pipe that is full")
+    eventually(lambda: (fill(theirs), program.channel.has_backlog)[1], "a program's connection that is full")
     silent, own = relay.open()
     os.write(own, b"the last words of another\n")
     os.close(own)
     os.close(theirs)
     assert silent.finish() == b"the last words of another\n"
     assert loud.finish().endswith(b"x" * 1000)
-    eventually(lambda: pipe.has(b"the last words of another\n"), "everything, once somebody reads")
+    eventually(lambda: program.has(b"the last words of another\n"), "everything, once somebody reads")
 
 
 def fill(fd: int) -> bool:
@@ -157,24 +150,17 @@ def fill(fd: int) -> bool:
     return False
 
 
-def unread(fd: int) -> int:
-    count = array.array("i", [0])
-    fcntl.ioctl(fd, termios.FIONREAD, count)
-    return count[0]
-
-
-def test_a_program_without_stderr_holds_up_no_worker(relay: StderrRelay, pipe: Pipe) -> None:
-    os.close(pipe.ours)
+def test_a_program_without_stderr_holds_up_no_worker(relay: OutputRelay, program: Program) -> None:
+    program.ours.close()
     stderr, theirs = relay.open()
     for _ in range(50):
         os.write(theirs, b"x" * CHUNK_BYTES)  # would wait forever without a reader
     os.close(theirs)
     assert stderr.finish().endswith(b"x")
-    pipe.ours = os.open(os.devnull, os.O_RDONLY)
 
 
 def test_output_that_a_worker_has_left_behind_is_relayed_too_with_a_bounded_number_of_descriptors(
-    relay: StderrRelay, pipe: Pipe, eventually: Callable[..., Any]
+    relay: OutputRelay, program: Program, eventually: Callable[..., Any]
 ) -> None:
     before = descriptors()
     left: list[int] = []
@@ -186,14 +172,14 @@ def test_output_that_a_worker_has_left_behind_is_relayed_too_with_a_bounded_numb
     with pytest.raises(BrokenPipeError):
         os.write(left[0], b"nobody hears this\n")
     os.write(left[-1], b"I am still here\n")
-    eventually(lambda: pipe.has(b"I am still here\n"), "what it wrote")
+    eventually(lambda: program.has(b"I am still here\n"), "what it wrote")
     for fd in left:
         os.close(fd)
     eventually(lambda: descriptors() == before, "all ends closed")
 
 
 def test_a_late_exit_of_a_worker_does_not_affect_the_worker_that_reuses_its_descriptor(
-    relay: StderrRelay, eventually: Any
+    relay: OutputRelay, eventually: Any
 ) -> None:
     first, theirs = relay.open()
     os.write(theirs, b"of the first\n")
@@ -213,8 +199,7 @@ def test_a_late_exit_of_a_worker_does_not_affect_the_worker_that_reuses_its_desc
 
 
 def test_a_child_that_writes_all_the_time_does_not_hold_up_the_burial_of_its_worker() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    relay = StderrRelay(nowhere)
+    relay = OutputRelay(ProgramChannel(None))
     stderr, theirs = relay.open()
     stopping = threading.Event()
 
@@ -230,11 +215,10 @@ def test_a_child_that_writes_all_the_time_does_not_hold_up_the_burial_of_its_wor
     child.join()
     os.close(theirs)
     relay.close(timeout=5.0)
-    os.close(nowhere)
 
 
-def test_closing_passes_on_what_was_written_and_does_not_wait_for_what_is_left_behind(pipe: Pipe) -> None:
-    relay = StderrRelay(pipe.theirs)
+def test_closing_passes_on_what_was_written_and_does_not_wait_for_what_is_left_behind(program: Program) -> None:
+    relay = OutputRelay(program.channel)
     stderr, theirs = relay.open()
     _, open_still = relay.open()
     os.write(theirs, b"the very last\n")
@@ -242,5 +226,5 @@ def test_closing_passes_on_what_was_written_and_does_not_wait_for_what_is_left_b
     stderr.finish()
     relay.close(timeout=10.0)
     assert not relay._thread.is_alive()
-    assert pipe.has(b"the very last\n")
+    assert program.has(b"the very last\n")
     os.close(open_still)

@@ -21,6 +21,7 @@ import msgspec
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerError, JournalCorrupt, JournalError
+from stageflow_brokers.log_sender import relay_process
 from stageflow_brokers.zeromq.server import Server
 
 __all__ = ["ProcessOptions", "main"]
@@ -35,7 +36,10 @@ EXIT_JOURNAL_FAILED = 70
 
 
 class ProcessOptions(msgspec.Struct):
-    """The options of a broker process. `max_message_bytes` replaces the value in `limits`."""
+    """The options of a broker process. `max_message_bytes` replaces the value in `limits`.
+
+    `log_fd` is a socket for the log records of this process from `log_level` on, see `LogSender`; -1 for none.
+    """
 
     address: str
     journal: str | None
@@ -46,6 +50,8 @@ class ProcessOptions(msgspec.Struct):
     segment_bytes: int = 64 << 20
     ready_fd: int = -1
     parent: int = 0
+    log_fd: int = -1
+    log_level: int = 30
 
 
 class _Stop:
@@ -69,6 +75,8 @@ def main(argument: str) -> int:
     """Run until SIGTERM. Return 0 after a clean stop, 1 if the start failed; exit with 70 if the journal failed."""
     # Not msgspec's JSON, here and in the report: it rejects file names that are not valid UTF-8.
     options = msgspec.convert(json.loads(argument), ProcessOptions)
+    if options.log_fd >= 0:
+        relay_process(options.log_fd, options.log_level)
     stop = _Stop()
     max_descriptors = _raise_descriptor_limit()
     gc.disable()  # the broker creates no reference cycles, and a collection of a million messages takes seconds

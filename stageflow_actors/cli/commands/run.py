@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stageflow_actors.cli.log_options import configure_logging, log_options
 from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
 from stageflow_actors.cli.output import span
 
@@ -59,6 +60,7 @@ MAX_REPORTED_LINES = 20
 @click.option("--fresh", is_flag=True, help="Rename an existing data directory first, and run every line.")
 @click.option("--retry-failed", is_flag=True, help="Run instances again that ended with another status than completed.")
 @runtime_data_option
+@log_options
 @click.option(
     "--output",
     type=click.Choice(["table", "json"]),
@@ -75,6 +77,8 @@ def run(
     fresh: bool,
     retry_failed: bool,
     data: Path | None,
+    log_level: str | None,
+    log_format: str | None,
     output: str,
 ) -> int:
     """Run a workflow over a file: one instance per line.
@@ -97,6 +101,7 @@ def run(
     from stageflow_actors.runtime.runtime import Runtime
 
     found = load(target, Workflow, Runtime)
+    configure_logging(log_level, log_format)
     runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
     if data is not None:
         runtime.data_dir = data

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from stageflow_actors.cli.log_options import configure_logging, log_options
 from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
 
 __all__ = ["up"]
@@ -17,7 +18,8 @@ __all__ = ["up"]
 @click.command()
 @click.argument("target", metavar="MODULE:RUNTIME")
 @runtime_data_option
-def up(target: str, data: Path | None) -> int:
+@log_options
+def up(target: str, data: Path | None, log_level: str | None, log_format: str | None) -> int:
     """Serve workflows until SIGTERM or Ctrl-C.
 
     MODULE is an importable module or a path to a .py file. RUNTIME in it is a Runtime, or a Workflow to serve with the
@@ -34,6 +36,7 @@ def up(target: str, data: Path | None) -> int:
     from stageflow_actors.runtime.runtime import Runtime
 
     found = load(target, Runtime, Workflow)
+    configure_logging(log_level, log_format)
     runtime = found if isinstance(found, Runtime) else Runtime(found, data_dir=data or DEFAULT_DATA)
     if data is not None:
         runtime.data_dir = data

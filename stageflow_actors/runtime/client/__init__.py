@@ -11,6 +11,7 @@
 `waiters`           objects that wait for the outcomes of instances
 `workflow_ref`      a workflow as object or id, and a start request
 `event_stream`      events of the cluster; `event_decoder` makes them of frames
+`output`            writes the output of handlers, and handles their log records
 `remote_client`     a client of a cluster that another process runs
 `attach`            finds the running cluster of a data directory
 `offline_client`    a client of a data directory at rest

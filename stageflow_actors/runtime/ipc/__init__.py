@@ -3,6 +3,8 @@
 =================  ===============================================================
 `control_channel`  messages between program and node over a socket pair
 `exit_codes`       exit codes of the processes
+`log_levels`       the program's logging set-up in shared memory
+`output_frames`    the frames in which output and log records reach the program
 `pool_spec`        the specification of a pool, and the code that its workers load
 `slots`            shared memory in which a worker publishes its current message
 `stop_notes`       notices of a slow stop

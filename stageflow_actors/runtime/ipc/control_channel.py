@@ -26,8 +26,9 @@ _LENGTH = struct.Struct("<I")
 class NodeConfig(Struct, tag="start"):
     """The first message to a node.
 
-    `lock_fd` is the inherited lock of the data directory. Paths are bytes, as in the operating system: a file name need
-    not be valid text.
+    `lock_fd` is the inherited lock of the data directory, `output_fd` the connection for output and log records,
+    `levels_fd` the shared memory of `LogLevels`; -1 for none. Paths are bytes, as in the operating system: a file name
+    need not be valid text.
     """
 
     data_dir: bytes
@@ -48,6 +49,8 @@ class NodeConfig(Struct, tag="start"):
     initializer: bytes = b""
     start_timeout: float = 120.0
     sources: list[SourceFile] = []
+    output_fd: int = -1
+    levels_fd: int = -1
 
 
 class Register(Struct, tag="register"):

@@ -162,6 +162,8 @@ class WorkerPayload(Struct):
     lanes: int = 1
     max_deaths: int = 0
     initializer: bytes = b""
+    log_fd: int = -1
+    levels_fd: int = -1
 
 
 def pool_specs(

@@ -55,6 +55,8 @@ class BrokerProcess:
         max_message_bytes: int,
         keep_fds: tuple[int, ...] = (),
         supervised: bool = True,
+        log_fd: int = -1,
+        log_level: int = logging.WARNING,
     ) -> None:
         self.address = address
         self._options = {
@@ -64,8 +66,10 @@ class BrokerProcess:
             "supervised": supervised,
             "max_message_bytes": max_message_bytes,
             "parent": os.getpid(),
+            "log_fd": log_fd,
+            "log_level": log_level,
         }
-        self._keep_fds = keep_fds
+        self._keep_fds = keep_fds if log_fd < 0 else (*keep_fds, log_fd)
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._lock = threading.Lock()

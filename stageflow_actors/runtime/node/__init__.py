@@ -12,7 +12,8 @@
 `load_watch`             which pools have loaded their code
 `memory_limits`          memory use of workers, and the kernel's count of OOM kills
 `source_watch`           warns of modules that change on disk
-`stderr_relay`           passes the stderr of workers on to the program
+`output_relay`           passes output and log records of workers on to the program
+`program_channel`        the connection on which they are sent
 `coordinator`            handles failures, ends instances, writes the history
 `orphans`                messages of versions that are not registered
 `history_consistency`    checks that journal and history belong together

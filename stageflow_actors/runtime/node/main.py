@@ -27,6 +27,7 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
+from stageflow_actors.runtime.ipc.log_levels import LogLevels
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_ends, describe_unresponsive, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
@@ -37,16 +38,18 @@ from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deli
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
+from stageflow_actors.runtime.node.output_relay import OutputRelay
 from stageflow_actors.runtime.node.pool import Cancelled, ScaleTo, ShutDown, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
+from stageflow_actors.runtime.node.program_channel import ProgramChannel
 from stageflow_actors.runtime.node.source_watch import SourceWatch
-from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, runtime_dir
 from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
 from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.log_sender import annotate_nothing, send_logs
 
 __all__ = ["main"]
 
@@ -77,6 +80,8 @@ SILENT_BROKER_STOP_SECONDS = 1.0
 """Time that a broker that has not answered gets to end before it is killed."""
 WORKER_KILL_SECONDS = 5.0
 """Longest wait for the exits of workers that have been killed."""
+OUTPUT_SECONDS = 2.0
+"""Longest time for passing the rest of the output on."""
 HISTORY_WRITE_SECONDS = 30.0
 """Longest wait for finished instances that are not in the history yet; they are safe in the broker until then."""
 HISTORY_HURRY_SECONDS = 5.0
@@ -126,13 +131,13 @@ def main(control_fd: int) -> NoReturn:
     config = channel.receive()
     if not isinstance(config, NodeConfig):
         os._exit(0)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    output = _open_output(config)
     failpoint("node.born")
     try:
         program = parent_death_fd(config.program)
     except ProcessLookupError:
         os._exit(0)
-    node = Node(config, channel, program)
+    node = Node(config, channel, program, output)
     try:
         node.start()
     except StageFlowError as error:
@@ -141,6 +146,15 @@ def main(control_fd: int) -> NoReturn:
         _send_report(channel, Report("failed", f"the cluster could not start: {error}", "StageFlowError"))
         node.abandon(1)
     node.run()
+
+
+def _open_output(config: NodeConfig) -> ProgramChannel:
+    """Open the connection for output, and send this process's log records over it."""
+    if config.output_fd >= 0:
+        os.set_inheritable(config.output_fd, False)
+    channel = ProgramChannel(None if config.output_fd < 0 else socket.socket(fileno=config.output_fd))
+    send_logs(channel.send_record, annotate_nothing)
+    return channel
 
 
 def _send_report(channel: Channel, report: Report) -> None:
@@ -153,7 +167,7 @@ def _send_report(channel: Channel, report: Report) -> None:
 class Node:
     """Starts the parts of one cluster in order, and stops them in reverse order."""
 
-    def __init__(self, config: NodeConfig, channel: Channel, program: int) -> None:
+    def __init__(self, config: NodeConfig, channel: Channel, program: int, output: ProgramChannel) -> None:
         self._config = config
         self._channel = channel
         self._program = program
@@ -162,12 +176,18 @@ class Node:
         os.set_inheritable(config.lock_fd, False)
         self._directory: Path = runtime_dir(self._data.path)
         self._address = f"ipc://{self._directory}/broker"
+        self._levels = LogLevels(config.levels_fd)
+        os.set_inheritable(config.levels_fd, False)
+        self._levels.apply()
+        self._output = OutputRelay(output)
         self._broker_process = BrokerProcess(
             address=self._address,
             journal=None if config.durability == "memory" else str(self._data.journal),
             durability=config.durability,
             max_message_bytes=config.max_message_bytes,
             keep_fds=(config.lock_fd,),
+            log_fd=self._output.log_fd,
+            log_level=logging.getLogger("stageflow_brokers").getEffectiveLevel(),
         )
         self._zygote: ZygoteHandle | None = None
         self._listener = _NodeListener()
@@ -183,7 +203,6 @@ class Node:
         config = self._config
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
         self._slots = SlotTable.create(SLOT_COUNT)
-        self._stderr = StderrRelay()
         self._load_watch = LoadWatch(config.start_timeout)
         self._source_watch = SourceWatch(config.sources)
         self._make_zygote()
@@ -208,7 +227,8 @@ class Node:
             max_message_bytes=config.max_message_bytes,
             log_level=config.log_level,
             notify=lambda text: _send_report(self._channel, Report("notice", text)),
-            stderr=self._stderr,
+            output=self._output,
+            levels_fd=config.levels_fd,
             has_exited=has_exited,
             worker_stop_timeout=config.worker_stop_timeout,
             initializer=config.initializer,
@@ -284,6 +304,7 @@ class Node:
             "file": None if file is None else os.fsencode(file),
             "offset": getattr(error, "offset", None),
         }
+        self._output.close(timeout=0.5)
         _send_report(self._channel, Report("failed", str(error), type(error).__name__, fields))
         self.abandon(1)
 
@@ -359,7 +380,7 @@ class Node:
         zygote = ZygoteHandle(
             "stageflow_actors.runtime.worker.main:main",
             slots=self._slots,
-            keep_fds=(config.lock_fd,),
+            keep_fds=(config.lock_fd, self._output.log_fd, config.levels_fd),
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],
             cwd=os.fsdecode(config.cwd),
             flags=config.interpreter_flags,
@@ -450,6 +471,7 @@ class Node:
                     zygote.close()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_SECONDS
+            self._levels.follow()
             self._supervisor.tell(Tick())
             self._coordinator.tell(Flush())
         if time.monotonic() >= self._next_orphan_check:
@@ -468,7 +490,6 @@ class Node:
         self._end_workers(graceful=broker_answers)
         broker_answers = broker_answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()
-        self._stderr.close(timeout=2.0)
         if broker_answers:
             self._broker.close(timeout=2.0)
             self._broker_process.stop()
@@ -482,6 +503,7 @@ class Node:
         self._coordinator.stop()
         self._history.close()
         self._data.remove_cluster()
+        self._output.close(timeout=OUTPUT_SECONDS)
         _send_report(self._channel, Report("stopped"))
         os._exit(0)
 

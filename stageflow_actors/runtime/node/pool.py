@@ -22,6 +22,7 @@ from msgspec import structs
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import STDERR_HEADING, last_lines, write_failure
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
+from stageflow_actors.runtime.ipc.output_frames import STDERR, STDOUT
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import LOADING, SlotState
 from stageflow_actors.runtime.node.exit_policy import (
@@ -190,20 +191,25 @@ class Pool(pykka.ThreadingActor):
             spec.concurrency,
             spec.max_deaths,
             pool_context.initializer,
+            log_fd=-1 if pool_context.output is None else pool_context.output.log_fd,
+            levels_fd=pool_context.levels_fd,
         )
-        theirs = -1
+        streams: list[int] = []
         try:
-            if pool_context.stderr is not None:
-                worker.stderr, theirs = pool_context.stderr.open()
+            if pool_context.output is not None:
+                worker.stdout, theirs = pool_context.output.open(STDOUT)
+                streams.append(theirs)
+                worker.stderr, theirs = pool_context.output.open(STDERR)
+                streams.append(theirs)
             failpoint("pool.spawning")
-            zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, stderr=theirs)
+            zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, streams=streams)
         except OSError as error:
             if error.errno == errno.EBADF:
                 return  # the zygote is dead and closed: `ZygoteLost` follows, and handles this worker too
             self._on_spawn_failed(SpawnFailed(worker.id, f"a worker could not be requested from the zygote: {error}"))
         finally:
-            if theirs >= 0:
-                os.close(theirs)
+            for fd in streams:
+                os.close(fd)
 
     def _on_spawned(self, event: Spawned) -> None:
         worker = self._workers.get(event.worker_id)
@@ -257,6 +263,8 @@ class Pool(pykka.ThreadingActor):
         if not worker.lanes[0].is_stale:
             pool_context.load_watch.on_exit(self._spec.queue, *worker.lanes[0].load_state())
         responsible, failure = list(decision.responsible), decision.failure
+        if worker.stdout is not None:
+            worker.stdout.finish()
         if worker.stderr is not None:
             lines = last_lines(worker.stderr.finish())
             if lines and failure is not None and failure.kind != "cancelled":

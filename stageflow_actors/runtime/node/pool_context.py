@@ -13,8 +13,8 @@ from stageflow_actors.core.plan import Naming
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
 from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.memory_limits import OomKills
+from stageflow_actors.runtime.node.output_relay import OutputRelay
 from stageflow_actors.runtime.node.source_watch import SourceWatch
-from stageflow_actors.runtime.node.stderr_relay import StderrRelay
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
 
@@ -27,7 +27,8 @@ class PoolContext:
     - `live`: the queue of each worker that is not known to be dead, by the worker's peer id
     - `lanes`: the slots of each queue's workers
     - `active`: the queues whose pool needs ticks even while no worker is busy
-    - `stderr`: reads the stderr of workers; None if they share the node's
+    - `output`: reads the output and the log records of workers; None if they share the node's
+    - `levels_fd`: the shared memory with the program's log levels
     - `oom_kills`: the kernel's count of OOM kills
     - `stop_timeout_ns`: the time in which a worker that holds no message has to end
     - `initializer`: the code of the runtime's initializer, which each worker calls first; empty if there is none
@@ -47,7 +48,8 @@ class PoolContext:
         max_message_bytes: int,
         log_level: str,
         notify: Callable[[str], None],
-        stderr: StderrRelay | None = None,
+        output: OutputRelay | None = None,
+        levels_fd: int = -1,
         oom_kills: OomKills | None = None,
         has_exited: Callable[[int], bool] | None = None,
         worker_stop_timeout: float = 5.0,
@@ -63,7 +65,8 @@ class PoolContext:
         self.max_message_bytes = max_message_bytes
         self.log_level = log_level
         self.notify = notify
-        self.stderr = stderr
+        self.output = output
+        self.levels_fd = levels_fd
         self.oom_kills = oom_kills or OomKills()
         self.has_exited = has_exited or (lambda pidfd: False)
         self.stop_timeout_ns = int(worker_stop_timeout * 1e9)

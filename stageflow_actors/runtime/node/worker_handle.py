@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.runtime.ipc.slots import Slot, SlotState
-from stageflow_actors.runtime.node.stderr_relay import WorkerStderr
+from stageflow_actors.runtime.node.output_relay import WorkerOutput
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
 __all__ = ["Kill", "WorkerHandle"]
@@ -37,7 +37,7 @@ class WorkerHandle:
 
     - `lanes`: one slot for each message that the worker runs concurrently, from number `slot`
     - `killed`: the reason for which this pool has killed the worker
-    - `stderr`: the pipe to which the worker writes its stderr
+    - `stdout`, `stderr`: the pipes to which the worker writes its output
     - `cancelled`: cancelled messages by id, and the time after which the worker is killed if it still runs one
     - `long_message_id`: the long message behind which waiting messages were last recalled; `recall_at`: the next recall
     - `retiring`: the worker was asked to exit after its current messages, because there are too many workers or because
@@ -66,6 +66,7 @@ class WorkerHandle:
         "retiring",
         "slot",
         "stderr",
+        "stdout",
         "stop_requested_at",
         "zygote",
     )
@@ -79,7 +80,8 @@ class WorkerHandle:
         self.pid = 0
         self.pidfd = -1
         self.killed: Kill | None = None
-        self.stderr: WorkerStderr | None = None
+        self.stdout: WorkerOutput | None = None
+        self.stderr: WorkerOutput | None = None
         self.cancelled: dict[int, int] = {}
         self.long_message_id = 0
         self.recall_at = 0

@@ -5,6 +5,8 @@
 `actor`                `StageActor`: handles messages one by one
 `concurrent_actors`    actors that handle several messages at once
 `mailbox`              passes batches from the connection to the actor
+`output`               the standard streams and the logging of the worker
+`current_attempt`      the attempt in work, for the attributes of log records
 `stage_context`        `StageContext`, which handlers receive
 `interceptors`         wraps the calls of user code
 `services`             `ServiceScope`: makes the services of a worker and closes them

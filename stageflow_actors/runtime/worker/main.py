@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import fcntl
-import logging
 import os
 import resource
 import sys
@@ -45,14 +44,13 @@ from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import Mailbox
+from stageflow_actors.runtime.worker.output import MIN_OWN_DESCRIPTOR, WorkerLogging, own_stderr, prepare_streams
 from stageflow_actors.runtime.worker.process_exit import ProcessExit
 from stageflow_actors.runtime.worker.services import ServiceScope, services_on_loop
+from stageflow_brokers.api import DeliveryItem
 from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["main"]
-
-MIN_OWN_DESCRIPTOR = 200
-"""The least number of our own descriptors, where we choose it: handlers close low descriptors and open others."""
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The directory of this package, whose frames are none of the user's."""
@@ -65,20 +63,24 @@ def main(data: bytes, slot: Slot | None) -> int:
     """Run the worker and return its exit code: the entry of the forked process."""
     failpoint("worker.born")
     payload = msgspec.msgpack.decode(data, type=WorkerPayload)
-    stderr = _own_stderr()
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=payload.log_level, format=form, stream=stderr)
+    prepare_streams()
+    stderr = own_stderr()
     # A worker that crashes writes the traceback of the crash.
     faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
     process = ProcessExit(slot)
-    mailbox = _WorkerMailbox(payload.queue)
+    logs = WorkerLogging(payload, slot)
+    mailbox = _WorkerMailbox(payload.queue, logs)
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     services = ServiceScope(runner.get_loop)
     try:
         if payload.initializer:
-            _load_code(payload.initializer, slot)()
-        programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
+            with logs.loading_code():
+                initializer = _load_code(payload.initializer, slot)
+            with logs.initializing():
+                initializer()
+        with logs.loading_code():
+            programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
         executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
@@ -111,10 +113,16 @@ class _WorkerMailbox(Mailbox):
     the connection.
     """
 
-    def __init__(self, queue: str) -> None:
+    def __init__(self, queue: str, logs: WorkerLogging) -> None:
         super().__init__(queue)
+        self._logs = logs
         self.placeholders: list[int] = []
         self.closing = False
+
+    def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
+        """Pass the deliveries on; they run with the program's current log levels."""
+        self._logs.follow_levels()
+        super().on_deliveries(queue, items, bodies)
 
     def on_connected(self, broker_epoch: int) -> None:
         """Close the placeholders: the connection has all its descriptors."""
@@ -135,15 +143,6 @@ def _occupy_low_descriptors() -> list[int]:
     while taken[-1] < MIN_OWN_DESCRIPTOR:
         taken.append(os.dup(taken[0]))
     return taken
-
-
-def _own_stderr() -> TextIO:
-    """Return a stderr that works after handlers have closed `sys.stderr` or descriptor 2."""
-    try:
-        fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, MIN_OWN_DESCRIPTOR)
-    except OSError:
-        return sys.stderr  # the limit of open files is lower
-    return open(fd, "w", buffering=1, errors="backslashreplace")
 
 
 class _DescriptorCheck:

@@ -176,7 +176,7 @@ class ZygoteHandle:
         slot: int | None = None,
         env: Mapping[str, str] | None = None,
         *,
-        stderr: int = -1,
+        streams: Sequence[int] = (),
     ) -> None:
         """Request a worker. `events` then returns `Spawned` and later `Exited`, or `SpawnFailed`.
 
@@ -187,13 +187,14 @@ class ZygoteHandle:
             payload: The bytes for the entry function; may be megabytes.
             slot: Index of the worker's slot. Default: no slot.
             env: Variables that are added to the environment.
-            stderr: A descriptor of which the worker gets a copy as its stderr. Default: the stderr of the zygote.
+            streams: Two descriptors of which the worker gets copies as its stdout and stderr. Default: those of the
+                zygote.
         """
         message = msgspec.msgpack.encode((worker_id, -1 if slot is None else slot))
         input_fd = _anonymous_file(msgspec.msgpack.encode(WorkerInput(dict(env or {}), payload)))
         try:
             with self._lock:
-                socket.send_fds(self._connection(), [message], [input_fd, *([stderr] if stderr >= 0 else [])])
+                socket.send_fds(self._connection(), [message], [input_fd, *streams])
         except (BrokenPipeError, ConnectionError):
             pass
         finally:

@@ -139,7 +139,7 @@ class ZygoteServer:
 
     def _serve_request(self) -> None:
         try:
-            message, fds, _, _ = socket.recv_fds(self._socket, MAX_DATAGRAM_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(self._socket, MAX_DATAGRAM_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -238,7 +238,7 @@ class ZygoteServer:
                 os.close(pidfd)
         self._poller.modify(self._socket.fileno(), select.POLLIN)
 
-    def _become_worker(self, slot: int, input_fd: int, stderr: int = -1) -> NoReturn:
+    def _become_worker(self, slot: int, input_fd: int, *streams: int) -> NoReturn:
         """Run the worker in the forked child. Must never return into the loop of the zygote."""
         code, finalize = EXIT_UNHANDLED, False
         try:
@@ -246,9 +246,9 @@ class ZygoteServer:
             set_pdeathsig(signal.SIGKILL)
             if os.getppid() != self._pid:
                 os._exit(0)
-            if stderr >= 0:
-                os.dup2(stderr, 2)
-                os.close(stderr)
+            for number, fd in enumerate(streams, start=1):
+                os.dup2(fd, number)
+                os.close(fd)
             self._release_zygote_resources()
             raise_oom_score()
             code = _run_entry(self._config, self._slots[slot] if self._slots and slot >= 0 else None, input_fd)

@@ -52,6 +52,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     park_unreadable,
     settle_transition,
 )
+from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
 
@@ -236,7 +237,13 @@ class Executor:
                 return self._skip_cancelled(item, envelope)
             if extra.fresh:
                 return self._handle_lost_attempt(item, envelope, extra.attempts + 1)
+        self._enter_attempt(item, envelope, 1 if extra is None else extra.attempts + 1)
         return envelope
+
+    def _enter_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> None:
+        """Record the attempt whose user code follows, for log records."""
+        stage_id = self.planned.joins if self.planned.kind == ITEM else self.planned.id
+        enter_attempt((envelope.workflow_id, item.group, stage_id, attempt))
 
     def _belongs_here(self, envelope: Envelope) -> bool:
         return envelope.stage_id == self.planned.id and envelope.version == self.plan.version

@@ -24,6 +24,7 @@ from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
 from stageflow_actors.runtime.messaging.settlements import Settlement, park_unknown_version, park_unreadable
+from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
     CANCEL_GRACE_NS,
@@ -117,6 +118,7 @@ class CompensationExecutor:
             failure = lost_attempt_failure(extra.failure)
             return self._handle_failure(item, envelope, stage_id, attempt, failure, exception_of(failure), 0.0)
         clock = time.perf_counter()
+        enter_attempt((envelope.workflow_id, item.group, stage_id, attempt))
         try:
             context = self.codec.decode(envelope.context)
             value = self._bound[stage_id](context, self._stage_context(item, envelope, stage_id, attempt))
@@ -157,6 +159,7 @@ class CompensationExecutor:
         ctx = self._stage_context(item, envelope, stage_id, made + 1)
         state = ItemCompensationState.restore(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
         ctx.attempt = state.begin(made)
+        enter_attempt((envelope.workflow_id, item.group, stage_id, ctx.attempt))
         if item.extra is not None and item.extra.fresh:
             failure = lost_attempt_failure(item.extra.failure)
             encoded = write_failure(failure)
@@ -269,10 +272,10 @@ class CompensationExecutor:
         return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
     def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
-        following = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
-        target = Target(following.queue, following.label, TERMINAL if following.terminal else 0)
+        step = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
+        target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
         done = SettleItem([(item.id, item.lease)], ACK)
-        return Settlement(done, [(target, PublishItem(0, len(following.body)))], [following.body])
+        return Settlement(done, [(target, PublishItem(0, len(step.body)))], [step.body])
 
 
 def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:

@@ -23,6 +23,7 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
+from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import lost_attempt_failure
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import check_no_request
@@ -48,6 +49,7 @@ class EndpointExecutor(HandlerExecutor):
         if extra is not None and extra.fresh:
             failure = lost_attempt_failure(extra.failure)
             return self._retry_or_reply_error(item, command, attempt, failure, None)
+        enter_attempt((command.workflow_id, item.group, self.planned.id, attempt))
         try:
             ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
             value = self._call(decode_value(command.command), ctx)

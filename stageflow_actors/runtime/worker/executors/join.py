@@ -55,6 +55,7 @@ class JoinExecutor(Executor):
         if extra is not None and extra.fresh:
             return self._handle_lost_attempt(item, envelope, attempt)
         started = self._wall() if envelope.since is None else envelope.since
+        self._enter_attempt(item, envelope, attempt)
         try:
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
             context = self._joined(before, envelope.context, joined, ctx)

@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
 from stageflow_actors.core.gather_results import RequestState, decode_request
-from stageflow_actors.core.plan import FINISHED, WorkflowPlan
+from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
@@ -30,6 +30,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
+from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import (
@@ -62,7 +63,7 @@ class StageExecutor(HandlerExecutor):
         self._passes_payload = passes_payload(plan, self.planned)
         # The happy path is plain if it is one message to one queue.
         self._plain = not self.planned.joins and (
-            following is None or (not following.ttl and following.takes_plain_message)
+            following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
         )
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
@@ -87,6 +88,7 @@ class StageExecutor(HandlerExecutor):
                 return self._settle_unmet(item, envelope, missing, attempt)
         started = self._wall()
         clock = time.perf_counter()
+        enter_attempt((envelope.workflow_id, item.group, self._id, attempt))
         try:
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
@@ -225,10 +227,9 @@ class StageExecutor(HandlerExecutor):
         size = len(waits) - len(before)  # the delivered context only waits in the gather and is never sent on
         if size > self._limit:
             raise self._too_large(size)
-        command_message = Publish(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
+        step = Publish(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
         return self._settle(
-            item,
-            Transition([command_message], [OpenGather(key, 1, self.planned.queue, stage_id, waits, request.timeout)]),
+            item, Transition([step], [OpenGather(key, 1, self.planned.queue, stage_id, waits, request.timeout)])
         )
 
     def _pass_payload(
@@ -274,6 +275,7 @@ class StageExecutor(HandlerExecutor):
             text = f"StageError: endpoint {request_state.endpoint!r} answered with an error: {reply.error}"
             return self._request_failed(item, envelope, request_state, Failure("exception", text, "StageError", True))
         duration = max(0.0, self._wall() - request_state.started)
+        enter_attempt((envelope.workflow_id, item.group, self._id, request_state.attempt))
         remote = self.stage.handler
         try:
             if isinstance(remote, RemoteCall):
@@ -332,6 +334,7 @@ class StageExecutor(HandlerExecutor):
             again = Publish(self.planned.queue, self.planned.id, encode(envelope), delay=delay)
             return self._settle(item, Transition([again])).mark_failed()
         duration = max(0.0, self._wall() - request_state.started)
+        enter_attempt((envelope.workflow_id, item.group, self._id, request_state.attempt))
         envelope.attempts, envelope.failure = 0, None
         return self._fail_stage(
             item, envelope, failure, request_state.attempt, request_state.started, duration
