@@ -142,7 +142,7 @@ def completed_items_record(stage: StagePlan, ends: list[tuple[int, ItemEnd]], no
 
 
 def is_carrier(envelope: Envelope) -> bool:
-    """Return True if the envelope only carries unpublished items of a map stage."""
+    """Return True if the envelope only carries unpublished items of a map stage, and no context."""
     return bytes(envelope.context) == bytes(NIL)
 
 

@@ -26,7 +26,8 @@ class Config:
         max_stage_concurrency: Most messages in work at once in one stage, from 1; None (the default) for no limit.
         stage_message_ttl: How long a message may wait in a stage's queue before the stage fails; None (the default) for
             no limit.
-        max_stage_retries: Worker deaths that one message may cause before it becomes a dead letter, from 1. Default: 3.
+        max_stage_retries: Limit of worker deaths (not of retries): with so many deaths a message becomes a dead letter,
+            whatever its retry policy. From 1. Default: 3.
         durability: `fsync` (the default) survives a crash of the machine, `write` a crash of any process, `memory`
             nothing.
         history_retention: How long finished instances are kept, and their ids stay taken; None (the default) for no

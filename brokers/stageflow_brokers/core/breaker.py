@@ -8,7 +8,7 @@ that began before the breaker opened are ignored.
 
 A breaker is a value. It must not use a clock or the queue, and it is not recorded: after a restart it is closed. A
 probe can end without a result (its worker was stopped, its instance was cancelled); then the next message becomes the
-probe. The caller sees this from the state of the message, so no notification can be forgotten.
+probe. The caller looks at the probe's message for this and is not notified, so no notification can be forgotten.
 """
 
 from __future__ import annotations

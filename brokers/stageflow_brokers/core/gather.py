@@ -1,8 +1,8 @@
 """A gather: a number of arrivals for which the broker waits.
 
-It publishes one message when they are complete. Joins, maps, signals and replies are gathers. A slot counts once from
-one opening to the next, so that a duplicate changes nothing. Arrivals may come before the opening; those beyond `need`
-stay for the next opening, first in, first out. This module must not use a clock, the journal or queues.
+It publishes one message when they are complete. Joins, maps, signals and replies are gathers. Between two openings each
+slot counts once; a second arrival in it is ignored. Arrivals may come before the opening; those beyond `need` stay for
+the next opening, first in, first out. This module must not use a clock, the journal or queues.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A round: `begin(now, wall)`, any number of `receive`, `tick`, then `take_records` (the caller makes them durable),
 `set_record_locations`, and only then `dispatch`, which returns the frames to send. `receive` and `tick` must never
-return frames, only fill the outbox: a frame that leaves before its record is on disk is a promise that a crash breaks.
+return frames, only fill the outbox: if a frame left before its record is on disk, a crash could undo a decision that a
+peer has already received.
 
 No peer can make the machine raise: a frame that cannot be decoded is counted and answered with a notice. The machine
 must not use sockets, files or clocks.

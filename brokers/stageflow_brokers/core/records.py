@@ -1,10 +1,10 @@
 """The records of the journal: their kinds and the state that they hold.
 
-Frames that publish, settle or checkpoint are recorded as they arrived. A decision of the broker (a death is counted, a
-message is diverted, a gather is complete) is recorded as the resulting state: a replay must not have to repeat the
-decision, because the records on which it was based may have been deleted with their segment. For the same reason a
-frame names the group and epoch of everything that it publishes. The one exception is a move: its message keeps the
-epoch of the settled one, and a MARK record follows the frame if that is not the first epoch.
+Frames that publish, settle or checkpoint are recorded as they arrived. A replay may lack older records, because their
+segment was deleted. So a decision of the broker (a death is counted, a message is diverted, a gather is complete) is
+recorded as its result, and a frame names the group and epoch of everything that it publishes. The one exception is a
+move: its message keeps the epoch of the settled one, and a MARK record follows the frame if that is not the first
+epoch.
 
 The numbers of the kinds and the order of the fields are the format on disk: neither may change.
 """

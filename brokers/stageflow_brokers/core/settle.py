@@ -1,8 +1,9 @@
 """Apply settle frames: messages end and their successors begin.
 
-Both are one record: a crash between two would lose the instance. Each lease of a frame is checked separately:
-settlements of messages that the peer does not hold are refused, the others are applied. A replay checks no leases, so
-the record of a frame that was applied in part is replaced by records of the resulting state.
+The end and the successors are one record: with two records, a crash between them would lose the instance. Each lease of
+a frame is checked separately: settlements of messages that the peer does not hold are refused, the others are applied.
+A replay checks no leases, so the record of a frame that was applied in part is replaced by records of the resulting
+state.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The disk-space guard: refuse starts in time, so that work in hand can always be written.
 
-Starts are accepted while the live data could grow to the size that instances usually end with, wait in that size for
-the history, and still leave space to copy the largest segment. Only then can the work in hand end and dead records be
-removed, whatever other programs write to the disk. The size of a stage's result is not known beforehand, so the space
-may run out nevertheless. Then frames that must be written wait here, unchanged, until there is space, and frames that
-only read are answered. The guard must never write anything except future segments.
+A start is accepted only if the disk has space for three things: the records with which every live instance grows to its
+usual final size, the live data at that size while it waits for the history, and a copy of the largest segment. Only
+then can the work in hand end and dead records be removed, whatever other programs write to the disk. The size of a
+stage's result is not known beforehand, so the space may run out nevertheless. Then frames that must be written wait
+here, unchanged, until there is space, and frames that only read are answered. The guard must never write anything
+except future segments.
 """
 
 from __future__ import annotations

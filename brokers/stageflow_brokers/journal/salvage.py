@@ -1,7 +1,7 @@
 """Read what remains of damaged batches: their places, their lengths, and the records that can still be decoded.
 
 The result is a guess, for reports to people: a checksum shows that bytes have changed, but not which ones. Data that is
-read here must never be replayed. A length is believed only within the damaged range.
+read here must never be replayed. A length is used only within the damaged range.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """Read all segments in order, batch by batch, and continue after damage. The caller decides what follows from damage.
 
-A scanner may run beside the broker that writes the journal, and then may read old data after newer data. Therefore it
-reads a batch that looked torn again after it has read anything newer, and it skips a segment that was released.
+A scanner may run beside the broker that writes the journal, and then may read old data after newer data. Therefore,
+when it has read anything newer, it reads each batch that looked torn a second time; and it skips a segment that was
+released.
 """
 
 from collections.abc import Generator, Iterator

@@ -1,4 +1,4 @@
-"""`Completion`: how one run of an instance ended, as far as one handle has been notified.
+"""`Completion`: the knowledge of one handle about the end of one run of an instance.
 
 It is the waiter behind a handle: the connection's thread writes it, any thread waits on it. An unknown outcome is
 queried from the broker and read from the history.

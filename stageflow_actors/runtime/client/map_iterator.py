@@ -1,7 +1,8 @@
 """`MapIterator`: a workflow over any number of contexts, with a bounded number of instances in flight.
 
-One thread pulls the input, publishes starts and yields results: the caller's. The connection's thread only queues what
-it receives. The error of a refused context is raised in the place of its result, and the iterator can go on after it.
+All work is done in the caller's thread: it pulls the input, publishes starts and yields results. The connection's
+thread only queues the notifications that it receives. The error of a refused context is raised in the place of its
+result, and the iterator can go on after it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ MAX_IN_FLIGHT = 8_000
 MAX_PENDING_RESULTS = 16_000
 """Most results that wait for an earlier one, in `map`, together with the instances in flight."""
 BATCH_CONTEXTS = 100
+"""Most contexts that are published with one call."""
 BATCH_BYTES = 8 << 20
-"""A batch ends with the context that brings it to this many bytes."""
+"""A batch also ends with the context that brings it to this many bytes."""
 SLOW_PULL_SECONDS = 0.005
 """An input that yields less than a batch in this time is slow: the contexts it has yielded are started."""
 RESULT_WAIT_SHARE = 0.5
 MAX_RESULT_WAIT_SECONDS = 1.0
-"""After a slow pull, results are awaited before the next pull: for this share of its duration, at most so long."""
+"""After a slow pull, the iterator waits for results before the next pull: for `RESULT_WAIT_SHARE` of the duration of
+that pull, but never longer than `MAX_RESULT_WAIT_SECONDS`."""
 QUEUE_FULL_RETRY_SECONDS = 0.05
+"""Time before a batch that was refused with `QueueFull` is published again."""
 MAX_ENVELOPE_BYTES = 4096
-"""More than the largest envelope adds to its context."""
+"""Upper bound of the bytes that an envelope adds to its context."""
 
 _PARKED, _LEFT = object(), object()
 

@@ -1,9 +1,9 @@
 """Cancel an instance, or run it again: from the failed stage (retry), or from the first stage (restart).
 
-Messages of a cancelled instance pass through their queues without being handled, until the coordinator has all of them.
-A message that waits for busy workers is handed over to the coordinator; a message in work is never taken from its
-worker. Another run belongs to the next epoch, so that it accepts no result of an earlier run. A retry keeps the
-idempotency keys of its run; a restart does not.
+A message of a cancelled instance that a free worker takes is passed on to the coordinator without being handled. A
+message that waits for busy workers goes to the coordinator directly. A message in work is never taken from its worker.
+Another run belongs to the next epoch, so that it accepts no result of an earlier run. A retry keeps the idempotency
+keys of its run; a restart does not.
 """
 
 from __future__ import annotations

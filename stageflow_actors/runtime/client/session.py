@@ -1,8 +1,8 @@
 """`Session`: one client's connection to the broker, its history reader and the workflows that it knows.
 
 Clients, handles of instances, `map` and reruns stand on it. The connection repeats unanswered queries after a restart
-of the broker. An instance that has left the broker is looked up in the history. A session never decides how an answer
-changes an instance.
+of the broker. An instance that has left the broker is looked up in the history. A session only asks; its callers
+interpret the answers.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 MAX_DEATHS_IN_A_ROW = 16
-"""Worker deaths in a row, without a successfully settled message in between, after which the pool pauses. By then five
-messages in a row, each of which kills as many workers as `max_deaths` allows, are dead letters; a stage whose messages
-all kill their workers is not tried for ever."""
+"""Worker deaths in a row, without a successfully settled message in between, after which the pool pauses. With
+three deaths for each message, five messages are dead letters by then. Without this limit, workers of a stage whose
+messages all kill them would be started forever."""
 
 MAX_FAILED_STARTS = 10
 """Workers in a row that exit before they begin a message, after which the pool pauses."""
@@ -119,7 +119,7 @@ class ExitPolicy:
             return NO_CONSEQUENCE
         if not started:
             return ExitDecision(pause=self._record_failed_start(spec, status, now))
-        # If no lane is busy, the last message of each is responsible: the broker does not count one that is settled.
+        # If none runs, the last message of each slot is reported: the broker ignores those that are settled already.
         busy = [state for state in states if state.is_busy]
         suspects = _blocking_event_loop(busy) or busy or [state for state in states if state.started]
         how = self._describe_status(status)

@@ -1,9 +1,9 @@
 """Checks that journal and history belong together and are of the same age.
 
-An instance's row is written to the history before the broker forgets the instance, and the number of rows written until
-then is recorded in the journal. So a history with fewer rows has lost some, and a history with more rows may contain
-the ends of instances that are still live in the journal. Neither happens unless one of the two was copied or repaired
-without the other. An instance that has finished must never run again.
+Before the broker forgets an instance, its row is written to the history, and the journal records the count of rows
+written. So a history with fewer rows has lost some, and a history with more rows may contain the ends of instances that
+are still live in the journal. Neither happens unless one of the two was copied or repaired without the other. An
+instance that has finished must never run again.
 """
 
 from __future__ import annotations

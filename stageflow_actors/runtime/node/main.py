@@ -69,8 +69,9 @@ COORDINATOR_CREDIT = 500
 """The same for events that the coordinator decides on."""
 ORPHAN_CHECK_SECONDS = 2.0
 """Time between two searches for queues without a consumer."""
-FIRST_FIELD = [1, 3]
-"""Possible offsets of the first field in a msgpack array: with up to fifteen fields, or with more."""
+WORKFLOW_ID_OFFSETS = [1, 3]
+"""Possible offsets of the first field of an envelope, its workflow id: in a msgpack array of up to fifteen fields, or of
+more. The broker counts messages by it without decoding them."""
 STOP_POLL_SECONDS = 0.01
 """Time between two checks of a condition during a stop."""
 BROKER_ANSWER_SECONDS = 3.0
@@ -362,7 +363,7 @@ class Node:
         owners = {stage.queue: plan.id for plan in plans for stage in plan.stages if stage.queue != coordinator}
         owners.update((plan.compensation.queue, plan.id) for plan in plans)
         # Messages in the coordinator's queue are counted by the workflow's id, the first field of an envelope.
-        tally = self._broker.admin.tally([coordinator], [encode(id) for id in ids], FIRST_FIELD).result()
+        tally = self._broker.admin.tally([coordinator], [encode(id) for id in ids], WORKFLOW_ID_OFFSETS).result()
         found = dict.fromkeys(ids, 0)
         for queue, count in tally["queues"].items():
             if queue in owners:  # versions share queues

@@ -1,7 +1,7 @@
 """Actors that run several messages concurrently: async handlers on one event loop, or blocking ones in threads.
 
-Each message in work has a lane, which is a slot: the node sees each message with its own start and timeout. Only the
-actor settles finished messages, in batches.
+Each running message has a slot of its own (a lane), in which the node sees its start and timeout. Only the actor
+settles finished messages, in batches.
 """
 
 from __future__ import annotations

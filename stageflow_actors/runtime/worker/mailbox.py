@@ -1,4 +1,4 @@
-"""`Mailbox`: the deliveries of a worker between its connection's thread and its actor, and the steps on their way back.
+"""`Mailbox`: holds deliveries on their way to the actor, and results of `ctx.step` on their way to the broker.
 
 No user code runs on the connection's thread. The thread waits only for the lock, which is held no longer than one
 message takes to change its place. The mailbox must not import the actor: it knows a `MailboxActor`.

@@ -10,8 +10,8 @@
 `map`                  splits a map into items and joins them
 `signal`               a signal that has arrived, or has timed out
 `endpoint`             a command to an endpoint
-`compensation`         a compensation, or those of the items of a map
-`item_compensation`    the durable progress of those
+`compensation`         a compensation, or the compensations of map items
+`item_compensation`    the durable progress of compensations of map items
 `versions`             one executor for several versions of a workflow
 `async_call`           blocking calls of async user code
 `set_field`            sets one field of a context

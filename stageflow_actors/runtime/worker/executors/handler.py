@@ -1,7 +1,7 @@
 """`HandlerExecutor`: the base of executors that call one handler, blocking or async, with or without interceptors.
 
 A subclass prepares the call in `_run` and settles its result in `_on_result`, so that an actor with an event loop can
-await many handlers between the two. A blocking handler runs through both without a stop.
+await many handlers between the two. For a blocking handler the two follow each other directly.
 """
 
 from __future__ import annotations
