@@ -70,8 +70,8 @@ COORDINATOR_CREDIT = 500
 ORPHAN_CHECK_SECONDS = 2.0
 """Time between two searches for queues without a consumer."""
 WORKFLOW_ID_OFFSETS = [1, 3]
-"""Possible offsets of the first field of an envelope, its workflow id: in a msgpack array of up to fifteen fields, or of
-more. The broker counts messages by it without decoding them."""
+"""Possible offsets of the first field of an envelope, its workflow id: in a msgpack array of up to fifteen fields, or
+of more. The broker counts messages by it without decoding them."""
 STOP_POLL_SECONDS = 0.01
 """Time between two checks of a condition during a stop."""
 BROKER_ANSWER_SECONDS = 3.0
