@@ -231,7 +231,7 @@ class DeliveryItem(Struct, array_like=True, gc=False):
         lease: Number of the lease, for its settlement.
         size: Size of its body in bytes.
         group: The id of its group.
-        epoch: The epoch of the group.
+        epoch: The epoch of the group in which the message was published; `epoch_now` of `extra` is the present one.
         extra: State of a message that is not new and plain; None otherwise. Default: None.
     """
 
@@ -250,7 +250,8 @@ class DeliveryExtra(Struct, array_like=True):
         attempts: Number of failed attempts.
         deaths: Number of consumers that died while they handled it.
         failure: The last failure, opaque bytes, or None.
-        fresh: True if no worker has judged that failure yet.
+        fresh: True if no consumer has judged that failure yet: the broker has recorded a death or an expiry. The next
+            consumer decides on a retry before anything else.
         steps: Results of steps by name, or None.
         parts: (slot, size) of the parts of a gathered body, or None.
         label: The label of the message.

@@ -1,9 +1,10 @@
 """`ContextCodec`: contexts and results as msgpack, without silent loss.
 
-Rule: a value is equal after decoding, or the encoder rejects it with its stage and field. To enforce the rule, each
-encoding is decoded and compared. Only if the comparison fails, the slower functions of `roundtrip` look for the reason;
-they find no difference if the reason is NaN, which equals nothing. A subclass that equals its plain form (`IntEnum`,
-`OrderedDict`, `bytearray`, an aware datetime of another zone) is accepted, and decoded as the plain form.
+Rule: a value is equal after decoding, or the encoder rejects it with its stage and field. NaN is kept, although it
+equals nothing. To enforce the rule, each encoding is decoded and compared. Only if the comparison fails, the slower
+functions of `roundtrip` look for the reason; they find no difference if the reason is NaN. A subclass that equals its
+plain form (`IntEnum`, `OrderedDict`, `bytearray`, an aware datetime of another zone) is accepted, and decoded as the
+plain form.
 
 This module must not pickle, and must not know about stages beyond the id that an error names.
 """

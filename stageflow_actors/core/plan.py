@@ -129,6 +129,11 @@ class StagePlan(Struct):
         """True if a pool of workers consumes its queue; a stage that only waits belongs to the coordinator."""
         return self.queue != COORDINATOR
 
+    @property
+    def takes_plain_message(self) -> bool:
+        """True if one message to its queue starts it; other kinds open a gather, or wait at the coordinator."""
+        return self.kind in (STAGE, BRANCH, MAP)
+
 
 class CompensationPlan(Struct):
     """The pool of a workflow's compensations."""

@@ -22,7 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     encode,
 )
-from stageflow_actors.core.plan import BEGIN, BRANCH, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, MAP, PARALLEL, STAGE
+from stageflow_actors.core.plan import BEGIN, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, PARALLEL
 from stageflow_actors.core.resume_state import TOO_LARGE, resume_branches
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
@@ -128,7 +128,7 @@ def retry(session: Session, completion: Completion, context: Any) -> None:
     for record in decode_trail(outcome.trail):
         if record.stage_id not in repeated or (resumed is None and record.status != StageStatus.failed):
             trail = append_record(trail, record)
-    direct = place.kind in (STAGE, BRANCH, MAP) and not ref.plan.timeout
+    direct = place.takes_plain_message and not ref.plan.timeout
     target = Target(place.queue, place.id) if direct else Target(COORDINATOR, BEGIN)
     envelope = _first_envelope(row, place.id, data, trail)
     envelope.payload, envelope.steps, envelope.run = outcome.payload, steps, outcome.run or row.epoch

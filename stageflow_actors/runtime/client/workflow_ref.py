@@ -11,14 +11,7 @@ from msgspec import Raw
 
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import EMPTY_TRAIL, Envelope, encode
-from stageflow_actors.core.plan import (
-    BEGIN,
-    BRANCH,
-    COORDINATOR,
-    MAP,
-    STAGE,
-    WorkflowPlan,
-)
+from stageflow_actors.core.plan import BEGIN, COORDINATOR, WorkflowPlan
 from stageflow_actors.core.schema import SchemaCodec
 from stageflow_actors.errors import (
     InvalidContext,
@@ -69,7 +62,7 @@ class WorkflowRef:
         self.codec: ContextCodec[Any] = SchemaCodec(plan.shape) if without_class else ContextCodec(context)
         self.order = plan.order
         first = plan.stages[0]
-        direct = first.kind in (STAGE, BRANCH, MAP) and not plan.timeout
+        direct = first.takes_plain_message and not plan.timeout
         self.first = first.id
         self.ttl = first.ttl
         self.target = Target(first.queue, first.id) if direct else Target(COORDINATOR, BEGIN)

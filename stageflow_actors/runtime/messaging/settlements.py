@@ -118,7 +118,7 @@ def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:
 def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, place: str) -> Settlement:
     """Park a message of a version or place that is not registered.
 
-    `resumable` lists its instance after the version has been registered.
+    `OrphanedMessages.resume` requeues it after the version has been registered.
     """
     text = (
         f"version {version} of workflow {workflow_id!r} is not registered with a {place}: the instance continues there "
@@ -164,26 +164,26 @@ def settle_transition(item: DeliveryItem, transition: Transition, epoch: int = 0
     priority = 0 if item.extra is None else item.extra.priority
     publishes = [
         (
-            Target(step.queue, step.label, TERMINAL if step.terminal else 0),
+            Target(publish.queue, publish.label, TERMINAL if publish.terminal else 0),
             PublishItem(
                 0,
-                len(step.body),
+                len(publish.body),
                 group,
                 epoch,
                 0,
-                0 if step.terminal or step.label == FAILED else priority,
-                step.delay,
-                step.ttl,
+                0 if publish.terminal or publish.label == FAILED else priority,
+                publish.delay,
+                publish.ttl,
             ),
         )
-        for step in transition.publishes
+        for publish in transition.publishes
     ]
     opens = [
         (Target(one.queue, one.label), GatherOpen(one.key, one.need, 0, len(one.base), group, epoch, one.deadline))
         for one in transition.opens
     ]
     arrivals = [Arrival(one.key, one.slot, len(one.body)) for one in transition.arrivals]
-    bodies = [step.body for step in transition.publishes]
+    bodies = [publish.body for publish in transition.publishes]
     bodies += [one.base for one in transition.opens]
     bodies += [one.body for one in transition.arrivals]
     done = SettleItem([(item.id, item.lease)], ACK, arrivals=arrivals)

@@ -1,4 +1,6 @@
-"""`Coordinator`: handles failures, ends instances, and writes the history. It runs no user code.
+"""`Coordinator`: decides on failures, starts compensations, writes the history and closes instances at the broker.
+
+It runs no user code.
 
 Nothing depends on its memory: each event is a message that stays leased until its consequences are durable. Finished
 instances are written to the history in batches, a few milliseconds late, and only then does the broker forget their

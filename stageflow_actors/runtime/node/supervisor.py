@@ -2,7 +2,8 @@
 
 A zygote that has died is started again at once. Its workers died with it, and each pool starts new ones. If the zygote
 dies too often (`RestartLimit`), the node ends and reports the error to the program. The broker process is not
-supervised here but by a thread of its own (`BrokerProcess.keep`), because the supervisor itself depends on the broker.
+supervised here but by a thread of its own (`BrokerProcess.keep_running`), because the supervisor itself depends on the
+broker.
 """
 
 from __future__ import annotations

@@ -272,10 +272,10 @@ class CompensationExecutor:
         return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
 
     def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
-        step = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
-        target = Target(step.queue, step.label, TERMINAL if step.terminal else 0)
+        following = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
+        target = Target(following.queue, following.label, TERMINAL if following.terminal else 0)
         done = SettleItem([(item.id, item.lease)], ACK)
-        return Settlement(done, [(target, PublishItem(0, len(step.body)))], [step.body])
+        return Settlement(done, [(target, PublishItem(0, len(following.body)))], [following.body])
 
 
 def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:

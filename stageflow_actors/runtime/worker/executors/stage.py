@@ -26,7 +26,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
 from stageflow_actors.core.gather_results import RequestState, decode_request
-from stageflow_actors.core.plan import BRANCH, FINISHED, MAP, STAGE, WorkflowPlan
+from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
@@ -67,7 +67,7 @@ class StageExecutor(HandlerExecutor):
         self._passes_payload = passes_payload(plan, self.planned)
         # The happy path is plain if it is one message to one queue.
         self._plain = not self.planned.joins and (
-            following is None or (not following.ttl and following.kind in (STAGE, BRANCH, MAP))
+            following is None or (not following.ttl and following.takes_plain_message)
         )
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
@@ -231,9 +231,10 @@ class StageExecutor(HandlerExecutor):
         size = len(waits) - len(before)  # the delivered context only waits in the gather and is never sent on
         if size > self._limit:
             raise self._too_large(size)
-        step = Publish(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
+        command_message = Publish(self.naming.endpoint(request.endpoint), request.endpoint, sent, ttl=request.timeout)
         return self._settle(
-            item, Transition([step], [OpenGather(key, 1, self.planned.queue, stage_id, waits, request.timeout)])
+            item,
+            Transition([command_message], [OpenGather(key, 1, self.planned.queue, stage_id, waits, request.timeout)]),
         )
 
     def _pass_payload(
