@@ -90,6 +90,10 @@ class HistoryReader:
                 return
             last = rows[-1][0]
 
+    def workflows(self) -> set[str]:
+        """Return the ids of the workflows of all rows."""
+        return {row[0] for row in self._query("SELECT DISTINCT workflow_id FROM instance", ())}
+
     def count(self, workflow: str | None = None) -> dict[str, int]:
         """Return the number of instances by status, without the statuses that no instance has."""
         if workflow is not None:

@@ -90,13 +90,26 @@ def test_list_shows_live_and_finished_ones(stageflow: Stageflow, data: Path) -> 
         (("--status", "pending"), {"new"}),
         (("--status", "parked"), set()),
         (("--workflow", "orders"), {"undone", "later", "new", "back", "well"}),
-        (("--workflow", "other"), set()),
+        (("--workflow", "orders", "--status", "parked"), set()),
         (("--limit", "4"), {"undone", "later", "new", "back"}),
         (("--limit", "1"), {"undone"}),
     ],
 )
 def test_list_can_be_narrowed(stageflow: Stageflow, data: Path, options: tuple[str, ...], found: set[str]) -> None:
     assert set(listed(stageflow, data, *options)) == found
+
+
+def test_a_filter_by_an_unknown_workflow_says_which_ones_there_are(
+    stageflow: Stageflow, data: Path, tmp_path: Path
+) -> None:
+    said = "no instance is of workflow 'ordres': the instances are of orders\n"
+    assert stageflow("instances", "list", "--data", data, "--workflow", "ordres", "--output", "json") == (
+        0,
+        "[]\n",
+        said,
+    )
+    code, _, err = stageflow("instances", "export", tmp_path / "all.jsonl", "--data", data, "--workflow", "ordres")
+    assert (code, err) == (0, f"{said}0 instances\n")
 
 
 def test_show_prints_how_a_finished_instance_ended(stageflow: Stageflow, data: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from polling import wait_until
 from programs import STAGEFLOW, Stageflow
 
-from stageflow_actors import Runtime
+from stageflow_actors import Runtime, StageResult, WorkflowResult
 from stageflow_actors.runtime.system.data_dir import DataDir
 
 FLOWS = """
@@ -292,11 +292,14 @@ def test_everything_is_exported(up: Up, stageflow: Stageflow, tmp_path: Path) ->
     assert (code, err) == (0, f"{len(rows):,} instances\n")
     assert [rows[name]["status"] for name in ("E-1", "E-2", "E-3")] == ["completed", "failed", "waiting"]
     assert rows["E-1"]["context"] == {"poor": False, "paid": True}
-    assert rows["E-1"]["stages"][0]["result"] == {"receipt": 7}
+    assert rows["E-1"]["stages"][0]["data"] == {"receipt": 7}
     assert rows["E-2"]["error"] == "ValueError: no money"
+    assert [name for name in rows["E-1"] if not hasattr(WorkflowResult, name)] == ["version"]
+    assert rows["E-1"]["stages"][0].keys() <= set(StageResult.__struct_fields__)
+    assert [each["stage_id"] for each in rows["E-1"]["stages"]] == ["pay"]
     code, out, _ = stageflow("instances", "export", "--status", "failed", "--format", "csv", "--data", up.data)
     lines = out.splitlines()
-    assert (code, lines[0].split(",")[:4]) == (0, ["instance_id", "workflow", "version", "status"])
+    assert (code, lines[0].split(",")[:4]) == (0, ["instance_id", "workflow_id", "version", "status"])
     assert all(",failed," in line for line in lines[1:])
     assert any(line.startswith("E-2,orders,1,failed,") for line in lines)
 

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.commands.instances import LIVE, _described, filter_options, instances
+from stageflow_actors.cli.commands.instances import LIVE, _described, filter_options, instances, report_unknown_workflow
 from stageflow_actors.cli.options import data_option
 from stageflow_actors.core.plural import pluralize
 
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-FIELDS = ("instance_id", "workflow", "version", "status", "started", "finished", "duration", "failed_stage", "error")
+FIELDS = (
+    "instance_id",
+    "workflow_id",
+    "version",
+    "status",
+    "started_at",
+    "finished_at",
+    "duration",
+    "failed_stage",
+    "error",
+)
+"""The columns, named as the attributes of `WorkflowResult`."""
 
 
 @instances.command()
@@ -48,6 +59,8 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
     with attach(data) as attached, _opened(target) as file:
         number = _write(_all(attached, status, workflow), file, csv=csv)
+        if not number and workflow is not None:
+            report_unknown_workflow(attached, workflow)
     click.echo(pluralize(number, "instance"), err=True)
 
 
@@ -105,11 +118,11 @@ def _row(description: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
     finished = description.finished_at or None
     row: dict[str, Any] = {
         "instance_id": description.instance_id,
-        "workflow": description.workflow_id,
+        "workflow_id": description.workflow_id,
         "version": description.version,
         "status": description.status.value,
-        "started": description.started_at or None,
-        "finished": finished,
+        "started_at": description.started_at or None,
+        "finished_at": finished,
         "duration": finished - description.started_at if finished else None,
         "failed_stage": description.failed_stage,
         "error": description.error,
@@ -117,18 +130,18 @@ def _row(description: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
     if whole:
         row["stages"] = [
             {
-                "stage": stage.stage_id,
+                "stage_id": stage.stage_id,
                 "status": stage.status.value,
                 "attempts": stage.attempts,
-                "started": stage.started_at or None,
+                "started_at": stage.started_at or None,
                 "duration": stage.duration if stage.started_at else None,
                 "error": stage.error,
-                "result": stage.data,
+                "data": stage.data,
             }
             for stage in description.stages
         ]
         row["compensations"] = [
-            {"stage": each.stage_id, "status": each.status.value, "error": each.error}
+            {"stage_id": each.stage_id, "status": each.status.value, "error": each.error}
             for each in description.compensations
         ]
         row["context"] = json_view(description.context)

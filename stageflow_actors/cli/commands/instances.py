@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stageflow_actors.core.description import InstanceDescription
     from stageflow_actors.runtime.client.attach import Attached
 
-__all__ = ["filter_options", "instances"]
+__all__ = ["filter_options", "instances", "report_unknown_workflow"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,12 +130,27 @@ def list_instances(status: str | None, workflow: str | None, limit: int, data: P
                         "error": row.error,
                     },
                 )
+        if not found and workflow is not None:
+            report_unknown_workflow(attached, workflow)
     emit(
         list(islice(found.values(), limit)),
         COLUMNS,
         output,
         empty="no instances of this status" if status else "no instances",
     )
+
+
+def report_unknown_workflow(attached: Attached, workflow: str) -> None:
+    """Write to stderr that no instance is of this workflow, with the workflows that instances are of."""
+    from stageflow_actors.core.description import version_of
+
+    groups = attached.wait(attached.admin.list_groups("", SEARCHED), timeout=30.0)
+    known = {version[0] for version in map(version_of, groups) if version is not None}
+    if attached.history is not None:
+        known |= attached.history.workflows()
+    if workflow not in known:
+        ids = ", ".join(sorted(known)) or "no workflow"
+        click.echo(f"no instance is of workflow {workflow!r}: the instances are of {ids}", err=True)
 
 
 @instances.command()

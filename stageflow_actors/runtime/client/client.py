@@ -344,6 +344,7 @@ class Client:
         Raises:
             BrokerUnavailable: If the cluster is not running or does not answer.
             ValueError: If there is no such status.
+            StageFlowError: If the workflow is unknown: not registered, and without instances.
         """
         session = self._session
         wanted = None if status is None else WorkflowStatus(status)
@@ -370,6 +371,10 @@ class Client:
             reader = session.reader()
             rows = [] if reader is None else reader.list(wanted, workflow_id, max(0, limit - len(found)))
             found += [self._finished_instance(row) for row in rows if row.instance_id not in ids]
+        if not found and workflow_id is not None:
+            reader = session.reader()
+            if reader is None or not reader.list(None, workflow_id, 1):
+                session.resolve(workflow_id)
         return found
 
     def _finished_instance(self, row: HistoryRow) -> Instance[Any]:
