@@ -319,12 +319,12 @@ class _Instance(Generic[C]):
                 target = self._executors[message.queue].targets[place]
                 waiting.append(_Message(target.queue, target.label, body))
                 continue
-            outcome = result.outcome
-            if outcome.outcome == DEAD_LETTER:
-                return self._parked(message, outcome)
-            if outcome.outcome == RETRY:
+            item = result.item
+            if item.outcome == DEAD_LETTER:
+                return self._parked(message, item)
+            if item.outcome == RETRY:
                 message.attempts += 1
-                message.failure = outcome.failure
+                message.failure = item.failure
                 waiting.appendleft(message)
             waiting.extend(self._following(result))
 
@@ -337,7 +337,7 @@ class _Instance(Generic[C]):
             gather = self._gathers.setdefault(opening.key, _Gather())
             gather.target, gather.need, gather.base = target, opening.need, next(bodies)
             touched.append(gather)
-        for arrival in settled.outcome.arrivals:
+        for arrival in settled.item.arrivals:
             gather = self._gathers.setdefault(arrival.key, _Gather())
             gather.arrivals[arrival.slot] = next(bodies)
             touched.append(gather)
@@ -372,11 +372,11 @@ class _Instance(Generic[C]):
             transition = decide(message.label, message.body, None, 1, self._plans, self._naming, time.time())
         return settle_transition(item, transition)
 
-    def _parked(self, message: _Message, outcome: SettleItem) -> WorkflowResult[C]:
+    def _parked(self, message: _Message, item: SettleItem) -> WorkflowResult[C]:
         body = message.body if message.parts is None else message.body[: message.parts[0][1]]
         envelope = decode_envelope(body)
         one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context is in the gather
-        failure = read_failure(outcome.failure)
+        failure = read_failure(item.failure)
         return parked_result(
             self._id,
             envelope.workflow_id,

@@ -401,5 +401,5 @@ def test_what_was_published_to_be_parked_is_passed_through_when_it_is_cancelled_
     body = encode(Envelope("parking", 1, "b", Raw(encode({})), EMPTY_TRAIL, 0.0, attempts=-1))
     settled = work(DeliveryItem(7, 1, len(body), "one", 1, DeliveryExtra(cancelled="enough", epoch_now=2)), body)
     assert isinstance(settled, Settlement)
-    assert settled.outcome.outcome == ACK
+    assert settled.item.outcome == ACK
     assert [target.label for target, _ in settled.publishes] == [":cancelled"]

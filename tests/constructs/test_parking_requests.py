@@ -64,16 +64,16 @@ class Parking:
 
 def test_a_message_to_be_parked_is_counted_then_marked_then_parked() -> None:
     parking = Parking()
-    assert (parking.deliver(0).outcome.outcome, parking.kept) == (RETRY, {})
-    assert (parking.deliver(1).outcome.outcome, list(parking.kept)) == (DEAD_LETTER, [":park"])
+    assert (parking.deliver(0).item.outcome, parking.kept) == (RETRY, {})
+    assert (parking.deliver(1).item.outcome, list(parking.kept)) == (DEAD_LETTER, [":park"])
 
 
 def test_a_crash_before_the_parking_is_no_requeue() -> None:
     parking = Parking()
     attempts = 0
     while not parking.kept:
-        attempts += parking.deliver(attempts).outcome.outcome == RETRY
-    assert parking.deliver(attempts).outcome.outcome == DEAD_LETTER
+        attempts += parking.deliver(attempts).item.outcome == RETRY
+    assert parking.deliver(attempts).item.outcome == DEAD_LETTER
 
 
 def test_a_requeue_which_forgets_the_attempts_restarts_the_stage() -> None:
@@ -81,6 +81,6 @@ def test_a_requeue_which_forgets_the_attempts_restarts_the_stage() -> None:
     parking.deliver(0)
     parking.deliver(1)
     settled = parking.deliver(0)
-    assert settled.outcome.outcome == ACK
+    assert settled.item.outcome == ACK
     assert [target.label for target, _ in settled.publishes] == ["ask"]
     assert decode_envelope(settled.bodies[0]).attempts == 0

@@ -160,7 +160,7 @@ def test_a_wait_fails_with_the_reason_of_the_first_pool(specs: list[PoolSpec]) -
 def test_a_pool_without_workers_or_with_a_busy_predecessor_is_not_waited_for(specs: list[PoolSpec]) -> None:
     table = SlotTable.create(1)
     table[0].mark_loaded()
-    table[0].mark_stale()
+    table[0].mark_outdated()
     watch = LoadWatch(60)
     watch.begin(1, specs, now=0)
     lanes: dict[str, Any] = {specs[0].queue: [], specs[1].queue: [table[0]]}

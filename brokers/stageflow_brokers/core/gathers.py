@@ -89,7 +89,7 @@ class GatherManager:
         if changed:
             self.changed = []
             for group, key in changed:
-                self._settle(group, key)
+                self._publish_if_over(group, key)
         return changed
 
     def expire(self, due: float, id: str, key: str) -> None:
@@ -105,7 +105,7 @@ class GatherManager:
         Their messages go to the queue that the group diverts to.
         """
         for key in list(group.gathers or ()):
-            self._settle(group, key)
+            self._publish_if_over(group, key)
 
     def publish_released(self, group: Group) -> None:
         """Publish the open gathers for which a cancelled group does not wait."""
@@ -117,7 +117,8 @@ class GatherManager:
             ):
                 self._publish(group, key, failure=EXPIRED)
 
-    def _settle(self, group: Group, key: str) -> None:
+    def _publish_if_over(self, group: Group, key: str) -> None:
+        """Publish a gather that is complete, or that is of an earlier epoch and not awaited any more."""
         if self.state.groups.get(group.id) is not group or group.gathers is None:
             return
         gather = group.gathers[key]

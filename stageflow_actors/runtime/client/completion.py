@@ -45,12 +45,12 @@ class Completion:
         self._callbacks: list[Callable[[], None]] | None = None
 
     @property
-    def is_settled(self) -> bool:
+    def is_over(self) -> bool:
         """True if there is nothing to wait for: ended, parked, departed or failed."""
         return self.outcome is not None or self._parked or self.has_left or self.error is not None
 
     @property
-    def may_be_stale(self) -> bool:
+    def needs_refresh(self) -> bool:
         """True if it is parked or cut off, both of which can be over without a notification."""
         return self._parked or self.error is not None
 
@@ -88,7 +88,7 @@ class Completion:
                 continue
             failure = read_failure(message["reason"])
             body = message["body"][: message["base"]]
-            self._settle_version(body)
+            self._read_version(body)
             envelope = decode_envelope(body)
             is_item = envelope.stage_id.endswith(ITEM_SUFFIX)  # the context of a map stage is in another message
             codec, order = self._codec()
@@ -109,7 +109,7 @@ class Completion:
 
     def decode(self, outcome: bytes) -> WorkflowResult[Any]:
         """Return the result that an outcome contains."""
-        self._settle_version(outcome)
+        self._read_version(outcome)
         return result_of_outcome(self.instance_id, outcome, *self._codec())
 
     # waiting
@@ -141,7 +141,7 @@ class Completion:
 
     def watch(self) -> bool:
         """Register for notifications where needed; return True if the broker had to be asked for them."""
-        if self.is_settled or self.session.waiters.has(self.instance_id, self):
+        if self.is_over or self.session.waiters.has(self.instance_id, self):
             return False
         self.session.watch(self.instance_id, self)
         return True
@@ -172,7 +172,7 @@ class Completion:
         if self._callbacks is None:
             self._callbacks = []
         self._callbacks.append(callback)
-        if self.is_settled:
+        if self.is_over:
             callback()
 
     def remove_callback(self, callback: Callable[[], None]) -> None:
@@ -216,7 +216,7 @@ class Completion:
                 return InstanceParked(self.instance_id, f"{DLQ_PREFIX}{message['queue']}", reason)
         return InstanceParked(self.instance_id)
 
-    def _settle_version(self, body: bytes) -> None:
+    def _read_version(self, body: bytes) -> None:
         """Take the version from the message: several versions of a workflow share its queues."""
         head = head_of(body)
         if head is not None:

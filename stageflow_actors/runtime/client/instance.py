@@ -235,13 +235,13 @@ class Instance(Generic[C]):
             except RuntimeError:
                 pass  # the loop has been closed: no coroutine waits in it
 
-        if completion.may_be_stale:
+        if completion.needs_refresh:
             await asyncio.to_thread(completion.refresh)
-        if not completion.is_settled:
+        if not completion.is_over:
             completion.add_callback(notify)
             try:
                 await asyncio.to_thread(completion.watch)
-                if not completion.is_settled:
+                if not completion.is_over:
                     await notified.wait()
             finally:
                 completion.remove_callback(notify)

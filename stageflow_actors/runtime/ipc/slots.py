@@ -9,7 +9,7 @@ consecutive slots, one for each: its lanes.
 ::
 
     cell   0           1         2           3        4          5        6         7
-           message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  stale
+           message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  outdated
 
 `since_ns` is the commit mark: it is zero while the other cells change. A worker that dies in the middle of `begin`
 therefore looks idle, which is correct: its handler has not started.
@@ -30,6 +30,7 @@ import os
 from msgspec import Struct
 
 __all__ = [
+    "CANCEL_GRACE_NS",
     "LIFE_BYTES",
     "LOADED",
     "LOADING",
@@ -40,6 +41,10 @@ __all__ = [
     "SlotState",
     "SlotTable",
 ]
+
+CANCEL_GRACE_NS = 1_000_000_000
+"""Nanoseconds in which a running stage may end (see `ctx.cancelled`) after its instance was cancelled; then the node
+kills its worker."""
 
 SLOT_BYTES = 64
 """Size of a cache line, so that two workers never write to the same line."""
@@ -55,7 +60,7 @@ LOADING, LOADED, UNLOADABLE = range(3)
 """States of a worker's code: not loaded yet, loaded, or an exception has ended the load."""
 
 _CELLS = SLOT_BYTES // 8
-_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _STALE = range(8)
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _OUTDATED = range(8)
 _BYTES_PER_SLOT = SLOT_BYTES + POLICY_TEXT_BYTES + LIFE_BYTES
 _READY, _STEP_LENGTH, _LOAD_STATE, _STEP = 8, 9, 10, 11  # offsets in the life area, behind the time in eight bytes
 
@@ -102,7 +107,7 @@ class SlotState(Struct, frozen=True):
 class Slot:
     """One lane of a worker.
 
-    Of the methods that write, the node calls `cancel`, `mark_stale` and `clear`, and the worker calls the others.
+    Of the methods that write, the node calls `cancel`, `mark_outdated` and `clear`, and the worker calls the others.
     """
 
     __slots__ = ("_cells", "_index", "_life", "_policy_text", "_started", "_table", "_timeout")
@@ -204,17 +209,17 @@ class Slot:
         """True if a handler is running. Cheaper than `read`."""
         return self._cells[1] != 0
 
-    def mark_stale(self) -> None:
+    def mark_outdated(self) -> None:
         """Record that this worker does not know all registered versions.
 
         A version was registered after the worker started.
         """
-        self._cells[_STALE] = 1
+        self._cells[_OUTDATED] = 1
 
     @property
-    def is_stale(self) -> bool:
-        """True after `mark_stale`: other workers know versions that this one does not."""
-        return self._cells[_STALE] != 0
+    def is_outdated(self) -> bool:
+        """True after `mark_outdated`: other workers know versions that this one does not."""
+        return self._cells[_OUTDATED] != 0
 
     def mark_ready(self) -> None:
         """Record that the worker has started: its code and services are there, and it takes messages."""

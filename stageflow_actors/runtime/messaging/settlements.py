@@ -45,7 +45,7 @@ class Settlement:
     """One settlement with all that it publishes, and the gathers that it opens or arrives at.
 
     Attributes:
-        outcome: The item to send; its targets have no numbers before `assign_target_numbers`.
+        item: The item to send; its targets have no numbers before `assign_target_numbers`.
         publishes: The messages to publish, each with its target.
         bodies: The bodies, in the order publishes, opens, arrivals.
         opens: The gathers to open, each with its target.
@@ -54,16 +54,16 @@ class Settlement:
             how another worker ended has not proved that it can run user code.
     """
 
-    __slots__ = ("bodies", "opens", "outcome", "publishes", "user_code_ran", "version_unknown")
+    __slots__ = ("bodies", "item", "opens", "publishes", "user_code_ran", "version_unknown")
 
     def __init__(
         self,
-        outcome: SettleItem,
+        item: SettleItem,
         publishes: list[tuple[Target, PublishItem]],
         bodies: list[bytes],
         opens: list[tuple[Target, GatherOpen]] | None = None,
     ) -> None:
-        self.outcome = outcome
+        self.item = item
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
@@ -76,7 +76,7 @@ class Settlement:
 
     def mark_succeeded(self) -> Settlement:
         """Count the attempt as a success for the breaker."""
-        self.outcome.attempt_result = ATTEMPT_SUCCEEDED
+        self.item.attempt_result = ATTEMPT_SUCCEEDED
         return self.mark_user_code_ran()
 
     def mark_failed(self) -> Settlement:
@@ -84,7 +84,7 @@ class Settlement:
 
         Failures of earlier attempts have been counted already.
         """
-        self.outcome.attempt_result = ATTEMPT_FAILED
+        self.item.attempt_result = ATTEMPT_FAILED
         return self.mark_user_code_ran()
 
 
@@ -195,7 +195,7 @@ def assign_target_numbers(settled: Settlement, targets: list[Target]) -> SettleI
 
     A number is an index in `targets`, to which missing targets are added.
     """
-    item = settled.outcome
+    item = settled.item
     item.publishes = []
     for target, publish in settled.publishes:
         publish.target = _number(target, targets)

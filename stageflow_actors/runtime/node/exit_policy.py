@@ -22,7 +22,7 @@ from stageflow_actors.runtime.node.worker_handle import Kill
 from stageflow_actors.runtime.system.processes import describe_exit
 
 __all__ = [
-    "CANCELLED",
+    "CANCELLED_FAILURE",
     "NO_CONSEQUENCE",
     "ExitDecision",
     "ExitPolicy",
@@ -47,7 +47,7 @@ BACK_OFF_SECONDS = 0.05
 MAX_BACK_OFF_SECONDS = 0.5
 """Longest delay before a restart."""
 
-CANCELLED = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
+CANCELLED_FAILURE = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
 """The failure of a stage that was killed because it did not end after its instance had been cancelled."""
 
 

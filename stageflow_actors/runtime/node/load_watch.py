@@ -114,7 +114,7 @@ class LoadWatch:
             return
         wait.idle_since.pop(queue, None)
         for lane in lanes or ():
-            if lane.is_stale:
+            if lane.is_outdated:
                 if lane.is_busy:  # its successor starts when this message has ended, which may take hours
                     del wait.specs[queue]
                     return

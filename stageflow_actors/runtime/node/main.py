@@ -487,7 +487,7 @@ class Node:
         failpoint("node.stopping")
         self._notes = StopNotes(lambda text: _send_report(self._channel, Report("notice", text)))
         self._listener.delivery_suspended = True
-        broker_answers = self._settle_work(None if stop.grace is None else time.monotonic() + stop.grace)
+        broker_answers = self._wait_for_work(None if stop.grace is None else time.monotonic() + stop.grace)
         self._end_workers(graceful=broker_answers)
         broker_answers = broker_answers and self._write_history(stop.grace is not None)
         self._current_zygote().close()
@@ -508,7 +508,7 @@ class Node:
         _send_report(self._channel, Report("stopped"))
         os._exit(0)
 
-    def _settle_work(self, deadline: float | None) -> bool:
+    def _wait_for_work(self, deadline: float | None) -> bool:
         """Wait until no worker holds a message, or until the deadline; exits and timeouts are handled.
 
         Return True if the broker answers.

@@ -26,7 +26,7 @@ from stageflow_actors.runtime.ipc.output_frames import STDERR, STDOUT
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import LOADING, SlotState
 from stageflow_actors.runtime.node.exit_policy import (
-    CANCELLED,
+    CANCELLED_FAILURE,
     NO_CONSEQUENCE,
     ExitDecision,
     ExitPolicy,
@@ -260,7 +260,7 @@ class Pool(pykka.ThreadingActor):
     def _handle_exit(self, worker: WorkerHandle, decision: ExitDecision) -> None:
         """Report the exit to the broker, which releases the worker's messages; responsible ones carry the failure."""
         pool_context = self._context
-        if not worker.lanes[0].is_stale:
+        if not worker.lanes[0].is_outdated:
             pool_context.load_watch.on_exit(self._spec.queue, *worker.lanes[0].load_state())
         responsible, failure = list(decision.responsible), decision.failure
         if worker.stdout is not None:
@@ -313,7 +313,7 @@ class Pool(pykka.ThreadingActor):
             worker.mark_cancelled(now)
             late = [state for state in running if now > worker.cancelled.get(state.message_id, now)]
             if late:
-                self._kill(worker, late, CANCELLED)
+                self._kill(worker, late, CANCELLED_FAILURE)
                 return
         late = overdue_states(running, now)
         if late:
@@ -444,7 +444,7 @@ class Pool(pykka.ThreadingActor):
             self._target_workers = spec.actors
         self._spec = spec
         for worker in self._workers.values():
-            worker.lanes[0].mark_stale()
+            worker.lanes[0].mark_outdated()
             self._request_retirement(worker)
         self._fill()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.runtime.ipc.slots import Slot, SlotState
+from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS, Slot, SlotState
 from stageflow_actors.runtime.node.output_relay import WorkerOutput
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 
@@ -13,9 +13,6 @@ __all__ = ["Kill", "WorkerHandle"]
 
 CANCEL_MEMORY_NS = 60_000_000_000
 """Nanoseconds for which the cancellation of a message is remembered while the worker does not run the message."""
-
-CANCEL_GRACE_NS = 1_000_000_000
-"""Nanoseconds in which a running stage may end (see `ctx.cancelled`) after its instance has been cancelled."""
 
 
 class Kill:

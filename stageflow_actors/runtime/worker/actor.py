@@ -134,7 +134,7 @@ class WorkActor(pykka.ThreadingActor):
                     target, done = result
                     moves.append((item.id, item.lease, target, len(done), item.group))
                     bodies.append(done)
-                elif result.version_unknown and self._slot.is_stale:
+                elif result.version_unknown and self._slot.is_outdated:
                     self._release(item)
                     self._current = None
                     self._retire()

@@ -20,11 +20,10 @@ import pykka
 from stageflow_actors.errors import StageError, StageTimeout
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
-from stageflow_actors.runtime.ipc.slots import Slot
+from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS, Slot
 from stageflow_actors.runtime.messaging.settlements import Result
 from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
-from stageflow_actors.runtime.worker.executors.base import CANCEL_GRACE_NS
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor, PendingCall
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
@@ -94,7 +93,7 @@ class _ConcurrentActor(WorkActor):
                 self._bodies.append(done)
             else:
                 assert not isinstance(result, tuple)
-                if result.version_unknown and self._slot.is_stale:
+                if result.version_unknown and self._slot.is_outdated:
                     self._release(item)
                 else:
                     self._add(result)

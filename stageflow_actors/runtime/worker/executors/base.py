@@ -57,7 +57,6 @@ from stageflow_actors.runtime.worker.stage_context import RememberedSteps, Stage
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
 
 __all__ = [
-    "CANCEL_GRACE_NS",
     "PARK_MARK",
     "Executor",
     "ExecutorEnvironment",
@@ -74,9 +73,6 @@ PARK_MARK = ":park"
 
 SLOT_FAILURE_BYTES = POLICY_TEXT_BYTES - 2
 """The bytes of a failure that a slot can hold."""
-
-CANCEL_GRACE_NS = 1_000_000_000
-"""The time in which a cancelled async handler has to end. After it, the node kills the worker."""
 
 
 class Stopwatch(Protocol):

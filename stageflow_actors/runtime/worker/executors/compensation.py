@@ -23,11 +23,11 @@ from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
+from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS
 from stageflow_actors.runtime.messaging.settlements import Settlement, park_unknown_version, park_unreadable
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
-    CANCEL_GRACE_NS,
     ExecutorEnvironment,
     ask_policy,
     lost_attempt_failure,

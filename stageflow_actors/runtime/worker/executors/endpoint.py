@@ -55,7 +55,7 @@ class EndpointExecutor(HandlerExecutor):
             value = self._call(decode_value(command.command), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
-        return self._then(item, command, attempt, 0.0, 0.0, None, value)
+        return self._after_call(item, command, attempt, 0.0, 0.0, None, value)
 
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any

@@ -39,7 +39,7 @@ class PendingCall:
         """Return the settlement for the handler's result."""
         executor, state = self._executor, self._state
         executor._slot = self._slot  # other calls of this executor have started since
-        return executor._after(*state, value)
+        return executor._settle_result(*state, value)
 
     def fail(self, error: BaseException) -> Result:
         """Return the settlement for the handler's exception, or for the reason of its cancellation."""
@@ -52,7 +52,7 @@ class HandlerExecutor(Executor):
     """Executes a place with a handler.
 
     `awaits`: `start` returns a `PendingCall` for each call, because the handler is async and the environment awaits
-    handlers. `_then` receives the return value of the handler.
+    handlers. `_after_call` receives the return value of the handler.
     """
 
     kind = "stage"
@@ -76,8 +76,10 @@ class HandlerExecutor(Executor):
         self._bind()
 
     def _bind(self) -> None:
-        self._after: Callable[..., Result] = self._on_intercepted_result if self._intercepted else self._on_result
-        self._then: Callable[..., Result] = self._suspend if self.awaits else self._after
+        self._settle_result: Callable[..., Result] = (
+            self._on_intercepted_result if self._intercepted else self._on_result
+        )
+        self._after_call: Callable[..., Result] = self._suspend if self.awaits else self._settle_result
 
     @property
     def display_name(self) -> str:

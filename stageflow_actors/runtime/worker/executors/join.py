@@ -50,7 +50,7 @@ class JoinExecutor(Executor):
         if extra is not None and extra.cancelled is not None:
             return self._skip_cancelled(item, envelope)
         if joined.failure is not None:
-            return self._lose(item, envelope, joined.failure)
+            return self._report_branch_failure(item, envelope, joined.failure)
         attempt = 1 if extra is None else extra.attempts + 1
         if extra is not None and extra.fresh:
             return self._handle_lost_attempt(item, envelope, attempt)
@@ -65,7 +65,7 @@ class JoinExecutor(Executor):
             self._on_error(error)
             return self._handle_failure(item, envelope, attempt, started, self._wall() - started, error)
 
-    def _lose(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settlement:
+    def _report_branch_failure(self, item: DeliveryItem, envelope: Envelope, lost: StageRecord) -> Settlement:
         """Report a failed required branch to the coordinator."""
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Transition([Publish(self.naming.coordinator, FAILED, encode(envelope))]))

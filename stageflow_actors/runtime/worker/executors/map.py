@@ -290,7 +290,7 @@ class ItemExecutor(HandlerExecutor):
             value = self._call(self._items.decode(opened.context), ctx)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, opened, attempt, started, clock, error)
-        return self._then(item, opened, attempt, started, clock, None, value)
+        return self._after_call(item, opened, attempt, started, clock, None, value)
 
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any

@@ -102,7 +102,7 @@ class StageExecutor(HandlerExecutor):
             value = self._call(context, ctx)
         except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
             return self._handler_failed(item, envelope, attempt, started, clock, error)
-        return self._then(item, envelope, attempt, started, clock, context, value)
+        return self._after_call(item, envelope, attempt, started, clock, context, value)
 
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
