@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ SERVED: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] =
     "request and reply": ({"sku": "TEA"}, lambda result: result.context["pieces"], 7),
     "remote stage": ({"sku": "TEA"}, lambda result: result.context["pieces"], 7),
     "interceptor": ({}, lambda result: result.stages[0].data, "work: done"),
+    "initializer": ({}, lambda result: result.stages[0].data, random.Random(7).random()),
     "max_stage_concurrency": ({"text": "abc"}, lambda result: result.stages[0].data, 3),
 }
 
@@ -141,6 +143,7 @@ PRINTING = {
 
 OTHERS = (
     "services",
+    "service with an end",
     "compensation class",
     "signal",
     "HTTP stage",
@@ -172,6 +175,17 @@ class Bank:
 @pytest.mark.parametrize("name", ["services"])
 def test_a_service_is_handed_in(name: str, example: Example) -> None:
     assert example.run({"total": 5}, services={"bank": Bank}).stages[0].data == "charged 5"
+
+
+@pytest.mark.parametrize("name", ["service with an end"])
+def test_a_service_is_closed_at_the_end(name: str, example: Example, tmp_path: Path) -> None:
+    services = {"path": str(tmp_path / "ledger.csv")}
+    example.read()
+    services["ledger"] = example.names["ledger"]
+    assert run(example.flow, {"id": 1, "total": 5}, services=services).success
+    with Runtime(example.flow, data_dir=tmp_path / "data", services=services) as runtime:
+        assert runtime.execute(example.flow, {"id": 2, "total": 7}, timeout=30).success
+    assert (tmp_path / "ledger.csv").read_text() == "1,5\n2,7\n"
 
 
 @pytest.mark.parametrize("name", ["compensation class"])

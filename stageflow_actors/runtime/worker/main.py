@@ -73,20 +73,23 @@ def main(data: bytes, slot: Slot | None) -> int:
     mailbox = _WorkerMailbox(payload.queue, logs)
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     services = ServiceScope(runner.get_loop)
+    step = "the initializer failed: "
     try:
         if payload.initializer:
             with logs.loading_code():
                 initializer = _load_code(payload.initializer, slot)
             with logs.initializing():
                 initializer()
+        step = ""
         with logs.loading_code():
             programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
         executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
-        made = f"service {services.failed!r} cannot be made: " if services.failed else ""
-        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {made}{describe_error(error)}\n")
+        if services.failed:
+            step = f"service {services.failed!r} cannot be made: "
+        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {step}{describe_error(error)}\n")
         return process.run(services.close, runner, EXIT_UNLOADABLE)
     failpoint("worker.loaded")
     mailbox.placeholders = _occupy_low_descriptors()

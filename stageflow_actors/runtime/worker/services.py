@@ -87,9 +87,9 @@ class ServiceScope:
             opened = self._context.run(self._open, source)
             service, closer = opened if isinstance(opened, tuple) else self._run_in_task(opened)
         self._made[name] = service
-        if closer is not None and id(service) not in self._known:
+        self._known.add(id(service))
+        if closer is not None:
             self._closers.append((name, closer, within))
-            self._known.add(id(service))
 
     def _open(self, source: ServiceSource) -> tuple[Any, Closer | None] | Coroutine[Any, Any, Any]:
         """Return the service and the function that closes it, or a coroutine that returns both."""
@@ -103,8 +103,16 @@ class ServiceScope:
         if isinstance(result, _AsyncGeneratorContextManager):
             return _enter(result)
         if inspect.iscoroutine(result):
-            return _await_service(result)
-        return result, _closer_of(result)
+            return self._await_service(result)
+        return result, self._closer_of(result)
+
+    async def _await_service(self, work: Coroutine[Any, Any, Any]) -> tuple[Any, Closer | None]:
+        service = await work
+        return service, self._closer_of(service)
+
+    def _closer_of(self, service: Any) -> Closer | None:
+        """Return the method that closes a service, unless it is a value or another service, which has its own."""
+        return None if id(service) in self._known else _closer_of(service)
 
     async def _open_within(self, source: ServiceSource) -> tuple[Any, Closer | None]:
         opened: Any = self._open(source)
@@ -186,11 +194,6 @@ def _same(result: Any) -> Any:
 
 async def _enter(manager: Any) -> tuple[Any, Closer]:
     return await manager.__aenter__(), functools.partial(manager.__aexit__, None, None, None)
-
-
-async def _await_service(work: Coroutine[Any, Any, Any]) -> tuple[Any, Closer | None]:
-    service = await work
-    return service, _closer_of(service)
 
 
 async def _await(work: Any) -> Any:
