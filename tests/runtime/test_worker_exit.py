@@ -286,45 +286,53 @@ def serve_one(serve: Any, handler: Any, service: Any = None, **options: Any) -> 
     return runtime, flow
 
 
-def test_a_close_that_hangs_is_killed_and_named(serve: Any, capfd: Any) -> None:
+def messages(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if part in record.getMessage()]
+
+
+def test_a_close_that_hangs_is_killed_and_named(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     runtime, _ = serve_one(serve, use, Hanging)
     began = time.monotonic()
     runtime.stop()
     assert 0.4 < time.monotonic() - began < 5
     assert noted("closing") == [()]
-    (warning,) = [line for line in capfd.readouterr().err.splitlines() if "worker_stop_timeout" in line]
+    (warning,) = messages(caplog, "worker_stop_timeout")
     assert "pool stageflow.flow.stage0" in warning
     assert "within worker_stop_timeout=0.5 s" in warning
     assert warning.endswith("unfinished: the close of service 'service'")
 
 
-def test_a_close_that_hangs_after_a_scale_down_charges_nobody(serve: Any, capfd: Any, eventually: Any) -> None:
+def test_a_close_that_hangs_after_a_scale_down_charges_nobody(
+    serve: Any, caplog: pytest.LogCaptureFixture, eventually: Any
+) -> None:
     runtime, flow = serve_one(serve, use, Hanging)
-    queue = "stageflow.flow.stage0"
     runtime.scale(flow, "s", 0)
-    err: list[str] = []
-    eventually(lambda: err.append(capfd.readouterr().err) or "unfinished: the close of" in "".join(err), "killed")
+    eventually(lambda: messages(caplog, "unfinished: the close of service 'service'"), "killed")
     runtime.scale(flow, "s", 1)
     assert runtime.execute(flow, {}, timeout=60).stages[0].attempts == 1
-    assert [info.state for info in runtime.queues(queue)] == ["open"]
+    assert [info.state for info in runtime.queues("stageflow.flow.stage0")] == ["open"]
     runtime.stop()
 
 
-def test_a_child_that_ignores_the_request_to_end_is_killed_and_said(serve: Any, capfd: Any) -> None:
+def test_a_child_that_ignores_the_request_to_end_is_killed_and_said(
+    serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     runtime, _ = serve_one(serve, ignores_sigterm)
     runtime.stop()
     ((pid,),) = noted("child")
     assert start_ticks(int(pid)) is None
-    (warning,) = [line for line in capfd.readouterr().err.splitlines() if "worker_stop_timeout" in line]
+    (warning,) = messages(caplog, "worker_stop_timeout")
     assert warning.endswith("unfinished: the end of processes that its handlers started")
 
 
-def test_a_close_that_fails_is_logged_once_and_changes_nothing(serve: Any, capfd: Any) -> None:
+def test_a_close_that_fails_is_logged_once_and_changes_nothing(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     runtime, _ = serve_one(serve, use, Failing)
     runtime.stop()
-    err = capfd.readouterr().err
-    assert err.count("WARNING stageflow_actors.worker: service 'service' could not be closed") == 1
-    assert err.count("ConnectionError: the server has gone") == 1
+    expected = "service 'service' could not be closed: ConnectionError('the server has gone')"
+    assert messages(caplog, "could not be closed") == [expected]
+    (record,) = [record for record in caplog.records if record.getMessage() == expected]
+    assert (record.name, record.levelname) == ("stageflow_actors.worker", "WARNING")
+    assert "ConnectionError: the server has gone" in (record.exc_text or "")
 
 
 def test_a_second_ctrl_c_ends_the_wait_for_a_close(tmp_path: Any) -> None:
