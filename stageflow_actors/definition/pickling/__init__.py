@@ -53,7 +53,8 @@ def dumps(
     """
     types = [(kind, export_types(kind)) for kind in contexts if kind is not dict]
     references: dict[int, tuple[str, str, str]] = {}
-    index = ReferenceIndex()
+    extra = script or Script()
+    index = extra.index
     while True:
         try:
             data = _dump((value, types), references, index)
@@ -68,7 +69,6 @@ def dumps(
                 continue
             reason = found.describe() if found is not None else f"it cannot be sent to worker processes: {error}"
             raise WorkflowDefinitionError(f"{what}: {reason}") from error
-    extra = script or Script()
     return pickle.dumps((RUN_ID, extra.main, extra.definitions, data))
 
 

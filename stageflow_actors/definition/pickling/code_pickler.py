@@ -29,7 +29,6 @@ from stageflow_actors.definition.pickling.importable import (
     ReferenceIndex,
     is_by_value,
     is_importable_class,
-    is_importable_module,
     is_stateless,
     resolve,
 )
@@ -89,7 +88,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         super().__init__(buffer)
         self._references = references or {}
         self._index = index or ReferenceIndex()
-        self._importable_modules: dict[str, bool] = {"__main__": True}
+        self._checked_modules = {"__main__"}
         self._by_value: list[ModuleType] = []
         self._namespaces: dict[str, Namespace] = {}
 
@@ -289,10 +288,10 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _check_module(self, name: Any) -> None:
         """Register a module to be pickled by value if a child process cannot import it."""
         module = sys.modules.get(name) if isinstance(name, str) else None
-        if module is None or name in self._importable_modules:
+        if module is None or name in self._checked_modules:
             return
-        self._importable_modules[name] = is_importable_module(name, module)
-        if not self._importable_modules[name] and name not in cloudpickle.list_registry_pickle_by_value():
+        self._checked_modules.add(name)
+        if not self._index.is_importable(name) and name not in cloudpickle.list_registry_pickle_by_value():
             cloudpickle.register_pickle_by_value(module)
             self._by_value.append(module)
 
@@ -331,7 +330,10 @@ def check_sendable(obj: Any) -> None:
 def _reduce_code(code: CodeType) -> Any:
     """Keep the file name, which tracebacks and `inspect` need; cloudpickle replaces it by a constant."""
     make, arguments = cloudpickle.cloudpickle._code_reduce(code)
-    return make, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
+    # Compared as text only: under `-bb`, comparing bytes with text is an error.
+    return make, tuple(
+        code.co_filename if isinstance(each, str) and each == "<dynamic-code>" else each for each in arguments
+    )
 
 
 def _reduce_cell(cell: CellType) -> Any:

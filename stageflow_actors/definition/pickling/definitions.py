@@ -25,11 +25,12 @@ MAX_SCRIPT_BYTES = 4 << 20
 
 
 class Script:
-    """The definitions of a script, by name, and the attributes of its module."""
+    """The definitions of a script, by name, and the attributes of its module. `index` is shared by all its pickles."""
 
     def __init__(self) -> None:
         self.main: dict[str, Any] = {}
         self.definitions: dict[str, bytes] = {}
+        self.index = ReferenceIndex()
 
     @classmethod
     def of_program(cls) -> Script:
@@ -41,10 +42,9 @@ class Script:
         script.main = Namespace("__main__").__reduce__()[1][1]
         found = {name: value for name, value in list(vars(main).items()) if _is_definition(name, value)}
         names = {id(value): name for name, value in found.items()}
-        index = ReferenceIndex()
         size = 0
         for name, value in found.items():
-            data = _dump(value, names, index)
+            data = _dump(value, names, script.index)
             if data is not None and size + len(data) <= MAX_SCRIPT_BYTES:
                 script.definitions[name] = data
                 size += len(data)

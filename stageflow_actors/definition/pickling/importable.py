@@ -77,6 +77,14 @@ class ReferenceIndex:
 
     def __init__(self) -> None:
         self._names: dict[int, tuple[str, str]] | None = None
+        self._importable: dict[str, bool] = {}
+
+    def is_importable(self, module: str) -> bool:
+        """Return True if a child process can import this module, which is loaded."""
+        found = self._importable.get(module)
+        if found is None:
+            found = self._importable[module] = is_importable_module(module, sys.modules[module])
+        return found
 
     def find(self, value: Any) -> tuple[str, str, str] | None:
         """Return module, attribute and class name of an object; None if it is no attribute of an importable module."""
@@ -89,7 +97,8 @@ class ReferenceIndex:
         if self._names is None:
             self._names = _public_attributes()
         found = self._names.get(id(value))
-        if found is None or not is_importable_module(found[0], sys.modules[found[0]]):
+        # Another object may have got the place in memory of one that is gone.
+        if found is None or resolve(*found) is not value or not self.is_importable(found[0]):
             return None
         return *found, kind.__qualname__
 

@@ -212,6 +212,8 @@ def _advice(subject: Any, culprit: Any, names: list[str]) -> str:
     name = re.sub(r"\W.*", "", names[-1]).lower() if names and re.match(r"[A-Za-z_]", names[-1]) else ""
     name = "connection" if not name or names[-1].startswith(("service", "the ", "interceptor")) else name
     factory = f'a service factory, Runtime(services={{"{name}": factory}}), and take the parameter `{name}`'
+    if isinstance(subject, (FunctionType, type)):
+        return "Move what it needs into a module that workers can import"
     if is_of_runtime(subject):
         return "A running cluster stays with its program: use Runtime.connect(data_dir) in the handler"
     if isinstance(culprit, contextvars.ContextVar):
