@@ -66,7 +66,8 @@ class _LimitedBuffer(io.BytesIO):
 def _is_definition(name: str, value: Any) -> bool:
     kind = type(value)
     if kind.__module__ == "__main__" and not isinstance(value, type):
-        return _pickles_as(value) == name
+        has_own = any(getattr(kind, each) is not getattr(object, each) for each in ("__reduce__", "__reduce_ex__"))
+        return has_own and _pickles_as(value) == name
     is_named = isinstance(value, (type, FunctionType)) or kind.__module__ in ("functools", "typing")
     module = getattr(value, "__module__", None)
     qualname = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
