@@ -350,6 +350,14 @@ class SlotTable:
             )
         return slot
 
+    def open_again(self, index: int) -> Slot:
+        """Return a slot with the counts and the time limit that are in memory now.
+
+        A slot that the zygote has read keeps those of the worker before; the node has cleared them.
+        """
+        self._slots.pop(index, None)
+        return self[index]
+
     def lanes(self, index: int, count: int) -> list[Slot]:
         """Return `count` consecutive slots, from `index`."""
         return [self[at] for at in range(index, index + count)]

@@ -142,3 +142,15 @@ def test_a_closed_table_is_closed() -> None:
     with pytest.raises(ValueError, match="released"):
         slot.begin(1, 0, 1)
     assert len(table) == 0
+
+
+def test_a_slot_that_is_opened_again_writes_a_time_limit_that_was_cleared() -> None:
+    node = SlotTable.create(1)
+    zygote = SlotTable.attach(os.dup(node.fd), 1)
+    node[0].begin(1, 500, 9)
+    assert zygote[0].read().timeout_ns == 500
+    node[0].clear()
+    zygote.open_again(0).begin(2, 500, 9)
+    assert node[0].read().timeout_ns == 500
+    node.close()
+    zygote.close()
