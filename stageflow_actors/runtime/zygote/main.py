@@ -251,7 +251,9 @@ class ZygoteServer:
                 os.close(fd)
             self._release_zygote_resources()
             raise_oom_score()
-            code = _run_entry(self._config, self._slots.open_again(slot) if self._slots and slot >= 0 else None, input_fd)
+            code = _run_entry(
+                self._config, self._slots.open_again(slot) if self._slots and slot >= 0 else None, input_fd
+            )
         except InterpreterExit as request:
             code, finalize = request.status, True
         except BaseException:  # noqa: BLE001 - the child must end here in any case
