@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,6 +109,27 @@ def test_a_factory_that_cannot_be_called_is_refused_by_start_before_any_process(
     assert not (tmp_path / "data").exists()
     with pytest.raises(WorkflowDefinitionError, match=words):
         run(flow, {}, services=services)
+
+
+class Client:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (threading.Lock(), r"service 'bank' \(_thread.lock\)"),
+        (Client(), r"service 'bank'.lock \(_thread.lock\)"),
+        ({"a": [threading.Lock()]}, r"service 'bank'\['a'\]\[0\] \(_thread.lock\)"),
+    ],
+)
+def test_a_value_that_cannot_be_sent_is_refused_by_start_with_advice(value: Any, named: str, tmp_path: Any) -> None:
+    flow = Workflow("flow").add_stage(lambda order, bank: None, id="pay")
+    advice = r'Give a factory in place of the value, Runtime\(services={"bank": factory}\)'
+    with pytest.raises(WorkflowDefinitionError, match=f"^stage 'pay' of workflow 'flow': {named} cannot .*{advice}"):
+        Runtime(flow, data_dir=tmp_path / "data", services={"bank": value}).start()
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("factory", [lambda ctx: None, lambda ctx=None: None])

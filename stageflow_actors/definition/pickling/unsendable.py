@@ -216,6 +216,12 @@ def _advice(subject: Any, culprit: Any, names: list[str]) -> str:
         return "Move what it needs into a module that workers can import"
     if is_of_runtime(subject):
         return "A running cluster stays with its program: use Runtime.connect(data_dir) in the handler"
+    service = re.match(r"service '([^']*)'", names[0]) if len(names) == 1 else None
+    if service is not None:
+        return (
+            f'Give a factory in place of the value, Runtime(services={{"{service[1]}": factory}}): each worker that '
+            "needs the service calls it"
+        )
     if isinstance(culprit, contextvars.ContextVar):
         return (
             "Its value belongs to this process: pass the value in the context, or define the variable in a module "
