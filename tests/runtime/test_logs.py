@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -467,3 +468,32 @@ def test_handlers_that_the_program_has_too_are_removed_and_others_stay(tmp_path:
             handler.close()
         program.close()
         worker.close()
+
+
+def configure_worker(folder: str, twice: bool) -> None:
+    name = "shared" if twice else f"worker-{os.getpid()}"
+    handler = logging.FileHandler(f"{folder}/{name}.log")
+    handler.setFormatter(logging.Formatter("%(name)s %(stage_id)s %(message)s", defaults={"stage_id": None}))
+    logging.getLogger("shop").addHandler(handler)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["for workers only", "in the program too"])
+def test_what_the_initializer_configures_holds_beside_the_programs_logging(
+    tmp_path: Path, kept: Kept, twice: bool
+) -> None:
+    set_up = partial(configure_worker, str(tmp_path), twice)
+    before = list(log.handlers)
+    if twice:
+        set_up()
+    try:
+        with Runtime(many, data_dir=tmp_path / "data", initializer=set_up) as runtime:
+            id = runtime.execute(many, {"records": 2}, timeout=30).instance_id
+        # The end of the block waits for all output.
+        assert set(kept.by_message(id)) == {"record 0", "record 1"}
+        files = {file.name: file.read_text() for file in tmp_path.glob("*.log")}
+        assert list(files.values()) == ["shop log-many record 0\nshop log-many record 1\n"]
+        assert ("shared.log" in files) == twice
+    finally:
+        for handler in set(log.handlers) - set(before):
+            log.removeHandler(handler)
+            handler.close()
