@@ -22,7 +22,7 @@ from programs import Launch, launch
 
 from stageflow_actors import Retry, Runtime, StageContext, Workflow
 from stageflow_actors.runtime.client import output
-from stageflow_actors.runtime.ipc.log_levels import LogLevels, LogSetup
+from stageflow_actors.runtime.ipc.log_levels import LogLevels, LogSetup, describe_handlers
 from stageflow_brokers.log_sender import DROPPED, FRAME_LENGTH_BYTES, MAX_RECORD_BYTES, LogSender, encode_record
 
 __all__ = ["launch", "serve"]
@@ -456,7 +456,7 @@ def test_handlers_that_the_program_has_too_are_removed_and_others_stay(tmp_path:
     worker.apply()
     another = logging.FileHandler(tmp_path / "another.log")
     logger.addHandler(another)
-    kept = {one: list(one.handlers) for one in [logging.getLogger(), logger]}
+    kept = {one: list(one.handlers) for one in describe_handlers()}
     try:
         worker.remove_duplicates()
         assert logger.handlers == [another]
