@@ -57,6 +57,56 @@ MUTANTS = (
         ("tests/brokers/test_commit_before_effect.py::test_a_confirmation_and_a_delivery_leave_after_their_sync",),
     ),
     Mutant(
+        "context-not-copied",
+        "all messages of a worker are handled in one context of variables",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/base.py",
+                "return self._copy_context().run(self._run, item, body)",
+                "return self._run(item, body)",
+            ),
+        ),
+        ("tests/runtime/test_isolated_messages.py::test_no_message_in_this_process_leaves_anything_behind[attempts]",),
+    ),
+    Mutant(
+        "decimal-context-shared",
+        "the copies of the context variables share the context of decimal",
+        (
+            (
+                "stageflow_actors/runtime/worker/base_context.py",
+                "        copied.run(decimal.setcontext, self._decimal.copy())\n",
+                "",
+            ),
+        ),
+        (
+            "tests/runtime/test_isolated_messages.py::test_a_copy_holds_what_was_set_before_it_and_no_copy_holds_what_was_set_in_another",
+        ),
+    ),
+    Mutant(
+        "slot-names-only-the-first",
+        "a slot names the coroutine that began, and not the one that is resumed",
+        (
+            (
+                "stageflow_actors/runtime/worker/event_loop.py",
+                "coroutine if call is None else _Turns(coroutine, call)",
+                "coroutine",
+            ),
+        ),
+        ("tests/runtime/test_event_loop.py::test_each_resumption_is_a_turn_of_its_message_and_of_no_other[twice]",),
+    ),
+    Mutant(
+        "blocked-loop-charges-all",
+        "each message that is late behind a blocked event loop is charged with its timeout",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        late = [state for state in late if state in blocking or state.is_overdue(began)]\n",
+                "        del began\n",
+            ),
+        ),
+        ("tests/chaos/test_exit_policy.py::test_a_lane_that_blocks_the_event_loop_is_late_alone",),
+    ),
+    Mutant(
         "no-fence",
         "a settlement counts whatever lease it names",
         (

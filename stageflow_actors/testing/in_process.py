@@ -33,6 +33,8 @@ from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode, compensated_item_types, endpoint_code, stage_codes
 from stageflow_actors.runtime.messaging.settlements import Settlement, settle_transition, split_parts
+from stageflow_actors.runtime.worker.base_context import BaseContext
+from stageflow_actors.runtime.worker.event_loop import EventLoop
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
@@ -124,16 +126,24 @@ def run(
     undoing = [stage.compensation.spec for stage in workflow.stages if stage.compensation is not None]
     specs = [*(stage.spec for stage in (*workflow.stages, *served)), *undoing]
     needed = frozenset[str]().union(*(spec.services_among(sources) for spec in specs))
-    with (
-        contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop,
-        contextlib.ExitStack() as ends,
-    ):
-        scope = ServiceScope(loop.get_loop)
-        ends.callback(scope.close)
-        taken = select_services([name for name in sources if name in needed], sources)
-        made = scope.make(taken, services_on_loop(specs, sources))
-        instance: _Instance[C] = _Instance(session.naming, workflow, ref, request.id, made, loop, given, served, around)
-        return instance.finish(_Message(ref.target.queue, ref.target.label, body))
+    base = BaseContext()
+
+    def run_instance() -> WorkflowResult[C]:
+        with (
+            contextlib.closing(asyncio.Runner(loop_factory=asyncio.new_event_loop)) as loop,
+            contextlib.ExitStack() as ends,
+        ):
+            scope = ServiceScope(loop.get_loop)
+            ends.callback(scope.close)
+            taken = select_services([name for name in sources if name in needed], sources)
+            made = scope.make(taken, services_on_loop(specs, sources))
+            instance: _Instance[C] = _Instance(
+                session.naming, workflow, ref, request.id, made, loop, base, given, served, around
+            )
+            return instance.finish(_Message(ref.target.queue, ref.target.label, body))
+
+    # What factories and constructors set is seen neither by handlers, as in a worker, nor by the caller.
+    return base.copy().run(run_instance)
 
 
 def _check_signals(workflow: Workflow[Any], signals: Iterable[str]) -> None:
@@ -238,7 +248,20 @@ class _NullSlot:
         """See `Stopwatch.end_policy`."""
 
     def set_grace(self, grace_ns: int) -> None:
-        """See `Stopwatch.set_grace`."""
+        """See `LoopSlot.set_grace`."""
+
+    def begin_turn(self, now_ns: int) -> None:
+        """See `LoopSlot.begin_turn`."""
+
+    def end_turn(self) -> None:
+        """See `LoopSlot.end_turn`."""
+
+    def excuse(self, blocked_ns: int) -> None:
+        """See `LoopSlot.excuse`."""
+
+    def time_limit(self, now_ns: int) -> tuple[int, int] | None:
+        """Return None: attempts have no time limit here."""
+        return None
 
     def is_cancelled(self) -> bool:
         """Return False: an instance cannot be cancelled here."""
@@ -256,6 +279,7 @@ class _Instance(Generic[C]):
         instance_id: str,
         services: Mapping[str, Any],
         loop: asyncio.Runner,
+        base: BaseContext,
         signals: list[tuple[str, Any]],
         endpoints: Sequence[Stage],
         interceptors: Sequence[Any],
@@ -275,7 +299,8 @@ class _Instance(Generic[C]):
             services=services,
             slot=_NullSlot(),
             step_store=self._steps,
-            loop=loop.get_loop,
+            event_loop=EventLoop(loop.get_loop),
+            base_context=base,
             on_error=self._on_error,
         )
         context = workflow.context

@@ -6,6 +6,7 @@ import signal
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import UNDECIDED, shorten_failure
@@ -279,11 +280,41 @@ def test_a_kill_is_for_policies_or_for_handlers_and_never_for_one_that_waits_for
     assert overdue_states([graced, unlimited], 3 * second) == [graced]
 
 
+def in_turn(message_id: int, *, since: int, turn: int, timeout: int = 10**9) -> SlotState:
+    """A lane of an event loop; `turn` is when its coroutine was resumed, 0 while it waits."""
+    return SlotState(message_id, since, timeout, 1, 0, False, 0, 10**9, b"", turn)
+
+
+def test_a_lane_that_blocks_the_event_loop_is_late_alone() -> None:
+    second = 10**9
+    waiting = [in_turn(number, since=1, turn=0) for number in (1, 2, 3)]
+    blocking = in_turn(4, since=second, turn=second + 1)
+    lanes = [*waiting, blocking]
+    assert overdue_states(waiting, 2 * second + 2) == waiting, "the loop is free, and they did not end"
+    assert overdue_states(lanes, 2 * second + 2) == [], "they cannot end, and its own time has not passed"
+    assert overdue_states(lanes, 3 * second + 1) == [blocking]
+    unlimited = in_turn(5, since=1, turn=second, timeout=0)
+    assert overdue_states([*waiting, unlimited], 3 * second) == waiting
+    resumed_late = in_turn(6, since=3, turn=2 * second + 2)
+    assert overdue_states([*waiting, resumed_late], 2 * second + 4) == [*waiting, resumed_late]
+
+
+def test_a_worker_that_dies_in_a_coroutine_charges_the_message_of_that_coroutine(court: Court) -> None:
+    lanes = [in_turn(1, since=1, turn=0), in_turn(2, since=1, turn=7), in_turn(3, since=1, turn=0)]
+    assert court(-signal.SIGSEGV, *lanes).responsible == [2]
+    assert court(-signal.SIGSEGV, *(structs.replace(lane, turn_since_ns=0) for lane in lanes)).responsible == [1, 2, 3]
+
+
 def test_reasons_to_kill_name_stage_and_limit() -> None:
     late = SlotState(7, 1, 2_500_000_000, 1, 0, False)
     assert timeout_failure(spec(), late).message == "StageTimeout: stage 's' ran longer than its timeout of 2.5 s"
     graced = SlotState(7, 1, 2_500_000_000, 1, 0, False, 0, 1)
     assert timeout_failure(spec(), graced).message.endswith("of 2.5 s and did not end when it was cancelled")
+    blocked = in_turn(7, since=1, turn=2, timeout=2_500_000_000)
+    assert timeout_failure(spec(), blocked).message == (
+        "StageTimeout: stage 's' blocked its event loop (it needs await asyncio.sleep() or asyncio.to_thread() for "
+        "blocking calls), ran longer than its timeout of 2.5 s and did not end when it was cancelled"
+    )
     assert memory_failure(spec(max_memory=10**6), 3 * 10**6).message == (
         "WorkerDied: the worker was killed while running stage 's': "
         "it used 3 MB of memory, more than max_memory=1000000"

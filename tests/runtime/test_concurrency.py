@@ -165,11 +165,15 @@ async def wait_for_noted(*words: object) -> None:
 async def deadly(context: Context, ctx: StageContext) -> str:
     """`killer` ends the process while `neighbour` runs; what waits behind them has not begun."""
     name, run = context["name"], context["run"]
+    first = not noted("begun", run, name)
     note("begun", run, name)
     if name == "killer" and ctx.attempt == 1:
         await wait_for_noted("begun", run, "neighbour")
+        if run == "in a callback":
+            asyncio.get_running_loop().call_later(0.01, os._exit, 3)
+            await asyncio.sleep(60)
         os._exit(3)
-    if name == "neighbour" and ctx.attempt == 1:
+    if name == "neighbour" and first:
         await asyncio.sleep(60)
     return f"{ctx.attempt} {type(ctx.previous_failure).__name__}"
 
@@ -379,10 +383,17 @@ def test_a_thread_past_its_timeout_costs_its_neighbours_a_new_start_and_no_attem
 
 
 def test_what_was_running_when_a_worker_died_is_charged_and_what_waited_is_not(runtime: Runtime) -> None:
-    contexts = [{"name": name, "run": "charged"} for name in ("killer", "neighbour", "waiting")]
+    contexts = [{"name": name, "run": "in a callback"} for name in ("killer", "neighbour", "waiting")]
     killer, neighbour, waiting = run_all(runtime, deadly_flow, contexts)
-    assert killer == neighbour == f"2 {WorkerDied.__name__}"
+    assert killer == neighbour == f"2 {WorkerDied.__name__}", "no coroutine was resumed at that time"
     assert waiting == "1 NoneType"
+
+
+def test_a_coroutine_in_which_a_worker_died_is_charged_alone(runtime: Runtime) -> None:
+    contexts = [{"name": name, "run": "in a coroutine"} for name in ("killer", "neighbour", "waiting")]
+    killer, neighbour, waiting = run_all(runtime, deadly_flow, contexts)
+    assert killer == f"2 {WorkerDied.__name__}"
+    assert neighbour == waiting == "1 NoneType"
 
 
 def test_a_message_that_runs_beside_a_poisoned_one_outlives_it(serve: Callable[..., Runtime]) -> None:

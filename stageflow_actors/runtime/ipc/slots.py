@@ -1,6 +1,6 @@
 """Shared memory in which each worker publishes its current message.
 
-A slot holds the message in work, its start time and its time limit. One anonymous file holds an array of 64-byte
+A slot holds the message in work, its start time and its time limit. One anonymous file holds an array of 128-byte
 slots; the node creates it, the zygote and the workers inherit it. A worker writes its own slot, twice per message, so
 the code for it must not lock, call the system or allocate. The node reads the slots to enforce timeouts, to show busy
 workers, and to find the message that a dead worker was running. A worker that runs several messages at once has several
@@ -10,6 +10,9 @@ consecutive slots, one for each: its lanes.
 
     cell   0           1         2           3        4          5        6         7
            message_id  since_ns  timeout_ns  started  cancelled  settled  grace_ns  outdated
+
+    cell   8                9 to 15
+           turn_since_ns    unused
 
 `since_ns` is the commit mark: it is zero while the other cells change. A worker that dies in the middle of `begin`
 therefore looks idle, which is correct: its handler has not started.
@@ -46,8 +49,8 @@ CANCEL_GRACE_NS = 1_000_000_000
 """Nanoseconds in which a running stage may end (see `ctx.cancelled`) after its instance was cancelled; then the node
 kills its worker."""
 
-SLOT_BYTES = 64
-"""Size of a cache line, so that two workers never write to the same line."""
+SLOT_BYTES = 128
+"""Two cache lines, which processors fetch together: two workers never write to the same ones."""
 
 POLICY_TEXT_BYTES = 1024
 """Space for the failure text of one slot, its length included. Pages that are never written take no memory."""
@@ -60,7 +63,7 @@ LOADING, LOADED, UNLOADABLE = range(3)
 """States of a worker's code: not loaded yet, loaded, or an exception has ended the load."""
 
 _CELLS = SLOT_BYTES // 8
-_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _OUTDATED = range(8)
+_MESSAGE, _SINCE, _TIMEOUT, _STARTED, _CANCELLED, _SETTLED, _GRACE, _OUTDATED, _TURN_SINCE = range(9)
 _BYTES_PER_SLOT = SLOT_BYTES + POLICY_TEXT_BYTES + LIFE_BYTES
 _READY, _STEP_LENGTH, _LOAD_STATE, _STEP = 8, 9, 10, 11  # offsets in the life area, behind the time in eight bytes
 
@@ -78,6 +81,8 @@ class SlotState(Struct, frozen=True):
         settled: Messages that user code ran for and that the worker settled since then.
         grace_ns: Time beyond the timeout in which the worker itself ends the handler.
         policy_failure: The failure that the retry policy is deciding on since `since_ns`; empty while no policy runs.
+        turn_since_ns: When the event loop resumed a coroutine of the message; 0 while all of them wait, and for
+            handlers that are not async.
     """
 
     message_id: int
@@ -89,6 +94,7 @@ class SlotState(Struct, frozen=True):
     settled: int = 0
     grace_ns: int = 0
     policy_failure: bytes = b""
+    turn_since_ns: int = 0
 
     @property
     def is_busy(self) -> bool:
@@ -146,6 +152,26 @@ class Slot:
     def end(self) -> None:
         """Record that no user code runs."""
         self._cells[1] = 0
+
+    def begin_turn(self, now_ns: int) -> None:
+        """Record that the event loop resumes a coroutine of the message in work: it blocks the others until it ends."""
+        self._cells[8] = now_ns
+
+    def end_turn(self) -> None:
+        """Record that this coroutine has returned to the event loop."""
+        self._cells[8] = 0
+
+    def excuse(self, blocked_ns: int) -> None:
+        """Extend the time limit of the message in work: another one has blocked the event loop for this time."""
+        cells = self._cells
+        if cells[_SINCE]:
+            cells[_SINCE] += blocked_ns
+
+    def time_limit(self, now_ns: int) -> tuple[int, int] | None:
+        """Return the time limit of the message in work and the part that is left; None without a limit."""
+        cells = self._cells
+        timeout: int = cells[_TIMEOUT]
+        return (timeout, cells[_SINCE] + timeout - now_ns) if timeout else None
 
     def set_timeout(self, timeout_ns: int, now_ns: int) -> None:
         """Replace the time limit of the message in work, counted from `now_ns`; 0 is no limit."""
@@ -281,7 +307,7 @@ class Slot:
                 cells[_STARTED],
                 cells[_CANCELLED],
             )
-            grace = cells[_GRACE]
+            grace, turn_since = cells[_GRACE], cells[_TURN_SINCE]
             if text is not None:
                 policy_failure = bytes(text[2 : 2 + int.from_bytes(text[:2], "big")])
             if cells[_SINCE] == since:
@@ -297,6 +323,7 @@ class Slot:
             settled=cells[_SETTLED],
             grace_ns=grace,
             policy_failure=policy_failure if busy else b"",
+            turn_since_ns=turn_since if busy else 0,
         )
 
 

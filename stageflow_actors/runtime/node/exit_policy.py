@@ -188,18 +188,23 @@ class ExitPolicy:
 def overdue_states(running: Sequence[SlotState], now_ns: int) -> list[SlotState]:
     """Return the lanes whose message has run too long, so that the worker must be killed.
 
-    If one of them waits for a retry policy, only those that do are returned: a kill is attributed to policies or to
-    handlers, never to both. While a policy blocks a worker's event loop no handler there can end in time, so that only
-    the policy can be late.
+    A lane that blocks the worker's event loop is judged before the others: no handler there can end in time, nor be
+    cancelled, until the loop is free again. So only lanes that were late before it began count beside it. If one of the
+    late lanes waits for a retry policy, only those that do are returned: a kill is attributed to policies or to
+    handlers, never to both.
     """
-    limited = [state for state in _blocking_event_loop(running) if state.timeout_ns]
-    late = [state for state in limited or running if state.is_overdue(now_ns)]
+    late = [state for state in running if state.is_overdue(now_ns)]
+    blocking = [state for state in _blocking_event_loop(running) if state.timeout_ns]
+    if blocking:
+        began = min(state.turn_since_ns for state in blocking)
+        late = [state for state in late if state in blocking or state.is_overdue(began)]
     return [state for state in late if state.policy_failure] or late
 
 
 def _blocking_event_loop(running: Sequence[SlotState]) -> list[SlotState]:
-    """Return the lanes whose retry policy runs on an event loop, where it blocks all other lanes."""
-    return [state for state in running if state.policy_failure and state.grace_ns]
+    """Return the lanes whose coroutine or retry policy runs on an event loop, where it blocks all other lanes."""
+    policies = [state for state in running if state.policy_failure and state.grace_ns]
+    return policies or [state for state in running if state.turn_since_ns]
 
 
 def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Failure:
@@ -210,7 +215,10 @@ def timeout_failure(spec: PoolSpec, late: SlotState, *others: SlotState) -> Fail
         if failure is not None and all(state.policy_failure == late.policy_failure for state in others):
             return failure
         return Failure(UNDECIDED, f"StageTimeout: a retry policy of {_describe_work(spec)} {how}", "StageTimeout")
-    reason = f"StageTimeout: {_describe_work(spec)} ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
+    reason = f"StageTimeout: {_describe_work(spec)} "
+    if late.turn_since_ns:
+        reason += "blocked its event loop (it needs await asyncio.sleep() or asyncio.to_thread() for blocking calls), "
+    reason += f"ran longer than its timeout of {late.timeout_ns / 1e9:g} s"
     if late.grace_ns:
         reason += " and did not end when it was cancelled"
     return Failure("timeout", reason, "StageTimeout")

@@ -317,6 +317,9 @@ class Pool(pykka.ThreadingActor):
                 return
         late = overdue_states(running, now)
         if late:
+            # Lanes are read one after the other, and an event loop that was blocked may have become free in between.
+            late = overdue_states(worker.running(), now)
+        if late:
             self._kill(worker, late, timeout_failure(self._spec, *late))
             return
         oldest = min(running, key=lambda state: state.since_ns)

@@ -7,6 +7,9 @@
 `mailbox`              passes batches from the connection to the actor
 `output`               the standard streams and the logging of the worker
 `current_attempt`      the attempt in work, for the attributes of log records
+`event_loop`           the event loop of async user code, and the turns of messages on it
+`awaitables`           awaitables that user code returns
+`base_context`         the context variables of which each message gets a copy
 `stage_context`        `StageContext`, which handlers receive
 `interceptors`         wraps the calls of user code
 `services`             `ServiceScope`: makes the services of a worker and closes them

@@ -24,6 +24,8 @@ from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS, Slot
 from stageflow_actors.runtime.messaging.settlements import Result
 from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
+from stageflow_actors.runtime.worker.awaitables import finish
+from stageflow_actors.runtime.worker.event_loop import LoopCall
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor, PendingCall
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
@@ -110,31 +112,16 @@ class _ConcurrentActor(WorkActor):
                 self._flush()
 
 
-class _Attempt:
-    """One handler being awaited. `reason` is set if the actor cancelled it."""
-
-    __slots__ = ("reason", "task")
-
-    def __init__(self, task: asyncio.Task[Any]) -> None:
-        self.task = task
-        self.reason: Exception | None = None
-
-    def cancel(self, reason: Exception) -> None:
-        """Cancel the handler for this reason; only the first reason counts."""
-        if self.reason is None:
-            self.reason = reason
-            self.task.cancel()
-
-
 class _LoopInbox:
     """A pykka inbox over an event loop: the loop handles each message between the turns of its tasks."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.handle: Callable[[Any], None] = lambda envelope: None
 
     def put(self, envelope: Any) -> None:
         """Schedule the message on the loop; callable from any thread."""
+        assert self.loop is not None
         self.loop.call_soon_threadsafe(lambda: self.handle(envelope))
 
     def get(self) -> Any:
@@ -155,18 +142,14 @@ class TaskActor(_ConcurrentActor):
         super().__init__(executor, mailbox, payload, slot)
         inbox: Any = self.actor_inbox
         inbox.handle = self._handle
-        self._loop: asyncio.AbstractEventLoop = inbox.loop
+        self._event_loop = executor.environment.event_loop
+        self._base_context = executor.environment.base_context
+        self._loop = inbox.loop = self._event_loop.loop
         self._free = list(reversed(self._lanes))
-        self._attempts: dict[Slot, _Attempt] = {}
+        self._calls: dict[Slot, LoopCall] = {}
         self._flushing = self._polling = False
         for lane in self._lanes:
             lane.set_grace(CANCEL_GRACE_NS)
-
-    def use_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run the handlers on this loop, on which their services were made. Called before the first message."""
-        inbox: Any = self.actor_inbox
-        inbox.loop.close()
-        self._loop = inbox.loop = loop
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -203,37 +186,37 @@ class TaskActor(_ConcurrentActor):
         began = time.monotonic_ns()
         executor = self._executor.executor_for(body)
         lane.begin(item.id, executor.timeout_ns, began)
-        result = executor.start(item, body, lane)
-        if isinstance(result, PendingCall):
-            task = self._loop.create_task(self._await_handler(executor, item, lane, result, began))
-            self._attempts[lane] = _Attempt(task)
-            if not self._polling:
-                self._polling = True
-                self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
-        else:
+        call = LoopCall(self._event_loop, lane)
+        context = self._base_context.copy()
+        context.run(call.enter)
+        result = context.run(call.take_turn, executor.start, item, body, lane)
+        if not isinstance(result, PendingCall):
+            call.close()
             self._finish(item, lane, result, began)
-
-    async def _await_handler(
-        self, executor: HandlerExecutor, item: DeliveryItem, lane: Slot, pending: PendingCall, began: int
-    ) -> None:
-        attempt = self._attempts[lane]
-        timer: asyncio.TimerHandle | None = None
+            return
+        self._calls[lane] = call
+        call.task = self._loop.create_task(self._await_handler(item, lane, call, result, began), context=context)
         if executor.timeout_ns:
             seconds = executor.timeout_ns / 1e9
-            late = StageTimeout(f"{executor.display_name} ran longer than its timeout of {seconds:g} s")
-            timer = self._loop.call_later(seconds, attempt.cancel, late)
+            call.limit(seconds, StageTimeout(f"{executor.display_name} ran longer than its timeout of {seconds:g} s"))
+        if not self._polling:
+            self._polling = True
+            self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
+
+    async def _await_handler(
+        self, item: DeliveryItem, lane: Slot, call: LoopCall, pending: PendingCall, began: int
+    ) -> None:
         error: BaseException | None
         value: Any = None
         try:
-            value = await pending.awaitable
-            error = attempt.reason
+            value = await finish(pending.awaitable)
+            error = call.reason
         except BaseException as raised:  # noqa: BLE001 - SystemExit of a handler is its failure
-            error = attempt.reason or raised
-        if timer is not None:
-            timer.cancel()
+            error = call.reason or raised
+        call.close()
         try:
             result = pending.complete(value) if error is None else pending.fail(error)
-            del self._attempts[lane]
+            del self._calls[lane]
             self._finish(item, lane, result, began)
             self._start_waiting()
         except BaseException:  # noqa: BLE001 - not user code: an error here is ours
@@ -256,10 +239,10 @@ class TaskActor(_ConcurrentActor):
             self._exit_on_bug()
 
     def _poll_cancels(self) -> None:
-        for lane, attempt in self._attempts.items():
+        for lane, call in self._calls.items():
             if lane.is_cancelled():
-                attempt.cancel(StageError("the instance was cancelled"))
-        self._polling = bool(self._attempts)
+                call.cancel(StageError("the instance was cancelled"))
+        self._polling = bool(self._calls)
         if self._polling:
             self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
 

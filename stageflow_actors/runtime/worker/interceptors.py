@@ -14,6 +14,8 @@ from typing import Any
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import WorkflowDefinitionError
+from stageflow_actors.runtime.worker.awaitables import call_without_loop, is_awaitable
+from stageflow_actors.runtime.worker.awaitables import finish as finish_here
 from stageflow_actors.runtime.worker.stage_context import StageContext
 
 __all__ = ["AROUND_COMPENSATION", "AROUND_STAGE", "StageCall", "around_methods", "check_interceptors", "wrap_handler"]
@@ -106,10 +108,13 @@ def wrap_handler(
     kind: str,
     is_async: bool,
     context_type: type[Any] | None,
-) -> tuple[BoundCall, bool]:
-    """Return `bound` inside of `arounds` as one function of (context, ctx), and whether it is async.
+    resolve: Callable[[Any], Any],
+    finish: Callable[[Any], Awaitable[Any]],
+) -> BoundCall:
+    """Return `bound` inside of `arounds` as one function of (context, ctx) that returns (result, context).
 
-    The function returns (result, context); it is async if the handler or one of the interceptors is. `context_type` is
+    The function is async if the handler or one of the interceptors is. If the handler is not, it is called without a
+    running loop all the same; `resolve` awaits what it returns by blocking, `finish` in a coroutine. `context_type` is
     the type of the workflow's context, or None if a result never replaces the context.
     """
 
@@ -124,31 +129,42 @@ def wrap_handler(
         return value
 
     def called(call: StageCall) -> Any:
-        return apply_result(call, bound(call.context, call.ctx))
+        return apply_result(call, resolve(bound(call.context, call.ctx)))
 
-    async def awaited(call: StageCall) -> Any:
-        return apply_result(call, await bound(call.context, call.ctx))
+    def called_in_loop(call: StageCall) -> Any:
+        value = call_without_loop(bound, call.context, call.ctx)
+        return awaited(call, value) if is_awaitable(value) else apply_result(call, value)
 
-    inner: Next = awaited if is_async else called
+    async def awaited(call: StageCall, value: Any) -> Any:
+        return apply_result(call, await finish(value))
+
+    async def called_async(call: StageCall) -> Any:
+        return apply_result(call, await finish(bound(call.context, call.ctx)))
+
+    any_async = is_async or any(map(_is_async, arounds))
+    inner: Next = called_async if is_async else called_in_loop if any_async else called
     for around in reversed(arounds):
-        if inspect.iscoroutinefunction(around) and not is_async:
+        if _is_async(around) and not is_async:
             inner, is_async = _as_async(inner), True
         inner = _within(around, inner)
     outermost = inner
 
     def run(context: Any, ctx: StageContext) -> tuple[Any, Any]:
         call = StageCall(kind, context, ctx)
-        value = outermost(call)
+        value = resolve(outermost(call))
         return value, call.context
 
     async def run_async(context: Any, ctx: StageContext) -> tuple[Any, Any]:
         call = StageCall(kind, context, ctx)
-        value = outermost(call)
-        if inspect.isawaitable(value):  # a blocking interceptor may return a result without calling `next`
-            value = await value
+        value = await finish_here(outermost(call))  # a blocking interceptor may return a result without calling `next`
         return value, call.context
 
-    return (run_async if is_async else run), is_async
+    return run_async if any_async else run
+
+
+def _is_async(around: Callable[..., Any]) -> bool:
+    """Return True if an interceptor awaits `next(call)`, also under a plain decorator."""
+    return inspect.iscoroutinefunction(around) or inspect.iscoroutinefunction(inspect.unwrap(around))
 
 
 def _within(around: Callable[..., Any], inner: Next) -> Next:
@@ -159,6 +175,6 @@ def _as_async(inner: Next) -> Callable[[StageCall], Awaitable[Any]]:
     """Return `inner` for an async interceptor, which awaits `next(call)`."""
 
     async def called(call: StageCall) -> Any:
-        return inner(call)
+        return await finish_here(inner(call))
 
     return called

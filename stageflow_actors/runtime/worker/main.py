@@ -37,7 +37,9 @@ from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.system.start_guard import importing_for
 from stageflow_actors.runtime.worker.actor import CompensationActor, StageActor, WorkActor
+from stageflow_actors.runtime.worker.base_context import BaseContext
 from stageflow_actors.runtime.worker.concurrent_actors import TaskActor, ThreadActor
+from stageflow_actors.runtime.worker.event_loop import EventLoop
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.compensation import CompensationExecutor
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
@@ -72,6 +74,7 @@ def main(data: bytes, slot: Slot | None) -> int:
     logs = WorkerLogging(payload, slot)
     mailbox = _WorkerMailbox(payload.queue, logs)
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    event_loop = EventLoop(runner.get_loop)
     services = ServiceScope(runner.get_loop)
     step = "the initializer failed: "
     try:
@@ -84,7 +87,7 @@ def main(data: bytes, slot: Slot | None) -> int:
         with logs.loading_code():
             programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
-        executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, runner.get_loop)
+        executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, event_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         traceback.print_exc()
         if services.failed:
@@ -94,8 +97,6 @@ def main(data: bytes, slot: Slot | None) -> int:
     failpoint("worker.loaded")
     mailbox.placeholders = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(executor, payload.lanes)(executor, mailbox, payload, slot)
-    if isinstance(actor, TaskActor):
-        actor.use_loop(runner.get_loop())
     mailbox.actor = actor
     mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
     mailbox.broker.consume(payload.queue, actor.min_prefetch)
@@ -106,7 +107,13 @@ def main(data: bytes, slot: Slot | None) -> int:
     if actor.held_leases():
         return EXIT_UNHANDLED  # the actor stopped although messages are in work
     mailbox.broker.close(timeout=CLOSE_TIMEOUT_SECONDS)
-    return process.run(services.close, runner, EXIT_RECYCLED)
+
+    def close_services(on_step: Callable[[str], None]) -> None:
+        on_step("the event loop")
+        event_loop.stop()  # the thread of this loop, if it has one: the loop ends in this thread
+        services.close(on_step)
+
+    return process.run(close_services, runner, EXIT_RECYCLED)
 
 
 class _WorkerMailbox(Mailbox):
@@ -203,11 +210,12 @@ def _make_executor(
     mailbox: Mailbox,
     on_error: Callable[[BaseException], None],
     scope: ServiceScope,
-    loop: Callable[[], asyncio.AbstractEventLoop],
+    event_loop: EventLoop,
 ) -> Executor | CompensationExecutor | VersionedExecutor:
     """Return the executor of this worker's queue, for all registered versions."""
     sources = {name: source for _, program in programs for name, source in program.services.items()}
     specs = [spec for _, program in programs for spec in program.handlers]
+    base_context = BaseContext()  # what services set is no part of it
     services = scope.make(select_services(sources, sources), services_on_loop(specs, sources))
     compensates = payload.kind == "compensation"
     environment = ExecutorEnvironment(
@@ -217,11 +225,11 @@ def _make_executor(
         step_store=mailbox.steps_of,
         max_message_bytes=payload.max_message_bytes,
         on_error=on_error,
-        loop=loop,
+        event_loop=event_loop,
+        base_context=base_context,
         # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.
         awaits_handlers=not compensates
         and all(program.stage is not None and program.stage.spec.is_async for _, program in programs),
-        limits_compensations=compensates,
     )
     executors: list[Any] = []
     for plan, program in programs:

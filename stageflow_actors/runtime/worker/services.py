@@ -42,7 +42,7 @@ class ServiceScope:
         self._closers: list[tuple[str, Closer, bool]] = []
         self._known: set[int] = set()
         # A context of their own: a message must not see a context variable that a factory sets.
-        self._context = contextvars.copy_context()
+        self._context = contextvars.Context()
         self._jobs: asyncio.Queue[tuple[Coroutine[Any, Any, Any], asyncio.Future[Any]]] | None = None
         self._task: asyncio.Task[None] | None = None
         self.failed = ""
@@ -53,6 +53,7 @@ class ServiceScope:
         Factories of services in `on_loop` are called, and their services closed, while the loop runs. Raises each
         exception of a factory.
         """
+        self._context = contextvars.copy_context()  # here, so that it holds what the initializer has set
         for name, source in sources.items():
             if source.is_value:
                 self._made[name] = source.given

@@ -17,6 +17,7 @@ from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
 from stageflow_actors.errors import PayloadTooLarge, StageError
+from stageflow_actors.runtime.worker.awaitables import finish, is_awaitable
 from stageflow_brokers.api import DeliveryExtra, DeliveryItem
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
 
 REQUEST_TIMEOUT_SECONDS = 60.0
 """The time a request waits for its reply by default."""
+
+AWAITED = ":awaited:"
+"""Start of the key of a step that the handler awaits although its function is not `async def`."""
 
 PROGRESS_INTERVAL_SECONDS = 0.2
 """The least time between two progress reports of one attempt."""
@@ -419,8 +423,8 @@ class StageContext:
 
         The result is durable when this returns, and later attempts receive it without another call. The first attempt
         also receives the result as it was stored, so that it sees the same value as every later attempt. A crash
-        between the call and the storage repeats the call: pass `idempotency_key` to external systems. With an
-        `async def` function this returns an awaitable: `await ctx.step("charge", charge, order)`.
+        between the call and the storage repeats the call: pass `idempotency_key` to external systems. If the function
+        is `async def` or returns an awaitable, this returns an awaitable: `await ctx.step("charge", charge, order)`.
 
         Args:
             name: The name of the step, not empty; each step of an attempt has a name of its own. In a loop put the
@@ -429,7 +433,7 @@ class StageContext:
             args: The positional arguments of `function`.
 
         Returns:
-            The stored result of `function`, or an awaitable of it if `function` is `async def`.
+            The stored result of `function`, or an awaitable of it if `function` is async.
 
         Raises:
             ValueError: If `name` is empty or not a string.
@@ -454,10 +458,13 @@ class StageContext:
         if inspect.iscoroutinefunction(function):
             return self._async_step(name, function, *args)
         self._begin_step(name)
+        if self._awaited_key(name) in self._steps:
+            return self._stored_step(name)
         if self.is_step_completed(name):
             return self.get_step_result(name)
         try:
-            return self._keep(name, function(*args))
+            value = function(*args)
+            return self._finish_step(name, value) if is_awaitable(value) else self._keep(name, value)
         except BaseException:
             self._abandon_step(name)
             raise
@@ -480,7 +487,7 @@ class StageContext:
             >>> run(Workflow("orders").add_stage(send), {}).stages[-1].data
             [True, False]
         """
-        return f"{self._scope}{name}" in self._steps
+        return f"{self._scope}{name}" in self._steps or self._awaited_key(name) in self._steps
 
     def get_step_result(self, name: str) -> Any:
         """Return the stored result of a step.
@@ -491,7 +498,7 @@ class StageContext:
         Returns:
             The result; None if the step has not completed or was only checkpointed.
         """
-        data = self._steps.get(f"{self._scope}{name}")
+        data = self._steps.get(f"{self._scope}{name}") or self._steps.get(self._awaited_key(name))
         return None if data is None else decode_value(data)
 
     def store_step_result(self, name: str, value: Any) -> None:
@@ -541,6 +548,24 @@ class StageContext:
             self._abandon_step(name)
             raise
 
+    async def _finish_step(self, name: str, value: Any) -> Any:
+        try:
+            value = await finish(value)
+            return await asyncio.to_thread(self._keep, name, value, self._awaited_key(name))
+        except BaseException:
+            self._abandon_step(name)
+            raise
+
+    async def _stored_step(self, name: str) -> Any:
+        return self.get_step_result(name)
+
+    def _awaited_key(self, name: str) -> str:
+        """Return the key of a step whose function is not async and returned an awaitable.
+
+        The handler awaits such a step. In a later attempt the function is not called, so that only the key shows it.
+        """
+        return f"{AWAITED}{self._scope}{name}"
+
     def _begin_step(self, name: str) -> None:
         """Raise `StageError` if a step of this name has begun in this attempt and has not raised."""
         used, scoped = self._used_steps, f"{self._scope}{name}"
@@ -560,7 +585,7 @@ class StageContext:
         if self._used_steps is not None:
             self._used_steps.discard(f"{self._scope}{name}")
 
-    def _keep(self, name: str, value: Any) -> Any:
+    def _keep(self, name: str, value: Any, key: str = "") -> Any:
         if not isinstance(name, str) or not name:
             raise ValueError(f"a step needs a name that is a string, not {name!r}")
         what = f"the result of step {name!r} of stage {self.stage_id!r}"
@@ -572,7 +597,7 @@ class StageContext:
                 size=len(data),
                 limit=self._limit,
             )
-        scoped = f"{self._scope}{name}"
+        scoped = key or f"{self._scope}{name}"
         self._store.keep(scoped, data)
         self._steps[scoped] = data
         return decode_value(data)

@@ -154,3 +154,22 @@ def test_a_slot_that_is_opened_again_writes_a_time_limit_that_was_cleared() -> N
     assert node[0].read().timeout_ns == 500
     node.close()
     zygote.close()
+
+
+def test_a_slot_shows_the_turn_of_a_coroutine_while_its_message_is_in_work() -> None:
+    table = SlotTable.create(1)
+    slot = table[0]
+    slot.begin(5, 1_000, 10)
+    assert slot.time_limit(110) == (1_000, 900)
+    slot.begin_turn(20)
+    assert slot.read().turn_since_ns == 20
+    slot.excuse(500)
+    assert (slot.read().since_ns, slot.time_limit(110)) == (510, (1_000, 1_400))
+    slot.end()
+    assert slot.read().turn_since_ns == 0
+    slot.excuse(500)
+    assert not slot.read().is_busy, "no message is in work that could be excused"
+    slot.begin(6, 0, 30)
+    slot.end_turn()
+    assert (slot.read().turn_since_ns, slot.time_limit(40)) == (0, None)
+    table.close()

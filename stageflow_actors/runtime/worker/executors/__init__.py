@@ -13,7 +13,6 @@
 `compensation`         a compensation, or the compensations of map items
 `item_compensation`    the durable progress of compensations of map items
 `versions`             one executor for several versions of a workflow
-`async_call`           blocking calls of async user code
 `set_field`            sets one field of a context
 =====================  =====================================================
 """

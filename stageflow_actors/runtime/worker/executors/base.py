@@ -7,11 +7,10 @@ becomes the stage's failure.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
@@ -38,6 +37,7 @@ from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, Naming, StagePlan,
 from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge, StageError
@@ -52,7 +52,10 @@ from stageflow_actors.runtime.messaging.settlements import (
     park_unreadable,
     settle_transition,
 )
+from stageflow_actors.runtime.worker.awaitables import check_not_awaitable, is_awaitable
+from stageflow_actors.runtime.worker.base_context import BaseContext
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
+from stageflow_actors.runtime.worker.event_loop import EventLoop, LoopSlot
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
 
@@ -75,7 +78,7 @@ SLOT_FAILURE_BYTES = POLICY_TEXT_BYTES - 2
 """The bytes of a failure that a slot can hold."""
 
 
-class Stopwatch(Protocol):
+class Stopwatch(LoopSlot, Protocol):
     """The part of a slot that executors write: the message in work and its time limit, for the node to watch."""
 
     def begin(self, message_id: int, timeout_ns: int, now_ns: int) -> None:
@@ -92,9 +95,6 @@ class Stopwatch(Protocol):
 
     def end_policy(self) -> None:
         """Record that the retry policy returned."""
-
-    def set_grace(self, grace_ns: int) -> None:
-        """Extend each time limit by `grace_ns`, in which the worker itself cancels the handler."""
 
     def is_cancelled(self) -> bool:
         """Return True if the message in work is to end."""
@@ -156,10 +156,9 @@ def ignore_error(error: BaseException) -> None:
 class ExecutorEnvironment:
     """The part of a worker that all its executors share.
 
-    `step_store` returns the store for the steps of one delivery. `loop` returns the event loop on which an executor
-    runs async user code. `on_error` receives each exception of user code before it becomes the stage's failure, and
-    may raise it again. `awaits_handlers`: the actor awaits async handlers itself (see `PendingCall`).
-    `limits_compensations`: async compensations are cancelled at their timeout.
+    `step_store` returns the store for the steps of one delivery. `event_loop` awaits async user code. Each message is
+    handled in a copy of `base_context`. `on_error` receives each exception of user code before it becomes the stage's
+    failure, and may raise it again. `awaits_handlers`: the actor awaits async handlers itself (see `PendingCall`).
     """
 
     naming: Naming
@@ -168,10 +167,10 @@ class ExecutorEnvironment:
     step_store: Callable[[DeliveryItem], StepStore]
     max_message_bytes: int = 16 << 20
     wall: Callable[[], float] = time.time
-    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    event_loop: EventLoop = field(default_factory=EventLoop)
+    base_context: BaseContext = field(default_factory=BaseContext)
     on_error: Callable[[BaseException], None] = ignore_error
     awaits_handlers: bool = False
-    limits_compensations: bool = False
 
 
 class Executor:
@@ -201,7 +200,9 @@ class Executor:
         self._slot = environment.slot
         self._store = environment.step_store
         self._wall = environment.wall
-        self._loop = environment.loop
+        self.environment = environment
+        self._event_loop = environment.event_loop
+        self._copy_context = environment.base_context.copy
         self._on_error = environment.on_error
         self._limit = environment.max_message_bytes
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
@@ -210,7 +211,7 @@ class Executor:
         """Execute one delivery and return its settlement."""
         self._slot.begin(item.id, self._timeout_ns if self.limits_whole_run else 0, time.monotonic_ns())
         try:
-            return self._run(item, body)
+            return self._copy_context().run(self._run, item, body)
         except msgspec.MsgspecError as error:
             return park_unreadable(item, error)
         finally:
@@ -218,6 +219,23 @@ class Executor:
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         raise NotImplementedError
+
+    def _holds(self, when: BoundCall, context: Any, ctx: StageContext | None) -> bool:
+        """Return True if the predicate of this stage holds; an awaitable would always count as True."""
+        held = when(context, ctx)
+        if type(held) is not bool:
+            check_not_awaitable(held, f"when of {self.display_name}")
+        return bool(held)
+
+    def _resolve(self, value: Any) -> Any:
+        """Return a result of user code; if it is an awaitable, run the event loop until it is finished."""
+        return self._event_loop.run(value, self._slot, self.display_name) if is_awaitable(value) else value
+
+    @property
+    def display_name(self) -> str:
+        """The name of this place for error messages."""
+        one, endpoint = self.planned.kind == ITEM, self.planned.kind == ENDPOINT
+        return f"{'endpoint' if endpoint else 'stage'} {(self.planned.joins if one else self.planned.id)!r}"
 
     def _open(self, item: DeliveryItem, body: bytes, whole: bytes | None = None) -> Envelope | Settlement:
         """Return the envelope of a delivery if it is to run here, otherwise its settlement.

@@ -14,6 +14,7 @@ from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
+from stageflow_actors.runtime.worker.awaitables import check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_brokers.api import DeliveryItem
 
@@ -38,6 +39,7 @@ class BranchExecutor(Executor):
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             key = self._selector(self.codec.decode(opened.context), ctx)
+            check_not_awaitable(key, f"the selector of branch {self.planned.id!r}")
             chosen = key if isinstance(key, str) and key in self.planned.arms else self._default
             if chosen is None:
                 raise StageError(

@@ -23,10 +23,9 @@ from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
-from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS
 from stageflow_actors.runtime.messaging.settlements import Settlement, park_unknown_version, park_unreadable
+from stageflow_actors.runtime.worker.awaitables import is_awaitable
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
-from stageflow_actors.runtime.worker.executors.async_call import as_blocking
 from stageflow_actors.runtime.worker.executors.base import (
     ExecutorEnvironment,
     ask_policy,
@@ -64,7 +63,9 @@ class CompensationExecutor:
         self._compensations = program.compensations
         self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
         self._arounds = around_methods(program.interceptors, AROUND_COMPENSATION)
-        self._limits_itself = environment.limits_compensations
+        self.environment = environment
+        self._event_loop = environment.event_loop
+        self._copy_context = environment.base_context.copy
         self._bound = {stage_id: self._bind(undo, environment) for stage_id, undo in program.compensations.items()}
         self._slot = environment.slot
         self._store = environment.step_store
@@ -79,15 +80,24 @@ class CompensationExecutor:
         With interceptors, the function returns (result, context) instead of the result.
         """
         call = compensation.spec
-        bound, is_async = call.bind(environment.services), call.is_async
-        timeout = compensation.timeout if is_async and self._limits_itself else None
+        bound = call.bind(environment.services)
         if self._arounds:
-            bound, is_async = wrap_handler(
-                bound, self._arounds, kind="compensation", is_async=is_async, context_type=self._context_type
+            bound = wrap_handler(
+                bound,
+                self._arounds,
+                kind="compensation",
+                is_async=call.is_async,
+                context_type=self._context_type,
+                resolve=self._resolve,
+                finish=self._event_loop.finish,
             )
-        if not is_async:
-            return bound
-        return as_blocking(bound, environment.loop, timeout, f"a compensation of {self.plan.id!r}")
+        return lambda context, ctx: self._resolve(bound(context, ctx))
+
+    def _resolve(self, value: Any) -> Any:
+        """Return a result of user code; if it is an awaitable, run the event loop until it is finished."""
+        if not is_awaitable(value):
+            return value
+        return self._event_loop.run(value, self._slot, f"a compensation of {self.plan.id!r}")
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Settlement:
         """Run one compensation."""
@@ -102,10 +112,9 @@ class CompensationExecutor:
             return park_unknown_version(
                 item, envelope.workflow_id, envelope.version, f"compensation of stage {stage_id!r}"
             )
-        self._slot.set_grace(CANCEL_GRACE_NS if compensation.spec.is_async and self._limits_itself else 0)
         self._slot.begin(item.id, int((compensation.timeout or 0) * 1e9), time.monotonic_ns())
         try:
-            return self._run(item, envelope, stage_id)
+            return self._copy_context().run(self._run, item, envelope, stage_id)
         finally:
             self._slot.end()
 
@@ -220,7 +229,7 @@ class CompensationExecutor:
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
-                value = call(codec.decode(data), ctx)
+                value = self._copy_context().run(call, codec.decode(data), ctx)
                 check_no_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
             except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
                 self._on_error(error)

@@ -52,7 +52,7 @@ class EndpointExecutor(HandlerExecutor):
         enter_attempt((command.workflow_id, item.group, self.planned.id, attempt))
         try:
             ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
-            value = self._call(decode_value(command.command), ctx)
+            value = self._resolve_call(self._call(decode_value(command.command), ctx))
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
         return self._after_call(item, command, attempt, 0.0, 0.0, None, value)

@@ -16,7 +16,7 @@ import msgspec
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, park_unreadable
-from stageflow_actors.runtime.worker.executors.async_call import as_blocking
+from stageflow_actors.runtime.worker.awaitables import is_awaitable
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment, Stopwatch
 from stageflow_actors.runtime.worker.interceptors import AROUND_STAGE, around_methods, wrap_handler
 from stageflow_brokers.api import DeliveryItem
@@ -52,7 +52,7 @@ class HandlerExecutor(Executor):
     """Executes a place with a handler.
 
     `awaits`: `start` returns a `PendingCall` for each call, because the handler is async and the environment awaits
-    handlers. `_after_call` receives the return value of the handler.
+    handlers. Otherwise an awaitable that the handler returns is awaited before `_after_call` receives the result.
     """
 
     kind = "stage"
@@ -62,30 +62,28 @@ class HandlerExecutor(Executor):
         stage = program.stage
         assert stage is not None
         call = stage.spec
-        bound = call.bind(self.services)
-        is_async = call.is_async
-        arounds = around_methods(program.interceptors, AROUND_STAGE)
-        if arounds:
-            kind = program.context if self.kind == "stage" else None
-            bound, is_async = wrap_handler(bound, arounds, kind=self.kind, is_async=is_async, context_type=kind)
         self.stage = stage
         self.awaits = environment.awaits_handlers and call.is_async
-        self._intercepted = bool(arounds)
-        self._wants_ctx = call.wants_ctx or self._intercepted
-        self._call = as_blocking(bound, self._loop) if is_async and not self.awaits else bound
+        self._arounds = around_methods(program.interceptors, AROUND_STAGE)
+        self._wants_ctx = call.wants_ctx or bool(self._arounds)
+        self._handler = call.bind(self.services)
         self._bind()
 
     def _bind(self) -> None:
-        self._settle_result: Callable[..., Result] = (
-            self._on_intercepted_result if self._intercepted else self._on_result
-        )
+        self._call = self._handler
+        self._settle_result: Callable[..., Result] = self._on_result
+        if self._arounds:
+            self._settle_result = self._on_intercepted_result
+            self._call = wrap_handler(
+                self._handler,
+                self._arounds,
+                kind=self.kind,
+                is_async=self.stage.spec.is_async,
+                context_type=self._context_type if self.kind == "stage" else None,
+                resolve=self._resolve,
+                finish=self._event_loop.finish,
+            )
         self._after_call: Callable[..., Result] = self._suspend if self.awaits else self._settle_result
-
-    @property
-    def display_name(self) -> str:
-        """The name of the stage or endpoint for error messages."""
-        name = self.planned.joins if self.kind == "item" else self.planned.id
-        return f"{'endpoint' if self.kind == 'endpoint' else 'stage'} {name!r}"
 
     @property
     def timeout_ns(self) -> int:
@@ -115,6 +113,14 @@ class HandlerExecutor(Executor):
             return self._run(item, body)
         except msgspec.MsgspecError as error:
             return park_unreadable(item, error)
+
+    def _resolve_call(self, value: Any) -> Any:
+        """Return the handler's result for `_after_call`: the actor awaits the result of an async handler itself."""
+        if self.awaits or not is_awaitable(value):
+            return value
+        if self._arounds and not self.stage.spec.is_async:
+            return self._event_loop.run_beside(value, self._slot, self.display_name)
+        return self._event_loop.run(value, self._slot, self.display_name)
 
     def _on_result(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any

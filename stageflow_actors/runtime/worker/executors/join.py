@@ -22,6 +22,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
+from stageflow_actors.runtime.worker.awaitables import check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.stage_context import StageContext
 from stageflow_brokers.api import DeliveryItem
@@ -76,6 +77,7 @@ class JoinExecutor(Executor):
         if self._merge is not None:
             context = self.codec.decode(before)
             given = self._merge(context, {name: self.codec.decode(one) for name, one in contexts.items()}, ctx)
+            check_not_awaitable(given, f"merge of parallel stage {self.planned.id!r}")
             if type(given) is Replace:
                 given = given.value
             return self.codec.encode(context if given is None else given, stage=self.planned.id)

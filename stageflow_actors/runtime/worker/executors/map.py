@@ -49,6 +49,7 @@ from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, completed_steps, split_parts
+from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES, check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.set_field import with_field
@@ -116,9 +117,10 @@ class MapExecutor(Executor):
             self._set_time_limit(self._timeout_ns)
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
-            if self._when is not None and not self._when(context, ctx):
+            if self._when is not None and not self._holds(self._when, context, ctx):
                 return self._skip(item, envelope)
             given = self._over(context, ctx)
+            check_not_awaitable(given, f"over of map stage {self.planned.id!r}")
             if given is None or isinstance(given, (str, bytes, bytearray, memoryview)):
                 shown = "None" if given is None else f"the {type(given).__name__} {given!r:.60}"
                 raise StageError(
@@ -288,6 +290,8 @@ class ItemExecutor(HandlerExecutor):
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             value = self._call(self._items.decode(opened.context), ctx)
+            if type(value) not in PLAIN_TYPES:
+                value = self._resolve_call(value)
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, opened, attempt, started, clock, error)
         return self._after_call(item, opened, attempt, started, clock, None, value)

@@ -14,7 +14,7 @@ from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
-from stageflow_actors.runtime.worker.executors.async_call import bind_blocking
+from stageflow_actors.runtime.worker.awaitables import check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_brokers.api import DeliveryItem
@@ -30,7 +30,7 @@ class SignalExecutor(Executor):
         on_signal = program.parts["on_signal"]
         self._on_signal = None if on_signal is None else with_ctx(on_signal, 2)
         late = program.parts["on_timeout"]
-        self._on_timeout = None if late is None else bind_blocking(late, self.services, self._loop)
+        self._on_timeout = None if late is None else late.bind(self.services)
         self._wants_ctx = asks_for_ctx(on_signal, 2) or (late is not None and late.wants_ctx)
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
@@ -59,9 +59,10 @@ class SignalExecutor(Executor):
                     value: Any = payload
                 else:
                     value = self._on_signal(context, payload, ctx)
+                    check_not_awaitable(value, f"on_signal of {self.planned.id!r}")
             else:
                 assert self._on_timeout is not None
-                value = self._on_timeout(context, ctx)
+                value = self._resolve(self._on_timeout(context, ctx))
             check_no_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
             context, data = self._split_result(context, value)
             encoded = self.codec.encode(context, stage=self.planned.id)

@@ -34,6 +34,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
+from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
@@ -96,10 +97,12 @@ class StageExecutor(HandlerExecutor):
         try:
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
-            if self._when is not None and not self._when(context, ctx):
+            if self._when is not None and not self._holds(self._when, context, ctx):
                 take_requests(envelope)
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
+            if type(value) not in PLAIN_TYPES:
+                value = self._resolve_call(value)
         except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a handler are its failures
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._after_call(item, envelope, attempt, started, clock, context, value)

@@ -29,6 +29,7 @@ class VersionedExecutor:
         self.targets: list[Target] = []
         self._by_version = {executor.plan.version: executor for executor in executors}
         self._latest = executors[-1]
+        self.environment = self._latest.environment
         for executor in executors:
             executor.first_target = len(self.targets)
             self.targets.extend(executor.targets)
