@@ -26,6 +26,8 @@ _PACKAGE = str(Path(stageflow_actors.__file__).parent) + os.sep
 
 def load(target: str, *kinds: type[Any]) -> Any:
     """Return the object that `target` names, an instance of one of `kinds`. Raises `click.UsageError`."""
+    from stageflow_actors.definition.workflow import workflow_of
+
     wanted = " or ".join(kind.__name__ for kind in kinds)
     module_name, _, name = target.rpartition(":")
     if not module_name and not name.endswith(".py"):
@@ -43,6 +45,7 @@ def load(target: str, *kinds: type[Any]) -> Any:
             raise click.UsageError(
                 f"there is no {name!r} in {module_name}: {_choices(module_name, module, kinds)}"
             ) from None
+    found = workflow_of(found)
     if not isinstance(found, kinds):
         raise click.UsageError(
             f"{target} is {_a(type(found).__name__)}, not a {wanted}: {_choices(module_name, module, kinds)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -83,7 +84,10 @@ def adapts(shape: str, guess: Guess | None = None) -> Callable[[F], F]:
                     if not _is_of_the_call(error):
                         raise
                     problem = str(error)
-            raise WorkflowDefinitionError(f"{_problem(problem)}: write {shape}")
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", problem)
+            likely = None if unknown is None else closest(unknown[1], inspect.signature(function).parameters)
+            hint = "" if likely is None else f" (did you mean {likely!r}?)"
+            raise WorkflowDefinitionError(f"{_problem(problem)}{hint}: write {shape}")
 
         return checked  # type: ignore[return-value]
 

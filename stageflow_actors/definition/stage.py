@@ -6,6 +6,7 @@ A workflow never changes a stage: where it fills in an id or a compensation, it 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
@@ -86,7 +87,7 @@ def _with_class_options(names: tuple[str, ...]) -> Callable[[F], F]:
             try:
                 init(self, *args, **options, **own)
             except WorkflowDefinitionError as error:
-                wrong = next((name for name in own if name in str(error)), None)
+                wrong = next((name for name in own if re.search(rf"\b{name}( '[^']*')? of\b", str(error))), None)
                 if wrong is None:
                     raise
                 raise WorkflowDefinitionError(

@@ -143,6 +143,42 @@ def test_an_attribute_of_a_wrong_type_is_a_definition_error_that_names_the_class
         assert f"it is the attribute '{name}' of Bad" in str(caught.value)
 
 
+def test_the_error_names_the_attribute_that_is_wrong_and_not_another_one() -> None:
+    bad = type("Bad", (), {"id": "valid", "timeout": "30", "execute": lambda self, order: None})
+    with pytest.raises(WorkflowDefinitionError, match="it is the attribute 'timeout' of Bad"):
+        Stage(bad)
+
+
+def test_the_decorator_of_stages_takes_a_class_which_may_be_used_again() -> None:
+    workflow, other = Workflow("flow"), Workflow("other")
+
+    @workflow.stage(timeout=5)
+    class Pay:
+        def execute(self, order: Any) -> str:
+            return "paid"
+
+    @Pay.compensation
+    def refund(order: Any) -> None:
+        order["refunded"] = True
+
+    assert run(workflow.add_stage(lambda order: 1 / 0), {}).context == {"refunded": True}
+    assert run(other.add_stage(Pay), {}).stages[0].data == "paid"  # type: ignore[arg-type]
+    assert other.stages[0].compensation is None
+
+
+def test_the_annotation_of_a_method_says_what_the_items_of_a_map_are() -> None:
+    class Double:
+        def execute(self, order: Order) -> float:
+            return order.total * 2
+
+        def compensate(self, order: Order) -> None:
+            assert isinstance(order, Order)
+
+    flow = Workflow("flow").add_map("double", Double, over=lambda order: [Order(2), Order(3)], into="all")
+    assert run(flow, {}).context["all"] == [4, 6]
+    assert run(flow.add_stage(lambda order: 1 / 0), {}).status == "compensated"
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
