@@ -203,6 +203,10 @@ def leave(context: dict[str, Any]) -> str | None:
     return ({**WHOLE, **GONE})[context["what"]](path)
 
 
+def leave_in_a_thread(context: dict[str, Any]) -> None:
+    object_with_del(Path(context["path"]))
+
+
 async def leave_task(context: dict[str, Any]) -> None:
     task_of_the_loop(Path(context["path"]))
 
@@ -222,7 +226,13 @@ def left(serve: Any, eventually: Any, tmp_path_factory: Any) -> tuple[Path, dict
         end: Workflow(f"{end}-task").add_stage(leave_task, id="s", max_tasks=1 if end == "recycled" else None)
         for end in ENDS
     }
-    runtime: Runtime = serve(*flows.values(), *tasks.values())
+    threads = {
+        end: Workflow(f"{end}-threads").add_stage(
+            leave_in_a_thread, id="s", concurrency=2, max_tasks=1 if end == "recycled" else None
+        )
+        for end in ENDS
+    }
+    runtime: Runtime = serve(*flows.values(), *tasks.values(), *threads.values())
     results = {}
     for end, flow in flows.items():
         (directory / end).mkdir()
@@ -230,8 +240,9 @@ def left(serve: Any, eventually: Any, tmp_path_factory: Any) -> tuple[Path, dict
             result = runtime.execute(flow, {"what": what, "path": str(directory / end / what)}, timeout=60)
             assert result.success, result.error
             results[end, what] = result.stages[0].data
-        result = runtime.execute(tasks[end], {"path": str(directory / end / "task_of_the_loop")}, timeout=60)
-        assert result.success, result.error
+        for one, what in ((tasks[end], "task_of_the_loop"), (threads[end], "object_of_a_thread")):
+            result = runtime.execute(one, {"path": str(directory / end / what)}, timeout=60)
+            assert result.success, result.error
     eventually(lambda: (directory / "recycled" / "child_that_cleans_up").exists(), "the recycled worker has ended")
     assert not (directory / "stopped" / "child_that_cleans_up").exists()
     runtime.stop()
@@ -239,7 +250,7 @@ def left(serve: Any, eventually: Any, tmp_path_factory: Any) -> tuple[Path, dict
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("what", [*WHOLE, "task_of_the_loop"])
+@pytest.mark.parametrize("what", [*WHOLE, "task_of_the_loop", "object_of_a_thread"])
 def test_what_handlers_have_begun_is_whole(what: str, end: str, left: Any) -> None:
     path = left[0] / end / what
     if what == "gzip_file":

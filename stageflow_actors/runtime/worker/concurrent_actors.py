@@ -33,6 +33,9 @@ from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["TaskActor", "ThreadActor"]
 
+THREAD_END_SECONDS = 1.0
+"""The longest wait for an idle thread to end."""
+
 CANCEL_POLL_SECONDS = 0.05
 """The interval at which the actor checks its lanes for cancellations."""
 
@@ -265,8 +268,8 @@ class ThreadActor(_ConcurrentActor):
         self, executor: HandlerExecutor | VersionedExecutor, mailbox: Mailbox, payload: WorkerPayload, slot: Slot
     ) -> None:
         super().__init__(executor, mailbox, payload, slot)
-        self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes]] = queue.SimpleQueue()
-        self._threads = 0
+        self._jobs: queue.SimpleQueue[tuple[DeliveryItem, bytes] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def on_receive(self, message: Any) -> None:
         """Start waiting messages, record a finished one, or settle and start no more."""
@@ -281,18 +284,25 @@ class ThreadActor(_ConcurrentActor):
             self._flush_or_retire()
 
     def _begin(self, item: DeliveryItem, body: bytes) -> None:
-        if self._threads < len(self._running):
-            lane = self._lanes[self._threads]
-            self._threads += 1
-            name = f"{type(self).__name__}-{self._threads}"
-            threading.Thread(target=self._serve_lane, args=(lane,), name=name, daemon=True).start()
+        if len(self._threads) < len(self._running):
+            lane = self._lanes[len(self._threads)]
+            name = f"{type(self).__name__}-{len(self._threads) + 1}"
+            self._threads.append(threading.Thread(target=self._serve_lane, args=(lane,), name=name, daemon=True))
+            self._threads[-1].start()
         self._jobs.put((item, body))
+
+    def on_stop(self) -> None:
+        """End the threads, which are idle: what they refer to would outlive the end of the interpreter."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(THREAD_END_SECONDS)
 
     def _serve_lane(self, slot: Slot) -> None:
         try:
             execute = self._executor.copy_for(slot)
-            while True:
-                item, body = self._jobs.get()
+            while (job := self._jobs.get()) is not None:
+                item, body = job
                 began = time.perf_counter()
                 result = execute(item, body)
                 self.actor_ref.tell(_Finished(item, result, time.perf_counter() - began))
