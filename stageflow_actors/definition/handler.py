@@ -311,7 +311,7 @@ def _call(
         found = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)]
     elif not bound:
         found = found[1:]
-    wants_ctx, by_keyword = _check_parameters(found, what)
+    wants_ctx, by_keyword = _check_parameters(found, what, kind, function)
     first = next((p for p in found if p.kind in POSITIONAL), None)
     services = _service_parameters([p for p in found if p is not first and p.name != "ctx"])
     return HandlerSpec(
@@ -329,10 +329,18 @@ def _call(
     )
 
 
-def _check_parameters(parameters: list[inspect.Parameter], what: str) -> tuple[bool, bool]:
+def _check_parameters(
+    parameters: list[inspect.Parameter], what: str, kind: str, function: Callable[..., Any]
+) -> tuple[bool, bool]:
     """Return whether the handler takes the ctx, and whether it takes it by keyword."""
     positional = [p for p in parameters if p.kind in POSITIONAL]
     takes_rest = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    if positional and positional[0].name == "self" and kind == "function" and inspect.isfunction(function):
+        owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2] or "Handler"
+        raise WorkflowDefinitionError(
+            f"{what} has the method {function.__qualname__} without its object, so that `self` would be the context: "
+            f"write {owner}().{function.__name__}, or give the class {owner} with a method execute(self, context)"
+        )
     if positional and positional[0].name == "ctx":
         raise WorkflowDefinitionError(
             f"{what} takes no context: its first parameter is `ctx`, which is the StageContext. "

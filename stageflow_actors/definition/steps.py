@@ -233,6 +233,8 @@ def _on_timeout_spec(given: Any, what: str) -> HandlerSpec:
 
 
 def _check_stages(given: Iterable[Any], what: str) -> tuple[Stage, ...]:
+    if isinstance(given, Stage) or callable(given):
+        given = [given]
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise WorkflowDefinitionError(f"{what} takes a list of stages, not {given!r}")
     stages = tuple(one if isinstance(one, Stage) else Stage(one) for one in given)

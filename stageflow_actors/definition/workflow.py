@@ -73,7 +73,15 @@ def workflow_of(given: Any) -> Any:
         return given
     made = given.__dict__.get("_made")
     if made is None:
-        made = given()
+        try:
+            made = given()
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise
+            raise WorkflowDefinitionError(
+                f"the workflow class {given.__name__} cannot be constructed without arguments ({error}): "
+                "give an instance"
+            ) from None
         type.__setattr__(given, "_made", made)
     return made
 

@@ -14,6 +14,7 @@ from stageflow_actors.core.plan import Naming, WorkflowPlan, compile_plan
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
+from stageflow_actors.definition.guesses import adapts
 from stageflow_actors.definition.pickling import Script, dumps
 from stageflow_actors.definition.services import ServiceSource, check_services, inspect_services
 from stageflow_actors.definition.stage import Stage
@@ -82,6 +83,7 @@ class Runtime(Client):
         completed Hello, Ada!
     """
 
+    @adapts("Runtime(*workflows, data_dir=..., services=..., config=Config(...))")
     def __init__(
         self,
         *workflows: Workflow[Any] | type[Workflow[Any]],

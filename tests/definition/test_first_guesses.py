@@ -26,6 +26,15 @@ def ship(order: Any) -> None: ...
 async def fetch(order: Any) -> None: ...
 
 
+class Till:
+    def pay(self, order: Any) -> None: ...
+
+
+class Regional(Workflow[Any]):
+    def __init__(self, region: str) -> None:
+        super().__init__(f"orders-{region}")
+
+
 def flow() -> Any:
     return Workflow("flow")
 
@@ -46,6 +55,7 @@ def steps(workflow: Any) -> list[str]:
         (lambda: flow().add_parallel("both", pay, Stage(ship, id="send")), ["both"]),
         (lambda: flow().add_parallel([pay, ship], id="both"), ["both"]),
         (lambda: flow().add_branch(lambda order: "a", {"a": [pay]}), ["branch-1"]),
+        (lambda: flow().add_branch("kind", lambda order: "a", {"a": pay, "b": Stage(ship)}), ["kind"]),
         (lambda: flow().add_conditional(pay, lambda order: True), ["pay"]),
         (lambda: flow().add_map(pay, over=lambda order: []), ["pay"]),
         (lambda: flow().add_map(lambda item: item, over=lambda order: []), ["map-1"]),
@@ -124,6 +134,9 @@ def test_the_decorator_takes_an_id_alone() -> None:
         (lambda: flow().add_stage(pay, compensation=Order), "has neither compensate.context. nor execute.context."),
         (lambda: Compensation("ship"), "a compensation must be a function, or a class or object with compensate"),
         (lambda: Compensation(ship, retries=3), r"unexpected keyword argument 'retries'.*write Compensation\(function"),
+        (lambda: flow().add_stage(Till.pay), r"method Till.pay without its object.*write Till\(\).pay"),
+        (lambda: Runtime(flow(), servces={}), "unexpected keyword argument 'servces' .did you mean 'services'"),
+        (lambda: Runtime(Regional), "Regional cannot be constructed without arguments .*'region'.: give an instance"),
         (lambda: Runtime([flow()]), r"write Runtime\(\*workflows\)"),
         (lambda: Runtime(Workflow), "give an instance"),
         (lambda: run(pay, {}), "testing.run takes a workflow"),  # type: ignore[arg-type]
