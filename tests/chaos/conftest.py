@@ -133,7 +133,7 @@ class Zygote:
         self.asked: list[str] = []
         self.stopped = self.killed = False
 
-    def spawn(self, worker_id: str, payload: bytes, slot: int, env: Any, *, stderr: int) -> None:
+    def spawn(self, worker_id: str, payload: bytes, slot: int, env: Any, *, streams: Any) -> None:
         self.asked.append(worker_id)
         if self.error:
             raise OSError(self.error, "no")

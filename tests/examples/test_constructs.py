@@ -78,6 +78,7 @@ def test_each_construct_has_one_block() -> None:
 IN_PROCESS: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] = {
     "stage": ({"name": "cat"}, lambda result: result.stages[0].data, "cat at 200 px"),
     "typed context": ({"total": 2.5}, lambda result: (result.context.total, result.stages[0].data), (2.5, 5.0)),
+    "code of a script": ({"amount": 21}, lambda result: result.stages[0].data, 42.0),
     "replace": ({"id": 1, "dirty": 2}, lambda result: result.context, {"id": 1, "clean": True}),
     "class handler": (
         {"parts": 0},
