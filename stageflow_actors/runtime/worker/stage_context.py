@@ -28,6 +28,7 @@ __all__ = [
     "StepStore",
     "check_no_request",
     "check_requests_returned",
+    "made_requests",
     "take_requests",
 ]
 
@@ -71,15 +72,15 @@ def _misplaced_request(endpoint: str, what: str) -> StageError:
     )
 
 
-_made_requests: dict[int, tuple[Envelope, list[Request]]] = {}
+made_requests: dict[int, tuple[Envelope, list[Request]]] = {}
 """The requests that handlers in work have made, by the identity of the envelope. Almost always empty."""
 
 
 def take_requests(envelope: Envelope) -> list[Request]:
     """Return and forget the requests that the attempt with this envelope has made."""
-    if not _made_requests:
+    if not made_requests:
         return []
-    return _made_requests.pop(id(envelope), (envelope, []))[1]
+    return made_requests.pop(id(envelope), (envelope, []))[1]
 
 
 def check_requests_returned(made: list[Request], value: Any, stage_id: str) -> None:
@@ -355,7 +356,7 @@ class StageContext:
         request = Request(endpoint, command, seconds, self._steps)
         if self._place:
             raise _misplaced_request(endpoint, self._place)
-        _made_requests.setdefault(id(self._envelope), (self._envelope, []))[1].append(request)
+        made_requests.setdefault(id(self._envelope), (self._envelope, []))[1].append(request)
         return request
 
     @property

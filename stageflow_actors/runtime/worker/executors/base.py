@@ -206,6 +206,7 @@ class Executor:
         self._on_error = environment.on_error
         self._limit = environment.max_message_bytes
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
+        self._requestless = self._place_without_requests()
 
     def __call__(self, item: DeliveryItem, body: bytes) -> Result:
         """Execute one delivery and return its settlement."""
@@ -417,7 +418,7 @@ class Executor:
             store=RememberedSteps(self._store(item), item),
             limit=self._limit,
             slot=self._slot,
-            place=self._place_without_requests(),
+            place=self._requestless,
         )
 
     def _place_without_requests(self) -> str:

@@ -42,6 +42,7 @@ from stageflow_actors.runtime.worker.stage_context import (
     Request,
     check_no_request,
     check_requests_returned,
+    made_requests,
     take_requests,
 )
 from stageflow_brokers.api import TERMINAL, DeliveryItem, Target
@@ -111,7 +112,7 @@ class StageExecutor(HandlerExecutor):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         stage_id = self._id
-        made = take_requests(envelope)
+        made = take_requests(envelope) if made_requests else None
         try:
             if made:
                 check_requests_returned(made, value, stage_id)
