@@ -365,6 +365,21 @@ def test_steps_of_one_handler_are_awaited_together() -> None:
     assert run(Workflow("flow").add_stage(pay), {}).stages[0].data == [0, 1, 2]
 
 
+@pytest.mark.parametrize("function", [draw, lambda: draw(), Draw()])
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_step_that_is_not_awaited_fails_its_stage_and_runs_nothing(function: Any, is_async: bool) -> None:
+    def pay(context: Context, ctx: StageContext) -> None:
+        ctx.step("draw", function)
+
+    async def pay_async(context: Context, ctx: StageContext) -> None:
+        ctx.step("draw", function)
+
+    before = len(noted("drawn"))
+    result = run(Workflow("flow").add_stage(pay_async if is_async else pay, id="pay", retry=Retry.fixed(3, 0)), {})
+    assert (str(result.status), result.stages[0].attempts, len(noted("drawn"))) == ("failed", 1, before)
+    assert "stage 'pay' called ctx.step('draw', ...) with an async function and did not await it" in str(result.error)
+
+
 def test_a_plain_handler_may_return_the_awaitable_of_a_step() -> None:
     def pay(context: Context, ctx: StageContext) -> Any:
         return ctx.step("draw", lambda: draw(3))

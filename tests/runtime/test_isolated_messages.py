@@ -20,6 +20,7 @@ from stageflow_actors.testing import run
 Context = dict[str, Any]
 
 current: ContextVar[str | None] = ContextVar("current", default=None)
+tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 bound: ContextVar[dict[str, Any] | None] = ContextVar("bound", default=None)
 """As structlog's `bind_contextvars`: each binding is another dict."""
 
@@ -34,8 +35,26 @@ def touch(place: str) -> list[Any]:
     bound.set({**(bound.get() or {}), place: True})
     decimal.getcontext().prec = 5
     decimal.getcontext().traps[decimal.Inexact] = True
-    note("seen", place, seen == CLEAN, seen)
+    note("seen", place, seen == CLEAN, tenant.get(), decimal.getcontext().rounding, seen)
     return seen
+
+
+def initialize() -> None:
+    """What each message in workers sees."""
+    tenant.set("of the initializer")
+    decimal.getcontext().rounding = decimal.ROUND_UP
+
+
+def make_service() -> str:
+    """A factory that sets what no message may see."""
+    made = f"made for {tenant.get()}"
+    tenant.set("of a service")
+    current.set("of a service")
+    decimal.getcontext().prec = 9
+    return made
+
+
+INITIAL = ("of the initializer", decimal.ROUND_UP)
 
 
 CLEAN = [None, None, PRECISION, False]
@@ -69,6 +88,11 @@ async def inherits() -> None:
 async def awaited(place: str) -> None:
     await asyncio.sleep(0)
     touch(place)
+
+
+def with_service(context: Context, service: str) -> str:
+    touch("service")
+    return service
 
 
 class Handler:
@@ -138,6 +162,7 @@ FLOWS: dict[str, Workflow[Any]] = {
         lambda context: awaited("coroutine of a thread"), id="s", concurrency=3
     ),
     "class": Workflow("class").add_stage(Handler, id="s"),
+    "service": Workflow("service").add_stage(with_service, id="s"),
     "attempts": Workflow("attempts").add_stage(attempts, retry=Retry.fixed(2, 0)),
     "policy": Workflow("policy").add_stage(fail, retry=Again()),
     "when": Workflow("when").add_stage(nothing, id="s", when=touching("when", True)),
@@ -174,6 +199,8 @@ globals().update({f"flow_{number}": one for number, one in enumerate(FLOWS.value
 def runtime(serve: Callable[..., Runtime]) -> Runtime:
     return serve(
         *FLOWS.values(),
+        initializer=initialize,
+        services={"service": make_service},
         endpoints={"desk": endpoint, "async-desk": (async_endpoint, {"concurrency": 3}), "quiet": lambda command: 1},
     )
 
@@ -182,21 +209,19 @@ INSTANCES = 3
 
 
 @pytest.fixture(scope="module")
-def ended(runtime: Runtime) -> None:
+def ended(runtime: Runtime) -> list[Any]:
     """All instances of all workflows have ended: they run beside each other."""
     submitted = [runtime.submit_many(flow, [{} for _ in range(INSTANCES)]) for flow in FLOWS.values()]
     for instance in submitted[list(FLOWS).index("on_signal")]:
         instance.signal("s", 1)
-    for instances in submitted:
-        for instance in instances:
-            instance.result(60)
+    return [instance.result(60) for instances in submitted for instance in instances]
 
 
 @pytest.mark.parametrize("place", FLOWS)
-def test_no_message_sees_what_another_one_has_set(ended: None, place: str) -> None:
+def test_no_message_sees_what_another_one_has_set(ended: list[Any], place: str) -> None:
     seen = noted("seen", place)
     assert len(seen) >= INSTANCES
-    assert [line for line in seen if line[0] != "True"] == []
+    assert [line for line in seen if line[:3] != ("True", *INITIAL)] == []
 
 
 @pytest.mark.parametrize("place", FLOWS)
@@ -205,11 +230,16 @@ def test_no_message_in_this_process_leaves_anything_behind(place: str) -> None:
     endpoints = {"desk": endpoint, "async-desk": async_endpoint, "quiet": lambda command: 1}
     before = len(noted("seen", place))
     for _ in range(2):
-        run(FLOWS[place], {}, signals=signals, endpoints=endpoints)
+        run(FLOWS[place], {}, signals=signals, endpoints=endpoints, services={"service": make_service})
     seen = noted("seen", place)[before:]
     assert len(seen) >= 2
-    assert [line for line in seen if line[0] != "True"] == []
+    assert [line for line in seen if line[:2] != ("True", "nobody")] == []
     assert [current.get(), bound.get(), decimal.getcontext().prec] == CLEAN[:3]
+
+
+def test_a_service_is_made_in_the_context_that_the_initializer_left(ended: list[Any]) -> None:
+    made = [result.stages[0].data for result in ended if result.workflow_id == "service"]
+    assert made == ["made for of the initializer"] * INSTANCES
 
 
 # the copy itself

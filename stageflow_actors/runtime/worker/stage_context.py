@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol, Self
 
 from stageflow_actors.core.codec import decode_value, encode_value
@@ -27,9 +27,9 @@ __all__ = [
     "StageContext",
     "StepStore",
     "check_no_request",
-    "check_requests_returned",
-    "made_requests",
-    "take_requests",
+    "check_nothing_lost",
+    "made_by_attempt",
+    "take_made",
 ]
 
 REQUEST_TIMEOUT_SECONDS = 60.0
@@ -72,20 +72,47 @@ def _misplaced_request(endpoint: str, what: str) -> StageError:
     )
 
 
-made_requests: dict[int, tuple[Envelope, list[Request]]] = {}
-"""The requests that handlers in work have made, by the identity of the envelope. Almost always empty."""
+class _AsyncStep:
+    """An async step that a stage's handler has to await; `work` is what the step itself awaits."""
+
+    __slots__ = ("_coroutine", "_work", "name")
+
+    def __init__(self, name: str, coroutine: Coroutine[Any, Any, Any], work: Any = None) -> None:
+        self.name = name
+        self._coroutine = coroutine
+        self._work = work
+
+    def is_lost(self) -> bool:
+        """Return True, and close the step, if it was never awaited."""
+        if inspect.getcoroutinestate(self._coroutine) != inspect.CORO_CREATED:
+            return False
+        self._coroutine.close()
+        if inspect.iscoroutine(self._work):
+            self._work.close()
+        return True
 
 
-def take_requests(envelope: Envelope) -> list[Request]:
-    """Return and forget the requests that the attempt with this envelope has made."""
-    if not made_requests:
+made_by_attempt: dict[int, tuple[Envelope, list[Request | _AsyncStep]]] = {}
+"""Requests and async steps that handlers in work have made, by the identity of the envelope. Almost always empty."""
+
+
+def take_made(envelope: Envelope) -> list[Request | _AsyncStep]:
+    """Return and forget the requests and the async steps that the attempt with this envelope has made."""
+    if not made_by_attempt:
         return []
-    return made_requests.pop(id(envelope), (envelope, []))[1]
+    return made_by_attempt.pop(id(envelope), (envelope, []))[1]
 
 
-def check_requests_returned(made: list[Request], value: Any, stage_id: str) -> None:
-    """Raise `StageError` if a stage's handler made requests and did not return them: they would not be sent."""
-    lost = [request for request in made if request is not value]
+def check_nothing_lost(made: list[Request | _AsyncStep], value: Any, stage_id: str) -> None:
+    """Raise `StageError` if a stage's handler made requests and did not return them, or did not await its steps."""
+    unawaited = [step.name for step in made if isinstance(step, _AsyncStep) and step.is_lost()]
+    if unawaited:
+        raise StageError(
+            f"stage {stage_id!r} called ctx.step({unawaited[0]!r}, ...) with an async function and did not await it, "
+            "so that it did not run: write `await ctx.step(...)` in an async handler",
+            retryable=False,
+        )
+    lost = [request for request in made if isinstance(request, Request) and request is not value]
     if lost:
         endpoint = lost[0].endpoint
         few = (
@@ -356,8 +383,11 @@ class StageContext:
         request = Request(endpoint, command, seconds, self._steps)
         if self._place:
             raise _misplaced_request(endpoint, self._place)
-        made_requests.setdefault(id(self._envelope), (self._envelope, []))[1].append(request)
+        self._record(request)
         return request
+
+    def _record(self, made: Request | _AsyncStep) -> None:
+        made_by_attempt.setdefault(id(self._envelope), (self._envelope, []))[1].append(made)
 
     @property
     def previous_failure(self) -> Exception | None:
@@ -457,15 +487,17 @@ class StageContext:
             (True, ['order-1'])
         """
         if inspect.iscoroutinefunction(function):
-            return self._async_step(name, function, *args)
+            return self._awaited(name, self._async_step(name, function, *args))
         self._begin_step(name)
         if self._awaited_key(name) in self._steps:
-            return self._stored_step(name)
+            return self._awaited(name, self._stored_step(name))
         if self.is_step_completed(name):
             return self.get_step_result(name)
         try:
             value = function(*args)
-            return self._finish_step(name, value) if is_awaitable(value) else self._keep(name, value)
+            if is_awaitable(value):
+                return self._awaited(name, self._finish_step(name, value), value)
+            return self._keep(name, value)
         except BaseException:
             self._abandon_step(name)
             raise
@@ -537,6 +569,12 @@ class StageContext:
             StageFlowError: If this worker no longer holds the message.
         """
         self._keep(name, None)
+
+    def _awaited(self, name: str, step: Coroutine[Any, Any, Any], work: Any = None) -> Coroutine[Any, Any, Any]:
+        """Return the step for the handler to await; a stage whose handler does not await it fails."""
+        if not self._place:
+            self._record(_AsyncStep(name, step, work))
+        return step
 
     async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         self._begin_step(name)

@@ -41,9 +41,9 @@ from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import (
     Request,
     check_no_request,
-    check_requests_returned,
-    made_requests,
-    take_requests,
+    check_nothing_lost,
+    made_by_attempt,
+    take_made,
 )
 from stageflow_brokers.api import TERMINAL, DeliveryItem, Target
 
@@ -99,7 +99,7 @@ class StageExecutor(HandlerExecutor):
             context = self.codec.decode(envelope.context)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
             if self._when is not None and not self._holds(self._when, context, ctx):
-                take_requests(envelope)
+                take_made(envelope)
                 return self._skip(item, envelope)
             value = self._call(context, ctx)
             if type(value) not in PLAIN_TYPES:
@@ -112,10 +112,10 @@ class StageExecutor(HandlerExecutor):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, context: Any, value: Any
     ) -> Result:
         stage_id = self._id
-        made = take_requests(envelope) if made_requests else None
+        made = take_made(envelope) if made_by_attempt else None
         try:
             if made:
-                check_requests_returned(made, value, stage_id)
+                check_nothing_lost(made, value, stage_id)
             data = NIL
             if value is not None:
                 if type(value) is Replace:
@@ -166,7 +166,7 @@ class StageExecutor(HandlerExecutor):
     def _handler_failed(
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settlement:
-        take_requests(envelope)
+        take_made(envelope)
         return super()._handler_failed(item, envelope, attempt, started, clock, error)
 
     def _complete_with_transition(
