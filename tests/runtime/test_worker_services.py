@@ -240,8 +240,22 @@ async def use_async(context: dict[str, Any], **services: Any) -> str:
     return running_loop()
 
 
-HANDLERS = {"plain": use, "async": use_async}
+def decorated(function: Any) -> Any:
+    """A plain decorator: it hides that the function is async."""
+
+    @functools.wraps(function)
+    def call(context: dict[str, Any], **services: Any) -> Any:
+        assert running_loop() == "no loop"
+        return function(context, **services)
+
+    return call
+
+
+HANDLERS = {"plain": use, "async": use_async, "threads": use, "hidden": decorated(use_async)}
+HANDLERS["hidden_in_threads"] = HANDLERS["hidden"]
 ENDS = ("stopped", "scaled", "recycled")
+CASES = [*((kind, end) for kind in ("plain", "async") for end in ENDS)]
+CASES += [(kind, "stopped") for kind in HANDLERS if kind not in ("plain", "async")]
 WORKERS = {"stopped": 1, "scaled": 2, "recycled": 2}
 """A recycled worker has a successor, which ends by the stop."""
 
@@ -253,14 +267,14 @@ def log(serve: Any, eventually: Any) -> Log:
     """The effects of workers, by kind of handler and kind of end."""
     flows = {
         (kind, end): Workflow(f"{kind}-{end}").add_stage(
-            handler,
+            HANDLERS[kind],
             id="s",
+            concurrency=2 if kind.endswith("threads") else 1,
             actors=2 if end == "scaled" else 1,
             max_tasks=1 if end == "recycled" else None,
             env={"HANDLER": kind, "END": end},
         )
-        for kind, handler in HANDLERS.items()
-        for end in ENDS
+        for kind, end in CASES
     }
     runtime: Runtime = serve(*flows.values(), services={**FACTORIES, **UNCLOSED})
     for (kind, _), flow in flows.items():
@@ -284,7 +298,7 @@ def log(serve: Any, eventually: Any) -> Log:
 
 
 def where(kind: str) -> str:
-    return "no loop" if kind == "plain" else "loop"
+    return "no loop" if kind in ("plain", "threads") else "loop"
 
 
 MADE_ON_LOOP = {"async_generator", "async_manager", "coroutine"}
@@ -292,8 +306,7 @@ CLOSED_ON_LOOP = {"close_async", "aclose", "async_generator", "async_manager"}
 """Where handlers are plain. Of async handlers, all services are made and closed on their loop."""
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", HANDLERS)
+@pytest.mark.parametrize(("kind", "end"), CASES)
 @pytest.mark.parametrize("form", FACTORIES)
 def test_a_service_is_made_once_and_closed_once(form: str, kind: str, end: str, log: Log) -> None:
     effects = [effect for effect in log[kind, end] if effect[1] == form]
@@ -302,8 +315,7 @@ def test_a_service_is_made_once_and_closed_once(form: str, kind: str, end: str, 
     assert sorted(effects) == sorted([made, closed] * WORKERS[end])
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", HANDLERS)
+@pytest.mark.parametrize(("kind", "end"), CASES)
 def test_what_is_no_resource_is_left_alone(kind: str, end: str, log: Log) -> None:
     assert [effect for effect in log[kind, end] if effect[0] == "wrong"] == []
     assert {effect[1] for effect in log[kind, end] if effect[0] == "closed"} == set(FACTORIES)
