@@ -216,10 +216,11 @@ for stage in stages:
         print(error)
 
 # What a module that workers import has, they find there; the standard streams and loggers by name.
-from importable import CLIENT, EMPTY, TABLE_LOCK
+from importable import CLIENT, EMPTY, TABLE_LOCK, _private_lock, local_handler
 import logging
 LOG, OUT = logging.getLogger("a.b"), sys.stdout
-sent = [lambda j: TABLE_LOCK, lambda j: CLIENT, lambda j: (LOG, OUT), lambda j, empty=EMPTY: empty is EMPTY]
+sent = [local_handler(), lambda j: _private_lock, lambda j: TABLE_LOCK]
+sent += [lambda j: CLIENT, lambda j: (LOG, OUT), lambda j, empty=EMPTY: empty is EMPTY]
 for stage in sent:
     flow = Workflow("flow").add_stage(stage, id="good")
     pool_specs(flow, compile_plan(flow, Naming("s.", "c.")), {})
@@ -249,7 +250,8 @@ service 'db' -> DB (sqlite3.Connection) cannot be sent
 
 def test_what_cannot_be_sent_is_named_with_its_stage_and_the_way_to_it(tmp_path: Path) -> None:
     (tmp_path / "importable.py").write_text(
-        "import threading\nTABLE_LOCK = threading.Lock()\nEMPTY = object()\n"
+        "import threading\nTABLE_LOCK = threading.Lock()\n_private_lock = threading.Lock()\nEMPTY = object()\n"
+        "def local_handler():\n    return lambda j: _private_lock.locked()\n"
         "class Client:\n    def __init__(self): self.lock = threading.Lock()\nCLIENT = Client()\n"
     )
     script = tmp_path / "program.py"
@@ -259,6 +261,6 @@ def test_what_cannot_be_sent_is_named_with_its_stage_and_the_way_to_it(tmp_path:
     expected = REFUSALS.splitlines()
     for line, text in zip(lines, expected, strict=False):
         assert line.startswith(f"stage 'bad' of workflow 'flow': {text}"), done.stderr
-    assert lines[len(expected) :] == ["sent"] * 4, done.stderr
+    assert lines[len(expected) :] == ["sent"] * 6, done.stderr
     assert "Runtime.connect(data_dir)" in lines[expected.index(next(t for t in expected if "RUNTIME" in t))]
     assert 'services={"lock": factory}' in lines[0]

@@ -49,7 +49,7 @@ _strong_tokens: dict[int, tuple[Any, str]] = {}
 _CACHE_TYPE: Any = type(functools.cache(lambda: None))
 _DISPATCH_CODE = functools.singledispatch(lambda value: None).__code__  # type: ignore[attr-defined]
 _TYPING_KINDS: tuple[Any, ...] = tuple(
-    getattr(typing, name) for name in ("TypeVar", "ParamSpec", "TypeVarTuple") if hasattr(typing, name)
+    getattr(typing, name) for name in ("TypeVar", "ParamSpec", "TypeVarTuple", "TypeAliasType") if hasattr(typing, name)
 )
 
 
@@ -237,6 +237,8 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             arguments = ("NewType", name, obj.__supertype__)
         elif type(obj) is getattr(typing, "TypeVarTuple", None):
             arguments = ("TypeVarTuple", name)
+        elif type(obj) is getattr(typing, "TypeAliasType", None):
+            arguments = ("TypeAliasType", name, obj.__value__, obj.__type_params__)
         else:
             arguments = (
                 type(obj).__name__,

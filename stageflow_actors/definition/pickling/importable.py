@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from types import ModuleType
 from typing import Any
 
@@ -95,7 +96,7 @@ class ReferenceIndex:
                 if each is value:
                     return kind.__module__, name, kind.__qualname__
         if self._names is None:
-            self._names = _public_attributes()
+            self._names = _attributes()
         found = self._names.get(id(value))
         # Another object may have got the place in memory of one that is gone.
         if found is None or resolve(*found) is not value or not self.is_importable(found[0]):
@@ -103,13 +104,23 @@ class ReferenceIndex:
         return *found, kind.__qualname__
 
 
-def _public_attributes() -> dict[int, tuple[str, str]]:
-    """Return the place of each public attribute of a module, by the identity of its value."""
+def _attributes() -> dict[int, tuple[str, str]]:
+    """Return the place of each attribute of a module, by the identity of its value.
+
+    Private ones of installed packages are not among them: they may be set only when a function is called.
+    """
     found: dict[int, tuple[str, str]] = {}
     for module_name, module in sorted(sys.modules.items(), key=lambda item: item[0].count(".")):
         if not isinstance(module, ModuleType) or is_by_value(module_name) or module_name == "__mp_main__":
             continue
+        has_private = _is_of_program(module)
         for name, value in list(vars(module).items()):
-            if not name.startswith("_"):
+            if not name.startswith("__" if has_private else "_"):
                 found.setdefault(id(value), (module_name, name))
     return found
+
+
+def _is_of_program(module: ModuleType) -> bool:
+    path = getattr(module, "__file__", None)
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    return isinstance(path, str) and "site-packages" not in path and not path.startswith(installed)

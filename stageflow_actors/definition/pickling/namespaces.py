@@ -18,6 +18,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -196,8 +197,11 @@ class _DefinitionUnpickler(pickle.Unpickler):
 def publish_definitions(main: dict[str, Any], definitions: dict[str, bytes]) -> None:
     """Write the definitions of `__main__` to a file for the interpreters that multiprocessing starts in this worker.
 
-    The file is anonymous and belongs to this worker, whose child processes end with it.
+    The file is anonymous and belongs to this worker, whose child processes end with it. There is one per worker.
     """
+    prefix = f"/proc/{os.getpid()}/fd/"
+    if os.environ.get(SCRIPT_ENVIRON, "").startswith(prefix):
+        return
     fd = os.memfd_create("stageflow-script")
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -207,12 +211,14 @@ def publish_definitions(main: dict[str, Any], definitions: dict[str, bytes]) -> 
         high = os.dup(fd)  # the limit of open files is lower
     finally:
         os.close(fd)
-    os.environ[SCRIPT_ENVIRON] = f"/proc/{os.getpid()}/fd/{high}"
+    os.environ[SCRIPT_ENVIRON] = f"{prefix}{high}"
 
 
 def restore_script() -> _Fragment | None:
     """Make the fragment of `__main__` in an interpreter that multiprocessing has started; None without definitions."""
     path = os.environ.get(SCRIPT_ENVIRON, "")
+    if re.fullmatch(r"/proc/\d+/fd/\d+", path) is None:
+        return None  # only a process of the same user can have made such a file
     try:
         with open(path, "rb") as file:
             file.seek(0)

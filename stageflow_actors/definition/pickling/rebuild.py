@@ -106,6 +106,9 @@ def make_named(token: str, where: Where, kind: str, *arguments: Any) -> Any:
         if kind == "cache":
             function, maxsize, typed = arguments
             return functools.lru_cache(maxsize, typed)(function)
+        if kind == "TypeAliasType":
+            name, value, parameters = arguments
+            return getattr(typing, kind)(name, value, type_params=parameters)
         if kind in ("NewType", "TypeVarTuple"):
             return getattr(typing, kind)(*arguments)
         name, constraints, bound, covariant, contravariant = arguments
