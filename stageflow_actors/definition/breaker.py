@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stageflow_actors.definition.duration import Duration, seconds
+from stageflow_actors.definition.guesses import adapts
 from stageflow_actors.errors import WorkflowDefinitionError
 
 __all__ = ["Breaker", "check_breaker"]
@@ -34,6 +35,7 @@ class Breaker:
 
     __slots__ = ("failures", "reset")
 
+    @adapts("Breaker(failures=5, reset=30)")
     def __init__(self, failures: int = 5, reset: Duration = 30) -> None:
         if isinstance(failures, bool) or not isinstance(failures, int) or failures < 1:
             raise WorkflowDefinitionError(f"failures of Breaker must be an integer from 1, not {failures!r}")

@@ -16,7 +16,15 @@ from typing import Any, Literal
 from stageflow_actors.definition.parameters import POSITIONAL, VARIADIC, constructor_parameters, parameters_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
-__all__ = ["BoundCall", "HandlerSpec", "default_id", "has_options", "inspect_compensation", "inspect_handler"]
+__all__ = [
+    "BoundCall",
+    "HandlerSpec",
+    "check_methods",
+    "default_id",
+    "has_options",
+    "inspect_compensation",
+    "inspect_handler",
+]
 
 BoundCall = Callable[[Any, Any], Any]
 """A handler with its services filled in: a function of the context and the `StageContext`."""
@@ -187,6 +195,17 @@ def inspect_compensation(given: Any, what: str) -> HandlerSpec:
     spec = inspect_handler(given, what)
     spec.compensate = None
     return spec
+
+
+def check_methods(handler: Any, what: str) -> None:
+    """Refuse a handler class or object whose method `compensation` would never be called."""
+    method = inspect.getattr_static(handler, "compensation", None)
+    if inspect.isfunction(method) and not callable(getattr(handler, "compensate", None)):
+        kind = handler if isinstance(handler, type) else type(handler)
+        raise WorkflowDefinitionError(
+            f"{what}: {kind.__name__} has a method 'compensation', which is not called: the method that undoes a "
+            "stage is compensate(context)"
+        )
 
 
 def has_options(handler: Any) -> bool:

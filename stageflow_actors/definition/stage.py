@@ -17,6 +17,7 @@ from stageflow_actors.definition.duration import Duration, optional_seconds
 from stageflow_actors.definition.guesses import adapts, keyword_arguments, named_handler
 from stageflow_actors.definition.handler import (
     HandlerSpec,
+    check_methods,
     default_id,
     has_options,
     inspect_compensation,
@@ -337,6 +338,8 @@ class Stage:
         what = f"stage {self.id!r}" if self.id else "stage of a lambda"
         self.handler = handler
         self.spec: HandlerSpec = inspect_handler(handler, what)
+        if compensation is None and has_options(handler):
+            check_methods(handler, what)
         self.compensation: Compensation | None = _check_compensation(compensation, self.spec, what)
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")

@@ -864,9 +864,11 @@ class Workflow(Generic[C]):
             if spec is not None and missing:
                 name = missing[0]
                 place = "a parameter of its constructor" if spec.is_constructed_with(name) else "a parameter"
+                meant = closest(name, provided)
                 raise WorkflowDefinitionError(
-                    f"{what} of workflow {self.id!r} needs the service {name!r} ({place}), which is not provided: "
-                    f"add services={{{name!r}: factory}} to the Runtime, or give the parameter a default"
+                    f"{what} of workflow {self.id!r} needs the service {name!r} ({place}), which is not provided"
+                    + (f" (did you mean {meant!r}?): " if meant else ": ")
+                    + f"add services={{{name!r}: factory}} to the Runtime, or give the parameter a default"
                 )
 
     def __repr__(self) -> str:

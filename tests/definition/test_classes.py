@@ -143,6 +143,18 @@ def test_an_attribute_of_a_wrong_type_is_a_definition_error_that_names_the_class
         assert f"it is the attribute '{name}' of Bad" in str(caught.value)
 
 
+def test_a_method_that_would_never_undo_the_stage_is_refused() -> None:
+    class Pay:
+        def execute(self, order: Any) -> None: ...
+
+        def compensation(self, order: Any) -> None: ...
+
+    for handler in (Pay, Pay()):
+        with pytest.raises(WorkflowDefinitionError, match=r"Pay has a method 'compensation'.*is compensate\(context\)"):
+            Stage(handler)
+    assert Stage(Pay, compensation=Undo).compensation is not None
+
+
 def test_the_error_names_the_attribute_that_is_wrong_and_not_another_one() -> None:
     bad = type("Bad", (), {"id": "valid", "timeout": "30", "execute": lambda self, order: None})
     with pytest.raises(WorkflowDefinitionError, match="it is the attribute 'timeout' of Bad"):

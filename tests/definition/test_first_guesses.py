@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors import Compensation, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
+from stageflow_actors import Breaker, Compensation, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
 from stageflow_actors.testing import run
 
 
@@ -28,6 +28,8 @@ async def fetch(order: Any) -> None: ...
 
 class Till:
     def pay(self, order: Any) -> None: ...
+
+    def refund(self, order: Any, bnak: Any) -> None: ...
 
 
 class Regional(Workflow[Any]):
@@ -137,6 +139,11 @@ def test_the_decorator_takes_an_id_alone() -> None:
         (lambda: flow().add_stage(Till.pay), r"method Till.pay without its object.*write Till\(\).pay"),
         (lambda: Runtime(flow(), servces={}), "unexpected keyword argument 'servces' .did you mean 'services'"),
         (lambda: Runtime(Regional), "Regional cannot be constructed without arguments .*'region'.: give an instance"),
+        (
+            lambda: Breaker(failure=3),
+            r"unexpected keyword argument 'failure' .did you mean 'failures'..: write Breaker",
+        ),
+        (lambda: flow().add_stage(Till().refund).validate({"bank"}), "needs the service 'bnak'.*did you mean 'bank'"),
         (lambda: Runtime([flow()]), r"write Runtime\(\*workflows\)"),
         (lambda: Runtime(Workflow), "give an instance"),
         (lambda: run(pay, {}), "testing.run takes a workflow"),  # type: ignore[arg-type]

@@ -35,11 +35,21 @@ def test_each_form_works_in_a_unit_test() -> None:
     assert [result.status.value, result.error, stages, result.context["undone"]] == expected()
 
 
-@pytest.mark.parametrize("command", [["-c", "import handler_forms; handler_forms.main('data')"], ["script"]])
+NOTEBOOK = """import sys
+code = open("program.py").read().replace('if __name__ == "__main__":', "if False:")
+exec(compile(code, "/tmp/ipykernel_1/17.py", "exec"), globals())
+exec(compile("main('data')", "/tmp/ipykernel_1/18.py", "exec"), globals())
+"""
+"""The program as cells of a notebook, which have no file."""
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", "import handler_forms; handler_forms.main('data')"], ["script"], ["notebook"]]
+)
 def test_each_form_works_in_workers(command: list[str], tmp_path: Path) -> None:
-    if command == ["script"]:
+    if command in (["script"], ["notebook"]):
         (tmp_path / "program.py").write_text(Path(handler_forms.__file__).read_text("utf-8"))
-        command = ["program.py", "data"]
+        command = ["program.py", "data"] if command == ["script"] else ["-c", NOTEBOOK]
     else:
         command = ["-c", f"import sys; sys.path.insert(0, {str(FIXTURES)!r}); {command[1]}"]
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
