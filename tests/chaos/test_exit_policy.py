@@ -319,3 +319,23 @@ def test_reasons_to_kill_name_stage_and_limit() -> None:
         "WorkerDied: the worker was killed while running stage 's': "
         "it used 3 MB of memory, more than max_memory=1000000"
     )
+
+
+ENDINGS = [
+    ("as it should", EXIT_RECYCLED),
+    ("killed because it took too long", -signal.SIGKILL),
+    ("a crash of a C library", -signal.SIGSEGV),
+    ("an exit of an atexit function", 3),
+    ("stdout could not be flushed", 120),
+    ("an end that nobody saw", None),
+]
+
+
+@pytest.mark.parametrize("states", [[DONE], [IDLE], [lane(1, started=1), lane(2, started=2)]])
+@pytest.mark.parametrize("status", [case[1] for case in ENDINGS], ids=[case[0] for case in ENDINGS])
+def test_however_a_worker_exits_that_was_ending_nothing_is_charged(
+    court: Court, status: int | None, states: list[SlotState]
+) -> None:
+    for _ in range(50):
+        assert court(status, *states, ending=True) == ExitDecision()
+    assert court.waits == 0
