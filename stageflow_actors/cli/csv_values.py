@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.extensions import enc_hook
 from stageflow_actors.core.pydantic_codec import is_model
 
 __all__ = ["row_reader"]
@@ -28,7 +29,7 @@ def row_reader(codec: ContextCodec[Any]) -> Callable[[dict[str, Any]], dict[str,
         given = {name: None if cell == "" and name in optional else cell for name, cell in row.items()}
         typed = codec.decode(codec.prepare(given, strict=False))
         plain: dict[str, Any] = (
-            typed.model_dump(round_trip=True, by_alias=True) if model else msgspec.to_builtins(typed)
+            typed.model_dump(round_trip=True, by_alias=True) if model else msgspec.to_builtins(typed, enc_hook=enc_hook)
         )
         return plain
 

@@ -62,11 +62,13 @@ class Lines:
         key: str | None,
         refuse: Callable[[int, str], None],
         convert: Convert | None = None,
+        typed_keys: Convert | None = None,
     ) -> None:
         self._path = path
         self._key = key
         self._refuse = refuse
         self._convert = convert
+        self._typed_keys = typed_keys
         self.name = "stdin" if path == "-" else Path(path).name
 
     @property
@@ -109,7 +111,7 @@ class Lines:
             if wide is not None:
                 self._refuse(number, wide)
                 continue
-            yield from self._line(context, number)
+            yield from self._line(context if self._typed_keys is None else self._typed_keys(context), number)
 
     def _csv(self, file: BinaryIO) -> Iterator[InputLine]:
         number = 0

@@ -8,7 +8,9 @@
 `envelope`        the bodies of messages: `Envelope` and `Outcome`; `failures` encodes errors
 `codec`           `ContextCodec`; `value_codec` for single values, `pydantic_codec` for models
 `schema`          `ContextSchema`: the fields of a context type, for clients without the class
-`roundtrip`       `RoundTripFault`: where a value changes by encoding and decoding
+`roundtrip`       `RoundTripFault`: where a value changes by encoding and decoding; `advice` what to write instead
+`extensions`      msgpack extensions for zones, `fold`, Decimals and more; `exact_types` finds subclasses
+`input_digest`    recognises the input of a start again
 `result`          `WorkflowResult`; `status` its states, `timeline` its entries
 `description`     `InstanceDescription`: the state of an instance, live or finished
 `resume_state`    the state from which a retry resumes the failed stage

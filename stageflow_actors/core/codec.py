@@ -1,10 +1,9 @@
 """`ContextCodec`: contexts and results as msgpack, without silent loss.
 
-Rule: a value is equal after decoding, or the encoder rejects it with its stage and field. NaN is kept, although it
-equals nothing. To enforce the rule, each encoding is decoded and compared. Only if the comparison fails, the slower
-functions of `roundtrip` look for the reason; they find no difference if the reason is NaN. A subclass that equals its
-plain form (`IntEnum`, `OrderedDict`, `bytearray`, an aware datetime of another zone) is accepted, and decoded as the
-plain form.
+Rule: a value is equal after decoding, or the encoder rejects it with its stage and field. To enforce the rule, each
+encoding is decoded and compared, in value and type. Only if the fast comparison fails, the slower functions of
+`roundtrip` look for the reason; they find no difference if the reason is NaN, which equals nothing. `extensions` keeps
+zones, `fold`, paths, and numbers of numpy.
 
 This module must not pickle, and must not know about stages beyond the id that an error names.
 """
@@ -17,13 +16,23 @@ import hashlib
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, time
 from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Raw
 
+from stageflow_actors.core import extensions
+from stageflow_actors.core.exact_types import (
+    SCALAR_TYPES,
+    field_checker,
+    has_only_scalars,
+    is_exact,
+    is_plain,
+    needs_extensions,
+)
+from stageflow_actors.core.input_digest import default_fields, input_digest
 from stageflow_actors.core.pydantic_codec import PydanticCodec, explain_validation, is_model
 from stageflow_actors.core.roundtrip import RoundTripFault, field_items, find_difference, find_unencodable, too_deep
 from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
@@ -35,14 +44,15 @@ __all__ = [
     "encode_value",
     "export_types",
     "import_types",
+    "is_kept",
     "json_view",
 ]
 
 C = TypeVar("C")
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode_any = msgspec.msgpack.Decoder().decode
-_encode_sorted = msgspec.msgpack.Encoder(order="deterministic").encode
+_encode = extensions.encode
+_decode_any = extensions.decode_any
+_encode_sorted = msgspec.msgpack.Encoder(order="deterministic", enc_hook=extensions.enc_hook).encode
 _NIL = b"\xc0"
 
 
@@ -52,28 +62,53 @@ class ContextCodec(Generic[C]):
     The constructor raises `WorkflowDefinitionError` for a type whose annotations cannot be resolved.
     """
 
-    __slots__ = ("_decode", "_fields", "_model", "_same", "_typed", "context_type", "encode_unchecked")
+    __slots__ = (
+        "_decode",
+        "_fields",
+        "_is_kept",
+        "_model",
+        "_typed",
+        "context_type",
+        "encode_unchecked",
+        "result_codecs",
+        "result_types",
+    )
 
     encode_unchecked: Callable[[C], bytes]
     """`encode` without the check: the context may differ after decoding."""
 
-    def __init__(self, context_type: type[C]) -> None:
+    result_types: Mapping[str, Any]
+    """The annotated types of the workflow's results, by stage id."""
+
+    def __init__(self, context_type: type[C], result_types: Mapping[str, Any] | None = None) -> None:
         self.context_type = context_type
+        self.result_types = result_types or {}
+        self.result_codecs: dict[str, Any] = {}
         self._typed = context_type is not dict
         self._model = PydanticCodec(context_type) if is_model(context_type) else None
         self._decode: Callable[[bytes | Raw], C]
-        self._same: Callable[[Any, Any], bool]
+        self._is_kept: Callable[[bytes, Any], bool]
+        self._fields: frozenset[str] = frozenset()
         if self._model is not None:
-            self.encode_unchecked, self._decode, self._same = (
-                self._model.encode,
-                self._model.decode,
-                self._model.is_equal,
-            )
-            self._fields: frozenset[str] = frozenset()
-        else:
+            model = self._model
+            self.encode_unchecked, self._decode = model.encode, model.decode
+            self._is_kept = lambda data, context: model.is_equal(model.decode(data), context)
+        elif context_type is dict:
             self.encode_unchecked, self._decode = _encode, _decoder(context_type)
-            self._same = _comparison(context_type)
+            self._is_kept = _is_dict_kept
+        else:
+            self._decode = _decoder(context_type)
+            extended = needs_extensions(context_type)
+            if extended:
+                self._decode = lambda data: extensions.convert(_decode_any(data), context_type)
+            self.encode_unchecked = _encode_extended if extended else _encode
+            self._is_kept = _comparison(context_type, self._decode)
             self._fields = _encoded_names(context_type)
+
+    @property
+    def is_model(self) -> bool:
+        """True if the contexts are pydantic models."""
+        return self._model is not None
 
     def encode(self, context: C, *, stage: str | None = None) -> bytes:
         """Return `context` as msgpack.
@@ -82,7 +117,7 @@ class ContextCodec(Generic[C]):
         """
         try:
             data = self.encode_unchecked(context)
-            if self._same(self._decode(data), context):
+            if self._is_kept(data, context):
                 return data
         except Exception:  # noqa: BLE001 - the slow path below repeats the call and explains the error
             pass
@@ -118,20 +153,51 @@ class ContextCodec(Generic[C]):
         return self.encode(context)
 
     def digest(self, data: bytes | Raw, scope: str = "") -> bytes:
-        """Return 16 bytes that are the same for equal contexts, in any order of keys and set elements.
+        """Return 16 bytes that are the same for equal contexts (see `input_digest`).
 
         `scope` separates equal inputs that must differ, such as those of two workflows.
         """
+        context = self.decode(data)
+        return (
+            input_digest(context, scope)
+            if self._model is None
+            else input_digest(context, scope, self._model.encode_sorted)
+        )
+
+    def earlier_digests(self, data: bytes | Raw, scope: str = "") -> Iterator[bytes]:
+        """Yield the digests that release 0.1 may have written for the context in `data`.
+
+        First the digest of the context as it is, then without fields that equal their default: they may have been
+        added since.
+        """
         context: Any = self.decode(data)
         encode, encode_sorted = _encode, _encode_sorted
+        defaults = default_fields(context)
+        if dataclasses.is_dataclass(context) and hasattr(context, "__dict__"):
+            # msgspec leaves plain defaults to the class: release 0.1 did not encode them if the input was a dict.
+            own: dict[str, Any] = vars(context)
+            unset = [name for name in defaults if name not in own or name in vars(type(context))]
+            names = [f.name for f in dataclasses.fields(context)]
+            filled = {name: getattr(context, name) for name in names if hasattr(context, name)}
+            own.clear()
+            own.update(filled)
+        else:
+            unset = []
         if self._model is not None:
             context = self._model.dump(context)
             encode, encode_sorted = self._model.encode_dumped, self._model.encode_sorted
         try:
             canonical = encode_sorted(context)
         except (TypeError, ValueError):
-            canonical = encode(_canonical(context, encode))
-        return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
+            yield _hash(scope, encode(_canonical(context, encode)))
+            return
+        yield _hash(scope, canonical)
+        if not self._typed or canonical[0] & 0xF0 == 0x90 or canonical[0] in (0xDC, 0xDD):
+            return
+        fields = _decode_fields(canonical)
+        tails = [set(unset), *(set(defaults[-count:]) for count in range(1, len(defaults) + 1))]
+        for left_out in [*tails, *({name} for name in defaults[:-1])]:
+            yield _hash(scope, _encode({name: part for name, part in fields.items() if name not in left_out}))
 
     def canonical(self, data: bytes | Raw) -> Raw | None:
         """Return the context in `data` encoded again, each set in the order of its elements.
@@ -155,7 +221,7 @@ class ContextCodec(Generic[C]):
         return str([*([tag] if tag else []), *kind.__struct_fields__][field])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ContextCodec, (self.context_type,)
+        return ContextCodec, (self.context_type, dict(self.result_types))
 
     def __repr__(self) -> str:
         return f"ContextCodec({self.context_type.__name__})"
@@ -188,7 +254,7 @@ class ContextCodec(Generic[C]):
                 field=str(unknown[0]),
             )
         try:
-            return msgspec.convert(given, wanted, strict=strict)
+            return extensions.convert(given, wanted, strict=strict)
         except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise any exception
             self._refuse_decoding(error, None)
 
@@ -225,7 +291,7 @@ def encode_value(value: Any, *, what: str) -> bytes:
         return _NIL
     try:
         data = _encode(value)
-        if _decode_any(data) == value:
+        if is_kept(data, value):
             return data
     except Exception:  # noqa: BLE001 - the slow path below repeats the call and explains the error
         pass
@@ -266,7 +332,7 @@ def _encode_or_explain(
         raise InvalidContext(message, stage=stage, field=field) from None
 
     try:
-        data = _encode(value) if model is None else model.encode(value)
+        data = _encode_extended(value) if model is None else model.encode(value)
     except Exception as error:  # noqa: BLE001 - an object of user code may raise any exception
         fault = find_unencodable(value, root) if model is None else model.find_unencodable(value)
         if fault is None:
@@ -287,12 +353,12 @@ def _encode_or_explain(
 def _decoder(context_type: type[Any]) -> Callable[[bytes | Raw], Any]:
     try:
         try:
-            return msgspec.msgpack.Decoder(context_type).decode
+            return _typed_decoder(context_type)
         except NameError:
             # The annotations are strings with names that are not globals of the module: the class is local to a
             # function, or was sent to this process by value.
             import_types(context_type, export_types(context_type))
-            return msgspec.msgpack.Decoder(context_type).decode
+            return _typed_decoder(context_type)
     except (NameError, TypeError) as error:
         raise WorkflowDefinitionError(
             f"{context_type.__name__} cannot be a context: {error}; annotate its fields with types that its module "
@@ -309,30 +375,82 @@ def _encoded_names(context_type: type[Any]) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(context_type))
 
 
-def _comparison(context_type: type[Any]) -> Callable[[Any, Any], bool]:
-    """Return the fastest function (copy, context) that is never true for a changed copy."""
-    if context_type is dict:
-        return operator.eq
+def _typed_decoder(kind: Any) -> Callable[[bytes | Raw], Any]:
+    return msgspec.msgpack.Decoder(kind, dec_hook=extensions.dec_hook, ext_hook=extensions.ext_hook).decode
+
+
+def _encode_extended(value: Any) -> bytes:
+    return _encode(extensions.to_wire(value))
+
+
+def _is_dict_kept(data: bytes, context: Any) -> bool:
+    return type(context) is dict and (is_plain(context) or is_kept(data, context))
+
+
+def is_kept(data: bytes, value: Any) -> bool:
+    """Return True if the untyped `value` in `data` is surely equal after decoding, in value and type."""
+    return is_plain(value) or (is_exact(value) and bool(_decode_any(data) == value))
+
+
+def _comparison(context_type: type[Any], decode: Callable[[bytes | Raw], Any]) -> Callable[[bytes, Any], bool]:
+    """Return the fastest function (data, context) that is never true for a context that changes."""
     for nested in reachable_types(context_type):
         if nested is not context_type and not _has_plain_equality(nested):
             return _never
+    exact = field_checker(context_type)
     if issubclass(context_type, msgspec.Struct):
-        return _comparison_of_fields(context_type, context_type.__struct_fields__)
+        return _comparison_of_fields(context_type, context_type.__struct_fields__, decode, exact)
     if any("__slots__" in owner.__dict__ for owner in context_type.__mro__[:-1]):
-        return _comparison_of_fields(context_type, tuple(f.name for f in dataclasses.fields(context_type)))
+        names = tuple(f.name for f in dataclasses.fields(context_type))
+        return _comparison_of_fields(context_type, names, decode, exact)
+
     # Compare `__dict__`, not the objects: an `__eq__` of the class or `compare=False` must not hide a change, and
     # attributes that are not fields must be noticed.
-    return lambda copy, context: type(context) is context_type and copy.__dict__ == context.__dict__
+    def is_context_kept(data: bytes, context: Any) -> bool:
+        return type(context) is context_type and decode(data).__dict__ == context.__dict__ and exact(context)
+
+    if has_only_scalars(context_type):
+        return _remember_types(is_context_kept, context_type, decode)
+    return is_context_kept
 
 
-def _comparison_of_fields(context_type: type[Any], names: tuple[str, ...]) -> Callable[[Any, Any], bool]:
+def _remember_types(
+    is_context_kept: Callable[[bytes, Any], bool], context_type: type[Any], decode: Callable[[bytes | Raw], Any]
+) -> Callable[[bytes, Any], bool]:
+    """Return `is_context_kept`, without decoding where fields of the same scalar types were equal after decoding."""
+    known: set[tuple[Any, ...]] = set()
+
+    def is_kept_or_known(data: bytes, context: Any) -> bool:
+        fields = context.__dict__
+        types_ = (*fields, *map(type, fields.values()))
+        if types_ in known:
+            return type(context) is context_type
+        if not is_context_kept(data, context):
+            return False
+        if SCALAR_TYPES.issuperset(types_[len(fields) :]):
+            copy = decode(data).__dict__
+            if all(type(copy[name]) is type(value) for name, value in fields.items()):
+                known.add(types_)
+        return True
+
+    return is_kept_or_known
+
+
+def _comparison_of_fields(
+    context_type: type[Any],
+    names: tuple[str, ...],
+    decode: Callable[[bytes | Raw], Any],
+    exact: Callable[[Any], bool],
+) -> Callable[[bytes, Any], bool]:
     if not names:
-        return lambda copy, context: type(context) is context_type
+        return lambda data, context: type(context) is context_type
     fields = operator.attrgetter(*names)
-    return lambda copy, context: type(context) is context_type and fields(copy) == fields(context)
+    return lambda data, context: (
+        type(context) is context_type and fields(decode(data)) == fields(context) and exact(context)
+    )
 
 
-def _never(copy: Any, context: Any) -> bool:
+def _never(data: bytes, context: Any) -> bool:
     return False
 
 
@@ -373,6 +491,13 @@ def _reword(message: str, type_name: str) -> tuple[str, str | None]:
     return f"{place}: {what}", field or None
 
 
+_decode_fields = msgspec.msgpack.Decoder(dict[str, Raw]).decode
+
+
+def _hash(scope: str, canonical: bytes) -> bytes:
+    return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
+
+
 def _prefix(stage: str | None) -> str:
     return "" if stage is None else f"stage {stage!r}: "
 
@@ -398,7 +523,7 @@ def _plain(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    if isinstance(value, datetime):
+    if isinstance(value, (datetime, time)):
         return value.isoformat()
     if isinstance(value, msgspec.msgpack.Ext):
         return base64.b64encode(value.data).decode()

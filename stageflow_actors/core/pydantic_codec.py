@@ -15,11 +15,13 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.roundtrip import RoundTripFault, find_unencodable
+from stageflow_actors.core import extensions
+from stageflow_actors.core.exact_types import is_exact
+from stageflow_actors.core.roundtrip import RoundTripFault, find_difference, find_unencodable
 
 __all__ = ["PydanticCodec", "explain_validation", "is_model"]
 
-_decode = msgspec.msgpack.Decoder().decode
+_decode = extensions.decode_any
 _PYDANTIC = "pydantic"
 
 
@@ -43,7 +45,8 @@ class PydanticCodec:
 
     def encode(self, model: Any) -> bytes:
         """Return the model as msgpack. Exceptions of its serialisers and fields pass through."""
-        return self.encode_dumped(self.dump(model))
+        dumped = self.dump(model)
+        return self.encode_dumped(dumped if is_exact(dumped) else extensions.with_extensions(dumped))
 
     def decode(self, data: bytes | Raw) -> Any:
         """Return the model in `data`. Raises `ValidationError`."""
@@ -73,7 +76,9 @@ class PydanticCodec:
 
     def is_equal(self, copy: Any, model: Any) -> bool:
         """Return True if the decoded copy equals the model; never for a changed copy."""
-        return type(model) is self._kind and bool(copy == model)
+        if type(model) is not self._kind or copy != model:
+            return False
+        return is_exact(model.__dict__) or find_difference(model, copy, "context") is None
 
     @staticmethod
     def dump(model: Any) -> dict[str, Any]:

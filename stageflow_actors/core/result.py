@@ -14,6 +14,7 @@ from stageflow_actors.core.codec import ContextCodec, decode_value
 from stageflow_actors.core.envelope import EMPTY_TRAIL, NIL, Outcome, decode_outcome, decode_trail, encode
 from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.value_codec import decode_result
 from stageflow_actors.errors import WorkflowFailed
 
 __all__ = ["CompensationResult", "StageResult", "WorkflowResult", "parked_result", "result_of_outcome"]
@@ -225,7 +226,7 @@ class WorkflowResult(Generic[C]):
                 started_at=record.started_at,
                 duration=record.duration,
                 error=record.error,
-                data=decode_value(record.data),
+                data=decode_result(self._codec, record.stage_id, record.data),
             )
             for record in found
         ]

@@ -7,14 +7,17 @@ matter here. The functions must not change a value and must not raise.
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Iterator
-from datetime import date, datetime, time, timedelta
+from datetime import datetime, time
 from decimal import Decimal
 from typing import Any, NamedTuple
-from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
+
+from stageflow_actors.core import extensions
+from stageflow_actors.core.advice import advise
+from stageflow_actors.core.extensions import number_of
 
 __all__ = ["RoundTripFault", "field_items", "find_difference", "find_unencodable", "too_deep"]
 
@@ -22,7 +25,7 @@ _LIMIT_LOW, _LIMIT_HIGH = -(2**63), 2**64 - 1
 _PLAIN = frozenset({type(None), bool, float, bytes})
 _BUILTIN = frozenset({*_PLAIN, int, str, list, tuple, dict, set, frozenset})
 
-_encode = msgspec.msgpack.Encoder().encode
+_encode = extensions.encode
 
 
 class RoundTripFault(NamedTuple):
@@ -113,27 +116,21 @@ def _opaque(value: Any, path: str) -> RoundTripFault | None:
     except RecursionError:
         return too_deep(path)
     except Exception as error:  # noqa: BLE001 - an object of user code may raise any exception
-        base = next((b for b in (bool, int, float, str, bytes, list, dict) if isinstance(value, b)), None)
-        if base is not None:
-            advice = f"convert it with {base.__name__}(...)"
-        elif callable(value):
-            advice = "store its name, or make it a service"
-        else:
-            advice = "store plain data from which it can be rebuilt, or make it a service (Runtime(services=...))"
         what = _a(type(value))
         detail = "" if isinstance(error, TypeError) else f" ({error})"
-        return RoundTripFault(path, f"is {what}, which cannot be serialised{detail}", advice)
+        return RoundTripFault(path, f"is {what}, which cannot be serialised{detail}", advise(value))
     return None
 
 
 def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
     kind, kind_of_copy = type(value), type(copy)
-    # A subclass of dict or list is decoded as the plain form: compare the contents.
-    if kind_of_copy is dict and isinstance(value, dict):
-        return _difference_in_dict(value, copy, path)
-    if kind_of_copy is list and isinstance(value, list):
-        return _difference_in_sequence(value, copy, path)
     if kind is kind_of_copy:
+        if kind is dict:
+            return _difference_in_dict(value, copy, path)
+        if kind is list:
+            return _difference_in_sequence(value, copy, path)
+        if kind is datetime or kind is time:
+            return None if _is_same_moment(value, copy) else _changed(value, copy, path)
         if kind is float or kind is Decimal:
             same = value == copy or (value != value and copy != copy)
             return None if same else _changed(value, copy, path)
@@ -145,9 +142,36 @@ def _difference(value: Any, copy: Any, path: str) -> RoundTripFault | None:
             return None if same else _changed(value, copy, path)
         if field_items(value) is not None:
             return _difference_in_fields(value, copy, path)
-    if _equal(value, copy):
+    elif not _may_become(value, copy):
+        return _changed(value, copy, path)
+    if _equal(value, copy) or (value != value and copy != copy):
         return None
     return _changed(value, copy, path)
+
+
+def _may_become(value: Any, copy: Any) -> bool:
+    """Return True if the decoded copy may have another type than the value: a number, bytes, or a field's own type.
+
+    An int in a field annotated as float is decoded as a float, and a number of numpy as the Python number.
+    """
+    kind, other = type(value), type(copy)
+    if other is float and kind is int:
+        return True
+    if number_of(value) is not None:
+        return other in (bool, int, float) or number_of(copy) is not None
+    return other is bytes and kind in (bytearray, memoryview)
+
+
+def _is_same_moment(value: Any, copy: Any) -> bool:
+    """Return True if date, time, offset, `fold` and zone name are the same."""
+    name = value.tzinfo.key if isinstance(value.tzinfo, ZoneInfo) else None
+    name_of_copy = copy.tzinfo.key if isinstance(copy.tzinfo, ZoneInfo) else None
+    return bool(
+        value.replace(tzinfo=None) == copy.replace(tzinfo=None)
+        and value.fold == copy.fold
+        and value.utcoffset() == copy.utcoffset()
+        and name == name_of_copy
+    )
 
 
 def _difference_in_sequence(value: Any, copy: Any, path: str) -> RoundTripFault | None:
@@ -174,11 +198,18 @@ def _difference_in_dict(value: dict[Any, Any], copy: dict[Any, Any], path: str) 
             return RoundTripFault(
                 path,
                 f"has the key {key!r} ({_a(type(key))}), which is decoded as another key",
-                "use strings or integers as keys",
+                f"use strings or integers as keys ({advise(key)})",
             )
         fault = _difference(part, part_copy, _at_key(path, key))
         if fault is not None:
             return fault
+    for key, key_of_copy in zip(value, copy, strict=False):
+        if type(key) is not type(key_of_copy) and _difference(key, key_of_copy, path) is not None:
+            return RoundTripFault(
+                path,
+                f"has the key {key!r} ({_a(type(key))}), which is decoded as {_a(type(key_of_copy))}",
+                advise(key),
+            )
     return None if len(value) == len(copy) else _changed(value, copy, path)
 
 
@@ -213,31 +244,7 @@ def _changed(value: Any, copy: Any, path: str) -> RoundTripFault:
         return RoundTripFault(
             path, f"is {value!r:.80} and is decoded as {copy!r:.80}", "check its __post_init__ and validators"
         )
-    return RoundTripFault(path, f"is {_a(kind)} and is decoded as {_a(other)}", _advice(value))
-
-
-def _advice(value: Any) -> str:
-    """Return the advice for a value whose type changed."""
-    annotated = "or store it in a dataclass context, in a field annotated with its type"
-    if isinstance(value, (set, frozenset)):
-        return f"use a sorted list, {annotated}"
-    if isinstance(value, tuple):
-        return f"use a list, {annotated}"
-    if isinstance(value, enum.Enum):
-        return f"use its .value, {annotated}"
-    if isinstance(value, (datetime, date, time)):
-        return f"use .isoformat(), {annotated}"
-    if isinstance(value, timedelta):
-        return f"use .total_seconds(), {annotated}"
-    if isinstance(value, (Decimal, UUID)):
-        return f"use str(...), {annotated}"
-    if dataclasses.is_dataclass(value):
-        return f"use dataclasses.asdict(...), {annotated}"
-    if isinstance(value, msgspec.Struct):
-        return f"use msgspec.to_builtins(...), {annotated}"
-    if isinstance(value, list):
-        return "annotate the field as a list, or store a value of its annotated type"
-    return "store plain data: None, bool, int, float, str, bytes, list, dict"
+    return RoundTripFault(path, f"is {_a(kind)} and is decoded as {_a(other)}", advise(value))
 
 
 def _at_key(path: str, key: Any) -> str:

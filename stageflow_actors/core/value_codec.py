@@ -1,62 +1,241 @@
-"""`ValueCodec`: single values (results, payloads, items) of an annotated type as msgpack."""
+"""`ValueCodec`: single values (results, payloads, items) of an annotated type as msgpack.
+
+A value of the builtin types is encoded as it is. Of an annotated type, each part that msgpack alone would not restore
+(a Decimal, a tuple, a set, a datetime) is an extension that describes itself, so that a reader without the annotation
+restores it too; an object is a map of its fields, which only the annotation makes an object again.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, get_args, get_origin
 
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.codec import decode_value, encode_value
-from stageflow_actors.core.roundtrip import find_difference
-from stageflow_actors.errors import InvalidContext
+from stageflow_actors.core import extensions
+from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept
+from stageflow_actors.core.extensions import PLAIN_EXT, decode_any, describe, encode, keep_as_plain, plain_form
+from stageflow_actors.core.roundtrip import find_difference, find_unencodable
+from stageflow_actors.definition.type_hints import needs_type
+from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
-__all__ = ["ValueCodec"]
+__all__ = ["UNTYPED", "ValueCodec", "decode_result", "encode_message", "result_codec"]
 
-_encode = msgspec.msgpack.Encoder().encode
+_BUILTIN = (bool, int, float, str, bytes, list, dict)
 
 
 class ValueCodec:
-    """Encodes and decodes values of the annotated type `kind`.
+    """Encodes and decodes values of the annotated type `kind`; `Any` is no annotation."""
 
-    For `Any`, and for a type that msgspec does not support, only plain values are accepted. A plain value is also
-    accepted in place of a typed one, and decoded as the type if it matches: a dict for a dataclass.
-    """
-
-    __slots__ = ("_decode",)
+    __slots__ = ("_context", "_element", "_kind", "_needed", "_supported")
 
     def __init__(self, kind: Any = Any) -> None:
-        self._decode: Any = None
-        if kind is not Any:
-            try:
-                self._decode = msgspec.msgpack.Decoder(kind).decode
-            except (TypeError, NameError):
-                pass  # msgspec does not support the type: only plain values
+        self._kind = kind
+        self._needed = needs_type(kind)
+        self._context: ContextCodec[Any] | None = None
+        self._element: ValueCodec | None = None
+        self._supported = kind is not Any
+        if kind is Any:
+            return
+        try:
+            if isinstance(kind, type) and _is_object_type(kind):
+                self._context = ContextCodec(kind)
+            else:
+                msgspec.msgpack.Decoder(kind)
+        except (TypeError, NameError, WorkflowDefinitionError):
+            self._supported = False
+        if get_origin(kind) is list:
+            (element,) = get_args(kind) or (Any,)
+            self._element = ValueCodec(element)
+
+    @property
+    def element(self) -> ValueCodec:
+        """The codec of the elements of a list; untyped for other types."""
+        return UNTYPED if self._element is None else self._element
 
     def encode(self, value: Any, *, what: str) -> bytes:
         """Return `value` as msgpack; `what` is the subject of the error, as in "the result of stage 'pay'".
 
-        Raises `InvalidContext` if the value would not be equal after decoding.
+        A plain value is accepted in place of a typed one, and decoded as the type if it matches: a dict for a
+        dataclass. Raises `InvalidContext` if the value would not be equal after decoding.
         """
-        if self._decode is None:
-            return encode_value(value, what=what)
-        try:
-            data = _encode(value)
-            copy = self._decode(data)
-        except Exception:  # noqa: BLE001 - not a value of the type: encode it as a plain value, or explain why not
-            return encode_value(value, what=what)
-        if type(copy) is type(value):
-            fault = find_difference(value, copy, "value")
-            if fault is not None:
-                raise InvalidContext(f"{what}: {fault.path} {fault.problem}; {fault.advice}")
-            return data
+        if self._kind is not Any:
+            data = self._encode_typed(value)
+            if data is not None:
+                return data
         return encode_value(value, what=what)
 
+    def keep(self, value: Any, *, what: str) -> tuple[bytes, str | None]:
+        """Return `value` as msgpack, and a warning if it does not fit the annotation and is kept as plain data.
+
+        An object without an annotation is kept as the dict of its fields, without a warning. Raises `InvalidContext`
+        for a value that cannot be kept at all.
+        """
+        if value is None:
+            return encode_value(None, what=what), None
+        if self._kind is Any:
+            return encode_value(_objects_as_dicts(value), what=what), None
+        data = self._encode_typed(value)
+        if data is not None:
+            return data, None
+        try:
+            kept = keep_as_plain(value) if self._needed else plain_form(value)
+            data = encode(kept)
+            decode_any(data)
+        except Exception:  # noqa: BLE001 - the call below explains which part cannot be encoded
+            return encode_value(value, what=what), None
+        return data, (
+            f"{what} is {_describe_type(value)}, which does not fit its annotation {_describe_hint(self._kind)}: it is "
+            "kept as plain data; return a value of the annotated type, or change the annotation"
+        )
+
     def decode(self, data: bytes | Raw) -> Any:
-        """Return the value that `encode` encoded; a plain value if it does not match the type."""
-        if self._decode is None:
+        """Return the value that `encode` or `keep` encoded; a plain value if it does not match the type."""
+        if not self._supported or not self._needed or _is_marked_plain(data):
             return decode_value(data)
         try:
-            return self._decode(data)
-        except msgspec.ValidationError:
-            return decode_value(data)
+            return self._restore(data)
+        except (msgspec.MsgspecError, InvalidContext):
+            plain = decode_value(data)
+            if self._element is not None and type(plain) is list:
+                return [self._element.decode(part) for part in _decode_parts(data)]
+            return plain
+
+    def _restore(self, data: bytes | Raw) -> Any:
+        """Return a value of the type. Raises `ValidationError` or `InvalidContext`."""
+        if self._context is None:
+            return extensions.convert(decode_any(data), self._kind) if self._supported else decode_any(data)
+        try:
+            return self._context.decode(data)
+        except InvalidContext:
+            if self._context.is_model:
+                raise
+            return extensions.convert(decode_any(data), self._kind)  # a message describes its values itself
+
+    def decode_input(self, data: bytes | Raw) -> Any:
+        """Return a value that another program has sent, perhaps from JSON: keys are converted to the annotated type."""
+        value = self.decode(data)
+        if not self._supported or self._context is not None:
+            return value
+        try:
+            return extensions.convert(value, self._kind, json_keys=True)
+        except (msgspec.MsgspecError, TypeError):
+            return value
+
+    def _encode_typed(self, value: Any) -> bytes | None:
+        """Return a value of the type as msgpack, or None if it is none."""
+        try:
+            if not self._needed:
+                data = encode(value)
+                kept = is_kept(data, value) or find_difference(value, decode_any(data), "value") is None
+                return data if kept and self._fits(value) else None
+            if self._context is not None:
+                return self._context.encode(value) if type(value) is self._kind else None
+            data = encode(describe(value))
+            if find_difference(value, self._restore(data), "value") is None:
+                return data
+        except Exception:  # noqa: BLE001 - not a value of the type
+            pass
+        return None
+
+    def _fits(self, value: Any) -> bool:
+        kind = self._kind
+        if kind in _BUILTIN:
+            return isinstance(value, kind) or (kind is float and type(value) is int)
+        if not self._supported:
+            return True
+        try:
+            msgspec.convert(value, kind)
+        except (msgspec.ValidationError, TypeError):
+            return False
+        return True
+
+
+UNTYPED = ValueCodec()
+"""The codec of values without an annotation."""
+
+
+def result_codec(codec: ContextCodec[Any], stage_id: str) -> ValueCodec:
+    """Return the codec of the results of a stage, by the types that the codec of its workflow knows."""
+    known: ValueCodec | None = codec.result_codecs.get(stage_id)
+    if known is None:
+        kind = codec.result_types.get(stage_id, Any)
+        known = codec.result_codecs[stage_id] = UNTYPED if kind is Any else ValueCodec(kind)
+    return known
+
+
+def decode_result(codec: ContextCodec[Any], stage_id: str, data: bytes | Raw) -> Any:
+    """Return the result of a stage, of its annotated type."""
+    return result_codec(codec, stage_id).decode(data)
+
+
+def encode_message(value: Any, *, what: str) -> bytes:
+    """Return a command, reply or payload as msgpack; its receiver has the annotation.
+
+    Objects are encoded as their fields. Raises `InvalidContext` for a value that cannot be kept.
+    """
+    try:
+        data = encode(value)
+        if is_kept(data, value):
+            return data
+    except Exception:  # noqa: BLE001 - the slow path below explains the error
+        pass
+    encode_value(_without_objects(value), what=what)  # outside of objects no type is written down
+    given = _objects_as_dicts(value, typed=True)
+    fault = find_unencodable(given, "value")
+    if fault is None:
+        data = encode(describe(given))
+        fault = find_difference(given, decode_any(data), "value")
+        if fault is None:
+            return data
+    raise InvalidContext(f"{what}: {fault.path} {fault.problem}; {fault.advice}")
+
+
+def _without_objects(value: Any) -> Any:
+    """Return `value` with None in place of each object in its dicts and lists."""
+    kind: Any = type(value)
+    if kind is dict:
+        return {key: _without_objects(part) for key, part in value.items()}
+    if kind is list:
+        return [_without_objects(part) for part in value]
+    return None if _is_object_type(kind) else value
+
+
+def _objects_as_dicts(value: Any, *, typed: bool = False) -> Any:
+    """Return `value` with a dict in place of each object in it; with `typed`, Decimals and dates in it stay."""
+    kind: Any = type(value)
+    if kind is dict:
+        return {key: _objects_as_dicts(part, typed=typed) for key, part in value.items()}
+    if kind is list:
+        return [_objects_as_dicts(part, typed=typed) for part in value]
+    if not _is_object_type(kind):
+        return value
+    try:
+        return describe(value, bare=True) if typed else plain_form(value)
+    except Exception:  # noqa: BLE001 - the encoder explains which part cannot be encoded
+        return value
+
+
+def _is_object_type(kind: type[Any]) -> bool:
+    return dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct) or hasattr(kind, "__pydantic_fields__")
+
+
+_decode_parts = msgspec.msgpack.Decoder(list[Raw]).decode
+
+_EXT_CODE_AT = {0xD4: 1, 0xD5: 1, 0xD6: 1, 0xD7: 1, 0xD8: 1, 0xC7: 2, 0xC8: 3, 0xC9: 5}
+
+
+def _is_marked_plain(data: bytes | Raw) -> bool:
+    head = bytes(memoryview(data)[:6])
+    at = _EXT_CODE_AT.get(head[0]) if head else None
+    return at is not None and head[at] == PLAIN_EXT
+
+
+def _describe_type(value: Any) -> str:
+    kind = type(value)
+    return f"a {kind.__qualname__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def _describe_hint(hint: Any) -> str:
+    return hint.__qualname__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)

@@ -31,6 +31,7 @@ from stageflow_actors.definition.guesses import (
 from stageflow_actors.definition.handler import default_id
 from stageflow_actors.definition.http import DEFAULT_TIMEOUT_SECONDS, HttpCall, HttpOptions
 from stageflow_actors.definition.ids import check_id
+from stageflow_actors.definition.kept_types import check_annotations
 from stageflow_actors.definition.notebook import is_defined_again
 from stageflow_actors.definition.retry import RetryPolicy, check_policy
 from stageflow_actors.definition.stage import (
@@ -649,6 +650,7 @@ class Workflow(Generic[C]):
             raise WorkflowDefinitionError(
                 f"workflow {self.id!r} has no stages: add one with @workflow.stage or add_stage(handler)"
             )
+        check_annotations(f"workflow {self.id!r}", self.context, self._stages.values(), self._steps)
         before: set[str] = set()
         for step in self.steps:
             own = [self._stages[stage.id] for stage in stages_of(step)]

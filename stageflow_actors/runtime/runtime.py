@@ -16,6 +16,7 @@ from stageflow_actors.definition.callables import check_function
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.definition.guesses import adapts
 from stageflow_actors.definition.pickling import Script, dumps
+from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.services import ServiceSource, check_services, inspect_services
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.workflow import Workflow, workflow_of
@@ -448,7 +449,9 @@ class Runtime(Client):
                     script=script,
                 )
             )
-            self._local.workflows[(workflow.id, workflow.version)] = WorkflowRef(plan, workflow.context)
+            self._local.workflows[(workflow.id, workflow.version)] = WorkflowRef(
+                plan, workflow.context, result_types(workflow)
+            )
         return plans, pools
 
 

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.coordination import decide, decide_gathered
 from stageflow_actors.core.envelope import NIL, decode_envelope
 from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
 from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
 from stageflow_actors.core.routing import signal_key
+from stageflow_actors.core.value_codec import encode_message
+from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.services import check_services, inspect_services, select_services
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Signal
@@ -292,7 +293,7 @@ class _Instance(Generic[C]):
         self._current = _Message("", "", b"")
         self._gathers: dict[str, _Gather] = {}
         for number, (name, payload) in enumerate(signals):
-            data = encode_value(payload, what=f"the payload of signal {name!r}")
+            data = encode_message(payload, what=f"the payload of signal {name!r}")
             self._gathers.setdefault(signal_key(name), _Gather()).arrivals[str(number)] = data
         environment = ExecutorEnvironment(
             naming=naming,
@@ -321,6 +322,7 @@ class _Instance(Generic[C]):
                 undo,
                 interceptors=tuple(interceptors),
                 items=compensated_item_types(workflow),
+                result_types=result_types(workflow),
             )
             self._executors[plan.compensation.queue] = CompensationExecutor(undoing, plan, environment)
 

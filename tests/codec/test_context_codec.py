@@ -7,7 +7,6 @@ import enum
 import functools
 import math
 import pickle
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -152,7 +151,7 @@ def test_extreme_values_survive_exactly(value: Any) -> None:
 
 def test_nan_survives_wherever_it_stands() -> None:
     codec = ContextCodec(dict)
-    back = codec.decode(codec.encode({"v": [1.0, float("nan"), {"w": float("nan")}], "o": OrderedDict(n=math.nan)}))
+    back = codec.decode(codec.encode({"v": [1.0, float("nan"), {"w": float("nan")}], "o": {"n": math.nan}}))
     assert math.isnan(back["v"][1])
     assert math.isnan(back["v"][2]["w"])
     assert math.isnan(back["o"]["n"])

@@ -11,12 +11,16 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from stageflow_actors import InstanceConflict, Runtime, StageStatus, WorkflowStatus
+from stageflow_actors import InstanceConflict, Runtime, StageStatus, Workflow, WorkflowStatus
 from stageflow_actors.cli.main import main as stageflow
+from stageflow_actors.core.codec import ContextCodec
+from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_brokers.journal import verify
 
 HERE = Path(__file__).parent
@@ -83,3 +87,45 @@ def test_a_killed_directory_of_release_0_1_resumes_and_repeats_nothing(data: Pat
         ended = Counter(one.status() for one in runtime.instances(limit=1000))
         assert ended == {WorkflowStatus.completed: 35, WorkflowStatus.compensated: 5}
     assert verify(data / "journal") == []
+
+
+def test_an_input_of_release_0_1_is_the_same_start_in_each_equal_form(data: Path, gate: Path) -> None:
+    from golden_workflows import Parcel, parcels, parked, signed
+
+    gate.touch()
+    with Runtime(parcels, parked, signed, data_dir=data) as runtime:
+        done = runtime.instance("done-3").result(WAIT_SECONDS)
+        for equal in (Parcel(3), {"number": 3}, {"sent": False, "number": 3}):
+            assert runtime.submit(parcels, equal, instance_id="done-3").result(WAIT_SECONDS) == done
+        waiting = runtime.submit(signed, Parcel(1, "unsigned"), instance_id="unsigned-1")
+        assert waiting.status() == WorkflowStatus.waiting
+        assert [one.status for one in runtime.map(parcels, [Parcel(5)], key=lambda _: "done-5")] == ["completed"]
+        for number in range(5):
+            runtime.instance(f"unsigned-{number}").cancel()
+        for other_id in ("done-3", "unsigned-1"):
+            with pytest.raises(
+                InstanceConflict, match=f"'{other_id}' exists already and was started with another input"
+            ):
+                runtime.submit(parcels if other_id == "done-3" else signed, Parcel(99), instance_id=other_id)
+        with pytest.raises(InstanceConflict, match="another workflow, 'parcels'"):
+            runtime.submit(parked, Parcel(3), instance_id="done-3")
+
+
+def test_a_field_added_since_release_0_1_is_no_other_input(data: Path, gate: Path) -> None:
+    import golden_workflows
+
+    @dataclass
+    class Parcel(golden_workflows.Parcel):
+        colour: str = "brown"
+        labels: list[str] = field(default_factory=list)
+
+    parcels = Workflow("parcels", context=Parcel).add_stage(golden_workflows.pack).add_stage(golden_workflows.send)
+    ref = WorkflowRef(compile_plan(parcels, Naming()), Parcel)
+    request = ref.prepare(Parcel(3), "done-3")
+    earlier = ContextCodec(golden_workflows.Parcel)
+    written = next(earlier.earlier_digests(earlier.encode(golden_workflows.Parcel(3)), "parcels"))
+    assert ref.is_earlier_digest(request, written)
+    assert not ref.is_earlier_digest(ref.prepare(Parcel(3, colour="red"), "done-3"), written)
+    assert request.digest == ContextCodec(golden_workflows.Parcel).digest(
+        earlier.encode(golden_workflows.Parcel(3)), "parcels"
+    )

@@ -139,6 +139,7 @@ class _Run:
         from stageflow_actors.cli.progress import Progress
         from stageflow_actors.cli.results_file import Tally
         from stageflow_actors.core.codec import ContextCodec
+        from stageflow_actors.core.schema import key_reader
 
         self._runtime = runtime
         self._workflow = workflow
@@ -146,7 +147,11 @@ class _Run:
         self._retry_failed = retry_failed
         self._output = output
         self._lines: Lines = Lines(
-            source, key=key, refuse=self._refuse, convert=row_reader(ContextCodec(workflow.context))
+            source,
+            key=key,
+            refuse=self._refuse,
+            convert=row_reader(ContextCodec(workflow.context)),
+            typed_keys=key_reader(workflow.context),
         )
         self._lines.check()
         self._total = count_lines(source)

@@ -10,6 +10,7 @@
 `progress_bar`      the progress bar of `map` and `stageflow run`
 `waiters`           objects that wait for the outcomes of instances
 `workflow_ref`      a workflow as object or id, and a start request
+`conflicts`         starts whose instance id exists already
 `event_stream`      events of the cluster; `event_decoder` makes them of frames
 `output`            writes the output of handlers, and handles their log records
 `remote_client`     a client of a cluster that another process runs

@@ -27,13 +27,13 @@ from stageflow_actors.definition.stage import MAX_ACTORS
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
-    InstanceConflict,
     InstanceNotFound,
     InvalidContext,
     StageFlowError,
 )
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client.completion import Completion
+from stageflow_actors.runtime.client.conflicts import conflict_with_live, conflict_with_row
 from stageflow_actors.runtime.client.event_stream import EventCallback
 from stageflow_actors.runtime.client.instance import Instance, as_completed
 from stageflow_actors.runtime.client.map_iterator import MapIterator
@@ -608,7 +608,7 @@ class Client:
                 )
 
         for _ in range(MAX_LOOKUPS):
-            self._take_finished(waiting)
+            self._take_finished(ref, waiting)
             waiting = [(request, completion) for request, completion in waiting if completion.outcome is None]
             if not waiting:
                 return completions
@@ -632,12 +632,15 @@ class Client:
                 return completions
             self._unwatch(waiting)
             if conflict is not None:
-                raise InstanceConflict(conflict)
+                error = conflict_with_live(session, ref, [request for request, _ in waiting if request.id == conflict])
+                if error is not None:
+                    raise error
+                continue
             for request, _ in waiting:
                 request.check = request.check or request.id in look_again
         raise BrokerUnavailable("instances of these ids end faster than the history can be searched; try again")
 
-    def _take_finished(self, waiting: Pending) -> None:
+    def _take_finished(self, ref: WorkflowRef, waiting: Pending) -> None:
         """Set the outcome of each instance that has ended. Raises `InstanceConflict` if one had another input."""
         # Before the history is read: the broker refuses a start if instances have left it after this count.
         history_sequence = self._session.history_sequence
@@ -646,8 +649,9 @@ class Client:
         finished = self._session.finished_rows([request for request, _ in waiting if request.check])
         for request, _ in waiting:
             row = finished.get(request.id)
-            if row is not None and row.digest != request.digest:
-                raise InstanceConflict(request.id)
+            conflict = None if row is None else conflict_with_row(ref, request, row)
+            if conflict is not None:
+                raise conflict
         for request, completion in waiting:
             row = finished.get(request.id)
             if row is not None:

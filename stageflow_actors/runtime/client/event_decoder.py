@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
-from stageflow_actors.core.codec import ContextCodec, decode_value
+from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import Outcome, StageRecord, decode_envelope, decode_outcome, decode_trail, head_of
 from stageflow_actors.core.plan import FINISHED, ITEM_SUFFIX
 from stageflow_actors.core.result import result_of_outcome
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.value_codec import decode_result
 from stageflow_actors.events import Event, StageCompleted, WorkflowCompensated, WorkflowCompleted, WorkflowFailed
 
 __all__ = ["CodecLookup", "EventDecoder"]
@@ -50,6 +51,7 @@ class EventDecoder:
 
     def _completed(self, group: str, epoch: int, workflow_id: str, version: int, trail: bytes) -> list[Event]:
         events: list[Event] = []
+        codec, _ = self._codec_of(workflow_id, version) or (ContextCodec(dict), [])
         for record in decode_trail(trail):
             if self._is_new(group, record):
                 events.append(
@@ -63,7 +65,7 @@ class EventDecoder:
                         started_at=record.started_at,
                         finished_at=record.started_at + record.duration,
                         duration=record.duration,
-                        result=decode_value(record.data),
+                        result=decode_result(codec, record.stage_id, record.data),
                     )
                 )
         return events

@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-from stageflow_actors.core.codec import encode_value
 from stageflow_actors.core.description import progress_of
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.routing import signal_key
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
+from stageflow_actors.core.value_codec import encode_message
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.errors import InstanceNotFound
 from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
@@ -301,7 +301,7 @@ def _send_signal(session: Session, instance_id: str, name: str, payload: Any) ->
         name.encode()
     except UnicodeEncodeError as error:
         raise surrogate_error(error) from None
-    data = encode_value(payload, what=f"the payload of signal {name!r}")
+    data = encode_message(payload, what=f"the payload of signal {name!r}")
     group = session.lookup([instance_id]).get(instance_id)
     if group is None or group["ended"]:
         raise InstanceNotFound(instance_id)

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from stageflow_actors.core.result import WorkflowResult, result_of_outcome
 from stageflow_actors.errors import InstanceConflict, InvalidContext, StageFlowError
 from stageflow_actors.runtime.client.completion import Completion
+from stageflow_actors.runtime.client.conflicts import conflict_with_live, conflict_with_row
 from stageflow_actors.runtime.client.progress_bar import ProgressBar
 from stageflow_actors.runtime.client.session import POLL_SECONDS, Session
 from stageflow_actors.runtime.client.waiters import Waiters
@@ -305,8 +306,8 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
             row = rows.get(request.id)
             if row is None:
                 remaining.append(request)
-            elif row.digest != request.digest:
-                self._refuse(request.id, InstanceConflict(request.id))
+            elif (conflict := conflict_with_row(self._ref, request, row)) is not None:
+                self._refuse(request.id, conflict)
             elif self._retry_failed and row.status != "completed" and row.epoch != self._retried.get(request.id):
                 request.epoch = self._retried[request.id] = row.epoch + 1
                 remaining.append(request)
@@ -335,7 +336,12 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         self._session.advance_history_sequence(answer.history_sequence)
         for _, why, instance_id in answer.refused:
             if why == "conflict":
-                self._refuse(instance_id, InstanceConflict(instance_id))
+                conflict = conflict_with_live(self._session, self._ref, [by_id[instance_id]])
+                if conflict is not None:
+                    self._refuse(instance_id, conflict)
+                    continue
+                look_again.append(by_id[instance_id])
+                self._session.waiters.remove(instance_id, self._waiter)
             elif why == "look-again":
                 by_id[instance_id].check = True
                 look_again.append(by_id[instance_id])

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import live_address
@@ -52,6 +53,7 @@ class RemoteSession(Session):
         self._data = DataDir(self._path, create=False)
         self.history_path = self._data.history
         self._contexts: dict[tuple[str, int], type[Any]] = {}
+        self._result_types: dict[tuple[str, int], dict[str, Any]] = {}
         self._manifest: ClusterManifest | None = None
         self._manifest_outdated = True
         self._closed = False
@@ -126,7 +128,11 @@ class RemoteSession(Session):
         self.naming = manifest.naming
         self.max_message_bytes = manifest.max_message_bytes
         self.workflows = {
-            (plan.id, plan.version): WorkflowRef(plan, self._contexts.get((plan.id, plan.version), dict))
+            (plan.id, plan.version): WorkflowRef(
+                plan,
+                self._contexts.get((plan.id, plan.version), dict),
+                self._result_types.get((plan.id, plan.version)),
+            )
             for plan in manifest.plans
         }
         return manifest
@@ -141,7 +147,9 @@ class RemoteSession(Session):
         if ref is None:
             name = repr(wanted) if isinstance(wanted, str) else f"{wanted.id!r} version {wanted.version}"
             raise StageFlowError(f"workflow {name} is not served in {self._path}: it has {manifest.names}")
-        if isinstance(wanted, Workflow) and ref.codec.context_type is not wanted.context:
+        if isinstance(wanted, Workflow) and (
+            ref.codec.context_type is not wanted.context or (wanted.id, wanted.version) not in self._result_types
+        ):
             ref = self.adopt(wanted)
         return ref
 
@@ -162,7 +170,8 @@ class RemoteSession(Session):
                 self._path,
             )
         self._contexts[key] = workflow.context
-        ref = self.workflows[key] = WorkflowRef(plan, workflow.context)
+        types = self._result_types[key] = result_types(workflow)
+        ref = self.workflows[key] = WorkflowRef(plan, workflow.context, types)
         return ref
 
     def _no_cluster(self) -> BrokerUnavailable:

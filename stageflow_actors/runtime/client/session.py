@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.description import version_of
 from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
@@ -259,7 +260,11 @@ class Session:
 
     def adopt(self, workflow: Workflow[Any]) -> WorkflowRef:
         """Return the reference of a workflow object that this session has not seen, and remember it."""
-        ref = WorkflowRef(compile_plan(workflow, self.naming, default_ttl=self.default_ttl_seconds), workflow.context)
+        ref = WorkflowRef(
+            compile_plan(workflow, self.naming, default_ttl=self.default_ttl_seconds),
+            workflow.context,
+            result_types(workflow),
+        )
         self.workflows[(workflow.id, workflow.version)] = ref
         return ref
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Raw
@@ -56,10 +57,12 @@ class WorkflowRef:
 
     __slots__ = ("codec", "first", "order", "plan", "target", "ttl")
 
-    def __init__(self, plan: WorkflowPlan, context: type[Any]) -> None:
+    def __init__(self, plan: WorkflowPlan, context: type[Any], result_types: Mapping[str, Any] | None = None) -> None:
         self.plan = plan
         without_class = context is dict and plan.shape is not None  # the class exists only in the cluster's program
-        self.codec: ContextCodec[Any] = SchemaCodec(plan.shape) if without_class else ContextCodec(context)
+        self.codec: ContextCodec[Any] = (
+            SchemaCodec(plan.shape) if without_class else ContextCodec(context, result_types)
+        )
         self.order = plan.order
         first = plan.stages[0]
         direct = first.takes_plain_message and not plan.timeout
@@ -77,6 +80,10 @@ class WorkflowRef:
                 f"an instance id is a string of 1 to {MAX_INSTANCE_ID_CHARACTERS} characters, not {instance_id!r}"
             )
         return StartRequest(instance_id, data, self.codec.digest(data, self.plan.id))
+
+    def is_earlier_digest(self, request: StartRequest, digest: bytes) -> bool:
+        """Return True if an earlier release may have written `digest` for the input of this request."""
+        return digest in self.codec.earlier_digests(request.data, self.plan.id)
 
     def body(self, request: StartRequest, now: float, limit: int) -> bytes:
         """Return the message that starts an instance. Raises `PayloadTooLarge` for more than `limit` bytes."""

@@ -24,12 +24,14 @@ from stageflow_actors.core.plan import (
     breaker_of,
 )
 from stageflow_actors.definition.handler import HandlerSpec
+from stageflow_actors.definition.kept_types import check_kept
 from stageflow_actors.definition.pickling import Script, dumps
+from stageflow_actors.definition.result_types import item_result_type, payload_type, resolvable, result_types
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.services import ServiceSource, select_services
 from stageflow_actors.definition.stage import Compensation, Stage
 from stageflow_actors.definition.steps import Branch, MapStage, Parallel, Signal, Step
-from stageflow_actors.definition.type_hints import classes_in, element_type, first_parameter_type
+from stageflow_actors.definition.type_hints import classes_in, first_parameter_type, needs_type, return_type
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -60,6 +62,7 @@ class StageCode:
         services: The services that the handler takes, by parameter name, each behind those that its factory takes.
         interceptors: The interceptors around each attempt.
         retry: The policy that decides on failures at this place.
+        result_types: The annotated types of the results that code at this place returns or reads, by stage id.
     """
 
     workflow_id: str
@@ -71,6 +74,7 @@ class StageCode:
     services: dict[str, ServiceSource] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
     retry: RetryPolicy | None = None
+    result_types: dict[str, Any] = field(default_factory=dict)
 
     @property
     def handlers(self) -> list[HandlerSpec]:
@@ -92,6 +96,7 @@ class CompensationCode:
     services: dict[str, ServiceSource] = field(default_factory=dict)
     interceptors: tuple[Any, ...] = ()
     items: dict[str, Any] = field(default_factory=dict)
+    result_types: dict[str, Any] = field(default_factory=dict)
 
     @property
     def handlers(self) -> list[HandlerSpec]:
@@ -222,8 +227,9 @@ def pool_specs(
             select_services([name for name in services if name in names], services),
             tuple(interceptors),
             items,
+            result_types(workflow),
         )
-        kinds = [kind for hint in items.values() for kind in classes_in(hint)]
+        kinds = [kind for hint in (*items.values(), *undo.result_types.values()) for kind in classes_in(hint)]
         what = f"compensations of workflow {workflow.id!r}"
         code = dumps(undo, (workflow.context, *kinds), what=what, script=script)
         specs.append(
@@ -303,7 +309,7 @@ def endpoint_spec(
         "endpoint",
         actors,
         place.env,
-        [VersionCode(1, dumps(program, what=f"endpoint {stage.id!r}", script=script), plan)],
+        [VersionCode(1, dumps(program, tuple(_types_of(program)), what=f"endpoint {stage.id!r}", script=script), plan)],
         stage.max_tasks or 0,
         concurrency=concurrency,
         most=max_concurrency or 0,
@@ -341,13 +347,22 @@ def endpoint_code(
         max_memory=stage.max_memory or 0,
     )
     plan = WorkflowPlan("endpoint", 1, "", "compensate", [place], CompensationPlan(""))
+    function = stage.spec.function
+    named = f"endpoint {stage.id!r}"
+    check_kept(first_parameter_type(function, stage.spec.before_context), f"the first parameter of {named}")
+    check_kept(return_type(function), f"the return annotation of {named}")
+    parts = {
+        "item_type": resolvable(first_parameter_type(function, stage.spec.before_context)),
+        "result_type": resolvable(return_type(function)),
+    }
     names = stage.spec.services_among(services)
     taken = select_services([name for name in services if name in names], services)
-    return StageCode("endpoint", 1, dict, stage.id, stage, {}, taken), plan
+    return StageCode("endpoint", 1, dict, stage.id, stage, parts, taken), plan
 
 
 def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:
     """Yield the code of each place that has a pool, without services."""
+    types = result_types(workflow)
     current = {stage.id: stage for stage in workflow.stages}
     steps = {step.id: step for step in workflow.steps}
     for planned in plan.stages:
@@ -363,6 +378,7 @@ def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[S
             workflow.id, workflow.version, workflow.context, planned.id, stage, _parts(step, workflow.context)
         )
         program.retry = current[planned.id].retry if planned.kind == MAP else workflow.retry
+        program.result_types = {id: hint for id, hint in types.items() if id == planned.id or needs_type(hint)}
         yield program, planned
 
 
@@ -379,7 +395,8 @@ def compensated_item_types(workflow: Workflow[Any]) -> dict[str, Any]:
 
 def _types_of(program: StageCode) -> list[type[Any]]:
     """Return the classes, other than the context, that values of this place are decoded to."""
-    hints = [program.parts.get("item_type"), program.parts.get("result_type")]
+    hints = [program.parts.get(name) for name in ("item_type", "result_type", "payload_type", "reply_type")]
+    hints.extend(program.result_types.values())
     return [kind for hint in hints for kind in classes_in(hint)]
 
 
@@ -400,8 +417,12 @@ def _parts(step: Step | None, context: type[Any]) -> dict[str, Any]:
             "max_failures": step.max_failures,
             "undo": step.item.compensation is not None,
             "item_type": first_parameter_type(step.item.spec.function, step.item.spec.before_context),
-            "result_type": Any if step.into is None else element_type(context, step.into),
+            "result_type": item_result_type(step, context),
         }
     if isinstance(step, Signal):
-        return {"on_signal": step.on_signal, "on_timeout": step.on_timeout_spec}
+        return {
+            "on_signal": step.on_signal,
+            "on_timeout": step.on_timeout_spec,
+            "payload_type": payload_type(step),
+        }
     return {}

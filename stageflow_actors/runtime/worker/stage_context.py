@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol, Self
 
-from stageflow_actors.core.codec import decode_value, encode_value
+from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
+from stageflow_actors.core.value_codec import UNTYPED, ValueCodec, decode_result
+from stageflow_actors.definition.type_hints import return_type
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.worker.awaitables import finish, is_awaitable
 from stageflow_brokers.api import DeliveryExtra, DeliveryItem
@@ -137,6 +139,8 @@ class StepStore(Protocol):
         """Publish the progress of the attempt; may be lost."""
 
 
+UNKNOWN_WORKFLOW: ContextCodec[Any] = ContextCodec(dict)
+
 _remembering = threading.Lock()
 """Guards `DeliveryExtra.steps`: a handler may store steps from several threads."""
 
@@ -193,6 +197,7 @@ class StageContext:
     """
 
     __slots__ = {
+        "_codec": "",
         "_envelope": "",
         "_epoch": "",
         "_failure": "",
@@ -222,6 +227,7 @@ class StageContext:
     item: str | None
     error: str | None
     _envelope: Envelope
+    _codec: ContextCodec[Any]
     _epoch: int
     _failure: bytes | None
     _limit: int
@@ -255,6 +261,7 @@ class StageContext:
         limit: int = 16 << 20,
         slot: CancelFlag | None = None,
         place: str = "",
+        codec: ContextCodec[Any] = UNKNOWN_WORKFLOW,
     ) -> Self:
         """Return the context of one attempt.
 
@@ -269,6 +276,7 @@ class StageContext:
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.error = error
         self.item = item
+        self._codec = codec
         self._epoch = epoch
         self._envelope = envelope
         self._failure = failure
@@ -335,7 +343,9 @@ class StageContext:
         """
         if self._results is None:
             records = decode_trail(self._envelope.trail)
-            self._results = {r.stage_id: decode_value(r.data) for r in records if r.status == "completed"}
+            self._results = {
+                r.stage_id: decode_result(self._codec, r.stage_id, r.data) for r in records if r.status == "completed"
+            }
         return self._results
 
     @property
@@ -490,14 +500,14 @@ class StageContext:
             return self._awaited(name, self._async_step(name, function, *args))
         self._begin_step(name)
         if self._awaited_key(name) in self._steps:
-            return self._awaited(name, self._stored_step(name))
+            return self._awaited(name, self._stored_step(name, _step_codec(function)))
         if self.is_step_completed(name):
-            return self.get_step_result(name)
+            return self._step_result(name, _step_codec(function))
         try:
-            value = function(*args)
+            codec, value = _step_codec(function), function(*args)
             if is_awaitable(value):
-                return self._awaited(name, self._finish_step(name, value), value)
-            return self._keep(name, value)
+                return self._awaited(name, self._finish_step(name, value, codec), value)
+            return self._keep(name, value, codec)
         except BaseException:
             self._abandon_step(name)
             raise
@@ -531,8 +541,7 @@ class StageContext:
         Returns:
             The result; None if the step has not completed or was only checkpointed.
         """
-        data = self._steps.get(f"{self._scope}{name}") or self._steps.get(self._awaited_key(name))
-        return None if data is None else decode_value(data)
+        return self._step_result(name, UNTYPED)
 
     def store_step_result(self, name: str, value: Any) -> None:
         """Mark a step as completed, with a result; durable when this returns.
@@ -579,24 +588,26 @@ class StageContext:
     async def _async_step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         self._begin_step(name)
         if self.is_step_completed(name):
-            return self.get_step_result(name)
+            return self._step_result(name, _step_codec(function))
         try:
             value = await function(*args)
-            return await asyncio.to_thread(self._keep, name, value)  # the loop runs other handlers until it is durable
+            return await asyncio.to_thread(
+                self._keep, name, value, _step_codec(function)
+            )  # the loop runs other handlers until it is durable
         except BaseException:
             self._abandon_step(name)
             raise
 
-    async def _finish_step(self, name: str, value: Any) -> Any:
+    async def _finish_step(self, name: str, value: Any, codec: ValueCodec) -> Any:
         try:
             value = await finish(value)
-            return await asyncio.to_thread(self._keep, name, value, self._awaited_key(name))
+            return await asyncio.to_thread(self._keep, name, value, codec, self._awaited_key(name))
         except BaseException:
             self._abandon_step(name)
             raise
 
-    async def _stored_step(self, name: str) -> Any:
-        return self.get_step_result(name)
+    async def _stored_step(self, name: str, codec: ValueCodec) -> Any:
+        return self._step_result(name, codec)
 
     def _awaited_key(self, name: str) -> str:
         """Return the key of a step whose function is not async and returned an awaitable.
@@ -624,11 +635,17 @@ class StageContext:
         if self._used_steps is not None:
             self._used_steps.discard(f"{self._scope}{name}")
 
-    def _keep(self, name: str, value: Any, key: str = "") -> Any:
+    def _step_result(self, name: str, codec: ValueCodec) -> Any:
+        data = self._steps.get(f"{self._scope}{name}") or self._steps.get(self._awaited_key(name))
+        return None if data is None else codec.decode(data)
+
+    def _keep(self, name: str, value: Any, codec: ValueCodec = UNTYPED, key: str = "") -> Any:
         if not isinstance(name, str) or not name:
             raise ValueError(f"a step needs a name that is a string, not {name!r}")
         what = f"the result of step {name!r} of stage {self.stage_id!r}"
-        data = encode_value(value, what=what)
+        data, warning = codec.keep(value, what=what)
+        if warning is not None:
+            _warn_once(f"{self.workflow_id}:{self.stage_id}:{name}", warning)
         if len(data) > self._limit:
             raise PayloadTooLarge(
                 f"{what} is {len(data)} bytes, over max_message_bytes={self._limit}; keep large data in files and pass "
@@ -639,4 +656,21 @@ class StageContext:
         scoped = key or f"{self._scope}{name}"
         self._store.keep(scoped, data)
         self._steps[scoped] = data
-        return decode_value(data)
+        return codec.decode(data)
+
+
+def _step_codec(function: Callable[..., Any]) -> ValueCodec:
+    """Return the codec of the results that a step's function is annotated with."""
+    if not getattr(function, "__annotations__", None):
+        return UNTYPED
+    hint = return_type(function)
+    return UNTYPED if hint is Any else ValueCodec(hint)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(place: str, warning: str) -> None:
+    if place not in _warned:
+        _warned.add(place)
+        logging.getLogger("stageflow_actors.worker").warning("%s", warning)

@@ -7,6 +7,7 @@ becomes the stage's failure.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw
 
-from stageflow_actors.core.codec import ContextCodec, encode_value
+from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import (
     NIL,
     Envelope,
@@ -37,6 +38,7 @@ from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, Naming, StagePlan,
 from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.value_codec import ValueCodec, result_codec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
@@ -70,6 +72,8 @@ __all__ = [
     "retry_delay",
 ]
 
+
+logger = logging.getLogger("stageflow_actors.worker")
 
 PARK_MARK = ":park"
 """The step that marks a message as parked, or about to be parked. A marked message without attempts was requeued."""
@@ -192,7 +196,9 @@ class Executor:
         self.planned: StagePlan = planned
         self.naming = environment.naming
         self.services = environment.services
-        self.codec: ContextCodec[Any] = ContextCodec(program.context)
+        self.codec: ContextCodec[Any] = ContextCodec(program.context, program.result_types)
+        self._result = result_codec(self.codec, planned.id)
+        self._warned: set[str] = set()
         self.targets = []
         self.retry: RetryPolicy | None = program.retry if program.stage is None else program.stage.retry
         self._context_type = program.context
@@ -316,7 +322,18 @@ class Executor:
             return value, NIL
         if value is None:
             return context, NIL
-        return context, Raw(encode_value(value, what=f"the result of stage {self.planned.id!r}"))
+        return context, self._encode_result(value)
+
+    def _encode_result(self, value: Any) -> Raw:
+        """Return the encoded result of this stage: plain data where it does not fit its annotation."""
+        return self._keep(self._result, value, f"the result of stage {self.planned.id!r}")
+
+    def _keep(self, codec: ValueCodec, value: Any, what: str) -> Raw:
+        data, warning = codec.keep(value, what=what)
+        if warning is not None and what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s", warning)
+        return Raw(data)
 
     # failures
 
@@ -419,6 +436,7 @@ class Executor:
             limit=self._limit,
             slot=self._slot,
             place=self._requestless,
+            codec=self.codec,
         )
 
     def _place_without_requests(self) -> str:

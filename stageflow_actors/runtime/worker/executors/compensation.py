@@ -18,7 +18,7 @@ from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, 
 from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import continue_compensation
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.core.value_codec import ValueCodec
+from stageflow_actors.core.value_codec import ValueCodec, result_codec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
@@ -58,7 +58,7 @@ class CompensationExecutor:
     def __init__(self, program: CompensationCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         self.plan = plan
         self.naming = environment.naming
-        self.codec: ContextCodec[Any] = ContextCodec(program.context)
+        self.codec: ContextCodec[Any] = ContextCodec(program.context, program.result_types)
         self._context_type = program.context
         self._compensations = program.compensations
         self._items = {stage_id: ValueCodec(kind) for stage_id, kind in program.items.items()}
@@ -157,7 +157,7 @@ class CompensationExecutor:
         return self._continue(item, envelope, record).mark_user_code_ran()
 
     def _compensate_items(
-        self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Any]]
+        self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Raw]]
     ) -> Settlement:
         """Compensate the items of a map stage in descending order, each under its own timeout.
 
@@ -204,13 +204,13 @@ class CompensationExecutor:
         item: DeliveryItem,
         ctx: StageContext,
         stage_id: str,
-        undo: list[tuple[int, Raw, Any]],
+        undo: list[tuple[int, Raw, Raw]],
         state: ItemCompensationState,
     ) -> Iterator[tuple[int, BaseException | None]]:
         """Compensate each pending item; yield its number and exception. Store the state at intervals."""
         codec, call = self._items[stage_id], self._bound[stage_id]
         timeout = int((self._compensations[stage_id].timeout or 0) * 1e9)
-        results = ctx.results
+        results, of_item = ctx.results, result_codec(self.codec, stage_id).element
         began = kept = time.monotonic()
         for number, data, result in reversed(undo):
             if not state.is_pending(number):
@@ -225,7 +225,7 @@ class CompensationExecutor:
                 ctx.store_step_result(UNDO_STATE, state.dump())
                 kept = time.monotonic()
             deadline = now + timeout / 1e9 if timeout else None
-            ctx._enter_item(number, deadline, {**results, stage_id: result})
+            ctx._enter_item(number, deadline, {**results, stage_id: of_item.decode(result)})
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
@@ -250,6 +250,7 @@ class CompensationExecutor:
             steps=None if extra is None else extra.steps,
             store=self._store(item),
             error=envelope.error,
+            codec=self.codec,
             limit=self._limit,
             slot=self._slot,
             place=f"the compensation of stage {stage_id!r}",
@@ -287,7 +288,7 @@ class CompensationExecutor:
         return Settlement(done, [(target, PublishItem(0, len(following.body)))], [following.body])
 
 
-def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Any]] | None:
+def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Raw]] | None:
     """Return (number, encoded item, result) of each completed item of a map stage, in order; None for other stages."""
     for record in reversed(decode_trail(envelope.trail)):
         if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
@@ -295,4 +296,4 @@ def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, 
     return None
 
 
-_decode_undo = msgspec.msgpack.Decoder(list[tuple[int, Raw, Any]]).decode
+_decode_undo = msgspec.msgpack.Decoder(list[tuple[int, Raw, Raw]]).decode

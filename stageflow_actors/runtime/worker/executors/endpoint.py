@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Raw
-
-from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     NIL,
@@ -21,10 +18,13 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.failures import failure_of
+from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import GatherArrival, Transition
+from stageflow_actors.core.value_codec import ValueCodec
+from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
-from stageflow_actors.runtime.worker.executors.base import lost_attempt_failure
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment, lost_attempt_failure
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_brokers.api import DeliveryItem
@@ -40,6 +40,11 @@ class EndpointExecutor(HandlerExecutor):
 
     kind = "endpoint"
 
+    def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
+        super().__init__(program, plan, environment)
+        self._command = ValueCodec(program.parts["item_type"])
+        self._reply = ValueCodec(program.parts["result_type"])
+
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         command = decode_command(body)
         extra = item.extra
@@ -52,7 +57,7 @@ class EndpointExecutor(HandlerExecutor):
         enter_attempt((command.workflow_id, item.group, self.planned.id, attempt))
         try:
             ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
-            value = self._resolve_call(self._call(decode_value(command.command), ctx))
+            value = self._resolve_call(self._call(self._command.decode(command.command), ctx))
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
         return self._after_call(item, command, attempt, 0.0, 0.0, None, value)
@@ -62,7 +67,8 @@ class EndpointExecutor(HandlerExecutor):
     ) -> Result:
         try:
             check_no_request(value, f"endpoint {self.planned.id!r}")
-            reply = Reply(NIL if value is None else Raw(encode_value(value, what=f"the reply of {self.planned.id!r}")))
+            what = f"the reply of {self.planned.id!r}"
+            reply = Reply(NIL if value is None else self._keep(self._reply, value, what))
         except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
         return self._send_reply(item, envelope, reply).mark_succeeded()

@@ -215,14 +215,15 @@ class MapExecutor(Executor):
             took = self._wall() - started
             return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).mark_failed()
         try:
-            results = [None if one.error is not None else self._results.decode(one.result) for _, one in ended]
+            encoded_results = [NIL if one.error is not None else one.result for _, one in ended]
             self._set_time_limit(self._timeout_ns)
             context, data = self.codec.decode(envelope.context), NIL
             if self._into is not None:
+                results = [self._results.decode(one) for one in encoded_results]
                 context = with_field(context, self._into, results)
             self._set_time_limit(0)
             if self._into is None:
-                data = Raw(encode(results))
+                data = Raw(encode(encoded_results))
             encoded = self.codec.encode(context, stage=self.planned.id)
             done = completed_items_record(self.planned, ended, started)
             undo = done.undo if done is not None else _NO_ITEMS if self.planned.compensated else NIL
@@ -302,7 +303,7 @@ class ItemExecutor(HandlerExecutor):
         try:
             check_no_request(value, f"an item of {self.planned.joins!r}")
             what = f"a result of {self.planned.joins!r}"
-            result = NIL if value is None else Raw(self._results.encode(value, what=what))
+            result = NIL if value is None else self._keep(self._results, value, what)
             if len(bytes(result)) > self._limit:
                 raise self._too_large(len(bytes(result)), f"the result of item {item_slot(envelope)} is")
         except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from stageflow_actors.core.codec import decode_value
+from msgspec import Raw
+
 from stageflow_actors.core.envelope import StageRecord
 from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter_stage
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
@@ -28,6 +30,7 @@ class SignalExecutor(Executor):
     def __init__(self, program: StageCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         super().__init__(program, plan, environment)
         on_signal = program.parts["on_signal"]
+        self._payload = ValueCodec(program.parts["payload_type"])
         self._on_signal = None if on_signal is None else with_ctx(on_signal, 2)
         late = program.parts["on_timeout"]
         self._on_timeout = None if late is None else late.bind(self.services)
@@ -54,7 +57,7 @@ class SignalExecutor(Executor):
             context = self.codec.decode(opened.context)
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             if arrivals:
-                payload = decode_value(arrivals[0][1])
+                payload = self._payload.decode_input(arrivals[0][1])
                 if self._on_signal is None:
                     value: Any = payload
                 else:
@@ -64,7 +67,10 @@ class SignalExecutor(Executor):
                 assert self._on_timeout is not None
                 value = self._resolve(self._on_timeout(context, ctx))
             check_no_request(value, f"{'on_signal' if arrivals else 'on_timeout'} of {self.planned.id!r}")
-            context, data = self._split_result(context, value)
+            if arrivals and self._on_signal is None:
+                data = Raw(arrivals[0][1])
+            else:
+                context, data = self._split_result(context, value)
             encoded = self.codec.encode(context, stage=self.planned.id)
             record = StageRecord(
                 self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started, None, data

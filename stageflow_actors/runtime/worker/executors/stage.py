@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec import Raw, structs
 
-from stageflow_actors.core.codec import decode_value, encode_value
 from stageflow_actors.core.envelope import (
     NIL,
     Command,
@@ -28,9 +27,11 @@ from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, 
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
+from stageflow_actors.core.value_codec import ValueCodec, encode_message
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
+from stageflow_actors.definition.type_hints import first_parameter_type
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
@@ -60,6 +61,9 @@ class StageExecutor(HandlerExecutor):
         when = self.stage.when
         self._when = None if when is None else with_ctx(when, 1)
         self._wants_ctx = self._wants_ctx or asks_for_ctx(when, 1)
+        remote = self.stage.handler
+        on_reply = remote.on_reply if isinstance(remote, RemoteCall) else None
+        self._reply = ValueCodec(Any if on_reply is None else first_parameter_type(on_reply, 1))
         following = plan.next_stage(self.planned)
         self._following = following
         if following is None:
@@ -125,7 +129,7 @@ class StageExecutor(HandlerExecutor):
                 elif type(value) is Request:
                     return self._send_request(item, envelope, attempt, started, clock, context, value)
                 else:
-                    data = Raw(encode_value(value, what=f"the result of stage {stage_id!r}"))
+                    data = self._encode_result(value)
             encoded = self.codec.encode(context, stage=stage_id)
         except BaseException as error:  # noqa: BLE001 - the encoding of a user's object may raise anything
             return self._handler_failed(item, envelope, attempt, started, clock, error)
@@ -218,7 +222,7 @@ class StageExecutor(HandlerExecutor):
     ) -> Settlement:
         """Send the request; the changed context and the delivered one wait for the reply in a gather."""
         stage_id = self.planned.id
-        command = Raw(encode_value(request.command, what=f"the command of stage {stage_id!r}"))
+        command = Raw(encode_message(request.command, what=f"the command of stage {stage_id!r}"))
         encoded = self.codec.encode(context, stage=stage_id)
         if request.endpoint == "next":
             return self._pass_payload(item, envelope, attempt, started, time.perf_counter() - clock, command, encoded)
@@ -314,7 +318,7 @@ class StageExecutor(HandlerExecutor):
                 before = structs.replace(envelope, payload=request_state.payload)
                 ctx = self._stage_context(item, before, request_state.attempt)
                 ctx._place = f"on_reply of {self.planned.id!r}"
-            given = with_ctx(remote.on_reply, 2)(context, decode_value(value), ctx)
+            given = with_ctx(remote.on_reply, 2)(context, self._reply.decode(value), ctx)
             check_no_request(given, f"on_reply of {self.planned.id!r}")
             context, data = self._split_result(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
