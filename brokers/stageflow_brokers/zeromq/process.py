@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -25,6 +26,8 @@ from stageflow_brokers.log_sender import relay_process
 from stageflow_brokers.zeromq.server import Server
 
 __all__ = ["ProcessOptions", "main"]
+
+logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 
@@ -135,7 +138,8 @@ def _raise_descriptor_limit() -> int:
 
 
 def _warn(text: str) -> None:
-    print(f"stageflow: {text}", file=sys.stderr, flush=True)
+    """Log a warning. A process without logging writes it to stderr, as `logging.lastResort` does."""
+    logger.warning("%s", text)
 
 
 def _report(fd: int, report: dict[str, object]) -> None:

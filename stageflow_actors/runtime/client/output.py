@@ -163,7 +163,7 @@ class _StreamWriter(_Consumer):
                 with contextlib.suppress(OSError):
                     stream.flush()  # what the program has printed before
                 self._write(fd, _encoded(data, stream.encoding))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - the stream may be an object of the user
             self._report(error)
 
     def _write(self, fd: int, data: bytes) -> None:

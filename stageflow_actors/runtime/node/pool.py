@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import sys
 import time
 from concurrent.futures import Future
 from typing import Any
@@ -102,7 +101,6 @@ class Pool(pykka.ThreadingActor):
 
     def on_failure(self, *args: Any) -> None:
         """End the node, which the program starts again: a broken pool must not look like an idle one."""
-        sys.stderr.flush()
         os._exit(EXIT_NODE_FAILED)
 
     def on_receive(self, message: Any) -> None:
