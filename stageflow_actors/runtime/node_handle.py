@@ -256,6 +256,8 @@ class NodeHandle:
                 [sys.executable, *service_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), *self._config.sys_path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Where the program has started without a stderr, descriptor 2 may be a file of its own.
+                stderr=subprocess.DEVNULL if sys.__stderr__ is None else None,
                 pass_fds=(theirs.fileno(), self._data.lock_fd, output.fileno(), self._output.levels.fd),
                 start_new_session=True,
             )

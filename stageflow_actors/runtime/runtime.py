@@ -30,6 +30,7 @@ from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merg
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.interpreter_flags import worker_flags
+from stageflow_actors.runtime.system.processes import occupy_standard_descriptors
 from stageflow_actors.runtime.system.source_files import loaded_sources
 from stageflow_actors.runtime.system.start_guard import check_may_start
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
@@ -145,6 +146,7 @@ class Runtime(Client):
             pools += [self._endpoint_spec(stage) for stage in self._endpoints]
             self._queues = _owners(pools, {}, self._local.naming)
             initializer = self._initializer_code()
+            occupy_standard_descriptors()
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:

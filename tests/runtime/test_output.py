@@ -142,7 +142,7 @@ def run_program(folder: Path, shell: str, number_of_lines: int = 0, **options: A
     return (folder / "statuses").read_text(), done.returncode
 
 
-@pytest.mark.parametrize("shell", ["| head -1 >first", ">/dev/full", ">&-"])
+@pytest.mark.parametrize("shell", ["| head -1 >first", ">/dev/full", "<&- >&- 2>&-"])
 def test_a_reader_that_is_gone_or_full_harms_neither_a_stage_nor_the_program(tmp_path: Path, shell: str) -> None:
     assert run_program(tmp_path, shell) == ("completed completed completed", 0)
     if "head" in shell:

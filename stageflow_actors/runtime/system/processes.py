@@ -24,6 +24,7 @@ __all__ = [
     "kill_groups",
     "kill_other_sessions",
     "name_process",
+    "occupy_standard_descriptors",
     "parent_death_fd",
     "raise_oom_score",
     "resume_process",
@@ -85,6 +86,18 @@ def exit_now(code: int, words: str = "", stream: TextIO | None = None) -> NoRetu
     except (OSError, ValueError, AttributeError):
         pass  # a handler closed or removed the stream
     os._exit(code)
+
+
+def occupy_standard_descriptors() -> None:
+    """Open /dev/null for each of the descriptors 0 to 2 that is closed.
+
+    A file that gets one of these numbers would be a standard stream of each child process.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
 
 
 def has_exited(pidfd: int) -> bool:

@@ -247,8 +247,9 @@ class ZygoteServer:
             if os.getppid() != self._pid:
                 os._exit(0)
             for number, fd in enumerate(streams, start=1):
-                os.dup2(fd, number)
-                os.close(fd)
+                if fd != number:
+                    os.dup2(fd, number)
+                    os.close(fd)
             self._release_zygote_resources()
             raise_oom_score()
             code = _run_entry(
