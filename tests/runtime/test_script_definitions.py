@@ -138,6 +138,38 @@ def count():
     CALLS += 1
     return CALLS
 
+class Planet(enum.Enum):
+    EARTH = (1.0, 2.0)
+    def __init__(self, mass, radius): self.mass = mass; self.radius = radius
+class Num(enum.IntEnum):
+    A = enum.auto()
+    @property
+    def nice(self): return self.name.lower()
+class Cat(msgspec.Struct, tag="cat"): n: int
+class Dog(msgspec.Struct, tag="dog"): n: int
+class Crate(msgspec.Struct, Generic[T]): v: T
+class MetaFlag(type):
+    def __new__(m, name, bases, ns, *, flag=False): c = super().__new__(m, name, bases, ns); c.flag = flag; return c
+    def __init__(c, name, bases, ns, *, flag=False): super().__init__(name, bases, ns)
+class WithFlag(metaclass=MetaFlag, flag=True): pass
+class Private:
+    __slots__ = ("__p",)
+    def __init__(self): self.__p = 1
+    def get(self): return self.__p
+class Counting:
+    def __init__(self, f): functools.update_wrapper(self, f); self.f = f; self.n = 0
+    def __call__(self, *a): self.n += 1; return self.f(*a)
+@Counting
+def counted(x): return x + 1
+class Registry(dict):
+    def add(self, f): self[f.__name__] = f; return f
+REGISTRY = Registry()
+@REGISTRY.add
+def first(): return 1
+@REGISTRY.add
+def second(): return REGISTRY["first"]() + 1
+SHARED = [1]; HOLDS = {"shared": SHARED}
+
 def check_all(order):
     out = {}
     def ck(name, f):
@@ -184,6 +216,13 @@ def check_all(order):
     ck("meta", lambda: type(rt(WithMeta())) is WithMeta)
     ck("source", lambda: "sku: str" in inspect.getsource(Line))
     ck("file", lambda: os.path.basename(sys.modules["__main__"].__file__) == os.path.basename(__file__) == "forms.py")
+    ck("planet", lambda: Planet.EARTH.mass == 1.0 and Planet((1.0, 2.0)) is Planet.EARTH and Num.A.nice == "a")
+    ck("tagged", lambda: msgspec.convert({"type": "dog", "n": 1}, typing.Union[Cat, Dog]) == Dog(1))
+    ck("crate", lambda: msgspec.convert({"v": 1}, Crate[int]).v == 1)
+    ck("metaflag", lambda: WithFlag.flag is True and type(WithFlag) is MetaFlag)
+    ck("private", lambda: Private().get() == 1 and _raises(AttributeError, lambda: setattr(Private(), "q", 1)))
+    ck("counted", lambda: counted(1) == 2 and counted.n == 1 and counted.__name__ == "counted")
+    ck("registry", lambda: REGISTRY["second"]() == 2 and REGISTRY["first"] is first and HOLDS["shared"] is SHARED)
     ck("closure", lambda: [inc(), inc(), get()] == [1, 2, 2])
     ck("global", lambda: [count(), count(), CALLS, sys.modules[__name__].CALLS] == [1, 2, 2, 2])
     ck("log", lambda: LOG is logging.getLogger("forms") and STDERR is sys.stderr)
@@ -253,6 +292,6 @@ exec(compile({RUN!r}, "<cell 2>", "exec"), fresh.__dict__)
             expected.add("byname")  # of a script, workers also have definitions that the stage does not refer to
     failures, count = ast.literal_eval(out)
     assert {name: why for name, why in failures.items() if name not in expected} == {}
-    assert count > 40
+    assert count > 45
     runs = (tmp_path / "runs").read_text().split()
     assert len(runs) == 1, "the script is run once, by the user"

@@ -190,12 +190,13 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             names = vars(sys.modules[kind.__module__])
             annotations = [text for text in inspect.get_annotations(kind).values() if isinstance(text, str)]
             values = dict(_names_of_annotations(annotations, names))
+        members = _members_of(kind) if issubclass(kind, enum.Enum) else {}
         namespace = self.namespace(kind.__module__) if values else None
         token = token_of(kind)
         return (
             rebuild.make_class,
             (token, where, kind.__qualname__, make, arguments),
-            (token, fill, state, outer, namespace, self._globals(values)),
+            (token, fill, state, outer, members, namespace, self._globals(values)),
             None,
             None,
             rebuild.fill_class,
@@ -344,6 +345,13 @@ def _reduce_cell(cell: CellType) -> Any:
     except ValueError:
         content = ()
     return rebuild.make_cell, (), content, None, None, rebuild.fill_cell
+
+
+def _members_of(kind: type[enum.Enum]) -> dict[str, dict[str, Any]]:
+    """Return the attributes that `__init__` or `__new__` of an enum has set on its members."""
+    own = ("_value_", "_name_", "_sort_order_", "__objclass__")
+    found = {name: {k: v for k, v in vars(each).items() if k not in own} for name, each in kind.__members__.items()}
+    return {name: attributes for name, attributes in found.items() if attributes}
 
 
 def _with_slots(kind: type[Any], arguments: tuple[Any, ...], state: Any) -> tuple[tuple[Any, ...], Any]:

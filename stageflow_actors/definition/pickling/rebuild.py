@@ -74,9 +74,11 @@ def make_class(token: str, where: Where, qualname: str, make: Any, arguments: tu
     return rebuilt(token, make_named_class, where)
 
 
-def fill_class(kind: Any, rest: tuple[str, Any, Any, Any, dict[str, Any] | None, dict[str, Any]]) -> None:
+def fill_class(
+    kind: Any, rest: tuple[str, Any, Any, Any, dict[str, dict[str, Any]], dict[str, Any] | None, dict[str, Any]]
+) -> None:
     """Set the attributes of a class, and the globals that its annotations name."""
-    token, fill, state, outer, namespace, values = rest
+    token, fill, state, outer, members, namespace, values = rest
     if namespace is not None:
         for name, value in values.items():
             define(namespace, name, value)
@@ -84,6 +86,8 @@ def fill_class(kind: Any, rest: tuple[str, Any, Any, Any, dict[str, Any] | None,
         define(vars(sys.modules[outer.__module__]), outer.__name__, outer)
     if not is_filled(token):
         fill(kind, state)
+        for name, attributes in members.items():
+            vars(kind.__members__[name]).update(attributes)
 
 
 def make_dispatcher(token: str, where: Where, base: Any) -> Any:

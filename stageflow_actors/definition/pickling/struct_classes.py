@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import msgspec
@@ -55,7 +56,7 @@ def reduce_struct(kind: Any) -> tuple[Any, ...]:
         kind.__name__,
         kind.__qualname__,
         kind.__module__,
-        kind.__bases__,
+        kind.__dict__.get("__orig_bases__", kind.__bases__),  # with the parameters of a generic class
         fields,
         defaults,
         list(factories),
@@ -87,7 +88,10 @@ def _make_struct(
     if has_post_init:
         late_post_init = later["__post_init__"] = _LateBound()
         namespace["__post_init__"] = lambda self: late_post_init(self)
-    kind = StructMeta(name, bases, namespace, **config)
+    resolved = types.resolve_bases(bases)
+    if resolved is not bases:
+        namespace["__orig_bases__"] = bases
+    kind = StructMeta(name, resolved, namespace, **config)
     kind._stageflow_later = later
     return kind
 
