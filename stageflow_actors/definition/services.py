@@ -44,8 +44,12 @@ class ServiceSource:
 def inspect_services(given: Mapping[str, Any]) -> dict[str, ServiceSource]:
     """Return the source of each service by its name.
 
-    Raises `WorkflowDefinitionError` if a name is no string, or a factory takes the `StageContext`.
+    Raises `WorkflowDefinitionError` if they are no mapping, a name is no string, or a factory takes the `StageContext`.
     """
+    if not isinstance(given, Mapping):
+        raise WorkflowDefinitionError(
+            f'services are factories or values by name, as in services={{"bank": Bank}}, not {given!r}'
+        )
     for name in given:
         if not isinstance(name, str):
             raise WorkflowDefinitionError(f"a service is named by a string, the name of a parameter, not by {name!r}")

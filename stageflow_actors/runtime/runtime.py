@@ -99,10 +99,10 @@ class Runtime(Client):
         super().__init__(self._local)
         self.data_dir = Path(data_dir)
         self.config = config or Config()
+        inspect_services({} if services is None else services)
         self.services = dict(services or {})
         self.interceptors = check_interceptors(interceptors)
         self.workflows: list[Workflow[Any]] = []
-        inspect_services(self.services)
         self.initializer = initializer
         if initializer is not None:
             check_function(initializer, "initializer", (), ctx=False)

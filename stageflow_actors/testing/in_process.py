@@ -112,7 +112,7 @@ def run(
     workflow = workflow_of(workflow)
     if not isinstance(workflow, Workflow):
         raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
-    sources = inspect_services(services or {})
+    sources = inspect_services({} if services is None else services)
     check_services(sources)
     workflow.validate(sources)
     given = list(signals.items() if isinstance(signals, Mapping) else signals or ())

@@ -111,6 +111,16 @@ def test_a_factory_that_cannot_be_called_is_refused_by_start_before_any_process(
         run(flow, {}, services=services)
 
 
+@pytest.mark.parametrize("given", [["bank"], "bank", dict, 5])
+def test_services_that_are_no_mapping_are_refused(given: Any) -> None:
+    flow = Workflow("flow").add_stage(lambda order: None)
+    words = r'services are factories or values by name, as in services={"bank": Bank}, not'
+    with pytest.raises(WorkflowDefinitionError, match=words):
+        Runtime(flow, services=given)
+    with pytest.raises(WorkflowDefinitionError, match=words):
+        run(flow, {}, services=given)
+
+
 class Client:
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors import Workflow
+from stageflow_actors import StageFlowError, Workflow
 from stageflow_actors.definition.handler import inspect_handler
 from stageflow_actors.definition.services import inspect_services
 from stageflow_actors.runtime.worker.services import services_on_loop
@@ -129,6 +129,17 @@ def test_a_service_that_its_factory_took_from_another_one_is_closed_once() -> No
     services = {"closing": Closing, "alias": lambda closing: closing, "given": given, "value": lambda given: given}
     run(flow, {}, services=services)
     assert LOG == ["made closing", "closed closing"]
+
+
+def test_async_services_inside_a_running_loop_are_refused_with_advice() -> None:
+    async def test() -> None:
+        services = {"client": client, "generator": generator}
+        run(Workflow("flow").add_stage(lambda order, client: None), {}, services=services)
+
+    with pytest.raises(StageFlowError, match="call it in a thread") as raised:
+        asyncio.run(test())
+    assert raised.value.__notes__ == ["(raised while service 'client' was made)"]
+    assert LOG == ["made generator", "closed generator"]
 
 
 def wrapper(function: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 
 from stageflow_actors.definition.handler import HandlerSpec
 from stageflow_actors.definition.services import ServiceSource, select_services
+from stageflow_actors.errors import StageFlowError
 
 __all__ = ["ServiceScope", "services_on_loop"]
 
@@ -132,7 +133,15 @@ class ServiceScope:
 
         One task runs all of them: an async context manager must be left in the task that entered it.
         """
-        return self._wait_for(self._submit(work))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._wait_for(self._submit(work))
+        work.close()
+        raise StageFlowError(
+            "testing.run was called inside a running event loop, and the service needs an event loop of its own: call "
+            "it in a thread, as in `await asyncio.to_thread(run, workflow, context)`"
+        )
 
     def _wait_for(self, work: Coroutine[Any, Any, Any]) -> Any:
         loop = self._loop()
