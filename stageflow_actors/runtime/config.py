@@ -8,6 +8,7 @@ from typing import Literal
 
 from stageflow_actors.core.plan import DLQ_PREFIX
 from stageflow_actors.definition.duration import optional_seconds, seconds
+from stageflow_actors.definition.guesses import adapts
 from stageflow_actors.errors import StageFlowError
 
 __all__ = ["Config"]
@@ -125,3 +126,8 @@ class Config:
     def start_timeout_seconds(self) -> float:
         """`start_timeout` in seconds."""
         return seconds(self.start_timeout, "start_timeout")
+
+
+Config.__init__ = adapts("Config(durability='write', max_queue_length=100_000, ...)")(  # type: ignore[method-assign]
+    Config.__init__
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors import Breaker, Compensation, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
+from stageflow_actors import Breaker, Compensation, Config, Retry, Runtime, Stage, Workflow, WorkflowDefinitionError
 from stageflow_actors.testing import run
 
 
@@ -144,6 +144,8 @@ def test_the_decorator_takes_an_id_alone() -> None:
             r"unexpected keyword argument 'failure' .did you mean 'failures'..: write Breaker",
         ),
         (lambda: flow().add_stage(Till().refund).validate({"bank"}), "needs the service 'bnak'.*did you mean 'bank'"),
+        (lambda: Config(max_retries=3), r"argument 'max_retries' .did you mean 'max_stage_retries'..: write Config"),
+        (lambda: Config("write"), "got more arguments than it takes: write Config.durability='write'"),
         (lambda: Runtime([flow()]), r"write Runtime\(\*workflows\)"),
         (lambda: Runtime(Workflow), "give an instance"),
         (lambda: run(pay, {}), "testing.run takes a workflow"),  # type: ignore[arg-type]
