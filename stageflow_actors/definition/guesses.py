@@ -6,7 +6,6 @@ it raises a `WorkflowDefinitionError` that shows the call to write. A call that 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -177,6 +176,8 @@ _WRAPPERS = ("checked", "constructed")
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
     """Return the name among `known` that `name` is most likely a misspelling of, or None if none is that close."""
+    import difflib  # only errors need it
+
     known = list(known)
     if _COMMON.get(name) in known:
         return _COMMON[name]
