@@ -648,6 +648,78 @@ MUTANTS = (
         ),
         ("tests/chaos/test_pool_deaths.py::test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still",),
     ),
+    Mutant(
+        "services-closed-in-order",
+        "a service is closed before one that was made of it",
+        (
+            (
+                "stageflow_actors/runtime/worker/services.py",
+                "self._closers.pop()",
+                "self._closers.pop(0)",
+            ),
+        ),
+        ("tests/testing/test_in_process_services.py::test_services_are_closed_in_reverse_order_at_the_end_of_the_run",),
+    ),
+    Mutant(
+        "service-closed-twice",
+        "a service that another factory returns again is closed by both",
+        (
+            (
+                "stageflow_actors/runtime/worker/services.py",
+                "return None if id(service) in self._known else _closer_of(service)",
+                "return _closer_of(service)",
+            ),
+        ),
+        ("tests/testing/test_in_process_services.py::test_a_service_that_is_another_one_is_closed_once",),
+    ),
+    Mutant(
+        "async-service-left-elsewhere",
+        "an async context manager is left by another task than the one that entered it",
+        (
+            (
+                "stageflow_actors/runtime/worker/services.py",
+                "        self._jobs.put_nowait((work, done))\n        return await done\n",
+                "        return await work\n",
+            ),
+        ),
+        ("tests/runtime/test_worker_services.py::test_a_service_is_made_once_and_closed_once",),
+    ),
+    Mutant(
+        "ending-worker-charged",
+        "the last message is responsible for a crash while its worker ends",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "if expected or ending or (",
+                "if expected or (",
+            ),
+        ),
+        ("tests/chaos/test_exit_policy.py::test_however_a_worker_exits_that_was_ending_nothing_is_charged",),
+    ),
+    Mutant(
+        "trackers-killed",
+        "processes that a worker has left behind are killed before they have cleaned up",
+        (
+            (
+                "stageflow_actors/runtime/zygote/main.py",
+                "self._slots[worker.slot].ending_since_ns:",
+                "False:",
+            ),
+        ),
+        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole",),
+    ),
+    Mutant(
+        "files-not-flushed",
+        "what a handler has written to an open file is lost at the end of its worker",
+        (
+            (
+                "stageflow_actors/runtime/worker/process_exit.py",
+                "        _flush_files()\n",
+                "",
+            ),
+        ),
+        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole",),
+    ),
 )
 
 

@@ -207,6 +207,11 @@ def leave_in_a_thread(context: dict[str, Any]) -> None:
     object_with_del(Path(context["path"]))
 
 
+def leave_file(context: dict[str, Any]) -> None:
+    """The only thing that this worker leaves: its interpreter is not finalized."""
+    text_file(Path(context["path"]))
+
+
 async def leave_task(context: dict[str, Any]) -> None:
     task_of_the_loop(Path(context["path"]))
 
@@ -232,7 +237,11 @@ def left(serve: Any, eventually: Any, tmp_path_factory: Any) -> tuple[Path, dict
         )
         for end in ENDS
     }
-    runtime: Runtime = serve(*flows.values(), *tasks.values(), *threads.values())
+    files = {
+        end: Workflow(f"{end}-file").add_stage(leave_file, id="s", max_tasks=1 if end == "recycled" else None)
+        for end in ENDS
+    }
+    runtime: Runtime = serve(*flows.values(), *tasks.values(), *threads.values(), *files.values())
     results = {}
     for end, flow in flows.items():
         (directory / end).mkdir()
@@ -240,17 +249,17 @@ def left(serve: Any, eventually: Any, tmp_path_factory: Any) -> tuple[Path, dict
             result = runtime.execute(flow, {"what": what, "path": str(directory / end / what)}, timeout=60)
             assert result.success, result.error
             results[end, what] = result.stages[0].data
-        for one, what in ((tasks[end], "task_of_the_loop"), (threads[end], "object_of_a_thread")):
-            result = runtime.execute(one, {"path": str(directory / end / what)}, timeout=60)
+        for one, what in ((tasks, "task_of_the_loop"), (threads, "object_of_a_thread"), (files, "file_alone")):
+            result = runtime.execute(one[end], {"path": str(directory / end / what)}, timeout=60)
             assert result.success, result.error
-    eventually(lambda: (directory / "recycled" / "child_that_cleans_up").exists(), "the recycled worker has ended")
-    assert not (directory / "stopped" / "child_that_cleans_up").exists()
+    eventually((directory / "recycled" / "atexit_function").exists, "the recycled worker ends")
+    assert not (directory / "stopped" / "atexit_function").exists()
     runtime.stop()
     return directory, results
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("what", [*WHOLE, "task_of_the_loop", "object_of_a_thread"])
+@pytest.mark.parametrize("what", [*WHOLE, "task_of_the_loop", "object_of_a_thread", "file_alone"])
 def test_what_handlers_have_begun_is_whole(what: str, end: str, left: Any) -> None:
     path = left[0] / end / what
     if what == "gzip_file":

@@ -122,7 +122,7 @@ def test_a_value_is_passed_as_it_is_and_not_closed(value: Any) -> None:
     assert LOG == []
 
 
-def test_a_service_that_its_factory_took_from_another_one_is_closed_once() -> None:
+def test_a_service_that_is_another_one_is_closed_once() -> None:
     flow = Workflow("flow").add_stage(lambda order, closing, alias, value: None)
     given = Closing("given")
     LOG.clear()
