@@ -22,6 +22,7 @@ __all__ = [
     "console",
     "count",
     "emit",
+    "json_default",
     "plain",
     "print_facts",
     "print_json",
@@ -125,6 +126,11 @@ def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: s
         click.echo(empty, err=True)
 
 
+def json_default(value: Any) -> Any:
+    """Return a value that JSON lacks in a form that it has: a set as a list, anything else as text."""
+    return list(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
 def print_json(value: Any) -> None:
     """Print plain values as indented JSON."""
     import json
@@ -132,10 +138,10 @@ def print_json(value: Any) -> None:
     import orjson
 
     try:
-        made = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str)
+        made = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=json_default)
     except TypeError:
         # A file name that is not UTF-8: json escapes it, and readers decode the same name.
-        made = json.dumps(value, indent=2, default=str).encode()
+        made = json.dumps(value, indent=2, default=json_default).encode()
     click.echo(made)  # bytes: JSON is UTF-8 in every locale
 
 

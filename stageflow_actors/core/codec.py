@@ -17,8 +17,11 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, time
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import PurePath
 from typing import Any, Generic, NoReturn, TypeVar
+from uuid import UUID
 
 import msgspec
 from msgspec import Raw
@@ -517,8 +520,12 @@ def _canonical(value: Any, encode: Callable[[Any], bytes] = _encode) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {_plain_key(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
+    if isinstance(value, (date, Decimal, UUID, PurePath)) and not isinstance(value, datetime):
+        return str(value)
+    if isinstance(value, timedelta):
+        return msgspec.to_builtins(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, (bytes, bytearray, memoryview)):

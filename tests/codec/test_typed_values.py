@@ -8,17 +8,19 @@ import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
+import orjson
 import pydantic
 import pytest
 
 from stageflow_actors import InvalidContext, Replace, Retry, StageContext, Workflow, WorkflowDefinitionError
-from stageflow_actors.core.codec import ContextCodec, decode_value
+from stageflow_actors.core.codec import ContextCodec, decode_value, json_view
 from stageflow_actors.core.schema import SchemaCodec, derive_schema, key_reader
 from stageflow_actors.core.value_codec import UNTYPED, ValueCodec, encode_message
 from stageflow_actors.definition.type_hints import return_type
@@ -91,6 +93,16 @@ def test_a_reader_without_the_annotation_restores_what_describes_itself() -> Non
     data, warning = ValueCodec(tuple[Decimal, dict[date, set[Path]], frozenset[tuple[int, str]]]).keep(value, what="it")
     assert warning is None
     assert decode_value(data) == value
+
+
+def test_a_typed_result_has_a_view_for_json() -> None:
+    kind = tuple[Decimal, set[date], frozenset[int], Path, timedelta, UUID, dict[datetime, int]]
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    value = (Decimal("1.5"), {date(2026, 1, 1)}, frozenset({1}), Path("a"), timedelta(1), UUID(int=1), {at: 1})
+    data, warning = ValueCodec(kind).keep(value, what="it")
+    assert warning is None
+    expected = ["1.5", ["2026-01-01"], [1], "a", "P1D", str(UUID(int=1)), {"2026-01-01T00:00:00+00:00": 1}]
+    assert orjson.loads(orjson.dumps(json_view(data))) == expected
 
 
 def test_a_message_keeps_its_values_for_a_receiver_with_an_annotation() -> None:

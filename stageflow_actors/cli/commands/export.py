@@ -98,6 +98,8 @@ def _write(descriptions: Iterator[InstanceDescription], file: IO[str], *, csv: b
 
     import orjson
 
+    from stageflow_actors.cli.output import json_default
+
     number = 0
     writer = writing.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore") if csv else None
     if writer is not None:
@@ -108,7 +110,7 @@ def _write(descriptions: Iterator[InstanceDescription], file: IO[str], *, csv: b
         if writer is not None:
             writer.writerow(row)
         else:
-            file.write(orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS, default=str).decode() + "\n")
+            file.write(orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS, default=json_default).decode() + "\n")
     return number
 
 
