@@ -15,6 +15,7 @@ from msgspec import Raw
 
 from stageflow_actors.core import extensions
 from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept
+from stageflow_actors.core.exact_types import is_plain
 from stageflow_actors.core.extensions import PLAIN_EXT, decode_any, describe, encode, keep_as_plain, plain_form
 from stageflow_actors.core.roundtrip import find_difference, find_unencodable
 from stageflow_actors.definition.type_hints import needs_type
@@ -22,6 +23,8 @@ from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
 __all__ = ["UNTYPED", "ValueCodec", "decode_result", "encode_message", "result_codec"]
 
+_OPEN_DICTS = (dict[str, Any], dict[str, object])
+_STR = frozenset({str})
 _BUILTIN = (bool, int, float, str, bytes, list, dict)
 
 
@@ -75,10 +78,16 @@ class ValueCodec:
         if value is None:
             return encode_value(None, what=what), None
         if self._kind is Any:
+            try:
+                data = encode(value)
+                if is_plain(value):
+                    return data, None
+            except Exception:  # noqa: BLE001 - the slow path below explains the error
+                pass
             return encode_value(_objects_as_dicts(value), what=what), None
-        data = self._encode_typed(value)
-        if data is not None:
-            return data, None
+        typed = self._encode_typed(value)
+        if typed is not None:
+            return typed, None
         try:
             kept = keep_as_plain(value) if self._needed else plain_form(value)
             data = encode(kept)
@@ -143,6 +152,8 @@ class ValueCodec:
         kind = self._kind
         if kind in _BUILTIN:
             return isinstance(value, kind) or (kind is float and type(value) is int)
+        if kind in _OPEN_DICTS:
+            return isinstance(value, dict) and _STR.issuperset(map(type, value))
         if not self._supported:
             return True
         try:
