@@ -7,6 +7,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_each_construct_has_one_block() -> None:
 IN_PROCESS: dict[str, tuple[Any, Callable[[WorkflowResult[Any]], object], object]] = {
     "stage": ({"name": "cat"}, lambda result: result.stages[0].data, "cat at 200 px"),
     "typed context": ({"total": 2.5}, lambda result: (result.context.total, result.stages[0].data), (2.5, 5.0)),
+    "values": ({"pieces": 2}, lambda result: result.stages[1].data, Decimal("19.80")),
     "code of a script": ({"amount": 21}, lambda result: result.stages[0].data, 42.0),
     "replace": ({"id": 1, "dirty": 2}, lambda result: result.context, {"id": 1, "clean": True}),
     "class handler": (
