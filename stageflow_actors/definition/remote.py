@@ -42,7 +42,7 @@ class RemoteCall:
         return ctx.request(self.endpoint, self._command(context, ctx), timeout=self.timeout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_command"}
+        return {name: getattr(self, name) for name in RemoteCall.__slots__ if name != "_command"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

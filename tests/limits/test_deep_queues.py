@@ -9,7 +9,7 @@ from script_runner import run_script
 
 def test_bodies_of_deep_queues_leave_memory_and_recovery_is_linear() -> None:
     # Ten thousand bodies stay in memory; the others cost what a message costs, which is 600 bytes and not 1,600.
-    ran = run_script("limits", "-n", "100000", "--memory", "131", "--recovery", "60", "--slack", "8")
+    ran = run_script("limits", "-n", "100000", "--memory", "140", "--recovery", "60", "--slack", "8")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     small, large = (float(found.replace(",", "")) for found in re.findall(r"bytes: ([\d,]+) MB", ran.stdout))
     per_message = (large - small) * 1e6 / 75_000

@@ -7,6 +7,7 @@ zygote. This module decides nothing about messages or instances: it only carries
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import msgspec
 from pykka import messages
 from virtual_broker import VirtualBroker, VirtualClient
 from virtual_deaths import Deaths
+from worker_parts import make_executor
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.history.errors import HistoryUnavailable
@@ -32,7 +34,6 @@ from stageflow_actors.runtime.node.pool import Cancelled, Pool, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.supervisor import queue_options
 from stageflow_actors.runtime.worker import main as worker_module
-from stageflow_actors.runtime.worker.executors.base import ignore_error
 from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
 from stageflow_brokers.api import DeliveryItem
@@ -162,7 +163,7 @@ class VirtualWorker:
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
         self.mailbox = _WatchedMailbox(given.queue, node)
-        work = worker_module._load_executor(given, pausing, self.mailbox, ignore_error)
+        work = make_executor(given, pausing, self.mailbox, asyncio.Runner())
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
         self.client = VirtualClient(

@@ -210,6 +210,9 @@ class _NotedCall(RemoteCall):
         """As any remote stage, with a command that says for whom it is."""
         return self._handle(context, ctx)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_handle": self._handle}
+
 
 def _no_command(context: Any) -> Any:
     raise AssertionError("its own handler asks")
