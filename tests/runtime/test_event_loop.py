@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stageflow_actors import StageTimeout
+from stageflow_actors import StageError, StageTimeout
 from stageflow_actors.runtime.worker.event_loop import EventLoop, LoopCall
 
 
@@ -21,6 +21,7 @@ class Slot:
     def __init__(self, timeout_ns: int = 0) -> None:
         self.turn = False
         self.turns = 0
+        self.cancelled = False
         self.excused_ns = 0
         self.timeout_ns = timeout_ns
         self.graces: list[int] = []
@@ -34,6 +35,9 @@ class Slot:
 
     def excuse(self, blocked_ns: int) -> None:
         self.excused_ns += blocked_ns
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
 
     def set_grace(self, grace_ns: int) -> None:
         self.graces.append(grace_ns)
@@ -170,6 +174,40 @@ def test_a_message_over_its_time_is_cancelled_and_the_others_go_on(loop: EventLo
     assert isinstance(results[2], asyncio.CancelledError)
     assert str(calls[2].reason) == "late"
     assert [calls[number].reason for number in (0, 1, 3, 4)] == [None] * 4
+
+
+def test_a_message_that_the_node_cancels_is_cancelled_while_a_thread_waits_for_it(loop: EventLoop) -> None:
+    slots = [Slot() for _ in range(3)]
+    ended: list[tuple[int, str]] = []
+
+    async def work(number: int) -> None:
+        try:
+            slots[number].cancelled = number == 1
+            if number != 1:
+                return
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append((number, "cleaned up"))
+            raise
+
+    def serve(number: int) -> None:
+        try:
+            loop.run(work(number), slots[number], "stage 's'")
+            ended.append((number, "finished"))
+        except StageError as error:
+            ended.append((number, str(error)))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(ended) == [
+        (0, "finished"),
+        (1, "cleaned up"),
+        (1, "the instance was cancelled"),
+        (2, "finished"),
+    ]
 
 
 def test_a_thread_waits_for_what_runs_on_the_loop_of_the_worker(loop: EventLoop) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pykka
 
-from stageflow_actors.errors import StageError, StageTimeout
+from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS, Slot
@@ -35,9 +35,6 @@ __all__ = ["TaskActor", "ThreadActor"]
 
 THREAD_END_SECONDS = 1.0
 """The longest wait for an idle thread to end."""
-
-CANCEL_POLL_SECONDS = 0.05
-"""The interval at which the actor checks its lanes for cancellations."""
 
 
 class _ConcurrentActor(WorkActor):
@@ -149,8 +146,7 @@ class TaskActor(_ConcurrentActor):
         self._base_context = executor.environment.base_context
         self._loop = inbox.loop = self._event_loop.loop
         self._free = list(reversed(self._lanes))
-        self._calls: dict[Slot, LoopCall] = {}
-        self._flushing = self._polling = False
+        self._flushing = False
         for lane in self._lanes:
             lane.set_grace(CANCEL_GRACE_NS)
 
@@ -197,14 +193,11 @@ class TaskActor(_ConcurrentActor):
             call.close()
             self._finish(item, lane, result, began)
             return
-        self._calls[lane] = call
         call.task = self._loop.create_task(self._await_handler(item, lane, call, result, began), context=context)
         if executor.timeout_ns:
             seconds = executor.timeout_ns / 1e9
             call.limit(seconds, StageTimeout(f"{executor.display_name} ran longer than its timeout of {seconds:g} s"))
-        if not self._polling:
-            self._polling = True
-            self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
+        call.watch_cancel()
 
     async def _await_handler(
         self, item: DeliveryItem, lane: Slot, call: LoopCall, pending: PendingCall, began: int
@@ -219,7 +212,6 @@ class TaskActor(_ConcurrentActor):
         call.close()
         try:
             result = pending.complete(value) if error is None else pending.fail(error)
-            del self._calls[lane]
             self._finish(item, lane, result, began)
             self._start_waiting()
         except BaseException:  # noqa: BLE001 - not user code: an error here is ours
@@ -240,14 +232,6 @@ class TaskActor(_ConcurrentActor):
             self._flush_or_retire()
         except BaseException:  # noqa: BLE001 - the loop would only log it and go on
             self._exit_on_bug()
-
-    def _poll_cancels(self) -> None:
-        for lane, call in self._calls.items():
-            if lane.is_cancelled():
-                call.cancel(StageError("the instance was cancelled"))
-        self._polling = bool(self._calls)
-        if self._polling:
-            self._loop.call_later(CANCEL_POLL_SECONDS, self._poll_cancels)
 
 
 class _Finished:

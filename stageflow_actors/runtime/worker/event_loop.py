@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Protocol
 
-from stageflow_actors.errors import StageFlowError, StageTimeout
+from stageflow_actors.errors import StageError, StageFlowError, StageTimeout
 from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS
 from stageflow_actors.runtime.worker.awaitables import finish
 
@@ -28,6 +28,10 @@ __all__ = ["EventLoop", "LoopCall", "LoopSlot"]
 
 LONG_TURN_NS = 50_000_000
 """The least length of a turn that counts as a blocked loop."""
+
+
+CANCEL_POLL_SECONDS = 0.05
+"""The interval at which the slots of messages on the loop are checked for cancellations."""
 
 
 class LoopSlot(Protocol):
@@ -41,6 +45,9 @@ class LoopSlot(Protocol):
 
     def excuse(self, blocked_ns: int) -> None:
         """Extend the time limit of the message in work by the time in which another one blocked the loop."""
+
+    def is_cancelled(self) -> bool:
+        """Return True if the message in work is to end."""
 
     def set_grace(self, grace_ns: int) -> None:
         """Extend each time limit by `grace_ns`, in which the worker itself cancels the handler."""
@@ -73,6 +80,17 @@ class LoopCall:
     def limit(self, seconds: float, late: Exception) -> None:
         """Cancel the handler after this time."""
         self._timer = self._loop.loop.call_later(seconds, self._on_late, late)
+
+    def watch_cancel(self) -> None:
+        """Cancel the handler when the node cancels its message."""
+        if not self._loop.polls_cancels:
+            self._loop.polls_cancels = True
+            self._loop.loop.call_later(CANCEL_POLL_SECONDS, self._loop.poll_cancels)
+
+    def check_cancelled(self) -> None:
+        """Cancel the handler if the node has cancelled its message."""
+        if self._slot is not None and self._slot.is_cancelled():
+            self.cancel(StageError("the instance was cancelled"))
 
     def cancel(self, reason: Exception) -> None:
         """Cancel the handler for this reason; only the first reason counts."""
@@ -158,11 +176,13 @@ def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any
 class EventLoop:
     """The event loop of a worker, created on its first use.
 
-    The thread that creates this object is its owner. `calls` are the messages in work on the loop.
+    The thread that creates this object is its owner. `calls` are the messages in work on the loop. `polls_cancels`:
+    their slots are checked at intervals.
     """
 
     def __init__(self, create: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop) -> None:
         self.calls: set[LoopCall] = set()
+        self.polls_cancels = False
         self._create = create
         self._created: asyncio.AbstractEventLoop | None = None
         self._owner = threading.get_ident()
@@ -214,6 +234,14 @@ class EventLoop:
         if threading.get_ident() == self._owner or asyncio.get_running_loop() is self._created:
             return await finish(value)
         return await asyncio.wrap_future(self._start(finish(value), contextvars.copy_context()))
+
+    def poll_cancels(self) -> None:
+        """Cancel the messages that the node has cancelled, now and at intervals while messages are in work."""
+        for call in list(self.calls):
+            call.check_cancelled()
+        self.polls_cancels = bool(self.calls)
+        if self.polls_cancels:
+            self.loop.call_later(CANCEL_POLL_SECONDS, self.poll_cancels)
 
     def stop(self) -> None:
         """End the loop's own thread, if it has one: afterwards the owner may run and close the loop."""
@@ -267,6 +295,7 @@ async def _await_call(
         timeout_ns, left_ns = limit
         late = StageTimeout(f"{what} ran longer than its timeout of {timeout_ns / 1e9:g} s")
         call.limit(max(0, left_ns) / 1e9, late)
+    call.watch_cancel()
     try:
         return await finish(value), call.reason
     except BaseException as error:  # noqa: BLE001 - the caller raises it

@@ -100,9 +100,6 @@ class Stopwatch(LoopSlot, Protocol):
     def end_policy(self) -> None:
         """Record that the retry policy returned."""
 
-    def is_cancelled(self) -> bool:
-        """Return True if the message in work is to end."""
-
 
 def retry_delay(
     policy: RetryPolicy | None, attempt: int, failure: Failure, error: Exception | None = None
