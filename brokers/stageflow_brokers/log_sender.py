@@ -186,5 +186,5 @@ def annotate_nothing(record: logging.LogRecord) -> None:
 
 def relay_process(fd: int, level: int) -> None:
     """Send the records of this process from `level` on over the socket `fd`."""
-    logging.getLogger().setLevel(level)
+    logging.root.setLevel(level)
     send_logs(LogSender(socket.socket(fileno=fd)).send, annotate_nothing)

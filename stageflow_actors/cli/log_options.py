@@ -47,7 +47,7 @@ def configure_logging(log_level: str | None, log_format: str | None) -> None:
     """Apply the options; call it after the user's module has been imported, whose handlers stay."""
     if log_level is None and log_format is None:
         return
-    root = logging.getLogger()
+    root = logging.root
     if log_level is not None:
         root.setLevel(log_level.upper())
     formatter = _JsonFormatter() if log_format == "json" else logging.Formatter(TEXT_FORMAT)

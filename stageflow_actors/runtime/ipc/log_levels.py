@@ -61,7 +61,7 @@ def read_setup(log_level: str) -> LogSetup:
     `log_level` is that of `Config`: it holds for the product's own loggers unless it is the default, and for all
     loggers of a program that has not configured logging.
     """
-    root = logging.getLogger()
+    root = logging.root
     own = logging.getLevelName(log_level)
     configured = bool(root.handlers) or root.level != DEFAULT_LEVEL
     levels = {logger.name: logger.level for logger in _loggers() if logger.level}
@@ -85,7 +85,7 @@ def _loggers() -> list[logging.Logger]:
 def describe_handlers() -> dict[logging.Logger, dict[str, logging.Handler]]:
     """Return each logger's handlers by their description: logger, type, destination, format and level."""
     found: dict[logging.Logger, dict[str, logging.Handler]] = {}
-    for logger in [logging.getLogger(), *_loggers()]:
+    for logger in [logging.root, *_loggers()]:
         for handler in list(logger.handlers):
             formatter = handler.formatter
             text = "|".join(
@@ -169,7 +169,7 @@ class LogLevels:
         if setup is None:
             return
         before = LogSetup(-1, {}) if self._applied is None else self._applied
-        root = logging.getLogger()
+        root = logging.root
         if setup.root != before.root:
             root.setLevel(setup.root)
         for name, level in setup.levels.items():
@@ -185,12 +185,12 @@ class LogLevels:
 
     def current(self) -> dict[str, int]:
         """Return the levels of the loggers of this process, to be restored."""
-        return {logger.name: logger.level for logger in [logging.getLogger(), *_loggers()]}
+        return {logger.name: logger.level for logger in [logging.root, *_loggers()]}
 
     def restore(self, levels: dict[str, int]) -> None:
         """Restore levels; loggers that are new have those of the program."""
         known = {} if self._applied is None else self._applied.levels
-        for logger in [logging.getLogger(), *_loggers()]:
+        for logger in [logging.root, *_loggers()]:
             level = levels.get(logger.name, known.get(logger.name, logging.NOTSET))
             if logger.level != level:
                 logger.setLevel(level)

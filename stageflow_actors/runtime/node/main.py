@@ -27,7 +27,7 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
-from stageflow_actors.runtime.ipc.log_levels import LogLevels
+from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_ends, describe_unresponsive, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
@@ -188,7 +188,7 @@ class Node:
             max_message_bytes=config.max_message_bytes,
             keep_fds=(config.lock_fd,),
             log_fd=self._output.log_fd,
-            log_level=logging.getLogger("stageflow_brokers").getEffectiveLevel(),
+            log_level=logging.getLogger(OWN_LOGGERS[1]).getEffectiveLevel(),
         )
         self._zygote: ZygoteHandle | None = None
         self._listener = _NodeListener()
