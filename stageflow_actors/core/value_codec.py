@@ -8,6 +8,7 @@ restores it too; an object is a map of its fields, which only the annotation mak
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 import msgspec
@@ -84,7 +85,7 @@ class ValueCodec:
                     return data, None
             except Exception:  # noqa: BLE001 - the slow path below explains the error
                 pass
-            return encode_value(_objects_as_dicts(value), what=what), None
+            return encode_value(_as_deep_as_possible(_objects_as_dicts, value), what=what), None
         typed = self._encode_typed(value)
         if typed is not None:
             return typed, None
@@ -192,7 +193,7 @@ def encode_message(value: Any, *, what: str) -> bytes:
             return data
     except Exception:  # noqa: BLE001 - the slow path below explains the error
         pass
-    encode_value(_without_objects(value), what=what)  # outside of objects no type is written down
+    encode_value(_as_deep_as_possible(_without_objects, value), what=what)  # outside of objects no type is written down
     given = _objects_as_dicts(value, typed=True)
     fault = find_unencodable(given, "value")
     if fault is None:
@@ -201,6 +202,14 @@ def encode_message(value: Any, *, what: str) -> bytes:
         if fault is None:
             return data
     raise InvalidContext(f"{what}: {fault.path} {fault.problem}; {fault.advice}")
+
+
+def _as_deep_as_possible(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return `change(value)`; a value that is nested too deep, or in itself, as it is: the encoder explains that."""
+    try:
+        return change(value)
+    except RecursionError:
+        return value
 
 
 def _without_objects(value: Any) -> Any:

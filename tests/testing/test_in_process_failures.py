@@ -229,3 +229,14 @@ def test_sys_exit_in_a_handler_is_the_failure_of_its_stage() -> None:
     result = run(Workflow("flow").add_stage(lambda context: sys.exit(3), id="quits"), {})
     assert result.status == "failed"
     assert result.error == "SystemExit: 3"
+
+
+def test_a_result_that_holds_itself_fails_its_stage_with_a_reason() -> None:
+    def circle(context: Any) -> Any:
+        inner: list[Any] = []
+        inner.append(inner)
+        return inner
+
+    error = run(Workflow("flow").add_stage(circle, id="s"), {}).error
+    assert error is not None
+    assert "the result of stage 's': value[0] refers to itself" in error
