@@ -138,8 +138,11 @@ class ValueCodec:
         try:
             if not self._needed:
                 data = encode(value)
-                kept = is_kept(data, value) or find_difference(value, decode_any(data), "value") is None
-                return data if kept and self._fits(value) else None
+                if not is_kept(data, value):
+                    data = encode(extensions.to_wire(value))
+                    if find_difference(value, decode_any(data), "value") is not None:
+                        return None
+                return data if self._fits(value) else None
             if self._context is not None:
                 return self._context.encode(value) if type(value) is self._kind else None
             data = encode(describe(value))

@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,14 @@ def test_a_reader_without_the_annotation_restores_what_describes_itself() -> Non
     data, warning = ValueCodec(tuple[Decimal, dict[date, set[Path]], frozenset[tuple[int, str]]]).keep(value, what="it")
     assert warning is None
     assert decode_value(data) == value
+
+
+@pytest.mark.parametrize("kind", [Any, dict, dict[str, Any]])
+def test_an_aware_datetime_in_a_result_keeps_its_offset(kind: Any) -> None:
+    value = {"at": datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=5, minutes=30))), "n": float("inf")}
+    data, warning = ValueCodec(kind).keep(value, what="it")
+    assert warning is None
+    assert repr(ValueCodec(kind).decode(data)) == repr(value)
 
 
 def test_a_typed_result_has_a_view_for_json() -> None:
