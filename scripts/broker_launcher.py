@@ -29,5 +29,7 @@ def start_broker(
     with os.fdopen(reading) as pipe:
         report = json.loads(pipe.readline() or "{}")
     if not report.get("ready"):
+        process.kill()
+        process.communicate()  # without it the end of the object is a ResourceWarning in the middle of something else
         raise RuntimeError(f"the broker did not start: {report}")
     return process

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,9 @@ def test_how_a_worker_ends_is_reported(node: Node, command: tuple[object, ...], 
 
 
 def test_a_traceback_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    node = Node()
-    node.spawn("w", "fail")
-    node.exited("w")
-    node.close()
+    with closing(Node()) as node:
+        node.spawn("w", "fail")
+        node.exited("w")
     said = capfd.readouterr()
     assert "ValueError: this worker fails" in said.err
     assert said.out == ""
@@ -164,12 +164,11 @@ def test_a_payload_of_megabytes_arrives(node: Node) -> None:
 
 
 def test_a_worker_has_its_environment_path_directory_and_session(tmp_path: Path) -> None:
-    node = Node(cwd=str(tmp_path), path=str(tmp_path))
-    node.spawn("w", "environment", node.talk, "OMP_NUM_THREADS", env={"OMP_NUM_THREADS": "7"})
-    told = json.loads(node.line())
-    node.spawn("plain", "environment", node.talk, "OMP_NUM_THREADS")
-    plain = json.loads(node.line())
-    node.close()
+    with closing(Node(cwd=str(tmp_path), path=str(tmp_path))) as node:
+        node.spawn("w", "environment", node.talk, "OMP_NUM_THREADS", env={"OMP_NUM_THREADS": "7"})
+        told = json.loads(node.line())
+        node.spawn("plain", "environment", node.talk, "OMP_NUM_THREADS")
+        plain = json.loads(node.line())
     assert told == {
         "value": "7",
         "cwd": str(tmp_path),
@@ -294,14 +293,13 @@ def test_a_node_that_does_not_listen_for_a_while_does_not_block_the_zygote(node:
 
 def test_a_worker_writes_its_slot(tmp_path: Path) -> None:
     slots = SlotTable.create(3)
-    node = Node(slots)
-    node.spawn("w", "hang", node.talk, slot=2)
-    node.line()
-    state = slots[2].read()
-    idle = slots[1].read()
-    node.spawn("x", "leave", 0)
-    node.exited("x")
-    node.close()
+    with closing(Node(slots)) as node:
+        node.spawn("w", "hang", node.talk, slot=2)
+        node.line()
+        state = slots[2].read()
+        idle = slots[1].read()
+        node.spawn("x", "leave", 0)
+        node.exited("x")
     slots.close()
     assert (state.message_id, state.started, state.finished, state.is_busy) == (1_001, 1, 0, True)
     assert idle.started == 0
@@ -309,9 +307,8 @@ def test_a_worker_writes_its_slot(tmp_path: Path) -> None:
 
 def test_a_zygote_whose_imports_fail_reports_it_by_its_exit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "needy.py").write_text("import not_installed")
-    node = Node(path=str(tmp_path), preload=["needy"])
-    node.until(lambda: ZygoteGone(1) in node.heard)
-    node.close()
+    with closing(Node(path=str(tmp_path), preload=["needy"])) as node:
+        node.until(lambda: ZygoteGone(1) in node.heard)
     assert "No module named 'not_installed'" in capfd.readouterr().err
 
 
@@ -319,17 +316,15 @@ def test_a_preload_that_starts_a_thread_is_refused(tmp_path: Path, capfd: pytest
     (tmp_path / "busy.py").write_text(
         "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
     )
-    node = Node(path=str(tmp_path), preload=["busy"])
-    node.until(lambda: ZygoteGone(1) in node.heard)
-    node.close()
+    with closing(Node(path=str(tmp_path), preload=["busy"])) as node:
+        node.until(lambda: ZygoteGone(1) in node.heard)
     assert "must have one thread" in capfd.readouterr().err
 
 
 def test_a_preload_that_is_not_installed_is_not_needed() -> None:
-    node = Node(preload=["not_installed", "zygote_entries.nothing"])
-    node.spawn("w", "leave", 6)
-    assert node.exited("w").status == 6
-    node.close()
+    with closing(Node(preload=["not_installed", "zygote_entries.nothing"])) as node:
+        node.spawn("w", "leave", 6)
+        assert node.exited("w").status == 6
 
 
 NODE = """
