@@ -317,12 +317,10 @@ def test_a_field_added_with_a_default_changes_no_digest() -> None:
     assert _digest(ContextCodec(Tagged), Tagged()) == _digest(ContextCodec(Tagged), Tagged(0))
 
 
-def test_the_digest_of_release_0_1_is_known_again() -> None:
+def test_an_earlier_digest_of_a_dict_and_of_its_object_are_known_for_each_other() -> None:
     codec = ContextCodec(Order)
-    written = bytes.fromhex("a6e8d6a8c7b6d9ed0f0e0f0f0f0f0f0f")
     data = codec.prepare(Order("a"))
     earlier = list(codec.earlier_digests(data, "orders"))
-    assert written not in earlier
     assert len(set(earlier)) > 1
     assert set(earlier) & set(codec.earlier_digests(codec.prepare({"id": "a"}), "orders"))
 
