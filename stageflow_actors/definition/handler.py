@@ -176,7 +176,8 @@ def inspect_handler(handler: Any, what: str) -> HandlerSpec:
             undo = _call("object", handler, compensate, f"compensate of {what}", method="compensate")
         return _call("object", handler, execute, f"execute of {what}", compensate=undo)
     if not callable(handler):
-        raise WorkflowDefinitionError(f"{what} has {handler!r} as its handler: {_advice(handler)}")
+        shown = f"a {type(handler).__name__}" if isinstance(handler, (list, tuple, set)) else repr(handler)
+        raise WorkflowDefinitionError(f"{what} has {shown} as its handler: {_advice(handler)}")
     return _call("function", handler, handler, what)
 
 
@@ -222,7 +223,9 @@ def _class_advice(kind: type[Any]) -> str:
         return f": {_advice(kind)}"
     for name in ("run", "__call__", "handle", "process", "call"):
         if name in kind.__dict__ and callable(getattr(kind, name)):
-            return f": name its method {name} execute, or give the object's method"
+            return (
+                f": rename its method {name!r} to 'execute', or give the method of an object, {kind.__name__}().{name}"
+            )
     return ""
 
 
@@ -241,7 +244,7 @@ def _advice(handler: Any) -> str:
     if handler is None:
         return "give the function itself, without calling it"
     if isinstance(handler, str):
-        return "write add_stage(handler, id=...): a string is no handler"
+        return f"a string is no handler, write add_stage(function, id={handler!r})"
     return "use a function, or an object with execute(context)"
 
 

@@ -53,6 +53,15 @@ class RetryPolicy(Protocol):
         """
 
 
+_SHAPE = "Retry.exponential(max_attempts=3, initial=1, maximum=30) or Retry.fixed(max_attempts=3, delay=1)"
+
+
+def _refuse_without_kind(policy: Retry, *args: Any, **options: Any) -> None:
+    """Refuse `Retry(max_attempts=3)`, which does not choose the delays between attempts."""
+    if not args and "kind" not in options:
+        raise WorkflowDefinitionError(f"Retry(...) does not choose the delays between attempts: write {_SHAPE}")
+
+
 class Retry:
     """A policy that retries failed attempts after growing or constant delays.
 
@@ -87,7 +96,7 @@ class Retry:
 
     __slots__ = ("_abort", "_kind", "_random", "_retry", "factor", "initial", "jitter", "max_attempts", "maximum")
 
-    @adapts("Retry.exponential(max_attempts=3, initial=1, maximum=30) or Retry.fixed(max_attempts=3, delay=1)")
+    @adapts(_SHAPE, _refuse_without_kind)
     def __init__(
         self,
         kind: str,

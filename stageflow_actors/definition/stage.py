@@ -336,6 +336,8 @@ class Stage:
         name = default_id(handler) if id is None else id
         self.id: str = name if id is None and not name else check_id(name, f"the stage of {handler!r}")
         what = f"stage {self.id!r}" if self.id else "stage of a lambda"
+        if id is None and not callable(handler) and not hasattr(handler, "execute"):
+            what = "a stage"  # its default id would be the name of a wrong type
         self.handler = handler
         self.spec: HandlerSpec = inspect_handler(handler, what)
         if compensation is None and has_options(handler):

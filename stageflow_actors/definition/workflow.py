@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import msgspec
 
@@ -191,7 +191,8 @@ class Workflow(Generic[C]):
                 for (option, default), value in zip(_OPTIONS.items(), given, strict=True)
             ]
             name, context, version, timeout, on_failure, retry, stage_timeout = chosen
-            id = id if id is not None else declared.get("id") or default_id(kind)
+            id = id if id is not None else declared.get("id")
+            id = id if id is not None else default_id(kind)
         elif id is None:
             raise WorkflowDefinitionError("a workflow needs an id: write Workflow('order-processing')")
         self.id: str = check_id(id, "the workflow")
@@ -214,6 +215,16 @@ class Workflow(Generic[C]):
         self._compensations_redefined: set[str] = set()
         self._running_in: list[str] = []
         self.configure()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            if name not in ("id", "_stages", "_steps", "_ids", "_running_in"):
+                return self.__getattribute__(name)  # the usual AttributeError
+            raise WorkflowDefinitionError(
+                f"the workflow class {type(self).__name__} has an __init__ that does not call super().__init__() "
+                "first: call it there, or override configure(self) in place of __init__"
+            )
 
     def configure(self) -> None:
         """Add the steps of a subclass, which overrides this.

@@ -423,7 +423,7 @@ class Runtime(Client):
 
     @property
     def _place(self) -> str:
-        return f"the runtime of {self.data_dir}"
+        return f"the Runtime of data directory {str(self.data_dir)!r}"
 
     def _mark_running(self, workflows: list[Workflow[Any]]) -> None:
         for workflow in workflows:

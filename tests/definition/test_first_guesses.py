@@ -32,6 +32,19 @@ class Till:
     def refund(self, order: Any, bnak: Any) -> None: ...
 
 
+class Worker:
+    def run(self, order: Any) -> None: ...
+
+
+class Unnamed(Workflow[Any]):
+    id = ""
+
+
+class Unready(Workflow[Any]):
+    def __init__(self) -> None:
+        self.add_stage(pay)
+
+
 class Regional(Workflow[Any]):
     def __init__(self, region: str) -> None:
         super().__init__(f"orders-{region}")
@@ -97,7 +110,12 @@ def test_the_decorator_takes_an_id_alone() -> None:
         (lambda: flow().add_stage(Workflow), "a workflow cannot be a stage of another"),
         (lambda: flow().add_stage(fetch({})), "give the async function itself, without calling it"),
         (lambda: flow().add_stage(pay({})), "give the function itself, without calling it"),
-        (lambda: flow().add_stage("charge"), "a string is no handler"),
+        (
+            lambda: flow().add_stage("charge"),
+            r"a stage has 'charge'.*a string is no handler, write add_stage\(function, id=",
+        ),
+        (lambda: flow().add_stage([pay]), "^a stage has a list as its handler: call add_stage"),
+        (lambda: flow().add_stage(Worker), r"rename its method 'run' to 'execute', or give .* Worker\(\).run"),
         (lambda: flow().add_stage(pay, retries=3), "unknown option 'retries': did you mean 'retry'"),
         (lambda: flow().add_stage(pay, time_out=3), "unknown option 'time_out': did you mean 'timeout'"),
         (lambda: flow().add_stage(pay, workers=3), "unknown option 'workers': did you mean 'actors'"),
@@ -106,6 +124,10 @@ def test_the_decorator_takes_an_id_alone() -> None:
         (
             lambda: Retry(max_attempts=3),
             r"write Retry.exponential\(max_attempts=3, initial=1, maximum=30\) or Retry.fi",
+        ),
+        (
+            lambda: Retry(max_attempts=3),
+            "^Retry.* does not choose the delays between attempts: write Retry.exponential",
         ),
         (lambda: Retry(3), r"write Retry.exponential\(max_attempts=3"),
         (
@@ -125,6 +147,8 @@ def test_the_decorator_takes_an_id_alone() -> None:
         (lambda: flow().add_delay("cool-down"), r"missing.*'duration': write add_delay\(id, seconds\)"),
         (lambda: flow().add_signal("approval", 60), r"write add_signal\(id, timeout="),
         (lambda: Workflow(), r"a workflow needs an id: write Workflow\('order-processing'\)"),
+        (lambda: Unnamed(), "empty"),
+        (lambda: Unready(), r"class Unready has an __init__ that does not call super.* override configure"),
         (lambda: Workflow("flow", stages=[pay]), r"unexpected keyword argument 'stages'.*write Workflow\(id"),
         (lambda: flow().add_stage(pay).set_compensation("typo", ship), "no stage 'typo'.*its stages are pay"),
         (lambda: flow().add_stage(pay).set_compensation("pya", ship), "no stage 'pya'"),

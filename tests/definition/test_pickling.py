@@ -264,3 +264,21 @@ def test_what_cannot_be_sent_is_named_with_its_stage_and_the_way_to_it(tmp_path:
     assert lines[len(expected) :] == ["sent"] * 6, done.stderr
     assert "Runtime.connect(data_dir)" in lines[expected.index(next(t for t in expected if "RUNTIME" in t))]
     assert 'services={"lock": factory}' in lines[0]
+
+
+class _Refuses:
+    def __reduce__(self) -> Any:
+        raise LookupError("no such shop")
+
+
+def test_an_object_that_cannot_be_sent_is_reported_without_the_traceback_of_the_pickler() -> None:
+    with pytest.raises(WorkflowDefinitionError, match=r"_thread\.lock") as caught:
+        dumps(threading.Lock(), what="stage 'pay'")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_an_error_of_the_users_reduce_keeps_its_traceback() -> None:
+    with pytest.raises(WorkflowDefinitionError, match="no such shop") as caught:
+        dumps(_Refuses(), what="stage 'pay'")
+    assert isinstance(caught.value.__cause__, LookupError)

@@ -68,8 +68,20 @@ def dumps(
                 references.update(new)
                 continue
             reason = found.describe() if found is not None else f"it cannot be sent to worker processes: {error}"
-            raise WorkflowDefinitionError(f"{what}: {reason}") from error
+            refusal = WorkflowDefinitionError(f"{what}: {reason}")
+            if _is_of_user(error):
+                raise refusal from error
+            raise refusal from None
     return pickle.dumps((RUN_ID, extra.main, extra.definitions, data))
+
+
+def _is_of_user(error: Exception) -> bool:
+    """Return True if code of the user raised the error, such as a `__reduce__`; its traceback says where."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else str(last.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] not in ("", "stageflow_actors", "cloudpickle")
 
 
 def loads(data: bytes) -> Any:

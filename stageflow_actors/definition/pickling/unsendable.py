@@ -231,8 +231,8 @@ def _advice(subject: Any, culprit: Any, names: list[str]) -> str:
         return "Make a list of it, or call the generator function in the handler"
     if "lock" in kind.lower() or kind.startswith("threading."):
         return (
-            "It would lock nothing across processes, and each worker handles one message at a time: remove it, make it "
-            f"in {factory}, or define it in a module that workers can import"
+            "It would lock nothing across processes, and a worker of concurrency=1 handles one message at a time: "
+            f"remove it, make it in {factory}, or define it in a module that workers can import"
         )
     if hasattr(culprit, "fileno") and hasattr(culprit, "read"):
         return f"Open the file in the handler, by its path, or in {factory}"

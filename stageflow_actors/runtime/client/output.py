@@ -271,8 +271,20 @@ class _RecordHandler(_Consumer):
             return
         self._report_at = time.monotonic() + DROP_REPORT_SECONDS
         for count, text in (
-            (self._dropped, "%d log records of other processes were dropped, because they came faster than handled"),
-            (self._dropped_lines, "%d lines of handlers' output were dropped, because they came faster than written"),
+            (
+                self._dropped,
+                (
+                    "%d log records of other processes were dropped, because they came faster than the program's "
+                    "logging handles them: log less in stages, raise the level of a logger, or use a faster handler"
+                ),
+            ),
+            (
+                self._dropped_lines,
+                (
+                    "%d lines of handlers' output were dropped, because they came faster than the reader of the "
+                    "program's output takes them: print less in stages, or write to a file"
+                ),
+            ),
         ):
             if not count or not logger.isEnabledFor(logging.WARNING):
                 continue
