@@ -658,7 +658,9 @@ MUTANTS = (
                 "self._closers.pop(0)",
             ),
         ),
-        ("tests/testing/test_in_process_services.py::test_services_are_closed_in_reverse_order_at_the_end_of_the_run",),
+        (
+            "tests/testing/test_in_process_services.py::test_services_are_closed_in_reverse_order_at_the_end_of_the_run[asynchronous]",
+        ),
     ),
     Mutant(
         "service-closed-twice",
@@ -682,7 +684,7 @@ MUTANTS = (
                 "        return await work\n",
             ),
         ),
-        ("tests/runtime/test_worker_services.py::test_a_service_is_made_once_and_closed_once",),
+        ("tests/runtime/test_worker_services.py::test_a_service_is_made_once_and_closed_once[close-async-stopped]",),
     ),
     Mutant(
         "ending-worker-charged",
@@ -694,7 +696,12 @@ MUTANTS = (
                 "if expected or (",
             ),
         ),
-        ("tests/chaos/test_exit_policy.py::test_however_a_worker_exits_that_was_ending_nothing_is_charged",),
+        (
+            (
+                "tests/chaos/test_exit_policy.py"
+                "::test_however_a_worker_exits_that_was_ending_nothing_is_charged[a crash of a C library-states0]"
+            ),
+        ),
     ),
     Mutant(
         "trackers-killed",
@@ -706,7 +713,7 @@ MUTANTS = (
                 "False:",
             ),
         ),
-        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole",),
+        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole[child_that_cleans_up-stopped]",),
     ),
     Mutant(
         "files-not-flushed",
@@ -718,7 +725,7 @@ MUTANTS = (
                 "",
             ),
         ),
-        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole",),
+        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole[file_alone-stopped]",),
     ),
 )
 

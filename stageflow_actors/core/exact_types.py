@@ -10,6 +10,7 @@ from __future__ import annotations
 import marshal
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from msgspec import inspect
@@ -131,79 +132,93 @@ def field_checker(context_type: type[Any]) -> Callable[[Any], bool]:
     return check
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 class _ProjectionBuilder:
-    """Compiles a function from an object to the values in it that may be of a subclass."""
+    """Composes a function from an object to the values in it that may be of a subclass."""
 
     def __init__(self) -> None:
-        self._names: dict[Any, str] = {}
-        self._scope: dict[str, Any] = {"exactly": _exactly}
+        self._functions: dict[Any, Callable[[Any], Any]] = {}
 
     def build(self, info: Any) -> Callable[[Any], Any]:
-        expression = self._expression(info, "v")
-        made: Callable[[Any], Any] = eval(f"lambda v: {expression or 'None'}", self._scope)
-        return made
+        return self._part(info) or (lambda value: None)
 
-    def _expression(self, info: Any, value: str) -> str:
-        """Return code for the parts of `value` to check; empty if there are none."""
+    def _part(self, info: Any) -> Callable[[Any], Any] | None:
+        """Return a function to the parts of a value that are to be checked; None if there are none."""
         if isinstance(info, inspect.Metadata):
-            return self._expression(info.type, value)
+            return self._part(info.type)
         if isinstance(info, _KEPT):
-            return ""
+            return None
         if isinstance(info, _SCALARS):
-            return value
+            return _same
         if isinstance(info, (inspect.DataclassType, inspect.StructType)):
-            return f"{self._function(info)}({value})"
+            return self._functions.get(info.cls) or self._fields(info)
         if isinstance(info, inspect.UnionType):
-            return self._union(info, value)
+            return self._union(info)
         if isinstance(info, _ITERATED):
-            return self._iterated(info, value)
+            return self._iterated(info)
         if isinstance(info, inspect.DictType):
-            return self._dict(info, value)
+            return self._dict(info)
         raise TypeError(f"{info} needs the slow check")
 
-    def _function(self, info: Any) -> str:
-        known = self._names.get(info.cls)
-        if known is None:
-            known = self._names[info.cls] = f"f{len(self._names)}"
-            parts = [self._expression(field.type, f"v.{field.name}") for field in info.fields]
-            code = "".join(f"{part}, " for part in parts if part)
-            self._scope[known] = eval(f"lambda v: ({code})", self._scope)
-        return known
+    def _fields(self, info: Any) -> Callable[[Any], Any]:
+        late: list[Callable[[Any], Any]] = []
+        self._functions[info.cls] = lambda value: late[0](value)  # a field may hold an object of the same class
+        parts = [(field.name, self._part(field.type)) for field in info.fields]
+        scalars = [name for name, part in parts if part is _same]
+        nested = [(attrgetter(name), part) for name, part in parts if part is not None and part is not _same]
+        plain = attrgetter(*scalars) if scalars else None
+        made: Callable[[Any], Any]
+        if not nested:
+            made = plain or (lambda value: None)
+        elif plain is None:
+            made = lambda value: [part(get(value)) for get, part in nested]  # noqa: E731
+        else:
+            made = lambda value: (plain(value), [part(get(value)) for get, part in nested])  # noqa: E731
+        late.append(made)
+        self._functions[info.cls] = made
+        return made
 
-    def _union(self, info: Any, value: str) -> str:
+    def _union(self, info: Any) -> Callable[[Any], Any] | None:
         others = [each for each in info.types if not isinstance(each, inspect.NoneType)]
         if all(isinstance(each, _SCALARS) for each in others):
-            return value
+            return _same
         if len(others) != 1:
             raise TypeError("a union of several types needs the slow check")
-        inner = self._expression(others[0], value)
-        return f"(None if {value} is None else {inner})" if inner else ""
+        inner = self._part(others[0])
+        return None if inner is None else lambda value: None if value is None else inner(value)
 
-    def _iterated(self, info: Any, value: str) -> str:
-        kind = {inspect.ListType: "list", inspect.VarTupleType: "tuple", inspect.SetType: "set"}
-        name = kind.get(type(info), "frozenset")
+    def _iterated(self, info: Any) -> Callable[[Any], Any]:
+        kind = _ITERATED_TYPES.get(type(info), frozenset)
         if isinstance(info.item_type, _SCALARS):
-            return value
-        inner = self._expression(info.item_type, "i")
-        if not inner:
-            return f"exactly({value}, {name})"
-        return f"(exactly({value}, {name}), [{inner} for i in {value}])"
+            return _same
+        inner = self._part(info.item_type)
+        if inner is None:
+            return lambda value: (_exactly(value, kind),)
+        return lambda value: (_exactly(value, kind), [inner(item) for item in value])
 
-    def _dict(self, info: Any, value: str) -> str:
+    def _dict(self, info: Any) -> Callable[[Any], Any]:
         simple = isinstance(info.key_type, _SCALARS)
         if simple and isinstance(info.value_type, _SCALARS):
-            return value
-        parts = [f"exactly({value}, dict)"]
-        if simple:
-            parts.append(f"[*{value}]")
-        elif not isinstance(info.key_type, _KEPT):
+            return _same
+        if not simple and not isinstance(info.key_type, _KEPT):
             raise TypeError("keys that are containers need the slow check")
-        inner = self._expression(info.value_type, "i")
-        if inner:
-            parts.append(f"[{inner} for i in {value}.values()]")
-        return f"({', '.join(parts)},)"
+        inner = self._part(info.value_type)
+
+        def check(value: Any) -> Any:
+            _exactly(value, dict)
+            keys = [*value] if simple else None
+            return keys if inner is None else (keys, [inner(item) for item in value.values()])
+
+        return check
 
 
-def _exactly(value: Any, kind: type[Any]) -> None:
+_ITERATED_TYPES: dict[Any, type[Any]] = {inspect.ListType: list, inspect.VarTupleType: tuple, inspect.SetType: set}
+
+
+def _exactly(value: Any, kind: type[Any]) -> bool:
     if type(value) is not kind:
         raise TypeError(f"{type(value).__name__} is not exactly {kind.__name__}")
+    return True

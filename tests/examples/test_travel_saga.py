@@ -43,7 +43,7 @@ def test_the_example_books_trips_and_its_books_agree(tmp_path: Path) -> None:
 def book(tmp_path: Path, trip: Trip) -> tuple[WorkflowResult[Trip], list[str], dict[str, list[str]]]:
     path = tmp_path / "desk.db"
     with closing(Desk(path)) as desk, travel_saga.open_hotel() as (url, hotel):
-        result = run(travel_saga.travel(url), trip, services={"desk": lambda: desk})
+        result = run(travel_saga.travel(url), trip, services={"desk": desk})
         rooms = [room["trip"] for room in hotel.rooms.values() if room["booked"]]
         return result, rooms, desk.trips()
 
