@@ -684,7 +684,9 @@ MUTANTS = (
                 "        return await work\n",
             ),
         ),
-        ("tests/runtime/test_worker_services.py::test_a_service_is_made_once_and_closed_once[async_generator-async-stopped]",),
+        (
+            "tests/runtime/test_worker_services.py::test_a_service_is_made_once_and_closed_once[async_generator-async-stopped]",
+        ),
     ),
     Mutant(
         "ending-worker-charged",
