@@ -163,10 +163,10 @@ class NodeHandle:
         A KeyboardInterrupt during the wait kills the cluster. So does the end of `grace`, the workers' time to stop and
         `STOP_MARGIN_SECONDS`: the node may be stopped (SIGSTOP), or wait for a broker that is.
         """
-        margin = STOP_MARGIN_SECONDS + self._config.worker_stop_timeout
-        deadline = None if grace is None else time.monotonic() + grace + margin
-        notes = StopNotes(self._notify)
         try:
+            margin = STOP_MARGIN_SECONDS + self._config.worker_stop_timeout
+            deadline = None if grace is None else time.monotonic() + grace + margin
+            notes = StopNotes(self._notify)
             failpoint("program.stopping")
             self._stopping.set()
             if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):

@@ -218,11 +218,16 @@ class Runtime(Client):
             node, data = self._local.node, self._data
             if node is None or data is None:
                 return
-            self._local.node, self._stopping_node = None, node
-            for workflow in self.workflows:
-                if self._place in workflow._running_in:
-                    workflow._running_in.remove(self._place)
             try:
+                try:
+                    self._local.node, self._stopping_node = None, node
+                    place = self._place
+                    for workflow in self.workflows:
+                        if place in workflow._running_in:
+                            workflow._running_in.remove(place)
+                except BaseException:  # Ctrl-C: nothing else refers to the node any more
+                    node.kill()
+                    raise
                 node.stop(seconds)
             finally:
                 self._stopping_node = None

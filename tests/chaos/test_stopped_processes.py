@@ -278,6 +278,8 @@ def test_a_zygote_that_is_stopped_does_not_outlive_a_cluster_that_is_ended_at_on
     alive.zygotes[0].suspend()
     program.send_signal(signal.SIGINT)
     assert program.stderr.readline() == "leaving\n"
+    # A second Ctrl-C before the stop has begun would only interrupt the handling of the first one.
+    assert "the stop waits for running handlers" in program.stderr.readline()
     program.send_signal(signal.SIGINT)
     assert program.wait(PATIENT) == -signal.SIGINT
     assert alive.end_within(3.0) == []

@@ -373,6 +373,24 @@ def test_ctrl_c_waits_for_the_stages_in_work_only(interrupted: Any, gate: Path, 
     assert not (data_dir / "cluster.json").exists()
 
 
+def test_a_ctrl_c_at_the_very_beginning_of_a_stop_kills_the_cluster(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(runtime: Runtime) -> None:
+        raise KeyboardInterrupt
+
+    workflow: Workflow[Any] = Workflow("interrupted").add_stage(print, id="show")
+    runtime = Runtime(workflow, data_dir=data_dir).start()
+    assert runtime._local.node is not None
+    node = runtime._local.node.pid
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Runtime, "_place", property(interrupt))  # what the stop does before it reaches the node
+        runtime.stop()
+    assert not psutil.pid_exists(node)
+    with Runtime(workflow, data_dir=data_dir):
+        pass
+
+
 def test_a_second_ctrl_c_kills_what_is_in_work(interrupted: Any, eventually: Any) -> None:
     program, log = interrupted
     cluster = [process.pid for process in psutil.Process(program.pid).children(recursive=True)]
