@@ -1,7 +1,7 @@
 """`LogLevels`: the program's logging set-up in shared memory, for the loggers of its other processes.
 
-The program writes the levels of its loggers; node and workers apply them, so that a record that no logger accepts costs no
-more than in the program, and follow later changes. Reading costs one comparison unless something has changed.
+The program writes the levels of its loggers; node and workers apply them and follow later changes, so that a record
+that no logger accepts costs no more than in the program. Reading costs one comparison unless something has changed.
 """
 
 from __future__ import annotations
