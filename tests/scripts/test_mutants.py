@@ -9,12 +9,18 @@ import sys
 import pytest
 from script_runner import run_script
 
-from mutants import MUTANTS, ROOT, Mutant, plant, survived
+from mutants import ROOT, plant, survived
+from mutating import MUTANTS
+from mutating.mutant import Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_each_mistake_can_still_be_made(mutant: Mutant) -> None:
     plant(mutant, ROOT, dry=True)
+
+
+def test_each_mistake_has_a_name_of_its_own() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
 def test_each_killer_is_a_test() -> None:

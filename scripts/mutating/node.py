@@ -1,0 +1,186 @@
+"""Mistakes in the node and the zygote: pools, exits, the coordinator, the history."""
+
+from __future__ import annotations
+
+from mutating.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "blocked-loop-charges-all",
+        "each message that is late behind a blocked event loop is charged with its timeout",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        late = [state for state in late if state in blocking or state.is_overdue(began)]\n",
+                "        del began\n",
+            ),
+        ),
+        ("tests/chaos/test_exit_policy.py::test_a_lane_that_blocks_the_event_loop_is_late_alone",),
+    ),
+    Mutant(
+        "id-leaves-before-history",
+        "the broker forgets an instance before its row is durable",
+        (
+            (
+                "stageflow_actors/runtime/node/coordinator.py",
+                "        try:\n            self._history.write(rows)\n",
+                (
+                    "        acks: list[Ack] = [(i.id, i.lease, FLAG_CLOSE_GROUP, i.group) for i, _ in batch]\n"
+                    "        self._broker.settle([], [], acks, [], [])\n"
+                    "        try:\n            self._history.write(rows)\n"
+                ),
+            ),
+        ),
+        (
+            "tests/simulator/test_simulator.py::test_whatever_breaks_each_instance_ends_exactly_as_its_workflow_requires[0]",
+        ),
+    ),
+    Mutant(
+        "retiring-by-kill",
+        "a worker that is no longer needed is killed in the middle of its work",
+        (
+            (
+                "stageflow_actors/runtime/node/pool.py",
+                "        self._context.broker.admin.retire(worker.peer).add_done_callback(on_answer)\n",
+                (
+                    "        if worker.pidfd >= 0 and not any(lane.is_busy for lane in worker.lanes):\n"
+                    "            worker.killed = ((), Failure('stopped', 'not needed'))\n"
+                    "            kill_group(worker.pid, worker.pidfd)\n"
+                ),
+            ),
+        ),
+        (
+            "tests/runtime/test_retiring_workers.py::test_a_pool_that_grows_and_shrinks_under_load_repeats_nothing[plain]",
+        ),
+    ),
+    Mutant(
+        "recycled-taken-for-dead",
+        "a recycled worker is charged like one that died",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "(status in (None, EXIT_RECYCLED) and",
+                "(status is None and",
+            ),
+        ),
+        (
+            "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_does_not_count_as_dead",
+            "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[recycled]",
+        ),
+    ),
+    Mutant(
+        "outdated-history-taken",
+        "a history that lacks rows which the journal records as written counts as complete",
+        (("stageflow_actors/runtime/node/history_consistency.py", "history.written < int(recorded)", "False"),),
+        ("tests/runtime/test_history_consistency.py::test_a_history_older_than_the_journal_is_refused",),
+    ),
+    Mutant(
+        "finished-run-again",
+        "an instance that finished by a newer history is run again by an older journal",
+        (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(ended).result()", "pass"),),
+        (
+            "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
+        ),
+    ),
+    Mutant(
+        "deaths-never-forgotten",
+        "deaths count in a row though messages were settled well in between",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        if states[0].settled:\n            self._deaths = 0\n",
+                "",
+            ),
+        ),
+        ("tests/chaos/test_pool_deaths.py::test_a_message_settled_well_makes_the_next_death_the_first_one_again",),
+    ),
+    Mutant(
+        "failed-starts-never-forgotten",
+        "failed starts count in a row though workers have worked in between",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        if started:\n            self._failed_starts = 0\n",
+                "",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again",
+        ),
+    ),
+    Mutant(
+        "no-back-off",
+        "a worker that dies repeatedly is restarted without a delay",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "        if self._deaths > 1:\n            self.back_off(self._deaths - 1, now)\n",
+                "",
+            ),
+        ),
+        ("tests/chaos/test_pool_deaths.py::test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not",),
+    ),
+    Mutant(
+        "pause-of-a-pool-never-over",
+        "a resumed queue is still reported as paused by its pool",
+        (
+            (
+                "stageflow_actors/runtime/node/pool_pause.py",
+                '        self._broker.admin.set_fact(PAUSED_BY_POOL_FACT + self._queue, "no")\n',
+                "",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_itself",
+        ),
+    ),
+    Mutant(
+        "compensation-cancelled",
+        "a compensation is ended when its instance is cancelled",
+        (("stageflow_actors/runtime/node/pool.py", ' and self._spec.kind != "compensation":', ":"),),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_stage_in_work_is_notified_of_its_cancellation_and_a_compensation_is_not",
+        ),
+    ),
+    Mutant(
+        "dead-killed-once-more",
+        "a dead worker is killed and classified by the message that it seems to run",
+        (
+            (
+                "stageflow_actors/runtime/node/pool.py",
+                "        if self._context.has_exited(worker.pidfd):\n            return  # its",
+                "        if False:\n            return  # its",
+            ),
+        ),
+        ("tests/chaos/test_pool_deaths.py::test_a_worker_that_has_died_is_not_killed_for_what_it_seems_to_run_still",),
+    ),
+    Mutant(
+        "ending-worker-charged",
+        "the last message is responsible for a crash while its worker ends",
+        (
+            (
+                "stageflow_actors/runtime/node/exit_policy.py",
+                "if expected or ending or (",
+                "if expected or (",
+            ),
+        ),
+        (
+            (
+                "tests/chaos/test_exit_policy.py"
+                "::test_however_a_worker_exits_that_was_ending_nothing_is_charged[a crash of a C library-states0]"
+            ),
+        ),
+    ),
+    Mutant(
+        "trackers-killed",
+        "processes that a worker has left behind are killed before they have cleaned up",
+        (
+            (
+                "stageflow_actors/runtime/zygote/main.py",
+                "self._slots[worker.slot].ending_since_ns:",
+                "False:",
+            ),
+        ),
+        ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole[child_that_cleans_up-stopped]",),
+    ),
+)
