@@ -24,6 +24,8 @@ package: each of them raises these errors.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -61,10 +63,60 @@ class StageFlowError(Exception):
         return _revive, (type(self), self.args, dict(self.__dict__))
 
 
+def find_place() -> str | None:
+    """Return the nearest line of user code that is being run, as `orders.py, line 12`; None if there is none.
+
+    Neither this package, nor the standard library, nor an installed package counts as user code.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        if file == "<stdin>" or file.startswith("<doctest"):
+            return None
+        if "ipykernel" in file or file.startswith("<ipython-input"):
+            return f"line {frame.f_lineno} of the cell"
+        if not file.startswith("<") and not _is_installed(file):
+            return f"{_shorten(file)}, line {frame.f_lineno}"
+    return None
+
+
+def _is_installed(file: str) -> bool:
+    """Return True for a file of this package, of Python, or of another installed package or command."""
+    return (
+        file.startswith((_PACKAGE, _STANDARD_LIBRARY))
+        or "-packages" + os.sep in file
+        or (os.path.dirname(file) == os.path.dirname(sys.executable))
+        or f"{os.sep}stageflow_brokers{os.sep}" in file
+    )
+
+
+def _shorten(file: str) -> str:
+    """Return the path relative to the working directory, if it is below that."""
+    try:
+        below = os.path.relpath(file)
+    except (OSError, ValueError):  # the working directory was removed
+        return file
+    return file if below.startswith(os.pardir) else below
+
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+
+
 class WorkflowDefinitionError(StageFlowError):
     """The workflow cannot run as it is defined.
 
-    The message names the workflow or the stage, and the fix.
+    The message names the workflow or the stage, and the fix; behind it stands the line of the program that made the
+    mistake, as in `... (orders.py, line 12)`.
+
+    Args:
+        message: What is wrong, where in the definition, and the fix.
+
+    Attributes:
+        message: The message without the place.
+        place: The line of the program, as `orders.py, line 12`. None if no code of the user was running, as in a
+            command.
 
     Example:
         >>> from stageflow_actors import Workflow, WorkflowDefinitionError
@@ -74,6 +126,15 @@ class WorkflowDefinitionError(StageFlowError):
         ...     print("malformed" in str(error))
         True
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.place = find_place()
+
+    def __str__(self) -> str:
+        is_named = self.place is None or os.path.basename(self.place) in self.message
+        return self.message if is_named else f"{self.message} ({self.place})"
 
 
 class InvalidContext(StageFlowError):

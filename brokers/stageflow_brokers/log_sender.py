@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ __all__ = [
     "FRAME_LENGTH_BYTES",
     "LogSender",
     "annotate_nothing",
+    "encode_dropped",
     "encode_record",
     "frame",
     "relay_process",
@@ -29,7 +30,7 @@ __all__ = [
 FRAME_LENGTH_BYTES = 4
 """Each record is preceded by its length."""
 DROPPED = "dropped_records"
-"""The only key of a frame that reports records which its sender has dropped."""
+"""The key of a frame that reports records which its sender has dropped; it has some attributes of the last one, too."""
 MAX_RECORD_BYTES = 120_000
 """Largest record; the buffer of a socket holds at least 160 KB."""
 MAX_CUT_CHARS = 20_000
@@ -110,15 +111,24 @@ def frame(data: bytes) -> bytes:
     return len(data).to_bytes(FRAME_LENGTH_BYTES, "little") + data
 
 
+def encode_dropped(count: int, last: bytes, attributes: Sequence[str]) -> bytes:
+    """Return the report on dropped records as data, with some attributes of the last one, which is encoded."""
+    fields = msgspec.msgpack.decode(last)
+    return _encode({DROPPED: count, **{name: fields[name] for name in attributes if name in fields}})
+
+
 class LogSender:
     """Sends records over `connection`, whose other end the collector reads. Usable from any thread, and after a fork.
 
     It has no lock, which a fork could leave locked in the child: the count of dropped records is approximate.
+    `attributes` are those of a dropped record that are reported with the count.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, attributes: Sequence[str] = ("name",)) -> None:
         self._connection = connection
+        self._attributes = attributes
         self._dropped = 0
+        self._last = b""
         self._stalled = False
 
     def send(self, record: logging.LogRecord) -> None:
@@ -128,15 +138,13 @@ class LogSender:
         except Exception:  # noqa: BLE001 - the record belongs to the user
             logging.Handler().handleError(record)
             return
-        self._send(frame(data))
-
-    def _send(self, data: bytes) -> None:
         if self._dropped:
             dropped = self._dropped
-            if self._try_send(frame(_encode({DROPPED: dropped}))):
+            if self._try_send(frame(encode_dropped(dropped, self._last, self._attributes))):
                 self._dropped -= dropped
-        if not self._try_send(data):
+        if not self._try_send(frame(data)):
             self._dropped += 1
+            self._last = data
 
     def _try_send(self, data: bytes) -> bool:
         while True:

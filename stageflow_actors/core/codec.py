@@ -38,8 +38,10 @@ from stageflow_actors.core.exact_types import (
 from stageflow_actors.core.input_digest import default_fields, input_digest
 from stageflow_actors.core.pydantic_codec import PydanticCodec, explain_validation, is_model
 from stageflow_actors.core.roundtrip import RoundTripFault, field_items, find_difference, find_unencodable, too_deep
+from stageflow_actors.definition.guesses import closest
 from stageflow_actors.definition.pickling import export_types, import_types, reachable_types
-from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
+from stageflow_actors.definition.type_names import distinct_names
+from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError, find_place
 
 __all__ = [
     "ContextCodec",
@@ -234,14 +236,14 @@ class ContextCodec(Generic[C]):
         if type(context) is wanted:
             return context
         if not isinstance(context, Mapping):
-            expected = f"{wanted.__name__} or a dict with its fields" if self._typed else "a dict"
-            kind = type(context).__name__
+            name, kind = distinct_names(wanted, type(context))
+            expected = f"{name} or a dict with its fields" if self._typed else "a dict"
             if isinstance(context, wanted):
                 raise InvalidContext(
                     f"the context must be {expected}, not its subclass {kind}: the fields that {kind} adds would be "
-                    f"lost; use {kind} as the context type of the workflow"
+                    f"lost; use {kind} as the context type of the workflow{_place()}"
                 )
-            raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}")
+            raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}{_place()}")
         given = dict(context)
         if not self._typed:
             return given
@@ -249,22 +251,26 @@ class ContextCodec(Generic[C]):
             try:
                 return self._model.from_input(given, strict)
             except Exception as error:  # noqa: BLE001 - a validator may raise any exception
-                self._refuse_decoding(error, None)
+                self._refuse_decoding(error, None, _place())
         unknown = [key for key in given if key not in self._fields]
         if unknown:
+            meant = closest(unknown[0], self._fields) if isinstance(unknown[0], str) else None
             raise InvalidContext(
-                f"context.{unknown[0]}: {wanted.__name__} has no such field; it has {', '.join(sorted(self._fields))}",
+                f"context.{unknown[0]}: {wanted.__name__} has no such field"
+                + (f" (did you mean {meant!r}?)" if meant else "")
+                + f"; it has {', '.join(sorted(self._fields))}{_place()}",
                 field=str(unknown[0]),
             )
         try:
             return extensions.convert(given, wanted, strict=strict)
         except Exception as error:  # noqa: BLE001 - a `__post_init__` may raise any exception
-            self._refuse_decoding(error, None)
+            self._refuse_decoding(error, None, _place())
 
     def _encode_slowly(self, context: C, stage: str | None) -> bytes:
         if not isinstance(context, self.context_type):
+            name, given = distinct_names(self.context_type, type(context))
             raise InvalidContext(
-                f"{_prefix(stage)}the context must be {self.context_type.__name__}, not {type(context).__name__}",
+                f"{_prefix(stage)}the context must be {name}, not {given}",
                 stage=stage,
             )
         return _encode_or_explain(
@@ -273,14 +279,14 @@ class ContextCodec(Generic[C]):
             prefix=_prefix(stage),
             stage=stage,
             decode=self._decode,
-            refuse=lambda error: self._refuse_decoding(error, stage),
+            refuse=lambda error: self._refuse_decoding(error, stage, "" if stage else _place()),
             model=self._model,
         )
 
-    def _refuse_decoding(self, error: Exception, stage: str | None) -> NoReturn:
+    def _refuse_decoding(self, error: Exception, stage: str | None, place: str = "") -> NoReturn:
         name = self.context_type.__name__
         message, field = explain_validation(error, name) or _reword(str(error) or type(error).__name__, name)
-        raise InvalidContext(_prefix(stage) + message, stage=stage, field=field) from error
+        raise InvalidContext(_prefix(stage) + message + place, stage=stage, field=field) from error
 
 
 def encode_value(value: Any, *, what: str) -> bytes:
@@ -331,7 +337,7 @@ def _encode_or_explain(
 ) -> bytes:
     def refuse_for(fault: RoundTripFault) -> NoReturn:
         field = fault.path.removeprefix(root).removeprefix(".") or None
-        message = f"{prefix}{fault.path} {fault.problem}; {fault.advice}"
+        message = f"{prefix}{fault.path} {fault.problem}; {fault.advice}{'' if stage else _place()}"
         raise InvalidContext(message, stage=stage, field=field) from None
 
     try:
@@ -499,6 +505,12 @@ _decode_fields = msgspec.msgpack.Decoder(dict[str, Raw]).decode
 
 def _hash(scope: str, canonical: bytes) -> bytes:
     return hashlib.blake2b(scope.encode() + b"\0" + canonical, digest_size=16).digest()
+
+
+def _place() -> str:
+    """Return the line of the program that gave a wrong context, in parentheses, or ""."""
+    place = find_place()
+    return f" ({place})" if place else ""
 
 
 def _prefix(stage: str | None) -> str:

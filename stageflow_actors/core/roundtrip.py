@@ -244,6 +244,14 @@ def _changed(value: Any, copy: Any, path: str) -> RoundTripFault:
         return RoundTripFault(
             path, f"is {value!r:.80} and is decoded as {copy!r:.80}", "check its __post_init__ and validators"
         )
+    if _a(kind) == _a(other):
+        return RoundTripFault(
+            path,
+            f"is an instance of another class {kind.__name__} than that of the field",
+            "the code that defines it was run twice: run the definition of the workflow again, too",
+        )
+    if kind is dict and field_items(copy) is not None:
+        return RoundTripFault(path, f"is a dict, and the field has {_a(other)}", f"use {other.__name__}(**x)")
     return RoundTripFault(path, f"is {_a(kind)} and is decoded as {_a(other)}", advise(value))
 
 

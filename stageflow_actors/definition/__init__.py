@@ -17,6 +17,7 @@
 `http`, `remote`  handlers that send a request to a server or to an endpoint
 `context_type`    which classes can be contexts; `type_hints` reads annotations
 `kept_types`      types that can be kept between stages; `result_types` those of a workflow's results
+`type_names`      names of classes in errors, with their module where two have the same name
 `duration`        seconds as users write them; `ids` checks names
 `pickling`        definitions as bytes for child processes
 `mermaid`         the workflow as a flowchart

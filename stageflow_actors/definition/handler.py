@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stageflow_actors.definition.callables import name_of
 from stageflow_actors.definition.parameters import POSITIONAL, VARIADIC, constructor_parameters, parameters_of
 from stageflow_actors.errors import WorkflowDefinitionError
 
@@ -176,8 +177,7 @@ def inspect_handler(handler: Any, what: str) -> HandlerSpec:
             undo = _call("object", handler, compensate, f"compensate of {what}", method="compensate")
         return _call("object", handler, execute, f"execute of {what}", compensate=undo)
     if not callable(handler):
-        shown = f"a {type(handler).__name__}" if isinstance(handler, (list, tuple, set)) else repr(handler)
-        raise WorkflowDefinitionError(f"{what} has {shown} as its handler: {_advice(handler)}")
+        raise WorkflowDefinitionError(f"{what} has {_shown(handler)} as its handler: {_advice(handler)}")
     return _call("function", handler, handler, what)
 
 
@@ -229,6 +229,19 @@ def _class_advice(kind: type[Any]) -> str:
     return ""
 
 
+def _shown(handler: Any) -> str:
+    """Return something that is no handler, with the names of the functions in it."""
+    if not isinstance(handler, (list, tuple, set)):
+        return f"{handler!r:.120}"
+    names = [name_of(each) if callable(each) else f"{each!r:.40}" for each in handler]
+    more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"the {type(handler).__name__} of {', '.join(names[:5])}{more}"
+        if names
+        else f"an empty {type(handler).__name__}"
+    )
+
+
 def _advice(handler: Any) -> str:
     """Return what to write instead of something that is no handler."""
     if callable(getattr(handler, "add_stage", None)):
@@ -237,7 +250,12 @@ def _advice(handler: Any) -> str:
             "Runtime.connect(data_dir).submit(...)"
         )
     if isinstance(handler, (list, tuple, set)):
-        return "call add_stage(handler) for each, or add_parallel(id, handlers) to run them at the same time"
+        named = [name_of(each) if callable(each) and name_of(each).isidentifier() else "handler" for each in handler]
+        first = named[0] if named else "handler"
+        return (
+            f"call add_stage({first}) and so on for each, or add_parallel('checks', [{', '.join(named[:5])}]) to run "
+            "them at the same time"
+        )
     if inspect.iscoroutine(handler):
         handler.close()
         return "give the async function itself, without calling it"

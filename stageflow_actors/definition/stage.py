@@ -88,12 +88,12 @@ def _with_class_options(names: tuple[str, ...]) -> Callable[[F], F]:
             try:
                 init(self, *args, **options, **own)
             except WorkflowDefinitionError as error:
-                wrong = next((name for name in own if re.search(rf"\b{name}( '[^']*')? of\b", str(error))), None)
+                wrong = next((name for name in own if re.search(rf"\b{name}( '[^']*')? of\b", error.message)), None)
                 if wrong is None:
                     raise
                 raise WorkflowDefinitionError(
-                    f"{error} (it is the attribute {wrong!r} of {kind.__name__}: plain attributes of a handler class "
-                    "that are named like options set them)"
+                    f"{error.message} (it is the attribute {wrong!r} of {kind.__name__}: plain attributes of a handler "
+                    "class that are named like options set them)"
                 ) from None
             warn_misspelt(handler, repr(self), names, _METHODS)
 
@@ -549,7 +549,7 @@ def _check_compensation(given: Any, spec: HandlerSpec, what: str) -> Compensatio
     try:
         return Compensation(given)
     except WorkflowDefinitionError as error:
-        raise WorkflowDefinitionError(f"the compensation of {what} does not fit: {error}") from None
+        raise WorkflowDefinitionError(f"the compensation of {what} does not fit: {error.message}") from None
 
 
 def _own_compensation(spec: HandlerSpec) -> Compensation:

@@ -128,7 +128,11 @@ def test_without_wait_the_id_is_printed(up: Up, stageflow: Stageflow) -> None:
         (["orders", "--json", "[1]"], 2, "must be a JSON object"),
         (["orders", "--json", '{"other": 1}', "--id", "A-1"], 1, "another input"),
         (["parcels", "--json", '{"weight": "5"}'], 1, "context.weight must be float, not str"),
-        (["parcels", "--json", '{"weigth": 5}'], 1, "Parcel has no such field; it has label, weight"),
+        (
+            ["parcels", "--json", '{"weigth": 5}'],
+            1,
+            "Parcel has no such field (did you mean 'weight'?); it has label, weight",
+        ),
         (["parcels"], 1, "context.weight"),
     ],
 )

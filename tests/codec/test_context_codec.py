@@ -298,7 +298,11 @@ def test_a_field_left_out_of_comparison_is_not_left_out_of_the_check() -> None:
         ({"order_id": "a"}, "context.total is missing: Order requires it", "total"),
         ({"order_id": "a", "total": "x"}, "context.total must be float, not str", "total"),
         ({"order_id": "a", "total": None}, "context.total must be float, not None", "total"),
-        ({"order_id": "a", "total": 1, "itmes": []}, "context.itmes: Order has no such field", "itmes"),
+        (
+            {"order_id": "a", "total": 1, "itmes": []},
+            "context.itmes: Order has no such field (did you mean 'items'?); it has",
+            "itmes",
+        ),
         (
             {"order_id": "a", "total": 1, "items": [{"sku": "a", "count": 1}, {"sku": "b", "count": "2"}]},
             "context.items[1].count must be int, not str",
@@ -314,6 +318,52 @@ def test_a_missing_or_wrongly_typed_field_is_refused_by_name(given_context: Any,
         ContextCodec(Order).prepare(given_context)
     assert message in str(caught.value)
     assert caught.value.field == field_name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"order_id": "a", "totl": 1},
+        {"order_id": "a"},
+        {"total": "x", "order_id": "a"},
+        5,
+        Order("a", "x"),
+        Order("a", {1}),
+    ],  # type: ignore[arg-type]
+)
+def test_a_context_that_is_refused_names_the_line_of_the_program_once(wrong: Any) -> None:
+    with pytest.raises(InvalidContext, match=r"test_context_codec\.py, line \d+\)$") as caught:
+        ContextCodec(Order).prepare(wrong)
+    assert str(caught.value).count("test_context_codec.py") == 1
+
+
+def test_a_class_of_the_same_name_is_told_apart_by_its_module() -> None:
+    other = dataclasses.make_dataclass("Order", [("order_id", str)], namespace={"__module__": "shop.models"})
+    own = f"{Order.__module__}.Order"
+    with pytest.raises(InvalidContext, match=rf"must be {own} or a dict with its fields, not shop\.models\.Order"):
+        ContextCodec(Order).prepare(other("a"))
+    with pytest.raises(InvalidContext, match=rf"stage 'pay': the context must be {own}, not shop\.models\.Order"):
+        ContextCodec(Order).encode(other("a"), stage="pay")
+
+
+def test_a_class_that_was_defined_twice_is_named_as_such() -> None:
+    def define() -> Any:
+        part = dataclasses.make_dataclass("Part", [("n", int)], namespace={"__module__": "shop"})
+        return part, dataclasses.make_dataclass("Whole", [("part", part)], namespace={"__module__": "shop"})
+
+    (_, whole), (part, whole_again) = define(), define()
+    with pytest.raises(InvalidContext, match=r"not another class shop\.Whole \(the code that defines it was run twice"):
+        ContextCodec(whole).prepare(whole_again(part(1)))
+    with pytest.raises(
+        InvalidContext, match=r"context\.part is an instance of another class Part than that of the field"
+    ):
+        ContextCodec(whole).prepare(whole(part(1)))
+
+
+def test_a_dict_where_a_field_has_a_class_is_refused_with_the_call_to_write() -> None:
+    whole = dataclasses.make_dataclass("Whole", [("item", Item)])
+    with pytest.raises(InvalidContext, match=r"context\.item is a dict, .*Item; use Item\(\*\*x\)"):
+        ContextCodec(whole).prepare(whole({"sku": "a", "count": 1}))
 
 
 @pytest.mark.parametrize("wrong", [5, None, "text", [1], Item("a", 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import subprocess
 import sys
 from datetime import UTC, date, datetime, timedelta
@@ -167,7 +168,9 @@ def test_what_a_validator_refuses_is_refused_at_the_door_by_its_field(
 ) -> None:
     with pytest.raises(InvalidContext) as caught:
         ContextCodec(Checked).prepare(context)
-    assert (str(caught.value), caught.value.field) == (message, field)
+    text, _, place = str(caught.value).rpartition(" (")
+    assert (text, caught.value.field) == (message, field)
+    assert re.fullmatch(r".*test_model_contexts\.py, line \d+\)", place)
 
 
 def test_what_a_handler_leaves_that_no_validator_takes_is_the_failure_of_its_stage() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import pickle
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
-from stageflow_actors import errors
+from stageflow_actors import Config, Retry, Runtime, Stage, Workflow, errors
 from stageflow_actors.errors import (
     BrokerUnavailable,
     InstanceConflict,
@@ -101,3 +104,58 @@ def test_a_timeout_made_of_a_message_claims_no_stage() -> None:
 def test_a_stage_error_is_final_unless_it_is_marked_otherwise() -> None:
     assert StageError("no").retryable is False
     assert StageError("busy", retryable=True).retryable is True
+
+
+# where: the line of the program that made the mistake
+
+
+def wrong_retry() -> Any:
+    return Retry(max_attempts=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        wrong_retry,
+        lambda: Workflow(),
+        lambda: Workflow("orders").add_stage([wrong_retry]),
+        lambda: Workflow("orders").stage(timeout="3")(wrong_retry),
+        lambda: Stage(lambda order: None, actors=0),
+        lambda: Stage(lambda order: None, id="a", compensation=lambda: None),
+        lambda: Workflow("orders").validate(),
+        lambda: Runtime(Workflow("orders")).start(),
+        lambda: Config(durabilty="fsync"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_mistake_in_a_definition_names_the_line_of_the_program(mistake: Callable[[], Any]) -> None:
+    with pytest.raises(WorkflowDefinitionError) as caught:
+        mistake()
+    line = mistake.__code__.co_firstlineno + (mistake is wrong_retry)
+    assert caught.value.place is not None
+    assert caught.value.place.endswith(f"test_errors.py, line {line}")
+    assert str(caught.value) == f"{caught.value.message} ({caught.value.place})"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_that_is_found_through_another_one_names_its_line_once() -> None:
+    with pytest.raises(WorkflowDefinitionError) as caught:
+        Stage(print, id="a", compensation=lambda: None)
+    assert str(caught.value).count("test_errors.py") == 1
+
+
+def test_code_that_no_file_holds_has_no_place() -> None:
+    code = compile("Workflow()", "<doctest README>", "exec")
+    with pytest.raises(WorkflowDefinitionError) as caught:
+        exec_in(code)
+    assert caught.value.place is None
+    assert str(caught.value) == caught.value.message
+
+
+def test_a_notebook_cell_is_named_by_its_line() -> None:
+    code = compile("\n\nWorkflow()", "/tmp/ipykernel_77/1234.py", "exec")
+    with pytest.raises(WorkflowDefinitionError, match=r"\(line 3 of the cell\)$"):
+        exec_in(code)
+
+
+def exec_in(code: CodeType) -> None:
+    FunctionType(code, {"Workflow": Workflow})()

@@ -284,6 +284,9 @@ def test_a_stalled_handler_of_the_program_holds_up_no_stage_and_dropped_records_
     assert dropped() >= 4000
     warning = next(record for record in caplog.records if "dropped" in record.__dict__)
     assert (warning.name, warning.levelname) == ("stageflow_actors", "WARNING")
+    assert "log records (the latest of logger 'shop' in stage 'log-many' of workflow 'many') were dropped" in (
+        warning.getMessage()
+    )
     numbers = [int(record.getMessage().split()[1]) for record in kept.records]
     assert numbers == sorted(numbers)
     assert numbers[-1] == 4999, "the oldest ones are dropped"
@@ -416,6 +419,7 @@ def test_a_collector_that_does_not_read_costs_the_sender_one_short_wait() -> Non
     dropped, last = read()
     assert last["msg"] == "after"
     assert len(first) + dropped[DROPPED] == 20_000
+    assert dropped["name"] == "app"
     theirs.close()
     sender.send(record_of("without a collector"))
     ours.close()

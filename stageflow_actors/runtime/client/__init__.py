@@ -13,6 +13,7 @@
 `conflicts`         starts whose instance id exists already
 `event_stream`      events of the cluster; `event_decoder` makes them of frames
 `output`            writes the output of handlers, and handles their log records
+`drop_report`       counts dropped records and lines, for warnings
 `remote_client`     a client of a cluster that another process runs
 `attach`            finds the running cluster of a data directory
 `offline_client`    a client of a data directory at rest

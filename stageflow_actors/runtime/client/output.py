@@ -28,6 +28,7 @@ from typing import Any, TextIO
 
 import msgspec
 
+from stageflow_actors.runtime.client.drop_report import DropReport
 from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels, LogSetup, read_setup
 from stageflow_actors.runtime.ipc.output_frames import DROPPED_OUTPUT, LOGS, STDERR, STDOUT, FrameReader
 from stageflow_brokers.log_sender import DROPPED, FRAME_LENGTH_BYTES
@@ -42,8 +43,6 @@ MAX_QUEUED_RECORDS = 20_000
 """Most log records that wait for the program's loggers."""
 SETUP_SECONDS = 0.5
 """Time between two checks for a change of the program's logging set-up."""
-DROP_REPORT_SECONDS = 1.0
-"""Shortest time between two warnings about dropped output."""
 DRAIN_SECONDS = 5.0
 """Longest wait for the output at a stop."""
 STALL_SECONDS = 1.0
@@ -55,7 +54,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class _Consumer:
     """A bounded queue with a thread that empties it. The thread starts with the first item."""
 
-    def __init__(self, most: int, on_dropped: Callable[[int], None]) -> None:
+    def __init__(self, most: int, on_dropped: Callable[[int, bytes], None]) -> None:
         self._items: deque[tuple[bytes, int]] = deque()
         self._bytes = 0
         self._most = most
@@ -68,7 +67,7 @@ class _Consumer:
 
     def put(self, data: bytes, count: int = 1) -> None:
         """Add an item of `count` lines or records; if the queue is full, drop the oldest items."""
-        dropped = 0
+        dropped, old = 0, b""
         with self._changed:
             if self.abandoned:
                 return
@@ -84,7 +83,7 @@ class _Consumer:
                 _thread.start_new_thread(self._run, ())
             self._changed.notify_all()
         if dropped:
-            self._on_dropped(dropped)
+            self._on_dropped(dropped, old)
 
     @property
     def is_idle(self) -> bool:
@@ -145,7 +144,7 @@ class _Consumer:
 class _StreamWriter(_Consumer):
     """Writes to the program's `sys.stdout` or `sys.stderr`, whatever that is at the time."""
 
-    def __init__(self, name: str, on_dropped: Callable[[int], None]) -> None:
+    def __init__(self, name: str, on_dropped: Callable[[int, bytes], None]) -> None:
         super().__init__(1 << 30, on_dropped)
         self._name = name
         self._reported = False
@@ -210,37 +209,35 @@ class _RecordHandler(_Consumer):
     """Passes log records to the program's loggers."""
 
     def __init__(self, setup: Callable[[], LogSetup], own_level: int, plain: _StreamWriter) -> None:
-        super().__init__(MAX_QUEUED_RECORDS, self.count_dropped)
+        super().__init__(MAX_QUEUED_RECORDS, self._on_full)
         self._setup = setup
         self._own_level = own_level
         self._plain = plain
         self._formatter = logging.Formatter(FORMAT)
-        self._dropped = self._dropped_lines = 0
-        self._report_at = 0.0
+        self._drops = DropReport()
 
-    def count_dropped(self, records: int) -> None:
-        """Count records that have been dropped; the thread reports them."""
-        self._dropped += records
+    def _on_full(self, records: int, last: bytes) -> None:
+        self._drops.count_records(records, msgspec.msgpack.decode(last) if last else {})
 
     def count_dropped_lines(self, lines: int) -> None:
         """Count lines of output that have been dropped; the thread reports them."""
-        self._dropped_lines += lines
+        self._drops.count_lines(lines)
 
     def _handle(self, data: bytes) -> None:
         if data:
             fields = msgspec.msgpack.decode(data)
             if DROPPED in fields:
-                self.count_dropped(int(fields[DROPPED]))
+                self._drops.count_records(int(fields[DROPPED]), fields)
             else:
                 self._pass_on(logging.makeLogRecord({**fields, "args": (), "exc_info": None}))
-        if time.monotonic() >= self._report_at:
-            self._report()
+        for count, text in self._drops.take():
+            self._warn(count, text)
 
     def check_dropped(self, *, now: bool = False) -> None:
         """Make the thread report what has been dropped, if the last report is long enough ago, or `now`."""
         if now:
-            self._report_at = 0.0
-        if self._dropped or self._dropped_lines:
+            self._drops.make_due()
+        if not self._drops.is_empty:
             self.put(b"", 0)
 
     def _pass_on(self, record: logging.LogRecord) -> None:
@@ -265,36 +262,16 @@ class _RecordHandler(_Consumer):
         """Write to stderr, as `logging.lastResort` does in a program that has not configured logging."""
         self._plain.put(f"{self._formatter.format(record)}\n".encode("utf-8", "backslashreplace"))
 
-    def _report(self) -> None:
+    def _warn(self, count: int, text: str) -> None:
         """Warn about what has been dropped."""
-        if not self._dropped and not self._dropped_lines:
+        if not logger.isEnabledFor(logging.WARNING):
             return
-        self._report_at = time.monotonic() + DROP_REPORT_SECONDS
-        for count, text in (
-            (
-                self._dropped,
-                (
-                    "%d log records of other processes were dropped, because they came faster than the program's "
-                    "logging handles them: log less in stages, raise the level of a logger, or use a faster handler"
-                ),
-            ),
-            (
-                self._dropped_lines,
-                (
-                    "%d lines of handlers' output were dropped, because they came faster than the reader of the "
-                    "program's output takes them: print less in stages, or write to a file"
-                ),
-            ),
-        ):
-            if not count or not logger.isEnabledFor(logging.WARNING):
-                continue
-            extra = {"dropped": count}
-            record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (count,), None, extra=extra)
-            if logger.hasHandlers():
-                logger.handle(record)
-            else:
-                self._print(record)
-        self._dropped = self._dropped_lines = 0
+        extra = {"dropped": count}
+        record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (), None, extra=extra)
+        if logger.hasHandlers():
+            logger.handle(record)
+        else:
+            self._print(record)
 
 
 class ProgramOutput:
@@ -306,8 +283,8 @@ class ProgramOutput:
         self._setup = read_setup(log_level)
         self.levels.publish(self._setup)
         own = logging.getLevelName(log_level)
-        err = _StreamWriter("stderr", lambda lines: self._records.count_dropped_lines(lines))
-        out = _StreamWriter("stdout", lambda lines: self._records.count_dropped_lines(lines))
+        err = _StreamWriter("stderr", lambda lines, _: self._records.count_dropped_lines(lines))
+        out = _StreamWriter("stdout", lambda lines, _: self._records.count_dropped_lines(lines))
         self._records = _RecordHandler(lambda: self._setup, own if own != logging.WARNING else 0, err)
         self._streams = {STDOUT: out, STDERR: err}
         self._readers: list[threading.Thread] = []

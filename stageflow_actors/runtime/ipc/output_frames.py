@@ -1,6 +1,6 @@
 """Frames of the connection on which the node sends output and log records to the program.
 
-A frame is its kind, the length of its data, and the data. The node does not decode log records.
+A frame is its kind, the length of its data, and the data. The node decodes log records only to name one that it drops.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["DROPPED_OUTPUT", "LOGS", "STDERR", "STDOUT", "FrameReader", "pack_frame"]
+__all__ = ["DROPPED_OUTPUT", "LOGS", "REPORTED_ATTRIBUTES", "STDERR", "STDOUT", "FrameReader", "pack_frame"]
 
 STDOUT, STDERR, LOGS, DROPPED_OUTPUT = range(4)
 """Kinds of frame. The data of `LOGS` are records, each with its length in front (see `stageflow_brokers.log_sender`);
 of `DROPPED_OUTPUT` the number of lines that the node has dropped, as text."""
+
+REPORTED_ATTRIBUTES = ("name", "workflow_id", "stage_id")
+"""Attributes of the last dropped record that are reported with the number of dropped ones."""
 
 _HEAD = struct.Struct("<BI")
 

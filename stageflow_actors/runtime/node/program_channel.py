@@ -14,10 +14,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
-
-from stageflow_actors.runtime.ipc.output_frames import DROPPED_OUTPUT, LOGS, STDERR, STDOUT, pack_frame
-from stageflow_brokers.log_sender import DROPPED, encode_record, frame
+from stageflow_actors.runtime.ipc.output_frames import (
+    DROPPED_OUTPUT,
+    LOGS,
+    REPORTED_ATTRIBUTES,
+    STDERR,
+    STDOUT,
+    FrameReader,
+    pack_frame,
+)
+from stageflow_brokers.log_sender import FRAME_LENGTH_BYTES, encode_dropped, encode_record, frame
 
 __all__ = ["ProgramChannel"]
 
@@ -37,6 +43,7 @@ class ProgramChannel:
         self._backlog_bytes = 0
         self._begun = False
         self._dropped_lines = self._dropped_records = 0
+        self._last_dropped = b""
         self.on_backlog: Callable[[], None] = lambda: None
 
     def fileno(self) -> int:
@@ -108,6 +115,7 @@ class ProgramChannel:
             self._backlog_bytes -= len(packed)
             if kind == LOGS:
                 self._dropped_records += count
+                self._last_dropped = bytes(packed)
             elif kind in (STDOUT, STDERR):
                 self._dropped_lines += count
 
@@ -137,7 +145,10 @@ class ProgramChannel:
     def _report_dropped(self) -> None:
         if self._dropped_records:
             count, self._dropped_records = self._dropped_records, 0
-            self._append(LOGS, frame(msgspec.msgpack.encode({DROPPED: count})), 0)
+            _, records = next(FrameReader().feed(self._last_dropped))
+            length = int.from_bytes(records[:FRAME_LENGTH_BYTES], "little")
+            last = records[FRAME_LENGTH_BYTES : FRAME_LENGTH_BYTES + length]
+            self._append(LOGS, frame(encode_dropped(count, last, REPORTED_ATTRIBUTES)), 0)
         if self._dropped_lines:
             count, self._dropped_lines = self._dropped_lines, 0
             self._append(DROPPED_OUTPUT, str(count).encode(), 0)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from stageflow_actors.runtime.ipc.log_levels import LogLevels
+from stageflow_actors.runtime.ipc.output_frames import REPORTED_ATTRIBUTES
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.worker.current_attempt import AttemptAnnotator
@@ -62,7 +63,8 @@ class WorkerLogging:
             fd = payload.log_fd  # the limit of open files is lower
         self._levels = LogLevels(payload.levels_fd)
         self._levels.close_fd()
-        send_logs(LogSender(socket.socket(fileno=fd)).send, AttemptAnnotator(slot, payload.lanes))
+        sender = LogSender(socket.socket(fileno=fd), REPORTED_ATTRIBUTES)
+        send_logs(sender.send, AttemptAnnotator(slot, payload.lanes))
         self._levels.apply()
 
     @contextmanager
