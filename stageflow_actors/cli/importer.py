@@ -54,7 +54,12 @@ def load(target: str, *kinds: type[Any]) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    cwd = os.getcwd()
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        raise click.UsageError(
+            "the working directory has been removed: change to a directory that exists, and try again"
+        ) from None
     if cwd not in sys.path:
         sys.path.insert(0, cwd)
     if name.endswith(".py") or os.sep in name:

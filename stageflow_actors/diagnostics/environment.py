@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stageflow_actors.core.invariants import ERROR, INFO, WARNING, Finding
-from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_path
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
+from stageflow_actors.runtime.system.socket_dir import live_runtime_dir, runtime_path
 
 __all__ = ["check_environment"]
 
@@ -23,7 +24,7 @@ MIN_FREE_BYTES = 256 << 20
 def check_environment(data: DataDir) -> Iterator[Finding]:
     """Yield the findings in the environment of a data directory."""
     record = data.read_cluster()
-    live = record is not None and record.is_program_alive()
+    live = record is not None and data.is_live(record)
     if record is None and data.cluster.exists():
         what = "it cannot be decoded, so the program that runs on this directory is unknown"
         yield Finding(WARNING, "lock", str(data.cluster), what, f"rm {data.cluster}, if no cluster runs")
@@ -45,6 +46,11 @@ def check_environment(data: DataDir) -> Iterator[Finding]:
 def _check_lock(data: DataDir, record: ClusterRecord | None, live: bool) -> Iterator[Finding]:
     where = str(data.lock)
     holders = data.holders() if data.lock.exists() else []
+    if record is not None and record.is_elsewhere():
+        if live:
+            what = f"a cluster of another container (host name {record.host!r}) uses it: its processes are not checked"
+            yield Finding(INFO, "lock", where, what)
+        return
     if record is not None and live:
         own = {record.program, record.node}
         if not own.intersection(holders) and _can_read_descriptors(record.node or record.program):
@@ -87,7 +93,7 @@ def _check_access(path: Path) -> Iterator[Finding]:
 def _socket_dir(data: DataDir, record: ClusterRecord | None) -> Path:
     """Return the socket directory of this or the next cluster. Raises `DataDirUnusable` if no place fits."""
     if record is not None and record.address is not None:
-        return Path(record.address.removeprefix("ipc://")).parent
+        return live_runtime_dir(record.address)
     return runtime_path(data.path)
 
 

@@ -53,11 +53,13 @@ def _check_cluster(path: Path | str, progress: dict[str, int]) -> list[Fault]:
     try:
         data = DataDir(path, create=False)
         record = data.read_cluster()
-        if record is None or not record.is_program_alive():
+        if record is None or not data.is_live(record):
             return [Fault("program", f"no cluster runs on {data.path}; start one with Runtime or `stageflow up`")]
-        if record.node is None or start_ticks(record.node) is None:
-            return [Fault("node", "it does not run; its program restarts it, or reports the cause on stderr")]
-        faults = _check_processes(record.node)
+        faults: list[Fault] = []
+        if not record.is_elsewhere():  # the processes of another container are not visible
+            if record.node is None or start_ticks(record.node) is None:
+                return [Fault("node", "it does not run; its program restarts it, or reports the cause on stderr")]
+            faults = _check_processes(record.node)
         try:
             with attach(path) as attached:
                 return faults + _check_parts(attached, progress)

@@ -22,10 +22,11 @@ from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.client.output import ProgramOutput
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
-from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.interpreter_flags import service_flags
 from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, resume_process, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
+from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
 from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["NodeHandle", "remove_cluster_files"]

@@ -28,9 +28,10 @@ from stageflow_actors.runtime.config import Config
 from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merge_pools, pool_specs
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
-from stageflow_actors.runtime.system.data_dir import DataDir, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.interpreter_flags import worker_flags
 from stageflow_actors.runtime.system.processes import occupy_standard_descriptors
+from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.source_files import loaded_sources
 from stageflow_actors.runtime.system.start_guard import check_may_start
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
@@ -162,7 +163,7 @@ class Runtime(Client):
                     self.config.max_message_bytes,
                     self.config.retention_seconds,
                     self.config.log_level.upper(),
-                    os.getcwdb(),
+                    _working_directory(),
                     _import_path(),
                     worker_flags(),
                     self.config.worker_stop_seconds,
@@ -494,7 +495,16 @@ def _owners(pools: list[PoolSpec], owned: dict[str, str], naming: Naming) -> dic
 
 def _import_path() -> list[bytes]:
     """Return the program's import path for its children; '' means the working directory, which is the same."""
-    return [os.fsencode(entry or os.getcwd()) for entry in sys.path]
+    working_directory = _working_directory()
+    return [os.fsencode(entry) or working_directory for entry in sys.path if entry or working_directory]
+
+
+def _working_directory() -> bytes:
+    """Return the program's working directory; empty if it has been removed, and children only inherit it."""
+    try:
+        return os.getcwdb()
+    except FileNotFoundError:
+        return b""
 
 
 def _print_notice(text: str) -> None:

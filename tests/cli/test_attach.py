@@ -13,8 +13,9 @@ from stageflow_actors.runtime.client import attach as module
 from stageflow_actors.runtime.client.attach import attach
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, runtime_dir
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.processes import start_ticks
+from stageflow_actors.runtime.system.socket_dir import runtime_dir
 from stageflow_brokers.api import Listener, PublishItem, Target
 from stageflow_brokers.errors import Refused
 

@@ -12,7 +12,7 @@ import pytest
 
 from stageflow_actors.core.plan import COORDINATOR, FINISHED, TIMEOUT, Naming
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
-from stageflow_actors.runtime.system.data_dir import runtime_path
+from stageflow_actors.runtime.system.socket_dir import runtime_path
 from stageflow_brokers.api import FLAG_START
 from stageflow_brokers.core import records
 from stageflow_brokers.journal.format import SECTOR_BYTES

@@ -15,7 +15,8 @@ from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import node_handle
 from stageflow_actors.runtime.client.session import Session
-from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, runtime_path
+from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable
+from stageflow_actors.runtime.system.socket_dir import runtime_path
 
 waits = Workflow("waits").add_signal("go")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.system import data_dir
-from stageflow_actors.runtime.system.data_dir import DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system import data_dir, socket_dir
+from stageflow_actors.runtime.system.data_dir import DataDirUnusable
+from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
 from stageflow_brokers.api import Listener
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import SocketNotPrivate
@@ -177,9 +178,10 @@ def test_a_sockets_directory_of_another_user_is_refused(
 ) -> None:
     path = runtime_dir(tmp_path)
     me = os.geteuid()
+    monkeypatch.setattr(socket_dir, "runtime_path", lambda data: path)  # its name has the id of the user, too
     monkeypatch.setattr(data_dir.os, "geteuid", lambda: me + 1)
     with pytest.raises(DataDirUnusable, match=f"belongs to user id {me}"):
-        data_dir._check_private(path)
+        runtime_dir(tmp_path)
 
 
 def test_a_file_in_place_of_the_sockets_directory_is_refused(base: Path, tmp_path: Path) -> None:

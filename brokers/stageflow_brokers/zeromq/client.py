@@ -20,6 +20,7 @@ from stageflow_brokers.api import Listener
 from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, Connection
 from stageflow_brokers.errors import BrokerUnavailable, SocketNotPrivate
 from stageflow_brokers.zeromq.access import check_address, check_listener
+from stageflow_brokers.zeromq.socket_path import ShortAddress, places, socket_exists
 
 __all__ = ["ZmqClient"]
 
@@ -31,7 +32,12 @@ HELLO_RETRY_SECONDS = 1.0
 RECONNECT_SECONDS = 0.3
 """Seconds after which a connection that the broker rejected is tried again."""
 
-MONITORED_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+FIND_SECONDS = 0.5
+"""Seconds without a connection after which the client looks for the socket of the broker in its other place."""
+
+MONITORED_EVENTS = (
+    zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
 CLOSE_CHECK_SECONDS = 0.05
 """Seconds between checks whether all frames are confirmed, while the connection closes."""
@@ -57,6 +63,9 @@ class ZmqClient(Connection):
         super().__init__(listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes)
         check_address(address, missing_ok=True)
         self._address = address
+        self._place: ShortAddress | None = None
+        self._connected = False
+        self._find_due = float("inf")
         self._outgoing: deque[tuple[bytes, bytes, bytes]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._sleeping = False
@@ -112,7 +121,7 @@ class ZmqClient(Connection):
         poller.register(self._wakeup, zmq.POLLIN)
         reason = "the connection to the broker was closed"
         try:
-            problem = _connect(dealer, self._address)
+            problem = self._connect_to(dealer, self._address)
             if problem:
                 reason = f"the broker cannot be reached at {self._address!r}: {problem}"
                 return
@@ -131,6 +140,8 @@ class ZmqClient(Connection):
             monitor.close(0)
             dealer.close()
             context.term()
+            if self._place is not None:
+                self._place.close()
             os.close(self._wakeup)
 
     def _is_finished(self) -> bool:
@@ -151,8 +162,11 @@ class ZmqClient(Connection):
     def _round(self, poller: zmq.Poller, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         if self._reconnect_at and time.monotonic() >= self._reconnect_at:
             self._reconnect_at = 0.0
-            dealer.disconnect(self._address)
-            dealer.connect(self._address)
+            assert self._place is not None
+            dealer.disconnect(self._place.text)
+            dealer.connect(self._place.text)
+        if not self._connected and time.monotonic() >= self._find_due:
+            self._find_broker(dealer)
         self._sleeping = True
         # Between these lines another thread may queue a frame: it sees `_sleeping` then, and wakes this thread.
         timeout = 0.0 if self._outgoing else CLOSE_CHECK_SECONDS if self._stopping.is_set() else HELLO_RETRY_SECONDS / 2
@@ -184,13 +198,52 @@ class ZmqClient(Connection):
     def _handle_monitor_event(self, event: int, descriptor: int) -> None:
         """Check the peer when the connection is made, and send the hello when the handshake is complete."""
         if event == zmq.EVENT_CONNECTED:
-            check_address(self._address, missing_ok=True)
+            assert self._place is not None
+            check_address(self._place.address, missing_ok=True)
             check_listener(descriptor)
+            self._connected = True
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._connected = False
+            self._find_due = time.monotonic() + FIND_SECONDS
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             # The broker has too many connections. ZeroMQ does not try again automatically.
             self._reconnect_at = time.monotonic() + RECONNECT_SECONDS
         else:
             self.send_hello()
+
+    def _connect_to(self, dealer: zmq.Socket[bytes], address: str) -> str:
+        """Let `dealer` connect in the background; return the problem of the address, or an empty text."""
+        if "\0" in address:
+            return "a file name cannot contain a NUL"  # ZeroMQ would use the part before it
+        try:
+            place = ShortAddress(address)
+        except OSError as error:
+            return error.strerror or str(error)
+        try:
+            dealer.connect(place.text)
+        except zmq.ZMQError as error:
+            place.close()
+            return zmq.strerror(error.errno or 0)
+        except UnicodeEncodeError:
+            place.close()
+            return "it cannot be written as UTF-8"
+        self._place = place
+        self._find_due = time.monotonic() + FIND_SECONDS
+        return ""
+
+    def _find_broker(self, dealer: zmq.Socket[bytes]) -> None:
+        """Connect to the place at which the broker listens now, if its directory was removed or replaced."""
+        self._find_due = time.monotonic() + FIND_SECONDS
+        last = self._place
+        assert last is not None
+        address = next(filter(socket_exists, places(self._address)), None)
+        if address is None or (address == last.address and last.is_current()):
+            return
+        check_address(address, missing_ok=True)
+        dealer.disconnect(last.text)
+        last.close()
+        if problem := self._connect_to(dealer, address):
+            raise OSError(problem)
 
     def _has_own_descriptors(self) -> bool:
         """True if the eventfd is still open. If other code closed it, this thread would wait forever."""
@@ -213,16 +266,3 @@ class ZmqClient(Connection):
             self._dealer.send_multipart(frame, zmq.NOBLOCK, copy=len(frame[2]) < 65536)
         except zmq.Again:
             pass  # no broker is connected: the frame is sent again after the next hello
-
-
-def _connect(dealer: zmq.Socket[bytes], address: str) -> str:
-    """Let `dealer` connect in the background; return the problem of the address, or an empty text."""
-    if "\0" in address:
-        return "a file name cannot contain a NUL"  # ZeroMQ would use the part before it
-    try:
-        dealer.connect(address)
-    except zmq.ZMQError as error:
-        return zmq.strerror(error.errno or 0)
-    except UnicodeEncodeError:
-        return "it cannot be written as UTF-8"
-    return ""

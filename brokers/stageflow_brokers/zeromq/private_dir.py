@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["privacy_problem"]
+__all__ = ["is_protected", "privacy_problem"]
 
 
 def privacy_problem(directory: Path) -> str:
@@ -24,3 +24,11 @@ def privacy_problem(directory: Path) -> str:
     if stat.S_IMODE(found.st_mode) & 0o077:
         return f"other users have access to it (mode {stat.S_IMODE(found.st_mode):o})"
     return ""
+
+
+def is_protected(directory: str) -> bool:
+    """Return True if other users cannot rename, remove or replace what this user creates in the directory."""
+    found = os.stat(directory)
+    if found.st_uid not in (0, os.geteuid()):
+        return False
+    return not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX)

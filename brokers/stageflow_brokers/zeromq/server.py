@@ -16,7 +16,7 @@ import zmq
 from stageflow_brokers.core.wire import MAX_FRAME
 from stageflow_brokers.engine.engine import Engine, Frame, Outgoing
 from stageflow_brokers.failpoints import failpoint
-from stageflow_brokers.zeromq.access import check_address
+from stageflow_brokers.zeromq.listening_socket import ListeningSocket
 
 __all__ = ["Server"]
 
@@ -47,7 +47,7 @@ class Server:
 
     Args:
         engine: The engine.
-        address: Address to listen at, ipc://DIRECTORY/NAME.
+        address: Address to listen at, ipc://DIRECTORY/NAME; see `socket_path.places`.
         wakeup: A descriptor that becomes readable when `run` should check `stopping`. Default: none.
         max_descriptors: While the process has as many descriptors open, new connections are rejected and must try
             again: each connection uses one, and ZeroMQ aborts the process when none is left.
@@ -56,7 +56,6 @@ class Server:
     def __init__(
         self, engine: Engine, address: str, *, wakeup: int = -1, max_descriptors: int = DEFAULT_MAX_DESCRIPTORS
     ) -> None:
-        check_address(address)
         self._engine = engine
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -71,7 +70,13 @@ class Server:
         self._zap_socket.bind("inproc://zeromq.zap.01")
         self._router.setsockopt_string(zmq.ZAP_DOMAIN, "stageflow")
         self._router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
-        self._router.bind(address)
+        try:
+            self._listening = ListeningSocket(self._router, address)
+        except BaseException:
+            self._router.close(0)
+            self._zap_socket.close(0)
+            self._context.term()
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._zap_socket, zmq.POLLIN)
@@ -92,6 +97,7 @@ class Server:
             self._send(engine.round(frames, more=self._more))
             if frames:
                 failpoint("broker.dispatched")
+            self._listening.check()
             if (now := time.monotonic()) >= self._probe_due:
                 self._probe_due = now + PROBE_INTERVAL_SECONDS
                 engine.machine.probe_peers()
@@ -116,6 +122,7 @@ class Server:
         self._router.close()
         self._zap_socket.close()
         self._context.term()
+        self._listening.close()
 
     def _receive(self) -> list[Frame]:
         frames: list[Frame] = []

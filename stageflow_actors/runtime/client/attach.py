@@ -21,7 +21,8 @@ from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
-from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable, remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
+from stageflow_actors.runtime.system.socket_dir import is_reachable, remove_runtime_dir, runtime_dir
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.memory import MemoryBroker
@@ -112,9 +113,10 @@ def live_address(data_dir: DataDir) -> str | None:
     deadline = time.monotonic() + ATTACH_TIMEOUT_SECONDS
     while True:
         record = data_dir.read_cluster()
-        if record is None or not record.is_program_alive():
+        if record is None or not data_dir.is_live(record):
             return None
         if record.address is not None:
+            check_reachable(data_dir, record)
             return record.address
         if time.monotonic() >= deadline:
             raise BrokerUnavailable(
@@ -122,6 +124,15 @@ def live_address(data_dir: DataDir) -> str | None:
                 f"{ATTACH_TIMEOUT_SECONDS:g} s; try again"
             )
         time.sleep(0.02)
+
+
+def check_reachable(data_dir: DataDir, record: ClusterRecord) -> None:
+    """Raise `BrokerUnavailable` if the cluster runs in another container, whose socket is not visible here."""
+    if record.is_elsewhere() and record.address is not None and not is_reachable(record.address):
+        raise BrokerUnavailable(
+            f"the cluster of {data_dir.path} runs in another container (host name {record.host!r}), whose socket "
+            f"{record.address.removeprefix('ipc://')} does not exist here: use it in that container"
+        )
 
 
 @contextmanager

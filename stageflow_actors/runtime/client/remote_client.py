@@ -16,12 +16,12 @@ from typing import Any
 from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
-from stageflow_actors.runtime.client.attach import live_address
+from stageflow_actors.runtime.client.attach import check_reachable, live_address
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.session import RUNTIME_STOPPED, Session
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, read_manifest
-from stageflow_actors.runtime.system.data_dir import DataDir
+from stageflow_actors.runtime.system.data_dir import DataDir, absolute_path
 from stageflow_brokers.api import Broker
 
 __all__ = ["RemoteClient"]
@@ -47,7 +47,7 @@ class RemoteSession(Session):
 
     def __init__(self, data_dir: str | Path) -> None:
         super().__init__()
-        self._path = Path(data_dir).absolute()
+        self._path = absolute_path(data_dir)
         if not self._path.is_dir():
             raise self._no_cluster()
         self._data = DataDir(self._path, create=False)
@@ -102,11 +102,12 @@ class RemoteSession(Session):
                 return
             self._checked_at = now
             record = self._data.read_cluster()
-            if record is None or not record.is_program_alive():
+            if record is None or not self._data.is_live(record):
                 if self._absent_since is None:
                     self._absent_since = now
                 return
             self._absent_since = None
+            check_reachable(self._data, record)
             if record.address is not None and record.address != self.address and self.connection is not None:
                 self.connection.close(timeout=0.0)
                 self.connect(record.address, f"client {os.getpid()}")

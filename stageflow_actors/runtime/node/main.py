@@ -44,8 +44,9 @@ from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.program_channel import ProgramChannel
 from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
-from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, runtime_dir
-from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, start_ticks, wait_dead
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir
+from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, wait_dead
+from stageflow_actors.runtime.system.socket_dir import runtime_dir
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
 from stageflow_brokers.failpoints import failpoint
@@ -263,15 +264,7 @@ class Node:
         resuming = self._count_unfinished()
         failpoint("node.before-roster")
         self._broker.admin.set_workers([]).result()
-        self._data.write_cluster(
-            ClusterRecord(
-                program=config.program,
-                program_ticks=start_ticks(config.program),
-                node=os.getpid(),
-                address=self._address,
-                started=time.time(),
-            )
-        )
+        self._data.write_cluster(ClusterRecord.of_program(config.program, node=os.getpid(), address=self._address))
         _send_report(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
         failpoint("node.ready")
         for text in [forgotten, *notices] if forgotten else notices:
@@ -383,7 +376,7 @@ class Node:
             slots=self._slots,
             keep_fds=(config.lock_fd, self._output.log_fd, config.levels_fd),
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],
-            cwd=os.fsdecode(config.cwd),
+            cwd=os.fsdecode(config.cwd) or None,
             flags=config.interpreter_flags,
         )
         zygote.start()

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
-import shutil
-import stat
-import tempfile
+import socket
 import time
 import weakref
 from pathlib import Path
@@ -26,16 +23,13 @@ from msgspec import Meta, Struct
 
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.system.processes import start_ticks
-from stageflow_brokers.zeromq.private_dir import privacy_problem
 
 __all__ = [
     "ClusterRecord",
     "DataDir",
     "DataDirUnusable",
+    "absolute_path",
     "file_system_of",
-    "remove_runtime_dir",
-    "runtime_dir",
-    "runtime_path",
 ]
 
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -57,10 +51,6 @@ LOCAL_FUSE = frozenset(
 _JOURNAL = "journal"
 _HISTORY = "history.db"
 _ADVICE = "no version of stageflow creates it in this form: check what it is, and move it away"
-_MAX_SOCKET_PATH_BYTES = 107
-"""Limit of the kernel for the path of a Unix socket: `sun_path` has 108 bytes with the final zero."""
-_MAX_SOCKET_NAME_BYTES = 24
-"""Longest name of a socket in the socket directory."""
 
 
 class DataDirUnusable(StageFlowError):
@@ -80,6 +70,9 @@ class ClusterRecord(Struct, kw_only=True, frozen=True):
         node: Process id of the node.
         address: Address of the broker.
         started: Seconds since the Unix epoch.
+        host: Name of the host or container of the program; None in records of earlier versions.
+        process_space: The PID namespace of the program, as in `/proc/self/ns/pid`: in another one its process ids are
+            those of other processes.
     """
 
     program: int
@@ -87,9 +80,33 @@ class ClusterRecord(Struct, kw_only=True, frozen=True):
     node: int | None = None
     address: Annotated[str, Meta(pattern=r"\A[^\0]+\Z")] | None = None
     started: float = 0.0
+    host: str | None = None
+    process_space: str | None = None
+
+    @classmethod
+    def of_program(cls, pid: int, *, node: int | None = None, address: str | None = None) -> ClusterRecord:
+        """Return a record of the cluster of the program with this process id, which runs in this container."""
+        return cls(
+            program=pid,
+            program_ticks=start_ticks(pid),
+            node=node,
+            address=address,
+            started=time.time(),
+            host=socket.gethostname(),
+            process_space=_process_space(),
+        )
+
+    def is_elsewhere(self) -> bool:
+        """Return True if the program was started in another container, so that this process cannot see it."""
+        return self.process_space is not None and self.process_space != _process_space()
 
     def is_program_alive(self) -> bool:
-        """Return True if the recorded program still runs, and not another process with its pid."""
+        """Return True if the recorded program still runs, and not another process with its pid.
+
+        Only for a program of this container; see `DataDir.is_live`.
+        """
+        if self.is_elsewhere():
+            return False
         ticks = start_ticks(self.program)
         return ticks is not None and self.program_ticks in (None, ticks)
 
@@ -102,7 +119,7 @@ class DataDir:
 
         Raises `DataDirUnusable` if it is missing (with `create=False`), not accessible, or on a network disk.
         """
-        self.path = Path(path).absolute()
+        self.path = absolute_path(path)
         try:
             if create:
                 _make_private(self.path)
@@ -176,9 +193,7 @@ class DataDir:
             os.close(fd)
             raise
         try:
-            self.write_cluster(
-                ClusterRecord(program=program_pid, program_ticks=start_ticks(program_pid), started=time.time())
-            )
+            self.write_cluster(ClusterRecord.of_program(program_pid))
         except OSError as error:
             os.close(fd)
             raise self._unusable(f"{self.cluster} cannot be written ({error.strerror}); {_ADVICE}") from error
@@ -218,6 +233,26 @@ class DataDir:
         except (FileNotFoundError, IsADirectoryError, RecursionError, UnicodeDecodeError, msgspec.DecodeError):
             return None
 
+    def is_live(self, record: ClusterRecord) -> bool:
+        """Return True if the recorded program still runs.
+
+        One of another container is not visible here; it runs if the lock is held.
+        """
+        return self._is_locked() if record.is_elsewhere() else record.is_program_alive()
+
+    def _is_locked(self) -> bool:
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def write_cluster(self, record: ClusterRecord) -> None:
         """Replace the record atomically: a reader sees the old one or the new one."""
         draft = self.cluster.with_suffix(f".{os.getpid()}.new")
@@ -256,6 +291,12 @@ class DataDir:
             return False  # it has just been closed
 
     def _remaining_processes_error(self, owner: ClusterRecord | None, wait: float) -> JournalLocked:
+        if owner is not None and owner.is_elsewhere():
+            return JournalLocked(
+                f"{self.path} is in use by a cluster that was started in another container (host name "
+                f"{owner.host!r}): stop that container, run your command in it, or use another data_dir",
+                data_dir=str(self.path),
+            )
         pids = self.holders()
         who = f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another process"
         before = f"its program, {owner.program}, has ended, but " if owner is not None else ""
@@ -284,6 +325,26 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _process_space() -> str | None:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def absolute_path(data_dir: Path | str) -> Path:
+    """Return the absolute path of a data directory. Raises `DataDirUnusable` if the working directory is gone."""
+    path = Path(data_dir)
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise DataDirUnusable(
+            f"the data directory {str(path)!r} is relative to the working directory of this program, which has been "
+            "removed: change to a directory that exists, or give an absolute path",
+            path=path,
+        ) from None
 
 
 def _make_private(path: Path) -> None:
@@ -379,78 +440,3 @@ def _nonlocal_kind(kind: str) -> str:
     if (kind == "fuse" or kind.startswith("fuse.")) and kind not in LOCAL_FUSE:
         return "a FUSE file system that is not in the list of local ones"
     return ""
-
-
-def runtime_dir(data_dir: Path) -> Path:
-    """Return the private socket directory (mode 0700) of `data_dir`; create it if it is missing.
-
-    It lies below `$XDG_RUNTIME_DIR` or the directory for temporary files, because the path of a socket may have at most
-    107 bytes. It is always the same for the same data directory. Raises `DataDirUnusable` if other users have access to
-    it.
-    """
-    path = runtime_path(data_dir)
-    try:
-        path.mkdir(mode=0o700)
-        path.chmod(0o700)  # independent of the umask
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise DataDirUnusable(f"the socket directory {path} cannot be created: {error.strerror}", path=path) from error
-    _check_private(path)
-    return path
-
-
-def runtime_path(data_dir: Path) -> Path:
-    """Return the path of `runtime_dir`, which need not exist.
-
-    Raises `DataDirUnusable` if no base directory fits.
-    """
-    # The name contains the user id: in a shared /tmp, two users may each have a /data in their container.
-    digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:16]
-    name = f"stageflow-{os.geteuid()}-{digest}"
-    return _runtime_base(len(name)) / name
-
-
-def _runtime_base(name_length: int) -> Path:
-    candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    max_bytes = _MAX_SOCKET_PATH_BYTES - _MAX_SOCKET_NAME_BYTES - name_length - 2
-    for candidate in candidates:
-        fits = candidate and len(os.fsencode(candidate)) <= max_bytes
-        if fits and os.access(candidate, os.W_OK | os.X_OK) and _is_protected(candidate):
-            return Path(candidate)
-    raise DataDirUnusable(
-        f"no directory is suitable for sockets: tried {', '.join(filter(None, candidates))}; set XDG_RUNTIME_DIR to a "
-        f"writable directory with a path of at most {max_bytes} bytes, in which other users cannot replace files",
-        path=Path(candidates[-1]),
-    )
-
-
-def _is_protected(directory: str) -> bool:
-    """Return True if other users cannot replace files in the directory.
-
-    They must not rename, remove or replace what this user creates there.
-    """
-    found = os.stat(directory)
-    if found.st_uid not in (0, os.geteuid()):
-        return False
-    return not found.st_mode & 0o022 or bool(found.st_mode & stat.S_ISVTX)
-
-
-def _check_private(path: Path) -> None:
-    reason = privacy_problem(path)
-    if not reason:
-        return
-    raise DataDirUnusable(
-        f"the socket directory {path} is not private: {reason}; remove it, or set XDG_RUNTIME_DIR to a private "
-        "directory",
-        path=path,
-    )
-
-
-def remove_runtime_dir(path: Path) -> None:
-    """Remove a directory that `runtime_dir` created, with its sockets.
-
-    Only after the whole cluster has stopped.
-    """
-    if path.name.startswith("stageflow-"):
-        shutil.rmtree(path, ignore_errors=True)

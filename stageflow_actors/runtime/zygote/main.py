@@ -300,7 +300,10 @@ def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
         given = msgspec.msgpack.decode(file.read(), type=WorkerInput)
     os.environ.update(given.env)
     if config.cwd is not None:
-        os.chdir(config.cwd)
+        try:
+            os.chdir(config.cwd)
+        except FileNotFoundError:
+            pass  # removed: as the program itself, the worker goes on in the directory that this process inherited
     sys.path[:] = [os.fsdecode(entry) for entry in config.sys_path]
     name_process("stageflow-work")
     module, _, function = config.entry.partition(":")

@@ -14,15 +14,9 @@ import pytest
 
 from stageflow_actors.errors import JournalLocked
 from stageflow_actors.runtime.system import data_dir
-from stageflow_actors.runtime.system.data_dir import (
-    ClusterRecord,
-    DataDir,
-    DataDirUnusable,
-    file_system_of,
-    remove_runtime_dir,
-    runtime_dir,
-)
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable, file_system_of
 from stageflow_actors.runtime.system.processes import start_ticks
+from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
 
 
 @pytest.fixture
