@@ -11,8 +11,9 @@ import msgspec
 from stageflow_actors.core.codec import json_view
 from stageflow_actors.core.description import failure_text
 from stageflow_actors.core.envelope import Envelope, decode_envelope, decode_outcome
-from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.failures import read_failure, traceback_of
 from stageflow_actors.core.plan import COMPENSATE, FINISHED
+from stageflow_actors.core.tracebacks.table import read_traceback
 
 __all__ = ["envelope_of", "message_row"]
 
@@ -36,6 +37,7 @@ def message_row(message: Mapping[str, Any]) -> dict[str, Any]:
         "size": message["size"],
         "reason": failure_text(message["reason"] or message["failure"]),
         "kind": _kind(message["reason"] or message["failure"]),
+        "traceback": read_traceback(traceback_of(message["reason"] or message["failure"])),
         "parked": message["parked"],
         "evidence": message["evidence"],
         "context": None,

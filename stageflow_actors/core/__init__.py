@@ -14,6 +14,7 @@
 `result`          `WorkflowResult`; `status` its states, `timeline` its entries
 `description`     `InstanceDescription`: the state of an instance, live or finished
 `resume_state`    the state from which a retry resumes the failed stage
+`tracebacks`      the tracebacks of failed attempts, as text and as they travel
 `invariants`      checks of the broker's audit; `outcome_check` of a stored outcome
 `plural`          `pluralize`: a number with its noun, for messages
 ================  =================================================================================

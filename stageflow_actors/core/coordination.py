@@ -58,6 +58,7 @@ from stageflow_actors.core.routing import (
     skip_cancelled,
 )
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.tracebacks.table import compensation_place, with_traceback
 
 __all__ = ["Plans", "UnknownPlan", "decide", "decide_gathered"]
 
@@ -189,7 +190,10 @@ def _handle_dead_letter(
     arrivals: Arrivals | None,
 ) -> Transition:
     error = "WorkerDied: the worker process died" if failure is None else failure.message
+    trace = None if failure is None else failure.traceback
     if envelope.compensation is not None:
+        place = compensation_place(envelope.compensation.plan[0])
+        envelope.tracebacks = with_traceback(envelope.tracebacks, place, trace)
         record = CompensationRecord(envelope.compensation.plan[0], StageStatus.failed.value, error)
         return Transition([continue_compensation(plan, envelope, record, naming, now)])
     stage = _stage_of(plan, envelope)
@@ -209,6 +213,7 @@ def _handle_dead_letter(
         request = decode_request(envelope.payload)
         envelope.context, envelope.payload, envelope.steps = request.before, request.payload, request.steps
         attempts, started = request.attempt + attempts - 1, request.started
+    envelope.tracebacks = with_traceback(envelope.tracebacks, stage.id, trace)
     failed = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
     return _compensate_at_once(plan, fail_stage(plan, stage, envelope, failed, naming, now), envelope, naming, now)
 

@@ -25,10 +25,11 @@ from stageflow_actors.core.envelope import (
     decode_trail,
     head_of,
 )
-from stageflow_actors.core.failures import read_failure
+from stageflow_actors.core.failures import read_failure, traceback_of
 from stageflow_actors.core.plan import BEGIN, COMPENSATE, DEAD, FAILED, ITEM_SUFFIX, TIMEOUT
-from stageflow_actors.core.result import CompensationResult, StageResult
+from stageflow_actors.core.result import CompensationResult, StageResult, compensation_results
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.tracebacks.table import read_traceback, read_tracebacks
 
 __all__ = [
     "InstanceDescription",
@@ -156,7 +157,7 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
             waiting=waiting,
         )
     done = envelope.compensation.done if envelope.compensation is not None else []
-    stages = trail_stages(envelope.trail, done)
+    stages = trail_stages(envelope.trail, done, envelope.tracebacks)
     if status != WorkflowStatus.compensating:
         ahead = _ahead(messages, gathers)
         # A stage that runs again after a requeue is in the trail as failed.
@@ -174,7 +175,7 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
         queue=queue,
         context=envelope.context,
         stages=stages,
-        compensations=_compensations(done),
+        compensations=compensation_results(done, read_tracebacks(envelope.tracebacks)),
         waiting=waiting,
         progress=progress_of(group),
     )
@@ -195,13 +196,19 @@ def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> Ins
         error=read.error,
         failed_stage=read.failed_stage,
         context=read.context,
-        stages=trail_stages(read.trail, read.compensations),
-        compensations=_compensations(read.compensations),
+        stages=trail_stages(read.trail, read.compensations, read.tracebacks),
+        compensations=compensation_results(read.compensations, read_tracebacks(read.tracebacks)),
     )
 
 
-def trail_stages(trail: bytes, compensations: Iterable[CompensationRecord] = ()) -> list[StageResult]:
-    """Return the stages in a trail in order of first appearance; undone stages have the status `compensated`."""
+def trail_stages(
+    trail: bytes, compensations: Iterable[CompensationRecord] = (), tracebacks: bytes | None = None
+) -> list[StageResult]:
+    """Return the stages in a trail in order of first appearance; undone stages have the status `compensated`.
+
+    `tracebacks` is the table of the instance.
+    """
+    texts = read_tracebacks(tracebacks)
     undone = {record.stage_id for record in compensations if record.status == StageStatus.completed}
     # A stage that failed, was parked and completed after a requeue is in the trail twice: use the last record.
     records = {record.stage_id: record for record in decode_trail(trail or EMPTY_TRAIL)}
@@ -216,6 +223,7 @@ def trail_stages(trail: bytes, compensations: Iterable[CompensationRecord] = ())
             duration=record.duration,
             error=record.error,
             data=decode_value(record.data),
+            traceback=texts.get(record.stage_id),
         )
         for record in records.values()
     ]
@@ -301,13 +309,5 @@ def _stage_ahead(message: GroupDescription, stage_id: str) -> StageResult:
     else:
         status = StageStatus.running
     attempts = message["attempts"] + (message["state"] == "leased")
-    return StageResult(stage_id=stage_id, status=status, attempts=attempts, error=failure)
-
-
-def _compensations(records: Iterable[CompensationRecord]) -> list[CompensationResult]:
-    return [
-        CompensationResult(
-            stage_id=record.stage_id, status=StageStatus(record.status), error=record.error, duration=record.duration
-        )
-        for record in records
-    ]
+    trace = read_traceback(traceback_of(message["reason"] or message["failure"]))
+    return StageResult(stage_id=stage_id, status=status, attempts=attempts, error=failure, traceback=trace)

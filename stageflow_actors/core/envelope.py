@@ -78,13 +78,14 @@ class Failure(Struct, array_like=True, gc=False):
     """Why an attempt of a stage failed.
 
     `kind` is `exception`, `timeout`, `died`, `expired`, `refused`, `cancelled` or `undecided`: the retry policy was
-    called for it and did not return.
+    called for it and did not return. `traceback` is that of the exception, as `pack_traceback` returns it.
     """
 
     kind: str
     message: str
     error_type: str = ""
     retryable: bool | None = None
+    traceback: bytes | None = None
 
 
 class CompensationTask(Struct, array_like=True):
@@ -98,13 +99,15 @@ class CompensationTask(Struct, array_like=True):
 class ItemEnd(Struct, array_like=True, gc=False):
     """The end of one item of a map stage: its result or error.
 
-    `item` is set if the item may be compensated or run again; `steps` are its completed steps.
+    `item` is set if the item may be compensated or run again; `steps` are its completed steps. `traceback` is that of
+    the error, as in `Failure`; the items of a map stage send only a few.
     """
 
     result: Raw = NIL
     error: str | None = None
     item: Raw = NIL
     steps: dict[str, bytes] | None = None
+    traceback: bytes | None = None
 
 
 class Command(Struct, array_like=True):
@@ -118,10 +121,11 @@ class Command(Struct, array_like=True):
 
 
 class Reply(Struct, array_like=True):
-    """The reply of an endpoint: a value or an error."""
+    """The reply of an endpoint: a value, or an error with its traceback, as in `Failure`."""
 
     value: Raw = NIL
     error: str | None = None
+    traceback: bytes | None = None
 
 
 class Envelope(Struct, array_like=True):
@@ -133,6 +137,7 @@ class Envelope(Struct, array_like=True):
     `digest` is that of the input if the user chose the instance id; a later submit with this id is compared with it.
     `run` is the epoch in which this run of the instance started, if a retry continues it in a later epoch; else 0.
     `since` is the time, in seconds since the Unix epoch, at which a delay, signal, parallel or map stage began to wait.
+    `tracebacks` are those of failed attempts (`core.tracebacks.table`); they do not count in the size of a message.
     """
 
     workflow_id: str
@@ -151,13 +156,14 @@ class Envelope(Struct, array_like=True):
     steps: dict[str, bytes] | None = None
     run: int = 0
     since: float | None = None
+    tracebacks: bytes | None = None
 
 
 class Outcome(Struct, array_like=True):
     """How an instance ended. Waiting clients receive it, and the history stores it.
 
     If the instance failed without a compensation, `payload`, `steps` and `run` are those of the failed stage, so that
-    the instance can be retried.
+    the instance can be retried. `tracebacks` are those of the envelope.
     """
 
     workflow_id: str
@@ -174,6 +180,7 @@ class Outcome(Struct, array_like=True):
     payload: Raw = NIL
     steps: dict[str, bytes] | None = None
     run: int = 0
+    tracebacks: bytes | None = None
 
 
 _trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])

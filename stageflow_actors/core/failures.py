@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 import msgspec
+from msgspec import structs
 
 from stageflow_actors.core.envelope import Failure, encode
 from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, WorkerDied
@@ -18,11 +19,14 @@ __all__ = [
     "STDERR_HEADING",
     "UNDECIDED",
     "describe_error",
+    "error_text",
     "exception_of",
     "failure_of",
     "last_lines",
+    "printable",
     "read_failure",
     "shorten_failure",
+    "traceback_of",
     "undecided_failure",
     "write_failure",
 ]
@@ -42,25 +46,33 @@ MAX_ERROR_CHARACTERS = 2_000
 _decode = msgspec.msgpack.Decoder(Failure).decode
 
 
-def describe_error(error: BaseException) -> str:
-    """Return `ValueError: no address`, as the last line of a traceback."""
+def error_text(error: BaseException) -> str:
+    """Return the text of an exception, whatever its `__str__` does, as far as the limit allows."""
     try:
         text = str(error)
     except BaseException:  # noqa: BLE001 - __str__ is user code: it may even raise SystemExit
         text = "(str() failed)"
-    # Undecodable file names contain lone surrogates, which UTF-8 cannot encode.
-    text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) > MAX_ERROR_CHARACTERS:
-        text = text[:MAX_ERROR_CHARACTERS] + " …"
+    text = printable(text[: MAX_ERROR_CHARACTERS + 1])
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS] + " …"
+
+
+def printable(text: str) -> str:
+    """Return the text as UTF-8 can encode it: undecodable file names contain lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def describe_error(error: BaseException) -> str:
+    """Return `ValueError: no address`, as the last line of a traceback."""
+    text = error_text(error)
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Return the failure for an exception of a handler."""
+def failure_of(error: BaseException, traceback: bytes | None = None) -> Failure:
+    """Return the failure for an exception of a handler; `traceback` is packed."""
     retryable = error.retryable if isinstance(error, StageError) else None
     kind = "timeout" if isinstance(error, StageTimeout) else "exception"
-    return Failure(kind, describe_error(error), type(error).__name__, retryable)
+    return Failure(kind, describe_error(error), type(error).__name__, retryable, traceback)
 
 
 def read_failure(data: bytes | None) -> Failure | None:
@@ -70,6 +82,15 @@ def read_failure(data: bytes | None) -> Failure | None:
     if data == EXPIRED:
         return Failure("expired", "StageError: the message waited in its queue for longer than its ttl", "StageError")
     return _decode(data)
+
+
+def traceback_of(data: bytes | None) -> bytes | None:
+    """Return the packed traceback of the failure attached to a message, or None."""
+    try:
+        failure = read_failure(data)
+    except msgspec.MsgspecError:
+        return None
+    return None if failure is None else failure.traceback
 
 
 def write_failure(failure: Failure) -> bytes:
@@ -99,7 +120,7 @@ def undecided_failure(asked: bytes, how: str) -> Failure | None:
     except msgspec.MsgspecError:
         return None
     text = f"{failure.message} (and its retry policy {how})"
-    return Failure(UNDECIDED, text, failure.error_type, failure.retryable)
+    return structs.replace(failure, kind=UNDECIDED, message=text)
 
 
 def exception_of(failure: Failure) -> Exception:

@@ -26,6 +26,7 @@ from stageflow_actors.core.plan import StagePlan, WorkflowPlan, item_id
 from stageflow_actors.core.resume_state import save_branches
 from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.tracebacks.table import merge_tracebacks
 
 __all__ = [
     "Arrivals",
@@ -111,6 +112,7 @@ def join_branches(plan: WorkflowPlan, base: Envelope, arrivals: Arrivals) -> Joi
     for slot, body in arrivals:
         branch = decode_envelope(body)
         stage = plan.stage(slot)
+        base.tracebacks = merge_tracebacks(base.tracebacks, branch.tracebacks)
         for record in decode_trail(branch.trail)[before:]:
             base.trail = append_record(base.trail, record)
             if record.status == StageStatus.completed:

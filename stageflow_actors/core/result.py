@@ -5,19 +5,35 @@ A result is made for each finished instance, and often only counted. So nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from msgspec import Raw, Struct
 
 from stageflow_actors.core.codec import ContextCodec, decode_value
-from stageflow_actors.core.envelope import EMPTY_TRAIL, NIL, Outcome, decode_outcome, decode_trail, encode
+from stageflow_actors.core.envelope import (
+    EMPTY_TRAIL,
+    NIL,
+    CompensationRecord,
+    Outcome,
+    decode_outcome,
+    decode_trail,
+    encode,
+)
 from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
+from stageflow_actors.core.tracebacks.table import compensation_place, read_tracebacks
 from stageflow_actors.core.value_codec import decode_result
 from stageflow_actors.errors import WorkflowFailed
 
-__all__ = ["CompensationResult", "StageResult", "WorkflowResult", "parked_result", "result_of_outcome"]
+__all__ = [
+    "CompensationResult",
+    "StageResult",
+    "WorkflowResult",
+    "compensation_results",
+    "parked_result",
+    "result_of_outcome",
+]
 
 C = TypeVar("C")
 
@@ -34,6 +50,8 @@ class StageResult(Struct, frozen=True, kw_only=True):
         started_at: Start of the last attempt, in seconds since the Unix epoch.
         duration: Seconds that the last attempt took.
         error: The error, as `ValueError: no address`, or None.
+        traceback: The traceback of the last failed attempt, or None: the frames of user code, with causes, notes and
+            the members of exception groups, at most 16 KiB. A stage that completed after a failed attempt has one too.
         data: The value that the handler returned, or None.
 
     Example:
@@ -51,6 +69,7 @@ class StageResult(Struct, frozen=True, kw_only=True):
     duration: float = 0.0
     error: str | None = None
     data: Any = None
+    traceback: str | None = None
 
 
 class CompensationResult(Struct, frozen=True, kw_only=True):
@@ -61,6 +80,7 @@ class CompensationResult(Struct, frozen=True, kw_only=True):
         status: completed or failed.
         error: The error, as `ValueError: no address`, or None.
         duration: Seconds that the last attempt took.
+        traceback: The traceback of the last failed attempt, as `StageResult.traceback`, or None.
 
     Example:
         >>> from stageflow_actors import Workflow
@@ -75,6 +95,7 @@ class CompensationResult(Struct, frozen=True, kw_only=True):
     status: StageStatus
     error: str | None = None
     duration: float = 0.0
+    traceback: str | None = None
 
 
 class WorkflowResult(Generic[C]):
@@ -170,15 +191,37 @@ class WorkflowResult(Generic[C]):
     @property
     def compensations(self) -> list[CompensationResult]:
         """The results of the compensations, in the order in which they ran."""
-        return [
-            CompensationResult(
-                stage_id=record.stage_id,
-                status=StageStatus(record.status),
-                error=record.error,
-                duration=record.duration,
-            )
-            for record in self._outcome_read().compensations
-        ]
+        outcome = self._outcome_read()
+        return compensation_results(outcome.compensations, read_tracebacks(outcome.tracebacks))
+
+    def stage(self, stage_id: str) -> StageResult:
+        """Return the result of one stage.
+
+        Args:
+            stage_id: The id of the stage.
+
+        Returns:
+            Its result, one of `stages`.
+
+        Raises:
+            KeyError: If this instance has not reached a stage of this id.
+
+        Example:
+            >>> from stageflow_actors import Workflow
+            >>> from stageflow_actors.testing import run
+            >>> def pay(order):
+            ...     return order["total"]
+            >>> result = run(Workflow("orders").add_stage(pay), {})
+            >>> print(result.stage("pay").error)
+            KeyError: 'total'
+            >>> 'return order["total"]' in result.stage("pay").traceback
+            True
+        """
+        for stage in self.stages:
+            if stage.stage_id == stage_id:
+                return stage
+        reached = ", ".join(repr(stage.stage_id) for stage in self.stages) or "none"
+        raise KeyError(f"instance {self.instance_id!r} reached no stage {stage_id!r}, only: {reached}")
 
     def raise_for_status(self) -> None:
         """Raise `WorkflowFailed` unless the instance completed.
@@ -214,6 +257,7 @@ class WorkflowResult(Generic[C]):
             part = records.pop(name)
             part.stage_id = name.removesuffix(ITEM_SUFFIX)
             records.setdefault(part.stage_id, part)
+        tracebacks = read_tracebacks(outcome.tracebacks)
         place = {stage_id: index for index, stage_id in enumerate(self._order)}
         found = sorted(records.values(), key=lambda record: place.get(record.stage_id, len(place)))
         return [
@@ -227,6 +271,7 @@ class WorkflowResult(Generic[C]):
                 duration=record.duration,
                 error=record.error,
                 data=decode_result(self._codec, record.stage_id, record.data),
+                traceback=tracebacks.get(record.stage_id),
             )
             for record in found
         ]
@@ -277,6 +322,22 @@ def result_of_outcome(
     result._order = order
     result._read = None
     return result
+
+
+def compensation_results(
+    records: Iterable[CompensationRecord], tracebacks: Mapping[str, str]
+) -> list[CompensationResult]:
+    """Return the results of compensations; `tracebacks` are those of the instance, by place."""
+    return [
+        CompensationResult(
+            stage_id=record.stage_id,
+            status=StageStatus(record.status),
+            error=record.error,
+            duration=record.duration,
+            traceback=tracebacks.get(compensation_place(record.stage_id)),
+        )
+        for record in records
+    ]
 
 
 def parked_result(

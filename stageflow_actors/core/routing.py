@@ -224,6 +224,7 @@ def finish_instance(
         envelope.failed_stage,
         compensations or [],
         envelope.digest,
+        tracebacks=envelope.tracebacks,
     )
     if status == WorkflowStatus.failed:
         outcome.payload, outcome.steps, outcome.run = envelope.payload, envelope.steps, envelope.run

@@ -86,7 +86,7 @@ def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
 @data_option
 @json_option
 def show(letter: str, queue: str, data: Path, output: str) -> None:
-    """Show one dead letter with its context.
+    """Show one dead letter with traceback and context.
 
     ID is the number of the dead letter, or its instance.
 
@@ -122,6 +122,8 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
             "requeue": "refused: its instance went on without it" if row["evidence"] else "possible",
         }
     )
+    if row["traceback"]:
+        click.echo(f"\ntraceback\n{row['traceback']}\n")
     click.echo("context")
     print_json(row["context"])
 

@@ -138,12 +138,18 @@ def _row(description: InstanceDescription, *, whole: bool) -> Mapping[str, Any]:
                 "started_at": stage.started_at or None,
                 "duration": stage.duration if stage.started_at else None,
                 "error": stage.error,
+                "traceback": stage.traceback,
                 "data": stage.data,
             }
             for stage in description.stages
         ]
         row["compensations"] = [
-            {"stage_id": each.stage_id, "status": each.status.value, "error": each.error}
+            {
+                "stage_id": each.stage_id,
+                "status": each.status.value,
+                "error": each.error,
+                "traceback": each.traceback,
+            }
             for each in description.compensations
         ]
         row["context"] = json_view(description.context)

@@ -158,7 +158,7 @@ def report_unknown_workflow(attached: Attached, workflow: str) -> None:
 @data_option
 @json_option
 def show(instance_id: str, data: Path, output: str) -> None:
-    """Show one instance: status, stages and context.
+    """Show one instance: status, stages, tracebacks, context.
 
     \b
     stageflow instances show ORDER-17
@@ -184,12 +184,19 @@ def show(instance_id: str, data: Path, output: str) -> None:
                 "started": stage.started_at or None,
                 "duration": stage.duration if stage.started_at and stage.status != "running" else None,
                 "error": stage.error,
+                "traceback": stage.traceback,
                 "result": stage.data,
             }
             for stage in description.stages
         ],
         "compensations": [
-            {"compensation": each.stage_id, "status": each.status.value, "duration": each.duration, "error": each.error}
+            {
+                "compensation": each.stage_id,
+                "status": each.status.value,
+                "duration": each.duration,
+                "error": each.error,
+                "traceback": each.traceback,
+            }
             for each in description.compensations
         ],
         "context": json_view(description.context),
@@ -230,6 +237,12 @@ def _print(facts: dict[str, Any]) -> None:
         if rows:
             click.echo()
             console().print(table(rows, columns))
+    for name, rows in (("stage", facts["stages"]), ("compensation", facts["compensations"])):
+        for row in rows:
+            if row["traceback"]:
+                before = ", before it completed" if row["status"] == "completed" else ""
+                heading = f"traceback of {name} {row[name]} (the last failed attempt{before})"
+                click.echo(f"\n{heading}\n{row['traceback']}")
     click.echo("\ncontext")
     print_json(facts["context"])
 

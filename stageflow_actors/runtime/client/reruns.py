@@ -132,6 +132,9 @@ def retry(session: Session, completion: Completion, context: Any) -> None:
     target = Target(place.queue, place.id) if direct else Target(COORDINATOR, BEGIN)
     envelope = _first_envelope(row, place.id, data, trail)
     envelope.payload, envelope.steps, envelope.run = outcome.payload, steps, outcome.run or row.epoch
+    envelope.tracebacks = outcome.tracebacks
+    if len(encode(envelope)) > session.max_message_bytes:
+        envelope.tracebacks = None  # they must not count in the limit, which the broker applies to what a client sends
     _start(session, row, target, envelope)
     completion.begin_run()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import (
@@ -29,15 +29,16 @@ from stageflow_actors.core.envelope import (
 from stageflow_actors.core.failures import (
     UNDECIDED,
     exception_of,
-    failure_of,
     read_failure,
     shorten_failure,
+    traceback_of,
     write_failure,
 )
 from stageflow_actors.core.plan import ENDPOINT, ITEM, STAGE, Naming, StagePlan, WorkflowPlan
 from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.tracebacks.table import with_traceback
 from stageflow_actors.core.value_codec import ValueCodec, result_codec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.retry import RetryPolicy
@@ -59,6 +60,7 @@ from stageflow_actors.runtime.worker.base_context import BaseContext
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.event_loop import EventLoop, LoopSlot
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
+from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "ask_policy",
     "ignore_error",
     "lost_attempt_failure",
+    "name_broken_policy",
     "retry_delay",
 ]
 
@@ -147,6 +150,15 @@ def ask_policy(
 def lost_attempt_failure(failure: bytes | None) -> Failure:
     """Return the failure of an attempt that ended without a result; without a record, its worker died."""
     return read_failure(failure) or Failure("died", "WorkerDied: the worker process died")
+
+
+def name_broken_policy(failure: Failure, broken: BaseException, error: Exception | None) -> Failure:
+    """Return the failure with the exception that its retry policy raised when it was asked about `error`."""
+    if broken.__context__ is None and broken is not error:
+        broken.__context__ = error
+    its_own = failure_with_traceback(broken)
+    text = f"{failure.message} (and its retry policy failed: {its_own.message})"
+    return structs.replace(failure, message=text, traceback=its_own.traceback or failure.traceback)
 
 
 def ignore_error(error: BaseException) -> None:
@@ -288,6 +300,7 @@ class Executor:
         stage whose result is too large has not completed and must not change the context.
         """
         before = envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps
+        self._keep_traceback(item, envelope)
         if context is not None:
             envelope.context = Raw(context)
         envelope.trail = append_record(envelope.trail, record)
@@ -298,6 +311,8 @@ class Executor:
         else:
             transition = enter_stage(self.plan, to, envelope, self.naming, now)
         largest = transition.largest()
+        if largest > self._limit:
+            largest -= len(envelope.tracebacks or b"")
         if largest > self._limit:
             envelope.stage_id, envelope.context, envelope.trail, envelope.payload, envelope.steps = before
             raise self._too_large(largest)
@@ -343,7 +358,7 @@ class Executor:
         duration: float,
         error: BaseException,
     ) -> Settlement:
-        failure = failure_of(error)
+        failure = failure_with_traceback(error)
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
         if delay is not None:
@@ -356,8 +371,7 @@ class Executor:
             return ask_policy(self._slot, self._timeout_ns, self.retry, attempt, failure, error), failure
         except BaseException as broken:  # noqa: BLE001 - a policy is user code
             self._on_error(broken)
-            text = f"{failure.message} (and its retry policy failed: {failure_of(broken).message})"
-            return None, Failure(failure.kind, text, failure.error_type, failure.retryable)
+            return None, name_broken_policy(failure, broken, error)
 
     def _handle_lost_attempt(self, item: DeliveryItem, envelope: Envelope, attempt: int) -> Settlement:
         """Ask the policy about the previous attempt, which ended without a result (death, timeout, expiry)."""
@@ -377,9 +391,17 @@ class Executor:
     ) -> Settlement:
         if self.planned.required and self.plan.on_failure == "park":
             return self._park(item, failure)
-        envelope.steps = limit_steps(completed_steps(envelope, item), self._limit)
+        envelope.tracebacks = with_traceback(envelope.tracebacks, self.planned.id, failure.traceback)
+        envelope.steps = limit_steps(completed_steps(envelope, item), self._limit + len(envelope.tracebacks or b""))
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
         return self._settle(item, fail_stage(self.plan, self.planned, envelope, record, self.naming, self._wall()))
+
+    def _keep_traceback(self, item: DeliveryItem, envelope: Envelope) -> None:
+        """Keep the traceback of the last failed attempt of a stage that has ended otherwise."""
+        extra = item.extra
+        last = envelope.failure if extra is None or not extra.attempts else extra.failure
+        if last is not None:
+            envelope.tracebacks = with_traceback(envelope.tracebacks, self.planned.id, traceback_of(last))
 
     def _park(self, item: DeliveryItem, failure: Failure) -> Settlement:
         return Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(failure)), [], [])
@@ -387,7 +409,7 @@ class Executor:
     def _settle_unmet(self, item: DeliveryItem, envelope: Envelope, missing: list[str], attempt: int) -> Settlement:
         text = f"stage {self.planned.id!r} needs {', '.join(map(repr, missing))} to have completed"
         if self.planned.required:
-            failure = failure_of(StageError(text))
+            failure = failure_with_traceback(StageError(text))
             return self._fail_stage(item, envelope, failure, attempt, self._wall(), 0.0)
         record = StageRecord(self.planned.id, StageStatus.skipped.value, 0, self._wall(), 0.0, text)
         return self._skip_with_record(item, envelope, record)
@@ -398,6 +420,7 @@ class Executor:
 
     def _skip_with_record(self, item: DeliveryItem, envelope: Envelope, record: StageRecord) -> Settlement:
         envelope.trail = append_record(envelope.trail, record)
+        self._keep_traceback(item, envelope)
         return self._settle(item, leave_stage(self.plan, self.planned, envelope, self.naming, self._wall()))
 
     def _forward_or_park(self, item: DeliveryItem, envelope: Envelope, body: bytes) -> Settlement:

@@ -14,10 +14,11 @@ from msgspec import Raw
 
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
-from stageflow_actors.core.failures import UNDECIDED, exception_of, failure_of, write_failure
+from stageflow_actors.core.failures import UNDECIDED, exception_of, traceback_of, write_failure
 from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import continue_compensation
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.tracebacks.table import compensation_place, with_traceback
 from stageflow_actors.core.value_codec import ValueCodec, result_codec
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
@@ -30,10 +31,12 @@ from stageflow_actors.runtime.worker.executors.base import (
     ExecutorEnvironment,
     ask_policy,
     lost_attempt_failure,
+    name_broken_policy,
 )
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request
+from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import ACK, RETRY, TERMINAL, DeliveryItem, PublishItem, SettleItem, Target
 
 __all__ = ["CompensationExecutor"]
@@ -148,13 +151,13 @@ class CompensationExecutor:
                 )
         except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
             self._on_error(error)
-            failure = failure_of(error)
+            failure = failure_with_traceback(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             took = time.perf_counter() - clock
             return self._handle_failure(item, envelope, stage_id, attempt, failure, asked, took).mark_user_code_ran()
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
-        return self._continue(item, envelope, record).mark_user_code_ran()
+        return self._continue(item, envelope, record, _last_traceback(item)).mark_user_code_ran()
 
     def _compensate_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Raw]]
@@ -186,15 +189,19 @@ class CompensationExecutor:
         first: BaseException | None = None
         for number, failed in self._compensate_each(item, ctx, stage_id, undo, state):
             first = first or failed
-            state.record(number, None if failed is None else write_failure(failure_of(failed)))
+            state.record(number, None if failed is None else write_failure(failure_with_traceback(failed)))
         duration = time.perf_counter() - clock
         text = state.describe_failures(stage_id, len(undo))
         if text is None or state.first_failure is None:
             done = CompensationRecord(stage_id, StageStatus.completed.value, None, duration)
-            return self._continue(item, envelope, done).mark_user_code_ran()
+            return self._continue(item, envelope, done, _last_traceback(item)).mark_user_code_ran()
         ctx.store_step_result(UNDO_STATE, state.dump())
         failure = lost_attempt_failure(state.first_failure[1])
-        asked = first if isinstance(first, Exception) and failure_of(first) == failure else exception_of(failure)
+        asked = (
+            first
+            if isinstance(first, Exception) and failure_with_traceback(first) == failure
+            else exception_of(failure)
+        )
         return self._handle_failure(
             item, envelope, stage_id, ctx.attempt, failure, asked, duration, text
         ).mark_user_code_ran()
@@ -269,6 +276,7 @@ class CompensationExecutor:
     ) -> Settlement:
         """Retry by the policy, or record the compensation as failed with `text`."""
         text = text or failure.message
+        trace = failure.traceback
         compensation = self._compensations[stage_id]
         timeout = int((compensation.timeout or 0) * 1e9)
         try:
@@ -276,16 +284,28 @@ class CompensationExecutor:
         except BaseException as broken:  # noqa: BLE001 - a policy is user code
             self._on_error(broken)
             delay = None
-            text = f"{text} (and its retry policy failed: {failure_of(broken).message})"
+            text = f"{text} (and its retry policy failed: {failure_with_traceback(broken).message})"
+            trace = name_broken_policy(failure, broken, error).traceback
         if delay is not None:
             return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], delay, write_failure(failure)), [], [])
-        return self._continue(item, envelope, CompensationRecord(stage_id, StageStatus.failed.value, text, duration))
+        record = CompensationRecord(stage_id, StageStatus.failed.value, text, duration)
+        return self._continue(item, envelope, record, trace)
 
-    def _continue(self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord) -> Settlement:
+    def _continue(
+        self, item: DeliveryItem, envelope: Envelope, record: CompensationRecord, trace: bytes | None
+    ) -> Settlement:
+        """Publish what follows; `trace` is the traceback of the last failed attempt of this compensation."""
+        place = compensation_place(record.stage_id)
+        envelope.tracebacks = with_traceback(envelope.tracebacks, place, trace)
         following = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(following.queue, following.label, TERMINAL if following.terminal else 0)
         done = SettleItem([(item.id, item.lease)], ACK)
         return Settlement(done, [(target, PublishItem(0, len(following.body)))], [following.body])
+
+
+def _last_traceback(item: DeliveryItem) -> bytes | None:
+    """Return the traceback of the last failed attempt, if there was one."""
+    return None if item.extra is None else traceback_of(item.extra.failure)
 
 
 def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Raw]] | None:

@@ -17,7 +17,6 @@ from stageflow_actors.core.envelope import (
     decode_command,
     encode,
 )
-from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.core.value_codec import ValueCodec
@@ -27,6 +26,7 @@ from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment, lost_attempt_failure
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import check_no_request
+from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["EndpointExecutor"]
@@ -78,7 +78,7 @@ class EndpointExecutor(HandlerExecutor):
     ) -> Settlement:
         self._on_error(error)
         known = error if isinstance(error, Exception) else None
-        return self._retry_or_reply_error(item, envelope, attempt, failure_of(error), known).mark_failed()
+        return self._retry_or_reply_error(item, envelope, attempt, failure_with_traceback(error), known).mark_failed()
 
     def _retry_or_reply_error(
         self, item: DeliveryItem, command: Command, attempt: int, failure: Failure, error: Exception | None
@@ -86,7 +86,7 @@ class EndpointExecutor(HandlerExecutor):
         delay, failure = self._ask_policy(attempt, failure, error)
         if delay is not None:
             return self._retry(item, delay, failure)
-        return self._send_reply(item, command, Reply(NIL, failure.message))
+        return self._send_reply(item, command, Reply(NIL, failure.message, failure.traceback))
 
     def _send_reply(self, item: DeliveryItem, command: Command, reply: Reply) -> Settlement:
         return self._settle(item, Transition(arrivals=[GatherArrival(command.key, REPLY_SLOT, encode(reply))]))

@@ -11,7 +11,7 @@ import time
 from itertools import repeat
 from typing import Any
 
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
@@ -24,7 +24,6 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
-from stageflow_actors.core.failures import failure_of
 from stageflow_actors.core.gather_results import (
     Arrivals,
     UnpublishedItems,
@@ -44,6 +43,7 @@ from stageflow_actors.core.routing import (
     missing_dependencies,
 )
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.tracebacks.table import with_traceback
 from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
@@ -54,6 +54,7 @@ from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, 
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.set_field import with_field
 from stageflow_actors.runtime.worker.stage_context import check_no_request
+from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["ItemExecutor", "MapExecutor"]
@@ -65,6 +66,12 @@ MIN_CHUNK_ITEMS = 2_000
 
 MAX_CHUNK_ITEMS = 100_000
 """The most items of a chunk: one settlement holds them all."""
+
+MAX_ITEM_TRACEBACKS = 20
+"""Most tracebacks of failed items that one worker sends for one instance: a million items may fail."""
+
+MAX_TRACED_INSTANCES = 1_000
+"""Most instances for which a worker counts these."""
 
 BUILTIN_COLLECTIONS = (list, tuple, dict, set, frozenset, range)
 """Return types of `over` whose iteration is finite and runs no user code."""
@@ -137,6 +144,7 @@ class MapExecutor(Executor):
         if not items:
             return self._join(item, envelope, [])
         envelope.since, envelope.attempts = started, attempt - 1
+        self._keep_traceback(item, envelope)
         transition = Transition(opens=[self._open_gather(envelope, len(items))])
         transition.publishes = self._next_chunk(envelope, UnpublishedItems(0, items)).publishes
         return self._settle(item, transition)
@@ -191,6 +199,7 @@ class MapExecutor(Executor):
         attempt = 1 if extra is None else extra.attempts + 1
         ended = decode_item_ends(arrivals)
         failed = [(number, one.error) for number, one in ended if one.error is not None]
+        trace = next((one.traceback for _, one in ended if one.traceback is not None), None)
         marked = extra is not None and extra.steps is not None and PARK_MARK in extra.steps
         if failed and marked and attempt == 1:
             return self._retry_failed_items(item, envelope, ended)
@@ -206,14 +215,15 @@ class MapExecutor(Executor):
                 f"{len(failed)} of {len(ended)} items of {self.planned.id!r} failed, more than "
                 f"max_failures={self._max_failures}; the first was item {number}: {text}"
             )
+            failure = structs.replace(failure_with_traceback(why), traceback=trace)
             if self._parks and attempt == 1:
                 # Count an attempt first: a marked message without attempts is taken for a requeued one.
-                return self._retry(item, 0.0, failure_of(why))
+                return self._retry(item, 0.0, failure)
             if self._parks and not marked:
                 self._store(item).keep(PARK_MARK, b"")
             # Final without the policy: it has already limited the attempts of each item.
             took = self._wall() - started
-            return self._fail_stage(item, envelope, failure_of(why), attempt, started, took).mark_failed()
+            return self._fail_stage(item, envelope, failure, attempt, started, took).mark_failed()
         try:
             encoded_results = [NIL if one.error is not None else one.result for _, one in ended]
             self._set_time_limit(self._timeout_ns)
@@ -238,6 +248,8 @@ class MapExecutor(Executor):
                 undo,
             )
             envelope.trail = before
+            if trace is not None:
+                envelope.tracebacks = with_traceback(envelope.tracebacks, self.planned.id, trace)
             return self._complete_stage(item, envelope, record, encoded)
         except BaseException as error:  # noqa: BLE001 - a property of the context is user code
             self._on_error(error)
@@ -280,6 +292,7 @@ class ItemExecutor(HandlerExecutor):
         self._none_may_fail: bool = program.parts["max_failures"] == 0
         self._items = ValueCodec(program.parts["item_type"])
         self._results = ValueCodec(program.parts["result_type"])
+        self._sent_tracebacks: dict[str, int] = {}
 
     def _run(self, item: DeliveryItem, body: bytes) -> Result:
         opened = self._open(item, body)
@@ -318,10 +331,20 @@ class ItemExecutor(HandlerExecutor):
         """Send the failure to the join, which counts failed items; park the item if none may fail."""
         if self._none_may_fail and self._parks:
             return self._park(item, failure)
-        end = ItemEnd(NIL, failure.message)
+        end = ItemEnd(NIL, failure.message, traceback=self._admit_traceback(item.group, failure.traceback))
         if self._parks:  # a requeue runs the item again
             end.item, end.steps = envelope.context, completed_steps(envelope, item)
         return self._arrive(item, envelope, end)
+
+    def _admit_traceback(self, group: str, trace: bytes | None) -> bytes | None:
+        """Return the traceback, or None if this worker has sent enough of this instance: the join shows only one."""
+        if trace is None:
+            return None
+        sent = self._sent_tracebacks
+        sent[group] = sent.get(group, 0) + 1
+        while len(sent) > MAX_TRACED_INSTANCES:
+            del sent[next(iter(sent))]
+        return trace if sent[group] <= MAX_ITEM_TRACEBACKS else None
 
     def _arrive(self, item: DeliveryItem, envelope: Envelope, end: ItemEnd) -> Settlement:
         return self._settle(

@@ -23,7 +23,7 @@ from stageflow_actors.core.envelope import (
     decode_reply,
     encode,
 )
-from stageflow_actors.core.failures import UNDECIDED, failure_of, read_failure, write_failure
+from stageflow_actors.core.failures import UNDECIDED, read_failure, write_failure
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
@@ -46,6 +46,7 @@ from stageflow_actors.runtime.worker.stage_context import (
     made_by_attempt,
     take_made,
 )
+from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import TERMINAL, DeliveryItem, Target
 
 __all__ = ["StageExecutor"]
@@ -137,7 +138,7 @@ class StageExecutor(HandlerExecutor):
         before, trail = envelope.context, envelope.trail
         envelope.context = Raw(encoded)
         envelope.trail = append_record(trail, record)
-        if not self._plain or (item.extra is not None and item.extra.priority):
+        if not self._plain or item.extra is not None or envelope.attempts:
             return self._complete_with_transition(item, envelope, attempt, started, record, before, trail)
         following = self._following
         if following is None:
@@ -154,15 +155,15 @@ class StageExecutor(HandlerExecutor):
                     None,
                     [],
                     envelope.digest,
+                    tracebacks=envelope.tracebacks,
                 )
             )
         else:
             envelope.stage_id = following.id
             envelope.payload = NIL
-            if envelope.steps is not None or envelope.attempts:
-                _clear_attempts(envelope)
+            envelope.steps = None
             done = encode(envelope)
-        if len(done) > self._limit:
+        if len(done) > self._limit and len(done) - len(envelope.tracebacks or b"") > self._limit:
             envelope.context, envelope.trail, envelope.stage_id = before, trail, stage_id
             return self._handle_failure(item, envelope, attempt, started, record.duration, self._too_large(len(done)))
         return self.first_target, done
@@ -286,7 +287,8 @@ class StageExecutor(HandlerExecutor):
         reply = decode_reply(arrivals[0][1])
         if reply.error is not None:
             text = f"StageError: endpoint {request_state.endpoint!r} answered with an error: {reply.error}"
-            return self._request_failed(item, envelope, request_state, Failure("exception", text, "StageError", True))
+            failure = Failure("exception", text, "StageError", True, reply.traceback)
+            return self._request_failed(item, envelope, request_state, failure)
         duration = max(0.0, self._wall() - request_state.started)
         enter_attempt((envelope.workflow_id, item.group, self._id, request_state.attempt))
         remote = self.stage.handler
@@ -298,7 +300,7 @@ class StageExecutor(HandlerExecutor):
             )
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._on_error(error)
-            return self._request_failed(item, envelope, request_state, failure_of(error))
+            return self._request_failed(item, envelope, request_state, failure_with_traceback(error))
 
     def _apply_reply(
         self,
@@ -352,8 +354,3 @@ class StageExecutor(HandlerExecutor):
         return self._fail_stage(
             item, envelope, failure, request_state.attempt, request_state.started, duration
         ).mark_failed()
-
-
-def _clear_attempts(envelope: Envelope) -> None:
-    """Remove the attempts, failure and steps of a completed stage from the envelope."""
-    envelope.attempts, envelope.failure, envelope.steps = 0, None, None
