@@ -219,6 +219,8 @@ class ZmqClient(Connection):
             place = ShortAddress(address)
         except OSError as error:
             return error.strerror or str(error)
+        except UnicodeEncodeError:
+            return "it is no file name"
         try:
             dealer.connect(place.text)
         except zmq.ZMQError as error:

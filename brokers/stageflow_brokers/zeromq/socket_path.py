@@ -64,10 +64,18 @@ def remake_directory(address: str) -> None:
     directory.chmod(0o700)  # independent of the umask
 
 
-class ShortAddress:
-    """An address as ZeroMQ can use it: a socket with a long path is reached through a descriptor of its directory.
+def _is_short_text(path: str) -> bool:
+    try:
+        return len(path.encode()) <= MAX_PATH_BYTES
+    except UnicodeEncodeError:
+        return False
 
-    `text` is that address, until `close`. Raises `OSError` if the path is long and its directory is missing.
+
+class ShortAddress:
+    """An address as ZeroMQ can use it.
+
+    A socket whose path is too long, or not valid UTF-8, is reached through a descriptor of its directory. `text` is
+    that address, until `close`. Raises `OSError` if such a directory is missing.
     """
 
     def __init__(self, address: str) -> None:
@@ -75,7 +83,7 @@ class ShortAddress:
         self.text = address
         self._descriptor = -1
         path = address.removeprefix(IPC)
-        if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        if not _is_short_text(path):
             directory, name = os.path.split(path)
             self._descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self.text = f"{IPC}/proc/self/fd/{self._descriptor}/{name}"
