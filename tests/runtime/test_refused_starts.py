@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from stageflow_actors.diagnostics.doctor import run_checks
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryMissing
 from stageflow_actors.runtime import node_handle
+from stageflow_actors.runtime import runtime as runtime_module
 from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.socket_dir import runtime_path
@@ -47,11 +47,11 @@ def test_neither_sockets_nor_record_are_left(tmp_path: Path, sockets: Path) -> N
 def test_a_start_that_fails_before_any_process_leaves_no_record(
     tmp_path: Path, sockets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone() -> bytes:
-        raise FileNotFoundError(2, "the working directory has been removed")
+    def unreadable() -> object:
+        raise PermissionError(13, "the sources of the program cannot be read")
 
-    monkeypatch.setattr(os, "getcwdb", gone)
-    with pytest.raises(FileNotFoundError):
+    monkeypatch.setattr(runtime_module, "loaded_sources", unreadable)
+    with pytest.raises(PermissionError):
         Runtime(waits, data_dir=tmp_path).start()
     assert not DataDir(tmp_path).cluster.exists()
     monkeypatch.undo()
