@@ -186,4 +186,28 @@ MUTANTS = (
         ),
         ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole[file_alone-stopped]",),
     ),
+    Mutant(
+        "undecodable-is-failure",
+        "a context that the new code cannot decode fails its stage, and completed stages are compensated",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/stage.py",
+                "            return self._park_undecodable(item, UndecodableData(str(error), field=error.field))\n",
+                "            return super()._handle_failure(item, envelope, attempt, started, 0.0, error)\n",
+            ),
+        ),
+        ("tests/constructs/test_undecodable_places.py::test_undecodable_data_parks_each_kind_of_message_where_it_is",),
+    ),
+    Mutant(
+        "compensated-unread",
+        "a compensation whose context cannot be decoded has failed",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/compensation.py",
+                "            undecodable = find_undecodable(error)\n",
+                "            undecodable = None\n",
+            ),
+        ),
+        ("tests/constructs/test_undecodable_places.py::test_undecodable_data_parks_each_kind_of_message_where_it_is",),
+    ),
 )

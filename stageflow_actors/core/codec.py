@@ -51,6 +51,7 @@ __all__ = [
     "import_types",
     "is_kept",
     "json_view",
+    "reword_error",
 ]
 
 C = TypeVar("C")
@@ -285,7 +286,7 @@ class ContextCodec(Generic[C]):
 
     def _refuse_decoding(self, error: Exception, stage: str | None, place: str = "") -> NoReturn:
         name = self.context_type.__name__
-        message, field = explain_validation(error, name) or _reword(str(error) or type(error).__name__, name)
+        message, field = explain_validation(error, name) or reword_error(str(error) or type(error).__name__, name)
         raise InvalidContext(_prefix(stage) + message + place, stage=stage, field=field) from error
 
 
@@ -478,10 +479,11 @@ def _has_plain_equality(kind: type[Any]) -> bool:
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _TYPES = re.compile(r"^Expected `(?P<due>[^`]*)`, got `(?P<given>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>[^`]*)`$")
 _WORDS = {"object": "dict", "array": "list", "null": "None"}
 
 
-def _reword(message: str, type_name: str) -> tuple[str, str | None]:
+def reword_error(message: str, type_name: str) -> tuple[str, str | None]:
     """Return the message of a msgspec error in the words of this package, and the field."""
     match = _AT.match(message)
     what, path = (match["what"], match["path"] or "") if match else (message, "")
@@ -489,6 +491,10 @@ def _reword(message: str, type_name: str) -> tuple[str, str | None]:
     if missing:
         field = f"{path}.{missing['name']}".removeprefix(".")
         return f"context.{field} is missing: {type_name} requires it", field
+    unknown = _UNKNOWN.match(what)
+    if unknown:
+        field = f"{path}.{unknown['name']}".removeprefix(".")
+        return f"context.{field} is not known: {type_name} has no such field", field
     field = path.removeprefix(".")
     place = f"context{path}"
     if match and match["key"]:

@@ -121,11 +121,15 @@ class Command(Struct, array_like=True):
 
 
 class Reply(Struct, array_like=True):
-    """The reply of an endpoint: a value, or an error with its traceback, as in `Failure`."""
+    """The reply of an endpoint: a value, or an error with its traceback, as in `Failure`.
+
+    `undecodable`: the code of the endpoint could not decode the command, which is the `value`, to be sent again.
+    """
 
     value: Raw = NIL
     error: str | None = None
     traceback: bytes | None = None
+    undecodable: bool = False
 
 
 class Envelope(Struct, array_like=True):

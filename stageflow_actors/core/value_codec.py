@@ -15,18 +15,42 @@ import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core import extensions
-from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept
+from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept, reword_error
 from stageflow_actors.core.exact_types import is_plain
 from stageflow_actors.core.extensions import PLAIN_EXT, decode_any, describe, encode, keep_as_plain, plain_form
 from stageflow_actors.core.roundtrip import find_difference, find_unencodable
 from stageflow_actors.definition.type_hints import needs_type
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
 
-__all__ = ["UNTYPED", "ValueCodec", "decode_result", "encode_message", "result_codec"]
+__all__ = [
+    "UNTYPED",
+    "UndecodableData",
+    "ValueCodec",
+    "decode_context",
+    "decode_result",
+    "encode_message",
+    "find_undecodable",
+    "result_codec",
+]
 
 _OPEN_DICTS = (dict[str, Any], dict[str, object])
 _STR = frozenset({str})
 _BUILTIN = (bool, int, float, str, bytes, list, dict)
+
+
+_NIL = b"\xc0"
+
+
+class UndecodableData(InvalidContext):
+    """Data that was written under another definition of its type, and that the present code cannot decode.
+
+    This is a mistake of a deploy and not a failure of the stage: the message is parked. `result_of` is the stage whose
+    result it is, or None for other data.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, result_of: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.result_of = result_of
 
 
 class ValueCodec:
@@ -62,13 +86,15 @@ class ValueCodec:
         """Return `value` as msgpack; `what` is the subject of the error, as in "the result of stage 'pay'".
 
         A plain value is accepted in place of a typed one, and decoded as the type if it matches: a dict for a
-        dataclass. Raises `InvalidContext` if the value would not be equal after decoding.
+        dataclass. One that does not match is marked as plain. Raises `InvalidContext` if the value would not be equal
+        after decoding.
         """
         if self._kind is not Any:
             data = self._encode_typed(value)
             if data is not None:
                 return data
-        return encode_value(value, what=what)
+        data = encode_value(value, what=what)
+        return data if self._matches(data) else encode(keep_as_plain(value))
 
     def keep(self, value: Any, *, what: str) -> tuple[bytes, str | None]:
         """Return `value` as msgpack, and a warning if it does not fit the annotation and is kept as plain data.
@@ -111,6 +137,40 @@ class ValueCodec:
             if self._element is not None and type(plain) is list:
                 return [self._element.decode(part) for part in _decode_parts(data)]
             return plain
+
+    def decode_stored(self, data: bytes | Raw, *, what: str, result_of: str | None = None) -> Any:
+        """Return the value that `encode` or `keep` encoded, perhaps under an earlier definition of the type.
+
+        `what` is the subject of the error. Raises `UndecodableData` for a value that does not match the type and is not
+        marked as plain: it matched the type when it was encoded.
+        """
+        if not self._supported or not self._needed or bytes(data) == _NIL or _is_marked_plain(data):
+            return decode_value(data)
+        try:
+            return self._restore(data)
+        except Exception as error:
+            if self._element is not None and _is_list(data):
+                parts = enumerate(_decode_parts(data))
+                return [
+                    self._element.decode_stored(part, what=f"{what}[{at}]", result_of=result_of) for at, part in parts
+                ]
+            raise self._undecodable(error, what, result_of) from error
+
+    def _matches(self, data: bytes) -> bool:
+        if not self._supported or not self._needed or data == _NIL:
+            return True
+        try:
+            self._restore(data)
+        except Exception:  # noqa: BLE001 - a `__post_init__` may raise any exception
+            return False
+        return True
+
+    def _undecodable(self, error: Exception, what: str, result_of: str | None) -> UndecodableData:
+        field = error.field if isinstance(error, InvalidContext) else None
+        text = str(error) or type(error).__name__
+        if not isinstance(error, InvalidContext):
+            text, field = reword_error(text, _describe_hint(self._kind))
+        return UndecodableData(f"{what}: {text.removeprefix('context').lstrip('. ')}", field=field, result_of=result_of)
 
     def _restore(self, data: bytes | Raw) -> Any:
         """Return a value of the type. Raises `ValidationError` or `InvalidContext`."""
@@ -185,6 +245,30 @@ def decode_result(codec: ContextCodec[Any], stage_id: str, data: bytes | Raw) ->
     return result_codec(codec, stage_id).decode(data)
 
 
+def decode_context(codec: ContextCodec[Any], data: bytes | Raw) -> Any:
+    """Return the context of a message, perhaps encoded by an earlier definition. Raises `UndecodableData`."""
+    try:
+        return codec.decode(data)
+    except InvalidContext as error:
+        raise UndecodableData(str(error), field=error.field) from error
+
+
+def find_undecodable(error: BaseException | None) -> UndecodableData | None:
+    """Return the `UndecodableData` that an exception of user code was raised from or groups, or None."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, UndecodableData):
+            return one
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        waiting += [one.__cause__, None if one.__suppress_context__ else one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+    return None
+
+
 def encode_message(value: Any, *, what: str) -> bytes:
     """Return a command, reply or payload as msgpack; its receiver has the annotation.
 
@@ -245,6 +329,12 @@ def _is_object_type(kind: type[Any]) -> bool:
 
 
 _decode_parts = msgspec.msgpack.Decoder(list[Raw]).decode
+
+
+def _is_list(data: bytes | Raw) -> bool:
+    head = bytes(memoryview(data)[:1])
+    return bool(head) and (head[0] & 0xF0 == 0x90 or head[0] in (0xDC, 0xDD))
+
 
 _EXT_CODE_AT = {0xD4: 1, 0xD5: 1, 0xD6: 1, 0xD7: 1, 0xD8: 1, 0xC7: 2, 0xC8: 3, 0xC9: 5}
 

@@ -29,16 +29,22 @@ from stageflow_brokers.api import (
 )
 
 __all__ = [
+    "UNDECODABLE",
     "Result",
     "Settlement",
     "assign_target_numbers",
     "completed_steps",
     "forward",
+    "park_undecodable",
     "park_unknown_version",
     "park_unreadable",
     "settle_transition",
     "split_parts",
 ]
+
+
+UNDECODABLE = ("refused", "UndecodableData")
+"""Kind and error type of the failure with which a message is parked that holds data in an unknown form."""
 
 
 class Settlement:
@@ -49,7 +55,7 @@ class Settlement:
         publishes: The messages to publish, each with its target.
         bodies: The bodies, in the order publishes, opens, arrivals.
         opens: The gathers to open, each with its target.
-        version_unknown: True if it parks a message because this worker does not know the version.
+        version_unknown: True if it parks a message because this worker does not know the version, or cannot decode it.
         user_code_ran: True if user code ran for it in this worker, and returned or raised. A worker that only records
             how another worker ended has not proved that it can run user code.
     """
@@ -125,6 +131,24 @@ def park_unknown_version(item: DeliveryItem, workflow_id: str, version: int, pla
         "after a runtime has started with this version, or has registered it"
     )
     reason = Failure("refused", f"WorkflowDefinitionError: {text}", "WorkflowDefinitionError")
+    parked = Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
+    parked.version_unknown = True
+    return parked
+
+
+def park_undecodable(item: DeliveryItem, place: str, workflow_id: str, version: int, error: Exception) -> Settlement:
+    """Park a message with data that the code of this worker cannot decode. No attempt is counted.
+
+    `place` is the subject of the reason, as "stage 'ship'". `OrphanedMessages.resume` requeues the message at the next
+    start.
+    """
+    text = (
+        f"{place} of workflow {workflow_id!r} version {version} cannot decode its data with the code that runs now: "
+        f"{error}; nothing is compensated, and the instance continues here after a runtime has started with code that "
+        "can decode it"
+    )
+    kind, error_type = UNDECODABLE
+    reason = Failure(kind, f"InvalidContext: {text}", error_type)
     parked = Settlement(SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason)), [], [])
     parked.version_unknown = True
     return parked

@@ -259,7 +259,7 @@ class Node:
         self._orphans.exclude(pool.queue for pool in config.pools)
         notices = self._changed_definitions(config.plans)
         self._publish_plans()
-        self._orphans.resume({(plan.id, plan.version): plan for plan in config.plans})
+        notices += self._resume_parked(config.plans)
         queues = {queue["name"]: queue for queue in self._broker.admin.stats("").result()["queues"]}
         resuming = self._count_unfinished()
         failpoint("node.before-roster")
@@ -429,7 +429,17 @@ class Node:
             _send_report(self._channel, Report("notice", text))
         self._config.plans.extend(message.plans)
         self._publish_plans()
-        self._orphans.resume({(plan.id, plan.version): plan for plan in self._config.plans})
+        for text in self._resume_parked(message.plans):
+            _send_report(self._channel, Report("notice", text))
+
+    def _resume_parked(self, loaded: list[WorkflowPlan]) -> list[str]:
+        """Requeue messages that waited for other code, now that `loaded` is here; return a line per workflow."""
+        known, given = ({(plan.id, plan.version): plan for plan in plans} for plans in (self._config.plans, loaded))
+        return [
+            f"resuming {pluralize(count, 'instance')} of {workflow_id} parked because the code that ran before could "
+            "not decode their data"
+            for workflow_id, count in self._orphans.resume(known, given).items()
+        ]
 
     def _changed_definitions(self, plans: list[WorkflowPlan]) -> list[str]:
         """Return a warning for each definition that has changed since it last ran here under the same version."""

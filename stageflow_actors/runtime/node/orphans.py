@@ -1,5 +1,7 @@
 """`OrphanedMessages`: finds messages of versions that are not registered, and resumes them when their version is.
 
+It also resumes messages that earlier code could not decode, when a runtime starts with other code.
+
 A worker parks such a message when it finds one in its own queue. In a queue that has no pool any more (its workflow has
 fewer stages now, or is not registered at all) no worker sees it: this module makes the coordinator consume the queue,
 and the coordinator forwards or parks each message. It must never consume a queue that has a pool.
@@ -16,7 +18,13 @@ from stageflow_actors.core.envelope import head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import COMPENSATE, DLQ_PREFIX, Naming
 from stageflow_actors.core.routing import Publish, Transition
-from stageflow_actors.runtime.messaging.settlements import Settlement, forward, park_unknown_version, settle_transition
+from stageflow_actors.runtime.messaging.settlements import (
+    UNDECODABLE,
+    Settlement,
+    forward,
+    park_unknown_version,
+    settle_transition,
+)
 from stageflow_brokers.api import Broker, DeliveryItem
 
 __all__ = ["OrphanedMessages", "forward_orphan"]
@@ -76,21 +84,24 @@ class OrphanedMessages:
             return False  # a request to an endpoint waits for its worker until the request expires
         return bool(_STAGE_QUEUE.search(name)) or name.startswith(self._naming.compensation_prefix)
 
-    def resume(self, plans: Plans) -> int:
-        """Requeue messages that were parked because their version was not registered, and that now is.
+    def resume(self, plans: Plans, loaded: Plans) -> dict[str, int]:
+        """Requeue messages that were parked because of the code that ran then.
 
-        Return the number of requeued messages.
+        These are messages of versions that were not registered, and now are, and messages with data that could not be
+        decoded, if their version is among those `loaded` just now. Only a worker finds out whether it can decode them
+        now: each is tried once per start, and parked again if not. Return the instances of the second kind that have
+        a requeued message, by workflow.
         """
-        count = 0
+        tried: dict[str, set[str]] = {}
         for queue in self._broker.admin.stats("").result()["queues"]:
             if queue["dead"]:
                 name = f"{DLQ_PREFIX}{queue['name']}"
-                found = self._resumable(name, plans)
-                if found:
-                    count += self._broker.admin.requeue(name, found).result()["requeued"]
-        return count
+                found = self._resumable(name, plans, loaded, tried)
+                for first in range(0, len(found), PAGE_SIZE):
+                    self._broker.admin.requeue(name, found[first : first + PAGE_SIZE]).result()
+        return {workflow_id: len(instances) for workflow_id, instances in tried.items()}
 
-    def _resumable(self, name: str, plans: Plans) -> list[int]:
+    def _resumable(self, name: str, plans: Plans, loaded: Plans, tried: dict[str, set[str]]) -> list[int]:
         found: list[int] = []
         offset = 0
         while True:
@@ -100,12 +111,16 @@ class OrphanedMessages:
                     break  # the answer was full; the next page begins here
                 offset += 1
                 failure = read_failure(letter["reason"])
-                if failure is None or (failure.kind, failure.error_type) != UNKNOWN_VERSION or letter["evidence"]:
+                reason = None if failure is None else (failure.kind, failure.error_type)
+                if reason not in (UNKNOWN_VERSION, UNDECODABLE) or letter["evidence"]:
                     continue
                 head = head_of(letter["body"])
-                plan = None if head is None else plans.get((head[0], head[1]))
+                known = loaded if reason == UNDECODABLE else plans
+                plan = None if head is None else known.get((head[0], head[1]))
                 if head is not None and plan is not None and plan.stage(head[2]) is not None:
                     found.append(letter["id"])
+                    if reason == UNDECODABLE:
+                        tried.setdefault(head[0], set()).add(letter["group"])
             if not page:
                 return found
 

@@ -10,13 +10,13 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
-from stageflow_actors.core.value_codec import UNTYPED, ValueCodec, decode_result
+from stageflow_actors.core.value_codec import UNTYPED, UndecodableData, ValueCodec, result_codec
 from stageflow_actors.definition.type_hints import return_type
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.worker.awaitables import finish, is_awaitable
@@ -32,6 +32,7 @@ __all__ = [
     "check_nothing_lost",
     "made_by_attempt",
     "take_made",
+    "with_result",
 ]
 
 REQUEST_TIMEOUT_SECONDS = 60.0
@@ -342,10 +343,7 @@ class StageContext:
             7
         """
         if self._results is None:
-            records = decode_trail(self._envelope.trail)
-            self._results = {
-                r.stage_id: decode_result(self._codec, r.stage_id, r.data) for r in records if r.status == "completed"
-            }
+            self._results = _decode_results(self._codec, self._envelope.trail)
         return self._results
 
     @property
@@ -637,7 +635,7 @@ class StageContext:
 
     def _step_result(self, name: str, codec: ValueCodec) -> Any:
         data = self._steps.get(f"{self._scope}{name}") or self._steps.get(self._awaited_key(name))
-        return None if data is None else codec.decode(data)
+        return None if data is None else codec.decode_stored(data, what=f"the result of step {name!r}")
 
     def _keep(self, name: str, value: Any, codec: ValueCodec = UNTYPED, key: str = "") -> Any:
         if not isinstance(name, str) or not name:
@@ -665,6 +663,65 @@ def _step_codec(function: Callable[..., Any]) -> ValueCodec:
         return UNTYPED
     hint = return_type(function)
     return UNTYPED if hint is Any else ValueCodec(hint)
+
+
+class _PartialResults(dict[str, Any]):
+    """Results of which some cannot be decoded; reading one of these raises its error."""
+
+    def __init__(self, results: Mapping[str, Any], errors: Mapping[str, UndecodableData]) -> None:
+        super().__init__(results)
+        self._errors = errors
+
+    def __getitem__(self, key: str) -> Any:
+        self._check(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the result of a stage, or `default` if it has not completed."""
+        self._check(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # overridden, so that `dict(results)` reads each result by `__getitem__`
+
+    def values(self) -> Any:
+        """Raise the error of a result that cannot be decoded."""
+        self._check(*self)
+
+    def items(self) -> Any:
+        """Raise the error of a result that cannot be decoded."""
+        self._check(*self)
+
+    def _check(self, *keys: str) -> None:
+        for key in keys:
+            if key in self._errors:
+                raise self._errors[key]
+
+
+def with_result(results: Mapping[str, Any], stage_id: str, result: Any) -> dict[str, Any]:
+    """Return a copy of `ctx.results` with another result of one stage."""
+    if not isinstance(results, _PartialResults):
+        return {**results, stage_id: result}
+    errors = {key: error for key, error in results._errors.items() if key != stage_id}
+    known = {key: results[key] for key in results if key not in results._errors}
+    return _PartialResults({**dict.fromkeys(results), **known, stage_id: result}, errors)
+
+
+def _decode_results(codec: ContextCodec[Any], trail: bytes) -> dict[str, Any]:
+    """Return the results of the completed stages; reading one that cannot be decoded raises `UndecodableData`."""
+    results: dict[str, Any] = {}
+    errors: dict[str, UndecodableData] = {}
+    for record in decode_trail(trail):
+        if record.status != "completed":
+            continue
+        stage_id = record.stage_id
+        what = f"the result of stage {stage_id!r}"
+        try:
+            results[stage_id] = result_codec(codec, stage_id).decode_stored(record.data, what=what, result_of=stage_id)
+            errors.pop(stage_id, None)
+        except UndecodableData as error:
+            results[stage_id], errors[stage_id] = None, error
+    return _PartialResults(results, errors) if errors else results
 
 
 _warned: set[str] = set()

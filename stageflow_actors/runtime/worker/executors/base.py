@@ -39,7 +39,13 @@ from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import Transition, enter_stage, fail_stage, item_slot, leave_stage, skip_cancelled
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.tracebacks.table import with_traceback
-from stageflow_actors.core.value_codec import ValueCodec, result_codec
+from stageflow_actors.core.value_codec import (
+    UndecodableData,
+    ValueCodec,
+    decode_context,
+    find_undecodable,
+    result_codec,
+)
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.retry import RetryPolicy
 from stageflow_actors.definition.stage import Replace
@@ -51,6 +57,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     Settlement,
     completed_steps,
     forward,
+    park_undecodable,
     park_unknown_version,
     park_unreadable,
     settle_transition,
@@ -65,6 +72,7 @@ from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, 
 
 __all__ = [
     "PARK_MARK",
+    "UNDECODED_MARK",
     "Executor",
     "ExecutorEnvironment",
     "Stopwatch",
@@ -80,6 +88,9 @@ logger = logging.getLogger("stageflow_actors.worker")
 
 PARK_MARK = ":park"
 """The step that marks a message as parked, or about to be parked. A marked message without attempts was requeued."""
+
+UNDECODED_MARK = ":undecoded"
+"""The step that names the stage whose result could not be decoded; it is decoded before the handler runs again."""
 
 SLOT_FAILURE_BYTES = POLICY_TEXT_BYTES - 2
 """The bytes of a failure that a slot can hold."""
@@ -349,6 +360,16 @@ class Executor:
 
     # failures
 
+    def _decode_context(self, envelope: Envelope) -> Any:
+        """Return the context of a message. Raises `UndecodableData`, which `_handle_failure` parks."""
+        return decode_context(self.codec, envelope.context)
+
+    def _park_undecodable(self, item: DeliveryItem, error: UndecodableData) -> Settlement:
+        """Park a message with data of another definition: no attempt of this stage has failed."""
+        if error.result_of is not None:
+            self._store(item).keep(UNDECODED_MARK, error.result_of.encode())
+        return park_undecodable(item, self.display_name, self.plan.id, self.plan.version, error)
+
     def _handle_failure(
         self,
         item: DeliveryItem,
@@ -358,6 +379,9 @@ class Executor:
         duration: float,
         error: BaseException,
     ) -> Settlement:
+        undecodable = find_undecodable(error)
+        if undecodable is not None:
+            return self._park_undecodable(item, undecodable)
         failure = failure_with_traceback(error)
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)

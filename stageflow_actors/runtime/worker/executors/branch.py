@@ -38,7 +38,7 @@ class BranchExecutor(Executor):
         attempt = 1 if item.extra is None else item.extra.attempts + 1
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
-            key = self._selector(self.codec.decode(opened.context), ctx)
+            key = self._selector(self._decode_context(opened), ctx)
             check_not_awaitable(key, f"the selector of branch {self.planned.id!r}")
             chosen = key if isinstance(key, str) and key in self.planned.arms else self._default
             if chosen is None:

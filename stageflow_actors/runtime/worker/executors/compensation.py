@@ -19,15 +19,27 @@ from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.routing import continue_compensation
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.tracebacks.table import compensation_place, with_traceback
-from stageflow_actors.core.value_codec import ValueCodec, result_codec
+from stageflow_actors.core.value_codec import (
+    UndecodableData,
+    ValueCodec,
+    decode_context,
+    find_undecodable,
+    result_codec,
+)
 from stageflow_actors.definition.handler import BoundCall
 from stageflow_actors.definition.stage import Compensation, Replace
 from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
-from stageflow_actors.runtime.messaging.settlements import Settlement, park_unknown_version, park_unreadable
+from stageflow_actors.runtime.messaging.settlements import (
+    Settlement,
+    park_undecodable,
+    park_unknown_version,
+    park_unreadable,
+)
 from stageflow_actors.runtime.worker.awaitables import is_awaitable
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import (
+    UNDECODED_MARK,
     ExecutorEnvironment,
     ask_policy,
     lost_attempt_failure,
@@ -35,7 +47,7 @@ from stageflow_actors.runtime.worker.executors.base import (
 )
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
-from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request
+from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request, with_result
 from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import ACK, RETRY, TERMINAL, DeliveryItem, PublishItem, SettleItem, Target
 
@@ -132,8 +144,11 @@ class CompensationExecutor:
         clock = time.perf_counter()
         enter_attempt((envelope.workflow_id, item.group, stage_id, attempt))
         try:
-            context = self.codec.decode(envelope.context)
-            value = self._bound[stage_id](context, self._stage_context(item, envelope, stage_id, attempt))
+            context = decode_context(self.codec, envelope.context)
+            ctx = self._stage_context(item, envelope, stage_id, attempt)
+            if extra is not None and extra.steps is not None and UNDECODED_MARK in extra.steps:
+                ctx.results[extra.steps[UNDECODED_MARK].decode()]
+            value = self._bound[stage_id](context, ctx)
             if self._arounds:
                 value, context = value
             check_no_request(value, f"the compensation of stage {stage_id!r}")
@@ -151,6 +166,9 @@ class CompensationExecutor:
                 )
         except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
             self._on_error(error)
+            undecodable = find_undecodable(error)
+            if undecodable is not None:
+                return self._park_undecodable(item, stage_id, undecodable)
             failure = failure_with_traceback(error)
             asked = error if isinstance(error, Exception) else exception_of(failure)
             took = time.perf_counter() - clock
@@ -158,6 +176,12 @@ class CompensationExecutor:
         envelope.context = Raw(encoded)
         record = CompensationRecord(stage_id, StageStatus.completed.value, None, time.perf_counter() - clock)
         return self._continue(item, envelope, record, _last_traceback(item)).mark_user_code_ran()
+
+    def _park_undecodable(self, item: DeliveryItem, stage_id: str, error: UndecodableData) -> Settlement:
+        """Park a compensation with data of another definition: code that cannot decode it compensates nothing."""
+        if error.result_of is not None:
+            self._store(item).keep(UNDECODED_MARK, error.result_of.encode())
+        return park_undecodable(item, f"the compensation of stage {stage_id!r}", self.plan.id, self.plan.version, error)
 
     def _compensate_items(
         self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Raw]]
@@ -188,6 +212,11 @@ class CompensationExecutor:
             return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], 0.0, encoded), [], [])
         first: BaseException | None = None
         for number, failed in self._compensate_each(item, ctx, stage_id, undo, state):
+            undecodable = find_undecodable(failed)
+            if undecodable is not None:
+                ctx._exit_item()
+                ctx.store_step_result(UNDO_STATE, state.dump())
+                return self._park_undecodable(item, stage_id, undecodable)
             first = first or failed
             state.record(number, None if failed is None else write_failure(failure_with_traceback(failed)))
         duration = time.perf_counter() - clock
@@ -232,11 +261,13 @@ class CompensationExecutor:
                 ctx.store_step_result(UNDO_STATE, state.dump())
                 kept = time.monotonic()
             deadline = now + timeout / 1e9 if timeout else None
-            ctx._enter_item(number, deadline, {**results, stage_id: of_item.decode(result)})
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
-                value = self._copy_context().run(call, codec.decode(data), ctx)
+                undone = of_item.decode_stored(result, what=f"the result of item {number} of {stage_id!r}")
+                ctx._enter_item(number, deadline, with_result(results, stage_id, undone))
+                one = codec.decode_stored(data, what=f"item {number} of {stage_id!r}")
+                value = self._copy_context().run(call, one, ctx)
                 check_no_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
             except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
                 self._on_error(error)

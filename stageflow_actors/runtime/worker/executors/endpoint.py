@@ -19,7 +19,7 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import GatherArrival, Transition
-from stageflow_actors.core.value_codec import ValueCodec
+from stageflow_actors.core.value_codec import ValueCodec, find_undecodable
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
@@ -57,7 +57,9 @@ class EndpointExecutor(HandlerExecutor):
         enter_attempt((command.workflow_id, item.group, self.planned.id, attempt))
         try:
             ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
-            value = self._resolve_call(self._call(self._command.decode(command.command), ctx))
+            value = self._resolve_call(
+                self._call(self._command.decode_stored(command.command, what="the command"), ctx)
+            )
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
         return self._after_call(item, command, attempt, 0.0, 0.0, None, value)
@@ -77,6 +79,9 @@ class EndpointExecutor(HandlerExecutor):
         self, item: DeliveryItem, envelope: Any, attempt: int, started: float, clock: float, error: BaseException
     ) -> Settlement:
         self._on_error(error)
+        undecodable = find_undecodable(error)
+        if undecodable is not None:  # the stage that sent the command is parked, and sends it again
+            return self._send_reply(item, envelope, Reply(envelope.command, str(undecodable), undecodable=True))
         known = error if isinstance(error, Exception) else None
         return self._retry_or_reply_error(item, envelope, attempt, failure_with_traceback(error), known).mark_failed()
 

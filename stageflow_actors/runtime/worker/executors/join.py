@@ -17,9 +17,10 @@ from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.plan import FAILED, WorkflowPlan
 from stageflow_actors.core.routing import Publish, Transition
 from stageflow_actors.core.status import StageStatus
+from stageflow_actors.core.value_codec import decode_context
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.stage import Replace
-from stageflow_actors.errors import StageError
+from stageflow_actors.errors import InvalidContext, StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
 from stageflow_actors.runtime.worker.awaitables import check_not_awaitable
@@ -59,7 +60,7 @@ class JoinExecutor(Executor):
         self._enter_attempt(item, envelope, attempt)
         try:
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
-            context = self._joined(before, envelope.context, joined, ctx)
+            context = self._joined_or_undecodable(before, envelope.context, joined, ctx)
             record = StageRecord(self.planned.id, StageStatus.completed.value, attempt, started, self._wall() - started)
             return self._complete_stage(item, envelope, record, context)
         except BaseException as error:  # noqa: BLE001 - merge is user code
@@ -70,6 +71,15 @@ class JoinExecutor(Executor):
         """Report a failed required branch to the coordinator."""
         envelope.error, envelope.failed_stage = lost.error, lost.stage_id
         return self._settle(item, Transition([Publish(self.naming.coordinator, FAILED, encode(envelope))]))
+
+    def _joined_or_undecodable(self, before: Raw, merged: Raw, joined: JoinResult, ctx: StageContext | None) -> bytes:
+        """Return `_joined`. If it fails and one of the contexts cannot be decoded, raise that instead."""
+        try:
+            return self._joined(before, merged, joined, ctx)
+        except InvalidContext:
+            for context in (before, *(branch.context for branch in joined.completed.values())):
+                decode_context(self.codec, context)
+            raise
 
     def _joined(self, before: Raw, merged: Raw, joined: JoinResult, ctx: StageContext | None) -> bytes:
         """Return the encoded joined context; `merged` is the field-wise merge of all branches."""

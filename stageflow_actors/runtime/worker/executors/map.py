@@ -122,7 +122,7 @@ class MapExecutor(Executor):
             return self._settle_unmet(item, envelope, missing, attempt)
         try:
             self._set_time_limit(self._timeout_ns)
-            context = self.codec.decode(envelope.context)
+            context = self._decode_context(envelope)
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
             if self._when is not None and not self._holds(self._when, context, ctx):
                 return self._skip(item, envelope)
@@ -227,9 +227,12 @@ class MapExecutor(Executor):
         try:
             encoded_results = [NIL if one.error is not None else one.result for _, one in ended]
             self._set_time_limit(self._timeout_ns)
-            context, data = self.codec.decode(envelope.context), NIL
+            context, data = self._decode_context(envelope), NIL
             if self._into is not None:
-                results = [self._results.decode(one) for one in encoded_results]
+                results = [
+                    self._results.decode_stored(one, what=f"the result of item {number}")
+                    for (number, _), one in zip(ended, encoded_results, strict=True)
+                ]
                 context = with_field(context, self._into, results)
             self._set_time_limit(0)
             if self._into is None:
@@ -303,7 +306,7 @@ class ItemExecutor(HandlerExecutor):
         clock = time.perf_counter()
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
-            value = self._call(self._items.decode(opened.context), ctx)
+            value = self._call(self._items.decode_stored(opened.context, what=f"item {item_slot(opened)}"), ctx)
             if type(value) not in PLAIN_TYPES:
                 value = self._resolve_call(value)
         except BaseException as error:  # noqa: BLE001 - the handler is user code

@@ -11,7 +11,7 @@ from stageflow_actors.core.failures import EXPIRED
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter_stage
 from stageflow_actors.core.status import StageStatus
-from stageflow_actors.core.value_codec import ValueCodec
+from stageflow_actors.core.value_codec import ValueCodec, find_undecodable
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
@@ -23,6 +23,10 @@ from stageflow_actors.runtime.worker.traceback_text import failure_with_tracebac
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["SignalExecutor"]
+
+
+EXPIRED_MARK = ":expired"
+"""The step that marks a message whose time has expired and whose context could not be decoded."""
 
 
 class SignalExecutor(Executor):
@@ -42,10 +46,11 @@ class SignalExecutor(Executor):
         extra = item.extra
         if extra is not None and not arrivals and extra.failure == EXPIRED:
             extra.fresh = False  # the expiry is the event that this stage handles, not a failed attempt
+        expired = extra is not None and (extra.failure is not None or EXPIRED_MARK in (extra.steps or ()))
         opened = self._open(item, base, body)
         if isinstance(opened, Settlement):
             return opened
-        if extra is not None and not arrivals and extra.failure is None:
+        if extra is not None and not arrivals and not expired:
             # Neither a signal nor an expiry: the message was parked and requeued, and waits again.
             return self._settle(item, enter_stage(self.plan, self.planned.id, opened, self.naming, self._wall()))
         started = self._wall() if opened.since is None else opened.since
@@ -57,7 +62,7 @@ class SignalExecutor(Executor):
                 item, opened, failure_with_traceback(late), attempt, started, self._wall() - started
             )
         try:
-            context = self.codec.decode(opened.context)
+            context = self._decode_context(opened)
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
             if arrivals:
                 payload = self._payload.decode_input(arrivals[0][1])
@@ -81,4 +86,6 @@ class SignalExecutor(Executor):
             return self._complete_stage(item, opened, record, encoded)
         except BaseException as error:  # noqa: BLE001 - on_signal and on_timeout are user code
             self._on_error(error)
+            if not arrivals and find_undecodable(error) is not None:
+                self._store(item).keep(EXPIRED_MARK, b"")
             return self._handle_failure(item, opened, attempt, started, self._wall() - started, error)

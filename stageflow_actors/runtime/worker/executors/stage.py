@@ -17,6 +17,7 @@ from stageflow_actors.core.envelope import (
     Envelope,
     Failure,
     Outcome,
+    Reply,
     StageRecord,
     append_record,
     decode_envelope,
@@ -27,17 +28,17 @@ from stageflow_actors.core.failures import UNDECIDED, read_failure, write_failur
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
-from stageflow_actors.core.value_codec import ValueCodec, encode_message
+from stageflow_actors.core.value_codec import UndecodableData, ValueCodec, encode_message, find_undecodable
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
 from stageflow_actors.definition.type_hints import first_parameter_type
-from stageflow_actors.errors import PayloadTooLarge
+from stageflow_actors.errors import InvalidContext, PayloadTooLarge, StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import Result, Settlement, split_parts
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, park_undecodable, split_parts
 from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
-from stageflow_actors.runtime.worker.executors.base import PARK_MARK, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import PARK_MARK, UNDECODED_MARK, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import (
     Request,
@@ -102,7 +103,13 @@ class StageExecutor(HandlerExecutor):
         enter_attempt((envelope.workflow_id, item.group, self._id, attempt))
         try:
             context = self.codec.decode(envelope.context)
+        except InvalidContext as error:
+            take_made(envelope)
+            return self._park_undecodable(item, UndecodableData(str(error), field=error.field))
+        try:
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
+            if extra is not None and ctx is not None and extra.steps is not None and UNDECODED_MARK in extra.steps:
+                ctx.results[extra.steps[UNDECODED_MARK].decode()]
             if self._when is not None and not self._holds(self._when, context, ctx):
                 take_made(envelope)
                 return self._skip(item, envelope)
@@ -285,6 +292,8 @@ class StageExecutor(HandlerExecutor):
             )
             return self._request_failed(item, envelope, request_state, Failure("timeout", late, "StageTimeout"))
         reply = decode_reply(arrivals[0][1])
+        if reply.undecodable:
+            return self._on_undecodable_command(item, envelope, base, request_state, reply)
         if reply.error is not None:
             text = f"StageError: endpoint {request_state.endpoint!r} answered with an error: {reply.error}"
             failure = Failure("exception", text, "StageError", True, reply.traceback)
@@ -300,7 +309,26 @@ class StageExecutor(HandlerExecutor):
             )
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._on_error(error)
+            undecodable = find_undecodable(error)
+            if undecodable is not None:
+                return self._park_undecodable(item, undecodable)
             return self._request_failed(item, envelope, request_state, failure_with_traceback(error))
+
+    def _on_undecodable_command(
+        self, item: DeliveryItem, envelope: Envelope, base: bytes, request_state: RequestState, reply: Reply
+    ) -> Settlement:
+        """Park this message; after a requeue send the command again, and wait for another reply."""
+        endpoint, seconds = request_state.endpoint, request_state.timeout
+        if item.extra is None or PARK_MARK not in (item.extra.steps or ()):
+            self._store(item).keep(PARK_MARK, b"")
+            place = f"endpoint {endpoint!r}, which received a command of {self.display_name},"
+            return park_undecodable(item, place, self.plan.id, self.plan.version, StageError(reply.error or ""))
+        key = f"reply:{self._id}:{item.id}"
+        sent = encode(Command(key, reply.value, envelope.workflow_id, self._id, envelope.run))
+        again = Publish(self.naming.endpoint(endpoint), endpoint, sent, ttl=seconds)
+        return self._settle(
+            item, Transition([again], [OpenGather(key, 1, self.planned.queue, self._id, base, seconds)])
+        )
 
     def _apply_reply(
         self,
@@ -314,13 +342,14 @@ class StageExecutor(HandlerExecutor):
         """Complete a remote stage with its reply, through `on_reply`."""
         data, encoded = value, None
         if remote.on_reply is not None:
-            context = self.codec.decode(envelope.context)
+            context = self._decode_context(envelope)
             ctx = None
             if asks_for_ctx(remote.on_reply, 2):
                 before = structs.replace(envelope, payload=request_state.payload)
                 ctx = self._stage_context(item, before, request_state.attempt)
                 ctx._place = f"on_reply of {self.planned.id!r}"
-            given = with_ctx(remote.on_reply, 2)(context, self._reply.decode(value), ctx)
+            reply = self._reply.decode_stored(value, what=f"the reply of endpoint {request_state.endpoint!r}")
+            given = with_ctx(remote.on_reply, 2)(context, reply, ctx)
             check_no_request(given, f"on_reply of {self.planned.id!r}")
             context, data = self._split_result(context, given)
             encoded = self.codec.encode(context, stage=self.planned.id)
