@@ -150,7 +150,7 @@ def test_the_error_is_found_behind_the_errors_that_user_code_made_of_it() -> Non
                 raise cause
             except InvalidContext as caught:
                 if by == "context":
-                    raise error
+                    raise error  # noqa: B904 - the case to test
                 raise error from (caught if by == "cause" else None)
         except BaseException as raised:
             return raised
