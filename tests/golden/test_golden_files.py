@@ -192,16 +192,16 @@ def test_what_goes_between_stages_is_read_as_it_was_written_and_written_as_it_wa
 
 FIELDS: dict[type[msgspec.Struct], str] = {
     Envelope: "workflow_id version stage_id context trail started_at payload error failed_stage compensation digest "
-    "attempts failure steps run since",
+    "attempts failure steps run since tracebacks",
     Outcome: "workflow_id version status context trail started_at finished_at error failed_stage compensations digest "
-    "payload steps run",
+    "payload steps run tracebacks",
     StageRecord: "stage_id status attempts started_at duration error data undo",
     CompensationRecord: "stage_id status error duration finished_at",
     CompensationTask: "plan done final_status",
-    Failure: "kind message error_type retryable",
-    ItemEnd: "result error item steps",
+    Failure: "kind message error_type retryable traceback",
+    ItemEnd: "result error item steps traceback",
     Command: "key command workflow_id stage_id run",
-    Reply: "value error",
+    Reply: "value error traceback undecodable",
 }
 
 
