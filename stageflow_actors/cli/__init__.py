@@ -8,7 +8,7 @@
 `output`        rows as a table, JSON or CSV; `message_rows` makes rows of messages
 `progress`      the progress of a run on stderr
 `importer`      imports MODULE:NAME
-`input_file`    the input of `run`; `csv_values` converts the cells of a CSV file
+`input_file`    the input of `run`; `inputs` reads its formats, `csv_values` converts cells
 `results_file`  the results of `run`
 `stall_guard`   ends a run that waits for a queue without workers
 ==============  ===============================================================================

@@ -61,7 +61,7 @@ class Progress:
         else:
             self._next = now + LINE_SECONDS
             of = f" of {self._total:,}" if self._total is not None else ""
-            click.echo(f"{self._label}: {done:,}{of} after {now - self._began:.0f} s, {note}", err=True)
+            click.echo(f"{self._label}: {done:,}{of} after {now - self._began:.0f} s{note and f', {note}'}", err=True)
 
     def print(self, text: str) -> None:
         """Print a line of its own, above the bar."""

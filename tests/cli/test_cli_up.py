@@ -109,6 +109,8 @@ def test_an_instance_is_started_and_waited_for(up: Up, stageflow: Stageflow) -> 
     result = json.loads(out)
     assert (result["instance_id"], result["status"]) == ("A-1", "completed")
     assert result["context"] == {"n": 1, "paid": True}
+    code, out, _ = stageflow("start", "orders", "--json", '{"n": [NaN, -Infinity]}', "--wait", "--data", up.data)
+    assert (code, json.loads(out)["context"]["n"]) == (0, ["NaN", "-Infinity"])
     code, out, _ = stageflow("start", "orders", "--json", '{"poor": true}', "--wait", "--data", up.data)
     assert (code, json.loads(out)["error"]) == (1, "ValueError: no money")
 

@@ -1,6 +1,6 @@
-"""`stageflow run`: run one instance per line of a file.
+"""`stageflow run`: run one instance per record of a file.
 
-Finished lines are recognised by the ids of their instances: after an interruption the same command resumes.
+Finished records are recognised by the ids of their instances: after an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MAX_REPORTED_LINES = 20
     required=True,
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    help="Input with one JSON object per line, or CSV if its name ends in .csv; - reads stdin.",
+    help="Input: JSON lines, a JSON array, CSV or TSV, each also as .gz; - reads stdin.",
 )
 @click.option(
     "--key",
     default=None,
     metavar="FIELD",
-    help="Field that holds the instance's id.  [default: file name and line number]",
+    help="Field that holds the instance's id.  [default: file name and number of the line or element]",
 )
 @click.option(
     "--results",
@@ -81,7 +81,10 @@ def run(
     log_format: str | None,
     output: str,
 ) -> int:
-    """Run a workflow over a file: one instance per line.
+    """Run a workflow over a file: one instance per record.
+
+    A record is a line of JSON, an element of a JSON array, or a row of CSV or TSV with a header. First bytes and name
+    of the file show which; the delimiter of rows is a comma, semicolon, tab or vertical bar.
 
     MODULE is an importable module or a path to a .py file. NAME in it is a Workflow, or a Runtime with its services and
     Config. After a crash, a kill or Ctrl-C, the same command skips the finished lines and runs the others. The file of
@@ -90,10 +93,12 @@ def run(
     \b
     stageflow run orders.py:orders --input orders.jsonl --key order_id
     stageflow run shop.flows:runtime --input orders.csv --results out.jsonl
-    zcat orders.jsonl.gz | stageflow run orders.py:orders --input -
+    stageflow run orders.py:orders --input orders.jsonl.gz
+    psql --csv -c 'table orders' | stageflow run orders.py:orders --input -
     stageflow run orders.py:orders --input orders.jsonl --retry-failed
 
-    Exit code 1 if an instance did not complete or a line was refused, 130 after Ctrl-C.
+    Exit code 1 if an instance did not complete or a record was refused, 2 if the file is of a kind that is not read,
+    130 after Ctrl-C.
     """
     from stageflow_actors.cli.importer import load
     from stageflow_actors.cli.results_file import ResultsFile
@@ -152,6 +157,7 @@ class _Run:
             refuse=self._refuse,
             convert=row_reader(ContextCodec(workflow.context)),
             typed_keys=key_reader(workflow.context),
+            largest=runtime.config.max_message_bytes,
         )
         self._lines.check()
         self._total = count_lines(source)
@@ -231,7 +237,7 @@ class _Run:
     def _refuse(self, number: int | None, reason: str) -> None:
         self._tally.refused += 1
         if self._tally.refused <= MAX_REPORTED_LINES:
-            where = f"{self._lines.name} line {number}" if number is not None else self._lines.name
+            where = f"{self._lines.name} {self._lines.unit} {number}" if number is not None else self._lines.name
             self._print(f"{where}: {' '.join(reason.split())}")
         elif self._tally.refused == MAX_REPORTED_LINES + 1:
             self._print("more lines were refused; the summary counts them")

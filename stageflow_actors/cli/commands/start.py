@@ -86,10 +86,10 @@ def context_of(text: str) -> dict[str, Any]:
 
 def json_of(text: str, hint: str) -> Any:
     """Return the value of a JSON option; `-` reads stdin. Raises `click.BadParameter`."""
-    import orjson
+    from stageflow_actors.cli.inputs.json_text import NotAContext, loads
 
     given = sys.stdin.read() if text == "-" else text
     try:
-        return orjson.loads(given)
-    except orjson.JSONDecodeError as error:
-        raise click.BadParameter(f"not valid JSON: {error}", param_hint=hint) from None
+        return loads(given.encode(errors="surrogateescape"))
+    except NotAContext as error:
+        raise click.BadParameter(str(error), param_hint=hint) from None
