@@ -65,13 +65,17 @@ class StageRecord(Struct, array_like=True, gc=False):
 
 
 class CompensationRecord(Struct, array_like=True, gc=False):
-    """One compensation: `status` is `completed` or `failed`, `finished_at` is in seconds since the Unix epoch."""
+    """One compensation: `status` is `completed` or `failed`, `finished_at` is in seconds since the Unix epoch.
+
+    `rerun` is the number of the retry that ran it; 0 for the first run.
+    """
 
     stage_id: str
     status: str
     error: str | None = None
     duration: float = 0.0
     finished_at: float = 0.0
+    rerun: int = 0
 
 
 class Failure(Struct, array_like=True, gc=False):
@@ -89,11 +93,17 @@ class Failure(Struct, array_like=True, gc=False):
 
 
 class CompensationTask(Struct, array_like=True):
-    """The compensations of an instance: `plan` has the remaining stage ids, the next first; `done` those that ran."""
+    """The compensations of an instance: `plan` has the remaining stage ids, the next first; `done` those that ran.
+
+    `steps` are the completed steps of compensations that failed, by stage id; a retry continues from them. `rerun` is
+    the number of the retry.
+    """
 
     plan: list[str]
     done: list[CompensationRecord]
     final_status: str
+    steps: dict[str, dict[str, bytes]] | None = None
+    rerun: int = 0
 
 
 class ItemEnd(Struct, array_like=True, gc=False):
@@ -167,7 +177,8 @@ class Outcome(Struct, array_like=True):
     """How an instance ended. Waiting clients receive it, and the history stores it.
 
     If the instance failed without a compensation, `payload`, `steps` and `run` are those of the failed stage, so that
-    the instance can be retried. `tracebacks` are those of the envelope.
+    the instance can be retried. If compensations failed, `steps` are theirs (`pack_steps` in `resume_state`).
+    `tracebacks` are those of the envelope.
     """
 
     workflow_id: str

@@ -55,8 +55,12 @@ def _contradiction(read: Outcome) -> str | None:
         return f"its status is compensated, but {fault}"
     if read.status == WorkflowStatus.compensation_failed and not failed:
         return "its status is compensation_failed, but no compensation failed"
-    undone = [done.stage_id for done in read.compensations]
     backwards = dict.fromkeys(id.removesuffix(ITEM_SUFFIX) for id in reversed(completed_stages(read.trail)))
-    if undone != [id for id in backwards if id in undone]:
-        return f"it compensated {', '.join(undone)}, which is not the reverse order of completion"
+    reruns = [done.rerun for done in read.compensations]
+    if reruns != sorted(reruns) or len({done.stage_id for done in read.compensations}) < len(reruns):
+        return "its compensations are not in the order in which they ran, each once"
+    for rerun in dict.fromkeys(reruns):
+        undone = [done.stage_id for done in read.compensations if done.rerun == rerun]
+        if undone != [id for id in backwards if id in undone]:
+            return f"it compensated {', '.join(undone)}, which is not the reverse order of completion"
     return None

@@ -1,27 +1,39 @@
-"""The state from which a retry of a failed instance resumes the failed stage.
+"""The state from which a retry of a failed instance resumes the failed stage, or the failed compensations.
 
 It is stored in the field `steps` of the envelope and of the outcome: for a stage the values of its completed steps, for
-a parallel stage the context before it and the last envelope of each branch. Pure functions; whether an instance is
-retried is decided elsewhere.
+a parallel stage the context before it and the last envelope of each branch, for compensations that failed the completed
+steps of each. Pure functions; whether an instance is retried is decided elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import msgspec
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import Envelope, decode_envelope, decode_trail, encode
 from stageflow_actors.core.merge import merge_fields
 from stageflow_actors.core.status import StageStatus
 
-__all__ = ["TOO_LARGE", "completed_branch", "limit_steps", "resume_branches", "save_branches", "steps_of_branch"]
+__all__ = [
+    "TOO_LARGE",
+    "completed_branch",
+    "limit_steps",
+    "pack_steps",
+    "resume_branches",
+    "save_branches",
+    "steps_of_branch",
+    "unpack_steps",
+]
 
 Steps = Mapping[str, bytes]
 
 _BEFORE = ":before"
 _ENDED = ":ended:"
 _STEP = ":step:"
+
+_decode_steps = msgspec.msgpack.Decoder(dict[str, bytes]).decode
 
 TOO_LARGE = ":too-large"
 """Key that replaces all steps if they exceed the size limit of a message."""
@@ -63,6 +75,16 @@ def resume_branches(kept: Steps, given: Raw | None) -> tuple[Raw, dict[str, byte
             branch.context, _ = merge_fields(before, {"branch": branch.context, "given": given})
         branches[key] = encode(branch)
     return (before if given is None else given), branches
+
+
+def pack_steps(steps: Mapping[str, dict[str, bytes]] | None) -> dict[str, bytes] | None:
+    """Return the steps of failed compensations, by stage id, as one mapping."""
+    return {stage_id: encode(own) for stage_id, own in steps.items()} if steps else None
+
+
+def unpack_steps(packed: Steps | None) -> dict[str, dict[str, bytes]] | None:
+    """Return the steps of failed compensations by stage id; the reverse of `pack_steps`."""
+    return None if packed is None else {stage_id: _decode_steps(own) for stage_id, own in packed.items()}
 
 
 def completed_branch(branches: Steps, name: str) -> bytes | None:

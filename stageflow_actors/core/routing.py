@@ -40,7 +40,7 @@ from stageflow_actors.core.plan import (
     StagePlan,
     WorkflowPlan,
 )
-from stageflow_actors.core.resume_state import completed_branch, steps_of_branch
+from stageflow_actors.core.resume_state import completed_branch, pack_steps, steps_of_branch
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "leave_stage",
     "missing_dependencies",
     "passes_payload",
+    "repeat_compensation",
     "report_failure",
     "signal_key",
     "skip_cancelled",
@@ -228,6 +229,8 @@ def finish_instance(
     )
     if status == WorkflowStatus.failed:
         outcome.payload, outcome.steps, outcome.run = envelope.payload, envelope.steps, envelope.run
+    elif status == WorkflowStatus.compensation_failed and envelope.compensation is not None:
+        outcome.steps, outcome.run = pack_steps(envelope.compensation.steps), envelope.run
     return Publish(naming.finished, FINISHED, encode(outcome), terminal=True)
 
 
@@ -297,11 +300,16 @@ def continue_compensation(
 ) -> Publish:
     """Return what follows a compensation that completed or failed: the next one, or the terminal message.
 
-    A failed compensation does not stop the others, but the final status is `compensation_failed`.
+    A failed compensation does not stop the others, but the final status is `compensation_failed`. `envelope.steps` are
+    its completed steps, which are kept if it failed.
     """
     task = envelope.compensation
     assert task is not None, "a compensation message without its task"
-    record.finished_at = now
+    record.finished_at, record.rerun = now, task.rerun
+    steps = {key: value for key, value in (task.steps or {}).items() if key != record.stage_id}
+    if record.status == StageStatus.failed and envelope.steps:
+        steps[record.stage_id] = envelope.steps
+    task.steps = steps or None
     task.done.append(record)
     task.plan = task.plan[1:]
     if task.plan:
@@ -311,8 +319,27 @@ def continue_compensation(
     return finish_instance(envelope, status, naming, now, task.done)
 
 
+def repeat_compensation(
+    plan: WorkflowPlan,
+    envelope: Envelope,
+    done: list[CompensationRecord],
+    steps: Mapping[str, dict[str, bytes]] | None,
+) -> Publish:
+    """Return what runs the compensations that failed again, in their order; `done` are all that ran.
+
+    `steps` are the completed steps of those that failed.
+    """
+    rerun = max((record.rerun for record in done), default=0) + 1
+    failed = [record.stage_id for record in done if record.status == StageStatus.failed]
+    kept = [record for record in done if record.status != StageStatus.failed]
+    final = WorkflowStatus.cancelled if envelope.failed_stage is None else WorkflowStatus.compensated
+    envelope.compensation = CompensationTask(failed, kept, final.value, dict(steps or {}) or None, rerun)
+    return _compensate_next(plan, envelope)
+
+
 def _compensate_next(plan: WorkflowPlan, envelope: Envelope) -> Publish:
     assert envelope.compensation is not None
     stage_id = envelope.compensation.plan[0]
     envelope.stage_id = stage_id
+    envelope.steps = (envelope.compensation.steps or {}).get(stage_id)
     return Publish(plan.compensation.queue, COMPENSATE + stage_id, encode(envelope))

@@ -196,8 +196,8 @@ FIELDS: dict[type[msgspec.Struct], str] = {
     Outcome: "workflow_id version status context trail started_at finished_at error failed_stage compensations digest "
     "payload steps run tracebacks",
     StageRecord: "stage_id status attempts started_at duration error data undo",
-    CompensationRecord: "stage_id status error duration finished_at",
-    CompensationTask: "plan done final_status",
+    CompensationRecord: "stage_id status error duration finished_at rerun",
+    CompensationTask: "plan done final_status steps rerun",
     Failure: "kind message error_type retryable traceback",
     ItemEnd: "result error item steps traceback",
     Command: "key command workflow_id stage_id run",

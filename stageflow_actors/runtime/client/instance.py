@@ -173,9 +173,11 @@ class Instance(Generic[C]):
         return cancel(self._completion.session, self._completion, reason)
 
     def retry(self, context: C | None = None) -> Instance[C]:
-        """Run the instance again from its failed stage.
+        """Run the instance again from its failed stage, or run its failed compensations again.
 
-        For an instance that is parked, or that failed with nothing compensated. The run stays the same: completed
+        For an instance that is parked, or that failed with nothing compensated: from the failed stage. For one that
+        ended `compensation_failed`: the compensations that failed, in their order; those that succeeded do not run
+        again. It ends `compensated` (or `cancelled`, if it was cancelled) if all succeed now. The run stays the same: completed
         steps of the failed stage do not run again, and idempotency keys do not change. Of a parallel stage only the
         failed branches run again, from the context before the stage; the results and changes of the other branches are
         kept, also with a new `context`. All items of a failed map stage are handled again, each under its key and with
@@ -186,7 +188,8 @@ class Instance(Generic[C]):
         a conflict; `restart(context=...)` begins with one context for all.
 
         Args:
-            context: A new context; None (the default) for the context that the failed stage began with.
+            context: A new context; None (the default) for the context that the failed stage began with, or that the
+                last compensation left.
 
         Returns:
             This handle, which now waits for the new outcome.

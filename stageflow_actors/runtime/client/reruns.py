@@ -16,6 +16,7 @@ from msgspec import DecodeError, Raw
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     Envelope,
+    Outcome,
     append_record,
     decode_envelope,
     decode_outcome,
@@ -23,8 +24,8 @@ from stageflow_actors.core.envelope import (
     encode,
 )
 from stageflow_actors.core.plan import BEGIN, CANCELLED, COORDINATOR, DLQ_PREFIX, ITEM, PARALLEL
-from stageflow_actors.core.resume_state import TOO_LARGE, resume_branches
-from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES
+from stageflow_actors.core.resume_state import TOO_LARGE, resume_branches, unpack_steps
+from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, repeat_compensation
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
@@ -100,10 +101,14 @@ def retry(session: Session, completion: Completion, context: Any) -> None:
         return
     row = _ended_row(session, instance_id, status)
     outcome = decode_outcome(row.outcome)
+    if status == WorkflowStatus.compensation_failed:
+        _retry_compensations(session, row, outcome, context)
+        completion.begin_run()
+        return
     if status != WorkflowStatus.failed or outcome.compensations or outcome.failed_stage is None:
         raise StageFlowError(
-            f"instance {instance_id!r} is {status}: only an instance that is parked, or that failed with nothing "
-            "compensated, can be retried from its failed stage; restart() runs it from the first stage"
+            f"instance {instance_id!r} is {status}: only an instance that is parked, that failed with nothing "
+            "compensated, or whose compensations failed, can be retried; restart() runs it from the first stage"
         )
     ref = _registered(session, row.workflow_id, row.version)
     failed = ref.plan.stage(outcome.failed_stage)
@@ -137,6 +142,30 @@ def retry(session: Session, completion: Completion, context: Any) -> None:
         envelope.tracebacks = None  # they must not count in the limit, which the broker applies to what a client sends
     _start(session, row, target, envelope)
     completion.begin_run()
+
+
+def _retry_compensations(session: Session, row: HistoryRow, outcome: Outcome, context: Any) -> None:
+    """Run the failed compensations of an instance again."""
+    ref = _registered(session, row.workflow_id, row.version)
+    for record in outcome.compensations:
+        stage = ref.plan.stage(record.stage_id)
+        if record.status == StageStatus.failed and (stage is None or not stage.compensated):
+            raise StageFlowError(
+                f"workflow {row.workflow_id!r} no longer has a compensation of stage {record.stage_id!r}, which "
+                "failed: register it again"
+            )
+    steps = unpack_steps(outcome.steps)
+    if any(TOO_LARGE in own for own in (steps or {}).values()):
+        raise StageFlowError(
+            f"the steps that the failed compensations of instance {row.instance_id!r} had completed are larger than "
+            "max_message_bytes and were not kept, so that they would run again: compensate the rest by hand"
+        )
+    data = outcome.context if context is None else Raw(ref.codec.prepare(context))
+    envelope = _first_envelope(row, "", data, outcome.trail)
+    envelope.started_at, envelope.tracebacks = outcome.started_at, outcome.tracebacks
+    envelope.error, envelope.failed_stage, envelope.run = outcome.error, outcome.failed_stage, outcome.run or row.epoch
+    first = repeat_compensation(ref.plan, envelope, outcome.compensations, steps)
+    _start(session, row, Target(first.queue, first.label), envelope)
 
 
 def _requeue_dead_letters(session: Session, instance_id: str, context: Any) -> None:

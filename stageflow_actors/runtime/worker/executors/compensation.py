@@ -16,6 +16,7 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import UNDECIDED, exception_of, traceback_of, write_failure
 from stageflow_actors.core.plan import WorkflowPlan, item_id
+from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import continue_compensation
 from stageflow_actors.core.status import StageStatus
 from stageflow_actors.core.tracebacks.table import compensation_place, with_traceback
@@ -32,6 +33,7 @@ from stageflow_actors.errors import PayloadTooLarge
 from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
 from stageflow_actors.runtime.messaging.settlements import (
     Settlement,
+    completed_steps,
     park_undecodable,
     park_unknown_version,
     park_unreadable,
@@ -47,7 +49,12 @@ from stageflow_actors.runtime.worker.executors.base import (
 )
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
-from stageflow_actors.runtime.worker.stage_context import StageContext, check_no_request, with_result
+from stageflow_actors.runtime.worker.stage_context import (
+    RememberedSteps,
+    StageContext,
+    check_no_request,
+    with_result,
+)
 from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import ACK, RETRY, TERMINAL, DeliveryItem, PublishItem, SettleItem, Target
 
@@ -194,6 +201,8 @@ class CompensationExecutor:
         made = 0 if item.extra is None else item.extra.attempts
         ctx = self._stage_context(item, envelope, stage_id, made + 1)
         state = ItemCompensationState.restore(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
+        if item.extra is None or UNDO_STATE not in (item.extra.steps or ()):
+            state.begin_again()
         ctx.attempt = state.begin(made)
         enter_attempt((envelope.workflow_id, item.group, stage_id, ctx.attempt))
         if item.extra is not None and item.extra.fresh:
@@ -285,8 +294,8 @@ class CompensationExecutor:
             attempt=attempt,
             timeout=self._compensations[stage_id].timeout,
             failure=None if extra is None else extra.failure,
-            steps=None if extra is None else extra.steps,
-            store=self._store(item),
+            steps=completed_steps(envelope, item),
+            store=RememberedSteps(self._store(item), item),
             error=envelope.error,
             codec=self.codec,
             limit=self._limit,
@@ -328,6 +337,7 @@ class CompensationExecutor:
         """Publish what follows; `trace` is the traceback of the last failed attempt of this compensation."""
         place = compensation_place(record.stage_id)
         envelope.tracebacks = with_traceback(envelope.tracebacks, place, trace)
+        envelope.steps = limit_steps(completed_steps(envelope, item), self._limit)
         following = continue_compensation(self.plan, envelope, record, self.naming, self._wall())
         target = Target(following.queue, following.label, TERMINAL if following.terminal else 0)
         done = SettleItem([(item.id, item.lease)], ACK)

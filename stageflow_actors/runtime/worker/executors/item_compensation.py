@@ -62,6 +62,11 @@ class ItemCompensationState:
             failed,
         ]
 
+    def begin_again(self) -> None:
+        """Forget the attempts of a message before this one: a retry of the instance tries the failed items again."""
+        self.attempt, self.one_by_one, self.current = 0, False, NO_ITEM
+        self.interruptions, self.first_failure = [], None
+
     def begin(self, attempts_made: int) -> int:
         """Begin or continue an attempt and return its number; the broker has counted `attempts_made` before."""
         attempt = attempts_made + 1 - sum(1 for count in self.interruptions if count < attempts_made)
