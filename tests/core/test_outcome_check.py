@@ -27,7 +27,7 @@ def trail_of(*stage_ids: str) -> bytes:
 
 
 def ended(status: str, *undone: tuple[str, str], trail: bytes = EMPTY_TRAIL) -> Outcome:
-    records = [CompensationRecord(stage_id, how) for stage_id, how in undone]
+    records = [CompensationRecord(stage_id, how, rerun=int(*rerun or "0")) for stage_id, how, *rerun in undone]
     return Outcome("orders", 2, status, raw({}), trail, 1.0, 2.0, compensations=records)
 
 
@@ -49,6 +49,7 @@ DONE = trail_of("a", "b", "c")
         ended("compensated", ("c", "completed"), ("a", "completed"), trail=DONE),
         ended("compensation_failed", ("c", "failed"), ("b", "completed"), trail=DONE),
         ended("compensated", ("each", "completed"), ("a", "completed"), trail=trail_of("a", "each")),
+        ended("compensated", ("b", "completed"), ("c", "completed", "1"), ("a", "completed", "1"), trail=DONE),
     ],
 )
 def test_what_can_be_true_is_taken(outcome: Outcome) -> None:
@@ -69,6 +70,15 @@ def test_what_can_be_true_is_taken(outcome: Outcome) -> None:
             "it compensated d, which is not the reverse order of completion",
         ),
         (ended("compensated", ("b", "completed"), ("b", "completed"), trail=DONE), "b, b, which is not the reverse"),
+        (
+            ended("compensated", ("b", "completed", "1"), ("c", "completed"), trail=DONE),
+            "not in the order in which they ran",
+        ),
+        (ended("compensated", ("b", "completed"), ("b", "completed", "1"), trail=DONE), "lists a compensation twice"),
+        (
+            ended("compensated", ("b", "completed"), ("a", "completed", "1"), ("c", "completed", "1"), trail=DONE),
+            "it compensated a, c, which is not the reverse",
+        ),
     ],
 )
 def test_what_cannot_be_true_is_reported(outcome: Outcome, fault: str) -> None:
