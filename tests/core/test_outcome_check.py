@@ -26,7 +26,7 @@ def trail_of(*stage_ids: str) -> bytes:
     return trail
 
 
-def ended(status: str, *undone: tuple[str, str], trail: bytes = EMPTY_TRAIL) -> Outcome:
+def ended(status: str, *undone: tuple[str, ...], trail: bytes = EMPTY_TRAIL) -> Outcome:
     records = [CompensationRecord(stage_id, how, rerun=int(*rerun or "0")) for stage_id, how, *rerun in undone]
     return Outcome("orders", 2, status, raw({}), trail, 1.0, 2.0, compensations=records)
 

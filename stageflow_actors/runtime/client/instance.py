@@ -178,10 +178,11 @@ class Instance(Generic[C]):
         For an instance that is parked, or that failed with nothing compensated: from the failed stage. For one that
         ended `compensation_failed`: the compensations that failed, in their order; those that succeeded do not run
         again. It ends `compensated` (or `cancelled`, if it was cancelled) if all succeed now. The run stays the same:
-        completed steps of the failed stage do not run again, and idempotency keys do not change. Of a parallel stage only the
-        failed branches run again, from the context before the stage; the results and changes of the other branches are
-        kept, also with a new `context`. All items of a failed map stage are handled again, each under its key and with
-        its steps. Results of a stage that exceed `max_message_bytes` are not kept, and such a retry is refused.
+        completed steps of the failed stage do not run again, and idempotency keys do not change. Of a parallel stage
+        only the failed branches run again, from the context before the stage; the results and changes of the other
+        branches are kept, also with a new `context`. All items of a failed map stage are handled again, each under its
+        key and with its steps. Results of a stage that exceed `max_message_bytes` are not kept, and such a retry is
+        refused.
 
         While a branch of a parallel stage is parked, a new context is given to that branch only: the fields that
         differ from the previous context count as changed by the branch. A field that another branch has changed too is
