@@ -458,3 +458,14 @@ class BrokerAdmin(Protocol):
         Returns:
             A future; True if the consumer was connected.
         """
+
+    @abstractmethod
+    def report_starts(self, queues: Sequence[tuple[str, bool, str, float]]) -> Future[None]:
+        """Report what is known of queues whose consumers are not ready.
+
+        It is kept in memory: report it again to a broker that has restarted.
+
+        Args:
+            queues: (name, True if its consumers cannot start, the reason or how far they are, time of the next attempt
+                in seconds since the Unix epoch) of each; an empty text once a consumer is ready.
+        """

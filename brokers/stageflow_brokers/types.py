@@ -302,7 +302,11 @@ class QueueOptions(Struct, array_like=True, frozen=True):
 
 
 class QueueStats(TypedDict):
-    """The figures of one queue. `oldest` in seconds; `breaker` is its state, empty without one."""
+    """The figures of one queue. `oldest` in seconds; `breaker` is its state, empty without one.
+
+    `reason`: why its consumers cannot start; `next_start_at`: the time of the next attempt in seconds since the Unix
+    epoch, past during one, 0 for none; `starting`: how far consumers are that take long to start.
+    """
 
     name: str
     ready: int
@@ -316,6 +320,9 @@ class QueueStats(TypedDict):
     settled: int
     breaker: str
     state: str
+    reason: str
+    next_start_at: float
+    starting: str
 
 
 class BrokerStats(TypedDict):

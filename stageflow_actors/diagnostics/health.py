@@ -17,7 +17,6 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import Attached, attach
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
-from stageflow_actors.runtime.messaging.pauses import PAUSE_REASON_FACT, PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.system.data_dir import DataDir
 from stageflow_actors.runtime.system.processes import is_stopped, start_ticks
 from stageflow_actors.runtime.zygote.protocol import ZYGOTE_NAME
@@ -99,7 +98,7 @@ def _check_parts(attached: Attached, progress: dict[str, int]) -> list[Fault]:
         faults += _check_coordinator(name, queues.get(name), progress)
     for plan in () if manifest is None else manifest.plans:
         for name in _pool_queues(plan):
-            faults += _check_pool(name, queues.get(name), attached)
+            faults += _check_pool(name, queues.get(name))
     return list(dict.fromkeys(faults))
 
 
@@ -113,27 +112,27 @@ def _check_coordinator(name: str, queue: QueueStats | None, progress: dict[str, 
     return []
 
 
-def _check_pool(name: str, queue: QueueStats | None, attached: Attached) -> list[Fault]:
+def _check_pool(name: str, queue: QueueStats | None) -> list[Fault]:
     part = f"pool {name}"
     if queue is None:
         return [Fault(part, "its queue does not exist; restart the cluster")]
     faults = []
     if queue["state"] == "paused":
-        why = _pause_reason(name, attached)
-        faults.append(Fault(part, f"it is paused{why} `stageflow queue resume {name}`"))
+        faults.append(Fault(part, f"it is paused: `stageflow queue resume {name}`"))
     elif queue["state"] == "closed":
         faults.append(Fault(part, "it is closed until its workers have registered after a restart of the broker"))
-    if not queue["consumers"]:
+    if queue["reason"]:
+        faults.append(Fault(part, f"its workers cannot start: {queue['reason']}{_next_try(queue['next_start_at'])}"))
+    elif queue["starting"]:
+        faults.append(Fault(part, f"no worker has started yet: {queue['starting']}"))
+    elif not queue["consumers"]:
         faults.append(Fault(part, "no worker consumes its messages; see the cluster's stderr"))
     return faults
 
 
-def _pause_reason(name: str, attached: Attached) -> str:
-    """Return the part of the text that gives the reason of the pool, or only a colon for a pause by a person."""
-    if attached.wait(attached.admin.get_fact(PAUSED_BY_POOL_FACT + name)) != "yes":
-        return ":"
-    why = attached.wait(attached.admin.get_fact(PAUSE_REASON_FACT + name)) or "its workers died too fast"
-    return f" by its pool because {why}; fix the cause, then"
+def _next_try(at: float) -> str:
+    """Return when workers are started again, as the end of a sentence."""
+    return f"; next try in {at - time.time():.1f} s" if at > time.time() else ""
 
 
 def _pool_queues(plan: WorkflowPlan) -> list[str]:

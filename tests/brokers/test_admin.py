@@ -49,6 +49,7 @@ FRAMES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "forget_groups": ((["g"],), ("leave", ["g"])),
     "recall": ((1,), ("recall", 1)),
     "retire": ((1,), ("retire", 1)),
+    "report_starts": (([("q", True, "why", 1.0)],), ("starts", [("q", True, "why", 1.0)])),
 }
 """(arguments, frame) of each operation. The frames are part of the protocol: peers of other releases send them too."""
 

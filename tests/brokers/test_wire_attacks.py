@@ -199,6 +199,7 @@ def test_only_a_peer_in_the_supervisor_role_may_report_live_and_dead_workers(rol
         ("hold", (True,)),
         ("recall", (VICTIM,)),
         ("retire", (VICTIM,)),
+        ("starts", ([("q", True, "why", 1.0)],)),
     ):
         assert thief.query(name, *args) == {"refused": "this query is only for the supervisor"}, name
     world.pass_time(1.0)

@@ -24,9 +24,8 @@ from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.workflow import Workflow
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, VersionCode
 from stageflow_actors.runtime.ipc.slots import Slot, SlotTable
-from stageflow_actors.runtime.node import exit_policy
 from stageflow_actors.runtime.node import pool as pool_module
-from stageflow_actors.runtime.node.pool import Pool
+from stageflow_actors.runtime.node.pool import Pool, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.worker_handle import WorkerHandle
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
@@ -222,7 +221,7 @@ class Nursery:
 
     def death(self, message_id: int = 7, *, settled: int = 0) -> None:
         """The last worker asked for is born, and dies of a message after it has settled others."""
-        id = self.birth()
+        id = self.ready()
         self.lane(id).count_settled(settled)
         self.lane(id).begin(message_id, 0, time.monotonic_ns())
         self.end(id, -6)
@@ -231,12 +230,27 @@ class Nursery:
         """The last worker asked for is born, and ends before it has begun anything."""
         self.end(self.birth(), 78)
 
-    def pause(self) -> None:
-        """As many deaths as it takes."""
-        for _ in range(exit_policy.MAX_DEATHS_IN_A_ROW):
-            self.pool._exit_policy.not_before = 0.0
-            self.pool._fill()
-            self.death()
+    def ready(self, id: str = "") -> str:
+        """The last worker asked for is born, or that of `id` which is, and takes messages."""
+        id = id or self.birth()
+        self.lane(id).mark_ready()
+        return id
+
+    def try_again(self) -> None:
+        """The back-off has ended."""
+        self.pool._starts.allow_now()
+        self.pool.on_receive(Tick())
+
+    def delay_after_failed_start(self) -> float:
+        """The back-off ends, and the worker that is asked for then cannot start. The next delay in seconds."""
+        self.try_again()
+        self.idle_end()
+        delay: float = self.pool._starts._back_off.not_before - time.monotonic()
+        return delay
+
+    def starts(self) -> list[tuple[str, bool, str, float]]:
+        """The states of the pool that were reported to the broker."""
+        return [state for told in self.broker.told if told[0] == "starts" for state in told[1]]
 
     def buried(self) -> list[tuple[list[int], bool, Failure | None]]:
         """(responsible messages, True if charged, reason) of each worker whose end was reported to the broker."""

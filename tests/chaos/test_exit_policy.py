@@ -16,10 +16,6 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADAB
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, VersionCode
 from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.exit_policy import (
-    BACK_OFF_SECONDS,
-    MAX_BACK_OFF_SECONDS,
-    MAX_DEATHS_IN_A_ROW,
-    MAX_FAILED_STARTS,
     NO_CONSEQUENCE,
     ExitDecision,
     ExitPolicy,
@@ -29,7 +25,6 @@ from stageflow_actors.runtime.node.exit_policy import (
 )
 from stageflow_actors.runtime.node.worker_handle import Kill
 
-NOW = 1_000.0
 LATE = Failure("timeout", "StageTimeout: too long", "StageTimeout")
 HUNGRY = Failure("died", "WorkerDied: too much", "WorkerDied")
 
@@ -49,7 +44,7 @@ DONE = lane(started=3)
 
 
 class Court:
-    """A policy, the kernel's counter that it is given, and a decision at `NOW`."""
+    """A policy, and the kernel's counter that it is given."""
 
     def __init__(self) -> None:
         self.claims = 0
@@ -62,12 +57,7 @@ class Court:
     def __call__(
         self, status: int | None, *states: SlotState, of: PoolSpec | None = None, **facts: Any
     ) -> ExitDecision:
-        return self.policy.decide(of or spec(), states, status, now=NOW, **facts)
-
-    @property
-    def waits(self) -> float:
-        """Seconds before the next worker may be started."""
-        return max(0.0, self.policy.not_before - NOW)
+        return self.policy.decide(of or spec(), states, status, **facts)
 
 
 @pytest.fixture
@@ -93,7 +83,7 @@ def test_a_death_is_charged_to_what_was_running(
     court: Court, status: int | None, states: list[SlotState], responsible: list[int]
 ) -> None:
     decision = court(status, *states)
-    assert (decision.responsible, decision.counted, decision.pause) == (responsible, True, "")
+    assert (decision.responsible, decision.counted, decision.failed_start) == (responsible, True, "")
     assert decision.failure is not None
     assert decision.failure.kind == "died"
     assert "while running stage 's'" in decision.failure.message
@@ -113,9 +103,7 @@ NOT_GUILTY = [
 def test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted(
     court: Court, status: int | None, states: list[SlotState], expected: bool
 ) -> None:
-    for _ in range(MAX_DEATHS_IN_A_ROW + MAX_FAILED_STARTS):
-        assert court(status, *states, expected=expected) == NO_CONSEQUENCE
-    assert court.waits == 0
+    assert court(status, *states, expected=expected) == NO_CONSEQUENCE
 
 
 def test_a_compensations_death_is_reported_as_such(court: Court) -> None:
@@ -126,12 +114,12 @@ def test_a_compensations_death_is_reported_as_such(court: Court) -> None:
 
 def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(court: Court) -> None:
     court(-signal.SIGSEGV, BUSY)
-    court(-signal.SIGKILL, IDLE)
     court(-signal.SIGKILL, BUSY, expected=True)
     court(-signal.SIGKILL, BUSY, killed=Kill([7], LATE, False))
     assert court.claims == 0
+    assert "out of memory" in court(-signal.SIGKILL, IDLE).failed_start
     decision = court(-signal.SIGKILL, BUSY)
-    assert court.claims == 1
+    assert court.claims == 2
     assert decision.failure is not None
     assert "by the kernel's OOM killer: out of memory" in decision.failure.message
 
@@ -140,7 +128,6 @@ def test_the_kernels_kills_are_claimed_only_for_deaths_that_they_may_explain(cou
 def test_a_killed_worker_is_judged_by_why_it_was_killed(court: Court, status: int | None) -> None:
     assert court(status, BUSY, killed=Kill([7], LATE, False)) == ExitDecision([7], LATE)
     assert court(status, BUSY, killed=Kill([7], LATE, False), expected=True) == ExitDecision([7], LATE)
-    assert court.waits == 0
 
 
 def test_a_killed_worker_that_had_already_exited_is_classified_by_its_own_exit(court: Court) -> None:
@@ -154,86 +141,34 @@ def test_what_a_killed_worker_had_been_done_with_before_the_signal_came_is_not_b
     assert court(-signal.SIGKILL, lane(8, busy=True), killed=Kill([7], LATE, False)).responsible == []
 
 
-def test_kills_for_memory_count_as_deaths_in_a_row(court: Court) -> None:
-    verdicts = [court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True)) for _ in range(MAX_DEATHS_IN_A_ROW)]
-    assert all((v.responsible, v.failure, v.counted) == ([7], HUNGRY, True) for v in verdicts)
-    assert [bool(decision.pause) for decision in verdicts] == [False] * (MAX_DEATHS_IN_A_ROW - 1) + [True]
-    assert "(the last: more memory than max_memory allows)" in verdicts[-1].pause
+def test_a_kill_for_memory_is_a_death_of_the_message_in_work_or_a_failed_start(court: Court) -> None:
+    decision = court(-signal.SIGKILL, BUSY, killed=Kill([7], HUNGRY, True))
+    assert decision == ExitDecision([7], HUNGRY, True)
+    decision = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
+    assert (decision.responsible, decision.failed_start) == ([], "it used more than max_memory=5")
 
 
-def test_workers_that_need_too_much_memory_to_begin_with_pause_the_pool_with_that_reason(court: Court) -> None:
-    for _ in range(MAX_FAILED_STARTS):
-        decision = court(-signal.SIGKILL, IDLE, of=spec(max_memory=5), killed=Kill([], HUNGRY, True))
-    assert "(each used more than max_memory=5 before its first message)" in decision.pause
+FAILED_STARTS = [
+    ("its service cannot be made", EXIT_UNLOADABLE, False, False, "exit code 78"),
+    ("its service exits", 13, False, False, "exit code 13"),
+    ("its service exits as a recycled worker does", EXIT_RECYCLED, False, False, "exit code 99"),
+    ("its service crashes", -signal.SIGSEGV, False, False, "killed by SIGSEGV (segmentation fault)"),
+    ("it was ready and had begun nothing", 3, True, False, "exit code 3"),
+    ("it could not start and did not end in time", 3, False, True, "exit code 3"),
+]
 
 
-def test_the_first_restart_is_immediate_and_later_ones_wait_twice_as_long_each_up_to_a_limit(court: Court) -> None:
-    waits = []
-    for _ in range(7):
-        court(1, BUSY)
-        waits.append(court.waits)
-    assert waits == pytest.approx(
-        [
-            0,
-            BACK_OFF_SECONDS,
-            2 * BACK_OFF_SECONDS,
-            4 * BACK_OFF_SECONDS,
-            8 * BACK_OFF_SECONDS,
-            *2 * [MAX_BACK_OFF_SECONDS],
-        ]
-    )
+@pytest.mark.parametrize(
+    ("status", "ready", "ending", "how"), [case[1:] for case in FAILED_STARTS], ids=[case[0] for case in FAILED_STARTS]
+)
+def test_an_exit_before_the_first_message_is_a_failed_start(
+    court: Court, status: int, ready: bool, ending: bool, how: str
+) -> None:
+    assert court(status, IDLE, ready=ready, ending=ending) == ExitDecision(failed_start=how)
 
 
-def test_deaths_in_a_row_pause_the_pool_and_the_reason_names_the_last(court: Court) -> None:
-    for _ in range(MAX_DEATHS_IN_A_ROW - 1):
-        assert not court(1, BUSY).pause
-    pause = court(-signal.SIGABRT, BUSY).pause
-    assert pause == (
-        f"{MAX_DEATHS_IN_A_ROW} of its workers died in a row while running stage 's' "
-        "(the last: killed by SIGABRT (abort))"
-    )
-
-
-def test_a_message_settled_well_resets_the_count_of_deaths(court: Court) -> None:
-    for _ in range(3 * MAX_DEATHS_IN_A_ROW):
-        assert not court(1, lane(busy=True, settled=1)).pause
-    assert court.waits == 0
-
-
-def test_a_worker_that_has_begun_something_resets_the_count_of_failed_starts(court: Court) -> None:
-    for _ in range(3):
-        for _ in range(MAX_FAILED_STARTS - 1):
-            assert not court(1, IDLE).pause
-        court(1, lane(busy=True, settled=1))
-    for _ in range(MAX_FAILED_STARTS):
-        pause = court(EXIT_UNLOADABLE, IDLE).pause
-    assert pause.endswith("ended in a row before they began a message (its code or its services cannot be loaded)")
-
-
-def test_how_the_last_of_those_that_began_nothing_ended_is_named(court: Court) -> None:
-    for status, how in ((13, "exit code 13"), (-signal.SIGSEGV, "killed by SIGSEGV (segmentation fault)")):
-        court.policy.reset()
-        for _ in range(MAX_FAILED_STARTS):
-            pause = court(status, IDLE).pause
-        assert pause.endswith(f"ended in a row before they began a message (the last: {how})")
-
-
-def test_without_room_for_a_process_even_the_first_start_waits(court: Court) -> None:
-    assert court.policy.decide_failed_start(spec(), NOW) == NO_CONSEQUENCE
-    assert court.waits == pytest.approx(BACK_OFF_SECONDS)
-    for _ in range(MAX_FAILED_STARTS - 1):
-        decision = court.policy.decide_failed_start(spec(), NOW)
-    assert f"{MAX_FAILED_STARTS} of its workers ended in a row" in decision.pause
-    assert "its process could not be started" in decision.pause
-
-
-def test_what_is_forgotten_counts_no_more(court: Court) -> None:
-    for _ in range(MAX_DEATHS_IN_A_ROW - 1):
-        court(1, BUSY)
-    court.policy.reset()
-    assert court.policy.not_before == 0
-    assert not court(1, BUSY).pause
-    assert court.waits == 0
+def test_a_worker_that_retires_before_its_first_message_has_not_failed(court: Court) -> None:
+    assert court(EXIT_RECYCLED, IDLE, ready=True) == NO_CONSEQUENCE
 
 
 def asking(message_id: int, about: str, *, since: int = 1, grace: int = 0, timeout: int = 10**9) -> SlotState:
@@ -336,6 +271,4 @@ ENDINGS = [
 def test_however_a_worker_exits_that_was_ending_nothing_is_charged(
     court: Court, status: int | None, states: list[SlotState]
 ) -> None:
-    for _ in range(50):
-        assert court(status, *states, ending=True) == ExitDecision()
-    assert court.waits == 0
+    assert court(status, *states, ready=True, ending=True) == ExitDecision()

@@ -43,4 +43,7 @@ def test_the_loss_of_a_zygote_does_not_touch_workers_of_its_successor(nursery: A
     nursery.pool.on_receive(ZygoteLost(first))
     assert len(second.asked) == 3
     assert len(nursery.buried()) == 3
+    for id in second.asked:
+        nursery.ready(nursery.birth(id))
+    nursery.pool.on_receive(Tick())
     assert not nursery.pool_context.is_active("q")

@@ -1,19 +1,17 @@
-"""A pool and the exits of its workers: which message is responsible, when it restarts one, when it gives up."""
+"""A pool and the exits of its workers: which message is responsible, and when it starts another one."""
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from typing import Any
 
 import pytest
 
-from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
-from stageflow_actors.runtime.node import exit_policy, pool_pause
 from stageflow_actors.runtime.node import pool as pool_module
-from stageflow_actors.runtime.node.pool import Cancelled, Tick, ZygoteLost
-
-FACT = f"{PAUSED_BY_POOL_FACT}q"
+from stageflow_actors.runtime.node.pool import Cancelled, ReplaceSpec, ScaleTo, Tick, ZygoteLost
+from stageflow_actors.runtime.node.start_back_off import LIVED_SECONDS
 
 
 @pytest.fixture
@@ -24,100 +22,125 @@ def alone(nursery: Any) -> Any:
     return made
 
 
-def test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not(alone: Any) -> None:
-    alone.death()
-    assert len(alone.zygote.asked) == 2
-    alone.death()
-    assert len(alone.zygote.asked) == 2
-    assert time.monotonic() < alone.pool._exit_policy.not_before <= time.monotonic() + exit_policy.BACK_OFF_SECONDS
-    alone.pool._exit_policy.not_before = 0.0
-    alone.pool.on_receive(Tick())
-    assert len(alone.zygote.asked) == 3
-    alone.death()
-    assert alone.pool._exit_policy.not_before > time.monotonic() + exit_policy.BACK_OFF_SECONDS, "longer each time"
-
-
-def test_a_message_settled_well_makes_the_next_death_the_first_one_again(alone: Any) -> None:
-    for number in range(2 * exit_policy.MAX_DEATHS_IN_A_ROW):
-        alone.death(settled=1)
+def test_after_a_death_at_a_message_the_restart_is_immediate_however_often(alone: Any) -> None:
+    for number in range(30):
+        alone.death()
         assert len(alone.zygote.asked) == number + 2
     assert not alone.broker.paused
+    assert alone.broker.facts == {}, "no pool pauses its queue"
     assert alone.said == []
 
 
-def test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again(alone: Any) -> None:
-    for _ in range(exit_policy.MAX_FAILED_STARTS):
-        alone.idle_end()
-        alone.death(settled=1)
+def test_a_worker_that_cannot_start_is_tried_again_after_a_tenth_of_a_second_doubling_to_thirty(alone: Any) -> None:
+    delays = [alone.delay_after_failed_start() for _ in range(12)]
+    assert delays == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 30], abs=0.05)
     assert not alone.broker.paused
+
+
+def test_a_settled_message_makes_the_next_failed_start_the_first_one_again(alone: Any) -> None:
+    for _ in range(5):
+        alone.delay_after_failed_start()
+    alone.try_again()
+    alone.death(settled=1)
+    assert alone.delay_after_failed_start() == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_message_that_kills_its_worker_does_not(alone: Any) -> None:
+    for _ in range(4):
+        alone.delay_after_failed_start()
+    alone.try_again()
     before = len(alone.zygote.asked)
-    alone.idle_end()
-    assert len(alone.zygote.asked) == before + 1
-
-
-def test_failed_starts_in_a_row_pause_the_pool(alone: Any) -> None:
-    for _ in range(exit_policy.MAX_FAILED_STARTS):
-        alone.pool._exit_policy.not_before = 0.0
-        alone.pool._fill()
-        alone.idle_end()
-    assert alone.broker.paused
-    assert "10 of its workers ended in a row before they began a message" in alone.said[0]
-
-
-def test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_itself(alone: Any) -> None:
-    alone.pause()
-    assert alone.broker.facts[FACT] == "yes"
-    before = len(alone.zygote.asked)
-    alone.broker.paused = False
-    alone.pool._pause._checked_at -= 2 * pool_pause.CHECK_INTERVAL_SECONDS
-    alone.pool.on_receive(Tick())
-    alone.pool.on_receive(alone.pool.actor_inbox.get().message)
-    assert alone.broker.facts[FACT] == "no", "or a pause of a person's would be lifted at the next start"
-    assert len(alone.zygote.asked) == before + 1
     alone.death()
-    assert not alone.broker.paused
-    assert len(alone.zygote.asked) == before + 2
+    assert len(alone.zygote.asked) == before + 1, "the restart is immediate"
+    assert alone.delay_after_failed_start() == pytest.approx(1.6, abs=0.05)
 
 
-def test_a_pool_reports_its_pause_once_however_many_workers_die_of_what_they_had_begun(nursery: Any) -> None:
-    many = nursery(actors=6)
-    many.pool.on_start()
-    ids = [many.birth(id) for id in list(many.zygote.asked)]
-    many.pool._exit_policy._deaths = exit_policy.MAX_DEATHS_IN_A_ROW - 1
-    for number, id in enumerate(ids):
-        many.lane(id).begin(number, 0, time.monotonic_ns())
-        many.end(id, -6)
-    assert len(many.said) == 1
-    assert many.broker.told.count(("pause", "q")) == 1
+def test_a_worker_that_has_lived_for_a_minute_does(alone: Any) -> None:
+    for _ in range(5):
+        alone.delay_after_failed_start()
+    alone.try_again()
+    id = alone.ready()
+    alone.pool.on_receive(Tick())
+    assert alone.pool._starts._back_off.failures == 5
+    alone.worker(id).started_at -= LIVED_SECONDS
+    alone.pool._starts._back_off.failed_at -= LIVED_SECONDS
+    alone.pool.on_receive(Tick())
+    assert alone.pool._starts._back_off.failures == 0
 
 
-def test_a_death_just_after_a_manual_resume_does_not_pause_the_queue_again(nursery: Any) -> None:
-    two = nursery(actors=2)
-    two.pool.on_start()
-    straggler = two.birth(two.zygote.asked[0])
-    two.lane(straggler).begin(1, 0, time.monotonic_ns())
-    two.pool._exit_policy._deaths = exit_policy.MAX_DEATHS_IN_A_ROW - 1
-    two.death()
-    assert two.broker.paused
-    two.broker.admin.resume("q")
-    two.end(straggler, -6)
-    assert not two.broker.paused
-    assert len(two.said) == 1
+def test_all_workers_of_a_pool_share_one_back_off_and_one_of_them_tries_for_all(nursery: Any) -> None:
+    six = nursery(actors=6)
+    six.pool.on_start()
+    for id in list(six.zygote.asked):
+        six.end(six.birth(id), 78)
+    assert six.pool._starts._back_off.failures == 1, "they were started together"
+    six.try_again()
+    assert len(six.zygote.asked) == 7
+    six.ready()
+    six.pool.on_receive(Tick())
+    assert len(six.zygote.asked) == 12, "it is ready, so the others are started"
 
 
-def test_a_manual_pause_is_distinguished_from_the_pools_own(alone: Any) -> None:
-    alone.broker.paused = True
-    alone.pause()
-    assert alone.broker.facts[FACT] == "no"
+def test_old_workers_that_settle_messages_do_not_hide_that_new_ones_cannot_start(nursery: Any) -> None:
+    one = nursery(actors=1)
+    one.pool.on_start()
+    old = one.ready()
+    one.pool.on_receive(ScaleTo("q", 2))
+    delays = []
+    for _ in range(3):
+        one.lane(old).count_settled(1)
+        one.pool.on_receive(Tick())
+        delays.append(one.delay_after_failed_start())
+    assert delays == pytest.approx([0.1, 0.2, 0.4], abs=0.05)
+    assert one.starts() == [], "a worker is ready, so that the pool is not failing"
 
 
-def test_a_new_pool_lifts_the_pause_of_its_predecessor_and_no_other(nursery: Any) -> None:
-    for fact, paused in (("yes", False), ("no", True)):
-        made = nursery()
-        made.broker.paused, made.broker.facts[FACT] = True, fact
-        made.pool.on_start()
-        assert made.broker.paused == paused
-        assert made.broker.facts[FACT] == "no"
+def test_a_pool_is_failing_while_no_worker_is_ready_and_also_during_a_try(alone: Any) -> None:
+    assert alone.starts() == []
+    alone.delay_after_failed_start()
+    (state,) = alone.starts()
+    assert state[:3] == ("q", True, "exit code 78, before its first message")
+    assert 0 < state[3] - time.time() <= 0.1
+    alone.try_again()
+    alone.birth()
+    alone.pool.on_receive(Tick())
+    assert alone.starts() == [state], "nothing has changed"
+    alone.ready(alone.zygote.asked[-1])
+    alone.pool.on_receive(Tick())
+    assert alone.starts()[1:] == [("q", False, "", 0.0)]
+    alone.death()
+    alone.pool.on_receive(Tick())
+    assert len(alone.starts()) == 2, "a death at a message is no failed start"
+
+
+def test_a_broker_that_has_restarted_receives_the_states_again(alone: Any) -> None:
+    alone.delay_after_failed_start()
+    alone.pool_context.causes.report_again()
+    first, second = alone.starts()
+    assert first == second
+
+
+def test_another_version_is_tried_at_once(alone: Any) -> None:
+    for _ in range(6):
+        alone.delay_after_failed_start()
+    before = len(alone.zygote.asked)
+    alone.pool.on_receive(ReplaceSpec(alone.pool._spec))
+    assert len(alone.zygote.asked) == before + 1
+
+
+def test_a_service_that_is_not_made_in_time_is_named_with_its_beginning(alone: Any) -> None:
+    id = alone.birth()
+    alone.lane(id).set_step("the making of service 'bank'")
+    alone.worker(id).started_at -= 6
+    alone.pool.on_receive(Tick())
+    ((_, failing, text, _),) = alone.starts()
+    assert not failing
+    assert re.fullmatch(r"the making of service 'bank' has not ended since \d\d:\d\d:\d\d", text)
+    alone.worker(id).started_at -= 120
+    alone.pool.on_receive(Tick())
+    (_, failing, text, _) = alone.starts()[-1]
+    assert failing
+    assert text.startswith("no worker has started within 120 s (start_timeout): the making of service 'bank' has not")
 
 
 def test_a_stage_in_work_is_notified_of_its_cancellation_and_a_compensation_is_not(nursery: Any) -> None:

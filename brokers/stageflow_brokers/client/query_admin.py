@@ -147,3 +147,6 @@ class QueryAdmin(BrokerAdmin):
 
     def retire(self, peer: int) -> Future[bool]:
         return self._send("retire", peer)
+
+    def report_starts(self, queues: Sequence[tuple[str, bool, str, float]]) -> Future[None]:
+        return self._send("starts", queues)

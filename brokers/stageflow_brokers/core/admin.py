@@ -118,6 +118,7 @@ class Admin:
             "leave": (tuple[list[Name]], supervision.close_groups),
             "recall": (tuple[int], supervision.recall),
             "retire": (tuple[int], supervision.retire),
+            "starts": (tuple[list[tuple[Name, bool, Text, float]]], supervision.report_starts),
             "tell": (tuple[Name, Any], supervision.notify_supervisor),
             "fact": (tuple[Name, str | None], self._fact),
             "bye": (tuple[()], self._bye),

@@ -232,6 +232,7 @@ class Inspector:
     def _queue(self, queue: Queue) -> dict[str, Any]:
         first = next(queue.iterate_ready(), None)
         closed = not self._leases.workers_known or bool(queue.awaited_peers)
+        failing, text, next_start_at = queue.starts or (False, "", 0.0)
         return {
             "name": queue.name,
             "ready": queue.ready_count,
@@ -244,7 +245,10 @@ class Inspector:
             "delivered": queue.delivered_count,
             "settled": queue.settled_count,
             "breaker": "" if queue.breaker is None else queue.breaker.state,
-            "state": "paused" if queue.paused else "closed" if closed else "open",
+            "state": "paused" if queue.paused else "failing" if failing else "closed" if closed else "open",
+            "reason": text if failing else "",
+            "next_start_at": next_start_at if failing else 0.0,
+            "starting": "" if failing else text,
         }
 
     def peek(self, session: Session, name: str, offset: int, limit: int) -> list[dict[str, Any]]:
@@ -306,7 +310,12 @@ class _MarkFinder:
 
 
 def _gather(gather: Gather, budget: _BodyBudget | None) -> dict[str, Any]:
-    described: dict[str, Any] = {"key": gather.key, "need": gather.need, "arrived": len(gather.arrivals)}
+    described: dict[str, Any] = {
+        "key": gather.key,
+        "need": gather.need,
+        "arrived": len(gather.arrivals),
+        "due": gather.due_wall,
+    }
     if budget is not None:
         described["base"] = gather.base if budget.take(len(gather.base)) else b""
         # The parts of a map over many items would be a long list that is not read.

@@ -39,6 +39,8 @@ class Queue:
             Until this set is empty, nothing is delivered.
         delivered_count: Number of deliveries since the broker started.
         settled_count: Number of settlements since the broker started.
+        starts: What the supervisor has reported of consumers that are not ready: True if they cannot start, the reason
+            or how far they are, and the time of the next attempt. None if a consumer is ready.
     """
 
     __slots__ = (
@@ -55,6 +57,7 @@ class Queue:
         "paused",
         "ready",
         "settled_count",
+        "starts",
         "taken_entries",
     )
 
@@ -72,6 +75,7 @@ class Queue:
         self.paused = False
         self.delivered_count = 0
         self.settled_count = 0
+        self.starts: tuple[bool, str, float] | None = None
         self.taken_entries = 0
 
     def declare(self, options: QueueOptions) -> None:

@@ -252,6 +252,18 @@ class Supervision:
         self._outbox.add_notice(other, "retire", None)
         return True
 
+    def report_starts(self, session: Session, queues: list[tuple[str, bool, str, float]]) -> None:
+        """Note what is known of queues whose consumers are not ready: (name, failing, text, next attempt).
+
+        `text` is the reason why they cannot start if `failing`, else how far they are; empty once one is ready. It is
+        not recorded: the supervisor sends it again to a broker that has restarted.
+        """
+        self._check(session)
+        for name, failing, text, next_start_at in queues:
+            queue = self._state.queues.get(name)
+            if queue is not None:
+                queue.starts = (failing, text, next_start_at) if text else None
+
     def notify_supervisor(self, session: Session, word: str, detail: Any) -> bool:
         """Send the notice `told` to the supervisor.
 

@@ -56,6 +56,7 @@ class SupervisionContract:
             ("leave", ["g"]),
             ("recall", peer.broker.peer),
             ("retire", peer.broker.peer),
+            ("starts", [("q", True, "why", 1.0)]),
         ]
         for query in queries:
             with pytest.raises(Refused, match="supervisor"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -168,13 +169,14 @@ def show(instance_id: str, data: Path, output: str) -> None:
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
-        description = _describe(attached, instance_id)
+        description, waits_for = _describe(attached, instance_id)
     facts = _row(description) | {
         "version": description.version,
         "epoch": description.epoch,
         "failed_stage": description.failed_stage,
         "queue": description.queue or None,
         "waiting": description.waiting,
+        "waiting_for": waits_for,
         "progress": _progress(description),
         "stages": [
             {
@@ -225,7 +227,7 @@ def _print(facts: dict[str, Any]) -> None:
             "failed stage": facts["failed_stage"] or "",
             "error": facts["error"] or "",
             "queue": facts["queue"] or "",
-            "waits for": ", ".join(facts["waiting"]),
+            "waits for": facts["waiting_for"] or ", ".join(facts["waiting"]),
             "progress": facts["progress"] or "",
             "started": f"{when(facts['started'])} ({ago(facts['started'])} ago)" if facts["started"] else "",
             "finished": when(facts["finished"]),
@@ -280,17 +282,21 @@ def _described(
                 yield description
 
 
-def _describe(attached: Attached, instance_id: str) -> InstanceDescription:
+def _describe(attached: Attached, instance_id: str) -> tuple[InstanceDescription, str | None]:
+    """Return the state of an instance, and what it waits for."""
     from stageflow_actors.core.description import describe_finished, describe_live
+    from stageflow_actors.runtime.client.wait_reason import wait_reason
 
     group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
     if group is not None:
-        return describe_live(group)
+        queues = attached.wait(attached.admin.stats(""))["queues"]
+        reason = wait_reason(group, queues, attached.read_naming(), time.time(), live=attached.live)
+        return describe_live(group), None if reason is None else reason.text
     # Asked after the broker: an instance is in the history before the broker forgets it.
     row = None if attached.history is None else attached.history.get(instance_id)
     if row is None:
         raise InstanceNotFound(instance_id)
-    return describe_finished(instance_id, row.epoch, row.outcome)
+    return describe_finished(instance_id, row.epoch, row.outcome), None
 
 
 def _row(description: InstanceDescription) -> dict[str, Any]:

@@ -32,6 +32,7 @@ COLUMNS = (
     Column("state"),
     Column("breaker"),
 )
+REASONS = (Column("reason"), Column("next_start_at"))
 RATE = Column("rate", lambda value: f"{value:,.1f}/s", right=True)
 
 MESSAGES = (
@@ -77,6 +78,8 @@ def list_queues(prefix: str, data: Path, output: str) -> None:
     dead     dead letters: see `stageflow dlq list`
     oldest   waiting time of the first ready message
     busy     actors with a message in work
+    state    open; paused; failing: its workers cannot start, and are
+             tried again; closed: until its workers have registered
     breaker  open: the stage kept failing, and its messages wait;
              half-open: one message is tried
 
@@ -88,7 +91,9 @@ def list_queues(prefix: str, data: Path, output: str) -> None:
 
     with attach(data) as attached:
         rows = _rows(attached, prefix)
-        emit(rows, COLUMNS, output, empty=_no_queues(prefix))
+        emit(rows, COLUMNS if output == "table" else (*COLUMNS, *REASONS), output, empty=_no_queues(prefix))
+    if output == "table":
+        _print_reasons(rows)
 
 
 @queue.command("stats")
@@ -245,6 +250,16 @@ def purge(name: str, yes: bool, data: Path) -> None:
         f"{pluralize(answer['purged'], 'message')} of {pluralize(len(answer['instances']), 'instance')} deleted",
         err=True,
     )
+
+
+def _print_reasons(rows: list[dict[str, Any]]) -> None:
+    """Print below the table why workers cannot start, which its columns have no room for."""
+    for row in rows:
+        if row["reason"]:
+            wait = row["next_start_at"] - time.time()
+            then = f"; next try in {wait:.1f} s" if wait > 0 else ""
+            cannot = "its workers cannot start: " if row["state"] == "paused" else ""
+            click.echo(f"{row['name']} is {row['state']}: {cannot}{row['reason']}{then}")
 
 
 def _no_queues(prefix: str) -> str:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stageflow_actors.core.plan import Naming
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
+from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, read_manifest
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.socket_dir import is_reachable, remove_runtime_dir, runtime_dir
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
@@ -52,6 +54,11 @@ class Attached:
     def admin(self) -> BrokerAdmin:
         """The operations of the broker; `wait` for their answers."""
         return self.broker.admin
+
+    def read_naming(self) -> Naming:
+        """Return the names of queues of the cluster, or of the last one in the directory."""
+        manifest = read_manifest(self.wait(self.admin.get_fact(MANIFEST_FACT)))
+        return Naming() if manifest is None else manifest.naming
 
     def wait(self, answer: Future[T], timeout: float = ATTACH_TIMEOUT_SECONDS) -> T:
         """Return the answer of an operation. Raises `BrokerUnavailable`, or `stageflow_brokers.errors.Refused`."""

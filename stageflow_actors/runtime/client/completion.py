@@ -6,6 +6,7 @@ queried from the broker and read from the history.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +21,17 @@ from stageflow_actors.core.result import WorkflowResult, parked_result, result_o
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.runtime.client.session import Session
+from stageflow_actors.runtime.client.wait_reason import WaitReason
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 
-__all__ = ["Completion"]
+__all__ = ["NOTE_SECONDS", "Completion"]
 
+logger = logging.getLogger("stageflow_actors.client")
+
+NOTE_SECONDS = 5.0
+"""Time after which a call that waits for an instance says what it waits for; it looks again after that time."""
+REASON_SECONDS = 1.0
+"""Longest wait for the reason of a wait."""
 WAIT_SECONDS = 1.0
 """Interval between two checks that the cluster is alive while a handle waits."""
 
@@ -64,6 +72,32 @@ class Completion:
         if group is not None:
             return status_of(group)
         return WorkflowStatus(decode_outcome(self.load_outcome()).status)
+
+    def waiting_for(self) -> str | None:
+        """Return what the instance waits for, or None if it is at work or has ended. Raises `InstanceNotFound`."""
+        if self.outcome is not None:
+            return None
+        found = self.session.wait_reasons([self.instance_id])
+        if self.instance_id not in found:
+            self.load_outcome()
+            return None
+        reason = found[self.instance_id]
+        return None if reason is None else reason.text
+
+    def _wait_reason(self) -> WaitReason | None:
+        """Return what the instance waits for, if the broker answers in time."""
+        try:
+            return self.session.wait_reasons([self.instance_id], REASON_SECONDS).get(self.instance_id)
+        except StageFlowError:
+            return None
+
+    def note_wait(self) -> bool:
+        """Log what the instance waits for. Return False if it is at work, so that there is nothing to say yet."""
+        reason = self._wait_reason()
+        if reason is None or reason.is_progressing or self.is_over:
+            return False
+        logger.warning("waiting for instance %s: %s", self.instance_id, reason.text)
+        return True
 
     def load_outcome(self) -> bytes:
         """Read the outcome of an instance that has left the broker from the history. Raises `InstanceNotFound`."""
@@ -119,7 +153,9 @@ class Completion:
 
         Raises `TimeoutError`, `InstanceParked`, `InstanceNotFound`, `BrokerUnavailable`.
         """
-        deadline = None if timeout is None else (time.monotonic() if since is None else since) + timeout
+        began = time.monotonic() if since is None else since
+        deadline = None if timeout is None else began + timeout
+        note_at = began + NOTE_SECONDS
         self.refresh()
         watched = self.watch()
         while self.outcome is None:
@@ -135,8 +171,13 @@ class Completion:
                 if watched:
                     # This handle did not start the instance: leaving the runtime does not wait for it.
                     self.session.waiters.remove(self.instance_id, self)
-                raise TimeoutError(f"instance {self.instance_id!r} had not ended after {timeout:g} s; it goes on")
+                reason = self._wait_reason()
+                said = "" if reason is None else f": it waits for {reason.text}"
+                raise TimeoutError(f"instance {self.instance_id!r} had not ended after {timeout:g} s; it goes on{said}")
             self.session.check_alive()
+            if time.monotonic() >= note_at:
+                note_at = float("inf") if self.note_wait() else time.monotonic() + NOTE_SECONDS
+                continue
             self._event.wait(min(remaining, WAIT_SECONDS))
 
     def watch(self) -> bool:

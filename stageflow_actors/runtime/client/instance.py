@@ -23,7 +23,7 @@ from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, tim
 from stageflow_actors.core.value_codec import encode_message
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.errors import InstanceNotFound
-from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
+from stageflow_actors.runtime.client.completion import NOTE_SECONDS, WAIT_SECONDS, Completion
 from stageflow_actors.runtime.client.reruns import cancel, restart, retry
 from stageflow_actors.runtime.client.session import Session, surrogate_error
 from stageflow_brokers.api import Arrival
@@ -117,6 +117,30 @@ class Instance(Generic[C]):
         completion = self._completion
         group = None if completion.outcome is not None else completion.session.lookup([self.id]).get(self.id)
         return None if group is None else progress_of(group)
+
+    def waiting_for(self) -> str | None:
+        """Return what the instance waits for.
+
+        Returns:
+            One sentence: which workers cannot start and why, which queue is paused, which signal, reply or time is
+            awaited, or that others are before it. None if it is at work or has ended.
+
+        Raises:
+            InstanceNotFound: If no live or finished instance has this id.
+            BrokerUnavailable: If the cluster is not running or does not answer.
+
+        Example:
+            >>> import tempfile
+            >>> from stageflow_actors import Runtime, Workflow
+            >>> flow = Workflow("approvals").add_signal("approval").add_stage(lambda context: "shipped", id="ship")
+            >>> with tempfile.TemporaryDirectory() as d, Runtime(flow, data_dir=d) as runtime:
+            ...     instance = runtime.submit(flow, {})
+            ...     while instance.status() != "waiting":
+            ...         pass
+            ...     print(instance.waiting_for())
+            signal 'approval'
+        """
+        return self._completion.waiting_for()
 
     def signal(self, name: str, payload: Any = None) -> None:
         """Send a signal to the instance; it is durable when this returns.
@@ -245,8 +269,12 @@ class Instance(Generic[C]):
             completion.add_callback(notify)
             try:
                 await asyncio.to_thread(completion.watch)
-                if not completion.is_over:
-                    await notified.wait()
+                noted = False
+                while not completion.is_over:
+                    try:
+                        await asyncio.wait_for(notified.wait(), None if noted else NOTE_SECONDS)
+                    except TimeoutError:
+                        noted = await asyncio.to_thread(completion.note_wait)
             finally:
                 completion.remove_callback(notify)
         outcome = completion.outcome

@@ -31,6 +31,7 @@ class OfflineClient(Client):
         session = Session()
         super().__init__(session)
         session.connection = attached.broker
+        session.live = attached.live
         session.history_path = attached.data_dir.history
         manifest = read_manifest(attached.wait(attached.admin.get_fact(MANIFEST_FACT)))
         if manifest is not None:

@@ -25,6 +25,7 @@ from stageflow_actors.errors import (
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client.event_stream import EventCallback, EventSubscriptions
+from stageflow_actors.runtime.client.wait_reason import WaitReason, wait_reason
 from stageflow_actors.runtime.client.waiters import Waiter, Waiters
 from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.connect import connect
@@ -123,6 +124,8 @@ class Session:
         self.history_path: Path | None = None
         self.history_sequence = 0
         """The broker's count of instances that have left it, as last received by this session."""
+        self.live = True
+        """False if the broker only shows a data directory at rest: nothing is delivered."""
         self.failure: StageFlowError | None = None
         """Why the cluster cannot go on; None while it can."""
         self._reader: HistoryReader | None = None
@@ -358,6 +361,18 @@ class Session:
         self.advance_history_sequence((answer["epoch"] << 40) + answer["left_seq"])
         groups: dict[str, Any] = answer["groups"]
         return groups
+
+    def wait_reasons(self, ids: list[str], timeout: float = ANSWER_TIMEOUT_SECONDS) -> dict[str, WaitReason | None]:
+        """Return what each live instance among `ids` waits for, by id. Raises `BrokerUnavailable` after `timeout`."""
+        try:
+            admin = self.broker().admin
+            looked_up, stats = admin.lookup(ids), admin.stats("")
+        except port.BrokerError as error:
+            raise translate_error(error) from None
+        groups = self.wait_for(looked_up, timeout)["groups"]
+        queues = self.wait_for(stats, timeout)["queues"]
+        now = time.time()
+        return {id: wait_reason(group, queues, self.naming, now, live=self.live) for id, group in groups.items()}
 
     def advance_history_sequence(self, received: int) -> None:
         """Record a count of departed instances that the broker has sent; it never decreases."""

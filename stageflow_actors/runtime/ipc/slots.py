@@ -22,7 +22,7 @@ length of that text in two bytes, which is zero while no policy runs. If the pol
 copy of the failure.
 
 Behind these texts, each slot has an area for the life of its worker, of which the first lane's is used: whether the
-worker has started and takes messages, since when it is ending, and the step of its end that is running.
+worker has started and takes messages, since when it is ending, and the step of its start or end that is running.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ POLICY_TEXT_BYTES = 1024
 
 LIFE_BYTES = 128
 """Space for the life of a slot's worker: when its end began, whether it takes messages, whether its code is loaded, and
-the step of its end."""
+the step of its start or end."""
 
 LOADING, LOADED, UNLOADABLE = range(3)
 """States of a worker's code: not loaded yet, loaded, or an exception has ended the load."""
@@ -249,6 +249,7 @@ class Slot:
 
     def mark_ready(self) -> None:
         """Record that the worker has started: its code and services are there, and it takes messages."""
+        self._life[_STEP_LENGTH] = 0
         self._life[_READY] = 1
 
     @property
@@ -260,8 +261,8 @@ class Slot:
         """Record that the worker ends: it holds no message, and user code that closes resources may run."""
         self._life[:8] = now_ns.to_bytes(8, "little")
 
-    def set_end_step(self, step: str) -> None:
-        """Record the step of the end that begins, as in "the close of service 'bank'"."""
+    def set_step(self, step: str) -> None:
+        """Record the step of the start or the end that begins, as in "the close of service 'bank'"."""
         text = step.encode()[: LIFE_BYTES - _STEP]
         self._life[_STEP_LENGTH] = 0
         self._life[_STEP : _STEP + len(text)] = text
@@ -273,8 +274,8 @@ class Slot:
         return int.from_bytes(self._life[:8], "little")
 
     @property
-    def end_step(self) -> str:
-        """The last step that `set_end_step` recorded; empty before the first one."""
+    def step(self) -> str:
+        """The last step that `set_step` recorded; empty before the first one, and while the worker is ready."""
         return bytes(self._life[_STEP : _STEP + self._life[_STEP_LENGTH]]).decode(errors="replace")
 
     def is_cancelled(self) -> bool:

@@ -69,7 +69,7 @@ def describe_ends(lanes: Mapping[str, Sequence[Slot]]) -> str:
     for queue, theirs in list(lanes.items()):
         for lane in theirs:
             if lane.ending_since_ns:
-                step = f"{queue} ({lane.end_step})"
+                step = f"{queue} ({lane.step})"
                 found[step] = found.get(step, 0) + 1
     words = [step if count == 1 else f"{count} of {step}" for step, count in found.items()]
     more = f" and {pluralize(len(words) - MAX_QUEUES_NAMED, 'more')}" if len(words) > MAX_QUEUES_NAMED else ""

@@ -22,9 +22,13 @@ class QueueInfo:
         oldest: Seconds that the oldest ready message has waited.
         actors: Number of workers that consume the queue.
         busy: Number of those workers that handle a message.
-        state: `open`, `paused`, or `closed` until its workers have registered.
+        state: `open`; `paused`; `failing` while its workers cannot start, which are tried again without end; or
+            `closed` until its workers have registered.
         breaker: Empty for a stage without a breaker; else `closed` (normal), `open` (its messages wait) or
             `half-open` (one message is tried).
+        reason: Why its workers cannot start, in one line; empty if they can. A paused queue has it too.
+        next_start_at: The time of their next try, in seconds since the Unix epoch; in the past while a try is under
+            way, None if none is due.
 
     Example:
         >>> from stageflow_actors import QueueInfo
@@ -48,6 +52,8 @@ class QueueInfo:
     busy: int
     state: str
     breaker: str = ""
+    reason: str = ""
+    next_start_at: float | None = None
 
 
 def queue_infos(stats: BrokerStats) -> list[QueueInfo]:
@@ -64,6 +70,8 @@ def queue_infos(stats: BrokerStats) -> list[QueueInfo]:
             busy=queue["busy"],
             state=queue["state"],
             breaker=queue["breaker"],
+            reason=queue["reason"],
+            next_start_at=queue["next_start_at"] or None,
         )
         for queue in stats["queues"]
     ]

@@ -1,9 +1,8 @@
 """`ExitPolicy`: decides what follows from the exit of a pool's worker.
 
 The input is facts: the exit status, the state of the worker's lanes, and the reason if the pool has killed the worker.
-The output is a decision, which the pool carries out: the messages that are responsible, the time of the next start, and
-whether the pool pauses. This module must never read a clock (`now` is an argument) and never touch a process or the
-broker.
+The output is a decision, which the pool carries out: the messages that are responsible, and whether the worker is one
+that cannot start. This module must never read a clock and never touch a process or the broker.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from msgspec import Struct
 
 from stageflow_actors.core.envelope import Failure
 from stageflow_actors.core.failures import UNDECIDED, undecided_failure
-from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED, EXIT_UNLOADABLE
+from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.ipc.slots import SlotState
 from stageflow_actors.runtime.node.worker_handle import Kill
@@ -31,22 +30,6 @@ __all__ = [
     "timeout_failure",
 ]
 
-MAX_DEATHS_IN_A_ROW = 16
-"""Worker deaths in a row, without a successfully settled message in between, after which the pool pauses. With
-three deaths for each message, five messages are dead letters by then. Without this limit, workers of a stage whose
-messages all kill them would be started forever."""
-
-MAX_FAILED_STARTS = 10
-"""Workers in a row that exit before they begin a message, after which the pool pauses."""
-
-NO_PROCESS = "its process could not be started"
-"""In place of an exit status: the system had no room for the process."""
-
-BACK_OFF_SECONDS = 0.05
-"""Delay before the second restart in a row, doubled for each further one; the first restart is immediate."""
-MAX_BACK_OFF_SECONDS = 0.5
-"""Longest delay before a restart."""
-
 CANCELLED_FAILURE = Failure("cancelled", "StageError: the instance was cancelled", "StageError")
 """The failure of a stage that was killed because it did not end after its instance had been cancelled."""
 
@@ -56,33 +39,28 @@ class ExitDecision(Struct, frozen=True):
 
     - `responsible`: ids of the messages that carry `failure` from now on
     - `counted`: the exit counts as a death that these messages caused
-    - `pause`: the reason for which the pool pauses; empty if it continues
+    - `failed_start`: how the worker ended, if it ended before its first message; empty otherwise
     """
 
     responsible: Sequence[int] = ()
     failure: Failure | None = None
     counted: bool = False
-    pause: str = ""
+    failed_start: str = ""
 
 
 NO_CONSEQUENCE = ExitDecision()
-"""No message is responsible and the pool continues."""
+"""No message is responsible, and another worker may start at once."""
 
 
 class ExitPolicy:
-    """Counts deaths and failed starts in a row, and decides on each exit.
+    """Decides on each exit of one pool's workers.
 
     `out_of_memory` claims one kill by the kernel's OOM killer (see `OomKills.claim`). It is called only for an exit by
     SIGKILL, because one OOM kill explains exactly one exit.
-
-    `not_before` is the time of the earliest next start (monotonic, seconds).
     """
 
     def __init__(self, out_of_memory: Callable[[], bool | None]) -> None:
         self._out_of_memory = out_of_memory
-        self._deaths = 0
-        self._failed_starts = 0
-        self.not_before = 0.0
 
     def decide(
         self,
@@ -92,8 +70,8 @@ class ExitPolicy:
         *,
         killed: Kill | None = None,
         expected: bool = False,
+        ready: bool = False,
         ending: bool = False,
-        now: float,
     ) -> ExitDecision:
         """Return the decision on the exit of a worker.
 
@@ -103,22 +81,21 @@ class ExitPolicy:
             status: The exit status; None if the zygote was lost and could not report it.
             killed: The pool's reason for killing the worker; None if the pool has not killed it.
             expected: True if all workers of the pool are stopping.
-            ending: True if the worker had started and was ending: it held no message, so that none is responsible,
-                however it exited.
-            now: Monotonic, in seconds.
+            ready: True if the worker had started and took messages.
+            ending: True if it was ending: it held no message. If it had been ready too, none is responsible, however it
+                exited.
         """
-        started = any(state.started for state in states)
-        if states[0].settled:
-            self._deaths = 0
-        if started:
-            self._failed_starts = 0
         # A worker that had exited before the pool's signal arrived has another status, and is judged by that.
         if killed is not None and status in (None, -signal.SIGKILL):
-            return self._decide_killed(spec, states, status, killed, now)
-        if expected or ending or (status in (None, EXIT_RECYCLED) and not any(state.is_busy for state in states)):
+            return self._decide_killed(spec, states, killed)
+        if expected or (ending and ready):
+            return NO_CONSEQUENCE
+        started = any(state.started for state in states)
+        is_end = status is None or (status == EXIT_RECYCLED and (started or ready))
+        if is_end and not any(state.is_busy for state in states):
             return NO_CONSEQUENCE
         if not started:
-            return ExitDecision(pause=self._record_failed_start(spec, status, now))
+            return ExitDecision(failed_start=self._describe_status(status))
         # If none runs, the last message of each slot is reported: the broker ignores those that are settled already.
         busy = [state for state in states if state.is_busy]
         suspects = _blocking_event_loop(busy) or busy or [state for state in states if state.started]
@@ -126,58 +103,15 @@ class ExitPolicy:
         died = Failure("died", f"WorkerDied: the worker died while running {_describe_work(spec)}: {how}", "WorkerDied")
         if len(suspects) == 1 and suspects[0].policy_failure:
             died = undecided_failure(suspects[0].policy_failure, f"ended the worker: {how}") or died
-        return ExitDecision([state.message_id for state in suspects], died, True, self._record_death(spec, how, now))
+        return ExitDecision([state.message_id for state in suspects], died, True)
 
-    def decide_failed_start(self, spec: PoolSpec, now: float) -> ExitDecision:
-        """Return the decision on a worker whose process could not be started; even the first retry is delayed."""
-        self.back_off(1, now)
-        return ExitDecision(pause=self._record_failed_start(spec, NO_PROCESS, now))
-
-    def back_off(self, times: int, now: float) -> None:
-        """Delay the next start by the back-off for `times` restarts: restarting at once would be a fork bomb."""
-        self.not_before = now + min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2 ** min(times - 1, 8))
-
-    def reset(self) -> None:
-        """Forget all counts: a person has resumed the pool's queue and may have fixed the cause."""
-        self._deaths = self._failed_starts = 0
-        self.not_before = 0.0
-
-    def _decide_killed(
-        self, spec: PoolSpec, states: Sequence[SlotState], status: int | None, killed: Kill, now: float
-    ) -> ExitDecision:
+    def _decide_killed(self, spec: PoolSpec, states: Sequence[SlotState], killed: Kill) -> ExitDecision:
         # A message that the worker had finished before the signal arrived is not responsible.
         current = {state.message_id for state in states if state.started}
         responsible = [id for id in killed.responsible if id in current]
-        pause = ""
-        if killed.counted and responsible:
-            pause = self._record_death(spec, "more memory than max_memory allows", now)
-        elif killed.counted and not current:
-            pause = self._record_failed_start(spec, status, now)
-        return ExitDecision(responsible, killed.failure, killed.counted, pause)
-
-    def _record_death(self, spec: PoolSpec, how: str, now: float) -> str:
-        """Count one more death in a row. Return the reason for a pause, or an empty text."""
-        self._deaths += 1
-        if self._deaths >= MAX_DEATHS_IN_A_ROW:
-            return f"{self._deaths} of its workers died in a row while running {_describe_work(spec)} (the last: {how})"
-        if self._deaths > 1:
-            self.back_off(self._deaths - 1, now)
-        return ""
-
-    def _record_failed_start(self, spec: PoolSpec, status: int | str | None, now: float) -> str:
-        """Count one more worker that began no message. Return the reason for a pause, or an empty text."""
-        self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            if status == EXIT_UNLOADABLE:
-                hint = "its code or its services cannot be loaded"
-            elif status == -signal.SIGKILL and spec.max_memory:
-                hint = f"each used more than max_memory={spec.max_memory} before its first message"
-            else:
-                hint = f"the last: {status if isinstance(status, str) else self._describe_status(status)}"
-            return f"{self._failed_starts} of its workers ended in a row before they began a message ({hint})"
-        if self._failed_starts > 1:
-            self.back_off(self._failed_starts - 1, now)
-        return ""
+        hungry = killed.counted and not current
+        how = f"it used more than max_memory={spec.max_memory}" if hungry else ""
+        return ExitDecision(responsible, killed.failure, killed.counted, how)
 
     def _describe_status(self, status: int | None) -> str:
         if status is None:

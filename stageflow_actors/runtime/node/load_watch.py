@@ -18,6 +18,8 @@ __all__ = ["LoadReport", "LoadWatch"]
 
 IDLE_SECONDS = 0.2
 """Time without a worker after which a pool is not waited for: it is scaled to zero, paused, or backs off."""
+EXTRA_SECONDS = 0.5
+"""Time beyond the timeout in which the pool reports itself as failing."""
 NOTE_SECONDS = 5.0
 """Time after which the program is notified of the pools that are still loading."""
 
@@ -73,7 +75,7 @@ class LoadWatch:
     def begin(self, number: int, specs: Sequence[PoolSpec], now: float) -> None:
         """Begin to wait for a worker of each of these pools."""
         with self._lock:
-            self._waits.append(_Wait(number, specs, now, now + self._timeout))
+            self._waits.append(_Wait(number, specs, now, now + self._timeout + EXTRA_SECONDS))
 
     def on_exit(self, queue: str, state: int, reason: bytes) -> None:
         """Record that a worker has exited or could not be started; `state` and `reason` are those of its slot."""
@@ -120,7 +122,7 @@ class LoadWatch:
                     return
                 continue
             state, reason = lane.load_state()
-            if state == LOADED:
+            if state == LOADED or (state != UNLOADABLE and lane.ending_since_ns):  # it has loaded, or cannot start
                 del wait.specs[queue]
                 return
             if state == UNLOADABLE:

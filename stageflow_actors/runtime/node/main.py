@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,12 +28,13 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_ends, describe_unresponsive, describe_work
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
-from stageflow_actors.runtime.messaging.pauses import PAUSED_BY_POOL_FACT
+from stageflow_actors.runtime.messaging.pauses import PAUSE_REASON_FACT, PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.load_watch import LoadWatch
@@ -121,6 +122,7 @@ class _NodeListener(Listener):
             if self.delivery_suspended:
                 self.broker.admin.suspend_delivery(True)  # before `set_workers`, which opens the queues
             self.broker.admin.set_workers([(peer, [queue]) for peer, queue in list(self.pool_context.live.items())])
+            self.pool_context.causes.report_again()
 
 
 def main(control_fd: int) -> NoReturn:
@@ -233,6 +235,7 @@ class Node:
             levels_fd=config.levels_fd,
             has_exited=has_exited,
             worker_stop_timeout=config.worker_stop_timeout,
+            start_timeout=config.start_timeout,
             initializer=config.initializer,
             load_watch=self._load_watch,
             source_watch=self._source_watch,
@@ -250,7 +253,7 @@ class Node:
             self._make_zygote, pool_context, config.naming, config.max_deaths, self.fail
         )
         self._listener.supervisor = self._supervisor
-        reopening = self._queues_to_reopen()
+        resumed = self._resume_given_up(config.pools)
         self._load_watch.begin(0, config.pools, time.monotonic())
         self._supervisor.tell(AddPools(config.pools))
         failpoint("node.pools-added")
@@ -267,10 +270,10 @@ class Node:
         self._data.write_cluster(ClusterRecord.of_program(config.program, node=os.getpid(), address=self._address))
         _send_report(self._channel, Report("ready", self._address, "", {"resuming": resuming}))
         failpoint("node.ready")
-        for text in [forgotten, *notices] if forgotten else notices:
+        for text in [*([forgotten] if forgotten else ()), *resumed, *notices]:
             _send_report(self._channel, Report("notice", text))
         for name, queue in queues.items():
-            if queue["state"] == "paused" and queue["ready"] and name not in reopening:
+            if queue["state"] == "paused" and queue["ready"]:
                 held = pluralize(queue["ready"], "message")
                 text = f"queue {name} is paused and holds {held}; resume it with `stageflow queue resume {name}`"
                 _send_report(self._channel, Report("notice", text))
@@ -322,12 +325,20 @@ class Node:
                     self._notes.wait_for(lambda: describe_unresponsive("the broker", self._broker_process.pid))
             self._round(0.0)
 
-    def _queues_to_reopen(self) -> set[str]:
-        """Return the queues that pools had paused under an earlier node: each pool reopens its own at its start."""
-        asked = {
-            pool.queue: self._broker.admin.get_fact(PAUSED_BY_POOL_FACT + pool.queue) for pool in self._config.pools
-        }
-        return {queue for queue, fact in asked.items() if fact.result() == "yes"}
+    def _resume_given_up(self, pools: Sequence[PoolSpec]) -> list[str]:
+        """Resume the queues that pools of an earlier release had paused, and return a notice for each.
+
+        A pause by a person stays.
+        """
+        admin = self._broker.admin
+        asked = {pool.queue: admin.get_fact(PAUSED_BY_POOL_FACT + pool.queue) for pool in pools}
+        notices = []
+        for queue in [queue for queue, fact in asked.items() if fact.result() == "yes"]:
+            why = admin.get_fact(PAUSE_REASON_FACT + queue).result() or "its workers died too fast"
+            admin.resume(queue).result()
+            admin.set_fact(PAUSED_BY_POOL_FACT + queue, "no").result()
+            notices.append(f"queue {queue} is resumed: an earlier release had paused it, because {why}")
+        return notices
 
     def _publish_plans(self) -> None:
         """Publish the manifest of registered workflows, for clients in other processes."""
@@ -421,6 +432,8 @@ class Node:
 
         The messages are requeued last: an outdated worker or the coordinator would park them again.
         """
+        for text in self._resume_given_up(message.pools):
+            _send_report(self._channel, Report("notice", text))
         self._supervisor.ask(AddPools(message.pools))
         self._orphans.exclude(pool.queue for pool in message.pools)
         for plan in message.plans:

@@ -24,6 +24,7 @@ from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.output_frames import STDERR, STDOUT
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
 from stageflow_actors.runtime.ipc.slots import LOADING, SlotState
+from stageflow_actors.runtime.ipc.start_report import create_report_file
 from stageflow_actors.runtime.node.exit_policy import (
     CANCELLED_FAILURE,
     NO_CONSEQUENCE,
@@ -36,7 +37,8 @@ from stageflow_actors.runtime.node.exit_policy import (
 from stageflow_actors.runtime.node.memory_limits import memory_above
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.pool_events import Cancelled, ReplaceSpec, ScaleTo, ShutDown, Tick, ZygoteLost
-from stageflow_actors.runtime.node.pool_pause import PoolPause
+from stageflow_actors.runtime.node.pool_starts import PoolStarts
+from stageflow_actors.runtime.node.start_causes import StartCause
 from stageflow_actors.runtime.node.worker_handle import Kill, WorkerHandle
 from stageflow_actors.runtime.system.processes import is_stopped, kill_group, wait_dead
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned, SpawnFailed, ZygoteHandle
@@ -69,10 +71,6 @@ MEMORY_CHECK_NS = 100_000_000
 """Nanoseconds between checks of the memory of workers that have a limit."""
 
 
-class _Resumed:
-    """A person has resumed the queue that this pool had paused."""
-
-
 class Pool(pykka.ThreadingActor):
     """The supervised workers of one queue."""
 
@@ -86,17 +84,16 @@ class Pool(pykka.ThreadingActor):
         self._workers: dict[str, WorkerHandle] = {}
         self._serial = 0
         self._exit_policy = ExitPolicy(pool_context.oom_kills.claim)
-        self._pause = PoolPause(pool_context.broker, spec.queue, pool_context.notify)
+        self._starts = PoolStarts(spec, pool_context)
         self._shutting_down = False
         self._ticks = 0
         self._next_memory_check = self._next_exit_check = 0
 
     def on_start(self) -> None:
         """Start the first workers."""
-        self._pause.lift_earlier()
         self._fill()
         if not self._workers:
-            self._context.load_watch.on_exit(self._spec.queue, LOADING, b"")  # paused: no worker is on its way
+            self._context.load_watch.on_exit(self._spec.queue, LOADING, b"")  # no worker is on its way
         self._update_active()
 
     def on_failure(self, *args: Any) -> None:
@@ -123,8 +120,6 @@ class Pool(pykka.ThreadingActor):
             self._cancel(message)
         elif isinstance(message, ZygoteLost):
             self._on_zygote_lost(message.zygote)
-        elif isinstance(message, _Resumed):
-            self._on_resumed()
         self._update_active()
 
     def _update_active(self) -> None:
@@ -132,9 +127,9 @@ class Pool(pykka.ThreadingActor):
         # With a memory limit the pool is always active: an idle worker can be above the limit too.
         if (
             self._spec.max_memory
-            or self._pause.is_active
             or is_incomplete
-            or any(w.cancelled or w.retiring or w.report_due_since for w in self._workers.values())
+            or self._starts.needs_ticks
+            or any(w.cancelled or w.retiring or w.report_due_since or w.report_fd >= 0 for w in self._workers.values())
         ):
             self._context.active.add(self._spec.queue)
         else:
@@ -148,18 +143,11 @@ class Pool(pykka.ThreadingActor):
     def _fill(self) -> None:
         while len(self._workers) < self._target_workers:
             # Checked before each start: a worker that cannot be started delays the next one.
-            if self._shutting_down or self._pause.is_active or time.monotonic() < self._exit_policy.not_before:
+            if self._shutting_down or not self._starts.may_start(self._workers.values(), time.monotonic()):
                 return
             slot = self._context.allocate_slots(self._spec.concurrency)
             if slot is None:
-                logger.error(
-                    "pool %s: only %d of %d workers can be started, because all %d slots of the node are in use",
-                    self._spec.queue,
-                    len(self._workers),
-                    self._target_workers,
-                    len(self._context.slots),
-                )
-                self._exit_policy.back_off(8, time.monotonic())
+                self._record_failed_start(f"all {len(self._context.slots)} slots of the node are in use")
                 return
             self._start(slot)
 
@@ -169,7 +157,7 @@ class Pool(pykka.ThreadingActor):
         pool_context.source_watch.check(worker_starts=True)
         zygote = pool_context.zygote()
         lanes = pool_context.slots.lanes(slot, spec.concurrency)
-        worker = WorkerHandle(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote)
+        worker = WorkerHandle(f"{spec.queue}#{self._serial}", new_peer(), slot, lanes, zygote, time.monotonic())
         self._workers[worker.id] = worker
         pool_context.live[worker.peer] = spec.queue
         for lane in lanes:
@@ -194,11 +182,15 @@ class Pool(pykka.ThreadingActor):
         )
         streams: list[int] = []
         try:
-            if pool_context.output is not None:
+            if pool_context.output is None:
+                streams += [os.dup(1), os.dup(2)]
+            else:
                 worker.stdout, theirs = pool_context.output.open(STDOUT)
                 streams.append(theirs)
                 worker.stderr, theirs = pool_context.output.open(STDERR)
                 streams.append(theirs)
+            worker.report_fd = create_report_file()
+            streams.append(os.dup(worker.report_fd))
             failpoint("pool.spawning")
             zygote.spawn(worker.id, msgspec.msgpack.encode(payload), slot, spec.env, streams=streams)
         except OSError as error:
@@ -224,8 +216,8 @@ class Pool(pykka.ThreadingActor):
     def _on_spawn_failed(self, event: SpawnFailed) -> None:
         worker = self._workers.get(event.worker_id)
         if worker is not None:
-            logger.error("pool %s: %s", self._spec.queue, event.reason)
-            self._apply(worker, self._exit_policy.decide_failed_start(self._spec, time.monotonic()))
+            self._handle_exit(worker, NO_CONSEQUENCE)
+            self._record_failed_start(f"its process could not be started: {event.reason}", worker)
 
     # exits
 
@@ -245,15 +237,22 @@ class Pool(pykka.ThreadingActor):
             status,
             killed=worker.killed,
             expected=self._shutting_down,
-            ending=worker.ending_since != 0 and worker.lanes[0].is_ready,
-            now=time.monotonic(),
+            ready=worker.lanes[0].is_ready,
+            ending=worker.ending_since != 0,
         )
-        self._apply(worker, decision)
-
-    def _apply(self, worker: WorkerHandle, decision: ExitDecision) -> None:
+        now = time.monotonic()
+        self._starts.record_life(worker, now)
+        cause = self._starts.cause_of(worker, decision.failed_start) if decision.failed_start else None
         self._handle_exit(worker, decision)
-        if decision.pause:
-            self._pause.begin(decision.pause, time.monotonic())
+        if cause is not None:
+            self._starts.record_failure(cause, worker, self._target_workers, self._workers.values(), now)
+        elif decision.responsible:
+            self._starts.allow_now()
+
+    def _record_failed_start(self, how: str, worker: WorkerHandle | None = None) -> None:
+        """Record that a worker could not even be forked."""
+        cause = StartCause(how, how)
+        self._starts.record_failure(cause, worker, self._target_workers, self._workers.values(), time.monotonic())
 
     def _handle_exit(self, worker: WorkerHandle, decision: ExitDecision) -> None:
         """Report the exit to the broker, which releases the worker's messages; responsible ones carry the failure."""
@@ -275,6 +274,7 @@ class Pool(pykka.ThreadingActor):
         pool_context.free_slots(worker.slot, len(worker.lanes))
         if worker.pidfd >= 0:
             os.close(worker.pidfd)
+        worker.close_report()
         del self._workers[worker.id]
         self._publish_lanes()
 
@@ -296,7 +296,7 @@ class Pool(pykka.ThreadingActor):
         if self._spec.max_memory and now >= self._next_memory_check:
             self._next_memory_check = now + MEMORY_CHECK_NS
             self._check_memory()
-        self._pause.check_resumed(time.monotonic(), lambda: self.actor_ref.tell(_Resumed()))
+        self._starts.check(self._workers.values(), self._target_workers, now / 1e9)
         for worker in self._workers.values():
             if worker.retiring and now >= worker.request_at and not worker.ending_since:
                 self._request_retirement(worker)
@@ -331,7 +331,7 @@ class Pool(pykka.ThreadingActor):
             return
         worker.overdue = True
         if worker.ending_since and self._context.stop_timeout_ns:
-            step = worker.lanes[0].end_step
+            step = worker.lanes[0].step
             if self._context.has_exited(worker.pidfd):
                 step = "the end of processes that its handlers started"
             logger.warning(
@@ -409,11 +409,6 @@ class Pool(pykka.ThreadingActor):
         worker.killed = Kill([state.message_id for state in responsible], failure, counted)
         kill_group(worker.pid, worker.pidfd)
 
-    def _on_resumed(self) -> None:
-        if self._pause.end():
-            self._exit_policy.reset()
-            self._fill()
-
     # commands
 
     def _scale(self, actors: int) -> None:
@@ -444,6 +439,7 @@ class Pool(pykka.ThreadingActor):
         if self._target_workers == self._spec.actors:
             self._target_workers = spec.actors
         self._spec = spec
+        self._starts.replace_spec(spec)
         for worker in self._workers.values():
             worker.lanes[0].mark_outdated()
             self._request_retirement(worker)

@@ -15,6 +15,7 @@ from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.memory_limits import OomKills
 from stageflow_actors.runtime.node.output_relay import OutputRelay
 from stageflow_actors.runtime.node.source_watch import SourceWatch
+from stageflow_actors.runtime.node.start_causes import StartCauses
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
 
@@ -31,6 +32,8 @@ class PoolContext:
     - `levels_fd`: the shared memory with the program's log levels
     - `oom_kills`: the kernel's count of OOM kills
     - `stop_timeout_ns`: the time in which a worker that holds no message has to end
+    - `start_timeout`: the time, in seconds, in which a worker of each pool should start
+    - `causes`: receives why workers cannot start
     - `initializer`: the code of the runtime's initializer, which each worker calls first; empty if there is none
     - `load_watch`: receives the exits of workers
     - `source_watch`: looks for changed modules when a worker starts
@@ -53,6 +56,7 @@ class PoolContext:
         oom_kills: OomKills | None = None,
         has_exited: Callable[[int], bool] | None = None,
         worker_stop_timeout: float = 5.0,
+        start_timeout: float = 120.0,
         initializer: bytes = b"",
         load_watch: LoadWatch | None = None,
         source_watch: SourceWatch | None = None,
@@ -70,6 +74,8 @@ class PoolContext:
         self.oom_kills = oom_kills or OomKills()
         self.has_exited = has_exited or (lambda pidfd: False)
         self.stop_timeout_ns = int(worker_stop_timeout * 1e9)
+        self.start_timeout = start_timeout
+        self.causes = StartCauses(broker)
         self.initializer = initializer
         self.load_watch = load_watch or LoadWatch(0.0)
         self.source_watch = source_watch or SourceWatch([])

@@ -82,6 +82,8 @@ class Supervisor(pykka.ThreadingActor):
             self._ticks += 1
             all_pools = self._ticks % IDLE_TICK_INTERVAL == 0
             # Fifty ticks per second to each of a hundred idle pools would cost too much.
+            if all_pools:
+                self._context.causes.tick()
             for name, pool in self._pools.items():
                 if all_pools or self._context.is_active(name):
                     pool.tell(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from stageflow_actors.core.envelope import Failure
@@ -42,6 +43,10 @@ class WorkerHandle:
     - `stop_requested_at`: when the worker was asked to end because the cluster stops; zero before
     - `overdue`: the worker did not end in time and was killed
     - `request_at`: when that request is repeated; requests can be lost when the broker restarts
+    - `started_at`: when it was requested from the zygote, in monotonic seconds
+    - `report_fd`: the file in which it writes why it cannot start; -1 once it is ready
+    - `has_failed`: it is recorded as one that cannot start
+    - `step`: the step of its start that was last seen to take long, and `step_since`: since when, in wall time
     - `report_due_since`: since when the zygote owes a report about this worker; zero if none is due
     - `died_before_zygote`: the worker was dead when its unresponsive zygote was killed
     """
@@ -49,6 +54,7 @@ class WorkerHandle:
     __slots__ = (
         "cancelled",
         "died_before_zygote",
+        "has_failed",
         "id",
         "killed",
         "lanes",
@@ -59,21 +65,32 @@ class WorkerHandle:
         "pidfd",
         "recall_at",
         "report_due_since",
+        "report_fd",
         "request_at",
         "retiring",
         "slot",
+        "started_at",
         "stderr",
         "stdout",
+        "step",
+        "step_since",
         "stop_requested_at",
         "zygote",
     )
 
-    def __init__(self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: ZygoteHandle) -> None:
+    def __init__(
+        self, id: str, peer: int, slot: int, lanes: list[Slot], zygote: ZygoteHandle, started_at: float
+    ) -> None:
         self.id = id
         self.peer = peer
         self.slot = slot
         self.lanes = lanes
         self.zygote = zygote
+        self.started_at = started_at
+        self.report_fd = -1
+        self.has_failed = False
+        self.step = ""
+        self.step_since = 0.0
         self.pid = 0
         self.pidfd = -1
         self.killed: Kill | None = None
@@ -88,6 +105,12 @@ class WorkerHandle:
         self.request_at = 0
         self.report_due_since = 0
         self.died_before_zygote = False
+
+    def close_report(self) -> None:
+        """Close the file of `report_fd`. Idempotent."""
+        if self.report_fd >= 0:
+            os.close(self.report_fd)
+            self.report_fd = -1
 
     @property
     def ending_since(self) -> int:

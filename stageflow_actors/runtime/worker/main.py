@@ -9,11 +9,9 @@ adds deliveries to the mailbox and notifies the actor once per batch. The proces
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import fcntl
 import os
 import resource
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -49,6 +47,7 @@ from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_actors.runtime.worker.output import MIN_OWN_DESCRIPTOR, WorkerLogging, own_stderr, prepare_streams
 from stageflow_actors.runtime.worker.process_exit import ProcessExit
 from stageflow_actors.runtime.worker.services import ServiceScope, services_on_loop
+from stageflow_actors.runtime.worker.start_reporter import StartReporter
 from stageflow_brokers.api import DeliveryItem
 from stageflow_brokers.failpoints import failpoint
 
@@ -61,38 +60,40 @@ CLOSE_TIMEOUT_SECONDS = 60.0
 """The time in which a retired worker waits for durable settlements: a broker restarts within it."""
 
 
-def main(data: bytes, slot: Slot | None) -> int:
-    """Run the worker and return its exit code: the entry of the forked process."""
+def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
+    """Run the worker and return its exit code: the entry of the forked process.
+
+    A worker that cannot start writes the reason to `report_fd` instead of stderr: the node reports it once for all.
+    """
     failpoint("worker.born")
     payload = msgspec.msgpack.decode(data, type=WorkerPayload)
     prepare_streams()
     stderr = own_stderr()
-    # A worker that crashes writes the traceback of the crash.
-    faulthandler.enable(file=stderr, all_threads=False)
     assert slot is not None
+    report = StartReporter(report_fd, payload.worker_id, slot)
     process = ProcessExit(slot)
     logs = WorkerLogging(payload, slot)
     mailbox = _WorkerMailbox(payload.queue, logs)
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     event_loop = EventLoop(runner.get_loop)
-    services = ServiceScope(runner.get_loop)
-    step = "the initializer failed: "
+    services = ServiceScope(runner.get_loop, slot.set_step)
+    failed = "its code cannot be loaded"
     try:
         if payload.initializer:
             with logs.loading_code():
                 initializer = _load_code(payload.initializer, slot)
+            failed = "the initializer failed"
+            slot.set_step("the initializer")
             with logs.initializing():
                 initializer()
-        step = ""
+        failed = "its code cannot be loaded"
         with logs.loading_code():
             programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
+        failed = "its handlers cannot be made"
         executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, event_loop)
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
-        traceback.print_exc()
-        if services.failed:
-            step = f"service {services.failed!r} cannot be made: "
-        sys.stderr.write(f"stageflow: worker {payload.worker_id} cannot start: {step}{describe_error(error)}\n")
+        report.write(f"service {services.failed!r} cannot be made" if services.failed else failed, error)
         return process.run(services.close, runner, EXIT_UNLOADABLE)
     failpoint("worker.loaded")
     mailbox.placeholders = _occupy_low_descriptors()
@@ -100,6 +101,7 @@ def main(data: bytes, slot: Slot | None) -> int:
     mailbox.actor = actor
     mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
     mailbox.broker.consume(payload.queue, actor.min_prefetch)
+    report.close(stderr)
     slot.mark_ready()
     failpoint("worker.consuming")
     actor.serve()
@@ -186,6 +188,7 @@ def _actor_for(executor: Executor | CompensationExecutor | VersionedExecutor, la
 
 def _load_code(code: bytes, slot: Slot) -> Any:
     """Return the code that the program sent. If an exception ends the load, the slot says why: `start()` raises it."""
+    slot.set_step("the load of its code")
     try:
         with importing_for("a worker"):
             return loads(code)

@@ -62,7 +62,7 @@ class ProcessExit:
 
         Raises `InterpreterExit` if the interpreter has to be finalized. No message may be in work or unsettled.
         """
-        step = self._slot.set_end_step
+        step = self._slot.set_step
         self._slot.begin_end(time.monotonic_ns())
         close_services(step)
         step("the end of tasks on the event loop")

@@ -33,12 +33,15 @@ Closer = Callable[[], Any]
 class ServiceScope:
     """The services that have been made and not closed. `loop` returns the event loop of the handlers.
 
-    All methods run in the main thread. The loop may run in another one. `failed`: the name of the service that
-    could not be made.
+    All methods run in the main thread. The loop may run in another one. `on_step` is called before a service is made.
+    `failed`: the name of the service that could not be made.
     """
 
-    def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    def __init__(
+        self, loop: Callable[[], asyncio.AbstractEventLoop], on_step: Callable[[str], None] = lambda step: None
+    ) -> None:
         self._loop = loop
+        self._on_step = on_step
         self._made: dict[str, Any] = {}
         self._closers: list[tuple[str, Closer, bool]] = []
         self._known: set[int] = set()
@@ -60,6 +63,7 @@ class ServiceScope:
                 self._made[name] = source.given
                 self._known.add(id(source.given))
                 continue
+            self._on_step(f"the making of service {name!r}")
             try:
                 self._make(name, source, name in on_loop)
             except BaseException as error:

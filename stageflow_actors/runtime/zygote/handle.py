@@ -187,8 +187,8 @@ class ZygoteHandle:
             payload: The bytes for the entry function; may be megabytes.
             slot: Index of the worker's slot. Default: no slot.
             env: Variables that are added to the environment.
-            streams: Two descriptors of which the worker gets copies as its stdout and stderr. Default: those of the
-                zygote.
+            streams: Two descriptors of which the worker gets copies as its stdout and stderr, and perhaps a third one,
+                whose number the entry function gets as its third argument. Default: stdout and stderr of the zygote.
         """
         message = msgspec.msgpack.encode((worker_id, -1 if slot is None else slot))
         input_fd = _anonymous_file(msgspec.msgpack.encode(WorkerInput(dict(env or {}), payload)))

@@ -40,6 +40,7 @@ from stageflow_actors.runtime.zygote.protocol import (
     EXITED,
     FAILED,
     MAX_DATAGRAM_BYTES,
+    MAX_STREAMS,
     SPAWNED,
     ZYGOTE_NAME,
     InterpreterExit,
@@ -139,7 +140,9 @@ class ZygoteServer:
 
     def _serve_request(self) -> None:
         try:
-            message, fds, _, _ = socket.recv_fds(self._socket, MAX_DATAGRAM_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(
+                self._socket, MAX_DATAGRAM_BYTES, 1 + MAX_STREAMS, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:
@@ -239,22 +242,24 @@ class ZygoteServer:
         self._poller.modify(self._socket.fileno(), select.POLLIN)
 
     def _become_worker(self, slot: int, input_fd: int, *streams: int) -> NoReturn:
-        """Run the worker in the forked child. Must never return into the loop of the zygote."""
+        """Run the worker in the forked child. Must never return into the loop of the zygote.
+
+        The first two of `streams` become its stdout and stderr, and a third one its third argument.
+        """
         code, finalize = EXIT_UNHANDLED, False
         try:
             os.setsid()
             set_pdeathsig(signal.SIGKILL)
             if os.getppid() != self._pid:
                 os._exit(0)
-            for number, fd in enumerate(streams, start=1):
+            for number, fd in enumerate(streams[:2], start=1):
                 if fd != number:
                     os.dup2(fd, number)
                     os.close(fd)
             self._release_zygote_resources()
             raise_oom_score()
-            code = _run_entry(
-                self._config, self._slots.open_again(slot) if self._slots and slot >= 0 else None, input_fd
-            )
+            opened = self._slots.open_again(slot) if self._slots and slot >= 0 else None
+            code = _run_entry(self._config, opened, input_fd, *streams[2:])
         except InterpreterExit as request:
             code, finalize = request.status, True
         except BaseException:  # noqa: BLE001 - the child must end here in any case
@@ -294,7 +299,7 @@ def _ignore_signal(_number: int, _frame: object) -> None:
     """Ignore Ctrl-C, which is for the program; the node stops the workers."""
 
 
-def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
+def _run_entry(config: ZygoteConfig, slot: object, input_fd: int, *more: int) -> int:
     with open(input_fd, "rb") as file:
         file.seek(0)
         given = msgspec.msgpack.decode(file.read(), type=WorkerInput)
@@ -310,7 +315,7 @@ def _run_entry(config: ZygoteConfig, slot: object, input_fd: int) -> int:
     payload = given.payload
     del given
     try:
-        result = getattr(importlib.import_module(module), function)(payload, slot)
+        result = getattr(importlib.import_module(module), function)(payload, slot, *more)
     except InterpreterExit:
         raise
     except SystemExit as exit_request:

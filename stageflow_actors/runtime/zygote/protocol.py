@@ -14,6 +14,7 @@ __all__ = [
     "EXITED",
     "FAILED",
     "MAX_DATAGRAM_BYTES",
+    "MAX_STREAMS",
     "SPAWNED",
     "ZYGOTE_NAME",
     "InterpreterExit",
@@ -31,6 +32,9 @@ SPAWNED, EXITED, FAILED = range(3)
 MAX_DATAGRAM_BYTES = 65_536
 """Size limit of one request or report."""
 
+MAX_STREAMS = 3
+"""Most descriptors beside the anonymous file of a spawn request."""
+
 
 class InterpreterExit(SystemExit):
     """Raised by the entry function of a worker: the interpreter is finalized, as at the end of a Python program.
@@ -46,9 +50,9 @@ class InterpreterExit(SystemExit):
 class ZygoteConfig(Struct):
     """The configuration that a zygote starts with. Descriptors are numbers in the zygote.
 
-    `entry` is `module:function`, called in each worker with (payload, slot or None); its return value is the exit
-    code. `keep_fds` stay open in the zygote and its workers, but not in programs that workers start. Paths are bytes,
-    as in the operating system: a file name need not be valid text.
+    `entry` is `module:function`, called in each worker with (payload, slot or None), and with the third of its streams
+    if there is one; its return value is the exit code. `keep_fds` stay open in the zygote and its workers, but not in
+    programs that workers start. Paths are bytes, as in the operating system: a file name need not be valid text.
     """
 
     socket_fd: int

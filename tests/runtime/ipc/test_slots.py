@@ -179,18 +179,18 @@ def test_the_life_of_a_worker_is_shown_and_ends_with_it() -> None:
     table = SlotTable.create(2)
     other = SlotTable.attach(os.dup(table.fd), 2)
     worker, node = table[1], other[1]
-    assert (node.is_ready, node.ending_since_ns, node.end_step) == (False, 0, "")
+    assert (node.is_ready, node.ending_since_ns, node.step) == (False, 0, "")
     worker.mark_ready()
     worker.begin_end(1_000_000_000_001)
-    worker.set_end_step("the close of service 'bank'")
+    worker.set_step("the close of service 'bank'")
     assert (node.is_ready, node.ending_since_ns) == (True, 1_000_000_000_001)
-    assert node.end_step == "the close of service 'bank'"
-    worker.set_end_step("an atexit function")
-    assert node.end_step == "an atexit function"
-    worker.set_end_step("é" * LIFE_BYTES)
-    assert 0 < len(node.end_step) < LIFE_BYTES
-    assert (other[0].is_ready, other[0].ending_since_ns, other[0].end_step) == (False, 0, "")
+    assert node.step == "the close of service 'bank'"
+    worker.set_step("an atexit function")
+    assert node.step == "an atexit function"
+    worker.set_step("é" * LIFE_BYTES)
+    assert 0 < len(node.step) < LIFE_BYTES
+    assert (other[0].is_ready, other[0].ending_since_ns, other[0].step) == (False, 0, "")
     node.clear()
-    assert (worker.is_ready, worker.ending_since_ns, worker.end_step) == (False, 0, "")
+    assert (worker.is_ready, worker.ending_since_ns, worker.step) == (False, 0, "")
     other.close()
     table.close()
