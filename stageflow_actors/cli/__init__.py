@@ -10,6 +10,5 @@
 `importer`      imports MODULE:NAME
 `input_file`    the input of `run`; `inputs` reads its formats, `csv_values` converts cells
 `results_file`  the results of `run`
-`stall_guard`   ends a run that waits for a queue without workers
 ==============  ===============================================================================
 """

@@ -214,7 +214,7 @@ class Runtime(Client):
         if self._local.node is None:
             return
         if drain:
-            self.drain()
+            self._drain(None, _print_notice)
         with self._lock:
             node, data = self._local.node, self._data
             if node is None or data is None:
@@ -282,7 +282,7 @@ class Runtime(Client):
             self.stop()
             return
         try:
-            self.drain()
+            self._drain(None, _print_notice)
         except BaseException:
             self.stop()
             raise

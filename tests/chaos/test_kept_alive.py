@@ -178,9 +178,9 @@ def test_what_ends_again_and_again_is_given_up_with_an_error_that_names_it() -> 
 
 
 LOOPS = """
-import os, sys, time
+import os, sys
 from pathlib import Path
-from stageflow_actors import Runtime, Workflow
+from stageflow_actors import Retry, Runtime, Workflow
 
 data, mended = sys.argv[1], Path(sys.argv[2])
 
@@ -191,12 +191,11 @@ def make_shop():
 
 crashing, unloadable, well = Workflow("crashing"), Workflow("unloadable"), Workflow("well")
 
-@crashing.stage
+@crashing.stage(actors=2, retry=Retry.fixed(1, 0))
 def crash(context):
-    if not mended.exists():
-        os.abort()
+    os.abort()
 
-@unloadable.stage
+@unloadable.stage(actors=2)
 def buy(context, *, shop):
     return shop
 
@@ -205,95 +204,26 @@ def fine(context):
     pass
 
 with Runtime(crashing, unloadable, well, data_dir=data, services={"shop": make_shop}) as runtime:
-    looping = runtime.submit_many(crashing, [{"n": n} for n in range(9)])
+    looping = runtime.submit_many(crashing, [{"n": n} for n in range(20)])
     buying = runtime.submit(unloadable, {})
-    names = ["stageflow.crashing.stage0", "stageflow.unloadable.stage0"]
-    while [queue.state for name in names for queue in runtime.queues(name)] != ["paused", "paused"]:
-        assert runtime.execute(well, {}, timeout=2).success
-    print("paused", flush=True)
+    while runtime.queues("stageflow.unloadable.stage0")[0].state != "failing":
+        assert runtime.execute(well, {}, timeout=20).success
+    print({str(one.result(timeout=60).status) for one in looping})
+    print({queue.state for queue in runtime.queues("stageflow.crashing.stage0")})
     mended.touch()
-    for name in names:
-        runtime.resume(name)
-    assert buying.result(timeout=10).success
-    print(sorted(str(one.result(timeout=10).status) for one in looping))
+    print(buying.result(timeout=60).status)
 """
 
 
-def test_a_pool_whose_workers_die_faster_than_they_work_is_paused_alone_and_explains_how_to_resume(
+def test_a_crash_loop_ends_in_failures_and_a_pool_that_cannot_start_waits_and_neither_is_paused(
     launch: Any, tmp_path: Path
 ) -> None:
     program = launch(LOOPS, tmp_path / "data", tmp_path / "mended")
-    out, err = program.communicate(timeout=60)
+    out, err = program.communicate(timeout=120)
     assert program.returncode == 0, err
-    paused, statuses = out.splitlines()
-    assert paused == "paused"
-    assert statuses == str(["completed"] * 4 + ["failed"] * 5), "five were dead letters before the pool was paused"
-    for queue, reason in (
-        (
-            "crashing",
-            "16 of its workers died in a row while running stage 'crash' (the last: killed by SIGABRT (abort))",
-        ),
-        ("unloadable", "10 of its workers ended"),
-    ):
-        told = [line for line in err.splitlines() if f"pool stageflow.{queue}.stage0 is paused" in line]
-        assert len(told) == 1, err
-        assert reason in told[0]
-        assert f"stageflow queue resume stageflow.{queue}.stage0" in told[0]
-    assert "the shop's server does not answer" in err
-    assert "stageflow.well" not in err
-
-
-GIVING_UP = """
-import os, sys
-from stageflow_actors import Retry, Runtime, WorkerDied, Workflow
-from stageflow_actors.definition.stage import Compensation
-
-def crash(context):
-    os.abort()
-
-async def crash_in_a_task(context):
-    os.abort()
-
-def pass_on(context):
-    pass
-
-def fail(context):
-    raise ValueError("no")
-
-once = Retry.fixed(1, 0)
-flows = [
-    Workflow("unasked").add_stage(crash, id="s"),
-    Workflow("once").add_stage(crash, id="s", retry=once),
-    Workflow("twice").add_stage(crash, id="s", retry=Retry.fixed(2, 0)),
-    Workflow("not-of-deaths").add_stage(crash, id="s", retry=Retry.exponential(3, 0.5, 5, abort_on=WorkerDied)),
-    Workflow("threads").add_stage(crash, id="s", retry=once, concurrency=2),
-    Workflow("tasks").add_stage(crash_in_a_task, id="s", retry=once, concurrency=2),
-    Workflow("six").add_stage(crash, id="s", retry=once, actors=6),
-    Workflow("undone").add_stage(pass_on, id="a", compensation=Compensation(crash, retry=once)).add_stage(fail, id="b"),
-]
-queues = ["stageflow.compensation.undone" if flow.id == "undone" else f"stageflow.{flow.id}.stage0" for flow in flows]
-with Runtime(*flows, data_dir=sys.argv[1]) as runtime:
-    began = {flow.id: runtime.submit_many(flow, [{"n": n} for n in range(60)]) for flow in flows}
-    while {queue.state for name in queues for queue in runtime.queues(name)} != {"paused"}:
-        pass
-    for id, instances in began.items():
-        print(id, sum(str(one.status()) in ("failed", "compensation_failed") for one in instances))
-    runtime.stop(grace=0)
-"""
-
-
-def test_a_crash_loop_is_paused_before_it_has_failed_what_waits_whatever_the_policy_gives_up(
-    launch: Any, tmp_path: Path
-) -> None:
-    program = launch(GIVING_UP, tmp_path / "data")
-    out, err = program.communicate(timeout=80)
-    assert program.returncode == 0, err
-    failed = {id: int(count) for id, count in map(str.split, out.splitlines())}
-    assert len(failed) == 8
-    assert failed["unasked"] == 5
-    lanes = {"threads": 2, "tasks": 2}
-    assert {id: count for id, count in failed.items() if count > 16 * lanes.get(id, 1)} == {}
-    assert sum(" is paused: 16 of its workers died in a row" in line for line in err.splitlines()) == 8, err
+    assert out.splitlines() == ["{'failed'}", "{'open'}", "completed"]
+    assert err.count("OSError: the shop's server does not answer") == 2, "a warning and its traceback"
+    assert "paused" not in err
 
 
 FORKED = """

@@ -2,7 +2,8 @@
 
 `data-0.1.tar.xz` holds journal and history of `golden_workflows.py`: 20 completed and 5 compensated instances, 5 that
 wait for a signal, 4 parked ones, and 6 that retry their second stage with a completed step. The file is never made
-again: each later release opens it, resumes it, and verifies it.
+again: each later release opens it, resumes it, and verifies it. `data-paused-by-pool.tar.xz` is of `golden_pauses.py`:
+a queue that its pool had paused, one that a person had paused too, and one that a person had paused alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("GOLDEN_GATE", str(tmp_path / "gate"))
     monkeypatch.syspath_prepend(str(HERE))
     yield tmp_path / "gate"
-    sys.modules.pop("golden_workflows", None)
+    for name in ("golden_workflows", "golden_pauses"):
+        sys.modules.pop(name, None)
 
 
 def test_a_killed_directory_of_release_0_1_verifies(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,3 +132,33 @@ def test_a_field_added_since_release_0_1_is_no_other_input(data: Path, gate: Pat
     assert request.digest == ContextCodec(golden_workflows.Parcel).digest(
         earlier.encode(golden_workflows.Parcel(3)), "parcels"
     )
+
+
+@pytest.fixture
+def paused(tmp_path: Path) -> Path:
+    """A directory of release 0.1, in which two pools had paused their queues, and a person two queues."""
+    with tarfile.open(HERE / "data-paused-by-pool.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "data"
+
+
+def test_a_pause_that_a_pool_of_release_0_1_left_behind_is_lifted_and_that_of_a_person_stays(
+    paused: Path, gate: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from golden_pauses import bank, confirmed, given_up, held
+
+    gate.touch()
+    with Runtime(given_up, confirmed, held, data_dir=paused, services={"bank": bank}) as runtime:
+        for number in range(2):
+            result = runtime.instance(f"given-up-{number}").result(WAIT_SECONDS)
+            assert (result.status, result.stages[0].data) == (WorkflowStatus.completed, f"paid {number}")
+        states = {queue.name: queue.state for queue in runtime.queues("stageflow.") if queue.state != "open"}
+        assert states == {"stageflow.confirmed.stage0": "paused", "stageflow.held.stage0": "paused"}
+        for name in states:
+            runtime.resume(name)
+        for id in ("confirmed-0", "held-0"):
+            assert runtime.instance(id).result(WAIT_SECONDS).success
+    said = [line for line in capfd.readouterr().err.splitlines() if "is resumed" in line]
+    assert len(said) == 1
+    assert said[0].startswith("stageflow: queue stageflow.given-up.stage0 is resumed: an earlier release had paused it")
+    assert "because 10 of its workers ended in a row before they began a message" in said[0]

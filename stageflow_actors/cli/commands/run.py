@@ -168,12 +168,11 @@ class _Run:
 
     def go(self) -> int:
         """Run all lines and return the exit code. Raises `StageFlowError` for an error that ends the whole run."""
-        from stageflow_actors.cli.stall_guard import StallGuard
         from stageflow_actors.errors import StageFlowError
 
         interrupted = False
         try:
-            with self._runtime, self._progress, StallGuard(self._runtime, lambda: self._tally.seen):
+            with self._runtime, self._progress:
                 try:
                     self._run_all()
                 except KeyboardInterrupt:

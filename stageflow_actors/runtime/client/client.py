@@ -38,6 +38,7 @@ from stageflow_actors.runtime.client.event_stream import EventCallback
 from stageflow_actors.runtime.client.instance import Instance, as_completed
 from stageflow_actors.runtime.client.map_iterator import MapIterator
 from stageflow_actors.runtime.client.session import MAX_LOOKUPS, Session
+from stageflow_actors.runtime.client.wait_notes import describe_waits
 from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.pauses import pause
 from stageflow_actors.runtime.messaging.queue_info import QueueInfo, queue_infos
@@ -50,6 +51,8 @@ C = TypeVar("C")
 MAX_SEARCHED = 10_000
 """Most live instances that are searched for a status or workflow; the newest first."""
 
+DRAIN_NOTE_SECONDS = 30.0
+"""Interval between two notices of what leaving a runtime waits for."""
 DRAIN_POLL_SECONDS = 0.25
 """Interval between two checks whether all remaining instances wait for a signal or a delay."""
 
@@ -513,8 +516,12 @@ class Client:
             BrokerUnavailable: If the cluster stops or does not answer.
             ValueError: If `timeout` is negative or no number.
         """
-        limit = timeout_seconds(timeout)
+        self._drain(timeout_seconds(timeout))
+
+    def _drain(self, limit: float | None, notify: Callable[[str], None] | None = None) -> None:
+        """Drain; `notify` receives now and then what is waited for."""
         deadline = None if limit is None else time.monotonic() + limit
+        note_at = time.monotonic() + DRAIN_NOTE_SECONDS
         waiting = self._session.waiters.by_id
         while waiting:
             self._session.check_alive()
@@ -524,6 +531,10 @@ class Client:
             self._session.waiters.wait_until_empty(min(remaining, DRAIN_POLL_SECONDS))
             if self._all_waiting():
                 return
+            if notify is not None and time.monotonic() >= note_at:
+                note_at = time.monotonic() + DRAIN_NOTE_SECONDS
+                text, _ = describe_waits(self._session, list(waiting))
+                notify(f"waiting for {pluralize(len(waiting), 'instance')} to end{f': {text}' if text else ''}")
 
     def _all_waiting(self) -> bool:
         """Return True if every submitted instance waits for a signal or a delay."""

@@ -21,17 +21,14 @@ from stageflow_actors.core.result import WorkflowResult, parked_result, result_o
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
 from stageflow_actors.runtime.client.session import Session
+from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS, REASON_SECONDS
 from stageflow_actors.runtime.client.wait_reason import WaitReason
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 
-__all__ = ["NOTE_SECONDS", "Completion"]
+__all__ = ["Completion"]
 
 logger = logging.getLogger("stageflow_actors.client")
 
-NOTE_SECONDS = 5.0
-"""Time after which a call that waits for an instance says what it waits for; it looks again after that time."""
-REASON_SECONDS = 1.0
-"""Longest wait for the reason of a wait."""
 WAIT_SECONDS = 1.0
 """Interval between two checks that the cluster is alive while a handle waits."""
 
@@ -172,7 +169,7 @@ class Completion:
                     # This handle did not start the instance: leaving the runtime does not wait for it.
                     self.session.waiters.remove(self.instance_id, self)
                 reason = self._wait_reason()
-                said = "" if reason is None else f": it waits for {reason.text}"
+                said = "" if reason is None else f" (waiting for: {reason.text})"
                 raise TimeoutError(f"instance {self.instance_id!r} had not ended after {timeout:g} s; it goes on{said}")
             self.session.check_alive()
             if time.monotonic() >= note_at:

@@ -23,9 +23,10 @@ from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, tim
 from stageflow_actors.core.value_codec import encode_message
 from stageflow_actors.definition.duration import Duration, timeout_seconds
 from stageflow_actors.errors import InstanceNotFound
-from stageflow_actors.runtime.client.completion import NOTE_SECONDS, WAIT_SECONDS, Completion
+from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
 from stageflow_actors.runtime.client.reruns import cancel, restart, retry
 from stageflow_actors.runtime.client.session import Session, surrogate_error
+from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS
 from stageflow_brokers.api import Arrival
 
 __all__ = ["Instance", "as_completed"]

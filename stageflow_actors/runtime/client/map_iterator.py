@@ -8,6 +8,7 @@ result, and the iterator can go on after it.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from stageflow_actors.runtime.client.completion import Completion
 from stageflow_actors.runtime.client.conflicts import conflict_with_live, conflict_with_row
 from stageflow_actors.runtime.client.progress_bar import ProgressBar
 from stageflow_actors.runtime.client.session import POLL_SECONDS, Session
+from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS, describe_waits
 from stageflow_actors.runtime.client.waiters import Waiters
 from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.errors import translate_error
@@ -28,6 +30,8 @@ from stageflow_brokers import api as port
 from stageflow_brokers.api import PublishAnswer
 
 __all__ = ["MapIterator"]
+
+logger = logging.getLogger("stageflow_actors.client")
 
 C = TypeVar("C")
 
@@ -92,6 +96,8 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         self._ready: dict[int, WorkflowResult[C] | BaseException] = {}
         self._retry_full_at = 0.0
         self._bar = _bar(contexts) if progress else None
+        self._quiet_since = time.monotonic()
+        self._noted = False
 
     def __iter__(self) -> MapIterator[C]:
         return self
@@ -121,6 +127,17 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 raise StopIteration
             else:
                 self._wait()
+
+    def _note_wait(self) -> None:
+        """Log what the instances wait for if no result has arrived for some time, once until one arrives."""
+        now = time.monotonic()
+        if now - self._quiet_since < NOTE_SECONDS:
+            return
+        self._quiet_since = now
+        text, is_held = describe_waits(self._session, self._index)
+        self._noted = is_held
+        if is_held:
+            logger.warning("no result for %g s: %s", NOTE_SECONDS, text)
 
     def close(self) -> None:
         """Stop pulling; the instances in flight go on, and the history keeps their results."""
@@ -358,8 +375,10 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 self._waiter.probing = False
 
     def _wait(self) -> None:
-        if not self._arrived:
-            self._event.wait(QUEUE_FULL_RETRY_SECONDS if self._unsent else POLL_SECONDS)
+        if self._arrived or self._event.wait(QUEUE_FULL_RETRY_SECONDS if self._unsent else POLL_SECONDS):
+            self._quiet_since, self._noted = time.monotonic(), False
+        elif not self._noted:
+            self._note_wait()
         if self._bar is not None:
             self._bar.refresh()
 
