@@ -8,7 +8,9 @@
 `worker_handle`          the state of one worker, as its pool knows it
 `pool_context`           the parts that all pools share
 `pool_events`            the messages that the supervisor sends to a pool
-`pool_pause`             the pause that a pool sets on its own queue
+`pool_starts`            when a pool's next worker starts, and why one is not ready
+`start_back_off`         the delay before the next try of workers that cannot start
+`start_causes`           why workers of the node cannot start, each cause reported once
 `load_watch`             which pools have loaded their code
 `memory_limits`          memory use of workers, and the kernel's count of OOM kills
 `source_watch`           warns of modules that change on disk

@@ -16,6 +16,7 @@ from stageflow_actors.core.failures import describe_error
 from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.ipc.start_report import DUMP_OFFSET, StartReport, write_report
 from stageflow_actors.runtime.worker.output import MIN_OWN_DESCRIPTOR
+from stageflow_actors.runtime.worker.traceback_text import format_traceback
 
 __all__ = ["StartReporter"]
 
@@ -44,7 +45,7 @@ class StartReporter:
             traceback.print_exception(error)
             sys.stderr.write(f"stageflow: worker {self._worker_id} cannot start: {step}: {describe_error(error)}\n")
             return
-        write_report(self._fd, StartReport(step, describe_error(error), _traceback_of(error)))
+        write_report(self._fd, StartReport(step, describe_error(error), format_traceback(error) or ""))
 
     def close(self, stderr: TextIO) -> None:
         """Close the file, because the worker is ready; from now on the interpreter writes of a crash to `stderr`."""
@@ -52,7 +53,3 @@ class StartReporter:
             # The descriptor is that of faulthandler too, which the user may have set up in another way.
             os.dup2(stderr.fileno(), self._fd, inheritable=False)
             self._fd = -1
-
-
-def _traceback_of(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)).rstrip("\n")
