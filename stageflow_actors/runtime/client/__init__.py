@@ -9,6 +9,8 @@
 `map_iterator`      `map` and `map_unordered`: a bounded number in flight
 `progress_bar`      the progress bar of `map` and `stageflow run`
 `waiters`           objects that wait for the outcomes of instances
+`wait_reason`       what an instance waits for, in one sentence
+`wait_notes`        the same of several instances, for calls that wait for many
 `workflow_ref`      a workflow as object or id, and a start request
 `conflicts`         starts whose instance id exists already
 `event_stream`      events of the cluster; `event_decoder` makes them of frames

@@ -7,6 +7,7 @@
 `output_frames`    the frames in which output and log records reach the program
 `pool_spec`        the specification of a pool, and the code that its workers load
 `slots`            shared memory in which a worker publishes its current message
+`start_report`     the cause for which a worker cannot start
 `stop_notes`       notices of a slow stop
 =================  ===============================================================
 

@@ -13,6 +13,7 @@
 `stage_context`        `StageContext`, which handlers receive
 `interceptors`         wraps the calls of user code
 `services`             `ServiceScope`: makes the services of a worker and closes them
+`start_reporter`       reports why the worker cannot start, to the node
 `process_exit`         the end of the process, as that of a Python program
 `executors`            one executor for each kind of message
 =====================  ==============================================================
