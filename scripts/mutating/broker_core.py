@@ -184,4 +184,85 @@ MUTANTS = (
         ),
         ("tests/brokers/test_contract.py::TestBrokers::test_only_the_responsible_message_is_charged[memory]",),
     ),
+    Mutant(
+        "earlier-deadline-counts",
+        "a gather ends at a deadline of an earlier opening of its key",
+        (("brokers/stageflow_brokers/core/gathers.py", " and gather.due == due:", ":"),),
+        (
+            "tests/brokers/test_reopened_gathers.py::test_a_second_wait_for_a_signal_ends_at_no_deadline_of_the_first[later-live]",
+        ),
+    ),
+    Mutant(
+        "deadline-not-cleared",
+        "a gather that is opened without a deadline keeps that of the opening before",
+        (
+            (
+                "brokers/stageflow_brokers/core/gather.py",
+                "        self.priority = priority\n        self.due = self.due_wall = self.wait = 0.0\n",
+                "        self.priority = priority\n",
+            ),
+            (
+                "brokers/stageflow_brokers/core/gather.py",
+                "        self.weight -= sum(map(len, bodies))\n        self.due = self.due_wall = self.wait = 0.0\n",
+                "        self.weight -= sum(map(len, bodies))\n",
+            ),
+        ),
+        (
+            "tests/brokers/test_reopened_gathers.py::test_a_second_wait_for_a_signal_ends_at_no_deadline_of_the_first[none-live]",
+        ),
+    ),
+    Mutant(
+        "forgotten-ends-count-as-none",
+        "a start is accepted whose group may have ended longer ago than the broker remembers",
+        (
+            (
+                "brokers/stageflow_brokers/core/publish.py",
+                "return sequence < state.closed_floor or state.closed_groups",
+                "return state.closed_groups",
+            ),
+        ),
+        (
+            "tests/brokers/test_forgotten_ends.py::test_a_start_that_is_older_than_what_the_broker_remembers_is_sent_to_the_history",
+        ),
+    ),
+    Mutant(
+        "credit-of-removed-messages-stays",
+        "messages of groups that have left take the credit of a worker that greets again",
+        (("brokers/stageflow_brokers/core/leases.py", "            consumer.removed_ids.clear()\n", ""),),
+        (
+            "tests/brokers/test_connection_accidents.py::test_a_worker_that_greets_again_without_the_message_of_a_group_that_has_left_gets_the_next_one",
+        ),
+    ),
+    Mutant(
+        "last-watcher-only",
+        "a watch of a group ends the watches of other sessions",
+        (
+            (
+                "brokers/stageflow_brokers/core/watches.py",
+                "[w for w in group.watchers if w.connected] + [session]",
+                "[session]",
+            ),
+        ),
+        (
+            "tests/brokers/test_contract.py::TestBrokers::test_each_watcher_of_a_group_is_notified_of_its_halt_its_end_and_its_leaving[memory]",
+        ),
+    ),
+    Mutant(
+        "answers-not-kept",
+        "a request that is sent again is carried out again, on what it left",
+        (
+            (
+                "brokers/stageflow_brokers/core/sessions.py",
+                "        self.answers[frame] = answer\n        if len(self.answers) > ANSWERS_KEPT:\n",
+                "        if len(self.answers) > ANSWERS_KEPT:\n",
+            ),
+        ),
+        (
+            "tests/brokers/test_repeated_requests.py::test_a_request_that_is_sent_again_after_a_reconnect_gets_the_same_answer[requeue]",
+            "tests/brokers/test_repeated_requests.py::test_a_request_that_is_sent_again_after_a_reconnect_gets_the_same_answer[purge]",
+            "tests/brokers/test_repeated_requests.py::test_a_request_that_is_sent_again_after_a_reconnect_gets_the_same_answer[hand_over]",
+            "tests/brokers/test_repeated_requests.py::test_a_request_that_is_sent_again_after_a_reconnect_gets_the_same_answer[replace]",
+            "tests/brokers/test_repeated_requests.py::test_a_request_that_is_sent_again_after_a_reconnect_gets_the_same_answer[restart]",
+        ),
+    ),
 )

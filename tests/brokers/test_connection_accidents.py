@@ -14,7 +14,7 @@ from broker_fixtures import World
 from stageflow_brokers.api import ACK, Listener
 from stageflow_brokers.client.connection import Connection
 from stageflow_brokers.core import wire
-from stageflow_brokers.types import FLAG_START, FLAG_WATCH, TERMINAL
+from stageflow_brokers.types import FLAG_CLOSE_GROUP, FLAG_START, FLAG_WATCH, TERMINAL
 
 ITEM = (0, 1, "g", 1, FLAG_START | FLAG_WATCH, 0, 0.0, 0.0, b"d")
 
@@ -94,3 +94,20 @@ def test_a_peer_that_has_greeted_does_not_greet_again_for_each_frame_it_sent_bef
     client.on_frame(outgoing(1, 0, [], [("welcome", (1, []))]), b"")
     client.on_frame(outgoing(1, 0, [], [("hello", None)]), b"")
     assert client.hellos == 2, "once it was welcome, it is another broker that asks"
+
+
+def test_a_worker_that_greets_again_without_the_message_of_a_group_that_has_left_gets_the_next_one() -> None:
+    world = World()
+    client, worker = world.peer(1), world.peer(2, consume={"q": 1})
+    client.publish([("q", "a")], [ITEM], [b"1"])
+    client.publish([("q", "a")], [(*ITEM[:2], "h", *ITEM[3:])], [b"2"])
+    (id,) = worker.held
+    other = world.peer(3, consume={"side": 1})
+    client.publish([("side", "a")], [(0, 1, "g", 1)], [b"3"])
+    (end,) = other.held.values()
+    other.settle([], acks=[(end.id, end.lease, FLAG_CLOSE_GROUP, "g")])
+    assert list(worker.held) == [id], "it still works on the message of the group that has left"
+    # Its settlement was lost with the session, and nobody waits for it.
+    worker.held.clear()
+    worker.hello()
+    assert [body for _, _, body in worker.delivered] == [b"1", b"2"]

@@ -418,7 +418,9 @@ class Admin:
         self._state.live_bytes += len(body) - message.size
         message.body, message.size = body, len(body)
         self._writer.record_message(message)
-        return {"epoch": message.epoch}
+        answer = {"epoch": message.epoch}
+        session.keep_answer(session.received_frame, answer)
+        return answer
 
     def _restart(self, session: Session, id: str, queue: str, label: str, body: bytes) -> dict[str, Any]:
         """Restart a parked group in the next epoch, with this one message.

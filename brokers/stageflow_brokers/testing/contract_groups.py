@@ -162,6 +162,26 @@ class GroupContract:
         other.ask.watch(["g"])
         other.wait_until(lambda: ("parked", "g") in other.notices, "the notice of the halt")
 
+    def test_each_watcher_of_a_group_is_notified_of_its_halt_its_end_and_its_leaving(self, hub: Hub) -> None:
+        worker, first, second = Peer(hub), Peer(hub), Peer(hub)
+        worker.start("q", "g")
+        assert (first.ask.watch(["g"]), second.ask.watch(["g"])) == ([], [])
+        worker.broker.consume("q", 1)
+        (received,) = worker.receive()
+        worker.drop(received)
+        worker.broker.settle([], [], [], [SettleItem([received.lease], DEAD_LETTER, [], 0.0, b"why")], [])
+        first.wait_until(lambda: ("parked", "g") in first.notices, "the halt, at the first watcher")
+        second.wait_until(lambda: ("parked", "g") in second.notices, "the halt, at the second watcher")
+        worker.ask.requeue("q", [])
+        worker.move(worker.receive()[0], "finished", b"result", label=":completed", flags=TERMINAL)
+        first.wait_until(lambda: first.pushes == [("g", ":completed", b"result")], "the end, at the first watcher")
+        second.wait_until(lambda: second.pushes == [("g", ":completed", b"result")], "the end, at the second watcher")
+        worker.broker.consume("finished", 1)
+        worker.ack(worker.receive()[0], flags=FLAG_CLOSE_GROUP)
+        worker.ask.ping()
+        assert (first.ask.watch(["g"]), second.ask.watch(["g"])) == (["g"], ["g"])
+        assert all(("gone", "g") in watcher.notices for watcher in (first, second))
+
     # epochs
 
     def test_a_raised_epoch_diverts_what_is_older(self, hub: Hub) -> None:
