@@ -7,7 +7,7 @@ line. Pure functions: the caller passes the broker's answer. They must not query
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,7 +19,9 @@ from stageflow_actors.core.envelope import (
     NIL,
     CompensationRecord,
     Envelope,
+    Layout,
     Outcome,
+    StageRecord,
     decode_envelope,
     decode_outcome,
     decode_trail,
@@ -27,15 +29,23 @@ from stageflow_actors.core.envelope import (
 )
 from stageflow_actors.core.failures import read_failure, traceback_of
 from stageflow_actors.core.plan import BEGIN, COMPENSATE, DEAD, FAILED, ITEM_SUFFIX, TIMEOUT
-from stageflow_actors.core.result import CompensationResult, StageResult, compensation_results
+from stageflow_actors.core.result import (
+    CompensationResult,
+    StageResult,
+    all_stages,
+    compensation_results,
+    latest_records,
+)
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
-from stageflow_actors.core.tracebacks.table import read_traceback, read_tracebacks
+from stageflow_actors.core.tracebacks.table import merge_tracebacks, read_tracebacks, with_traceback
 
 __all__ = [
     "InstanceDescription",
+    "LayoutLookup",
     "describe_finished",
     "describe_live",
     "failure_text",
+    "live_records",
     "progress_of",
     "status_of",
     "trail_stages",
@@ -44,6 +54,14 @@ __all__ = [
 
 GroupDescription = Mapping[str, Any]
 """A group, a message or a gather as the broker's queries `lookup`, `groups` and `inspect` return it."""
+
+LayoutLookup = Callable[[str, int], Layout | None]
+"""Returns the stages of a workflow, by id and version; None if unknown."""
+
+
+def _unknown(workflow_id: str, version: int) -> None:
+    return None
+
 
 _FIRST = re.compile(r"\.stage0(\.|$)")
 """Matches queues of a first stage with any prefix."""
@@ -130,20 +148,17 @@ def status_of(group: GroupDescription) -> WorkflowStatus:
     return WorkflowStatus.running
 
 
-def describe_live(group: GroupDescription) -> InstanceDescription:
+def describe_live(group: GroupDescription, layout_of: LayoutLookup = _unknown) -> InstanceDescription:
     """Return the state of a live instance; `inspect` returned its group, with message bodies."""
     status = status_of(group)
     messages: Sequence[GroupDescription] = group["messages"]
     for message in messages:
         if group["ended"] and message["label"] == group["ended"] and "body" in message:
-            return describe_finished(group["id"], group["epoch"], message["body"])
-    gathers = [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
+            return describe_finished(group["id"], group["epoch"], message["body"], layout_of)
+    gathers = _open_gathers(group)
     waiting = [_wait(gather) for gather in gathers]
     chosen = _most_relevant(messages)
-    envelope = None if chosen is None else _envelope(chosen["body"][: chosen["base"]])
-    waiting_envelope = _waiting_envelope(gathers)
-    if waiting_envelope is not None and (envelope is None or envelope.stage_id.endswith(ITEM_SUFFIX)):
-        envelope = waiting_envelope  # the messages of items and of requests contain no context
+    envelope = _current_envelope(chosen, gathers)
     failure = None if chosen is None else failure_text(chosen["reason"] or chosen["failure"])
     queue = "" if chosen is None else chosen["queue"]
     if envelope is None:
@@ -157,11 +172,12 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
             waiting=waiting,
         )
     done = envelope.compensation.done if envelope.compensation is not None else []
-    stages = trail_stages(envelope.trail, done, envelope.tracebacks)
+    records, tracebacks = decode_trail(envelope.trail), envelope.tracebacks
     if status != WorkflowStatus.compensating:
-        ahead = _ahead(messages, gathers)
-        # A stage that runs again after a requeue is in the trail as failed.
-        stages = [stage for stage in stages if stage.stage_id not in ahead] + list(ahead.values())
+        records, tracebacks = _reached(envelope, messages, gathers)
+    stages = _stage_results(records, done, tracebacks)
+    layout = layout_of(envelope.workflow_id, envelope.version)
+    failed_stage = envelope.stage_id if status == WorkflowStatus.parked else envelope.failed_stage
     return InstanceDescription(
         instance_id=group["id"],
         epoch=group["epoch"],
@@ -171,19 +187,25 @@ def describe_live(group: GroupDescription) -> InstanceDescription:
         started_at=envelope.started_at,
         stage=envelope.stage_id,
         error=failure or envelope.error,
-        failed_stage=envelope.stage_id if status == WorkflowStatus.parked else envelope.failed_stage,
+        failed_stage=failed_stage,
         queue=queue,
         context=envelope.context,
-        stages=stages,
+        stages=all_stages(stages, () if layout is None else layout.places, status, failed_stage),
         compensations=compensation_results(done, read_tracebacks(envelope.tracebacks)),
         waiting=waiting,
         progress=progress_of(group),
     )
 
 
-def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> InstanceDescription:
+def describe_finished(
+    instance_id: str, epoch: int, outcome: bytes | Raw, layout_of: LayoutLookup = _unknown
+) -> InstanceDescription:
     """Return the state of an ended instance, from its encoded `Outcome`."""
     read: Outcome = decode_outcome(outcome)
+    places = read.places
+    if places is None:
+        layout = layout_of(read.workflow_id, read.version)
+        places = [] if layout is None else layout.places
     return InstanceDescription(
         instance_id=instance_id,
         epoch=epoch,
@@ -196,7 +218,9 @@ def describe_finished(instance_id: str, epoch: int, outcome: bytes | Raw) -> Ins
         error=read.error,
         failed_stage=read.failed_stage,
         context=read.context,
-        stages=trail_stages(read.trail, read.compensations, read.tracebacks),
+        stages=all_stages(
+            trail_stages(read.trail, read.compensations, read.tracebacks), places, read.status, read.failed_stage
+        ),
         compensations=compensation_results(read.compensations, read_tracebacks(read.tracebacks)),
     )
 
@@ -208,10 +232,46 @@ def trail_stages(
 
     `tracebacks` is the table of the instance.
     """
+    return _stage_results(decode_trail(trail or EMPTY_TRAIL), compensations, tracebacks)
+
+
+def live_records(group: GroupDescription) -> tuple[list[StageRecord], bytes | None]:
+    """Return the records of the stages that a live instance has reached, ended or not, and the table of tracebacks.
+
+    `inspect` returned its group.
+    """
+    messages, gathers = group["messages"], _open_gathers(group)
+    envelope = _current_envelope(_most_relevant(messages), gathers)
+    return ([], None) if envelope is None else _reached(envelope, messages, gathers)
+
+
+def _reached(
+    envelope: Envelope, messages: Iterable[GroupDescription], gathers: Sequence[GroupDescription]
+) -> tuple[list[StageRecord], bytes | None]:
+    ended, tracebacks = decode_trail(envelope.trail), envelope.tracebacks
+    for branch in _arrived_branches(gathers):
+        ended += [one for one in decode_trail(branch.trail) if one.stage_id == branch.stage_id][-1:]
+        tracebacks = merge_tracebacks(tracebacks, branch.tracebacks)
+    ahead = _ahead(messages, gathers)
+    for stage_id, (_, packed) in ahead.items():
+        if packed is not None:
+            tracebacks = with_traceback(tracebacks, stage_id, packed)
+    # A stage that runs again after a requeue is in the trail as failed.
+    records = [record for record in ended if record.stage_id not in ahead]
+    return records + [record for record, _ in ahead.values()], tracebacks
+
+
+def _arrived_branches(gathers: Iterable[GroupDescription]) -> list[Envelope]:
+    """Return the envelopes of the branches that have arrived at the joins of their parallel stages."""
+    parts = [part for gather in gathers if ":" not in gather["key"] for part in gather.get("parts", ())]
+    return [branch for branch in map(_envelope, parts) if branch is not None]  # an item has no envelope
+
+
+def _stage_results(
+    records: Iterable[StageRecord], compensations: Iterable[CompensationRecord], tracebacks: bytes | None
+) -> list[StageResult]:
     texts = read_tracebacks(tracebacks)
     undone = {record.stage_id for record in compensations if record.status == StageStatus.completed}
-    # A stage that failed, was parked and completed after a requeue is in the trail twice: use the last record.
-    records = {record.stage_id: record for record in decode_trail(trail or EMPTY_TRAIL)}
     return [
         StageResult(
             stage_id=record.stage_id,
@@ -225,17 +285,22 @@ def trail_stages(
             data=decode_value(record.data),
             traceback=texts.get(record.stage_id),
         )
-        for record in records.values()
+        for record in latest_records(records)
     ]
 
 
 def failure_text(failure: bytes | None) -> str | None:
     """Return the text of a failure attached to a message in one line, or None."""
+    message = _failure_message(failure)
+    return None if message is None else " ".join(message.split())
+
+
+def _failure_message(failure: bytes | None) -> str | None:
     try:
         read = read_failure(failure)
     except msgspec.MsgspecError:
         return "(an unreadable failure)"
-    return None if read is None else " ".join(read.message.split()) or read.kind
+    return None if read is None else read.message.strip() or read.kind
 
 
 def _untouched(message: GroupDescription) -> bool:
@@ -267,6 +332,19 @@ def _wait(gather: GroupDescription) -> str:
     return f"{key} ({gather['arrived']} of {gather['need']})"
 
 
+def _open_gathers(group: GroupDescription) -> list[GroupDescription]:
+    return [gather for gather in group["gathers"] if gather["need"] is not None and gather["key"] != TIMEOUT]
+
+
+def _current_envelope(chosen: GroupDescription | None, gathers: Iterable[GroupDescription]) -> Envelope | None:
+    """Return the envelope of the most relevant message, or the waiting one: items and requests have no context."""
+    envelope = None if chosen is None else _envelope(chosen["body"][: chosen["base"]])
+    waiting = _waiting_envelope(gathers)
+    if waiting is not None and (envelope is None or envelope.stage_id.endswith(ITEM_SUFFIX)):
+        return waiting
+    return envelope
+
+
 def _waiting_envelope(gathers: Iterable[GroupDescription]) -> Envelope | None:
     """Return the envelope that waits in the gather opened last, or None."""
     for gather in sorted(gathers, key=lambda gather: float(gather.get("opened", 0.0)), reverse=True):
@@ -276,32 +354,32 @@ def _waiting_envelope(gathers: Iterable[GroupDescription]) -> Envelope | None:
     return None
 
 
-_RANK = (StageStatus.failed, StageStatus.running, StageStatus.pending)
+_RANK = (StageStatus.failed.value, StageStatus.running.value, StageStatus.pending.value)
 
 
-def _ahead(messages: Iterable[GroupDescription], gathers: Iterable[GroupDescription]) -> dict[str, StageResult]:
-    """Return the stages that have not ended, by id: those of gathers and those of messages."""
-    found: dict[str, StageResult] = {}
+def _ahead(
+    messages: Iterable[GroupDescription], gathers: Iterable[GroupDescription]
+) -> dict[str, tuple[StageRecord, bytes | None]]:
+    """Return the stages that have not ended with their packed tracebacks, by id: those of gathers and of messages."""
+    found: dict[str, tuple[StageRecord, bytes | None]] = {}
     for gather in gathers:
         head = head_of(gather.get("base", b""))
         if head is not None:
-            found[head[2]] = StageResult(
-                stage_id=head[2], status=StageStatus.running, attempts=1, started_at=gather.get("opened", 0.0)
-            )
+            found[head[2]] = StageRecord(head[2], StageStatus.running.value, 1, gather.get("opened", 0.0)), None
     for message in messages:
         head = head_of(message.get("body") or b"")
         if head is None:
             continue
-        one = _stage_ahead(message, head[2].removesuffix(ITEM_SUFFIX))
-        other = found.get(one.stage_id)
+        stage_id = head[2].removesuffix(ITEM_SUFFIX)
+        one, other = _stage_ahead(message, stage_id), found.get(stage_id)
         # A map stage has many items: a failed one has precedence, then a running one.
-        if other is None or _RANK.index(one.status) < _RANK.index(other.status):
-            found[one.stage_id] = one
+        if other is None or _RANK.index(one[0].status) < _RANK.index(other[0].status):
+            found[stage_id] = one
     return found
 
 
-def _stage_ahead(message: GroupDescription, stage_id: str) -> StageResult:
-    failure = failure_text(message["reason"] or message["failure"])
+def _stage_ahead(message: GroupDescription, stage_id: str) -> tuple[StageRecord, bytes | None]:
+    failure = _failure_message(message["reason"] or message["failure"])
     if message["state"] == "dead":
         status = StageStatus.failed
     elif _untouched(message):
@@ -309,5 +387,7 @@ def _stage_ahead(message: GroupDescription, stage_id: str) -> StageResult:
     else:
         status = StageStatus.running
     attempts = message["attempts"] + (message["state"] == "leased")
-    trace = read_traceback(traceback_of(message["reason"] or message["failure"]))
-    return StageResult(stage_id=stage_id, status=status, attempts=attempts, error=failure, traceback=trace)
+    if message["state"] == "dead":
+        attempts = max(attempts, message["deaths"])  # the last death is no attempt that another one follows
+    packed = traceback_of(message["reason"] or message["failure"])
+    return StageRecord(stage_id, status.value, attempts, error=failure), packed

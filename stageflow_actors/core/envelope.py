@@ -21,8 +21,10 @@ __all__ = [
     "Envelope",
     "Failure",
     "ItemEnd",
+    "Layout",
     "Outcome",
     "Reply",
+    "StagePlace",
     "StageRecord",
     "append_record",
     "decode_command",
@@ -173,12 +175,33 @@ class Envelope(Struct, array_like=True):
     tracebacks: bytes | None = None
 
 
+class StagePlace(Struct, array_like=True, gc=False, frozen=True):
+    """One stage of a definition.
+
+    `inside` is the id of the parallel stage or of the branch that contains it, or empty; `arm` is the key of the arm
+    of a branch, None for a branch of a parallel stage.
+    """
+
+    stage_id: str
+    inside: str = ""
+    arm: str | None = None
+
+
+class Layout(Struct, array_like=True, frozen=True):
+    """The stages of one version of a workflow, in order of definition."""
+
+    workflow_id: str
+    version: int
+    places: list[StagePlace]
+
+
 class Outcome(Struct, array_like=True):
     """How an instance ended. Waiting clients receive it, and the history stores it.
 
     If the instance failed without a compensation, `payload`, `steps` and `run` are those of the failed stage, so that
     the instance can be retried. If compensations failed, `steps` are theirs (`pack_steps` in `resume_state`).
-    `tracebacks` are those of the envelope.
+    `tracebacks` are those of the envelope. `places` are the stages of the workflow, so that a result lists those that
+    were not reached when the version is not known any more; None if the instance completed.
     """
 
     workflow_id: str
@@ -196,6 +219,7 @@ class Outcome(Struct, array_like=True):
     steps: dict[str, bytes] | None = None
     run: int = 0
     tracebacks: bytes | None = None
+    places: list[StagePlace] | None = None
 
 
 _trail_decoder = msgspec.msgpack.Decoder(list[StageRecord])

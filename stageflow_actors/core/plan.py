@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from stageflow_actors.core.envelope import Layout, StagePlace
 from stageflow_actors.core.schema import derive_schema
 from stageflow_actors.definition.stage import Stage
 from stageflow_actors.definition.steps import Branch, Delay, MapStage, Parallel, Signal
@@ -172,9 +173,19 @@ class WorkflowPlan(Struct):
             )
 
     @property
-    def order(self) -> list[str]:
-        """The stage ids in order of definition, for results."""
-        return [stage.id for stage in self.stages if stage.kind != ITEM]
+    def layout(self) -> Layout:
+        """The stages in order of definition, for results."""
+        inside: dict[str, tuple[str, str | None]] = {}
+        by_id = {stage.id: stage for stage in self.stages}
+        for outer in self.stages:
+            for stage_id in outer.branches:
+                inside[stage_id] = outer.id, None
+            for key, stage_id in outer.arms.items():
+                while stage_id != outer.following:
+                    inside[stage_id] = outer.id, key
+                    stage_id = by_id[stage_id].following
+        places = [StagePlace(stage.id, *inside.get(stage.id, ())) for stage in self.stages if stage.kind != ITEM]
+        return Layout(self.id, self.version, places)
 
 
 def breaker_of(stage: Stage) -> tuple[int, float]:

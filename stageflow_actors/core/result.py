@@ -5,6 +5,7 @@ A result is made for each finished instance, and often only counted. So nothing 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,11 @@ from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     NIL,
     CompensationRecord,
+    Layout,
     Outcome,
+    StagePlace,
+    StageRecord,
+    append_record,
     decode_outcome,
     decode_trail,
     encode,
@@ -30,7 +35,9 @@ __all__ = [
     "CompensationResult",
     "StageResult",
     "WorkflowResult",
+    "all_stages",
     "compensation_results",
+    "latest_records",
     "parked_result",
     "result_of_outcome",
 ]
@@ -45,9 +52,9 @@ class StageResult(Struct, frozen=True, kw_only=True):
 
     Attributes:
         stage_id: The id of the stage.
-        status: completed, failed, skipped or compensated.
-        attempts: Number of attempts.
-        started_at: Start of the last attempt, in seconds since the Unix epoch.
+        status: completed, failed, skipped or compensated; pending if the instance ended or was parked before it.
+        attempts: Number of attempts, 0 if it was not started.
+        started_at: Start of the last attempt, in seconds since the Unix epoch; 0 if it was not started.
         duration: Seconds that the last attempt took.
         error: The error, as `ValueError: no address`, or None.
         traceback: The traceback of the last failed attempt, or None: the frames of user code, with causes, notes and
@@ -116,12 +123,12 @@ class WorkflowResult(Generic[C]):
         (True, {'paid': True}, ['pay'])
     """
 
-    __slots__ = ("_codec", "_context", "_order", "_outcome", "_read", "_stages", "instance_id")
+    __slots__ = ("_codec", "_context", "_layout", "_outcome", "_read", "_stages", "instance_id")
 
     instance_id: str
     _outcome: bytes | Raw
     _codec: ContextCodec[C]
-    _order: Sequence[str]
+    _layout: Layout | None
     _read: Outcome | None
 
     def __init__(self) -> None:
@@ -181,7 +188,12 @@ class WorkflowResult(Generic[C]):
 
     @property
     def stages(self) -> list[StageResult]:
-        """The results of the stages that were reached, in order of definition."""
+        """The results of all stages of the workflow, in order of definition.
+
+        A stage that was not reached is `pending`, one in an arm that its branch did not choose `skipped`; both have no
+        attempts. Only the stages that were reached are known of an instance that completed under a version of the
+        workflow that is not registered any more.
+        """
         try:
             return self._stages
         except AttributeError:
@@ -204,7 +216,7 @@ class WorkflowResult(Generic[C]):
             Its result, one of `stages`.
 
         Raises:
-            KeyError: If this instance has not reached a stage of this id.
+            KeyError: If the workflow has no stage of this id.
 
         Example:
             >>> from stageflow_actors import Workflow
@@ -220,8 +232,10 @@ class WorkflowResult(Generic[C]):
         for stage in self.stages:
             if stage.stage_id == stage_id:
                 return stage
-        reached = ", ".join(repr(stage.stage_id) for stage in self.stages) or "none"
-        raise KeyError(f"instance {self.instance_id!r} reached no stage {stage_id!r}, only: {reached}")
+        ids = [stage.stage_id for stage in self.stages]
+        meant = difflib.get_close_matches(str(stage_id), ids, 1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"its stages are {', '.join(map(repr, ids)) or 'none'}"
+        raise KeyError(f"workflow {self.workflow_id!r} has no stage {stage_id!r}: {hint}")
 
     def raise_for_status(self) -> None:
         """Raise `WorkflowFailed` unless the instance completed.
@@ -250,17 +264,8 @@ class WorkflowResult(Generic[C]):
     def _stages_read(self) -> list[StageResult]:
         outcome = self._outcome_read()
         undone = {record.stage_id for record in outcome.compensations if record.status == "completed"}
-        # A stage that failed, was parked and went through after a requeue is in the trail twice; the last counts.
-        records = {record.stage_id: record for record in decode_trail(outcome.trail)}
-        for name in [name for name in records if name.endswith(ITEM_SUFFIX)]:
-            # Completed items of a map stage that did not complete: they stand for it unless it has its own record.
-            part = records.pop(name)
-            part.stage_id = name.removesuffix(ITEM_SUFFIX)
-            records.setdefault(part.stage_id, part)
         tracebacks = read_tracebacks(outcome.tracebacks)
-        place = {stage_id: index for index, stage_id in enumerate(self._order)}
-        found = sorted(records.values(), key=lambda record: place.get(record.stage_id, len(place)))
-        return [
+        found = [
             StageResult(
                 stage_id=record.stage_id,
                 status=StageStatus.compensated
@@ -273,8 +278,18 @@ class WorkflowResult(Generic[C]):
                 data=decode_result(self._codec, record.stage_id, record.data),
                 traceback=tracebacks.get(record.stage_id),
             )
-            for record in found
+            for record in latest_records(decode_trail(outcome.trail))
         ]
+        return all_stages(found, self._places(outcome), outcome.status, outcome.failed_stage)
+
+    def _places(self, outcome: Outcome) -> Sequence[StagePlace]:
+        """Return the stages of the version that ran, or none if it is not known."""
+        if outcome.places is not None:
+            return outcome.places
+        layout = self._layout
+        if layout is None or (layout.workflow_id, layout.version) != (outcome.workflow_id, outcome.version):
+            return ()
+        return layout.places
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WorkflowResult):
@@ -308,18 +323,84 @@ class WorkflowResult(Generic[C]):
         return f"WorkflowResult({', '.join(facts)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return result_of_outcome, (self.instance_id, bytes(self._outcome), self._codec, tuple(self._order))
+        return result_of_outcome, (self.instance_id, bytes(self._outcome), self._codec, self._layout)
+
+
+def latest_records(records: Iterable[StageRecord]) -> list[StageRecord]:
+    """Return the last record of each stage, in order of first appearance.
+
+    A stage that failed, was parked and completed after a requeue is in a trail twice. The completed items of a map
+    stage that did not complete have a record of their own, which stands for the stage if that has none.
+    """
+    latest = {record.stage_id: record for record in records}
+    for name in [name for name in latest if name.endswith(ITEM_SUFFIX)]:
+        part = latest.pop(name)
+        part.stage_id = name.removesuffix(ITEM_SUFFIX)
+        latest.setdefault(part.stage_id, part)
+    return list(latest.values())
+
+
+def all_stages(
+    found: Iterable[StageResult],
+    places: Sequence[StagePlace],
+    status: WorkflowStatus | str,
+    failed_stage: str | None,
+) -> list[StageResult]:
+    """Return the stages of an instance in order of definition: those `found`, and each other one of `places`.
+
+    `status` and `failed_stage` are those of the instance. A stage that was not found is pending. It is skipped if its
+    branch has chosen another arm, or if the instance completed. Stages that `places` does not contain are last.
+    """
+    by_id = {stage.stage_id: stage for stage in found}
+    failed = None if failed_stage is None else by_id.get(failed_stage)
+    listed = []
+    for place in places:
+        stage = by_id.get(place.stage_id)
+        if stage is None:
+            outer = by_id.get(place.inside)
+            if status == WorkflowStatus.completed or _is_avoided(place, outer):
+                stage = StageResult(stage_id=place.stage_id, status=StageStatus.skipped, attempts=0)
+            elif place.inside and place.arm is None and outer is not None:
+                continue  # the parallel stage has begun, and the record of this branch is not among those at hand
+            else:
+                stage = _of_failed_branch(place, places, failed) or StageResult(
+                    stage_id=place.stage_id, status=StageStatus.pending, attempts=0
+                )
+        listed.append(stage)
+    known = {place.stage_id for place in places}
+    return listed + [stage for stage in by_id.values() if stage.stage_id not in known]
+
+
+def _is_avoided(place: StagePlace, branch: StageResult | None) -> bool:
+    """Return True if the branch has chosen another arm than that of the stage."""
+    return (
+        place.arm is not None
+        and branch is not None
+        and branch.status in (StageStatus.completed, StageStatus.compensated)
+        and branch.data != place.arm
+    )
+
+
+def _of_failed_branch(
+    place: StagePlace, places: Sequence[StagePlace], branch: StageResult | None
+) -> StageResult | None:
+    """Return the result of a parallel stage that the failure of a branch ended: only the branch has a record."""
+    if branch is None or StagePlace(branch.stage_id, place.stage_id) not in places:
+        return None
+    return StageResult(
+        stage_id=place.stage_id, status=StageStatus.failed, started_at=branch.started_at, error=branch.error
+    )
 
 
 def result_of_outcome(
-    instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], order: Sequence[str] = ()
+    instance_id: str, outcome: bytes | Raw, codec: ContextCodec[C], layout: Layout | None = None
 ) -> WorkflowResult[C]:
-    """Return the result in `outcome` (an encoded `Outcome`); `order` are the stage ids as defined."""
+    """Return the result in `outcome` (an encoded `Outcome`); `layout` are the stages of the workflow, if known."""
     result: WorkflowResult[C] = WorkflowResult.__new__(WorkflowResult)
     result.instance_id = instance_id
     result._outcome = outcome
     result._codec = codec
-    result._order = order
+    result._layout = layout
     result._read = None
     return result
 
@@ -348,16 +429,21 @@ def parked_result(
     error: str | None = None,
     failed_stage: str | None = None,
     context: bytes | Raw = NIL,
-    trail: bytes = EMPTY_TRAIL,
+    records: Iterable[StageRecord] = (),
+    tracebacks: bytes | None = None,
     version: int = 1,
     started_at: float = 0.0,
     parked_at: float = 0.0,
-    order: Sequence[str] = (),
+    layout: Layout | None = None,
 ) -> WorkflowResult[C]:
     """Return the result of an instance that waits as a dead letter, as `map` yields it.
 
-    `context` is the encoded context as the failed stage received it, `trail` the stages before.
+    `context` is the encoded context as the failed stage received it, `records` are the stages so far,
+    `tracebacks` is their table.
     """
+    trail = EMPTY_TRAIL
+    for record in records:
+        trail = append_record(trail, record)
     outcome = Outcome(
         workflow_id=workflow_id,
         version=version,
@@ -368,5 +454,6 @@ def parked_result(
         finished_at=parked_at or started_at,
         error=error,
         failed_stage=failed_stage,
+        tracebacks=tracebacks,
     )
-    return result_of_outcome(instance_id, encode(outcome), codec, order)
+    return result_of_outcome(instance_id, encode(outcome), codec, layout)

@@ -132,7 +132,7 @@ def enter_stage(
     """
     stage = plan.stage(stage_id) if stage_id else None
     if stage is None:
-        return Transition([finish_instance(envelope, WorkflowStatus.completed, naming, now)])
+        return Transition([finish_instance(plan, envelope, WorkflowStatus.completed, naming, now)])
     envelope.stage_id = stage.id
     envelope.attempts, envelope.failure, envelope.steps, envelope.since = 0, None, None, None
     if stage.kind == PARALLEL:
@@ -206,6 +206,7 @@ def leave_stage(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, naming
 
 
 def finish_instance(
+    plan: WorkflowPlan,
     envelope: Envelope,
     status: WorkflowStatus,
     naming: Naming,
@@ -231,6 +232,8 @@ def finish_instance(
         outcome.payload, outcome.steps, outcome.run = envelope.payload, envelope.steps, envelope.run
     elif status == WorkflowStatus.compensation_failed and envelope.compensation is not None:
         outcome.steps, outcome.run = pack_steps(envelope.compensation.steps), envelope.run
+    if status != WorkflowStatus.completed:
+        outcome.places = plan.layout.places
     return Publish(naming.finished, FINISHED, encode(outcome), terminal=True)
 
 
@@ -289,7 +292,7 @@ def begin_compensation(
     todo = [stage_id for stage_id in dict.fromkeys(done) if stage_id in compensated]
     if not todo:
         status = WorkflowStatus.failed if final_status == WorkflowStatus.compensated else final_status
-        return finish_instance(envelope, status, naming, now)
+        return finish_instance(plan, envelope, status, naming, now)
     envelope.payload, envelope.steps = NIL, None
     envelope.compensation = CompensationTask(todo, [], final_status.value)
     return _compensate_next(plan, envelope)
@@ -316,7 +319,7 @@ def continue_compensation(
         return _compensate_next(plan, envelope)
     failed = any(done.status == StageStatus.failed for done in task.done)
     status = WorkflowStatus.compensation_failed if failed else WorkflowStatus(task.final_status)
-    return finish_instance(envelope, status, naming, now, task.done)
+    return finish_instance(plan, envelope, status, naming, now, task.done)
 
 
 def repeat_compensation(

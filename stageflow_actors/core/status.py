@@ -59,7 +59,8 @@ class StageStatus(StrEnum):
         completed: The handler returned.
         failed: The last attempt failed.
         compensated: The stage completed and is undone.
-        skipped: `when` was false, or a stage in `after` of an optional stage has not completed.
+        skipped: `when` was false, a stage in `after` of an optional stage has not completed, or its branch has chosen
+            another arm.
 
     Example:
         >>> from stageflow_actors import StageStatus

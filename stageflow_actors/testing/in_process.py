@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from stageflow_actors.core.coordination import decide, decide_gathered
+from stageflow_actors.core.description import live_records
 from stageflow_actors.core.envelope import NIL, decode_envelope
 from stageflow_actors.core.failures import EXPIRED, read_failure
 from stageflow_actors.core.plan import ITEM_SUFFIX, SIGNAL, TIMEOUT, Naming
@@ -292,6 +293,7 @@ class _Instance(Generic[C]):
         self._plans = {(plan.id, plan.version): plan}
         self._current = _Message("", "", b"")
         self._gathers: dict[str, _Gather] = {}
+        self._waiting: deque[_Message] = deque()
         for number, (name, payload) in enumerate(signals):
             data = encode_message(payload, what=f"the payload of signal {name!r}")
             self._gathers.setdefault(signal_key(name), _Gather()).arrivals[str(number)] = data
@@ -328,13 +330,14 @@ class _Instance(Generic[C]):
 
     def finish(self, first: _Message) -> WorkflowResult[C]:
         """Deliver messages until the instance ends, and return its result."""
-        waiting = deque([first])
+        waiting = self._waiting
+        waiting.append(first)
         while True:
             if not waiting:
                 waiting.append(self._expire_gather())
             message = waiting.popleft()
             if message.queue == self._naming.finished:
-                return result_of_outcome(self._id, message.body, self._ref.codec, self._ref.order)
+                return result_of_outcome(self._id, message.body, self._ref.codec, self._ref.layout)
             if message.queue == self._naming.coordinator:
                 result: tuple[int, bytes] | Settlement = self._coordinate(message)
             elif message.queue in self._executors:
@@ -404,6 +407,7 @@ class _Instance(Generic[C]):
         envelope = decode_envelope(body)
         one = envelope.stage_id.endswith(ITEM_SUFFIX)  # of a map stage: the context is in the gather
         failure = read_failure(item.failure)
+        records, tracebacks = live_records(self._described(message, item))
         return parked_result(
             self._id,
             envelope.workflow_id,
@@ -411,12 +415,31 @@ class _Instance(Generic[C]):
             error=None if failure is None else failure.message,
             failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
             context=NIL if one else envelope.context,
-            trail=envelope.trail,
+            records=records,
+            tracebacks=tracebacks,
             version=envelope.version,
             started_at=envelope.started_at,
             parked_at=time.time(),
-            order=self._ref.order,
+            layout=self._ref.layout,
         )
+
+    def _described(self, message: _Message, item: SettleItem) -> dict[str, Any]:
+        """Return what a broker's `inspect` would return of the instance, as far as its stages are concerned."""
+        gathers = [
+            {"key": key, "need": gather.need, "base": gather.base, "parts": list(gather.arrivals.values())}
+            for key, gather in self._gathers.items()
+            if gather.target is not None
+        ]
+        base = len(message.body)
+        if message.parts is not None:
+            base = message.parts[0][1]
+            _, arrivals = split_parts(DeliveryItem(1, 1, len(message.body), self._id, 1, message.extra()), message.body)
+            gathers.append({"key": message.label, "need": 1, "base": b"", "parts": [body for _, body in arrivals]})
+        letter = {"id": 1, "state": "dead", "body": message.body, "base": base, "reason": item.failure}
+        letter |= {"attempts": message.attempts + 1, "deaths": 0}
+        plain = {"id": 2, "state": "ready", "attempts": 0, "deaths": 0, "reason": None, "failure": None}
+        others = [{**plain, "body": other.body, "base": len(other.body)} for other in self._waiting]
+        return {"messages": [letter, *others], "gathers": gathers}
 
     def _steps(self, item: DeliveryItem) -> _Message:
         return self._current

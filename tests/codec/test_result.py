@@ -12,7 +12,9 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import (
     EMPTY_TRAIL,
     CompensationRecord,
+    Layout,
     Outcome,
+    StagePlace,
     StageRecord,
     append_record,
     encode,
@@ -35,6 +37,10 @@ class Order:
 
 
 CODEC = ContextCodec(Order)
+
+
+def layout(*stages: str, version: int = 1) -> Layout:
+    return Layout("orders", version, [StagePlace(stage) for stage in stages])
 
 
 def trail(*records: StageRecord) -> bytes:
@@ -76,7 +82,7 @@ FAILED = {
 
 
 def test_a_completed_instance_is_read_as_a_success() -> None:
-    result = result_of_outcome("i-1", outcome(), CODEC, ["reserve"])
+    result = result_of_outcome("i-1", outcome(), CODEC, layout("reserve"))
     assert result.instance_id == "i-1"
     assert result.workflow_id == "orders"
     assert result.status is WorkflowStatus.completed
@@ -100,7 +106,7 @@ def test_a_completed_instance_is_read_as_a_success() -> None:
 
 
 def test_a_failed_instance_lists_what_was_compensated_and_what_was_not() -> None:
-    result = result_of_outcome("i-1", outcome(**FAILED), CODEC, ["reserve", "mail", "pay", "ship"])
+    result = result_of_outcome("i-1", outcome(**FAILED), CODEC, layout("reserve", "mail", "pay", "ship"))
     assert [(s.stage_id, s.status) for s in result.stages] == [
         ("reserve", StageStatus.compensated),
         ("mail", StageStatus.failed),
@@ -120,14 +126,44 @@ def test_a_failed_instance_lists_what_was_compensated_and_what_was_not() -> None
 
 def test_a_stage_that_failed_before_it_completed_counts_once() -> None:
     twice = trail(StageRecord("a", "failed", error="x"), StageRecord("a", "completed", attempts=2))
-    result = result_of_outcome("i", outcome(trail=twice), CODEC, ["a"])
+    result = result_of_outcome("i", outcome(trail=twice), CODEC, layout("a"))
     assert [(s.stage_id, s.status, s.error) for s in result.stages] == [("a", StageStatus.completed, None)]
 
 
 def test_stages_that_the_definition_no_longer_names_come_last() -> None:
     both = trail(StageRecord("old", "completed"), StageRecord("a", "completed"))
-    result = result_of_outcome("i", outcome(trail=both), CODEC, ["a"])
+    result = result_of_outcome("i", outcome(trail=both), CODEC, layout("a"))
     assert [s.stage_id for s in result.stages] == ["a", "old"]
+
+
+def test_the_stages_of_another_version_are_not_added() -> None:
+    failed = trail(StageRecord("a", "failed", error="x"))
+    result = result_of_outcome("i", outcome(status="failed", trail=failed), CODEC, layout("a", "b", version=2))
+    assert [s.stage_id for s in result.stages] == ["a"]
+    stored = outcome(status="failed", trail=failed, places=layout("a", "mine").places)
+    result = result_of_outcome("i", stored, CODEC, layout("a", "b", version=2))
+    assert [(s.stage_id, str(s.status)) for s in result.stages] == [("a", "failed"), ("mine", "pending")]
+
+
+def test_stages_of_an_arm_are_skipped_once_their_branch_has_chosen_another() -> None:
+    places = [StagePlace("b"), StagePlace("x1", "b", "x"), StagePlace("x2", "b", "x"), StagePlace("y1", "b", "")]
+    for chosen, expected in (("x", "pending pending skipped"), ("", "skipped skipped pending")):
+        made = trail(StageRecord("b", "completed", data=raw(chosen)))
+        result = result_of_outcome("i", outcome(status="cancelled", trail=made, places=places), CODEC)
+        assert " ".join(str(stage.status) for stage in result.stages[1:]) == expected, chosen
+    result = result_of_outcome("i", outcome(status="cancelled", trail=trail(), places=places), CODEC)
+    assert {str(stage.status) for stage in result.stages} == {"pending"}
+
+
+def test_a_branch_of_a_parallel_stage_without_a_record_is_not_called_pending() -> None:
+    places = [StagePlace("p"), StagePlace("p1", "p"), StagePlace("p2", "p"), StagePlace("late")]
+    begun = [StageRecord("p", "failed", error="clash"), StageRecord("p1", "completed")]
+    result = parked_result("i", "orders", CODEC, records=begun, layout=Layout("orders", 1, places))
+    assert [(stage.stage_id, str(stage.status)) for stage in result.stages] == [
+        ("p", "failed"),
+        ("p1", "completed"),
+        ("late", "pending"),
+    ]
 
 
 def test_nothing_is_decoded_before_it_is_asked_for() -> None:
@@ -153,7 +189,7 @@ def test_results_are_equal_when_their_contents_are() -> None:
 
 
 def test_a_result_and_its_error_survive_pickling() -> None:
-    result = result_of_outcome("i", outcome(**FAILED), CODEC, ["reserve"])
+    result = result_of_outcome("i", outcome(**FAILED), CODEC, layout("reserve"))
     assert pickle.loads(pickle.dumps(result)) == result
     error = pickle.loads(pickle.dumps(WorkflowFailed(result)))
     assert error.result == result
@@ -173,13 +209,19 @@ def test_a_parked_instance_is_a_result_too() -> None:
         error="ValueError: no",
         failed_stage="pay",
         context=CODEC.encode(Order("A")),
-        trail=trail(StageRecord("reserve", "completed")),
+        records=[StageRecord("reserve", "completed"), StageRecord("pay", "failed", 2)],
+        layout=layout("reserve", "gift", "pay", "ship"),
     )
     assert result.status is WorkflowStatus.parked
     assert not result.success
     assert not result.status.terminal
     assert result.context == Order("A")
-    assert result.stages[0].stage_id == "reserve"
+    assert [(stage.stage_id, str(stage.status), stage.attempts) for stage in result.stages] == [
+        ("reserve", "completed", 1),
+        ("gift", "pending", 0),
+        ("pay", "failed", 2),
+        ("ship", "pending", 0),
+    ]
     with pytest.raises(WorkflowFailed, match="parked at stage 'pay': ValueError: no"):
         result.raise_for_status()
 

@@ -100,10 +100,13 @@ def test_a_required_branch_that_fails_has_the_others_and_what_came_before_undone
     assert [one.stage_id for one in result.compensations] == calls
     assert statuses(result) == {
         "before": "compensated",
+        "bookings": "failed",
         "flight": "failed",
         "hotel": "compensated",
         "car": "compensated",
+        "after": "pending",
     }
+    assert stage_of(result, "bookings").error == "ValueError: boom failed"
     assert result.context["room"] == 7, "compensations see what the branches that they undo have changed"
 
 
@@ -112,7 +115,8 @@ def test_several_required_branches_may_fail(execute: Any) -> None:
     assert result.status == "compensated"
     assert result.failed_stage in ("flight", "hotel")
     assert undone(result.instance_id) == ["before"]
-    assert set(statuses(result).values()) == {"compensated", "failed"}
+    failed = dict.fromkeys(("bookings", "flight", "hotel", "car"), "failed")
+    assert statuses(result) == {"before": "compensated", **failed, "after": "pending"}
 
 
 def test_a_failure_behind_the_join_undoes_the_branches_in_reverse_order_of_completion(

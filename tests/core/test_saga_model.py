@@ -111,10 +111,12 @@ def interpret(saga: Saga) -> Ending:
             continue
         else:
             error = f"ValueError: {part.name} broke in attempt {part.attempts}"
-        if part.required and saga.on_failure == "park":
-            return Ending("parked", part.name, error, {"log": log}, listed(stages), [])
         stages[part.name] = ("failed", attempts, error, None)
         if part.required:
+            for later in saga.parts[len(stages) :]:
+                stages[later.name] = ("pending", 0, None, None)
+            if saga.on_failure == "park":
+                return Ending("parked", part.name, error, {"log": log}, listed(stages), [])
             return undo(completed, stages, log, part.name, error)
     return Ending("completed", None, None, {"log": log}, listed(stages), [])
 

@@ -22,8 +22,10 @@ from stageflow_actors.core.envelope import (
     Envelope,
     Failure,
     ItemEnd,
+    Layout,
     Outcome,
     Reply,
+    StagePlace,
     StageRecord,
     decode_command,
     decode_envelope,
@@ -149,9 +151,12 @@ def test_outcomes_are_read_as_they_were_written_and_written_as_they_were() -> No
     assert_written_alike(encode(decode_outcome(data)), data)
 
 
+LAYOUT = Layout("orders", 2, [StagePlace(name) for name in ("reserve", "mail", "gift", "pay")])
+
+
 def test_a_stored_outcome_makes_the_same_result_as_ever() -> None:
     data = golden("outcome-compensation-failed")
-    result: WorkflowResult[Any] = result_of_outcome("b", data, ContextCodec(dict), ["reserve", "mail", "gift", "pay"])
+    result: WorkflowResult[Any] = result_of_outcome("b", data, ContextCodec(dict), LAYOUT)
     assert (str(result.status), result.error, result.failed_stage) == (
         "compensation_failed",
         "ValueError: boom failed",
@@ -194,7 +199,7 @@ FIELDS: dict[type[msgspec.Struct], str] = {
     Envelope: "workflow_id version stage_id context trail started_at payload error failed_stage compensation digest "
     "attempts failure steps run since tracebacks",
     Outcome: "workflow_id version status context trail started_at finished_at error failed_stage compensations digest "
-    "payload steps run tracebacks",
+    "payload steps run tracebacks places",
     StageRecord: "stage_id status attempts started_at duration error data undo",
     CompensationRecord: "stage_id status error duration finished_at rerun",
     CompensationTask: "plan done final_status steps rerun",

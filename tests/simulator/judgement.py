@@ -99,7 +99,7 @@ class Judgement:
         row = self.run.history.rows[job.id]
         assert row.outcome == job.outcome, "what was told is what is written"
         assert check_outcome(row.workflow_id, row.version, row.status, row.error, row.failed_stage, row.outcome) is None
-        result: WorkflowResult[Any] = result_of_outcome(job.id, job.outcome, job.ref.codec, job.ref.plan.order)
+        result: WorkflowResult[Any] = result_of_outcome(job.id, job.outcome, job.ref.codec, job.ref.layout)
         if self.run.wild:
             why = ["not wanted"] if job.cancelled else []
             why += ["StageTimeout: the workflow ran longer than its timeout of .*"] if self.run.at_most else []
@@ -107,7 +107,7 @@ class Judgement:
             self._expired_truly(job, row.epoch, result)
             return
         plain = as_plain(job.outcome, self.run.wider.asks)
-        result = result_of_outcome(job.id, plain, job.ref.codec, job.ref.plan.order)
+        result = result_of_outcome(job.id, plain, job.ref.codec, job.ref.layout)
         if self.run.ended_workers or job.again:
             compare(plan, result)
         else:

@@ -94,6 +94,7 @@ def test_an_optional_failure_then_a_required_one_compensates_exactly_what_comple
         ("pay", "compensated"),
         ("print", "skipped"),
         ("ship", "failed"),
+        ("thank", "pending"),
     ]
 
 
@@ -173,7 +174,7 @@ def test_on_failure_park_gives_a_parked_result_that_can_be_looked_at() -> None:
     assert result.failed_stage == "two"
     assert result.error == "ValueError: boom"
     assert result.context == {"done": True}
-    assert [(s.stage_id, str(s.status)) for s in result.stages] == [("one", "completed")]
+    assert [(s.stage_id, str(s.status)) for s in result.stages] == [("one", "completed"), ("two", "failed")]
     assert result.finished_at >= result.started_at
 
 

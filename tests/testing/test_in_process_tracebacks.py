@@ -237,5 +237,5 @@ def test_a_stage_error_has_a_traceback_where_it_was_raised() -> None:
 
 def test_a_stage_that_was_not_reached_is_named_with_those_that_were() -> None:
     result = run(Workflow("flow").add_stage(fine), {})
-    with pytest.raises(KeyError, match="reached no stage 'other', only: 'fine'"):
+    with pytest.raises(KeyError, match="has no stage 'other': its stages are 'fine'"):
         result.stage("other")

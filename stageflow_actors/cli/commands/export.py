@@ -82,6 +82,7 @@ def _opened(target: str) -> Iterator[IO[str]]:
 def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[InstanceDescription]:
     from stageflow_actors.core.description import describe_finished
 
+    layout_of = attached.layouts()
     seen: set[str] = set()
     # Also for finished instances only: some have ended and are not in the history yet.
     for description in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
@@ -90,7 +91,7 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[In
     if attached.history is not None and status not in LIVE:
         for row in attached.history.iterate(status, workflow):
             if row.instance_id not in seen:
-                yield describe_finished(row.instance_id, row.epoch, row.outcome)
+                yield describe_finished(row.instance_id, row.epoch, row.outcome, layout_of)
 
 
 def _write(descriptions: Iterator[InstanceDescription], file: IO[str], *, csv: bool) -> int:

@@ -180,6 +180,7 @@ def show(instance_id: str, data: Path, output: str) -> None:
         "progress": _progress(description),
         "stages": [
             {
+                "stage_id": stage.stage_id,
                 "stage": stage.stage_id,
                 "status": stage.status.value,
                 "attempts": stage.attempts,
@@ -267,6 +268,7 @@ def _described(
     """Yield the live ones of these instances, of that status and workflow; reads a page at a time."""
     from stageflow_actors.core.description import describe_live
 
+    layout_of = attached.layouts()
     rest = iter(ids)
     while page := list(islice(rest, PAGE)):
         described = attached.wait(attached.admin.inspect(page))
@@ -277,7 +279,7 @@ def _described(
             if not all("body" in message for message in group["messages"]):
                 # The answer for the page had no room for its bodies.
                 group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
-            description = describe_live(group)
+            description = describe_live(group, layout_of)
             if workflow in (None, description.workflow_id) and status in (None, description.status.value):
                 yield description
 
@@ -287,16 +289,17 @@ def _describe(attached: Attached, instance_id: str) -> tuple[InstanceDescription
     from stageflow_actors.core.description import describe_finished, describe_live
     from stageflow_actors.runtime.client.wait_reason import wait_reason
 
+    layout_of = attached.layouts()
     group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id)
     if group is not None:
         queues = attached.wait(attached.admin.stats(""))["queues"]
         reason = wait_reason(group, queues, attached.read_naming(), time.time(), live=attached.live)
-        return describe_live(group), None if reason is None else reason.text
+        return describe_live(group, layout_of), None if reason is None else reason.text
     # Asked after the broker: an instance is in the history before the broker forgets it.
     row = None if attached.history is None else attached.history.get(instance_id)
     if row is None:
         raise InstanceNotFound(instance_id)
-    return describe_finished(instance_id, row.epoch, row.outcome), None
+    return describe_finished(instance_id, row.epoch, row.outcome, layout_of), None
 
 
 def _row(description: InstanceDescription) -> dict[str, Any]:

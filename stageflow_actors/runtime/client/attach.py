@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stageflow_actors.core.description import LayoutLookup
+from stageflow_actors.core.envelope import Layout
 from stageflow_actors.core.plan import Naming
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
@@ -59,6 +61,17 @@ class Attached:
         """Return the names of queues of the cluster, or of the last one in the directory."""
         manifest = read_manifest(self.wait(self.admin.get_fact(MANIFEST_FACT)))
         return Naming() if manifest is None else manifest.naming
+
+    def layouts(self) -> LayoutLookup:
+        """Return the function that finds the stages of a workflow that the cluster has registered last."""
+        manifest = read_manifest(self.wait(self.admin.get_fact(MANIFEST_FACT)))
+        plans = {} if manifest is None else {(plan.id, plan.version): plan for plan in manifest.plans}
+
+        def layout_of(workflow_id: str, version: int) -> Layout | None:
+            plan = plans.get((workflow_id, version))
+            return None if plan is None else plan.layout
+
+        return layout_of
 
     def wait(self, answer: Future[T], timeout: float = ATTACH_TIMEOUT_SECONDS) -> T:
         """Return the answer of an operation. Raises `BrokerUnavailable`, or `stageflow_brokers.errors.Refused`."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.description import status_of
-from stageflow_actors.core.envelope import NIL, decode_envelope, decode_outcome, head_of
+from stageflow_actors.core.description import live_records, status_of
+from stageflow_actors.core.envelope import NIL, Layout, decode_envelope, decode_outcome, head_of
 from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
@@ -122,7 +122,8 @@ class Completion:
             self._read_version(body)
             envelope = decode_envelope(body)
             is_item = envelope.stage_id.endswith(ITEM_SUFFIX)  # the context of a map stage is in another message
-            codec, order = self._codec()
+            codec, layout = self._codec()
+            records, tracebacks = live_records(group)
             return parked_result(
                 self.instance_id,
                 envelope.workflow_id,
@@ -130,11 +131,12 @@ class Completion:
                 error=None if failure is None else failure.message,
                 failed_stage=envelope.stage_id.removesuffix(ITEM_SUFFIX),
                 context=NIL if is_item else envelope.context,
-                trail=envelope.trail,
+                records=records,
+                tracebacks=tracebacks,
                 version=envelope.version,
                 started_at=envelope.started_at,
                 parked_at=message["parked"],
-                order=order,
+                layout=layout,
             )
         raise self._parked_error()
 
@@ -260,5 +262,5 @@ class Completion:
         if head is not None:
             self.ref = self.session.workflow_ref(head[0], head[1]) or self.ref
 
-    def _codec(self) -> tuple[ContextCodec[Any], list[str]]:
-        return (ContextCodec(dict), []) if self.ref is None else (self.ref.codec, self.ref.order)
+    def _codec(self) -> tuple[ContextCodec[Any], Layout | None]:
+        return (ContextCodec(dict), None) if self.ref is None else (self.ref.codec, self.ref.layout)

@@ -13,7 +13,15 @@ from typing import Any
 import msgspec
 
 from stageflow_actors.core.codec import ContextCodec
-from stageflow_actors.core.envelope import Outcome, StageRecord, decode_envelope, decode_outcome, decode_trail, head_of
+from stageflow_actors.core.envelope import (
+    Layout,
+    Outcome,
+    StageRecord,
+    decode_envelope,
+    decode_outcome,
+    decode_trail,
+    head_of,
+)
 from stageflow_actors.core.plan import FINISHED, ITEM_SUFFIX
 from stageflow_actors.core.result import result_of_outcome
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
@@ -25,8 +33,8 @@ __all__ = ["CodecLookup", "EventDecoder"]
 MAX_TRACKED_INSTANCES = 100_000
 """Most live instances whose reported records are remembered; older records of others are not reported again."""
 
-CodecLookup = Callable[[str, int], "tuple[ContextCodec[Any], list[str]] | None"]
-"""Returns the codec of a workflow's contexts and the order of its stages, by id and version; None if unknown."""
+CodecLookup = Callable[[str, int], "tuple[ContextCodec[Any], Layout] | None"]
+"""Returns the codec of a workflow's contexts and its stages, by id and version; None if unknown."""
 
 
 class EventDecoder:
@@ -51,7 +59,7 @@ class EventDecoder:
 
     def _completed(self, group: str, epoch: int, workflow_id: str, version: int, trail: bytes) -> list[Event]:
         events: list[Event] = []
-        codec, _ = self._codec_of(workflow_id, version) or (ContextCodec(dict), [])
+        codec, _ = self._codec_of(workflow_id, version) or (ContextCodec(dict), None)
         for record in decode_trail(trail):
             if self._is_new(group, record):
                 events.append(
@@ -91,7 +99,7 @@ class EventDecoder:
     def _finished(self, group: str, epoch: int, outcome: Outcome, body: bytes) -> list[Event]:
         events = self._completed(group, epoch, outcome.workflow_id, outcome.version, outcome.trail)
         self._reported.pop(group, None)
-        codec, order = self._codec_of(outcome.workflow_id, outcome.version) or (ContextCodec(dict), [])
+        codec, layout = self._codec_of(outcome.workflow_id, outcome.version) or (ContextCodec(dict), None)
         status = WorkflowStatus(outcome.status)
         fields: dict[str, Any] = {
             "workflow_id": outcome.workflow_id,
@@ -102,7 +110,7 @@ class EventDecoder:
             "started_at": outcome.started_at,
             "finished_at": outcome.finished_at,
             "duration": max(0.0, outcome.finished_at - outcome.started_at),
-            "result": result_of_outcome(group, body, codec, order),
+            "result": result_of_outcome(group, body, codec, layout),
         }
         if status == WorkflowStatus.completed:
             return [*events, WorkflowCompleted(**fields)]

@@ -175,14 +175,14 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         arrived = self._arrived
         self._event.clear()
         index = self._index
-        codec, order = self._ref.codec, self._ref.order
+        codec, layout = self._ref.codec, self._ref.layout
         while arrived:
             instance_id, news = arrived.popleft()
             if type(news) is bytes:
                 at = index.pop(instance_id, None)
                 if at is None:
                     continue
-                found: WorkflowResult[C] | BaseException = result_of_outcome(instance_id, news, codec, order)
+                found: WorkflowResult[C] | BaseException = result_of_outcome(instance_id, news, codec, layout)
             elif news is _PARKED or news is _LEFT:
                 at = index.pop(instance_id, None)
                 if at is None:

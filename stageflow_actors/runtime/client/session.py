@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.description import version_of
+from stageflow_actors.core.envelope import Layout
 from stageflow_actors.core.plan import Naming, compile_plan
 from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
@@ -280,10 +281,10 @@ class Session:
         version = version_of(group)
         return None if version is None else self.workflow_ref(*version)
 
-    def codec_of(self, workflow_id: str, version: int) -> tuple[ContextCodec[Any], list[str]] | None:
-        """Return the codec of a workflow's contexts and the order of its stages, or None if it is unknown."""
+    def codec_of(self, workflow_id: str, version: int) -> tuple[ContextCodec[Any], Layout] | None:
+        """Return the codec of a workflow's contexts and its stages, or None if it is unknown."""
         ref = self.workflow_ref(workflow_id, version)
-        return None if ref is None else (ref.codec, ref.order)
+        return None if ref is None else (ref.codec, ref.layout)
 
     # starting instances
 

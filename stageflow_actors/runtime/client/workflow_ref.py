@@ -55,7 +55,7 @@ class StartRequest:
 class WorkflowRef:
     """A workflow as a client uses it: its plan, the codec of its contexts, and the target of a start."""
 
-    __slots__ = ("codec", "first", "order", "plan", "target", "ttl")
+    __slots__ = ("codec", "first", "layout", "plan", "target", "ttl")
 
     def __init__(self, plan: WorkflowPlan, context: type[Any], result_types: Mapping[str, Any] | None = None) -> None:
         self.plan = plan
@@ -63,7 +63,7 @@ class WorkflowRef:
         self.codec: ContextCodec[Any] = (
             SchemaCodec(plan.shape) if without_class else ContextCodec(context, result_types)
         )
-        self.order = plan.order
+        self.layout = plan.layout
         first = plan.stages[0]
         direct = first.takes_plain_message and not plan.timeout
         self.first = first.id
