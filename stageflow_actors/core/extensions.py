@@ -32,6 +32,7 @@ __all__ = [
     "encode",
     "ext_hook",
     "keep_as_plain",
+    "loose_form",
     "number_of",
     "plain_form",
     "to_wire",
@@ -252,6 +253,38 @@ def plain_form(value: Any) -> Any:
         return enc_hook(part) if base is None else base(part)
 
     return msgspec.to_builtins(value, builtin_types=_BYTES, enc_hook=hook)
+
+
+def loose_form(value: Any) -> Any:
+    """Return `value` with plain data in place of each part that is kept only in an annotated place.
+
+    A tuple or set becomes a list, a Decimal or a date a str. Raises `TypeError` for what has no plain form, and for
+    members of subclasses of str, int, dict and the like, which would become members of their bases.
+    """
+    kind = type(value)
+    if kind is dict:
+        loose = {loose_form(key): loose_form(part) for key, part in value.items()}
+        if len(loose) != len(value):
+            raise TypeError("keys that are different would become equal")
+        return loose
+    if kind is list or isinstance(value, tuple):
+        return [loose_form(part) for part in value]
+    if kind is set or kind is frozenset:
+        parts = [loose_form(part) for part in value]
+        try:
+            return sorted(parts)
+        except TypeError:
+            return parts
+    if kind is datetime and value.tzinfo is not None:
+        return value
+    if isinstance(value, enum.Enum) and not isinstance(value, (str, int, float)):
+        return loose_form(value.value)
+    if kind in _WITH_PLAIN_FORM or isinstance(value, PurePath):
+        return plain_form(value)
+    return value
+
+
+_WITH_PLAIN_FORM = frozenset({datetime, date, time, timedelta, Decimal, UUID})
 
 
 def _decode_text(data: memoryview) -> str:

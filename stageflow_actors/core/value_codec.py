@@ -17,7 +17,15 @@ from msgspec import Raw
 from stageflow_actors.core import extensions
 from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept, reword_error
 from stageflow_actors.core.exact_types import is_plain
-from stageflow_actors.core.extensions import PLAIN_EXT, decode_any, describe, encode, keep_as_plain, plain_form
+from stageflow_actors.core.extensions import (
+    PLAIN_EXT,
+    decode_any,
+    describe,
+    encode,
+    keep_as_plain,
+    loose_form,
+    plain_form,
+)
 from stageflow_actors.core.roundtrip import find_difference, find_unencodable
 from stageflow_actors.definition.type_hints import needs_type
 from stageflow_actors.errors import InvalidContext, WorkflowDefinitionError
@@ -99,8 +107,8 @@ class ValueCodec:
     def keep(self, value: Any, *, what: str) -> tuple[bytes, str | None]:
         """Return `value` as msgpack, and a warning if it does not fit the annotation and is kept as plain data.
 
-        An object without an annotation is kept as the dict of its fields, without a warning. Raises `InvalidContext`
-        for a value that cannot be kept at all.
+        An object without an annotation is kept as the dict of its fields, without a warning; a tuple, Decimal, Path and
+        the like as plain data, with one. Raises `InvalidContext` for a value that cannot be kept at all.
         """
         if value is None:
             return encode_value(None, what=what), None
@@ -111,7 +119,7 @@ class ValueCodec:
                     return data, None
             except Exception:  # noqa: BLE001 - the slow path below explains the error
                 pass
-            return encode_value(_as_deep_as_possible(_objects_as_dicts, value), what=what), None
+            return _keep_untyped(_as_deep_as_possible(_objects_as_dicts, value), what)
         typed = self._encode_typed(value)
         if typed is not None:
             return typed, None
@@ -267,6 +275,29 @@ def find_undecodable(error: BaseException | None) -> UndecodableData | None:
         if isinstance(one, BaseExceptionGroup):
             waiting += one.exceptions
     return None
+
+
+_OR_A_FIELD = ", or store it in a field annotated with its type"
+
+
+def _keep_untyped(value: Any, what: str) -> tuple[bytes, str | None]:
+    """Return a value without an annotation as msgpack, and a warning if it is decoded as plain data of another type."""
+    try:
+        return encode_value(value, what=what), None
+    except InvalidContext:
+        try:
+            plain = loose_form(value)
+            fault = find_difference(value, plain, "value")
+            assert fault is not None
+        except Exception:  # noqa: BLE001 - the error below explains which part cannot be encoded
+            plain = fault = None
+        if fault is None:
+            raise
+    data = encode_value(plain, what=what)
+    return data, (
+        f"{what}: {fault.path} {fault.problem}, because no return annotation names its type: annotate what the "
+        f"function returns, or {fault.advice.replace(_OR_A_FIELD, '')}"
+    )
 
 
 def encode_message(value: Any, *, what: str) -> bytes:

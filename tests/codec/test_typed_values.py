@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -159,6 +160,81 @@ def test_one_warning_per_stage_and_no_failure(caplog: pytest.LogCaptureFixture) 
     assert result.success, result.error
     assert [stage.data for stage in result.stages] == ["1.5", [1, 2, 3], [1, 2, 3]]
     assert len([record for record in caplog.records if "does not fit its annotation" in record.message]) == 2
+
+
+class State(enum.StrEnum):
+    paid = "paid"
+
+
+class Pair(NamedTuple):
+    a: int
+
+
+PLAIN: list[tuple[Any, Any, str]] = [
+    (Decimal("1.50"), "1.50", "value is a decimal.Decimal"),
+    ((1, (2,)), [1, [2]], "value is a tuple"),
+    (Pair(1), [1], f"value is a {__name__}.Pair"),
+    ({3, 1}, [1, 3], "value is a set"),
+    (frozenset({"a"}), ["a"], "value is a frozenset"),
+    ({"at": [Path("/x")]}, {"at": ["/x"]}, "value.at[0] is a pathlib.PosixPath"),
+    (date(2026, 1, 2), "2026-01-02", "value is a datetime.date"),
+    (datetime(2026, 1, 2), "2026-01-02T00:00:00", "value is a datetime.datetime"),  # noqa: DTZ001
+    (timedelta(1), "P1D", "value is a datetime.timedelta"),
+    (UUID(int=1), str(UUID(int=1)), "value is an uuid.UUID"),
+    (Colour.red, "red", f"value is a {__name__}.Colour"),
+    ({Decimal(1): (), 2: 3}, {"1": [], 2: 3}, "value has the key Decimal('1')"),
+    (
+        {"kept": datetime(2026, 1, 2, tzinfo=UTC), "t": ()},
+        {"kept": datetime(2026, 1, 2, tzinfo=UTC), "t": []},
+        "value.t",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "plain", "where"), PLAIN, ids=lambda each: type(each).__name__)
+def test_a_result_without_an_annotation_is_kept_as_plain_data_and_the_warning_says_what_to_write(
+    value: Any, plain: Any, where: str
+) -> None:
+    data, warning = UNTYPED.keep(value, what="the result of stage 'pay'")
+    back = UNTYPED.decode(data)
+    assert (back, repr(back)) == (plain, repr(plain))
+    assert warning is not None
+    assert warning.startswith(f"the result of stage 'pay': {where}")
+    assert re.search(
+        r", because no return annotation names its type: annotate what the function returns, or use ", warning
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (State.paid, "x.value"),
+        ((State.paid,), "x.value"),
+        (Counter("a"), "dict(x)"),
+        ([1 + 2j], "x.real"),
+        (range(3), "list(x)"),
+        ({Decimal(1): 1, "1": 2}, "str(x)"),
+        ((2**64,), "str, bytes or float"),
+        ((object(),), "a service"),
+    ],
+)
+def test_a_result_without_an_annotation_that_has_no_plain_form_of_its_own_is_refused(value: Any, advice: str) -> None:
+    with pytest.raises(InvalidContext, match=r"^the result of stage 'pay': value.*" + re.escape(advice)):
+        UNTYPED.keep(value, what="the result of stage 'pay'")
+
+
+def test_a_stage_and_a_step_whose_results_have_no_annotation_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    def stage(order: dict[str, Any], ctx: StageContext):  # type: ignore[no-untyped-def]
+        assert ctx.step("price", lambda: Decimal("1.50")) == "1.50"
+        return {"seen": {2, 1}, "where": Path("/x")}
+
+    flow = Workflow("w").add_stage(stage, id="a").add_map("each", lambda item: (item,), over=lambda order: [1, 2])
+    with caplog.at_level(logging.WARNING, "stageflow_actors"):
+        result = run(flow, {})
+    assert result.success, result.error
+    assert [one.data for one in result.stages] == [{"seen": [1, 2], "where": "/x"}, [[1], [2]]]
+    told = [record.message for record in caplog.records if "no return annotation" in record.message]
+    assert len(told) == 3, "one of the step, one of the stage, one of the items"
 
 
 def give_item(number: int) -> Decimal:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def confirm(trip: Trip) -> None:
 
 def bad_steps(context: dict[str, Any], ctx: StageContext) -> list[str]:
     told = []
-    for name, function in (("", dict), (5, dict), ("set", lambda: {1, 2}), ("when", datetime.now)):
+    for name, function in (("", dict), (5, dict), ("counter", lambda: Counter("a")), ("lock", Lock)):
         try:
             ctx.step(name, function)  # type: ignore[arg-type]
         except Exception as error:
@@ -213,6 +214,6 @@ def test_what_a_step_cannot_keep_is_refused_by_name_and_a_step_that_raises_is_no
     told = result.stages[0].data
     assert told[0] == "ValueError: a step needs a name that is a string, not ''"
     assert told[1] == "ValueError: a step needs a name that is a string, not 5"
-    assert "the result of step 'set' of stage 'bad-steps'" in told[2]
-    assert told[3].startswith("InvalidContext: the result of step 'when'")
+    assert "the result of step 'counter' of stage 'bad-steps'" in told[2]
+    assert told[3].startswith("InvalidContext: the result of step 'lock'")
     assert told[4] == "completed: False"

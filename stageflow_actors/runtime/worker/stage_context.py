@@ -478,7 +478,7 @@ class StageContext:
             ValueError: If `name` is empty or not a string.
             StageError: If another step of this attempt has the name: its result would be returned in place of this
                 one's.
-            InvalidContext: If the result would not come back equal from storage.
+            InvalidContext: If the result cannot be kept, even as plain data.
             PayloadTooLarge: If the encoded result is larger than `Config(max_message_bytes)`.
             StageFlowError: If this worker no longer holds the message.
 
@@ -550,7 +550,7 @@ class StageContext:
 
         Raises:
             ValueError: If `name` is empty or not a string.
-            InvalidContext: If the value would not come back equal from storage.
+            InvalidContext: If the value cannot be kept, even as plain data.
             PayloadTooLarge: If the encoded value is larger than `Config(max_message_bytes)`.
             StageFlowError: If this worker no longer holds the message.
 
