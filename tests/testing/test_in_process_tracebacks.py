@@ -235,7 +235,7 @@ def test_a_stage_error_has_a_traceback_where_it_was_raised() -> None:
     assert "in handle" in traceback_of(run(Workflow("flow").add_stage(handle), {}), "handle")
 
 
-def test_a_stage_that_was_not_reached_is_named_with_those_that_were() -> None:
+def test_an_unknown_stage_is_named_with_those_that_there_are() -> None:
     result = run(Workflow("flow").add_stage(fine), {})
     with pytest.raises(KeyError, match="has no stage 'other': its stages are 'fine'"):
         result.stage("other")
