@@ -352,7 +352,6 @@ def all_stages(
     branch has chosen another arm, or if the instance completed. Stages that `places` does not contain are last.
     """
     by_id = {stage.stage_id: stage for stage in found}
-    failed = None if failed_stage is None else by_id.get(failed_stage)
     listed = []
     for place in places:
         stage = by_id.get(place.stage_id)
@@ -363,7 +362,7 @@ def all_stages(
             elif place.inside and place.arm is None and outer is not None:
                 continue  # the parallel stage has begun, and the record of this branch is not among those at hand
             else:
-                stage = _of_failed_branch(place, places, failed) or StageResult(
+                stage = _of_branches(place, places, by_id, failed_stage) or StageResult(
                     stage_id=place.stage_id, status=StageStatus.pending, attempts=0
                 )
         listed.append(stage)
@@ -381,15 +380,21 @@ def _is_avoided(place: StagePlace, branch: StageResult | None) -> bool:
     )
 
 
-def _of_failed_branch(
-    place: StagePlace, places: Sequence[StagePlace], branch: StageResult | None
+def _of_branches(
+    place: StagePlace, places: Sequence[StagePlace], found: Mapping[str, StageResult], failed_stage: str | None
 ) -> StageResult | None:
-    """Return the result of a parallel stage that the failure of a branch ended: only the branch has a record."""
-    if branch is None or StagePlace(branch.stage_id, place.stage_id) not in places:
-        return None
-    return StageResult(
-        stage_id=place.stage_id, status=StageStatus.failed, started_at=branch.started_at, error=branch.error
-    )
+    """Return the result of a parallel stage that ended before its join: only its branches have records.
+
+    It failed with a branch, or it was cancelled.
+    """
+    inside = [other.stage_id for other in places if other.inside == place.stage_id and other.arm is None]
+    if failed_stage in inside and (branch := found.get(failed_stage)) is not None:
+        return StageResult(
+            stage_id=place.stage_id, status=StageStatus.failed, started_at=branch.started_at, error=branch.error
+        )
+    if any(stage_id in found for stage_id in inside):
+        return StageResult(stage_id=place.stage_id, status=StageStatus.skipped, attempts=0)
+    return None
 
 
 def result_of_outcome(

@@ -53,7 +53,7 @@ def test_a_running_stage_is_killed_after_a_grace_and_what_completed_is_undone(
     assert (result.status, result.error, result.success) == ("cancelled", "cancelled: changed my mind", False)
     assert (done(instance.id), undone(instance.id)) == (["a", "b"], ["a"])
     assert [(one.stage_id, str(one.status)) for one in result.compensations] == [("a", "completed")]
-    assert statuses(result) == {"a": "compensated"}
+    assert statuses(result) == {"a": "compensated", "b": "pending", "c": "pending"}
     assert runtime.instance(instance.id).status() == "cancelled"
 
 
@@ -64,7 +64,7 @@ def test_a_stage_that_returns_early_has_completed_and_is_undone(runtime: Runtime
     result = instance.result(timeout=20)
     assert result.error == "cancelled"
     assert noted(instance.id, "heard") == [("True",)]
-    assert (statuses(result), undone(instance.id)) == ({"heeds": "compensated"}, ["heeds"])
+    assert (statuses(result), undone(instance.id)) == ({"heeds": "compensated", "after": "pending"}, ["heeds"])
     assert done(instance.id) == ["heeds"]
 
 
@@ -118,7 +118,7 @@ def test_a_pending_instance_never_begins(runtime: Runtime, eventually: Any) -> N
     assert waiting.status() == "pending", "whoever has to pass it on is not there"
     runtime.scale(idle, "only", 1)
     result = waiting.result(timeout=20)
-    assert (result.status, done(waiting.id), statuses(result)) == ("cancelled", [], {})
+    assert (result.status, done(waiting.id), statuses(result)) == ("cancelled", [], {"only": "pending"})
 
 
 idle = Workflow("idle").add_stage(does("only"), id="only")
@@ -196,7 +196,8 @@ def test_branches_that_completed_are_undone_and_those_at_work_are_killed(runtime
     assert instance.cancel() == "cancelled"
     result = instance.result(timeout=20)
     assert undone(instance.id) == ["left", "a"]
-    assert statuses(result) == {"a": "compensated", "left": "compensated", "right": "skipped"}
+    ended = {"left": "compensated", "right": "skipped"}
+    assert statuses(result) == {"a": "compensated", "p": "skipped", **ended, "after": "pending"}
     assert result.context["l"] == 1
 
 
@@ -228,7 +229,10 @@ def test_items_that_are_done_are_undone_and_the_others_never_begin(runtime: Runt
     assert {words[0] for words in noted(instance.id, "item")} == {"0", "1", "2"}
     assert noted(instance.id, "put back") == [("0", "0")]
     assert undone(instance.id) == ["a"]
-    assert (result.status, statuses(result)) == ("cancelled", {"a": "compensated", "m": "compensated"})
+    assert (result.status, statuses(result)) == (
+        "cancelled",
+        {"a": "compensated", "m": "compensated", "after": "pending"},
+    )
 
 
 def test_a_parked_instance_can_be_cancelled(runtime: Runtime) -> None:

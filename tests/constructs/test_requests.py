@@ -41,7 +41,7 @@ def stock(command: dict[str, Any], ctx: StageContext) -> Any:
     if what == "nothing":
         return None
     if what == "odd":
-        return {1, 2}
+        return object()
     return {"left": command.get("n", 0) - 1}
 
 
