@@ -105,11 +105,15 @@ def clip(longest: int) -> Callable[[Any], str]:
 
 
 class Column(NamedTuple):
-    """A column: its key in the rows, the function that shows a value in a table, and if it is right-aligned."""
+    """A column: its key in the rows, the function that shows a value in a table, and if it is right-aligned.
+
+    `title` is its heading in a table; empty for the key.
+    """
 
     name: str
     show: Callable[[Any], str] = plain
     right: bool = False
+    title: str = ""
 
 
 def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output: str, *, empty: str = "nothing") -> None:
@@ -162,7 +166,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Any:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         made.add_column(
-            column.name.replace("_", " "),
+            column.title or column.name.replace("_", " "),
             justify="right" if column.right else "left",
             no_wrap=column.right or column.show is not plain,
             overflow="fold",

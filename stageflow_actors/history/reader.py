@@ -66,9 +66,14 @@ class HistoryReader:
         """Return True if the history has a row of the instance."""
         return bool(self._query("SELECT 1 FROM instance WHERE instance_id = ?", (instance_id,)))
 
-    def list(self, status: str | None = None, workflow: str | None = None, limit: int = 100) -> HistoryRows:
-        """Return at most `limit` rows with that status and workflow id, those written last first."""
-        conditions, parameters = _conditions(status, workflow)
+    def list(
+        self, status: str | None = None, workflow: str | None = None, limit: int = 100, error: str | None = None
+    ) -> HistoryRows:
+        """Return at most `limit` rows with that status and workflow id, those written last first.
+
+        `error`: only rows whose error contains this text.
+        """
+        conditions, parameters = _conditions(status, workflow, error)
         rows = self._query(
             f"SELECT {COLUMNS} FROM instance{conditions} ORDER BY seq DESC LIMIT ?", [*parameters, limit]
         )
@@ -162,7 +167,7 @@ class HistoryReader:
             return self._connection.execute(statement, tuple(parameters)).fetchall()
 
 
-def _conditions(status: str | None, workflow: str | None) -> tuple[str, list[Any]]:
+def _conditions(status: str | None, workflow: str | None, error: str | None = None) -> tuple[str, list[Any]]:
     clauses: list[str] = []
     parameters: list[Any] = []
     if status is not None:
@@ -172,4 +177,7 @@ def _conditions(status: str | None, workflow: str | None) -> tuple[str, list[Any
     if workflow is not None:
         clauses.append("workflow_id = ?")
         parameters.append(workflow)
+    if error is not None:
+        clauses.append("instr(error, ?) > 0")
+        parameters.append(error)
     return (f" WHERE {' AND '.join(clauses)}" if clauses else ""), parameters

@@ -10,8 +10,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.commands.instances import LIVE, _described, filter_options, instances, report_unknown_workflow
+from stageflow_actors.cli.commands.instances import instances
 from stageflow_actors.cli.options import data_option
+from stageflow_actors.cli.selection import LIVE, described, filter_options, unknown_workflow
 from stageflow_actors.core.plural import pluralize
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ FIELDS = (
     help="Format of FILE.  [default: csv if FILE ends in .csv, otherwise jsonl]",
 )
 @data_option
-def export(target: str, status: str | None, workflow: str | None, kind: str | None, data: Path) -> None:
+def export(
+    target: str, status: str | None, workflow: str | None, error: str | None, kind: str | None, data: Path
+) -> None:
     """Write all instances to a file, live and finished.
 
     FILE gets one JSON object per line, or one CSV row without stages and context per instance. `-` is stdout, and the
@@ -58,9 +61,10 @@ def export(target: str, status: str | None, workflow: str | None, kind: str | No
 
     csv = kind == "csv" or (kind is None and target.endswith(".csv"))
     with attach(data) as attached, _opened(target) as file:
-        number = _write(_all(attached, status, workflow), file, csv=csv)
-        if not number and workflow is not None:
-            report_unknown_workflow(attached, workflow)
+        found = _all(attached, status, workflow)
+        number = _write((one for one in found if error is None or error in (one.error or "")), file, csv=csv)
+        if not number and workflow is not None and (problem := unknown_workflow(attached, workflow)) is not None:
+            click.echo(problem, err=True)
     click.echo(pluralize(number, "instance"), err=True)
 
 
@@ -85,7 +89,7 @@ def _all(attached: Any, status: str | None, workflow: str | None) -> Iterator[In
     layout_of = attached.layouts()
     seen: set[str] = set()
     # Also for finished instances only: some have ended and are not in the history yet.
-    for description in _described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
+    for description in described(attached, attached.wait(attached.admin.live_ids()), status, workflow):
         seen.add(description.instance_id)
         yield description
     if attached.history is not None and status not in LIVE:

@@ -3,66 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stageflow_actors.cli.options import data_option, json_option, output_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, print_facts, print_json, span, table, when
+from stageflow_actors.cli.selection import LIVE, SEARCHED, described, filter_options, unknown_workflow
 from stageflow_actors.errors import InstanceNotFound
 
 if TYPE_CHECKING:
     from stageflow_actors.core.description import InstanceDescription
     from stageflow_actors.runtime.client.attach import Attached
 
-__all__ = ["filter_options", "instances", "report_unknown_workflow"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-STATUSES = (
-    "pending",
-    "running",
-    "waiting",
-    "compensating",
-    "parked",
-    "completed",
-    "failed",
-    "compensated",
-    "compensation_failed",
-    "cancelled",
-)
-LIVE = STATUSES[:5]
-
-SEARCHED = 10_000
-"""Maximum number of live instances that a filtered list reads: the broker does nothing else until then."""
-
-PAGE = 100
+__all__ = ["instances"]
 
 COLUMNS = (
     Column("instance_id"),
-    Column("workflow"),
+    Column("workflow_id", title="workflow"),
     Column("status"),
     Column("stage"),
-    Column("started", when),
+    Column("started_at", when, title="started"),
     Column("duration", span, right=True),
     Column("error", clip(80)),
 )
+"""Named as the attributes of `WorkflowResult`."""
+
+OLD_NAMES = {"workflow": "workflow_id", "started": "started_at", "finished": "finished_at"}
+OLD_STAGE_NAMES = {"stage": "stage_id", "started": "started_at", "result": "data"}
+OLD_COMPENSATION_NAMES = {"compensation": "stage_id"}
+"""Names that release 0.1 gave to values in JSON; programs may read them."""
 
 STAGES = (
-    Column("stage"),
+    Column("stage_id", title="stage"),
     Column("status"),
     Column("attempts", count, right=True),
-    Column("started", when),
+    Column("started_at", when, title="started"),
     Column("duration", span, right=True),
-    Column("result", clip(50)),
+    Column("data", clip(50), title="result"),
     Column("error", clip(80)),
 )
 
 COMPENSATIONS = (
-    Column("compensation"),
+    Column("stage_id", title="compensation"),
     Column("status"),
     Column("duration", span, right=True),
     Column("error", clip(80)),
@@ -80,78 +66,50 @@ def instances() -> None:
     """
 
 
-def filter_options(command: F) -> F:
-    """`--status STATUS` and `--workflow ID`, as `status: str | None` and `workflow: str | None`."""
-    status = click.option(
-        "--status",
-        type=click.Choice(STATUSES),
-        default=None,
-        metavar="STATUS",
-        help=f"Only instances of this status: {', '.join(STATUSES)}.  [default: all]",
-    )
-    workflow = click.option(
-        "--workflow", default=None, metavar="ID", help="Only instances of this workflow.  [default: all]"
-    )
-    return status(workflow(command))
-
-
 @instances.command("list")
 @filter_options
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Maximum number of instances.")
 @data_option
 @output_option
-def list_instances(status: str | None, workflow: str | None, limit: int, data: Path, output: str) -> None:
+def list_instances(
+    status: str | None, workflow: str | None, error: str | None, limit: int, data: Path, output: str
+) -> None:
     """List instances, live ones first, then finished ones.
 
     Both parts begin with the newest instance.
 
     \b
     stageflow instances list
-    stageflow instances list --status parked
+    stageflow instances list --status parked --error "connection refused"
     stageflow instances list --workflow orders --output csv
     """
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
         found: dict[str, dict[str, Any]] = {}
-        for description in _live(attached, status, workflow, limit):
+        for description in _live(attached, status, workflow, error, limit):
             found[description.instance_id] = _row(description)
         if attached.history is not None and len(found) < limit and status not in LIVE:
-            for row in attached.history.list(status, workflow, limit):
-                found.setdefault(
-                    row.instance_id,
-                    {
-                        "instance_id": row.instance_id,
-                        "workflow": row.workflow_id,
-                        "status": row.status,
-                        "stage": row.failed_stage,
-                        "started": row.started_at,
-                        "finished": row.finished_at,
-                        "duration": row.finished_at - row.started_at,
-                        "error": row.error,
-                    },
-                )
-        if not found and workflow is not None:
-            report_unknown_workflow(attached, workflow)
+            for row in attached.history.list(status, workflow, limit, error):
+                facts = {
+                    "instance_id": row.instance_id,
+                    "workflow_id": row.workflow_id,
+                    "status": row.status,
+                    "stage": row.failed_stage,
+                    "started_at": row.started_at,
+                    "finished_at": row.finished_at,
+                    "duration": row.finished_at - row.started_at,
+                    "error": row.error,
+                }
+                found.setdefault(row.instance_id, _with_old_names(facts, OLD_NAMES))
+        if not found and workflow is not None and (problem := unknown_workflow(attached, workflow)) is not None:
+            click.echo(problem, err=True)
     emit(
         list(islice(found.values(), limit)),
         COLUMNS,
         output,
         empty="no instances of this status" if status else "no instances",
     )
-
-
-def report_unknown_workflow(attached: Attached, workflow: str) -> None:
-    """Write to stderr that no instance is of this workflow, with the workflows that instances are of."""
-    from stageflow_actors.core.description import version_of
-
-    groups = attached.wait(attached.admin.list_groups("", SEARCHED), timeout=30.0)
-    known = {version[0] for version in map(version_of, groups) if version is not None}
-    if attached.history is not None:
-        known |= attached.history.workflows()
-    if workflow not in known:
-        ids = ", ".join(sorted(known)) or "no workflow"
-        click.echo(f"no instance is of workflow {workflow!r}: the instances are of {ids}", err=True)
 
 
 @instances.command()
@@ -181,20 +139,19 @@ def show(instance_id: str, data: Path, output: str) -> None:
         "stages": [
             {
                 "stage_id": stage.stage_id,
-                "stage": stage.stage_id,
                 "status": stage.status.value,
                 "attempts": stage.attempts,
-                "started": stage.started_at or None,
+                "started_at": stage.started_at or None,
                 "duration": stage.duration if stage.started_at and stage.status != "running" else None,
                 "error": stage.error,
                 "traceback": stage.traceback,
-                "result": stage.data,
+                "data": stage.data,
             }
             for stage in description.stages
         ],
         "compensations": [
             {
-                "compensation": each.stage_id,
+                "stage_id": each.stage_id,
                 "status": each.status.value,
                 "duration": each.duration,
                 "error": each.error,
@@ -205,7 +162,11 @@ def show(instance_id: str, data: Path, output: str) -> None:
         "context": json_view(description.context),
     }
     if output == "json":
-        print_json(facts)
+        old = facts | {
+            "stages": [_with_old_names(row, OLD_STAGE_NAMES) for row in facts["stages"]],
+            "compensations": [_with_old_names(row, OLD_COMPENSATION_NAMES) for row in facts["compensations"]],
+        }
+        print_json(old)
     else:
         _print(facts)
 
@@ -223,15 +184,15 @@ def _print(facts: dict[str, Any]) -> None:
     print_facts(
         {
             "instance": facts["instance_id"],
-            "workflow": f"{facts['workflow']} (version {facts['version']})" if facts["workflow"] else "",
+            "workflow": f"{facts['workflow_id']} (version {facts['version']})" if facts["workflow_id"] else "",
             "status": facts["status"],
             "failed stage": facts["failed_stage"] or "",
             "error": facts["error"] or "",
             "queue": facts["queue"] or "",
             "waits for": facts["waiting_for"] or ", ".join(facts["waiting"]),
             "progress": facts["progress"] or "",
-            "started": f"{when(facts['started'])} ({ago(facts['started'])} ago)" if facts["started"] else "",
-            "finished": when(facts["finished"]),
+            "started": f"{when(facts['started_at'])} ({ago(facts['started_at'])} ago)" if facts["started_at"] else "",
+            "finished": when(facts["finished_at"]),
             "duration": span(facts["duration"]),
             "run": str(facts["epoch"]) if facts["epoch"] > 1 else "",
         }
@@ -244,44 +205,25 @@ def _print(facts: dict[str, Any]) -> None:
         for row in rows:
             if row["traceback"]:
                 before = ", before it completed" if row["status"] == "completed" else ""
-                heading = f"traceback of {name} {row[name]} (the last failed attempt{before})"
+                heading = f"traceback of {name} {row['stage_id']} (the last failed attempt{before})"
                 click.echo(f"\n{heading}\n{row['traceback']}")
     click.echo("\ncontext")
     print_json(facts["context"])
 
 
-def _live(attached: Attached, status: str | None, workflow: str | None, limit: int) -> Iterator[InstanceDescription]:
-    """Live instances, newest first."""
+def _live(
+    attached: Attached, status: str | None, workflow: str | None, error: str | None, limit: int
+) -> Iterator[InstanceDescription]:
+    """Yield live instances, newest first."""
     from stageflow_actors.core.description import status_of
     from stageflow_brokers.api import MAX_LISTED_GROUPS
 
-    some = status is not None or workflow is not None
+    some = (status, workflow, error) != (None, None, None)
     most = min(limit, MAX_LISTED_GROUPS)  # `stageflow instances export` gives all
     groups = attached.wait(attached.admin.list_groups("", max(most, SEARCHED) if some else most), timeout=30.0)
     wanted = [group["id"] for group in groups if status is None or status_of(group) == status]
-    yield from islice(_described(attached, wanted, None, workflow), limit)
-
-
-def _described(
-    attached: Attached, ids: Iterable[str], status: str | None, workflow: str | None
-) -> Iterator[InstanceDescription]:
-    """Yield the live ones of these instances, of that status and workflow; reads a page at a time."""
-    from stageflow_actors.core.description import describe_live
-
-    layout_of = attached.layouts()
-    rest = iter(ids)
-    while page := list(islice(rest, PAGE)):
-        described = attached.wait(attached.admin.inspect(page))
-        for instance_id in page:
-            if instance_id not in described:
-                continue  # it has ended since, and is in the history
-            group = described[instance_id]
-            if not all("body" in message for message in group["messages"]):
-                # The answer for the page had no room for its bodies.
-                group = attached.wait(attached.admin.inspect([instance_id])).get(instance_id, group)
-            description = describe_live(group, layout_of)
-            if workflow in (None, description.workflow_id) and status in (None, description.status.value):
-                yield description
+    found = described(attached, wanted, None, workflow)
+    yield from islice((one for one in found if error is None or error in (one.error or "")), limit)
 
 
 def _describe(attached: Attached, instance_id: str) -> tuple[InstanceDescription, str | None]:
@@ -305,13 +247,19 @@ def _describe(attached: Attached, instance_id: str) -> tuple[InstanceDescription
 def _row(description: InstanceDescription) -> dict[str, Any]:
     """Return the row of an instance; only a finished one has a duration."""
     finished = description.finished_at or None
-    return {
+    facts = {
         "instance_id": description.instance_id,
-        "workflow": description.workflow_id,
+        "workflow_id": description.workflow_id,
         "status": description.status.value,
         "stage": description.stage,
-        "started": description.started_at or None,
-        "finished": finished,
+        "started_at": description.started_at or None,
+        "finished_at": finished,
         "duration": finished - description.started_at if finished else None,
         "error": description.error,
     }
+    return _with_old_names(facts, OLD_NAMES)
+
+
+def _with_old_names(facts: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts, and those of other names in release 0.1 under those names too."""
+    return facts | {old: facts[name] for old, name in names.items()}

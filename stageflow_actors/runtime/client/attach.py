@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stageflow_actors.core.description import LayoutLookup
-from stageflow_actors.core.envelope import Layout
-from stageflow_actors.core.plan import Naming
+from stageflow_actors.core.plan import Naming, WorkflowPlan
 from stageflow_actors.errors import BrokerUnavailable
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
@@ -64,14 +63,16 @@ class Attached:
 
     def layouts(self) -> LayoutLookup:
         """Return the function that finds the stages of a workflow that the cluster has registered last."""
+        layouts = {(plan.id, plan.version): plan.layout for plan in self._plans()}
+        return lambda workflow_id, version: layouts.get((workflow_id, version))
+
+    def registered_workflows(self) -> set[str]:
+        """Return the ids of the workflows that the cluster has registered last."""
+        return {plan.id for plan in self._plans()}
+
+    def _plans(self) -> list[WorkflowPlan]:
         manifest = read_manifest(self.wait(self.admin.get_fact(MANIFEST_FACT)))
-        plans = {} if manifest is None else {(plan.id, plan.version): plan for plan in manifest.plans}
-
-        def layout_of(workflow_id: str, version: int) -> Layout | None:
-            plan = plans.get((workflow_id, version))
-            return None if plan is None else plan.layout
-
-        return layout_of
+        return [] if manifest is None else manifest.plans
 
     def wait(self, answer: Future[T], timeout: float = ATTACH_TIMEOUT_SECONDS) -> T:
         """Return the answer of an operation. Raises `BrokerUnavailable`, or `stageflow_brokers.errors.Refused`."""
