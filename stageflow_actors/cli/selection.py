@@ -169,8 +169,8 @@ def unknown_workflow(attached: Attached, workflow: str) -> str | None:
     if workflow in known:
         return None
     meant = difflib.get_close_matches(workflow, known, 1)
-    hint = f"did you mean {meant[0]!r}?" if meant else f"the instances are of {', '.join(sorted(known)) or 'none'}"
-    return f"no instance is of workflow {workflow!r}: {hint}"
+    hint = f" (did you mean {meant[0]!r}?)" if meant else ""
+    return f"no instance is of workflow {workflow!r}{hint}: the instances are of {', '.join(sorted(known)) or 'none'}"
 
 
 def check_may_ask(action: str, yes: bool) -> None:

@@ -102,7 +102,7 @@ def test_list_can_be_narrowed(stageflow: Stageflow, data: Path, options: tuple[s
 def test_a_filter_by_an_unknown_workflow_says_which_ones_there_are(
     stageflow: Stageflow, data: Path, tmp_path: Path
 ) -> None:
-    said = "no instance is of workflow 'ordres': the instances are of orders\n"
+    said = "no instance is of workflow 'ordres' (did you mean 'orders'?): the instances are of orders\n"
     assert stageflow("instances", "list", "--data", data, "--workflow", "ordres", "--output", "json") == (
         0,
         "[]\n",
