@@ -58,6 +58,9 @@ def _revive(cls: type[StageFlowError], args: tuple[Any, ...], state: dict[str, A
 class StageFlowError(Exception):
     """The base class of all errors of StageFlow."""
 
+    _noticed = False
+    """True once the text is on stderr, so that a command does not print it a second time."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls `cls(*self.args)`, which fails where a constructor takes other arguments than the message.
         return _revive, (type(self), self.args, dict(self.__dict__))

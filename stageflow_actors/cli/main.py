@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error("stageflow: interrupted")
         return 130
     except (StageFlowError, BrokerError) as error:
-        _print_error(f"stageflow: {error}")
+        if not getattr(error, "_noticed", False):
+            _print_error(f"stageflow: {error}")
         return 1
     except BrokenPipeError:
         # The reader of the output has closed it. Python would report that once more when it flushes at exit.

@@ -81,6 +81,7 @@ class NodeHandle:
         self._load_errors: dict[int, str] = {}
         self._restart_limit = RestartLimit("node process")
         self.address = ""
+        self._has_failed = False
         self.resuming: dict[str, int] = {}
 
     @property
@@ -184,6 +185,7 @@ class NodeHandle:
             if self._reap() != 0:
                 self._wait_for_survivors()
                 self._data.remove_cluster()  # the node does it only when it stops normally
+            self._check_data()
         except BaseException:
             self.kill()
             raise
@@ -328,6 +330,7 @@ class NodeHandle:
             try:
                 if failure_report is not None:
                     raise _error_of(failure_report)
+                self._data.check_present(*self._data.contents(self._config.durability))
                 self._notify(f"the node process has ended ({describe_exit(status)}); it is started again")
                 self._restart_limit.record()
                 self._wait_for_survivors()
@@ -335,6 +338,7 @@ class NodeHandle:
                 # The new node has all of them in its configuration.
                 self._confirm_loaded(range(self._last_requested + 1))
             except StageFlowError as error:
+                self._announce(error)
                 self._on_failure(error)
                 self._confirm_loaded(range(self._last_requested + 1))
                 return
@@ -344,6 +348,20 @@ class NodeHandle:
                 )
                 self._confirm_loaded(range(self._last_requested + 1))
                 return
+
+    def _announce(self, error: StageFlowError) -> None:
+        """Write the error to stderr: it may be that no call of the program waits, and none follows."""
+        self._has_failed = True
+        self._notify(str(error))
+        error._noticed = True
+
+    def _check_data(self) -> None:
+        """Announce at the end that the data directory was removed, unless the node found it and the program knows."""
+        try:
+            self._data.check_present(*self._data.contents(self._config.durability))
+        except DataDirUnusable as error:
+            if not self._has_failed:
+                self._announce(error)
 
     def _wait_for_survivors(self) -> None:
         """Wait until the other processes of a dead node's cluster end. Raises `BrokerUnavailable` if one does not."""
@@ -408,6 +426,8 @@ def _error_of(report: Report | None) -> StageFlowError:
         return errors.JournalCorrupt(
             report.text, file=None if file is None else os.fsdecode(file), offset=report.fields.get("offset")
         )
+    if report.kind == DataDirUnusable.__name__:
+        error_type = DataDirUnusable
     if error_type is not None and isinstance(error_type, type) and issubclass(error_type, StageFlowError):
         error = error_type.__new__(error_type, report.text)  # without `__init__`, which takes other arguments
         error.args = (report.text,)

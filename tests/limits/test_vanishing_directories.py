@@ -351,3 +351,33 @@ def test_a_cluster_of_another_container_is_named_as_such(tmp_path: Path, base: P
         assert "was started in another container (host name 'box'): stop that container" in err
         program.stdin.close()  # type: ignore[union-attr]
         assert program.wait(TIMEOUT_SECONDS) == 0
+
+
+@pytest.mark.parametrize("part", ["", "journal", "history.db"], ids=["all", "journal", "history"])
+def test_data_that_is_removed_while_the_cluster_runs_ends_it_and_is_not_replaced_by_empty_data(
+    tmp_path: Path, part: str
+) -> None:
+    data = tmp_path / "data"
+    body = f"""
+run(runtime)
+part = os.path.join(sys.argv[1], {part!r})
+(os.unlink if os.path.isfile(part) else shutil.rmtree)(part)
+while True:
+    runtime.execute(flow, {{}}, timeout=50)
+"""
+    _, err, code = _run(tmp_path, body, data)
+    assert code == 1
+    missing = data / part if part else data
+    notice, _, rest = err.partition("\n")
+    assert notice.startswith(f"stageflow: the data directory {data} cannot be used: {missing} was removed or replaced")
+    assert "Restore the directory from a backup" in rest.splitlines()[-1]
+    assert "Unhandled exception" not in err
+    assert not missing.exists()
+
+
+def test_a_removed_data_directory_is_noticed_at_the_end_if_not_before(tmp_path: Path) -> None:
+    body = "run(runtime)\nshutil.rmtree(sys.argv[1])\nruntime.stop()\n"
+    out, err, _ = _run(tmp_path, body, tmp_path / "data")
+    assert out.split() == ["ran"]
+    assert err.count("was removed or replaced while its cluster ran") == 1
+    assert not (tmp_path / "data").exists()

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from pykka import messages
@@ -22,6 +22,7 @@ from virtual_deaths import Deaths
 from worker_parts import make_executor
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_RECYCLED
@@ -286,6 +287,10 @@ class _Ref:
         self.tell = tell
 
 
+def _fail(error: StageFlowError) -> NoReturn:
+    raise error
+
+
 class VirtualNode:
     """The node process with its workers. `die` ends them all; its caller ends the broker."""
 
@@ -320,7 +325,7 @@ class VirtualNode:
             notify=self.notices.append,
         )
         writer: Any = history
-        self.coordinator = Coordinator(self.client, writer, NAMING, plans, None)
+        self.coordinator = Coordinator(self.client, writer, NAMING, plans, None, _fail)
         self._listener.coordinator = _Ref(lambda message: self._soon(lambda: self.coordinator.on_receive(message)))
         self._listener.supervisor = _Ref(lambda message: self._soon(lambda: self._cancelled(message)))
         self._listener.pool_context = self.pool_context

@@ -95,11 +95,12 @@ class BrokerProcess:
                 if attempt == MAX_START_ATTEMPTS:
                     raise
 
-    def keep_running(self, on_failure: Callable[[StageFlowError], None]) -> None:
+    def keep_running(self, check: Callable[[], None], on_failure: Callable[[StageFlowError], None]) -> None:
         """Restart the process whenever it ends unexpectedly; its journal holds the whole state.
 
-        Blocks until `stop`, so it needs a thread of its own. If the process cannot be restarted, calls `on_failure` and
-        returns.
+        Blocks until `stop`, so it needs a thread of its own. Before each restart it calls `check`, which raises
+        `StageFlowError` if the journal is not there any more. If the process cannot be restarted, calls `on_failure`
+        and returns.
         """
         restart_limit = RestartLimit("broker process")
         while True:
@@ -110,6 +111,7 @@ class BrokerProcess:
                 assert self._process is not None
                 logger.warning("the broker process ended (%s) and is restarted", describe_exit(self._process.wait()))
                 try:
+                    check()
                     restart_limit.record()
                     self.start()
                     continue

@@ -14,7 +14,8 @@ import math
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import msgspec
 import pykka
@@ -25,7 +26,8 @@ from stageflow_actors.core.failures import describe_error, read_failure, write_f
 from stageflow_actors.core.plan import DEAD as DEAD_EVENT
 from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, Transition
-from stageflow_actors.history.errors import HistoryUnavailable
+from stageflow_actors.errors import StageFlowError
+from stageflow_actors.history.errors import HistoryMissing, HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.writer import HistoryWriter
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
@@ -82,13 +84,20 @@ class AddPlan:
 class Coordinator(pykka.ThreadingActor):
     """Consumes the queues of finished and of failed instances.
 
-    `retention` is the age in seconds at which rows are deleted from the history; None keeps them.
+    `retention` is the age in seconds at which rows are deleted from the history; None keeps them. `fail` ends the
+    cluster with an error; it is called if the history has been removed.
     """
 
     use_daemon_thread = True
 
     def __init__(
-        self, broker: Broker, history: HistoryWriter, naming: Naming, plans: list[WorkflowPlan], retention: float | None
+        self,
+        broker: Broker,
+        history: HistoryWriter,
+        naming: Naming,
+        plans: list[WorkflowPlan],
+        retention: float | None,
+        fail: Callable[[StageFlowError], NoReturn],
     ) -> None:
         super().__init__()
         self._broker = broker
@@ -96,6 +105,7 @@ class Coordinator(pykka.ThreadingActor):
         self._naming = naming
         self._plans = {(plan.id, plan.version): plan for plan in plans}
         self._retention = retention
+        self._fail = fail
         self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
         self._pending_since = 0.0
         self._retry_at = 0.0
@@ -157,6 +167,8 @@ class Coordinator(pykka.ThreadingActor):
         failpoint("coordinator.before-history")
         try:
             self._history.write(rows)
+        except HistoryMissing as error:
+            self._fail(error)
         except HistoryUnavailable as error:
             # The instances stay live in the broker, so nothing is lost and no id can be started twice.
             logger.warning("the write of finished instances is delayed: %s", error)

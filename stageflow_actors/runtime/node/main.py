@@ -45,7 +45,7 @@ from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.program_channel import ProgramChannel
 from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
-from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir
+from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, wait_dead
 from stageflow_actors.runtime.system.socket_dir import runtime_dir
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
@@ -69,6 +69,9 @@ FINISHED_CREDIT = 4_000
 """Finished instances that the broker delivers before the first of them is settled: two transactions of the history."""
 COORDINATOR_CREDIT = 500
 """The same for events that the coordinator decides on."""
+DATA_CHECK_SECONDS = 0.5
+"""Seconds between checks that the data directory is still there. A check costs three calls of stat."""
+
 ORPHAN_CHECK_SECONDS = 2.0
 """Time between two searches for queues without a consumer."""
 WORKFLOW_ID_OFFSETS = [1, 3]
@@ -197,7 +200,7 @@ class Node:
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
         self._lost_zygote: ZygoteHandle | None = None
-        self._next_tick = self._next_orphan_check = 0.0
+        self._next_tick = self._next_orphan_check = self._next_data_check = 0.0
 
     def start(self) -> None:
         """Start broker, connection, history and pools: each needs the one before. The zygote loads in parallel.
@@ -216,7 +219,10 @@ class Node:
         self._broker_process.start()
         failpoint("node.broker-started")
         threading.Thread(
-            target=self._broker_process.keep_running, args=(self.fail,), name="broker-keeper", daemon=True
+            target=self._broker_process.keep_running,
+            args=(self._check_journal, self.fail),
+            name="broker-keeper",
+            daemon=True,
         ).start()
         self._broker = connect(self._address, self._listener, role="supervisor", name="node")
         self._history = open_history(self._data, self._broker.admin, lasting=lasting)
@@ -242,7 +248,7 @@ class Node:
         )
         self._context = pool_context
         self._coordinator = Coordinator.start(
-            self._broker, self._history, config.naming, config.plans, config.retention
+            self._broker, self._history, config.naming, config.plans, config.retention, self._fail_history
         )
         self._listener.coordinator = self._coordinator
         self._listener.pool_context = pool_context
@@ -304,6 +310,21 @@ class Node:
         self._output.close(timeout=0.5)
         _send_report(self._channel, Report("failed", str(error), type(error).__name__, fields))
         self.abandon(1)
+
+    def _check_journal(self) -> None:
+        self._data.check_present(*self._data.contents(self._config.durability)[:1])
+
+    def _check_data(self) -> None:
+        """Raise `DataDirUnusable` if the data directory, its journal or its history has been removed."""
+        self._data.check_present(*self._data.contents(self._config.durability))
+
+    def _fail_history(self, error: StageFlowError) -> NoReturn:
+        """Report that the history is missing, or more exactly that its directory is."""
+        try:
+            self._check_data()
+        except DataDirUnusable as missing:
+            error = missing
+        self.fail(error)
 
     # parts
 
@@ -491,6 +512,12 @@ class Node:
             self._levels.follow()
             self._supervisor.tell(Tick())
             self._coordinator.tell(Flush())
+        if time.monotonic() >= self._next_data_check:
+            self._next_data_check = time.monotonic() + DATA_CHECK_SECONDS
+            try:
+                self._check_data()
+            except DataDirUnusable as error:
+                self.fail(error)
         if time.monotonic() >= self._next_orphan_check:
             self._next_orphan_check = time.monotonic() + ORPHAN_CHECK_SECONDS
             self._orphans.check()

@@ -233,6 +233,24 @@ class DataDir:
         except (FileNotFoundError, IsADirectoryError, RecursionError, UnicodeDecodeError, msgspec.DecodeError):
             return None
 
+    def contents(self, durability: str) -> tuple[Path, ...]:
+        """Return what a running cluster keeps here: journal and history, or nothing with durability "memory"."""
+        return () if durability == "memory" else (self.journal, self.history)
+
+    def check_present(self, *parts: Path) -> None:
+        """Raise `DataDirUnusable` if the directory, or one of these parts of it, was removed or replaced in use."""
+        if not self._is_lock(f"/proc/self/fd/{self.lock_fd}"):
+            missing = self.path
+        else:
+            absent = [part for part in parts if not part.exists()]
+            if not absent:
+                return
+            missing = absent[0]
+        raise self._unusable(
+            f"{missing} was removed or replaced while its cluster ran, so the cluster has been stopped. Restore the "
+            "directory from a backup, or start with another one; do not submit again what has finished"
+        )
+
     def is_live(self, record: ClusterRecord) -> bool:
         """Return True if the recorded program still runs.
 
