@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from virtual_node import LIMIT
 from virtual_world import World
 
 from stageflow_actors.core.description import status_of
@@ -55,6 +56,7 @@ class VirtualCaller:
         self.instance_id = job.id
         self.naming = Naming()
         self.history_sequence = 0
+        self.max_message_bytes = LIMIT
         self._world, self._client, self._job, self._rows = world, client, job, rows
         self._restart, self._requeued, self._done = restart, requeued, done
         self._refused: StageFlowError | None = None
