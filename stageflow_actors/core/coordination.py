@@ -11,6 +11,7 @@ from msgspec import Raw
 
 from stageflow_actors.core.envelope import (
     NIL,
+    UNCERTAIN,
     CompensationRecord,
     Envelope,
     Failure,
@@ -21,6 +22,7 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
     encode,
 )
+from stageflow_actors.core.failures import UNCERTAIN_MARK, is_uncertain
 from stageflow_actors.core.gather_results import (
     Arrivals,
     completed_items_record,
@@ -98,8 +100,10 @@ def decide(
     if not label:
         label = BEGIN if envelope.failed_stage is None else FAILED
     if cancelled is not None and label in (BEGIN, RESUME, CANCELLED, FAILED):
-        if label == CANCELLED and (skipped := _skip_waiting(plan, envelope, cancelled, naming, now)) is not None:
-            return skipped
+        if label == CANCELLED:
+            skipped = _skip_waiting(plan, envelope, cancelled, failure, naming, now)
+            if skipped is not None:
+                return skipped
         # The cancellation interrupts running stages: a stage that fails then is not the reason for the end.
         envelope.failed_stage = None
         return _cancel(plan, envelope, cancelled, naming, now)
@@ -136,17 +140,27 @@ def decide_gathered(
     return _resume(plan, envelope, arrivals[0][1] if arrivals else None, naming, now)
 
 
-def _skip_waiting(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition | None:
-    """Return what follows a message that no worker had started when the instance was cancelled.
+def _skip_waiting(
+    plan: WorkflowPlan, envelope: Envelope, reason: str, failure: Failure | None, naming: Naming, now: float
+) -> Transition | None:
+    """Return what follows a message that no worker was running when the instance was cancelled.
 
-    A branch or item arrives at its join. None: no other part of the instance is running.
+    A branch or item arrives at its join. None: no other part of the instance is running. `failure` is that of its last
+    attempt.
     """
     stage = plan.stage(envelope.stage_id)
     if stage is None:
         return None
+    uncertain = _is_uncertain(stage, envelope, failure)
+    if uncertain and not stage.joins:
+        skip_cancelled(stage, envelope, reason, naming, now, uncertain=True)
     if stage.kind == MAP and is_carrier(envelope):
         return fail_unpublished_items(stage, envelope, reason)
-    return skip_cancelled(stage, envelope, reason, naming, now) if stage.joins else None
+    return skip_cancelled(stage, envelope, reason, naming, now, uncertain=uncertain) if stage.joins else None
+
+
+def _is_uncertain(stage: StagePlan, envelope: Envelope, failure: Failure | None) -> bool:
+    return stage.when_uncertain and (is_uncertain(failure) or UNCERTAIN_MARK in (envelope.steps or ()))
 
 
 def _cancel(plan: WorkflowPlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
@@ -215,6 +229,8 @@ def _handle_dead_letter(
         attempts, started = request.attempt + attempts - 1, request.started
     envelope.tracebacks = with_traceback(envelope.tracebacks, stage.id, trace)
     failed = StageRecord(stage.id, StageStatus.failed.value, max(1, attempts), started, max(0.0, now - started), error)
+    if _is_uncertain(stage, envelope, failure or Failure("died", error)):
+        failed.undo = UNCERTAIN
     return _compensate_at_once(plan, fail_stage(plan, stage, envelope, failed, naming, now), envelope, naming, now)
 
 

@@ -15,6 +15,7 @@ from msgspec import Raw, Struct
 __all__ = [
     "EMPTY_TRAIL",
     "NIL",
+    "UNCERTAIN",
     "Command",
     "CompensationRecord",
     "CompensationTask",
@@ -48,12 +49,16 @@ EMPTY_TRAIL = b"\xdd\x00\x00\x00\x00"
 """An empty msgpack array with a length of four bytes, so that appending a record only replaces these bytes."""
 
 
+UNCERTAIN = Raw(b"\xc3")
+"""The `undo` of a failed stage that is compensated although it has not completed (`Compensation.when_uncertain`)."""
+
+
 class StageRecord(Struct, array_like=True, gc=False):
     """One ended stage in the trail of an instance.
 
     `status` is a `StageStatus` value; `started_at` is in seconds since the Unix epoch, `duration` in seconds; `data` is
     the handler's result as msgpack. `undo` holds more data for the compensation: for a map stage [number, item, result]
-    of each completed item, in order.
+    of each completed item, in order; for a failed stage `UNCERTAIN` if its effect is unknown and it is to be undone.
     """
 
     stage_id: str
@@ -112,7 +117,8 @@ class ItemEnd(Struct, array_like=True, gc=False):
     """The end of one item of a map stage: its result or error.
 
     `item` is set if the item may be compensated or run again; `steps` are its completed steps. `traceback` is that of
-    the error, as in `Failure`; the items of a map stage send only a few.
+    the error, as in `Failure`; the items of a map stage send only a few. `uncertain`: its effect is unknown, and it is
+    to be undone with the completed items.
     """
 
     result: Raw = NIL
@@ -120,6 +126,7 @@ class ItemEnd(Struct, array_like=True, gc=False):
     item: Raw = NIL
     steps: dict[str, bytes] | None = None
     traceback: bytes | None = None
+    uncertain: bool = False
 
 
 class Command(Struct, array_like=True):

@@ -17,11 +17,14 @@ from stageflow_actors.errors import StageError, StageFlowError, StageTimeout, Wo
 __all__ = [
     "EXPIRED",
     "STDERR_HEADING",
+    "UNCERTAIN_MARK",
     "UNDECIDED",
+    "AttemptCancelled",
     "describe_error",
     "error_text",
     "exception_of",
     "failure_of",
+    "is_uncertain",
     "last_lines",
     "printable",
     "read_failure",
@@ -39,6 +42,9 @@ UNDECIDED = "undecided"
 
 STDERR_HEADING = "; the last on its stderr:\n"
 """Precedes the last lines of a worker's stderr in the message of its death."""
+
+UNCERTAIN_MARK = ":uncertain"
+"""The step that marks a message of which an attempt has ended with its effect unknown."""
 
 MAX_ERROR_CHARACTERS = 2_000
 """Limit of an exception's text: it is sent with each following message of the instance."""
@@ -68,9 +74,25 @@ def describe_error(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
+class AttemptCancelled(StageError):
+    """The reason with which the runtime cancels an async handler, because its instance is cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__("the instance was cancelled")
+
+
+def is_uncertain(failure: Failure | None) -> bool:
+    """Return True if the attempt ended with its effect unknown: by its timeout, its worker's death, or a cancel."""
+    return failure is not None and (
+        failure.kind in ("timeout", "died", "cancelled") or failure.error_type in ("StageTimeout", "WorkerDied")
+    )
+
+
 def failure_of(error: BaseException, traceback: bytes | None = None) -> Failure:
     """Return the failure for an exception of a handler; `traceback` is packed."""
     retryable = error.retryable if isinstance(error, StageError) else None
+    if isinstance(error, AttemptCancelled):
+        return Failure("cancelled", f"StageError: {error}", "StageError", retryable, traceback)
     kind = "timeout" if isinstance(error, StageTimeout) else "exception"
     return Failure(kind, describe_error(error), type(error).__name__, retryable, traceback)
 

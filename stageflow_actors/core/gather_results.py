@@ -30,6 +30,7 @@ from stageflow_actors.core.tracebacks.table import merge_tracebacks
 
 __all__ = [
     "Arrivals",
+    "ItemToUndo",
     "JoinResult",
     "RequestState",
     "UnpublishedItems",
@@ -93,6 +94,15 @@ decode_request = msgspec.msgpack.Decoder(RequestState).decode
 decode_unpublished = msgspec.msgpack.Decoder(UnpublishedItems).decode
 
 
+class ItemToUndo(Struct, array_like=True, gc=False):
+    """One item of a map stage as its compensation reads it; an `uncertain` one has no result."""
+
+    number: int
+    item: Raw
+    result: Raw = NIL
+    uncertain: bool = False
+
+
 class JoinResult(Struct):
     """The result of joining branches.
 
@@ -134,9 +144,16 @@ def decode_item_ends(arrivals: Arrivals) -> list[tuple[int, ItemEnd]]:
 def completed_items_record(stage: StagePlan, ends: list[tuple[int, ItemEnd]], now: float) -> StageRecord | None:
     """Return the record from which the completed items of a map stage are compensated; None if there are none.
 
-    The trail holds it in addition to the record of the stage.
+    Failed items whose effect is unknown are among them, if the compensation is for these too. The trail holds it in
+    addition to the record of the stage.
     """
-    done = [[number, end.item, end.result] for number, end in ends if end.error is None] if stage.compensated else []
+    if not stage.compensated:
+        return None
+    done = [
+        ItemToUndo(number, end.item, end.result, end.uncertain)
+        for number, end in ends
+        if end.error is None or end.uncertain
+    ]
     if not done:
         return None
     undo = Raw(encode(done))

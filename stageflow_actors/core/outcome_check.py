@@ -11,7 +11,7 @@ import msgspec
 
 from stageflow_actors.core.envelope import Outcome, decode_outcome, decode_trail
 from stageflow_actors.core.plan import ITEM_SUFFIX
-from stageflow_actors.core.routing import completed_stages
+from stageflow_actors.core.routing import completed_stages, uncertain_stages
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 
 __all__ = ["check_outcome"]
@@ -55,7 +55,8 @@ def _contradiction(read: Outcome) -> str | None:
         return f"its status is compensated, but {fault}"
     if read.status == WorkflowStatus.compensation_failed and not failed:
         return "its status is compensation_failed, but no compensation failed"
-    backwards = dict.fromkeys(id.removesuffix(ITEM_SUFFIX) for id in reversed(completed_stages(read.trail)))
+    completed = (id.removesuffix(ITEM_SUFFIX) for id in reversed(completed_stages(read.trail)))
+    backwards = dict.fromkeys([*uncertain_stages(read.trail), *completed])
     reruns = [done.rerun for done in read.compensations]
     if reruns != sorted(reruns):
         return "its compensations are not in the order in which they ran"

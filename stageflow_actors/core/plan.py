@@ -100,7 +100,8 @@ class StagePlan(Struct):
     delay, or timeout of a signal. `timeout`: limit of one attempt of the handler, or of one call of another user
     function of the stage: `over` of a map, the selector of a branch, the merge of a parallel stage, `on_signal` and
     `on_timeout`. `breaker`: failures in a row before the queue is stopped, and seconds until it is tried again; (0, 0)
-    for no breaker. `max_memory`: limit of a worker in bytes, 0 for no limit.
+    for no breaker. `max_memory`: limit of a worker in bytes, 0 for no limit. `when_uncertain`: a stage or item that
+    failed with its effect unknown is compensated too.
     """
 
     id: str
@@ -124,6 +125,7 @@ class StagePlan(Struct):
     concurrency: int = 1
     breaker: tuple[int, float] = (0, 0.0)
     max_memory: int = 0
+    when_uncertain: bool = False
 
     @property
     def has_pool(self) -> bool:
@@ -226,6 +228,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
                 concurrency=stage.concurrency,
                 breaker=breaker_of(stage),
                 max_memory=stage.max_memory or 0,
+                when_uncertain=stage.required and stage.compensation is not None and stage.compensation.when_uncertain,
                 **fields,
             )
 
@@ -252,7 +255,7 @@ def compile_plan(workflow: Workflow[Any], naming: Naming, *, default_ttl: float 
         elif isinstance(step, MapStage):
             item = stages[step.id]
             map_plan = plan_stage(item, queue, kind=MAP, following=following)
-            map_plan.breaker = (0, 0.0)
+            map_plan.breaker, map_plan.when_uncertain = (0, 0.0), False
             map_plan.actors, map_plan.max_tasks, map_plan.env, map_plan.max_memory = 1, None, {}, 0
             item_plan = plan_stage(item, naming.branch(workflow.id, index, step.id), kind=ITEM, joins=step.id)
             item_plan.id, item_plan.after, item_plan.compensated = item_id(step.id), (), False

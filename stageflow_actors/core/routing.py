@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from stageflow_actors.core.envelope import (
     NIL,
+    UNCERTAIN,
     CompensationRecord,
     CompensationTask,
     Envelope,
@@ -63,6 +64,7 @@ __all__ = [
     "report_failure",
     "signal_key",
     "skip_cancelled",
+    "uncertain_stages",
 ]
 
 
@@ -170,14 +172,24 @@ def _fork(plan: WorkflowPlan, stage: StagePlan, envelope: Envelope, resume_state
     return Transition(publishes, [join], arrivals)
 
 
-def skip_cancelled(stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float) -> Transition:
-    """Return what follows if an instance is cancelled before a stage runs: it goes to its join, or the coordinator."""
+def skip_cancelled(
+    stage: StagePlan, envelope: Envelope, reason: str, naming: Naming, now: float, *, uncertain: bool = False
+) -> Transition:
+    """Return what follows if an instance is cancelled before a stage runs: it goes to its join, or the coordinator.
+
+    `uncertain`: an attempt has begun before, its effect is unknown, and the compensation is for such stages too.
+    """
     if stage.kind == ITEM:
-        return Transition(arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, reason)))])
+        end = ItemEnd(NIL, reason, envelope.context if uncertain else NIL, uncertain=uncertain)
+        return Transition(arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(end))])
+    if uncertain:
+        failed = StageRecord(stage.id, StageStatus.failed.value, 1, now, 0.0, reason, undo=UNCERTAIN)
+        envelope.trail = append_record(envelope.trail, failed)
     envelope.payload, envelope.steps = NIL, None
-    if stage.joins:
+    if stage.joins and not uncertain:
         skipped = StageRecord(stage.id, StageStatus.skipped.value, 0, now, 0.0, reason)
         envelope.trail = append_record(envelope.trail, skipped)
+    if stage.joins:
         return Transition(arrivals=[GatherArrival(stage.joins, stage.id, encode(envelope))])
     return Transition([Publish(naming.coordinator, CANCELLED, encode(envelope))])
 
@@ -254,9 +266,9 @@ def fail_stage(
     the coordinator.
     """
     if stage.kind == ITEM:
-        return Transition(
-            arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(ItemEnd(NIL, record.error)))]
-        )
+        uncertain = bytes(record.undo) == bytes(UNCERTAIN)
+        end = ItemEnd(NIL, record.error, envelope.context if uncertain else NIL, uncertain=uncertain)
+        return Transition(arrivals=[GatherArrival(stage.joins, item_slot(envelope), encode(end))])
     if stage.required and not stage.joins:
         return Transition([report_failure(envelope, stage.id, record, naming)])
     envelope.trail = append_record(envelope.trail, record)
@@ -273,6 +285,13 @@ def completed_stages(trail: bytes) -> list[str]:
     return list(found)
 
 
+def uncertain_stages(trail: bytes) -> list[str]:
+    """Return the ids of the stages that failed with an effect to be undone, the last first."""
+    last = {record.stage_id: record for record in decode_trail(trail)}
+    found = [r.stage_id for r in last.values() if r.status == StageStatus.failed and bytes(r.undo) == bytes(UNCERTAIN)]
+    return found[::-1]
+
+
 def missing_dependencies(after: Collection[str], trail: bytes) -> list[str]:
     """Return the stages in `after` that have not completed."""
     done = set(completed_stages(trail))
@@ -284,12 +303,15 @@ def begin_compensation(
 ) -> Publish:
     """Plan the compensations, and return the first one; return the terminal message if there is none.
 
-    Each completed stage with a compensation is undone, the last completed first. An optional stage that failed has not
-    completed, so it is not undone.
+    Each completed stage with a compensation is undone, the last completed first; before them, stages that failed with
+    their effect unknown, if their compensation is for these too. An optional stage that failed has not completed, so it
+    is not undone.
     """
     compensated = {s.id for s in plan.stages if s.compensated}
     done = (stage_id.removesuffix(ITEM_SUFFIX) for stage_id in reversed(completed_stages(envelope.trail)))
-    todo = [stage_id for stage_id in dict.fromkeys(done) if stage_id in compensated]
+    todo = [
+        stage_id for stage_id in dict.fromkeys([*uncertain_stages(envelope.trail), *done]) if stage_id in compensated
+    ]
     if not todo:
         status = WorkflowStatus.failed if final_status == WorkflowStatus.compensated else final_status
         return finish_instance(plan, envelope, status, naming, now)

@@ -103,7 +103,7 @@ def _with_class_options(names: tuple[str, ...]) -> Callable[[F], F]:
 
 
 _METHODS = ("execute", "compensate")
-_COMPENSATION_OPTIONS = ("timeout", "retry", "actors")
+_COMPENSATION_OPTIONS = ("timeout", "retry", "actors", "when_uncertain")
 
 
 class Compensation:
@@ -115,11 +115,15 @@ class Compensation:
     Args:
         function: Called as `function(context)` or `function(context, ctx)`; every other parameter is a service by its
             name. An object with a method `compensate`, or else `execute`, and a class of such objects are accepted,
-            too; their plain attributes `timeout`, `retry` and `actors` are defaults of these options.
+            too; their plain attributes `timeout`, `retry`, `actors` and `when_uncertain` are defaults of these options.
         timeout: Seconds (or a `timedelta`) for one attempt; None for no limit. Default: 60.
         retry: Policy for failed attempts; None for one attempt. Default: None.
         actors: Number of worker processes, 1 to 1,000. The workflow has one pool for all its compensations; the
             largest number counts. Default: 1.
+        when_uncertain: True to run it also for its own stage if that failed with its effect unknown: the last attempt,
+            or one before it, ended by `StageTimeout`, by `WorkerDied`, or by the kill of `Instance.cancel`. It then
+            runs before all others, and `ctx.results` has no entry for the stage. Never for optional stages; for a map
+            stage it undoes such items too. Default: False, for stages that completed only.
 
     Raises:
         WorkflowDefinitionError: If `function` cannot be called with a context, or an option has a wrong type or value.
@@ -138,9 +142,9 @@ class Compensation:
         'compensated'
     """
 
-    __slots__ = ("actors", "function", "retry", "spec", "timeout")
+    __slots__ = ("actors", "function", "retry", "spec", "timeout", "when_uncertain")
 
-    @adapts("Compensation(function, timeout=60, retry=None, actors=1)")
+    @adapts("Compensation(function, timeout=60, retry=None, actors=1, when_uncertain=False)")
     @_with_class_options(_COMPENSATION_OPTIONS)
     def __init__(
         self,
@@ -148,6 +152,7 @@ class Compensation:
         timeout: Duration | None = 60,
         retry: RetryPolicy | None = None,
         actors: int = 1,
+        when_uncertain: bool = False,
     ) -> None:
         what = f"compensation {getattr(function, '__name__', type(function).__name__)!r}"
         if isinstance(function, (Compensation, Stage)) or not (callable(function) or has_options(function)):
@@ -159,6 +164,9 @@ class Compensation:
         self.timeout: float | None = optional_seconds(timeout, f"the timeout of {what}")
         self.retry: RetryPolicy | None = check_policy(retry, f"the retry of {what}")
         self.actors: int = check_count(actors, f"actors of {what}", MAX_ACTORS)
+        if not isinstance(when_uncertain, bool):
+            raise WorkflowDefinitionError(f"when_uncertain of {what} must be True or False, not {when_uncertain!r}")
+        self.when_uncertain: bool = when_uncertain
 
     @classmethod
     def http(
@@ -168,6 +176,7 @@ class Compensation:
         timeout: Duration | None = 60,
         retry: RetryPolicy | None = None,
         actors: int = 1,
+        when_uncertain: bool = False,
         **options: Unpack[HttpOptions],
     ) -> Compensation:
         """Return a compensation that is an HTTP request.
@@ -185,6 +194,7 @@ class Compensation:
             timeout: Seconds for one attempt; None for no limit. Default: 60.
             retry: Policy for failed attempts. Default: one attempt.
             actors: Number of worker processes, 1 to 1,000. Default: 1.
+            when_uncertain: True to run it also if its own stage failed with its effect unknown. Default: False.
             **options: The options of the request: `method`, `request`, `on_response` and `headers`.
 
         Returns:
@@ -201,7 +211,7 @@ class Compensation:
         """
         what = f"the compensation {options.get('method', 'POST')} {redact_url(url) if isinstance(url, str) else ''}"
         call = HttpCall(url, what=what.rstrip(), timeout=timeout, undo=True, **options)
-        return cls(call.execute, kill_after(call.timeout), retry, actors)
+        return cls(call.execute, kill_after(call.timeout), retry, actors, when_uncertain)
 
     def __repr__(self) -> str:
         return f"Compensation({getattr(self.function, '__name__', self.function)})"

@@ -204,7 +204,7 @@ FIELDS: dict[type[msgspec.Struct], str] = {
     CompensationRecord: "stage_id status error duration finished_at rerun",
     CompensationTask: "plan done final_status steps rerun",
     Failure: "kind message error_type retryable traceback",
-    ItemEnd: "result error item steps traceback",
+    ItemEnd: "result error item steps traceback uncertain",
     Command: "key command workflow_id stage_id run",
     Reply: "value error traceback undecodable",
 }

@@ -23,8 +23,8 @@ import pykka
 from stageflow_actors.core.coordination import UnknownPlan, decide, decide_gathered
 from stageflow_actors.core.envelope import Failure, decode_envelope, decode_outcome, encode, head_of
 from stageflow_actors.core.failures import describe_error, read_failure, write_failure
+from stageflow_actors.core.plan import CANCELLED, TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.plan import DEAD as DEAD_EVENT
-from stageflow_actors.core.plan import TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, Transition
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryMissing, HistoryUnavailable
@@ -226,8 +226,9 @@ class Coordinator(pykka.ThreadingActor):
             body, arrivals = split_parts(item, body)
             if extra.label != DEAD_EVENT:
                 return decide_gathered(body, arrivals, plans, naming, now, extra.cancelled)
-        if extra.label == DEAD_EVENT and extra.steps:
-            # A retry needs the steps that the stage had completed before it killed its workers.
+        if extra.label in (DEAD_EVENT, CANCELLED) and extra.steps:
+            # A retry needs the steps that the stage had completed before it killed its workers, and a cancel the mark
+            # of an attempt whose effect is unknown.
             envelope = decode_envelope(body)
             envelope.steps = {**(envelope.steps or {}), **extra.steps}
             body = encode(envelope)

@@ -20,7 +20,8 @@ import traceback
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Protocol
 
-from stageflow_actors.errors import StageError, StageFlowError, StageTimeout
+from stageflow_actors.core.failures import AttemptCancelled
+from stageflow_actors.errors import StageFlowError, StageTimeout
 from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS
 from stageflow_actors.runtime.worker.awaitables import finish
 
@@ -90,7 +91,7 @@ class LoopCall:
     def check_cancelled(self) -> None:
         """Cancel the handler if the node has cancelled its message."""
         if self._slot is not None and self._slot.is_cancelled():
-            self.cancel(StageError("the instance was cancelled"))
+            self.cancel(AttemptCancelled())
 
     def cancel(self, reason: Exception) -> None:
         """Cancel the handler for this reason; only the first reason counts."""

@@ -698,13 +698,13 @@ class _PartialResults(dict[str, Any]):
                 raise self._errors[key]
 
 
-def with_result(results: Mapping[str, Any], stage_id: str, result: Any) -> dict[str, Any]:
-    """Return a copy of `ctx.results` with another result of one stage."""
+def with_result(results: dict[str, Any], stage_id: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `ctx.results` with `own` in place of the result of one stage."""
+    copied = {key: value for key, value in dict.items(results) if key != stage_id}
+    copied.update(own)
     if not isinstance(results, _PartialResults):
-        return {**results, stage_id: result}
-    errors = {key: error for key, error in results._errors.items() if key != stage_id}
-    known = {key: results[key] for key in results if key not in results._errors}
-    return _PartialResults({**dict.fromkeys(results), **known, stage_id: result}, errors)
+        return copied
+    return _PartialResults(copied, {key: error for key, error in results._errors.items() if key != stage_id})
 
 
 def _decode_results(codec: ContextCodec[Any], trail: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from msgspec import Raw, structs
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import (
     NIL,
+    UNCERTAIN,
     Envelope,
     Failure,
     StageRecord,
@@ -27,8 +28,10 @@ from stageflow_actors.core.envelope import (
     decode_envelope,
 )
 from stageflow_actors.core.failures import (
+    UNCERTAIN_MARK,
     UNDECIDED,
     exception_of,
+    is_uncertain,
     read_failure,
     shorten_failure,
     traceback_of,
@@ -160,7 +163,7 @@ def ask_policy(
 
 def lost_attempt_failure(failure: bytes | None) -> Failure:
     """Return the failure of an attempt that ended without a result; without a record, its worker died."""
-    return read_failure(failure) or Failure("died", "WorkerDied: the worker process died")
+    return read_failure(failure) or Failure("died", "WorkerDied: the worker process died", "WorkerDied")
 
 
 def name_broken_policy(failure: Failure, broken: BaseException, error: Exception | None) -> Failure:
@@ -289,11 +292,29 @@ class Executor:
     def _belongs_here(self, envelope: Envelope) -> bool:
         return envelope.stage_id == self.planned.id and envelope.version == self.plan.version
 
-    def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope) -> Settlement:
-        """Settle a delivery of a cancelled instance without running it."""
+    def _skip_cancelled(self, item: DeliveryItem, envelope: Envelope, *, sent: bool = False) -> Settlement:
+        """Settle a delivery of a cancelled instance without running it. `sent`: it waited for a reply."""
         assert item.extra is not None
-        reason = item.extra.cancelled or ""
-        return self._settle(item, skip_cancelled(self.planned, envelope, reason, self.naming, self._wall()))
+        reason, last = item.extra.cancelled or "", read_failure(item.extra.failure)
+        uncertain = self._is_uncertain(item, envelope, last) or (sent and self.planned.when_uncertain)
+        return self._settle(
+            item, skip_cancelled(self.planned, envelope, reason, self.naming, self._wall(), uncertain=uncertain)
+        )
+
+    def _is_uncertain(self, item: DeliveryItem, envelope: Envelope, failure: Failure | None) -> bool:
+        """Return True if this attempt or an earlier one left an unknown effect that the compensation is for."""
+        if not self.planned.when_uncertain:
+            return False
+        return is_uncertain(failure) or UNCERTAIN_MARK in (completed_steps(envelope, item) or ())
+
+    def _mark_uncertain(self, item: DeliveryItem, envelope: Envelope, failure: Failure) -> None:
+        """Mark a message that goes on after an attempt with an unknown effect: later failures do not undo it."""
+        if (
+            self.planned.when_uncertain
+            and is_uncertain(failure)
+            and UNCERTAIN_MARK not in (completed_steps(envelope, item) or ())
+        ):
+            RememberedSteps(self._store(item), item).keep(UNCERTAIN_MARK, b"")
 
     def _complete_stage(
         self,
@@ -386,6 +407,7 @@ class Executor:
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
         if delay is not None:
+            self._mark_uncertain(item, envelope, failure)
             return self._retry(item, delay, failure).mark_failed()
         return self._fail_stage(item, envelope, failure, attempt, started, duration).mark_failed()
 
@@ -403,6 +425,7 @@ class Executor:
         failure = lost_attempt_failure(item.extra.failure)
         delay, failure = self._ask_policy(attempt, failure, None)
         if delay is not None:
+            self._mark_uncertain(item, envelope, failure)
             return self._retry(item, delay, failure)
         now = self._wall()
         return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
@@ -414,10 +437,14 @@ class Executor:
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settlement:
         if self.planned.required and self.plan.on_failure == "park":
+            self._mark_uncertain(item, envelope, failure)
             return self._park(item, failure)
+        uncertain = self._is_uncertain(item, envelope, failure)
         envelope.tracebacks = with_traceback(envelope.tracebacks, self.planned.id, failure.traceback)
         envelope.steps = limit_steps(completed_steps(envelope, item), self._limit + len(envelope.tracebacks or b""))
         record = StageRecord(self.planned.id, StageStatus.failed.value, attempt, started, duration, failure.message)
+        if uncertain:
+            record.undo = UNCERTAIN
         return self._settle(item, fail_stage(self.plan, self.planned, envelope, record, self.naming, self._wall()))
 
     def _keep_traceback(self, item: DeliveryItem, envelope: Envelope) -> None:

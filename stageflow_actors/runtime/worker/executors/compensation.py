@@ -15,6 +15,7 @@ from msgspec import Raw
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
 from stageflow_actors.core.failures import UNDECIDED, exception_of, traceback_of, write_failure
+from stageflow_actors.core.gather_results import ItemToUndo
 from stageflow_actors.core.plan import WorkflowPlan, item_id
 from stageflow_actors.core.resume_state import limit_steps
 from stageflow_actors.core.routing import continue_compensation
@@ -191,7 +192,7 @@ class CompensationExecutor:
         return park_undecodable(item, f"the compensation of stage {stage_id!r}", self.plan.id, self.plan.version, error)
 
     def _compensate_items(
-        self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[tuple[int, Raw, Raw]]
+        self, item: DeliveryItem, envelope: Envelope, stage_id: str, undo: list[ItemToUndo]
     ) -> Settlement:
         """Compensate the items of a map stage in descending order, each under its own timeout.
 
@@ -200,7 +201,7 @@ class CompensationExecutor:
         clock = time.perf_counter()
         made = 0 if item.extra is None else item.extra.attempts
         ctx = self._stage_context(item, envelope, stage_id, made + 1)
-        state = ItemCompensationState.restore(undo[-1][0] + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
+        state = ItemCompensationState.restore(undo[-1].number + 1 if undo else 0, ctx.get_step_result(UNDO_STATE))
         if item.extra is None or UNDO_STATE not in (item.extra.steps or ()):
             state.begin_again()
         ctx.attempt = state.begin(made)
@@ -249,15 +250,17 @@ class CompensationExecutor:
         item: DeliveryItem,
         ctx: StageContext,
         stage_id: str,
-        undo: list[tuple[int, Raw, Raw]],
+        undo: list[ItemToUndo],
         state: ItemCompensationState,
     ) -> Iterator[tuple[int, BaseException | None]]:
         """Compensate each pending item; yield its number and exception. Store the state at intervals."""
         codec, call = self._items[stage_id], self._bound[stage_id]
         timeout = int((self._compensations[stage_id].timeout or 0) * 1e9)
-        results, of_item = ctx.results, result_codec(self.codec, stage_id).element
+        results: Any = ctx.results
+        of_item = result_codec(self.codec, stage_id).element
         began = kept = time.monotonic()
-        for number, data, result in reversed(undo):
+        for one in reversed(undo):
+            number = one.number
             if not state.is_pending(number):
                 continue
             now = time.monotonic()
@@ -273,10 +276,11 @@ class CompensationExecutor:
             failed: BaseException | None = None
             self._slot.begin(item.id, timeout, time.monotonic_ns())
             try:
-                undone = of_item.decode_stored(result, what=f"the result of item {number} of {stage_id!r}")
+                what = f"item {number} of {stage_id!r}"
+                result = None if one.uncertain else of_item.decode_stored(one.result, what=f"the result of {what}")
+                undone = {} if one.uncertain else {stage_id: result}
                 ctx._enter_item(number, deadline, with_result(results, stage_id, undone))
-                one = codec.decode_stored(data, what=f"item {number} of {stage_id!r}")
-                value = self._copy_context().run(call, one, ctx)
+                value = self._copy_context().run(call, codec.decode_stored(one.item, what=what), ctx)
                 check_no_request(value[0] if self._arounds else value, f"the compensation of an item of {stage_id!r}")
             except BaseException as error:  # noqa: BLE001 - each exception of a compensation is its failure
                 self._on_error(error)
@@ -349,12 +353,16 @@ def _last_traceback(item: DeliveryItem) -> bytes | None:
     return None if item.extra is None else traceback_of(item.extra.failure)
 
 
-def _completed_items(envelope: Envelope, stage_id: str) -> list[tuple[int, Raw, Raw]] | None:
-    """Return (number, encoded item, result) of each completed item of a map stage, in order; None for other stages."""
+def _completed_items(envelope: Envelope, stage_id: str) -> list[ItemToUndo] | None:
+    """Return the items of a map stage that are to be undone, in order; None for other stages."""
     for record in reversed(decode_trail(envelope.trail)):
-        if record.stage_id in (stage_id, item_id(stage_id)) and bytes(record.undo) != bytes(NIL):
+        if (
+            record.stage_id in (stage_id, item_id(stage_id))
+            and record.status == StageStatus.completed
+            and bytes(record.undo) != bytes(NIL)
+        ):
             return _decode_undo(record.undo)
     return None
 
 
-_decode_undo = msgspec.msgpack.Decoder(list[tuple[int, Raw, Raw]]).decode
+_decode_undo = msgspec.msgpack.Decoder(list[ItemToUndo]).decode

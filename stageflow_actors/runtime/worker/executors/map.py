@@ -332,11 +332,16 @@ class ItemExecutor(HandlerExecutor):
         self, item: DeliveryItem, envelope: Envelope, failure: Failure, attempt: int, started: float, duration: float
     ) -> Settlement:
         """Send the failure to the join, which counts failed items; park the item if none may fail."""
+        if self._parks:
+            self._mark_uncertain(item, envelope, failure)
         if self._none_may_fail and self._parks:
             return self._park(item, failure)
+        uncertain = self._is_uncertain(item, envelope, failure)
         end = ItemEnd(NIL, failure.message, traceback=self._admit_traceback(item.group, failure.traceback))
         if self._parks:  # a requeue runs the item again
             end.item, end.steps = envelope.context, completed_steps(envelope, item)
+        if uncertain:
+            end.item, end.uncertain = envelope.context, True
         return self._arrive(item, envelope, end)
 
     def _admit_traceback(self, group: str, trace: bytes | None) -> bytes | None:

@@ -24,7 +24,7 @@ from stageflow_actors.core.envelope import (
     decode_reply,
     encode,
 )
-from stageflow_actors.core.failures import UNDECIDED, read_failure, write_failure
+from stageflow_actors.core.failures import UNCERTAIN_MARK, UNDECIDED, is_uncertain, read_failure, write_failure
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
@@ -279,7 +279,7 @@ class StageExecutor(HandlerExecutor):
             if extra.cancelled is not None or (extra.fresh and arrivals):
                 envelope.context, envelope.payload = request_state.before, request_state.payload
             if extra.cancelled is not None:
-                return self._skip_cancelled(item, envelope)
+                return self._skip_cancelled(item, envelope, sent=True)
             if extra.fresh and arrivals:
                 # A worker died at the reply. The message still contains it: no new request is needed.
                 return self._handle_lost_attempt(item, envelope, request_state.attempt)
@@ -367,6 +367,8 @@ class StageExecutor(HandlerExecutor):
             request_state.payload,
             request_state.steps,
         )
+        if self.planned.when_uncertain and is_uncertain(failure):
+            envelope.steps = {**(envelope.steps or {}), UNCERTAIN_MARK: b""}
         delay, failure = self._ask_policy(request_state.attempt, failure, None)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # This message contains an obsolete reply: a new message is parked in its place.
