@@ -32,7 +32,7 @@ class CompensationRegistry(Protocol):
 
 
 class CompensationDecorator:
-    """`@handler.compensation` or `@handler.compensation(timeout=60, retry=None, actors=1)`.
+    """`@handler.compensation`, or with options: `@handler.compensation(timeout=60, retry=None, when_uncertain=True)`.
 
     `places` are the (workflow, stage id) pairs that the handler is a stage of.
     """
@@ -49,7 +49,13 @@ class CompensationDecorator:
 
     @overload
     def __call__(
-        self, /, *, timeout: Duration | None = 60, retry: RetryPolicy | None = None, actors: int = 1
+        self,
+        /,
+        *,
+        timeout: Duration | None = 60,
+        retry: RetryPolicy | None = None,
+        actors: int = 1,
+        when_uncertain: bool = False,
     ) -> Callable[[F], F]: ...
 
     def __call__(self, function: Any = None, /, **options: Any) -> Any:
