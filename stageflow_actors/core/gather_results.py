@@ -150,7 +150,7 @@ def completed_items_record(stage: StagePlan, ends: list[tuple[int, ItemEnd]], no
     if not stage.compensated:
         return None
     done = [
-        ItemToUndo(number, end.item, end.result, end.uncertain)
+        [number, end.item, end.result, *([True] if end.uncertain else [])]  # `ItemToUndo`, as earlier releases read it
         for number, end in ends
         if end.error is None or end.uncertain
     ]
