@@ -141,7 +141,9 @@ class NodeHandle:
             self._loaded.wait_for(lambda: number in self._load_errors or self._stopping.is_set(), timeout)
             error = self._load_errors.get(number, "")
         if error:
-            raise WorkflowDefinitionError(error)
+            refusal = WorkflowDefinitionError(error)
+            refusal.place = None  # the message names the line of the module
+            raise refusal
 
     def _confirm_loaded(self, numbers: Iterable[int], error: str = "") -> None:
         with self._loaded:

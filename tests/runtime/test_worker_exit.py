@@ -317,9 +317,9 @@ def test_a_close_that_hangs_is_killed_and_named(serve: Any, caplog: pytest.LogCa
     assert 0.4 < time.monotonic() - began < 5
     assert noted("closing") == [()]
     (warning,) = messages(caplog, "worker_stop_timeout")
-    assert "pool stageflow.flow.stage0" in warning
-    assert "within worker_stop_timeout=0.5 s" in warning
-    assert warning.endswith("unfinished: the close of service 'service'")
+    assert warning.startswith("stage 's' of workflow 'flow': a worker is killed")
+    assert "within worker_stop_timeout=0.5 s; unfinished: the close of service 'service'" in warning
+    assert warning.endswith("make it faster, or raise Config(worker_stop_timeout=...)")
 
 
 def test_a_close_that_hangs_after_a_scale_down_charges_nobody(
@@ -342,7 +342,7 @@ def test_a_child_that_ignores_the_request_to_end_is_killed_and_said(
     ((pid,),) = noted("child")
     assert start_ticks(int(pid)) is None
     (warning,) = messages(caplog, "worker_stop_timeout")
-    assert warning.endswith("unfinished: the end of processes that its handlers started")
+    assert "unfinished: the end of processes that its handlers started: make it faster, or raise" in warning
 
 
 def test_a_close_that_fails_is_logged_once_and_changes_nothing(serve: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -150,6 +150,15 @@ class PoolSpec(Struct):
     max_memory: int = 0
     has_set_up: bool = False
 
+    @property
+    def title(self) -> str:
+        """What the pool serves, for people: "stage 'pay' of workflow 'orders'"."""
+        if self.kind == "endpoint":
+            return f"endpoint {self.stage_id!r}"
+        if self.kind == "compensation":
+            return f"compensations of workflow {self.workflow_id!r}"
+        return f"stage {self.stage_id!r} of workflow {self.workflow_id!r}"
+
 
 class WorkerPayload(Struct):
     """The start parameters of one worker process, sent through the zygote."""

@@ -23,6 +23,12 @@ EXTRA_SECONDS = 0.5
 NOTE_SECONDS = 5.0
 """Time after which the program is notified of the pools that are still loading."""
 
+_ADVICE = (
+    ". A worker is another process, which imports the modules of the handlers again: compare what their import reads "
+    "there (sys.argv, files, environment, what the script has set before), and put what only the program has to run "
+    "under `if __name__ == '__main__':`"
+)
+
 
 class LoadReport(Struct):
     """The end of a wait, or a note during it.
@@ -53,7 +59,8 @@ class _Wait:
 
     def fail(self, queue: str, reason: bytes) -> None:
         text = reason.decode("utf-8", "replace")
-        error = f"{_name_of(self.specs[queue])}: its code cannot be loaded in a worker: {text}"
+        advice = "" if text.startswith("WorkflowDefinitionError") else _ADVICE
+        error = f"{self.specs[queue].title}: its code cannot be loaded in a worker: {text}{advice}"
         self.error = self.error or error
         self.failed.append(queue)
         del self.specs[queue]
@@ -130,15 +137,7 @@ class LoadWatch:
                 return
 
 
-def _name_of(spec: PoolSpec) -> str:
-    if spec.kind == "endpoint":
-        return f"endpoint {spec.stage_id!r}"
-    if spec.kind == "compensation":
-        return f"compensations of workflow {spec.workflow_id!r}"
-    return f"stage {spec.stage_id!r} of workflow {spec.workflow_id!r}"
-
-
 def _names_of(wait: _Wait) -> str:
-    names = [_name_of(spec) for spec in wait.specs.values()]
+    names = [spec.title for spec in wait.specs.values()]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"the code of {shown} is"

@@ -335,8 +335,9 @@ class Pool(pykka.ThreadingActor):
             if self._context.has_exited(worker.pidfd):
                 step = "the end of processes that its handlers started"
             logger.warning(
-                "pool %s: a worker is killed, because it did not end within worker_stop_timeout=%g s; unfinished: %s",
-                self._spec.queue,
+                "%s: a worker is killed, because it did not end within worker_stop_timeout=%g s; unfinished: %s: make "
+                "it faster, or raise Config(worker_stop_timeout=...)",
+                self._spec.title,
                 self._context.stop_timeout_ns / 1e9,
                 step,
             )
@@ -415,8 +416,8 @@ class Pool(pykka.ThreadingActor):
         most = self._spec.most // self._spec.concurrency if self._spec.most else actors
         if actors > most:
             logger.warning(
-                "pool %s: scaled to %d actors and not to %d, because max_stage_concurrency allows no more",
-                self._spec.queue,
+                "%s: scaled to %d actors and not to %d, because max_stage_concurrency allows no more",
+                self._spec.title,
                 most,
                 actors,
             )

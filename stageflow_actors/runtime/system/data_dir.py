@@ -317,10 +317,10 @@ class DataDir:
             )
         pids = self.holders()
         who = f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another process"
-        before = f"its program, {owner.program}, has ended, but " if owner is not None else ""
+        before = f"its program (pid {owner.program}) has ended, but " if owner is not None else ""
+        end = f"end {'them' if len(pids) > 1 else 'it'} (kill {' '.join(map(str, pids))})" if pids else "end that process"
         return JournalLocked(
-            f"{self.path} is in use: {before}{who} still held its lock after {wait:g} s; kill what remains, and start "
-            "again (Runtime.connect needs a cluster whose program runs)",
+            f"{self.path} is in use: {before}{who} still held its lock after {wait:g} s; {end}, and start again",
             data_dir=str(self.path),
             pid=pids[0] if pids else None,
         )
