@@ -110,6 +110,12 @@ def test_a_filter_by_an_unknown_workflow_says_which_ones_there_are(
     )
     code, _, err = stageflow("instances", "export", tmp_path / "all.jsonl", "--data", data, "--workflow", "ordres")
     assert (code, err) == (0, f"{said}0 instances\n")
+    assert stageflow("instances", "list", "--data", data, "--workflow", "ordres") == (0, "", said)
+
+
+def test_a_filter_without_a_match_says_what_it_looked_for(stageflow: Stageflow, data: Path) -> None:
+    code, out, err = stageflow("instances", "list", "--data", data, "--workflow", "orders", "--status", "parked")
+    assert (code, out, err) == (0, "", "no instances of workflow 'orders' with status parked\n")
 
 
 def test_show_prints_how_a_finished_instance_ended(stageflow: Stageflow, data: Path) -> None:

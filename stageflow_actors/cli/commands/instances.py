@@ -104,11 +104,16 @@ def list_instances(
                 found.setdefault(row.instance_id, _with_old_names(facts, OLD_NAMES))
         if not found and workflow is not None and (problem := unknown_workflow(attached, workflow)) is not None:
             click.echo(problem, err=True)
+            if output == "table":
+                return
     emit(
         list(islice(found.values(), limit)),
         COLUMNS,
         output,
-        empty="no instances of this status" if status else "no instances",
+        empty="no instances"
+        + (f" of workflow {workflow!r}" if workflow else "")
+        + (f" with status {status}" if status else "")
+        + (f" with {error!r} in their error" if error else ""),
     )
 
 
