@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import enum
+import functools
+import inspect
 import io
 import numbers
 from collections.abc import Callable
@@ -128,7 +130,7 @@ def _of_other(value: Any) -> str:
         return "use str(x), or raise it"
     if isinstance(value, io.IOBase):
         return "close it and store its name or its content, or make it a service (Runtime(services=...))"
-    if callable(value):
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
         return "store its name, or make it a service (Runtime(services=...))"
     return _SERVICE
 

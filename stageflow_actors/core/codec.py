@@ -244,7 +244,8 @@ class ContextCodec(Generic[C]):
                     f"the context must be {expected}, not its subclass {kind}: the fields that {kind} adds would be "
                     f"lost; use {kind} as the context type of the workflow{_place()}"
                 )
-            raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}{_place()}")
+            several = "; submit_many and map take several" if isinstance(context, (list, tuple)) else ""
+            raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}{several}{_place()}")
         given = dict(context)
         if not self._typed:
             return given
@@ -287,7 +288,9 @@ class ContextCodec(Generic[C]):
     def _refuse_decoding(self, error: Exception, stage: str | None, place: str = "") -> NoReturn:
         name = self.context_type.__name__
         message, field = explain_validation(error, name) or reword_error(str(error) or type(error).__name__, name)
-        raise InvalidContext(_prefix(stage) + message + place, stage=stage, field=field) from error
+        # A ValidationError of msgspec without a cause says the same as this error.
+        told = isinstance(error, msgspec.ValidationError) and error.__cause__ is None
+        raise InvalidContext(_prefix(stage) + message + place, stage=stage, field=field) from None if told else error
 
 
 def encode_value(value: Any, *, what: str) -> bytes:

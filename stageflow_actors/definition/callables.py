@@ -47,7 +47,8 @@ def check_function(
     """
     shape = "the context" if takes == ("context",) else f"({', '.join(takes)})" if takes else "no arguments"
     if not callable(given):
-        raise WorkflowDefinitionError(f"{what} must be{also} a function of {shape}, not {given!r}")
+        quotes = ": give the function itself, not its name" if isinstance(given, str) else ""
+        raise WorkflowDefinitionError(f"{what} must be{also} a function of {shape}, not {given!r}{quotes}")
     function: Callable[..., Any] = given
     plain = _plain(given)
     if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
@@ -134,5 +135,8 @@ def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]
     try:
         given = ("ctx",) if ctx == "positional" else ()
         signature.bind(*takes, *given, **({"ctx": "ctx"} if ctx == "keyword" else {}))
-    except TypeError as error:
-        raise WorkflowDefinitionError(f"{what} does not fit: {called} ({error})") from None
+    except TypeError:
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        own = ", ".join(stars.get(p.kind, "") + p.name for p in signature.parameters.values())
+        has = f"its parameters are ({own})" if own else "it has no parameters"
+        raise WorkflowDefinitionError(f"{what} does not fit: {called}, and {has}") from None

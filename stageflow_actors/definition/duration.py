@@ -44,7 +44,7 @@ def seconds(value: Duration, what: str, *, zero: bool = True, endless: str = "")
         raise WorkflowDefinitionError(f"{what} must be finite, not {number!r}" + (f": {endless}" if endless else ""))
     if number < 0 or (number == 0 and not zero):
         bound = "0 or more" if zero else "more than 0"
-        raise WorkflowDefinitionError(f"{what} must be {bound}, not {value!r}")
+        raise WorkflowDefinitionError(f"{what} must be {bound}, not {number:g} s")
     return number
 
 

@@ -339,6 +339,7 @@ def _conditions(given: Any, what: str) -> tuple[Any, ...]:
         if not fits:
             raise WorkflowDefinitionError(
                 f"{what} takes exception types and predicates such as `lambda error: …`, not {condition!r}"
+                + (": give the class itself, not its name" if isinstance(condition, str) else "")
             )
         if not isinstance(condition, type):
             check_function(condition, f"a predicate in {what}", ("error",), ctx=False)

@@ -533,6 +533,10 @@ MIN_MEMORY_BYTES = 1 << 20
 def _check_memory(value: object, what: str) -> int | None:
     if value is None:
         return None
+    if not isinstance(value, int):
+        raise WorkflowDefinitionError(
+            f"max_memory of {what} must be a number of bytes such as 2_000_000_000, not {value!r}"
+        )
     count = check_count(value, f"max_memory of {what}")
     if count < MIN_MEMORY_BYTES:
         raise WorkflowDefinitionError(
@@ -555,6 +559,7 @@ def _check_compensation(given: Any, spec: HandlerSpec, what: str) -> Compensatio
         raise WorkflowDefinitionError(
             f"the compensation of {what} must be a function, a class or object with compensate(context), or "
             f"Compensation(function, ...), not {given!r}"
+            + (": give the function itself, not its name" if isinstance(given, str) else "")
         )
     try:
         return Compensation(given)
@@ -589,7 +594,10 @@ def _check_environment(given: Any, what: str) -> dict[str, str]:
         raise WorkflowDefinitionError(f"env of {what} must be a dict such as {{'OMP_NUM_THREADS': '1'}}, not {given!r}")
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, str):
-            raise WorkflowDefinitionError(f"env of {what} takes strings only: {name!r}: {value!r} is not")
+            raise WorkflowDefinitionError(
+                f"env of {what} takes strings only, as in {{{str(name)!r}: {str(value)!r}}}, not "
+                f"{{{name!r}: {value!r}}}"
+            )
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise WorkflowDefinitionError(f"env of {what} has {name!r}, which no environment can hold")
     return dict(given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from stageflow_actors.definition.callables import check_function
+from stageflow_actors.definition.callables import check_function, name_of
 from stageflow_actors.definition.duration import Duration, optional_seconds, seconds
 from stageflow_actors.definition.handler import HandlerSpec, inspect_handler
 from stageflow_actors.definition.ids import check_id
@@ -71,6 +71,11 @@ class Branch:
     ) -> None:
         self.id: str = check_id(id, "the branch")
         what = f"branch {id!r}"
+        swapped: Any = selector
+        if isinstance(swapped, Mapping) and callable(arms):
+            raise WorkflowDefinitionError(
+                f"{what} has its arms before its selector: write add_branch({id!r}, {name_of(arms)}, {{...}})"
+            )
         self.selector: Callable[[Any], Any] = check_function(selector, f"the selector of {what}")
         if not isinstance(arms, Mapping) or not arms:
             raise WorkflowDefinitionError(f"{what} takes a dict of arms, as {{'key': [stage, ...]}}, not {arms!r}")

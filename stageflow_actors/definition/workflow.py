@@ -67,6 +67,17 @@ _OPTIONS = {
 }
 """The options of a workflow, with their defaults."""
 
+_GUESSED_METHODS = {
+    **dict.fromkeys(("add_step", "add_task", "add", "then"), "write add_stage(handler), or @workflow.stage"),
+    **dict.fromkeys(("step", "task"), "write @workflow.stage, or add_stage(handler)"),
+    **dict.fromkeys(("add_sleep", "add_wait", "add_timer"), "write add_delay(id, seconds)"),
+    **dict.fromkeys(
+        ("run", "execute", "submit", "start", "map"),
+        "a Runtime runs it: `with Runtime(workflow) as runtime: runtime.execute(workflow, context)`",
+    ),
+}
+"""Names of methods in other systems, and what to write here."""
+
 
 def workflow_of(given: Any) -> Any:
     """Return the workflow for a subclass of `Workflow`, made once; everything else as it is."""
@@ -219,6 +230,9 @@ class Workflow(Generic[C]):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name):
+            if name in _GUESSED_METHODS:
+                # Without an object, Python does not append a guess of its own.
+                raise AttributeError(f"a Workflow has no {name!r}: {_GUESSED_METHODS[name]}", name=name, obj=None)
             if name not in ("id", "_stages", "_steps", "_ids", "_running_in"):
                 return self.__getattribute__(name)  # the usual AttributeError
             raise WorkflowDefinitionError(
@@ -853,8 +867,11 @@ class Workflow(Generic[C]):
                 f"{what} names {wanted!r} in after, which runs later and cannot have completed: "
                 f"add {wanted!r} before {stage.id!r}"
             )
+        meant = closest(wanted, self._stages)
         raise WorkflowDefinitionError(
-            f"{what} names {wanted!r} in after, which is not a stage of it: the stages are {', '.join(self._stages)}"
+            f"{what} names {wanted!r} in after, which is not a stage of it"
+            + (f" (did you mean {meant!r}?)" if meant else "")
+            + f": the stages are {', '.join(self._stages)}"
         )
 
     def _check_url(self, stage: Stage, call: HttpCall) -> None:
@@ -863,9 +880,10 @@ class Workflow(Generic[C]):
         known = fields_of(self.context)[1:]
         for name in call.fields():
             if name not in known and not hasattr(self.context, name):
+                meant = closest(name, known)
                 raise WorkflowDefinitionError(
                     f"the url of HTTP stage {stage.id!r} names {{{name}}}, and {self.context.__name__} has no such "
-                    f"field: it has {', '.join(known)}"
+                    f"field{f' (did you mean {{{meant}}}?)' if meant else ''}: it has {', '.join(known)}"
                 )
 
     def _check_services(self, stage: Stage, provided: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -99,6 +100,10 @@ class Runtime(Client):
         self._local = _LocalSession()
         super().__init__(self._local)
         self.data_dir = Path(data_dir)
+        if config is not None and not isinstance(config, Config):
+            raise WorkflowDefinitionError(
+                f"config must be a Config such as Config(durability='write'), not {config!r:.120}"
+            )
         self.config = config or Config()
         inspect_services({} if services is None else services)
         self.services = dict(services or {})
@@ -414,18 +419,16 @@ class Runtime(Client):
         return sources
 
     def _add(self, workflow: Workflow[Any] | type[Workflow[Any]]) -> None:
-        workflow = workflow_of(workflow)
-        if not isinstance(workflow, Workflow):
-            advice = ": write Runtime(*workflows)" if isinstance(workflow, (list, tuple, set)) else ""
-            advice = ": give an instance, as Workflow('orders')" if workflow is Workflow else advice
-            raise WorkflowDefinitionError(f"a Runtime takes workflows, not {workflow!r}{advice}")
+        made: Any = workflow_of(workflow)
+        if not isinstance(made, Workflow):
+            raise _wrong_workflow(made)
         for other in self.workflows:
-            if other is not workflow and (other.id, other.version) == (workflow.id, workflow.version):
+            if other is not made and (other.id, other.version) == (made.id, made.version):
                 raise WorkflowDefinitionError(
-                    f"two workflows have the id {workflow.id!r} and version {workflow.version}: give one another id"
+                    f"two workflows have the id {made.id!r} and version {made.version}: give one another id"
                 )
-        if workflow not in self.workflows:
-            self.workflows.append(workflow)
+        if made not in self.workflows:
+            self.workflows.append(made)
 
     @property
     def _place(self) -> str:
@@ -477,6 +480,21 @@ class _LocalSession(Session):
         raise StageFlowError(
             f"workflow {workflow.id!r} is not registered with this runtime: give it to Runtime(...) or call register()"
         )
+
+
+def _wrong_workflow(given: Any) -> WorkflowDefinitionError:
+    """Return the error for something that is no workflow, with what is most likely meant."""
+    advice, shown = "", f"{given!r:.120}"
+    if isinstance(given, (list, tuple, set)):
+        advice = ": write Runtime(*workflows)"
+    elif given is Workflow:
+        advice = ": give an instance, as Workflow('orders')"
+    elif isinstance(given, (str, os.PathLike)):
+        advice = f": give the workflow itself, not its id; a directory is data_dir={str(given)!r}"
+    elif inspect.isroutine(given):
+        shown = f"the function {given.__name__}"
+        advice = f": add it to one, as in Workflow('orders').add_stage({given.__name__})"
+    return WorkflowDefinitionError(f"a Runtime takes workflows, not {shown}{advice}")
 
 
 def _owners(pools: list[PoolSpec], owned: dict[str, str], naming: Naming) -> dict[str, str]:

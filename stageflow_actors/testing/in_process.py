@@ -112,7 +112,9 @@ def run(
     """
     workflow = workflow_of(workflow)
     if not isinstance(workflow, Workflow):
-        raise WorkflowDefinitionError(f"testing.run takes a workflow, not {workflow!r}")
+        raise WorkflowDefinitionError(
+            f"testing.run takes a workflow, not {workflow!r:.120}: write run(workflow, context)"
+        )
     sources = inspect_services({} if services is None else services)
     check_services(sources)
     workflow.validate(sources)

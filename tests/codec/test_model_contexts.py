@@ -160,7 +160,11 @@ class Checked(BaseModel):
             "items[0].quantity",
         ),
         ({"low": 11}, "context: low is above high", None),
-        ([1], "the context must be Checked or a dict with its fields, not list: [1]", None),
+        (
+            [1],
+            "the context must be Checked or a dict with its fields, not list: [1]; submit_many and map take several",
+            None,
+        ),
     ],
 )
 def test_what_a_validator_refuses_is_refused_at_the_door_by_its_field(

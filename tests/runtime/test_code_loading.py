@@ -154,8 +154,8 @@ def test_a_wait_fails_with_the_reason_of_the_first_pool(specs: list[PoolSpec]) -
     watch.on_exit(specs[1].queue, UNLOADABLE, b"ValueError: x (file, line 3)")
     (report,) = watch.check({}, now=1)
     assert report.error.startswith(
-        "stage 'b' of workflow 'flow': its code cannot be loaded in a worker: ValueError: x (file, line 3). A worker is "
-        "another process, which imports the modules of the handlers again: compare what their import reads"
+        "stage 'b' of workflow 'flow': its code cannot be loaded in a worker: ValueError: x (file, line 3). "
+        "A worker is another process, which imports the modules of the handlers again: compare what their import reads"
     )
     assert report.queues == [specs[1].queue]
 

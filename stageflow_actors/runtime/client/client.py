@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,6 +23,7 @@ from stageflow_actors.core.plural import pluralize
 from stageflow_actors.core.result import WorkflowResult
 from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.definition.duration import Duration, timeout_seconds
+from stageflow_actors.definition.guesses import closest
 from stageflow_actors.definition.stage import MAX_ACTORS
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
@@ -154,6 +155,8 @@ class Client:
             ValueError: If there are too many contexts, or not one id for each.
         """
         ref = self._session.resolve(workflow)
+        if isinstance(contexts, (Mapping, str, bytes)):
+            raise ValueError(f"submit_many takes a list of contexts, not {contexts!r:.80}: write [context]")
         given = list(contexts)
         if len(given) > MAX_SUBMIT_MANY:
             raise ValueError(f"submit_many takes up to {MAX_SUBMIT_MANY} contexts, not {len(given)}; use map for more")
@@ -436,6 +439,7 @@ class Client:
             StageFlowError: If there is no such queue.
             BrokerUnavailable: If the cluster is not running or does not answer.
         """
+        self._check_queue(queue)
         pause(self._session.ask, queue)
 
     def resume(self, queue: str) -> None:
@@ -448,6 +452,7 @@ class Client:
             StageFlowError: If there is no such queue.
             BrokerUnavailable: If the cluster is not running or does not answer.
         """
+        self._check_queue(queue)
         self._session.ask(lambda admin: admin.resume(queue))
 
     def scale(self, workflow: Workflow[Any] | type[Workflow[Any]] | str, stage: str, actors: int) -> None:
@@ -472,7 +477,12 @@ class Client:
         if planned is None or not planned.has_pool:
             names = ", ".join(s.id for s in plan.stages if s.has_pool and s.kind != ITEM)
             fault = "has no stage" if planned is None else "has no workers at"
-            raise StageFlowError(f"workflow {plan.id!r} {fault} {stage!r}: its stages with workers are {names}")
+            meant = closest(stage, [s.id for s in plan.stages if s.has_pool]) if planned is None else None
+            raise StageFlowError(
+                f"workflow {plan.id!r} {fault} {stage!r}"
+                + (f" (did you mean {meant!r}?)" if meant else "")
+                + f": its stages with workers are {names}"
+            )
         self._session.scale(planned.queue, actors)
 
     def on_event(self, callback: EventCallback) -> Callable[[], None]:
@@ -594,6 +604,15 @@ class Client:
         self.close()
 
     # publishing
+
+    def _check_queue(self, name: str) -> None:
+        """Raise `StageFlowError` if the name is the id of a stage in place of its queue's."""
+        plans = [ref.plan for ref in self._session.workflows.values()]
+        found = [(plan.id, stage.queue) for plan in plans for stage in plan.stages if stage.id == name and stage.queue]
+        if found and not any(stage.queue == name for plan in plans for stage in plan.stages):
+            raise StageFlowError(
+                f"no queue is named {name!r}: that of stage {name!r} of workflow {found[0][0]!r} is {found[0][1]!r}"
+            )
 
     def _start(self, ref: WorkflowRef, batch: list[StartRequest], priority: int) -> list[Instance[Any]]:
         return [Instance(completion) for completion in self._publish(ref, batch, priority)]

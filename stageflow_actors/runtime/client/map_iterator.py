@@ -451,7 +451,7 @@ def _key_function(key: Callable[[Any], Any] | str | None) -> Callable[[Any], Any
             return context[name] if isinstance(context, dict) else getattr(context, name)
         except (KeyError, AttributeError):
             raise InvalidContext(
-                f"context.{name} is missing: it is the key that names the instance", field=name
+                f"context.{name} is missing: key={name!r} takes the instance's id from it", field=name
             ) from None
 
     return field

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stageflow_actors.definition.guesses import closest
 from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.client.attach import check_reachable, live_address
 from stageflow_actors.runtime.client.client import Client
-from stageflow_actors.runtime.client.session import RUNTIME_STOPPED, Session
+from stageflow_actors.runtime.client.session import RUNTIME_STOPPED, Session, check_workflow_id
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, read_manifest
 from stageflow_actors.runtime.system.data_dir import DataDir, absolute_path
@@ -141,13 +142,20 @@ class RemoteSession(Session):
     def resolve(self, workflow: Workflow[Any] | type[Workflow[Any]] | str) -> WorkflowRef:
         """See `Session.resolve`; the workflows are those of the running cluster."""
         wanted: Workflow[Any] | str = workflow_of(workflow)
+        if not isinstance(wanted, Workflow):
+            check_workflow_id(wanted)
         manifest = self._manifest
         if manifest is None or self._manifest_outdated or self._find(wanted) is None:
             manifest = self._read_manifest()
         ref = self._find(wanted)
         if ref is None:
             name = repr(wanted) if isinstance(wanted, str) else f"{wanted.id!r} version {wanted.version}"
-            raise StageFlowError(f"workflow {name} is not served in {self._path}: it has {manifest.names}")
+            meant = closest(wanted, {plan.id for plan in manifest.plans}) if isinstance(wanted, str) else None
+            raise StageFlowError(
+                f"workflow {name} is not served in {self._path}"
+                + (f" (did you mean {meant!r}?)" if meant else "")
+                + f": it has {manifest.names}"
+            )
         if isinstance(wanted, Workflow) and (
             ref.codec.context_type is not wanted.context or (wanted.id, wanted.version) not in self._result_types
         ):

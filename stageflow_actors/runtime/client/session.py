@@ -17,6 +17,7 @@ from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.description import version_of
 from stageflow_actors.core.envelope import Layout
 from stageflow_actors.core.plan import Naming, compile_plan
+from stageflow_actors.definition.guesses import closest
 from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "RUNTIME_STOPPED",
     "OutcomeListener",
     "Session",
+    "check_workflow_id",
     "surrogate_error",
 ]
 
@@ -64,10 +66,19 @@ MAX_LOOKUPS = 50
 """How often a start searches the history again because instances have left the broker since the last search."""
 
 RUNTIME_STOPPED = (
-    "this runtime has been stopped; unfinished instances resume when a runtime is started on its data directory again"
+    "this runtime has been stopped: call it inside the `with` block; unfinished instances resume when a runtime is "
+    "started on its data directory again"
 )
 
 NOT_RUNNING = "this runtime is not running: call start(), or use it in a `with` block"
+
+
+def check_workflow_id(workflow: object) -> None:
+    """Raise `StageFlowError` for a first argument that is neither a workflow nor the id of one."""
+    if not isinstance(workflow, str):
+        raise StageFlowError(
+            f"the first argument is the workflow or its id, and the context comes behind it: not {workflow!r:.120}"
+        )
 
 
 def surrogate_error(error: UnicodeEncodeError) -> ValueError:
@@ -121,6 +132,8 @@ class Session:
         self.events = EventSubscriptions(self.codec_of)
         self.connection: Broker | None = None
         """The connection to the broker; None before `connect` and after `disconnect`."""
+        self._ended = ""
+        """Why the last connection was closed."""
         self.address = ""
         self.history_path: Path | None = None
         self.history_sequence = 0
@@ -148,6 +161,7 @@ class Session:
         if self.connection is not None:
             self.connection.close(timeout=1.0)
             self.connection = None
+            self._ended = reason
         self.waiters.notify_failure(BrokerUnavailable(reason), forget=True)
         if self._reader is not None:
             self._reader.close()
@@ -156,7 +170,7 @@ class Session:
     def broker(self) -> Broker:
         """Return the connection. Raises `BrokerUnavailable` if there is none."""
         if self.connection is None:
-            raise BrokerUnavailable(NOT_RUNNING)
+            raise BrokerUnavailable(self._ended or NOT_RUNNING)
         return self.connection
 
     def ask(self, operation: Callable[[BrokerAdmin], Future[T]]) -> T:
@@ -254,11 +268,15 @@ class Session:
                     "new workflow, or give it another version and register() it"
                 )
             return ref
+        check_workflow_id(workflow)
         versions = [ref for (id, _), ref in self.workflows.items() if id == workflow]
         if not versions:
-            names = ", ".join(sorted({repr(id) for id, _ in self.workflows})) or "none"
+            known = sorted({id for id, _ in self.workflows})
+            meant = closest(str(workflow), known)
             raise StageFlowError(
-                f"no workflow {workflow!r} is registered here (registered: {names}): use register(workflow)"
+                f"no workflow {workflow!r} is registered here"
+                + (f" (did you mean {meant!r}?)" if meant else "")
+                + f": registered are {', '.join(map(repr, known)) or 'none'}; register(workflow) adds one"
             )
         return max(versions, key=lambda ref: ref.plan.version)
 

@@ -125,7 +125,8 @@ class DataDir:
                 _make_private(self.path)
             usable = self.path.is_dir() and os.access(self.path, os.R_OK | os.W_OK | os.X_OK)
         except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from error
+            reason = "it is a file" if self.path.is_file() else error.strerror or str(error)
+            raise self._unusable(f"{reason}; choose another directory") from None
         if not self.path.is_dir():
             raise self._unusable("the directory does not exist; check --data")
         if not usable:
@@ -180,8 +181,9 @@ class DataDir:
                 # Read in each round: a new owner writes the record only after it has the lock.
                 owner = self.read_cluster()
                 if owner is not None and owner.is_program_alive():
+                    who = "a Runtime of this program" if owner.program == os.getpid() else "the program"
                     raise JournalLocked(
-                        f"{self.path} is in use by the program with pid {owner.program}; connect to its cluster with "
+                        f"{self.path} is in use by {who} with pid {owner.program}; connect to its cluster with "
                         f"Runtime.connect({str(self.path)!r}), or use another data_dir",
                         data_dir=str(self.path),
                         pid=owner.program,
@@ -318,7 +320,9 @@ class DataDir:
         pids = self.holders()
         who = f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another process"
         before = f"its program (pid {owner.program}) has ended, but " if owner is not None else ""
-        end = f"end {'them' if len(pids) > 1 else 'it'} (kill {' '.join(map(str, pids))})" if pids else "end that process"
+        end = (
+            f"end {'them' if len(pids) > 1 else 'it'} (kill {' '.join(map(str, pids))})" if pids else "end that process"
+        )
         return JournalLocked(
             f"{self.path} is in use: {before}{who} still held its lock after {wait:g} s; {end}, and start again",
             data_dir=str(self.path),

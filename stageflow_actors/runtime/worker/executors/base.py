@@ -130,12 +130,18 @@ def retry_delay(
     if failure.kind == UNDECIDED:
         return None  # the policy itself ended the worker that asked it last
     if policy is not None:
-        delay = policy.next_delay(attempt, error or exception_of(failure))
+        delay: Any = policy.next_delay(attempt, error or exception_of(failure))
         if delay is None:
             return None
-        seconds = float(delay)
+        try:
+            seconds = float(delay) if not isinstance(delay, str) else math.nan
+        except TypeError:
+            seconds = math.nan
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"next_delay returned {delay!r}: return a number of seconds from 0, or None to give up")
+            raise ValueError(
+                f"{type(policy).__name__}.next_delay returned {delay!r}: return a number of seconds from 0, or None to "
+                "give up"
+            )
         return seconds
     return 0.0 if failure.kind == "died" else None
 
