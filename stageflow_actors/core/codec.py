@@ -244,7 +244,7 @@ class ContextCodec(Generic[C]):
                     f"the context must be {expected}, not its subclass {kind}: the fields that {kind} adds would be "
                     f"lost; use {kind} as the context type of the workflow{_place()}"
                 )
-            several = "; submit_many and map take several" if isinstance(context, (list, tuple)) else ""
+            several = "; submit_many and map take more" if isinstance(context, (list, tuple)) else ""
             raise InvalidContext(f"the context must be {expected}, not {kind}: {context!r:.80}{several}{_place()}")
         given = dict(context)
         if not self._typed:

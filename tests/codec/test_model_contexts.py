@@ -162,7 +162,7 @@ class Checked(BaseModel):
         ({"low": 11}, "context: low is above high", None),
         (
             [1],
-            "the context must be Checked or a dict with its fields, not list: [1]; submit_many and map take several",
+            "the context must be Checked or a dict with its fields, not list: [1]; submit_many and map take more",
             None,
         ),
     ],

@@ -143,7 +143,7 @@ def test_a_wait_notes_after_five_seconds_which_pool_is_loading_and_ends_at_its_t
     assert note.note == "the code of stage 'b' of workflow 'flow' is not loaded yet; waiting up to 60 s"
     assert not note.is_final
     assert watch.check({}, now=59) == []
-    (report,) = watch.check({}, now=60)
+    (report,) = watch.check({}, now=61)
     assert report.is_final
     assert not report.error
 

@@ -47,7 +47,7 @@ CALLS: dict[str, tuple[Callable[[Runtime], Any], type[Exception], str]] = {
     "a list in place of one context": (
         lambda runtime: runtime.submit(orders, [{}]),
         InvalidContext,
-        "the context must be a dict, not list: [{}]; submit_many and map take several (",
+        "the context must be a dict, not list: [{}]; submit_many and map take more (",
     ),
     "one context in place of a list": (
         lambda runtime: runtime.submit_many(orders, {"a": 1}),
