@@ -152,9 +152,11 @@ class Listener:
         Args:
             word: `gone` or `parked` (a watched group), `settled` (to subscribers: messages that follow from
                 settlements, as (group, epoch, label or key, body)), `told` (to the supervisor: a word from another
-                connection), `cancel` (to the supervisor), `recall` (release the messages that have not begun),
-                `retire` (as `recall`, then close when the others are settled), `malformed` (the broker ignored a
-                frame that it could not read), `refused` (the broker does not accept this connection).
+                connection), `cancel` (to the supervisor), `dead-letter` (to the supervisor: queue, group, label,
+                attempts, whether it is evidence, reason, and the beginning of the body), `recall` (release the
+                messages that have not begun), `retire` (as `recall`, then close when the others are settled),
+                `malformed` (the broker ignored a frame that it could not read), `refused` (the broker does not accept
+                this connection).
             detail: The details, by the kind of notice.
         """
 

@@ -24,6 +24,7 @@ __all__ = [
     "error_text",
     "exception_of",
     "failure_of",
+    "fatal_traceback",
     "is_uncertain",
     "last_lines",
     "printable",
@@ -163,6 +164,7 @@ def exception_of(failure: Failure) -> Exception:
 
 MAX_STDERR_LINES = 5
 MAX_STDERR_LINE_CHARACTERS = 200
+MAX_FATAL_LINES = 60
 
 FATAL_ERROR_PREFIX = "Fatal Python error: "
 """Start of the interpreter's fatal error message; a traceback follows, most recent call first."""
@@ -178,10 +180,24 @@ def last_lines(written: bytes) -> str:
 
     After a fatal error of the interpreter these are its message and the first frames of user code, else the last lines.
     """
-    text = _CONTROL.sub("", written.decode(errors="backslashreplace").replace("\r", "\n"))
-    fatal = text.rfind(FATAL_ERROR_PREFIX)
-    lines = [line.rstrip()[:MAX_STDERR_LINE_CHARACTERS] for line in text[max(fatal, 0) :].splitlines() if line.strip()]
-    if fatal < 0:
-        return "\n".join(lines[-MAX_STDERR_LINES:])
-    own = [line for line in lines if not line.startswith(_HEADINGS) and not _OURS.match(line)]
-    return "\n".join(own[:MAX_STDERR_LINES])
+    fatal = _fatal_error(written)
+    lines = fatal or _lines(written.decode(errors="backslashreplace"))[-MAX_STDERR_LINES:]
+    return "\n".join(lines[:MAX_STDERR_LINES])
+
+
+def fatal_traceback(written: bytes) -> str | None:
+    """Return a fatal error of the interpreter with its frames of user code, most recent call first; or None."""
+    return "\n".join(_fatal_error(written)[:MAX_FATAL_LINES]) or None
+
+
+def _fatal_error(written: bytes) -> list[str]:
+    text = written.decode(errors="backslashreplace")
+    at = text.rfind(FATAL_ERROR_PREFIX)
+    if at < 0:
+        return []
+    return [line for line in _lines(text[at:]) if not line.startswith(_HEADINGS) and not _OURS.match(line)]
+
+
+def _lines(text: str) -> list[str]:
+    text = _CONTROL.sub("", text.replace("\r", "\n"))
+    return [line.rstrip()[:MAX_STDERR_LINE_CHARACTERS] for line in text.splitlines() if line.strip()]

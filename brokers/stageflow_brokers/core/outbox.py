@@ -11,17 +11,20 @@ from typing import Any
 import msgspec
 
 from stageflow_brokers.core import wire
-from stageflow_brokers.core.message import Group
+from stageflow_brokers.core.message import Group, Message
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
 
-__all__ = ["UNREAD_PAUSE_BYTES", "Outbox", "Outgoing"]
+__all__ = ["REPORTED_BODY_BYTES", "UNREAD_PAUSE_BYTES", "Outbox", "Outgoing"]
 
 MARK_BYTES = 4 << 20
 """Bytes that are sent to a peer between two marks. The peer answers each mark when it reads it."""
 
 UNREAD_PAUSE_BYTES = 64 << 20
 """Unread bytes of a peer from which on its queries wait, and pushes that can wait are not sent."""
+
+REPORTED_BODY_BYTES = 256
+"""Bytes of the body of a dead letter that the supervisor receives: the fields that name it."""
 
 Outgoing = tuple[int, bytes, bytes]
 """(peer, header, blob) to be sent."""
@@ -63,6 +66,22 @@ class Outbox:
         """Add a notice for each watcher of the group."""
         for session in group.watchers or ():
             self.add_notice(session, word, group.id)
+
+    def report_dead_letter(self, message: Message, head: bytes) -> None:
+        """Notify the supervisor of a dead letter, whose body begins with `head`; the notice is not stored."""
+        state, group = message.ensure_delivery_state(), message.group
+        detail = (
+            message.queue.name,
+            "" if group is None else group.id,
+            message.label,
+            state.attempts,
+            state.evidence,
+            state.reason,
+            head,
+        )
+        for session in self._state.sessions.values():
+            if session.role == "supervisor" and session.connected:
+                self.add_notice(session, "dead-letter", detail)
 
     def notify_subscribers(self, settlements: list[tuple[str, int, str, bytes]]) -> None:
         """Notify the subscribers of the messages that follow from a frame's settlements.

@@ -16,7 +16,7 @@ from stageflow_brokers.core.gathers import GatherManager, ResolvedTargets
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.limits import LimitChecker
 from stageflow_brokers.core.message import PARKED, Group, Message, RecordLocation
-from stageflow_brokers.core.outbox import Outbox
+from stageflow_brokers.core.outbox import REPORTED_BODY_BYTES, Outbox
 from stageflow_brokers.core.publish import PublishHandler
 from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
@@ -369,6 +369,7 @@ class SettleHandler:
                 self._leases.redeliver(message, item.delay)
             else:
                 state.park(message, reason=item.failure, evidence=False)
+                self._outbox.report_dead_letter(message, self._writer.head(message, REPORTED_BODY_BYTES))
                 if group is not None:
                     parked.append(group)
         for publish in item.publishes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from stageflow_brokers.core.leases import Leases
 from stageflow_brokers.core.message import READY, Group, Message
-from stageflow_brokers.core.outbox import Outbox
+from stageflow_brokers.core.outbox import REPORTED_BODY_BYTES, Outbox
 from stageflow_brokers.core.record_writer import RecordWriter
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.state import BrokerState
@@ -148,6 +148,7 @@ class Supervision:
         group = message.group
         state.park(message, reason=reason, evidence=options.evidence and bool(options.notify_queue))
         self._writer.record_message_state(message)
+        self._outbox.report_dead_letter(message, self._writer.head(message, REPORTED_BODY_BYTES))
         if not options.notify_queue:
             if group is not None:
                 self._outbox.notify_watchers(group, "parked")

@@ -1,8 +1,6 @@
-"""Tracebacks of failed attempts: their text, and how they travel with an instance.
+"""Tracebacks of failed attempts, as they travel with an instance: `table`, compressed, equal ones once.
 
-`table` holds those of an instance, compressed, equal ones once. Their text is made in the worker.
-
-Only failed attempts pay for them: a message without a failure has none.
+Their text is made in the worker. Only failed attempts pay for them: a message without a failure has none.
 """
 
 from __future__ import annotations

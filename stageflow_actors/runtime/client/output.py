@@ -29,6 +29,7 @@ from typing import Any, TextIO
 import msgspec
 
 from stageflow_actors.runtime.client.drop_report import DropReport
+from stageflow_actors.runtime.ipc.failed_attempts import FAILED_ATTEMPTS, AttemptLimiter, count_record
 from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels, LogSetup, read_setup
 from stageflow_actors.runtime.ipc.output_frames import DROPPED_OUTPUT, LOGS, STDERR, STDOUT, FrameReader
 from stageflow_brokers.log_sender import DROPPED, FRAME_LENGTH_BYTES
@@ -215,6 +216,8 @@ class _RecordHandler(_Consumer):
         self._plain = plain
         self._formatter = logging.Formatter(FORMAT)
         self._drops = DropReport()
+        self._attempts = AttemptLimiter()
+        self._closing = False
 
     def _on_full(self, records: int, last: bytes) -> None:
         self._drops.count_records(records, msgspec.msgpack.decode(last) if last else {})
@@ -229,16 +232,31 @@ class _RecordHandler(_Consumer):
             if DROPPED in fields:
                 self._drops.count_records(int(fields[DROPPED]), fields)
             else:
-                self._pass_on(logging.makeLogRecord({**fields, "args": (), "exc_info": None}))
+                record = logging.makeLogRecord({**fields, "args": (), "exc_info": None})
+                if not self._is_counted(record):
+                    self._pass_on(record)
         for count, text in self._drops.take():
             self._warn(count, text)
+        for stage, attempts in self._attempts.take_counts(time.monotonic(), early=self._closing).items():
+            self._pass_on(count_record(logging.getLogger(f"{OWN_LOGGERS[0]}.worker"), stage, attempts))
 
     def check_dropped(self, *, now: bool = False) -> None:
         """Make the thread report what has been dropped, if the last report is long enough ago, or `now`."""
         if now:
             self._drops.make_due()
-        if not self._drops.is_empty:
+            self._closing = True
+        if not self._drops.is_empty or self._attempts.has_counts:
             self.put(b"", 0)
+
+    def _is_counted(self, record: logging.LogRecord) -> bool:
+        """Return True if a record about failed attempts is one too many of its stage, and therefore only counted."""
+        attempts = getattr(record, FAILED_ATTEMPTS, 0)
+        stage, now = (getattr(record, "workflow_id", ""), getattr(record, "stage_id", "")), time.monotonic()
+        if attempts == 1:
+            return not self._attempts.admit(stage, now)
+        if attempts:
+            self._attempts.count(stage, attempts, now)
+        return bool(attempts)
 
     def _pass_on(self, record: logging.LogRecord) -> None:
         target = logging.getLogger(record.name)

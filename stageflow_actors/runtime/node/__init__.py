@@ -17,6 +17,7 @@
 `output_relay`           passes output and log records of workers on to the program
 `program_channel`        the connection on which they are sent
 `coordinator`            handles failures, ends instances, writes the history
+`error_log`              logs failed instances and dead letters
 `orphans`                messages of versions that are not registered
 `history_consistency`    checks that journal and history belong together
 =======================  ============================================================

@@ -38,6 +38,7 @@ from stageflow_actors.runtime.messaging.settlements import (
     settle_transition,
     split_parts,
 )
+from stageflow_actors.runtime.node.error_log import FAILED_STATUSES, log_failed_instance
 from stageflow_actors.runtime.node.history_consistency import WRITTEN_FACT
 from stageflow_actors.runtime.node.orphans import forward_orphan
 from stageflow_brokers.api import DEAD_LETTER, FLAG_CLOSE_GROUP, Ack, Broker, DeliveryItem, SettleItem, Target
@@ -251,6 +252,8 @@ def _park(item: DeliveryItem, error: Exception) -> SettleItem:
 def _history_row(item: DeliveryItem, body: bytes) -> HistoryRow:
     """Return the history's row of a finished instance. Raises `ValueError` for one that the history cannot hold."""
     outcome = decode_outcome(body)
+    if outcome.status in FAILED_STATUSES:
+        log_failed_instance(item.group, outcome)
     if not item.group or not 0 <= outcome.version < 1 << 63:
         raise ValueError(f"it has no instance id, or an invalid version ({outcome.version})")
     if not math.isfinite(outcome.started_at) or not math.isfinite(outcome.finished_at):

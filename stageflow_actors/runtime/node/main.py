@@ -36,6 +36,7 @@ from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, write_manifest
 from stageflow_actors.runtime.messaging.pauses import PAUSE_REASON_FACT, PAUSED_BY_POOL_FACT
 from stageflow_actors.runtime.node.coordinator import AddPlan, Coordinator, Deliveries, Flush
+from stageflow_actors.runtime.node.error_log import log_dead_letter
 from stageflow_actors.runtime.node.history_consistency import check_journal, forget_finished, open_history
 from stageflow_actors.runtime.node.load_watch import LoadWatch
 from stageflow_actors.runtime.node.orphans import OrphanedMessages
@@ -118,6 +119,8 @@ class _NodeListener(Listener):
                 self.supervisor.tell(Cancelled(peer, message_id))
         elif word == "told":
             self.on_request(detail[0], detail[1])
+        elif word == "dead-letter":
+            log_dead_letter(*detail)
 
     def on_connected(self, broker_epoch: int) -> None:
         failpoint("node.greeted")

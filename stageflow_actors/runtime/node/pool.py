@@ -19,7 +19,8 @@ import pykka
 from msgspec import structs
 
 from stageflow_actors.core.envelope import Failure
-from stageflow_actors.core.failures import STDERR_HEADING, last_lines, write_failure
+from stageflow_actors.core.failures import STDERR_HEADING, fatal_traceback, last_lines, write_failure
+from stageflow_actors.core.tracebacks.table import pack_traceback
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_NODE_FAILED
 from stageflow_actors.runtime.ipc.output_frames import STDERR, STDOUT
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, WorkerPayload
@@ -263,9 +264,11 @@ class Pool(pykka.ThreadingActor):
         if worker.stdout is not None:
             worker.stdout.finish()
         if worker.stderr is not None:
-            lines = last_lines(worker.stderr.finish())
+            written = worker.stderr.finish()
+            lines = last_lines(written)
             if lines and failure is not None and failure.kind != "cancelled":
-                failure = structs.replace(failure, message=f"{failure.message}{STDERR_HEADING}{lines}")
+                text, trace = f"{failure.message}{STDERR_HEADING}{lines}", pack_traceback(fatal_traceback(written))
+                failure = structs.replace(failure, message=text, traceback=trace)
         data = b"" if failure is None or not responsible else write_failure(failure)
         pool_context.broker.admin.report_death(
             worker.peer, responsible, decision.counted and bool(responsible), False, data

@@ -7,6 +7,8 @@
 `mailbox`              passes batches from the connection to the actor
 `output`               the standard streams and the logging of the worker
 `current_attempt`      the attempt in work, for the attributes of log records
+`traceback_text`       from an exception of user code to the text of its traceback
+`failure_log`          the log record of each failed attempt
 `event_loop`           the event loop of async user code, and the turns of messages on it
 `awaitables`           awaitables that user code returns
 `base_context`         the context variables of which each message gets a copy

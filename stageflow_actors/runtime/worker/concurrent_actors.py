@@ -208,7 +208,7 @@ class TaskActor(_ConcurrentActor):
             value = await finish(pending.awaitable)
             error = call.reason
         except BaseException as raised:  # noqa: BLE001 - SystemExit of a handler is its failure
-            error = call.reason or raised
+            error = call.reason_for(raised)
         call.close()
         try:
             result = pending.complete(value) if error is None else pending.fail(error)

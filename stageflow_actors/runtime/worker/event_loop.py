@@ -99,6 +99,10 @@ class LoopCall:
             self.reason = reason
             self.task.cancel()
 
+    def reason_for(self, error: BaseException) -> BaseException:
+        """Return why the handler raised `error`: the reason of its cancellation, with the frames where it waited."""
+        return error if self.reason is None else self.reason.with_traceback(error.__traceback__)
+
     def close(self) -> None:
         """Record that the message has ended. A coroutine that outlives it takes no turn: its slot has another use."""
         self._slot = None
@@ -300,7 +304,7 @@ async def _await_call(
     try:
         return await finish(value), call.reason
     except BaseException as error:  # noqa: BLE001 - the caller raises it
-        return None, call.reason or error
+        return None, call.reason_for(error)
     finally:
         call.close()
 

@@ -43,6 +43,7 @@ from stageflow_actors.runtime.worker.executors.compensation import CompensationE
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.executors.registry import EXECUTORS
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
+from stageflow_actors.runtime.worker.failure_log import FailedAttempt, FailureLog
 from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_actors.runtime.worker.output import MIN_OWN_DESCRIPTOR, WorkerLogging, own_stderr, prepare_streams
 from stageflow_actors.runtime.worker.process_exit import ProcessExit
@@ -91,7 +92,10 @@ def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
             programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
         failed = "its handlers cannot be made"
-        executor = _make_executor(payload, programs, slot, mailbox, _DescriptorCheck(stderr), services, event_loop)
+        failures = FailureLog()
+        executor = _make_executor(
+            payload, programs, slot, mailbox, _DescriptorCheck(stderr), failures, services, event_loop
+        )
     except BaseException as error:  # noqa: BLE001 - user modules and factories may do anything
         report.write(f"service {services.failed!r} cannot be made" if services.failed else failed, error)
         return process.run(services.close, runner, EXIT_UNLOADABLE)
@@ -105,6 +109,7 @@ def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
     slot.mark_ready()
     failpoint("worker.consuming")
     actor.serve()
+    failures.close()
     mailbox.closing = True
     if actor.held_leases():
         return EXIT_UNHANDLED  # the actor stopped although messages are in work
@@ -212,6 +217,7 @@ def _make_executor(
     slot: Slot,
     mailbox: Mailbox,
     on_error: Callable[[BaseException], None],
+    on_failed_attempt: Callable[[FailedAttempt], None],
     scope: ServiceScope,
     event_loop: EventLoop,
 ) -> Executor | CompensationExecutor | VersionedExecutor:
@@ -228,6 +234,7 @@ def _make_executor(
         step_store=mailbox.steps_of,
         max_message_bytes=payload.max_message_bytes,
         on_error=on_error,
+        on_failed_attempt=on_failed_attempt,
         event_loop=event_loop,
         base_context=base_context,
         # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.

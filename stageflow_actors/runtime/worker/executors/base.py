@@ -69,6 +69,7 @@ from stageflow_actors.runtime.worker.awaitables import check_not_awaitable, is_a
 from stageflow_actors.runtime.worker.base_context import BaseContext
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.event_loop import EventLoop, LoopSlot
+from stageflow_actors.runtime.worker.failure_log import FailedAttempt, log_nothing
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
@@ -191,7 +192,8 @@ class ExecutorEnvironment:
 
     `step_store` returns the store for the steps of one delivery. `event_loop` awaits async user code. Each message is
     handled in a copy of `base_context`. `on_error` receives each exception of user code before it becomes the stage's
-    failure, and may raise it again. `awaits_handlers`: the actor awaits async handlers itself (see `PendingCall`).
+    failure, and may raise it again. `on_failed_attempt` receives each failed attempt. `awaits_handlers`: the actor
+    awaits async handlers itself (see `PendingCall`).
     """
 
     naming: Naming
@@ -203,6 +205,7 @@ class ExecutorEnvironment:
     event_loop: EventLoop = field(default_factory=EventLoop)
     base_context: BaseContext = field(default_factory=BaseContext)
     on_error: Callable[[BaseException], None] = ignore_error
+    on_failed_attempt: Callable[[FailedAttempt], None] = log_nothing
     awaits_handlers: bool = False
 
 
@@ -412,6 +415,7 @@ class Executor:
         failure = failure_with_traceback(error)
         known = error if isinstance(error, Exception) else exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
+        self._log_failed(item, envelope.workflow_id, attempt, failure, delay)
         if delay is not None:
             self._mark_uncertain(item, envelope, failure)
             return self._retry(item, delay, failure).mark_failed()
@@ -430,11 +434,22 @@ class Executor:
         assert item.extra is not None
         failure = lost_attempt_failure(item.extra.failure)
         delay, failure = self._ask_policy(attempt, failure, None)
+        self._log_failed(item, envelope.workflow_id, attempt, failure, delay)
         if delay is not None:
             self._mark_uncertain(item, envelope, failure)
             return self._retry(item, delay, failure)
         now = self._wall()
         return self._fail_stage(item, envelope, failure, attempt, now, 0.0)
+
+    def _log_failed(
+        self, item: DeliveryItem, workflow_id: str, attempt: int, failure: Failure, delay: float | None
+    ) -> None:
+        one = self.planned.kind == ITEM
+        stage_id = self.planned.joins if one else self.planned.id
+        place = f"an item of {self.display_name}" if one else self.display_name
+        self.environment.on_failed_attempt(
+            FailedAttempt(workflow_id, item.group, stage_id, place, attempt, failure, delay)
+        )
 
     def _retry(self, item: DeliveryItem, delay: float, failure: Failure) -> Settlement:
         return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], delay, write_failure(failure)), [], [])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from stageflow_actors.core.codec import ContextCodec
 from stageflow_actors.core.envelope import NIL, CompensationRecord, Envelope, Failure, decode_envelope, decode_trail
@@ -49,6 +49,7 @@ from stageflow_actors.runtime.worker.executors.base import (
     name_broken_policy,
 )
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
+from stageflow_actors.runtime.worker.failure_log import FailedAttempt
 from stageflow_actors.runtime.worker.interceptors import AROUND_COMPENSATION, around_methods, wrap_handler
 from stageflow_actors.runtime.worker.stage_context import (
     RememberedSteps,
@@ -330,6 +331,11 @@ class CompensationExecutor:
             delay = None
             text = f"{text} (and its retry policy failed: {failure_with_traceback(broken).message})"
             trace = name_broken_policy(failure, broken, error).traceback
+        shown = structs.replace(failure, message=text, traceback=trace)
+        place = f"the compensation of stage {stage_id!r}"
+        self.environment.on_failed_attempt(
+            FailedAttempt(envelope.workflow_id, item.group, stage_id, place, attempt, shown, delay)
+        )
         if delay is not None:
             return Settlement(SettleItem([(item.id, item.lease)], RETRY, [], delay, write_failure(failure)), [], [])
         record = CompensationRecord(stage_id, StageStatus.failed.value, text, duration)

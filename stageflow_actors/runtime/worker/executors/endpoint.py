@@ -89,6 +89,7 @@ class EndpointExecutor(HandlerExecutor):
         self, item: DeliveryItem, command: Command, attempt: int, failure: Failure, error: Exception | None
     ) -> Settlement:
         delay, failure = self._ask_policy(attempt, failure, error)
+        self._log_failed(item, command.workflow_id, attempt, failure, delay)
         if delay is not None:
             return self._retry(item, delay, failure)
         return self._send_reply(item, command, Reply(NIL, failure.message, failure.traceback))

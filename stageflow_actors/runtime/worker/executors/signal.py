@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Raw
 
 from stageflow_actors.core.envelope import StageRecord
-from stageflow_actors.core.failures import EXPIRED
+from stageflow_actors.core.failures import EXPIRED, failure_of
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import enter_stage
 from stageflow_actors.core.status import StageStatus
@@ -19,7 +19,6 @@ from stageflow_actors.runtime.messaging.settlements import Result, Settlement, s
 from stageflow_actors.runtime.worker.awaitables import check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.stage_context import check_no_request
-from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["SignalExecutor"]
@@ -58,9 +57,7 @@ class SignalExecutor(Executor):
         if not arrivals and self._on_timeout is None:
             # Final without the policy: another attempt would not bring the signal.
             late = StageTimeout(f"no signal {self.planned.signal!r} came within {self.planned.seconds:g} s")
-            return self._fail_stage(
-                item, opened, failure_with_traceback(late), attempt, started, self._wall() - started
-            )
+            return self._fail_stage(item, opened, failure_of(late), attempt, started, self._wall() - started)
         try:
             context = self._decode_context(opened)
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None

@@ -370,6 +370,7 @@ class StageExecutor(HandlerExecutor):
         if self.planned.when_uncertain and is_uncertain(failure):
             envelope.steps = {**(envelope.steps or {}), UNCERTAIN_MARK: b""}
         delay, failure = self._ask_policy(request_state.attempt, failure, None)
+        self._log_failed(item, envelope.workflow_id, request_state.attempt, failure, delay)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # This message contains an obsolete reply: a new message is parked in its place.
             envelope.attempts, delay = -1, 0.0
