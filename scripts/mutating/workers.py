@@ -210,4 +210,40 @@ MUTANTS = (
         ),
         ("tests/constructs/test_undecodable_places.py::test_undecodable_data_parks_each_kind_of_message_where_it_is",),
     ),
+    Mutant(
+        "group-by-one-leaf",
+        "a group of exceptions is retried if one of its leaves is, not each",
+        (
+            (
+                "stageflow_actors/definition/retry.py",
+                "or all(map(self._is_leaf_retried, leaves))",
+                "or any(map(self._is_leaf_retried, leaves))",
+            ),
+        ),
+        ("tests/definition/test_retry.py::test_a_group_is_retried_by_its_leaves[options2-error2-False]",),
+    ),
+    Mutant(
+        "traceback-counts-in-the-limit",
+        "the tracebacks of earlier attempts count in max_message_bytes",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/stage.py",
+                'if len(done) > self._limit and len(done) - len(envelope.tracebacks or b"") > self._limit:',
+                "if len(done) > self._limit:",
+            ),
+        ),
+        ("tests/testing/test_in_process_tracebacks.py::test_a_traceback_does_not_count_in_max_message_bytes[plain]",),
+    ),
+    Mutant(
+        "traceback-counts-in-a-transition",
+        "the traceback of a stage that is retried counts in max_message_bytes",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/base.py",
+                '            largest -= len(envelope.tracebacks or b"")\n',
+                "            pass\n",
+            ),
+        ),
+        ("tests/testing/test_in_process_tracebacks.py::test_a_traceback_does_not_count_in_max_message_bytes[last]",),
+    ),
 )

@@ -6,7 +6,7 @@ that a mistake is reported at the definition and not at the first failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import random as _random
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,10 @@ from stageflow_actors.errors import StageError, WorkflowDefinitionError
 __all__ = ["Condition", "Retry", "RetryPolicy", "check_policy"]
 
 Condition = type[BaseException] | Callable[[Any], Any] | Sequence["type[BaseException] | Callable[[Any], Any]"]
-"""An exception type, a predicate on the error, or a sequence of these (any of them may match)."""
+"""An exception type, a predicate on the error, or a sequence of these (any of them may match).
+
+Of a group of exceptions, the exceptions in it are compared, not the group, unless the type is one of groups.
+"""
 
 
 @runtime_checkable
@@ -68,7 +71,8 @@ class Retry:
     Make one with `Retry.exponential`, `Retry.linear` or `Retry.fixed`. The error of an attempt is an exception of
     the handler, `StageTimeout` after a timeout, or `WorkerDied` after the death of a worker. A `StageError` with
     `retryable=True` is retried unless `abort_on` matches; with `retryable=False` it is retried only where `retry_on`
-    names `StageError`, a subclass, or a predicate that accepts it.
+    names `StageError`, a subclass, or a predicate that accepts it. A group of exceptions, as `asyncio.TaskGroup` raises
+    it, is retried if each exception in it would be, and is final if one of them matches `abort_on`.
 
     Args:
         kind: `exponential`, `linear` or `fixed`.
@@ -287,9 +291,13 @@ class Retry:
             delay *= 1.0 - (self._random or _random)() / 2
         return delay
 
-    def _is_retried(self, error: Exception) -> bool:
-        if any(_matches(condition, error) for condition in self._abort):
+    def _is_retried(self, error: BaseException) -> bool:
+        leaves = _leaves_of(error)
+        if _names_group(self._abort, error) or any(_matches(c, leaf) for leaf in leaves for c in self._abort):
             return False
+        return _names_group(self._retry, error) or all(map(self._is_leaf_retried, leaves))
+
+    def _is_leaf_retried(self, error: BaseException) -> bool:
         if isinstance(error, StageError):
             if error.retryable:
                 return True
@@ -346,7 +354,24 @@ def _conditions(given: Any, what: str) -> tuple[Any, ...]:
     return conditions
 
 
-def _matches(condition: Any, error: Exception) -> bool:
+def _leaves_of(error: BaseException) -> list[BaseException]:
+    """Return the exceptions in a group that are no groups; of another exception, itself."""
+    leaves, rest = [], [error]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, BaseExceptionGroup):
+            rest.extend(reversed(one.exceptions))
+        else:
+            leaves.append(one)
+    return leaves
+
+
+def _names_group(conditions: Iterable[Any], error: BaseException) -> bool:
+    """Return True if one of the conditions is a type of groups, and `error` is of that type."""
+    return any(isinstance(c, type) and issubclass(c, BaseExceptionGroup) and isinstance(error, c) for c in conditions)
+
+
+def _matches(condition: Any, error: BaseException) -> bool:
     if isinstance(condition, type):
         return isinstance(error, condition)
     return bool(condition(error))

@@ -95,6 +95,40 @@ def test_which_errors_are_retried(options: dict[str, Any], error: Exception, aga
         assert (policy.next_delay(1, error) is not None) is again
 
 
+LEAVES = ExceptionGroup("two", [ConnectionError("bank"), ExceptionGroup("inner", [TimeoutError("late")])])
+
+
+class Refused(ExceptionGroup[Exception]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "again"),
+    [
+        ({}, LEAVES, True),
+        ({"retry_on": OSError}, LEAVES, True),  # TimeoutError is an OSError
+        ({"retry_on": ConnectionError}, LEAVES, False),
+        ({"retry_on": (ConnectionError, TimeoutError)}, LEAVES, True),
+        ({"retry_on": lambda e: isinstance(e, OSError)}, LEAVES, True),
+        ({"retry_on": lambda e: "bank" in str(e)}, LEAVES, False),
+        ({"abort_on": TimeoutError}, LEAVES, False),
+        ({"abort_on": lambda e: str(e) == "late"}, LEAVES, False),
+        ({"abort_on": KeyError}, LEAVES, True),
+        ({"retry_on": ExceptionGroup}, LEAVES, True),
+        ({"abort_on": ExceptionGroup}, LEAVES, False),
+        ({"abort_on": Refused}, LEAVES, True),
+        ({"abort_on": Refused}, Refused("no", [ConnectionError()]), False),
+        ({}, ExceptionGroup("one", [StageError("no")]), False),
+        ({}, ExceptionGroup("one", [StageError("busy", retryable=True), OSError()]), True),
+        ({}, ExceptionGroup("one", [StageError("no"), OSError()]), False),
+        ({"retry_on": OSError}, ExceptionGroup("one", [StageError("busy", retryable=True), OSError()]), True),
+        ({}, BaseExceptionGroup("one", [OSError(), KeyboardInterrupt()]), False),
+    ],
+)
+def test_a_group_is_retried_by_its_leaves(options: dict[str, Any], error: Exception, again: bool) -> None:
+    assert (Retry.fixed(3, 1, **options).next_delay(1, error) is not None) == again
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

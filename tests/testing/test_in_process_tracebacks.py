@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from stageflow_actors import (
     Workflow,
     WorkflowResult,
 )
-from stageflow_actors.testing import run
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment
+from stageflow_actors.testing import in_process, run
 
 AT_ONCE = Retry.fixed(max_attempts=3, delay=0)
 
@@ -233,6 +236,53 @@ def test_a_stage_error_has_a_traceback_where_it_was_raised() -> None:
         raise StageError("no stock")
 
     assert "in handle" in traceback_of(run(Workflow("flow").add_stage(handle), {}), "handle")
+
+
+LIMIT = 3_000
+
+
+@pytest.mark.parametrize("shape", ["plain", "last", "parallel", "map", "optional"])
+def test_a_traceback_does_not_count_in_max_message_bytes(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        in_process, "ExecutorEnvironment", functools.partial(ExecutorEnvironment, max_message_bytes=LIMIT)
+    )
+
+    def shaky(order: dict[str, Any], ctx: StageContext) -> None:
+        if ctx.attempt == 1 or not ctx.stage_id.startswith("shaky"):
+            error = ConnectionError("bank closed")
+            error.add_note("".join(map(str, range(900))))  # some 1,400 bytes compressed
+            raise error
+
+    flow = Workflow("flow", retry=Retry.fixed(2, 0, retry_on=ConnectionError))
+    if shape == "parallel":
+        flow.add_parallel("both", [shaky, fine])
+    elif shape == "map":
+        flow.add_map("picks", lambda item, ctx: shaky(item, ctx), over=lambda order: [1], max_failures=1)
+    elif shape == "optional":
+        flow.add_stage(shaky, id="hopeless", required=False)
+    else:
+        flow.add_stage(shaky)
+    if shape != "last":
+        flow.add_stage(fine, id="after").add_stage(fine, id="again")
+    result = run(flow, {"filling": "x" * (LIMIT - 700)})
+    assert result.success, result
+    kept = [text for stage in result.stages if (text := stage.traceback) is not None]
+    assert len(kept) == 1
+    assert len(zlib.compress(kept[0].encode())) > 1_000, "it would not fit into the limit"
+
+
+def test_a_context_over_the_limit_is_refused_with_a_traceback_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        in_process, "ExecutorEnvironment", functools.partial(ExecutorEnvironment, max_message_bytes=LIMIT)
+    )
+
+    def grow(order: dict[str, Any], ctx: StageContext) -> None:
+        if ctx.attempt == 1:
+            deep_helper(order)
+        order["filling"] = "x" * LIMIT
+
+    result = run(Workflow("flow").add_stage(grow, retry=Retry.fixed(2, 0)), {})
+    assert str(result.error).startswith("PayloadTooLarge: stage 'grow'")
 
 
 def test_an_unknown_stage_is_named_with_those_that_there_are() -> None:

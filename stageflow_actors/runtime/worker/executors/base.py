@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 from msgspec import Raw, structs
@@ -84,6 +84,7 @@ __all__ = [
     "ignore_error",
     "lost_attempt_failure",
     "name_broken_policy",
+    "policy_error",
     "retry_delay",
 ]
 
@@ -171,6 +172,11 @@ def ask_policy(
 def lost_attempt_failure(failure: bytes | None) -> Failure:
     """Return the failure of an attempt that ended without a result; without a record, its worker died."""
     return read_failure(failure) or Failure("died", "WorkerDied: the worker process died", "WorkerDied")
+
+
+def policy_error(error: BaseException | None) -> Exception | None:
+    """Return the exception as a retry policy receives it: an exception, or a group; None for others."""
+    return cast("Exception", error) if isinstance(error, (Exception, BaseExceptionGroup)) else None
 
 
 def name_broken_policy(failure: Failure, broken: BaseException, error: Exception | None) -> Failure:
@@ -413,7 +419,7 @@ class Executor:
         if undecodable is not None:
             return self._park_undecodable(item, undecodable)
         failure = failure_with_traceback(error)
-        known = error if isinstance(error, Exception) else exception_of(failure)
+        known = policy_error(error) or exception_of(failure)
         delay, failure = self._ask_policy(attempt, failure, known)
         self._log_failed(item, envelope.workflow_id, attempt, failure, delay)
         if delay is not None:

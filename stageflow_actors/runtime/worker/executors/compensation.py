@@ -47,6 +47,7 @@ from stageflow_actors.runtime.worker.executors.base import (
     ask_policy,
     lost_attempt_failure,
     name_broken_policy,
+    policy_error,
 )
 from stageflow_actors.runtime.worker.executors.item_compensation import NO_ITEM, ItemCompensationState
 from stageflow_actors.runtime.worker.failure_log import FailedAttempt
@@ -179,7 +180,7 @@ class CompensationExecutor:
             if undecodable is not None:
                 return self._park_undecodable(item, stage_id, undecodable)
             failure = failure_with_traceback(error)
-            asked = error if isinstance(error, Exception) else exception_of(failure)
+            asked = policy_error(error) or exception_of(failure)
             took = time.perf_counter() - clock
             return self._handle_failure(item, envelope, stage_id, attempt, failure, asked, took).mark_user_code_ran()
         envelope.context = Raw(encoded)

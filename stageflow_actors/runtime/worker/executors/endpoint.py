@@ -23,7 +23,7 @@ from stageflow_actors.core.value_codec import ValueCodec, find_undecodable
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
-from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment, lost_attempt_failure
+from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment, lost_attempt_failure, policy_error
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import check_no_request
 from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
@@ -82,7 +82,7 @@ class EndpointExecutor(HandlerExecutor):
         undecodable = find_undecodable(error)
         if undecodable is not None:  # the stage that sent the command is parked, and sends it again
             return self._send_reply(item, envelope, Reply(envelope.command, str(undecodable), undecodable=True))
-        known = error if isinstance(error, Exception) else None
+        known = policy_error(error)
         return self._retry_or_reply_error(item, envelope, attempt, failure_with_traceback(error), known).mark_failed()
 
     def _retry_or_reply_error(

@@ -38,7 +38,7 @@ from stageflow_actors.runtime.ipc.pool_spec import StageCode
 from stageflow_actors.runtime.messaging.settlements import Result, Settlement, park_undecodable, split_parts
 from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
-from stageflow_actors.runtime.worker.executors.base import PARK_MARK, UNDECODED_MARK, ExecutorEnvironment
+from stageflow_actors.runtime.worker.executors.base import PARK_MARK, UNDECODED_MARK, ExecutorEnvironment, policy_error
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
 from stageflow_actors.runtime.worker.stage_context import (
     Request,
@@ -312,7 +312,8 @@ class StageExecutor(HandlerExecutor):
             undecodable = find_undecodable(error)
             if undecodable is not None:
                 return self._park_undecodable(item, undecodable)
-            return self._request_failed(item, envelope, request_state, failure_with_traceback(error))
+            failure = failure_with_traceback(error)
+            return self._request_failed(item, envelope, request_state, failure, policy_error(error))
 
     def _on_undecodable_command(
         self, item: DeliveryItem, envelope: Envelope, base: bytes, request_state: RequestState, reply: Reply
@@ -359,7 +360,12 @@ class StageExecutor(HandlerExecutor):
         return self._complete_stage(item, envelope, record, encoded)
 
     def _request_failed(
-        self, item: DeliveryItem, envelope: Envelope, request_state: RequestState, failure: Failure
+        self,
+        item: DeliveryItem,
+        envelope: Envelope,
+        request_state: RequestState,
+        failure: Failure,
+        error: Exception | None = None,
     ) -> Settlement:
         """Publish another attempt with the delivered context, or fail the stage."""
         envelope.context, envelope.payload, envelope.steps = (
@@ -369,7 +375,7 @@ class StageExecutor(HandlerExecutor):
         )
         if self.planned.when_uncertain and is_uncertain(failure):
             envelope.steps = {**(envelope.steps or {}), UNCERTAIN_MARK: b""}
-        delay, failure = self._ask_policy(request_state.attempt, failure, None)
+        delay, failure = self._ask_policy(request_state.attempt, failure, error)
         self._log_failed(item, envelope.workflow_id, request_state.attempt, failure, delay)
         if delay is None and self.planned.required and self.plan.on_failure == "park":
             # This message contains an obsolete reply: a new message is parked in its place.
