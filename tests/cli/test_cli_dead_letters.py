@@ -70,6 +70,26 @@ def test_requeue_of_all_or_of_a_queue(stageflow: Stageflow, parked: Path, which:
     assert listed(stageflow, parked) == []
 
 
+@pytest.mark.parametrize(
+    ("revivable", "code", "said"), [(1, 0, "1 requeued"), (0, 1, "0 requeued")], ids=["beside_another", "alone"]
+)
+def test_requeue_of_all_fails_only_if_all_are_evidence(
+    stageflow: Stageflow, filled: Any, revivable: int, code: int, said: str
+) -> None:
+    died = Failure("died", "WorkerDied: killed by SIGSEGV", "WorkerDied")
+    filled.start("dead", {"n": 1}, stage="pay", queue=PAY)
+    filled.evidence(PAY, died)
+    for number in range(revivable):
+        filled.start(f"i{number}", {"n": 2}, queue="stageflow.orders.stage0")
+        filled.settle_next("stageflow.orders.stage0", parked=Failure("exception", "KeyError: 'card'", "KeyError"))
+    data = filled.close()
+    got, _, err = stageflow("dlq", "requeue", "--all", "--data", data)
+    assert got == code, err
+    assert err.startswith(said)
+    assert "1 not requeued: evidence" in err
+    assert [row["instance"] for row in listed(stageflow, data)] == ["dead"]
+
+
 def test_purge_throws_away_only_what_is_named(stageflow: Stageflow, parked: Path) -> None:
     code, _, err = stageflow("dlq", "purge", "i1", "--yes", "--data", parked)
     assert (code, err) == (0, "1 dead letter deleted, 1 instance with them\n")

@@ -99,6 +99,18 @@ def test_list_can_be_narrowed(stageflow: Stageflow, data: Path, options: tuple[s
     assert set(listed(stageflow, data, *options)) == found
 
 
+def test_a_list_is_as_long_as_its_limit_though_an_instance_is_live_and_finished(
+    stageflow: Stageflow, filled: Any
+) -> None:
+    # An instance is in the history before its end leaves the broker, and while it runs again.
+    for name in ("both", "live"):
+        filled.start(name, {"n": 1})
+    with HistoryWriter.open(filled.data_dir.history, create=True) as writer:
+        writer.write([finished(name, "completed") for name in ("old", "older", "both", "live")])
+    found = listed(stageflow, Path(filled.close()), "--limit", 4)
+    assert found == {"both": "pending", "live": "pending", "old": "completed", "older": "completed"}
+
+
 def test_a_filter_by_an_unknown_workflow_says_which_ones_there_are(
     stageflow: Stageflow, data: Path, tmp_path: Path
 ) -> None:

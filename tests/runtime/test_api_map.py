@@ -24,6 +24,7 @@ from stageflow_actors import (
     StageContext,
     Workflow,
 )
+from stageflow_actors.runtime.client.map_iterator import SLOW_PULL_SECONDS
 
 
 @dataclass
@@ -246,6 +247,29 @@ def test_retry_failed_runs_a_key_that_comes_twice_once(runtime: Runtime, tmp_pat
     results = list(runtime.map(flakies, [context, *others, context], key="name", retry_failed=True))
     assert [results[0].success, results[-1].success] == [False, False]
     assert len(noted("flaky", "hopeless")) == 2
+
+
+def test_retry_failed_does_not_run_again_what_has_failed_again_under_a_key_that_comes_later(
+    runtime: Runtime, tmp_path: Path, eventually: Any
+) -> None:
+    context = {"name": "late", "fail": True, "mended": str(tmp_path / "never")}
+    first = runtime.execute(flakies, context, instance_id="late", timeout=20)
+
+    def contexts() -> Iterator[dict[str, Any]]:
+        yield context
+        for number in count():
+            # Each pull is so slow that the iterator sends what it has, and looks at what has arrived.
+            began = time.perf_counter()
+            eventually(lambda began=began: time.perf_counter() - began > SLOW_PULL_SECONDS, "a slow pull")
+            yield {"name": f"beside-{number}", "fail": False, "mended": ""}
+            if runtime.instance("late").result(timeout=20).finished_at > first.finished_at:
+                break
+            assert number < 2_000, "it has not ended again"
+        yield context
+
+    results = [each for each in runtime.map(flakies, contexts(), key="name", retry_failed=True) if not each.success]
+    assert [each.instance_id for each in results] == ["late", "late"]
+    assert len(noted("flaky", "late")) == 2
 
 
 def test_a_refused_context_raises_in_its_place_and_the_iterator_goes_on(runtime: Runtime) -> None:
