@@ -47,13 +47,14 @@ def main() -> int:
         for mutant in MUTANTS:
             print(f"{mutant.name:28} {mutant.mistake}")
         return 0
-    for mutant in MUTANTS:
+    chosen = [known[name] for name in given.names] or MUTANTS
+    for mutant in chosen:
         plant(mutant, ROOT, dry=True)
     if given.check:
-        print(f"all {len(MUTANTS)} mutants can be planted")
+        print(f"all {len(chosen)} mutants can be planted")
         return 0
     alive = []
-    for mutant in [known[name] for name in given.names] or MUTANTS:
+    for mutant in chosen:
         began = time.monotonic()
         blind = survived(mutant)
         if blind:

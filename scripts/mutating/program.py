@@ -51,8 +51,8 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/cli/commands/instances.py",
-                "attached.history.list(status, workflow, limit):",
-                "attached.history.list(status, workflow, limit - len(found)):",
+                "attached.history.list(status, workflow, limit, error):",
+                "attached.history.list(status, workflow, limit - len(found), error):",
             ),
         ),
         (

@@ -257,13 +257,15 @@ def test_retry_failed_does_not_run_again_what_has_failed_again_under_a_key_that_
 
     def contexts() -> Iterator[dict[str, Any]]:
         yield context
+        has_ended_again = False
         for number in count():
             # Each pull is so slow that the iterator sends what it has, and looks at what has arrived.
             began = time.perf_counter()
             eventually(lambda began=began: time.perf_counter() - began > SLOW_PULL_SECONDS, "a slow pull")
             yield {"name": f"beside-{number}", "fail": False, "mended": ""}
-            if runtime.instance("late").result(timeout=20).finished_at > first.finished_at:
+            if has_ended_again:  # and the iterator has seen it
                 break
+            has_ended_again = runtime.instance("late").result(timeout=20).finished_at > first.finished_at
             assert number < 2_000, "it has not ended again"
         yield context
 

@@ -188,7 +188,7 @@ class _Run:
         elif self._file is not None:
             self._file.finish()
         if not self._tally.seen and not interrupted:
-            self._print(f"no lines in {self._lines.name}")
+            self._print(f"no {self._lines.unit}s in {self._lines.name}")
         self._print_summary(interrupted)
         return 130 if interrupted else 0 if self._tally.well else 1
 
