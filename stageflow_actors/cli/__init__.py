@@ -6,6 +6,7 @@
 `options`       options that several commands share
 `log_options`   the logging of `run` and `up`
 `selection`     the instances that a command acts on; `bulk` acts on many of them
+`letters`       the dead letters that a command acts on
 `output`        rows as a table, JSON or CSV; `message_rows` makes rows of messages
 `progress`      the progress of a run on stderr
 `importer`      imports MODULE:NAME

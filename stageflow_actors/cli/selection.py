@@ -29,6 +29,7 @@ __all__ = [
     "error_option",
     "filter_options",
     "selection_options",
+    "summary",
     "unknown_workflow",
 ]
 
@@ -179,10 +180,10 @@ def check_may_ask(action: str, yes: bool) -> None:
         raise click.UsageError(f"{action}: without a terminal, confirm with --yes, or look first with --dry-run")
 
 
-def confirm(action: str, found: Iterable[FoundInstance], yes: bool) -> None:
-    """Ask on the terminal if `action` may act on these instances. Raises `click.Abort` if not."""
+def confirm(action: str, what: str, yes: bool) -> None:
+    """Ask on the terminal if `action` may act on `what`. Raises `click.Abort` if not."""
     if not yes:
-        click.confirm(f"{action} {summary(found)}?", abort=True, err=True)
+        click.confirm(f"{action} {what}?", abort=True, err=True)
 
 
 def summary(found: Iterable[FoundInstance]) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effect_log import effects
 from filled_data_dir import filled
 from programs import STAGEFLOW, Command, Stageflow
 
-__all__ = ["filled"]
+__all__ = ["effects", "filled"]
 
 
 @pytest.fixture

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stageflow_actors.cli.options import check_confirmed, data_option, json_option, output_option, yes_option
+from stageflow_actors.cli.letters import (
+    FoundLetter,
+    LetterFilter,
+    check_workflow,
+    describe_letters,
+    find_letters,
+    found_letter,
+    iterate_letters,
+    purge_letters,
+    queues_with_letters,
+    requeue_letters,
+)
+from stageflow_actors.cli.options import check_confirmed, data_option, json_option, output_option
 from stageflow_actors.cli.output import Column, ago, clip, count, emit, plain, print_facts, print_json, when
+from stageflow_actors.cli.selection import check_may_ask, confirm, error_option, selection_options
 from stageflow_actors.core.plan import DLQ_PREFIX
 from stageflow_actors.core.plural import pluralize
 
@@ -20,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["dlq"]
 
-PAGE = 1_000
+MAX_SHOWN = 100
+"""Length of the list of a dry run."""
 
 COLUMNS = (
     Column("id", plain, right=True),
@@ -57,12 +71,20 @@ def _queue_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def _filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    workflow = click.option(
+        "--workflow", default=None, metavar="ID", help="Only dead letters of this workflow.  [default: all]"
+    )
+    return workflow(error_option(command))
+
+
 @dlq.command("list")
 @_queue_option
+@_filter_options
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Maximum number of dead letters.")
 @data_option
 @output_option
-def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
+def list_dead_letters(queue: str, workflow: str | None, error: str | None, limit: int, data: Path, output: str) -> None:
     """List dead letters with reason, age and origin.
 
     \b
@@ -72,11 +94,15 @@ def list_dead_letters(queue: str, limit: int, data: Path, output: str) -> None:
     from stageflow_actors.cli.message_rows import message_row
     from stageflow_actors.runtime.client.attach import attach
 
+    filters = LetterFilter(queue, workflow, error)
     with attach(data) as attached:
-        total = sum(dead for _, dead in _queues(attached, queue))
-        rows = [message_row(letter) for letter in islice(_letters(attached, queue), limit)]
+        total = sum(dead for _, dead in queues_with_letters(attached, queue))
+        found = (letter for letter in iterate_letters(attached, queue) if filters.accepts(letter))
+        rows = [message_row(letter) for letter in islice(found, limit)]
+        if not rows:
+            check_workflow(attached, workflow)
     emit(rows, COLUMNS, output, empty="no dead letters")
-    if len(rows) < total and output == "table":
+    if not filters.selects and len(rows) < total and output == "table":
         click.echo(f"{total - len(rows):,} more; see --limit", err=True)
 
 
@@ -131,29 +157,55 @@ def show(letter: str, queue: str, data: Path, output: str) -> None:
 @dlq.command()
 @click.argument("letters", nargs=-1, metavar="[ID]...")
 @_queue_option
+@_filter_options
 @click.option("--all", "everything", is_flag=True, help="All dead letters of all queues.")
+@selection_options
 @data_option
-def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) -> int:
+def requeue(
+    letters: tuple[str, ...],
+    queue: str,
+    workflow: str | None,
+    error: str | None,
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    data: Path,
+) -> int:
     """Requeue dead letters: their instances resume there.
 
-    Each ID is the number of a dead letter, or an instance. Without ID, name a queue with --queue, or pass --all. Counts
-    of attempts and worker deaths start from zero. Without a running cluster, the instances resume at its next start.
-    Exit code 1 if every dead letter is `evidence`, and so none was requeued.
+    Each ID is the number of a dead letter, or an instance. Without ID, select dead letters by --workflow, --error and
+    --queue, or pass --all. Counts of attempts and worker deaths start from zero. Without a running cluster, the
+    instances resume at its next start. The command asks first if --workflow or --error selects. Exit code 1 if every
+    dead letter is `evidence`, and so none was requeued.
 
     \b
     stageflow dlq requeue ORDER-17 ORDER-18
     stageflow dlq requeue --queue stageflow.orders.stage1
-    stageflow dlq requeue --all
+    stageflow dlq requeue --workflow orders --error "connection refused" --yes
     """
     from stageflow_actors.runtime.client.attach import attach
 
-    _check_choice(letters, queue, everything)
+    filters = LetterFilter(queue, workflow, error)
+    _check_choice(letters, filters, everything)
+    if dry_run:
+        return _show("requeue", letters, filters, data)
+    if not letters and filters.selects:
+        check_may_ask("requeue", yes)
+        with attach(data) as attached:
+            found = find_letters(attached, filters)
+        if not found:
+            click.echo("no dead letter to requeue", err=True)
+            return 0
+        confirm("requeue", describe_letters(found), yes)
     done = refused = 0
     with attach(data, write=True) as attached:
-        for name, ids in _by_queue(attached, letters, queue):
-            answer = attached.wait(attached.admin.requeue(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
-            done += answer["requeued"]
-            refused += len(answer["refused"])
+        if filters.selects and not letters:
+            done, refused = requeue_letters(attached, found)
+        else:
+            for name, ids in _by_queue(attached, letters, queue):
+                answer = attached.wait(attached.admin.requeue(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
+                done += answer["requeued"]
+                refused += len(answer["refused"])
         later = "" if attached.live else "; they resume when a runtime starts on this directory"
     click.echo(f"{done:,} requeued{later}", err=True)
     if refused:
@@ -164,57 +216,96 @@ def requeue(letters: tuple[str, ...], queue: str, everything: bool, data: Path) 
 @dlq.command()
 @click.argument("letters", nargs=-1, metavar="[ID]...")
 @_queue_option
+@_filter_options
 @click.option("--all", "everything", is_flag=True, help="All dead letters of all queues.")
-@yes_option
+@selection_options
 @data_option
-def purge(letters: tuple[str, ...], queue: str, everything: bool, yes: bool, data: Path) -> None:
+def purge(
+    letters: tuple[str, ...],
+    queue: str,
+    workflow: str | None,
+    error: str | None,
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    data: Path,
+) -> int:
     """Delete dead letters and the instances parked with them.
 
-    Each ID is the number of a dead letter, or an instance. Without ID, name a queue with --queue, or pass --all. An
-    instance that is parked with a deleted dead letter is deleted too, without a result.
+    Each ID is the number of a dead letter, or an instance. Without ID, select dead letters by --workflow, --error and
+    --queue, or pass --all. An instance that is parked with a deleted dead letter is deleted too, without a result. The
+    command asks first.
 
     \b
     stageflow dlq purge 4711 --yes
     stageflow dlq purge --queue stageflow.orders.stage1 --yes
+    stageflow dlq purge --workflow orders --error KeyError --dry-run
     """
     from stageflow_actors.runtime.client.attach import attach
 
-    _check_choice(letters, queue, everything)
-    check_confirmed("delete " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)
+    filters = LetterFilter(queue, workflow, error)
+    _check_choice(letters, filters, everything)
+    if dry_run:
+        return _show("purge", letters, filters, data)
+    found: list[FoundLetter] = []
+    if filters.selects and not letters:
+        check_may_ask("delete the dead letters", yes)
+        with attach(data) as attached:
+            found = find_letters(attached, filters)
+        if not found:
+            click.echo("no dead letter to delete", err=True)
+            return 0
+        confirm("delete", f"{describe_letters(found)} and the instances parked with them", yes)
+    else:
+        check_confirmed("delete " + (", ".join(letters) or f"all dead letters{f' of {queue}' if queue else ''}"), yes)
     done = gone = 0
     with attach(data, write=True) as attached:
-        for name, ids in _by_queue(attached, letters, queue):
-            answer = attached.wait(attached.admin.purge(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
-            done += answer["purged"]
-            gone += len(answer["instances"])
+        if filters.selects and not letters:
+            done, gone = purge_letters(attached, found)
+        else:
+            for name, ids in _by_queue(attached, letters, queue):
+                answer = attached.wait(attached.admin.purge(f"{DLQ_PREFIX}{name}", ids), timeout=60.0)
+                done += answer["purged"]
+                gone += len(answer["instances"])
     click.echo(f"{pluralize(done, 'dead letter')} deleted, {pluralize(gone, 'instance')} with them", err=True)
+    return 0
 
 
-def _check_choice(letters: tuple[str, ...], queue: str, everything: bool) -> None:
-    if not letters and not queue and not everything:
-        raise click.UsageError("name dead letters by number or instance, or pass --queue NAME or --all")
-    if everything and (letters or queue):
+def _check_choice(letters: tuple[str, ...], filters: LetterFilter, everything: bool) -> None:
+    if not letters and not filters.queue and not filters.selects and not everything:
+        raise click.UsageError(
+            "name dead letters by number or instance, or pass --workflow ID, --error SUBSTRING, --queue NAME or --all"
+        )
+    if everything and (letters or filters.queue):
         raise click.UsageError("--all excludes numbers, instances and --queue")
+    if letters and filters.selects:
+        raise click.UsageError("name dead letters, or select them by --workflow and --error, not both")
 
 
-def _queues(attached: Attached, queue: str) -> list[tuple[str, int]]:
-    """Return the queues with dead letters and their numbers, or only that of `queue`."""
-    name = queue.removeprefix(DLQ_PREFIX)
-    queues = attached.wait(attached.admin.stats(name))["queues"]
-    if name and not any(each["name"] == name for each in queues):
-        raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` lists them all")
-    return [(each["name"], each["dead"]) for each in queues if each["dead"] and name in ("", each["name"])]
+def _show(verb: str, letters: tuple[str, ...], filters: LetterFilter, data: Path) -> int:
+    """Print the dead letters that a command would act on."""
+    from stageflow_actors.cli.message_rows import message_row
+    from stageflow_actors.runtime.client.attach import attach
 
-
-def _letters(attached: Attached, queue: str) -> Iterator[dict[str, Any]]:
-    for name, dead in _queues(attached, queue):
-        for offset in range(0, dead, PAGE):
-            yield from attached.wait(attached.admin.peek(f"{DLQ_PREFIX}{name}", offset, PAGE))
+    with attach(data) as attached:
+        if letters:
+            chosen = _find(attached, letters, filters.queue)
+        else:
+            chosen = [letter for letter in iterate_letters(attached, filters.queue) if filters.accepts(letter)]
+            if not chosen:
+                check_workflow(attached, filters.workflow)
+        found = [found_letter(letter) for letter in chosen]
+        rows = [message_row(letter) for letter in chosen[:MAX_SHOWN]]
+    if rows:
+        emit(rows, COLUMNS, "table")
+    more = f"; the list shows the first {MAX_SHOWN}" if len(found) > MAX_SHOWN else ""
+    click.echo(f"would {verb} {describe_letters(found)}{more}", err=True)
+    return 0
 
 
 def _find(attached: Attached, letters: tuple[str, ...], queue: str) -> list[dict[str, Any]]:
     wanted = set(letters)
-    found = [each for each in _letters(attached, queue) if each["group"] in wanted or str(each["id"]) in wanted]
+    found = [each for each in iterate_letters(attached, queue) if each["group"] in wanted or str(each["id"]) in wanted]
     missing = wanted - {each["group"] for each in found} - {str(each["id"]) for each in found}
     if missing:
         raise click.ClickException(
@@ -226,7 +317,7 @@ def _find(attached: Attached, letters: tuple[str, ...], queue: str) -> list[dict
 def _by_queue(attached: Attached, letters: tuple[str, ...], queue: str) -> list[tuple[str, list[int]]]:
     """Return the queues with the numbers of the chosen dead letters; no numbers stand for all of a queue."""
     if not letters:
-        return [(name, []) for name, _ in _queues(attached, queue)]
+        return [(name, []) for name, _ in queues_with_letters(attached, queue)]
     by_queue: defaultdict[str, list[int]] = defaultdict(list)
     for letter in _find(attached, letters, queue):
         by_queue[letter["queue"]].append(letter["id"])

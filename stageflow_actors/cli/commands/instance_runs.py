@@ -243,7 +243,7 @@ def _bulk(
         if not found:
             click.echo(f"no instance to {verb}", err=True)
             return 0
-        confirm(verb, found, yes)
+        confirm(verb, summary(found), yes)
         chosen = [one.instance_id for one in found]
     bulk = Bulk(done)
     with _client(data) as (client, at_rest):
