@@ -103,7 +103,14 @@ class Judgement:
         if self.run.wild:
             why = ["not wanted"] if job.cancelled else []
             why += ["StageTimeout: the workflow ran longer than its timeout of .*"] if self.run.at_most else []
-            be_true(plan, result, cancelled="|".join(why), deaths=self.run.deaths.most, wider=self.run.wider)
+            be_true(
+                plan,
+                result,
+                cancelled="|".join(why),
+                deaths=self.run.deaths.most,
+                again=job.again,
+                wider=self.run.wider,
+            )
             self._expired_truly(job, row.epoch, result)
             return
         plain = as_plain(job.outcome, self.run.wider.asks)
