@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Measure throughput, latency and CPU of three no-op stages.
+"""Measure throughput, latency and CPU of three no-op stages, or a case.
+
+Cases: `priority` (latency of an urgent message), `pause` (messages begun
+after `pause()` returned), `scale` (share of eight workers after a scale-up)
+and `efficiency` (sleeping stages of 1, 20 and 1,000 ms).
 
 Throughput counts from the first submit until each result has been delivered
 and each row of the history is committed. With `--against SCRIPT` a yardstick
@@ -21,6 +25,7 @@ from typing import Any
 import click
 import psutil
 
+from benching.sharing import CASES
 from cluster_tree import add_node
 from stageflow_actors import Config, Runtime, Workflow
 
@@ -111,9 +116,14 @@ def _await_history(runtime: Runtime, count: int) -> None:
     "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Rounds, in turn with the yardstick."
 )
 @click.option("--durability", default="fsync", show_default=True, type=click.Choice(["fsync", "write", "memory"]))
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Run this case instead.")
 @click.option("--against", type=click.Path(exists=True, dir_okay=False), help="Yardstick script to run in turn.")
-def main(count: int, singles: int, rounds: int, durability: str, against: str | None) -> None:
+def main(count: int, singles: int, rounds: int, durability: str, cases: tuple[str, ...], against: str | None) -> None:
     """Run the benchmark."""
+    for case in cases:
+        click.echo(json.dumps({"case": case, **CASES[case](rounds)}))
+    if cases:
+        return
     throughput, latency = [], []
     for _ in range(rounds):
         ours = run_once(count, singles, durability)

@@ -150,6 +150,9 @@ class BrokerAdmin(Protocol):
     def pause(self, queue: str) -> Future[None]:
         """Deliver nothing from a queue until it is resumed; survives restarts.
 
+        Its consumers are asked to release what they have not begun, and the call does not wait for them. Where they
+        read `PauseFlags`, none of its messages begins after the answer.
+
         Args:
             queue: The name of the queue.
 

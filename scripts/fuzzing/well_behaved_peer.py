@@ -107,7 +107,7 @@ class _Peer(Listener):
         self.leaving = False
 
     def on_notice(self, word: str, detail: Any) -> None:
-        if word in ("malformed", "refused", "gone", "recall", "retire", "parked"):
+        if word in ("malformed", "refused", "gone", "retire", "parked"):
             self.judge.wrong(f"{self.name} received {word}: {detail!r}")
 
     def on_stale(self, ids: list[int]) -> None:

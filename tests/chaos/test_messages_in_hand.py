@@ -113,6 +113,67 @@ def test_a_recall_during_a_long_message_hands_on_what_is_done_and_returns_what_h
     assert hand.broker.settled == [(1, 11), (2, 12)]
 
 
+def test_nothing_begins_once_the_queue_is_paused_and_what_waits_is_released_in_order(hand: Hand) -> None:
+    flag = bytearray(1)
+    hand.mailbox.paused = flag
+
+    def pause(id: int) -> None:
+        flag[0] = id == 2
+
+    hand.work.during = pause
+    hand.deliver((1, 11), (2, 12), (3, 13), (4, 14))
+    hand.run()
+    assert hand.work.ran == [(1, 11), (2, 12)]
+    assert hand.broker.settled == [(1, 11), (2, 12)], "what is done does not wait for the end of the pause"
+    assert hand.mailbox.holding() == [(3, 13), (4, 14)]
+    hand.mailbox.on_notice("recall", None)
+    assert hand.broker.released == [(3, 13), (4, 14)]
+    assert hand.mailbox.holding() == []
+
+
+def test_a_message_that_the_executor_declines_is_released_and_not_settled(hand: Hand) -> None:
+    declined = Settlement(SettleItem([(2, 12)], RETRY), [], [])
+    declined.declined = True
+    hand.work.otherwise = {2: declined}
+    hand.deliver((1, 11), (2, 12), (3, 13))
+    hand.run()
+    assert hand.broker.settled == [(1, 11)]
+    assert hand.broker.released == [(2, 12)]
+    assert hand.mailbox.holding() == [(3, 13)], "no other one begins before the recall"
+
+
+def test_deliveries_that_waited_for_the_end_of_a_pause_begin_after_a_reconnect(hand: Hand) -> None:
+    flag = bytearray(b"\1")
+    hand.mailbox.paused = flag
+    hand.deliver((1, 11))
+    hand.run()
+    flag[0] = 0
+    told: list[str] = []
+    hand.mailbox.actor = cast(Any, SimpleNamespace(actor_ref=SimpleNamespace(tell=told.append)))
+    hand.mailbox.on_connected(2)
+    assert told == [WORK]
+    hand.mailbox.actor = hand.actor
+    hand.run()
+    assert hand.work.ran == [(1, 11)]
+
+
+def test_a_worker_whose_messages_have_become_slow_releases_the_last_of_them(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def work(id: int) -> None:
+        now[0] += 0.04
+
+    hand.work.during = work
+    hand.deliver(*((id, id + 10) for id in range(1, 9)))
+    hand.run()
+    assert hand.work.ran == [(id, id + 10) for id in range(1, 4)]
+    assert hand.broker.released == [(id, id + 10) for id in range(4, 9)]
+    assert hand.broker.prefetch == 2
+
+
 def test_every_message_is_accounted_for_at_any_moment(hand: Hand) -> None:
     leases = [(id, id + 10) for id in range(1, 9)]
 

@@ -147,8 +147,7 @@ class Connection(ABC):
         prefetch: int = -1,
     ) -> None:
         """See `stageflow_brokers.api.Broker.settle`."""
-        if prefetch >= 0 and queue in self._consuming:
-            self._consuming[queue] = prefetch
+        self._note_prefetch(queue, prefetch)
         self._send(wire.SETTLE, (targets, moves, acks, others, queue, prefetch), b"".join(bodies), None)
 
     def checkpoint(self, id: int, lease: int, name: str, value: bytes) -> Future[None]:
@@ -159,14 +158,18 @@ class Connection(ABC):
 
     def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
         """See `stageflow_brokers.api.Broker.release`."""
-        if prefetch >= 0 and queue in self._consuming:
-            self._consuming[queue] = prefetch
+        self._note_prefetch(queue, prefetch)
         self._send(wire.RELEASE, (leases, queue, prefetch), b"", None)
 
     def consume(self, queue: str, prefetch: int) -> None:
         """See `stageflow_brokers.api.Broker.consume`."""
         self._consuming[queue] = prefetch
         self._query("consume", queue, prefetch)
+
+    def _note_prefetch(self, queue: str, prefetch: int) -> None:
+        """A hello announces how many messages are worked on at once, so that no more than these are delivered first."""
+        if 0 <= prefetch < self._consuming.get(queue, 0):
+            self._consuming[queue] = prefetch
 
     def _query(self, name: str, /, *args: Any) -> Future[Any]:
         """Send a query frame, by its name on the wire."""

@@ -6,6 +6,7 @@
 `settle`         settlements, and the messages that follow from them
 `gathers`        joins, signals, deadlines; `gather` is one of them
 `leases`         credit, delivery, release, adoption after a restart
+`recalls`        messages that consumers hold and have not begun, asked for again
 `supervision`    deaths, roster, suspended deliveries, recall and retire
 `admin`          queries that change state; `inspector` those that do not
 `watches`        peers that are notified of the end of groups

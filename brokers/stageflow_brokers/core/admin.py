@@ -247,6 +247,9 @@ class Admin:
         queue, dead = find_queue(self._state, name)
         if dead:
             raise Refused(f"{name} holds dead letters, which are not delivered: pause {queue.name} instead")
+        self._state.pause_changes[queue.name] = paused
+        if paused:
+            self._leases.recalls.recall_all(queue)
         if queue.paused != paused:
             queue.paused = paused
             self._writer.record_queue(queue)

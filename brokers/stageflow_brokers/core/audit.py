@@ -144,7 +144,7 @@ def contradictions(state: BrokerState) -> Iterator[str]:
                 yield f"message {id} in {message.queue.name} belongs to {group.id}, which is not live"
         if message_state == LEASED:
             yield from _lease_faults(state, message)
-        elif message.lease:
+        elif message.lease > 0:
             yield f"message {id} in {message.queue.name} has lease {message.lease} but no holder"
         if message_state == DELAYED:
             assert message.delivery_state is not None

@@ -13,16 +13,20 @@ from typing import Any
 from stageflow_brokers.core.breaker import CLOSED, OPEN, Breaker
 from stageflow_brokers.core.message import READY, DeliveryState, Message
 from stageflow_brokers.core.outbox import Outbox
-from stageflow_brokers.core.queue import Queue
+from stageflow_brokers.core.queue import RELEASED, Queue
+from stageflow_brokers.core.recalls import Recalls
 from stageflow_brokers.core.record_writer import RecordWriter
-from stageflow_brokers.core.sessions import Consumer, Session
+from stageflow_brokers.core.sessions import NO_PRIORITY, Consumer, Session
 from stageflow_brokers.core.state import BREAKER_TIMER, BrokerState
 from stageflow_brokers.types import DeliveryExtra
 
 __all__ = ["Leases"]
 
 MAX_DELIVERY_BYTES = 4 << 20
-"""Size of one delivery: it ends with the body that reaches this many bytes, even if there is more credit."""
+"""Bytes of one delivery, which ends with the body that reaches them, and about those that wait with a consumer."""
+
+MAX_HELD = 1 << 62
+"""No limit of the messages that a consumer holds, beside its credit."""
 
 EXPIRED = b"expired"
 """Failure of a message that waited longer than its time to live, and of a gather that passed its deadline."""
@@ -32,6 +36,7 @@ class Leases:
     """The leases and deliveries of one machine.
 
     Attributes:
+        recalls: Asks consumers to release what they have not begun.
         workers_known: True once the supervisor has reported which consumers may hold messages.
         delivery_suspended: True while only the supervisor receives messages.
         stale_epoch_messages: Messages of earlier epochs that a worker may still hold from before the broker's restart.
@@ -43,6 +48,7 @@ class Leases:
         self.state = state
         self._writer = writer
         self._outbox = outbox
+        self.recalls = Recalls(state, outbox)
         self._max_prefetch = max_prefetch
         self.workers_known = workers_known
         self.delivery_suspended = False
@@ -73,17 +79,22 @@ class Leases:
                 consumer.removed_ids.difference_update(ids)
                 self.state.changed_queues[consumer.queue] = None
 
-    def release(self, message: Message) -> None:
-        """End the lease and put the message at the head of its queue. No attempt is counted.
+    def release(self, messages: list[Message]) -> None:
+        """End the leases and put the messages at the head of their queues, in order. No attempt is counted.
 
-        The message must not be in a lane.
+        They must not be in a lane.
         """
-        self.end_lease(message)
-        if message.is_stale_epoch:
-            self.divert(message)
-        else:
-            message.queue.push_front(message)
-            self.state.changed_queues[message.queue] = None
+        returned: dict[Queue, list[Message]] = {}
+        for message in messages:
+            self.end_lease(message)
+            if message.is_stale_epoch:
+                self.divert(message)
+            else:
+                message.lease = RELEASED
+                returned.setdefault(message.queue, []).append(message)
+        for queue, each in returned.items():
+            queue.put_back(each)
+            self.state.changed_queues[queue] = None
 
     def redeliver(self, message: Message, seconds: float = 0.0) -> None:
         """Make a message ready again after a delay, or at once at the head of its queue.
@@ -108,9 +119,7 @@ class Leases:
         if breaker is None or not breaker.record_failure(message.id, now):
             return
         self.state.set_timer(breaker.open_until, BREAKER_TIMER, "", queue.name)
-        for consumer in queue.consumers:
-            if len(consumer.held) > 1:
-                self._outbox.add_notice(consumer.session, "recall", None)
+        self.recalls.recall_all(queue)
 
     def wake_queue(self, name: str) -> None:
         """Look at a queue again, because the time of its open breaker is over."""
@@ -133,6 +142,7 @@ class Leases:
         """
         message.queue = self.state.queue(name)
         message.label = label
+        message.lease = 0
         delivery_state = message.delivery_state
         if delivery_state is not None:
             delivery_state.due = delivery_state.due_wall = delivery_state.delay = 0.0
@@ -145,12 +155,18 @@ class Leases:
     # consumers
 
     def consume(self, session: Session, name: str, prefetch: int) -> None:
-        """Let `session` consume a queue, with at most `prefetch` messages at once."""
+        """Let `session` consume a queue: it works on at most `prefetch` messages at once."""
         consumer = session.consumers.get(name)
         if consumer is None:
             queue = self.state.queue(name)
             consumer = session.consumers[name] = Consumer(session, queue, prefetch)
             queue.consumers.append(consumer)
+        consumer.concurrency = prefetch or 1
+        consumer.recalled_lease = 0
+        self.set_prefetch(consumer, prefetch)
+
+    def set_prefetch(self, consumer: Consumer, prefetch: int) -> None:
+        """Set the number of messages that a consumer holds at most, in work or waiting."""
         consumer.prefetch = min(prefetch, self._max_prefetch)
         self.state.changed_queues[consumer.queue] = None
 
@@ -163,8 +179,7 @@ class Leases:
         named = set(holding)
         for consumer in session.consumers.values():
             consumer.removed_ids.clear()
-            for message in reversed([m for m in consumer.held.values() if (m.id, m.lease) not in named]):
-                self.release(message)
+            self.release([m for m in consumer.held.values() if (m.id, m.lease) not in named])
         return [id for id, lease in holding if not self._restore_lease(session, id, lease)]
 
     def _restore_lease(self, session: Session, id: int, lease: int) -> bool:
@@ -204,9 +219,7 @@ class Leases:
         for consumer in session.consumers.values():
             consumer.queue.consumers.remove(consumer)
             charged = [] if charge is None else [m for m in consumer.held.values() if m.id in responsible]
-            for message in reversed(list(consumer.held.values())):
-                if message not in charged:
-                    self.release(message)
+            self.release([message for message in consumer.held.values() if message not in charged])
             if charge is not None:
                 for message in reversed(charged):  # each goes to the head of the queue, so the first one comes last
                     self.end_lease(message)
@@ -273,12 +286,7 @@ class Leases:
         if breaker.state == OPEN:
             return
         if breaker.state == CLOSED:
-            while free and queue.next_lane():
-                share = -(-max(1, queue.ready_count) // len(free))
-                consumer = free.pop(0)
-                credit = min(consumer.credit, breaker.max_held - len(consumer.held))
-                if credit > 0:
-                    self._deliver_to(queue, consumer, min(share, credit))
+            self._deliver_shares(queue, free, breaker.max_held)
             return
         probe = self.state.messages.get(breaker.probe)
         if free and (probe is None or probe.holder is None or probe.queue is not queue):
@@ -289,13 +297,26 @@ class Leases:
                 breaker.probe = next(reversed(consumer.held))
 
     def _deliver_queue(self, queue: Queue) -> None:
-        free = self._free_consumers(queue)
-        while free and queue.next_lane():
-            share = -(-max(1, queue.ready_count) // len(free))
-            consumer = free.pop(0)
-            self._deliver_to(queue, consumer, min(share, consumer.credit))
+        self._deliver_shares(queue, self._free_consumers(queue))
         if len(queue.consumers) > 1:
             queue.consumers.append(queue.consumers.pop(0))
+
+    def _deliver_shares(self, queue: Queue, free: list[Consumer], max_held: int = MAX_HELD) -> None:
+        """Deliver equal shares of the ready messages to consumers with credit, of at most `max_held` for each."""
+        recalls = self.recalls
+        while lane := queue.next_lane():
+            if queue.has_priorities:
+                free = recalls.select_for_priority(queue, free, lane[0].priority)
+            if not free:
+                return
+            share = -(-max(1, queue.ready_count) // len(free))
+            consumer = free.pop(0)
+            credit = recalls.limit_mixed(queue, consumer) if queue.has_priorities else consumer.credit
+            credit = min(share, credit, max_held - len(consumer.held))
+            if credit > 0:
+                self._deliver_to(queue, consumer, credit)
+        if free and len(queue.consumers) > 1 and any(consumer.is_idle for consumer in free):
+            recalls.watch_share(queue)
 
     def _deliver_to(self, queue: Queue, consumer: Consumer, count: int) -> None:
         session = consumer.session
@@ -305,6 +326,9 @@ class Leases:
         items: list[tuple[Any, ...]] = []
         bodies = session.bodies
         bytes_left = MAX_DELIVERY_BYTES
+        if (waiting := len(held) - consumer.concurrency) >= 0 and (lane := queue.next_lane()):
+            bytes_left -= lane[0].size * waiting
+        priority = NO_PRIORITY
         while count > 0 and bytes_left > 0 and (lane := queue.next_lane()):
             message = lane.popleft()
             if message.holder is not None:
@@ -313,6 +337,7 @@ class Leases:
             message.lease = lease
             message.holder = consumer
             held[message.id] = message
+            priority = message.priority
             body = message.body
             if body is None:
                 body = message.body = self._writer.body(message)
@@ -337,6 +362,9 @@ class Leases:
         self.state.next_lease = lease
         if items:
             queue.delivered_count += len(items)
+            # The last one has the lowest priority of this delivery.
+            others = len(held) > len(items)
+            consumer.lowest_priority = min(priority, consumer.lowest_priority) if others else priority
             session.deliveries.append((queue.name, items))
             self._outbox.dirty[session] = None
 

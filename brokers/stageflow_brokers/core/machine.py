@@ -29,7 +29,7 @@ from stageflow_brokers.core.records import Record
 from stageflow_brokers.core.replay import Replay
 from stageflow_brokers.core.sessions import Session
 from stageflow_brokers.core.settle import SettleHandler
-from stageflow_brokers.core.state import BREAKER_TIMER, BrokerState
+from stageflow_brokers.core.state import BREAKER_TIMER, SHARE_TIMER, BrokerState
 from stageflow_brokers.core.supervision import Supervision
 from stageflow_brokers.core.watches import Watches
 from stageflow_brokers.errors import ProtocolError, Refused
@@ -227,6 +227,8 @@ class Machine:
                 self._message_due(due, id)
             elif id == BREAKER_TIMER:
                 self.leases.wake_queue(key)
+            elif id == SHARE_TIMER:
+                self.leases.recalls.share(key)
             else:
                 self.gather_manager.expire(due, group_id, key)
         if not more:
@@ -329,6 +331,9 @@ class Machine:
         lost = self.leases.reconcile(session, hello.holding)
         self.leases.stop_awaiting(peer)
         self.outbox.add_notice(session, "welcome", (hello.number, lost))
+        for consumer in session.consumers.values():
+            if consumer.queue.paused:
+                self.leases.recalls.recall(consumer)
         if hello.watching:
             self.watches.watch(session, hello.watching)
 
@@ -433,7 +438,7 @@ class Machine:
         if self._accept_frame(session, release.broker_epoch, release.frame) == OUT_OF_ORDER:
             return
         if release.queue in session.consumers and release.prefetch >= 0:
-            self.leases.consume(session, release.queue, release.prefetch)
+            self.leases.set_prefetch(session.consumers[release.queue], release.prefetch)
         self.settle_handler.handle_release(session, release.leases)
 
     def _mark_read(self, session: Session, header: bytes, blob: bytes) -> None:

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from stageflow_brokers.core.message import Message
     from stageflow_brokers.core.sessions import Consumer, Session
 
-__all__ = ["Queue"]
+__all__ = ["RELEASED", "Queue"]
 
 CANCELLED_PRIORITY = 1 << 62
 """Priority of the lane for cancelled messages: consumers pass them through without work, so no breaker stops them."""
+
+
+RELEASED = -1
+"""The lease of a message that waits again after a release."""
 
 
 class Queue:
@@ -33,6 +37,11 @@ class Queue:
         owner: The session that declared the queue last.
         ready: The lane of priority 0.
         taken_entries: Number of lane entries whose message was taken: their holder is not None.
+        has_priorities: True once a message of another priority than 0 was in the queue.
+        mixed_until: Time until which consumers hold few messages, because a message of a higher priority had to wait
+            for a recall.
+        share_lease: Messages with earlier leases are recalled when the timer is due, if a consumer is idle then; 0
+            without a timer.
         delayed_count: Number of delayed messages.
         dead_letters: The dead letters, by id.
         awaited_peers: Peers that may hold messages of this queue and have not reported them since the broker started.
@@ -51,12 +60,15 @@ class Queue:
         "dead_letters",
         "delayed_count",
         "delivered_count",
+        "has_priorities",
+        "mixed_until",
         "name",
         "options",
         "owner",
         "paused",
         "ready",
         "settled_count",
+        "share_lease",
         "starts",
         "taken_entries",
     )
@@ -77,6 +89,9 @@ class Queue:
         self.settled_count = 0
         self.starts: tuple[bool, str, float] | None = None
         self.taken_entries = 0
+        self.has_priorities = False
+        self.mixed_until = 0.0
+        self.share_lease = 0
 
     def declare(self, options: QueueOptions) -> None:
         """Set the options. A breaker whose options do not change keeps its state."""
@@ -104,11 +119,31 @@ class Queue:
         else:
             self._lane(message.priority).appendleft(message)
 
+    def put_back(self, messages: list[Message]) -> None:
+        """Put released messages at the head of their lanes, in the order in which they were published.
+
+        Messages that were released before, by other consumers, and wait there keep their places in this order.
+        """
+        lanes: dict[int, list[Message]] = {}
+        for message in messages:
+            cancelled = self.breaker is not None and message.is_cancelled
+            lanes.setdefault(CANCELLED_PRIORITY if cancelled else message.priority, []).append(message)
+        for priority, returned in lanes.items():
+            lane = self._lane(priority) if priority else self.ready
+            if priority == CANCELLED_PRIORITY:
+                lane.extend(returned)
+                continue
+            last = max(message.id for message in returned)
+            while lane and lane[0].lease == RELEASED and lane[0].id < last and lane[0].holder is None:
+                returned.append(lane.popleft())
+            lane.extendleft(sorted(returned, key=lambda message: -message.id))
+
     def _lane(self, priority: int) -> deque[Message]:
         for known, lane in self._other_lanes:
             if known == priority:
                 return lane
         new: deque[Message] = deque()
+        self.has_priorities = True
         self._other_lanes.append((priority, new))
         self._other_lanes.sort(key=lambda pair: -pair[0])
         return new

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from stageflow_brokers.core.message import Message
     from stageflow_brokers.core.queue import Queue
 
-__all__ = ["Consumer", "Session"]
+__all__ = ["NO_PRIORITY", "Consumer", "Session"]
+
+NO_PRIORITY = 1 << 62
+"""Above each priority: the lowest of no messages."""
 
 ANSWERS_KEPT = 256
 """Answers that cannot be computed again, kept per peer for frames that are sent again."""
@@ -26,14 +29,30 @@ class Consumer:
         held: The messages that it holds, by id, in order of delivery.
         removed_ids: Messages that it received and that were deleted since, because their group ended. The peer still
             works on them, so they use credit until it settles or releases them.
+        concurrency: How many messages it works on at once: the prefetch with which it began to consume. Any more that
+            it holds have not begun.
+        lowest_priority: The lowest priority among the messages that it may hold and has not begun.
+        recalled_lease: It was asked to release the messages with earlier leases.
     """
 
-    __slots__ = ("held", "prefetch", "queue", "removed_ids", "session")
+    __slots__ = (
+        "concurrency",
+        "held",
+        "lowest_priority",
+        "prefetch",
+        "queue",
+        "recalled_lease",
+        "removed_ids",
+        "session",
+    )
 
     def __init__(self, session: Session, queue: Queue, prefetch: int) -> None:
         self.session = session
         self.queue = queue
         self.prefetch = prefetch
+        self.concurrency = prefetch
+        self.lowest_priority = NO_PRIORITY
+        self.recalled_lease = 0
         self.held: dict[int, Message] = {}
         self.removed_ids: set[int] = set()
 
@@ -41,6 +60,11 @@ class Consumer:
     def credit(self) -> int:
         """How many more messages may be delivered now."""
         return self.prefetch - len(self.held) - len(self.removed_ids)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if it works on nothing and could receive a message."""
+        return not self.held and self.credit > 0 and self.session.connected
 
 
 class Session:

@@ -65,7 +65,7 @@ class SettleHandler:
     def handle(self, session: Session, frame: SettleFrame, header: bytes, blob: bytes) -> None:
         """Apply a new frame."""
         if frame.queue and frame.prefetch >= 0 and frame.queue in session.consumers:
-            self._leases.consume(session, frame.queue, frame.prefetch)
+            self._leases.set_prefetch(session.consumers[frame.queue], frame.prefetch)
         if self._limit_checker.is_queue_limit_reached and not self._holds_any(session, frame):
             # A peer that holds none of these messages must not create queues by naming them as targets.
             stale = [id for id, _ in _frame_leases(frame)]
@@ -155,12 +155,14 @@ class SettleHandler:
 
         No attempt is counted.
         """
-        for id, lease in reversed(leases):
+        held = []
+        for id, lease in leases:
             message = self._leases.get_held(session, id, lease)
             if message is not None:
-                self._leases.release(message)
+                held.append(message)
             else:
                 self._leases.free_credit(session, (id,))
+        self._leases.release(held)
 
     def handle_checkpoint(self, session: Session, frame: Checkpoint, header: bytes, blob: bytes) -> None:
         """Store the result of a step with its message."""

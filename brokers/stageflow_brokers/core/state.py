@@ -21,10 +21,13 @@ from stageflow_brokers.core.queue import Queue
 from stageflow_brokers.core.sessions import Consumer, Session
 from stageflow_brokers.types import FLAG_START, GatherOpen, PublishItem, QueueOptions
 
-__all__ = ["BREAKER_TIMER", "DETACHED", "BrokerState"]
+__all__ = ["BREAKER_TIMER", "DETACHED", "SHARE_TIMER", "BrokerState"]
 
 BREAKER_TIMER = -1
 """Message id of a timer that is for the breaker of a queue; the name of the queue is its key."""
+
+SHARE_TIMER = -2
+"""Message id of a timer that is for the messages that wait with busy consumers of a queue; its name is the key."""
 
 DETACHED = Consumer(Session(0), Queue(""), 0)
 """Holder of a message object that was replaced or removed while its entry stays in a lane."""
@@ -61,6 +64,7 @@ class BrokerState:
         gathers: The group of each gather, by (group id, key).
         has_breakers: True if some queue has a breaker.
         changed_queues: Queues in which something may have become deliverable in this round.
+        pause_changes: Queues that were paused or resumed in this round, with True if they are paused now.
         last_frames: Number of the last frame of each disconnected peer.
         live_bytes: Bytes of all bodies, those of gathers included.
         step_bytes: Bytes of all steps and their names.
@@ -86,6 +90,7 @@ class BrokerState:
         self.queues: dict[str, Queue] = {}
         self.has_breakers = False
         self.changed_queues: dict[Queue, None] = {}  # not a set: the order must be the same for the same calls
+        self.pause_changes: dict[str, bool] = {}
         self.sessions: dict[int, Session] = {}
         self.last_frames: dict[int, int] = {}
         self.facts: dict[str, str] = {}
@@ -430,9 +435,9 @@ class BrokerState:
     # timers
 
     def set_timer(self, due: float, id: int, group: str, key: str) -> None:
-        """Set a timer for a message, a gather or the breaker of a queue.
+        """Set a timer for a message, a gather or a queue.
 
-        They are named by the id, by group and key, or by `BREAKER_TIMER` and the name of the queue as key.
+        They are named by the id, by group and key, or by `BREAKER_TIMER` or `SHARE_TIMER` and the queue's name as key.
 
         Timers are not removed. The code that handles a due one must check that it is still valid.
         """

@@ -24,6 +24,7 @@ from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.journal.filesystem import FileSystem
 from stageflow_brokers.journal.format import Batch, Record, file_name
 from stageflow_brokers.journal.journal import Journal
+from stageflow_brokers.pause_flags import PauseFlags
 
 __all__ = ["Engine", "Frame", "Outgoing", "check_oldest", "replay_batch"]
 
@@ -89,6 +90,7 @@ class Engine:
         files: The file system. Default: that of the operating system.
         monotonic: Clock for timers, in seconds.
         wall: Clock for records, in seconds since 1970.
+        pause_flags: Flags of paused queues that workers read. Default: none.
         stop_requested: Polled while the disk is full. True ends the wait, and the round raises `JournalFull`.
     """
 
@@ -104,11 +106,13 @@ class Engine:
         files: FileSystem | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        pause_flags: PauseFlags | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._monotonic = monotonic
         self._wall = wall
         self._stop_requested = stop_requested
+        self._pause_flags = pause_flags
         self._failed = ""
         self._oldest_recorded_in = 0
         self.machine = Machine(
@@ -141,6 +145,8 @@ class Engine:
         if self.journal is not None:
             self.machine.writer.record_oldest(self.journal.segments()[0].number)
         self._commit()
+        if pause_flags is not None:
+            pause_flags.set_all([queue.name for queue in self.machine.state.queues.values() if queue.paused])
         failpoint("broker.started")
 
     def round(self, frames: Sequence[Frame], *, more: bool = False) -> list[Outgoing]:
@@ -175,6 +181,8 @@ class Engine:
         written = self._commit()
         if written:
             failpoint("broker.committed")
+        if machine.state.pause_changes:
+            self._set_pause_flags(machine.state.pause_changes)
         if self._compactor is None:
             machine.compacting = False
         else:
@@ -237,6 +245,13 @@ class Engine:
         if self.journal.is_space_low:
             self.machine.refusal_reason = NEARLY_FULL
         return location.blob_offsets[-1] - location.blob_offsets[0] + len(batch[-1].blob) + 1
+
+    def _set_pause_flags(self, changes: dict[str, bool]) -> None:
+        """Set the flags before the answers leave: after the answer to a pause, no message of the queue begins."""
+        if self._pause_flags is not None:
+            for queue, paused in changes.items():
+                self._pause_flags.set(queue, paused)
+        changes.clear()
 
     def _read_body(self, segment: int, batch: int, offset: int, size: int) -> bytes:
         assert self.journal is not None

@@ -8,6 +8,7 @@
 `contract_groups`         idempotent starts, ends, watches, epochs
 `contract_gathers`        joins, signals, deadlines
 `contract_restarts`       cancellation, halts, restarts
+`contract_recall`         what has not begun is shared again: priority, pause, idle consumers
 `contract_supervision`    deaths, suspended delivery, recall and retire
 `contract_admin`          pause, purge, peek, stats, facts, limits
 `simulated_disk`          a disk in memory that fails, tears writes and loses unsynced data

@@ -15,6 +15,7 @@ from stageflow_brokers.testing.contract_admin import MAX_MESSAGE_BYTES, AdminCon
 from stageflow_brokers.testing.contract_delivery import DeliveryContract
 from stageflow_brokers.testing.contract_gathers import GatherContract
 from stageflow_brokers.testing.contract_groups import GroupContract
+from stageflow_brokers.testing.contract_recall import RecallContract
 from stageflow_brokers.testing.contract_restarts import RestartContract
 from stageflow_brokers.testing.contract_settlement import SettlementContract
 from stageflow_brokers.testing.contract_supervision import SupervisionContract
@@ -29,6 +30,7 @@ class BrokerContract(
     GroupContract,
     GatherContract,
     RestartContract,
+    RecallContract,
     SupervisionContract,
     AdminContract,
 ):

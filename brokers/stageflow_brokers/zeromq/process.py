@@ -23,6 +23,7 @@ from stageflow_brokers.core.machine import Limits
 from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerError, JournalCorrupt, JournalError
 from stageflow_brokers.log_sender import relay_process
+from stageflow_brokers.pause_flags import PauseFlags
 from stageflow_brokers.zeromq.server import Server
 
 __all__ = ["ProcessOptions", "main"]
@@ -41,6 +42,7 @@ EXIT_JOURNAL_FAILED = 70
 class ProcessOptions(msgspec.Struct):
     """The options of a broker process. `max_message_bytes` replaces the value in `limits`.
 
+    `pause_fd` is the memory of the `PauseFlags` that workers read, -1 for none.
     `log_fd` is a socket for the log records of this process from `log_level` on, see `LogSender`; -1 for none.
     """
 
@@ -53,6 +55,7 @@ class ProcessOptions(msgspec.Struct):
     segment_bytes: int = 64 << 20
     ready_fd: int = -1
     parent: int = 0
+    pause_fd: int = -1
     log_fd: int = -1
     log_level: int = 30
 
@@ -99,6 +102,7 @@ def main(argument: str) -> int:
             supervised=options.supervised,
             segment_bytes=options.segment_bytes,
             warn=_warn,
+            pause_flags=PauseFlags(options.pause_fd) if options.pause_fd >= 0 else None,
             stop_requested=stop,
         )
         server = Server(engine, options.address, wakeup=stop.wakeup, max_descriptors=max_descriptors)

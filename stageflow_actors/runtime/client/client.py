@@ -430,7 +430,10 @@ class Client:
     # control
 
     def pause(self, queue: str) -> None:
-        """Deliver no messages of a queue until `resume`; also after restarts.
+        """Let no message of a queue begin until `resume`; also after restarts.
+
+        The call does not wait for messages in work. Messages that workers hold and have not begun return to the queue,
+        in order.
 
         Args:
             queue: The name of the queue, as in `queues`.

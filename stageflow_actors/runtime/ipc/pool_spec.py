@@ -178,6 +178,8 @@ class WorkerPayload(Struct):
     initializer: bytes = b""
     log_fd: int = -1
     levels_fd: int = -1
+    pause_fd: int = -1
+    pause_flag: int = 0
 
 
 def pool_specs(

@@ -55,6 +55,7 @@ class BrokerProcess:
         max_message_bytes: int,
         keep_fds: tuple[int, ...] = (),
         supervised: bool = True,
+        pause_fd: int = -1,
         log_fd: int = -1,
         log_level: int = logging.WARNING,
     ) -> None:
@@ -66,10 +67,11 @@ class BrokerProcess:
             "supervised": supervised,
             "max_message_bytes": max_message_bytes,
             "parent": os.getpid(),
+            "pause_fd": pause_fd,
             "log_fd": log_fd,
             "log_level": log_level,
         }
-        self._keep_fds = keep_fds if log_fd < 0 else (*keep_fds, log_fd)
+        self._keep_fds = (*keep_fds, *(fd for fd in (pause_fd, log_fd) if fd >= 0))
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._lock = threading.Lock()

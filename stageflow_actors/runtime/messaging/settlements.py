@@ -19,6 +19,7 @@ from stageflow_brokers.api import (
     ATTEMPT_FAILED,
     ATTEMPT_SUCCEEDED,
     DEAD_LETTER,
+    RETRY,
     TERMINAL,
     Arrival,
     DeliveryItem,
@@ -34,6 +35,7 @@ __all__ = [
     "Settlement",
     "assign_target_numbers",
     "completed_steps",
+    "decline",
     "forward",
     "park_undecodable",
     "park_unknown_version",
@@ -55,12 +57,13 @@ class Settlement:
         publishes: The messages to publish, each with its target.
         bodies: The bodies, in the order publishes, opens, arrivals.
         opens: The gathers to open, each with its target.
+        declined: True if the message has not begun: it is released, and nothing is settled.
         version_unknown: True if it parks a message because this worker does not know the version, or cannot decode it.
         user_code_ran: True if user code ran for it in this worker, and returned or raised. A worker that only records
             how another worker ended has not proved that it can run user code.
     """
 
-    __slots__ = ("bodies", "item", "opens", "publishes", "user_code_ran", "version_unknown")
+    __slots__ = ("bodies", "declined", "item", "opens", "publishes", "user_code_ran", "version_unknown")
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Settlement:
         self.publishes = publishes
         self.bodies = bodies
         self.opens = opens or []
-        self.version_unknown = self.user_code_ran = False
+        self.version_unknown = self.user_code_ran = self.declined = False
 
     def mark_user_code_ran(self) -> Settlement:
         """Record that user code ran in this worker, and returned or raised."""
@@ -96,6 +99,13 @@ class Settlement:
 
 Result = tuple[int, bytes] | Settlement
 """(target number, body) of a plain acknowledgement with one message, or any other settlement."""
+
+
+def decline(item: DeliveryItem) -> Settlement:
+    """Return the result of a message that must not begin, because its queue was paused after its delivery."""
+    declined = Settlement(SettleItem([(item.id, item.lease)], RETRY), [], [])
+    declined.declined = True
+    return declined
 
 
 def forward(item: DeliveryItem, body: bytes, place: StagePlan) -> Settlement:

@@ -53,6 +53,7 @@ from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
 from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.log_sender import annotate_nothing, send_logs
+from stageflow_brokers.pause_flags import PauseFlags
 
 __all__ = ["main"]
 
@@ -190,12 +191,14 @@ class Node:
         os.set_inheritable(config.levels_fd, False)
         self._levels.apply()
         self._output = OutputRelay(output)
+        self._pauses = PauseFlags.create()
         self._broker_process = BrokerProcess(
             address=self._address,
             journal=None if config.durability == "memory" else str(self._data.journal),
             durability=config.durability,
             max_message_bytes=config.max_message_bytes,
             keep_fds=(config.lock_fd,),
+            pause_fd=self._pauses.fd,
             log_fd=self._output.log_fd,
             log_level=logging.getLogger(OWN_LOGGERS[1]).getEffectiveLevel(),
         )
@@ -242,6 +245,7 @@ class Node:
             notify=lambda text: _send_report(self._channel, Report("notice", text)),
             output=self._output,
             levels_fd=config.levels_fd,
+            pauses=self._pauses,
             has_exited=has_exited,
             worker_stop_timeout=config.worker_stop_timeout,
             start_timeout=config.start_timeout,
@@ -409,7 +413,7 @@ class Node:
         zygote = ZygoteHandle(
             "stageflow_actors.runtime.worker.main:main",
             slots=self._slots,
-            keep_fds=(config.lock_fd, self._output.log_fd, config.levels_fd),
+            keep_fds=(config.lock_fd, self._output.log_fd, config.levels_fd, self._pauses.fd),
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],
             cwd=os.fsdecode(config.cwd) or None,
             flags=config.interpreter_flags,

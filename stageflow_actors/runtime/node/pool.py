@@ -86,6 +86,7 @@ class Pool(pykka.ThreadingActor):
         self._serial = 0
         self._exit_policy = ExitPolicy(pool_context.oom_kills.claim)
         self._starts = PoolStarts(spec, pool_context)
+        self._pause_flag = 0 if pool_context.pauses is None else pool_context.pauses.register(spec.queue)
         self._shutting_down = False
         self._ticks = 0
         self._next_memory_check = self._next_exit_check = 0
@@ -180,6 +181,8 @@ class Pool(pykka.ThreadingActor):
             pool_context.initializer,
             log_fd=-1 if pool_context.output is None else pool_context.output.log_fd,
             levels_fd=pool_context.levels_fd,
+            pause_fd=-1 if pool_context.pauses is None else pool_context.pauses.fd,
+            pause_flag=self._pause_flag,
         )
         streams: list[int] = []
         try:

@@ -18,6 +18,7 @@ from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.start_causes import StartCauses
 from stageflow_actors.runtime.zygote.handle import ZygoteHandle
 from stageflow_brokers.api import Broker
+from stageflow_brokers.pause_flags import PauseFlags
 
 __all__ = ["PoolContext"]
 
@@ -30,6 +31,7 @@ class PoolContext:
     - `active`: the queues whose pool needs ticks even while no worker is busy
     - `output`: reads the output and the log records of workers; None if they share the node's
     - `levels_fd`: the shared memory with the program's log levels
+    - `pauses`: the flags of paused queues, which the broker sets and the workers read
     - `oom_kills`: the kernel's count of OOM kills
     - `stop_timeout_ns`: the time in which a worker that holds no message has to end
     - `start_timeout`: the time, in seconds, in which a worker of each pool should start
@@ -53,6 +55,7 @@ class PoolContext:
         notify: Callable[[str], None],
         output: OutputRelay | None = None,
         levels_fd: int = -1,
+        pauses: PauseFlags | None = None,
         oom_kills: OomKills | None = None,
         has_exited: Callable[[int], bool] | None = None,
         worker_stop_timeout: float = 5.0,
@@ -71,6 +74,7 @@ class PoolContext:
         self.notify = notify
         self.output = output
         self.levels_fd = levels_fd
+        self.pauses = pauses
         self.oom_kills = oom_kills or OomKills()
         self.has_exited = has_exited or (lambda pidfd: False)
         self.stop_timeout_ns = int(worker_stop_timeout * 1e9)

@@ -18,22 +18,17 @@ from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.messaging.settlements import Settlement, assign_target_numbers
 from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
+from stageflow_actors.runtime.worker.prefetch import Prefetch
 from stageflow_brokers.api import DeliveryItem, SettleItem, Target
 from stageflow_brokers.failpoints import failpoint
 
 __all__ = ["CompensationActor", "StageActor", "WorkActor"]
 
-MAX_BATCH_SETTLEMENTS = 128
+MAX_BATCH_SETTLEMENTS = 512
 """The most settlements of one frame; fewer if the inbox is empty or `FLUSH_INTERVAL_SECONDS` have passed."""
 
-FLUSH_INTERVAL_SECONDS = 0.002
+FLUSH_INTERVAL_SECONDS = 0.004
 """The longest time that a finished message waits for its settlement while others run."""
-
-MAX_PREFETCH = 256
-"""The most messages that a worker holds: for stages that take microseconds."""
-
-PREFETCH_WORK_SECONDS = 0.02
-"""The work that a worker holds, in time. A worker whose stage takes longer holds exactly one message."""
 
 
 class WorkActor(pykka.ThreadingActor):
@@ -60,7 +55,7 @@ class WorkActor(pykka.ThreadingActor):
         self._other_bodies: list[bytes] = []
         self._ran = 0
         self._current: tuple[int, int] | None = None
-        self._prefetch = 1
+        self._prefetch = Prefetch()
         self._remaining = payload.max_tasks
         self._limited = payload.max_tasks > 0
 
@@ -94,7 +89,7 @@ class WorkActor(pykka.ThreadingActor):
 
     def settle_finished(self) -> None:
         """Settle the finished messages while another one is in work, and hold only that one. The lock is held."""
-        self._prefetch = self.min_prefetch
+        self._prefetch.reset()
         self._flush()
 
     def stop_taking(self) -> None:
@@ -110,14 +105,17 @@ class WorkActor(pykka.ThreadingActor):
         mailbox.signalled = False
         failpoint("worker.delivered")
         clock = time.perf_counter
-        began = flushed = clock()
+        flushed = clock()
         count = 0
+        paused = mailbox.paused
         lock.acquire()  # released only while a message runs: once per message
         try:
             while inbox:
                 if self._limited and self._remaining <= 0:
                     self._retire()
                     return
+                if paused[0]:
+                    break  # the broker recalls the messages
                 item, body = inbox.popleft()
                 if mailbox.lost and (item.id, item.lease) in mailbox.lost:
                     continue
@@ -134,8 +132,13 @@ class WorkActor(pykka.ThreadingActor):
                     target, done = result
                     moves.append((item.id, item.lease, target, len(done), item.group))
                     bodies.append(done)
+                elif result.declined:
+                    self._release(item, self.min_prefetch)
+                    self._current = None
+                    break
                 elif result.version_unknown and self._slot.is_outdated:
-                    self._release(item)
+                    self._release(item, 0)
+                    self.stop_taking()
                     self._current = None
                     self._retire()
                     return
@@ -150,10 +153,11 @@ class WorkActor(pykka.ThreadingActor):
                         self._retire()
                         return
                 if not inbox or len(moves) >= MAX_BATCH_SETTLEMENTS or clock() - flushed > FLUSH_INTERVAL_SECONDS:
-                    if not inbox:
-                        self._adapt(clock() - began, count)
+                    now = clock()
+                    self._prefetch.measure(now - flushed, count)
+                    flushed, count = now, 0
                     self._flush()
-                    flushed = clock()
+                    self._release_surplus()
             self._flush()  # the last deliveries may have been lost: finished messages must not wait for more
         finally:
             lock.release()
@@ -163,11 +167,19 @@ class WorkActor(pykka.ThreadingActor):
         self._other_bodies.extend(settled.bodies)
         self._ran += settled.user_code_ran
 
-    def _adapt(self, seconds: float, count: int) -> None:
-        """Set the prefetch to the messages that fit into `PREFETCH_WORK_SECONDS`, at most four times the last value."""
-        each = seconds / count if count else 1.0
-        fitting = int(PREFETCH_WORK_SECONDS / each) if each > 0 else MAX_PREFETCH
-        self._prefetch = max(1, min(fitting, self._prefetch * 4, MAX_PREFETCH))
+    def _release_surplus(self) -> None:
+        """Release the last of the waiting messages if they would wait too long here. The mailbox's lock is held."""
+        inbox = self._mailbox.inbox
+        surplus = self._prefetch.surplus(len(inbox))
+        if surplus:
+            last = [inbox.pop()[0] for _ in range(surplus)]
+            leases = [(item.id, item.lease) for item in reversed(last)]
+            self._send_release(leases, self._prefetch.limit)
+
+    def _send_release(self, leases: list[tuple[int, int]], prefetch: int) -> None:
+        broker = self._mailbox.broker
+        assert broker is not None
+        broker.release(leases, self._queue, prefetch)
 
     def _flush(self) -> None:
         moves, others = self._moves, self._others
@@ -178,7 +190,7 @@ class WorkActor(pykka.ThreadingActor):
         failpoint("worker.before-settle")
         bodies = self._bodies + self._other_bodies
         targets = self._targets if others else self._targets[: self._plain_targets]
-        broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._prefetch)
+        broker.settle(targets, list(moves), [], list(others), bodies, queue=self._queue, prefetch=self._limit())
         failpoint("worker.settled")
         self._slot.count_settled(len(moves) + self._ran)
         self._ran = 0
@@ -189,21 +201,21 @@ class WorkActor(pykka.ThreadingActor):
         if len(self._targets) > 64:
             del self._targets[self._plain_targets :]
 
-    def _release(self, item: DeliveryItem) -> None:
-        """Release a message for this worker's successor, which has its version, and take no more."""
-        broker = self._mailbox.broker
-        assert broker is not None
-        broker.release([(item.id, item.lease)], self._queue, 0)
-        self.stop_taking()
+    def _limit(self) -> int:
+        """Return the number of messages to hold: no more than the worker may still take before it is replaced."""
+        limit = self._prefetch.limit
+        return max(self.min_prefetch, min(limit, self._remaining)) if self._limited else limit
+
+    def _release(self, item: DeliveryItem, prefetch: int) -> None:
+        """Release a message that has not begun: for another worker, or because the queue is paused."""
+        self._send_release([(item.id, item.lease)], prefetch)
 
     def _retire(self) -> None:
         """Settle the finished messages, release the waiting ones, and stop."""
         self._flush()
-        broker = self._mailbox.broker
-        assert broker is not None
         leases = [(item.id, item.lease) for item, _ in list(self._mailbox.inbox)]
         self._mailbox.inbox.clear()
-        broker.release(leases, self._queue, 0)
+        self._send_release(leases, 0)
         self.stop()
 
 

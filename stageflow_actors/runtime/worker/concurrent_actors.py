@@ -13,6 +13,7 @@ import time
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable
+from inspect import iscoroutine
 from typing import Any
 
 import pykka
@@ -21,14 +22,15 @@ from stageflow_actors.errors import StageTimeout
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.pool_spec import WorkerPayload
 from stageflow_actors.runtime.ipc.slots import CANCEL_GRACE_NS, Slot
-from stageflow_actors.runtime.messaging.settlements import Result
+from stageflow_actors.runtime.messaging.settlements import Result, decline
 from stageflow_actors.runtime.system.processes import exit_now
-from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, MAX_PREFETCH, PREFETCH_WORK_SECONDS, WorkActor
+from stageflow_actors.runtime.worker.actor import MAX_BATCH_SETTLEMENTS, WorkActor
 from stageflow_actors.runtime.worker.awaitables import finish
 from stageflow_actors.runtime.worker.event_loop import LoopCall
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor, PendingCall
 from stageflow_actors.runtime.worker.executors.versions import VersionedExecutor
 from stageflow_actors.runtime.worker.mailbox import RETIRE, WORK, Mailbox
+from stageflow_actors.runtime.worker.prefetch import Prefetch
 from stageflow_brokers.api import DeliveryItem
 
 __all__ = ["TaskActor", "ThreadActor"]
@@ -46,7 +48,8 @@ class _ConcurrentActor(WorkActor):
         super().__init__(executor, mailbox, payload, slot)
         self._executor = executor
         self._lanes = slot.lanes(payload.lanes)
-        self.min_prefetch = self._prefetch = len(self._lanes)
+        self.min_prefetch = len(self._lanes)
+        self._prefetch = Prefetch(self.min_prefetch)
         self._running: set[tuple[int, int]] = set()
         self._deaths_before_last = payload.max_deaths - 1
         self._exclusive = False
@@ -66,7 +69,7 @@ class _ConcurrentActor(WorkActor):
             and not (self._limited and self._remaining <= 0)
         ):
             with mailbox.lock:
-                if not mailbox.inbox:
+                if not mailbox.inbox or mailbox.paused[0]:
                     return
                 item, body = mailbox.inbox[0]
                 # A death would count against all messages in work, so that each could be dead-lettered for another.
@@ -95,13 +98,17 @@ class _ConcurrentActor(WorkActor):
                 self._bodies.append(done)
             else:
                 assert not isinstance(result, tuple)
+                if result.declined:
+                    self._release(item, self.min_prefetch)
+                    self._remaining += 1
+                    return
                 if result.version_unknown and self._slot.is_outdated:
-                    self._release(item)
+                    self._release(item, 0)
+                    self.stop_taking()
                 else:
                     self._add(result)
-            # Beside the messages in work, as many as all lanes finish within PREFETCH_WORK_SECONDS.
-            fitting = int(self.min_prefetch * PREFETCH_WORK_SECONDS / max(seconds, 1e-6))
-            self._prefetch = self.min_prefetch + min(fitting, self._prefetch * 4, MAX_PREFETCH)
+            self._prefetch.measure(seconds, 1)
+            self._release_surplus()
 
     def _flush_or_retire(self) -> None:
         """Settle the finished messages; retire after the last message that this worker may take."""
@@ -204,6 +211,12 @@ class TaskActor(_ConcurrentActor):
     ) -> None:
         error: BaseException | None
         value: Any = None
+        if self._mailbox.paused[0] and iscoroutine(pending.awaitable):
+            # The loop was blocked since this task was made, and its coroutine has not begun.
+            pending.awaitable.close()
+            call.close()
+            self._finish(item, lane, decline(item), began)
+            return
         try:
             value = await finish(pending.awaitable)
             error = call.reason

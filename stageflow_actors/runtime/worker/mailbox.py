@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import pykka
 
 from stageflow_actors.errors import StageFlowError
 from stageflow_brokers.api import Broker, DeliveryItem, Listener, PayloadTooLarge, ProtocolError, Refused
+from stageflow_brokers.pause_flags import NOT_PAUSED
 
 __all__ = ["RETIRE", "WORK", "Mailbox", "MailboxActor"]
 
@@ -51,10 +53,12 @@ class Mailbox(Listener):
 
     `lock` guards the way of a message from the inbox through the actor into the connection: its holder sees each
     message of this worker in at least one place. `signalled`: the actor was notified and has not read the inbox since.
+    `paused[0]` is not 0 while the queue is paused: no message may begin then, and the broker recalls those that wait.
     `lost` are the (id, lease) of deliveries that this worker no longer holds.
     """
 
-    def __init__(self, queue: str) -> None:
+    def __init__(self, queue: str, paused: Sequence[int] = NOT_PAUSED) -> None:
+        self.paused = paused
         self.inbox: deque[tuple[DeliveryItem, bytes]] = deque()
         self.lock = threading.Lock()
         self.actor: MailboxActor | None = None
@@ -78,10 +82,7 @@ class Mailbox(Listener):
             pass
 
     def on_notice(self, word: str, detail: Any) -> None:
-        """Settle finished messages and release waiting ones, on a recall or when the worker is to retire.
-
-        The broker recalls deliveries when the message in work takes long.
-        """
+        """Settle finished messages and release waiting ones, on a recall or when the worker is to retire."""
         if word in ("recall", RETIRE) and self.broker is not None and self.actor is not None:
             retiring = word == RETIRE
             with self.lock:
@@ -95,6 +96,12 @@ class Mailbox(Listener):
                 self._notify(self.actor, RETIRE)
         elif word == "malformed":
             logger.error("the broker refused a frame: %s", detail)
+
+    def on_connected(self, broker_epoch: int) -> None:
+        """Notify the actor: a pause during which deliveries waited may have ended without a recall."""
+        if self.inbox and self.actor is not None:
+            self.signalled = True
+            self._notify(self.actor, WORK)
 
     def on_lost(self, ids: list[int]) -> None:
         """Mark deliveries that must not start. The same message may arrive again under another lease."""

@@ -13,7 +13,7 @@ import fcntl
 import os
 import resource
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import msgspec
@@ -51,6 +51,7 @@ from stageflow_actors.runtime.worker.services import ServiceScope, services_on_l
 from stageflow_actors.runtime.worker.start_reporter import StartReporter
 from stageflow_brokers.api import DeliveryItem
 from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.pause_flags import NOT_PAUSED, PauseFlags
 
 __all__ = ["main"]
 
@@ -74,7 +75,8 @@ def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
     report = StartReporter(report_fd, payload.worker_id, slot)
     process = ProcessExit(slot)
     logs = WorkerLogging(payload, slot)
-    mailbox = _WorkerMailbox(payload.queue, logs)
+    paused = NOT_PAUSED if payload.pause_fd < 0 else PauseFlags(payload.pause_fd).flag(payload.pause_flag)
+    mailbox = _WorkerMailbox(payload.queue, paused, logs)
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     event_loop = EventLoop(runner.get_loop)
     services = ServiceScope(runner.get_loop, slot.set_step)
@@ -130,8 +132,8 @@ class _WorkerMailbox(Mailbox):
     the connection.
     """
 
-    def __init__(self, queue: str, logs: WorkerLogging) -> None:
-        super().__init__(queue)
+    def __init__(self, queue: str, paused: Sequence[int], logs: WorkerLogging) -> None:
+        super().__init__(queue, paused)
         self._logs = logs
         self.placeholders: list[int] = []
         self.closing = False
@@ -145,6 +147,7 @@ class _WorkerMailbox(Mailbox):
         """Close the placeholders: the connection has all its descriptors."""
         while self.placeholders:
             os.close(self.placeholders.pop())
+        super().on_connected(broker_epoch)
 
     def on_closed(self, reason: str) -> None:
         """End the process: a worker without a connection must not look alive and hold its messages forever."""
@@ -237,6 +240,7 @@ def _make_executor(
         on_failed_attempt=on_failed_attempt,
         event_loop=event_loop,
         base_context=base_context,
+        paused=mailbox.paused,
         # The actor can await the handler only if every version is async; otherwise each executor blocks on its own.
         awaits_handlers=not compensates
         and all(program.stage is not None and program.stage.spec.is_async for _, program in programs),

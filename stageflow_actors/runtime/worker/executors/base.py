@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -73,6 +73,7 @@ from stageflow_actors.runtime.worker.failure_log import FailedAttempt, log_nothi
 from stageflow_actors.runtime.worker.stage_context import RememberedSteps, StageContext, StepStore
 from stageflow_actors.runtime.worker.traceback_text import failure_with_traceback
 from stageflow_brokers.api import DEAD_LETTER, RETRY, DeliveryItem, SettleItem, Target
+from stageflow_brokers.pause_flags import NOT_PAUSED
 
 __all__ = [
     "PARK_MARK",
@@ -198,8 +199,8 @@ class ExecutorEnvironment:
 
     `step_store` returns the store for the steps of one delivery. `event_loop` awaits async user code. Each message is
     handled in a copy of `base_context`. `on_error` receives each exception of user code before it becomes the stage's
-    failure, and may raise it again. `on_failed_attempt` receives each failed attempt. `awaits_handlers`: the actor
-    awaits async handlers itself (see `PendingCall`).
+    failure, and may raise it again. `on_failed_attempt` receives each failed attempt. `paused[0]` is not 0 while the
+    queue is paused. `awaits_handlers`: the actor awaits async handlers itself (see `PendingCall`).
     """
 
     naming: Naming
@@ -213,6 +214,7 @@ class ExecutorEnvironment:
     on_error: Callable[[BaseException], None] = ignore_error
     on_failed_attempt: Callable[[FailedAttempt], None] = log_nothing
     awaits_handlers: bool = False
+    paused: Sequence[int] = NOT_PAUSED
 
 
 class Executor:
@@ -248,6 +250,7 @@ class Executor:
         self._event_loop = environment.event_loop
         self._copy_context = environment.base_context.copy
         self._on_error = environment.on_error
+        self._paused = environment.paused
         self._limit = environment.max_message_bytes
         self._timeout_ns = int((planned.timeout or 0) * 1e9)
         self._requestless = self._place_without_requests()

@@ -48,7 +48,7 @@ from stageflow_actors.core.value_codec import ValueCodec
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.errors import StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import Result, Settlement, completed_steps, split_parts
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, completed_steps, decline, split_parts
 from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES, check_not_awaitable
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, Executor, ExecutorEnvironment
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
@@ -306,7 +306,10 @@ class ItemExecutor(HandlerExecutor):
         clock = time.perf_counter()
         try:
             ctx = self._stage_context(item, opened, attempt) if self._wants_ctx else None
-            value = self._call(self._items.decode_stored(opened.context, what=f"item {item_slot(opened)}"), ctx)
+            value = self._items.decode_stored(opened.context, what=f"item {item_slot(opened)}")
+            if self._paused[0]:
+                return decline(item)
+            value = self._call(value, ctx)
             if type(value) not in PLAIN_TYPES:
                 value = self._resolve_call(value)
         except BaseException as error:  # noqa: BLE001 - the handler is user code

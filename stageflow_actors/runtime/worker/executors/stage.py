@@ -35,7 +35,7 @@ from stageflow_actors.definition.stage import Replace
 from stageflow_actors.definition.type_hints import first_parameter_type
 from stageflow_actors.errors import InvalidContext, PayloadTooLarge, StageError
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import Result, Settlement, park_undecodable, split_parts
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, decline, park_undecodable, split_parts
 from stageflow_actors.runtime.worker.awaitables import PLAIN_TYPES
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import PARK_MARK, UNDECODED_MARK, ExecutorEnvironment, policy_error
@@ -110,6 +110,8 @@ class StageExecutor(HandlerExecutor):
             ctx = self._stage_context(item, envelope, attempt) if self._wants_ctx else None
             if extra is not None and ctx is not None and extra.steps is not None and UNDECODED_MARK in extra.steps:
                 ctx.results[extra.steps[UNDECODED_MARK].decode()]
+            if self._paused[0]:
+                return decline(item)
             if self._when is not None and not self._holds(self._when, context, ctx):
                 take_made(envelope)
                 return self._skip(item, envelope)
