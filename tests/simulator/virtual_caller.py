@@ -55,6 +55,7 @@ class VirtualCaller:
         self.dead = False
         self.instance_id = job.id
         self.naming = Naming()
+        self.max_message_bytes = 16 << 20
         self.history_sequence = 0
         self.max_message_bytes = LIMIT
         self._world, self._client, self._job, self._rows = world, client, job, rows
