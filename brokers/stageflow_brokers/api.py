@@ -313,13 +313,19 @@ class Broker(Protocol):
             A future that resolves when the result is durable; it fails with `Refused`.
         """
 
-    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
+    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> Future[None]:
         """Release leased messages that were not begun.
+
+        Deliveries that arrive before the future resolves were on their way. They may stand behind the released ones in
+        the queue, so release them, too, if the order matters.
 
         Args:
             leases: (id, lease) of each message.
             queue: Their queue.
-            prefetch: The new limit of messages of that queue that this connection holds.
+            prefetch: The new limit of messages of that queue that this connection holds; -1 for no change.
+
+        Returns:
+            A future that resolves when the messages are in their queue again.
         """
 
     def consume(self, queue: str, prefetch: int) -> None:

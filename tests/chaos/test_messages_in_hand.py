@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,9 +29,11 @@ class Recorder:
         self.settled += [(move[0], move[1]) for move in moves]
         self.prefetch = more["prefetch"]
 
-    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
+    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> Future[None]:
         self.released += leases
         self.prefetch = prefetch
+        self.confirmation: Future[None] = Future()
+        return self.confirmation
 
 
 class Work:
@@ -129,6 +132,30 @@ def test_nothing_begins_once_the_queue_is_paused_and_what_waits_is_released_in_o
     hand.mailbox.on_notice("recall", None)
     assert hand.broker.released == [(3, 13), (4, 14)]
     assert hand.mailbox.holding() == []
+
+
+def test_what_was_on_its_way_during_a_release_does_not_overtake_what_was_released(hand: Hand) -> None:
+    hand.deliver((1, 11), (2, 12))
+    hand.mailbox.on_notice("recall", None)
+    first = hand.broker.confirmation
+    hand.deliver((3, 13))
+    assert hand.broker.released == [(1, 11), (2, 12), (3, 13)]
+    first.set_result(None)
+    hand.deliver((1, 21))  # the broker has not received the second release: the next ones may be on their way
+    assert hand.broker.released[3:] == [(1, 21)]
+    hand.broker.confirmation.set_result(None)
+    assert hand.mailbox.holding() == []
+    hand.run()
+    assert hand.work.ran == []
+
+
+def test_deliveries_after_a_release_was_received_are_kept(hand: Hand) -> None:
+    hand.deliver((1, 11), (2, 12))
+    hand.mailbox.on_notice("recall", None)
+    hand.broker.confirmation.set_result(None)
+    hand.deliver((1, 21), (2, 22))
+    hand.run()
+    assert hand.work.ran == [(1, 21), (2, 22)]
 
 
 def test_a_message_that_the_executor_declines_is_released_and_not_settled(hand: Hand) -> None:

@@ -156,10 +156,12 @@ class Connection(ABC):
         self._send(wire.CHECKPOINT, (id, lease, name), value, future)
         return future
 
-    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> None:
+    def release(self, leases: Sequence[tuple[int, int]], queue: str, prefetch: int) -> Future[None]:
         """See `stageflow_brokers.api.Broker.release`."""
         self._note_prefetch(queue, prefetch)
-        self._send(wire.RELEASE, (leases, queue, prefetch), b"", None)
+        future: Future[None] = Future()
+        self._send(wire.RELEASE, (leases, queue, prefetch), b"", future)
+        return future
 
     def consume(self, queue: str, prefetch: int) -> None:
         """See `stageflow_brokers.api.Broker.consume`."""

@@ -174,12 +174,7 @@ class WorkActor(pykka.ThreadingActor):
         if surplus:
             last = [inbox.pop()[0] for _ in range(surplus)]
             leases = [(item.id, item.lease) for item in reversed(last)]
-            self._send_release(leases, self._prefetch.limit)
-
-    def _send_release(self, leases: list[tuple[int, int]], prefetch: int) -> None:
-        broker = self._mailbox.broker
-        assert broker is not None
-        broker.release(leases, self._queue, prefetch)
+            self._mailbox.release(leases, self._prefetch.limit)
 
     def _flush(self) -> None:
         moves, others = self._moves, self._others
@@ -208,14 +203,14 @@ class WorkActor(pykka.ThreadingActor):
 
     def _release(self, item: DeliveryItem, prefetch: int) -> None:
         """Release a message that has not begun: for another worker, or because the queue is paused."""
-        self._send_release([(item.id, item.lease)], prefetch)
+        self._mailbox.release([(item.id, item.lease)], prefetch)
 
     def _retire(self) -> None:
         """Settle the finished messages, release the waiting ones, and stop."""
         self._flush()
         leases = [(item.id, item.lease) for item, _ in list(self._mailbox.inbox)]
         self._mailbox.inbox.clear()
-        self._send_release(leases, 0)
+        self._mailbox.release(leases, 0)
         self.stop()
 
 

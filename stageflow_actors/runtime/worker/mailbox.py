@@ -65,14 +65,39 @@ class Mailbox(Listener):
         self.broker: Broker | None = None
         self.signalled = False
         self.lost: set[tuple[int, int]] = set()
+        self._releasing: set[object] = set()
         self._queue = queue
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         """Add the deliveries to the inbox and notify the actor once per batch."""
+        if self._releasing:
+            # These were on their way when earlier messages of the queue were released: they must not overtake them.
+            self.release([(item.id, item.lease) for item in items])
+            return
         self.inbox.extend(zip(items, bodies, strict=True))
+        if self._releasing:
+            self._return_late(items)
         if not self.signalled and self.actor is not None:
             self.signalled = True
             self._notify(self.actor, WORK)
+
+    def release(self, leases: list[tuple[int, int]], prefetch: int = -1) -> None:
+        """Release messages that have not begun, and hold no more than `prefetch` from now on; -1 for no change."""
+        assert self.broker is not None
+        release = object()
+        self._releasing.add(release)
+        sent = self.broker.release(leases, self._queue, prefetch)
+        sent.add_done_callback(lambda done: self._releasing.discard(release))
+
+    def _return_late(self, items: list[DeliveryItem]) -> None:
+        """Release deliveries that have come into the inbox while the actor released those before them."""
+        late = {(item.id, item.lease) for item in items}
+        with self.lock:
+            kept = [one for one in self.inbox if (one[0].id, one[0].lease) not in late]
+            leases = [(item.id, item.lease) for item, _ in self.inbox if (item.id, item.lease) in late]
+            self.inbox.clear()
+            self.inbox.extend(kept)
+        self.release(leases)
 
     def _notify(self, actor: MailboxActor, message: str) -> None:
         """Notify the actor. A retired one has stopped; the broker releases later deliveries when the worker exits."""
@@ -91,7 +116,7 @@ class Mailbox(Listener):
                 self.inbox.clear()
                 if retiring:
                     self.actor.stop_taking()
-            self.broker.release(leases, self._queue, 0 if retiring else self.actor.min_prefetch)
+            self.release(leases, 0 if retiring else self.actor.min_prefetch)
             if retiring:
                 self._notify(self.actor, RETIRE)
         elif word == "malformed":
