@@ -25,6 +25,7 @@ from virtual_broker import VirtualBroker, disk_error, engine_module, tell_of_rec
 from virtual_deaths import Deaths
 from virtual_node import NAMING, History, VirtualNode, pool_module
 from virtual_program import Job, VirtualProgram
+from virtual_starts import Starts
 from virtual_waits import Waits
 from virtual_world import World
 from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen_workflow
@@ -51,6 +52,7 @@ class Simulation:
         self.effects: list[Effect] = []
         self.crimes: list[str] = []
         self.deaths = Deaths(chance.choice((1, 2, 3)), self.crimes)
+        self.starts = Starts(self.world, self.crimes)
         self.history = History()
         disorder = chance.choice((0, 3, 10))
         self.broker = VirtualBroker(
@@ -142,7 +144,9 @@ class Simulation:
 
     def _start_node(self) -> None:
         plans, deaths = self.compiled, self.deaths
-        self.node = VirtualNode(self.broker, self.history, self.specs, plans, deaths, lambda: next(self._pids))
+        self.node = VirtualNode(
+            self.broker, self.history, self.specs, plans, deaths, self.starts, lambda: next(self._pids)
+        )
         self.world.say("node started")
 
     def _start_program(self, within: float = 0.2) -> None:
@@ -186,11 +190,33 @@ class Simulation:
             kinds += [self._cancel, self._cancel, self._scale]
             if self.wider.asks:
                 kinds += [self._curse_an_endpoint, self._curse_an_endpoint]
+        self._plan_failing_starts()
         span = chance.choice((0.2, 0.6, 2.0))
         for _ in range(chance.choice((0, 1, 4, 10, 25))):
             kind = chance.choice(kinds)
             self._accidents += 1
             self.world.soon(span, lambda kind=kind: self._happen(kind))  # type: ignore[misc]
+
+    def _plan_failing_starts(self) -> None:
+        """Workers of some queues cannot start for a while, by a chance of its own: other seeds happen as without."""
+        if self.seed % 5 != 4:
+            return
+        chance = Random(f"starts {self.seed} {self.wild}")
+        queues = sorted({spec.queue for spec in self.specs})
+        for queue in chance.sample(queues, min(len(queues), chance.randint(1, 3))):
+            at, seconds = chance.choice((0.0, chance.random())), chance.choice((0.3, 2.0, 8.0))
+            self._accidents += 1
+            self.world.after(at, lambda queue=queue, seconds=seconds: self._cannot_start(queue, seconds))  # type: ignore[misc]
+
+    def _cannot_start(self, queue: str, seconds: float) -> None:
+        """A service of its workers cannot be made; in a wild run those that have started are killed."""
+        self._accidents -= 1
+        self.world.say(f"accident: workers of {queue} cannot start for {seconds:g} s")
+        self.starts.curse(queue, seconds)
+        if self.node is not None and self.wild:
+            for worker in list(self.node.workers.values()):
+                if worker.queue == queue:
+                    worker.die(-9)
 
     def _happen(self, kind: Callable[[], None]) -> None:
         self._accidents -= 1
@@ -362,12 +388,13 @@ class Simulation:
 
     def tally(self) -> Counter[str]:
         """How often what has happened: accidents by name, and what is no accident but no matter of course either."""
-        accidents = (line.partition("accident: ")[2] for line in self.world.log)
+        accidents = (line.partition("accident: ")[2] for line in self.world.log if "cannot start" not in line)
         counts = Counter(name for name in accidents if name)
         words = Counter(effect.word for effect in self.effects)
         counts["an endpoint has worked"] = words["served"]
         counts["a reply was handed on"] = sum(e.word == "given" and e.what[1] is not None for e in self.effects)
         counts["a reply was taken in"] = words["took in"]
+        counts["a worker could not start"] = self.starts.failures
         counts["a message has expired"] = self.waits.expired.total()
         return +counts
 

@@ -65,5 +65,6 @@ def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
         "a reply was handed on",
         "a reply was taken in",
         "a message has expired",
+        "a worker could not start",
     }
     assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

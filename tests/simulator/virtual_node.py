@@ -19,6 +19,7 @@ import msgspec
 from pykka import messages
 from virtual_broker import VirtualBroker, VirtualClient
 from virtual_deaths import Deaths
+from virtual_starts import UNLOADABLE, Starts
 from worker_parts import make_executor
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
@@ -42,6 +43,8 @@ from stageflow_brokers.api import DeliveryItem
 NAMING = Naming()
 TICK = 0.02
 LIMIT = 1 << 20
+KNOWN_SECONDS = 0.05
+"""Time after which the broker should know of a worker that could not start, unless something has happened."""
 
 
 class Killed(BaseException):
@@ -173,6 +176,8 @@ class VirtualWorker:
         self.client.on_heard = self._heard
         self.mailbox.broker = self.client
         self.client.consume(given.queue, self.actor.min_prefetch)
+        pausing.mark_ready()
+        node.starts.started(given.queue)
         self._thread = threading.Thread(target=self._live, name=worker_id, daemon=True)
         self._thread.start()
 
@@ -277,6 +282,8 @@ class _Zygote:
     def spawn(self, worker_id: str, payload: bytes, slot: int, *how: Any, **more: Any) -> None:
         """As `ZygoteHandle.spawn`; of a process that is none nothing else matters."""
         node = self._node
+        queue = worker_id.rpartition("#")[0]
+        node.starts.requested(queue, len(node.pools[queue]._workers) - 1 if queue in node.pools else 0)
         node.world.soon(0.02, lambda: node.born(worker_id, payload, slot))
 
 
@@ -301,10 +308,11 @@ class VirtualNode:
         specs: Sequence[PoolSpec],
         plans: list[WorkflowPlan],
         deaths: Deaths,
+        starts: Starts,
         new_pid: Callable[[], int],
     ) -> None:
         self.world, self.broker = broker.world, broker
-        self.deaths = deaths
+        self.deaths, self.starts = deaths, starts
         self.dead = False
         self.workers: dict[int, VirtualWorker] = {}
         self.notices: list[str] = []
@@ -333,7 +341,8 @@ class VirtualNode:
         self.client.consume(NAMING.finished, 4_000)
         self.client.consume(NAMING.coordinator, 500)
         self.client.admin.declare(queue_options(specs, NAMING, deaths.most))
-        self.pools = {spec.queue: Pool(spec, self.pool_context) for spec in specs}
+        self.pools: dict[str, Pool] = {}
+        self.pools.update((spec.queue, Pool(spec, self.pool_context)) for spec in specs)
         for pool in self.pools.values():
             pool.on_start()
         self.client.admin.set_workers([])
@@ -343,9 +352,28 @@ class VirtualNode:
         """The zygote has forked."""
         if self.dead:
             return
-        pid = self._new_pid()
-        self.workers[pid] = VirtualWorker(self, worker_id, pid, payload, slot)
+        pid, queue = self._new_pid(), worker_id.rpartition("#")[0]
+        fails = self.starts.fails(queue)
+        if not fails:
+            self.workers[pid] = VirtualWorker(self, worker_id, pid, payload, slot)
         self._tell(worker_id, Spawned(worker_id, pid, os.open(os.devnull, os.O_RDONLY)))
+        if fails:
+            self.world.after(0.005, lambda: self._stillborn(queue, worker_id, pid))
+
+    def _stillborn(self, queue: str, worker_id: str, pid: int) -> None:
+        """A worker has ended that could not start."""
+        if not self.dead:
+            self.starts.failed(queue)
+            self._tell(worker_id, Exited(worker_id, pid, UNLOADABLE))
+            self.world.after(KNOWN_SECONDS, lambda: self._check_failing(queue))
+
+    def _check_failing(self, queue: str) -> None:
+        """Check what the broker knows, if it has heard all that this node has said."""
+        engine = self.broker.engine
+        alone = all(worker.queue != queue for worker in self.workers.values())
+        if not self.dead and engine is not None and alone and not self.client.unconfirmed:
+            starts = engine.machine.state.queue(queue).starts
+            self.starts.check(queue, starts is not None and starts[0])
 
     def lost(self, worker: VirtualWorker, status: int) -> None:
         """A worker has ended."""
@@ -365,6 +393,7 @@ class VirtualNode:
     def die(self) -> None:
         """The node is gone, and all of its workers with it."""
         self.dead = True
+        self.starts.forget()
         for peer in self._untold.values():
             self.deaths.doubt(peer)
         self.client.close()

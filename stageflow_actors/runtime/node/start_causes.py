@@ -11,7 +11,6 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -89,11 +88,10 @@ def _workers_of_pools(workers: int, pools: int) -> str:
 
 
 class StartCauses:
-    """The causes of one node. Times are monotonic, in seconds. `notify_broker` follows the broker's connection."""
+    """The causes of one node. Times are monotonic, in seconds."""
 
-    def __init__(self, broker: Broker, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._clock = clock
         self._lock = threading.Lock()
         self._causes: dict[str, _Stopped] = {}
         self._reported: dict[str, tuple[str, bool, str, float]] = {}
@@ -122,7 +120,7 @@ class StartCauses:
 
     def record(self, queue: str, cause: StartCause, missing: int, next_start: float) -> None:
         """Record a failed start of a pool that lacks `missing` workers; warn of a cause that is not known yet."""
-        now = self._clock()
+        now = time.monotonic()
         with self._lock:
             key = cause.key
             for other_key, other in self._causes.items():
@@ -147,7 +145,7 @@ class StartCauses:
 
     def recover(self, queue: str) -> None:
         """Record that a worker of a pool is ready, or that the pool needs none; report a cause that has ended."""
-        now = self._clock()
+        now = time.monotonic()
         ended = []
         with self._lock:
             for stopped in self._causes.values():
@@ -164,7 +162,7 @@ class StartCauses:
 
     def tick(self) -> None:
         """Report how many workers each cause stops, less often with time."""
-        now = self._clock()
+        now = time.monotonic()
         lines = []
         with self._lock:
             for stopped in self._causes.values():
